@@ -1,0 +1,58 @@
+"""How the documentation is built: `sphinx-build -W -n docs docs/_build/html`."""
+
+from __future__ import annotations
+
+import re
+
+from sphinx.application import Sphinx
+
+import granite_storage
+
+project = "Granite Storage"
+copyright = "Granite Storage contributors"
+version = release = granite_storage.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "Granite Storage"
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_type_aliases = {name: f"granite_storage.streams.{name}" for name in ("ByteSource", "BytesLike")}
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+# Names of other projects are not linked, so that the build needs no network; every name of this one must resolve.
+nitpick_ignore_regex = [(r"py:.*", r"(?!granite_storage\.).*")]
+nitpick_ignore = [("py:class", "granite_storage.orm.attachment.UploadFile")]
+
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)$")
+
+
+def fences_to_directives(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Let docstrings have fenced code blocks, as the other documents do."""
+    result: list[str] = []
+    inside = False
+    for line in lines:
+        opening = FENCE.match(line)
+        if opening:
+            inside = True
+            result += [f"{opening['indent']}.. code-block:: {opening['language']}", ""]
+        elif inside and line.strip() == "```":
+            inside = False
+            result.append("")
+        else:
+            result.append(f"    {line}" if inside and line.strip() else line)
+    lines[:] = result
+
+
+def setup(app: Sphinx) -> None:
+    """Register the hook, before the one that reads the sections of Google style."""
+    app.connect("autodoc-process-docstring", fences_to_directives, priority=400)

@@ -1,0 +1,121 @@
+"""Asyncio-native file storage: files that commit and roll back with your rows.
+
+The names below are loaded when they are first used, so that importing the package costs next to nothing. Backends are imported
+from their own modules (`granite_storage.backends.local`, `.memory`, `.s3`), because each may need packages of its own.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from granite_storage.backends.base import ObjectInfo, StorageBackend
+    from granite_storage.exceptions import (
+        AccessDeniedError,
+        BackendError,
+        BackendUnavailableError,
+        ChecksumMismatchError,
+        ConfigurationError,
+        ConsumedSourceError,
+        ContentError,
+        ContentTooLargeError,
+        InvalidLocationError,
+        InvalidReferenceError,
+        MissingDependencyError,
+        ObjectExistsError,
+        ObjectNotFoundError,
+        SizeMismatchError,
+        StaleAttachmentError,
+        StorageError,
+        StorageFullError,
+        UnboundAttachmentError,
+        UnknownBackendError,
+        UnknownPolicyError,
+    )
+    from granite_storage.manager import StorageManager
+    from granite_storage.orm import (
+        Attachment,
+        AttachmentType,
+        StorageBinding,
+        StoredContentMixin,
+        StoredObjectRefType,
+        attachment,
+        bind_storage,
+        iter_model_storage_refs,
+    )
+    from granite_storage.policies import StoragePolicy
+    from granite_storage.readers import StoredObjectReader
+    from granite_storage.refs import StoredObjectRef
+    from granite_storage.streams import SizeLimitedStream
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AccessDeniedError",
+    "Attachment",
+    "AttachmentType",
+    "BackendError",
+    "BackendUnavailableError",
+    "ChecksumMismatchError",
+    "ConfigurationError",
+    "ConsumedSourceError",
+    "ContentError",
+    "ContentTooLargeError",
+    "InvalidLocationError",
+    "InvalidReferenceError",
+    "MissingDependencyError",
+    "ObjectExistsError",
+    "ObjectInfo",
+    "ObjectNotFoundError",
+    "SizeLimitedStream",
+    "SizeMismatchError",
+    "StaleAttachmentError",
+    "StorageBackend",
+    "StorageBinding",
+    "StorageError",
+    "StorageFullError",
+    "StorageManager",
+    "StoragePolicy",
+    "StoredContentMixin",
+    "StoredObjectReader",
+    "StoredObjectRef",
+    "StoredObjectRefType",
+    "UnboundAttachmentError",
+    "UnknownBackendError",
+    "UnknownPolicyError",
+    "__version__",
+    "attachment",
+    "bind_storage",
+    "iter_model_storage_refs",
+]
+
+_ROOMS = {
+    "Attachment": "orm",
+    "AttachmentType": "orm",
+    "ObjectInfo": "backends.base",
+    "SizeLimitedStream": "streams",
+    "StorageBackend": "backends.base",
+    "StorageBinding": "orm",
+    "StorageManager": "manager",
+    "StoragePolicy": "policies",
+    "StoredContentMixin": "orm",
+    "StoredObjectReader": "readers",
+    "StoredObjectRef": "refs",
+    "StoredObjectRefType": "orm",
+    "attachment": "orm",
+    "bind_storage": "orm",
+    "iter_model_storage_refs": "orm",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'exceptions')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

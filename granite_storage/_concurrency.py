@@ -1,0 +1,86 @@
+"""Clean-up under cancellation: what every part that awaits needs.
+
+A cancelled task that has work under way waits for it before it lets the cancellation through; otherwise that work could publish
+what the task has already cleaned up. No cancellation is lost on the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+__all__ = ["CLEANUP_TIMEOUT", "finish", "finished", "settle"]
+
+logger = logging.getLogger("granite_storage")
+
+T = TypeVar("T")
+
+CLEANUP_TIMEOUT = 30.0
+"""The longest that a clean-up holds up the error or cancellation that made it necessary, in seconds."""
+
+
+async def settle(future: asyncio.Future[Any], timeout: float | None = None) -> bool:
+    """Wait until a future is done, however often the caller is cancelled meanwhile; return whether it is done.
+
+    For `except asyncio.CancelledError` only: the caller goes on to raise the cancellation that brought it there, so none is lost.
+    The future's exception is marked as seen.
+
+    Args:
+        future: What to wait for; it is not cancelled.
+        timeout: The longest wait in seconds, None for no limit.
+    """
+    await _outlast(future, timeout)
+    return future.done()
+
+
+async def finished(work: Awaitable[T]) -> T:
+    """Await work that must not be left behind: a cancelled caller waits for it before the cancellation goes on."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await settle(task)
+        raise
+
+
+async def finish(cleanup: Awaitable[object], what: str, *, timeout: float = CLEANUP_TIMEOUT) -> None:
+    """Run a clean-up to its end, whatever happens to the caller, bounded in time; log its failure instead of raising it.
+
+    It is for `except` and `finally` blocks: the error under way is the caller's to know, not this one. A cancellation that
+    arrives meanwhile is raised when the clean-up has ended; what must not be undone by it does not come after a clean-up.
+
+    Args:
+        cleanup: The clean-up; it runs in a task of its own, so a cancellation of the caller does not reach it.
+        what: What it does, for the log.
+        timeout: The longest it may take in seconds; it is cancelled then.
+    """
+    task = asyncio.ensure_future(cleanup)
+    cancellation = await _outlast(task, timeout)
+    if not task.done():
+        task.cancel()
+        cancellation = await _outlast(task, 1.0) or cancellation
+        logger.error("%s did not end within %s s and was given up", what, timeout)
+    elif task.cancelled() or task.exception() is not None:
+        logger.error("%s failed", what, exc_info=None if task.cancelled() else task.exception())
+    if cancellation is not None:
+        raise cancellation
+
+
+async def _outlast(future: asyncio.Future[Any], timeout: float | None) -> asyncio.CancelledError | None:
+    """Wait until a future is done or time is up; return the last cancellation of the caller that came meanwhile."""
+    loop = asyncio.get_running_loop()
+    deadline = None if timeout is None else loop.time() + timeout
+    cancellation: asyncio.CancelledError | None = None
+    while not future.done():
+        left = None if deadline is None else deadline - loop.time()
+        if left is not None and left <= 0:
+            return cancellation
+        try:
+            await asyncio.wait([future], timeout=left)
+        except asyncio.CancelledError as error:
+            cancellation = error
+    if not future.cancelled():
+        future.exception()
+    return cancellation

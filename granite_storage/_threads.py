@@ -1,0 +1,373 @@
+"""Threads of the library's own: blocking work beside the event loop, cheaply and without leaving any of it behind.
+
+Asyncio's own pool wakes the event loop for every result and is shared with everybody. Here a worker takes the next job without a
+word to the loop, and results that are ready together are delivered together, which is what makes many small calls fast.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
+
+from granite_storage._concurrency import finished, settle
+
+__all__ = ["ThreadConsumer", "ThreadPool"]
+
+logger = logging.getLogger("granite_storage")
+
+T = TypeVar("T")
+
+_MOST_PENDING = 64 << 20
+"""Bytes that all consumers of a pool may hold together before each has to empty its own queue: many uploads stay bounded."""
+
+
+class ThreadPool:
+    """A bounded number of threads, made when first needed; a slow disk in one pool starves nobody else.
+
+    It survives a fork: the child, in which the parent's threads do not exist, makes its own.
+
+    Args:
+        name: The prefix of the threads' names.
+        max_workers: The most threads at a time.
+    """
+
+    def __init__(self, name: str, max_workers: int) -> None:
+        self._name = name
+        self._max_workers = max_workers
+        self._reset()
+        _pools.add(self)
+
+    def _reset(self) -> None:
+        self._executor: ThreadPoolExecutor | None = None
+        self._pending = 0
+        self._jobs: deque[_Job] = deque()
+        self._workers = 0
+        self._lock = threading.Lock()
+        self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """The running executor, for libraries that take one."""
+        with self._lock:
+            return self._running_executor()
+
+    def _running_executor(self) -> ThreadPoolExecutor:
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self._max_workers, thread_name_prefix=self._name)
+        return self._executor
+
+    async def run(
+        self,
+        function: Callable[..., T],
+        *args: Any,
+        undo: Callable[[T], object] | None = None,
+        patience: float | None = None,
+    ) -> T:
+        """Run a function in a thread and return its result.
+
+        A cancelled caller waits for a function that has begun to end, before the cancellation goes on.
+
+        Args:
+            function: What to run.
+            *args: Its arguments.
+            undo: Called in a thread with the result when the caller was cancelled meanwhile and will never see it.
+            patience: The longest that a cancelled caller waits, in seconds; for a function that is not ours and may never end.
+        """
+        job: _Result[T] = _Result(function, args, self._mailbox())
+        self._submit(job)
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            if not job.withdraw():
+                await self._outlive(job, undo, patience)
+            raise
+
+    async def _outlive(self, job: _Result[T], undo: Callable[[T], object] | None, patience: float | None) -> None:
+        if not await settle(job.watch(), patience):
+            logger.warning("a thread that serves a cancelled call has not ended after %s s: %r", patience, job.function)
+        elif undo is not None and job.error is None:
+            undoing: _Result[object] = _Result(undo, (job.result,), self._mailbox())
+            self._submit(undoing)
+            await settle(undoing.future)
+            if undoing.error is not None:
+                logger.error("undoing a cancelled call failed: %r", job.function, exc_info=undoing.error)
+
+    def submit(self, function: Callable[[], object]) -> None:
+        """Run a function in a thread some time; it must not raise."""
+        self._submit(_Job(function, ()))
+
+    def count(self, pending: int) -> bool:
+        """Add to the bytes that all consumers hold for this pool; return whether there is room for any of them to hold more."""
+        with self._lock:
+            self._pending += pending
+            return self._pending < _MOST_PENDING
+
+    def close(self) -> None:
+        """Drop the executor; its threads end when nobody uses it any more. A later call makes another."""
+        with self._lock:
+            self._executor = None
+
+    def _submit(self, job: _Job) -> None:
+        with self._lock:
+            self._jobs.append(job)
+            if self._workers < self._max_workers:
+                self._add_worker()
+
+    def _add_worker(self) -> None:
+        """Have one more thread look for jobs; where the system gives none, those that are at work do it all."""
+        self._workers += 1
+        try:
+            self._running_executor().submit(self._work)
+        except RuntimeError:
+            self._workers -= 1
+            if not self._workers:
+                self._jobs.pop()
+                raise
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    # An executor that could not start a thread still keeps the work for later: that worker was not counted.
+                    self._workers = max(0, self._workers - 1)
+                    return
+                job = self._jobs.popleft()
+            try:
+                job.run()
+            except BaseException:
+                logger.exception("a job in a thread failed: %r", job.function)
+            del job
+
+    def _mailbox(self) -> _Mailbox:
+        loop = asyncio.get_running_loop()
+        mailbox = self._mailboxes.get(loop)
+        if mailbox is None:
+            with self._lock:
+                mailbox = self._mailboxes.setdefault(loop, _Mailbox(loop))
+        return mailbox
+
+
+_pools: weakref.WeakSet[ThreadPool] = weakref.WeakSet()
+
+
+def _reset_pools() -> None:
+    for pool in _pools:
+        pool._reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_pools)
+
+
+class _Job:
+    """Something to do in a thread."""
+
+    __slots__ = ("args", "function")
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.function = function
+        self.args = args
+
+    def run(self) -> None:
+        self.function(*self.args)
+
+
+class _Result(_Job, Generic[T]):
+    """A job whose result an event loop waits for."""
+
+    __slots__ = ("_begun", "_done", "_lock", "_mailbox", "error", "future", "result")
+
+    result: T
+
+    def __init__(self, function: Callable[..., T], args: tuple[Any, ...], mailbox: _Mailbox) -> None:
+        super().__init__(function, args)
+        self.error: BaseException | None = None
+        self.future: asyncio.Future[T] = mailbox.future()
+        self._mailbox = mailbox
+        self._begun = self._done = False
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        with self._lock:
+            if self._begun:
+                return
+            self._begun = True
+        try:
+            self.result = self.function(*self.args)
+        except StopIteration as error:
+            # A future takes none: it would end the coroutine that awaits it as if it had returned.
+            self.error = RuntimeError(f"{self.function!r} raised StopIteration")
+            self.error.__cause__ = error
+        except BaseException as error:  # noqa: BLE001  # it is raised where the result is awaited
+            self.error = error
+        with self._lock:
+            self._done = True
+        self._mailbox.post(self)
+
+    def withdraw(self) -> bool:
+        """Prevent the function from running; return False where it has begun."""
+        with self._lock:
+            begun, self._begun = self._begun, True
+        return not begun
+
+    def watch(self) -> asyncio.Future[T]:
+        """Return another future for the result, after the first was cancelled."""
+        with self._lock:
+            self.future = self._mailbox.future()
+            if self._done:
+                self.deliver()
+        return self.future
+
+    def deliver(self) -> None:
+        if self.future.done():
+            return
+        if self.error is None:
+            self.future.set_result(self.result)
+        else:
+            self.future.set_exception(self.error)
+
+
+class _Mailbox:
+    """Results on their way to one event loop; those that are ready together wake it once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._results: list[_Result[Any]] = []
+        self._lock = threading.Lock()
+
+    def future(self) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().create_future()
+
+    def post(self, result: _Result[Any]) -> None:
+        with self._lock:
+            self._results.append(result)
+            first = len(self._results) == 1
+        loop = self._loop()
+        if first and loop is not None:
+            try:
+                loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                # The event loop is closed: nobody waits any more, and what is kept would keep the loop.
+                self._results.clear()
+
+    def _deliver(self) -> None:
+        with self._lock:
+            results, self._results = self._results, []
+        for result in results:
+            result.deliver()
+
+
+class ThreadConsumer:
+    """Hands chunks, in order, to a function in a thread, and holds a bounded number of bytes meanwhile.
+
+    It occupies a thread only while it has work: a slow producer costs none. A busy one keeps its thread for a few chunks at a
+    time and then goes to the end of the pool's queue, so that any number of them share a few threads fairly.
+
+    Args:
+        pool: Where the function runs.
+        consume: What to do with a chunk.
+        max_pending: How many bytes may wait, before `feed` does.
+    """
+
+    _CHUNKS_PER_TURN = 32
+
+    def __init__(self, pool: ThreadPool, consume: Callable[[bytes], object], *, max_pending: int) -> None:
+        self._pool = pool
+        self._consume = consume
+        self._max_pending = max_pending
+        self._chunks: deque[bytes] = deque()
+        self._pending = 0
+        self._running = False
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._loop = asyncio.get_running_loop()
+        self._waiter: tuple[int, asyncio.Future[None]] | None = None
+
+    async def feed(self, chunk: bytes) -> None:
+        """Hand over a chunk; wait while more than `max_pending` bytes are under way.
+
+        Raises:
+            Exception: What the function raised for an earlier chunk; later ones are dropped.
+        """
+        with self._lock:
+            self._chunks.append(chunk)
+            self._pending += len(chunk)
+            start = not self._running
+            self._running = True
+        room = self._pool.count(len(chunk))
+        if start:
+            self._pool.submit(self._turn)
+        if self._pending > (most := self._max_pending if room else 0):
+            await self._wait_for(most // 2)
+        if self._error is not None:
+            raise self._error
+
+    async def drain(self) -> None:
+        """Wait until every chunk is consumed; raise what the function raised."""
+        await self._wait_for(0)
+        if self._error is not None:
+            raise self._error
+
+    async def stop(self) -> None:
+        """Drop what waits and return once the thread is idle; a cancelled caller waits for it before the cancellation goes on."""
+        with self._lock:
+            dropped = sum(map(len, self._chunks))
+            self._pending -= dropped
+            self._chunks.clear()
+            idle = self._is_at(0)
+        self._pool.count(-dropped)
+        if not idle:
+            await finished(self._wait_for(0))
+
+    async def _wait_for(self, level: int) -> None:
+        with self._lock:
+            if self._is_at(level):
+                return
+            future = self._loop.create_future()
+            self._waiter = (level, future)
+        await future
+
+    def _is_at(self, level: int) -> bool:
+        return self._pending <= level and (level > 0 or not self._running)
+
+    def _turn(self) -> None:
+        for _ in range(self._CHUNKS_PER_TURN):
+            with self._lock:
+                if not self._chunks:
+                    self._running = False
+                    self._wake()
+                    return
+                chunk = self._chunks.popleft()
+            self._consume_one(chunk)
+            self._pool.count(-len(chunk))
+            with self._lock:
+                self._pending -= len(chunk)
+                self._wake()
+        self._pool.submit(self._turn)
+
+    def _consume_one(self, chunk: bytes) -> None:
+        if self._error is None:
+            try:
+                self._consume(chunk)
+            except BaseException as error:  # noqa: BLE001  # it is raised again where the producer waits
+                self._error = error
+
+    def _wake(self) -> None:
+        if self._waiter is not None and self._is_at(self._waiter[0]):
+            _, future = self._waiter
+            self._waiter = None
+            with suppress(RuntimeError):  # the event loop is closed, and nobody waits any more
+                self._loop.call_soon_threadsafe(_resolve, future)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,198 @@
+"""What a backend is: bytes at a location, created once, never overwritten.
+
+A backend knows no policy, no ref and no ORM. The manager has already checked the location, counted and limited the bytes and
+hashed them in passing; a backend only moves them. See `docs/backends.md` for a worked example of a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Protocol, runtime_checkable
+
+from granite_storage.exceptions import BackendError
+
+__all__ = [
+    "ByteRange",
+    "ObjectInfo",
+    "ObjectReader",
+    "StorageBackend",
+    "SupportsBatchDelete",
+    "SupportsCleanup",
+    "SupportsCopy",
+    "SupportsPresign",
+    "byte_range",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a backend knows of an object.
+
+    Attributes:
+        location: Its address inside the backend.
+        size: Its size in bytes.
+        modified: When it was published, with a time zone, by the backend's clock.
+        etag: A token that changes when the bytes do, opaque; None where the backend has none.
+        content_type: The media type it was stored with; None where the backend keeps none.
+    """
+
+    location: str
+    size: int
+    modified: datetime
+    etag: str | None = None
+    content_type: str | None = None
+
+
+class ObjectReader(Protocol):
+    """Bytes on their way out of a backend: one range of one object, read once from its start to its end."""
+
+    @property
+    def info(self) -> ObjectInfo:
+        """The whole object, also where only a range of it is read."""
+        ...
+
+    async def read(self, size: int = -1, /) -> bytes:
+        """Return up to `size` bytes (all that is left where negative), and nothing only at the end of the range.
+
+        Raises:
+            BackendError: The bytes ended before the range did, or could not be read.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of what the reader holds; idempotent."""
+        ...
+
+
+@runtime_checkable
+class StorageBackend(Protocol):
+    """Where bytes live. All backends promise the same, and `granite_storage.testing.BackendConformance` checks it.
+
+    - A write is exclusive and atomic: until it has returned, the location has no object; once it has, it has all of it. A
+      location that has an object already is refused with `ObjectExistsError` and left as it is. A write that fails or is
+      cancelled leaves nothing behind, neither an object nor parts of one.
+    - A missing object is `ObjectNotFoundError`, a refused permission `AccessDeniedError`, a full store `StorageFullError`, a
+      store out of reach `BackendUnavailableError`, anything else `BackendError`; the cause is the `__cause__`. An unsafe
+      location is `InvalidLocationError` before anything is touched. An error raised by the stream that is being stored, and a
+      cancellation, pass through unchanged.
+    - A backend serves any number of tasks, and several event loops, one after the other or in threads.
+    """
+
+    async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any] | None:
+        """Store `content`; what is returned joins the ref's `extra`."""
+        ...
+
+    async def put_stream(
+        self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None
+    ) -> Mapping[str, Any] | None:
+        """Store what `stream` yields, to its end, in bounded memory; what is returned joins the ref's `extra`.
+
+        The chunks are never empty and at most 1 MiB long. An object may be published only after the stream has ended: its
+        last step is a check, and raises where the content is not what was declared.
+        """
+        ...
+
+    async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
+        """Open a range for reading: `length` bytes from `offset`, fewer where the object ends, all to its end for None.
+
+        Raises:
+            ObjectNotFoundError: No object is at the location.
+            ValueError: `offset` or `length` is negative, or `offset` is past the end of the object.
+        """
+        ...
+
+    async def stat(self, location: str) -> ObjectInfo:
+        """Tell what is known of an object; `ObjectNotFoundError` where there is none."""
+        ...
+
+    async def exists(self, location: str) -> bool:
+        """Tell whether an object is at the location; a refused permission raises, it is not False."""
+        ...
+
+    async def delete(self, location: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        ...
+
+    def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
+        """Yield every object whose location begins with the characters `prefix`, in the byte order of UTF-8.
+
+        Args:
+            prefix: Taken literally; `a/` never yields `ab/x`, and `a` yields both.
+            start_after: Yield only what comes after this location, which need not exist.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close what this event loop's calls have opened; idempotent. A later call opens it again."""
+        ...
+
+
+@runtime_checkable
+class SupportsCopy(Protocol):
+    """A backend that copies an object without moving its bytes through the program."""
+
+    async def copy(self, source: str, target: str) -> Mapping[str, Any] | None:
+        """Copy bytes and content type, creating `target` as exclusively and atomically as a write; the result joins `extra`."""
+        ...
+
+
+@runtime_checkable
+class SupportsBatchDelete(Protocol):
+    """A backend that deletes many objects in few requests."""
+
+    async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
+        """Delete all; return the ones that could not be, each with its error. One failure does not stop the others."""
+        ...
+
+
+@runtime_checkable
+class SupportsCleanup(Protocol):
+    """A backend whose interrupted writes can leave something unfinished, such as temporary files or multipart uploads."""
+
+    async def abort_unfinished(self, *, older_than: timedelta) -> int:
+        """Remove what unfinished writes left behind longer than `older_than` ago; return how many there were."""
+        ...
+
+
+@runtime_checkable
+class SupportsPresign(Protocol):
+    """A backend that signs URLs with which a client reads directly from it."""
+
+    async def presign_get(
+        self, location: str, *, expires_in: timedelta, content_type: str | None = None, disposition: str | None = None
+    ) -> str:
+        """Return a URL that serves a GET of the object until it expires.
+
+        Args:
+            location: The object's address; it is not checked that it exists.
+            expires_in: How long the URL works, more than zero.
+            content_type: The Content-Type that the answer shall carry.
+            disposition: The Content-Disposition that the answer shall carry.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """A range that lies inside an object: `start` to before `stop`, in bytes."""
+
+    start: int
+    stop: int
+
+
+def check_range(offset: int, length: int | None) -> None:
+    """Refuse a negative range before anything is opened."""
+    if offset < 0:
+        raise ValueError(f"offset must not be negative, but is {offset}")
+    if length is not None and length < 0:
+        raise ValueError(f"length must not be negative, but is {length}")
+
+
+def byte_range(offset: int, length: int | None, size: int) -> ByteRange:
+    """Fit a requested range to an object of `size` bytes: it is cut at the end, and must not begin past it."""
+    check_range(offset, length)
+    if offset > size:
+        raise ValueError(f"offset {offset} is past the end of an object of {size} bytes")
+    return ByteRange(offset, size if length is None else min(size, offset + length))

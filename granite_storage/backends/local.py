@@ -1,0 +1,259 @@
+"""Objects as files below a directory of the local disk."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+
+from aiofiles.threadpool import wrap
+from aiofiles.threadpool.binary import AsyncFileIO
+
+from granite_storage._concurrency import finish, finished
+from granite_storage._threads import ThreadConsumer, ThreadPool
+from granite_storage.backends._tree import Draft, Tree, translated
+from granite_storage.backends.base import ObjectInfo, ObjectReader, byte_range, check_range
+from granite_storage.exceptions import BackendError, ConfigurationError
+from granite_storage.locations import check_location
+
+__all__ = ["LocalStorageBackend"]
+
+# Decided at import: tools that watch for blocking calls replace these functions later.
+_HAS_DIRECTORY_DESCRIPTORS = {os.open, os.link} <= os.supports_dir_fd
+
+_MOST_PENDING = 8 << 20
+_COPY_STEP = 8 << 20
+_LISTED_AT_A_TIME = 1000
+
+
+class LocalStorageBackend:
+    """Keeps each object as one file below a directory, and hands out a ref only when the disk has it.
+
+    A write goes to a temporary file beside its target, is synchronised, and gets its name by a link that fails where the name
+    exists; then the directories are synchronised up to the root. A failure or cancellation leaves no file and no temporary file.
+    Links below the root are never followed and only regular files are read. Directories that a deletion leaves empty are
+    removed. The root carries the marker file `.granite-storage` from its first write.
+
+    POSIX systems only: Windows has no way to walk a path by open directories.
+
+    Args:
+        root_dir: The directory; made by the first write where it is missing.
+        fsync: Whether a write waits for the disk. Without it a power loss can lose or empty a file whose ref was committed.
+        file_mode: The permissions of the files, whatever the umask.
+        dir_mode: The permissions of the directories, whatever the umask.
+        create_root: Whether the first write may make the root, or take a directory into use that has no marker. False suits a
+            root on a mounted disk: where the disk is not mounted, every call then raises `BackendUnavailableError`, and nothing
+            is written to the disk below. A new root must be a mount point, or be given an empty marker file by hand.
+        max_threads: The most threads that work on this root at a time; they are the backend's own.
+
+    Raises:
+        ConfigurationError: An argument cannot work, or the system is not a POSIX one.
+
+    Example:
+        >>> LocalStorageBackend("uploads", file_mode=0o600).root_dir.name
+        'uploads'
+    """
+
+    def __init__(
+        self,
+        root_dir: str | os.PathLike[str],
+        *,
+        fsync: bool = True,
+        file_mode: int = 0o640,
+        dir_mode: int = 0o750,
+        create_root: bool = True,
+        max_threads: int = 16,
+    ) -> None:
+        if not _HAS_DIRECTORY_DESCRIPTORS:
+            raise ConfigurationError(
+                "LocalStorageBackend needs a POSIX system: this one cannot open files relative to a directory"
+            )
+        if not os.fspath(root_dir):
+            raise ConfigurationError("root_dir must not be empty")
+        for argument, mode, needed in (("file_mode", file_mode, 0o600), ("dir_mode", dir_mode, 0o700)):
+            if not 0 <= mode <= 0o777 or mode & needed != needed:
+                raise ConfigurationError(f"{argument} must be permissions that include {needed:#o}, not {mode:#o}")
+        if max_threads < 1:
+            raise ConfigurationError(f"max_threads must be at least 1, not {max_threads}")
+        self.root_dir: Path = Path(os.path.normpath(Path(root_dir).absolute()))
+        self._tree = Tree(self.root_dir, fsync=fsync, file_mode=file_mode, dir_mode=dir_mode, create_root=create_root)
+        self._threads = ThreadPool("granite-local", max_threads)
+
+    def __repr__(self) -> str:
+        return f"LocalStorageBackend({str(self.root_dir)!r})"
+
+    async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> None:
+        """Create an object, in one visit to a thread; see `StorageBackend.put_bytes`. The content type is the ref's to keep."""
+        check_location(location)
+        await self._threads.run(self._tree.write, location, content, undo=lambda _: self._tree.delete(location))
+
+    async def put_stream(self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None) -> None:
+        """Create an object from a stream; see `StorageBackend.put_stream`."""
+        check_location(location)
+        begun = deque[bytes]()
+        async for chunk in stream:
+            begun.append(chunk)
+            del chunk
+            if len(begun) == 2:
+                break
+        else:
+            await self.put_bytes(location, begun[0] if begun else b"")
+            return
+        async with self._draft(location) as draft:
+            await self._write(draft, begun, stream)
+
+    async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
+        """Open a range; see `StorageBackend.open`."""
+        check_location(location)
+        check_range(offset, length)
+        return await self._threads.run(self._open, location, offset, length, undo=_LocalReader.close)
+
+    async def stat(self, location: str) -> ObjectInfo:
+        """Tell what is known of an object; see `StorageBackend.stat`."""
+        check_location(location)
+        return await self._threads.run(self._tree.stat, location)
+
+    async def exists(self, location: str) -> bool:
+        """Tell whether there is an object; see `StorageBackend.exists`."""
+        check_location(location)
+        return await self._threads.run(self._tree.exists, location)
+
+    async def delete(self, location: str) -> None:
+        """Remove an object; see `StorageBackend.delete`."""
+        check_location(location)
+        await self._threads.run(self._tree.delete, location)
+
+    async def copy(self, source: str, target: str) -> None:
+        """Copy an object inside the file system; see `SupportsCopy.copy`. A file system that shares blocks moves no byte."""
+        check_location(source)
+        check_location(target)
+        async with self._draft(target) as draft:
+            reader = await self._threads.run(self._open, source, 0, None, undo=_LocalReader.close)
+            try:
+                while await self._threads.run(_copy_some, reader.descriptor, draft, target):
+                    pass
+            finally:
+                await finish(reader.aclose(), f"closing {source!r}")
+            await self._threads.run(_require_whole_copy, reader.info, draft, target)
+
+    async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
+        """Yield the objects in order; see `StorageBackend.iter_objects`. Files that cannot be objects are passed over."""
+        objects = self._tree.walk(prefix, start_after)
+        try:
+            while batch := await self._threads.run(_take, objects):
+                for info in batch:
+                    yield info
+        except BaseException:
+            await finish(self._threads.run(_close, objects), "closing a listing")
+            raise
+
+    async def abort_unfinished(self, *, older_than: timedelta) -> int:
+        """Remove temporary files that were last written to longer ago than `older_than`; return how many there were."""
+        return await self._threads.run(self._tree.sweep, older_than.total_seconds())
+
+    async def carries_marker(self) -> bool:
+        """Tell whether the root is there and was written to before: False means a new root, or a disk that is not mounted."""
+        return await self._threads.run(self._tree.carries_marker)
+
+    async def aclose(self) -> None:
+        """Let idle threads end; see `StorageBackend.aclose`."""
+        self._threads.close()
+
+    @asynccontextmanager
+    async def _draft(self, location: str) -> AsyncIterator[Draft]:
+        """Give an unfinished file, publish it at the end of the block, and leave nothing of it where anything fails."""
+        draft = await self._threads.run(self._tree.begin, location, undo=Draft.discard)
+        try:
+            yield draft
+            await self._threads.run(draft.publish)
+        except BaseException:
+            await finish(self._threads.run(draft.discard), f"removing the unfinished file of {location!r}")
+            raise
+
+    async def _write(self, draft: Draft, begun: deque[bytes], rest: AsyncIterator[bytes]) -> None:
+        """Write in a thread while the stream goes on, a few MiB behind it; return only when the thread is done with the file."""
+        writer = ThreadConsumer(self._threads, draft.write, max_pending=_MOST_PENDING)
+        try:
+            while begun:
+                await writer.feed(begun.popleft())
+            async for chunk in rest:
+                await writer.feed(chunk)
+                del chunk  # where thousands of uploads wait for their next one, the last one's memory would be felt
+            await writer.drain()
+        except BaseException:
+            await writer.stop()
+            raise
+
+    def _open(self, location: str, offset: int, length: int | None) -> _LocalReader:
+        descriptor, info = self._tree.open(location)
+        try:
+            wanted = byte_range(offset, length, info.size)
+            with translated(location):
+                os.lseek(descriptor, wanted.start, os.SEEK_SET)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return _LocalReader(descriptor, info, wanted.stop - wanted.start, self._threads)
+
+
+class _LocalReader:
+    """A range of a file."""
+
+    def __init__(self, descriptor: int, info: ObjectInfo, left: int, threads: ThreadPool) -> None:
+        self.info = info
+        self.descriptor = descriptor
+        self._left = left
+        self._threads = threads
+        self._file = io.FileIO(descriptor)
+        self._handle: AsyncFileIO | None = None
+
+    async def read(self, size: int = -1, /) -> bytes:
+        wanted = self._left if size < 0 else min(size, self._left)
+        handle = self._handle = self._handle or wrap(self._file, executor=self._threads.executor)
+        with translated(self.info.location):
+            chunk = await finished(handle.read(wanted))
+        if wanted and not chunk:
+            message = f"the file at {self.info.location!r} ended {self._left} bytes early"
+            raise BackendError(message, location=self.info.location)
+        self._left -= len(chunk)
+        return bytes(chunk)
+
+    async def aclose(self) -> None:
+        if not self._file.closed:
+            await finished(self._threads.run(self.close))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _copy_some(source: int, draft: Draft, location: str) -> int:
+    """Copy some bytes from the descriptor's position, in the kernel where it can; return how many."""
+    with translated(location):
+        try:
+            return os.copy_file_range(source, draft.file, _COPY_STEP)
+        except (AttributeError, OSError):
+            content = os.read(source, _COPY_STEP)
+    draft.write(content)
+    return len(content)
+
+
+def _require_whole_copy(source: ObjectInfo, draft: Draft, location: str) -> None:
+    """Refuse a copy that ended early, as some file systems let `copy_file_range` do."""
+    with translated(location):
+        copied = os.fstat(draft.file).st_size
+    if copied != source.size:
+        raise BackendError(f"only {copied} of {source.size} bytes of {source.location!r} could be copied", location=location)
+
+
+def _take(objects: Iterator[ObjectInfo]) -> list[ObjectInfo]:
+    return list(islice(objects, _LISTED_AT_A_TIME))
+
+
+def _close(objects: Iterator[ObjectInfo]) -> None:
+    if isinstance(objects, Generator):
+        objects.close()

@@ -1,0 +1,366 @@
+"""Objects in a bucket of Amazon S3, or of a server that speaks its protocol: MinIO, Ceph, R2, SeaweedFS."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+from granite_storage.backends._s3_body import BytesSource, PartSource, StreamSource
+from granite_storage.backends._s3_client import S3Client, S3Settings, version_of
+from granite_storage.backends._s3_connect import S3Clients
+from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, error_at, translate
+from granite_storage.backends._s3_listing import list_keys
+from granite_storage.backends._s3_multipart import abort_uploads
+from granite_storage.backends._s3_reader import info_of, open_reader
+from granite_storage.backends._s3_writer import ObjectWriter
+from granite_storage.backends.base import ObjectInfo, ObjectReader
+from granite_storage.exceptions import (
+    BackendError,
+    ConfigurationError,
+    InvalidLocationError,
+    MissingDependencyError,
+    ObjectNotFoundError,
+)
+from granite_storage.locations import MAX_LOCATION_BYTES, check_location, check_segment
+
+__all__ = ["S3ConfigurationError", "S3StorageBackend"]
+
+_MIB = 1024 * 1024
+_SMALLEST_PART = 5 * _MIB
+_LARGEST_PART = 5 * 1024 * _MIB
+_DELETED_AT_A_TIME = 1000
+_LONGEST_PRESIGN = timedelta(days=7)
+_OURS = frozenset({"Body", "Bucket", "ContentLength", "ContentMD5", "IfMatch", "IfNoneMatch", "Key"})
+
+
+class S3StorageBackend:
+    """Keeps each object under one key of a bucket.
+
+    A write is exclusive (`If-None-Match: *`) and verified by the server against a SHA-256 of the bytes. What fits in one part is
+    one request; more is sent in parts side by side, from memory of `part_size` times `part_concurrency` bytes. A request that
+    fails for a passing reason is made again; where its answer was lost, a HEAD tells what became of it. A write that fails or is
+    cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
+
+    A reader holds a connection until it is closed or read to its end, and goes on where a body was cut off, with the same version
+    of the object or not at all. In a bucket with versions, `delete` leaves a delete marker, as S3 does.
+
+    The client opens with the first call on each event loop. Every write has the metadata entry `granite-write-id`.
+
+    The credentials need `s3:GetObject`, `s3:PutObject`, `s3:DeleteObject`, `s3:AbortMultipartUpload`,
+    `s3:ListMultipartUploadParts`, `s3:ListBucketMultipartUploads` and `s3:ListBucket`; without the last one S3 answers
+    "forbidden" for what is not there, and so does this backend. Give the bucket a lifecycle rule for incomplete multipart
+    uploads, or call `abort_unfinished` now and then: a killed process cannot clean up.
+
+    Args:
+        bucket: The bucket's name; it must exist.
+        prefix: Whole segments, such as `app/uploads`, under which everything is kept; no location shows them.
+        session: An `aioboto3.Session`, which stays yours; None makes one from the environment.
+        endpoint_url: The server, where it is not Amazon's.
+        region_name: The bucket's region, where the environment does not tell it.
+        client_kwargs: More arguments for `session.client("s3", ...)`.
+        config: A botocore or aiobotocore `Config`; what it sets goes before what this backend would set.
+        extra_put_kwargs: More parameters for every write, such as `ServerSideEncryption`, `StorageClass` or `Metadata`.
+        part_size: The size of the parts in bytes, at least 5 MiB. The first 4,500 parts of a stream have it, then it doubles
+            every 500, so that 10,000 parts always suffice. Content in memory is cut into equal parts.
+        part_concurrency: The most parts of one write in memory and in flight at a time.
+        max_parts_in_memory: The most parts of all streams that an event loop's writes hold at a time. A stream with more than
+            1 MiB waits for a place; smaller ones never do.
+        max_pool_connections: The most connections in use at a time; further calls wait for their turn.
+        conditional_writes: Whether the server knows `If-None-Match: *`. With False a HEAD before each write looks for an object
+            instead, and of two writers at the same moment the later one wins.
+        checksums: Whether the server knows `x-amz-checksum-sha256`. With False `Content-MD5` takes its place.
+        max_attempts: How often a request is made before its failure is reported.
+        connect_timeout: The longest wait for a connection to the server, in seconds.
+        read_timeout: The longest time without a byte in either direction, in seconds.
+        pool_timeout: The longest wait for one of the `max_pool_connections`, in seconds.
+        list_by_folder: Whether listings walk the keys folder by folder, for servers that do not list in byte order; None
+            recognises SeaweedFS, which does not, by its name.
+
+    Raises:
+        ConfigurationError: An argument cannot work.
+        MissingDependencyError: aioboto3 is not installed; the extra `s3` brings it.
+
+    Example:
+        >>> S3StorageBackend(bucket="my-bucket", prefix="uploads")
+        S3StorageBackend('my-bucket', prefix='uploads')
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        *,
+        prefix: str = "",
+        session: Any = None,
+        endpoint_url: str | None = None,
+        region_name: str | None = None,
+        client_kwargs: Mapping[str, Any] | None = None,
+        config: Any = None,
+        extra_put_kwargs: Mapping[str, Any] | None = None,
+        part_size: int = 8 * _MIB,
+        part_concurrency: int = 4,
+        max_parts_in_memory: int = 64,
+        max_pool_connections: int = 50,
+        conditional_writes: bool = True,
+        checksums: bool = True,
+        max_attempts: int = 5,
+        connect_timeout: float = 10.0,
+        read_timeout: float = 60.0,
+        pool_timeout: float = 60.0,
+        list_by_folder: bool | None = None,
+    ) -> None:
+        if importlib.util.find_spec("aioboto3") is None:
+            raise MissingDependencyError("S3StorageBackend needs aioboto3: pip install 'granite-storage[s3]'")
+        if not bucket:
+            raise ConfigurationError("bucket must not be empty")
+        if not _SMALLEST_PART <= part_size <= _LARGEST_PART:
+            raise ConfigurationError(f"part_size must be from 5 MiB to 5 GiB, as S3 demands, not {part_size} bytes")
+        _require_positive(
+            part_concurrency=part_concurrency,
+            max_parts_in_memory=max_parts_in_memory,
+            max_pool_connections=max_pool_connections,
+            max_attempts=max_attempts,
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
+            pool_timeout=pool_timeout,
+        )
+        named = {"endpoint_url": endpoint_url, "region_name": region_name}
+        self._settings = S3Settings(
+            bucket=bucket,
+            prefix=_checked_prefix(prefix),
+            session=session,
+            client_kwargs=_checked(
+                "client_kwargs",
+                {**(client_kwargs or {}), **{name: value for name, value in named.items() if value is not None}},
+                reserved={"config", "service_name"},
+            ),
+            config=config,
+            extra_put_kwargs=_checked("extra_put_kwargs", dict(extra_put_kwargs or {}), reserved=_OURS),
+            part_size=part_size,
+            part_concurrency=part_concurrency,
+            max_parts_in_memory=max_parts_in_memory,
+            max_pool_connections=max_pool_connections,
+            conditional_writes=conditional_writes,
+            checksums=checksums,
+            max_attempts=max_attempts,
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
+            pool_timeout=pool_timeout,
+            list_by_folder=list_by_folder,
+        )
+        self._clients = S3Clients(self._settings)
+        self._page_size: int | None = None
+
+    def __repr__(self) -> str:
+        prefix = f", prefix={self.prefix!r}" if self.prefix else ""
+        return f"S3StorageBackend({self.bucket!r}{prefix})"
+
+    @property
+    def bucket(self) -> str:
+        """The bucket's name."""
+        return self._settings.bucket
+
+    @property
+    def prefix(self) -> str:
+        """What stands before every location in the bucket, without the slash that follows."""
+        return self._settings.prefix.rstrip("/")
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[Any]:
+        """Give the running event loop's aioboto3 client, for what this backend does not do; the backend closes it.
+
+        Its calls raise the SDK's errors and are not made again. Keys are `prefix + "/" + location`.
+        """
+        yield (await self._clients.get()).raw
+
+    async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any]:
+        """Create an object; see `StorageBackend.put_bytes`. Large content is sent in parts and not copied.
+
+        Returns:
+            `bucket`, and `version_id` in a bucket that has versions.
+        """
+        self._check(location)
+        client = await self._clients.get()
+        try:
+            return await self._write(client, location, BytesSource(content), content_type)
+        except ConflictError:
+            # S3 wants a multipart upload in conflict with another write made anew, which only bytes can be
+            return await self._write(client, location, BytesSource(content), content_type)
+
+    async def put_stream(
+        self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None
+    ) -> Mapping[str, Any]:
+        """Create an object from a stream; see `StorageBackend.put_stream`. The result is that of `put_bytes`."""
+        self._check(location)
+        client = await self._clients.get()
+        return await self._write(client, location, StreamSource(stream, client.room), content_type)
+
+    async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
+        """Open a range; see `StorageBackend.open`."""
+        self._check(location)
+        return await open_reader(await self._clients.get(), location, offset=offset, length=length)
+
+    async def stat(self, location: str) -> ObjectInfo:
+        """Tell what is known of an object; see `StorageBackend.stat`."""
+        self._check(location)
+        client = await self._clients.get()
+        head = await client.head(location)
+        return info_of(location, head, head["ContentLength"])
+
+    async def exists(self, location: str) -> bool:
+        """Tell whether an object is there; see `StorageBackend.exists`."""
+        try:
+            await self.stat(location)
+        except ObjectNotFoundError:
+            return False
+        return True
+
+    async def delete(self, location: str) -> None:
+        """Remove an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
+        self._check(location)
+        await self._delete(await self._clients.get(), location)
+
+    async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
+        """Remove objects, a thousand by one request; see `SupportsBatchDelete.delete_many`."""
+        for location in locations:
+            self._check(location)
+        client = await self._clients.get()
+        different = list(dict.fromkeys(locations))
+        failures: dict[str, BackendError] = {}
+        for start in range(0, len(different), _DELETED_AT_A_TIME):
+            failures |= await self._delete_batch(client, different[start : start + _DELETED_AT_A_TIME])
+        return failures
+
+    async def copy(self, source: str, target: str) -> Mapping[str, Any]:
+        """Copy an object inside the server, with its headers and metadata; see `SupportsCopy.copy`. Tags stay behind."""
+        self._check(source)
+        self._check(target)
+        client = await self._clients.get()
+        info = await client.head(source)
+        return self._receipt(await ObjectWriter(client, target, {}).copy(source, info))
+
+    async def presign_get(
+        self, location: str, *, expires_in: timedelta, content_type: str | None = None, disposition: str | None = None
+    ) -> str:
+        """Return a URL that serves a GET until it expires, after seven days at the most; see `SupportsPresign.presign_get`.
+
+        The URL grants what it says to whoever has it: do not log it.
+        """
+        self._check(location)
+        if not timedelta(seconds=1) <= expires_in <= _LONGEST_PRESIGN:
+            raise ValueError(f"expires_in must be from one second to seven days, not {expires_in}")
+        parameters = {"Bucket": self.bucket, "Key": self._settings.key(location)}
+        if content_type is not None:
+            parameters["ResponseContentType"] = content_type
+        if disposition is not None:
+            parameters["ResponseContentDisposition"] = disposition
+        client = await self._clients.get()
+        try:
+            url: str = await client.raw.generate_presigned_url(
+                "get_object", Params=parameters, ExpiresIn=int(expires_in.total_seconds())
+            )
+        except Exception as error:
+            raise translate(error, "presign_get", bucket=self.bucket, location=location) from error
+        return url
+
+    async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
+        """Yield objects in byte order; see `StorageBackend.iter_objects`.
+
+        What other programs have put under keys that are no valid locations is yielded too.
+
+        Raises:
+            S3ConfigurationError: The server lists in another order than S3.
+        """
+        settings = self._settings
+        client = await self._clients.get()
+        after = None if start_after is None else settings.key(start_after)
+        async for entry in list_keys(client, settings.key(prefix), start_after=after, page_size=self._page_size):
+            location = entry["Key"].removeprefix(settings.prefix)
+            if location:
+                yield info_of(location, entry, entry["Size"])
+
+    async def abort_unfinished(self, *, older_than: timedelta) -> int:
+        """Abort the multipart uploads under the prefix; see `SupportsCleanup.abort_unfinished`.
+
+        An upload is old when it began, and its last part arrived, so long ago. Those of other programs are aborted too.
+        """
+        client = await self._clients.get()
+        return await abort_uploads(client, older_than=older_than)
+
+    async def aclose(self) -> None:
+        """Close the running event loop's client; see `StorageBackend.aclose`. Readers that are still open break."""
+        await self._clients.aclose()
+
+    def _check(self, location: str) -> None:
+        check_location(location, windows=False)
+        if len(self._settings.key(location).encode()) > MAX_LOCATION_BYTES:
+            raise InvalidLocationError(f"the location is longer than {MAX_LOCATION_BYTES} bytes with its prefix")
+
+    async def _write(self, client: S3Client, location: str, source: PartSource, content_type: str | None) -> Mapping[str, Any]:
+        content = {} if content_type is None else {"ContentType": content_type}
+        return self._receipt(await ObjectWriter(client, location, content).write(source))
+
+    def _receipt(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+        version = version_of(answer)
+        return {"bucket": self.bucket, **({"version_id": version["VersionId"]} if version else {})}
+
+    async def _delete(self, client: S3Client, location: str) -> None:
+        try:
+            await client.call("delete_object", location=location)
+        except ObjectNotFoundError:  # some servers say so
+            return
+
+    async def _delete_batch(self, client: S3Client, locations: Sequence[str]) -> dict[str, BackendError]:
+        keys = {self._settings.key(location): location for location in locations}
+        try:
+            answer = await client.call("delete_objects", Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True})
+        except BackendError as error:
+            if type(error) is BackendError:  # the server does not know the request, or wants other checksums of it
+                return await self._delete_each(client, locations)
+            return {location: error_at(location, error) for location in locations}
+        failures: dict[str, BackendError] = {}
+        for entry in answer.get("Errors", ()):
+            location = keys[entry["Key"]]
+            failure = answered({"Error": entry}, "delete_objects", bucket=self.bucket, location=location)
+            if not isinstance(failure, ObjectNotFoundError):
+                failures[location] = failure
+        return failures
+
+    async def _delete_each(self, client: S3Client, locations: Sequence[str]) -> dict[str, BackendError]:
+        results = await asyncio.gather(*(self._delete(client, location) for location in locations), return_exceptions=True)
+        failures = {}
+        for location, result in zip(locations, results, strict=True):
+            if isinstance(result, BackendError):
+                failures[location] = result
+            elif result is not None:
+                raise result
+        return failures
+
+
+def _checked_prefix(prefix: str) -> str:
+    """Return a prefix as it stands before a location: empty, or segments each with a slash."""
+    bare = prefix.removesuffix("/")
+    if not bare:
+        return ""
+    for segment in bare.split("/"):
+        try:
+            check_segment(segment, windows=False)
+        except InvalidLocationError as error:
+            raise ConfigurationError(f"the prefix is not safe: {error}") from error
+    return f"{bare}/"
+
+
+def _checked(argument: str, given: dict[str, Any], *, reserved: frozenset[str] | set[str]) -> dict[str, Any]:
+    for name in given:
+        if name in reserved or name.startswith("Checksum"):
+            raise ConfigurationError(f"{argument} must not contain {name!r}: the backend sets it")
+    return given
+
+
+def _require_positive(**numbers: float) -> None:
+    for argument, number in numbers.items():
+        if number <= 0:
+            raise ConfigurationError(f"{argument} must be greater than 0, not {number!r}")

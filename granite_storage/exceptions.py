@@ -1,0 +1,148 @@
+"""The errors of the library: one family, none of it an `OSError`.
+
+Starlette takes an `OSError` raised while a body is streamed for a client that went away, so a failing disk must not look like
+one. The system's or the SDK's own error is always the `__cause__`. Every error pickles, and none carries a secret.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AccessDeniedError",
+    "BackendError",
+    "BackendUnavailableError",
+    "ChecksumMismatchError",
+    "ConfigurationError",
+    "ConsumedSourceError",
+    "ContentError",
+    "ContentTooLargeError",
+    "InvalidLocationError",
+    "InvalidReferenceError",
+    "MissingDependencyError",
+    "ObjectExistsError",
+    "ObjectNotFoundError",
+    "SizeMismatchError",
+    "StaleAttachmentError",
+    "StorageError",
+    "StorageFullError",
+    "UnboundAttachmentError",
+    "UnknownBackendError",
+    "UnknownPolicyError",
+]
+
+
+class StorageError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class ConfigurationError(StorageError):
+    """The configuration cannot work; raised when it is given, not at the first upload."""
+
+
+class UnknownPolicyError(ConfigurationError, LookupError):
+    """No policy has the given `storage_key`."""
+
+
+class UnknownBackendError(ConfigurationError, LookupError):
+    """No backend has the given key."""
+
+
+class MissingDependencyError(ConfigurationError, ImportError):
+    """A package of an optional extra is not installed; the message names the extra."""
+
+
+class InvalidLocationError(StorageError, ValueError):
+    """A location, or a part of one, is not safe to use; nothing was touched."""
+
+
+class InvalidReferenceError(StorageError, ValueError):
+    """A value is not a `StoredObjectRef`; the message names the field at fault."""
+
+
+class ContentError(StorageError):
+    """The content is not what was declared or allowed."""
+
+
+class ContentTooLargeError(ContentError):
+    """The content has more bytes than its policy allows; nothing of it was kept.
+
+    Attributes:
+        max_size: The limit, in bytes.
+    """
+
+    def __init__(self, message: str = "", *, max_size: int | None = None) -> None:
+        super().__init__(message)
+        self.max_size = max_size
+
+
+class ChecksumMismatchError(ContentError):
+    """The bytes do not have the expected checksum.
+
+    Attributes:
+        expected: The checksum that was declared or recorded, `sha256:<hex>`.
+        actual: The checksum of the bytes, `sha256:<hex>`.
+    """
+
+    def __init__(self, message: str = "", *, expected: str | None = None, actual: str | None = None) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.actual = actual
+
+
+class SizeMismatchError(ContentError):
+    """The number of bytes is not the one that was declared or recorded.
+
+    Attributes:
+        expected: The declared or recorded size, in bytes.
+        actual: The size found, in bytes; None where counting stopped early.
+    """
+
+    def __init__(self, message: str = "", *, expected: int | None = None, actual: int | None = None) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.actual = actual
+
+
+class StaleAttachmentError(StorageError):
+    """What the transaction relied on has changed meanwhile; the transaction may be tried again."""
+
+
+class UnboundAttachmentError(StorageError):
+    """An attachment does not know its manager: `bind_storage` was not called for its base."""
+
+
+class ConsumedSourceError(StorageError):
+    """A stream was already read and cannot be read a second time."""
+
+
+class BackendError(StorageError):
+    """A backend could not do what it was asked to.
+
+    Attributes:
+        backend: The backend's key in the manager, where one is known.
+        location: The object's address inside the backend, where the call had one.
+    """
+
+    def __init__(self, message: str = "", *, backend: str | None = None, location: str | None = None) -> None:
+        super().__init__(message)
+        self.backend = backend
+        self.location = location
+
+
+class ObjectNotFoundError(BackendError):
+    """No object is at the location."""
+
+
+class ObjectExistsError(BackendError):
+    """An object is at the location already; it was left as it is."""
+
+
+class AccessDeniedError(BackendError):
+    """The backend refused permission; never reported as "not found"."""
+
+
+class StorageFullError(BackendError):
+    """The backend has no room left; nothing of the write was kept."""
+
+
+class BackendUnavailableError(BackendError):
+    """The backend cannot be reached or is overloaded; the operation may be tried again."""

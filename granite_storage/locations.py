@@ -1,0 +1,247 @@
+"""How a location is made, and how one that comes from outside is checked.
+
+A location is `[key_prefix/]model_name/entity_id/field_name/<uuid7 as 32 hex digits>-<safe name>`. It is unique, so an object is
+never overwritten; it begins with the time, so a listing is in order of creation; and a person can read it.
+
+What the application names (model, entity, field, prefix) is refused when it is unsafe, because it is a mistake to be seen. What a
+visitor names (the file) is made safe, because an upload must not fail for it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+import unicodedata
+
+from granite_storage.exceptions import InvalidLocationError
+
+__all__ = [
+    "MAX_LOCATION_BYTES",
+    "MAX_SEGMENT_BYTES",
+    "RESERVED_PREFIX",
+    "check_location",
+    "check_segment",
+    "clean_filename",
+    "make_location",
+    "matches_generated_name",
+    "safe_name",
+    "uuid7_hex",
+]
+
+MAX_LOCATION_BYTES = 1024
+"""The longest key that S3 takes, in UTF-8 bytes; every backend has the same limit, so that objects can move between them."""
+
+MAX_SEGMENT_BYTES = 255
+"""The longest file name of the common file systems, in bytes."""
+
+RESERVED_PREFIX = ".granite-"
+"""Begins the names of temporary files and markers; no location may contain a segment that begins so, in any case of letters."""
+
+_PLAIN_LOCATION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254}(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})*")
+_LONGEST_EXTENSION = 20
+_LONGEST_READ = 1024
+_UNSAFE_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+_BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_GENERATED_NAME = re.compile(r"[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}-[^/]+")
+_WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\.|:|$)", re.IGNORECASE)
+
+
+def make_location(
+    *, key_prefix: str | None, model_name: str, entity_id: str, field_name: str, original_filename: str | None
+) -> str:
+    """Return a new, unique location.
+
+    Args:
+        key_prefix: The policy's prefix, or None.
+        model_name: What kind of thing owns the object, such as `user`.
+        entity_id: Which of them.
+        field_name: Which of its files.
+        original_filename: The name that a visitor gave, cleaned by `clean_filename` or not; None if there is none.
+
+    Raises:
+        InvalidLocationError: A part is unsafe or the text of None, or the whole would be longer than `MAX_LOCATION_BYTES`.
+    """
+    for argument, segment in (("model_name", model_name), ("entity_id", entity_id), ("field_name", field_name)):
+        check_segment(segment, argument)
+        if segment == "None":
+            raise InvalidLocationError(
+                f"{argument} is 'None', the text of an absent value; a row has its key once it was flushed"
+            )
+    folder = "/".join(part for part in (key_prefix, model_name, entity_id, field_name) if part)
+    stem = f"{folder}/{uuid7_hex()}-"
+    room = MAX_LOCATION_BYTES - len(stem.encode())
+    if room < 1:
+        raise InvalidLocationError(f"the location would be longer than {MAX_LOCATION_BYTES} bytes: {folder[:80]!r}...")
+    return stem + safe_name(original_filename, max_bytes=min(room, MAX_SEGMENT_BYTES - 33))
+
+
+def check_segment(segment: object, argument: str = "segment", *, windows: bool = os.name == "nt") -> None:
+    """Refuse what cannot be one segment of a location, whatever the backend.
+
+    Args:
+        segment: The value to check.
+        argument: What the message calls it.
+        windows: Whether names that Windows gives to devices are refused too.
+
+    Raises:
+        InvalidLocationError: It is not a string, is empty, `.`, `..`, or too long, ends in a dot or a space, or has a slash,
+            a backslash, a control character or a lone surrogate.
+    """
+    problem = _segment_problem(segment, windows)
+    if problem:
+        raise InvalidLocationError(f"{argument} {problem}: {_shown(segment)}")
+    if segment[-1] in ". ":  # type: ignore[index]  # _segment_problem has refused what is not a string
+        raise InvalidLocationError(f"{argument} ends in a dot or a space: {_shown(segment)}")
+
+
+def check_location(location: object, *, windows: bool = os.name == "nt") -> None:
+    """Refuse a location that could reach outside a backend or name two objects; nothing is normalised.
+
+    The manager calls it before a backend sees a location, and a backend calls it again: a row may have been edited by hand.
+
+    Raises:
+        InvalidLocationError: It is not a string, is longer than `MAX_LOCATION_BYTES`, or one of its segments is empty, `.`,
+            `..`, too long, reserved, or has a backslash, a control character or a lone surrogate.
+    """
+    if not isinstance(location, str):
+        raise InvalidLocationError(f"a location must be a string, not {type(location).__name__}")
+    if len(location) <= MAX_LOCATION_BYTES and not windows and _PLAIN_LOCATION.fullmatch(location):
+        return
+    if len(location) > MAX_LOCATION_BYTES:
+        raise InvalidLocationError(f"the location is longer than {MAX_LOCATION_BYTES} bytes: {_shown(location)}")
+    for segment in location.split("/"):
+        problem = _segment_problem(segment, windows)
+        if problem:
+            raise InvalidLocationError(f"a segment of the location {problem}: {_shown(location)}")
+    if len(location.encode()) > MAX_LOCATION_BYTES:
+        raise InvalidLocationError(f"the location is longer than {MAX_LOCATION_BYTES} bytes: {_shown(location)}")
+
+
+def matches_generated_name(location: str) -> bool:
+    """Tell whether the last segment has the form that `make_location` gives; what has not is not ours to collect."""
+    return _GENERATED_NAME.fullmatch(location.rpartition("/")[2]) is not None
+
+
+def clean_filename(filename: str | None) -> str | None:
+    """Return what a ref keeps of the name that a visitor gave, or None if nothing is left of it.
+
+    The last component after slashes and backslashes (on every system), without control and bidirectional-override
+    characters, lone surrogates replaced, at most 255 bytes with its extension kept; otherwise as given.
+    """
+    if filename is None:
+        return None
+    if not isinstance(filename, str):
+        raise TypeError(f"original_filename must be a string or None, not {type(filename).__name__}")
+    name = filename.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    if len(name) > 2 * _LONGEST_READ:
+        name = name[:_LONGEST_READ] + name[-_LONGEST_READ:]
+    name = _shortened("".join(map(_clean_character, name)).strip(), MAX_SEGMENT_BYTES).strip()
+    return name if name.strip(". ") else None
+
+
+def safe_name(filename: str | None, *, max_bytes: int = MAX_SEGMENT_BYTES - 33) -> str:
+    """Return a name fit for the last segment of a location: never empty, hidden, or with two extensions.
+
+    Letters and digits of any script, `-` and `_` stay, in NFC; every other character becomes `_`; the only dot stands before
+    the extension, which is lower case. A server that picks a handler by any of several extensions finds just one.
+
+    Args:
+        filename: The name that a visitor gave, or None.
+        max_bytes: The most UTF-8 bytes the name may have.
+    """
+    cleaned = unicodedata.normalize("NFC", clean_filename(filename) or "").rstrip(". ")
+    stem, dot, extension = cleaned.rpartition(".")
+    if not dot:
+        stem, extension = cleaned, ""
+    stem = "".join(character if _is_plain(character) else "_" for character in stem).strip("_") or "file"
+    extension = "".join(character if _is_plain(character) else "_" for character in extension.lower()).strip("_")
+    return _shortened(f"{stem}.{extension}" if extension else stem, max_bytes).strip("._") or "_"
+
+
+def uuid7_hex() -> str:
+    """Return a new UUID of version 7 as 32 hex digits: 48 bits of milliseconds, then random bits.
+
+    Source: RFC 9562, section 5.7.
+    """
+    milliseconds = time.time_ns() // 1_000_000
+    randomness = int.from_bytes(_entropy.take(10))
+    value = (milliseconds & (1 << 48) - 1) << 80 | randomness
+    value = value & ~(0xF << 76) | 7 << 76
+    value = value & ~(0x3 << 62) | 2 << 62
+    return f"{value:032x}"
+
+
+class _Entropy:
+    """The system's randomness, fetched for many names at a time: asking for it gives up the interpreter's lock each time."""
+
+    def __init__(self) -> None:
+        self._bytes = b""
+        self._used = 0
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> bytes:
+        with self._lock:
+            if self._used + count > len(self._bytes):
+                self._bytes, self._used = os.urandom(4096), 0
+            self._used += count
+            return self._bytes[self._used - count : self._used]
+
+    def forget(self) -> None:
+        """Drop what is left: a fork must not use the bytes that its parent uses."""
+        self._bytes, self._used, self._lock = b"", 0, threading.Lock()
+
+
+_entropy = _Entropy()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_entropy.forget)
+
+
+def _segment_problem(segment: object, windows: bool) -> str | None:
+    if not isinstance(segment, str):
+        return f"must be a string, not {type(segment).__name__}"
+    if not windows and len(segment) <= MAX_SEGMENT_BYTES and "/" not in segment and _PLAIN_LOCATION.fullmatch(segment):
+        return None
+    if segment in {"", ".", ".."}:
+        return "must not be empty, '.' or '..'"
+    if segment[:1] == "." and segment.lower().startswith(RESERVED_PREFIX):
+        return f"begins with {RESERVED_PREFIX!r}, which is reserved"
+    if segment.isascii():
+        if "/" in segment or "\\" in segment or not segment.isprintable():
+            return "has a slash, a backslash or a control character"
+    elif any(character in "/\\" or unicodedata.category(character) in _UNSAFE_CATEGORIES for character in segment):
+        return "has a slash, a backslash, a control character or a lone surrogate"
+    if len(segment.encode()) > MAX_SEGMENT_BYTES:
+        return f"is longer than {MAX_SEGMENT_BYTES} bytes"
+    if windows and (_WINDOWS_DEVICE.match(segment) or any(character in '<>:"|?*' for character in segment)):
+        return "is the name of a device, or has a character that Windows does not allow"
+    return None
+
+
+def _clean_character(character: str) -> str:
+    category = unicodedata.category(character)
+    if category == "Cs":
+        return "\ufffd"
+    return "" if category in _UNSAFE_CATEGORIES or character in _BIDI_CONTROLS else character
+
+
+def _is_plain(character: str) -> bool:
+    return character in "-_" or unicodedata.category(character)[0] in "LNM"
+
+
+def _shortened(name: str, max_bytes: int) -> str:
+    """Cut a name on a code point, before its extension where it has one that is not absurd."""
+    if len(name.encode()) <= max_bytes:
+        return name
+    stem, dot, extension = name.rpartition(".")
+    suffix = (dot + extension).encode()
+    if not stem or len(suffix) > _LONGEST_EXTENSION or len(suffix) >= max_bytes:
+        stem, suffix = name, b""
+    room = max_bytes - len(suffix)
+    return stem.encode()[:room].decode(errors="ignore") + suffix.decode()
+
+
+def _shown(value: object) -> str:
+    text = ascii(value[:120] if isinstance(value, str) else value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,18 @@
+"""Files that commit and roll back with the rows of SQLAlchemy's ORM."""
+
+from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.binding import StorageBinding, bind_storage
+from granite_storage.orm.mixin import StoredContentMixin
+from granite_storage.orm.references import iter_model_storage_refs
+from granite_storage.orm.types import AttachmentType, StoredObjectRefType, attachment
+
+__all__ = [
+    "Attachment",
+    "AttachmentType",
+    "StorageBinding",
+    "StoredContentMixin",
+    "StoredObjectRefType",
+    "attachment",
+    "bind_storage",
+    "iter_model_storage_refs",
+]

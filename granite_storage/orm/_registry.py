@@ -1,0 +1,53 @@
+"""Which binding serves which metadata: the one place where an attachment finds its manager."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from granite_storage.exceptions import UnboundAttachmentError
+
+if TYPE_CHECKING:
+    from sqlalchemy import MetaData
+
+    from granite_storage.orm.binding import StorageBinding
+
+__all__ = ["active_bindings", "add", "binding_for", "find_binding", "remove"]
+
+_bindings: list[StorageBinding] = []
+
+
+def add(binding: StorageBinding) -> bool:
+    """Enter a binding, before older ones of the same metadata; return whether it is the only one."""
+    _bindings.append(binding)
+    return len(_bindings) == 1
+
+
+def remove(binding: StorageBinding) -> bool:
+    """Take a binding out, which brings an older one of the same metadata back; return whether it was the last one."""
+    if binding not in _bindings:
+        return False
+    _bindings.remove(binding)
+    return not _bindings
+
+
+def active_bindings() -> list[StorageBinding]:
+    """Return the bindings in force: for each metadata the newest."""
+    newest = {id(binding.metadata): binding for binding in _bindings}
+    return list(newest.values())
+
+
+def find_binding(metadata: MetaData) -> StorageBinding | None:
+    """Return the newest binding of a metadata, or None."""
+    return next((binding for binding in reversed(_bindings) if binding.metadata is metadata), None)
+
+
+def binding_for(metadata: MetaData, what: str) -> StorageBinding:
+    """Return the newest binding of a metadata.
+
+    Raises:
+        UnboundAttachmentError: `bind_storage` was not called for it.
+    """
+    binding = find_binding(metadata)
+    if binding is None:
+        raise UnboundAttachmentError(f"{what} has no storage manager: call bind_storage(Base, manager) for its base first")
+    return binding

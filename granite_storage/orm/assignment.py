@@ -1,0 +1,75 @@
+"""Refusing at once, at the assignment, what an attachment attribute may not hold."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.orm import Mapper, registry
+
+from granite_storage.exceptions import InvalidReferenceError
+from granite_storage.orm._registry import find_binding
+from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.columns import slots_of
+
+__all__ = ["guard_base", "listen", "release", "require_attachment", "unlisten"]
+
+_guarded: weakref.WeakSet[Mapper[Any]] = weakref.WeakSet()
+
+
+def listen() -> None:
+    """Guard each mapper as it is configured, which is before its first instance."""
+    event.listen(Mapper, "mapper_configured", _guard)
+
+
+def unlisten() -> None:
+    """Stop guarding mappers as they are configured."""
+    event.remove(Mapper, "mapper_configured", _guard)
+
+
+def release() -> None:
+    """Guard no attribute any more whose base is not bound."""
+    for mapper in list(_guarded):
+        if not _is_bound(mapper):
+            _guarded.remove(mapper)
+            for slot in slots_of(mapper):
+                event.remove(getattr(mapper.class_, slot.key), "set", _check)
+
+
+def guard_base(base: Any) -> None:
+    """Guard the mappers that were configured before their base was bound."""
+    mappers = getattr(base, "registry", None) or getattr(base, "_sa_registry", None)
+    if isinstance(mappers, registry):
+        for mapper in mappers.mappers:
+            if mapper.configured:
+                _guard(mapper)
+
+
+def require_attachment(value: Any, label: str) -> Attachment | None:
+    """Return a value that may be assigned: refs are minted by the manager, and a managed column takes attachments only.
+
+    Raises:
+        InvalidReferenceError: It is neither an attachment nor None.
+    """
+    if value is None or isinstance(value, Attachment):
+        return value
+    raise InvalidReferenceError(
+        f"{label} is a managed attachment column and takes an Attachment or None, not {type(value).__name__}"
+    )
+
+
+def _guard(mapper: Mapper[Any], _: Any = None) -> None:
+    if mapper in _guarded or not _is_bound(mapper):
+        return
+    _guarded.add(mapper)
+    for slot in slots_of(mapper):
+        event.listen(getattr(mapper.class_, slot.key), "set", _check, raw=True, retval=True, include_key=True)
+
+
+def _is_bound(mapper: Mapper[Any]) -> bool:
+    return any(find_binding(slot.home.table.metadata) is not None for slot in slots_of(mapper))
+
+
+def _check(state: Any, value: Any, _: Any, initiator: Any, **__: Any) -> Any:
+    return require_attachment(value, f"{state.class_.__name__}.{initiator.key}")

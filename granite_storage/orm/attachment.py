@@ -1,0 +1,359 @@
+"""The value of an attachment attribute: a file on its way into a row, or one that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+
+from granite_storage.exceptions import ConsumedSourceError, InvalidReferenceError, UnboundAttachmentError
+from granite_storage.locations import uuid7_hex
+from granite_storage.orm._registry import active_bindings
+from granite_storage.readers import OpeningReader
+from granite_storage.refs import StoredObjectRef
+from granite_storage.streams import BytesLike, ByteSource, iter_chunks
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+    from pydantic_core import CoreSchema
+    from sqlalchemy.orm import InstrumentedAttribute
+
+    from granite_storage.manager import StorageManager
+    from granite_storage.orm.types import AttachmentType
+
+__all__ = ["Attachment"]
+
+
+class UploadFile(Protocol):
+    """What a web framework hands over for a file of a form, such as Starlette's `UploadFile`."""
+
+    @property
+    def filename(self) -> str | None: ...
+
+    @property
+    def content_type(self) -> str | None: ...
+
+    async def read(self, size: int = -1, /) -> bytes: ...
+
+
+class Attachment:
+    """A file that belongs to one row: pending until the flush that stores it, then stored.
+
+    Assigning one to a row is all there is to do: the flush uploads it, the commit keeps it and a rollback removes it. An
+    attachment behaves as a value: assigned to a second row it becomes a copy with an object of its own, unless the first row
+    gives it up in the same transaction.
+
+    Args:
+        content: Bytes, or anything that `StorageManager.put_stream` takes. A stream is read once, at the flush, and never
+            closed; bytes can be stored again after a rollback.
+        filename: The name that the visitor gave; made safe, never trusted.
+        content_type: The media type, kept as given.
+        extra: Keys of your own to keep in the ref.
+
+    Example:
+        >>> Attachment(b"Hello", filename="hello.txt", content_type="text/plain").is_pending
+        True
+    """
+
+    _source: ByteSource | Attachment | None = None
+    _reusable = False
+    _filename: str | None = None
+    _content_type: str | None = None
+    _extra: Mapping[str, Any] | None = None
+    _ref: StoredObjectRef | None = None
+    _error: InvalidReferenceError | None = None
+    _home: AttachmentType | _Address | None = None
+    # True while a flush writes the ref into the row that owns it: the column type binds no other.
+    _claimed = False
+    # True from `store` until a row takes it: an object that no row holds yet may be taken without a copy.
+    _unowned = False
+
+    def __init__(
+        self,
+        content: ByteSource,
+        *,
+        filename: str | None = None,
+        content_type: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        if isinstance(content, str | StoredObjectRef | Mapping | Attachment):
+            raise TypeError(f"an attachment is made of bytes or a binary stream, not of {type(content).__name__}")
+        self._reusable = isinstance(content, bytes | bytearray | memoryview)
+        if not self._reusable:
+            iter_chunks(content)  # raises where it is no stream; nothing is read
+        self._source = content
+        self._filename = filename
+        self._content_type = content_type
+        self._extra = extra
+
+    @classmethod
+    def from_upload(cls, upload: UploadFile, *, extra: Mapping[str, Any] | None = None) -> Self:
+        """Make a pending attachment of an uploaded file, with the name and media type that the client gave.
+
+        Args:
+            upload: The uploaded file; read at the flush, from where it stands, and never closed.
+            extra: Keys of your own to keep in the ref.
+        """
+        return cls(upload, filename=upload.filename, content_type=upload.content_type, extra=extra)
+
+    @classmethod
+    def _of(cls, ref: StoredObjectRef, home: AttachmentType) -> Self:
+        """Make the stored attachment that a row holds; once per row that is read, so nothing is done twice."""
+        self = cls.__new__(cls)
+        self._ref = ref
+        self._home = home
+        return self
+
+    @classmethod
+    def _broken(cls, error: InvalidReferenceError, home: AttachmentType) -> Self:
+        """Make the attachment of a row whose value is not a ref."""
+        self = cls.__new__(cls)
+        self._error = error
+        self._home = home
+        return self
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it is still to be stored."""
+        return self._ref is None and self._error is None
+
+    @property
+    def ref(self) -> StoredObjectRef:
+        """The receipt of the stored object.
+
+        Raises:
+            UnboundAttachmentError: It is not stored yet.
+            InvalidReferenceError: The row holds something that is not a ref.
+        """
+        if self._error is not None:
+            raise InvalidReferenceError(str(self._error)) from self._error
+        if self._ref is None:
+            raise UnboundAttachmentError("the attachment is not stored yet; flush the session, or await store()")
+        return self._ref
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes; raises as `ref` does."""
+        return self.ref.size
+
+    @property
+    def checksum(self) -> str:
+        """`sha256:<hex>`, empty where unknown; raises as `ref` does."""
+        return self.ref.checksum
+
+    @property
+    def location(self) -> str:
+        """Its address inside its backend; raises as `ref` does."""
+        return self.ref.location
+
+    @property
+    def content_type(self) -> str | None:
+        """The media type that was given."""
+        return self._content_type if self.is_pending else self.ref.content_type
+
+    @property
+    def original_filename(self) -> str | None:
+        """The name that was given: raw while pending, cleaned once stored."""
+        return self._filename if self.is_pending else self.ref.original_filename
+
+    @property
+    def manager(self) -> StorageManager:
+        """The manager that stores it, found from its column.
+
+        Raises:
+            UnboundAttachmentError: It belongs to no column yet, or `bind_storage` was not called for the column's base.
+        """
+        match self._home:
+            case None:
+                raise UnboundAttachmentError("the attachment belongs to no column yet; assign it to a row, or await store()")
+            case _Address():
+                return self._home.find()
+            case home:
+                return home.binding().manager
+
+    async def read(self) -> bytes:
+        """Return all bytes, verified; see `StorageManager.get`."""
+        return await self.manager.get(self.ref)
+
+    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
+        """Open it for streaming; see `StorageManager.open`."""
+        return self.manager.open(self.ref, offset=offset, length=length, verify=verify)
+
+    async def exists(self) -> bool:
+        """Tell whether its object is there; see `StorageManager.exists`."""
+        return await self.manager.exists(self.ref)
+
+    async def store(self, column: InstrumentedAttribute[Any]) -> Self:
+        """Upload now, before any transaction; the row that it is assigned to later takes the object as it is.
+
+        One that is never assigned, or whose process dies, leaves an object that the garbage collector reclaims.
+
+        Args:
+            column: The attribute it is meant for, such as `Document.file`; its policy decides where the object goes.
+
+        Raises:
+            ConsumedSourceError: Its stream was read already.
+            StorageError: As `StorageManager.put_stream`.
+        """
+        home = _home_of(column)
+        if self.is_pending:
+            await self._put(home, uuid7_hex())
+            self._unowned = True
+        return self
+
+    async def _put(self, home: AttachmentType, entity_id: str) -> StoredObjectRef:
+        """Upload to a column's policy and become stored."""
+        manager = home.binding().manager_for(home)
+        source = self._take_source()
+        where = _names_of(home, entity_id)
+        given: dict[str, Any] = {"content_type": self._content_type, "original_filename": self._filename, "extra": self._extra}
+        if isinstance(source, Attachment):
+            ref = await source._copied_by(manager, where)
+        elif self._reusable:
+            ref = await manager.put_bytes(content=cast(BytesLike, source), **where, **given)
+        else:
+            ref = await manager.put_stream(stream=source, **where, **given)
+        self._ref, self._home = ref, home
+        return ref
+
+    async def _copy(self, home: AttachmentType, entity_id: str) -> Attachment:
+        """Return an attachment with an object of its own, for another column or row; it can be copied again after a rollback."""
+        copy = Attachment.__new__(Attachment)
+        copy._source, copy._reusable = self, True
+        copy._filename, copy._content_type, copy._extra = self.original_filename, self.content_type, self._extra
+        await copy._put(home, entity_id)
+        return copy
+
+    async def _copied_by(self, manager: StorageManager, where: dict[str, Any]) -> StoredObjectRef:
+        if self.manager is manager:
+            return await manager.copy(self.ref, **where)
+        given: dict[str, Any] = {"content_type": self.content_type, "original_filename": self.original_filename}
+        async with self.open(verify=True) as stream:
+            return await manager.put_stream(stream=stream, extra=self.ref.extra, **where, **given)
+
+    def _take_source(self) -> ByteSource | Attachment:
+        """Return what is to be stored: a stream once, bytes and a copy's original as often as they are rolled back."""
+        source = self._source
+        if isinstance(source, Attachment) and source.is_pending:
+            # The original was rolled back as well, so its own content is all that is left.
+            return source._take_source()
+        if source is None:
+            raise ConsumedSourceError("the attachment's stream was read already; make a new attachment")
+        if not self._reusable:
+            self._source = None
+        return source
+
+    def _undo(self) -> None:
+        """Become pending again, after its object was rolled back; only bytes can be stored a second time."""
+        self._ref = None
+        self._claimed = self._unowned = False
+
+    def _settle(self) -> None:
+        """Let go of the bytes, once its row is committed."""
+        self._source = None
+        self._reusable = False
+
+    def _forget_claim(self) -> None:
+        self._claimed = False
+
+    def __repr__(self) -> str:
+        if self._error is not None:
+            return f"<Attachment broken: {self._error}>"
+        if self._ref is None:
+            return f"<Attachment pending filename={self._filename!r}>"
+        return f"<Attachment size={self._ref.size} filename={self._ref.original_filename!r}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in self.__dict__.items() if key not in {"_claimed", "_unowned"}}
+        if self._ref is not None:
+            state.update(_source=None, _reusable=False)
+        elif self.is_pending:
+            if not isinstance(self._source, bytes | bytearray | memoryview):
+                raise TypeError("an attachment made of a stream cannot be pickled before it is stored")
+            state["_source"] = bytes(self._source)
+        if self._home is not None and not isinstance(self._home, _Address):
+            state["_home"] = self._home.address()
+        return state
+
+    def __copy__(self) -> Attachment:
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Attachment:
+        return self
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Show size, media type, name and checksum in a response model, never where the bytes lie."""
+        from pydantic_core import core_schema
+
+        serialization = core_schema.plain_serializer_function_ser_schema(_shown, return_schema=_shown_schema())
+        return core_schema.is_instance_schema(cls, serialization=serialization)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(_shown_schema()), "title": "Attachment"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """Says in a pickle which column an attachment belongs to."""
+
+    base: str
+    table: str
+    column: str
+    storage_key: str
+
+    def find(self) -> StorageManager:
+        found = [binding for binding in active_bindings() if self._fits(binding.column_type(self.table, self.column))]
+        named = [binding for binding in found if binding.base_name == self.base]
+        for candidates in (named, found):
+            if len(candidates) == 1:
+                return candidates[0].manager
+        raise UnboundAttachmentError(
+            f"an attachment of {self.table}.{self.column} was unpickled, and {'no' if not found else 'more than one'}"
+            f" base with that column is bound here"
+        )
+
+    def _fits(self, home: AttachmentType | None) -> bool:
+        return home is not None and home.storage_key == self.storage_key
+
+
+def _names_of(home: AttachmentType, entity_id: str) -> dict[str, Any]:
+    return {
+        "storage_key": home.storage_key,
+        "model_name": home.model_name,
+        "entity_id": entity_id,
+        "field_name": home.field_name,
+    }
+
+
+def _shown(value: Attachment) -> dict[str, Any]:
+    ref = value.ref
+    return {
+        "size": ref.size,
+        "content_type": ref.content_type,
+        "original_filename": ref.original_filename,
+        "checksum": ref.checksum,
+    }
+
+
+def _shown_schema() -> CoreSchema:
+    from pydantic_core import core_schema
+
+    text, field = core_schema.str_schema(), core_schema.typed_dict_field
+    optional = core_schema.nullable_schema(text)
+    return core_schema.typed_dict_schema(
+        {
+            "size": field(core_schema.int_schema(ge=0)),
+            "content_type": field(optional),
+            "original_filename": field(optional),
+            "checksum": field(text),
+        }
+    )
+
+
+def _home_of(column: InstrumentedAttribute[Any]) -> AttachmentType:
+    home: AttachmentType | None = getattr(column, "type", None)
+    if home is None or not hasattr(home, "storage_key"):
+        raise TypeError(f"store() takes an attachment attribute of a model, such as Document.file, not {column!r}")
+    return home

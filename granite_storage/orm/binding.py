@@ -1,0 +1,114 @@
+"""The one object that knows a base, its manager and its sessions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Column, MetaData
+
+from granite_storage.exceptions import ConfigurationError, UnknownPolicyError
+from granite_storage.manager import StorageManager
+from granite_storage.orm import _registry, assignment, events
+from granite_storage.orm.columns import Tables
+from granite_storage.orm.types import AttachmentType, StoredObjectRefType
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+__all__ = ["StorageBinding", "bind_storage"]
+
+
+def bind_storage(
+    base: Any, manager: StorageManager, *, sessions: async_sessionmaker[AsyncSession] | None = None
+) -> StorageBinding:
+    """Bind the attachments of a declarative base to a manager; once, at start-up, before the first flush.
+
+    From then on every `AsyncSession` stores, keeps and removes the objects of the base's attachment columns with its
+    transactions. It does not matter whether a model was declared before or after. A base may be bound again, as tests do: the
+    newest binding counts until it is unbound.
+
+    Args:
+        base: The declarative base, `SQLModel`, or anything else that has a `metadata`.
+        manager: The manager; the caller closes it.
+        sessions: The application's session maker, for what opens sessions of its own, such as the garbage collector.
+
+    Returns:
+        The binding; `unbind` undoes it.
+
+    Raises:
+        ConfigurationError: The base has no metadata, or an attachment column names a policy that the manager does not have.
+    """
+    metadata = getattr(base, "metadata", None)
+    if not isinstance(metadata, MetaData):
+        raise ConfigurationError(f"bind_storage needs a declarative base, not {base!r}")
+    if not isinstance(manager, StorageManager):
+        raise ConfigurationError(f"bind_storage needs a StorageManager, not {type(manager).__name__}")
+    binding = StorageBinding(base, metadata, manager, sessions)
+    for column in binding.tables.all_attachments():
+        if isinstance(column.type, AttachmentType):
+            binding.manager_for(column.type)
+    if _registry.add(binding):
+        events.listen()
+        assignment.listen()
+    assignment.guard_base(base)
+    return binding
+
+
+class StorageBinding:
+    """What `bind_storage` returns.
+
+    Attributes:
+        base: The declarative base.
+        metadata: Its metadata.
+        manager: The manager that stores its attachments.
+        sessions: The application's session maker, or None.
+    """
+
+    def __init__(
+        self, base: Any, metadata: MetaData, manager: StorageManager, sessions: async_sessionmaker[AsyncSession] | None
+    ) -> None:
+        self.base = base
+        self.metadata = metadata
+        self.manager = manager
+        self.sessions = sessions
+        self.tables: Tables = Tables(metadata)
+
+    @property
+    def base_name(self) -> str:
+        """The base's full name, by which a pickled attachment finds it again."""
+        return f"{getattr(self.base, '__module__', '')}.{getattr(self.base, '__qualname__', type(self.base).__qualname__)}"
+
+    def manager_for(self, home: AttachmentType) -> StorageManager:
+        """Return the manager, once it is sure that it has the policy of a column.
+
+        Raises:
+            UnknownPolicyError: It has not; a model may have been declared after `bind_storage` had looked.
+        """
+        if home.storage_key not in self.manager.policies:
+            known = ", ".join(sorted(self.manager.policies)) or "none"
+            raise UnknownPolicyError(
+                f"the attachment column {home.label} names the policy {home.storage_key!r}, which its manager does not have"
+                f" (there are: {known})"
+            )
+        return self.manager
+
+    def ref_columns(self) -> list[Column[Any]]:
+        """Return every column of the metadata that holds refs, managed and plain ones."""
+        kinds = (AttachmentType, StoredObjectRefType)
+        return [column for table in self.metadata.sorted_tables for column in table.columns if isinstance(column.type, kinds)]
+
+    def column_type(self, table: str, column: str) -> AttachmentType | None:
+        """Return the type of an attachment column by its names, or None if there is no such column."""
+        found = self.metadata.tables.get(table)
+        home = None if found is None else next((item.type for item in found.columns if item.name == column), None)
+        return home if isinstance(home, AttachmentType) else None
+
+    def unbind(self) -> None:
+        """Undo `bind_storage`; the last one leaves no listener behind. Idempotent."""
+        if _registry.remove(self):
+            events.unlisten()
+            assignment.unlisten()
+        assignment.release()
+
+    def __repr__(self) -> str:
+        return f"<StorageBinding of {self.base_name} to {self.manager!r}>"

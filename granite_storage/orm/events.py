@@ -1,0 +1,118 @@
+"""The hooks: what SQLAlchemy tells us, handed on to those who decide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, event, inspect
+from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction, object_session
+
+from granite_storage.orm import flush, outcome, statements
+from granite_storage.orm.columns import slots_of
+from granite_storage.orm.greenlets import require_async
+
+__all__ = ["listen", "unlisten"]
+
+
+def listen() -> None:
+    """Start listening, when the first base is bound."""
+    for target, name, listener, options in _LISTENERS:
+        event.listen(target, name, listener, **options)
+
+
+def unlisten() -> None:
+    """Stop listening, when the last base is unbound."""
+    for target, name, listener, _ in _LISTENERS:
+        event.remove(target, name, listener)
+    outcome.unlisten_all()
+
+
+def _before_flush(session: Session, _: Any, __: Any) -> None:
+    unit = outcome.known_unit(session)
+    if unit is not None:
+        # A flush that failed before its first statement ended nothing.
+        unit.abandon_flush()
+    new = [inspect(instance) for instance in session.new]
+    deleted = [inspect(instance) for instance in session.deleted]
+    changed = (state for state in (*new, *(inspect(instance) for instance in session.dirty)) if slots_of(state.mapper))
+    _save(session, flush.changes_of(changed), flush.deletions_of(deleted))
+
+
+def _save(session: Session, changes: list[flush.Change], deletions: list[InstanceState[Any]]) -> None:
+    if changes or deletions:
+        require_async("storing, replacing or deleting an attachment")
+        flush.save(session, outcome.unit_of(session), changes, deletions)
+
+
+def _before_write(mapper: Mapper[Any], _: Connection, instance: Any) -> None:
+    """Save what listeners after ours have set."""
+    if not slots_of(mapper):
+        return
+    session = object_session(instance)
+    if session is None:
+        return
+    unit = outcome.known_unit(session)
+    changes = flush.changes_of([inspect(instance)])
+    late = [change for change in changes if unit is None or not unit.flush.has_handled(change.marker, change.value)]
+    _save(session, late, [])
+
+
+def _before_insert(mapper: Mapper[Any], connection: Connection, instance: Any) -> None:
+    """Save what a new instance displaces that takes over the row of a deleted one or an orphan with the same primary key."""
+    session = object_session(instance)
+    if slots_of(mapper) and session is not None:
+        replaced = session.identity_map.get(mapper.identity_key_from_instance(instance))
+        if replaced is not None and mapper.primary_key_from_instance(replaced) == mapper.primary_key_from_instance(instance):
+            _before_delete(mapper, connection, replaced)
+            flush.vacate(inspect(instance))
+    _before_write(mapper, connection, instance)
+
+
+def _before_delete(_: Mapper[Any], __: Connection, instance: Any) -> None:
+    """Save the orphans of a relationship, which become deletions only inside the flush."""
+    state = inspect(instance)
+    session = object_session(instance)
+    unit = None if session is None else outcome.known_unit(session)
+    if session is not None and (unit is None or id(state) not in unit.flush.deletions):
+        _save(session, [], flush.deletions_of([state]))
+
+
+def _after_flush(session: Session, _: Any) -> None:
+    unit = outcome.known_unit(session)
+    if unit is not None:
+        flush.end(session, unit)
+
+
+def _after_begin(_: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    outcome.begin(transaction, connection)
+
+
+def _after_commit(session: Session) -> None:
+    unit = outcome.known_unit(session)
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    if unit is not None and transaction is not None and transaction in unit.frames:
+        unit.frames[transaction].committed = True
+
+
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    unit = outcome.known_unit(session)
+    if unit is None:
+        return
+    if transaction.parent is None:
+        outcome.conclude(session, transaction)
+    elif transaction in unit.frames:
+        unit.abandon_flush()
+        unit.end_savepoint(transaction)
+
+
+_LISTENERS: list[tuple[Any, str, Any, dict[str, Any]]] = [
+    (Session, "before_flush", _before_flush, {}),
+    (Session, "after_flush", _after_flush, {}),
+    (Session, "after_begin", _after_begin, {}),
+    (Session, "after_commit", _after_commit, {}),
+    (Session, "after_transaction_end", _after_transaction_end, {}),
+    (Session, "do_orm_execute", statements.on_execute, {}),
+    (Mapper, "before_insert", _before_insert, {}),
+    (Mapper, "before_update", _before_write, {}),
+    (Mapper, "before_delete", _before_delete, {}),
+]

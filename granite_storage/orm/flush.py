@@ -1,0 +1,354 @@
+"""What a flush does to objects: decide from the session's state what is put, moved, copied and displaced; then do it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+from sqlalchemy import Column, Connection, Table
+from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
+from sqlalchemy.util import await_only
+
+from granite_storage._concurrency import finish
+from granite_storage.exceptions import InvalidReferenceError, StaleAttachmentError
+from granite_storage.locations import uuid7_hex
+from granite_storage.orm._registry import binding_for, find_binding
+from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.columns import Slot, primary_key_of, slots_of
+from granite_storage.orm.outcome import watch
+from granite_storage.orm.removal import remove_all
+from granite_storage.orm.rows import HeldRef, cascaded, lock_rows, still_held
+from granite_storage.orm.types import AttachmentType
+from granite_storage.orm.unit import FlushUnderWay, Frame, StoredObject, UnitOfWork
+from granite_storage.refs import StoredObjectRef
+
+__all__ = ["Change", "boundary", "changes_of", "deletions_of", "displace", "end", "save", "vacate"]
+
+_UPLOADS_AT_A_TIME = 8
+_UNSAFE = re.compile(r"[^\w.@=+-]+")
+
+
+@dataclass(slots=True, eq=False)
+class Change:
+    """An attachment attribute whose value a flush will write.
+
+    Attributes:
+        state: The instance.
+        slot: The attribute.
+        value: What it shall hold.
+        old: What it held, as far as the session knows: None for nothing, a value, or `UNKNOWN`.
+    """
+
+    state: InstanceState[Any]
+    slot: Slot
+    value: Attachment | None
+    old: Any
+
+    @property
+    def marker(self) -> tuple[int, str]:
+        """What makes it the same change when it is seen a second time in one flush."""
+        return id(self.state), self.slot.key
+
+    @property
+    def attachment(self) -> Attachment:
+        """The value, where it is not None."""
+        return cast(Attachment, self.value)
+
+    def replace(self, value: Attachment) -> None:
+        """Give the instance another value than the one that was assigned."""
+        setattr(self.state.obj(), self.slot.key, value)
+        self.value = value
+
+
+UNKNOWN = object()
+"""Stands for an old value that the session has not loaded."""
+
+
+def changes_of(states: Iterable[InstanceState[Any]]) -> list[Change]:
+    """Return the attachment attributes of new and changed instances that a flush will write."""
+    return [change for state in states for slot in slots_of(state.mapper) if (change := _change(state, slot)) is not None]
+
+
+def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
+    history = state.get_history(slot.key, PassiveFlag.PASSIVE_NO_INITIALIZE)
+    if state.key is None:
+        value = state.dict.get(slot.key)
+        return None if value is None else Change(state, slot, _require_attachment(value, slot), None)
+    if not history.has_changes():
+        return None
+    value = history.added[0] if history.added else None
+    old = history.deleted[0] if history.deleted else UNKNOWN
+    return Change(state, slot, _require_attachment(value, slot), old)
+
+
+def _require_attachment(value: Any, slot: Slot) -> Attachment | None:
+    """Refuse what may not be assigned: refs are minted by the manager, and a managed column takes attachments only."""
+    if value is None or isinstance(value, Attachment):
+        return value
+    raise InvalidReferenceError(
+        f"{slot.home.table.name}.{slot.key} is a managed attachment column and takes an Attachment, not {type(value).__name__}"
+    )
+
+
+def deletions_of(states: Iterable[InstanceState[Any]]) -> list[InstanceState[Any]]:
+    """Return the deleted instances whose rows have attachments or take rows with attachments along."""
+    return [state for state in states if _concerned_tables(state)]
+
+
+def vacate(state: InstanceState[Any]) -> None:
+    """Empty the attachments that a new instance does not set, when it takes over the row of another with the same primary key.
+
+    SQLAlchemy updates such a row and leaves alone what the new instance does not set: it would keep the old one's files.
+    """
+    for slot in slots_of(state.mapper):
+        if slot.key not in state.dict:
+            setattr(state.obj(), slot.key, None)
+
+
+def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletions: Sequence[InstanceState[Any]]) -> None:
+    """Do what the changes and deletions of a flush ask for, before its first statement.
+
+    The uploads come first, while the session may not hold a connection yet; then the rows are locked and read; then it is clear
+    which objects are displaced, which of them move to other rows, and what must be copied.
+    """
+    flush, frame = unit.flush, unit.frame(boundary(session))
+    _upload_new(unit, frame, changes)
+    assigned = [change for change in changes if change.value is not None and not flush.has_handled(change.marker, change.value)]
+    given_up = {change.old.ref for change in changes if isinstance(change.old, Attachment) and change.old._ref is not None}
+    if not deletions and not any(change.old is UNKNOWN for change in changes):
+        # Every row that gives something up is known, so what is certainly held elsewhere is copied before any row is locked.
+        copied = [change for change in assigned if not _may_move(unit, change, given_up)]
+        _copy_all(unit, frame, copied)
+        assigned = [change for change in assigned if change not in copied]
+    displace(flush, _locked_refs(session, unit, changes, deletions))
+    _claim_or_copy(unit, frame, assigned, given_up)
+    for change in changes:
+        flush.handled[change.marker] = change.value
+        if change.value is not None:
+            change.value._claimed = True
+            flush.claims.append(change.value)
+    flush.deletions.update(id(state) for state in deletions)
+
+
+def end(session: Session, unit: UnitOfWork) -> None:
+    """Let what a flush decided count, and note which rows the database has deleted by a cascade: not all do, and not always."""
+    for connection, held in unit.flush.vanishing:
+        remaining = still_held(connection, held)
+        gone = [entry for entry in held if entry.place not in remaining]
+        displace(unit.flush, [entry for entry in gone if not unit.flush.takes(_stored(entry))])
+    unit.end_flush(unit.frame(boundary(session)))
+
+
+def displace(log: Frame | FlushUnderWay, held: Iterable[HeldRef]) -> None:
+    """Note that rows give up what they hold."""
+    log.log += [(_stored(entry), False) for entry in held]
+
+
+def _stored(entry: HeldRef) -> StoredObject:
+    home: AttachmentType = entry.column.type  # type: ignore[assignment]  # only attachment columns are read under locks
+    return StoredObject(home.binding().manager, entry.ref)
+
+
+def _upload_new(unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> None:
+    """Upload each pending attachment once; the same one on a second row is copied like any other stored one."""
+    first: dict[int, Change] = {}
+    for change in changes:
+        if change.value is not None and change.value.is_pending:
+            first.setdefault(id(change.value), change)
+    uploads = list(first.values())
+    _store_all(unit, frame, [partial(_upload, change) for change in uploads])
+    for change in uploads:
+        unit.flush.handled[change.marker] = change.value
+
+
+async def _upload(change: Change) -> Attachment:
+    await change.attachment._put(change.slot.home, _entity_id(change))
+    return change.attachment
+
+
+def _copy_all(unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> None:
+    copies = _store_all(unit, frame, [partial(_copy, change) for change in changes])
+    for change, copy in zip(changes, copies, strict=True):
+        change.replace(copy)
+        unit.flush.handled[change.marker] = copy
+
+
+async def _copy(change: Change) -> Attachment:
+    return await change.attachment._copy(change.slot.home, _entity_id(change))
+
+
+def _store_all(unit: UnitOfWork, frame: Frame, work: Sequence[Callable[[], Awaitable[Attachment]]]) -> list[Attachment]:
+    """Store side by side; if one fails, undo the others, which no row has seen, and raise its error."""
+    if not work:
+        return []
+    done: list[Attachment] = []
+    try:
+        results = await_only(_side_by_side(work, done))
+    except BaseException:
+        stored = [StoredObject(attachment.manager, attachment.ref) for attachment in done]
+        for attachment in done:
+            attachment._undo()
+        await_only(finish(remove_all(stored), "undoing the uploads of a failed flush"))
+        raise
+    for attachment in results:
+        _take(unit, frame, attachment)
+    return results
+
+
+def _take(unit: UnitOfWork, frame: Frame, attachment: Attachment) -> None:
+    """Let a row take an object that is new to the transaction."""
+    stored = StoredObject(attachment.manager, attachment.ref)
+    attachment._unowned = False
+    frame.puts.append((stored, attachment))
+    unit.flush.puts.append((stored, attachment))
+    unit.flush.log.append((stored, True))
+
+
+async def _side_by_side(work: Sequence[Callable[[], Awaitable[Attachment]]], done: list[Attachment]) -> list[Attachment]:
+    if len(work) == 1:
+        done.append(await work[0]())
+        return list(done)
+    places = asyncio.Semaphore(_UPLOADS_AT_A_TIME)
+
+    async def one(store: Callable[[], Awaitable[Attachment]]) -> Attachment:
+        async with places:
+            result = await store()
+            done.append(result)
+            return result
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(store)) for store in work]
+    except BaseExceptionGroup as errors:
+        # The group has waited for all of them; the first error is the flush's.
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _may_move(unit: UnitOfWork, change: Change, given_up: set[StoredObjectRef]) -> bool:
+    """Tell whether a row may take an object over: no row holds it yet, or one gives it up in this transaction."""
+    given = change.attachment
+    if given.manager is not change.slot.home.binding().manager:
+        return False
+    return given._unowned or given.ref in given_up or unit.is_free(StoredObject(given.manager, given.ref))
+
+
+def _locked_refs(
+    session: Session, unit: UnitOfWork, changes: Sequence[Change], deletions: Sequence[InstanceState[Any]]
+) -> list[HeldRef]:
+    """Lock the rows in a fixed order, table by table, and return what they hold now.
+
+    What the database will delete along with them is noted, to be looked at again after the flush.
+    """
+    wanted: dict[tuple[str, bool], _Rows] = {}
+    for change in changes:
+        rows = wanted.setdefault((change.slot.home.table.fullname, False), _Rows(change.slot.home.table, change.state.mapper))
+        if change.state.key is not None:
+            rows.add(change.state, {change.slot.column})
+    for state in deletions:
+        for table in _concerned_tables(state):
+            rows = wanted.setdefault((table.fullname, True), _Rows(table, state.mapper))
+            rows.add(state, {slot.column for slot in slots_of(state.mapper) if slot.home.table is table})
+    held: list[HeldRef] = []
+    for (_, deleting), rows in sorted(wanted.items(), key=lambda item: item[0]):
+        connection = session.connection(bind_arguments={"mapper": rows.mapper})
+        watch(session, connection)
+        if rows.columns_by_key:
+            held += _lock(connection, rows, deleting=deleting)
+            if deleting:
+                tables = binding_for(rows.table.metadata, f"the table {rows.table.name}").tables
+                unit.flush.vanishing.append((connection, cascaded(connection, tables, rows.table, rows.columns_by_key)))
+    return held
+
+
+class _Rows:
+    """Rows of one table that a flush touches, and the attachment columns it touches in each."""
+
+    def __init__(self, table: Table, mapper: Mapper[Any]) -> None:
+        self.table = table
+        self.mapper = mapper
+        self.columns_by_key: dict[tuple[Any, ...], set[Column[Any]]] = {}
+
+    def add(self, state: InstanceState[Any], columns: set[Column[Any]]) -> None:
+        self.columns_by_key.setdefault(primary_key_of(state, self.table), set()).update(columns)
+
+    def columns(self) -> list[Column[Any]]:
+        touched = set().union(*self.columns_by_key.values())
+        return [column for column in self.table.columns if column in touched]
+
+
+def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> list[HeldRef]:
+    columns = rows.columns()
+    if not columns:
+        return []
+    found = lock_rows(connection, rows.table, rows.columns_by_key, columns, deleting=deleting)
+    return [entry for entry in found if entry.column in rows.columns_by_key.get(entry.primary_key, ())]
+
+
+def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], given_up: set[StoredObjectRef]) -> None:
+    """Let rows take over objects that other rows have just given up; copy what is still held elsewhere."""
+    copies: list[Change] = []
+    for change in changes:
+        given = change.attachment
+        stored = StoredObject(given.manager, given.ref)
+        if not _may_move(unit, change, given_up):
+            copies.append(change)
+        elif given._unowned:
+            _take(unit, frame, given)
+        elif unit.is_free(stored):
+            unit.flush.log.append((stored, True))
+        elif unit.is_known(stored):
+            copies.append(change)
+        else:
+            raise StaleAttachmentError(
+                f"the object at {stored.ref.location!r} was to move to another row, but its row does not hold it any more"
+            )
+    _copy_all(unit, frame, copies)
+
+
+def _concerned_tables(state: InstanceState[Any]) -> Sequence[Table]:
+    """Return the tables of an instance's row that have attachments, or whose rows take others along when they are deleted."""
+    binding = find_binding(state.mapper.local_table.metadata) if isinstance(state.mapper.local_table, Table) else None
+    return () if binding is None else binding.tables.concerned(state.mapper)
+
+
+def _entity_id(change: Change) -> str:
+    """Return the segment of the location that says which row it is."""
+    instance = change.state.obj()
+    if change.slot.home.entity_id is not None:
+        return str(change.slot.home.entity_id(instance))
+    values = [_primary_key_value(change.state, column) for column in change.state.mapper.primary_key]
+    if any(value is None for value in values):
+        return uuid7_hex()
+    segment = _UNSAFE.sub("_", "-".join(map(str, values))).strip(". ")[:100]
+    return segment or uuid7_hex()
+
+
+def _primary_key_value(state: InstanceState[Any], column: Any) -> Any:
+    """Return a primary key value where it is known before the INSERT; a client-side default is computed for it."""
+    key = state.mapper.get_property_by_column(column).key
+    value = state.dict.get(key)
+    default = column.default
+    if value is not None or default is None or state.key is not None:
+        return value
+    if default.is_scalar:
+        value = default.arg
+    elif default.is_callable:
+        try:
+            value = default.arg(None)
+        except Exception:  # noqa: BLE001  # a default that needs the statement's context is computed by the INSERT
+            return None
+    if value is not None:
+        setattr(state.obj(), key, value)
+    return value
+
+
+def boundary(session: Session) -> Any:
+    """Return the savepoint or transaction that the session's work belongs to now."""
+    if not session.in_transaction():
+        session.begin()
+    return session.get_nested_transaction() or session.get_transaction()

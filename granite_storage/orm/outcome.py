@@ -1,0 +1,331 @@
+"""How a transaction of the database really ended; a session alone does not know.
+
+Three things are seen only on the connection: that a COMMIT was on its way when the error or the cancellation came, that the
+server refused it, and the end of an outer transaction that the session was joined to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Transaction, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError, InterfaceError
+from sqlalchemy.orm import Session, SessionTransaction
+
+from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm.greenlets import deferred_cancellation
+from granite_storage.orm.removal import remove_now
+from granite_storage.orm.unit import Frame, Outcome, StoredObject, UnitOfWork
+
+__all__ = ["ConnectionWatch", "SavepointSpan", "begin", "conclude", "known_unit", "listen_to", "unit_of", "unlisten_all", "watch"]
+
+_INFO_KEY = "granite_storage.watch"
+
+_units: weakref.WeakKeyDictionary[Session, UnitOfWork] = weakref.WeakKeyDictionary()
+_watches: weakref.WeakKeyDictionary[Connection, ConnectionWatch] = weakref.WeakKeyDictionary()
+_begun: weakref.WeakKeyDictionary[SessionTransaction, weakref.ref[Transaction]] = weakref.WeakKeyDictionary()
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@dataclass(slots=True)
+class SavepointSpan:
+    """The newest savepoints of a connection when a session first and last worked on it, by SQLAlchemy's numbers."""
+
+    first: int
+    last: int
+
+
+@dataclass(slots=True, eq=False)
+class _Joined:
+    """A session's work that waits for the outer transaction it was joined to."""
+
+    unit: UnitOfWork
+    frame: Frame
+    span: SavepointSpan
+
+
+@dataclass(slots=True, eq=False)
+class ConnectionWatch:
+    """What is known of the transaction on one connection."""
+
+    # Weak, because the pool's record of a connection knows its watch: a connection that is dropped must not be held by this.
+    _connection: weakref.ref[Connection]
+    committing: bool = False
+    refused: bool = False
+    prepared: bool = False
+    lost: bool = False
+    sessions: weakref.WeakSet[Session] = field(default_factory=weakref.WeakSet)
+    joined: list[_Joined] = field(default_factory=list)
+    doomed: list[StoredObject] = field(default_factory=list)
+
+    @property
+    def connection(self) -> Connection | None:
+        """The connection, unless it was dropped."""
+        return self._connection()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the database transaction goes on, though the session's has ended."""
+        connection = self.connection
+        if self.lost or connection is None or connection.closed or connection.invalidated:
+            return False
+        return connection.in_transaction()
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether a COMMIT was sent and no answer came."""
+        return self.committing and not self.refused
+
+    def expect_answer(self, *, prepared: bool = False) -> None:
+        """Note that a COMMIT is on its way; for one that was prepared not even a refusal means a rollback."""
+        self.committing, self.refused, self.prepared = True, False, prepared
+
+    def reset(self) -> None:
+        """Forget the transaction that has ended."""
+        self.committing = self.refused = self.prepared = False
+
+    def resolve(self, outcome: Outcome) -> None:
+        """Act on the end of the outer transaction."""
+        joined, self.joined = self.joined, []
+        doomed, self.doomed = self.doomed, []
+        self.reset()
+        removed = [stored for work in joined for stored in work.unit.end(work.frame, outcome)]
+        remove_now([] if outcome is Outcome.UNKNOWN else [*removed, *doomed])
+
+
+def unit_of(session: Session) -> UnitOfWork:
+    """Return the unit of work of a session's transaction; made when it first has to do with attachments."""
+    unit = _units.get(session)
+    if unit is None:
+        unit = _units[session] = UnitOfWork()
+    return unit
+
+
+def known_unit(session: Session) -> UnitOfWork | None:
+    """Return the unit of work of a session's transaction if it has one."""
+    return _units.get(session)
+
+
+def begin(transaction: SessionTransaction, connection: Connection) -> None:
+    """Note which transaction of the database an outermost transaction of a session has begun or joined."""
+    ours = connection.get_nested_transaction() or connection.get_transaction()
+    if transaction.parent is None and ours is not None:
+        _begun[transaction] = weakref.ref(ours)
+    if connection.dialect.name == "sqlite":
+        listen_to(connection.engine)
+
+
+def watch(session: Session, connection: Connection) -> None:
+    """Follow the transaction on a connection that a session's work goes through.
+
+    Raises:
+        ConfigurationError: The connection is in autocommit mode: a rollback would not bring rows back.
+    """
+    _require_transactions(connection)
+    found = _watches.get(connection)
+    if found is None:
+        found = _watches[connection] = ConnectionWatch(weakref.ref(connection))
+        connection.info[_INFO_KEY] = found
+        listen_to(connection.engine)
+    found.sessions.add(session)
+    newest = _savepoints_made(connection)
+    unit_of(session).spans.setdefault(found, SavepointSpan(newest, newest)).last = newest
+
+
+def conclude(session: Session, transaction: SessionTransaction) -> None:
+    """Act on the end of a session's outermost transaction, or leave that to the transaction it was joined to."""
+    unit = _units.pop(session)
+    unit.abandon_flush()
+    frame = unit.close(transaction)
+    spans, unit.spans = unit.spans, {}
+    for item in spans:
+        item.sessions.discard(session)
+    outer = next((item for item in spans if item.is_open), None)
+    if outer is not None:
+        _join(outer, unit, frame, spans[outer], survives=frame.committed or _goes_on(transaction))
+        return
+    if frame.committed:
+        outcome = Outcome.COMMITTED
+    elif any(item.is_in_doubt for item in spans):
+        outcome = Outcome.UNKNOWN
+    else:
+        outcome = Outcome.ROLLED_BACK
+    for item in spans:
+        item.reset()
+    remove_now(unit.end(frame, outcome))
+
+
+def listen_to(engine: Engine) -> None:
+    """Listen to an engine's transactions; once for each engine."""
+    if engine not in _engines:
+        _engines.add(engine)
+        for name, listener in _LISTENERS.items():
+            event.listen(engine, name, listener)
+
+
+def unlisten_all() -> None:
+    """Stop listening to any engine."""
+    for engine in list(_engines):
+        for name, listener in _LISTENERS.items():
+            event.remove(engine, name, listener)
+    _engines.clear()
+
+
+def _goes_on(transaction: SessionTransaction) -> bool:
+    """Tell whether closing a session left the transaction alone that it was joined to, and with it the session's rows."""
+    reference = _begun.get(transaction)
+    joined = None if reference is None else reference()
+    return joined is not None and joined.is_active
+
+
+def _join(outer: ConnectionWatch, unit: UnitOfWork, frame: Frame, span: SavepointSpan, *, survives: bool) -> None:
+    if survives:
+        outer.joined.append(_Joined(unit, frame, span))
+    else:
+        outer.doomed += unit.end(frame, Outcome.ROLLED_BACK)
+
+
+def _savepoints_made(connection: Connection) -> int:
+    """Return the number of the connection's newest savepoint: SQLAlchemy counts them in their names."""
+    return int(getattr(connection, "_Connection__savepoint_seq"))  # noqa: B009  # its own name for it is mangled
+
+
+def _on_commit(connection: Connection, *_: Any) -> None:
+    if (found := _watches.get(connection)) is not None:
+        found.expect_answer()
+
+
+def _on_commit_prepared(connection: Connection, _: Any, is_prepared: bool) -> None:
+    if (found := _watches.get(connection)) is not None:
+        found.expect_answer(prepared=is_prepared)
+
+
+def _on_rollback(connection: Connection, *_: Any) -> None:
+    found = _watches.get(connection)
+    if found is None:
+        return
+    # A session's own rollback is told by the session.
+    if found.joined or found.doomed:
+        _resolve(found, Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK)
+
+
+def _on_rollback_prepared(connection: Connection, *_: Any) -> None:
+    """Take a PREPARE back, which was answered, so that nothing is in doubt."""
+    if (found := _watches.get(connection)) is not None:
+        found.refused = True
+    _on_rollback(connection)
+
+
+def _on_rollback_savepoint(connection: Connection, name: str, _: Any) -> None:
+    """Take back the work of sessions that had ended inside a savepoint of the outer transaction.
+
+    Of work that was done partly before the savepoint, nobody can tell which part is undone: nothing is deleted of it.
+    """
+    found = _watches.get(connection)
+    if found is None or not found.joined:
+        return
+    number = int(name.rpartition("_")[2])
+    for work in [work for work in found.joined if number <= work.span.last]:
+        found.joined.remove(work)
+        undone = Outcome.ROLLED_BACK if number <= work.span.first else Outcome.UNKNOWN
+        found.doomed += work.unit.end(work.frame, undone)
+
+
+def _on_begin(connection: Connection, *_: Any) -> None:
+    """A new transaction begins, so the one before it has ended: committed, for a rollback would have been seen."""
+    found = _watches.get(connection)
+    if found is None:
+        return
+    found.lost = False
+    if found.committing:
+        _resolve(found, Outcome.ROLLED_BACK if found.refused else Outcome.COMMITTED)
+
+
+def _on_checkin(_: Any, record: Any) -> None:
+    """The connection goes back to its pool, so its transaction has ended."""
+    found = record.info.pop(_INFO_KEY, None)
+    if found is None or not (found.joined or found.doomed):
+        return
+    if found.refused:
+        _resolve(found, Outcome.ROLLED_BACK)
+    else:
+        _resolve(found, Outcome.COMMITTED if found.committing else Outcome.UNKNOWN)
+
+
+def _on_invalidate(_: Any, record: Any, __: Any) -> None:
+    """The connection is given up, and with it its transaction: a session that was cancelled as it ended tells no more of it."""
+    found = record.info.get(_INFO_KEY)
+    if found is None:
+        return
+    found.lost = True
+    for session in list(found.sessions):
+        unit = known_unit(session)
+        root = None if unit is None else next(iter(unit.frames), None)
+        if root is not None:
+            with deferred_cancellation():
+                conclude(session, root)
+    if found.joined or found.doomed:
+        _resolve(found, Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK)
+
+
+def _resolve(found: ConnectionWatch, outcome: Outcome) -> None:
+    """Act on the end of an outer transaction, inside an event of its connection, which must not be broken off."""
+    with deferred_cancellation():
+        found.resolve(outcome)
+
+
+def _on_error(context: ExceptionContext) -> None:
+    """See a COMMIT that the server answered with an error: it has not committed. One that it did not answer has said nothing.
+
+    SQLite keeps a transaction open whose COMMIT it has refused, and SQLAlchemy returns the connection to the pool like that, for
+    the next one to commit what this one could not.
+    """
+    connection = context.connection
+    found = None if connection is None else _watches.get(connection)
+    if connection is None or found is None or not found.committing or found.prepared:
+        return
+    error = context.sqlalchemy_exception
+    if isinstance(error, DBAPIError) and not isinstance(error, InterfaceError) and not context.is_disconnect:
+        connection.dialect.do_rollback(connection.connection)
+        found.refused = True
+    else:
+        found.refused = False
+
+
+def _on_savepoint(connection: Connection, _: str | None) -> None:
+    """Begin a real transaction before a savepoint on SQLite, where Python's driver by itself begins none.
+
+    Without it the RELEASE of the savepoint would commit, whatever happens to the transaction around it.
+    """
+    if connection.dialect.name == "sqlite":
+        driver = connection.connection.driver_connection
+        if driver is not None and not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN")
+
+
+_LISTENERS: dict[str, Callable[..., Any]] = {
+    "commit": _on_commit,
+    "prepare_twophase": _on_commit,
+    "commit_twophase": _on_commit_prepared,
+    "rollback": _on_rollback,
+    "rollback_twophase": _on_rollback_prepared,
+    "rollback_savepoint": _on_rollback_savepoint,
+    "savepoint": _on_savepoint,
+    "begin": _on_begin,
+    "begin_twophase": _on_begin,
+    "checkin": _on_checkin,
+    "invalidate": _on_invalidate,
+    "handle_error": _on_error,
+}
+
+
+def _require_transactions(connection: Connection) -> None:
+    level = connection.get_execution_options().get("isolation_level")
+    if level is None:
+        level = getattr(connection.dialect, "_on_connect_isolation_level", None)
+    if level == "AUTOCOMMIT":
+        raise ConfigurationError("attachments need transactions, but this connection is in AUTOCOMMIT mode")

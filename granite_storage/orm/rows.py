@@ -1,0 +1,193 @@
+"""What rows hold at this moment, read under their locks; not what the identity map remembers of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+from sqlalchemy import Column, ColumnElement, Connection, ForeignKeyConstraint, Row, Select, Table, and_, or_, select
+
+from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.columns import Tables
+from granite_storage.refs import StoredObjectRef
+
+__all__ = ["HeldRef", "cascaded", "lock_rows", "lock_statement", "still_held", "take_write_lock"]
+
+T = TypeVar("T")
+
+_AT_A_TIME = 200
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRef:
+    """A ref, and the row and column that hold it."""
+
+    table: Table
+    primary_key: tuple[Any, ...]
+    column: Column[Any]
+    ref: StoredObjectRef
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Where the object is: its backend and location."""
+        return self.ref.backend, self.ref.location
+
+
+def lock_rows(
+    connection: Connection,
+    table: Table,
+    primary_keys: Iterable[tuple[Any, ...]],
+    columns: Sequence[Column[Any]],
+    *,
+    deleting: bool,
+) -> list[HeldRef]:
+    """Lock rows in the order of their primary keys and return the refs they hold.
+
+    A replacement takes the weaker lock, `FOR NO KEY UPDATE` on PostgreSQL, as its UPDATE would: with the stronger one, two
+    inserts of children and the replacement of their parent's file wait for each other in a ring.
+    """
+    take_write_lock(connection, table)
+    held: list[HeldRef] = []
+    for keys in _batches(_in_order(primary_keys), _AT_A_TIME):
+        held += _read(connection, table, columns, _among(table, keys), deleting=deleting)
+    return held
+
+
+def lock_statement(
+    connection: Connection,
+    table: Table,
+    columns: Sequence[Column[Any]],
+    where: ColumnElement[bool] | None,
+    parameters: Sequence[Any],
+    *,
+    deleting: bool,
+) -> tuple[list[HeldRef], list[tuple[Any, ...]]]:
+    """Lock the rows that a bulk statement will hit, for each set of parameters; return their refs and their primary keys."""
+    take_write_lock(connection, table)
+    keys = list(table.primary_key)
+    statement = _locked(connection, select(*keys, *columns).select_from(table), keys, deleting=deleting)
+    if where is not None:
+        statement = statement.where(where)
+    rows = [row for values in parameters for row in connection.execute(statement, values)]
+    held = [ref for row in rows for ref in _refs_in(table, columns, row)]
+    return held, [tuple(row[: len(keys)]) for row in rows]
+
+
+def still_held(connection: Connection, held: Sequence[HeldRef]) -> set[tuple[str, str]]:
+    """Return where the objects are, as (backend, location), that their rows still hold.
+
+    It reads under the rows' locks: a database that reads from a snapshot would show what the rows held earlier.
+    """
+    found: set[tuple[str, str]] = set()
+    for table, column in {(entry.table, entry.column) for entry in held}:
+        keys = _in_order(entry.primary_key for entry in held if entry.column is column)
+        for batch in _batches(keys, _AT_A_TIME):
+            found |= {entry.place for entry in _read(connection, table, [column], _among(table, batch), deleting=False)}
+    return found
+
+
+def cascaded(connection: Connection, tables: Tables, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> list[HeldRef]:
+    """Return the refs of rows that the database will delete, by `ON DELETE CASCADE`, along with rows of `table`.
+
+    It follows the foreign keys row by row, so a table that cascades into itself is followed to its end.
+    """
+    held: list[HeldRef] = []
+    seen: set[tuple[str, tuple[Any, ...]]] = set()
+    waiting: list[tuple[Table, list[tuple[Any, ...]]]] = [(table, _in_order(primary_keys))]
+    while waiting:
+        parent, keys = waiting.pop()
+        for constraint in tables.cascades(parent):
+            child = constraint.table
+            take_write_lock(connection, child)
+            columns = tables.attachments(child)
+            reached: list[tuple[Any, ...]] = []
+            for batch in _batches(keys, _AT_A_TIME):
+                for row in connection.execute(_children(connection, parent, batch, constraint, columns)):
+                    key = tuple(row[: len(child.primary_key)])
+                    if (child.fullname, key) not in seen:
+                        seen.add((child.fullname, key))
+                        reached.append(key)
+                        held += _refs_in(child, columns, row)
+            if reached:
+                waiting.append((child, reached))
+    return held
+
+
+def take_write_lock(connection: Connection, table: Table) -> None:
+    """On SQLite, take the write lock before anything is read, and wait for it.
+
+    A read that comes first would make the later write fail at once in WAL mode, whatever the timeout, if another connection has
+    written meanwhile. The statement changes no row and fires no default.
+    """
+    if connection.dialect.name == "sqlite":
+        quote = connection.dialect.identifier_preparer
+        column = quote.quote(next(iter(table.primary_key)).name)
+        connection.exec_driver_sql(f"UPDATE {quote.format_table(table)} SET {column} = {column} WHERE 0")  # noqa: S608  # quoted
+
+
+def _read(
+    connection: Connection,
+    table: Table,
+    columns: Sequence[Column[Any]],
+    where: ColumnElement[bool],
+    *,
+    deleting: bool,
+) -> list[HeldRef]:
+    keys = list(table.primary_key)
+    statement = _locked(connection, select(*keys, *columns).where(where), keys, deleting=deleting)
+    return [ref for row in connection.execute(statement) for ref in _refs_in(table, columns, row)]
+
+
+def _locked(connection: Connection, statement: Select[Any], keys: Sequence[Column[Any]], *, deleting: bool) -> Select[Any]:
+    table = keys[0].table
+    return statement.order_by(*keys).with_for_update(key_share=not deleting, of=_lockable(connection, table))
+
+
+def _children(
+    connection: Connection,
+    parent: Table,
+    keys: Sequence[tuple[Any, ...]],
+    constraint: ForeignKeyConstraint,
+    columns: Sequence[Column[Any]],
+) -> Select[Any]:
+    """Select and lock the children of some parents; the parent goes by another name, for a table that refers to itself."""
+    child, other = constraint.table, parent.alias()
+    joined = and_(*(link.parent == other.c[link.column.key] for link in constraint.elements))
+    statement = select(*child.primary_key, *columns).join_from(child, other, joined).where(_among(other, keys))
+    return statement.order_by(*child.primary_key).with_for_update(of=_lockable(connection, child))
+
+
+def _lockable(connection: Connection, table: Table) -> Table | None:
+    """Return what to lock the rows of alone, where the database can leave out those that a statement joins to them."""
+    return table if connection.dialect.name == "postgresql" else None
+
+
+def _refs_in(table: Table, columns: Sequence[Column[Any]], row: Row[Any]) -> Iterator[HeldRef]:
+    count = len(table.primary_key)
+    for column, value in zip(columns, row[count:], strict=True):
+        # A value that cannot be decoded says nothing of an object, so there is none to delete.
+        if isinstance(value, Attachment) and value._ref is not None:
+            yield HeldRef(table, tuple(row[:count]), column, value._ref)
+
+
+def _among(table: Any, keys: Sequence[tuple[Any, ...]]) -> ColumnElement[bool]:
+    columns = list(table.primary_key)
+    if len(columns) == 1:
+        return columns[0].in_([key[0] for key in keys])  # type: ignore[no-any-return]
+    return or_(*(and_(*(column == value for column, value in zip(columns, key, strict=True))) for key in keys))
+
+
+def _in_order(keys: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    unique = dict.fromkeys(keys)
+    try:
+        return sorted(unique)
+    except TypeError:
+        return sorted(unique, key=repr)
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

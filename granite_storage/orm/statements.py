@@ -1,0 +1,153 @@
+"""Bulk statements of a session: what they displace, and what they must not write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Column, Connection, Delete, Insert, Null, Result, Table, Update
+from sqlalchemy.orm import Mapper, ORMExecuteState
+from sqlalchemy.sql.elements import BindParameter
+
+from granite_storage.exceptions import InvalidReferenceError
+from granite_storage.orm import flush, outcome
+from granite_storage.orm._registry import active_bindings
+from granite_storage.orm.columns import Tables, slots_of
+from granite_storage.orm.greenlets import require_async
+from granite_storage.orm.rows import HeldRef, cascaded, lock_rows, lock_statement, still_held
+
+__all__ = ["on_execute"]
+
+_BULK = "a bulk statement on rows with attachments"
+
+
+def on_execute(state: ORMExecuteState) -> Result[Any] | None:
+    """See a statement that a session executes; act where it inserts, updates or deletes rows that have to do with attachments."""
+    statement = state.statement
+    if not isinstance(statement, Insert | Update | Delete):
+        return None
+    if isinstance(statement, Delete):
+        return _delete(state, statement)
+    written = list(_written(state, statement))
+    if not written:
+        return None
+    _refuse_values(state, statement, written)
+    return None if isinstance(statement, Insert) else _update(state, statement, written)
+
+
+def _delete(state: ORMExecuteState, statement: Delete) -> Result[Any] | None:
+    tables = next(_known(statement.table), None)
+    if tables is None or not tables.concerns(table := _table(statement.table)):
+        return None
+    require_async(_BULK)
+    connection = _connection(state, statement)
+    parameters = _parameter_sets(state)
+    held, keys = lock_statement(connection, table, tables.attachments(table), statement.whereclause, parameters, deleting=True)
+    return _displacing(state, connection, [*held, *cascaded(connection, tables, table, keys)])
+
+
+def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]]) -> Result[Any]:
+    require_async(_BULK)
+    connection = _connection(state, statement)
+    held: list[HeldRef] = []
+    for table in dict.fromkeys(column.table for column in written):
+        columns = [column for column in written if column.table is table]
+        keys = _listed_keys(state, statement, table)
+        if keys is None:
+            held += lock_statement(connection, table, columns, statement.whereclause, _parameter_sets(state), deleting=False)[0]
+        else:
+            held += lock_rows(connection, table, keys, columns, deleting=False)
+    return _displacing(state, connection, held)
+
+
+def _displacing(state: ORMExecuteState, connection: Connection, held: list[HeldRef]) -> Result[Any]:
+    """Run the statement, and displace what is gone afterwards."""
+    result = state.invoke_statement()
+    remaining = still_held(connection, held)
+    frame = outcome.unit_of(state.session).frame(flush.boundary(state.session))
+    flush.displace(frame, [entry for entry in held if entry.place not in remaining])
+    return result
+
+
+def _connection(state: ORMExecuteState, statement: Update | Delete) -> Connection:
+    if state.is_orm_statement and state.execution_options.get("autoflush", True):
+        # The statement would flush before it runs, and change what its rows hold after they have been read.
+        state.session._autoflush()
+    connection = state.session.connection(bind_arguments={"clause": statement, **state.bind_arguments})
+    outcome.watch(state.session, connection)
+    return connection
+
+
+def _parameter_sets(state: ORMExecuteState) -> list[Any]:
+    given = state.parameters
+    return list(given) if isinstance(given, Sequence) and given else [given or None]
+
+
+def _known(target: Any) -> Iterator[Tables]:
+    return (binding.tables for binding in active_bindings() if binding.tables.find(_table(target)) is not None)
+
+
+def _table(target: Any) -> Any:
+    """Return the metadata's own table for the annotated form or the alias that a statement holds."""
+    target = getattr(target, "element", target)
+    metadata = getattr(target, "metadata", None)
+    return target if metadata is None else metadata.tables.get(target.fullname, target)
+
+
+def _listed_keys(state: ORMExecuteState, statement: Update, table: Table) -> list[tuple[Any, ...]] | None:
+    """Return the primary keys of an update by a list of them, the form in which each row's values come with its key."""
+    mapper = state.bind_mapper
+    if mapper is None or statement.whereclause is not None or not isinstance(state.parameters, list):
+        return None
+    names = [mapper.get_property_by_column(column).key for column in table.primary_key]
+    return [tuple(row[name] for name in names) for row in state.parameters]
+
+
+def _written(state: ORMExecuteState, statement: Insert | Update) -> Iterator[Column[Any]]:
+    """Yield the attachment columns that a statement writes: by the names of its columns, or of the attributes of a class."""
+    names = {name for name, _ in _values(statement, state.parameters)}
+    names |= {getattr(name, "key", name) for name in getattr(statement, "_select_names", None) or ()}
+    if not names:
+        return
+    mapper = state.bind_mapper
+    for tables in _known(statement.table):
+        written: dict[Any, None] = dict.fromkeys([_table(statement.table), *(mapper.tables if mapper is not None else ())])
+        for table in written:
+            yield from (column for column in tables.attachments(table) if names & _names(mapper, column))
+
+
+def _names(mapper: Mapper[Any] | None, column: Column[Any]) -> set[str]:
+    attributes = () if mapper is None else (slot.key for slot in slots_of(mapper) if slot.column is column)
+    return {column.key, column.name, *attributes}
+
+
+def _refuse_values(state: ORMExecuteState, statement: Insert | Update, written: Iterable[Column[Any]]) -> None:
+    """Refuse a statement that would write a ref past the hooks, whatever it writes it from."""
+    values = list(_values(statement, state.parameters))
+    copied = {getattr(name, "key", name) for name in getattr(statement, "_select_names", None) or ()}
+    for column in written:
+        names = _names(state.bind_mapper, column)
+        if names & copied or any(name in names and not _is_null(value) for name, value in values):
+            raise InvalidReferenceError(
+                f"a bulk statement may set the attachment {column.table.name}.{column.name} to None only;"
+                " assign an Attachment to an instance and flush it instead"
+            )
+
+
+def _values(statement: Insert | Update, parameters: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values that a statement writes, from wherever they come."""
+    sources: list[Any] = [getattr(statement, "_values", None) or {}]
+    sources.append(dict(getattr(statement, "_ordered_values", None) or ()))
+    sources += [row for rows in getattr(statement, "_multi_values", ()) for row in rows]
+    sources += [parameters] if isinstance(parameters, Mapping) else list(parameters or ())
+    conflict = getattr(getattr(statement, "_post_values_clause", None), "update_values_to_set", None) or ()
+    sources.append(dict(conflict))
+    for source in sources:
+        items = source.items() if isinstance(source, Mapping) else ()
+        yield from ((str(getattr(key, "key", key)), value) for key, value in items)
+
+
+def _is_null(value: Any) -> bool:
+    if isinstance(value, BindParameter):
+        return value.value is None
+    return value is None or isinstance(value, Null)

@@ -1,0 +1,262 @@
+"""Column types: a ref as JSON, and an attachment, which is the same in the database."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import JSON, Column, ColumnElement, Table, Text, and_, cast, false, not_, or_, type_coerce
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import MappedColumn, mapped_column
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.type_api import TypeEngine
+from sqlalchemy.types import TypeDecorator
+
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
+from granite_storage.orm._registry import binding_for, find_binding
+from granite_storage.orm.attachment import Attachment, _Address
+from granite_storage.refs import StoredObjectRef
+
+if TYPE_CHECKING:
+    from granite_storage.orm.binding import StorageBinding
+
+__all__ = ["AttachmentType", "StoredObjectRefType", "attachment"]
+
+T = TypeVar("T")
+
+
+class _RefComparator(TypeDecorator.Comparator[Any], JSON.Comparator[Any]):
+    """What a column of refs can be asked in SQL: a ref is the same where it leads to the same object.
+
+    JSON text is equal only where its keys stand in the same order, and some databases compare JSON as text.
+    """
+
+    __slots__ = ()
+
+    def __getitem__(self, index: Any) -> ColumnElement[Any]:
+        return type_coerce(self.expr, JSON())[index]
+
+    def operate(self, op: Any, *other: Any, **kwargs: Any) -> Any:
+        if op in _EQUALITIES and _is_ref(other[0]):
+            return _EQUALITIES[op](self._leads_to(other[0]))
+        if op in _MEMBERSHIPS and isinstance(other[0], list | tuple | set | frozenset) and all(map(_is_ref, other[0])):
+            return _MEMBERSHIPS[op](or_(false(), *map(self._leads_to, other[0])))
+        return super().operate(op, *other, **kwargs)
+
+    def _leads_to(self, value: StoredObjectRef | Attachment) -> ColumnElement[bool]:
+        ref = value.ref if isinstance(value, Attachment) else value
+        return and_(self["backend"].as_string() == ref.backend, self["location"].as_string() == ref.location)
+
+
+def _is_ref(value: object) -> bool:
+    return isinstance(value, StoredObjectRef | Attachment)
+
+
+def _as_is(criterion: ColumnElement[bool]) -> ColumnElement[bool]:
+    return criterion
+
+
+_EQUALITIES: dict[Any, Callable[[ColumnElement[bool]], ColumnElement[bool]]] = {operators.eq: _as_is, operators.ne: not_}
+_MEMBERSHIPS: dict[Any, Callable[[ColumnElement[bool]], ColumnElement[bool]]] = {
+    operators.in_op: _as_is,
+    operators.not_in_op: not_,
+}
+
+
+class _RefJSON(TypeDecorator[T]):
+    """JSON, JSONB on PostgreSQL; None is SQL NULL."""
+
+    impl: type[TypeEngine[Any]] = JSON
+    cache_ok: bool | None = True
+    comparator_factory = _RefComparator  # pyright: ignore[reportAssignmentType]  # there it is a property
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        kind = JSONB if dialect.name == "postgresql" else JSON
+        return dialect.type_descriptor(kind(none_as_null=True))
+
+    def coerce_compared_value(self, op: Any, value: Any) -> TypeEngine[Any]:
+        if _is_ref(value):
+            return StoredObjectRefType()
+        return self.impl_instance.coerce_compared_value(op, value)
+
+    def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
+        # PostgreSQL's drivers decode JSON as they fetch, where one value that is nested too deeply would spoil every row.
+        if isinstance(self.impl_instance, JSONB):
+            return type_coerce(cast(column, Text), self)
+        return column
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Any:
+        """Turn what the dialect's own processor cannot decode into the library's error too."""
+        inner = self.impl_instance.result_processor(dialect, coltype)
+        loads = getattr(dialect, "_json_deserializer", None) or json.loads
+
+        def process(value: Any) -> T | None:
+            if value is None:
+                return None
+            try:
+                decoded = inner(value) if inner is not None else loads(value) if isinstance(value, str) else value
+                ref = None if decoded is None else StoredObjectRef.from_dict(decoded)
+            except InvalidReferenceError as error:
+                return self._broken(error)
+            except (ValueError, TypeError, RecursionError) as error:
+                problem = InvalidReferenceError(f"the column does not hold JSON that can be read: {error}")
+                problem.__cause__ = error
+                return self._broken(problem)
+            return None if ref is None else self._loaded(ref)
+
+        return process
+
+    def _loaded(self, ref: StoredObjectRef) -> T:
+        raise NotImplementedError
+
+    def _broken(self, error: InvalidReferenceError) -> T:
+        raise error
+
+
+class StoredObjectRefType(_RefJSON[StoredObjectRef]):
+    """A column of plain refs, the manual level: the application puts, keeps and deletes the objects itself.
+
+    A value that is not a ref raises `InvalidReferenceError` where it is loaded.
+    """
+
+    cache_ok: bool | None = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
+        match value:
+            case None:
+                return None
+            case Attachment():
+                return value.ref.to_dict()
+            case StoredObjectRef():
+                return value.to_dict()
+            case _:
+                raise InvalidReferenceError(f"a column of refs takes a StoredObjectRef, not {type(value).__name__}")
+
+    def compare_values(self, x: Any, y: Any) -> bool:  # noqa: D102
+        return bool(x == y)
+
+    def _loaded(self, ref: StoredObjectRef) -> StoredObjectRef:
+        return ref
+
+
+class AttachmentType(_RefJSON[Attachment]):
+    """A column of attachments, the managed level: the session's hooks own the life of the objects.
+
+    Args:
+        storage_key: The policy that new objects are stored under.
+        entity_id: Given the instance, returns the segment of the location that says which row it is; None for the primary key.
+    """
+
+    cache_ok: bool | None = True
+
+    def __init__(self, storage_key: str, *, entity_id: Callable[[Any], str] | None = None) -> None:
+        if not isinstance(storage_key, str) or not storage_key:
+            raise ConfigurationError(f"an attachment column needs the storage key of a policy, not {storage_key!r}")
+        super().__init__()
+        self.storage_key = storage_key
+        self.entity_id = entity_id
+        self._column: Column[Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"AttachmentType({self.storage_key!r})"
+
+    @property
+    def column(self) -> Column[Any]:
+        """The column that has this type."""
+        if self._column is None:
+            raise ConfigurationError(f"{self!r} belongs to no column")
+        return self._column
+
+    @property
+    def table(self) -> Table:
+        """The table of that column."""
+        return self.column.table
+
+    @property
+    def model_name(self) -> str:
+        """The segment of locations that says what kind of row it is: the table's name."""
+        return str(self.table.name)
+
+    @property
+    def field_name(self) -> str:
+        """The segment of locations that says which of the row's files it is: the column's name."""
+        return str(self.column.name)
+
+    @property
+    def label(self) -> str:
+        """What messages call the column."""
+        return f"{self.model_name}.{self.field_name}"
+
+    def binding(self) -> StorageBinding:
+        """Return the binding of the column's metadata, or raise `UnboundAttachmentError`."""
+        return binding_for(self.table.metadata, f"the attachment column {self.label}")
+
+    def address(self) -> _Address:
+        """Return what finds this column again in another process."""
+        binding = find_binding(self.table.metadata)
+        base = "" if binding is None else binding.base_name
+        return _Address(base, self.table.fullname, self.field_name, self.storage_key)
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
+        if value is None:
+            return None
+        if not isinstance(value, Attachment):
+            raise InvalidReferenceError(f"an attachment column takes an Attachment, not {type(value).__name__}")
+        if not value._claimed:
+            raise InvalidReferenceError(
+                "an attachment reaches its row only by a flush of an AsyncSession whose base is bound with bind_storage;"
+                " bulk inserts, bulk updates and Core statements would write a ref that nobody owns"
+            )
+        return value.ref.to_dict()
+
+    def compare_values(self, x: Any, y: Any) -> bool:  # noqa: D102
+        if x is y:
+            return True
+        refs = [value._ref if isinstance(value, Attachment) else None for value in (x, y)]
+        return refs[0] is not None and refs[0] == refs[1]
+
+    @property
+    def _static_cache_key(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # there it is a property too
+        # Statements that differ in nothing but the column they read must not share what makes the attachments: it knows the
+        # column, and so the manager.
+        return super()._static_cache_key, self._column
+
+    def _set_parent(self, parent: Any, outer: bool = False, **kw: Any) -> None:
+        # The type learns its column here, and from it the metadata and so the manager, however a value is loaded.
+        if isinstance(parent, Column):
+            if self._column is not None and self._column is not parent and self._column.type is self:
+                # One type object was given to two columns, as by a `type_annotation_map`; each needs its own.
+                parent.type = own = self.copy()
+                own._set_parent(parent, outer=outer, **kw)
+                return
+            self._column = parent
+        super()._set_parent(parent, outer=outer, **kw)
+
+    def _loaded(self, ref: StoredObjectRef) -> Attachment:
+        return Attachment._of(ref, self)
+
+    def _broken(self, error: InvalidReferenceError) -> Attachment:
+        """One bad row must not take down a list: the attachment raises when it is used."""
+        return Attachment._broken(error, self)
+
+
+def attachment(storage_key: str, *, entity_id: Callable[[Any], str] | None = None, **column_arguments: Any) -> MappedColumn[Any]:
+    """Declare an attachment attribute of a model.
+
+    Args:
+        storage_key: The policy that new objects are stored under.
+        entity_id: Given the instance, returns the segment of the location that says which row it is. By default that is the
+            primary key where it is known before the INSERT, else a fresh UUID.
+        **column_arguments: What `mapped_column` takes beside the type, such as `nullable`, `deferred`, `init` or `default`.
+
+    Example:
+        ```python
+        class Document(Base):
+            __tablename__ = "document"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            file: Mapped[Attachment | None] = attachment("documents")
+        ```
+    """
+    return mapped_column(AttachmentType(storage_key, entity_id=entity_id), **column_arguments)

@@ -1,0 +1,191 @@
+"""What one session's transaction did to objects, and what follows when it ends: decisions only, no I/O.
+
+Each savepoint has a frame of its own, a log of what happened in it. A released savepoint's log is added to its parent's; one
+that is rolled back leaves nothing but the objects it put, which are then nobody's. Only the end of the outermost transaction says
+which objects go:
+
+- committed: those that were displaced last, those that were put for a row that never took them, and those that a rolled-back
+  savepoint put;
+- rolled back: all that were put;
+- unknown (the COMMIT was cut off in flight): none; a row may point at any of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import SessionTransaction
+
+    from granite_storage.manager import StorageManager
+    from granite_storage.orm.attachment import Attachment
+    from granite_storage.orm.outcome import ConnectionWatch, SavepointSpan
+    from granite_storage.orm.rows import HeldRef
+    from granite_storage.refs import StoredObjectRef
+
+__all__ = ["FlushUnderWay", "Frame", "LogEntry", "ObjectKey", "Outcome", "StoredObject", "UnitOfWork"]
+
+ObjectKey: TypeAlias = tuple[int, str, str]
+LogEntry: TypeAlias = "tuple[StoredObject, bool]"
+
+
+class Outcome(Enum):
+    """How a transaction ended."""
+
+    COMMITTED = auto()
+    ROLLED_BACK = auto()
+    UNKNOWN = auto()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredObject:
+    """An object and the manager that can delete it."""
+
+    manager: StorageManager
+    ref: StoredObjectRef
+
+    @property
+    def key(self) -> ObjectKey:
+        """What makes it the same object as another."""
+        return id(self.manager), self.ref.backend, self.ref.location
+
+
+@dataclass(slots=True, eq=False)
+class Frame:
+    """The log of one transaction or savepoint."""
+
+    # True: the object belongs to a row now. False: no row of this transaction holds it any more.
+    log: list[LogEntry] = field(default_factory=list)
+    puts: list[tuple[StoredObject, Attachment]] = field(default_factory=list)
+    committed: bool = False
+
+    def merge(self, inner: Frame) -> None:
+        """Take over the log of a savepoint that was released."""
+        self.log += inner.log
+        self.puts += inner.puts
+
+
+@dataclass(slots=True, eq=False)
+class FlushUnderWay:
+    """What one flush has decided; it happens to the transaction only when the flush has ended well."""
+
+    log: list[LogEntry] = field(default_factory=list)
+    puts: list[tuple[StoredObject, Attachment]] = field(default_factory=list)
+    claims: list[Attachment] = field(default_factory=list)
+    # What has been dealt with: changed attributes, and rows that are deleted.
+    handled: dict[tuple[int, str], Attachment | None] = field(default_factory=dict)
+    deletions: set[int] = field(default_factory=set)
+    # Refs of rows that the database may delete by a cascade, and the connection that can tell whether it did.
+    vanishing: list[tuple[Connection, list[HeldRef]]] = field(default_factory=list)
+
+    def has_handled(self, marker: tuple[int, str], value: Attachment | None) -> bool:
+        """Tell whether the flush has dealt with this change."""
+        return marker in self.handled and self.handled[marker] is value
+
+    def takes(self, stored: StoredObject) -> bool:
+        """Tell whether a row takes the object in this flush."""
+        return _latest(self.log).get(stored.key, (stored, False))[1]
+
+
+class UnitOfWork:
+    """The frames of one session's transaction, from the outermost to the innermost."""
+
+    def __init__(self) -> None:
+        # Weak, because a transaction knows its session: one that is dropped without being closed must not be held by this.
+        self.frames: weakref.WeakKeyDictionary[SessionTransaction, Frame] = weakref.WeakKeyDictionary()
+        self.doomed: list[StoredObject] = []
+        self.flush: FlushUnderWay = FlushUnderWay()
+        self.spans: dict[ConnectionWatch, SavepointSpan] = {}
+
+    def frame(self, transaction: SessionTransaction) -> Frame:
+        """Return the frame of a transaction or savepoint; made when something happens in it, with those around it."""
+        found = self.frames.get(transaction)
+        if found is None:
+            around = _enclosing(transaction)
+            if around is not None:
+                self.frame(around)
+            found = self.frames[transaction] = Frame()
+        return found
+
+    def is_known(self, stored: StoredObject) -> bool:
+        """Tell whether the object came to, or went from, a row in this transaction."""
+        return stored.key in self._held()
+
+    def is_free(self, stored: StoredObject) -> bool:
+        """Tell whether a row of this transaction held the object and gave it up, and no row holds it now."""
+        return self._held().get(stored.key, (stored, True))[1] is False
+
+    def end_flush(self, frame: Frame) -> None:
+        """Let what a flush decided count: its statements are done. No statement may bind its refs any more."""
+        frame.log += self.flush.log
+        self._forget_flush()
+
+    def abandon_flush(self) -> None:
+        """Forget what a flush decided: it has failed. Any row may still take what it had put, or else nobody holds it."""
+        puts = self.flush.puts
+        self._forget_flush()
+        for _, attachment in puts:
+            attachment._unowned = True
+
+    def end_savepoint(self, transaction: SessionTransaction) -> None:
+        """Close the frame of a savepoint; what happened in it survives only if it was released."""
+        frame = self.frames.pop(transaction)
+        outer = _enclosing(transaction)
+        if frame.committed and outer is not None:
+            self.frame(outer).merge(frame)
+            return
+        self.doomed += [stored for stored, _ in frame.puts]
+        for _, attachment in frame.puts:
+            attachment._undo()
+
+    def close(self, transaction: SessionTransaction) -> Frame:
+        """Return the frame of the outermost transaction; savepoints that have not ended by themselves end with it, undone."""
+        frame = self.frames.pop(transaction, None) or Frame()
+        for inner in self.frames.values():
+            self.doomed += [stored for stored, _ in inner.puts]
+            for _, attachment in inner.puts:
+                attachment._undo()
+        self.frames.clear()
+        return frame
+
+    def end(self, frame: Frame, outcome: Outcome) -> list[StoredObject]:
+        """Return the objects that are to be deleted now that the outermost transaction has ended."""
+        latest = _latest(frame.log)
+        for stored, attachment in frame.puts:
+            if outcome is Outcome.ROLLED_BACK or (outcome is Outcome.COMMITTED and stored.key not in latest):
+                attachment._undo()
+            else:
+                attachment._settle()
+        match outcome:
+            case Outcome.COMMITTED:
+                dropped = [stored for stored, held in latest.values() if not held]
+                never_taken = [stored for stored, _ in frame.puts if stored.key not in latest]
+                return [*dropped, *never_taken, *self.doomed]
+            case Outcome.ROLLED_BACK:
+                return [*(stored for stored, _ in frame.puts), *self.doomed]
+            case Outcome.UNKNOWN:
+                return []
+
+    def _forget_flush(self) -> None:
+        for attachment in self.flush.claims:
+            attachment._forget_claim()
+        self.flush = FlushUnderWay()
+
+    def _held(self) -> dict[ObjectKey, LogEntry]:
+        return _latest([*(entry for frame in self.frames.values() for entry in frame.log), *self.flush.log])
+
+
+def _latest(log: list[LogEntry]) -> dict[ObjectKey, LogEntry]:
+    return {stored.key: (stored, held) for stored, held in log}
+
+
+def _enclosing(transaction: SessionTransaction) -> SessionTransaction | None:
+    """Return the savepoint or transaction around one; the session's own bookkeeping transactions are passed over."""
+    outer = transaction.parent
+    while outer is not None and outer.parent is not None and not outer.nested:
+        outer = outer.parent
+    return outer

@@ -1,0 +1,249 @@
+"""Bytes on their way out: what `StorageManager.open` gives."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from types import TracebackType
+from typing import Any, Self
+
+from granite_storage._concurrency import finish
+from granite_storage.backends.base import ObjectInfo, ObjectReader
+from granite_storage.exceptions import BackendError, InvalidLocationError, SizeMismatchError
+from granite_storage.refs import StoredObjectRef
+from granite_storage.streams import CHUNK_SIZE, Sha256, joined, require_checksum
+
+__all__ = ["OpeningReader", "StoredObjectReader", "require_recorded_size"]
+
+
+class StoredObjectReader:
+    """An object, or a range of one, open for reading; positions count from the start of the range.
+
+    It never ends short: where bytes are missing it raises. It may be read, sought and iterated in any mixture, by one task at a
+    time. Iteration lets go of the backend's handle when it ends or is abandoned, so a web framework that iterates the reader as
+    a response's body and never closes it leaks nothing.
+
+    Attributes:
+        ref: The ref that was opened.
+        info: What the backend says of the whole object.
+        size: How many bytes the range has.
+        closed: Whether `aclose` was called.
+
+    Example:
+        ```python
+        async with manager.open(ref, offset=10) as reader:
+            head = await reader.read(4)
+            async for chunk in reader:
+                ...
+        ```
+    """
+
+    def __init__(
+        self,
+        ref: StoredObjectRef,
+        open_range: Callable[[int, int], Awaitable[ObjectReader]],
+        *,
+        offset: int,
+        length: int | None,
+        verify: bool,
+    ) -> None:
+        if offset < 0 or (length is not None and length < 0):
+            raise ValueError(f"offset and length must not be negative, but are {offset} and {length}")
+        if offset > ref.size:
+            raise ValueError(f"offset {offset} is past the end of an object of {ref.size} bytes")
+        self.ref = ref
+        self.size: int = ref.size - offset if length is None else min(length, ref.size - offset)
+        if verify and self.size != ref.size:
+            raise ValueError("only a whole object can be verified, not a range of it")
+        self.info: ObjectInfo
+        self.closed: bool = False
+        self._open_range = open_range
+        self._start = offset
+        self._position = 0
+        self._source: ObjectReader | None = None
+        self._sha256 = Sha256() if verify else None
+        self._lock = asyncio.Lock()
+        self._iteration: object | None = None
+
+    async def read(self, size: int = -1, /) -> bytes:
+        """Return `size` bytes, fewer only where the range ends; all that is left where negative.
+
+        Raises:
+            BackendError: The bytes could not be read, or there are fewer than there should be.
+            ChecksumMismatchError: The reader verifies, and the bytes are not those that were stored; raised in place of the
+                last of them.
+        """
+        self._iteration = None
+        async with self._lock:
+            return await self._take(self._left if size < 0 else min(size, self._left), whole=True)
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        """Yield what is left, in chunks as they come, at most 1 MiB each."""
+        iteration = self._iteration = object()
+        try:
+            while True:
+                async with self._lock:
+                    chunk = await self._take(min(CHUNK_SIZE, self._left), whole=False)
+                if not chunk:
+                    return
+                yield chunk
+        finally:
+            if self._iteration is iteration:
+                await self._let_go()
+
+    async def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Move the position and return it; no byte is read on the way.
+
+        Args:
+            offset: Bytes, counted from what `whence` says.
+            whence: `os.SEEK_SET`, `SEEK_CUR` or `SEEK_END`, the start, the position or the end of the range.
+
+        Raises:
+            ValueError: The position would be negative, or the reader verifies and so reads once from start to end.
+        """
+        self._iteration = None
+        async with self._lock:
+            self._require_open()
+            base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+            position = base + offset
+            if position < 0:
+                raise ValueError(f"cannot seek to {position}, before the start")
+            if position != self._position:
+                if self._sha256 is not None:
+                    raise ValueError("a reader that verifies reads once, from start to end")
+                self._position = position
+                await self._finish(self._release())
+            return position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    async def aclose(self) -> None:
+        """Let go of the backend's handle; idempotent. Reading afterwards raises `ValueError`."""
+        self.closed = True
+        self._iteration = None
+        await self._let_go()
+
+    close = aclose
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    @property
+    def _left(self) -> int:
+        return max(0, self.size - self._position)
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise ValueError("the reader is closed")
+
+    async def start(self) -> Self:
+        """Open the backend's handle, so that a missing or wrong object is an error before the first byte."""
+        try:
+            self._source = await self._open_range(self._start, self.size)
+            self.info = self._source.info
+            require_recorded_size(self.ref, self.info.size)
+            await self._verify()
+        except InvalidLocationError:
+            raise
+        except ValueError as error:
+            # The range lies inside what the ref says, so the object must be smaller.
+            message = f"the object at {self.ref.location!r} has fewer bytes than its ref says, {self.ref.size}"
+            raise SizeMismatchError(message, expected=self.ref.size) from error
+        except BaseException:
+            await self._finish(self._release())
+            raise
+        return self
+
+    async def _take(self, wanted: int, *, whole: bool) -> bytes:
+        """Return the wanted bytes, or for not `whole` some of them; a failure or cancellation leaves the position as it was."""
+        began = self._position
+        try:
+            chunks = [await self._next_chunk(wanted)]
+            while whole and self._position < began + wanted:
+                chunks.append(await self._next_chunk(began + wanted - self._position))
+            return chunks[0] if len(chunks) == 1 else await joined(chunks)
+        except BaseException as error:
+            # The handle's position is in doubt; and a hash cannot go back, so a reader that verifies is at its end.
+            self._position = began
+            self.closed = self.closed or self._sha256 is not None
+            if isinstance(error, BackendError):
+                error.backend = error.backend or self.ref.backend
+            await self._finish(self._release())
+            raise
+
+    async def _next_chunk(self, wanted: int) -> bytes:
+        """Return some of the wanted bytes, at least one; nothing only where none is wanted."""
+        self._require_open()
+        if wanted == 0:
+            return b""
+        source = self._source or await self._reopen()
+        chunk = await source.read(wanted)
+        if not chunk:
+            raise BackendError(f"the object at {self.ref.location!r} ended {self._left} bytes early", location=self.ref.location)
+        self._position += len(chunk)
+        if self._sha256 is not None:
+            await self._sha256.update(chunk)
+            await self._verify()
+        return chunk
+
+    async def _verify(self) -> None:
+        if self._sha256 is not None and self._left == 0:
+            require_checksum(self.ref.checksum, await self._sha256.checksum())
+
+    async def _reopen(self) -> ObjectReader:
+        self._source = await self._open_range(self._start + self._position, self._left)
+        if (self._source.info.size, self._source.info.etag) != (self.info.size, self.info.etag):
+            raise BackendError(f"the object at {self.ref.location!r} changed while it was read", location=self.ref.location)
+        return self._source
+
+    async def _let_go(self) -> None:
+        async def release() -> None:
+            async with self._lock:
+                await self._release()
+
+        if self._source is not None or self._sha256 is not None or self._lock.locked():
+            await self._finish(release())
+
+    async def _release(self) -> None:
+        source, self._source = self._source, None
+        try:
+            if source is not None:
+                await source.aclose()
+        finally:
+            if self._sha256 is not None and self.closed:
+                await self._sha256.stop()
+
+    async def _finish(self, release: Coroutine[Any, Any, None]) -> None:
+        await finish(release, f"closing the reader of {self.ref.location!r}")
+
+
+def require_recorded_size(ref: StoredObjectRef, size: int) -> None:
+    """Raise `SizeMismatchError` where an object has not the size that its ref says."""
+    if size != ref.size:
+        message = f"the object at {ref.location!r} has {size} bytes, but its ref says {ref.size}"
+        raise SizeMismatchError(message, expected=ref.size, actual=size)
+
+
+class OpeningReader:
+    """What `StorageManager.open` returns: await it for a reader to close yourself, or enter it with `async with`."""
+
+    def __init__(self, start: Callable[[], Awaitable[StoredObjectReader]]) -> None:
+        self._start = start
+        self._reader: StoredObjectReader | None = None
+
+    def __await__(self) -> Generator[object, object, StoredObjectReader]:
+        return self._start().__await__()
+
+    async def __aenter__(self) -> StoredObjectReader:
+        self._reader = await self._start()
+        return self._reader
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._reader is not None:
+            await self._reader.aclose()

@@ -1,0 +1,299 @@
+"""The receipt of a stored object, kept as JSON in a row."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from typing import Any, NoReturn, Self
+
+from granite_storage.exceptions import InvalidReferenceError
+
+__all__ = ["ReadOnlyDict", "ReadOnlyList", "StoredObjectRef", "canonical_checksum", "read_only"]
+
+_CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
+_MOST_DEPTH = 32
+_MOST_VALUES = 10_000
+_MOST_CHARACTERS = 1 << 20
+_MOST_BITS = 1024
+_LARGEST_SIZE = (1 << 63) - 1
+
+
+def _refuse_change(*_: Any, **__: Any) -> NoReturn:
+    raise TypeError("a stored object's ref is read-only; make a new one with dataclasses.replace()")
+
+
+class ReadOnlyDict(dict[str, Any]):
+    """A dict that cannot be changed in place: a change of a receipt would silently be lost."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        return self
+
+
+class ReadOnlyList(list[Any]):
+    """A list that cannot be changed in place."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (list(self),)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        return self
+
+
+for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+    setattr(ReadOnlyDict, _name, _refuse_change)
+for _name in ("__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "clear", "extend", "insert"):
+    setattr(ReadOnlyList, _name, _refuse_change)
+for _name in ("pop", "remove", "reverse", "sort"):
+    setattr(ReadOnlyList, _name, _refuse_change)
+
+
+class _UnknownKeys:
+    """Holds the keys that a newer version wrote, outside the dataclass's fields, so that writing the ref again keeps them."""
+
+    __slots__ = ("_unknown",)
+    _unknown: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObjectRef(_UnknownKeys):
+    """The receipt of one stored object.
+
+    A ref is immutable, equal by its fields, hashed by where the object is, and holds no handle and no secret.
+
+    Attributes:
+        storage_key: The policy it was written under, such as `avatars`.
+        backend: The backend's key in the manager, such as `local` or `s3`.
+        location: The object's address inside the backend.
+        size: Bytes written.
+        checksum: `sha256:<64 lower-case hex digits>`; empty where it is unknown, as in refs of other origin.
+        content_type: The media type that the writer gave.
+        original_filename: The name that the visitor gave, without path and control characters.
+        created_at: When the object was stored: ISO 8601, UTC, microseconds.
+        extra: The caller's own keys and the backend's, such as `bucket`; read-only.
+
+    Example:
+        >>> ref = StoredObjectRef("avatars", "local", "user/42/avatar/x.png", 3, "")
+        >>> StoredObjectRef.from_dict(ref.to_dict()) == ref
+        True
+    """
+
+    storage_key: str
+    backend: str
+    location: str
+    size: int
+    checksum: str
+    content_type: str | None = None
+    original_filename: str | None = None
+    created_at: str | None = None
+    extra: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_unknown", ReadOnlyDict())
+        if self.extra is not None:
+            object.__setattr__(self, "extra", read_only(self.extra, "extra"))
+
+    def __hash__(self) -> int:
+        return hash((self.backend, self.location))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (tuple(getattr(self, field.name) for field in fields(self)), dict(self._unknown))
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, unknown keys that were read included."""
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**_plain(self._unknown), **known, "extra": _plain(self.extra)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read a ref that this, an older or a newer version wrote.
+
+        Missing optional fields are None and a missing checksum is unknown. Keys that this version does not know are kept, and
+        `to_dict` gives them back. The time is brought to one form. Locations are checked where they are used, not here.
+
+        Raises:
+            InvalidReferenceError: It is not a ref; the message names the field at fault.
+        """
+        if not isinstance(data, Mapping):
+            raise InvalidReferenceError(f"a ref must be a mapping, not {type(data).__name__}")
+        names = {field.name for field in fields(cls)}
+        ref = cls(
+            storage_key=_text(data, "storage_key"),
+            backend=_text(data, "backend"),
+            location=_text(data, "location"),
+            size=_size(data.get("size")),
+            checksum=_checksum(data.get("checksum")),
+            content_type=_optional_text(data, "content_type"),
+            original_filename=_optional_text(data, "original_filename"),
+            created_at=_timestamp(data.get("created_at")),
+            extra=_extra(data.get("extra")),
+        )
+        unknown = {key: value for key, value in data.items() if key not in names}
+        object.__setattr__(ref, "_unknown", read_only(unknown, "an unknown key"))
+        return ref
+
+
+def canonical_checksum(checksum: object) -> str:
+    """Return a checksum in the form that refs hold, `sha256:` and 64 lower-case hex digits.
+
+    Raises:
+        InvalidReferenceError: It is of another algorithm or not a checksum at all.
+    """
+    if not isinstance(checksum, str) or not _CHECKSUM.fullmatch(checksum.lower()):
+        raise InvalidReferenceError(f"checksum must be 'sha256:' and 64 hex digits, not {_shown(checksum)}")
+    return checksum.lower()
+
+
+def read_only(value: Mapping[str, Any], name: str) -> ReadOnlyDict:
+    """Return a read-only copy of a mapping of JSON values, bounded in depth and size.
+
+    Raises:
+        InvalidReferenceError: It holds something that JSON does not, is nested too deeply, or is too large.
+    """
+    if isinstance(value, ReadOnlyDict):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidReferenceError(f"{name} must be a mapping, not {type(value).__name__}")
+    frozen: ReadOnlyDict = _Freezer(name).freeze(value, 0)
+    return frozen
+
+
+class _Freezer:
+    """Copies JSON values into read-only ones, within the bounds of one ref."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.values_left = _MOST_VALUES
+        self.characters_left = _MOST_CHARACTERS
+
+    def freeze(self, value: Any, depth: int) -> Any:
+        self.values_left -= 1
+        if depth > _MOST_DEPTH or self.values_left < 0:
+            raise InvalidReferenceError(f"{self.name} has more than {_MOST_VALUES} values or {_MOST_DEPTH} levels")
+        match value:
+            case Mapping():
+                return ReadOnlyDict({self._key(key): self.freeze(item, depth + 1) for key, item in value.items()})
+            case str():
+                return self._counted(value)
+            case list() | tuple():
+                return ReadOnlyList([self.freeze(item, depth + 1) for item in value])
+            case None | bool():
+                return value
+            case int() if value.bit_length() <= _MOST_BITS:
+                return value
+            case float() if math.isfinite(value):
+                return value
+            case _:
+                raise InvalidReferenceError(f"{self.name} holds a value of type {type(value).__name__} that JSON cannot keep")
+
+    def _key(self, key: object) -> str:
+        if not isinstance(key, str):
+            raise InvalidReferenceError(f"{self.name} has a key that is not a string: {_shown(key)}")
+        return self._counted(key)
+
+    def _counted(self, text: str) -> str:
+        self.characters_left -= len(text)
+        if self.characters_left < 0:
+            raise InvalidReferenceError(f"{self.name} has more than {_MOST_CHARACTERS} characters")
+        return text
+
+
+def _rebuild(values: Iterable[Any], unknown: Mapping[str, Any]) -> StoredObjectRef:
+    ref = StoredObjectRef(*values)
+    object.__setattr__(ref, "_unknown", read_only(unknown, "an unknown key"))
+    return ref
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value
+
+
+def _text(data: Mapping[str, Any], name: str) -> str:
+    value = data.get(name)
+    if not isinstance(value, str) or not value:
+        raise InvalidReferenceError(f"{name} must be a string that is not empty, not {_shown(value)}")
+    return value
+
+
+def _optional_text(data: Mapping[str, Any], name: str) -> str | None:
+    value = data.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InvalidReferenceError(f"{name} must be a string or null, not {_shown(value)}")
+    return value
+
+
+def _size(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST_SIZE:
+        raise InvalidReferenceError(f"size must be a number of bytes, not {_shown(value)}")
+    return value
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message; what may be nested deeply or have any number of digits is only named."""
+    match value:
+        case str():
+            return repr(value[:120])
+        case None | bool() | float():
+            return repr(value)
+        case int() if value.bit_length() <= _MOST_BITS:
+            return repr(value)[:120]
+        case _:
+            return type(value).__name__
+
+
+def _checksum(value: object) -> str:
+    return "" if value is None or value == "" else canonical_checksum(value)
+
+
+def _extra(value: object) -> dict[str, Any] | None:
+    return None if value is None else read_only(value, "extra")  # type: ignore[arg-type]  # checked there
+
+
+def _timestamp(value: object) -> str | None:
+    if value is None:
+        return None
+    try:
+        return canonical_timestamp(_moment(value))
+    except (ValueError, OverflowError, OSError) as error:
+        raise InvalidReferenceError(f"created_at is not a time of ISO 8601: {_shown(value)}") from error
+
+
+def _moment(value: object) -> datetime:
+    match value:
+        case bool():
+            raise ValueError("a boolean is no time")
+        case int() | float():
+            return datetime.fromtimestamp(value, UTC)
+        case str():
+            moment = datetime.fromisoformat(value)
+            return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        case _:
+            raise ValueError("neither text nor a number")
+
+
+def canonical_timestamp(moment: datetime) -> str:
+    """Return an aware time in the one form that refs hold: UTC, with microseconds."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")

@@ -1,0 +1,91 @@
+"""The project's chores by name: `python -m nox -s tests`, and `python -m nox --list` for the others.
+
+What follows `--` goes to the program that the session runs: `nox -s tests -- -k local -x`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["lint", "types", "layers", "docs", "tests"]
+
+SUPPORTED = ("3.11", "3.12", "3.13")
+
+
+def version_of(program: str) -> str | None:
+    """Return the version of an interpreter that really starts: a version manager's stand-in may only print an error."""
+    try:
+        command = [program, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def present(version: str) -> bool:
+    """Tell whether an interpreter of this version is on the path and starts."""
+    program = shutil.which(f"python{version}")
+    return program is not None and version_of(program) == version
+
+
+RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
+PYTHONS = [RUNNING, *(version for version in SUPPORTED if version != RUNNING and present(version))]
+
+
+@nox.session(python=RUNNING)
+def demo(session: nox.Session) -> None:
+    """Store, stream, verify, copy and delete real files: the ones given after `--`, or some of the project's own."""
+    session.install(".[demo]")
+    session.run("python", "examples/quickstart.py", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the tests, against real disks and real servers, on every Python that is present."""
+    session.install("-e", ".[demo,s3,test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python=RUNNING)
+def lint(session: nox.Session) -> None:
+    """Check the rules and the format."""
+    session.install("ruff>=0.17")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(python=RUNNING)
+def types(session: nox.Session) -> None:
+    """Check the types with mypy and pyright, and that every public name has one."""
+    session.install(".[dev]")
+    session.run("mypy")
+    session.run("pyright")
+    session.run("pyright", "--ignoreexternal", "--verifytypes", "granite_storage")
+
+
+@nox.session(python=RUNNING)
+def layers(session: nox.Session) -> None:
+    """Check which room imports which."""
+    session.install(".[lint]")
+    session.run("lint-imports")
+
+
+@nox.session(python=RUNNING)
+def docs(session: nox.Session) -> None:
+    """Build the documentation into `docs/_build/html`; a warning is an error."""
+    session.install(".[docs,s3]")
+    session.run("sphinx-build", "-W", "-n", "--keep-going", "-E", "docs", "docs/_build/html")
+
+
+@nox.session(python=RUNNING)
+def bench(session: nox.Session) -> None:
+    """Measure, and print the tables: `-- --only disk` chooses, `-- --json FILE` keeps the numbers."""
+    session.install("-e", ".[s3,test]")
+    for path in sorted(Path("tests/benchmarks").glob("bench_*.py")):
+        session.run("python", "-m", f"tests.benchmarks.{path.stem}", *session.posargs)

@@ -1,0 +1,232 @@
+"""What every test is watched for, and the backends and servers that tests run against."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import os
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+from blockbuster import blockbuster_ctx
+
+from granite_storage.backends.base import StorageBackend
+from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.locations import RESERVED_PREFIX
+from granite_storage.testing import BackendConformance
+
+if TYPE_CHECKING:
+    from tests.servers import S3Server
+
+SETTLING = 10.0
+"""How long what is just ending may take to end, in seconds."""
+
+POOLED_THREADS = ("granite-", "asyncio_", "ThreadPoolExecutor-", "pytest_timeout", "waitpid-")
+"""Beginnings of the names of threads that are kept for later work, or that the runner owns."""
+
+
+CASES_OF_THE_SUITE = {
+    "test_abandoned_readers": ["STR-13"],
+    "test_cancelled_copy": ["CAN-01", "CAN-04"],
+    "test_cancelled_delete": ["CAN-01"],
+    "test_cancelled_listing": ["CAN-01"],
+    "test_cancelled_read": ["CAN-01", "CAN-04"],
+    "test_cancelled_second_write": ["CAN-01"],
+    "test_cancelled_write": ["CAN-01", "CAN-04", "S3F-05"],
+    "test_change_behind_a_listing": ["S3F-11"],
+    "test_deleted_while_open": ["S3F-10"],
+    "test_event_loops_in_threads": ["POL-06"],
+    "test_event_loops_one_after_the_other": ["POL-06"],
+    "test_failing_sibling": ["CAN-05"],
+    "test_full_store": ["DSK-01"],
+    "test_hostile_location": ["LOC-15", "LOC-19", "LOC-20", "LOC-21"],
+    "test_killed_writer": ["DSK-03"],
+    "test_many_readers": ["S3F-19"],
+    "test_missing_is_silent": ["S3F-15"],
+    "test_more_than_one_page": ["S3F-11"],
+    "test_odd_location": ["S3F-12"],
+    "test_over_the_limit": ["LIM-01"],
+    "test_page_sizes": ["S3F-11"],
+    "test_round_trip": ["STR-10"],
+    "test_source_raises": ["STR-03", "STR-11"],
+    "test_timeout": ["CAN-03", "STR-06"],
+    "test_use_after_close": ["POL-06"],
+    "test_wrong_declaration": ["STR-08", "STR-09"],
+}
+"""The rows that cases of the public suite stand for; the suite itself knows no such marks."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases of the public suite with the rows they stand for."""
+    for item in items:
+        suite = getattr(item, "cls", None)
+        if suite is not None and issubclass(suite, BackendConformance):
+            item.add_marker(pytest.mark.case(*CASES_OF_THE_SUITE.get(getattr(item, "originalname", ""), ())))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_blocks() -> Iterator[None]:
+    """Fail a call that blocks an event loop where the library is in the stack; what tests do by themselves is not looked at.
+
+    Nothing is allowed beyond that: the suite for backends is left out because it is a test that the library ships.
+    """
+    with blockbuster_ctx("granite_storage", excluded_modules=["granite_storage.testing"]):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give `tempfile` and child processes a folder of this run, so that what is left there is theirs; sockets want it short."""
+    tmp_path_factory.getbasetemp()  # made now, so that pytest's own folders are not below this one
+    with tempfile.TemporaryDirectory(prefix="granite-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def moto_server(_temporary_folder: Path) -> Iterator[S3Server]:
+    """An S3 server that is quick and lenient; see `tests.servers`."""
+    yield from _started("moto_s3")
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_server(_temporary_folder: Path) -> Iterator[S3Server]:
+    """An S3 server that checks signatures, checksums and conditions; see `tests.servers`."""
+    yield from _started("seaweedfs")
+
+
+BACKENDS = [
+    "memory",
+    "memory-prefixed",
+    "local",
+    "local-prefixed",
+    "s3-moto",
+    "s3-moto-prefixed",
+    "s3-seaweedfs",
+    "s3-seaweedfs-prefixed",
+]
+
+
+@pytest.fixture(params=BACKENDS)
+async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[StorageBackend]:
+    """Every backend, fresh and empty, with and without a prefix."""
+    kind, _, rest = request.param.partition("-")
+    prefixed = request.param.endswith("prefixed")
+    async with contextlib.AsyncExitStack() as stack:
+        backend: StorageBackend
+        if kind == "s3":
+            server: S3Server = request.getfixturevalue(f"{rest.partition('-')[0]}_server")
+            bucket = await stack.enter_async_context(server.bucket())
+            backend = server.backend(bucket, prefix="some/prefix" if prefixed else "")
+        else:
+            backend = MemoryStorageBackend() if kind == "memory" else LocalStorageBackend(tmp_path, fsync=False)
+            backend = PrefixedBackend(backend, "some/prefix") if prefixed else backend
+        stack.push_async_callback(backend.aclose)
+        yield backend
+
+
+def _started(server: str) -> Iterator[S3Server]:
+    """Start a server; where it is not to be had, skip what needs it, and fail in CI."""
+    try:
+        from tests import servers
+    except ImportError as error:
+        _unavailable(f"{server} is not to be had: {error}")
+    with contextlib.ExitStack() as stack:
+        try:
+            started = stack.enter_context(getattr(servers, server)())
+        except (ImportError, RuntimeError) as error:
+            _unavailable(f"{server} did not start: {error}")
+        yield started
+
+
+def _unavailable(why: str) -> NoReturn:
+    if os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(request: pytest.FixtureRequest, _temporary_folder: Path) -> Iterator[None]:
+    """Fail a test that leaves a thread, an open file or connection, or a temporary file behind."""
+    for server in _servers_of(request):
+        request.getfixturevalue(server)
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    threads, files = set(threading.enumerate()), _temporary_files(_temporary_folder, None)
+    descriptors = _descriptors(str(_temporary_folder))
+    yield
+    _require_settled("threads", lambda: [thread.name for thread in _own_threads(threads)])
+    _require_settled("open files or connections", lambda: sorted(_descriptors(str(_temporary_folder)) - descriptors))
+    _require_settled("temporary files", lambda: sorted(_temporary_files(_temporary_folder, folder) - files))
+
+
+@pytest.fixture(autouse=True)
+def _no_task_left(request: pytest.FixtureRequest, _nothing_left: None) -> None:
+    """Fail a coroutine test that leaves a task behind."""
+    if inspect.iscoroutinefunction(getattr(request.node, "obj", None)):
+        request.getfixturevalue("_watched_loop")
+
+
+@pytest.fixture
+async def _watched_loop() -> AsyncIterator[None]:
+    before = asyncio.all_tasks()
+    yield
+    deadline = time.monotonic() + SETTLING
+    while left := asyncio.all_tasks() - before - {asyncio.current_task()}:
+        if time.monotonic() > deadline:
+            pytest.fail(f"the test left tasks behind: {left}")
+        await asyncio.sleep(0.01)
+
+
+def _servers_of(request: pytest.FixtureRequest) -> list[str]:
+    """The servers that a test needs: they start before it is watched."""
+    backend = getattr(request.node, "callspec", None)
+    backend = backend.params.get("backend", "") if backend else ""
+    wanted = [f"{backend.split('-')[1]}_server"] if isinstance(backend, str) and backend.startswith("s3-") else []
+    return [name for name in ("moto_server", "seaweedfs_server") if name in request.fixturenames or name in wanted]
+
+
+def _own_threads(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread not in before and not thread.name.startswith(POOLED_THREADS)]
+
+
+def _descriptors(ignored: str) -> set[tuple[str, str]]:
+    """What is open, by number: files, sockets, pipes.
+
+    Not the standard streams, which the runner redirects as it likes, nor the unnamed files right in a folder in which moto keeps
+    its objects.
+    """
+    found: set[tuple[str, str]] = set()
+    numbers = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+    for number in sorted(set(numbers) - {"0", "1", "2"}):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{number}")
+            if not target.startswith(f"{ignored}/#"):
+                found.add((number, target))
+    return found
+
+
+def _temporary_files(folder: Path, own: Path | None) -> set[str]:
+    """What lies in the folder of `tempfile`, and the unfinished files of backends in a test's own folder."""
+    found = {entry.name for entry in folder.iterdir()}
+    if own is not None:
+        found |= {str(path) for path in own.rglob(f"{RESERVED_PREFIX}*.tmp")}
+    return found
+
+
+def _require_settled(what: str, left: Callable[[], list[Any]]) -> None:
+    deadline = time.monotonic() + SETTLING
+    while found := left():
+        if time.monotonic() > deadline:
+            pytest.fail(f"the test left {what} behind: {found}")
+        gc.collect()
+        time.sleep(0.01)

@@ -1,0 +1,54 @@
+"""The databases and the world that tests of attachments run in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy.engine import URL
+
+from granite_storage.backends.local import LocalStorageBackend
+from tests.orm.databases import DATABASES, Database, mariadb, postgres, postgres_database, sqlite
+from tests.orm.world import World, world_on
+
+
+@pytest.fixture(scope="session")
+def postgres_server(_temporary_folder: Path) -> Iterator[URL]:
+    """A PostgreSQL of this run."""
+    with postgres(_temporary_folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="session", params=DATABASES)
+def database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    """Every database, with every driver."""
+    yield from _database(request, request.param)
+
+
+def _database(request: pytest.FixtureRequest, name: str) -> Iterator[Database]:
+    if name.startswith("sqlite"):
+        with sqlite(name) as found:
+            yield found
+    elif name == "mariadb":
+        context = mariadb()
+        try:
+            found = context.__enter__()
+        except LookupError as error:
+            print(f"\nthe tests on MariaDB are left out: {error}", file=sys.__stderr__)
+            pytest.skip(str(error))
+        yield found
+        context.__exit__(None, None, None)
+    else:
+        with postgres_database(request.getfixturevalue("postgres_server"), name) as found:
+            yield found
+
+
+@pytest.fixture
+async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
+    """Empty tables, an empty storage, and both bound; checked afterwards. One of the databases has its objects on disk."""
+    backend = LocalStorageBackend(tmp_path / "store", fsync=False) if database.name == "sqlite-begin" else None
+    async with world_on(database, backend=backend) as world:
+        yield world
+        await world.check()

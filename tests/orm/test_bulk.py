@@ -1,0 +1,326 @@
+"""Statements that hit many rows at once, past the session's instances."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import bindparam, delete, exists, func, insert, null, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import StatementError
+from sqlalchemy.orm import Session, aliased
+
+from granite_storage.exceptions import InvalidReferenceError
+from tests.orm.world import Child, Doc, Item, Node, Note, Parent, Photo, Report, Tag, World, file
+
+SYNCHRONIZE = [False, "fetch", "evaluate", "auto"]
+
+
+async def three(world: World) -> None:
+    await world.add(*(Doc(id=number, code=str(number), file=file(str(number)), other=file(f"o{number}")) for number in (1, 2, 3)))
+
+
+class TestDelete:
+    @pytest.mark.case("DBF-09")
+    @pytest.mark.parametrize("how", SYNCHRONIZE)
+    async def test_every_synchronize_session(self, world: World, how: Any) -> None:
+        await three(world)
+        async with world.sessions.begin() as session:
+            await session.get_one(Doc, 1)
+            await session.execute(delete(Doc).where(Doc.id < 3), execution_options={"synchronize_session": how})
+        await world.check(file_3="3", other_3="o3")
+
+    @pytest.mark.case("DBF-09")
+    async def test_query(self, world: World) -> None:
+        await three(world)
+        async with world.sessions.begin() as session:
+            await session.run_sync(lambda sync: sync.query(Doc).filter(Doc.id == 1).delete())
+        await world.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
+
+    async def test_table(self, world: World) -> None:
+        await three(world)
+        async with world.sessions.begin() as session:
+            await session.execute(Doc.__table__.delete().where(Doc.__table__.c.id != 2))
+        await world.check(file_2="2", other_2="o2")
+
+    async def test_all_and_rolled_back(self, world: World) -> None:
+        await world.add(Doc(id=1, file=file("a")))
+        async with world.sessions() as session:
+            await session.execute(delete(Doc))
+            await session.rollback()
+        await world.check(file_1="a")
+
+    async def test_returning(self, world: World) -> None:
+        await three(world)
+        async with world.sessions.begin() as session:
+            result = await session.execute(delete(Doc).where(Doc.id == 1).returning(Doc.id, Doc.file))
+            number, stored = result.one()
+            assert (number, await stored.read()) == (1, b"1")
+        await world.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
+
+    async def test_parameters(self, world: World) -> None:
+        await three(world)
+        async with world.sessions.begin() as session:
+            await session.execute(delete(Doc).where(Doc.id == bindparam("which")), {"which": 1})
+        await world.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
+
+    async def test_several_sets_of_parameters(self, world: World) -> None:
+        await three(world)
+        table = Doc.__table__
+        async with world.sessions.begin() as session:
+            await session.execute(table.delete().where(table.c.id == bindparam("which")), [{"which": 1}, {"which": 3}])
+        await world.check(file_2="2", other_2="o2")
+
+    async def test_subquery(self, world: World) -> None:
+        await world.add(Parent(id=1, children=[Child(id=1, file=file("c"))]), Child(id=2, file=file("d")))
+        async with world.sessions.begin() as session:
+            await session.execute(delete(Child).where(exists().where(Parent.id == Child.parent_id)))
+        assert list((await world.contents()).values()) == [b"d"]
+
+    async def test_where_a_ref_is(self, world: World) -> None:
+        if world.database.is_sqlite or world.database.name == "mariadb":
+            pytest.skip("JSON is compared by value on PostgreSQL only")
+        await three(world)
+        async with world.sessions.begin() as session:
+            stored = (await session.get_one(Doc, 1)).file
+            await session.execute(delete(Doc).where(Doc.file == stored), execution_options={"synchronize_session": False})
+        await world.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
+
+    async def test_flushes_first(self, world: World) -> None:
+        await world.add(Doc(id=1, file=file("a")))
+        async with world.sessions.begin() as session:
+            (await session.get_one(Doc, 1)).file = file("b")
+            session.add(Doc(id=2, file=file("c")))
+            await session.execute(delete(Doc))
+        await world.check()
+        assert await world.objects() == set()
+
+    @pytest.mark.case("DBF-09")
+    async def test_cascade(self, world: World) -> None:
+        await world.add(
+            Parent(id=1, file=file("p"), children=[Child(id=1, file=file("c"), tags=[Tag(id=1, file=file("t"))])]),
+            Child(id=2, file=file("d"), tags=[Tag(id=2, file=file("u"))]),
+        )
+        async with world.sessions.begin() as session:
+            await session.execute(delete(Parent))
+        assert sorted((await world.contents()).values()) == [b"d", b"u"]
+
+    async def test_cascade_into_itself(self, world: World) -> None:
+        await world.add(Node(id=1, file=file("1")))
+        await world.add(Node(id=2, parent_id=1, file=file("2")))
+        await world.add(Node(id=3, parent_id=2, file=file("3")), Node(id=4, parent_id=2))
+        await world.add(Node(id=5, parent_id=4, file=file("5")), Node(id=6, file=file("6")))
+        async with world.sessions.begin() as session:
+            await session.execute(delete(Node).where(Node.id == 1))
+        assert await world.contents() == {("node", 6, "file"): b"6"}
+
+    async def test_round_of_cascades(self, world: World) -> None:
+        await world.add(Node(id=1, file=file("1")))
+        await world.add(Node(id=2, parent_id=1, file=file("2")))
+        await world.sql("UPDATE node SET parent_id = 2 WHERE id = 1")
+        async with world.sessions.begin() as session:
+            await session.delete(await session.get_one(Node, 2))
+        await world.check()
+        assert await world.objects() == set()
+
+    async def test_cascade_that_the_database_does_not_do(self, world: World) -> None:
+        if not world.database.is_sqlite:
+            pytest.skip("only SQLite may be told to check no foreign keys")
+        await world.no_foreign_keys()
+        await world.add(Node(id=1, file=file("1")), Node(id=2, parent_id=1, file=file("2")))
+        async with world.sessions.begin() as session:
+            await session.execute(delete(Node).where(Node.id == 1))
+        assert await world.contents() == {("node", 2, "file"): b"2"}
+        async with world.sessions.begin() as session:
+            session.add(Node(id=1, file=file("1")))
+        async with world.sessions.begin() as session:
+            await session.delete(await session.get_one(Node, 1))
+        assert await world.contents() == {("node", 2, "file"): b"2"}
+
+    async def test_inheritance(self, world: World) -> None:
+        await world.add(
+            Item(id=1, file=file("i")), Photo(id=2, file=file("p"), raw=file("w")), Report(id=3, file=file("r"), pdf=file("x"))
+        )
+        async with world.sessions.begin() as session:
+            await session.execute(delete(Photo))
+        assert sorted((await world.contents()).values()) == [b"i", b"r", b"x"]
+        async with world.sessions.begin() as session:
+            await session.execute(delete(Item).where(Item.id == 3))
+        assert sorted((await world.contents()).values()) == [b"i"]
+
+    async def test_many_rows(self, world: World) -> None:
+        await world.add(*(Doc(id=number, file=file("x")) for number in range(1, 451)))
+        async with world.sessions.begin() as session:
+            await session.execute(delete(Doc).where(Doc.id > 1))
+        await world.check(file_1="x")
+
+
+class TestUpdate:
+    @pytest.mark.parametrize("how", SYNCHRONIZE)
+    @pytest.mark.parametrize("value", [None, null()])
+    async def test_to_none(self, world: World, how: Any, value: Any) -> None:
+        await three(world)
+        async with world.sessions.begin() as session:
+            await session.get_one(Doc, 1)
+            statement = update(Doc).where(Doc.id < 3).values(file=value)
+            await session.execute(statement, execution_options={"synchronize_session": how})
+        await world.check(other_1="o1", other_2="o2", file_3="3", other_3="o3")
+
+    async def test_by_a_list_of_keys(self, world: World) -> None:
+        await three(world)
+        async with world.sessions.begin() as session:
+            await session.execute(update(Doc), [{"id": 1, "file": None}, {"id": 3, "file": None, "title": "x"}])
+        await world.check(other_1="o1", file_2="2", other_2="o2", other_3="o3")
+
+    async def test_by_a_list_of_keys_and_the_names_of_attributes(self, world: World) -> None:
+        await world.add(Note(id=1, scan=file("a")), Note(id=2, scan=file("b")))
+        async with world.sessions.begin() as session:
+            await session.execute(update(Note), [{"id": 1, "scan": None}])
+        assert await world.contents() == {("note", 2, "scan_ref"): b"b"}
+
+    async def test_attribute_of_another_name(self, world: World) -> None:
+        await world.add(Note(id=1, scan=file("a")), Note(id=2, scan=file("b")))
+        async with world.sessions.begin() as session:
+            await session.execute(update(Note).where(Note.id == 1).values(scan=None))
+        async with world.sessions.begin() as session:
+            await session.execute(update(Note).where(Note.id == 2).values({Note.scan: None}))
+        await world.check()
+        assert await world.objects() == set()
+
+    async def test_list_of_keys_of_a_joined_class(self, world: World) -> None:
+        await world.add(Report(id=1, file=file("a"), pdf=file("b")))
+        async with world.sessions.begin() as session:
+            await session.execute(update(Report), [{"id": 1, "file": None, "pdf": None}])
+        await world.check()
+        assert await world.objects() == set()
+
+    async def test_query(self, world: World) -> None:
+        await three(world)
+        async with world.sessions.begin() as session:
+            await session.run_sync(lambda sync: sync.query(Doc).filter(Doc.id == 1).update({"file": None}))
+        await world.check(other_1="o1", file_2="2", other_2="o2", file_3="3", other_3="o3")
+
+    async def test_single_table_inheritance_hits_its_class_only(self, world: World) -> None:
+        await world.add(Item(id=1, file=file("i")), Photo(id=2, file=file("p")))
+        async with world.sessions.begin() as session:
+            await session.execute(update(Photo).values(file=None))
+        assert await world.contents() == {("item", 1, "file"): b"i"}
+
+    async def test_of_other_columns(self, world: World) -> None:
+        await three(world)
+        async with world.sessions.begin() as session:
+            await session.execute(update(Doc).values(title=func.lower("X")))
+            await session.execute(update(Doc).where(Doc.file.is_not(None)).values(title="y"))
+        await world.check(**{f"{column}_{n}": f"{o}{n}" for n in (1, 2, 3) for column, o in (("file", ""), ("other", "o"))})
+
+    async def test_taken_back_in_the_same_transaction(self, world: World) -> None:
+        await world.add(Doc(id=1, file=file("a")))
+        async with world.sessions.begin() as session:
+            doc = await session.get_one(Doc, 1)
+            old = doc.file
+            await session.execute(update(Doc).values(file=None))
+            assert doc.file is None
+            doc.file = old
+        await world.check(file_1="a")
+
+
+def values_of(stored: Any) -> dict[str, Any]:
+    return {
+        "attachment": stored,
+        "pending": file("x"),
+        "ref": stored.ref,
+        "dict": stored.ref.to_dict(),
+        "text": "x",
+        "column": Doc.other,
+        "alias": aliased(Doc).file,
+        "subquery": select(Doc.other).where(Doc.id == 1).scalar_subquery(),
+    }
+
+
+@pytest.mark.case("DBF-10")
+class TestRefusals:
+    """What would write a ref past the hooks: two rows would hold one object, or a row one that nobody stored."""
+
+    @pytest.fixture
+    async def stored(self, world: World) -> Any:
+        await world.add(Doc(id=1, file=file("a"), other=file("b")))
+        async with world.sessions() as session:
+            return (await session.get_one(Doc, 1)).file
+
+    @pytest.mark.parametrize("kind", ["attachment", "pending", "ref", "dict", "text", "column", "alias", "subquery"])
+    async def test_values(self, world: World, stored: Any, kind: str) -> None:
+        value = values_of(stored)[kind]
+        for statement in (
+            update(Doc).where(Doc.id == 1).values(file=value),
+            update(Doc).where(Doc.id == 1).values({Doc.file: value}),
+            insert(Doc).values(id=2, file=value),
+            insert(Doc).values([{"id": 2, "file": value}]),
+            update(Doc.__table__).values(file=value),
+            update(Note).values(scan=value),
+        ):
+            await self.refused(world, statement)
+        await world.check(file_1="a", other_1="b")
+
+    async def refused(self, world: World, statement: Any, parameters: Any = None) -> None:
+        async with world.sessions() as session:
+            with pytest.raises((InvalidReferenceError, StatementError)) as caught:
+                await session.execute(statement, parameters)
+            assert isinstance(getattr(caught.value, "orig", caught.value), InvalidReferenceError)
+
+    async def test_ordered_values(self, world: World, stored: Any) -> None:
+        await self.refused(world, update(Doc).ordered_values((Doc.title, "x"), (Doc.file, Doc.other)))
+        await world.check(file_1="a", other_1="b")
+
+    async def test_parameters(self, world: World, stored: Any) -> None:
+        await self.refused(world, insert(Doc), [{"id": 2, "file": stored}])
+        await self.refused(world, update(Doc), [{"id": 1, "other": stored}])
+        await self.refused(world, insert(Doc), {"id": 2, "file": file("x")})
+        await self.refused(world, update(Doc).where(Doc.id == 1).values(file=bindparam("f")), {"f": stored})
+        await world.check(file_1="a", other_1="b")
+
+    async def test_from_select(self, world: World, stored: Any) -> None:
+        source = select(Doc.id + 1, Doc.file)
+        await self.refused(world, insert(Doc).from_select(["id", "file"], source))
+        await self.refused(world, insert(Doc).from_select([Doc.id, Doc.file], source))
+        await self.refused(world, insert(Note).from_select([Note.id, Note.scan], source))
+        await world.check(file_1="a", other_1="b")
+
+    async def test_upsert(self, world: World, stored: Any) -> None:
+        if world.database.name == "mariadb":
+            pytest.skip("MariaDB has another form of upsert")
+        kind = sqlite if world.database.is_sqlite else postgresql
+        upsert = kind.insert(Doc).values(id=1, title="x")
+        await self.refused(world, upsert.on_conflict_do_update(index_elements=["id"], set_={"file": upsert.excluded.other}))
+        await self.refused(world, upsert.on_conflict_do_update(index_elements=["id"], set_={Doc.file: Doc.other}))
+        await world.check(file_1="a", other_1="b")
+
+    @pytest.mark.parametrize("call", ["bulk_save_objects", "bulk_insert_mappings"])
+    async def test_legacy_bulk(self, world: World, call: str) -> None:
+        def work(session: Session) -> None:
+            if call == "bulk_save_objects":
+                session.bulk_save_objects([Doc(id=2, file=file("x"))])
+            else:
+                session.bulk_insert_mappings(Doc, [{"id": 2, "file": file("x")}])
+
+        async with world.sessions() as session:
+            with pytest.raises(StatementError) as caught:
+                await session.run_sync(work)
+        assert isinstance(caught.value.orig, InvalidReferenceError)
+        await world.check()
+
+    async def test_connection(self, world: World, stored: Any) -> None:
+        async with world.engine.connect() as connection:
+            for value in (stored, stored.ref, file("x")):
+                with pytest.raises(StatementError) as caught:
+                    await connection.execute(insert(Doc.__table__).values(id=2, file=value))
+                assert isinstance(caught.value.orig, InvalidReferenceError)
+        await world.check(file_1="a", other_1="b")
+
+    async def test_nothing_of_it_is_refused(self, world: World, stored: Any) -> None:
+        async with world.sessions.begin() as session:
+            await session.execute(insert(Doc).values(id=2, title="x"))
+            await session.execute(insert(Doc).values(id=3, file=None))
+            await session.execute(insert(Doc), [{"id": 4, "file": None}, {"id": 5, "file": None}])
+            await session.execute(insert(Doc.__table__).from_select(["id", "title"], select(Doc.id + 10, Doc.title)))
+            await session.execute(select(Doc).where(Doc.file == stored))
+        await world.check(file_1="a", other_1="b")

@@ -1,0 +1,167 @@
+"""What a transaction's end decides, without a database or a storage."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table
+from sqlalchemy.orm import SessionTransaction
+
+from granite_storage import StorageManager
+from granite_storage.orm import Attachment, AttachmentType
+from granite_storage.orm.columns import Tables
+from granite_storage.orm.unit import Outcome, StoredObject, UnitOfWork
+from granite_storage.refs import StoredObjectRef
+
+
+class Transaction:
+    """As much of a session's transaction as the unit of work looks at."""
+
+    def __init__(self, parent: Transaction | None = None, *, nested: bool = False) -> None:
+        self.parent = parent
+        self.nested = nested
+
+
+def transaction(parent: Any = None) -> SessionTransaction:
+    return cast(SessionTransaction, Transaction(parent, nested=parent is not None))
+
+
+def stored(name: str) -> StoredObject:
+    ref = StoredObjectRef.from_dict({"storage_key": "docs", "backend": "store", "location": name, "size": 1})
+    return StoredObject(cast(StorageManager, None), ref)
+
+
+def put(unit: UnitOfWork, where: SessionTransaction, *names: str) -> list[Attachment]:
+    """Let rows take new objects."""
+    made = []
+    for name in names:
+        attachment, item = Attachment(b"x"), stored(name)
+        attachment._ref = item.ref
+        unit.frame(where).puts.append((item, attachment))
+        unit.frame(where).log.append((item, True))
+        made.append(attachment)
+    return made
+
+
+def displace(unit: UnitOfWork, where: SessionTransaction, name: str) -> None:
+    unit.frame(where).log.append((stored(name), False))
+
+
+def removed(unit: UnitOfWork, root: SessionTransaction, outcome: Outcome) -> set[str]:
+    return {item.ref.location for item in unit.end(unit.close(root), outcome)}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [(Outcome.COMMITTED, {"old"}), (Outcome.ROLLED_BACK, {"new"}), (Outcome.UNKNOWN, set())],
+)
+def test_replacement(outcome: Outcome, expected: set[str]) -> None:
+    unit, root = UnitOfWork(), transaction()
+    put(unit, root, "new")
+    displace(unit, root, "old")
+    assert removed(unit, root, outcome) == expected
+
+
+def test_last_word_counts() -> None:
+    unit, root = UnitOfWork(), transaction()
+    displace(unit, root, "old")
+    unit.frame(root).log.append((stored("old"), True))
+    put(unit, root, "new")
+    displace(unit, root, "new")
+    assert removed(unit, root, Outcome.COMMITTED) == {"new"}
+
+
+@pytest.mark.parametrize(
+    ("released", "outcome", "expected"),
+    [
+        (True, Outcome.COMMITTED, {"old"}),
+        (True, Outcome.ROLLED_BACK, {"new"}),
+        (False, Outcome.COMMITTED, {"new"}),
+        (False, Outcome.ROLLED_BACK, {"new"}),
+        (False, Outcome.UNKNOWN, set()),
+    ],
+)
+def test_savepoint(released: bool, outcome: Outcome, expected: set[str]) -> None:
+    unit, root = UnitOfWork(), transaction()
+    inner = transaction(root)
+    put(unit, inner, "new")
+    displace(unit, inner, "old")
+    unit.frames[inner].committed = released
+    unit.end_savepoint(inner)
+    assert removed(unit, root, outcome) == expected
+
+
+def test_savepoint_that_never_ended() -> None:
+    unit, root = UnitOfWork(), transaction()
+    inner = transaction(root)
+    (attachment,) = put(unit, inner, "new")
+    assert removed(unit, root, Outcome.ROLLED_BACK) == {"new"}
+    assert attachment.is_pending
+
+
+def test_free_and_known() -> None:
+    unit, root = UnitOfWork(), transaction()
+    assert not unit.is_known(stored("old"))
+    displace(unit, root, "old")
+    assert unit.is_free(stored("old"))
+    unit.flush.log.append((stored("old"), True))
+    assert not unit.is_free(stored("old"))
+    assert unit.is_known(stored("old"))
+    unit.abandon_flush()
+    assert unit.is_free(stored("old"))
+
+
+def test_abandoned_flush_leaves_its_objects_to_nobody() -> None:
+    unit, root = UnitOfWork(), transaction()
+    attachment, item = Attachment(b"x"), stored("new")
+    attachment._ref = item.ref
+    unit.frame(root).puts.append((item, attachment))
+    unit.flush.puts.append((item, attachment))
+    unit.flush.log += [(item, True), (stored("old"), False)]
+    unit.abandon_flush()
+    assert attachment._unowned
+    assert removed(unit, root, Outcome.COMMITTED) == {"new"}
+    assert attachment.is_pending
+
+
+def test_unit_does_not_hold_its_transactions() -> None:
+    unit, root = UnitOfWork(), transaction()
+    unit.frame(transaction(root))
+    del root
+    assert not unit.frames
+
+
+class TestTables:
+    def make(self) -> tuple[MetaData, Tables]:
+        metadata = MetaData()
+
+        def table(name: str, *columns: Any) -> None:
+            Table(name, metadata, Column("id", Integer, primary_key=True), *columns)
+
+        table("root")
+        table("middle", Column("up", ForeignKey("root.id", ondelete="cascade")))
+        table("leaf", Column("up", ForeignKey("middle.id", ondelete="CASCADE")), Column("file", AttachmentType("docs")))
+        table("kept", Column("up", ForeignKey("root.id")), Column("file", AttachmentType("docs")))
+        table("other")
+        return metadata, Tables(metadata)
+
+    def test_concerns(self) -> None:
+        metadata, tables = self.make()
+        assert {name for name, table in metadata.tables.items() if tables.concerns(table)} == {"root", "middle", "leaf", "kept"}
+
+    def test_cascades(self) -> None:
+        metadata, tables = self.make()
+        found = {name: [key.table.name for key in tables.cascades(table)] for name, table in metadata.tables.items()}
+        assert found == {"root": ["middle"], "middle": ["leaf"], "leaf": [], "kept": [], "other": []}
+
+    def test_tables_declared_later(self) -> None:
+        metadata, tables = self.make()
+        assert not tables.concerns(metadata.tables["other"])
+        Table("late", metadata, Column("id", ForeignKey("other.id", ondelete="CASCADE")), Column("file", AttachmentType("docs")))
+        assert tables.concerns(metadata.tables["other"])
+
+    def test_table_of_the_same_name_in_another_metadata(self) -> None:
+        _, tables = self.make()
+        other, _ = self.make()
+        assert tables.find(other.tables["leaf"]) is None

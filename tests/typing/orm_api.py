@@ -1,0 +1,113 @@
+"""Attachments on models, for mypy and pyright only: nothing here is run."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import assert_type
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
+from starlette.datastructures import UploadFile
+
+from granite_storage import (
+    Attachment,
+    AttachmentType,
+    StorageBinding,
+    StorageManager,
+    StoredContentMixin,
+    StoredObjectReader,
+    StoredObjectRef,
+    StoredObjectRefType,
+    attachment,
+    bind_storage,
+    iter_model_storage_refs,
+)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Document(Base):
+    __tablename__ = "document"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment | None] = attachment("documents")
+    cover: Mapped[Attachment] = attachment("covers", entity_id=lambda document: f"cover-{document.id}", nullable=False)
+    ref: Mapped[StoredObjectRef | None] = mapped_column(StoredObjectRefType)
+
+
+class Report(StoredContentMixin, Base):
+    __tablename__ = "report"
+    __stored_content_field_name__ = "pdf"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    pdf: Mapped[Attachment | None] = attachment("documents")
+
+
+class DataclassBase(MappedAsDataclass, DeclarativeBase):
+    pass
+
+
+class Letter(DataclassBase):
+    __tablename__ = "letter"
+    id: Mapped[int] = mapped_column(primary_key=True, init=False)
+    subject: Mapped[str]
+    scan: Mapped[Attachment | None] = attachment("documents", default=None)
+    seal: Mapped[Attachment | None] = mapped_column(AttachmentType("documents"), default=None)
+
+
+def bind(manager: StorageManager, sessions: async_sessionmaker[AsyncSession]) -> None:
+    binding = bind_storage(Base, manager, sessions=sessions)
+    assert_type(binding, StorageBinding)
+    assert_type(binding.manager, StorageManager)
+    binding.unbind()
+
+
+async def use(document: Document, upload: UploadFile, session: AsyncSession) -> None:
+    document.file = Attachment(b"abc", filename="a.txt", content_type="text/plain", extra={"k": 1})
+    document.file = Attachment.from_upload(upload)
+    document.file = await Attachment(upload).store(Document.file)
+    document.file = None
+    document.file = document.cover
+    document.cover = Attachment(b"")
+    loaded: Attachment | None = await session.scalar(select(Document.file))
+    document.file = loaded
+    assert_type(document.cover.ref, StoredObjectRef)
+    assert_type(document.cover.size, int)
+    assert_type(document.cover.checksum, str)
+    assert_type(document.cover.location, str)
+    assert_type(document.cover.content_type, str | None)
+    assert_type(document.cover.original_filename, str | None)
+    assert_type(document.cover.is_pending, bool)
+    assert_type(document.cover.manager, StorageManager)
+    assert_type(await document.cover.read(), bytes)
+    assert_type(await document.cover.exists(), bool)
+    async with document.cover.open(offset=1024, length=1, verify=False) as reader:
+        assert_type(reader, StoredObjectReader)
+    await session.scalars(select(Document).where(Document.file["size"].as_integer() > 1, Document.file.is_not(None)))
+    await session.scalars(select(Document).where(Document.file == document.cover, Document.ref == document.cover.ref))
+
+
+def dataclasses() -> Letter:
+    Letter("hello")
+    return Letter("hello", Attachment(b"scan"), seal=Attachment(b"seal"))
+
+
+async def mixin(report: Report, upload: UploadFile) -> None:
+    assert_type(report.set_content(b"", filename="a", content_type="b", extra={}), Attachment)
+    assert_type(report.set_content_from_stream([b""]), Attachment)
+    assert_type(report.set_content_from_uploadfile(upload), Attachment)
+    assert_type(await report.replace_content(b""), tuple[StoredObjectRef | None, StoredObjectRef])
+    assert_type(await report.get_content(), bytes)
+    assert_type(await report.get_content_text("utf-8"), str)
+    async with report.open_content(offset=1) as reader:
+        assert_type(reader, StoredObjectReader)
+    assert_type(await report.delete_content(), bool)
+    report.clear_content_reference()
+
+
+async def references(session: AsyncSession) -> None:
+    refs = iter_model_storage_refs(session, Document, "file")
+    assert_type(refs, AsyncGenerator[StoredObjectRef, None])
+    async for ref in refs:
+        assert_type(ref, StoredObjectRef)

@@ -386,7 +386,7 @@ class TestWhoCloses:
             await task
         assert [iterator.closed for iterator in source.made] == [1]
 
-    async def test_also_when_it_is_cancelled_while_the_iterator_is_made(self, manager: StorageManager, kind: Any) -> None:
+    async def test_also_when_it_is_cancelled_while_the_iterator_is_made(self, tmp_path: Path, kind: Any) -> None:
         entered, go = threading.Event(), threading.Event()
 
         class Slow(kind):  # type: ignore[misc]
@@ -395,8 +395,8 @@ class TestWhoCloses:
                 assert go.wait(5)
                 return super().__iter__()
 
-        source = Slow(*FOUR)
-        task = asyncio.ensure_future(manager.put_stream(**SLOT, stream=source))
+        source = Slow(*FOUR, *[b"y" * MIB] * 100)
+        task = asyncio.ensure_future(manager_on(LocalStorageBackend(tmp_path, fsync=False)).put_stream(**SLOT, stream=source))
         await eventually(lambda: entered.is_set() or source.made)
         task.cancel()
         go.set()

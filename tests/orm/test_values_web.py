@@ -162,13 +162,13 @@ async def test_dataclasses(tmp_path: Path, manager: StorageManager) -> None:
     binding.unbind()
 
 
-class Invoice(SQLModel, table=True):
+class Bill(SQLModel, table=True):
     id: int | None = Field(default=None, primary_key=True)
     customer: str
     pdf: Attachment | None = Field(default=None, sa_column=Column(AttachmentType("documents")))
 
 
-class InvoiceOut(SQLModel):
+class BillOut(SQLModel):
     customer: str
     pdf: Attachment | None
 
@@ -178,24 +178,24 @@ async def test_sqlmodel(tmp_path: Path, manager: StorageManager) -> None:
     async with sqlite(tmp_path, SQLModel) as sessions:
         engine = sessions.kw["bind"]
         async with SQLModelSession(engine, expire_on_commit=False) as session:
-            invoice = Invoice(customer="ACME", pdf=Attachment(b"%PDF", filename="invoice.pdf"))
-            session.add_all([invoice, Invoice(customer="none")])
+            bill = Bill(customer="ACME", pdf=Attachment(b"%PDF", filename="invoice.pdf"))
+            session.add_all([bill, Bill(customer="none")])
             await session.commit()
         async with SQLModelSession(engine) as session:
-            found = (await session.exec(select(Invoice).where(Invoice.customer == "ACME"))).scalar_one()
+            found = (await session.exec(select(Bill).where(Bill.customer == "ACME"))).scalar_one()
             assert found.pdf is not None
             assert await found.pdf.read() == b"%PDF"
-            shown = InvoiceOut.model_validate(found).model_dump()
+            shown = BillOut.model_validate(found).model_dump()
             assert set(shown["pdf"]) == SHOWN
             assert "location" not in found.model_dump_json()
             found.pdf = Attachment(b"second")
             await session.rollback()
         with pytest.raises(InvalidReferenceError):
-            invoice.pdf = "text"  # type: ignore[assignment]
-        assert invoice.pdf is not None
-        assert await locations(manager) == {invoice.pdf.location}
+            bill.pdf = "text"  # type: ignore[assignment]
+        assert bill.pdf is not None
+        assert await locations(manager) == {bill.pdf.location}
         async with SQLModelSession(engine) as session:
-            await session.delete(await session.get_one(Invoice, invoice.id))
+            await session.delete(await session.get_one(Bill, bill.id))
             await session.commit()
         assert await locations(manager) == set()
     binding.unbind()

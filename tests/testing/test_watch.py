@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,9 @@ async def test_clean(tmp_path):
 def watched(pytester: pytest.Pytester) -> pytest.Pytester:
     """An inner run that is watched as ours is, with less patience."""
     own = Path(__file__).parents[1] / "conftest.py"
-    pytester.makeconftest(own.read_text().replace("SETTLING = 3.0", "SETTLING = 0.2"))
+    impatient, changed = re.subn(r"^SETTLING = .*$", "SETTLING = 0.2", own.read_text(), flags=re.MULTILINE)
+    assert changed == 1
+    pytester.makeconftest(impatient)
     pytester.makeini("[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\nmarkers = case\n")
     return pytester
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 from granite_storage.exceptions import ConsumedSourceError, InvalidReferenceError, UnboundAttachmentError
 from granite_storage.locations import uuid7_hex
+from granite_storage.orm import shown
 from granite_storage.orm._registry import active_bindings
 from granite_storage.readers import OpeningReader
-from granite_storage.refs import StoredObjectRef
+from granite_storage.refs import StoredObjectRef, read_only
 from granite_storage.streams import BytesLike, ByteSource, iter_chunks
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from granite_storage.orm.types import AttachmentType
 
 __all__ = ["Attachment"]
+
+_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
 class UploadFile(Protocol):
@@ -48,7 +52,12 @@ class Attachment:
             closed; bytes can be stored again after a rollback.
         filename: The name that the visitor gave; made safe, never trusted.
         content_type: The media type, kept as given.
-        extra: Keys of your own to keep in the ref.
+        extra: Keys of your own to keep in the ref, JSON values without NUL characters and lone surrogates: PostgreSQL keeps
+            neither, so they are refused on every database.
+
+    Raises:
+        TypeError: The content is neither bytes nor a binary stream.
+        InvalidReferenceError: `extra` cannot be kept.
 
     Example:
         >>> Attachment(b"Hello", filename="hello.txt", content_type="text/plain").is_pending
@@ -84,7 +93,7 @@ class Attachment:
         self._source = content
         self._filename = filename
         self._content_type = content_type
-        self._extra = extra
+        self._extra = None if extra is None else _storable(extra)
 
     @classmethod
     def from_upload(cls, upload: UploadFile, *, extra: Mapping[str, Any] | None = None) -> Self:
@@ -283,15 +292,11 @@ class Attachment:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Show size, media type, name and checksum in a response model, never where the bytes lie."""
-        from pydantic_core import core_schema
-
-        serialization = core_schema.plain_serializer_function_ser_schema(_shown, return_schema=_shown_schema())
-        return core_schema.is_instance_schema(cls, serialization=serialization)
+        return shown.core_schema_of(cls)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(_shown_schema()), "title": "Attachment"}
+        return {**handler(shown.fields_schema()), "title": "Attachment"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,29 +332,25 @@ def _names_of(home: AttachmentType, entity_id: str) -> dict[str, Any]:
     }
 
 
-def _shown(value: Attachment) -> dict[str, Any]:
-    ref = value.ref
-    return {
-        "size": ref.size,
-        "content_type": ref.content_type,
-        "original_filename": ref.original_filename,
-        "checksum": ref.checksum,
-    }
+def _storable(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the extra keys, frozen, before anything is uploaded that the database would then refuse to refer to."""
+    kept = read_only(extra, "extra")
+    if any(_UNSTORABLE.search(text) for text in _texts(kept)):
+        raise InvalidReferenceError("extra holds a NUL character or a lone surrogate, which PostgreSQL cannot keep in JSON")
+    return kept
 
 
-def _shown_schema() -> CoreSchema:
-    from pydantic_core import core_schema
-
-    text, field = core_schema.str_schema(), core_schema.typed_dict_field
-    optional = core_schema.nullable_schema(text)
-    return core_schema.typed_dict_schema(
-        {
-            "size": field(core_schema.int_schema(ge=0)),
-            "content_type": field(optional),
-            "original_filename": field(optional),
-            "checksum": field(text),
-        }
-    )
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case Mapping():
+            for key, item in value.items():
+                yield key
+                yield from _texts(item)
+        case list():
+            for item in value:
+                yield from _texts(item)
 
 
 def _home_of(column: InstrumentedAttribute[Any]) -> AttachmentType:

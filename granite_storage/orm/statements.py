@@ -125,8 +125,14 @@ def _refuse_values(state: ORMExecuteState, statement: Insert | Update, written: 
     """Refuse a statement that would write a ref past the hooks, whatever it writes it from."""
     values = list(_values(statement, state.parameters))
     copied = {getattr(name, "key", name) for name in getattr(statement, "_select_names", None) or ()}
+    overwritten = {name for name, _ in _values_on_conflict(statement)}
     for column in written:
         names = _names(state.bind_mapper, column)
+        if names & overwritten:
+            raise InvalidReferenceError(
+                f"an upsert may not set the attachment {column.table.name}.{column.name}: the row in its way may hold an object"
+                " that nobody would delete; load the row and assign to it instead"
+            )
         if names & copied or any(name in names and not _is_null(value) for name, value in values):
             raise InvalidReferenceError(
                 f"a bulk statement may set the attachment {column.table.name}.{column.name} to None only;"
@@ -140,11 +146,18 @@ def _values(statement: Insert | Update, parameters: Any) -> Iterator[tuple[str, 
     sources.append(dict(getattr(statement, "_ordered_values", None) or ()))
     sources += [row for rows in getattr(statement, "_multi_values", ()) for row in rows]
     sources += [parameters] if isinstance(parameters, Mapping) else list(parameters or ())
-    conflict = getattr(getattr(statement, "_post_values_clause", None), "update_values_to_set", None) or ()
-    sources.append(dict(conflict))
     for source in sources:
         items = source.items() if isinstance(source, Mapping) else ()
         yield from ((str(getattr(key, "key", key)), value) for key, value in items)
+    yield from _values_on_conflict(statement)
+
+
+def _values_on_conflict(statement: Insert | Update) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values that an upsert writes to a row that is there: each family of dialects keeps them elsewhere."""
+    clause = getattr(statement, "_post_values_clause", None)
+    written = getattr(clause, "update_values_to_set", None) or getattr(clause, "update", None) or ()
+    items = written.items() if isinstance(written, Mapping) else written
+    yield from ((str(getattr(key, "key", key)), value) for key, value in items)
 
 
 def _is_null(value: Any) -> bool:

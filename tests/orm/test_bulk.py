@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import bindparam, delete, exists, func, insert, null, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session, aliased
 
@@ -237,6 +237,17 @@ def values_of(stored: Any) -> dict[str, Any]:
     }
 
 
+def mariadb_upserts(value: str) -> list[Any]:
+    """Each form in which `ON DUPLICATE KEY UPDATE` takes its values."""
+    upsert = mysql.insert(Doc).values(id=1, title="x")
+    new = {"another column": Doc.other, "the refused one": upsert.inserted.other, "none": None}[value]
+    return [
+        upsert.on_duplicate_key_update(file=new),
+        upsert.on_duplicate_key_update({"file": new}),
+        upsert.on_duplicate_key_update([("title", "y"), ("file", new)]),
+    ]
+
+
 @pytest.mark.case("DBF-10")
 class TestRefusals:
     """What would write a ref past the hooks: two rows would hold one object, or a row one that nobody stored."""
@@ -285,13 +296,30 @@ class TestRefusals:
         await self.refused(world, insert(Note).from_select([Note.id, Note.scan], source))
         await world.check(file_1="a", other_1="b")
 
-    async def test_upsert(self, world: World, stored: Any) -> None:
+    @pytest.mark.parametrize("value", ["another column", "the refused one", "none"])
+    async def test_upsert(self, world: World, stored: Any, value: str) -> None:
         if world.database.name == "mariadb":
-            pytest.skip("MariaDB has another form of upsert")
-        kind = sqlite if world.database.is_sqlite else postgresql
-        upsert = kind.insert(Doc).values(id=1, title="x")
-        await self.refused(world, upsert.on_conflict_do_update(index_elements=["id"], set_={"file": upsert.excluded.other}))
-        await self.refused(world, upsert.on_conflict_do_update(index_elements=["id"], set_={Doc.file: Doc.other}))
+            for statement in mariadb_upserts(value):
+                await self.refused(world, statement)
+        else:
+            kind = sqlite if world.database.is_sqlite else postgresql
+            upsert = kind.insert(Doc).values(id=1, title="x")
+            new = {"another column": Doc.other, "the refused one": upsert.excluded.other, "none": None}[value]
+            for name in ("file", Doc.file, Doc.__table__.c.file):
+                await self.refused(world, upsert.on_conflict_do_update(index_elements=["id"], set_={name: new}))
+        await world.check(file_1="a", other_1="b")
+
+    async def test_upsert_of_other_columns(self, world: World, stored: Any) -> None:
+        kind: Any = mysql if world.database.name == "mariadb" else sqlite if world.database.is_sqlite else postgresql
+        upsert = kind.insert(Doc).values(id=1, title="x", file=None)
+        if kind is mysql:
+            upsert = upsert.on_duplicate_key_update(title="new")
+        else:
+            upsert = upsert.on_conflict_do_update(index_elements=["id"], set_={"title": "new"})
+        async with world.sessions.begin() as session:
+            await session.execute(upsert)
+        async with world.sessions() as session:
+            assert (await session.get_one(Doc, 1)).title == "new"
         await world.check(file_1="a", other_1="b")
 
     @pytest.mark.parametrize("call", ["bulk_save_objects", "bulk_insert_mappings"])

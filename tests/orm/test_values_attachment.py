@@ -106,6 +106,30 @@ class TestPending:
             Attachment(content)
 
     @pytest.mark.parametrize(
+        "extra",
+        [
+            {"note": "a\0b"},
+            {"note\0": 1},
+            {"notes": ["fine", {"deep": "\ud800"}]},
+            {"\udfff": None},
+            {"when": object()},
+            {"number": float("nan")},
+            ["no", "mapping"],
+        ],
+        ids=["NUL", "NUL in a key", "lone surrogate", "lone surrogate in a key", "object", "NaN", "list"],
+    )
+    def test_extra_that_a_database_refuses_is_refused_at_once(self, extra: Any) -> None:
+        """PostgreSQL would refuse some of these at the flush, after the upload, and SQLite would not."""
+        with pytest.raises(InvalidReferenceError, match="extra"):
+            Attachment(b"abc", extra=extra)
+
+    def test_extra_is_as_it_was_given(self) -> None:
+        given = {"text": "a \\u0000 that is only spelled out, \U0001f600", "list": [1]}
+        file = Attachment(b"abc", extra=given)
+        given["text"] = "changed"
+        assert file._extra == {"text": "a \\u0000 that is only spelled out, \U0001f600", "list": [1]}
+
+    @pytest.mark.parametrize(
         "make",
         [
             lambda: b"abc",
@@ -429,6 +453,20 @@ class TestPickled:
         command = [sys.executable, "-c", program]
         done = subprocess.run(command, input=pickle.dumps(document.file), capture_output=True, cwd=ROOT, check=True)
         assert done.stdout.decode().split() == ["3", "UnboundAttachmentError", "True"]
+
+    async def test_loaded_and_pickled_where_no_base_is_bound(self, sessions: Sessions, manager: StorageManager) -> None:
+        binding = bind_storage(Base, manager)
+        await add(sessions, Document(file=Attachment(b"abc")))
+        binding.unbind()
+        async with sessions() as session:
+            pickled = pickle.dumps((await session.get_one(Document, 1)).file)
+        back = pickle.loads(pickled)  # noqa: S301
+        assert back.size == 3
+        with pytest.raises(UnboundAttachmentError):
+            await back.read()
+        binding = bind_storage(Base, manager)
+        assert await back.read() == b"abc"
+        binding.unbind()
 
     async def test_unbound_it_says_so(self, sessions: Sessions, manager: StorageManager) -> None:
         binding = bind_storage(Base, manager)

@@ -125,3 +125,15 @@ async def test_refs_are_streamed_from_the_server(sessions: Sessions) -> None:
                 sizes.append(process.memory_info().rss)
     assert seen == MANY
     assert max(sizes) - sizes[1] < 8 * 1024 * 1024
+
+
+async def test_distinct_attachments_in_the_order_of_a_label(sessions: Sessions) -> None:
+    """The column is read as text, so that PostgreSQL takes `ORDER BY Document.file` for something that is not selected."""
+    await add(sessions, Document(file=Attachment(b"1")))
+    await add(sessions, Document(file=Attachment(b"22")))
+    await add(sessions, Document())
+    async with sessions() as session:
+        found = await session.scalars(select(Document.file.label("f")).distinct().order_by("f"))
+        assert sorted(file.size for file in found if file is not None) == [1, 2]
+        by_id = await session.scalars(select(Document).distinct().order_by(Document.id))
+        assert [document.id for document in by_id] == [1, 2, 3]

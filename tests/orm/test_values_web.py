@@ -20,7 +20,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from granite_storage import InvalidReferenceError, StorageManager
 from granite_storage.orm import Attachment, AttachmentType, attachment, bind_storage
-from tests.orm.values import Base, Document, Sessions, add, locations, make_manager, sqlite
+from tests.orm.values import Base, Document, Sessions, add, locations, make_manager, sqlite, write_raw
 
 SHOWN = {"size", "content_type", "original_filename", "checksum"}
 
@@ -30,6 +30,15 @@ class DocumentOut(BaseModel):
 
     id: int
     file: Attachment | None
+
+
+class StrictOut(BaseModel):
+    """Says that there is always a file."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    file: Attachment
 
 
 @pytest.fixture
@@ -63,6 +72,11 @@ async def client(sessions: Sessions) -> AsyncIterator[httpx.AsyncClient]:
         async with sessions() as session:
             return [DocumentOut.model_validate(found) for found in await session.scalars(select(Document))]
 
+    @app.get("/strict", response_model=list[StrictOut])
+    async def strict() -> Any:
+        async with sessions() as session:
+            return (await session.scalars(select(Document).order_by(Document.id))).all()
+
     @app.put("/documents")
     async def put(document: DocumentOut) -> None:
         raise AssertionError("nobody can send an attachment")
@@ -92,6 +106,20 @@ class TestFastAPI:
         assert second["file"] is None
         for secret in (document.file.location, "docs/", "memory", "backend", "storage_key", "location"):
             assert secret not in answer.text
+
+    @pytest.mark.parametrize("path", ["/documents", "/models", "/strict"])
+    async def test_a_broken_row_spoils_no_list(
+        self, client: httpx.AsyncClient, sessions: Sessions, caplog: pytest.LogCaptureFixture, path: str
+    ) -> None:
+        await add(sessions, Document(file=Attachment(b"abc")))
+        await add(sessions, Document(file=Attachment(b"abcd")))
+        await write_raw(sessions, '{"location": "only"}')
+        answer = await client.get(path)
+        assert answer.status_code == 200
+        first, second = answer.json()
+        assert first["file"] is None
+        assert second["file"]["size"] == 4
+        assert "holds no ref that can be read" in caplog.text
 
     async def test_openapi_says_what_is_shown(self, client: httpx.AsyncClient) -> None:
         schema = (await client.get("/openapi.json")).json()["components"]["schemas"]

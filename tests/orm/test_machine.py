@@ -1,8 +1,8 @@
 """Random histories of sessions, checked against a model that is two dictionaries.
 
 Two sessions change the same rows in turns, with savepoints in any nesting, failures of the storage and of the database, and
-identity maps that the other one has made stale. `GRANITE_MACHINE_EXAMPLES` says how many histories to try; a failure prints the
-`@reproduce_failure` line that replays it.
+identity maps that the other one has made stale. `GRANITE_MACHINE_EXAMPLES` says how many histories to try and
+`GRANITE_MACHINE_SEED` which; a failure says its seed, and the same seed gives the same histories.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 from collections.abc import Coroutine, Iterator
 from copy import deepcopy
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, Phase, Verbosity, settings
+from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
-from sqlalchemy import delete, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
@@ -28,8 +29,10 @@ from tests.orm.databases import DATABASES, sqlite
 from tests.orm.world import Doc, World, file, world_on
 
 EXAMPLES = int(os.environ.get("GRANITE_MACHINE_EXAMPLES", "2000"))
+SEED = int(os.environ.get("GRANITE_MACHINE_SEED") or random.SystemRandom().getrandbits(32))
 STEPS = 14
 COLUMNS = ["file", "other"]
+LOCATIONS = select(*(getattr(Doc, name)["location"].as_string() for name in COLUMNS))
 
 T = TypeVar("T")
 Row: TypeAlias = dict[str, str | None]
@@ -50,12 +53,18 @@ class Side:
         self.savepoints: list[tuple[AsyncSessionTransaction, Rows]] = []
         self.seen: list[tuple[Attachment, str]] = []
 
+    def among(self, number: int) -> int | None:
+        """Return one of the rows that are there, or None if there are none: a step that does nothing finds nothing."""
+        present = sorted(self.rows or ())
+        return present[number % len(present)] if present else None
+
 
 class Sessions(RuleBasedStateMachine):
     """Two sessions of which one writes at a time, as on SQLite."""
 
     world: ClassVar[World]
     loop: ClassVar[asyncio.AbstractEventLoop]
+    histories: ClassVar[int]
 
     @initialize(rows=st.dictionaries(ids, st.fixed_dictionaries({"file": contents, "other": contents}), max_size=3))
     def begin(self, rows: Rows) -> None:
@@ -78,129 +87,134 @@ class Sessions(RuleBasedStateMachine):
         for side in self.two:
             self.run(side.session.close())
         self.agree()
+        type(self).histories += 1
 
     # What the application does.
 
     @rule(side=sides, number=ids, first=contents, second=contents)
     def insert(self, side: int, number: int, first: str | None, second: str | None) -> None:
-        with self.writing(side) as one:
-            if one is None or number in one.rows:
-                return
-            row: Row = {"file": first, "other": second}
-            one.session.add(self._new(number, row))
-            one.rows[number] = row
-            self.run(one.session.flush())
+        one = self.writer(side)
+        if number in one.rows:
+            return
+        row: Row = {"file": first, "other": second}
+        one.session.add(self._new(number, row))
+        one.rows[number] = row
+        self.run(one.session.flush())
 
     @rule(side=sides, number=ids, column=columns, content=contents, flushes=st.booleans())
     def replace(self, side: int, number: int, column: str, content: str | None, flushes: bool) -> None:
-        with self.writing(side) as one:
-            if one is None or number not in one.rows:
-                return
-            doc = self.run(one.session.get_one(Doc, number))
-            if content is not None:
-                self.see(one, doc, number, column)
-            setattr(doc, column, None if content is None else file(content))
-            one.rows[number][column] = content
-            if flushes:
-                self.run(one.session.flush())
+        one = self.writer(side)
+        number = one.among(number)
+        if number is None:
+            return
+        doc = self.run(one.session.get_one(Doc, number))
+        if content is not None:
+            self.see(one, doc, number, column)
+        setattr(doc, column, None if content is None else file(content))
+        one.rows[number][column] = content
+        if flushes:
+            self.run(one.session.flush())
 
     @rule(side=sides, source=ids, from_column=columns, goal=ids, to_column=columns, keeps=st.booleans())
     def copy_or_move(self, side: int, source: int, from_column: str, goal: int, to_column: str, keeps: bool) -> None:
-        with self.writing(side) as one:
-            if one is None or source not in one.rows or goal not in one.rows or (source, from_column) == (goal, to_column):
-                return
-            value = self.value(one, source, from_column)
-            self.assign(one, goal, to_column, value, one.rows[source][from_column])
-            if not keeps:
-                self.assign(one, source, from_column, None, None)
-            self.run(one.session.flush())
+        one = self.writer(side)
+        source, goal = one.among(source), one.among(goal)
+        if source is None or (source, from_column) == (goal, to_column):
+            return
+        value = self.value(one, source, from_column)
+        self.assign(one, goal, to_column, value, one.rows[source][from_column])
+        if not keeps:
+            self.assign(one, source, from_column, None, None)
+        self.run(one.session.flush())
 
     @rule(side=sides, first=ids, first_column=columns, second=ids, second_column=columns)
     def swap(self, side: int, first: int, first_column: str, second: int, second_column: str) -> None:
-        with self.writing(side) as one:
-            if one is None or first not in one.rows or second not in one.rows:
-                return
-            values = self.value(one, first, first_column), self.value(one, second, second_column)
-            held = one.rows[first][first_column], one.rows[second][second_column]
-            self.assign(one, first, first_column, values[1], held[1])
-            self.assign(one, second, second_column, values[0], held[0])
-            self.run(one.session.flush())
+        one = self.writer(side)
+        first, second = one.among(first), one.among(second)
+        if first is None:
+            return
+        values = self.value(one, first, first_column), self.value(one, second, second_column)
+        held = one.rows[first][first_column], one.rows[second][second_column]
+        self.assign(one, first, first_column, values[1], held[1])
+        self.assign(one, second, second_column, values[0], held[0])
+        self.run(one.session.flush())
 
     @rule(side=sides, number=ids, column=columns, which=st.integers(0, 5))
     def take_back(self, side: int, number: int, column: str, which: int) -> None:
         """Assign an attachment that a row held earlier in the same transaction."""
-        with self.writing(side) as one:
-            if one is None or number not in one.rows or not one.seen or one.savepoints:
-                return
-            attachment, content = one.seen[which % len(one.seen)]
-            self.assign(one, number, column, attachment, content)
-            self.run(one.session.flush())
+        one = self.writer(side)
+        number = one.among(number)
+        if number is None or not one.seen or one.savepoints:
+            return
+        attachment, content = one.seen[which % len(one.seen)]
+        self.assign(one, number, column, attachment, content)
+        self.run(one.session.flush())
 
     @rule(side=sides, number=ids)
     def delete(self, side: int, number: int) -> None:
-        with self.writing(side) as one:
-            if one is None or number not in one.rows:
-                return
-            self.run(one.session.delete(self.run(one.session.get_one(Doc, number))))
-            del one.rows[number]
-            self.run(one.session.flush())
+        one = self.writer(side)
+        if number not in one.rows:
+            return
+        self.run(one.session.delete(self.run(one.session.get_one(Doc, number))))
+        del one.rows[number]
+        self.run(one.session.flush())
 
     @rule(side=sides, numbers=st.sets(ids, min_size=1), how=st.sampled_from([False, "fetch", "evaluate", "auto"]))
     def bulk_delete(self, side: int, numbers: set[int], how: Any) -> None:
-        with self.writing(side) as one:
-            if one is None:
-                return
-            self.run(one.session.flush())
-            options = {"synchronize_session": how}
-            self.run(one.session.execute(delete(Doc).where(Doc.id.in_(numbers)), execution_options=options))
-            one.rows = {number: row for number, row in one.rows.items() if number not in numbers}
-            one.session.expunge_all()
+        one = self.writer(side)
+        self.run(one.session.flush())
+        options = {"synchronize_session": how}
+        self.run(one.session.execute(delete(Doc).where(Doc.id.in_(numbers)), execution_options=options))
+        one.rows = {number: row for number, row in one.rows.items() if number not in numbers}
+        one.session.expunge_all()
 
     @rule(side=sides, numbers=st.sets(ids, min_size=1), column=columns, listed=st.booleans())
     def bulk_update(self, side: int, numbers: set[int], column: str, listed: bool) -> None:
-        with self.writing(side) as one:
-            present = sorted(numbers & set(one.rows)) if one is not None else []
-            if one is None or not present:
-                return
-            self.run(one.session.flush())
-            if listed:
-                self.run(one.session.execute(update(Doc), [{"id": number, column: None} for number in present]))
-            else:
-                self.run(one.session.execute(update(Doc).where(Doc.id.in_(numbers)).values({column: None})))
-            for number in present:
-                one.rows[number][column] = None
-            one.session.expire_all()
+        one = self.writer(side)
+        present = sorted(numbers & set(one.rows))
+        if not present:
+            return
+        self.run(one.session.flush())
+        if listed:
+            self.run(one.session.execute(update(Doc), [{"id": number, column: None} for number in present]))
+        else:
+            self.run(one.session.execute(update(Doc).where(Doc.id.in_(numbers)).values({column: None})))
+        for number in present:
+            one.rows[number][column] = None
+        one.session.expire_all()
 
     @rule(side=sides, number=ids)
     def forget(self, side: int, number: int) -> None:
         """Let a session not know what a row holds."""
-        with self.writing(side) as one:
-            if one is not None and number in one.rows:
-                self.run(one.session.flush())
-                one.session.expire(self.run(one.session.get_one(Doc, number)))
+        one = self.writer(side)
+        number = one.among(number)
+        if number is not None:
+            self.run(one.session.flush())
+            one.session.expire(self.run(one.session.get_one(Doc, number)))
 
     # What goes wrong.
 
     @rule(side=sides, number=ids, content=contents.filter(bool))
     def upload_fails(self, side: int, number: int, content: str) -> None:
-        with self.writing(side) as one:
-            if one is None or number not in one.rows:
-                return
+        one = self.writer(side)
+        number = one.among(number)
+        if number is None:
+            return
+        self.run(one.session.flush())
+        doc = self.run(one.session.get_one(Doc, number))
+        doc.file, doc.other = file(content), file(content)
+        self.world.backend.fail("put_bytes", nth=2)
+        with pytest.raises(BackendUnavailableError):
             self.run(one.session.flush())
-            doc = self.run(one.session.get_one(Doc, number))
-            doc.file, doc.other = file(content), file(content)
-            self.world.backend.fail("put_bytes", nth=2)
-            with pytest.raises(BackendUnavailableError):
-                self.run(one.session.flush())
-            one.session.expire(doc)
+        one.session.expire(doc)
 
     @rule(side=sides, content=contents.filter(bool))
     def insert_fails_in_a_savepoint(self, side: int, content: str) -> None:
-        with self.writing(side) as one:
-            if one is None or not one.rows:
-                return
-            self.run(one.session.flush())
-            self.run(self._insert_twice(one, content))
+        one = self.writer(side)
+        if not one.rows:
+            return
+        self.run(one.session.flush())
+        self.run(self._insert_twice(one, content))
 
     async def _insert_twice(self, one: Side, content: str) -> None:
         with contextlib.suppress(IntegrityError):
@@ -211,9 +225,9 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(side=sides)
     def savepoint(self, side: int) -> None:
-        with self.writing(side) as one:
-            if one is not None and len(one.savepoints) < 3:
-                one.savepoints.append((self.run(one.session.begin_nested()), deepcopy(one.rows)))
+        one = self.writer(side)
+        if len(one.savepoints) < 3:
+            one.savepoints.append((self.run(one.session.begin_nested()), deepcopy(one.rows)))
 
     @precondition(lambda self: self.open_savepoints())
     @rule(released=st.booleans())
@@ -242,8 +256,14 @@ class Sessions(RuleBasedStateMachine):
     @invariant()
     def no_committed_file_is_missing(self) -> None:
         if self.started:
-            references = self.run(self.world.references())
-            assert {ref.location for ref in references.values()} <= self.run(self.world.objects())
+            referenced, objects = self.run(self._locations())
+            assert referenced <= objects
+
+    async def _locations(self) -> tuple[set[str], set[str]]:
+        """Return where rows say that objects are, and where there are some; quickly, for it is asked after each step."""
+        async with self.world.sessions() as session:
+            rows = await session.execute(LOCATIONS)
+            return {location for row in rows for location in row if location is not None}, await self.world.objects()
 
     def agree(self) -> None:
         """Check that rows, objects and model say the same."""
@@ -255,19 +275,15 @@ class Sessions(RuleBasedStateMachine):
     def open_savepoints(self) -> bool:
         return self.started and any(side.savepoints for side in self.two)
 
-    @contextlib.contextmanager
-    def writing(self, side: int) -> Iterator[Any]:
-        """Give a session that may write: SQLite has one at a time."""
-        one, other = self.two[side], self.two[1 - side]
-        if other.rows is not None:
-            yield None
-            return
+    def writer(self, side: int) -> Side:
+        """Give the session that is writing, else the one that is asked for: SQLite has one at a time."""
+        one = next((one for one in self.two if one.rows is not None), self.two[side])
         if one.rows is None:
             one.rows = deepcopy(self.committed)
             for doc in list(one.session.identity_map.values()):
                 if doc.id not in one.rows:
                     one.session.expunge(doc)
-        yield one
+        return one
 
     def value(self, one: Side, number: int, column: str) -> Attachment | None:
         """Read what a row holds now: a stale value would be a lost update of the application."""
@@ -305,6 +321,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[type[Sessions]]:
     loop = asyncio.new_event_loop()
     with sqlite(request.param) as database:
         context = world_on(database)
+        Sessions.histories = 0
         Sessions.world, Sessions.loop = loop.run_until_complete(context.__aenter__()), loop
         try:
             yield Sessions
@@ -316,16 +333,21 @@ def machine(request: pytest.FixtureRequest) -> Iterator[type[Sessions]]:
 @pytest.mark.case("CON-10")
 @pytest.mark.timeout(1800)
 def test_sessions(machine: type[Sessions]) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        machine,
-        settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=STEPS,
-            deadline=None,
-            print_blob=True,
-            database=None,
-            phases=[Phase.generate, Phase.shrink],
-            verbosity=Verbosity.normal,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    try:
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            seed(SEED)(machine),
+            settings=settings(
+                max_examples=EXAMPLES,
+                stateful_step_count=STEPS,
+                deadline=None,
+                print_blob=True,
+                database=None,
+                phases=[Phase.generate, Phase.shrink],
+                verbosity=Verbosity.normal,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    except BaseException as error:
+        error.add_note(f"GRANITE_MACHINE_SEED={SEED} GRANITE_MACHINE_EXAMPLES={EXAMPLES} replays it")
+        raise
+    assert machine.histories >= EXAMPLES

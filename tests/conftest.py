@@ -27,7 +27,7 @@ from granite_storage.testing import BackendConformance
 if TYPE_CHECKING:
     from tests.servers import S3Server
 
-SETTLING = 10.0
+SETTLING = 30.0
 """How long what is just ending may take to end, in seconds."""
 
 POOLED_THREADS = ("granite-", "asyncio_", "ThreadPoolExecutor-", "pytest_timeout", "waitpid-")

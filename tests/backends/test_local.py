@@ -188,7 +188,7 @@ async def test_only_regular_files_are_objects(local: LocalStorageBackend) -> Non
     os.mkfifo(local.root_dir / "a/fifo")
     for location in ("a/fifo", "a"):
         with pytest.raises(ObjectNotFoundError):
-            await asyncio.wait_for(local.open(location), 5)
+            await asyncio.wait_for(local.open(location), 60)
         with pytest.raises(ObjectNotFoundError):
             await local.stat(location)
         await local.delete(location)

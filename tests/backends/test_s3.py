@@ -11,7 +11,7 @@ import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -280,12 +280,17 @@ class TestWrites:
 
     async def test_parts_side_by_side_and_no_more(self, seaweedfs_server: S3Server, weed: S3StorageBackend) -> None:
         most = under_way = 0
+        others = asyncio.Event()
 
         async def counted(request: Any) -> bytes:
             nonlocal most, under_way
             under_way += 1
             most = max(most, under_way)
-            await asyncio.sleep(0.02)
+            if most > 1:
+                others.set()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(others.wait(), 60)
+            await asyncio.sleep(0.02)  # for one more than there may be
             try:
                 return await request.forward()
             finally:

@@ -65,7 +65,7 @@ async def gathered(stream: AsyncIterator[Any]) -> bytes:
     return b"".join([bytes(chunk) async for chunk in stream])
 
 
-def in_new_process(program: str, *arguments: Any, preexec: Callable[[], None] | None = None, timeout: float = 60) -> str:
+def in_new_process(program: str, *arguments: Any, preexec: Callable[[], None] | None = None, timeout: float = 240) -> str:
     """Run a program in an interpreter of its own, and return what it printed."""
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", program, *map(str, arguments)],
@@ -94,8 +94,8 @@ def open_files(below: Path) -> list[str]:
     return found
 
 
-async def eventually(condition: Callable[[], object], *, within: float = 3.0) -> None:
-    """Wait until a condition holds."""
+async def eventually(condition: Callable[[], object], *, within: float = 60.0) -> None:
+    """Wait until a condition holds; on a machine that has other things to do, too."""
     deadline = asyncio.get_running_loop().time() + within
     while not condition():
         assert asyncio.get_running_loop().time() < deadline, "it did not happen in time"
@@ -108,14 +108,12 @@ def pickled(value: Any, protocol: int | None = None) -> Any:
 
 
 class Lag:
-    """Measures, while it is entered, how long the event loop was kept from running anything else, in seconds.
+    """Counts, while it is entered, how often another task had its turn of the event loop.
 
     Attributes:
-        worst: The longest time that another task had to wait.
-        turns: How often it had its turn, which it asks for every 5 ms.
+        turns: How often; it asks for one every 5 ms.
     """
 
-    worst = 0.0
     turns = 0
 
     async def __aenter__(self) -> Lag:
@@ -128,9 +126,6 @@ class Lag:
         await asyncio.wait([self._task])
 
     async def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            before = loop.time()
             await asyncio.sleep(0.005)
-            self.worst = max(self.worst, loop.time() - before - 0.005)
             self.turns += 1

@@ -371,12 +371,9 @@ class TestLife:
         stream = Held()
         upload = asyncio.ensure_future(manager.put_stream(**SLOT, stream=stream))
         await stream.begun.wait()
-        loop = asyncio.get_running_loop()
-        began = loop.time()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.02):
                 await manager.aclose()
-        assert loop.time() - began < 10
         assert upload.cancelled()
         assert faults.count("aclose") == 1
         assert left_below(tmp_path) == []
@@ -420,7 +417,7 @@ class TestRoom:
         manager = manager_on(MemoryStorageBackend(), max_concurrent_uploads=3)
         streams = [Held() for _ in range(10)]
         uploads = [asyncio.ensure_future(manager.put_stream(**SLOT, stream=stream)) for stream in streams]
-        await asyncio.sleep(0.02)
+        await eventually(lambda: all(stream.begun.is_set() for stream in streams[:3]))
         assert [stream.begun.is_set() for stream in streams] == [True] * 3 + [False] * 7
         uploads[0].cancel()
         uploads[5].cancel()
@@ -436,7 +433,7 @@ class TestRoom:
         async def nesting() -> AsyncIterator[bytes]:
             yield (await manager.put_stream(**SLOT, stream=[b"inner"])).location.encode()
 
-        assert await asyncio.wait_for(manager.put_stream(**SLOT, stream=nesting()), 5)
+        assert await asyncio.wait_for(manager.put_stream(**SLOT, stream=nesting()), 60)
 
     @pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "3"])
     def test_a_number_is_wanted(self, wrong: Any) -> None:

@@ -33,7 +33,7 @@ class Gate:
 
     def __call__(self) -> Any:
         self.entered.set()
-        assert self.open.wait(10)
+        assert self.open.wait(60)
         if isinstance(self.result, BaseException):
             raise self.result
         return self.result
@@ -142,7 +142,7 @@ class TestRun:
     async def test_the_default_executor_is_left_alone(self, pool: ThreadPool) -> None:
         gates = [Gate() for _ in range(50)]
         tasks = [asyncio.ensure_future(pool.run(gate)) for gate in gates]
-        assert await asyncio.wait_for(asyncio.to_thread(int, "7"), 5) == 7
+        assert await asyncio.wait_for(asyncio.to_thread(int, "7"), 60) == 7
         for gate in gates:
             gate.open.set()
         await asyncio.gather(*tasks)
@@ -163,7 +163,7 @@ class TestRun:
             for _ in range(5):
                 with pytest.raises(RuntimeError, match="can't start"):
                     await pool.run(ran.append, 1)
-        assert await asyncio.wait_for(pool.run(int, "7"), 5) == 7
+        assert await asyncio.wait_for(pool.run(int, "7"), 60) == 7
         assert await asyncio.gather(*(pool.run(int, "7") for _ in range(10))) == [7] * 10
         assert ran == []
 
@@ -218,7 +218,7 @@ async def use():
     return ref.location
 first = asyncio.run(use())
 child = os.fork()
-second = asyncio.run(asyncio.wait_for(use(), 10))
+second = asyncio.run(asyncio.wait_for(use(), 50))
 assert first != second
 if child == 0:
     os._exit(0)
@@ -253,7 +253,7 @@ class TestConsumer:
         gate = Gate()
         consumer = ThreadConsumer(pool, lambda _: gate(), max_pending=10)
         for _ in range(2):
-            await asyncio.wait_for(consumer.feed(b"12345"), 1)
+            await asyncio.wait_for(consumer.feed(b"12345"), 60)
         third = asyncio.ensure_future(consumer.feed(b"12345"))
         await asyncio.sleep(0.02)
         assert not third.done()
@@ -358,7 +358,7 @@ class TestConsumer:
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # it is abandoned on purpose
         loop.close()
         gate.open.set()
-        assert asyncio.run(asyncio.wait_for(_use(pool), 5)) == [7] * 10
+        assert asyncio.run(asyncio.wait_for(_use(pool), 60)) == [7] * 10
 
 
 async def _use(pool: ThreadPool) -> list[int]:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -20,9 +20,21 @@ from pathlib import Path
 import pytest
 
 from granite_storage import AccessDeniedError, BackendError, BackendUnavailableError, StorageFullError
+from granite_storage.backends import _tree
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.locations import RESERVED_PREFIX
-from tests.core.support import PROJECT, SLOT, Lag, chunks_of, files_below, in_new_process, left_below, local_manager, many
+from tests.core.support import (
+    PROJECT,
+    SLOT,
+    Lag,
+    chunks_of,
+    eventually,
+    files_below,
+    in_new_process,
+    left_below,
+    local_manager,
+    many,
+)
 
 MIB = 1 << 20
 
@@ -264,27 +276,31 @@ def test_too_many_open_files_is_a_clear_error_and_leaks_none(tmp_path: Path) -> 
 async def test_a_slow_disk_blocks_neither_the_loop_nor_other_users_of_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system's own write is made slow: it stands in for a disk that takes its time."""
-    backend = LocalStorageBackend(tmp_path / "root", fsync=False)
-    write = os.write
+    """The system's own write is held: it stands in for a disk that takes its time, as long as the test likes.
+
+    While all threads of the backend are stuck in it, the loop turns and others' work in threads is done; else nothing would
+    ever release the writes, and they would fail.
+    """
+    backend = LocalStorageBackend(tmp_path / "root", fsync=False, max_threads=8)
+    write, stuck, released = os.write, threading.Semaphore(0), threading.Event()
 
     def slow_write(descriptor: int, data: bytes) -> int:
-        time.sleep(0.5)
+        stuck.release()
+        if not released.wait(60):
+            raise OSError(errno.EIO, "what would have released it was kept from running")
         return write(descriptor, data)
 
     await backend.put_bytes("a/warm", b"1")
-    monkeypatch.setattr("granite_storage.backends._tree.os.write", slow_write)
-    lags = []
-    for attempt in range(3):  # another program may keep the processor for a while, but not three times
-        async with Lag() as lag:
-            uploads = asyncio.gather(*(backend.put_bytes(f"a/{attempt}-{number}", b"1") for number in range(20)))
-            await asyncio.sleep(0.05)
-            began = time.monotonic()
-            assert await asyncio.to_thread(lambda: 1) == 1
-            assert time.monotonic() - began < 0.4
-            await uploads
-        lags.append(lag.worst)
-    assert min(lags) < 0.1
+    monkeypatch.setattr(f"{_tree.__name__}.os.write", slow_write)
+    uploads = asyncio.gather(*(backend.put_bytes(f"a/{number}", b"1") for number in range(20)))
+    for _ in range(8):
+        await eventually(lambda: stuck.acquire(blocking=False))
+    async with Lag() as lag:
+        assert await asyncio.gather(*(asyncio.to_thread(int, "7") for _ in range(20))) == [7] * 20
+        await eventually(lambda: lag.turns > 3)
+    assert not uploads.done()
+    released.set()
+    await uploads
 
 
 UNPRIVILEGED = """

@@ -1,0 +1,46 @@
+"""What importing the package leaves unloaded; `tests.benchmarks.bench_import` measures what it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, sys
+before = set(sys.modules)
+import granite_storage
+{use}
+print(json.dumps(sorted({{name.partition(".")[0] for name in set(sys.modules) - before}})))
+"""
+NAMES = ["StorageManager", "StoragePolicy", "StoredObjectRef", "SizeLimitedStream", "StorageBackend", "StorageError"]
+
+
+def imported(use: str = "") -> set[str]:
+    """Return the packages that a fresh interpreter loads."""
+    command = [sys.executable, "-c", PROGRAM.format(use=use)]
+    return set(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
+
+
+def foreign(packages: set[str]) -> set[str]:
+    return packages - sys.stdlib_module_names - {"granite_storage"}
+
+
+def test_importing_loads_next_to_nothing() -> None:
+    """Not even asyncio: what is heavy comes with the first use of a name that needs it."""
+    packages = imported()
+    assert foreign(packages) == set()
+    assert not packages & {"asyncio", "hashlib", "ssl", "logging", "dataclasses", "inspect"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_of_the_core_loads_no_other_package(name: str) -> None:
+    assert foreign(imported(f"granite_storage.{name}")) == set()
+
+
+def test_the_backends_load_only_what_they_need() -> None:
+    assert foreign(imported("from granite_storage.backends import base, memory, prefix")) == set()
+    assert foreign(imported("from granite_storage.backends import local")) == {"aiofiles"}
+    assert foreign(imported("from granite_storage.backends.s3 import S3StorageBackend")) == set()

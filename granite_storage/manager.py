@@ -34,7 +34,7 @@ from granite_storage.streams import (
     size_of,
 )
 
-__all__ = ["StorageManager"]
+__all__ = ["ObjectDraft", "StorageManager"]
 
 _LONGEST_CONTENT_TYPE = 255
 
@@ -156,13 +156,16 @@ class StorageManager:
         """
         if not isinstance(content, bytes | bytearray | memoryview):
             raise TypeError(f"content must be bytes, not {type(content).__name__}; use put_stream for a stream")
-        draft = self._draft(storage_key, model_name, entity_id, field_name, content_type, original_filename, extra)
-        require_size(size_of(content), draft.policy.max_size)
-        with self._lifecycle.call():
-            data, checksum = await fingerprint(content)
-            with self._blaming(draft.policy.backend_key) as backend:
-                details = await backend.put_bytes(draft.location, data, content_type=content_type)
-            return await self._receipt(draft, len(data), checksum, details)
+        draft = self.draft(
+            storage_key=storage_key,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            content_type=content_type,
+            original_filename=original_filename,
+            extra=extra,
+        )
+        return await self.put_draft(draft, content)
 
     async def put_stream(
         self,
@@ -209,13 +212,55 @@ class StorageManager:
             TypeError: It is not a stream of bytes.
             BackendError: The backend could not store it. An error that the stream itself raises passes through unchanged.
         """
-        draft = self._draft(storage_key, model_name, entity_id, field_name, content_type, original_filename, extra)
-        if size is not None:
-            require_declared_size(size)
-            require_size(size, draft.policy.max_size)
-        content = MeasuredStream(SizeLimitedStream(stream, draft.policy.max_size), size=size, checksum=checksum)
-        async with self._lifecycle.upload():
-            return await self._store(draft, content)
+        draft = self.draft(
+            storage_key=storage_key,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            content_type=content_type,
+            original_filename=original_filename,
+            extra=extra,
+        )
+        return await self._put_stream(draft, stream, size, checksum)
+
+    def draft(
+        self,
+        *,
+        storage_key: str,
+        model_name: str,
+        entity_id: str,
+        field_name: str,
+        content_type: str | None = None,
+        original_filename: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> ObjectDraft:
+        """Decide where an object will be, and all else of its receipt that does not depend on its bytes.
+
+        It is for what must know the location before there is anything at it, such as a journal; `put_bytes` and `put_stream` do
+        both steps. Nothing is stored, and a draft is good for one object. Arguments and errors are those of `put_bytes`.
+        """
+        policy = self.policy(storage_key)
+        _require_content_type(content_type)
+        filename = clean_filename(original_filename)
+        location = make_location(
+            key_prefix=policy.key_prefix,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            original_filename=filename,
+        )
+        return ObjectDraft(policy, location, content_type, filename, None if extra is None else read_only(extra, "extra"))
+
+    async def put_draft(self, draft: ObjectDraft, content: BytesLike | ByteSource) -> StoredObjectRef:
+        """Store the content of a draft: bytes as `put_bytes` does, a stream as `put_stream` does, with their errors."""
+        if not isinstance(content, bytes | bytearray | memoryview):
+            return await self._put_stream(draft, content)
+        require_size(size_of(content), draft.policy.max_size)
+        with self._lifecycle.call():
+            data, checksum = await fingerprint(content)
+            with self._blaming(draft.policy.backend_key) as backend:
+                details = await backend.put_bytes(draft.location, data, content_type=draft.content_type)
+            return await self._receipt(draft, len(data), checksum, details)
 
     async def get(self, ref: StoredObjectRef) -> bytes:
         """Return all bytes of an object, verified: wrong bytes are never returned.
@@ -312,13 +357,39 @@ class StorageManager:
             ContentTooLargeError: It is larger than the copy's policy allows.
             BackendError: It could not be copied.
         """
+        draft = self.draft_copy(
+            ref, storage_key=storage_key, model_name=model_name, entity_id=entity_id, field_name=field_name, extra=extra
+        )
+        return await self.copy_draft(ref, draft)
+
+    def draft_copy(
+        self,
+        ref: StoredObjectRef,
+        *,
+        model_name: str,
+        entity_id: str,
+        field_name: str,
+        storage_key: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> ObjectDraft:
+        """Decide where the copy of an object will be; the first step of `copy`, as `draft` is of `put_bytes`."""
         with self._lifecycle.call(), self._at(ref) as source:
             own_keys = _own_keys(source)
         if extra is None:
             extra = {key: value for key, value in (ref.extra or {}).items() if key not in own_keys}
-        draft = self._draft(
-            storage_key or ref.storage_key, model_name, entity_id, field_name, ref.content_type, ref.original_filename, extra
+        return self.draft(
+            storage_key=storage_key or ref.storage_key,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            content_type=ref.content_type,
+            original_filename=ref.original_filename,
+            extra=extra,
         )
+
+    async def copy_draft(self, ref: StoredObjectRef, draft: ObjectDraft) -> StoredObjectRef:
+        """Copy an object to where a draft says; the second step of `copy`, with its errors."""
+        source = self.backend(ref.backend)
         require_size(ref.size, draft.policy.max_size)
         if draft.policy.backend_key == ref.backend and isinstance(source, SupportsCopy):
             return await self._copy_in_place(ref, source, draft)
@@ -347,29 +418,17 @@ class StorageManager:
     def __repr__(self) -> str:
         return f"<StorageManager policies={sorted(self._policies)} backends={sorted(self._backends)}>"
 
-    def _draft(
-        self,
-        storage_key: str,
-        model_name: str,
-        entity_id: str,
-        field_name: str,
-        content_type: str | None,
-        original_filename: str | None,
-        extra: Mapping[str, Any] | None,
-    ) -> _Draft:
-        policy = self.policy(storage_key)
-        _require_content_type(content_type)
-        filename = clean_filename(original_filename)
-        location = make_location(
-            key_prefix=policy.key_prefix,
-            model_name=model_name,
-            entity_id=entity_id,
-            field_name=field_name,
-            original_filename=filename,
-        )
-        return _Draft(policy, location, content_type, filename, None if extra is None else read_only(extra, "extra"))
+    async def _put_stream(
+        self, draft: ObjectDraft, stream: ByteSource, size: int | None = None, checksum: str | None = None
+    ) -> StoredObjectRef:
+        if size is not None:
+            require_declared_size(size)
+            require_size(size, draft.policy.max_size)
+        content = MeasuredStream(SizeLimitedStream(stream, draft.policy.max_size), size=size, checksum=checksum)
+        async with self._lifecycle.upload():
+            return await self._store(draft, content)
 
-    async def _store(self, draft: _Draft, content: MeasuredStream) -> StoredObjectRef:
+    async def _store(self, draft: ObjectDraft, content: MeasuredStream) -> StoredObjectRef:
         """Store a stream; nothing is awaited between the object's publication and its receipt, so no cancellation parts them."""
         key = draft.policy.backend_key
         try:
@@ -384,25 +443,25 @@ class StorageManager:
             raise BackendError(f"the backend {key!r} returned before the stream had ended", backend=key, location=draft.location)
         return await self._receipt(draft, content.size, content.checksum, details)
 
-    async def _receipt(self, draft: _Draft, size: int, checksum: str, details: Mapping[str, Any] | None) -> StoredObjectRef:
+    async def _receipt(self, draft: ObjectDraft, size: int, checksum: str, details: Mapping[str, Any] | None) -> StoredObjectRef:
         try:
             return draft.receipt(size, checksum, details)
         except Exception:
             await self._withdraw(draft)
             raise
 
-    async def _withdraw(self, draft: _Draft) -> None:
+    async def _withdraw(self, draft: ObjectDraft) -> None:
         """Remove an object that nobody will get a receipt of."""
         backend = self._backends[draft.policy.backend_key]
         await finish(backend.delete(draft.location), f"deleting the object {draft.location!r}, which has no receipt")
 
-    async def _copy_in_place(self, ref: StoredObjectRef, backend: SupportsCopy, draft: _Draft) -> StoredObjectRef:
+    async def _copy_in_place(self, ref: StoredObjectRef, backend: SupportsCopy, draft: ObjectDraft) -> StoredObjectRef:
         with self._lifecycle.call(), self._at(ref) as storage:
             require_recorded_size(ref, (await storage.stat(ref.location)).size)
             details = await backend.copy(ref.location, draft.location)
             return await self._receipt(draft, ref.size, ref.checksum, details)
 
-    async def _copy_through(self, ref: StoredObjectRef, draft: _Draft) -> StoredObjectRef:
+    async def _copy_through(self, ref: StoredObjectRef, draft: ObjectDraft) -> StoredObjectRef:
         async with self._lifecycle.upload():
             reader = await self.open(ref)
             try:
@@ -433,8 +492,16 @@ class StorageManager:
 
 
 @dataclass(frozen=True, slots=True)
-class _Draft:
-    """What is known of an object before its bytes are stored."""
+class ObjectDraft:
+    """What is known of an object before its bytes are stored.
+
+    Attributes:
+        policy: The policy that it is stored under.
+        location: Where it will be.
+        content_type: Its media type.
+        original_filename: Its name, cleaned.
+        extra: The caller's own keys.
+    """
 
     policy: StoragePolicy
     location: str
@@ -443,6 +510,7 @@ class _Draft:
     extra: ReadOnlyDict | None
 
     def receipt(self, size: int, checksum: str, details: Mapping[str, Any] | None) -> StoredObjectRef:
+        """Return the ref of the object, now that its bytes are known; `details` are the backend's own keys."""
         extra = {**(self.extra or {}), **(details or {})}
         return StoredObjectRef(
             storage_key=self.policy.storage_key,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 from granite_storage.exceptions import ConfigurationError, InvalidLocationError
 from granite_storage.locations import check_segment, make_location
@@ -22,6 +23,8 @@ class StoragePolicy:
         max_size: The most bytes an object may have; 0 allows only empty objects, None any size.
         key_prefix: Path segments put before every generated location, such as `avatars` or `tenant/avatars`; an empty one
             is the same as None.
+        retention: How long an object is kept after its row has given it up, so that a database restored from a backup of that
+            age still finds it, and an undo can bring it back. It needs a journal, which remembers what waits.
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it.
@@ -35,6 +38,7 @@ class StoragePolicy:
     backend_key: str
     max_size: int | None = None
     key_prefix: str | None = None
+    retention: timedelta = timedelta(0)
 
     def __post_init__(self) -> None:
         _require_name("storage_key", self.storage_key)
@@ -44,6 +48,7 @@ class StoragePolicy:
             object.__setattr__(self, "key_prefix", None)
         if self.key_prefix is not None:
             _require_prefix(self.storage_key, self.key_prefix)
+        _require_retention(self.storage_key, self.retention)
 
 
 def _require_name(argument: str, value: object) -> None:
@@ -69,3 +74,8 @@ def _require_prefix(storage_key: str, prefix: object) -> None:
         make_location(key_prefix=prefix, model_name="m", entity_id="1", field_name="f", original_filename=None)
     except InvalidLocationError as error:
         raise ConfigurationError(f"key_prefix of policy {storage_key!r} cannot be used: {error}") from error
+
+
+def _require_retention(storage_key: str, value: object) -> None:
+    if not isinstance(value, timedelta) or value < timedelta(0):
+        raise ConfigurationError(f"retention of policy {storage_key!r} must be a timedelta that is not negative, not {value!r}")

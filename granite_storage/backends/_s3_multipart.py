@@ -14,9 +14,10 @@ from granite_storage._concurrency import settle
 from granite_storage.backends._s3_body import Body, PartSource, base64_text
 from granite_storage.backends._s3_client import S3Client, backoff, threads
 from granite_storage.backends._s3_errors import MissingUploadError
+from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import BackendError, BackendUnavailableError
 
-__all__ = ["ANSWER_TIMEOUT", "MAX_PARTS", "MultipartUpload", "abort_uploads", "checksum_header", "part_size_of"]
+__all__ = ["ANSWER_TIMEOUT", "MAX_PARTS", "MultipartUpload", "abort_upload", "abort_uploads", "checksum_header", "part_size_of"]
 
 ANSWER_TIMEOUT = 10.0
 """How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
@@ -95,6 +96,8 @@ class MultipartUpload:
         self._id = answer["UploadId"]
         if answer["ResponseMetadata"]["RetryAttempts"]:
             await self._abort_strays()
+        if (tell := upload_begun.get()) is not None:
+            await tell(answer["UploadId"])
 
     async def send(self, source: PartSource) -> None:
         """Send all that a source has.
@@ -183,11 +186,7 @@ class MultipartUpload:
 
     async def _abort_strays(self) -> None:
         """Abort the uploads of our key whose creation the server may have made without our hearing of it."""
-        key = self._client.settings.key(self._location)
-        answer = await self._client.call("list_multipart_uploads", Prefix=key)
-        for upload in answer.get("Uploads", ()):
-            if upload["Key"] == key and upload["UploadId"] != self._id:
-                await self._abort(upload["UploadId"])
+        await _abort_all(self._client, self._client.settings.key(self._location), but=self._id)
 
 
 async def abort_uploads(client: S3Client, *, older_than: timedelta) -> int:
@@ -205,6 +204,22 @@ async def abort_uploads(client: S3Client, *, older_than: timedelta) -> int:
         if not page.get("IsTruncated"):
             return count
         position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+
+async def abort_upload(client: S3Client, location: str, upload_id: str | None) -> None:
+    """Abort one upload of a location, or all of them."""
+    key = client.settings.key(location)
+    if upload_id is None:
+        await _abort_all(client, key)
+    else:
+        await _abort(client, key, upload_id)
+
+
+async def _abort_all(client: S3Client, key: str, *, but: str | None = None) -> None:
+    answer = await client.call("list_multipart_uploads", Prefix=key)
+    for upload in answer.get("Uploads", ()):
+        if upload["Key"] == key and upload["UploadId"] != but:
+            await _abort(client, key, upload["UploadId"])
 
 
 def _now(answer: Mapping[str, Any]) -> datetime:

@@ -11,6 +11,7 @@ from granite_storage.backends.base import (
     ObjectInfo,
     ObjectReader,
     StorageBackend,
+    SupportsAbort,
     SupportsBatchDelete,
     SupportsCleanup,
     SupportsCopy,
@@ -147,6 +148,14 @@ class _CleansUp(WrappedBackend):
         return await self._call("abort_unfinished", [], lambda: inner.abort_unfinished(older_than=older_than))
 
 
+class _Aborts(WrappedBackend):
+    async def abort_upload(self, location: str, upload_id: str | None) -> None:
+        """Abort an unfinished upload until no part of it is left."""
+        inner = cast(SupportsAbort, self.inner)
+        inside = self._inside(location)
+        await self._call("abort_upload", [location], lambda: inner.abort_upload(inside, upload_id))
+
+
 class _Presigns(WrappedBackend):
     async def presign_get(
         self, location: str, *, expires_in: timedelta, content_type: str | None = None, disposition: str | None = None
@@ -165,6 +174,7 @@ _ABILITIES: dict[type, type[WrappedBackend]] = {
     SupportsCopy: _Copies,
     SupportsBatchDelete: _DeletesMany,
     SupportsCleanup: _CleansUp,
+    SupportsAbort: _Aborts,
     SupportsPresign: _Presigns,
 }
 

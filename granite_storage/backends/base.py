@@ -6,7 +6,8 @@ hashed them in passing; a backend only moves them. See `docs/backends.md` for a 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Protocol, runtime_checkable
@@ -18,12 +19,17 @@ __all__ = [
     "ObjectInfo",
     "ObjectReader",
     "StorageBackend",
+    "SupportsAbort",
     "SupportsBatchDelete",
     "SupportsCleanup",
     "SupportsCopy",
     "SupportsPresign",
     "byte_range",
+    "upload_begun",
 ]
+
+upload_begun: ContextVar[Callable[[str], Awaitable[None]] | None] = ContextVar("granite_storage.upload_begun", default=None)
+"""Who is told the id of an upload in parts once a backend has begun it, before its first part: a journal keeps it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +159,20 @@ class SupportsCleanup(Protocol):
 
     async def abort_unfinished(self, *, older_than: timedelta) -> int:
         """Remove what unfinished writes left behind longer than `older_than` ago; return how many there were."""
+        ...
+
+
+@runtime_checkable
+class SupportsAbort(Protocol):
+    """A backend that uploads in parts, which a crash leaves behind; it calls what `upload_begun` holds before the first part."""
+
+    async def abort_upload(self, location: str, upload_id: str | None) -> None:
+        """Abort an unfinished upload until no part of it is left; one that is not there is no error.
+
+        Args:
+            location: The address that the object would have had.
+            upload_id: The upload's id; None for every unfinished upload of this location, which nobody else uses.
+        """
         ...
 
 

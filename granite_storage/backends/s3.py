@@ -14,7 +14,7 @@ from granite_storage.backends._s3_client import S3Client, S3Settings, version_of
 from granite_storage.backends._s3_connect import S3Clients
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, error_at, translate
 from granite_storage.backends._s3_listing import list_keys
-from granite_storage.backends._s3_multipart import abort_uploads
+from granite_storage.backends._s3_multipart import abort_upload, abort_uploads
 from granite_storage.backends._s3_reader import info_of, open_reader
 from granite_storage.backends._s3_writer import ObjectWriter
 from granite_storage.backends.base import ObjectInfo, ObjectReader
@@ -289,6 +289,11 @@ class S3StorageBackend:
         """
         client = await self._clients.get()
         return await abort_uploads(client, older_than=older_than)
+
+    async def abort_upload(self, location: str, upload_id: str | None) -> None:
+        """Abort an unfinished multipart upload; see `SupportsAbort.abort_upload`."""
+        self._check(location)
+        await abort_upload(await self._clients.get(), location, upload_id)
 
     async def aclose(self) -> None:
         """Close the running event loop's client; see `StorageBackend.aclose`. Readers that are still open break."""

@@ -31,6 +31,7 @@ Operation: TypeAlias = Literal[
     "copy",
     "delete_many",
     "abort_unfinished",
+    "abort_upload",
     "presign_get",
 ]
 """What faults strike: the methods of a backend and of its optional protocols; `read` is that of any reader it has opened."""

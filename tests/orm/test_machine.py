@@ -73,8 +73,11 @@ class Sessions(RuleBasedStateMachine):
         self.two = [Side(self.world.sessions()), Side(self.world.sessions())]
 
     async def _seed(self) -> None:
+        """Begin with these rows and their objects only, whatever a history that failed has left."""
         async with self.world.sessions.begin() as session:
             await session.execute(delete(Doc))
+        for location in await self.world.objects():
+            await self.world.backend.delete(location)
         await self.world.add(*(self._new(number, row) for number, row in self.committed.items()))
 
     @property

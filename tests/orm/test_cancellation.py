@@ -14,6 +14,7 @@ import anyio
 import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from granite_storage.exceptions import BackendUnavailableError
 from granite_storage.orm import Attachment
@@ -125,14 +126,27 @@ class Steps:
 
 
 class Commits:
-    """Knows whether a COMMIT has been sent and not been answered."""
+    """Knows whether a COMMIT is on its way: it has been sent, and the session has not been told that it was answered."""
 
     def __init__(self, world: World) -> None:
-        self.sent = False
-        event.listen(world.engine.sync_engine, "commit", self._on_commit)
+        self.in_flight = False
+        self._heard: list[tuple[Any, str, Any]] = [
+            (world.engine.sync_engine, "commit", self._on_commit),
+            (Session, "after_commit", self._on_answer),
+        ]
+        for heard in self._heard:
+            event.listen(*heard)
+
+    def stop(self) -> None:
+        for heard in self._heard:
+            event.remove(*heard)
 
     def _on_commit(self, _: Any) -> None:
-        self.sent = True
+        self.in_flight = True
+
+    def _on_answer(self, session: Session) -> None:
+        if session.get_nested_transaction() is None:
+            self.in_flight = False
 
 
 async def settled(world: World) -> None:
@@ -156,17 +170,17 @@ async def cancel_everywhere(database: Database, work: Work, *, turns: int, again
             steps = Steps(work(world), {step, step + (again_after or 0)}, turns)
             await steps.run()
             await settled(world)
-            event.remove(world.engine.sync_engine, "commit", commits._on_commit)
+            commits.stop()
             world.check_connections()
             references = {ref.location for ref in (await world.references()).values()}
             objects = await world.objects()
             assert references <= objects, f"await {step}: a row has lost its file"
             await world.contents()
-            assert commits.sent or references == objects, f"await {step}: left behind {objects - references}"
+            assert commits.in_flight or references == objects, f"await {step}: left behind {objects - references}"
             if not steps.reached:
                 return runs, doubts
             runs += 1
-            doubts += commits.sent
+            doubts += commits.in_flight
             step += 1
 
 

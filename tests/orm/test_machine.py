@@ -52,6 +52,7 @@ class Side:
         self.rows: Rows | None = None
         self.savepoints: list[tuple[AsyncSessionTransaction, Rows]] = []
         self.seen: list[tuple[Attachment, str]] = []
+        self.kept: set[Doc] = set()
 
     def among(self, number: int) -> int | None:
         """Return one of the rows that are there, or None if there are none: a step that does nothing finds nothing."""
@@ -110,7 +111,7 @@ class Sessions(RuleBasedStateMachine):
         number = one.among(number)
         if number is None:
             return
-        doc = self.run(one.session.get_one(Doc, number))
+        doc = self.doc(one, number)
         if content is not None:
             self.see(one, doc, number, column)
         setattr(doc, column, None if content is None else file(content))
@@ -158,7 +159,7 @@ class Sessions(RuleBasedStateMachine):
         one = self.writer(side)
         if number not in one.rows:
             return
-        self.run(one.session.delete(self.run(one.session.get_one(Doc, number))))
+        self.run(one.session.delete(self.doc(one, number)))
         del one.rows[number]
         self.run(one.session.flush())
 
@@ -193,7 +194,7 @@ class Sessions(RuleBasedStateMachine):
         number = one.among(number)
         if number is not None:
             self.run(one.session.flush())
-            one.session.expire(self.run(one.session.get_one(Doc, number)))
+            one.session.expire(self.doc(one, number))
 
     # What goes wrong.
 
@@ -204,7 +205,7 @@ class Sessions(RuleBasedStateMachine):
         if number is None:
             return
         self.run(one.session.flush())
-        doc = self.run(one.session.get_one(Doc, number))
+        doc = self.doc(one, number)
         doc.file, doc.other = file(content), file(content)
         self.world.backend.fail("put_bytes", nth=2)
         with pytest.raises(BackendUnavailableError):
@@ -283,14 +284,20 @@ class Sessions(RuleBasedStateMachine):
         one = next((one for one in self.two if one.rows is not None), self.two[side])
         if one.rows is None:
             one.rows = deepcopy(self.committed)
-            for doc in list(one.session.identity_map.values()):
-                if doc.id not in one.rows:
+            for (_, (number,), _), doc in list(one.session.identity_map.items()):
+                if number not in one.rows:
                     one.session.expunge(doc)
         return one
 
+    def doc(self, one: Side, number: int) -> Doc:
+        """Load a row, and keep the instance: a session forgets at once what nobody holds, and then it is never stale."""
+        doc: Doc = self.run(one.session.get_one(Doc, number))
+        one.kept.add(doc)
+        return doc
+
     def value(self, one: Side, number: int, column: str) -> Attachment | None:
         """Read what a row holds now: a stale value would be a lost update of the application."""
-        doc = self.run(one.session.get_one(Doc, number))
+        doc = self.doc(one, number)
         if doc not in one.session.dirty:
             self.run(one.session.refresh(doc))
         self.see(one, doc, number, column)
@@ -307,7 +314,7 @@ class Sessions(RuleBasedStateMachine):
         return value.is_pending or value.location not in self.run(self.world.objects())
 
     def assign(self, one: Side, number: int, column: str, value: Attachment | None, content: str | None) -> None:
-        setattr(self.run(one.session.get_one(Doc, number)), column, value)
+        setattr(self.doc(one, number), column, value)
         assert one.rows is not None
         one.rows[number][column] = content
 

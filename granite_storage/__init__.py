@@ -38,11 +38,13 @@ if TYPE_CHECKING:
         Attachment,
         AttachmentType,
         StorageBinding,
+        StorageJournal,
         StoredContentMixin,
         StoredObjectRefType,
         attachment,
         bind_storage,
         iter_model_storage_refs,
+        journal_tables,
     )
     from granite_storage.policies import StoragePolicy
     from granite_storage.readers import StoredObjectReader
@@ -75,6 +77,7 @@ __all__ = [
     "StorageBinding",
     "StorageError",
     "StorageFullError",
+    "StorageJournal",
     "StorageManager",
     "StoragePolicy",
     "StoredContentMixin",
@@ -88,6 +91,7 @@ __all__ = [
     "attachment",
     "bind_storage",
     "iter_model_storage_refs",
+    "journal_tables",
 ]
 
 _ROOMS = {
@@ -97,6 +101,7 @@ _ROOMS = {
     "SizeLimitedStream": "streams",
     "StorageBackend": "backends.base",
     "StorageBinding": "orm",
+    "StorageJournal": "orm",
     "StorageManager": "manager",
     "StoragePolicy": "policies",
     "StoredContentMixin": "orm",
@@ -106,6 +111,7 @@ _ROOMS = {
     "attachment": "orm",
     "bind_storage": "orm",
     "iter_model_storage_refs": "orm",
+    "journal_tables": "orm",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from granite_storage._concurrency import finish
 from granite_storage._lifecycle import Lifecycle
-from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsCopy
+from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsAbort, SupportsCopy
 from granite_storage.exceptions import (
     BackendError,
     ConfigurationError,
@@ -324,6 +324,24 @@ class StorageManager:
         """Remove the object, for good; one that is not there is no error."""
         with self._lifecycle.call(), self._at(ref) as backend:
             await backend.delete(ref.location)
+
+    async def reclaim(self, backend_key: str, location: str, *, upload_id: str | None = None, unfinished: bool = False) -> None:
+        """Remove what is at a location that no ref leads to: a journal's work, not an application's.
+
+        Args:
+            backend_key: The backend's key.
+            location: The address.
+            upload_id: The id of an upload in parts that was begun there, where one is known.
+            unfinished: Whether an upload may have been cut off; what it has left is removed too, until nothing of it remains.
+
+        Raises:
+            BackendError: Something could not be removed; it may be tried again.
+        """
+        check_location(location)
+        with self._lifecycle.call(), self._blaming(backend_key) as backend:
+            await backend.delete(location)
+            if unfinished and isinstance(backend, SupportsAbort):
+                await backend.abort_upload(location, upload_id)
 
     async def copy(
         self,

@@ -2,6 +2,9 @@
 
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.binding import StorageBinding, bind_storage
+from granite_storage.orm.journal.journal import StorageJournal
+from granite_storage.orm.journal.recovery import FailedReclaim, RecoveryReport
+from granite_storage.orm.journal.tables import JournalTables, journal_tables
 from granite_storage.orm.mixin import StoredContentMixin
 from granite_storage.orm.references import iter_model_storage_refs
 from granite_storage.orm.types import AttachmentType, StoredObjectRefType, attachment
@@ -9,10 +12,15 @@ from granite_storage.orm.types import AttachmentType, StoredObjectRefType, attac
 __all__ = [
     "Attachment",
     "AttachmentType",
+    "FailedReclaim",
+    "JournalTables",
+    "RecoveryReport",
     "StorageBinding",
+    "StorageJournal",
     "StoredContentMixin",
     "StoredObjectRefType",
     "attachment",
     "bind_storage",
     "iter_model_storage_refs",
+    "journal_tables",
 ]

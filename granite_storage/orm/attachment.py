@@ -5,23 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from granite_storage.exceptions import ConsumedSourceError, InvalidReferenceError, UnboundAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm import shown
 from granite_storage.orm._registry import active_bindings
+from granite_storage.orm.uploads import Upload, store
 from granite_storage.readers import OpeningReader
 from granite_storage.refs import StoredObjectRef, read_only
-from granite_storage.streams import BytesLike, ByteSource, iter_chunks
+from granite_storage.streams import ByteSource, iter_chunks
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic_core import CoreSchema
     from sqlalchemy.orm import InstrumentedAttribute
 
-    from granite_storage.manager import StorageManager
+    from granite_storage.manager import ObjectDraft, StorageManager
     from granite_storage.orm.types import AttachmentType
+    from granite_storage.orm.unit import Intent
 
 __all__ = ["Attachment"]
 
@@ -74,6 +76,10 @@ class Attachment:
     _home: AttachmentType | _Address | None = None
     # True while a flush writes the ref into the row that owns it: the column type binds no other.
     _claimed = False
+    # What a journal has written down about its object, until the row that takes it is committed.
+    _intent: Intent | None = None
+    # True once it was made by `restore`: a row takes it by undoing the delete that its object waits for.
+    _restored = False
     # True from `store` until a row takes it: an object that no row holds yet may be taken without a copy.
     _unowned = False
 
@@ -104,6 +110,27 @@ class Attachment:
             extra: Keys of your own to keep in the ref.
         """
         return cls(upload, filename=upload.filename, content_type=upload.content_type, extra=extra)
+
+    @classmethod
+    def restore(cls, ref: StoredObjectRef) -> Self:
+        """Make an attachment that undoes a replacement or delete, while the object's retention lasts.
+
+        Assign it to a row like any other: the flush takes the pending delete back, in the row's own transaction. Only an object
+        that waits to be deleted can be restored, which a journal knows; `StoragePolicy(retention=...)` says how long it waits.
+
+        Args:
+            ref: What the row held, as the application kept it.
+
+        Raises:
+            StaleAttachmentError: At the flush: the object does not wait, or waits no more.
+            ConfigurationError: At the flush: the column's base is bound without a journal.
+        """
+        if not isinstance(ref, StoredObjectRef):
+            raise InvalidReferenceError(f"restore takes a StoredObjectRef, not {type(ref).__name__}")
+        self = cls.__new__(cls)
+        self._ref = ref
+        self._restored = True
+        return self
 
     @classmethod
     def _of(cls, ref: StoredObjectRef, home: AttachmentType) -> Self:
@@ -206,60 +233,75 @@ class Attachment:
         """
         home = _home_of(column)
         if self.is_pending:
-            await self._put(home, uuid7_hex())
+            await store([Upload(self, home, uuid7_hex())])
             self._unowned = True
         return self
 
-    async def _put(self, home: AttachmentType, entity_id: str) -> StoredObjectRef:
-        """Upload to a column's policy and become stored."""
+    def _draft(self, home: AttachmentType, entity_id: str) -> ObjectDraft:
+        """Decide where it will be stored, for a column."""
         manager = home.binding().manager_for(home)
-        source = self._take_source()
-        where = _names_of(home, entity_id)
-        given: dict[str, Any] = {"content_type": self._content_type, "original_filename": self._filename, "extra": self._extra}
-        if isinstance(source, Attachment):
-            ref = await source._copied_by(manager, where)
-        elif self._reusable:
-            ref = await manager.put_bytes(content=cast(BytesLike, source), **where, **given)
+        names = _names_of(home, entity_id)
+        original = self._origin()
+        if not isinstance(original, Attachment):
+            given: dict[str, Any] = {
+                "content_type": self._content_type,
+                "original_filename": self._filename,
+                "extra": self._extra,
+            }
+        elif original.manager is manager:
+            return manager.draft_copy(original.ref, **names)
         else:
-            ref = await manager.put_stream(stream=source, **where, **given)
-        self._ref, self._home = ref, home
-        return ref
+            ref = original.ref
+            given = {"content_type": ref.content_type, "original_filename": ref.original_filename, "extra": ref.extra}
+        return manager.draft(**names, **given)
 
-    async def _copy(self, home: AttachmentType, entity_id: str) -> Attachment:
-        """Return an attachment with an object of its own, for another column or row; it can be copied again after a rollback."""
+    async def _put(self, home: AttachmentType, draft: ObjectDraft) -> None:
+        """Upload to where a draft says, and become stored."""
+        manager = home.binding().manager
+        source = self._take_origin()
+        if not isinstance(source, Attachment):
+            ref = await manager.put_draft(draft, source)
+        elif source.manager is manager:
+            ref = await manager.copy_draft(source.ref, draft)
+        else:
+            async with source.open(verify=True) as stream:
+                ref = await manager.put_draft(draft, stream)
+        self._ref, self._home = ref, home
+
+    def _copy(self) -> Attachment:
+        """Return a pending attachment that becomes a copy, for another column or row; again so after a rollback."""
         copy = Attachment.__new__(Attachment)
         copy._source, copy._reusable = self, True
         copy._filename, copy._content_type, copy._extra = self.original_filename, self.content_type, self._extra
-        await copy._put(home, entity_id)
         return copy
 
-    async def _copied_by(self, manager: StorageManager, where: dict[str, Any]) -> StoredObjectRef:
-        if self.manager is manager:
-            return await manager.copy(self.ref, **where)
-        given: dict[str, Any] = {"content_type": self.content_type, "original_filename": self.original_filename}
-        async with self.open(verify=True) as stream:
-            return await manager.put_stream(stream=stream, extra=self.ref.extra, **where, **given)
-
-    def _take_source(self) -> ByteSource | Attachment:
+    def _origin(self) -> ByteSource | Attachment:
         """Return what is to be stored: a stream once, bytes and a copy's original as often as they are rolled back."""
         source = self._source
         if isinstance(source, Attachment) and source.is_pending:
             # The original was rolled back as well, so its own content is all that is left.
-            return source._take_source()
+            return source._origin()
         if source is None:
             raise ConsumedSourceError("the attachment's stream was read already; make a new attachment")
+        return source
+
+    def _take_origin(self) -> ByteSource | Attachment:
+        source = self._source
+        if isinstance(source, Attachment) and source.is_pending:
+            return source._take_origin()
+        origin = self._origin()
         if not self._reusable:
             self._source = None
-        return source
+        return origin
 
     def _undo(self) -> None:
         """Become pending again, after its object was rolled back; only bytes can be stored a second time."""
-        self._ref = None
+        self._ref = self._intent = None
         self._claimed = self._unowned = False
 
     def _settle(self) -> None:
         """Let go of the bytes, once its row is committed."""
-        self._source = None
+        self._source = self._intent = None
         self._reusable = False
 
     def _forget_claim(self) -> None:
@@ -273,7 +315,7 @@ class Attachment:
         return f"<Attachment size={self._ref.size} filename={self._ref.original_filename!r}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in {"_claimed", "_unowned"}}
+        state = {key: value for key, value in self.__dict__.items() if key not in {"_claimed", "_intent", "_unowned"}}
         if self._ref is not None:
             state.update(_source=None, _reusable=False)
         elif self.is_pending:

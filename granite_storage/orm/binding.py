@@ -10,6 +10,7 @@ from granite_storage.exceptions import ConfigurationError, UnknownPolicyError
 from granite_storage.manager import StorageManager
 from granite_storage.orm import _registry, assignment, events
 from granite_storage.orm.columns import Tables
+from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.types import AttachmentType, StoredObjectRefType
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ __all__ = ["StorageBinding", "bind_storage"]
 
 
 def bind_storage(
-    base: Any, manager: StorageManager, *, sessions: async_sessionmaker[AsyncSession] | None = None
+    base: Any,
+    manager: StorageManager,
+    *,
+    sessions: async_sessionmaker[AsyncSession] | None = None,
+    journal: StorageJournal | None = None,
 ) -> StorageBinding:
     """Bind the attachments of a declarative base to a manager; once, at start-up, before the first flush.
 
@@ -31,22 +36,28 @@ def bind_storage(
         base: The declarative base, `SQLModel`, or anything else that has a `metadata`.
         manager: The manager; the caller closes it.
         sessions: The application's session maker, for what opens sessions of its own, such as the garbage collector.
+        journal: What makes the promise hold through crashes; None for rollbacks only.
 
     Returns:
         The binding; `unbind` undoes it.
 
     Raises:
-        ConfigurationError: The base has no metadata, or an attachment column names a policy that the manager does not have.
+        ConfigurationError: The base has no metadata, an attachment column names a policy that the manager does not have or one
+            with a retention and there is no journal, or the journal's tables are not declared beside the models.
     """
     metadata = getattr(base, "metadata", None)
     if not isinstance(metadata, MetaData):
         raise ConfigurationError(f"bind_storage needs a declarative base, not {base!r}")
     if not isinstance(manager, StorageManager):
         raise ConfigurationError(f"bind_storage needs a StorageManager, not {type(manager).__name__}")
-    binding = StorageBinding(base, metadata, manager, sessions)
+    if journal is not None and not isinstance(journal, StorageJournal):
+        raise ConfigurationError(f"bind_storage needs a StorageJournal, not {type(journal).__name__}")
+    binding = StorageBinding(base, metadata, manager, sessions, journal)
     for column in binding.tables.all_attachments():
         if isinstance(column.type, AttachmentType):
             binding.manager_for(column.type)
+    if journal is not None:
+        journal.bind(binding)
     if _registry.add(binding):
         events.listen()
         assignment.listen()
@@ -62,15 +73,22 @@ class StorageBinding:
         metadata: Its metadata.
         manager: The manager that stores its attachments.
         sessions: The application's session maker, or None.
+        journal: The journal, or None.
     """
 
     def __init__(
-        self, base: Any, metadata: MetaData, manager: StorageManager, sessions: async_sessionmaker[AsyncSession] | None
+        self,
+        base: Any,
+        metadata: MetaData,
+        manager: StorageManager,
+        sessions: async_sessionmaker[AsyncSession] | None,
+        journal: StorageJournal | None = None,
     ) -> None:
         self.base = base
         self.metadata = metadata
         self.manager = manager
         self.sessions = sessions
+        self.journal = journal
         self.tables: Tables = Tables(metadata)
 
     @property
@@ -83,12 +101,17 @@ class StorageBinding:
 
         Raises:
             UnknownPolicyError: It has not; a model may have been declared after `bind_storage` had looked.
+            ConfigurationError: The policy has a retention, and there is no journal to keep it.
         """
         if home.storage_key not in self.manager.policies:
             known = ", ".join(sorted(self.manager.policies)) or "none"
             raise UnknownPolicyError(
                 f"the attachment column {home.label} names the policy {home.storage_key!r}, which its manager does not have"
                 f" (there are: {known})"
+            )
+        if self.journal is None and self.manager.policy(home.storage_key).retention:
+            raise ConfigurationError(
+                f"the policy {home.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
             )
         return self.manager
 
@@ -105,6 +128,8 @@ class StorageBinding:
 
     def unbind(self) -> None:
         """Undo `bind_storage`; the last one leaves no listener behind. Idempotent."""
+        if self.journal is not None:
+            self.journal.release(self)
         if _registry.remove(self):
             events.unlisten()
             assignment.unlisten()

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 from sqlalchemy import Column, Connection, Table
 from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
 from sqlalchemy.util import await_only
 
-from granite_storage._concurrency import finish
 from granite_storage.exceptions import InvalidReferenceError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._registry import binding_for, find_binding
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Slot, primary_key_of, slots_of
+from granite_storage.orm.journal import entries
+from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.outcome import watch
-from granite_storage.orm.removal import remove_all
 from granite_storage.orm.rows import HeldRef, cascaded, lock_rows, still_held
 from granite_storage.orm.types import AttachmentType
-from granite_storage.orm.unit import FlushUnderWay, Frame, StoredObject, UnitOfWork
+from granite_storage.orm.unit import FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
+from granite_storage.orm.uploads import Upload, store, stored_object
 from granite_storage.refs import StoredObjectRef
 
 __all__ = ["Change", "boundary", "changes_of", "deletions_of", "displace", "end", "save", "vacate"]
 
-_UPLOADS_AT_A_TIME = 8
 _UNSAFE = re.compile(r"[^\w.@=+-]+")
 
 
@@ -140,17 +138,22 @@ def end(session: Session, unit: UnitOfWork) -> None:
         remaining = still_held(connection, held)
         gone = [entry for entry in held if entry.place not in remaining]
         displace(unit.flush, [entry for entry in gone if not unit.flush.takes(_stored(entry))])
+    entries.write(unit)
     unit.end_flush(unit.frame(boundary(session)))
 
 
-def displace(log: Frame | FlushUnderWay, held: Iterable[HeldRef]) -> None:
+def displace(log: Frame | FlushUnderWay, held: Iterable[HeldRef]) -> list[StoredObject]:
     """Note that rows give up what they hold."""
-    log.log += [(_stored(entry), False) for entry in held]
+    displaced = [_stored(entry) for entry in held]
+    log.log += [(stored, False) for stored in displaced]
+    return displaced
 
 
 def _stored(entry: HeldRef) -> StoredObject:
     home: AttachmentType = entry.column.type  # type: ignore[assignment]  # only attachment columns are read under locks
-    return StoredObject(home.binding().manager, entry.ref)
+    binding = home.binding()
+    intent = None if binding.journal is None else Intent(binding.journal, new_id())
+    return StoredObject(binding.manager, entry.ref, intent)
 
 
 def _upload_new(unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> None:
@@ -160,78 +163,38 @@ def _upload_new(unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> No
         if change.value is not None and change.value.is_pending:
             first.setdefault(id(change.value), change)
     uploads = list(first.values())
-    _store_all(unit, frame, [partial(_upload, change) for change in uploads])
-    for change in uploads:
-        unit.flush.handled[change.marker] = change.value
-
-
-async def _upload(change: Change) -> Attachment:
-    await change.attachment._put(change.slot.home, _entity_id(change))
-    return change.attachment
+    _store_all(unit, frame, [(change, change.attachment) for change in uploads])
 
 
 def _copy_all(unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> None:
-    copies = _store_all(unit, frame, [partial(_copy, change) for change in changes])
+    copies = [change.attachment._copy() for change in changes]
+    _store_all(unit, frame, list(zip(changes, copies, strict=True)))
     for change, copy in zip(changes, copies, strict=True):
         change.replace(copy)
-        unit.flush.handled[change.marker] = copy
 
 
-async def _copy(change: Change) -> Attachment:
-    return await change.attachment._copy(change.slot.home, _entity_id(change))
-
-
-def _store_all(unit: UnitOfWork, frame: Frame, work: Sequence[Callable[[], Awaitable[Attachment]]]) -> list[Attachment]:
-    """Store side by side; if one fails, undo the others, which no row has seen, and raise its error."""
-    if not work:
-        return []
-    done: list[Attachment] = []
-    try:
-        results = await_only(_side_by_side(work, done))
-    except BaseException:
-        stored = [StoredObject(attachment.manager, attachment.ref) for attachment in done]
-        for attachment in done:
-            attachment._undo()
-        await_only(finish(remove_all(stored), "undoing the uploads of a failed flush"))
-        raise
-    for attachment in results:
+def _store_all(unit: UnitOfWork, frame: Frame, pending: Sequence[tuple[Change, Attachment]]) -> None:
+    """Store attachments side by side, or none of them, and let their rows take them."""
+    await_only(store([Upload(attachment, change.slot.home, _entity_id(change)) for change, attachment in pending]))
+    for change, attachment in pending:
         _take(unit, frame, attachment)
-    return results
+        unit.flush.handled[change.marker] = attachment
 
 
 def _take(unit: UnitOfWork, frame: Frame, attachment: Attachment) -> None:
     """Let a row take an object that is new to the transaction."""
-    stored = StoredObject(attachment.manager, attachment.ref)
+    stored = stored_object(attachment)
     attachment._unowned = False
     frame.puts.append((stored, attachment))
     unit.flush.puts.append((stored, attachment))
     unit.flush.log.append((stored, True))
 
 
-async def _side_by_side(work: Sequence[Callable[[], Awaitable[Attachment]]], done: list[Attachment]) -> list[Attachment]:
-    if len(work) == 1:
-        done.append(await work[0]())
-        return list(done)
-    places = asyncio.Semaphore(_UPLOADS_AT_A_TIME)
-
-    async def one(store: Callable[[], Awaitable[Attachment]]) -> Attachment:
-        async with places:
-            result = await store()
-            done.append(result)
-            return result
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(store)) for store in work]
-    except BaseExceptionGroup as errors:
-        # The group has waited for all of them; the first error is the flush's.
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
-
-
 def _may_move(unit: UnitOfWork, change: Change, given_up: set[StoredObjectRef]) -> bool:
     """Tell whether a row may take an object over: no row holds it yet, or one gives it up in this transaction."""
     given = change.attachment
+    if given._restored:
+        return True
     if given.manager is not change.slot.home.binding().manager:
         return False
     return given._unowned or given.ref in given_up or unit.is_free(StoredObject(given.manager, given.ref))
@@ -257,11 +220,14 @@ def _locked_refs(
     for (_, deleting), rows in sorted(wanted.items(), key=lambda item: item[0]):
         connection = session.connection(bind_arguments={"mapper": rows.mapper})
         watch(session, connection)
+        binding = binding_for(rows.table.metadata, f"the table {rows.table.name}")
+        if binding.journal is not None:
+            unit.flush.connections[binding.journal] = connection
         if rows.columns_by_key:
             held += _lock(connection, rows, deleting=deleting)
             if deleting:
-                tables = binding_for(rows.table.metadata, f"the table {rows.table.name}").tables
-                unit.flush.vanishing.append((connection, cascaded(connection, tables, rows.table, rows.columns_by_key)))
+                reached = cascaded(connection, binding.tables, rows.table, rows.columns_by_key)
+                unit.flush.vanishing.append((connection, reached))
     return held
 
 
@@ -294,6 +260,8 @@ def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], gi
     copies: list[Change] = []
     for change in changes:
         given = change.attachment
+        if given._restored:
+            given._home = change.slot.home
         stored = StoredObject(given.manager, given.ref)
         if not _may_move(unit, change, given_up):
             copies.append(change)
@@ -301,12 +269,15 @@ def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], gi
             _take(unit, frame, given)
         elif unit.is_free(stored):
             unit.flush.log.append((stored, True))
+        elif given._restored:
+            entries.restore(unit, change.slot.home, stored)
         elif unit.is_known(stored):
             copies.append(change)
         else:
             raise StaleAttachmentError(
                 f"the object at {stored.ref.location!r} was to move to another row, but its row does not hold it any more"
             )
+        given._restored = False
     _copy_all(unit, frame, copies)
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from sqlalchemy.util import await_only
 
 from granite_storage._concurrency import finish
 from granite_storage.orm.greenlets import in_greenlet
-from granite_storage.orm.unit import StoredObject
+from granite_storage.orm.unit import Intent, StoredObject
 
-__all__ = ["remove_all", "remove_now"]
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from granite_storage.orm.journal.journal import StorageJournal
+
+__all__ = ["remove", "remove_now"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -22,31 +28,52 @@ _AT_A_TIME = 8
 def remove_now(stored: Iterable[StoredObject]) -> None:
     """Delete objects from inside a session's or an engine's event, and log what could not be deleted.
 
-    Outside SQLAlchemy's greenlet nothing can be awaited; then the objects stay, for the garbage collector.
+    Outside SQLAlchemy's greenlet nothing can be awaited; then the objects stay, for the garbage collector. What a journal knows
+    of is its own to delete, and is left to its worker where the task is being cancelled.
     """
     objects = list({item.key: item for item in stored}.values())
-    if not objects:
-        return
+    plain = [item for item in objects if item.intent is None]
+    intents = [item.intent for item in objects if item.intent is not None]
     if not in_greenlet():
-        for item in objects:
+        for item in plain:
             logger.warning(
                 "the object %r is left to the garbage collector: its session was not closed by an await", item.ref.location
             )
         return
-    await_only(finish(remove_all(objects), f"deleting {len(objects)} objects of an ended transaction"))
+    if intents and _is_being_cancelled():
+        intents = []
+    if plain or intents:
+        await_only(finish(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction"))
 
 
-async def remove_all(stored: Iterable[StoredObject]) -> None:
-    """Delete objects side by side; a failure is logged with the location and stops nothing."""
+async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> None:
+    """Delete objects side by side, and let journals delete theirs; a failure is logged and stops nothing."""
     places = asyncio.Semaphore(_AT_A_TIME)
+    by_journal: dict[StorageJournal, list[UUID]] = {}
+    for intent in intents:
+        by_journal.setdefault(intent.journal, []).append(intent.id)
+    await asyncio.gather(
+        *(_delete(item, places) for item in stored), *(_settle(journal, ids) for journal, ids in by_journal.items())
+    )
 
-    async def remove(item: StoredObject) -> None:
-        async with places:
-            try:
-                await item.manager.delete(item.ref)
-            except Exception:
-                logger.warning(
-                    "could not delete the object %r; it is left to the garbage collector", item.ref.location, exc_info=True
-                )
 
-    await asyncio.gather(*(remove(item) for item in stored))
+async def _delete(item: StoredObject, places: asyncio.Semaphore) -> None:
+    async with places:
+        try:
+            await item.manager.delete(item.ref)
+        except Exception:
+            logger.warning(
+                "could not delete the object %r; it is left to the garbage collector", item.ref.location, exc_info=True
+            )
+
+
+async def _settle(journal: StorageJournal, ids: list[UUID]) -> None:
+    try:
+        await journal.settle(ids)
+    except Exception:
+        logger.warning("%d objects of an ended transaction are left to the journal's worker", len(ids), exc_info=True)
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -14,6 +14,7 @@ from granite_storage.orm import flush, outcome
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm.columns import Tables, slots_of
 from granite_storage.orm.greenlets import require_async
+from granite_storage.orm.journal.entries import write_displaced
 from granite_storage.orm.rows import HeldRef, cascaded, lock_rows, lock_statement, still_held
 
 __all__ = ["on_execute"]
@@ -65,7 +66,8 @@ def _displacing(state: ORMExecuteState, connection: Connection, held: list[HeldR
     result = state.invoke_statement()
     remaining = still_held(connection, held)
     frame = outcome.unit_of(state.session).frame(flush.boundary(state.session))
-    flush.displace(frame, [entry for entry in held if entry.place not in remaining])
+    displaced = flush.displace(frame, [entry for entry in held if entry.place not in remaining])
+    write_displaced(connection, displaced)
     return result
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import JSON, Column, ColumnElement, Table, Text, and_, cast, false, not_, or_, type_coerce
+from sqlalchemy import JSON, Column, ColumnElement, Table, Text, and_, cast, false, func, literal_column, not_, or_, type_coerce
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import MappedColumn, mapped_column
@@ -22,7 +22,7 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["AttachmentType", "StoredObjectRefType", "attachment"]
+__all__ = ["AttachmentType", "StoredObjectRefType", "attachment", "location_of"]
 
 T = TypeVar("T")
 
@@ -63,6 +63,21 @@ _MEMBERSHIPS: dict[Any, Callable[[ColumnElement[bool]], ColumnElement[bool]]] = 
     operators.in_op: _as_is,
     operators.not_in_op: not_,
 }
+
+
+def location_of(column: Column[Any], dialect: str) -> tuple[ColumnElement[str], ColumnElement[str]]:
+    """Return the backend and the location of a column's refs in SQL, spelled as an index over them would be.
+
+    The keys are literals: a database uses an index on an expression only for the very same expression.
+    """
+
+    def value(key: str) -> ColumnElement[str]:
+        if dialect == "postgresql":
+            return column.op("->>", return_type=Text())(literal_column(f"'{key}'"))
+        extract = func.json_extract if dialect == "sqlite" else func.json_value
+        return extract(column, literal_column(f"'$.{key}'"), type_=Text())
+
+    return value("backend"), value("location")
 
 
 class _RefJSON(TypeDecorator[T]):

@@ -18,16 +18,19 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from sqlalchemy import Connection
     from sqlalchemy.orm import SessionTransaction
 
     from granite_storage.manager import StorageManager
     from granite_storage.orm.attachment import Attachment
+    from granite_storage.orm.journal.journal import StorageJournal
     from granite_storage.orm.outcome import ConnectionWatch, SavepointSpan
     from granite_storage.orm.rows import HeldRef
     from granite_storage.refs import StoredObjectRef
 
-__all__ = ["FlushUnderWay", "Frame", "LogEntry", "ObjectKey", "Outcome", "StoredObject", "UnitOfWork"]
+__all__ = ["FlushUnderWay", "Frame", "Intent", "LogEntry", "ObjectKey", "Outcome", "StoredObject", "UnitOfWork"]
 
 ObjectKey: TypeAlias = tuple[int, str, str]
 LogEntry: TypeAlias = "tuple[StoredObject, bool]"
@@ -41,12 +44,21 @@ class Outcome(Enum):
     UNKNOWN = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What a journal has written down about an object: that it is being stored, or that it shall go."""
+
+    journal: StorageJournal
+    id: UUID
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredObject:
-    """An object and the manager that can delete it."""
+    """An object, the manager that can delete it, and the intent that stands for it where a journal is kept."""
 
     manager: StorageManager
     ref: StoredObjectRef
+    intent: Intent | None = None
 
     @property
     def key(self) -> ObjectKey:
@@ -81,10 +93,18 @@ class FlushUnderWay:
     deletions: set[int] = field(default_factory=set)
     # Refs of rows that the database may delete by a cascade, and the connection that can tell whether it did.
     vanishing: list[tuple[Connection, list[HeldRef]]] = field(default_factory=list)
+    # Undone deletes, by the intents that the transaction takes back, and where each journal's tables are written to.
+    restored: list[Intent] = field(default_factory=list)
+    connections: dict[StorageJournal, Connection] = field(default_factory=dict)
 
     def has_handled(self, marker: tuple[int, str], value: Attachment | None) -> bool:
         """Tell whether the flush has dealt with this change."""
         return marker in self.handled and self.handled[marker] is value
+
+    @property
+    def net(self) -> list[LogEntry]:
+        """What the flush comes to: for each object whether a row holds it in the end."""
+        return list(_latest(self.log).values())
 
     def takes(self, stored: StoredObject) -> bool:
         """Tell whether a row takes the object in this flush."""
@@ -118,6 +138,11 @@ class UnitOfWork:
     def is_free(self, stored: StoredObject) -> bool:
         """Tell whether a row of this transaction held the object and gave it up, and no row holds it now."""
         return self._held().get(stored.key, (stored, True))[1] is False
+
+    def displacement(self, stored: StoredObject) -> StoredObject | None:
+        """Return what an earlier flush of this transaction noted when a row gave the object up, where none has taken it since."""
+        earlier = _latest([entry for frame in self.frames.values() for entry in frame.log]).get(stored.key)
+        return earlier[0] if earlier is not None and not earlier[1] else None
 
     def end_flush(self, frame: Frame) -> None:
         """Let what a flush decided count: its statements are done. No statement may bind its refs any more."""

@@ -1,0 +1,1 @@
+"""The journal: crash safety for attachments, in the application's own database."""

@@ -1,0 +1,146 @@
+"""The intents of uploads and deletes: written down before anything happens, and taken back by the transaction that makes it true.
+
+Why it is safe. An upload's intent is committed before its first byte is sent, so whatever dies, somebody knows of the object.
+The transaction that writes the ref into a row deletes the intent, and that DELETE must hit: a worker that was faster has fenced
+the object, and it will go. Until the transaction ends, its lock on the intent's row keeps every worker away, however long it
+takes and whoever holds it, a prepared transaction included; when it is rolled back, or a savepoint of it is, the intent is
+back. No clock decides anything here but when garbage goes.
+
+A snapshot that is older than the intent does not see it (REPEATABLE READ and SERIALIZABLE on PostgreSQL), so its DELETE hits
+nothing. There the transaction and the worker both insert the same key into `decision`, and the first one wins. A decision that
+was purged could be inserted anew, which is why the intent is looked for afterwards, in a snapshot of its own: a decision of a
+worker outlives the intent it is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.util import await_only
+
+from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.locations import uuid7_hex
+from granite_storage.orm.journal.pool import JournalPool
+from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, JournalTables, clock
+
+if TYPE_CHECKING:
+    from granite_storage.refs import StoredObjectRef
+
+__all__ = ["Intents", "new_id"]
+
+
+def new_id() -> UUID:
+    """Return the id of an intent; ids rise with time, so that the table's index grows at its end."""
+    return UUID(uuid7_hex())
+
+
+class Intents:
+    """What transactions do to the journal.
+
+    Args:
+        pool: The journal's own connections.
+        tables: The journal's tables.
+    """
+
+    def __init__(self, pool: JournalPool, tables: JournalTables) -> None:
+        self._pool = pool
+        self._tables = tables
+
+    async def record(self, places: Sequence[tuple[str, str]], lease: timedelta) -> list[UUID]:
+        """Commit the intents of uploads, durably, before anything is uploaded; all of them at once.
+
+        Args:
+            places: The backend and the location of each object.
+            lease: How long the uploads have.
+
+        Returns:
+            Their ids, in the same order.
+        """
+        ids = [new_id() for _ in places]
+        rows = [
+            {"id": item, "kind": UPLOAD, "backend": backend, "location": location, "due": _after(lease)}
+            for item, (backend, location) in zip(ids, places, strict=True)
+        ]
+        async with self._pool.durable() as connection:
+            await connection.execute(insert(self._tables.intent).values(rows))
+        return ids
+
+    async def renew(self, ids: Sequence[UUID], lease: timedelta) -> bool:
+        """Let the leases of uploads begin anew; return whether all of them are still there."""
+        intent = self._tables.intent
+        async with self._pool.reading() as connection:
+            result = await connection.execute(update(intent).where(intent.c.id.in_(ids)).values(due=_after(lease)))
+        return result.rowcount == len(ids)
+
+    async def note_upload_id(self, intent_id: UUID, upload_id: str) -> None:
+        """Keep the id of an upload in parts, before its first part is sent."""
+        intent = self._tables.intent
+        async with self._pool.durable() as connection:
+            result = await connection.execute(update(intent).where(intent.c.id == intent_id).values(upload_id=upload_id))
+        if result.rowcount != 1:
+            raise StaleAttachmentError("the upload took longer than its lease and was reclaimed; it may be tried again")
+
+    def consume(self, connection: Connection, ids: Sequence[UUID]) -> None:
+        """Take intents back in the transaction that writes their refs into rows.
+
+        It goes by the primary key alone: on MariaDB anything else would lock the intents of others.
+
+        Raises:
+            StaleAttachmentError: A worker has fenced one of them, and its object goes.
+        """
+        intent = self._tables.intent
+        if self._pool.is_postgresql:
+            found = connection.execute(delete(intent).where(intent.c.id.in_(ids)).returning(intent.c.id))
+            missing = set(ids).difference(found.scalars())
+        else:
+            statement = delete(intent).where(intent.c.id == bindparam("intent"))
+            missing = {item for item in ids if connection.execute(statement, {"intent": item}).rowcount != 1}
+        if missing and not (self._pool.is_postgresql and self._decide(connection, missing)):
+            raise StaleAttachmentError(
+                "an object was reclaimed before its row could take it: it was stored longer ago than its lease, or was on its"
+                " way out already; the transaction may be tried again"
+            )
+
+    def displace(self, connection: Connection, displaced: Iterable[tuple[UUID, StoredObjectRef, timedelta]]) -> None:
+        """Note, in the transaction that takes refs out of their rows, that their objects shall go, each after its retention."""
+        rows = [
+            {"id": item, "kind": DELETE, "backend": ref.backend, "location": ref.location, "due": _after(retention)}
+            for item, ref, retention in displaced
+        ]
+        if rows:
+            connection.execute(insert(self._tables.intent).values(rows))
+
+    async def find_delete(self, ref: StoredObjectRef) -> UUID | None:
+        """Return the pending intent to delete an object, for an undo to consume."""
+        intent = self._tables.intent
+        same = (intent.c.kind == DELETE, intent.c.backend == ref.backend, intent.c.location == ref.location)
+        async with self._pool.reading() as connection:
+            found = await connection.execute(select(intent.c.id).where(*same).limit(1))
+            return found.scalar_one_or_none()
+
+    def _decide(self, connection: Connection, ids: set[UUID]) -> bool:
+        """Claim uploads that the transaction's snapshot does not see; return whether it was in time for all of them."""
+        if connection.execute(_LEVEL).scalar_one() == "read committed":
+            return False
+        decision = self._tables.decision
+        rows = [{"id": item, "outcome": COMMIT} for item in sorted(ids)]
+        inserted = connection.execute(postgresql_insert(decision).values(rows).on_conflict_do_nothing().returning(decision.c.id))
+        return len(inserted.all()) == len(ids) and await_only(self._are_there(ids))
+
+    async def _are_there(self, ids: set[UUID]) -> bool:
+        intent = self._tables.intent
+        async with self._pool.reading() as connection:
+            found = await connection.execute(select(intent.c.id).where(intent.c.id.in_(ids), intent.c.kind == UPLOAD))
+            return set(found.scalars()) == ids
+
+
+_LEVEL = text("SELECT current_setting('transaction_isolation')")
+
+
+def _after(delay: timedelta) -> clock:
+    return clock(delay.total_seconds())

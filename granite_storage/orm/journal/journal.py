@@ -1,0 +1,259 @@
+"""The journal: what makes the promise hold through a crash of the process, the machine or the network."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Self
+from uuid import UUID
+
+from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm.journal.checks import beat, check_database
+from granite_storage.orm.journal.intents import Intents
+from granite_storage.orm.journal.lease import Lease
+from granite_storage.orm.journal.pool import JournalPool
+from granite_storage.orm.journal.recovery import Recovery, RecoveryReport
+from granite_storage.orm.journal.tables import JournalTables, tables_of
+from granite_storage.orm.journal.worker import at_work
+
+if TYPE_CHECKING:
+    from sqlalchemy import Column, MetaData
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from granite_storage.manager import ObjectDraft, StorageManager
+    from granite_storage.orm.binding import StorageBinding
+    from granite_storage.refs import StoredObjectRef
+
+__all__ = ["StorageJournal"]
+
+_OPERATION_TIMEOUT = 30.0
+
+
+class StorageJournal:
+    """Keeps, in the application's own database, what is about to happen to objects, so that no crash loses or leaks one.
+
+    Two lines switch it on: make one from the application's engine, and pass it to `bind_storage`. Its tables are declared by
+    `journal_tables(Base.metadata)`. From then on
+
+    - a committed ref always leads to an object with its bytes,
+    - every other object is deleted sooner or later, whatever dies and whenever: by `recover`, or by a `worker`,
+    - and no object is deleted that a row refers to, or that a transaction under way still may.
+
+    It costs one commit per flush that stores something, on connections of its own, and a row per object that goes.
+
+    Args:
+        engine: The application's engine, on PostgreSQL or MariaDB. The journal makes a small pool of its own from it, with the
+            same creator, arguments and events; disposing of the engine closes that as well.
+        lease: How long an upload may go without a sign of life before a worker takes it for dead. It is renewed while the upload
+            goes on, so it need not be longer than any upload; an object stored by `Attachment.store` must be assigned to a row
+            and flushed within it.
+        pool_size: The most connections that it opens.
+        max_attempts: How often a delete is tried before it becomes a dead letter, which is logged and left alone.
+
+    Raises:
+        ConfigurationError: The database or the engine's pool cannot have a journal; the message says what to do instead.
+
+    Example:
+        ```python
+        journal_tables(Base.metadata)
+        journal = StorageJournal(engine, lease=timedelta(minutes=15))
+        binding = bind_storage(Base, storage, journal=journal)
+        ```
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        *,
+        lease: timedelta = timedelta(minutes=15),
+        pool_size: int = 5,
+        max_attempts: int = 12,
+    ) -> None:
+        if not isinstance(lease, timedelta) or lease <= timedelta(0):
+            raise ConfigurationError(f"a journal's lease must be a timedelta above 0, not {lease!r}")
+        for argument, number in (("pool_size", pool_size), ("max_attempts", max_attempts)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ConfigurationError(f"a journal's {argument} must be a number of at least 1, not {number!r}")
+        self._pool = JournalPool(engine, pool_size)
+        self._lease = lease
+        self._max_attempts = max_attempts
+        self._bindings: list[StorageBinding] = []
+        self._tables: JournalTables | None = None
+        self._checked = False
+
+    @property
+    def lease(self) -> timedelta:
+        """How long an upload may go without a sign of life."""
+        return self._lease
+
+    @property
+    def tables(self) -> JournalTables:
+        """Its tables.
+
+        Raises:
+            ConfigurationError: It was not passed to `bind_storage`.
+        """
+        if self._tables is None:
+            raise ConfigurationError("the journal belongs to no base yet: pass it to bind_storage(Base, manager, journal=...)")
+        return self._tables
+
+    @property
+    def manager(self) -> StorageManager:
+        """The manager of the objects; `ConfigurationError` where there is none yet."""
+        if not self._bindings:
+            raise ConfigurationError("the journal belongs to no base: pass it to bind_storage(Base, manager, journal=...)")
+        return self._bindings[-1].manager
+
+    async def check(self) -> None:
+        """See that the database can keep the promise: tables, versions, privileges, storage engines, settings.
+
+        `recover`, `worker` and the first upload do it by themselves; at start-up it says early what is wrong.
+
+        Raises:
+            ConfigurationError: Something is missing or unfit; the message says what to do.
+        """
+        await check_database(self._pool, self.tables, sorted({column.table for column in self._columns()}, key=str))
+        self._checked = True
+
+    async def recover(self) -> RecoveryReport:
+        """Do once all that is due: delete what no transaction took, and what rows have given up.
+
+        Any number of processes may do so at the same time. What fails is tried again by a later pass, ever more rarely.
+
+        Raises:
+            ConfigurationError: As `check`.
+        """
+        await self._ensure_checked()
+        recovery, columns = self._recovery(), self._columns()
+        report = RecoveryReport()
+        async with asyncio.TaskGroup() as group:
+            passes = [group.create_task(recovery.run(backend, columns)) for backend in self.manager.backends]
+        for done in passes:
+            report.add(done.result())
+        await recovery.count_waiting(report)
+        await beat(self._pool, self.tables)
+        return report
+
+    @asynccontextmanager
+    async def worker(self, *, interval: timedelta = timedelta(seconds=30)) -> AsyncIterator[None]:
+        """Recover again and again while the block runs, as the task of an application's lifespan.
+
+        Every backend has a loop of its own, so that a slow or dead one holds up no other. Failures are logged and survived. The
+        loops end with the block, promptly; what they leave unfinished any other worker resumes.
+
+        Args:
+            interval: The pause between two passes, give or take a quarter.
+
+        Raises:
+            ConfigurationError: As `check`, before the block begins.
+
+        Example:
+            ```python
+            @asynccontextmanager
+            async def lifespan(app):
+                async with storage, journal.worker():
+                    yield
+            ```
+        """
+        if not isinstance(interval, timedelta) or interval <= timedelta(0):
+            raise ConfigurationError(f"a worker's interval must be a timedelta above 0, not {interval!r}")
+        await self._ensure_checked()
+
+        async def recover(backend: str) -> None:
+            await self._recovery().run(backend, self._columns())
+            await beat(self._pool, self.tables)
+
+        async with at_work(self.manager.backends, recover, interval):
+            yield
+
+    async def revive_dead_letters(self) -> int:
+        """Let the deletes that were given up be tried again by the next pass; return how many there are."""
+        await self._ensure_checked()
+        return await self._recovery().revive()
+
+    async def aclose(self) -> None:
+        """Close the journal's connections; idempotent. Disposing of the engine does so as well."""
+        await self._pool.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<StorageJournal lease={self._lease}>"
+
+    @property
+    def intents(self) -> Intents:
+        """What transactions do to it; for the session hooks."""
+        return Intents(self._pool, self.tables)
+
+    def retention_of(self, ref: StoredObjectRef) -> timedelta:
+        """Return how long an object waits to be deleted: as its policy says, or the longest there is for one that is gone."""
+        policies = self.manager.policies
+        own = policies.get(ref.storage_key)
+        return own.retention if own is not None else max((policy.retention for policy in policies.values()), default=timedelta(0))
+
+    async def begin_uploads(self, drafts: Sequence[ObjectDraft]) -> Lease:
+        """Write down, durably, what is about to be stored; nothing may be stored before this has returned."""
+        await self._ensure_checked()
+        begun = time.monotonic()
+        ids = await self.intents.record([(draft.policy.backend_key, draft.location) for draft in drafts], self._lease)
+        return Lease(self.intents, ids, self._lease, begun)
+
+    async def settle(self, ids: Sequence[UUID]) -> None:
+        """Do at once what the end of a transaction has made due; what is not due, or still locked, is left to a worker."""
+        await self._recovery().settle(ids, self._columns())
+
+    def bind(self, binding: StorageBinding) -> None:
+        """Serve a binding; several bases may share a journal, if they share the manager and the tables.
+
+        Raises:
+            ConfigurationError: They do not, or the tables are not declared.
+        """
+        tables = _tables_for(binding.metadata)
+        if self._bindings and (self.manager is not binding.manager or self.tables is not tables):
+            raise ConfigurationError("a journal serves one manager and one set of tables: make another one for another base")
+        self._bindings.append(binding)
+        self._tables = tables
+        self._checked = False
+        self._pool.follow()
+
+    def release(self, binding: StorageBinding) -> None:
+        """Serve a binding no more."""
+        if binding in self._bindings:
+            self._bindings.remove(binding)
+        if not self._bindings:
+            self._pool.forget()
+
+    async def _ensure_checked(self) -> None:
+        if not self._checked:
+            await self.check()
+
+    def _columns(self) -> list[Column[Any]]:
+        columns = [column for binding in self._bindings for column in binding.ref_columns()]
+        return list(dict.fromkeys(columns))
+
+    def _recovery(self) -> Recovery:
+        return Recovery(
+            self._pool,
+            self.tables,
+            self.manager,
+            lease=self._lease,
+            max_attempts=self._max_attempts,
+            timeout=_OPERATION_TIMEOUT,
+        )
+
+
+def _tables_for(metadata: MetaData) -> JournalTables:
+    tables = tables_of(metadata)
+    if tables is None:
+        raise ConfigurationError(
+            "the journal's tables are not declared: call journal_tables(Base.metadata) beside the models, and create them with"
+            " the models' own tables"
+        )
+    return tables

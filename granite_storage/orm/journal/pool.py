@@ -1,0 +1,123 @@
+"""Connections of the journal's own: what it commits must not wait for the application's pool, nor join its transactions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from sqlalchemy import Engine, event, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
+
+from granite_storage.exceptions import ConfigurationError
+
+__all__ = ["JournalPool"]
+
+_ISOLATION: Final = "READ COMMITTED"
+
+
+class JournalPool:
+    """A small pool beside an engine's, with the same creator, arguments and events.
+
+    Its connections are always at READ COMMITTED: on MariaDB a worker that reads at REPEATABLE READ holds gap locks, which would
+    keep new intents waiting. Disposing of the engine disposes of it.
+
+    Args:
+        engine: The application's engine.
+        size: The most connections it opens.
+
+    Raises:
+        ConfigurationError: The engine's database or its pool cannot have a journal.
+    """
+
+    def __init__(self, engine: AsyncEngine, size: int) -> None:
+        _require_able(engine)
+        self._outer = engine.sync_engine
+        inner = Engine(_small_pool(self._outer.pool, size), self._outer.dialect, self._outer.url, hide_parameters=True)
+        # The application's own events come along, such as one that sets a role; ours are those of its sessions.
+        inner.dispatch._update(self._outer.dispatch, only_propagate=False)
+        event.listen(inner, "connect", self._on_connect)
+        self._engine = AsyncEngine(inner)
+
+    @property
+    def dialect(self) -> str:
+        """The name of the database: `postgresql`, `mysql` or `mariadb`."""
+        return self._outer.dialect.name
+
+    @property
+    def is_postgresql(self) -> bool:
+        """Whether it is PostgreSQL."""
+        return self.dialect == "postgresql"
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection in a transaction whose commit nobody relies on."""
+        async with self._engine.begin() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def durable(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection in a transaction that, once it is committed, no crash of the database takes back."""
+        async with self._engine.begin() as connection:
+            if self.is_postgresql:
+                await connection.execute(_SYNCHRONOUS)
+            yield connection
+
+    async def aclose(self) -> None:
+        """Close the connections; idempotent, and a later call opens new ones."""
+        await self._engine.dispose()
+
+    def follow(self) -> None:
+        """Close the connections whenever the application's engine is disposed of."""
+        if not event.contains(self._outer, "engine_disposed", self._on_disposed):
+            event.listen(self._outer, "engine_disposed", self._on_disposed)
+
+    def forget(self) -> None:
+        """Stop following the application's engine."""
+        if event.contains(self._outer, "engine_disposed", self._on_disposed):
+            event.remove(self._outer, "engine_disposed", self._on_disposed)
+
+    def _on_connect(self, connection: Any, _: Any) -> None:
+        self._outer.dialect.set_isolation_level(connection, _ISOLATION)
+
+    def _on_disposed(self, _: Engine) -> None:
+        self._engine.sync_engine.dispose()
+
+
+_SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
+
+
+def _require_able(engine: AsyncEngine) -> None:
+    if not isinstance(engine, AsyncEngine):
+        raise ConfigurationError(f"a journal needs an AsyncEngine, not {type(engine).__name__}")
+    name, pool = engine.dialect.name, engine.sync_engine.pool
+    if name == "sqlite":
+        raise ConfigurationError(
+            "SQLite cannot have a journal: while a session writes, no second connection can. Leave journal=... out;"
+            " rollbacks are handled all the same, and the garbage collector removes what a crash leaves behind"
+        )
+    if name not in ("postgresql", "mysql", "mariadb"):
+        raise ConfigurationError(f"a journal needs PostgreSQL or MariaDB, and does not know {name}")
+    if not isinstance(pool, QueuePool | NullPool):
+        raise ConfigurationError(
+            f"an engine with a {type(pool).__name__} cannot have a journal: on a connection that is shared, the journal's commits"
+            " would commit the application's transactions. Use SQLAlchemy's default pool, or NullPool"
+        )
+
+
+def _small_pool(pool: Pool, size: int) -> Pool:
+    """Make a pool like another, of another size: `Pool.recreate` knows all that it was made with, but not how to change it."""
+    if not isinstance(pool, QueuePool):
+        return pool.recreate()
+    return AsyncAdaptedQueuePool(
+        pool._creator,
+        pool_size=size,
+        max_overflow=0,
+        timeout=pool._timeout,
+        recycle=pool._recycle,
+        pre_ping=pool._pre_ping,
+        reset_on_return=pool._reset_on_return,
+        _dispatch=pool.dispatch,
+        dialect=pool._dialect,
+    )

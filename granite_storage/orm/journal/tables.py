@@ -1,0 +1,161 @@
+"""The journal's tables, and the clock that all of it goes by: the database's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    DateTime,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    Uuid,
+    bindparam,
+)
+from sqlalchemy.dialects import mysql
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from granite_storage.exceptions import ConfigurationError
+
+__all__ = ["ABORT", "COMMIT", "DELETE", "SCHEMA_VERSION", "UPLOAD", "JournalTables", "clock", "journal_tables", "tables_of"]
+
+SCHEMA_VERSION = 1
+"""Which form of the tables this code works with; kept in the table `granite_storage_meta`."""
+
+UPLOAD, DELETE = "upload", "delete"
+COMMIT, ABORT = "commit", "abort"
+
+_KEY = "granite_storage.journal"
+_LONGEST_LOCATION = 1024
+
+_Time = DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+# The databases of this family compare text without regard to case or accents unless they are told to compare its bytes.
+_Exact = String(_LONGEST_LOCATION).with_variant(
+    mysql.VARCHAR(_LONGEST_LOCATION, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
+)
+_Key = String(255).with_variant(mysql.VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb")
+
+
+@dataclass(frozen=True, slots=True)
+class JournalTables:
+    """The tables of a journal.
+
+    Attributes:
+        intent: Objects that are being stored, until a row takes them, and objects that a row has given up, until they go.
+        reclaim: Intents that a worker has taken over; no transaction can take them back.
+        decision: Who was first to decide on an upload, for transactions that read from a snapshot older than its intent.
+        meta: The version of the tables, and when a worker was last at work.
+    """
+
+    intent: Table
+    reclaim: Table
+    decision: Table
+    meta: Table
+
+    @property
+    def all(self) -> tuple[Table, ...]:
+        """All of them."""
+        return self.intent, self.reclaim, self.decision, self.meta
+
+
+def journal_tables(metadata: MetaData, *, schema: str | None = None) -> JournalTables:
+    """Declare the journal's tables beside the models, where `create_all` and migrations find them. Idempotent.
+
+    Args:
+        metadata: The declarative base's metadata.
+        schema: The schema to keep them in; None for the metadata's own.
+
+    Raises:
+        ConfigurationError: They are declared already, in another schema.
+
+    Example:
+        >>> from sqlalchemy import MetaData
+        >>> sorted(table.name for table in journal_tables(MetaData()).all)[0]
+        'granite_storage_decision'
+    """
+    wanted = schema if schema is not None else metadata.schema
+    found: JournalTables | None = metadata.info.get(_KEY)
+    if found is None:
+        found = metadata.info[_KEY] = _declare(metadata, wanted)
+    elif found.intent.schema != wanted:
+        raise ConfigurationError(f"the journal's tables are declared in the schema {found.intent.schema!r} already")
+    return found
+
+
+def tables_of(metadata: MetaData) -> JournalTables | None:
+    """Return the journal's tables of a metadata, where they are declared."""
+    return metadata.info.get(_KEY)
+
+
+def _declare(metadata: MetaData, schema: str | None) -> JournalTables:
+    def table(name: str, *items: Any) -> Table:
+        return Table(f"granite_storage_{name}", metadata, *items, schema=schema, mysql_engine="InnoDB", mariadb_engine="InnoDB")
+
+    def what() -> list[Column[Any]]:
+        return [
+            Column("id", Uuid(), primary_key=True),
+            Column("kind", String(8), nullable=False),
+            Column("backend", _Key, nullable=False),
+            Column("location", _Exact, nullable=False),
+            Column("upload_id", Text()),
+            Column("due", _Time, nullable=False),
+        ]
+
+    def found_by(name: str) -> list[Index]:
+        prefix = {"location": 255}
+        return [
+            Index(f"ix_granite_storage_{name}_due", "backend", "due"),
+            Index(f"ix_granite_storage_{name}_location", "location", mysql_length=prefix, mariadb_length=prefix),
+        ]
+
+    return JournalTables(
+        intent=table("intent", *what(), *found_by("intent")),
+        reclaim=table(
+            "reclaim",
+            *what(),
+            Column("attempts", Integer(), nullable=False),
+            Column("error", Text()),
+            Column("emptied", Boolean(), nullable=False),
+            Column("dead", Boolean(), nullable=False),
+            *found_by("reclaim"),
+        ),
+        decision=table("decision", Column("id", Uuid(), primary_key=True), Column("outcome", String(8), nullable=False)),
+        meta=table(
+            "meta",
+            Column("name", String(64), primary_key=True),
+            Column("value", Text(), nullable=False),
+            Column("changed", _Time, nullable=False),
+        ),
+    )
+
+
+class clock(FunctionElement[Any]):  # noqa: N801  # it reads as a function of SQL
+    """The database's time at this moment, so many seconds from it; not that of the transaction's beginning."""
+
+    inherit_cache = True
+    type = DateTime(timezone=True)
+    name = "clock"
+
+    def __init__(self, seconds: float | str = 0.0) -> None:
+        """Make the expression; a string is the name of the parameter that the seconds come in."""
+        given = bindparam(seconds, type_=Float()) if isinstance(seconds, str) else bindparam(None, seconds, type_=Float())
+        super().__init__(given)
+
+
+@compiles(clock, "postgresql")
+def _on_postgresql(element: clock, compiler: Any, **kw: Any) -> str:
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)}))"
+
+
+@compiles(clock, "mysql")
+@compiles(clock, "mariadb")
+def _on_mariadb(element: clock, compiler: Any, **kw: Any) -> str:
+    return f"TIMESTAMPADD(MICROSECOND, 1000000 * {compiler.process(element.clauses, **kw)}, UTC_TIMESTAMP(6))"

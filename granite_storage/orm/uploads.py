@@ -1,0 +1,109 @@
+"""Storing attachments: their intents first, where there is a journal, and then their bytes, side by side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from granite_storage._concurrency import finish
+from granite_storage.orm.removal import remove
+from granite_storage.orm.unit import Intent, StoredObject
+
+if TYPE_CHECKING:
+    from granite_storage.manager import ObjectDraft
+    from granite_storage.orm.attachment import Attachment
+    from granite_storage.orm.journal.journal import StorageJournal
+    from granite_storage.orm.journal.lease import Lease
+    from granite_storage.orm.types import AttachmentType
+
+__all__ = ["Upload", "store", "stored_object"]
+
+_AT_A_TIME = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Upload:
+    """A pending attachment, the column it is stored for, and the segment of its location that says which row."""
+
+    attachment: Attachment
+    home: AttachmentType
+    entity_id: str
+
+
+def stored_object(attachment: Attachment) -> StoredObject:
+    """Return the object of a stored attachment, with the intent that stands for it until a row has taken it."""
+    return StoredObject(attachment.manager, attachment.ref, attachment._intent)
+
+
+async def store(uploads: Sequence[Upload]) -> None:
+    """Store attachments side by side; if one fails, undo the others, which no row has seen, and raise its error.
+
+    What a journal is to know is committed before the first byte is sent, by one commit for all of them. A cancelled caller
+    leaves to the journal what it has begun; without one it waits until nothing of it is left.
+    """
+    if not uploads:
+        return
+    drafts = [upload.attachment._draft(upload.home, upload.entity_id) for upload in uploads]
+    leases = await _begin(uploads, drafts)
+    work = [
+        partial(_put, upload, draft, leases.get(upload.home.binding().journal))
+        for upload, draft in zip(uploads, drafts, strict=True)
+    ]
+    try:
+        await _side_by_side(work, list(leases.values()))
+    except BaseException as error:
+        await _undo(uploads, isinstance(error, asyncio.CancelledError))
+        raise
+
+
+async def _begin(uploads: Sequence[Upload], drafts: Sequence[ObjectDraft]) -> dict[StorageJournal | None, Lease]:
+    """Write down what is about to be stored, in each journal that is concerned; one, as a rule."""
+    leases: dict[StorageJournal | None, Lease] = {}
+    for journal in {journal for upload in uploads if (journal := upload.home.binding().journal) is not None}:
+        concerned = [
+            (upload, draft) for upload, draft in zip(uploads, drafts, strict=True) if upload.home.binding().journal is journal
+        ]
+        leases[journal] = lease = await journal.begin_uploads([draft for _, draft in concerned])
+        for (upload, _), intent_id in zip(concerned, lease.ids, strict=True):
+            upload.attachment._intent = Intent(journal, intent_id)
+    return leases
+
+
+async def _put(upload: Upload, draft: ObjectDraft, lease: Lease | None) -> None:
+    if lease is not None and upload.attachment._intent is not None:
+        lease.begin(upload.attachment._intent.id)
+    await upload.attachment._put(upload.home, draft)
+
+
+async def _side_by_side(work: Sequence[Callable[[], Awaitable[None]]], leases: Sequence[Lease]) -> None:
+    if len(work) == 1 and not leases:
+        await work[0]()
+        return
+    places = asyncio.Semaphore(_AT_A_TIME)
+
+    async def one(put: Callable[[], Awaitable[None]]) -> None:
+        async with places:
+            await put()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            holding = [group.create_task(lease.hold()) for lease in leases]
+            await asyncio.wait([group.create_task(one(put)) for put in work])
+            for task in holding:
+                task.cancel()
+    except BaseExceptionGroup as errors:
+        # The group has waited for all of them; the first error is the caller's.
+        raise errors.exceptions[0] from None
+
+
+async def _undo(uploads: Sequence[Upload], cancelled: bool) -> None:
+    """Leave nothing of uploads that no row has seen; what was cut off is as little to be trusted as what has failed."""
+    stored = [stored_object(upload.attachment) for upload in uploads if upload.attachment._ref is not None]
+    intents = [upload.attachment._intent for upload in uploads if upload.attachment._intent is not None]
+    for upload in uploads:
+        upload.attachment._undo()
+    plain = [item for item in stored if item.intent is None]
+    await finish(remove(plain, [] if cancelled else intents), "undoing the uploads of a failed flush")

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any, Self
 
 from granite_storage._concurrency import finish
+from granite_storage._configuration import Configuration, require_positive, require_ref, require_seconds
+from granite_storage._drafts import ObjectDraft
 from granite_storage._lifecycle import Lifecycle
-from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsAbort, SupportsCopy
-from granite_storage.exceptions import (
-    BackendError,
-    ConfigurationError,
-    InvalidReferenceError,
-    UnknownBackendError,
-    UnknownPolicyError,
-)
-from granite_storage.locations import check_location, clean_filename, make_location
+from granite_storage._writing import DraftWriter
+from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsAbort
+from granite_storage.locations import check_location
 from granite_storage.policies import StoragePolicy
-from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
-from granite_storage.refs import ReadOnlyDict, StoredObjectRef, canonical_timestamp, read_only
-from granite_storage.streams import (
-    BytesLike,
-    ByteSource,
-    MeasuredStream,
-    SizeLimitedStream,
-    fingerprint,
-    require_declared_size,
-    require_size,
-    size_of,
-)
+from granite_storage.readers import OpeningReader, StoredObjectReader
+from granite_storage.refs import StoredObjectRef
+from granite_storage.streams import BytesLike, ByteSource
 
 __all__ = ["ObjectDraft", "StorageManager"]
-
-_LONGEST_CONTENT_TYPE = 255
 
 
 class StorageManager:
@@ -77,45 +58,31 @@ class StorageManager:
         drain_timeout: float = 30.0,
         max_concurrent_uploads: int | None = None,
     ) -> None:
-        _require_mapping("backends", backends)
-        _require_mapping("policies", policies)
-        for key, backend in backends.items():
-            _require_backend(key, backend)
-        for key, policy in policies.items():
-            _require_policy(key, policy, backends)
-        _require_seconds("drain_timeout", drain_timeout)
+        self._configuration = Configuration(backends, policies)
+        require_seconds("drain_timeout", drain_timeout)
         if max_concurrent_uploads is not None:
-            _require_positive("max_concurrent_uploads", max_concurrent_uploads)
-        self._backends = dict(backends)
-        self._policies = dict(policies)
+            require_positive("max_concurrent_uploads", max_concurrent_uploads)
         self._drain_timeout = drain_timeout
         self._lifecycle = Lifecycle(max_concurrent_uploads)
+        self._writer = DraftWriter(self._configuration, self._lifecycle)
 
     @property
     def backends(self) -> Mapping[str, StorageBackend]:
         """The backends by their keys, read-only."""
-        return MappingProxyType(self._backends)
+        return self._configuration.backends
 
     @property
     def policies(self) -> Mapping[str, StoragePolicy]:
         """The policies by their storage keys, read-only."""
-        return MappingProxyType(self._policies)
+        return self._configuration.policies
 
     def policy(self, storage_key: str) -> StoragePolicy:
         """Return a policy; `UnknownPolicyError` where there is none of that key."""
-        try:
-            return self._policies[storage_key]
-        except (KeyError, TypeError):
-            known = ", ".join(sorted(self._policies)) or "none"
-            raise UnknownPolicyError(f"no policy has the storage key {storage_key!r} (there are: {known})") from None
+        return self._configuration.policy(storage_key)
 
     def backend(self, backend_key: str) -> StorageBackend:
         """Return a backend; `UnknownBackendError` where there is none of that key."""
-        try:
-            return self._backends[backend_key]
-        except (KeyError, TypeError):
-            known = ", ".join(sorted(self._backends)) or "none"
-            raise UnknownBackendError(f"no backend has the key {backend_key!r} (there are: {known})") from None
+        return self._configuration.backend(backend_key)
 
     async def put_bytes(
         self,
@@ -221,7 +188,7 @@ class StorageManager:
             original_filename=original_filename,
             extra=extra,
         )
-        return await self._put_stream(draft, stream, size, checksum)
+        return await self._writer.put_stream(draft, stream, size, checksum)
 
     def draft(
         self,
@@ -239,28 +206,21 @@ class StorageManager:
         It is for what must know the location before there is anything at it, such as a journal; `put_bytes` and `put_stream` do
         both steps. Nothing is stored, and a draft is good for one object. Arguments and errors are those of `put_bytes`.
         """
-        policy = self.policy(storage_key)
-        _require_content_type(content_type)
-        filename = clean_filename(original_filename)
-        location = make_location(
-            key_prefix=policy.key_prefix,
+        return ObjectDraft.of(
+            self.policy(storage_key),
             model_name=model_name,
             entity_id=entity_id,
             field_name=field_name,
-            original_filename=filename,
+            content_type=content_type,
+            original_filename=original_filename,
+            extra=extra,
         )
-        return ObjectDraft(policy, location, content_type, filename, None if extra is None else read_only(extra, "extra"))
 
     async def put_draft(self, draft: ObjectDraft, content: BytesLike | ByteSource) -> StoredObjectRef:
         """Store the content of a draft: bytes as `put_bytes` does, a stream as `put_stream` does, with their errors."""
-        if not isinstance(content, bytes | bytearray | memoryview):
-            return await self._put_stream(draft, content)
-        require_size(size_of(content), draft.policy.max_size)
-        with self._lifecycle.call():
-            data, checksum = await fingerprint(content)
-            with self._blaming(draft.policy.backend_key) as backend:
-                details = await backend.put_bytes(draft.location, data, content_type=draft.content_type)
-            return await self._receipt(draft, len(data), checksum, details)
+        if isinstance(content, bytes | bytearray | memoryview):
+            return await self._writer.put_bytes(draft, content)
+        return await self._writer.put_stream(draft, content)
 
     async def get(self, ref: StoredObjectRef) -> bytes:
         """Return all bytes of an object, verified: wrong bytes are never returned.
@@ -298,11 +258,11 @@ class StorageManager:
         """
 
         async def open_range(start: int, count: int) -> ObjectReader:
-            with self._lifecycle.call(), self._at(ref) as backend:
+            with self._lifecycle.call(), self._configuration.at(ref) as backend:
                 return await backend.open(ref.location, offset=start, length=count)
 
         async def start() -> StoredObjectReader:
-            _require_ref(ref)
+            require_ref(ref)
             with self._lifecycle.call():
                 reader = await StoredObjectReader(ref, open_range, offset=offset, length=length, verify=verify).start()
                 self._lifecycle.track(reader)
@@ -312,17 +272,17 @@ class StorageManager:
 
     async def exists(self, ref: StoredObjectRef) -> bool:
         """Tell whether the object is there; a backend that refuses permission or is out of reach raises, it is not False."""
-        with self._lifecycle.call(), self._at(ref) as backend:
+        with self._lifecycle.call(), self._configuration.at(ref) as backend:
             return await backend.exists(ref.location)
 
     async def stat(self, ref: StoredObjectRef) -> ObjectInfo:
         """Return what the backend knows of the object; `ObjectNotFoundError` where it is not there."""
-        with self._lifecycle.call(), self._at(ref) as backend:
+        with self._lifecycle.call(), self._configuration.at(ref) as backend:
             return await backend.stat(ref.location)
 
     async def delete(self, ref: StoredObjectRef) -> None:
         """Remove the object, for good; one that is not there is no error."""
-        with self._lifecycle.call(), self._at(ref) as backend:
+        with self._lifecycle.call(), self._configuration.at(ref) as backend:
             await backend.delete(ref.location)
 
     async def reclaim(self, backend_key: str, location: str, *, upload_id: str | None = None, unfinished: bool = False) -> None:
@@ -338,7 +298,7 @@ class StorageManager:
             BackendError: Something could not be removed; it may be tried again.
         """
         check_location(location)
-        with self._lifecycle.call(), self._blaming(backend_key) as backend:
+        with self._lifecycle.call(), self._configuration.blaming(backend_key) as backend:
             await backend.delete(location)
             if unfinished and isinstance(backend, SupportsAbort):
                 await backend.abort_upload(location, upload_id)
@@ -391,7 +351,7 @@ class StorageManager:
         extra: Mapping[str, Any] | None = None,
     ) -> ObjectDraft:
         """Decide where the copy of an object will be; the first step of `copy`, as `draft` is of `put_bytes`."""
-        with self._lifecycle.call(), self._at(ref) as source:
+        with self._lifecycle.call(), self._configuration.at(ref) as source:
             own_keys = _own_keys(source)
         if extra is None:
             extra = {key: value for key, value in (ref.extra or {}).items() if key not in own_keys}
@@ -407,11 +367,7 @@ class StorageManager:
 
     async def copy_draft(self, ref: StoredObjectRef, draft: ObjectDraft) -> StoredObjectRef:
         """Copy an object to where a draft says; the second step of `copy`, with its errors."""
-        source = self.backend(ref.backend)
-        require_size(ref.size, draft.policy.max_size)
-        if draft.policy.backend_key == ref.backend and isinstance(source, SupportsCopy):
-            return await self._copy_in_place(ref, source, draft)
-        return await self._copy_through(ref, draft)
+        return await self._writer.copy(ref, draft, lambda: self.open(ref))
 
     async def aclose(self) -> None:
         """Close what this event loop has opened; idempotent.
@@ -423,7 +379,7 @@ class StorageManager:
         await self._lifecycle.close(self._drain_timeout, self._close_backends)
 
     async def _close_backends(self) -> None:
-        for key, backend in self._backends.items():
+        for key, backend in self.backends.items():
             await finish(backend.aclose(), f"closing the backend {key!r}")
 
     async def __aenter__(self) -> Self:
@@ -434,165 +390,7 @@ class StorageManager:
         await self.aclose()
 
     def __repr__(self) -> str:
-        return f"<StorageManager policies={sorted(self._policies)} backends={sorted(self._backends)}>"
-
-    async def _put_stream(
-        self, draft: ObjectDraft, stream: ByteSource, size: int | None = None, checksum: str | None = None
-    ) -> StoredObjectRef:
-        if size is not None:
-            require_declared_size(size)
-            require_size(size, draft.policy.max_size)
-        content = MeasuredStream(SizeLimitedStream(stream, draft.policy.max_size), size=size, checksum=checksum)
-        async with self._lifecycle.upload():
-            return await self._store(draft, content)
-
-    async def _store(self, draft: ObjectDraft, content: MeasuredStream) -> StoredObjectRef:
-        """Store a stream; nothing is awaited between the object's publication and its receipt, so no cancellation parts them."""
-        key = draft.policy.backend_key
-        try:
-            with self._blaming(key) as backend:
-                details = await backend.put_stream(draft.location, content, content_type=draft.content_type)
-        except BaseException:
-            await content.aclose()
-            raise
-        if content.checksum is None:
-            await content.aclose()
-            await self._withdraw(draft)
-            raise BackendError(f"the backend {key!r} returned before the stream had ended", backend=key, location=draft.location)
-        return await self._receipt(draft, content.size, content.checksum, details)
-
-    async def _receipt(self, draft: ObjectDraft, size: int, checksum: str, details: Mapping[str, Any] | None) -> StoredObjectRef:
-        try:
-            return draft.receipt(size, checksum, details)
-        except Exception:
-            await self._withdraw(draft)
-            raise
-
-    async def _withdraw(self, draft: ObjectDraft) -> None:
-        """Remove an object that nobody will get a receipt of."""
-        backend = self._backends[draft.policy.backend_key]
-        await finish(backend.delete(draft.location), f"deleting the object {draft.location!r}, which has no receipt")
-
-    async def _copy_in_place(self, ref: StoredObjectRef, backend: SupportsCopy, draft: ObjectDraft) -> StoredObjectRef:
-        with self._lifecycle.call(), self._at(ref) as storage:
-            require_recorded_size(ref, (await storage.stat(ref.location)).size)
-            details = await backend.copy(ref.location, draft.location)
-            return await self._receipt(draft, ref.size, ref.checksum, details)
-
-    async def _copy_through(self, ref: StoredObjectRef, draft: ObjectDraft) -> StoredObjectRef:
-        async with self._lifecycle.upload():
-            reader = await self.open(ref)
-            try:
-                content = MeasuredStream(aiter(reader), size=ref.size, checksum=ref.checksum or None)
-                copy = await self._store(draft, content)
-            except BaseException:
-                await reader.aclose()
-                raise
-            # Iteration to the end has let go of the handle already.
-            return copy
-
-    @contextmanager
-    def _at(self, ref: StoredObjectRef) -> Iterator[StorageBackend]:
-        _require_ref(ref)
-        check_location(ref.location)
-        with self._blaming(ref.backend) as backend:
-            yield backend
-
-    @contextmanager
-    def _blaming(self, backend_key: str) -> Iterator[StorageBackend]:
-        """Give the backend, and put its key on the errors it raises: a backend does not know what it is called."""
-        backend = self.backend(backend_key)
-        try:
-            yield backend
-        except BackendError as error:
-            error.backend = error.backend or backend_key
-            raise
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectDraft:
-    """What is known of an object before its bytes are stored.
-
-    Attributes:
-        policy: The policy that it is stored under.
-        location: Where it will be.
-        content_type: Its media type.
-        original_filename: Its name, cleaned.
-        extra: The caller's own keys.
-    """
-
-    policy: StoragePolicy
-    location: str
-    content_type: str | None
-    original_filename: str | None
-    extra: ReadOnlyDict | None
-
-    def receipt(self, size: int, checksum: str, details: Mapping[str, Any] | None) -> StoredObjectRef:
-        """Return the ref of the object, now that its bytes are known; `details` are the backend's own keys."""
-        extra = {**(self.extra or {}), **(details or {})}
-        return StoredObjectRef(
-            storage_key=self.policy.storage_key,
-            backend=self.policy.backend_key,
-            location=self.location,
-            size=size,
-            checksum=checksum,
-            content_type=self.content_type,
-            original_filename=self.original_filename,
-            created_at=canonical_timestamp(datetime.now(UTC)),
-            extra=extra or None,
-        )
-
-
-def _require_mapping(argument: str, value: object) -> None:
-    if not isinstance(value, Mapping):
-        raise ConfigurationError(f"{argument} must be a mapping by key, not a {type(value).__name__}")
-
-
-def _require_seconds(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ConfigurationError(f"{argument} must be a number of seconds, not {value!r}")
-
-
-def _require_positive(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{argument} must be a number of at least 1, or None, not {value!r}")
-
-
-def _require_backend(key: object, backend: object) -> None:
-    if not isinstance(key, str) or not key:
-        raise ConfigurationError(f"a backend's key must be a string that is not empty, not {key!r}")
-    if isinstance(backend, type):
-        raise ConfigurationError(f"the backend {key!r} is the class {backend.__name__}, not an instance of it")
-    if not isinstance(backend, StorageBackend):
-        raise ConfigurationError(f"the backend {key!r} is a {type(backend).__name__}, which is not a StorageBackend")
-
-
-def _require_policy(key: object, policy: object, backends: Mapping[str, StorageBackend]) -> None:
-    if not isinstance(policy, StoragePolicy):
-        raise ConfigurationError(f"the policy {key!r} is a {type(policy).__name__}, not a StoragePolicy")
-    if key != policy.storage_key:
-        raise ConfigurationError(f"the policy under the key {key!r} has the storage key {policy.storage_key!r}")
-    if policy.backend_key not in backends:
-        raise UnknownBackendError(
-            f"the policy {key!r} names the backend {policy.backend_key!r}, which is not there"
-            f" (there are: {', '.join(sorted(backends)) or 'none'})"
-        )
-
-
-def _require_ref(ref: object) -> None:
-    if not isinstance(ref, StoredObjectRef):
-        raise InvalidReferenceError(f"a StoredObjectRef is needed, not {type(ref).__name__}; see StoredObjectRef.from_dict")
-
-
-def _require_content_type(content_type: object) -> None:
-    if content_type is None:
-        return
-    if (
-        not isinstance(content_type, str)
-        or not 0 < len(content_type) <= _LONGEST_CONTENT_TYPE
-        or not (content_type.isascii() and content_type.isprintable())
-    ):
-        raise InvalidReferenceError(f"content_type must be a media type in printable ASCII, not {content_type!r:.120}")
+        return f"<StorageManager policies={sorted(self.policies)} backends={sorted(self.backends)}>"
 
 
 def _own_keys(backend: StorageBackend) -> frozenset[str]:

@@ -3,18 +3,13 @@
 Every path is walked from the root one segment at a time, relative to an open directory and without following links, so no name
 and no link planted below the root leads out of it.
 
-How a file becomes durable, in this order: the directories it needs are made, and each directory that got an entry is
-synchronised; its bytes are written to a temporary file beside the target and synchronised; the name is made by `link`, which
-fails where the name exists; the directory that holds the name is synchronised. Leave out any step, and a power loss can keep the
-row and lose the file.
+`_draft` tells how a file comes to be.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
-import secrets
 import stat
 import time
 from collections.abc import Iterator, Sequence
@@ -22,70 +17,30 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from granite_storage.backends._tree_errors import translated
 from granite_storage.backends.base import ObjectInfo
-from granite_storage.exceptions import (
-    AccessDeniedError,
-    BackendError,
-    BackendUnavailableError,
-    InvalidLocationError,
-    ObjectExistsError,
-    ObjectNotFoundError,
-    StorageFullError,
-)
+from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidLocationError, ObjectNotFoundError
 from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check_location
 
-__all__ = ["Draft", "Tree", "translated"]
-
-logger = logging.getLogger("granite_storage")
+__all__ = ["CREATE", "MOST_ATTEMPTS", "TEMPORARY_SUFFIX", "Tree"]
 
 MARKER = f"{RESERVED_PREFIX}storage"
 """The file that tells a root that is in use from an empty mount point."""
 
-_TEMPORARY_SUFFIX = ".tmp"
+TEMPORARY_SUFFIX = ".tmp"
+"""How the name of an unfinished file ends."""
+
+MOST_ATTEMPTS = 100
+"""How often something is tried again that another process may have undone meanwhile."""
+
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK | getattr(os, "O_CLOEXEC", 0)
+"""How a file is made that is not there yet."""
+
 _READ = os.O_RDONLY | _NO_LINK | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK | getattr(os, "O_CLOEXEC", 0)
-_DESCRIPTORS = "/proc/self/fd"
-_HAS_UNNAMED_FILES = hasattr(os, "O_TMPFILE") and os.path.isdir(_DESCRIPTORS)
-_NO_UNNAMED_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
 _VANISHED = (FileNotFoundError, NotADirectoryError)
-_MOST_ATTEMPTS = 100
 _MOST_REMEMBERED = 10_000
-
-_ERRORS: dict[int, tuple[type[BackendError], str]] = {
-    errno.ENOENT: (ObjectNotFoundError, "there is no object"),
-    errno.EEXIST: (ObjectExistsError, "there is something already"),
-    errno.EACCES: (AccessDeniedError, "the file system refused permission"),
-    errno.EPERM: (AccessDeniedError, "the file system refused permission"),
-    errno.EROFS: (AccessDeniedError, "the file system is read-only"),
-    errno.ENOSPC: (StorageFullError, "the disk is full"),
-    errno.EDQUOT: (StorageFullError, "the disk quota is used up"),
-    errno.EFBIG: (StorageFullError, "the file is larger than the system allows"),
-    errno.EOPNOTSUPP: (BackendError, "the file system has no hard links, which exclusive creation needs,"),
-    errno.EMFILE: (BackendUnavailableError, "the process has too many open files"),
-    errno.ENFILE: (BackendUnavailableError, "the system has too many open files"),
-    errno.ESTALE: (BackendUnavailableError, "the network file system lost the file"),
-    errno.ETIMEDOUT: (BackendUnavailableError, "the network file system did not answer"),
-}
-_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG})
-
-
-@contextmanager
-def translated(location: str | None, *, reading: bool = False) -> Iterator[None]:
-    """Turn the system's errors into the library's, which are no `OSError`.
-
-    Args:
-        location: What the call is about; None for the store as a whole.
-        reading: Whether a part of the path that is no directory, or a link, means that there is no object.
-    """
-    try:
-        yield
-    except OSError as error:
-        code = errno.ENOENT if reading and error.errno in _NOT_THERE else error.errno
-        kind, words = _ERRORS.get(code or 0, (BackendError, "the file system failed"))
-        where = "" if location is None else f" at {location!r}"
-        raise kind(f"{words}{where}: {error.strerror}", location=location) from error
 
 
 class Tree:
@@ -105,7 +60,6 @@ class Tree:
         self.file_mode = file_mode
         self.dir_mode = dir_mode
         self.create_root = create_root
-        self.unnamed_drafts = not fsync and _HAS_UNNAMED_FILES
         self._known_root: tuple[int, int] | None = None
         self._durable: dict[str, int] = {}
 
@@ -116,42 +70,6 @@ class Tree:
                 return stat.S_ISREG(os.stat(MARKER, dir_fd=root, follow_symlinks=False).st_mode)
         except ObjectNotFoundError:
             return False
-
-    def begin(self, location: str) -> Draft:
-        """Make a temporary file beside the target, in directories made as needed."""
-        segments = location.split("/")
-        with translated(location):
-            for _ in range(_MOST_ATTEMPTS):
-                try:
-                    return self._begin(segments)
-                except FileNotFoundError:
-                    # A deletion found a directory empty and pruned it before the next one or the file was in it.
-                    continue
-                except BaseException:
-                    self.prune(segments[:-1])
-                    raise
-        raise BackendUnavailableError(f"the directory of {location!r} was removed again and again", location=location)
-
-    def _begin(self, segments: list[str]) -> Draft:
-        directory = self.make_directory(segments[:-1])
-        try:
-            return Draft(self, segments, directory)
-        except BaseException:
-            os.close(directory)
-            raise
-
-    def write(self, location: str, content: bytes) -> None:
-        """Create an object in one visit."""
-        draft = self.begin(location)
-        try:
-            draft.write(content)
-            draft.publish()
-        except BaseException:
-            try:
-                draft.discard()
-            except BackendError:
-                logger.exception("removing the unfinished file of %r failed", location)
-            raise
 
     def open(self, location: str) -> tuple[int, ObjectInfo]:
         """Open a regular file for reading; a link, a directory or a device is no object."""
@@ -256,7 +174,7 @@ class Tree:
 
     def _open_or_make(self, segment: str, parent: int) -> tuple[int, bool]:
         made = False
-        for _ in range(_MOST_ATTEMPTS):
+        for _ in range(MOST_ATTEMPTS):
             with suppress(FileNotFoundError):
                 return os.open(segment, _DIRECTORY | _NO_LINK, dir_fd=parent), made
             with suppress(FileExistsError):
@@ -357,7 +275,7 @@ class Tree:
 
     def _mark(self, root: int) -> None:
         with suppress(FileExistsError):
-            marker = os.open(MARKER, _CREATE, 0o600, dir_fd=root)
+            marker = os.open(MARKER, CREATE, 0o600, dir_fd=root)
             try:
                 os.fchmod(marker, self.file_mode)
             finally:
@@ -416,124 +334,6 @@ class Tree:
         return removed
 
 
-class Draft:
-    """A file that is written but does not have its name yet.
-
-    Until then it has a temporary name, which a sweep finds after a crash; or none at all where the system can do that and a
-    write does not wait for the disk: one change of the directory instead of three. A directory that holds only a file without
-    a name looks empty, so it may be pruned, and is made again.
-
-    Args:
-        tree: Where it belongs.
-        segments: The segments of its location.
-        directory: The open directory that will hold it; closed by `publish` or `discard`.
-
-    Raises:
-        FileNotFoundError: The directory was removed meanwhile.
-    """
-
-    def __init__(self, tree: Tree, segments: list[str], directory: int) -> None:
-        self._tree = tree
-        self._segments = segments
-        self._location = "/".join(segments)
-        self._temporary: str | None = None
-        self._published = False
-        self._file: int | None = self._open_unnamed(directory) if tree.unnamed_drafts else None
-        if self._file is None:
-            self._temporary = f"{RESERVED_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
-            self._file = os.open(self._temporary, _CREATE, 0o600, dir_fd=directory)
-        self._directory: int | None = directory
-
-    def _open_unnamed(self, directory: int) -> int | None:
-        try:
-            return os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=directory)
-        except PermissionError:
-            # So says ext4 of a directory that was removed; the attempt to make a named file tells the two apart.
-            return None
-        except OSError as error:
-            if error.errno not in _NO_UNNAMED_FILES:
-                raise
-            self._tree.unnamed_drafts = False
-            return None
-
-    @property
-    def file(self) -> int:
-        """The descriptor to write to."""
-        if self._file is None:
-            raise ValueError("the draft is closed")
-        return self._file
-
-    def write(self, content: bytes) -> None:
-        """Add bytes."""
-        with translated(self._location):
-            view = memoryview(content)
-            while view:
-                view = view[os.write(self.file, view) :]
-
-    def publish(self) -> None:
-        """Give the file its name, unless something has it already."""
-        with translated(self._location):
-            os.fchmod(self.file, self._tree.file_mode)
-            self._tree.synchronise(self.file)
-            self._link(self._segments[-1])
-            self._published = True
-            self._remove_temporary()
-            if self._directory is not None:
-                self._tree.synchronise(self._directory)
-            self._close()
-
-    def _link(self, name: str) -> None:
-        if self._temporary is not None:
-            self._link_temporary(self._temporary, name)
-            return
-        for _ in range(_MOST_ATTEMPTS):
-            try:
-                os.link(f"{_DESCRIPTORS}/{self._file}", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-            except FileNotFoundError:
-                with suppress(FileNotFoundError):
-                    self._renew_directory()
-            else:
-                return
-        message = f"the directory of {self._location!r} was removed again and again"
-        raise BackendUnavailableError(message, location=self._location)
-
-    def _link_temporary(self, temporary: str, name: str) -> None:
-        try:
-            os.link(temporary, name, src_dir_fd=self._directory, dst_dir_fd=self._directory, follow_symlinks=False)
-        except FileNotFoundError as error:
-            message = f"the temporary file of {self._location!r} was removed while it was written"
-            raise BackendUnavailableError(message, location=self._location) from error
-
-    def _renew_directory(self) -> None:
-        directory = self._tree.make_directory(self._segments[:-1])
-        if self._directory is not None:
-            os.close(self._directory)
-        self._directory = directory
-
-    def discard(self) -> None:
-        """Remove what was made, the published name too: whoever discards has not told anybody of it."""
-        with translated(self._location), ExitStack() as steps:
-            steps.callback(self._tree.prune, self._segments[:-1])
-            steps.callback(self._close)
-            steps.callback(self._remove_temporary)
-            if self._published:
-                steps.callback(self._tree.delete, self._location)
-            self._published = False
-
-    def _remove_temporary(self) -> None:
-        if self._temporary is not None and self._directory is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(self._temporary, dir_fd=self._directory)
-            self._temporary = None
-
-    def _close(self) -> None:
-        with ExitStack() as steps:
-            for descriptor in (self._directory, self._file):
-                if descriptor is not None:
-                    steps.callback(os.close, descriptor)
-            self._file = self._directory = None
-
-
 @contextmanager
 def _opened(path: str | Path, parent: int | None = None) -> Iterator[int]:
     descriptor = os.open(path, _DIRECTORY | (_NO_LINK if parent is not None else 0), dir_fd=parent)
@@ -566,4 +366,4 @@ def _is_segment(name: str) -> bool:
 
 
 def _is_temporary(name: str) -> bool:
-    return name.startswith(RESERVED_PREFIX) and name.endswith(_TEMPORARY_SUFFIX)
+    return name.startswith(RESERVED_PREFIX) and name.endswith(TEMPORARY_SUFFIX)

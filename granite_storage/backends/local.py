@@ -16,7 +16,9 @@ from aiofiles.threadpool.binary import AsyncFileIO
 
 from granite_storage._concurrency import finish, finished
 from granite_storage._threads import ThreadConsumer, ThreadPool
-from granite_storage.backends._tree import Draft, Tree, translated
+from granite_storage.backends._draft import Draft, FileWriter
+from granite_storage.backends._tree import Tree
+from granite_storage.backends._tree_errors import translated
 from granite_storage.backends.base import ObjectInfo, ObjectReader, byte_range, check_range
 from granite_storage.exceptions import BackendError, ConfigurationError
 from granite_storage.locations import check_location
@@ -82,6 +84,7 @@ class LocalStorageBackend:
             raise ConfigurationError(f"max_threads must be at least 1, not {max_threads}")
         self.root_dir: Path = Path(os.path.normpath(Path(root_dir).absolute()))
         self._tree = Tree(self.root_dir, fsync=fsync, file_mode=file_mode, dir_mode=dir_mode, create_root=create_root)
+        self._writer = FileWriter(self._tree)
         self._threads = ThreadPool("granite-local", max_threads)
 
     def __repr__(self) -> str:
@@ -90,7 +93,7 @@ class LocalStorageBackend:
     async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> None:
         """Create an object, in one visit to a thread; see `StorageBackend.put_bytes`. The content type is the ref's to keep."""
         check_location(location)
-        await self._threads.run(self._tree.write, location, content, undo=lambda _: self._tree.delete(location))
+        await self._threads.run(self._writer.write, location, content, undo=lambda _: self._tree.delete(location))
 
     async def put_stream(self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None) -> None:
         """Create an object from a stream; see `StorageBackend.put_stream`."""
@@ -167,7 +170,7 @@ class LocalStorageBackend:
     @asynccontextmanager
     async def _draft(self, location: str) -> AsyncIterator[Draft]:
         """Give an unfinished file, publish it at the end of the block, and leave nothing of it where anything fails."""
-        draft = await self._threads.run(self._tree.begin, location, undo=Draft.discard)
+        draft = await self._threads.run(self._writer.begin, location, undo=Draft.discard)
         try:
             yield draft
             await self._threads.run(draft.publish)

@@ -1,0 +1,86 @@
+"""What is known of an object before its bytes are stored, and the receipt that becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Self
+
+from granite_storage.exceptions import InvalidReferenceError
+from granite_storage.locations import clean_filename, make_location
+from granite_storage.policies import StoragePolicy
+from granite_storage.refs import ReadOnlyDict, StoredObjectRef, canonical_timestamp, read_only
+
+__all__ = ["ObjectDraft"]
+
+_LONGEST_CONTENT_TYPE = 255
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectDraft:
+    """What is known of an object before its bytes are stored.
+
+    Attributes:
+        policy: The policy that it is stored under.
+        location: Where it will be.
+        content_type: Its media type.
+        original_filename: Its name, cleaned.
+        extra: The caller's own keys.
+    """
+
+    policy: StoragePolicy
+    location: str
+    content_type: str | None
+    original_filename: str | None
+    extra: ReadOnlyDict | None
+
+    @classmethod
+    def of(
+        cls,
+        policy: StoragePolicy,
+        *,
+        model_name: str,
+        entity_id: str,
+        field_name: str,
+        content_type: str | None,
+        original_filename: str | None,
+        extra: Mapping[str, Any] | None,
+    ) -> Self:
+        """Choose a location of its own for an object, and check what is to be kept of it."""
+        _require_content_type(content_type)
+        filename = clean_filename(original_filename)
+        location = make_location(
+            key_prefix=policy.key_prefix,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            original_filename=filename,
+        )
+        return cls(policy, location, content_type, filename, None if extra is None else read_only(extra, "extra"))
+
+    def receipt(self, size: int, checksum: str, details: Mapping[str, Any] | None) -> StoredObjectRef:
+        """Return the ref of the object, now that its bytes are known; `details` are the backend's own keys."""
+        extra = {**(self.extra or {}), **(details or {})}
+        return StoredObjectRef(
+            storage_key=self.policy.storage_key,
+            backend=self.policy.backend_key,
+            location=self.location,
+            size=size,
+            checksum=checksum,
+            content_type=self.content_type,
+            original_filename=self.original_filename,
+            created_at=canonical_timestamp(datetime.now(UTC)),
+            extra=extra or None,
+        )
+
+
+def _require_content_type(content_type: object) -> None:
+    if content_type is None:
+        return
+    if (
+        not isinstance(content_type, str)
+        or not 0 < len(content_type) <= _LONGEST_CONTENT_TYPE
+        or not (content_type.isascii() and content_type.isprintable())
+    ):
+        raise InvalidReferenceError(f"content_type must be a media type in printable ASCII, not {content_type!r:.120}")

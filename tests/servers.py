@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -49,6 +50,7 @@ class S3Server:
     def __init__(self, name: str, endpoint_url: str) -> None:
         self.name = name
         self.endpoint_url = endpoint_url
+        self._lock = threading.Lock()
 
     @property
     def session_kwargs(self) -> dict[str, str]:
@@ -67,7 +69,8 @@ class S3Server:
     def new_bucket(self) -> str:
         """Make a bucket that nobody else uses; blocking."""
         bucket = f"granite-{uuid.uuid4().hex}"
-        self._client.create_bucket(Bucket=bucket)
+        with self._client() as client:
+            client.create_bucket(Bucket=bucket)
         return bucket
 
     @cached_property
@@ -81,11 +84,12 @@ class S3Server:
 
     def remove_bucket(self, bucket: str) -> None:
         """Remove a bucket and what is in it; blocking."""
-        for upload in self._client.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
-            self._client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-        while entries := self._client.list_objects_v2(Bucket=bucket).get("Contents"):
-            self._client.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": entry["Key"]} for entry in entries]})
-        self._client.delete_bucket(Bucket=bucket)
+        with self._client() as client:
+            for upload in client.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
+                client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            while entries := client.list_objects_v2(Bucket=bucket).get("Contents"):
+                client.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": entry["Key"]} for entry in entries]})
+            client.delete_bucket(Bucket=bucket)
 
     @contextlib.asynccontextmanager
     async def bucket(self) -> AsyncIterator[str]:
@@ -94,16 +98,20 @@ class S3Server:
         yield bucket
         await asyncio.to_thread(self.remove_bucket, bucket)
 
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[Any]:
+        """Give a plain client, and close its connections: one that was kept would look like a test's that is left open."""
+        with self._lock:
+            try:
+                yield self._plain_client
+            finally:
+                self._plain_client.close()
+
     @cached_property
-    def _client(self) -> Any:
+    def _plain_client(self) -> Any:
         config = Config(retries={"total_max_attempts": 3, "mode": "standard"}, s3={"addressing_style": "path"})
         session = boto3.Session(**self.session_kwargs)
         return session.client("s3", endpoint_url=self.endpoint_url, config=config)
-
-    def close(self) -> None:
-        """Close the connections of `new_bucket`."""
-        if "_client" in self.__dict__:
-            self._client.close()
 
 
 @contextlib.contextmanager
@@ -118,7 +126,6 @@ def moto_s3() -> Iterator[S3Server]:
         host, port = process.get_host_and_port()
         server = S3Server("moto", f"http://{host}:{port}")
         yield server
-        server.close()
     finally:
         process.stop()
 
@@ -136,7 +143,6 @@ def seaweedfs() -> Iterator[S3Server]:
         server = S3Server("seaweedfs", f"http://127.0.0.1:{ports['s3.port']}")
         _wait_until_ready(server, process, folder / "weed.log")
         yield server
-        server.close()
 
 
 _PORTS = (
@@ -211,9 +217,9 @@ def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: P
             with urllib.request.urlopen(f"{server.endpoint_url}/healthz", timeout=2):  # noqa: S310  # it is plain HTTP on purpose
                 pass
             bucket = server.new_bucket()
-            server._client.put_object(Bucket=bucket, Key="ready", Body=b"ready")
-            server._client.delete_object(Bucket=bucket, Key="ready")
-            server._client.delete_bucket(Bucket=bucket)
+            with server._client() as client:
+                client.put_object(Bucket=bucket, Key="ready", Body=b"ready")
+            server.remove_bucket(bucket)
             return
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"SeaweedFS did not start:\n{log.read_text(errors='replace')[-4000:]}")

@@ -195,7 +195,8 @@ class StreamSource:
 
     def give_back(self, body: Body) -> None:
         """Have a whole part taken again; see `PartSource`."""
-        self._returned = body
+        if len(body):
+            self._returned = body
 
     def close(self) -> None:
         """Drop what was given back; see `PartSource`."""

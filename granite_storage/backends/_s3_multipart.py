@@ -117,7 +117,7 @@ class MultipartUpload:
                 body = await source.take(part_size_of(number, settings.part_size))
                 self.size += len(body)
                 task = group.create_task(self._send_part(number, body, room))
-                task.add_done_callback(body.drop)
+                task.add_done_callback(body.drop)  # of one that is cancelled before it has begun, too
                 del body, task  # or the memory would be held while the next part is filled
                 number += 1
 
@@ -131,6 +131,7 @@ class MultipartUpload:
             self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], **(header if checksums else {})}
             self._digests[number] = digest
         finally:
+            body.drop()  # first, or the next part would be filled while this one is still in memory
             room.release()
 
     async def copy(self, copy_source: Mapping[str, Any], size: int, part_size: int) -> None:

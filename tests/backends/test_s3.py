@@ -37,7 +37,7 @@ from granite_storage.exceptions import (
     ObjectExistsError,
     ObjectNotFoundError,
 )
-from tests.faults.s3_proxy import answer, fault_proxy
+from tests.faults.s3_proxy import Gate, answer, fault_proxy, wait_for
 from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server
 
 MIB = 1 << 20
@@ -307,9 +307,11 @@ class TestWrites:
 
     @pytest.mark.case("LIM-06")
     async def test_many_uploads_share_the_memory(self, seaweedfs_server: S3Server, weed: S3StorageBackend) -> None:
-        """However many streams there are, only so many parts are read ahead, and small ones do not wait for large ones."""
-        pulled = most = 0
-        held = asyncio.Event()
+        """However many streams there are, only so many parts are read ahead, and small ones do not wait for large ones.
+
+        No part leaves the memory while the server does not say how the uploads are called; so what was pulled is in memory.
+        """
+        pulled = 0
 
         async def counted() -> AsyncIterator[bytes]:
             nonlocal pulled
@@ -317,21 +319,50 @@ class TestWrites:
                 pulled += MIB
                 yield bytes(MIB)
                 await asyncio.sleep(0)
-            await held.wait()
 
-        backend = seaweedfs_server.backend(weed.bucket, prefix=weed.prefix, part_size=5 * MIB, max_parts_in_memory=3)
-        uploads = [asyncio.ensure_future(backend.put_stream(f"large/{number}", counted())) for number in range(30)]
-        for number in range(10):
-            await backend.put_stream(f"small/{number}", chunks(1000))
-            most = max(most, pulled)
-        assert most <= 30 * 2 * MIB + 3 * 5 * MIB
-        held.set()
-        await asyncio.gather(*uploads)
-        assert len(await locations_of(weed)) == 40
-        (state,) = backend._clients._loops.values()
-        assert state.client is not None
-        assert state.client.room._value == 3
+        gate = Gate()
+        with fault_proxy(seaweedfs_server.endpoint_url) as proxy:
+            proxy.on("CreateMultipartUpload", wait_for(gate), times=30)
+            backend = seaweedfs_server.backend(
+                weed.bucket, prefix=weed.prefix, endpoint_url=proxy.url, part_size=5 * MIB, max_parts_in_memory=3
+            )
+            uploads = [asyncio.ensure_future(backend.put_stream(f"large/{number}", counted())) for number in range(30)]
+            await gate.reached()
+            for number in range(10):
+                await backend.put_stream(f"small/{number}", chunks(1000))
+            assert 3 * 5 * MIB < pulled <= 30 * 2 * MIB + 3 * 5 * MIB
+            gate.open()
+            await asyncio.gather(*uploads)
+            assert len(await locations_of(weed)) == 40
+            (state,) = backend._clients._loops.values()
+            assert state.client is not None
+            assert state.client.room._value == 3
+            await backend.aclose()
+
+    async def test_a_part_is_let_go_before_the_next_one_is_filled(
+        self, seaweedfs_server: S3Server, weed: S3StorageBackend
+    ) -> None:
+        """The parts of one stream that are in memory are never more than `part_concurrency`, not even for a moment."""
+        in_memory = most = 0
+
+        class Counted(bytes):
+            def __del__(self) -> None:
+                nonlocal in_memory
+                in_memory -= 1
+
+        async def counted() -> AsyncIterator[bytes]:
+            nonlocal in_memory, most
+            for _ in range(60):
+                chunk = Counted(MIB)
+                in_memory += 1
+                most = max(most, in_memory)
+                yield chunk
+                del chunk
+
+        backend = seaweedfs_server.backend(weed.bucket, prefix=weed.prefix, part_size=5 * MIB, part_concurrency=3)
+        await backend.put_stream("a", counted())
         await backend.aclose()
+        assert 10 < most <= 3 * 5 + 2
 
     @settings(deadline=None, max_examples=30)
     @given(st.integers(5 * MIB, 5 << 30))

@@ -38,7 +38,10 @@ def active_bindings() -> list[StorageBinding]:
 
 def find_binding(metadata: MetaData) -> StorageBinding | None:
     """Return the newest binding of a metadata, or None."""
-    return next((binding for binding in reversed(_bindings) if binding.metadata is metadata), None)
+    for binding in reversed(_bindings):
+        if binding.metadata is metadata:
+            return binding
+    return None
 
 
 def binding_for(metadata: MetaData, what: str) -> StorageBinding:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, event, inspect
+from sqlalchemy import Connection, event
 from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction, object_session
+from sqlalchemy.orm.attributes import instance_state
 
 from granite_storage.orm import flush, outcome, statements
 from granite_storage.orm.columns import slots_of
@@ -32,10 +33,9 @@ def _before_flush(session: Session, _: Any, __: Any) -> None:
     if unit is not None:
         # A flush that failed before its first statement ended nothing.
         unit.abandon_flush()
-    new = [inspect(instance) for instance in session.new]
-    deleted = [inspect(instance) for instance in session.deleted]
-    changed = (state for state in (*new, *(inspect(instance) for instance in session.dirty)) if slots_of(state.mapper))
-    _save(session, flush.changes_of(changed), flush.deletions_of(deleted))
+    written = (instance_state(instance) for instances in (session.new, session.dirty) for instance in instances)
+    changes = flush.changes_of(state for state in written if slots_of(state.mapper))
+    _save(session, changes, flush.deletions_of(instance_state(instance) for instance in session.deleted))
 
 
 def _save(session: Session, changes: list[flush.Change], deletions: list[InstanceState[Any]]) -> None:
@@ -52,29 +52,33 @@ def _before_write(mapper: Mapper[Any], _: Connection, instance: Any) -> None:
     if session is None:
         return
     unit = outcome.known_unit(session)
-    changes = flush.changes_of([inspect(instance)])
+    changes = flush.changes_of([instance_state(instance)])
     late = [change for change in changes if unit is None or not unit.flush.has_handled(change.marker, change.value)]
     _save(session, late, [])
 
 
 def _before_insert(mapper: Mapper[Any], connection: Connection, instance: Any) -> None:
     """Save what a new instance displaces that takes over the row of a deleted one or an orphan with the same primary key."""
+    if not slots_of(mapper):
+        return
     session = object_session(instance)
-    if slots_of(mapper) and session is not None:
+    if session is not None:
         replaced = session.identity_map.get(mapper.identity_key_from_instance(instance))
         if replaced is not None and mapper.primary_key_from_instance(replaced) == mapper.primary_key_from_instance(instance):
             _before_delete(mapper, connection, replaced)
-            flush.vacate(inspect(instance))
+            flush.vacate(instance_state(instance))
     _before_write(mapper, connection, instance)
 
 
 def _before_delete(_: Mapper[Any], __: Connection, instance: Any) -> None:
     """Save the orphans of a relationship, which become deletions only inside the flush."""
-    state = inspect(instance)
-    session = object_session(instance)
-    unit = None if session is None else outcome.known_unit(session)
-    if session is not None and (unit is None or id(state) not in unit.flush.deletions):
-        _save(session, [], flush.deletions_of([state]))
+    deletions = flush.deletions_of([instance_state(instance)])
+    session = object_session(instance) if deletions else None
+    if session is None:
+        return
+    unit = outcome.known_unit(session)
+    if unit is None or id(deletions[0]) not in unit.flush.deletions:
+        _save(session, [], deletions)
 
 
 def _after_flush(session: Session, _: Any) -> None:

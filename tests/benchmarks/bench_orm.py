@@ -20,6 +20,7 @@ from granite_storage.orm import Attachment, attachment, bind_storage
 from tests.benchmarks.harness import Comparison, Contender, Meter, main
 
 ROWS = 1000
+WARM_UP = 100
 PLAIN_ROWS = 5000
 CONTENT = os.urandom(4096)
 
@@ -70,52 +71,68 @@ async def managed(meter: Meter, *, backend: str) -> None:
     """Insert rows with attachments, select them, and read their files."""
     async with world(backend) as (sessions, manager):
         binding = bind_storage(Base, manager)
+        await use_attachments(sessions, range(WARM_UP))
         async with meter.measure(operations=ROWS, ticking=False):
-            async with sessions.begin() as session:
-                session.add_all([Managed(title=f"{n}", file=Attachment(CONTENT, filename=f"{n}.bin")) for n in range(ROWS)])
-            async with sessions() as session:
-                for row in await session.scalars(select(Managed)):
-                    assert row.file is not None
-                    await row.file.read()
+            await use_attachments(sessions, range(WARM_UP, WARM_UP + ROWS))
         binding.unbind()
+
+
+async def use_attachments(sessions: async_sessionmaker[Any], numbers: range) -> None:
+    async with sessions.begin() as session:
+        session.add_all([Managed(id=n, title=f"{n}", file=Attachment(CONTENT, filename=f"{n}.bin")) for n in numbers])
+    async with sessions() as session:
+        for row in await session.scalars(select(Managed).where(Managed.id >= numbers.start)):
+            assert row.file is not None
+            await row.file.read()
 
 
 async def manual(meter: Meter, *, backend: str) -> None:
     """Put, insert refs as JSON, select them, and read the files: one after the other, and nothing is undone."""
-    async with world(backend) as (sessions, manager), meter.measure(operations=ROWS, ticking=False):
-        async with sessions.begin() as session:
-            for n in range(ROWS):
-                ref = await manager.put_bytes(
-                    storage_key="files",
-                    model_name="manual",
-                    entity_id=f"{n}",
-                    field_name="file",
-                    content=CONTENT,
-                    original_filename=f"{n}.bin",
-                )
-                session.add(Manual(title=f"{n}", file=ref.to_dict()))
-        async with sessions() as session:
-            for row in await session.scalars(select(Manual)):
-                assert row.file is not None
-                await manager.get(StoredObjectRef.from_dict(row.file))
+    async with world(backend) as (sessions, manager):
+        await put_by_hand(sessions, manager, range(WARM_UP))
+        async with meter.measure(operations=ROWS, ticking=False):
+            await put_by_hand(sessions, manager, range(WARM_UP, WARM_UP + ROWS))
+
+
+async def put_by_hand(sessions: async_sessionmaker[Any], manager: StorageManager, numbers: range) -> None:
+    async with sessions.begin() as session:
+        for n in numbers:
+            ref = await manager.put_bytes(
+                storage_key="files",
+                model_name="manual",
+                entity_id=f"{n}",
+                field_name="file",
+                content=CONTENT,
+                original_filename=f"{n}.bin",
+            )
+            session.add(Manual(id=n, title=f"{n}", file=ref.to_dict()))
+    async with sessions() as session:
+        for row in await session.scalars(select(Manual).where(Manual.id >= numbers.start)):
+            assert row.file is not None
+            await manager.get(StoredObjectRef.from_dict(row.file))
 
 
 async def plain(meter: Meter, *, hooks: bool) -> None:
     """Insert, read, change and delete rows without files, a hundred in each transaction."""
     async with world("memory") as (sessions, manager):
         binding = bind_storage(Base, manager) if hooks else None
+        await use_plain_rows(sessions, range(200))
         async with meter.measure(operations=PLAIN_ROWS, ticking=False):
-            for start in range(0, PLAIN_ROWS, 100):
-                async with sessions.begin() as session:
-                    session.add_all([Plain(id=n + 1, title=f"{n}") for n in range(start, start + 100)])
-                async with sessions.begin() as session:
-                    for row in await session.scalars(select(Plain).where(Plain.id > start)):
-                        row.title += "!"
-                async with sessions.begin() as session:
-                    for row in await session.scalars(select(Plain).where(Plain.id > start, Plain.id <= start + 50)):
-                        await session.delete(row)
+            await use_plain_rows(sessions, range(200, 200 + PLAIN_ROWS))
         if binding is not None:
             binding.unbind()
+
+
+async def use_plain_rows(sessions: async_sessionmaker[Any], numbers: range) -> None:
+    for start in numbers[::100]:
+        async with sessions.begin() as session:
+            session.add_all([Plain(id=n + 1, title=f"{n}") for n in range(start, start + 100)])
+        async with sessions.begin() as session:
+            for row in await session.scalars(select(Plain).where(Plain.id > start)):
+                row.title += "!"
+        async with sessions.begin() as session:
+            for row in await session.scalars(select(Plain).where(Plain.id > start, Plain.id <= start + 50)):
+                await session.delete(row)
 
 
 def rows(backend: str) -> Comparison:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+
+from tests.orm.databases import postgres, postgres_database
+
+if TYPE_CHECKING:
+    from tests.servers import S3Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,33 +122,101 @@ async def test_an_upload_that_breaks_off_leaves_nothing(example: Any, client: ht
     assert (await client.get("/documents")).json() == []
 
 
-async def test_started_as_documented(tmp_path: Path) -> None:
+Objects = Callable[[], Awaitable[int]]
+
+
+@pytest.fixture(scope="module", params=["as it is", "with PostgreSQL and S3"])
+def services(request: pytest.FixtureRequest, _temporary_folder: Path) -> Iterator[tuple[dict[str, str], S3Server | None]]:
+    """What the environment says to the application, and the server of its bucket."""
+    if request.param == "as it is":
+        yield {}, None
+        return
+    server: S3Server = request.getfixturevalue("seaweedfs_server")
+    folder = _temporary_folder / "example"
+    folder.mkdir(mode=0o700)  # as the system makes a folder of sockets
+    with postgres(folder) as found, postgres_database(found, "asyncpg") as database:
+        environment = {
+            "DATABASE_URL": database.url.render_as_string(hide_password=False),
+            "S3_BUCKET": server.shared_bucket,
+            "AWS_ENDPOINT_URL_S3": server.endpoint_url,
+            "AWS_ACCESS_KEY_ID": server.session_kwargs["aws_access_key_id"],
+            "AWS_SECRET_ACCESS_KEY": server.session_kwargs["aws_secret_access_key"],
+            "AWS_DEFAULT_REGION": server.session_kwargs["region_name"],
+        }
+        yield environment, server
+
+
+@pytest.fixture
+def objects(services: tuple[dict[str, str], S3Server | None], tmp_path: Path) -> Objects:
+    """Count the objects that the application has stored."""
+    environment, server = services
+
+    async def count() -> int:
+        if server is None:
+            return len(stored(tmp_path))
+        backend = server.backend(environment["S3_BUCKET"])
+        found = [info async for info in backend.iter_objects("documents/")]
+        await backend.aclose()
+        return len(found)
+
+    return count
+
+
+async def test_started_as_documented(tmp_path: Path, services: tuple[dict[str, str], Any], objects: Objects) -> None:
+    async with started(tmp_path, services[0]) as client:
+        uploads = [client.post("/documents", files={"file": (f"{n}.txt", b"%d" % n)}) for n in range(10)]
+        answers = await asyncio.gather(*uploads)
+        assert {answer.status_code for answer in answers} == {201}
+        listed = (await client.get("/documents")).json()
+        assert sorted(document["file"]["original_filename"] for document in listed) == [f"{n}.txt" for n in range(10)]
+        assert await objects() == 10
+        for document in listed:
+            content = (await client.get(f"/documents/{document['id']}/file")).content
+            assert content.decode() == document["title"].removesuffix(".txt")
+            assert (await client.delete(f"/documents/{document['id']}")).status_code == 204
+        assert await objects() == 0
+
+
+async def test_a_large_body_is_streamed_replaced_and_refused(
+    tmp_path: Path, services: tuple[dict[str, str], Any], objects: Objects
+) -> None:
+    content = os.urandom(12_000_000)
+    async with started(tmp_path, {**services[0], "MAX_SIZE": "20000000"}) as client:
+        document = (await client.put("/documents/raw/film.mkv", content=content)).json()
+        assert document["file"]["checksum"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
+        url = f"/documents/{document['id']}"
+        assert (await client.get(f"{url}/file")).content == content
+        answer = await client.put(f"{url}/file", files={"file": ("new.txt", b"new", "text/plain")})
+        assert answer.json()["file"]["size"] == 3
+        assert await objects() == 1
+        answer = await client.put(f"{url}/file", files={"file": ("large", bytes(20_000_001))})
+        assert answer.status_code == 413
+        assert (await client.get(f"{url}/file")).content == b"new"
+        assert await objects() == 1
+        assert (await client.delete(url)).status_code == 204
+        assert await objects() == 0
+
+
+@asynccontextmanager
+async def started(folder: Path, environment: Mapping[str, str]) -> AsyncIterator[httpx.AsyncClient]:
+    """Run the documented command in a folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "examples.fastapi_app:app", "--port", str(port), "--log-level", "warning"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    server = await asyncio.create_subprocess_exec(*command, cwd=tmp_path, env=environment)
+    chosen = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    server = await asyncio.create_subprocess_exec(*command, cwd=folder, env=chosen)
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             await _until_it_answers(client)
-            uploads = [client.post("/documents", files={"file": (f"{n}.txt", b"%d" % n)}) for n in range(10)]
-            answers = await asyncio.gather(*uploads)
-            assert {answer.status_code for answer in answers} == {201}
-            listed = (await client.get("/documents")).json()
-            assert sorted(document["file"]["original_filename"] for document in listed) == [f"{n}.txt" for n in range(10)]
-            for document in listed:
-                content = (await client.get(f"/documents/{document['id']}/file")).content
-                assert content.decode() == document["title"].removesuffix(".txt")
-                assert (await client.delete(f"/documents/{document['id']}")).status_code == 204
-            assert stored(tmp_path) == []
+            yield client
     finally:
         server.terminate()
         assert await server.wait() in {0, -15}
 
 
 async def _until_it_answers(client: httpx.AsyncClient) -> None:
-    for _ in range(300):
+    for _ in range(600):
         try:
             await client.get("/documents")
         except httpx.TransportError:

@@ -59,7 +59,7 @@ class BackendConformance(
         settles_races_in_parts: Of several writes in parts to one location at a time exactly one is made; off: the service looks
             at the location and joins the parts in two steps, so more than one may be told that it was.
         settles_races_of_copies: The same of copies; off: the service knows no condition for them.
-        checks_signatures: The service behind signed URLs checks them, as every real one does.
+        checks_signatures: The service behind signed URLs checks them; off for a stand-in that takes any.
         has_pages: A listing is fetched in pages, whose size `with_page_size` sets.
         can_be_full: The store can be full; `with_room_for` makes one that soon is.
         can_refuse: The store can refuse permission; `refusing` makes it.

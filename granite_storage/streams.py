@@ -40,7 +40,7 @@ __all__ = [
 _INLINE_HASH = 8 * 1024
 _HELD_LOCK = 2047
 _MOST_PENDING = 8 * CHUNK_SIZE
-_LARGE_ENOUGH = CHUNK_SIZE // 4
+_LARGE_ENOUGH = CHUNK_SIZE // 16
 _MOST_GROUPED = 1024
 _MOST_HELD = 64 * CHUNK_SIZE
 _TURN_SECONDS = 0.002
@@ -235,7 +235,8 @@ def _size_mismatch(expected: int, actual: int | None) -> SizeMismatchError:
 async def _regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, None]:
     """Join small chunks and cut large ones, and let other tasks run where the source never waits.
 
-    A thread that hashes needs the interpreter once for each piece, so few large pieces disturb the event loop less.
+    A thread that hashes or writes needs the interpreter once for each piece, so few large pieces disturb the event loop less. A
+    chunk of 64 KiB or more is passed on as it is: to join such ones would cost more than that.
     """
     turn = _Turn()
     with _Group() as group:

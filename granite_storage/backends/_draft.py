@@ -22,6 +22,9 @@ __all__ = ["Draft", "FileWriter"]
 
 logger = logging.getLogger("granite_storage")
 
+_WRITTEN_AT_A_TIME = (
+    512 * 1024
+)  # a write of 1 MiB has Linux look for that much memory in one piece, which takes several times as long
 _DESCRIPTORS = "/proc/self/fd"
 _HAS_UNNAMED_FILES = hasattr(os, "O_TMPFILE") and os.path.isdir(_DESCRIPTORS)
 _NO_UNNAMED_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
@@ -132,7 +135,7 @@ class Draft:
         with translated(self._location):
             view = memoryview(content)
             while view:
-                view = view[os.write(self.file, view) :]
+                view = view[os.write(self.file, view[:_WRITTEN_AT_A_TIME]) :]
 
     def publish(self) -> None:
         """Give the file its name, unless something has it already."""

@@ -169,6 +169,7 @@ def objects(label: str, count: int, *, fsync: bool) -> Comparison:
 
 COMPARISONS = [
     streams("64 KiB", 64 * 1024),
+    streams("256 KiB", 256 * 1024),
     streams("1 MiB", MIB),
     objects("no fsync", 8192, fsync=False),
     objects("fsync", 2048, fsync=True),

@@ -89,7 +89,7 @@ class TestLimit:
             await manager_on(backend, max_size=20 * MIB).put_stream(**SLOT, stream=lying(), size=5)
         assert passed < 2 * MIB
         with pytest.raises(ContentTooLargeError):
-            await manager_on(backend, max_size=MIB).put_stream(**SLOT, stream=lying(), size=5)
+            await manager_on(backend, max_size=MIB).put_stream(**SLOT, stream=[bytes(MIB + 1)], size=5)
         assert await listed(backend) == []
 
     @pytest.mark.case("LIM-03")

@@ -24,19 +24,21 @@ class Slot:
     home: AttachmentType
 
 
-_slots: weakref.WeakKeyDictionary[Mapper[Any], tuple[Slot, ...]] = weakref.WeakKeyDictionary()
+# By the identity of the mapper: it is asked for each row of each flush, and a weak dictionary takes several times as long.
+_slots: dict[int, tuple[Slot, ...]] = {}
 
 
 def slots_of(mapper: Mapper[Any]) -> tuple[Slot, ...]:
     """Return the attachment attributes of a mapper, inherited ones included."""
-    slots = _slots.get(mapper)
+    slots = _slots.get(id(mapper))
     if slots is None:
-        slots = _slots[mapper] = tuple(
+        slots = _slots[id(mapper)] = tuple(
             Slot(prop.key, column, column.type)
             for prop in mapper.column_attrs
             for column in prop.columns
             if isinstance(column, Column) and isinstance(column.type, AttachmentType) and isinstance(column.table, Table)
         )
+        weakref.finalize(mapper, _slots.pop, id(mapper)).atexit = False
     return slots
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import Connection, event
-from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction, object_session
+from sqlalchemy.orm import EXT_CONTINUE, InstanceState, Mapper, Session, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state
 
 from granite_storage.orm import flush, outcome, statements
@@ -44,41 +44,43 @@ def _save(session: Session, changes: list[flush.Change], deletions: list[Instanc
         flush.save(session, outcome.unit_of(session), changes, deletions)
 
 
-def _before_write(mapper: Mapper[Any], _: Connection, instance: Any) -> None:
+# The three below are told of each row of each model: they say at once where a row is none of their business, and ask to be called
+# as SQLAlchemy itself calls (`raw` and `retval`), without a function in between.
+
+
+def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]) -> Any:
     """Save what listeners after ours have set."""
-    if not slots_of(mapper):
-        return
-    session = object_session(instance)
-    if session is None:
-        return
-    unit = outcome.known_unit(session)
-    changes = flush.changes_of([instance_state(instance)])
-    late = [change for change in changes if unit is None or not unit.flush.has_handled(change.marker, change.value)]
-    _save(session, late, [])
-
-
-def _before_insert(mapper: Mapper[Any], connection: Connection, instance: Any) -> None:
-    """Save what a new instance displaces that takes over the row of a deleted one or an orphan with the same primary key."""
-    if not slots_of(mapper):
-        return
-    session = object_session(instance)
+    session = state.session if slots_of(mapper) else None
     if session is not None:
+        unit = outcome.known_unit(session)
+        changes = flush.changes_of([state])
+        late = [change for change in changes if unit is None or not unit.flush.has_handled(change.marker, change.value)]
+        _save(session, late, [])
+    return EXT_CONTINUE
+
+
+def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> Any:
+    """Save what a new instance displaces that takes over the row of a deleted one or an orphan with the same primary key."""
+    session = state.session if slots_of(mapper) else None
+    if session is not None:
+        instance = state.obj()
         replaced = session.identity_map.get(mapper.identity_key_from_instance(instance))
         if replaced is not None and mapper.primary_key_from_instance(replaced) == mapper.primary_key_from_instance(instance):
-            _before_delete(mapper, connection, replaced)
-            flush.vacate(instance_state(instance))
-    _before_write(mapper, connection, instance)
+            _before_delete(mapper, connection, instance_state(replaced))
+            flush.vacate(state)
+        _before_write(mapper, connection, state)
+    return EXT_CONTINUE
 
 
-def _before_delete(_: Mapper[Any], __: Connection, instance: Any) -> None:
+def _before_delete(_: Mapper[Any], __: Connection, state: InstanceState[Any]) -> Any:
     """Save the orphans of a relationship, which become deletions only inside the flush."""
-    deletions = flush.deletions_of([instance_state(instance)])
-    session = object_session(instance) if deletions else None
-    if session is None:
-        return
-    unit = outcome.known_unit(session)
-    if unit is None or id(deletions[0]) not in unit.flush.deletions:
-        _save(session, [], deletions)
+    deletions = flush.deletions_of([state])
+    session = state.session if deletions else None
+    if session is not None:
+        unit = outcome.known_unit(session)
+        if unit is None or id(state) not in unit.flush.deletions:
+            _save(session, [], deletions)
+    return EXT_CONTINUE
 
 
 def _after_flush(session: Session, _: Any) -> None:
@@ -109,6 +111,8 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
         unit.end_savepoint(transaction)
 
 
+_RAW = {"raw": True, "retval": True}
+
 _LISTENERS: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (Session, "before_flush", _before_flush, {}),
     (Session, "after_flush", _after_flush, {}),
@@ -116,7 +120,7 @@ _LISTENERS: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (Session, "after_commit", _after_commit, {}),
     (Session, "after_transaction_end", _after_transaction_end, {}),
     (Session, "do_orm_execute", statements.on_execute, {}),
-    (Mapper, "before_insert", _before_insert, {}),
-    (Mapper, "before_update", _before_write, {}),
-    (Mapper, "before_delete", _before_delete, {}),
+    (Mapper, "before_insert", _before_insert, _RAW),
+    (Mapper, "before_update", _before_write, _RAW),
+    (Mapper, "before_delete", _before_delete, _RAW),
 ]

@@ -83,7 +83,7 @@ def location_of(column: Column[Any], dialect: str) -> tuple[ColumnElement[str], 
 class _RefJSON(TypeDecorator[T]):
     """JSON, JSONB on PostgreSQL; None is SQL NULL."""
 
-    impl: type[TypeEngine[Any]] = JSON
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = JSON
     cache_ok: bool | None = True
     comparator_factory = _RefComparator  # pyright: ignore[reportAssignmentType]  # there it is a property
 

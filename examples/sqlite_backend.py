@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -184,11 +184,12 @@ class SQLiteStorageBackend:
         """Yield objects in the byte order of UTF-8, which is SQLite's own, a page at a time."""
         query = (
             "SELECT location, size, modified, upload, content_type FROM object"
-            " WHERE location > ?1 AND location >= ?2 AND substr(location, 1, length(?2)) = ?2 ORDER BY location LIMIT ?3"
+            " WHERE location > :after AND location >= :prefix AND substr(location, 1, length(:prefix)) = :prefix"
+            " ORDER BY location LIMIT :size"
         )
         after = start_after or ""
         while True:
-            values = (after, prefix, self._page_size)
+            values = {"after": after, "prefix": prefix, "size": self._page_size}
             rows = await self._run(prefix, partial(select, query=query, values=values))
             for row in rows:
                 yield object_info(row)
@@ -240,8 +241,11 @@ class SQLiteReader:
             raise ValueError("the reader is closed")
         if wanted == 0:
             return b""
-        query = "SELECT substr(data, ?1 - start + 1, ?2) FROM chunk WHERE upload = ?3 AND start <= ?1 ORDER BY start DESC LIMIT 1"
-        values = (self._position, wanted, self._upload)
+        query = (
+            "SELECT substr(data, :position - start + 1, :wanted) FROM chunk"
+            " WHERE upload = :upload AND start <= :position ORDER BY start DESC LIMIT 1"
+        )
+        values = {"position": self._position, "wanted": wanted, "upload": self._upload}
         rows = await self._run(self.info.location, partial(select, query=query, values=values))
         piece: bytes = rows[0][0] if rows else b""
         if not piece:
@@ -294,8 +298,8 @@ def remove(connection: sqlite3.Connection, location: str) -> None:
     connection.execute("DELETE FROM object WHERE location = ?", [location])
 
 
-def select(connection: sqlite3.Connection, query: str, values: Sequence[object]) -> list[Any]:
-    return connection.execute(query, tuple(values)).fetchall()
+def select(connection: sqlite3.Connection, query: str, values: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
+    return connection.execute(query, values).fetchall()
 
 
 def object_info(row: tuple[str, int, float, str, str | None]) -> ObjectInfo:

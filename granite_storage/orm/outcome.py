@@ -61,6 +61,8 @@ class ConnectionWatch:
     sessions: weakref.WeakSet[Session] = field(default_factory=weakref.WeakSet)
     joined: list[_Joined] = field(default_factory=list)
     doomed: list[StoredObject] = field(default_factory=list)
+    # What a journal deletes once the database has really rolled back; until then its rows are locked.
+    undone: list[StoredObject] = field(default_factory=list)
 
     @property
     def connection(self) -> Connection | None:
@@ -88,13 +90,22 @@ class ConnectionWatch:
         """Forget the transaction that has ended."""
         self.committing = self.refused = self.prepared = False
 
-    def resolve(self, outcome: Outcome) -> None:
-        """Act on the end of the outer transaction."""
+    def resolve(self, outcome: Outcome, *, under_way: bool = False) -> None:
+        """Act on the end of the outer transaction, which may still be under way."""
         joined, self.joined = self.joined, []
         doomed, self.doomed = self.doomed, []
         self.reset()
         removed = [stored for work in joined for stored in work.unit.end(work.frame, outcome)]
-        remove_now([] if outcome is Outcome.UNKNOWN else [*removed, *doomed])
+        if outcome is Outcome.UNKNOWN:
+            return
+        if under_way:
+            self.undone += [stored for stored in (*removed, *doomed) if stored.intent is not None]
+        remove_now([stored for stored in (*removed, *doomed) if not under_way or stored.intent is None])
+
+    def settle(self) -> None:
+        """Let journals delete what a rollback has left, now that it is done."""
+        undone, self.undone = self.undone, []
+        remove_now(undone)
 
 
 def unit_of(session: Session) -> UnitOfWork:
@@ -210,7 +221,8 @@ def _on_rollback(connection: Connection, *_: Any) -> None:
         return
     # A session's own rollback is told by the session.
     if found.joined or found.doomed:
-        _resolve(found, Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK)
+        with deferred_cancellation():
+            found.resolve(Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK, under_way=True)
 
 
 def _on_rollback_prepared(connection: Connection, *_: Any) -> None:
@@ -243,12 +255,20 @@ def _on_begin(connection: Connection, *_: Any) -> None:
     found.lost = False
     if found.committing:
         _resolve(found, Outcome.ROLLED_BACK if found.refused else Outcome.COMMITTED)
+    if found.undone:
+        with deferred_cancellation():
+            found.settle()
 
 
 def _on_checkin(_: Any, record: Any) -> None:
     """The connection goes back to its pool, so its transaction has ended."""
     found = record.info.pop(_INFO_KEY, None)
-    if found is None or not (found.joined or found.doomed):
+    if found is None:
+        return
+    if found.undone:
+        with deferred_cancellation():
+            found.settle()
+    if not (found.joined or found.doomed):
         return
     if found.refused:
         _resolve(found, Outcome.ROLLED_BACK)

@@ -28,7 +28,17 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.orm import Attachment, AttachmentType, StorageBinding, StoredObjectRefType, attachment, bind_storage
+from granite_storage.orm import (
+    Attachment,
+    AttachmentType,
+    StorageBinding,
+    StorageJournal,
+    StoredObjectRefType,
+    attachment,
+    bind_storage,
+    journal_tables,
+)
+from granite_storage.orm.journal.tables import clock
 from granite_storage.testing import FaultInjectingBackend
 from tests.orm.databases import Database
 
@@ -187,6 +197,9 @@ class Booking(Base):
     )
 
 
+journal_tables(Base.metadata)
+
+
 def file(content: str | bytes = b"content", filename: str | None = "report.txt") -> Attachment:
     """Return a pending attachment."""
     return Attachment(content.encode() if isinstance(content, str) else content, filename=filename)
@@ -202,6 +215,7 @@ class World:
     manager: StorageManager
     binding: StorageBinding
     sessions: async_sessionmaker[AsyncSession]
+    journal: StorageJournal | None = None
 
     async def objects(self) -> set[str]:
         """Return where the storage has objects."""
@@ -245,6 +259,20 @@ class World:
             gc.collect()
         assert self.engine.pool.checkedout() == 0, "a connection was not returned"  # type: ignore[attr-defined]
 
+    async def recover(self) -> None:
+        """Let the journal, where there is one, end all that it knows of: leases run out, and so does the wait for what may arrive."""
+        if self.journal is None:
+            return
+        tables = self.journal.tables
+        for _ in range(2):
+            async with self.engine.begin() as connection:
+                for table in (tables.intent, tables.reclaim):
+                    await connection.execute(table.update().values(due=clock(-1.0)))
+            await self.journal.recover()
+        async with self.engine.begin() as connection:
+            for table in (tables.intent, tables.reclaim, tables.decision):
+                assert not list(await connection.execute(select(table))), f"{table} is not empty after recovery"
+
     async def add(self, *rows: Any) -> None:
         """Commit rows."""
         async with self.sessions.begin() as session:
@@ -283,13 +311,15 @@ def _foreign_keys_off(connection: Any, _: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def world_on(database: Database, *, backend: Any = None, **options: Any) -> AsyncIterator[World]:
+async def world_on(database: Database, *, backend: Any = None, journaled: bool = False, **options: Any) -> AsyncIterator[World]:
     """Give a world with empty tables and an empty storage; keyword arguments go to the engine."""
     store = FaultInjectingBackend(MemoryStorageBackend() if backend is None else backend)
     manager = StorageManager(backends={"store": store}, policies={"docs": StoragePolicy("docs", "store", max_size=1 << 20)})
     async with database.opened(Base.metadata, **options) as engine:
         sessions = async_sessionmaker(engine, expire_on_commit=False)
-        world = World(database, engine, store, manager, bind_storage(Base, manager, sessions=sessions), sessions)
+        journal = StorageJournal(engine) if journaled else None
+        binding = bind_storage(Base, manager, sessions=sessions, journal=journal)
+        world = World(database, engine, store, manager, binding, sessions, journal)
         try:
             yield world
         finally:

@@ -221,14 +221,11 @@ class StorageJournal:
         self._bindings.append(binding)
         self._tables = tables
         self._checked = False
-        self._pool.follow()
 
     def release(self, binding: StorageBinding) -> None:
         """Serve a binding no more."""
         if binding in self._bindings:
             self._bindings.remove(binding)
-        if not self._bindings:
-            self._pool.forget()
 
     async def _ensure_checked(self) -> None:
         if not self._checked:

@@ -38,6 +38,7 @@ class JournalPool:
         # The application's own events come along, such as one that sets a role; ours are those of its sessions.
         inner.dispatch._update(self._outer.dispatch, only_propagate=False)
         event.listen(inner, "connect", self._on_connect)
+        event.listen(self._outer, "engine_disposed", self._on_disposed)
         self._engine = AsyncEngine(inner)
 
     @property
@@ -67,16 +68,6 @@ class JournalPool:
     async def aclose(self) -> None:
         """Close the connections; idempotent, and a later call opens new ones."""
         await self._engine.dispose()
-
-    def follow(self) -> None:
-        """Close the connections whenever the application's engine is disposed of."""
-        if not event.contains(self._outer, "engine_disposed", self._on_disposed):
-            event.listen(self._outer, "engine_disposed", self._on_disposed)
-
-    def forget(self) -> None:
-        """Stop following the application's engine."""
-        if event.contains(self._outer, "engine_disposed", self._on_disposed):
-            event.remove(self._outer, "engine_disposed", self._on_disposed)
 
     def _on_connect(self, connection: Any, _: Any) -> None:
         self._outer.dialect.set_isolation_level(connection, _ISOLATION)

@@ -260,7 +260,7 @@ class World:
         assert self.engine.pool.checkedout() == 0, "a connection was not returned"  # type: ignore[attr-defined]
 
     async def recover(self) -> None:
-        """Let the journal, where there is one, end all that it knows of: leases run out, and so does the wait for what may arrive."""
+        """Let the journal, where there is one, end all that it knows of, as if every lease had run out."""
         if self.journal is None:
             return
         tables = self.journal.tables

@@ -1,0 +1,401 @@
+"""The protocol, and what happens where a step of it is left out: each simpler variant breaks an invariant here.
+
+A scenario is one interleaving that tells a variant from the protocol. As the library is, none leaves a dangling reference (I1)
+or an orphan (I2); with the step left out, each does. So a change that loses the step fails here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select, text, update
+
+from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.orm import Attachment
+from granite_storage.orm.journal import entries
+from granite_storage.orm.journal.intents import Intents
+from granite_storage.orm.journal.recovery import Recovery
+from granite_storage.orm.journal.tables import clock
+from granite_storage.orm.unit import FlushUnderWay
+from tests.orm.databases import Database
+from tests.orm.world import Doc, World, file, world_on
+
+Scenario = Callable[[World, pytest.MonkeyPatch], Awaitable[None]]
+
+
+async def expire(world: World) -> None:
+    """Let every lease and every wait run out, but those whose rows a transaction has locked."""
+    assert world.journal is not None
+    for table in (world.journal.tables.intent, world.journal.tables.reclaim):
+        async with world.engine.begin() as connection:
+            free = (await connection.execute(select(table.c.id).with_for_update(skip_locked=True))).scalars().all()
+            await connection.execute(update(table).where(table.c.id.in_(free)).values(due=clock(-1.0)))
+
+
+async def recover(world: World) -> Any:
+    assert world.journal is not None
+    return await world.journal.recover()
+
+
+async def violations(world: World) -> set[str]:
+    """Return which invariants do not hold once nothing is under way any more."""
+    for _ in range(3):
+        await expire(world)
+        await recover(world)
+    referenced = {ref.location for ref in (await world.references()).values()}
+    objects = await world.objects()
+    broken = {"I1": referenced - objects, "I2": objects - referenced}
+    return {name for name, found in broken.items() if found}
+
+
+@contextlib.asynccontextmanager
+async def stopped(monkeypatch: pytest.MonkeyPatch, world: World, step: str) -> AsyncIterator[None]:
+    """Let a worker run until just before a step, and on from there when the block ends."""
+    reached, go = asyncio.Event(), asyncio.Event()
+    original = getattr(Recovery, step)
+
+    async def wait(*args: Any) -> Any:
+        reached.set()
+        await go.wait()
+        return await original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recovery, step, wait)
+        worker = asyncio.create_task(recover(world))
+        await asyncio.wait([worker, asyncio.create_task(reached.wait())], return_when=asyncio.FIRST_COMPLETED)
+        yield
+        go.set()
+        await worker
+
+
+async def commit(world: World, attachment: Attachment) -> None:
+    """Let a row take an attachment; an application would try again where it has come too late."""
+    with contextlib.suppress(StaleAttachmentError):
+        await world.add(Doc(id=1, file=attachment))
+
+
+async def slow_transaction(world: World, _: pytest.MonkeyPatch) -> None:
+    """A worker looks while a transaction whose upload is long past its lease is open."""
+    stored = await file("a").store(Doc.file)
+    await expire(world)
+    async with world.sessions.begin() as session:
+        session.add(Doc(id=1, file=stored))
+        await session.flush()
+        await recover(world)
+
+
+async def reclaimed_meanwhile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker has fenced the object and seen that no row refers to it, and then a row takes it."""
+    stored = await file("a").store(Doc.file)
+    await expire(world)
+    async with stopped(monkeypatch, world, "_remove"):
+        await commit(world, stored)
+
+
+async def worker_dies(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker dies after it has deleted an object, and then a row takes it."""
+    stored = await file("a").store(Doc.file)
+    await expire(world)
+
+    async def die(*_: Any) -> None:
+        raise SystemError("dead")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recovery, "_conclude", die)
+        with contextlib.suppress(BaseExceptionGroup):
+            await recover(world)
+    await commit(world, stored)
+
+
+async def second_reference(world: World, _: pytest.MonkeyPatch) -> None:
+    """One of two rows that refer to an object, by raw SQL, gives it up."""
+    await world.add(Doc(id=1, file=file("a")))
+    await world.sql("UPDATE doc SET other = file")
+    async with world.sessions.begin() as session:
+        (await session.get_one(Doc, 1)).file = None
+
+
+async def late_arrival(world: World, _: pytest.MonkeyPatch) -> None:
+    """An uploader dies; what it had sent arrives when the worker has looked already."""
+    stored = await file("a").store(Doc.file)
+    ref = stored.ref
+    await world.manager.delete(ref)  # it has not arrived yet
+    await expire(world)
+    await recover(world)
+    await world.backend.put_bytes(ref.location, b"a")
+
+
+async def undone_delete(world: World, _: pytest.MonkeyPatch) -> None:
+    """A row takes back what it had given up, while a worker looks."""
+    ref = await given_up(world)
+    await expire(world)
+    with contextlib.suppress(StaleAttachmentError):
+        async with world.sessions.begin() as session:
+            (await session.get_one(Doc, 1)).file = Attachment.restore(ref)
+            await session.flush()
+            await recover(world)
+
+
+async def undone_twice(world: World, _: pytest.MonkeyPatch) -> None:
+    """A row takes back what it had given up in a savepoint that is rolled back, and then again, while a worker looks."""
+    ref = await given_up(world)
+    async with world.sessions.begin() as session:
+        doc = await session.get_one(Doc, 1)
+        async with session.begin_nested() as savepoint:
+            doc.file = Attachment.restore(ref)
+            await session.flush()
+            await savepoint.rollback()
+        await session.refresh(doc)
+        doc.file = Attachment.restore(ref)
+        await session.flush()
+        await expire(world)
+        await recover(world)
+
+
+async def given_up(world: World) -> Any:
+    """Let a row give up its file, which then waits to be deleted; return its ref."""
+    await world.add(Doc(id=1, file=file("a")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("granite_storage.orm.journal.journal.StorageJournal.retention_of", lambda *_: timedelta(hours=1))
+        async with world.sessions.begin() as session:
+            doc = await session.get_one(Doc, 1)
+            assert doc.file is not None
+            ref = doc.file.ref
+            doc.file = None
+    return ref
+
+
+async def moved(world: World, _: pytest.MonkeyPatch) -> None:
+    """An object moves from one column to another."""
+    await world.add(Doc(id=1, file=file("a")))
+    async with world.sessions.begin() as session:
+        doc = await session.get_one(Doc, 1)
+        doc.other, doc.file = doc.file, None
+
+
+async def moved_later(world: World, _: pytest.MonkeyPatch) -> None:
+    """An object is given up by one flush and taken by the next one of the same transaction."""
+    await world.add(Doc(id=1, file=file("a")))
+    async with world.sessions.begin() as session:
+        doc = await session.get_one(Doc, 1)
+        given, doc.file = doc.file, None
+        await session.flush()
+        doc.other = given
+
+
+async def older_snapshot(world: World, _: pytest.MonkeyPatch) -> None:
+    """A transaction whose snapshot is older than the upload lets a row take the object, while a worker looks."""
+    async with world.engine.connect() as connection:
+        await connection.execution_options(isolation_level="REPEATABLE READ")
+        async with world.sessions(bind=connection) as session:
+            await session.execute(select(Doc.id))
+            stored = await file("a").store(Doc.file)
+            session.add(Doc(id=1, file=stored))
+            await session.flush()
+            await expire(world)
+            await recover(world)
+            await session.commit()
+
+
+async def older_snapshot_too_late(world: World, _: pytest.MonkeyPatch) -> None:
+    """The same, when the worker has been there, is done, and has forgotten that it was."""
+    async with world.engine.connect() as connection:
+        await connection.execution_options(isolation_level="REPEATABLE READ")
+        async with world.sessions(bind=connection) as session:
+            await session.execute(select(Doc.id))
+            stored = await file("a").store(Doc.file)
+            for _ in range(2):
+                await expire(world)
+                await recover(world)
+            session.add(Doc(id=1, file=stored))
+            with contextlib.suppress(StaleAttachmentError):
+                await session.commit()
+
+
+def without_locks(patch: pytest.MonkeyPatch) -> None:
+    """The worker goes by the lease alone."""
+
+    async def fence(self: Recovery, condition: Any) -> Any:
+        intent = self._tables.intent
+        async with self._pool.reading() as connection:
+            rows = list(await connection.execute(select(intent).where(condition)))
+        return [_claimed(row) for row in rows]
+
+    patch.setattr(Recovery, "_fence", fence)
+
+
+def without_fence(patch: pytest.MonkeyPatch) -> None:
+    """The worker locks, deletes and forgets in one transaction, which its death rolls back."""
+    original = Recovery._process
+
+    async def process(self: Recovery, claimed: Any, columns: Any) -> Any:
+        try:
+            return await original(self, claimed, columns)
+        except SystemError:
+            intent = self._tables.intent
+            rows = [
+                {"id": item.id, "kind": item.kind, "backend": item.backend, "location": item.location, "due": clock()}
+                for item in claimed
+            ]
+            async with self._pool.durable() as connection:
+                for table in (self._tables.reclaim, self._tables.decision):
+                    await connection.execute(table.delete())
+                await connection.execute(insert(intent).values(rows))
+            raise
+
+    patch.setattr(Recovery, "_process", process)
+
+
+def without_row_count(patch: pytest.MonkeyPatch) -> None:
+    """The uploader does not look whether its intent was there."""
+    original = Intents.consume
+
+    def consume(*args: Any) -> None:
+        with contextlib.suppress(StaleAttachmentError):
+            original(*args)
+
+    patch.setattr(Intents, "consume", consume)
+
+
+def without_reference_check(patch: pytest.MonkeyPatch) -> None:
+    async def referenced(*_: Any) -> set[Any]:
+        return set()
+
+    patch.setattr(Recovery, "_referenced", referenced)
+
+
+def without_tombstone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Recovery, "_conclude", Recovery._forget)
+
+
+def without_claim_of_an_undo(patch: pytest.MonkeyPatch) -> None:
+    def restore(unit: Any, _: Any, stored: Any) -> None:
+        unit.flush.log.append((stored, True))
+
+    patch.setattr(entries, "restore", restore)
+
+
+def with_a_flag_that_survives_savepoints(patch: pytest.MonkeyPatch) -> None:
+    """What was consumed once is thought to be consumed for good."""
+    original, seen = Intents.consume, set[Any]()
+
+    def consume(self: Intents, connection: Any, ids: list[Any]) -> None:
+        new = [item for item in ids if item not in seen]
+        seen.update(new)
+        if new:
+            original(self, connection, new)
+
+    patch.setattr(Intents, "consume", consume)
+
+
+def without_net_difference(patch: pytest.MonkeyPatch) -> None:
+    """Whatever was displaced at some time is deleted; and nobody looks for references."""
+    patch.setattr(FlushUnderWay, "net", property(lambda self: list(self.log)))
+    without_reference_check(patch)
+
+
+def without_undoing_what_an_earlier_flush_noted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("granite_storage.orm.unit.UnitOfWork.displacement", lambda *_: None)
+    without_reference_check(patch)
+
+
+def without_decision(patch: pytest.MonkeyPatch) -> None:
+    """What an old snapshot does not see is thought to be fine."""
+    without_row_count(patch)
+    patch.setattr(Intents, "_decide", lambda *_: True)
+
+
+def without_second_look(patch: pytest.MonkeyPatch) -> None:
+    """A decision is believed, though the one that it should have lost against may have been purged."""
+
+    async def are_there(*_: Any) -> bool:
+        return True
+
+    patch.setattr(Intents, "_are_there", are_there)
+
+
+def _claimed(row: Any) -> Any:
+    from granite_storage.orm.journal.recovery import _Reclaim
+
+    return _Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, 1, False)
+
+
+VARIANTS: list[tuple[Scenario, Callable[[pytest.MonkeyPatch], None], str]] = [
+    (slow_transaction, without_locks, "I1"),
+    (reclaimed_meanwhile, without_row_count, "I1"),
+    (worker_dies, without_fence, "I1"),
+    (second_reference, without_reference_check, "I1"),
+    (late_arrival, without_tombstone, "I2"),
+    (undone_delete, without_claim_of_an_undo, "I1"),
+    (undone_twice, with_a_flag_that_survives_savepoints, "I1"),
+    (moved, without_net_difference, "I1"),
+    (moved_later, without_undoing_what_an_earlier_flush_noted, "I1"),
+]
+
+SNAPSHOTS: list[tuple[Scenario, Callable[[pytest.MonkeyPatch], None], str]] = [
+    (older_snapshot, without_decision, "I1"),
+    (older_snapshot_too_late, without_second_look, "I1"),
+]
+
+
+@pytest.fixture
+async def plain_world(database: Database) -> AsyncIterator[World]:
+    """A world with a journal, which nobody checks afterwards: a variant leaves it broken."""
+    async with world_on(database, journaled=True) as world:
+        yield world
+
+
+def name_of(value: Any) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize("scenario", [scenario for scenario, _, _ in VARIANTS + SNAPSHOTS], ids=name_of)
+async def test_the_protocol_holds(world: World, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    await scenario(world, monkeypatch)
+    assert await violations(world) == set()
+
+
+@pytest.mark.parametrize(("scenario", "variant", "broken"), VARIANTS, ids=name_of)
+async def test_a_simpler_variant_breaks(
+    plain_world: World, scenario: Scenario, variant: Callable[[pytest.MonkeyPatch], None], broken: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        variant(patch)
+        with pytest.MonkeyPatch.context() as inner:
+            await scenario(plain_world, inner)
+        assert broken in await violations(plain_world)
+
+
+@pytest.mark.parametrize(("scenario", "variant", "broken"), SNAPSHOTS, ids=name_of)
+async def test_a_simpler_variant_breaks_old_snapshots(
+    plain_world: World, scenario: Scenario, variant: Callable[[pytest.MonkeyPatch], None], broken: str
+) -> None:
+    """On MariaDB a DELETE by the primary key sees what is newer than the snapshot, so that there is nothing to decide."""
+    if not plain_world.database.is_postgres:
+        pytest.skip("only PostgreSQL hides what is newer than the snapshot from a DELETE")
+    with pytest.MonkeyPatch.context() as patch:
+        variant(patch)
+        with pytest.MonkeyPatch.context() as inner:
+            await scenario(plain_world, inner)
+        assert broken in await violations(plain_world)
+
+
+async def test_durable_means_synchronous(world: World) -> None:
+    """What storage is touched upon must survive a crash of a database that commits asynchronously."""
+    assert world.journal is not None
+    if not world.database.is_postgres:
+        pytest.skip("asynchronous commits of single transactions are PostgreSQL's")
+    await world.sql(f"ALTER DATABASE {world.database.url.database} SET synchronous_commit = off")
+    await world.engine.dispose()
+    try:
+        async with world.journal._pool.durable() as connection:
+            assert (await connection.execute(text("SHOW synchronous_commit"))).scalar_one() == "on"
+        async with world.journal._pool.reading() as connection:
+            assert (await connection.execute(text("SHOW synchronous_commit"))).scalar_one() == "off"
+    finally:
+        await world.sql(f"ALTER DATABASE {world.database.url.database} RESET synchronous_commit")

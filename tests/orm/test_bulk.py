@@ -344,6 +344,17 @@ class TestRefusals:
                 assert isinstance(caught.value.orig, InvalidReferenceError)
         await world.check(file_1="a", other_1="b")
 
+    async def test_what_a_flush_of_the_same_transaction_has_stored(self, world: World, stored: Any) -> None:
+        async with world.sessions.begin() as session:
+            doc = Doc(id=2, file=file("c"))
+            session.add(doc)
+            await session.flush()
+            connection = await session.connection()
+            with pytest.raises(StatementError) as caught:
+                await connection.execute(insert(Doc.__table__).values(id=3, file=doc.file))
+            assert isinstance(caught.value.orig, InvalidReferenceError)
+        await world.check(file_1="a", other_1="b", file_2="c")
+
     async def test_nothing_of_it_is_refused(self, world: World, stored: Any) -> None:
         async with world.sessions.begin() as session:
             await session.execute(insert(Doc).values(id=2, title="x"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, cast
 
 import pytest
@@ -11,6 +12,7 @@ from sqlalchemy.orm import SessionTransaction
 from granite_storage import StorageManager
 from granite_storage.orm import Attachment, AttachmentType
 from granite_storage.orm.columns import Tables
+from granite_storage.orm.greenlets import deferred_cancellation
 from granite_storage.orm.unit import Outcome, StoredObject, UnitOfWork
 from granite_storage.refs import StoredObjectRef
 
@@ -165,3 +167,23 @@ class TestTables:
         _, tables = self.make()
         other, _ = self.make()
         assert tables.find(other.tables["leaf"]) is None
+
+
+async def test_a_deferred_cancellation_comes_at_the_next_await() -> None:
+    """What must be done in an event is done, and the task is cancelled all the same."""
+    done = reached = False
+
+    async def work() -> None:
+        nonlocal done, reached
+        with deferred_cancellation():
+            await asyncio.sleep(10)
+        done = True
+        await asyncio.sleep(10)
+        reached = True
+
+    task = asyncio.ensure_future(work())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (done, reached) == (True, False)

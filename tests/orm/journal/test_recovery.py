@@ -1,0 +1,388 @@
+"""What a pass of recovery does and says, the worker that repeats it, and what waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import event, func, select, text, update
+
+from granite_storage import ConfigurationError, ObjectNotFoundError
+from granite_storage.exceptions import BackendUnavailableError, InvalidReferenceError, StaleAttachmentError
+from granite_storage.orm import Attachment, StorageJournal, bind_storage
+from granite_storage.orm.journal.tables import clock
+from tests.core.support import eventually
+from tests.orm.world import Base, Doc, World, file
+
+
+def journal_of(world: World) -> StorageJournal:
+    assert world.journal is not None
+    return world.journal
+
+
+async def expire(world: World) -> None:
+    tables = journal_of(world).tables
+    async with world.engine.begin() as connection:
+        for table in (tables.intent, tables.reclaim):
+            await connection.execute(update(table).values(due=clock(-1.0)))
+
+
+async def rows(world: World, name: str) -> list[Any]:
+    async with world.engine.connect() as connection:
+        return list(await connection.execute(select(getattr(journal_of(world).tables, name))))
+
+
+@contextlib.contextmanager
+def retention(duration: timedelta) -> Iterator[None]:
+    """Let what rows give up be kept so long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StorageJournal, "retention_of", lambda *_: duration)
+        yield
+
+
+async def eventually_true(condition: Callable[[], Awaitable[object]]) -> None:
+    """Wait until something holds that has to be asked for; on a machine that has other things to do, too."""
+    async with asyncio.timeout(60):
+        while not await condition():  # noqa: ASYNC110  # nobody tells; the database has to be asked
+            await asyncio.sleep(0.02)
+
+
+class TestReports:
+    async def test_nothing_to_do(self, world: World) -> None:
+        report = await journal_of(world).recover()
+        assert (report.claimed, report.deleted, report.kept, report.leased, report.waiting, report.failed) == (0, 0, 0, 0, 0, [])
+
+    async def test_an_upload_is_leased_then_deleted_then_looked_for_again(self, world: World) -> None:
+        stored = await file("a").store(Doc.file)
+        assert (await journal_of(world).recover()).leased == 1
+        assert await stored.exists()
+        await expire(world)
+        report = await journal_of(world).recover()
+        assert (report.claimed, report.deleted, report.confirmed, report.leased) == (1, 1, 0, 0)
+        assert not await stored.exists()
+        assert len(await rows(world, "reclaim")) == 1
+        assert (await journal_of(world).recover()).claimed == 0
+        await expire(world)
+        report = await journal_of(world).recover()
+        assert (report.claimed, report.deleted, report.confirmed) == (1, 0, 1)
+        assert await rows(world, "reclaim") == []
+
+    async def test_many(self, world: World) -> None:
+        """More than one batch, by two workers at once: each object is deleted by one of them."""
+        for _ in range(3):
+            await asyncio.gather(*(file(str(number)).store(Doc.file) for number in range(90)))
+        assert len(await world.objects()) == 270
+        await expire(world)
+        first, second = await asyncio.gather(journal_of(world).recover(), journal_of(world).recover())
+        assert first.deleted + second.deleted == 270
+        assert await world.objects() == set()
+
+    async def test_a_failure_is_reported_and_tried_again(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
+        stored = await file("a").store(Doc.file)
+        await expire(world)
+        world.backend.fail("delete", error=BackendUnavailableError("down"))
+        before = datetime.now(UTC)
+        [failed] = (await journal_of(world).recover()).failed
+        assert (failed.backend, failed.location, failed.attempts) == ("store", stored.location, 1)
+        assert "down" in failed.error
+        assert failed.next_attempt is not None
+        assert before < failed.next_attempt < before + timedelta(minutes=5)
+        assert stored.location in caplog.text
+        assert (await journal_of(world).recover()).claimed == 0
+        await expire(world)
+        assert (await journal_of(world).recover()).deleted == 1
+
+    async def test_a_dead_letter_is_left_alone_until_it_is_revived(
+        self, world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        journal = journal_of(world)
+        monkeypatch.setattr(journal, "_max_attempts", 2)
+        stored = await file("a").store(Doc.file)
+        world.backend.fail("delete", error=BackendUnavailableError("down"), times=2)
+        for _ in range(2):
+            await expire(world)
+            await journal.recover()
+        await expire(world)
+        [failed] = (await journal.recover()).failed
+        assert (failed.attempts, failed.next_attempt) == (2, None)
+        assert [record.levelno for record in caplog.records if "could not delete" in record.message][-1] == logging.ERROR
+        assert await stored.exists()
+        assert await journal.revive_dead_letters() == 1
+        assert (await journal.recover()).deleted == 1
+
+    async def test_a_backend_that_is_not_there_is_reported(self, world: World) -> None:
+        tables = journal_of(world).tables
+        await file("a").store(Doc.file)
+        async with world.engine.begin() as connection:
+            await connection.execute(update(tables.intent).values(backend="elsewhere", due=clock(-1.0)))
+        report = await journal_of(world).recover()
+        assert report.unknown_backends == {"elsewhere"}
+        assert report.claimed == 0
+        async with world.engine.begin() as connection:
+            await connection.execute(update(tables.intent).values(backend="store"))
+        await world.recover()
+
+    async def test_a_worker_leaves_a_sign_of_life(self, world: World) -> None:
+        await journal_of(world).recover()
+        first = {row.name: row.changed for row in await rows(world, "meta")}
+        await journal_of(world).recover()
+        second = {row.name: row.changed for row in await rows(world, "meta")}
+        assert second["heartbeat"] > first["heartbeat"]
+        assert second["schema_version"] == first["schema_version"]
+
+
+class TestCosts:
+    async def test_one_commit_for_many_attachments(self, world: World) -> None:
+        commits: list[Any] = []
+
+        def on_commit(connection: Any) -> None:
+            commits.append(connection)
+
+        await journal_of(world).check()
+        inner = journal_of(world)._pool._engine.sync_engine
+        event.listen(inner, "commit", on_commit)
+        await world.add(*(Doc(id=number, file=file("a"), other=file("b")) for number in range(1, 21)))
+        assert len(commits) == 1
+
+    @pytest.mark.case("DBF-18")
+    async def test_a_pool_of_one_connection(self, world: World) -> None:
+        engine = world.database.engine(pool_size=1, max_overflow=0, pool_timeout=5)
+        binding = bind_storage(Base, world.manager, journal=StorageJournal(engine))
+        try:
+            async with world.sessions(bind=engine) as session:
+                await session.execute(select(func.count()).select_from(Doc))
+                session.add(Doc(id=1, file=file("a")))
+                await session.flush()
+                session.add(Doc(id=2, file=file("b")))
+                await session.commit()
+        finally:
+            binding.unbind()
+            await engine.dispose()
+        await world.check(file_1="a", file_2="b")
+
+
+class TestLeases:
+    async def test_an_upload_is_renewed_while_it_goes_on(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(journal_of(world), "_lease", timedelta(seconds=3))
+        go = asyncio.Event()
+
+        async def slow() -> Any:
+            yield b"a"
+            await go.wait()
+            yield b"b"
+
+        saving = asyncio.create_task(world.add(Doc(id=1, file=Attachment(slow()))))
+        await eventually_true(lambda: rows(world, "intent"))
+        [first] = await rows(world, "intent")
+
+        async def is_renewed() -> bool:
+            return (await rows(world, "intent"))[0].due > first.due
+
+        await eventually_true(is_renewed)
+        go.set()
+        await saving
+        await world.check(file_1="ab")
+
+    @pytest.mark.parametrize("reclaimed", [True, False], ids=["reclaimed", "out of reach"])
+    async def test_an_upload_that_cannot_be_renewed_stops(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, reclaimed: bool
+    ) -> None:
+        journal = journal_of(world)
+        monkeypatch.setattr(journal, "_lease", timedelta(seconds=1.5))
+
+        async def renew(*_: Any) -> bool:
+            if not reclaimed:
+                raise OSError("the database is away")
+            return False
+
+        monkeypatch.setattr("granite_storage.orm.journal.intents.Intents.renew", renew)
+        stopped = asyncio.Event()
+
+        async def endless() -> Any:
+            try:
+                while True:
+                    yield b"a"
+                    await asyncio.sleep(0.01)
+            finally:
+                stopped.set()
+
+        source = endless()
+        with pytest.raises(StaleAttachmentError, match="lease"):
+            await world.add(Doc(id=1, file=Attachment(source)))
+        await source.aclose()
+        assert stopped.is_set()
+
+    async def test_nothing_is_sent_when_the_lease_is_over_already(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("granite_storage.orm.journal.lease._SAFE_SHARE", 0.0)
+        with pytest.raises(StaleAttachmentError, match="lease"):
+            await world.add(Doc(id=1, file=file("a")))
+        assert not [call for call in world.backend.calls if call.operation.startswith("put")]
+
+    async def test_nothing_is_uploaded_that_was_not_written_down(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def record(*_: Any) -> None:
+            raise ConnectionResetError("the answer to the COMMIT did not come")
+
+        monkeypatch.setattr("granite_storage.orm.journal.intents.Intents.record", record)
+        with pytest.raises(ConnectionResetError):
+            await world.add(Doc(id=1, file=file("a")))
+        assert not [call for call in world.backend.calls if call.operation.startswith("put")]
+
+    async def test_an_object_that_was_reclaimed_is_stored_anew_by_the_next_try(self, world: World) -> None:
+        attachment = await file("a").store(Doc.file)
+        await expire(world)
+        await journal_of(world).recover()
+        with pytest.raises(StaleAttachmentError):
+            await world.add(Doc(id=1, file=attachment))
+        await world.add(Doc(id=1, file=attachment))
+        await world.check(file_1="a")
+
+
+class TestRetention:
+    async def test_a_replaced_object_waits(self, world: World) -> None:
+        await world.add(Doc(id=1, file=file("a")))
+        with retention(timedelta(days=7)):
+            async with world.sessions.begin() as session:
+                doc = await session.get_one(Doc, 1)
+                assert doc.file is not None
+                old, doc.file = doc.file, file("b")
+            assert (await journal_of(world).recover()).waiting == 1
+            assert await world.manager.get(old.ref) == b"a"
+            async with world.sessions.begin() as session:
+                doc = await session.get_one(Doc, 1)
+                doc.file = Attachment.restore(old.ref)
+            assert [row.location for row in await rows(world, "intent")] == [(await only_replaced(world, old.ref))]
+        await world.recover()
+        await world.check(file_1="a")
+
+    async def test_bulk_deletes_wait_too(self, world: World) -> None:
+        await world.add(Doc(id=1, file=file("a")))
+        with retention(timedelta(days=7)):
+            async with world.sessions.begin() as session:
+                await session.execute(Doc.__table__.delete())
+            assert len(await world.objects()) == 1
+            assert (await journal_of(world).recover()).waiting == 1
+        await world.recover()
+
+    @pytest.mark.case("CON-04")
+    async def test_what_is_on_its_way_out_cannot_be_restored(self, world: World) -> None:
+        await world.add(Doc(id=1, file=file("a")))
+        async with world.sessions.begin() as session:
+            doc = await session.get_one(Doc, 1)
+            assert doc.file is not None
+            ref, doc.file = doc.file.ref, None
+        with pytest.raises(StaleAttachmentError, match="does not wait"):
+            await world.add(Doc(id=2, file=Attachment.restore(ref)))
+        with pytest.raises(ObjectNotFoundError):
+            await world.manager.get(ref)
+
+    async def test_what_a_row_holds_cannot_be_restored(self, world: World) -> None:
+        doc = Doc(id=1, file=file("a"))
+        await world.add(doc)
+        assert doc.file is not None
+        with pytest.raises(StaleAttachmentError, match="does not wait"):
+            await world.add(Doc(id=2, file=Attachment.restore(doc.file.ref)))
+        await world.check(file_1="a")
+
+    async def test_an_undo_that_is_rolled_back_waits_on(self, world: World) -> None:
+        await world.add(Doc(id=1, file=file("a")))
+        with retention(timedelta(days=7)):
+            async with world.sessions.begin() as session:
+                doc = await session.get_one(Doc, 1)
+                assert doc.file is not None
+                ref, doc.file = doc.file.ref, None
+            with pytest.raises(ZeroDivisionError):
+                async with world.sessions.begin() as session:
+                    (await session.get_one(Doc, 1)).file = Attachment.restore(ref)
+                    await session.flush()
+                    raise ZeroDivisionError
+            assert await world.manager.get(ref) == b"a"
+            assert (await journal_of(world).recover()).waiting == 1
+        await world.recover()
+
+    def test_only_a_ref_can_be_restored(self) -> None:
+        with pytest.raises(InvalidReferenceError):
+            Attachment.restore({"location": "x"})  # type: ignore[arg-type]
+
+
+async def has_no_objects(world: World) -> bool:
+    return not await world.objects()
+
+
+async def only_replaced(world: World, restored: Any) -> str:
+    [location] = await world.objects() - {restored.location}
+    return location
+
+
+class TestWorker:
+    async def test_it_recovers_and_stops(self, world: World) -> None:
+        await file("a").store(Doc.file)
+        await expire(world)
+        async with journal_of(world).worker(interval=timedelta(milliseconds=50)):
+            await eventually_true(lambda: has_no_objects(world))
+
+    async def test_it_survives_errors(
+        self, world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await file("a").store(Doc.file)
+        await expire(world)
+        journal = journal_of(world)
+        recovery, failures = journal._recovery, iter([OSError("the database is away")])
+
+        def failing() -> Any:
+            for error in failures:
+                raise error
+            return recovery()
+
+        monkeypatch.setattr(journal, "_recovery", failing)
+        async with journal.worker(interval=timedelta(milliseconds=50)):
+            await eventually_true(lambda: has_no_objects(world))
+        assert "is tried again" in caplog.text
+
+    async def test_a_slow_delete_does_not_hold_up_its_end(self, world: World) -> None:
+        await file("a").store(Doc.file)
+        await expire(world)
+        world.backend.delay("delete", seconds=3600)
+        async with asyncio.timeout(60), journal_of(world).worker(interval=timedelta(milliseconds=50)):
+            await eventually(lambda: any(call.operation == "delete" for call in world.backend.calls))
+        await world.recover()
+
+    async def test_an_interval_of_nothing_is_refused(self, world: World) -> None:
+        with pytest.raises(ConfigurationError, match="interval"):
+            async with journal_of(world).worker(interval=timedelta(0)):
+                pass
+
+
+class TestCancelled:
+    async def test_a_cancelled_save_is_left_to_the_worker(self, world: World) -> None:
+        world.backend.delay("put_bytes", seconds=3600)
+
+        async def save() -> None:
+            async with world.sessions() as session:
+                session.add(Doc(id=1, file=file("a")))
+                await session.flush()  # SQLAlchemy shields a commit, and the flush that it begins with
+
+        saving = asyncio.create_task(save())
+        await eventually(lambda: any(call.operation == "put_bytes" for call in world.backend.calls))
+        saving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+        assert len(await rows(world, "intent")) == 1
+
+    async def test_a_failed_save_is_cleaned_up_at_once(self, world: World) -> None:
+        world.backend.fail("put_bytes", error=BackendUnavailableError("down"), nth=2)
+        with pytest.raises(BackendUnavailableError):
+            await world.add(Doc(id=1, file=file("a"), other=file("b")))
+        assert await world.objects() == set()
+        assert await rows(world, "intent") == []
+
+
+async def test_sql_that_is_run_past_the_sessions_loses_nothing(world: World) -> None:
+    await world.add(Doc(id=1, file=file("a")))
+    async with world.engine.begin() as connection:
+        await connection.execute(text("UPDATE doc SET title = 'x'"))
+    assert (await journal_of(world).recover()).claimed == 0

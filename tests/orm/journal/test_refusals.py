@@ -1,0 +1,263 @@
+"""What is refused at start-up because the promise could not be kept with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import MetaData, inspect, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.pool import NullPool, StaticPool
+
+from granite_storage import ConfigurationError, StorageManager, StoragePolicy
+from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, journal_tables
+from tests.orm.databases import Database
+from tests.orm.world import Base, Doc, World, file
+
+
+def journal_of(world: World) -> StorageJournal:
+    assert world.journal is not None
+    return world.journal
+
+
+def manager(**policy: Any) -> StorageManager:
+    return StorageManager(backends={"store": MemoryStorageBackend()}, policies={"docs": StoragePolicy("docs", "store", **policy)})
+
+
+@contextlib.asynccontextmanager
+async def changed(world: World, change: str, back: str) -> AsyncIterator[None]:
+    """Change the database, and change it back."""
+    await world.sql(change)
+    try:
+        yield
+    finally:
+        await world.sql(back)
+
+
+async def require_refused(world: World, why: str) -> None:
+    """The start-up check, a pass, a worker and an upload are refused, and nothing is uploaded."""
+    world.binding.unbind()
+    journal = StorageJournal(world.engine)
+    binding = bind_storage(Base, world.manager, journal=journal)
+    try:
+        with pytest.raises(ConfigurationError, match=why):
+            await journal.check()
+        with pytest.raises(ConfigurationError, match=why):
+            await journal.recover()
+        with pytest.raises(ConfigurationError, match=why):
+            async with journal.worker():
+                pass
+        with pytest.raises(ConfigurationError, match=why):
+            await world.add(Doc(id=1, file=file("a")))
+    finally:
+        binding.unbind()
+        await journal.aclose()
+    assert await world.objects() == set()
+
+
+@pytest.mark.case("DBF-27")
+class TestTables:
+    async def test_a_missing_one(self, world: World) -> None:
+        async with changed(
+            world,
+            "ALTER TABLE granite_storage_reclaim RENAME TO moved_away",
+            "ALTER TABLE moved_away RENAME TO granite_storage_reclaim",
+        ):
+            await require_refused(world, "granite_storage_reclaim is missing")
+
+    async def test_one_without_a_column(self, world: World) -> None:
+        async with changed(
+            world,
+            "ALTER TABLE granite_storage_intent RENAME COLUMN upload_id TO other_id",
+            "ALTER TABLE granite_storage_intent RENAME COLUMN other_id TO upload_id",
+        ):
+            await require_refused(world, "granite_storage_intent is missing, is of another version")
+
+    async def test_another_version(self, world: World) -> None:
+        await journal_of(world).check()
+        async with changed(
+            world,
+            "UPDATE granite_storage_meta SET value = '99' WHERE name = 'schema_version'",
+            "UPDATE granite_storage_meta SET value = '1' WHERE name = 'schema_version'",
+        ):
+            await require_refused(world, "version 99")
+
+    async def test_no_privilege(self, world: World) -> None:
+        if not world.database.is_postgres:
+            pytest.skip("one kind of privilege is enough")
+        await world.sql("CREATE ROLE visitor LOGIN")
+        await world.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO visitor")
+        engine = create_async_engine(world.database.url.set(username="visitor"), poolclass=NullPool)
+        journal = StorageJournal(engine)
+        binding = bind_storage(Base, world.manager, journal=journal)
+        try:
+            with pytest.raises(ConfigurationError, match="may not be written to"):
+                await journal.check()
+        finally:
+            binding.unbind()
+            await engine.dispose()
+            await world.sql("DROP OWNED BY visitor")
+            await world.sql("DROP ROLE visitor")
+
+    async def test_the_wrong_engine(self, world: World) -> None:
+        if world.database.is_postgres:
+            pytest.skip("storage engines are MariaDB's")
+        for table in ("granite_storage_intent", "doc"):
+            for engine in ("MyISAM", "Aria"):
+                async with changed(world, f"ALTER TABLE {table} ENGINE={engine}", f"ALTER TABLE {table} ENGINE=InnoDB"):
+                    await require_refused(world, rf"{table} \({engine}\)")
+
+    test_the_wrong_engine.pytestmark = [pytest.mark.case("DBF-28")]  # type: ignore[attr-defined]
+
+
+@pytest.mark.case("DBF-21")
+async def test_isolation_that_shows_too_little(world: World) -> None:
+    if world.database.is_postgres:
+        pytest.skip("PostgreSQL has no READ UNCOMMITTED")
+    async with changed(
+        world,
+        "SET GLOBAL TRANSACTION ISOLATION LEVEL READ UNCOMMITTED",
+        "SET GLOBAL TRANSACTION ISOLATION LEVEL REPEATABLE READ",
+    ):
+        await require_refused(world, "READ UNCOMMITTED")
+
+
+@pytest.mark.case("DBF-21")
+async def test_the_journals_own_connections_read_what_is_committed(world: World) -> None:
+    question = "SHOW transaction_isolation" if world.database.is_postgres else "SELECT @@tx_isolation"
+    engine = world.database.engine(isolation_level="SERIALIZABLE")
+    try:
+        async with StorageJournal(engine)._pool.reading() as connection:
+            level = (await connection.execute(text(question))).scalar_one()
+        assert level.upper().replace("-", " ") == "READ COMMITTED"
+    finally:
+        await engine.dispose()
+
+
+async def test_sqlite(tmp_path: Path) -> None:
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/test.db")
+    with pytest.raises(ConfigurationError, match="SQLite cannot have a journal"):
+        StorageJournal(engine)
+    await engine.dispose()
+
+
+async def test_a_pool_of_one_shared_connection(database: Database) -> None:
+    engine = create_async_engine(database.url, poolclass=StaticPool)
+    with pytest.raises(ConfigurationError, match="StaticPool cannot have a journal"):
+        StorageJournal(engine)
+    await engine.dispose()
+
+
+async def test_a_pool_that_keeps_nothing_will_do(world: World) -> None:
+    engine = create_async_engine(world.database.url, poolclass=NullPool)
+    binding = bind_storage(Base, world.manager, journal=StorageJournal(engine))
+    try:
+        async with world.sessions(bind=engine) as session:
+            session.add(Doc(id=1, file=file("a")))
+            await session.commit()
+    finally:
+        binding.unbind()
+        await engine.dispose()
+    await world.check(file_1="a")
+
+
+def test_an_engine_that_is_none(world: World) -> None:
+    with pytest.raises(ConfigurationError, match="AsyncEngine"):
+        StorageJournal(world.engine.sync_engine)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"lease": timedelta(0)}, {"lease": 900}, {"pool_size": 0}, {"pool_size": True}, {"max_attempts": 0}],
+    ids=str,
+)
+async def test_arguments_that_cannot_work(world: World, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(arguments))):
+        StorageJournal(world.engine, **arguments)
+
+
+class TestBinding:
+    def test_tables_that_are_not_declared(self, world: World) -> None:
+        class Other(DeclarativeBase):
+            pass
+
+        with pytest.raises(ConfigurationError, match="call journal_tables"):
+            bind_storage(Other, manager(), journal=StorageJournal(world.engine))
+
+    def test_another_manager(self, world: World) -> None:
+        with pytest.raises(ConfigurationError, match="one manager"):
+            bind_storage(Base, manager(), journal=world.journal)
+
+    def test_something_else(self, world: World) -> None:
+        with pytest.raises(ConfigurationError, match="StorageJournal"):
+            bind_storage(Base, world.manager, journal="journal")  # type: ignore[arg-type]
+
+    def test_before_it_is_bound_it_says_so(self, world: World) -> None:
+        with pytest.raises(ConfigurationError, match="pass it to bind_storage"):
+            _ = StorageJournal(world.engine).tables
+
+    def test_a_retention_without_a_journal(self) -> None:
+        class Other(DeclarativeBase):
+            pass
+
+        class Letter(Other):
+            __tablename__ = "letter"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            file: Mapped[Attachment | None] = attachment("docs")
+
+        with pytest.raises(ConfigurationError, match="retention, which needs a journal"):
+            bind_storage(Other, manager(retention=timedelta(days=1)))
+
+    @pytest.mark.parametrize("retention", [timedelta(seconds=-1), 3600, None])
+    def test_a_retention_that_is_none(self, retention: Any) -> None:
+        with pytest.raises(ConfigurationError, match="retention"):
+            StoragePolicy("docs", "store", retention=retention)
+
+
+class TestDeclaring:
+    def test_twice_is_once(self) -> None:
+        metadata = MetaData()
+        assert journal_tables(metadata) is journal_tables(metadata)
+
+    def test_another_schema_is_refused(self) -> None:
+        metadata = MetaData()
+        journal_tables(metadata, schema="files")
+        with pytest.raises(ConfigurationError, match="'files'"):
+            journal_tables(metadata)
+
+    async def test_in_a_schema_of_its_own(self, database: Database) -> None:
+        if not database.is_postgres:
+            pytest.skip("a schema is a database there")
+
+        class Other(DeclarativeBase):
+            pass
+
+        class Letter(Other):
+            __tablename__ = "letter_of_another_schema"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            file: Mapped[Attachment | None] = attachment("docs")
+
+        tables = journal_tables(Other.metadata, schema="files")
+        engine = database.engine()
+        try:
+            async with engine.begin() as connection:
+                await connection.execute(text("CREATE SCHEMA files"))
+                await connection.run_sync(Other.metadata.create_all)
+                names = await connection.run_sync(lambda sync: inspect(sync).get_table_names("files"))
+            assert set(names) == {table.name for table in tables.all}
+            journal = StorageJournal(engine)
+            binding = bind_storage(Other, manager(), journal=journal)
+            await journal.check()
+            assert (await journal.recover()).claimed == 0
+            binding.unbind()
+        finally:
+            async with engine.begin() as connection:
+                await connection.run_sync(Other.metadata.drop_all)
+                await connection.execute(text("DROP SCHEMA files CASCADE"))
+            await engine.dispose()

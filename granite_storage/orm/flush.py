@@ -152,7 +152,7 @@ def displace(log: Frame | FlushUnderWay, held: Iterable[HeldRef]) -> list[Stored
 def _stored(entry: HeldRef) -> StoredObject:
     home: AttachmentType = entry.column.type  # type: ignore[assignment]  # only attachment columns are read under locks
     binding = home.binding()
-    intent = None if binding.journal is None else Intent(binding.journal, new_id())
+    intent = None if binding.journal is None else Intent(binding.journal, new_id(), deletes=True)
     return StoredObject(binding.manager, entry.ref, intent)
 
 

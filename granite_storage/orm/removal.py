@@ -29,11 +29,15 @@ def remove_now(stored: Iterable[StoredObject]) -> None:
     """Delete objects from inside a session's or an engine's event, and log what could not be deleted.
 
     Outside SQLAlchemy's greenlet nothing can be awaited; then the objects stay, for the garbage collector. What a journal knows
-    of is its own to delete, and is left to its worker where the task is being cancelled.
+    of is its own to delete: what rows have given up is its worker's, which looks after many at once; what was never taken by a
+    row goes at once, unless the task is being cancelled.
     """
     objects = list({item.key: item for item in stored}.values())
     plain = [item for item in objects if item.intent is None]
     intents = [item.intent for item in objects if item.intent is not None]
+    for journal in {intent.journal for intent in intents}:
+        journal.wake_workers()
+    intents = [intent for intent in intents if not intent.deletes]
     if not in_greenlet():
         for item in plain:
             logger.warning(

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Connection, ForeignKeyConstraint, Row, Select, Table, and_, or_, select
 
+from granite_storage.orm._batches import batches
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Tables
 from granite_storage.refs import StoredObjectRef
 
 __all__ = ["HeldRef", "cascaded", "lock_rows", "lock_statement", "still_held", "take_write_lock"]
-
-T = TypeVar("T")
 
 _AT_A_TIME = 200
 
@@ -47,12 +45,17 @@ def lock_rows(
 
     A replacement takes the weaker lock, `FOR NO KEY UPDATE` on PostgreSQL, as its UPDATE would: with the stronger one, two
     inserts of children and the replacement of their parent's file wait for each other in a ring.
+
+    What is not found is looked for once more where that may help: see `_looks`.
     """
     take_write_lock(connection, table)
-    held: list[HeldRef] = []
-    for keys in _batches(_in_order(primary_keys), _AT_A_TIME):
-        held += _read(connection, table, columns, _among(table, keys), deleting=deleting)
-    return held
+    rows: list[Row[Any]] = []
+    for keys in batches(_in_order(primary_keys), _AT_A_TIME):
+        found = _rows(connection, table, columns, _among(table, keys), deleting=deleting)
+        if _looks(connection) > 1 and (missing := _missing(keys, found, table)):
+            found += _rows(connection, table, columns, _among(table, missing), deleting=deleting)
+        rows += found
+    return [ref for row in rows for ref in _refs_in(table, columns, row)]
 
 
 def lock_statement(
@@ -70,9 +73,12 @@ def lock_statement(
     statement = _locked(connection, select(*keys, *columns).select_from(table), keys, deleting=deleting)
     if where is not None:
         statement = statement.where(where)
-    rows = [row for values in parameters for row in connection.execute(statement, values)]
-    held = [ref for row in rows for ref in _refs_in(table, columns, row)]
-    return held, [tuple(row[: len(keys)]) for row in rows]
+    rows: dict[tuple[Any, ...], Row[Any]] = {}
+    for values in parameters:
+        for _ in range(_looks(connection)):
+            rows |= {tuple(row[: len(keys)]): row for row in connection.execute(statement, values)}
+    held = [ref for row in rows.values() for ref in _refs_in(table, columns, row)]
+    return held, list(rows)
 
 
 def still_held(connection: Connection, held: Sequence[HeldRef]) -> set[tuple[str, str]]:
@@ -83,7 +89,7 @@ def still_held(connection: Connection, held: Sequence[HeldRef]) -> set[tuple[str
     found: set[tuple[str, str]] = set()
     for table, column in {(entry.table, entry.column) for entry in held}:
         keys = _in_order(entry.primary_key for entry in held if entry.column is column)
-        for batch in _batches(keys, _AT_A_TIME):
+        for batch in batches(keys, _AT_A_TIME):
             found |= {entry.place for entry in _read(connection, table, [column], _among(table, batch), deleting=False)}
     return found
 
@@ -103,7 +109,7 @@ def cascaded(connection: Connection, tables: Tables, table: Table, primary_keys:
             take_write_lock(connection, child)
             columns = tables.attachments(child)
             reached: list[tuple[Any, ...]] = []
-            for batch in _batches(keys, _AT_A_TIME):
+            for batch in batches(keys, _AT_A_TIME):
                 for row in connection.execute(_children(connection, parent, batch, constraint, columns)):
                     key = tuple(row[: len(child.primary_key)])
                     if (child.fullname, key) not in seen:
@@ -135,9 +141,32 @@ def _read(
     *,
     deleting: bool,
 ) -> list[HeldRef]:
+    return [ref for row in _rows(connection, table, columns, where, deleting=deleting) for ref in _refs_in(table, columns, row)]
+
+
+def _looks(connection: Connection) -> int:
+    """Return how often rows are looked for, to find all that the statement after that will hit.
+
+    On PostgreSQL a SELECT that had to wait for a transaction does not see what that one has inserted: of a row that was deleted
+    and inserted anew with its primary key it finds nothing, while an UPDATE that follows hits the new row.
+    """
+    return 2 if connection.dialect.name == "postgresql" else 1
+
+
+def _rows(
+    connection: Connection, table: Table, columns: Sequence[Column[Any]], where: ColumnElement[bool], *, deleting: bool
+) -> list[Row[Any]]:
     keys = list(table.primary_key)
     statement = _locked(connection, select(*keys, *columns).where(where), keys, deleting=deleting)
-    return [ref for row in connection.execute(statement) for ref in _refs_in(table, columns, row)]
+    return list(connection.execute(statement))
+
+
+def _missing(keys: Sequence[tuple[Any, ...]], rows: Sequence[Row[Any]], table: Table) -> list[tuple[Any, ...]]:
+    """Return the primary keys without a row; by their number first, since a driver may return another type than was given."""
+    if len(rows) == len(keys):
+        return []
+    found = {tuple(row[: len(table.primary_key)]) for row in rows}
+    return [key for key in keys if key not in found]
 
 
 def _locked(connection: Connection, statement: Select[Any], keys: Sequence[Column[Any]], *, deleting: bool) -> Select[Any]:
@@ -185,9 +214,3 @@ def _in_order(keys: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         return sorted(unique)
     except TypeError:
         return sorted(unique, key=repr)
-
-
-def _batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -50,6 +50,7 @@ class Intent:
 
     journal: StorageJournal
     id: UUID
+    deletes: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

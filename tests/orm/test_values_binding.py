@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def make_model(table: str = "thing", storage_key: str = "documents", base: Any =
 
 
 def listeners() -> list[str]:
-    """The library's functions that SQLAlchemy would call, anywhere in the process."""
+    """The library's functions that SQLAlchemy would call, anywhere in the process, for what is not garbage."""
+    gc.collect()
     found = [reference() for targets in registry._key_to_collection.values() for reference in targets.values()]
     return [repr(function) for function in found if str(getattr(function, "__module__", "")).startswith("granite_storage")]
 

@@ -237,6 +237,8 @@ class World:
         Args:
             **expected: What columns of `doc` hold, such as `file_1="content"`, where the row is there; all others hold nothing.
         """
+        if self.journal is not None:
+            await self.journal.recover()
         references = await self.references()
         locations, objects = [ref.location for ref in references.values()], await self.objects()
         assert len(set(locations)) == len(locations), "two rows share an object"

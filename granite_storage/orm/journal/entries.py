@@ -66,5 +66,5 @@ def restore(unit: UnitOfWork, home: AttachmentType, stored: StoredObject) -> Non
     found = await_only(journal.intents.find_delete(stored.ref))
     if found is None:
         raise StaleAttachmentError(f"the object at {stored.ref.location!r} does not wait to be deleted, so it cannot be restored")
-    unit.flush.restored.append(Intent(journal, found))
+    unit.flush.restored.append(Intent(journal, found, deletes=True))
     unit.flush.log.append((stored, True))

@@ -14,10 +14,15 @@ worker outlives the intent it is about.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, TypeAlias
 from uuid import UUID
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
@@ -25,18 +30,77 @@ from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.locations import uuid7_hex
+from granite_storage.orm._batches import batches
 from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, JournalTables, clock
 
 if TYPE_CHECKING:
     from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Intents", "new_id"]
+__all__ = ["GroupCommit", "Intents", "new_id"]
+
+Place: TypeAlias = tuple[str, str]
+_MOST_AT_ONCE = 64
+_AT_A_TIME = 500
 
 
 def new_id() -> UUID:
     """Return the id of an intent; ids rise with time, so that the table's index grows at its end."""
     return UUID(uuid7_hex())
+
+
+class GroupCommit:
+    """Lets the intents of flushes that come at the same time share a commit: the first one writes for all that wait.
+
+    There is no task behind it. Whoever comes first writes; whoever waits writes next, for those who came meanwhile. When the
+    writer is cancelled, nobody knows whether it has committed, and the next one writes the others' intents anew.
+    """
+
+    def __init__(self) -> None:
+        self._queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _Queue] = WeakKeyDictionary()
+
+    async def write(self, places: Sequence[Place], insert: Callable[[Sequence[Place]], Awaitable[Sequence[UUID]]]) -> list[UUID]:
+        """Return the ids of the intents of some objects, once they are committed."""
+        queue = self._queues.setdefault(asyncio.get_running_loop(), _Queue())
+        entry = _Entry(places)
+        queue.entries.append(entry)
+        try:
+            async with queue.writing:
+                if entry.ids is None and entry.error is None:
+                    await _write_for_all(queue, insert)
+        finally:
+            if entry in queue.entries:
+                queue.entries.remove(entry)
+        if entry.error is not None:
+            raise entry.error
+        assert entry.ids is not None  # noqa: S101  # it has neither waited in vain nor failed
+        return entry.ids
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    places: Sequence[Place]
+    ids: list[UUID] | None = None
+    error: Exception | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Queue:
+    entries: list[_Entry] = field(default_factory=list)
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+async def _write_for_all(queue: _Queue, insert: Callable[[Sequence[Place]], Awaitable[Sequence[UUID]]]) -> None:
+    batch = queue.entries[:_MOST_AT_ONCE]
+    try:
+        ids = iter(await insert([place for entry in batch for place in entry.places]))
+    except Exception as error:  # noqa: BLE001  # it is raised to each of those that waited for it
+        for entry in batch:
+            entry.error = error
+    else:
+        for entry in batch:
+            entry.ids = list(islice(ids, len(entry.places)))
+    queue.entries = [entry for entry in queue.entries if entry not in batch]
 
 
 class Intents:
@@ -45,11 +109,13 @@ class Intents:
     Args:
         pool: The journal's own connections.
         tables: The journal's tables.
+        commits: What gathers the intents of sessions that flush at the same time.
     """
 
-    def __init__(self, pool: JournalPool, tables: JournalTables) -> None:
+    def __init__(self, pool: JournalPool, tables: JournalTables, commits: GroupCommit) -> None:
         self._pool = pool
         self._tables = tables
+        self._commits = commits
 
     async def record(self, places: Sequence[tuple[str, str]], lease: timedelta) -> list[UUID]:
         """Commit the intents of uploads, durably, before anything is uploaded; all of them at once.
@@ -61,13 +127,17 @@ class Intents:
         Returns:
             Their ids, in the same order.
         """
+        return await self._commits.write(places, partial(self._insert, lease))
+
+    async def _insert(self, lease: timedelta, places: Sequence[Place]) -> list[UUID]:
         ids = [new_id() for _ in places]
         rows = [
             {"id": item, "kind": UPLOAD, "backend": backend, "location": location, "due": _after(lease)}
             for item, (backend, location) in zip(ids, places, strict=True)
         ]
         async with self._pool.durable() as connection:
-            await connection.execute(insert(self._tables.intent).values(rows))
+            for batch in batches(rows, _AT_A_TIME):
+                await connection.execute(insert(self._tables.intent).values(batch))
         return ids
 
     async def renew(self, ids: Sequence[UUID], lease: timedelta) -> bool:
@@ -95,8 +165,10 @@ class Intents:
         """
         intent = self._tables.intent
         if self._pool.is_postgresql:
-            found = connection.execute(delete(intent).where(intent.c.id.in_(ids)).returning(intent.c.id))
-            missing = set(ids).difference(found.scalars())
+            missing = set(ids)
+            for batch in batches(ids, _AT_A_TIME):
+                found = connection.execute(delete(intent).where(intent.c.id.in_(batch)).returning(intent.c.id))
+                missing.difference_update(found.scalars())
         else:
             statement = delete(intent).where(intent.c.id == bindparam("intent"))
             missing = {item for item in ids if connection.execute(statement, {"intent": item}).rowcount != 1}
@@ -112,8 +184,8 @@ class Intents:
             {"id": item, "kind": DELETE, "backend": ref.backend, "location": ref.location, "due": _after(retention)}
             for item, ref, retention in displaced
         ]
-        if rows:
-            connection.execute(insert(self._tables.intent).values(rows))
+        for batch in batches(rows, _AT_A_TIME):
+            connection.execute(insert(self._tables.intent).values(batch))
 
     async def find_delete(self, ref: StoredObjectRef) -> UUID | None:
         """Return the pending intent to delete an object, for an undo to consume."""

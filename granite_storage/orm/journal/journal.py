@@ -12,12 +12,12 @@ from uuid import UUID
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm.journal.checks import beat, check_database
-from granite_storage.orm.journal.intents import Intents
+from granite_storage.orm.journal.intents import GroupCommit, Intents
 from granite_storage.orm.journal.lease import Lease
 from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.recovery import Recovery, RecoveryReport
 from granite_storage.orm.journal.tables import JournalTables, tables_of
-from granite_storage.orm.journal.worker import at_work
+from granite_storage.orm.journal.worker import Alarm, at_work
 
 if TYPE_CHECKING:
     from sqlalchemy import Column, MetaData
@@ -83,6 +83,8 @@ class StorageJournal:
         self._bindings: list[StorageBinding] = []
         self._tables: JournalTables | None = None
         self._checked = False
+        self._alarm = Alarm()
+        self._commits = GroupCommit()
 
     @property
     def lease(self) -> timedelta:
@@ -141,6 +143,7 @@ class StorageJournal:
     async def worker(self, *, interval: timedelta = timedelta(seconds=30)) -> AsyncIterator[None]:
         """Recover again and again while the block runs, as the task of an application's lifespan.
 
+        It looks soon after a transaction of this process has given something up, and every interval for those of other processes.
         Every backend has a loop of its own, so that a slow or dead one holds up no other. Failures are logged and survived. The
         loops end with the block, promptly; what they leave unfinished any other worker resumes.
 
@@ -166,7 +169,7 @@ class StorageJournal:
             await self._recovery().run(backend, self._columns())
             await beat(self._pool, self.tables)
 
-        async with at_work(self.manager.backends, recover, interval):
+        async with at_work(self.manager.backends, recover, interval, self._alarm):
             yield
 
     async def revive_dead_letters(self) -> int:
@@ -190,7 +193,7 @@ class StorageJournal:
     @property
     def intents(self) -> Intents:
         """What transactions do to it; for the session hooks."""
-        return Intents(self._pool, self.tables)
+        return Intents(self._pool, self.tables, self._commits)
 
     def retention_of(self, ref: StoredObjectRef) -> timedelta:
         """Return how long an object waits to be deleted: as its policy says, or the longest there is for one that is gone."""
@@ -205,8 +208,12 @@ class StorageJournal:
         ids = await self.intents.record([(draft.policy.backend_key, draft.location) for draft in drafts], self._lease)
         return Lease(self.intents, ids, self._lease, begun)
 
+    def wake_workers(self) -> None:
+        """Let the workers of this process look soon: a transaction has ended that left them something."""
+        self._alarm.ring()
+
     async def settle(self, ids: Sequence[UUID]) -> None:
-        """Do at once what the end of a transaction has made due; what is not due, or still locked, is left to a worker."""
+        """Delete at once what a transaction that was rolled back has stored; what is still locked is left to a worker."""
         await self._recovery().settle(ids, self._columns())
 
     def bind(self, binding: StorageBinding) -> None:

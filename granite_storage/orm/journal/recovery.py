@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, delete, func, insert, select, text, union_all, update
+from sqlalchemy import ColumnElement, Row, bindparam, delete, func, insert, select, text, union_all, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -36,16 +38,38 @@ if TYPE_CHECKING:
 
 __all__ = ["FailedReclaim", "Recovery", "RecoveryReport"]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _BATCH = 100
 _DELETES_AT_A_TIME = 8
 _LOCK_NOT_AVAILABLE = "55P03"
+_DEADLOCKS = ("40P01", "40001", 1205, 1213)
+_TRIES = 6
 _LOCK_TIMEOUT = "SET LOCAL lock_timeout = '250ms'"
 _FIRST_RETRY = 5.0
 _LONGEST_RETRY = 3600.0
 _LONGEST_ERROR = 500
 _MOST_REPORTED = 1000
+
+
+def _again_after_deadlock(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    """Do one transaction again when the database has chosen it to end a deadlock between workers, and so has rolled it back."""
+
+    @wraps(method)
+    async def retried(*args: P.args, **kwargs: P.kwargs) -> T:
+        for attempt in range(_TRIES):
+            try:
+                return await method(*args, **kwargs)
+            except DBAPIError as error:
+                if _code(error) not in _DEADLOCKS or attempt == _TRIES - 1:
+                    raise
+            await asyncio.sleep(random.uniform(0, 0.05 * 2**attempt))  # noqa: S311  # not a secret
+        raise AssertionError("the last try returns or raises")
+
+    return retried
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +225,7 @@ class Recovery:
         intent = self._tables.intent
         return (intent.c.backend == backend) & (intent.c.due <= clock())
 
+    @_again_after_deadlock
     async def _fence(self, condition: ColumnElement[bool]) -> list[_Reclaim]:
         """Take intents over, durably, before anything is done about their objects."""
         intent, reclaim = self._tables.intent, self._tables.reclaim
@@ -264,10 +289,11 @@ class Recovery:
                 result = await connection.execute(new.on_conflict_do_nothing().returning(decision.c.id))
                 return set(result.scalars())
         except DBAPIError as error:
-            if _is_lock_timeout(error):
+            if _code(error) == _LOCK_NOT_AVAILABLE:
                 return None
             raise
 
+    @_again_after_deadlock
     async def _resume(self, backend: str, limit: int) -> list[_Reclaim]:
         """Take over what is fenced and due: retries, late looks, and what a worker that died has left."""
         reclaim = self._tables.reclaim
@@ -325,6 +351,7 @@ class Recovery:
                 return error
         return None
 
+    @_again_after_deadlock
     async def _conclude(self, removed: Sequence[_Reclaim]) -> None:
         """Forget what is gone for good; of an upload something may still arrive, so look there once more when none can."""
         waiting = [item.id for item in removed if item.kind == UPLOAD and not item.emptied]
@@ -335,6 +362,7 @@ class Recovery:
             async with self._pool.reading() as connection:
                 await connection.execute(update(reclaim).where(reclaim.c.id.in_(waiting)).values(later))
 
+    @_again_after_deadlock
     async def _forget(self, items: Sequence[_Reclaim]) -> None:
         if not items:
             return
@@ -360,8 +388,14 @@ class Recovery:
 
     async def _drop(self, connection: AsyncConnection, table: Table, ids: Iterable[UUID]) -> None:
         wanted = list(ids)
-        if wanted:
+        if not wanted:
+            return
+        if self._pool.is_postgresql:
             await connection.execute(delete(table).where(table.c.id.in_(wanted)))
+        else:  # a list may be looked for in the whole table there, whose other rows are locked on the way
+            await connection.execute(
+                delete(table).where(table.c.id == bindparam("wanted")), [{"wanted": item} for item in wanted]
+            )
 
 
 def _failure(row: Row[Any]) -> FailedReclaim:
@@ -369,6 +403,9 @@ def _failure(row: Row[Any]) -> FailedReclaim:
     return FailedReclaim(row.backend, row.location, row.error, row.attempts, None if row.dead else due)
 
 
-def _is_lock_timeout(error: DBAPIError) -> bool:
-    code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-    return code == _LOCK_NOT_AVAILABLE
+def _code(error: DBAPIError) -> str | int | None:
+    """Return the database's code of an error: PostgreSQL's is text, MariaDB's a number."""
+    found: str | int | None = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+    if found is None and error.orig is not None and error.orig.args and isinstance(error.orig.args[0], int):
+        return error.orig.args[0]
+    return found

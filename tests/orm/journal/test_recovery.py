@@ -137,6 +137,52 @@ class TestReports:
 
 
 class TestCosts:
+    async def test_sessions_that_flush_at_the_same_time_share_commits(self, world: World) -> None:
+        journal, commits = journal_of(world), []
+        await journal.check()
+        event.listen(journal._pool._engine.sync_engine, "commit", lambda connection: commits.append(connection))
+        await asyncio.gather(*(world.add(Doc(id=number, file=file("a"))) for number in range(1, 9)))
+        assert 1 <= len(commits) < 8
+        await world.check(**{f"file_{number}": "a" for number in range(1, 9)})
+
+    async def test_a_failure_is_everybodys_who_waited_for_it(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def insert(*_: Any) -> None:
+            await asyncio.sleep(0.05)
+            raise ConnectionResetError("no answer")
+
+        monkeypatch.setattr("granite_storage.orm.journal.intents.Intents._insert", insert)
+        done = await asyncio.gather(*(file("a").store(Doc.file) for _ in range(5)), return_exceptions=True)
+        assert [type(error) for error in done] == [ConnectionResetError] * 5
+        assert await world.objects() == set()
+
+    async def test_a_cancelled_writer_leaves_nobody_waiting(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        intents = "granite_storage.orm.journal.intents.Intents._insert"
+        original = type(journal_of(world).intents)._insert
+        entered = asyncio.Event()
+        await journal_of(world).check()
+
+        async def insert(*args: Any) -> Any:
+            if not entered.is_set():
+                entered.set()
+                await asyncio.sleep(3600)
+            return await original(*args)
+
+        monkeypatch.setattr(intents, insert)
+        first, *others = [asyncio.create_task(file("a").store(Doc.file)) for _ in range(4)]
+        await entered.wait()
+        first.cancel()
+        stored = await asyncio.gather(*others)
+        assert len({attachment.location for attachment in stored}) == 3
+        assert first.cancelled()
+        await world.recover()
+
+    async def test_very_many_attachments(self, world: World) -> None:
+        """More than one statement can take."""
+        await world.add(*(Doc(id=number, file=file(str(number))) for number in range(1, 1201)))
+        assert len(await world.objects()) == 1200
+        async with world.sessions.begin() as session:
+            await session.execute(Doc.__table__.delete())
+
     async def test_one_commit_for_many_attachments(self, world: World) -> None:
         commits: list[Any] = []
 
@@ -275,6 +321,7 @@ class TestRetention:
             doc = await session.get_one(Doc, 1)
             assert doc.file is not None
             ref, doc.file = doc.file.ref, None
+        assert (await journal_of(world).recover()).deleted == 1
         with pytest.raises(StaleAttachmentError, match="does not wait"):
             await world.add(Doc(id=2, file=Attachment.restore(ref)))
         with pytest.raises(ObjectNotFoundError):
@@ -323,6 +370,13 @@ class TestWorker:
         await file("a").store(Doc.file)
         await expire(world)
         async with journal_of(world).worker(interval=timedelta(milliseconds=50)):
+            await eventually_true(lambda: has_no_objects(world))
+
+    async def test_it_looks_soon_after_a_transaction(self, world: World) -> None:
+        await world.add(Doc(id=1, file=file("a")))
+        async with journal_of(world).worker(interval=timedelta(hours=1)):
+            async with world.sessions.begin() as session:
+                await session.delete(await session.get_one(Doc, 1))
             await eventually_true(lambda: has_no_objects(world))
 
     async def test_it_survives_errors(

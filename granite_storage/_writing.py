@@ -7,9 +7,9 @@ from typing import Any
 
 from granite_storage._concurrency import finish
 from granite_storage._configuration import Configuration
-from granite_storage._drafts import ObjectDraft
 from granite_storage._lifecycle import Lifecycle
 from granite_storage.backends.base import SupportsCopy
+from granite_storage.drafts import ObjectDraft
 from granite_storage.exceptions import BackendError
 from granite_storage.readers import StoredObjectReader, require_recorded_size
 from granite_storage.refs import StoredObjectRef

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from granite_storage._concurrency import finish
 from granite_storage._configuration import Configuration, require_positive, require_ref, require_seconds
-from granite_storage._drafts import ObjectDraft
 from granite_storage._lifecycle import Lifecycle
 from granite_storage._writing import DraftWriter
 from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsAbort
+from granite_storage.drafts import ObjectDraft
 from granite_storage.locations import check_location
 from granite_storage.policies import StoragePolicy
 from granite_storage.readers import OpeningReader, StoredObjectReader
@@ -219,7 +219,7 @@ class StorageManager:
     async def put_draft(self, draft: ObjectDraft, content: BytesLike | ByteSource) -> StoredObjectRef:
         """Store the content of a draft: bytes as `put_bytes` does, a stream as `put_stream` does, with their errors."""
         if isinstance(content, bytes | bytearray | memoryview):
-            return await self._writer.put_bytes(draft, content)
+            return await self._writer.put_bytes(draft, cast(BytesLike, content))
         return await self._writer.put_stream(draft, content)
 
     async def get(self, ref: StoredObjectRef) -> bytes:

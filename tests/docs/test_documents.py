@@ -19,6 +19,7 @@ from sybil import Example, Sybil
 from sybil.parsers.myst import CodeBlockParser
 
 import granite_storage
+from tests.orm.databases import postgres
 from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server, moto_s3
 
 ROOT = Path(__file__).parents[2]
@@ -45,10 +46,17 @@ def bucket_server() -> Iterator[S3Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def database(_temporary_folder: Path) -> Iterator[str]:
+    with postgres(_temporary_folder) as url:
+        yield url.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+
+
 @pytest.fixture
-def surroundings(bucket_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty working directory, and a bucket that the usual environment variables lead to."""
+def surroundings(bucket_server: S3Server, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working directory, and a bucket and a database that the usual environment variables lead to."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", database)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

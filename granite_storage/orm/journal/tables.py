@@ -22,6 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.type_api import TypeEngine
 
 from granite_storage.exceptions import ConfigurationError
 
@@ -140,9 +141,9 @@ def _declare(metadata: MetaData, schema: str | None) -> JournalTables:
 class clock(FunctionElement[Any]):  # noqa: N801  # it reads as a function of SQL
     """The database's time at this moment, so many seconds from it; not that of the transaction's beginning."""
 
-    inherit_cache = True
-    type = DateTime(timezone=True)
-    name = "clock"
+    inherit_cache: bool | None = True
+    type: TypeEngine[Any] = DateTime(timezone=True)
+    name: str = "clock"
 
     def __init__(self, seconds: float | str = 0.0) -> None:
         """Make the expression; a string is the name of the parameter that the seconds come in."""

@@ -180,7 +180,7 @@ class LocalStorageBackend:
 
     async def _write(self, draft: Draft, begun: deque[bytes], rest: AsyncIterator[bytes]) -> None:
         """Write in a thread while the stream goes on, a few MiB behind it; return only when the thread is done with the file."""
-        writer = ThreadConsumer(self._threads, draft.write, max_pending=_MOST_PENDING)
+        writer = ThreadConsumer(self._threads, draft.write, max_pending=_MOST_PENDING, consume_several=draft.write_several)
         try:
             while begun:
                 await writer.feed(begun.popleft())

@@ -23,13 +23,13 @@ AT_A_TIME = 64
 
 
 def chunks_of(size: int, total: int = GIB) -> Iterator[bytes]:
-    """Yield the same few random chunks again and again, so that making them takes no time."""
+    """Make a few random chunks at once, and yield them again and again: making them is not what is measured."""
     different = [os.urandom(size) for _ in range(4)]
     return itertools.islice(itertools.cycle(different), total // size)
 
 
-async def stream_of(size: int) -> AsyncIterator[bytes]:
-    for chunk in chunks_of(size):
+async def streamed(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    for chunk in chunks:
         yield chunk
 
 
@@ -58,26 +58,26 @@ async def put_small(manager: StorageManager, entity_id: str, content: bytes) -> 
 
 async def stream_granite(meter: Meter, *, chunk_size: int, fsync: bool = False) -> None:
     """Store one long stream."""
+    chunks = streamed(chunks_of(chunk_size))
     async with storage(fsync=fsync) as manager, meter.measure(size=GIB):
-        await manager.put_stream(
-            storage_key="files", model_name="file", entity_id="1", field_name="content", stream=stream_of(chunk_size)
-        )
+        await manager.put_stream(storage_key="files", model_name="file", entity_id="1", field_name="content", stream=chunks)
 
 
 async def hash_alone(meter: Meter, *, chunk_size: int) -> None:
     """Hash the same chunks, and do nothing else."""
-    digest = hashlib.sha256()
+    digest, chunks = hashlib.sha256(), chunks_of(chunk_size)
     async with meter.measure(size=GIB, ticking=False):
-        for chunk in chunks_of(chunk_size):
+        for chunk in chunks:
             digest.update(chunk)
 
 
 async def write_alone(meter: Meter, *, chunk_size: int) -> None:
     """Write the same chunks from one thread, and do nothing else: what the disk and its cache take at this moment."""
+    chunks = chunks_of(chunk_size)
 
     def write(path: Path) -> None:
         with open(path, "wb", buffering=0) as file:
-            for chunk in chunks_of(chunk_size):
+            for chunk in chunks:
                 file.write(chunk)
 
     with folder() as root:
@@ -87,10 +87,10 @@ async def write_alone(meter: Meter, *, chunk_size: int) -> None:
 
 async def stream_by_turns(meter: Meter, *, chunk_size: int) -> None:
     """Hash on the loop and write with aiofiles, a chunk at a time: the loop that everybody writes first."""
-    digest = hashlib.sha256()
+    digest, chunks = hashlib.sha256(), streamed(chunks_of(chunk_size))
     with folder() as root:
         async with meter.measure(size=GIB), aiofiles.open(root / "file", "wb") as file:
-            async for chunk in stream_of(chunk_size):
+            async for chunk in chunks:
                 digest.update(chunk)
                 await file.write(chunk)
 

@@ -57,11 +57,15 @@ async def put_small(manager: StorageManager, content: bytes) -> None:
     await manager.put_bytes(storage_key="files", model_name="file", entity_id="1", field_name="content", content=content)
 
 
-async def pieces(size: int) -> AsyncIterator[bytes]:
-    """Stream the same few random chunks again and again, so that making them takes no time."""
+def pieces(size: int) -> AsyncIterator[bytes]:
+    """Make a few random chunks at once, and stream them again and again: making them is not what is measured."""
     different = [os.urandom(size) for _ in range(4)]
-    for chunk in itertools.islice(itertools.cycle(different), LARGE // size):
-        yield chunk
+
+    async def stream() -> AsyncIterator[bytes]:
+        for chunk in itertools.islice(itertools.cycle(different), LARGE // size):
+            yield chunk
+
+    return stream()
 
 
 class RandomFile:
@@ -79,23 +83,25 @@ class RandomFile:
 
 async def up_granite(meter: Meter) -> None:
     """Store one large stream."""
+    chunks = pieces(MIB)
     async with storage() as manager, meter.measure(size=LARGE):
-        await manager.put_stream(storage_key="files", model_name="file", entity_id="1", field_name="content", stream=pieces(MIB))
+        await manager.put_stream(storage_key="files", model_name="file", entity_id="1", field_name="content", stream=chunks)
 
 
 async def up_backend(meter: Meter) -> None:
     """Store it without a manager, who hashes it besides."""
-    bare = backend()
+    bare, chunks = backend(), pieces(MIB)
     await bare.put_bytes(f"warm/{uuid.uuid4()}", b"warm")
     async with meter.measure(size=LARGE):
-        await bare.put_stream(f"large/{uuid.uuid4()}", pieces(MIB))
+        await bare.put_stream(f"large/{uuid.uuid4()}", chunks)
     await bare.aclose()
 
 
 async def up_fileobj(meter: Meter) -> None:
     """Store it with what aioboto3 has for it."""
+    file = RandomFile()
     async with plain_client() as client, meter.measure(size=LARGE):
-        await client.upload_fileobj(RandomFile(), os.environ[BUCKET], f"large/{uuid.uuid4()}")
+        await client.upload_fileobj(file, os.environ[BUCKET], f"large/{uuid.uuid4()}")
 
 
 async def down_granite(meter: Meter) -> None:

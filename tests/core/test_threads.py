@@ -273,6 +273,45 @@ class TestConsumer:
         await asyncio.gather(*(consumer.drain() for consumer in consumers))
         assert pool._pending == 0
 
+    async def test_short_ones_that_wait_are_consumed_together_and_in_order(
+        self, pool: ThreadPool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ThreadConsumer, "_TOGETHER", 10)
+        gate, consumed, groups = Gate(), list[bytes](), list[int]()
+
+        def several(chunks: list[bytes]) -> None:
+            groups.append(sum(map(len, chunks)))
+            consumed.extend(chunks)
+
+        consumer = ThreadConsumer(pool, consumed.append, max_pending=10_000, consume_several=several)
+        holding = [asyncio.ensure_future(pool.run(gate)) for _ in range(2)]
+        await gate.begun()
+        chunks = [bytes([number]) * (number % 13 + 1) for number in range(200)]
+        for chunk in chunks:
+            await consumer.feed(chunk)
+        gate.open.set()
+        await asyncio.gather(consumer.drain(), *holding)
+        assert consumed == chunks
+        assert groups
+        assert max(groups) <= 10
+        assert pool._pending == 0
+
+    async def test_an_error_among_several_ends_the_work_too(self, pool: ThreadPool) -> None:
+        def several(chunks: list[bytes]) -> None:
+            raise OSError(28, "full")
+
+        consumer = ThreadConsumer(pool, lambda _: None, max_pending=100, consume_several=several)
+
+        async def feed() -> None:
+            for _ in range(100_000):
+                await consumer.feed(b"1")
+            await consumer.drain()
+
+        with pytest.raises(OSError, match="full"):
+            await feed()
+        await consumer.stop()
+        assert pool._pending == 0
+
     async def test_an_error_reaches_the_producer_and_ends_the_work(self, pool: ThreadPool) -> None:
         consumed: list[bytes] = []
 

@@ -9,7 +9,7 @@ from sqlalchemy import Column, Connection, Delete, Insert, Null, Result, Table, 
 from sqlalchemy.orm import Mapper, ORMExecuteState
 from sqlalchemy.sql.elements import BindParameter
 
-from granite_storage.exceptions import InvalidReferenceError
+from granite_storage.exceptions import InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import flush, outcome
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm.columns import Tables, slots_of
@@ -44,21 +44,30 @@ def _delete(state: ORMExecuteState, statement: Delete) -> Result[Any] | None:
     connection = _connection(state, statement)
     parameters = _parameter_sets(state)
     held, keys = lock_statement(connection, table, tables.attachments(table), statement.whereclause, parameters, deleting=True)
-    return _displacing(state, connection, [*held, *cascaded(connection, tables, table, keys)])
+    result = _displacing(state, connection, [*held, *cascaded(connection, tables, table, keys)])
+    _require_known(result, keys, parameters)
+    return result
 
 
 def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]]) -> Result[Any]:
     require_async(_BULK)
     connection = _connection(state, statement)
+    parameters = _parameter_sets(state)
     held: list[HeldRef] = []
+    matched: list[list[tuple[Any, ...]]] = []
     for table in dict.fromkeys(column.table for column in written):
         columns = [column for column in written if column.table is table]
         keys = _listed_keys(state, statement, table)
         if keys is None:
-            held += lock_statement(connection, table, columns, statement.whereclause, _parameter_sets(state), deleting=False)[0]
+            found, keys = lock_statement(connection, table, columns, statement.whereclause, parameters, deleting=False)
+            held += found
+            matched.append(keys)
         else:
             held += lock_rows(connection, table, keys, columns, deleting=False)
-    return _displacing(state, connection, held)
+    result = _displacing(state, connection, held)
+    for keys in matched:
+        _require_known(result, keys, parameters)
+    return result
 
 
 def _displacing(state: ORMExecuteState, connection: Connection, held: list[HeldRef]) -> Result[Any]:
@@ -69,6 +78,17 @@ def _displacing(state: ORMExecuteState, connection: Connection, held: list[HeldR
     displaced = flush.displace(frame, [entry for entry in held if entry.place not in remaining])
     write_displaced(connection, displaced)
     return result
+
+
+def _require_known(result: Result[Any], keys: Sequence[tuple[Any, ...]], parameters: Sequence[Any]) -> None:
+    """Refuse a statement that hit a row which another transaction has committed since the rows were read: its object is unknown.
+
+    Several sets of parameters may hit a row more than once, so that their number says nothing.
+    """
+    if len(parameters) == 1 and getattr(result, "rowcount", -1) > len(keys):
+        raise StaleAttachmentError(
+            "a bulk statement hit rows that another transaction has committed meanwhile; the transaction may be tried again"
+        )
 
 
 def _connection(state: ORMExecuteState, statement: Update | Delete) -> Connection:

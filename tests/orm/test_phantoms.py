@@ -1,0 +1,73 @@
+"""Rows that another transaction commits between the reading of a statement's rows and the statement itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import delete, text, update
+from sqlalchemy.util import await_only
+
+from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.orm import statements
+from tests.orm.world import Doc, World, file
+
+
+async def somebody_waits(world: World) -> None:
+    """Wait until a session waits for a row's lock."""
+    for _ in range(3000):
+        async with world.engine.connect() as connection:
+            if await connection.scalar(text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")):
+                return
+        await asyncio.sleep(0.01)
+    raise AssertionError("nobody waits")
+
+
+@pytest.mark.case("CON-01")
+@pytest.mark.parametrize("database", ["asyncpg", "psycopg"], indirect=True)
+@pytest.mark.parametrize("bulk", [False, True])
+async def test_row_is_deleted_and_inserted_anew_meanwhile(world: World, bulk: bool) -> None:
+    await world.add(Doc(id=1, file=file("a")))
+    async with world.sessions() as one, world.sessions() as two:
+        doc = await two.get_one(Doc, 1)
+        await two.commit()
+        await one.delete(await one.get_one(Doc, 1))
+        await one.flush()
+        one.add(Doc(id=1, file=file("b")))
+        await one.flush()
+
+        async def replace() -> None:
+            if bulk:
+                await two.execute(update(Doc).where(Doc.id == 1).values(file=None))
+            else:
+                doc.file = file("c")
+            await two.commit()
+
+        replacing = asyncio.create_task(replace())
+        await somebody_waits(world)
+        await one.commit()
+        await replacing
+    await world.check(file_1=None if bulk else "c")
+
+
+@pytest.mark.case("DBF-09")
+@pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
+@pytest.mark.parametrize("statement", [update(Doc).values(file=None), delete(Doc)], ids=["update", "delete"])
+async def test_row_is_inserted_after_a_bulk_statement_has_looked(
+    world: World, statement: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original: Callable[..., Any] = statements.lock_statement
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        await_only(world.add(Doc(id=1, file=file("a"))))
+        return found
+
+    async with world.sessions() as session:
+        await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+        with monkeypatch.context() as patch, pytest.raises(StaleAttachmentError):
+            patch.setattr(statements, "lock_statement", look)
+            await session.execute(statement)
+    await world.check(file_1="a")

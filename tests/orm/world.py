@@ -313,10 +313,12 @@ def _foreign_keys_off(connection: Any, _: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def world_on(database: Database, *, backend: Any = None, journaled: bool = False, **options: Any) -> AsyncIterator[World]:
+async def world_on(
+    database: Database, *, backend: Any = None, journaled: bool = False, max_size: int = 1 << 20, **options: Any
+) -> AsyncIterator[World]:
     """Give a world with empty tables and an empty storage; keyword arguments go to the engine."""
     store = FaultInjectingBackend(MemoryStorageBackend() if backend is None else backend)
-    manager = StorageManager(backends={"store": store}, policies={"docs": StoragePolicy("docs", "store", max_size=1 << 20)})
+    manager = StorageManager(backends={"store": store}, policies={"docs": StoragePolicy("docs", "store", max_size=max_size)})
     async with database.opened(Base.metadata, **options) as engine:
         sessions = async_sessionmaker(engine, expire_on_commit=False)
         journal = StorageJournal(engine) if journaled else None

@@ -1,0 +1,113 @@
+"""Uploads in parts: the journal keeps their ids, and recovery leaves no part behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select, update
+
+from granite_storage import ObjectNotFoundError
+from granite_storage.backends.s3 import S3StorageBackend
+from granite_storage.orm import Attachment
+from granite_storage.orm.journal.intents import new_id
+from granite_storage.orm.journal.tables import UPLOAD, clock
+from tests.orm.databases import Database
+from tests.orm.world import Doc, World, world_on
+from tests.servers import S3Server
+
+MIB = 1 << 20
+PART = 5 * MIB
+
+
+@pytest.fixture(params=["plain", "prefixed"])
+async def world(request: pytest.FixtureRequest, database: Database, seaweedfs_server: S3Server) -> AsyncIterator[World]:
+    """A world whose objects are at S3, with and without a prefix."""
+    async with seaweedfs_server.bucket() as bucket:
+        prefix = "some/prefix" if request.param == "prefixed" else ""
+        backend = seaweedfs_server.backend(bucket, prefix=prefix, part_size=PART)
+        async with world_on(database, backend=backend, journaled=True, max_size=64 * MIB) as world:
+            yield world
+            await world.check()
+            await world.recover()
+            await world.check()
+
+
+async def uploads(world: World) -> list[str]:
+    """Return the ids of the uploads that the server knows of."""
+    backend: Any = world.backend.inner
+    assert isinstance(backend, S3StorageBackend)
+    async with backend.client() as client:
+        answer = await client.list_multipart_uploads(Bucket=backend.bucket)
+    return [upload["UploadId"] for upload in answer.get("Uploads", ())]
+
+
+async def intents(world: World) -> list[Any]:
+    assert world.journal is not None
+    async with world.engine.connect() as connection:
+        return list(await connection.execute(select(world.journal.tables.intent)))
+
+
+async def test_the_id_is_kept_before_the_parts(world: World) -> None:
+    go = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        for _ in range(12):
+            yield bytes(MIB)
+        await go.wait()
+        yield b"end"
+
+    saving = asyncio.create_task(world.add(Doc(id=1, file=Attachment(slow()))))
+    async with asyncio.timeout(60):
+        while not (kept := [row.upload_id for row in await intents(world) if row.upload_id]):  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.05)
+    assert kept == await uploads(world)
+    go.set()
+    await saving
+    assert await uploads(world) == []
+    assert await intents(world) == []
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["id kept", "died before"])
+async def test_what_a_crash_leaves_is_aborted(world: World, known: bool) -> None:
+    """The program died between two parts, with the id of the upload in the journal or just before that."""
+    assert world.journal is not None
+    backend: Any = world.backend.inner
+    location, key = "doc/1/file/left", "/".join(filter(None, [backend.prefix, "doc/1/file/left"]))
+    async with backend.client() as client:
+        answer = await client.create_multipart_upload(Bucket=backend.bucket, Key=key)
+        part = {"Bucket": backend.bucket, "Key": key, "UploadId": answer["UploadId"]}
+        await client.upload_part(**part, PartNumber=1, Body=bytes(PART))
+    intent = {"id": new_id(), "kind": UPLOAD, "backend": "store", "location": location, "due": clock(-1.0)}
+    async with world.engine.begin() as connection:
+        kept = answer["UploadId"] if known else None
+        await connection.execute(insert(world.journal.tables.intent).values(**intent, upload_id=kept))
+    assert await uploads(world) == [answer["UploadId"]]
+    assert (await world.journal.recover()).deleted == 1
+    assert await uploads(world) == []
+
+
+async def test_an_upload_whose_intent_is_gone_stops(world: World) -> None:
+    """A worker has reclaimed it before its first part: it is aborted, and nothing of it stays."""
+    assert world.journal is not None
+    journal = world.journal
+
+    async def reclaimed() -> AsyncIterator[bytes]:
+        async with world.engine.begin() as connection:
+            await connection.execute(update(journal.tables.intent).values(due=clock(-1.0)))
+        await journal.recover()
+        for _ in range(12):
+            yield bytes(MIB)
+
+    with pytest.raises(Exception, match="reclaimed"):
+        await world.add(Doc(id=1, file=Attachment(reclaimed())))
+    assert await uploads(world) == []
+
+
+async def test_aborting_what_is_not_there(world: World) -> None:
+    backend: Any = world.backend.inner
+    await backend.abort_upload("doc/1/file/nothing", None)
+    with pytest.raises(ObjectNotFoundError):
+        await backend.stat("doc/1/file/nothing")

@@ -95,7 +95,7 @@ async def test_a_visitor_goes_away(world: World, middleware: list[Middleware], c
 
 
 PROGRAM = """
-import asyncio, json, sys
+import asyncio, json, signal, sys
 from pathlib import Path
 from granite_storage import StorageManager, StoragePolicy
 from granite_storage.backends.local import LocalStorageBackend
@@ -125,6 +125,7 @@ async def main():
                     print("going", flush=True)
                     await asyncio.sleep(0.01)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
 try:
     asyncio.run(main())
 except KeyboardInterrupt:

@@ -19,7 +19,6 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -28,6 +27,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, text, upda
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.util import await_only
 
+from granite_storage._concurrency import CLEANUP_TIMEOUT, settle
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._batches import batches
@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["GroupCommit", "Intents", "new_id"]
 
-Place: TypeAlias = tuple[str, str]
+NewIntent: TypeAlias = tuple[UUID, str, str]
+"""The id, the backend and the location of an upload."""
+Insert: TypeAlias = Callable[[Sequence[NewIntent]], Awaitable[None]]
+
 _MOST_AT_ONCE = 64
 _AT_A_TIME = 500
 
@@ -52,36 +55,35 @@ def new_id() -> UUID:
 class GroupCommit:
     """Lets the intents of flushes that come at the same time share a commit: the first one writes for all that wait.
 
-    There is no task behind it. Whoever comes first writes; whoever waits writes next, for those who came meanwhile. When the
-    writer is cancelled, nobody knows whether it has committed, and the next one writes the others' intents anew.
+    Whoever comes first writes; whoever waits writes next, for those who came meanwhile. A writer that is cancelled waits until
+    it is known whether it has committed: to write the others' intents a second time could be fatal, since a transaction takes
+    back only one intent of an object. Where that stays unknown, nobody uploads.
     """
 
     def __init__(self) -> None:
         self._queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _Queue] = WeakKeyDictionary()
 
-    async def write(self, places: Sequence[Place], insert: Callable[[Sequence[Place]], Awaitable[Sequence[UUID]]]) -> list[UUID]:
-        """Return the ids of the intents of some objects, once they are committed."""
+    async def write(self, intents: Sequence[NewIntent], insert: Insert) -> None:
+        """Return once the intents are committed."""
         queue = self._queues.setdefault(asyncio.get_running_loop(), _Queue())
-        entry = _Entry(places)
+        entry = _Entry(intents)
         queue.entries.append(entry)
         try:
             async with queue.writing:
-                if entry.ids is None and entry.error is None:
+                if not entry.written and entry.error is None:
                     await _write_for_all(queue, insert)
         finally:
             if entry in queue.entries:
                 queue.entries.remove(entry)
         if entry.error is not None:
             raise entry.error
-        assert entry.ids is not None  # noqa: S101  # it has neither waited in vain nor failed
-        return entry.ids
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    places: Sequence[Place]
-    ids: list[UUID] | None = None
-    error: Exception | None = None
+    intents: Sequence[NewIntent]
+    written: bool = False
+    error: BaseException | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -90,17 +92,31 @@ class _Queue:
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-async def _write_for_all(queue: _Queue, insert: Callable[[Sequence[Place]], Awaitable[Sequence[UUID]]]) -> None:
+async def _write_for_all(queue: _Queue, insert: Insert) -> None:
     batch = queue.entries[:_MOST_AT_ONCE]
+    writing = asyncio.ensure_future(insert([intent for entry in batch for intent in entry.intents]))
     try:
-        ids = iter(await insert([place for entry in batch for place in entry.places]))
-    except Exception as error:  # noqa: BLE001  # it is raised to each of those that waited for it
+        await _outcome(writing)
+    finally:
+        error = _over() if writing.cancelled() else writing.exception()
         for entry in batch:
-            entry.error = error
-    else:
-        for entry in batch:
-            entry.ids = list(islice(ids, len(entry.places)))
-    queue.entries = [entry for entry in queue.entries if entry not in batch]
+            entry.written, entry.error = error is None, error
+        queue.entries = [entry for entry in queue.entries if entry not in batch]
+
+
+async def _outcome(writing: asyncio.Future[None]) -> None:
+    """Wait until a write has ended, well or not; a cancelled caller too, for a while."""
+    try:
+        await asyncio.wait([writing])
+    except asyncio.CancelledError:
+        if not await settle(writing, CLEANUP_TIMEOUT):
+            writing.cancel()
+            await settle(writing)
+        raise
+
+
+def _over() -> StaleAttachmentError:
+    return StaleAttachmentError("nobody knows whether the journal has committed; the transaction may be tried again")
 
 
 class Intents:
@@ -127,18 +143,18 @@ class Intents:
         Returns:
             Their ids, in the same order.
         """
-        return await self._commits.write(places, partial(self._insert, lease))
+        new = [(new_id(), backend, location) for backend, location in places]
+        await self._commits.write(new, partial(self._insert, lease))
+        return [item for item, _, _ in new]
 
-    async def _insert(self, lease: timedelta, places: Sequence[Place]) -> list[UUID]:
-        ids = [new_id() for _ in places]
+    async def _insert(self, lease: timedelta, intents: Sequence[NewIntent]) -> None:
         rows = [
             {"id": item, "kind": UPLOAD, "backend": backend, "location": location, "due": _after(lease)}
-            for item, (backend, location) in zip(ids, places, strict=True)
+            for item, backend, location in intents
         ]
         async with self._pool.durable() as connection:
             for batch in batches(rows, _AT_A_TIME):
                 await connection.execute(insert(self._tables.intent).values(batch))
-        return ids
 
     async def renew(self, ids: Sequence[UUID], lease: timedelta) -> bool:
         """Let the leases of uploads begin anew; return whether all of them are still there."""

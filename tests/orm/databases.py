@@ -133,7 +133,7 @@ def postgres(folder: Path) -> Iterator[URL]:
 def postgres_database(server: URL, driver: str) -> Iterator[Database]:
     """Make a database for one driver."""
     url = server.set(drivername=f"postgresql+{driver}")
-    with _made(url.set(database="postgres"), f"granite_{driver}") as name:
+    with _made(url.set(database="postgres"), f"granite_{driver}_{uuid.uuid4().hex[:12]}") as name:
         yield Database(driver, url.set(database=name))
 
 

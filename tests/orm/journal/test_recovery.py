@@ -155,25 +155,30 @@ class TestCosts:
         assert [type(error) for error in done] == [ConnectionResetError] * 5
         assert await world.objects() == set()
 
-    async def test_a_cancelled_writer_leaves_nobody_waiting(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        intents = "granite_storage.orm.journal.intents.Intents._insert"
-        original = type(journal_of(world).intents)._insert
-        entered = asyncio.Event()
+    async def test_where_a_cancelled_writer_hears_nothing_nobody_uploads(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("granite_storage.orm.journal.intents.CLEANUP_TIMEOUT", 0.05)
+        original, calls, go = type(journal_of(world).intents)._insert, [asyncio.Event(), asyncio.Event()], asyncio.Event()
         await journal_of(world).check()
 
-        async def insert(*args: Any) -> Any:
-            if not entered.is_set():
-                entered.set()
+        async def insert(*args: Any) -> None:
+            if calls[0].is_set():
+                calls[1].set()
                 await asyncio.sleep(3600)
-            return await original(*args)
+            calls[0].set()
+            await go.wait()
+            await original(*args)
 
-        monkeypatch.setattr(intents, insert)
-        first, *others = [asyncio.create_task(file("a").store(Doc.file)) for _ in range(4)]
-        await entered.wait()
-        first.cancel()
-        stored = await asyncio.gather(*others)
-        assert len({attachment.location for attachment in stored}) == 3
-        assert first.cancelled()
+        monkeypatch.setattr("granite_storage.orm.journal.intents.Intents._insert", insert)
+        first, second, *others = [asyncio.create_task(file("a").store(Doc.file)) for _ in range(4)]
+        await calls[0].wait()
+        go.set()
+        await calls[1].wait()  # the second one writes for all that waited
+        second.cancel()
+        done = await asyncio.wait_for(asyncio.gather(first, second, *others, return_exceptions=True), 60)
+        assert [type(item) for item in done] == [Attachment, asyncio.CancelledError, StaleAttachmentError, StaleAttachmentError]
+        assert len(await world.objects()) == 1
         await world.recover()
 
     async def test_very_many_attachments(self, world: World) -> None:

@@ -1,0 +1,94 @@
+"""The databases and storages of the crash tests, and the nursery of the programs that die in them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.engine import URL
+
+from tests.faults.crash.audit import Audit, audited
+from tests.faults.crash.children import Nursery, nursery
+from tests.faults.crash.models import Setting
+from tests.faults.crash.options import SEED
+from tests.orm.databases import mariadb, postgres, postgres_database
+
+
+def pytest_report_header() -> str:
+    return f"crash tests: GRANITE_CRASH_SEED={SEED}"
+
+
+@pytest.fixture(scope="session")
+def seed() -> str:
+    """What all random choices of this run follow from."""
+    return SEED
+
+
+@pytest.fixture(scope="session")
+def children(_temporary_folder: Path) -> Iterator[Nursery]:
+    """Where children come from."""
+    with nursery() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def crash_postgres(_temporary_folder: Path) -> Iterator[URL]:
+    """A PostgreSQL of these tests."""
+    folder = _temporary_folder / "crash"
+    folder.mkdir(mode=0o700)
+    with postgres(folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def asyncpg_url(crash_postgres: URL) -> Iterator[str]:
+    with postgres_database(crash_postgres, "asyncpg") as database:
+        yield database.url.render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def psycopg_url(crash_postgres: URL) -> Iterator[str]:
+    with postgres_database(crash_postgres, "psycopg") as database:
+        yield database.url.render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def mariadb_url() -> Iterator[str]:
+    context = mariadb()
+    try:
+        found = context.__enter__()
+    except LookupError as error:
+        print(f"\nthe crash tests on MariaDB are left out: {error}", file=sys.__stderr__)
+        pytest.skip(str(error))
+    yield found.url.render_as_string(hide_password=False)
+    context.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def servers(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    """The address of a database and the server of a storage, by their names: `asyncpg-local`, `psycopg-moto`."""
+    database, _, storage = request.param.partition("-")
+    server = None if storage == "local" else request.getfixturevalue(f"{storage}_server")
+    return request.getfixturevalue(f"{database}_url"), server
+
+
+@pytest.fixture
+def setting(servers: tuple[str, Any], tmp_path: Path) -> Iterator[Setting]:
+    """A database and an empty storage."""
+    url, server = servers
+    if server is None:
+        yield Setting(url, {"root": str(tmp_path / "store")})
+        return
+    bucket = server.new_bucket()
+    yield Setting(url, {"bucket": bucket, "endpoint_url": server.endpoint_url, "session": server.session_kwargs})
+    server.remove_bucket(bucket)
+
+
+@pytest.fixture
+async def audit(setting: Setting) -> AsyncIterator[Audit]:
+    """An audit of the setting, with empty tables."""
+    async with audited(setting) as found:
+        yield found

@@ -1,0 +1,142 @@
+"""What the children of the crash tests work on: rows that say what their files contain, so that anybody can tell a wrong byte."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any, Self
+
+from sqlalchemy import ForeignKey, String, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from granite_storage import StorageManager, StoragePolicy
+from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, journal_tables
+
+__all__ = ["MIB", "Base", "Book", "Place", "Setting", "Shelf", "content_of"]
+
+MIB = 1 << 20
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Shelf(Base):
+    """Takes its books along when it is deleted."""
+
+    __tablename__ = "shelf"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    file: Mapped[Attachment | None] = attachment("plain")
+    file_says: Mapped[str | None] = mapped_column(String(60))
+
+
+class Book(Base):
+    """Has two files: one that goes at once where it is replaced, and one that is kept for a while."""
+
+    __tablename__ = "book"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    shelf_id: Mapped[int | None] = mapped_column(ForeignKey("shelf.id", ondelete="CASCADE"))
+    file: Mapped[Attachment | None] = attachment("plain")
+    file_says: Mapped[str | None] = mapped_column(String(60))
+    kept: Mapped[Attachment | None] = attachment("kept")
+    kept_says: Mapped[str | None] = mapped_column(String(60))
+
+
+journal_tables(Base.metadata)
+
+
+def content_of(says: str) -> bytes:
+    """Return what a file contains of which a row says this; the size stands at its end, after a dash."""
+    size = int(says.rpartition("-")[2])
+    block = hashlib.sha256(says.encode()).digest() * 2048
+    return (block * (size // len(block) + 1))[:size]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where rows and objects are, in a form that fits through a pipe.
+
+    Attributes:
+        url: The database's.
+        storage: `{"root": ...}` for local disk, or what an S3 backend is made with.
+        lease: The journal's lease in seconds.
+        retention: How long a book's second file is kept, in seconds.
+    """
+
+    url: str
+    storage: dict[str, Any] = field(hash=False)
+    lease: float = 1.5
+    retention: float = 1.0
+
+    @property
+    def is_postgres(self) -> bool:
+        return self.url.startswith("postgresql")
+
+    @property
+    def is_local(self) -> bool:
+        return "root" in self.storage
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def backend(self) -> Any:
+        if self.is_local:
+            return LocalStorageBackend(self.storage["root"], fsync=False)
+        import aioboto3
+
+        from granite_storage.backends.s3 import S3StorageBackend
+
+        options = dict(self.storage)
+        session = aioboto3.Session(**options.pop("session"))
+        return S3StorageBackend(session=session, part_size=5 * MIB, **options)
+
+    @contextlib.asynccontextmanager
+    async def opened(self, name: str, isolation_level: str | None = None, **options: Any) -> AsyncIterator[Place]:
+        """Open both, under a name by which the database's own list of clients shows this one."""
+        engine = self._engine(name, isolation_level, **options)
+        backend = self.backend()
+        policies = {
+            "plain": StoragePolicy("plain", "store"),
+            "kept": StoragePolicy("kept", "store", retention=timedelta(seconds=self.retention)),
+        }
+        manager = StorageManager(backends={"store": backend}, policies=policies)
+        journal = StorageJournal(engine, lease=timedelta(seconds=self.lease))
+        binding = bind_storage(Base, manager, journal=journal)
+        try:
+            yield Place(self, engine, backend, manager, journal, async_sessionmaker(engine, expire_on_commit=False))
+        finally:
+            binding.unbind()
+            await manager.aclose()
+            await engine.dispose()
+
+    def _engine(self, name: str, isolation_level: str | None, **options: Any) -> AsyncEngine:
+        url = make_url(self.url)
+        match url.get_driver_name():
+            case "asyncpg":
+                options.setdefault("connect_args", {"server_settings": {"application_name": name}})
+            case "psycopg":
+                options.setdefault("connect_args", {"application_name": name})
+        if isolation_level is not None:
+            options["isolation_level"] = isolation_level
+        return create_async_engine(url, **options)
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Self:
+        return cls(**given)
+
+
+@dataclass
+class Place:
+    """A setting that is open."""
+
+    setting: Setting
+    engine: AsyncEngine
+    backend: Any
+    manager: StorageManager
+    journal: StorageJournal
+    sessions: async_sessionmaker[AsyncSession]

@@ -1,0 +1,109 @@
+"""Programs that are killed: at every point of the protocol in turn, and at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from itertools import count
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.faults.crash.audit import Audit
+from tests.faults.crash.child import Job
+from tests.faults.crash.children import Child, Nursery
+from tests.faults.crash.models import Setting
+from tests.faults.crash.options import KILLS
+from tests.faults.crash.points import POINTS, Point
+
+LOCAL = [point for point in POINTS if "s3" not in point.needs]
+S3 = [point for point in POINTS if "s3" in point.needs]
+SETTINGS: dict[str, list[Point]] = {
+    "asyncpg-local": LOCAL,
+    "psycopg-local": [],
+    "asyncpg-moto": S3,
+    "psycopg-seaweedfs": S3[::3],
+    "mariadb-local": [],
+}
+"""The databases and storages, each with the points that it comes to in turn before anything else."""
+
+AT_ONCE = 2
+_LONGEST_LIFE = 0.8
+
+
+def kills_of(name: str) -> int:
+    return max(KILLS // len(SETTINGS), len(SETTINGS[name]))
+
+
+class Deaths:
+    """Decides who dies where: at each of a setting's own points, then at any point or any moment.
+
+    Args:
+        name: The setting's name.
+        setting: The setting.
+        seed: What all follows from.
+        folder: For the logs.
+    """
+
+    def __init__(self, name: str, setting: Setting, seed: str, folder: Path) -> None:
+        self._setting = setting
+        self._seed = f"{seed}-{name}"
+        self._random = Random(self._seed)
+        self._folder = folder
+        self._numbers = count(1)
+        self._own = self._random.sample(SETTINGS[name], len(SETTINGS[name]))
+        abilities = {"local" if setting.is_local else "s3", "worker", *(["postgres", "snapshots"] if setting.is_postgres else [])}
+        self._any = [point for point in POINTS if point.needs <= abilities]
+
+    def next(self) -> Job:
+        point = self._own.pop() if self._own else self._random.choice([None, self._random.choice(self._any)])
+        needs = frozenset[str]() if point is None else point.needs
+        number = next(self._numbers)
+        return Job(
+            setting=self._setting.as_dict(),
+            seed=f"{self._seed}-{number}",
+            log=str(self._folder / f"{number}.log"),
+            point=None if point is None else point.name,
+            count=1 if point is None else self._random.randint(1, point.most),
+            tasks=self._random.randint(1, 4),
+            worker="worker" in needs or self._random.random() < 0.3,
+            isolation_level="REPEATABLE READ" if "snapshots" in needs else self._isolation_level(),
+        )
+
+    def life(self) -> float:
+        """Return how long somebody lives that is killed at any moment, in seconds."""
+        return self._random.uniform(0, _LONGEST_LIFE)
+
+    def _isolation_level(self) -> str | None:
+        return self._random.choice([None, None, None, "REPEATABLE READ", "SERIALIZABLE"])
+
+
+@pytest.mark.case("CON-10", "DBF-07", "DBF-09")
+@pytest.mark.timeout(120 + 20 * KILLS)
+@pytest.mark.parametrize(("name", "servers"), [(name, name) for name in SETTINGS], ids=SETTINGS, indirect=["servers"])
+async def test_killed_programs(name: str, setting: Setting, audit: Audit, children: Nursery, seed: str, tmp_path: Path) -> None:
+    deaths = Deaths(name, setting, seed, tmp_path)
+    done = 0
+    while done < kills_of(name):
+        victims = [children.start(deaths.next()) for _ in range(AT_ONCE)]
+        try:
+            await asyncio.gather(*(die(victim, deaths.life()) for victim in victims))
+            await audit.check_after_crash()
+        except BaseException as error:
+            for victim in victims:
+                victim.send(signal.SIGKILL)
+                error.add_note(f"GRANITE_CRASH_SEED={seed}: {victim.job}\n{victim.log}")
+            raise
+        done += len(victims)
+
+
+async def die(victim: Child, life: float) -> None:
+    """Wait until somebody has come to the point of death, or kill it after a while."""
+    if victim.job.point is None:
+        await asyncio.sleep(life)
+        await victim.kill()
+    else:
+        assert await victim.wait_for("ended"), "it never came to its point"
+        assert victim.has_reached_its_point
+    assert victim.code == -signal.SIGKILL, f"it ended by itself, with {victim.code}"

@@ -5,6 +5,7 @@ What follows `--` goes to the program that the session runs: `nox -s tests -- -k
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,14 @@ def tests(session: nox.Session) -> None:
     """Run the tests, against real disks and real servers, on every Python that is present."""
     session.install("-e", ".[demo,s3,test]")
     session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python=RUNNING)
+def crash(session: nox.Session) -> None:
+    """Kill programs at every step of the journal's protocol, 500 times or `GRANITE_CRASH_KILLS`, and check what is left."""
+    session.install("-e", ".[demo,s3,test]")
+    session.env.setdefault("GRANITE_CRASH_KILLS", os.environ.get("GRANITE_CRASH_KILLS", "500"))
+    session.run("python", "-m", "pytest", *(session.posargs or ["tests/faults/crash"]))
 
 
 @nox.session(python=RUNNING)

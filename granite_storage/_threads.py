@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -28,9 +29,15 @@ T = TypeVar("T")
 _MOST_PENDING = 64 << 20
 """Bytes that all consumers of a pool may hold together before each has to empty its own queue: many uploads stay bounded."""
 
+_FEW = 2
+_STALLED_SECONDS = 0.002
+
 
 class ThreadPool:
     """A bounded number of threads, made when first needed; a slow disk in one pool starves nobody else.
+
+    Two threads do what is quick: more of them would spend their time waiting for the interpreter, one system call after the
+    other. As soon as a job has to wait because they are held up, a third one joins them, and so on.
 
     It survives a fork: the child, in which the parent's threads do not exist, makes its own.
 
@@ -50,6 +57,7 @@ class ThreadPool:
         self._pending = 0
         self._jobs: deque[_Job] = deque()
         self._workers = 0
+        self._moved = 0.0
         self._lock = threading.Lock()
         self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
 
@@ -81,8 +89,10 @@ class ThreadPool:
             undo: Called in a thread with the result when the caller was cancelled meanwhile and will never see it.
             patience: The longest that a cancelled caller waits, in seconds; for a function that is not ours and may never end.
         """
-        job: _Result[T] = _Result(function, args, self._mailbox())
+        mailbox = self._mailbox()
+        job: _Result[T] = _Result(function, args, mailbox)
         self._submit(job)
+        mailbox.watch(self)
         try:
             return await job.future
         except asyncio.CancelledError:
@@ -101,8 +111,20 @@ class ThreadPool:
                 logger.error("undoing a cancelled call failed: %r", job.function, exc_info=undoing.error)
 
     def submit(self, function: Callable[[], object]) -> None:
-        """Run a function in a thread some time; it must not raise."""
+        """Run a function in a thread some time; it must not raise. For the event loop."""
         self._submit(_Job(function, ()))
+        self._mailbox().watch(self)
+
+    def resubmit(self, function: Callable[[], object]) -> None:
+        """Run a function once more, after all that waits; for a job that gives up its thread."""
+        self._submit(_Job(function, ()))
+
+    def help(self) -> bool:
+        """Add a thread if jobs wait because the others are held up; return whether another one may be needed yet."""
+        with self._lock:
+            if self._may_grow() and self._is_stalled():
+                self._add_worker()
+            return self._may_grow()
 
     def count(self, pending: int) -> bool:
         """Add to the bytes that all consumers hold for this pool; return whether there is room for any of them to hold more."""
@@ -117,9 +139,18 @@ class ThreadPool:
 
     def _submit(self, job: _Job) -> None:
         with self._lock:
+            if not self._jobs:
+                self._moved = time.monotonic()
             self._jobs.append(job)
-            if self._workers < self._max_workers:
+            if self._may_grow() and (self._workers < _FEW or self._is_stalled()):
                 self._add_worker()
+
+    def _may_grow(self) -> bool:
+        return bool(self._jobs) and self._workers < self._max_workers
+
+    def _is_stalled(self) -> bool:
+        """Tell whether the job that comes next has waited for too long."""
+        return time.monotonic() - self._moved > _STALLED_SECONDS
 
     def _add_worker(self) -> None:
         """Have one more thread look for jobs; where the system gives none, those that are at work do it all."""
@@ -140,6 +171,7 @@ class ThreadPool:
                     self._workers = max(0, self._workers - 1)
                     return
                 job = self._jobs.popleft()
+                self._moved = time.monotonic()
             try:
                 job.run()
             except BaseException:
@@ -242,6 +274,18 @@ class _Mailbox:
         self._loop = weakref.ref(loop)
         self._results: list[_Result[Any]] = []
         self._lock = threading.Lock()
+        self._watching = False
+
+    def watch(self, pool: ThreadPool) -> None:
+        """Look after a pool, from the event loop, for as long as it may need another thread."""
+        if not self._watching:
+            self._watching = True
+            asyncio.get_running_loop().call_later(_STALLED_SECONDS, self._look, pool)
+
+    def _look(self, pool: ThreadPool) -> None:
+        self._watching = False
+        if pool.help():
+            self.watch(pool)
 
     def future(self) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().create_future()
@@ -365,7 +409,7 @@ class ThreadConsumer:
             with self._lock:
                 self._pending -= size
                 self._wake()
-        self._pool.submit(self._turn)
+        self._pool.resubmit(self._turn)
 
     def _next(self, most: int) -> list[bytes]:
         """Take what is to be consumed at once: a chunk, or several short ones."""

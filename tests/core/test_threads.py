@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from granite_storage import _threads
 from granite_storage._concurrency import finish, finished, settle
 from granite_storage._threads import ThreadConsumer, ThreadPool, _pools
 from tests.core.support import eventually, in_new_process
@@ -75,6 +76,24 @@ class TestRun:
         await asyncio.gather(*busy)
         assert await pool.run(int, "7") == 7
         assert ran == []
+
+    async def test_jobs_that_wait_for_others_get_threads_of_their_own(self) -> None:
+        pool = ThreadPool("granite-test", 6)
+        gates = [Gate(number) for number in range(6)]
+        running = [asyncio.ensure_future(pool.run(gate)) for gate in gates[:5]]
+        for gate in gates[:5]:
+            await gate.begun()
+        pool.submit(gates[5])
+        await gates[5].begun()
+        for gate in gates:
+            gate.open.set()
+        assert await asyncio.gather(*running) == [0, 1, 2, 3, 4]
+
+    async def test_two_threads_do_what_is_quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_threads, "_STALLED_SECONDS", 600.0)
+        pool = ThreadPool("granite-test", 16)
+        names = await asyncio.gather(*(pool.run(lambda: threading.current_thread().name) for _ in range(500)))
+        assert len(set(names)) <= 2
 
     async def test_a_cancelled_caller_waits_for_a_function_that_was_begun(self, pool: ThreadPool) -> None:
         gate, undone = Gate(), []

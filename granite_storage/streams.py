@@ -20,8 +20,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Self
 
+from granite_storage._consumers import ThreadConsumer
 from granite_storage._sources import CHUNK_SIZE, BytesLike, ByteSource, iter_chunks
-from granite_storage._threads import ThreadConsumer, ThreadPool
+from granite_storage._threads import ThreadPool
 from granite_storage.exceptions import ChecksumMismatchError, ContentTooLargeError, SizeMismatchError
 from granite_storage.refs import canonical_checksum
 

@@ -15,7 +15,8 @@ from aiofiles.threadpool import wrap
 from aiofiles.threadpool.binary import AsyncFileIO
 
 from granite_storage._concurrency import finish, finished
-from granite_storage._threads import ThreadConsumer, ThreadPool
+from granite_storage._consumers import ThreadConsumer
+from granite_storage._threads import ThreadPool
 from granite_storage.backends._draft import Draft, FileWriter
 from granite_storage.backends._tree import Tree
 from granite_storage.backends._tree_errors import translated

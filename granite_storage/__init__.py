@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UnknownPolicyError,
     )
     from granite_storage.manager import StorageManager
+    from granite_storage.migration import Migration, MigrationReport, Moved, Verdict, migrate
     from granite_storage.orm import (
         Attachment,
         AttachmentType,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from granite_storage.readers import StoredObjectReader
     from granite_storage.refs import StoredObjectRef
     from granite_storage.streams import SizeLimitedStream
+    from granite_storage.verification import Finding, Problem, Verification, VerificationReport, verify
 
 __version__ = "0.1.0.dev0"
 
@@ -68,13 +70,18 @@ __all__ = [
     "ContentError",
     "ContentTooLargeError",
     "FailedReclaim",
+    "Finding",
     "InvalidLocationError",
     "InvalidReferenceError",
     "JournalTables",
+    "Migration",
+    "MigrationReport",
     "MissingDependencyError",
+    "Moved",
     "ObjectExistsError",
     "ObjectInfo",
     "ObjectNotFoundError",
+    "Problem",
     "RecoveryReport",
     "SizeLimitedStream",
     "SizeMismatchError",
@@ -93,19 +100,29 @@ __all__ = [
     "UnboundAttachmentError",
     "UnknownBackendError",
     "UnknownPolicyError",
+    "Verdict",
+    "Verification",
+    "VerificationReport",
     "__version__",
     "attachment",
     "bind_storage",
     "iter_model_storage_refs",
     "journal_tables",
+    "migrate",
+    "verify",
 ]
 
 _ROOMS = {
     "Attachment": "orm",
     "AttachmentType": "orm",
     "FailedReclaim": "orm",
+    "Finding": "verification",
     "JournalTables": "orm",
+    "Migration": "migration",
+    "MigrationReport": "migration",
+    "Moved": "migration",
     "ObjectInfo": "backends.base",
+    "Problem": "verification",
     "RecoveryReport": "orm",
     "SizeLimitedStream": "streams",
     "StorageBackend": "backends.base",
@@ -117,10 +134,15 @@ _ROOMS = {
     "StoredObjectReader": "readers",
     "StoredObjectRef": "refs",
     "StoredObjectRefType": "orm",
+    "Verdict": "migration",
+    "Verification": "verification",
+    "VerificationReport": "verification",
     "attachment": "orm",
     "bind_storage": "orm",
     "iter_model_storage_refs": "orm",
     "journal_tables": "orm",
+    "migrate": "migration",
+    "verify": "verification",
 }
 
 

@@ -1,0 +1,170 @@
+"""What long runs over all references have in common: so many at a time, a budget of bytes, and a place to go on from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import aclosing
+from typing import Generic, TypeVar
+
+from granite_storage.backends.base import StorageBackend
+from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
+from granite_storage.readers import StoredObjectReader
+
+__all__ = ["Budget", "Run", "in_order", "paced", "patiently", "places", "require_mounted"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Report = TypeVar("Report")
+
+_AHEAD = 4
+_PAUSES = (0.5, 2.0)
+
+
+class Run(Generic[Item, Report]):
+    """A long run: iterate over it for what it has to say, as it comes, or await it for the report at its end.
+
+    It runs once. It begins with the first item that is asked for, and goes on only as items are asked for. `stop` lets it end
+    early and well; a cancellation ends it at once.
+
+    Attributes:
+        report: What was done so far; it grows while the run goes on, and stays readable when it fails.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self._stopped = False
+        self._begun = False
+
+    def stop(self) -> None:
+        """Begin nothing more; what is under way is done to its end, and then the run ends."""
+        self._stopped = True
+
+    def __aiter__(self) -> AsyncGenerator[Item, None]:
+        if self._begun:
+            raise ConfigurationError("a run runs once: make another one, which may go on after this one's key")
+        self._begun = True
+        return self._items()
+
+    def __await__(self) -> Generator[object, object, Report]:
+        return self._to_end().__await__()
+
+    async def _to_end(self) -> Report:
+        async with aclosing(aiter(self)) as items:
+            async for _ in items:
+                pass
+        return self.report
+
+    def _items(self) -> AsyncGenerator[Item, None]:
+        raise NotImplementedError
+
+
+async def in_order(
+    items: AsyncGenerator[Item, None],
+    work: Callable[[Item], Awaitable[Result]],
+    *,
+    at_a_time: int,
+    is_stopped: Callable[[], bool],
+) -> AsyncGenerator[tuple[Item, Result], None]:
+    """Do work on items, several at a time, and yield the results in the items' order: so each one ends all before it.
+
+    An error ends it; work under way is cancelled and waited for. Memory is that of a few times `at_a_time` items.
+    """
+    places = asyncio.Semaphore(at_a_time)
+    tasks: deque[asyncio.Task[tuple[Item, Result] | None]] = deque()
+
+    async def one(item: Item) -> tuple[Item, Result] | None:
+        async with places:
+            return None if is_stopped() else (item, await work(item))
+
+    try:
+        async with aclosing(items):
+            async for item in items:
+                tasks.append(asyncio.create_task(one(item)))
+                while tasks and (tasks[0].done() or len(tasks) >= _AHEAD * at_a_time):
+                    done = await tasks[0]
+                    tasks.popleft()
+                    if done is None:
+                        return
+                    yield done
+        while tasks:
+            done = await tasks[0]
+            tasks.popleft()
+            if done is None:
+                return
+            yield done
+    finally:
+        if is_stopped():
+            await _without_errors(tasks)
+        for task in tasks:
+            task.cancel()
+        await _without_errors(tasks)
+
+
+async def _without_errors(tasks: deque[asyncio.Task[Result]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def places(at_a_time: object) -> int:
+    """Return how many things are done side by side, once it is a number of things."""
+    if isinstance(at_a_time, bool) or not isinstance(at_a_time, int) or at_a_time < 1:
+        raise ConfigurationError(f"at_a_time must be a number of at least 1, not {at_a_time!r}")
+    return at_a_time
+
+
+class Budget:
+    """Lets so many bytes pass in a second, over all that share it.
+
+    Args:
+        bytes_per_second: How many; None for any number.
+    """
+
+    def __init__(self, bytes_per_second: float | None) -> None:
+        if bytes_per_second is not None and not bytes_per_second > 0:
+            raise ConfigurationError(f"a budget must be a number of bytes above 0, not {bytes_per_second!r}")
+        self._rate = bytes_per_second
+        self._free = 0.0
+
+    async def spend(self, count: int) -> None:
+        """Wait until bytes that have just passed are paid for."""
+        if self._rate is None:
+            return
+        now = asyncio.get_running_loop().time()
+        self._free = max(self._free, now) + count / self._rate
+        await asyncio.sleep(self._free - now)
+
+
+async def paced(reader: StoredObjectReader, budget: Budget) -> AsyncGenerator[bytes, None]:
+    """Yield an object's chunks, no faster than a budget allows."""
+    async for chunk in reader:
+        yield chunk
+        await budget.spend(len(chunk))
+
+
+async def patiently(call: Callable[[], Awaitable[Result]]) -> Result:
+    """Make a call, and again after a while where the backend was out of reach; then its error says that it really is."""
+    for pause in _PAUSES:
+        try:
+            return await call()
+        except BackendUnavailableError:
+            await asyncio.sleep(pause)
+    return await call()
+
+
+async def require_mounted(key: str, backend: StorageBackend) -> None:
+    """Refuse a local folder without its marker: an unmounted disk shows an empty one, in which everything seems to be missing.
+
+    Raises:
+        BackendUnavailableError: It has none.
+    """
+    inner: object = backend
+    while inner is not None:
+        carries_marker = getattr(inner, "carries_marker", None)
+        if carries_marker is not None and not await carries_marker():
+            raise BackendUnavailableError(
+                f"the folder of the backend {key!r} does not carry the marker file that its first write left: it is not the"
+                " folder that the rows refer to, or its disk is not mounted",
+                backend=key,
+            )
+        inner = getattr(inner, "inner", None)

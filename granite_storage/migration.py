@@ -1,0 +1,291 @@
+"""Moving objects from one backend to another while the application goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from granite_storage._runs import Budget, Run, in_order, paced, patiently, places, require_mounted
+from granite_storage.exceptions import (
+    BackendUnavailableError,
+    ConfigurationError,
+    ObjectNotFoundError,
+    StaleAttachmentError,
+    StorageError,
+    StorageFullError,
+    UnknownBackendError,
+)
+from granite_storage.orm._registry import find_binding
+from granite_storage.orm.relocation import relocate
+from granite_storage.orm.scanning import HeldValue, RefRow, Scan
+from granite_storage.refs import StoredObjectRef
+
+if TYPE_CHECKING:
+    from granite_storage.orm.binding import StorageBinding
+
+__all__ = ["Migration", "MigrationReport", "Moved", "Verdict", "migrate"]
+
+_AT_A_TIME = 8
+_BATCH = 500
+_TRIES = 5
+_MOST_PASSES = 20
+_MOST_KEPT = 1000
+
+
+class Verdict(StrEnum):
+    """What became of a reference to an object on another backend."""
+
+    MOVED = "moved"
+    CHANGED = "changed meanwhile"
+    FAILED = "failed"
+    MANUAL = "left to the application"
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A reference that a migration has dealt with.
+
+    Attributes:
+        verdict: What became of it.
+        table: The table's name, with its schema where it has one.
+        primary_key: The row's primary key.
+        column: The column's name.
+        ref: What the column held, where that was a ref.
+        message: Why it was not moved.
+    """
+
+    verdict: Verdict
+    table: str
+    primary_key: tuple[Any, ...]
+    column: str
+    ref: StoredObjectRef | None
+    message: str = ""
+
+
+@dataclass(slots=True)
+class MigrationReport:
+    """What a migration has done.
+
+    Attributes:
+        rows: How many rows were read, in all passes.
+        passes: How many passes were begun.
+        moved: How many objects were moved.
+        bytes_moved: How many bytes they have.
+        changed: How many references a writer replaced or removed before their object could be moved.
+        manual: How many references are in plain columns of refs, which are the application's to change.
+        failed: How many could not be moved.
+        failures: The first thousand of those.
+        key: The key of the last row of this pass up to which all is done, for `migrate(..., after=key)`; None before the first.
+        complete: Whether it has come to its end: a whole pass found nothing more that could be moved.
+    """
+
+    rows: int = 0
+    passes: int = 0
+    moved: int = 0
+    bytes_moved: int = 0
+    changed: int = 0
+    manual: int = 0
+    failed: int = 0
+    failures: list[Moved] = field(default_factory=list)
+    key: str | None = None
+    complete: bool = False
+
+
+class Migration(Run[Moved, MigrationReport]):
+    """What `migrate` returns: iterate over it for what it deals with, or await it for the report."""
+
+    def __init__(
+        self, binding: StorageBinding, storage_key: str, to_backend: str, at_a_time: int, after: str | None, budget: Budget
+    ) -> None:
+        super().__init__(MigrationReport(key=after))
+        self._binding = binding
+        self._scan = Scan(binding)
+        self._storage_key = storage_key
+        self._to_backend = to_backend
+        self._at_a_time = at_a_time
+        self._paced = partial(paced, budget=budget)
+        self._one_by_one = asyncio.Lock()
+        self._given_up: set[tuple[str, tuple[Any, ...], Any]] = set()
+
+    async def count(self) -> int:
+        """Return how many rows there are to read in a pass, for who wants to show how far it is."""
+        return await self._scan.count()
+
+    async def _items(self) -> AsyncGenerator[Moved, None]:
+        """Pass over the rows until there is nothing left to do: rows exchange their files behind a pass's back."""
+        report = self.report
+        for number in count():
+            before = report.moved + report.changed
+            report.passes += 1
+            async with aclosing(self._pass(report.key if number == 0 else None)) as dealt_with:
+                async for moved in dealt_with:
+                    yield moved
+            report.complete = not self._stopped and report.moved + report.changed == before
+            if report.complete or self._stopped or report.passes == _MOST_PASSES:
+                return
+
+    async def _pass(self, after: str | None) -> AsyncGenerator[Moved, None]:
+        results = in_order(self._batches(after), self._move_row, at_a_time=self._at_a_time, is_stopped=lambda: self._stopped)
+        async with aclosing(results):
+            async for (row, _), dealt_with in results:
+                for moved in dealt_with:
+                    self._note(moved)
+                    yield moved
+                self.report.rows += 1
+                self.report.key = row.key
+
+    def _note(self, moved: Moved) -> None:
+        report = self.report
+        match moved.verdict:
+            case Verdict.MOVED:
+                report.moved += 1
+                report.bytes_moved += moved.ref.size if moved.ref is not None else 0
+            case Verdict.CHANGED:
+                report.changed += 1
+            case Verdict.MANUAL:
+                report.manual += 1
+            case Verdict.FAILED:
+                report.failed += 1
+                if len(report.failures) < _MOST_KEPT:
+                    report.failures.append(moved)
+
+    async def _batches(self, after: str | None) -> AsyncGenerator[tuple[RefRow, set[tuple[str, str]]], None]:
+        """Yield the rows, each with where the objects are that more than one value of its batch refers to."""
+        batch: list[RefRow] = []
+        async with aclosing(self._scan.rows(after=after)) as rows:
+            async for row in rows:
+                batch.append(row)
+                if len(batch) == _BATCH:
+                    for item in await self._with_shared(batch):
+                        yield item
+                    batch = []
+        for item in await self._with_shared(batch):
+            yield item
+
+    async def _with_shared(self, batch: Sequence[RefRow]) -> list[tuple[RefRow, set[tuple[str, str]]]]:
+        refs = [
+            held.ref for row in batch for held in row.values if held.ref is not None and held.is_managed and self._concerns(held)
+        ]
+        shared = await self._scan.shared(refs) if refs else set()
+        return [(row, shared) for row in batch]
+
+    def _concerns(self, held: HeldValue) -> bool:
+        """Tell whether a value is to be moved, or cannot be read, which is to be seen; what was given up stays so."""
+        if (held.label, held.primary_key, held.raw) in self._given_up:
+            return False
+        if held.ref is None:
+            return True
+        return held.ref.storage_key == self._storage_key and held.ref.backend != self._to_backend
+
+    async def _move_row(self, item: tuple[RefRow, set[tuple[str, str]]]) -> list[Moved]:
+        row, shared = item
+        return [await self._deal_with(held, shared) for held in row.values if self._concerns(held)]
+
+    async def _deal_with(self, held: HeldValue, shared: set[tuple[str, str]]) -> Moved:
+        dealt_with = await self._try_to_move(held, shared)
+        if dealt_with.verdict in (Verdict.FAILED, Verdict.MANUAL):
+            self._given_up.add((held.label, held.primary_key, held.raw))
+        return dealt_with
+
+    async def _try_to_move(self, held: HeldValue, shared: set[tuple[str, str]]) -> Moved:
+        """Move what a column holds; where a writer was faster, what it holds then, unless that is where it should be."""
+        if not held.is_managed:
+            return _moved(Verdict.MANUAL, held, "a plain column of refs is the application's to change")
+        error: Exception | None = None
+        for _ in range(_TRIES):
+            if held.ref is None:
+                return _moved(Verdict.FAILED, held, held.error)
+            error = None
+            try:
+                if await patiently(partial(self._relocate, held, held.ref, shared)):
+                    return _moved(Verdict.MOVED, held)
+            except (BackendUnavailableError, StorageFullError):
+                raise
+            except UnknownBackendError as problem:
+                error = problem
+            except ConfigurationError:
+                raise
+            except (StorageError, SQLAlchemyError) as problem:
+                error = problem
+            found = await self._scan.read_again(held)
+            if found is None or not self._concerns(found):
+                return _moved(Verdict.CHANGED, held, "a writer was faster")
+            if error is not None and found.raw == held.raw and not _may_pass(error):
+                if isinstance(error, ObjectNotFoundError):
+                    await require_mounted(held.ref.backend, self._binding.manager.backend(held.ref.backend))
+                return _moved(Verdict.FAILED, held, error)
+            held = found
+        return _moved(Verdict.CHANGED, held, error or "a writer was faster, again and again")
+
+    async def _relocate(self, held: HeldValue, ref: StoredObjectRef, shared: set[tuple[str, str]]) -> bool:
+        if (ref.backend, ref.location) not in shared:
+            return await relocate(self._binding, held, paced=self._paced, is_shared=False)
+        async with self._one_by_one:
+            return await relocate(self._binding, held, paced=self._paced, is_shared=True)
+
+
+def migrate(
+    binding: StorageBinding,
+    *,
+    storage_key: str,
+    to_backend: str,
+    at_a_time: int = _AT_A_TIME,
+    after: str | None = None,
+    bytes_per_second: float | None = None,
+) -> Migration:
+    """Move the objects of a storage key to another backend, while the application goes on reading and writing.
+
+    The policy must write to the new backend already, in every process, or new files would keep coming to the old one. Then each
+    object on any other backend is copied, its checksum verified on the way; its row takes the copy's ref in a compare-and-set;
+    and the old object goes as one that was replaced: after the commit, or with a journal after its retention. A writer that
+    replaces or deletes the file meanwhile wins, and the copy goes. At every moment each row refers to an object that is there.
+    The location, the backend and its keys in `extra` change; name, media type, age and the application's own keys stay.
+
+    It may be stopped, cancelled or killed at any time and be run again, and does then what is left to do. To go back, let the
+    policy write to the old backend again and migrate to that. Plain columns of refs are left to the application, which alone
+    knows who else keeps the ref.
+
+    Args:
+        binding: What `bind_storage(..., sessions=...)` returned; it must be in force.
+        storage_key: Whose objects.
+        to_backend: The key of the backend that they shall be on.
+        at_a_time: How many rows are dealt with side by side.
+        after: The `report.key` of an earlier run, to go on behind it; the rows before it are looked at once more at the end.
+        bytes_per_second: The most bytes that are copied in a second; None for any number.
+
+    Returns:
+        A run: `async for moved in migrate(...)` tells of each object as it is dealt with, `await migrate(...)` gives the report.
+
+    Raises:
+        UnknownPolicyError: There is no such policy.
+        ConfigurationError: The policy writes to another backend, the binding has no sessions or is not in force, a table has no
+            primary key, or `after` is no key of it.
+        BackendUnavailableError: While it runs: a backend is out of reach, or a local folder does not carry its marker.
+        StorageFullError: While it runs: the new backend has no room left.
+    """
+    policy = binding.manager.policy(storage_key)
+    if policy.backend_key != to_backend:
+        raise ConfigurationError(
+            f"the policy {storage_key!r} writes to the backend {policy.backend_key!r}, so new files would keep coming there:"
+            f" let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all is moved"
+        )
+    if find_binding(binding.metadata) is not binding:
+        raise ConfigurationError("the binding is not in force: it was unbound, or its base was bound again since")
+    return Migration(binding, storage_key, to_backend, places(at_a_time), after, Budget(bytes_per_second))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Tell whether trying again may help though the row has not changed: a lock, a deadlock, a lease that was too short."""
+    return isinstance(error, SQLAlchemyError | StaleAttachmentError)
+
+
+def _moved(verdict: Verdict, held: HeldValue, message: object = "") -> Moved:
+    return Moved(verdict, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))

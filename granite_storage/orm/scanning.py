@@ -1,0 +1,258 @@
+"""Reading every ref of a base, row by row, as the database has it: in the order of primary keys, a page at a time.
+
+The statements are Core ones, on connections of the application's own sessions: no loader criteria and no filter for soft-deleted
+rows hides anything. Each page is a transaction of its own, so a scan of any length holds no snapshot and no cursor, and memory is
+that of one page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy import Column, ColumnElement, Dialect, Select, Table, Text, and_, cast, func, or_, select, type_coerce
+
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
+from granite_storage.orm.types import AttachmentType, StoredObjectRefType, location_of
+from granite_storage.refs import StoredObjectRef
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+    from granite_storage.orm.binding import StorageBinding
+
+__all__ = ["HeldValue", "RefRow", "Scan", "among", "as_stored"]
+
+_AT_A_TIME = 500
+
+
+@dataclass(frozen=True, slots=True)
+class HeldValue:
+    """What one column of one row holds.
+
+    Attributes:
+        table: The table.
+        primary_key: The row's primary key, in the order of the table's columns.
+        column: The column.
+        raw: The value as the database has it; text, where nobody has put anything else there.
+        ref: The ref, where it is one.
+        error: Why it is none.
+    """
+
+    table: Table
+    primary_key: tuple[Any, ...]
+    column: Column[Any]
+    raw: Any
+    ref: StoredObjectRef | None = None
+    error: InvalidReferenceError | None = None
+
+    @property
+    def is_managed(self) -> bool:
+        """Whether it is in an attachment column, whose objects the library looks after."""
+        return isinstance(self.column.type, AttachmentType)
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        return f"{self.table.fullname}.{self.column.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class RefRow:
+    """A row, what its columns of refs hold, and the text by which a later scan goes on after it."""
+
+    key: str
+    values: tuple[HeldValue, ...]
+
+
+class Scan:
+    """Every row with refs of a binding's base.
+
+    Args:
+        binding: What `bind_storage(..., sessions=...)` returned.
+
+    Raises:
+        ConfigurationError: The binding has no sessions, or a table has no primary key to read it by.
+    """
+
+    def __init__(self, binding: StorageBinding) -> None:
+        if binding.sessions is None:
+            raise ConfigurationError(
+                "reading the rows needs sessions: bind_storage(Base, manager, sessions=async_sessionmaker(...))"
+            )
+        self._sessions = binding.sessions
+        self._columns: dict[Table, list[Column[Any]]] = {}
+        for column in sorted(binding.ref_columns(), key=lambda column: column.table.fullname):
+            self._columns.setdefault(column.table, []).append(column)
+        for table in self._columns:
+            if not len(table.primary_key):
+                raise ConfigurationError(f"the table {table.fullname} has no primary key, so its rows cannot be told apart")
+
+    async def rows(self, *, after: str | None = None) -> AsyncGenerator[RefRow, None]:
+        """Yield the rows that hold something in a column of refs, table by table.
+
+        Args:
+            after: The key of the last row that was dealt with; None for all rows.
+
+        Raises:
+            ConfigurationError: The key is none of this base's.
+        """
+        table, primary_key = (None, None) if after is None else self._place(after)
+        for found in self._columns:
+            if table is None or found.fullname > table.fullname:
+                pages = self._pages(found, None)
+            elif found is table:
+                pages = self._pages(found, primary_key)
+            else:
+                continue
+            async for page in pages:
+                for row in page:
+                    yield row
+
+    async def count(self) -> int:
+        """Return how many rows there are."""
+        total = 0
+        for table, columns in self._columns.items():
+            async with self._connection(table) as connection:
+                total += (await connection.execute(select(func.count()).select_from(table).where(_any(columns)))).scalar_one()
+        return total
+
+    async def read_again(self, held: HeldValue) -> HeldValue | None:
+        """Return what a column holds now; None where it holds nothing, or the row is gone."""
+        async with self._connection(held.table) as connection:
+            statement = select(as_stored(held.column, connection.dialect)).where(among(held.table, [held.primary_key]))
+            found = (await connection.execute(statement)).first()
+            return (
+                None
+                if found is None
+                else _value(held.table, held.primary_key, held.column, found[0], _reader(connection.dialect))
+            )
+
+    async def shared(self, refs: Sequence[StoredObjectRef]) -> set[tuple[str, str]]:
+        """Return where the objects are, as (backend, location), that more than one value refers to."""
+        counted: dict[tuple[str, str], int] = {}
+        wanted = sorted({ref.location for ref in refs})
+        for table, columns in self._columns.items():
+            async with self._connection(table) as connection:
+                for column in columns:
+                    backend, location = location_of(column, connection.dialect.name)
+                    found = await connection.execute(select(backend, location).where(location.in_(wanted)))
+                    for row in found:
+                        place = (row[0], row[1])
+                        counted[place] = counted.get(place, 0) + 1
+        return {place for place, number in counted.items() if number > 1}
+
+    async def _pages(self, table: Table, after: tuple[Any, ...] | None) -> AsyncIterator[list[RefRow]]:
+        while True:
+            page, last = await self._page(table, after)
+            yield page
+            if last is None:
+                return
+            after = last
+
+    async def _page(self, table: Table, after: tuple[Any, ...] | None) -> tuple[list[RefRow], tuple[Any, ...] | None]:
+        """Return a page, and the primary key that the next one begins after; None where there is no next one."""
+        columns, keys = self._columns[table], list(table.primary_key)
+        async with self._connection(table) as connection:
+            read = _reader(connection.dialect)
+            statement = select(*keys, *(as_stored(column, connection.dialect) for column in columns)).where(_any(columns))
+            rows = list(await connection.execute(_following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)))
+        page: list[RefRow] = []
+        for row in rows:
+            primary_key = tuple(row[: len(keys)])
+            held = (_value(table, primary_key, column, raw, read) for column, raw in zip(columns, row[len(keys) :], strict=True))
+            page.append(RefRow(_text_of(table, primary_key), tuple(value for value in held if value is not None)))
+        return page, tuple(rows[-1][: len(keys)]) if len(rows) == _AT_A_TIME else None
+
+    @asynccontextmanager
+    async def _connection(self, table: Table) -> AsyncIterator[AsyncConnection]:
+        session: AsyncSession
+        async with self._sessions() as session:
+            yield await session.connection(bind_arguments={"clause": table})
+
+    def _place(self, key: str) -> tuple[Table, tuple[Any, ...]]:
+        try:
+            name, *values = json.loads(key)
+            table = next(table for table in self._columns if table.fullname == name)
+            return table, tuple(_revived(column, value) for column, value in zip(table.primary_key, values, strict=True))
+        except (ValueError, TypeError, StopIteration, ArithmeticError) as error:
+            raise ConfigurationError(f"{key[:120]!r} is not the key of a row of this base") from error
+
+
+def as_stored(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
+    """Return a column as text, undecoded: what cannot be decoded is to be seen too."""
+    return cast(column, Text) if dialect.name == "postgresql" else type_coerce(column, Text())
+
+
+def among(table: Table, primary_keys: Sequence[tuple[Any, ...]]) -> ColumnElement[bool]:
+    """Return what holds for the rows with these primary keys."""
+    return or_(*(and_(*(column == value for column, value in zip(table.primary_key, key, strict=True))) for key in primary_keys))
+
+
+def _any(columns: Sequence[Column[Any]]) -> ColumnElement[bool]:
+    return or_(*(column.is_not(None) for column in columns))
+
+
+def _following(statement: Select[Any], keys: Sequence[Column[Any]], after: tuple[Any, ...] | None) -> Select[Any]:
+    """Let a statement begin after a primary key; the first condition, implied by the second, is the one that an index serves."""
+    if after is None:
+        return statement
+    ways = [
+        and_(*(column == value for column, value in zip(keys[:count], after[:count], strict=True)), keys[count] > after[count])
+        for count in range(len(keys))
+    ]
+    return statement.where(keys[0] >= after[0], or_(*ways))
+
+
+def _reader(dialect: Dialect) -> Callable[[Any], Any]:
+    read: Callable[[Any], Any] = StoredObjectRefType().dialect_impl(dialect).result_processor(dialect, None)  # type: ignore[assignment]  # it has one
+    return read
+
+
+def _value(
+    table: Table, primary_key: tuple[Any, ...], column: Column[Any], raw: Any, read: Callable[[Any], Any]
+) -> HeldValue | None:
+    if raw is None:
+        return None
+    try:
+        ref = read(raw)
+    except InvalidReferenceError as error:
+        return HeldValue(table, primary_key, column, raw, error=error)
+    return None if ref is None else HeldValue(table, primary_key, column, raw, ref)
+
+
+def _text_of(table: Table, primary_key: tuple[Any, ...]) -> str:
+    return json.dumps([table.fullname, *map(_plain, primary_key)], ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case bytes():
+            return value.hex()
+        case datetime() | date() | time():
+            return value.isoformat()
+        case _:
+            return str(value)
+
+
+def _revived(column: Column[Any], value: Any) -> Any:
+    """Return a part of a primary key from its text."""
+    try:
+        kind = column.type.python_type
+    except NotImplementedError:
+        return value
+    if not isinstance(value, str) or kind is str:
+        return value
+    if kind in (datetime, date, time):
+        return kind.fromisoformat(value)
+    if kind is bytes:
+        return bytes.fromhex(value)
+    return kind(value) if kind in (UUID, Decimal, int) else value

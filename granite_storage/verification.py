@@ -1,0 +1,250 @@
+"""Comparing every reference with its object."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from granite_storage._runs import Budget, Run, in_order, paced, patiently, places, require_mounted
+from granite_storage.exceptions import (
+    AccessDeniedError,
+    BackendError,
+    BackendUnavailableError,
+    ChecksumMismatchError,
+    InvalidLocationError,
+    InvalidReferenceError,
+    ObjectNotFoundError,
+    SizeMismatchError,
+    StorageError,
+    UnknownBackendError,
+)
+from granite_storage.orm.scanning import HeldValue, RefRow, Scan
+from granite_storage.readers import require_recorded_size
+from granite_storage.refs import StoredObjectRef
+
+if TYPE_CHECKING:
+    from granite_storage.orm.binding import StorageBinding
+
+__all__ = ["Finding", "Problem", "Verification", "VerificationReport", "verify"]
+
+_AT_A_TIME = 16
+_LOOKS = 3
+_MOST_KEPT = 1000
+
+
+class Problem(StrEnum):
+    """What can be wrong with a reference."""
+
+    MISSING = "missing"
+    WRONG_SIZE = "wrong size"
+    WRONG_CHECKSUM = "wrong checksum"
+    UNDECODABLE = "undecodable"
+    UNKNOWN_BACKEND = "unknown backend"
+    DENIED = "permission denied"
+    UNREADABLE = "unreadable"
+    UNKNOWN_CHECKSUM = "unknown checksum"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A reference with something to say about.
+
+    Attributes:
+        problem: What it is.
+        table: The table's name, with its schema where it has one.
+        primary_key: The row's primary key.
+        column: The column's name.
+        ref: The ref, where the column holds one.
+        message: What exactly was found.
+    """
+
+    problem: Problem
+    table: str
+    primary_key: tuple[Any, ...]
+    column: str
+    ref: StoredObjectRef | None
+    message: str
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether the object may well be whole: nobody knows what its checksum should be."""
+        return self.problem is Problem.UNKNOWN_CHECKSUM
+
+
+@dataclass(slots=True)
+class VerificationReport:
+    """What a verification has looked at.
+
+    Attributes:
+        rows: How many rows were read.
+        checked: How many references were compared with their objects.
+        bytes_read: How many bytes of objects were read; 0 where it is not deep.
+        counts: How many findings there are of each kind.
+        findings: The first thousand of them.
+        key: The key of the last row up to which all is done, for `verify(..., after=key)`; None before the first.
+        complete: Whether it has come to its end.
+    """
+
+    rows: int = 0
+    checked: int = 0
+    bytes_read: int = 0
+    counts: Counter[Problem] = field(default_factory=Counter)
+    findings: list[Finding] = field(default_factory=list)
+    key: str | None = None
+    complete: bool = False
+
+    @property
+    def problems(self) -> int:
+        """How many findings are not harmless."""
+        return self.counts.total() - self.counts[Problem.UNKNOWN_CHECKSUM]
+
+
+class Verification(Run[Finding, VerificationReport]):
+    """What `verify` returns: iterate over it for the findings, or await it for the report."""
+
+    def __init__(
+        self, binding: StorageBinding, storage_key: str | None, deep: bool, at_a_time: int, after: str | None, budget: Budget
+    ):
+        super().__init__(VerificationReport(key=after))
+        self._manager = binding.manager
+        self._scan = Scan(binding)
+        self._storage_key = storage_key
+        self._deep = deep
+        self._at_a_time = at_a_time
+        self._budget = budget
+        self._mounted: set[str] = set()
+
+    async def count(self) -> int:
+        """Return how many rows there are to read, for who wants to show how far it is."""
+        return await self._scan.count()
+
+    async def _items(self) -> AsyncGenerator[Finding, None]:
+        report = self.report
+        rows = self._scan.rows(after=report.key)
+        results = in_order(rows, self._look_at_row, at_a_time=self._at_a_time, is_stopped=lambda: self._stopped)
+        async with aclosing(results):
+            async for row, findings in results:
+                for finding in findings:
+                    report.counts[finding.problem] += 1
+                    if len(report.findings) < _MOST_KEPT:
+                        report.findings.append(finding)
+                    yield finding
+                report.rows += 1
+                report.key = row.key
+        report.complete = not self._stopped
+
+    async def _look_at_row(self, row: RefRow) -> Sequence[Finding]:
+        findings = [await self._look_at(held) for held in row.values if self._concerns(held)]
+        return [finding for finding in findings if finding is not None]
+
+    def _concerns(self, held: HeldValue) -> bool:
+        """Tell whether a value is of the storage key; what cannot be decoded may well be."""
+        return self._storage_key is None or held.ref is None or held.ref.storage_key == self._storage_key
+
+    async def _look_at(self, held: HeldValue) -> Finding | None:
+        """Compare; where something is wrong, see that the row still says so: it may have been replaced meanwhile."""
+        self.report.checked += 1
+        for _ in range(_LOOKS):
+            finding = await self._compare(held)
+            if finding is None or finding.is_harmless:
+                return finding
+            found = await self._scan.read_again(held)
+            if found is None or not self._concerns(found):
+                return None
+            if found.raw == held.raw:
+                return finding
+            held = found
+        return None  # it is replaced faster than it can be looked at
+
+    async def _compare(self, held: HeldValue) -> Finding | None:
+        ref = held.ref
+        if ref is None:
+            return _finding(Problem.UNDECODABLE, held, held.error)
+        try:
+            await self._require_mounted(ref)
+            await patiently(lambda: self._require_object(ref))
+        except BackendUnavailableError:
+            raise
+        except StorageError as error:
+            if isinstance(error, ObjectNotFoundError):
+                # Its disk may have been taken away since the last look.
+                self._mounted.discard(ref.backend)
+                await self._require_mounted(ref)
+            return _finding(_problem(error), held, error)
+        return None if ref.checksum else _finding(Problem.UNKNOWN_CHECKSUM, held, "the ref has no checksum")
+
+    async def _require_object(self, ref: StoredObjectRef) -> None:
+        if not self._deep:
+            require_recorded_size(ref, (await self._manager.stat(ref)).size)
+            return
+        async with self._manager.open(ref, verify=True) as reader, aclosing(paced(reader, self._budget)) as chunks:
+            async for chunk in chunks:
+                self.report.bytes_read += len(chunk)
+
+    async def _require_mounted(self, ref: StoredObjectRef) -> None:
+        if ref.backend not in self._mounted:
+            await require_mounted(ref.backend, self._manager.backend(ref.backend))
+            self._mounted.add(ref.backend)
+
+
+def verify(
+    binding: StorageBinding,
+    *,
+    storage_key: str | None = None,
+    deep: bool = False,
+    at_a_time: int = _AT_A_TIME,
+    after: str | None = None,
+    bytes_per_second: float | None = None,
+) -> Verification:
+    """Compare every reference with its object; nothing is changed, neither a row nor an object.
+
+    Every attachment column and every plain column of refs is read, all rows of them, in the order of the primary keys. What a
+    writer replaces meanwhile is looked at again before it is reported. A backend that is out of reach ends the run with its
+    error: nothing is reported as missing that could not be looked for, and neither is what may not be read.
+
+    Args:
+        binding: What `bind_storage(..., sessions=...)` returned.
+        storage_key: Whose references; None for all, those of policies that are gone included.
+        deep: Whether to read all bytes and compare their checksums too, instead of the sizes only.
+        at_a_time: How many rows are looked at side by side.
+        after: The `report.key` of an earlier run, to go on behind it.
+        bytes_per_second: The most bytes that a deep run reads in a second; None for any number.
+
+    Returns:
+        A run: `async for finding in verify(...)` gives the findings as they come, `await verify(...)` the report.
+
+    Raises:
+        UnknownPolicyError: There is no such policy.
+        ConfigurationError: The binding has no sessions, a table has no primary key, or `after` is no key of it.
+        BackendUnavailableError: While it runs: a backend is out of reach, or a local folder does not carry its marker.
+    """
+    if storage_key is not None:
+        binding.manager.policy(storage_key)
+    return Verification(binding, storage_key, deep, places(at_a_time), after, Budget(bytes_per_second))
+
+
+def _problem(error: StorageError) -> Problem:
+    match error:
+        case ObjectNotFoundError():
+            return Problem.MISSING
+        case SizeMismatchError():
+            return Problem.WRONG_SIZE
+        case ChecksumMismatchError():
+            return Problem.WRONG_CHECKSUM
+        case AccessDeniedError():
+            return Problem.DENIED
+        case UnknownBackendError():
+            return Problem.UNKNOWN_BACKEND
+        case InvalidLocationError() | InvalidReferenceError():
+            return Problem.UNDECODABLE
+        case BackendError():
+            return Problem.UNREADABLE
+    raise error
+
+
+def _finding(problem: Problem, held: HeldValue, message: object) -> Finding:
+    return Finding(problem, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))

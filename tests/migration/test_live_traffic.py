@@ -113,7 +113,7 @@ async def test_objects_are_those_that_rows_refer_to(town: Town, seed: int) -> No
     await town.add(*(Shelf(id=n, file=file(f"content {n}"), other=file(f"content {n}")) for n in range(1, ROWS + 1)))
     binding = town.write_to("new")
     for name in ("old", "new"):
-        getattr(town, name).delay("open", 0.001, times=100_000)
+        getattr(town, name).delay("open", seconds=0.001, times=100_000)
     traffic = Traffic(town, seed)
     async with asyncio.TaskGroup() as group:
         for number in range(1, 5):

@@ -8,14 +8,14 @@ from collections import Counter
 
 import pytest
 from sqlalchemy import select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.orm.exc import StaleDataError
 
 from granite_storage import ObjectNotFoundError, StaleAttachmentError, migrate
 from tests.migration.town import Shelf, Town, file
 
 ROWS = 60
-RETRIABLE = (StaleAttachmentError, ObjectNotFoundError, StaleDataError, DBAPIError)
+RETRIABLE = (StaleAttachmentError, ObjectNotFoundError, StaleDataError, SAWarning, DBAPIError)
 """What a writer may be told, with a migration or without: another transaction was faster."""
 
 

@@ -1,0 +1,400 @@
+"""What verification finds, what it must not report, and how it is stopped and goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tracemalloc
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Column, Integer, MetaData, Table
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from granite_storage import (
+    AccessDeniedError,
+    Attachment,
+    BackendError,
+    BackendUnavailableError,
+    ConfigurationError,
+    ObjectNotFoundError,
+    Problem,
+    StorageManager,
+    StoragePolicy,
+    StoredObjectRef,
+    StoredObjectRefType,
+    UnknownPolicyError,
+    attachment,
+    bind_storage,
+    verify,
+)
+from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.orm import scanning
+from granite_storage.orm.scanning import Scan
+from tests.migration.town import Base, Parcel, Shelf, Town, file, hide_deleted
+from tests.orm.databases import Database, sqlite
+
+
+async def one_ref(town: Town) -> StoredObjectRef:
+    await town.add(Shelf(id=1, file=file("abc")))
+    return (await town.refs())[0]
+
+
+async def rewrite(town: Town, **changes: Any) -> None:
+    """Change what the row of the one ref says, past the library; None removes a key."""
+    whole = {**(await town.refs())[0].to_dict(), **changes}
+    await town.set_raw(1, json.dumps({key: value for key, value in whole.items() if value is not None}))
+
+
+async def found(town: Town, **options: Any) -> list[Problem]:
+    return [finding.problem async for finding in verify(town.binding, **options)]
+
+
+class TestFindings:
+    async def test_nothing_wrong(self, town: Town) -> None:
+        await town.add(Shelf(id=1, file=file("a"), other=file("b")), Shelf(id=2), Parcel(number="1", file=file("c")))
+        report = await verify(town.binding, deep=True)
+        assert (report.rows, report.checked, report.problems, report.bytes_read, report.complete) == (2, 3, 0, 3, True)
+
+    async def test_missing(self, town: Town) -> None:
+        ref = await one_ref(town)
+        await town.old.delete(ref.location)
+        findings = [finding async for finding in verify(town.binding)]
+        assert [(f.problem, f.table, f.primary_key, f.column, f.ref) for f in findings] == [
+            (Problem.MISSING, "town_shelf", (1,), "file", ref)
+        ]
+        assert await found(town, deep=True) == [Problem.MISSING]
+
+    async def test_wrong_size(self, town: Town) -> None:
+        ref = await one_ref(town)
+        await town.old.delete(ref.location)
+        await town.old.put_bytes(ref.location, b"ab")
+        assert await found(town) == await found(town, deep=True) == [Problem.WRONG_SIZE]
+
+    async def test_wrong_bytes_are_found_by_a_deep_run_only(self, town: Town) -> None:
+        ref = await one_ref(town)
+        await town.old.delete(ref.location)
+        await town.old.put_bytes(ref.location, b"abd")
+        assert await found(town) == []
+        assert await found(town, deep=True) == [Problem.WRONG_CHECKSUM]
+
+    @pytest.mark.case("REF-01")
+    @pytest.mark.parametrize("deep", [False, True])
+    async def test_an_unknown_checksum_is_told_and_harmless(self, town: Town, deep: bool) -> None:
+        await one_ref(town)
+        await rewrite(town, checksum=None, extra=None, created_at=None)
+        report = await verify(town.binding, deep=deep)
+        assert dict(report.counts) == {Problem.UNKNOWN_CHECKSUM: 1}
+        assert report.problems == 0
+        assert report.bytes_read == (3 if deep else 0)
+
+    @pytest.mark.case("REF-03")
+    @pytest.mark.parametrize("checksum", ["md5:900150983cd24fb0d6963f7d28e17f72", "sha256:", f"sha256:{'0' * 65}", "abc"])
+    async def test_a_checksum_that_is_none(self, town: Town, checksum: str) -> None:
+        await one_ref(town)
+        await rewrite(town, checksum=checksum)
+        assert await found(town) == [Problem.UNDECODABLE]
+
+    @pytest.mark.parametrize("raw", ["[]", '{"storage_key": "docs"}', "17", '"text"', "true"])
+    async def test_what_is_no_ref(self, town: Town, raw: str) -> None:
+        await one_ref(town)
+        await town.set_raw(1, raw)
+        findings = [finding async for finding in verify(town.binding, storage_key="docs")]
+        assert [finding.problem for finding in findings] == [Problem.UNDECODABLE]
+        assert findings[0].message
+
+    async def test_json_null_is_nothing(self, town: Town) -> None:
+        await one_ref(town)
+        await town.set_raw(1, "null")
+        assert await found(town) == []
+
+    @pytest.mark.case("REF-06")
+    async def test_what_is_no_json_at_all(self, town: Town) -> None:
+        if not town.database.is_sqlite:
+            pytest.skip("the others keep nothing that is not JSON")
+        await one_ref(town)
+        for raw in ("not json", "[" * 10_000):
+            await town.set_raw(1, raw)
+            assert await found(town) == [Problem.UNDECODABLE]
+
+    @pytest.mark.parametrize("location", ["../etc/passwd", "/etc/passwd", "a//b", "x" * 1025])
+    async def test_a_location_that_leads_elsewhere(self, town: Town, location: str) -> None:
+        await one_ref(town)
+        await rewrite(town, location=location)
+        assert await found(town) == [Problem.UNDECODABLE]
+
+    async def test_a_backend_that_is_gone(self, town: Town) -> None:
+        await one_ref(town)
+        await rewrite(town, backend="gone")
+        assert await found(town) == [Problem.UNKNOWN_BACKEND]
+
+    @pytest.mark.parametrize("deep", [False, True])
+    async def test_permission_denied_is_not_missing(self, town: Town, deep: bool) -> None:
+        await one_ref(town)
+        town.old.fail("open" if deep else "stat", times=2, error=AccessDeniedError("denied"))
+        assert await found(town, deep=deep) == [Problem.DENIED]
+
+    async def test_a_disk_that_fails_at_one_object(self, town: Town) -> None:
+        await one_ref(town)
+        town.old.fail("stat", times=2, error=BackendError("input/output error"))
+        assert await found(town) == [Problem.UNREADABLE]
+
+    async def test_a_plain_column_is_read_too(self, town: Town) -> None:
+        ref = await one_ref(town)
+        await town.sql("UPDATE town_shelf SET scan = file, file = NULL")
+        await town.old.delete(ref.location)
+        assert await found(town) == [Problem.MISSING]
+
+    async def test_soft_deleted_rows_are_read_too(self, town: Town) -> None:
+        ref = await one_ref(town)
+        await town.sql("UPDATE town_shelf SET deleted = true")
+        await town.old.delete(ref.location)
+        with hide_deleted():
+            async with town.sessions() as session:
+                assert await session.get(Shelf, 1) is None
+            assert await found(town) == [Problem.MISSING]
+
+    async def test_one_storage_key_of_two(self, town: Town) -> None:
+        await town.add(Shelf(id=1, file=file("a")), Parcel(number="1", file=file("b")))
+        for ref in await town.refs():
+            await town.old.delete(ref.location)
+        report = await verify(town.binding, storage_key="parcels")
+        assert [finding.table for finding in report.findings] == ["town_parcel"]
+        assert report.checked == 1
+
+    async def test_refs_of_a_policy_that_is_gone_belong_to_all(self, town: Town) -> None:
+        await one_ref(town)
+        await rewrite(town, storage_key="gone", checksum=None)
+        assert await found(town, storage_key="docs") == []
+        assert await found(town) == [Problem.UNKNOWN_CHECKSUM]
+
+
+class TestNothingIsMissingThatCouldNotBeLookedFor:
+    async def test_a_backend_out_of_reach_ends_the_run(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("granite_storage._runs._PAUSES", (0.01, 0.01))
+        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 30)))
+        town.old.fail("stat", nth=20, times=1000, error=BackendUnavailableError("down"))
+        run = verify(town.binding, at_a_time=2)
+        with pytest.raises(BackendUnavailableError):
+            await run
+        assert (run.report.problems, run.report.complete) == (0, False)
+        assert run.report.rows == 19
+
+    async def test_a_short_outage_is_waited_for(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("granite_storage._runs._PAUSES", (0.01, 0.01))
+        await one_ref(town)
+        town.old.fail("stat", times=2, error=BackendUnavailableError("down"))
+        assert (await verify(town.binding)).problems == 0
+
+    @pytest.mark.case("DSK-13")
+    @pytest.mark.parametrize("prefixed", [False, True])
+    async def test_a_local_folder_without_its_marker(self, database: Database, tmp_path: Path, prefixed: bool) -> None:
+        local = LocalStorageBackend(tmp_path / "store", fsync=False)
+        backend = PrefixedBackend(local, "some/prefix") if prefixed else local
+        manager = StorageManager(
+            backends={"disk": backend},
+            policies={"docs": StoragePolicy("docs", "disk"), "parcels": StoragePolicy("parcels", "disk")},
+        )
+        async with database.opened(Base.metadata) as engine, manager:
+            sessions = async_sessionmaker(engine)
+            binding = bind_storage(Base, manager, sessions=sessions)
+            async with sessions.begin() as session:
+                session.add(Shelf(id=1, file=file("a")))
+            assert (await verify(binding)).problems == 0
+            for name in ("gone", "store"):
+                await asyncio.to_thread((tmp_path / "store").rename, tmp_path / "gone") if name == "gone" else None
+                with pytest.raises(BackendUnavailableError, match="marker"):
+                    await verify(binding)
+                await asyncio.to_thread((tmp_path / "store").mkdir, exist_ok=True)
+            binding.unbind()
+
+    async def test_a_disk_that_goes_while_it_runs(self, database: Database, tmp_path: Path) -> None:
+        backend = LocalStorageBackend(tmp_path / "store", fsync=False)
+        manager = StorageManager(
+            backends={"disk": backend},
+            policies={"docs": StoragePolicy("docs", "disk"), "parcels": StoragePolicy("parcels", "disk")},
+        )
+        async with database.opened(Base.metadata) as engine, manager:
+            sessions = async_sessionmaker(engine)
+            binding = bind_storage(Base, manager, sessions=sessions)
+            async with sessions.begin() as session:
+                session.add_all(Shelf(id=number, file=file("a")) for number in range(1, 40))
+                session.add(Shelf(id=40, file=file("b")))
+            async with sessions() as session:
+                first = await session.get_one(Shelf, 1)
+            await manager.delete(first.file.ref)
+            run = verify(binding, at_a_time=1)
+            with pytest.raises(BackendUnavailableError, match="mounted"):
+                async for finding in run:
+                    assert finding.primary_key == (1,)
+                    await asyncio.to_thread((tmp_path / "store").rename, tmp_path / "gone")
+            assert run.report.problems == 1
+            binding.unbind()
+
+    async def test_what_is_replaced_meanwhile_is_looked_at_again(self, town: Town) -> None:
+        await one_ref(town)
+        real = town.old.stat
+
+        async def stat(location: str) -> Any:
+            town.old.stat = real  # type: ignore[method-assign]
+            async with town.sessions.begin() as session:
+                (await session.get_one(Shelf, 1)).file = file("other")
+            return await real(location)
+
+        town.old.stat = stat  # type: ignore[method-assign]
+        report = await verify(town.binding)
+        assert (report.problems, report.checked) == (0, 1)
+
+    async def test_what_is_deleted_meanwhile_is_not_missing(self, town: Town) -> None:
+        await one_ref(town)
+
+        async def stat(location: str) -> Any:
+            async with town.sessions.begin() as session:
+                await session.delete(await session.get_one(Shelf, 1))
+            raise ObjectNotFoundError("gone", location=location)
+
+        town.old.stat = stat  # type: ignore[method-assign]
+        assert await found(town) == []
+
+    async def test_verification_writes_nothing(self, town: Town) -> None:
+        await one_ref(town)
+        town.old.calls.clear()
+        await verify(town.binding, deep=True)
+        assert {call.operation for call in town.old.calls} <= {"open", "read", "stat"}
+
+
+class TestRuns:
+    async def test_stopping_and_going_on(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(scanning, "_AT_A_TIME", 7)
+        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 31)))
+        await town.add(*(Parcel(number=str(number), file=file("a")) for number in range(30)))
+        for ref in await town.refs():
+            await town.old.delete(ref.location)
+        seen: list[Any] = []
+        after = None
+        for _ in range(100):
+            run = verify(town.binding, after=after, at_a_time=3)
+            async for finding in run:
+                seen.append((finding.table, finding.primary_key))
+                if run.report.rows >= 10:
+                    run.stop()
+            after = run.report.key
+            if run.report.complete:
+                break
+        assert len(seen) == len(set(seen)) == 60
+
+    async def test_breaking_off_leaves_nothing_open(self, town: Town) -> None:
+        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 31)))
+        for ref in await town.refs():
+            await town.old.delete(ref.location)
+        run = aiter(verify(town.binding))
+        await anext(run)
+        await run.aclose()
+        assert town.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+    async def test_several_at_a_time_and_no_more(self, town: Town) -> None:
+        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 31)))
+        real, running, most = town.old.stat, 0, 0
+
+        async def stat(location: str) -> Any:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.005)
+            running -= 1
+            return await real(location)
+
+        town.old.stat = stat  # type: ignore[method-assign]
+        await verify(town.binding, at_a_time=5)
+        assert most == 5
+
+    async def test_a_budget_slows_it_down(self, town: Town) -> None:
+        await town.add(*(Shelf(id=number, file=file("x" * 1000)) for number in range(1, 6)))
+        begun = asyncio.get_running_loop().time()
+        await verify(town.binding, deep=True, bytes_per_second=10_000)
+        assert asyncio.get_running_loop().time() - begun >= 0.4
+
+    async def test_count(self, town: Town) -> None:
+        await town.add(Shelf(id=1, file=file("a"), other=file("b")), Shelf(id=2), Parcel(number="1", file=file("c")))
+        assert await verify(town.binding).count() == 2
+
+    async def test_an_unknown_policy(self, town: Town) -> None:
+        with pytest.raises(UnknownPolicyError):
+            verify(town.binding, storage_key="dosc")
+
+    async def test_findings_that_are_kept_are_bounded(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("granite_storage.verification._MOST_KEPT", 3)
+        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 10)))
+        for ref in await town.refs():
+            await town.old.delete(ref.location)
+        report = await verify(town.binding)
+        assert (len(report.findings), report.problems) == (3, 9)
+
+
+class TestScan:
+    async def test_every_kind_of_key_in_pages_of_any_size(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 8)))
+        await town.add(*(Parcel(number=f"n{number % 3}-é{number}", file=file("a")) for number in range(9)))
+        for size in (1, 2, 3, 16, 17):
+            monkeypatch.setattr(scanning, "_AT_A_TIME", size)
+            scan = Scan(town.binding)
+            rows = [row async for row in scan.rows()]
+            assert len({row.key for row in rows}) == len(rows) == 16
+            for index, row in enumerate(rows):
+                assert [later.key async for later in scan.rows(after=row.key)] == [later.key for later in rows[index + 1 :]]
+
+    async def test_a_table_without_a_primary_key(self) -> None:
+        class Other(DeclarativeBase):
+            metadata = MetaData()
+
+        Table("loose", Other.metadata, Column("number", Integer), Column("ref", StoredObjectRefType))
+        manager = StorageManager(backends={"m": MemoryStorageBackend()}, policies={})
+        binding = bind_storage(Other, manager, sessions=async_sessionmaker())
+        with pytest.raises(ConfigurationError, match="loose has no primary key"):
+            verify(binding)
+        binding.unbind()
+
+
+async def test_memory_is_flat(tmp_path: Path) -> None:
+    """Ten times as many rows take no more memory."""
+
+    class Many(DeclarativeBase):
+        pass
+
+    class Row(Many):
+        __tablename__ = "many"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        file: Mapped[Attachment | None] = attachment("docs")
+
+    class Everything(MemoryStorageBackend):
+        async def stat(self, location: str) -> Any:
+            raise ObjectNotFoundError("nothing is there")
+
+    manager = StorageManager(backends={"m": Everything()}, policies={"docs": StoragePolicy("docs", "m")})
+    with sqlite("sqlite") as database:
+        async with database.opened(Many.metadata) as engine:
+            binding = bind_storage(Many, manager, sessions=async_sessionmaker(engine))
+            peaks = []
+            async for _ in _filled(engine, Row.__table__):
+                tracemalloc.start()
+                report = await verify(binding)
+                peaks.append(tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
+            assert report.problems == 20_000
+            binding.unbind()
+    assert peaks[1] < 1.3 * peaks[0], peaks
+
+
+async def _filled(engine: Any, table: Table) -> AsyncIterator[None]:
+    """Fill a table with 2,000 rows, and then with 20,000."""
+    ref = StoredObjectRef("docs", "m", "a/b/c/d", 1, "").to_dict()
+    for first, last in ((0, 2_000), (2_000, 20_000)):
+        async with engine.begin() as connection:
+            statement = "INSERT INTO many (id, file) VALUES (?, ?)"
+            await connection.exec_driver_sql(statement, [(number, json.dumps(ref)) for number in range(first, last)])
+        yield

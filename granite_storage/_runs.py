@@ -36,10 +36,18 @@ class Run(Generic[Item, Report]):
         self.report = report
         self._stopped = False
         self._begun = False
+        self._notice: Callable[[], None] = lambda: None
 
     def stop(self) -> None:
         """Begin nothing more; what is under way is done to its end, and then the run ends."""
         self._stopped = True
+
+    async def noticed(self, notice: Callable[[], None]) -> AsyncGenerator[Item, None]:
+        """Yield what iterating yields, and call `notice` each time that the report has grown."""
+        self._notice = notice
+        async with aclosing(aiter(self)) as items:
+            async for item in items:
+                yield item
 
     def __aiter__(self) -> AsyncGenerator[Item, None]:
         if self._begun:

@@ -119,6 +119,17 @@ class Migration(Run[Moved, MigrationReport]):
         """Return how many rows there are to read in a pass, for who wants to show how far it is."""
         return await self._scan.count()
 
+    async def waiting(self) -> dict[str, tuple[int, int]]:
+        """Return what there is to move: by the backend that it is on, how many objects and bytes. Nothing is changed."""
+        found: dict[str, tuple[int, int]] = {}
+        async with aclosing(self._scan.rows(after=self.report.key)) as rows:
+            async for row in rows:
+                for held in row.values:
+                    if held.is_managed and held.ref is not None and self._concerns(held):
+                        number, size = found.get(held.ref.backend, (0, 0))
+                        found[held.ref.backend] = number + 1, size + held.ref.size
+        return found
+
     async def _items(self) -> AsyncGenerator[Moved, None]:
         """Pass over the rows until there is nothing left to do: rows exchange their files behind a pass's back."""
         report = self.report
@@ -141,6 +152,7 @@ class Migration(Run[Moved, MigrationReport]):
                     yield moved
                 self.report.rows += 1
                 self.report.key = row.key
+                self._notice()
 
     def _note(self, moved: Moved) -> None:
         report = self.report

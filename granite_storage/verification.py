@@ -135,6 +135,7 @@ class Verification(Run[Finding, VerificationReport]):
                     yield finding
                 report.rows += 1
                 report.key = row.key
+                self._notice()
         report.complete = not self._stopped
 
     async def _look_at_row(self, row: RefRow) -> Sequence[Finding]:

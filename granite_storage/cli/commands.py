@@ -1,0 +1,47 @@
+"""The commands by their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from granite_storage import __version__
+from granite_storage.cli.audits import recover_command, verify_command
+from granite_storage.cli.doctor import doctor_command
+from granite_storage.cli.moving import migrate_command
+from granite_storage.cli.objects import cp_command, ls_command, stat_command
+from granite_storage.cli.running import Settings
+
+__all__ = ["command_line"]
+
+
+@click.group(name="granite-storage", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--app", envvar="GRANITE_STORAGE_APP", metavar="MODULE:ATTRIBUTE", help="The StorageBinding, or a callable for it.")
+@click.option(
+    "--app-dir",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    default=Path(),
+    help="Where the module is.  [default: the working directory]",
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(__version__, prog_name="granite-storage")
+@click.pass_context
+def command_line(context: click.Context, app: str | None, app_dir: Path, debug: bool) -> None:
+    """Look after the files of an application that uses Granite Storage.
+
+    The answer goes to the standard output, all else to the standard error. Nothing is deleted without --yes or a question.
+
+    \b
+    Exit codes:
+      0    done, and nothing is wrong
+      1    something is wrong or was left undone; the answer says what
+      2    the command was not understood, or nobody could be asked
+      3    it could not be done: configuration, database or backend
+      130  stopped by Ctrl-C (143 by SIGTERM); run it again to go on
+    """  # noqa: D301  # click wants the backspace
+    context.obj = Settings(app, app_dir, debug)
+
+
+for _command in (cp_command, doctor_command, ls_command, migrate_command, recover_command, stat_command, verify_command):
+    command_line.add_command(_command)

@@ -1,0 +1,235 @@
+"""`doctor`: what is wrong with a configuration, before an upload finds out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any
+
+import click
+from rich.text import Text
+from sqlalchemy import Connection, inspect, select, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from granite_storage._concurrency import finish
+from granite_storage._runs import require_mounted
+from granite_storage.backends.base import StorageBackend
+from granite_storage.cli.options import JSON
+from granite_storage.cli.output import shown
+from granite_storage.cli.running import Desk, Exit, Settings, run
+from granite_storage.exceptions import BackendUnavailableError, StorageError
+from granite_storage.locations import make_location
+from granite_storage.orm.binding import StorageBinding
+from granite_storage.orm.journal.tables import clock, tables_of
+from granite_storage.orm.types import AttachmentType
+
+__all__ = ["doctor_command"]
+
+_TIMEOUT = 20.0
+_SKEW = 5.0
+_CONTENT = b"granite-storage doctor"
+
+
+class Verdict(Enum):
+    """How a look at something ended."""
+
+    GOOD = ("ok", "green")
+    NOTE = ("note", "yellow")
+    BAD = ("bad", "red")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Something that was looked at."""
+
+    verdict: Verdict
+    what: str
+    said: str
+
+
+@click.command("doctor")
+@click.option("--read-only", is_flag=True, help="Write no probe object.")
+@JSON
+@click.pass_obj
+def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
+    """Look for what is wrong with the set-up.
+
+    It looks at the configuration, the database with its tables, the journal and the backends.
+
+    On each backend that a policy writes to it stores a small object, reads it, lists it and deletes it, unless --read-only is
+    given. The exit code is 1 where something is bad; what is only noted may be as you want it.
+    """
+
+    async def work(desk: Desk) -> Exit | None:
+        looks = [look async for look in _looks(desk.binding, read_only=read_only)]
+        if as_json:
+            for look in looks:
+                desk.output.record({"verdict": look.verdict.value[0], "what": look.what, "message": look.said})
+        else:
+            rows = [(Text(look.verdict.value[0], style=look.verdict.value[1]), look.what, shown(look.said)) for look in looks]
+            desk.output.table(["", "what", "found"], rows)
+        return Exit.FOUND if any(look.verdict is Verdict.BAD for look in looks) else None
+
+    run(settings, work, as_json=as_json)
+
+
+async def _looks(binding: StorageBinding, *, read_only: bool) -> AsyncIterator[Look]:
+    for look in _configuration(binding):
+        yield look
+    async for look in _database(binding):
+        yield look
+    async for look in _journal(binding):
+        yield look
+    for key, backend in binding.manager.backends.items():
+        prefixes = [policy.key_prefix for policy in binding.manager.policies.values() if policy.backend_key == key]
+        async for look in _backend(key, backend, None if read_only or not prefixes else prefixes[0] or ""):
+            yield look
+
+
+def _configuration(binding: StorageBinding) -> list[Look]:
+    columns = binding.ref_columns()
+    managed = [column.type for column in columns if isinstance(column.type, AttachmentType)]
+    looks = [
+        Look(Verdict.GOOD, "models", f"{len(managed)} attachment columns, {len(columns) - len(managed)} plain columns of refs")
+    ]
+    if not columns:
+        looks = [Look(Verdict.NOTE, "models", "no model has a column of refs: were all of them imported?")]
+    for home in managed:
+        try:
+            binding.manager_for(home)
+        except StorageError as error:
+            looks.append(Look(Verdict.BAD, f"column {home.label}", str(error)))
+    unused = sorted(set(binding.manager.policies) - {home.storage_key for home in managed})
+    if unused:
+        looks.append(Look(Verdict.NOTE, "policies", f"no attachment column uses {', '.join(unused)}"))
+    return looks
+
+
+async def _database(binding: StorageBinding) -> AsyncIterator[Look]:
+    if binding.sessions is None:
+        yield Look(Verdict.BAD, "database", "the binding has no sessions: bind_storage(Base, manager, sessions=...)")
+        return
+    begun = time.monotonic()
+    try:
+        async with asyncio.timeout(_TIMEOUT), binding.sessions() as session:
+            table = next((column.table for column in binding.ref_columns()), None)
+            connection = await session.connection(bind_arguments={} if table is None else {"clause": table})
+            await connection.execute(text("SELECT 1"))
+            name = connection.dialect.name
+            yield Look(Verdict.GOOD, "database", f"{name} answers within {time.monotonic() - begun:.2f} s")
+            if name == "sqlite":
+                async for look in _sqlite(connection):
+                    yield look
+            else:
+                now = (await connection.execute(select(clock()))).scalar_one()
+                yield _skew("the database's clock", now)
+            yield await connection.run_sync(_tables, binding)
+    except (SQLAlchemyError, OSError, TimeoutError) as error:
+        yield Look(
+            Verdict.BAD, "database", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
+        )
+
+
+async def _sqlite(connection: AsyncConnection) -> AsyncIterator[Look]:
+    driver: Any = (await connection.get_raw_connection()).driver_connection
+    if driver.in_transaction:
+        yield Look(Verdict.GOOD, "SQLite transactions", "SQLAlchemy begins them itself, so reads and savepoints are in them")
+    else:
+        yield Look(
+            Verdict.NOTE,
+            "SQLite transactions",
+            "the driver begins none before the first write, so reads are outside of them; savepoints are real all the same."
+            " SQLAlchemy's BEGIN recipe changes that",
+        )
+    if not (await connection.execute(text("PRAGMA foreign_keys"))).scalar_one():
+        yield Look(Verdict.NOTE, "SQLite foreign keys", "not enforced: ON DELETE CASCADE deletes nothing")
+
+
+def _tables(connection: Connection, binding: StorageBinding) -> Look:
+    inspector = inspect(connection)
+    journal = tables_of(binding.metadata) if binding.journal is not None else None
+    tables = dict.fromkeys([*(column.table for column in binding.ref_columns()), *(() if journal is None else journal.all)])
+    missing = [table.fullname for table in tables if not inspector.has_table(table.name, schema=table.schema)]
+    lacking = [
+        f"{column.table.fullname}.{column.name}"
+        for column in binding.ref_columns()
+        if column.table.fullname not in missing
+        and column.name not in {found["name"] for found in inspector.get_columns(column.table.name, schema=column.table.schema)}
+    ]
+    if missing or lacking:
+        return Look(Verdict.BAD, "tables", f"missing: {', '.join([*missing, *lacking])}; create them, or run the migrations")
+    return Look(Verdict.GOOD, "tables", f"all {len(tables)} are there")
+
+
+async def _journal(binding: StorageBinding) -> AsyncIterator[Look]:
+    if binding.journal is None:
+        yield Look(Verdict.NOTE, "journal", "none: what a crash leaves behind is the garbage collector's")
+        return
+    try:
+        async with asyncio.timeout(_TIMEOUT):
+            await binding.journal.check()
+        yield Look(Verdict.GOOD, "journal", f"can keep its promise; leases of {binding.journal.lease}")
+    except (StorageError, SQLAlchemyError, OSError, TimeoutError) as error:
+        yield Look(Verdict.BAD, "journal", f"{type(error).__name__}: {error}")
+
+
+async def _backend(key: str, backend: StorageBackend, prefix: str | None) -> AsyncIterator[Look]:
+    """Look at a backend; with a prefix to write below, at all that it may."""
+    what = f"backend {key}"
+    begun = time.monotonic()
+    location = make_location(
+        key_prefix=prefix or None, model_name="granite", entity_id="doctor", field_name="probe", original_filename="probe.txt"
+    )
+    doing = "looking for an object"
+    try:
+        async with asyncio.timeout(_TIMEOUT):
+            await backend.exists(location)
+            if prefix is None:
+                yield await _untouched(what, key, backend, begun)
+                return
+            try:
+                doing = "storing a probe"
+                await backend.put_bytes(location, _CONTENT, content_type="text/plain")
+                doing = "reading the probe"
+                modified = (await backend.stat(location)).modified
+                reader = await backend.open(location)
+                try:
+                    content = await reader.read()
+                finally:
+                    await reader.aclose()
+                doing = "listing the probe"
+                listed = [info.location async for info in backend.iter_objects(location)]
+            finally:
+                if doing != "looking for an object":
+                    await finish(backend.delete(location), f"deleting the probe {location!r}")
+            doing = "deleting the probe"
+            gone = not await backend.exists(location)
+    except (StorageError, OSError, TimeoutError) as error:
+        yield Look(Verdict.BAD, what, f"{doing} failed: {type(error).__name__}: {error}")
+        return
+    if content != _CONTENT or listed != [location] or not gone:
+        yield Look(Verdict.BAD, what, "a probe was not read, listed or deleted as it should be")
+        return
+    yield Look(Verdict.GOOD, what, f"stores, reads, lists and deletes ({time.monotonic() - begun:.2f} s)")
+    yield _skew(f"clock of {key}", modified)
+
+
+async def _untouched(what: str, key: str, backend: StorageBackend, begun: float) -> Look:
+    try:
+        await require_mounted(key, backend)
+    except BackendUnavailableError:
+        return Look(Verdict.NOTE, what, "its folder has no marker file: it was never written to, or its disk is not mounted")
+    return Look(Verdict.GOOD, what, f"answers within {time.monotonic() - begun:.2f} s; nothing was written")
+
+
+def _skew(what: str, then: datetime) -> Look:
+    aware = then if then.tzinfo is not None else then.replace(tzinfo=UTC)
+    seconds = (datetime.now(UTC) - aware).total_seconds()
+    if abs(seconds) <= _SKEW:
+        return Look(Verdict.GOOD, what, f"agrees with this machine's within {_SKEW:.0f} s")
+    return Look(Verdict.NOTE, what, f"is {abs(seconds):.0f} s {'behind' if seconds > 0 else 'ahead of'} this machine's")

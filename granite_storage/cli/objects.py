@@ -1,0 +1,266 @@
+"""`ls`, `stat` and `cp`: what a backend holds, past the rows."""
+
+from __future__ import annotations
+
+import asyncio
+import mimetypes
+import os
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from granite_storage._concurrency import finish, finished
+from granite_storage.backends.base import ObjectInfo, ObjectReader
+from granite_storage.cli.options import JSON
+from granite_storage.cli.output import shown_size
+from granite_storage.cli.running import Desk, Exit, Settings, run
+from granite_storage.exceptions import BackendError, ObjectNotFoundError
+from granite_storage.locations import check_location, uuid7_hex
+from granite_storage.manager import StorageManager
+
+__all__ = ["cp_command", "ls_command", "stat_command"]
+
+_CHUNK = 1 << 20
+
+
+@click.command("ls")
+@click.argument("address", required=False)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after so many.")
+@JSON
+@click.pass_obj
+def ls_command(settings: Settings, address: str | None, limit: int | None, as_json: bool) -> None:
+    """List objects, as size, time and location.
+
+    ADDRESS is BACKEND: or BACKEND:PREFIX, where the prefix is characters and not segments. Without one it lists the policies and
+    the backends they write to.
+    """
+
+    async def work(desk: Desk) -> None:
+        if address is None:
+            _list_policies(desk)
+            return
+        key, prefix = _address(address, desk.binding.manager)
+        number = 0
+        async with _closing(desk.binding.manager.backend(key).iter_objects(prefix)) as objects:
+            async for info in objects:
+                _tell_object(desk, info)
+                number += 1
+                if number == limit:
+                    return
+
+    run(settings, work, as_json=as_json)
+
+
+@asynccontextmanager
+async def _closing(objects: AsyncIterator[ObjectInfo]) -> AsyncIterator[AsyncIterator[ObjectInfo]]:
+    """Close a listing that is left before its end, where it is a generator."""
+    try:
+        yield objects
+    finally:
+        if isinstance(objects, AsyncGenerator):
+            await objects.aclose()
+
+
+def _list_policies(desk: Desk) -> None:
+    manager = desk.binding.manager
+    rows = [(policy.storage_key, policy.backend_key, policy.key_prefix or "") for policy in manager.policies.values()]
+    unused = sorted(set(manager.backends) - {backend for _, backend, _ in rows})
+    if desk.output.as_json:
+        for storage_key, backend, prefix in rows:
+            desk.output.record({"storage_key": storage_key, "backend": backend, "key_prefix": prefix or None})
+        for backend in unused:
+            desk.output.record({"storage_key": None, "backend": backend, "key_prefix": None})
+        return
+    desk.output.table(["policy", "backend", "prefix"], [*rows, *(("-", backend, "") for backend in unused)])
+
+
+def _tell_object(desk: Desk, info: ObjectInfo) -> None:
+    if desk.output.as_json:
+        desk.output.record(_facts(info))
+    else:
+        desk.output.line(f"{shown_size(info.size):>9}  {info.modified:%Y-%m-%d %H:%M:%S}  {info.location}")
+
+
+def _facts(info: ObjectInfo) -> dict[str, Any]:
+    return {
+        "location": info.location,
+        "size": info.size,
+        "modified": info.modified.isoformat(),
+        "etag": info.etag,
+        "content_type": info.content_type,
+    }
+
+
+@click.command("stat")
+@click.argument("address")
+@JSON
+@click.pass_obj
+def stat_command(settings: Settings, address: str, as_json: bool) -> None:
+    """Tell what a backend knows of an object.
+
+    ADDRESS is BACKEND:LOCATION. The exit code is 1 where nothing is there.
+    """
+
+    async def work(desk: Desk) -> Exit | None:
+        key, location = _object_address(address, desk.binding.manager)
+        try:
+            info = await desk.binding.manager.backend(key).stat(location)
+        except ObjectNotFoundError:
+            desk.output.note(f"no object is at {key}:{location}", "red")
+            return Exit.FOUND
+        if as_json:
+            desk.output.record({"backend": key, **_facts(info)})
+        else:
+            facts = {name.replace("_", " "): value for name, value in _facts(info).items() if value is not None}
+            desk.output.facts({"backend": key, **facts, "size": f"{info.size:,} bytes ({shown_size(info.size)})"})
+        return None
+
+    run(settings, work, as_json=as_json)
+
+
+@click.command("cp")
+@click.argument("source")
+@click.argument("target")
+@click.option("--force", is_flag=True, help="Overwrite the target file.")
+@click.option("--model", "model_name", default="import", metavar="NAME", help="For a new object: what kind of thing it is of.")
+@click.option("--entity", "entity_id", metavar="ID", help="For a new object: which one.  [default: a new UUID]")
+@click.option("--field", "field_name", default="file", metavar="NAME", help="For a new object: which of its files.")
+@click.option("--content-type", metavar="TYPE", help="For a new object.  [default: by the file's name]")
+@click.pass_obj
+def cp_command(
+    settings: Settings,
+    source: str,
+    target: str,
+    force: bool,
+    model_name: str,
+    entity_id: str | None,
+    field_name: str,
+    content_type: str | None,
+) -> None:
+    """Copy an object out to a file, or a file in to a new object.
+
+    \b
+      granite-storage cp disk:documents/document/1/file/0199...-a.pdf a.pdf
+      granite-storage cp a.pdf documents:
+
+    Out: SOURCE is BACKEND:LOCATION, TARGET a file, a folder, or - for the standard output. The file appears when it is complete.
+
+    In: TARGET is the name of a policy and a colon. The new object's ref is printed as JSON. No row refers to it: write the ref
+    into a plain column of refs, or the garbage collector takes the object after its grace period.
+
+    A file whose name has a colon is written as ./a:b.
+    """  # noqa: D301  # click wants the backspace
+
+    async def work(desk: Desk) -> None:
+        manager = desk.binding.manager
+        if _leads_to(source, manager.backends) and not _leads_to(target, manager.policies):
+            key, location = _object_address(source, manager)
+            await _copy_out(desk, key, location, target, force=force)
+        elif _leads_to(target, manager.policies):
+            names = {"model_name": model_name, "entity_id": entity_id or uuid7_hex(), "field_name": field_name}
+            await _copy_in(desk, Path(source), target.partition(":")[0], content_type, names)
+        else:
+            raise click.UsageError(
+                f"one of both must be an object: BACKEND:LOCATION to copy from ({', '.join(sorted(manager.backends))}),"
+                f" or POLICY: to copy to ({', '.join(sorted(manager.policies))})"
+            )
+
+    run(settings, work)
+
+
+async def _copy_out(desk: Desk, key: str, location: str, target: str, *, force: bool) -> None:
+    reader = await desk.binding.manager.backend(key).open(location)
+    try:
+        if target == "-":
+            await _pump(desk, reader, desk.output.raw)
+            return
+        path = Path(target)
+        if await asyncio.to_thread(path.is_dir):
+            path /= location.rpartition("/")[2]
+        await _copy_to_file(desk, reader, path, force=force)
+    finally:
+        await reader.aclose()
+
+
+async def _copy_to_file(desk: Desk, reader: ObjectReader, path: Path, *, force: bool) -> None:
+    """Write beside the target and give it its name at the end; a failure leaves nothing, and the target as it was."""
+    if not force and await asyncio.to_thread(os.path.lexists, path):
+        raise click.ClickException(f"{path} is there already; --force overwrites it")
+    file = await finished(asyncio.to_thread(_beside, path))
+    try:
+        await _pump(desk, reader, file)
+        await finished(asyncio.to_thread(_publish, file, file.name, path, force))
+    finally:
+        await finish(asyncio.to_thread(_discard, file), f"removing {file.name}")
+    desk.output.note(f"{shown_size(reader.info.size)} written to {path}")
+
+
+async def _pump(desk: Desk, reader: ObjectReader, file: IO[bytes]) -> None:
+    size, done = reader.info.size, 0
+    with desk.output.progress("copying", size, "bytes") as bar:
+        while chunk := await reader.read(_CHUNK):
+            await asyncio.to_thread(file.write, chunk)
+            done += len(chunk)
+            bar.reach(done)
+    await asyncio.to_thread(file.flush)
+    if done != size:
+        raise BackendError(f"only {done} of {size} bytes of {reader.info.location!r} could be read")
+
+
+def _beside(path: Path) -> IO[bytes]:
+    return tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", delete=False)
+
+
+def _publish(file: IO[bytes], name: str, path: Path, force: bool) -> None:
+    os.fsync(file.fileno())
+    mask = os.umask(0)
+    os.umask(mask)
+    os.fchmod(file.fileno(), 0o666 & ~mask)
+    if force:
+        os.replace(name, path)
+        return
+    try:
+        os.link(name, path)
+    except FileExistsError:
+        raise click.ClickException(f"{path} is there already; --force overwrites it") from None
+
+
+def _discard(file: IO[bytes]) -> None:
+    file.close()
+    Path(file.name).unlink(missing_ok=True)
+
+
+async def _copy_in(desk: Desk, path: Path, storage_key: str, content_type: str | None, names: dict[str, Any]) -> None:
+    guessed = content_type or mimetypes.guess_type(path.name)[0]
+    file = await asyncio.to_thread(path.open, "rb")
+    try:
+        ref = await desk.binding.manager.put_stream(
+            storage_key=storage_key, stream=file, content_type=guessed, original_filename=path.name, **names
+        )
+    finally:
+        await asyncio.to_thread(file.close)
+    desk.output.record(ref.to_dict())
+    desk.output.note("no row refers to it yet: write this ref into one, or the garbage collector takes it after its grace period")
+
+
+def _leads_to(address: str, keys: Any) -> bool:
+    key, colon, _ = address.partition(":")
+    return bool(colon) and key in keys
+
+
+def _address(address: str, manager: StorageManager) -> tuple[str, str]:
+    key, _, rest = address.partition(":")
+    manager.backend(key)
+    return key, rest
+
+
+def _object_address(address: str, manager: StorageManager) -> tuple[str, str]:
+    key, location = _address(address, manager)
+    if not location:
+        raise click.UsageError(f"{address!r} names no object: BACKEND:LOCATION")
+    check_location(location)
+    return key, location

@@ -1,0 +1,146 @@
+"""What the command says: the answer on the standard output, everything else on the standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Bar", "Output", "shown", "shown_size"]
+
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def shown(text: object) -> str:
+    """Return text without what a terminal would obey or be deceived by: controls, bidirectional overrides, lone surrogates."""
+    return "".join(
+        character if unicodedata.category(character) not in _UNSAFE else _escaped(character) for character in str(text)
+    )
+
+
+def shown_size(size: float) -> str:
+    """Return a number of bytes for a person."""
+    for unit in _UNITS:
+        if size < 1000 or unit == _UNITS[-1]:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("the last unit takes any size")
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+
+
+class Output:
+    """Writes answers for a person or for a program, and notes and progress beside them.
+
+    Args:
+        as_json: Whether the answer is for a program: one JSON object on each line.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self._stream = sys.stdout
+        reconfigure = getattr(self._stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+        plain: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
+        self._console = Console(file=self._stream, **plain)
+        self._errors = Console(file=sys.stderr, **plain)
+        self._progress: Progress | None = None
+
+    @property
+    def raw(self) -> BinaryIO:
+        """The standard output, for bytes."""
+        return cast(BinaryIO, self._stream.buffer)
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Write an object for a program."""
+        self._stream.write(json.dumps(values, default=str) + "\n")
+        self._stream.flush()
+
+    def line(self, text: str, style: str | None = None) -> None:
+        """Write a line for a person; above the progress bar where both are on one terminal."""
+        console = self._console
+        if self._progress is not None and self._stream.isatty():
+            console = self._progress.console
+        console.print(Text(shown(text), style=style or ""), soft_wrap=True)
+
+    def table(self, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Write a table for a person; numbers stand on the right."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        lines = [list(row) for row in rows]
+        for index, header in enumerate(headers):
+            numbers = bool(lines) and all(isinstance(line[index], int) for line in lines)
+            table.add_column(header, justify="right" if numbers else "left", overflow="fold")
+        for line in lines:
+            table.add_row(*(cell if isinstance(cell, Text) else Text(shown(cell)) for cell in line))
+        self._console.print(table)
+
+    def facts(self, values: Mapping[str, object]) -> None:
+        """Write names and values, one below the other."""
+        width = max(map(len, values), default=0)
+        for name, value in values.items():
+            self._console.print(Text.assemble((f"{name:<{width}}", "bold"), "  ", shown(value)), soft_wrap=True)
+
+    def note(self, text: str, style: str | None = None) -> None:
+        """Tell a person something that is not the answer."""
+        self._errors.print(Text(shown(text), style=style or ""), soft_wrap=True)
+
+    @contextmanager
+    def progress(self, what: str, total: int | None, unit: str = "rows") -> Iterator[Bar]:
+        """Show how far a long work is, with its rate and the time that is left, where somebody looks."""
+        columns: list[ProgressColumn] = [
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            _CountColumn(unit),
+            TimeRemainingColumn(compact=True),
+        ]
+        progress = Progress(*columns, console=self._errors, transient=True, disable=not self._errors.is_terminal, expand=True)
+        with progress:
+            self._progress = progress
+            try:
+                yield Bar(progress, progress.add_task(what, total=total))
+            finally:
+                self._progress = None
+
+
+class Bar:
+    """A progress bar."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress = progress
+        self._task = task
+
+    def reach(self, number: int, size: int = 0) -> None:
+        """Show that so much is done."""
+        self._progress.update(self._task, completed=number, size=size)
+
+    def restart(self, what: str) -> None:
+        """Begin anew, for another pass."""
+        self._progress.reset(self._task, description=what)
+
+
+class _CountColumn(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        total = "?" if task.total is None else f"{task.total:,.0f}"
+        said = f"{task.completed:,.0f}/{total} {self._unit}"
+        if task.speed:
+            said += f", {task.speed:,.0f}/s"
+        size = task.fields.get("size")
+        return Text(said + (f", {shown_size(size)}" if size else ""))

@@ -14,10 +14,11 @@ def main() -> None:
     try:
         from granite_storage.cli.commands import command_line
     except ModuleNotFoundError as error:
-        if error.name not in _PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in _PACKAGES:
             raise
         sys.exit(
-            f"granite-storage: the package {error.name!r} is missing; the command line needs the extra 'cli':"
+            f"granite-storage: the package {package!r} is missing; the command line needs the extra 'cli':"
             ' pip install "granite-storage[cli]"'
         )
     command_line(prog_name="granite-storage")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import sys
 import traceback
 from typing import Any
 
@@ -64,6 +66,7 @@ async def _returned(factory: Any, name: str) -> Any:
 
 
 def _failed(what: str, error: Exception) -> ConfigurationError:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    place = f" ({last.filename}, line {last.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename.startswith(f"{sys.path[0]}{os.sep}")]
+    place = f" ({(own or frames)[-1].filename}, line {(own or frames)[-1].lineno})"
     return ConfigurationError(f"{what} failed: {type(error).__name__}: {error}{place}")

@@ -95,7 +95,8 @@ class Output:
 
     def note(self, text: str, style: str | None = None) -> None:
         """Tell a person something that is not the answer."""
-        self._errors.print(Text(shown(text), style=style or ""), soft_wrap=True)
+        for line in text.split("\n"):
+            self._errors.print(Text(shown(line), style=style or ""), soft_wrap=True)
 
     @contextmanager
     def progress(self, what: str, total: int | None, unit: str = "rows") -> Iterator[Bar]:
@@ -103,11 +104,11 @@ class Output:
         columns: list[ProgressColumn] = [
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=20),
             _CountColumn(unit),
             TimeRemainingColumn(compact=True),
         ]
-        progress = Progress(*columns, console=self._errors, transient=True, disable=not self._errors.is_terminal, expand=True)
+        progress = Progress(*columns, console=self._errors, transient=True, disable=not self._errors.is_terminal)
         with progress:
             self._progress = progress
             try:

@@ -87,11 +87,16 @@ class Desk:
         loop.remove_signal_handler(signal.SIGINT)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            return click.confirm(question, err=True)
+            agreed = click.confirm(question, err=True)
         except click.Abort:
+            # The loop has seen the signal as well, and would act on it if it were told of it again.
+            self.output.note("\nnothing was done")
+            self.stopped_by = signal.SIGINT
             return False
-        finally:
-            loop.add_signal_handler(signal.SIGINT, self.on_signal, signal.SIGINT)
+        loop.add_signal_handler(signal.SIGINT, self.on_signal, signal.SIGINT)
+        if not agreed:
+            self.output.note("nothing was done")
+        return agreed
 
     def on_signal(self, received: signal.Signals) -> None:
         """Stop: well at the first time, where the command knows how to, and at once at the second."""
@@ -118,7 +123,7 @@ def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
             code = asyncio.run(_at_desk(settings.app, work, output))
     except (click.ClickException, click.exceptions.Exit):
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         code = 128 + signal.SIGINT
     except BrokenPipeError:
         # Whoever read the answer has seen enough; nothing is to be written at the interpreter's end either.

@@ -1,0 +1,93 @@
+"""An application for the command line to look after; the tests copy it to a folder of their own and start it there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from granite_storage import (
+    Attachment,
+    StorageBinding,
+    StorageJournal,
+    StorageManager,
+    StoragePolicy,
+    attachment,
+    bind_storage,
+    journal_tables,
+)
+from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.testing import FaultInjectingBackend
+
+print("an application may print what it likes")  # noqa: T201
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Document(Base):
+    __tablename__ = "shop_document"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment | None] = attachment("documents")
+
+
+journal_tables(Base.metadata)
+
+engine = create_async_engine(os.environ["DATABASE_URL"], echo=bool(os.environ.get("ECHO")))
+sessions = async_sessionmaker(engine, expire_on_commit=False)
+storage = StorageManager(
+    backends={name: FaultInjectingBackend(LocalStorageBackend(name, fsync=False)) for name in ("old", "new")},
+    policies={"documents": StoragePolicy("documents", os.environ.get("WRITE_TO", "old"))},
+)
+if seconds := float(os.environ.get("SLOW", "0")):
+    for backend in storage.backends.values():
+        assert isinstance(backend, FaultInjectingBackend)
+        for operation in ("stat", "open"):
+            backend.delay(operation, seconds=seconds, times=1_000_000)  # type: ignore[arg-type]
+if os.environ.get("FOREIGN_KEYS"):
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _(connection: object, _: object) -> None:
+        connection.execute("PRAGMA foreign_keys = ON")  # type: ignore[attr-defined]
+
+
+number = 42
+
+
+def binding() -> StorageBinding:
+    journal = StorageJournal(engine) if os.environ.get("JOURNAL") else None
+    return bind_storage(Base, storage, sessions=sessions, journal=journal)
+
+
+async def later() -> StorageBinding:
+    return binding()
+
+
+def broken() -> StorageBinding:
+    raise KeyError("S3_BUCKET")
+
+
+class settings:  # noqa: N801
+    nested = binding
+
+
+async def fill(count: int, filename: str) -> None:
+    bound = binding()
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.drop_all)
+        await connection.run_sync(Base.metadata.create_all)
+    async with sessions.begin() as session:
+        session.add_all(Document(id=n, file=Attachment(b"x" * 1000, filename=filename)) for n in range(1, count + 1))
+    if bound.journal is not None:
+        await bound.journal.aclose()
+    await storage.aclose()
+    await engine.dispose()
+
+
+if __name__ == "__main__":
+    asyncio.run(fill(int(sys.argv[1]), sys.argv[2]))

@@ -93,8 +93,11 @@ class Shop:
         return str(self.files(backend)[0].relative_to(self.folder / backend))
 
 
-def interrupted(process: subprocess.Popen[str], number: signal.Signals) -> Answer:
-    """Send a signal and return what the command says to it."""
+def interrupted(process: subprocess.Popen[str], number: signal.Signals, *, after: int) -> Answer:
+    """Send a signal once the command has said so many lines, and return what it says from then on."""
+    assert process.stdout is not None
+    for _ in range(after):
+        assert process.stdout.readline()
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     return Answer(process.returncode, out, err)
@@ -111,12 +114,19 @@ def postgres_url(postgres_server: URL) -> Iterator[str]:
         yield database.url.render_as_string(hide_password=False)
 
 
-@pytest.fixture(params=["sqlite", "postgres", "postgres-journal"])
-def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Shop:
-    """The application on each database; the last one with a journal."""
+@pytest.fixture(scope="session", params=["sqlite", "postgres", "postgres-journal"])
+def shop_url(request: pytest.FixtureRequest) -> tuple[str, bool]:
+    """Each database; the last one with a journal."""
     if request.param == "sqlite":
-        return shop_in(tmp_path, "sqlite+aiosqlite:///shop.db")
-    return shop_in(tmp_path, request.getfixturevalue("postgres_url"), journaled=request.param == "postgres-journal")
+        return "sqlite+aiosqlite:///shop.db", False
+    return request.getfixturevalue("postgres_url"), request.param == "postgres-journal"
+
+
+@pytest.fixture
+def shop(shop_url: tuple[str, bool], tmp_path: Path) -> Shop:
+    """The application on each database."""
+    url, journaled = shop_url
+    return shop_in(tmp_path, url, journaled=journaled)
 
 
 @pytest.fixture

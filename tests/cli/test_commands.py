@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,9 @@ class TestVerify:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_stopped_and_going_on(self, shop: Shop, number: signal.Signals) -> None:
         shop.fill(100)
+        shop.files("old")[0].unlink()
         process = shop.start("verify", "--json", "--at-a-time", "1", SLOW="0.05")
-        time.sleep(3)
-        answer = interrupted(process, number)
+        answer = interrupted(process, number, after=1)
         assert answer.code == 128 + number
         assert 0 < answer.report["checked"] < 100
         assert "stopping" in answer.err
@@ -105,8 +106,7 @@ class TestMigrate:
         shop.fill(100)
         arguments = ["migrate", "--storage-key", "documents", "--to", "new", "--yes", "--json"]
         process = shop.start(*arguments, "--at-a-time", "1", SLOW="0.05", WRITE_TO="new")
-        time.sleep(3)
-        answer = interrupted(process, number)
+        answer = interrupted(process, number, after=5)
         assert answer.code == 128 + number
         assert 0 < answer.report["moved"] < 100
         assert "not complete" in answer.err
@@ -121,8 +121,7 @@ class TestMigrate:
         shop.fill(60)
         arguments = ["migrate", "--storage-key", "documents", "--to", "new", "--yes", "--json"]
         process = shop.start(*arguments, "--at-a-time", "2", SLOW="0.05", WRITE_TO="new")
-        time.sleep(2.5)
-        answer = interrupted(process, signal.SIGKILL)
+        answer = interrupted(process, signal.SIGKILL, after=5)
         assert answer.code == -signal.SIGKILL
         assert shop.run("verify", "--deep", WRITE_TO="new").code == 0
         assert shop.run(*arguments, WRITE_TO="new").report["complete"] is True
@@ -252,9 +251,6 @@ class TestDoctor:
         drop = "import asyncio, shop\nasync def main():\n async with shop.engine.begin() as c:\n"
         drop += "  await c.run_sync(shop.Base.metadata.drop_all)\n await shop.engine.dispose()\nasyncio.run(main())\n"
         (shop.folder / "drop.py").write_text(drop)
-        import subprocess
-        import sys
-
         subprocess.run([sys.executable, "drop.py"], cwd=shop.folder, env=shop.environment(), check=True, capture_output=True)
         answer = shop.run("doctor")
         assert answer.code == 1

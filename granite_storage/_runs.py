@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from granite_storage.backends.base import StorageBackend
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
@@ -55,7 +55,7 @@ class Run(Generic[Item, Report]):
         self._begun = True
         return self._items()
 
-    def __await__(self) -> Generator[object, object, Report]:
+    def __await__(self) -> Generator[Any, None, Report]:
         return self._to_end().__await__()
 
     async def _to_end(self) -> Report:

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from granite_storage.orm.outcome import ConnectionWatch
 from tests.orm.commit_proxy import Cut, behind_proxy
 from tests.orm.databases import Database
 from tests.orm.world import Doc, World, file, world_on
@@ -31,6 +32,24 @@ async def test_connection_is_cut_at_the_commit(database: Database, cut: Cut, jou
         if journaled:
             await world.recover()
             await world.check(**({"file_1": "b", "file_2": "c"} if cut == "before the answer" else {"file_1": "a"}))
+
+
+@pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
+async def test_taking_silence_for_a_rollback_loses_files(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simpler variant breaks: a row that was committed after all points nowhere."""
+    monkeypatch.setattr(ConnectionWatch, "is_in_doubt", False)
+    async with world_on(database) as world, behind_proxy(database.url) as (proxy, engine):
+        async with AsyncSession(engine) as session:
+            session.add(Doc(id=1, file=file("a")))
+            await session.flush()
+            proxy.cut = "before the answer"
+            with pytest.raises((DBAPIError, OSError)):
+                await session.commit()
+        async with asyncio.timeout(60):
+            while not (references := await world.references()):  # noqa: ASYNC110  # the server goes on by itself
+                await asyncio.sleep(0.01)
+        assert references
+        assert await world.objects() == set()
 
 
 async def check_undecided(world: World, *, committed: bool) -> None:

@@ -200,3 +200,22 @@ async def test_a_crash_that_forgets_commits(crashing: tuple[Path, Database], giv
         await world.check(**({"file_1": "b"} if given_up == "replaced" else {}))
         await world.recover()
         await world.check(**({"file_1": "b"} if given_up == "replaced" else {}))
+
+
+async def test_a_crash_does_not_forget_an_intent(crashing: tuple[Path, Database]) -> None:
+    """What is about to be stored is written down before it is: after the crash somebody knows of the object."""
+    folder, database = crashing
+    async with world_on(database, journaled=True) as world:
+        assert world.journal is not None
+        await world.add(Doc(id=1, title="kept"))
+        stored = await file("a").store(Doc.file)
+        async with world.sessions.begin() as session:
+            (await session.get_one(Doc, 1)).title = "forgotten"
+        await world.engine.dispose()
+        await world.journal._pool.aclose()
+        await asyncio.to_thread(crash_postgres, folder)
+        async with world.sessions() as session:
+            assert (await session.get_one(Doc, 1)).title == "kept", "it was no crash: nothing was forgotten"
+        assert [row.location for row in await rows(world, "intent")] == [stored.location]
+        await world.recover()
+        await world.check()

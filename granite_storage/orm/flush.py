@@ -210,7 +210,7 @@ def _locked_refs(
     for state in deletions:
         for table in concerned_tables(state.mapper):
             rows = wanted.setdefault((table.fullname, True), _Rows(table, state.mapper))
-            rows.add(state, {slot.column for slot in slots_of(state.mapper) if slot.home.table is table})
+            rows.add(state, set(binding_for(table.metadata, f"the table {table.name}").tables.attachments(table)))
     held: list[HeldRef] = []
     for (_, deleting), rows in sorted(wanted.items(), key=lambda item: item[0]):
         connection = session.connection(bind_arguments={"mapper": rows.mapper})

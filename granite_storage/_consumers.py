@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from typing import ClassVar
 
 from granite_storage._concurrency import finished
 from granite_storage._threads import ThreadPool
@@ -27,8 +28,10 @@ class ThreadConsumer:
         consume_several: What to do with several short ones that wait, where that is cheaper than one after the other.
     """
 
+    TOGETHER: ClassVar = 1024 * 1024
+    """How many bytes several short chunks have at most, together."""
+
     _CHUNKS_PER_TURN = 64
-    _TOGETHER = 512 * 1024
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class ThreadConsumer:
     def _next(self, most: int) -> list[bytes]:
         """Take what is to be consumed at once: a chunk, or several short ones."""
         taken: list[bytes] = []
-        room = self._TOGETHER
+        room = self.TOGETHER
         while self._chunks and len(taken) < most and (not taken or room >= len(self._chunks[0])):
             taken.append(self._chunks.popleft())
             room -= len(taken[-1])

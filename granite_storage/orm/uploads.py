@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from granite_storage._concurrency import finish
+from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm.removal import remove
 from granite_storage.orm.unit import Intent, StoredObject
 
@@ -73,9 +74,18 @@ async def _begin(uploads: Sequence[Upload], drafts: Sequence[ObjectDraft]) -> di
 
 
 async def _put(upload: Upload, draft: ObjectDraft, lease: Lease | None) -> None:
-    if lease is not None and upload.attachment._intent is not None:
-        lease.begin(upload.attachment._intent.id)
+    intent = upload.attachment._intent
+    if lease is None or intent is None:
+        await upload.attachment._put(upload.home, draft)
+        return
+    lease.begin(intent.id)
     await upload.attachment._put(upload.home, draft)
+    try:
+        lease.require()
+    except StaleAttachmentError:
+        # The program stood still, and workers may have looked for the object for the last time before it was there.
+        await finish(intent.journal.discard(upload.attachment.ref), "discarding an upload that came too late")
+        raise
 
 
 async def _side_by_side(work: Sequence[Callable[[], Awaitable[None]]], leases: Sequence[Lease]) -> None:

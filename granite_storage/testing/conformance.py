@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from granite_storage.testing._cases.aborting import AbortCases
 from granite_storage.testing._cases.copying import CopyCases
 from granite_storage.testing._cases.delete import DeleteCases
 from granite_storage.testing._cases.faults import FaultCases
@@ -22,6 +23,7 @@ class BackendConformance(
     DeleteCases,
     CopyCases,
     SignCases,
+    AbortCases,
     LocationCases,
     FaultCases,
     LifecycleCases,
@@ -48,9 +50,10 @@ class BackendConformance(
     oversight.
 
     Attributes:
-        supports_copy: It satisfies `SupportsCopy`. Off unless declared, like the next three.
+        supports_copy: It satisfies `SupportsCopy`. Off unless declared, like the next four.
         supports_batch_delete: It satisfies `SupportsBatchDelete`.
         supports_cleanup: It satisfies `SupportsCleanup`.
+        supports_abort: It satisfies `SupportsAbort`, and writes `parts_size` bytes in parts.
         supports_presign: It satisfies `SupportsPresign`.
         keeps_content_type: `stat` gives the content type back; off: it always gives None. On unless declared off, like all
             that follow.

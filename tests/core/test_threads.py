@@ -296,7 +296,7 @@ class TestConsumer:
     async def test_short_ones_that_wait_are_consumed_together_and_in_order(
         self, pool: ThreadPool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ThreadConsumer, "_TOGETHER", 10)
+        monkeypatch.setattr(ThreadConsumer, "TOGETHER", 10)
         gate, consumed, groups = Gate(), list[bytes](), list[int]()
 
         def several(chunks: list[bytes]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend
+from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, upload_begun
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import AccessDeniedError, BackendError, ObjectNotFoundError
 from granite_storage.testing import BackendConformance, FaultInjectingBackend
@@ -185,6 +185,32 @@ class BoundToOneLoop(MemoryStorageBackend):
 class TestBoundToOneLoop(Suite):
     def make(self) -> StorageBackend:
         return BoundToOneLoop()
+
+
+class KeepingIdsQuiet(MemoryStorageBackend):
+    async def abort_upload(self, location: str, upload_id: str | None) -> None:
+        pass
+
+
+class TestKeepsIdsQuiet(Suite):
+    supports_abort = True
+
+    def make(self) -> StorageBackend:
+        return KeepingIdsQuiet()
+
+
+class AbortingNothing(KeepingIdsQuiet):
+    async def put_stream(self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None) -> None:
+        if (tell := upload_begun.get()) is not None:
+            await tell("an id")
+        await super().put_stream(location, stream, content_type=content_type)
+
+
+class TestAbortsNothing(Suite):
+    supports_abort = True
+
+    def make(self) -> StorageBackend:
+        return AbortingNothing()
 
 
 class Trusting(MemoryStorageBackend):

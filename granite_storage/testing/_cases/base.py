@@ -38,6 +38,7 @@ class Cases:
     supports_copy: ClassVar[bool] = False
     supports_batch_delete: ClassVar[bool] = False
     supports_cleanup: ClassVar[bool] = False
+    supports_abort: ClassVar[bool] = False
     supports_presign: ClassVar[bool] = False
 
     keeps_content_type: ClassVar[bool] = True

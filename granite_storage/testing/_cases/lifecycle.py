@@ -10,6 +10,7 @@ import pytest
 
 from granite_storage.backends.base import (
     StorageBackend,
+    SupportsAbort,
     SupportsBatchDelete,
     SupportsCleanup,
     SupportsCopy,
@@ -30,6 +31,7 @@ class LifecycleCases(Cases):
             ("supports_copy", SupportsCopy, "copy"),
             ("supports_batch_delete", SupportsBatchDelete, "delete_many"),
             ("supports_cleanup", SupportsCleanup, "abort_unfinished"),
+            ("supports_abort", SupportsAbort, "abort_upload"),
             ("supports_presign", SupportsPresign, "presign_get"),
         ],
     )

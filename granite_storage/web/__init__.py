@@ -17,7 +17,7 @@ from granite_storage.web.exceptions import (
     UnsupportedRequestError,
 )
 from granite_storage.web.limits import UploadLimits
-from granite_storage.web.targets import PolicyTarget
+from granite_storage.web.targets import PolicyTarget, Target
 from granite_storage.web.uploads import FilePart, UploadForm, stream_body, stream_upload
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "PolicyTarget",
     "RequestError",
     "RequestTooLargeError",
+    "Target",
     "UnsupportedRequestError",
     "UploadForm",
     "UploadLimits",

@@ -278,6 +278,7 @@ async def test_url_encoded_bodies(client: httpx.AsyncClient, receiving: App) -> 
         ({"Content-Type": ""}, 415),
         ({"Content-Type": "multipart/mixed; boundary=a"}, 415),
         (FORM | {"Content-Encoding": "gzip"}, 415),
+        ({"Content-Type": f"{FORM['Content-Type']}; other={'x' * 1000}"}, 400),
         (FORM | {"Content-Range": "bytes 0-1/5"}, 400),
         ({"Content-Type": "multipart/form-data"}, 400),
         ({"Content-Type": 'multipart/form-data; boundary=""'}, 400),
@@ -323,14 +324,17 @@ async def test_a_body(backend: StorageBackend, client: httpx.AsyncClient, receiv
     assert len(await stored_in(receiving.manager)) == 1
 
 
-@pytest.mark.parametrize("limits", [UploadLimits(max_file_size=10), UploadLimits(max_size=10), UploadLimits()])
+@pytest.mark.parametrize(
+    ("limits", "declared"),
+    [(UploadLimits(max_file_size=10), 11), (UploadLimits(max_size=10), 11), (UploadLimits(), 500 * MIB)],
+)
 @pytest.mark.parametrize("query", ["", "?ref"])
 async def test_a_body_that_is_declared_too_large(
-    client: httpx.AsyncClient, receiving: App, limits: UploadLimits, query: str
+    client: httpx.AsyncClient, receiving: App, limits: UploadLimits, declared: int, query: str
 ) -> None:
     receiving.limits = limits
     sent: list[int] = []
-    headers = {"Content-Length": str(500 * MIB)}
+    headers = {"Content-Length": str(declared)}
     response = await client.put(f"/body/a{query}", content=endless(b"", 10 * MIB, sent), headers=headers)
     assert response.status_code == 413
     assert sent == []

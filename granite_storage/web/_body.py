@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -15,6 +16,7 @@ from granite_storage.web.limits import UploadLimits
 __all__ = ["body_of", "content_type_to_keep", "declared_size", "media_type_of", "require_whole_body"]
 
 _PIECE = 256 * 1024
+_TURN_SECONDS = 0.005
 _LONGEST_CONTENT_TYPE = 1024
 _LONGEST_KEPT = 255
 
@@ -66,13 +68,13 @@ async def body_of(request: Request, limits: UploadLimits) -> AsyncGenerator[byte
         ClientDisconnect: The client went away before its end.
     """
     size = 0
+    turn_ends = time.monotonic() + _TURN_SECONDS
     async with aclosing(request.stream()) as chunks:
         async for chunk in chunks:
             size += len(chunk)
             limits.require("max_size", size, "the body is too large")
-            if 0 < len(chunk) <= _PIECE:
-                yield chunk
-                continue
             for start in range(0, len(chunk), _PIECE):
-                yield chunk[start : start + _PIECE]
-                await asyncio.sleep(0)
+                yield chunk[start : start + _PIECE]  # which is the chunk itself where it is no longer
+                if time.monotonic() > turn_ends:
+                    await asyncio.sleep(0)
+                    turn_ends = time.monotonic() + _TURN_SECONDS

@@ -71,7 +71,8 @@ async def connected(port: int, sending: str = "sized") -> AsyncIterator[Raw]:
     try:
         yield Raw(reader, writer, sending)
     finally:
-        writer.transport.abort()
+        if not writer.is_closing():
+            writer.transport.abort()
         with suppress(ConnectionError):
             await writer.wait_closed()
 

@@ -314,8 +314,6 @@ class TestStatements:
         await world.check()
 
     async def test_returning_the_file_that_goes(self, world: World) -> None:
-        if world.database.name == "mariadb":
-            pytest.skip("its dialect here has no RETURNING for a DELETE")
         await world.add(Doc(id=1, file=file("a")))
         async with world.sessions.begin() as session:
             gone = (await session.scalars(delete(Doc).returning(Doc.file))).one()

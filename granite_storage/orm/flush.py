@@ -28,6 +28,7 @@ from granite_storage.refs import StoredObjectRef
 __all__ = ["Change", "boundary", "changes_of", "concerned_tables", "displace", "end", "save", "vacate"]
 
 _UNSAFE = re.compile(r"[^\w.@=+-]+")
+_ENTITY_BYTES = 100
 
 
 @dataclass(slots=True, eq=False)
@@ -278,7 +279,9 @@ def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], gi
 
 def concerned_tables(mapper: Mapper[Any]) -> Sequence[Table]:
     """Return the tables of a mapper that have attachments, or whose rows take others along when they are deleted."""
-    binding = find_binding(mapper.local_table.metadata) if isinstance(mapper.local_table, Table) else None
+    # A class may be mapped to a join of tables.
+    table = next((table for table in mapper.tables if isinstance(table, Table)), None)
+    binding = None if table is None else find_binding(table.metadata)
     return () if binding is None else binding.tables.concerned(mapper)
 
 
@@ -290,8 +293,10 @@ def _entity_id(change: Change) -> str:
     values = [_primary_key_value(change.state, column) for column in change.state.mapper.primary_key]
     if any(value is None for value in values):
         return uuid7_hex()
-    segment = _UNSAFE.sub("_", "-".join(map(str, values))).strip(". ")[:100]
-    return segment or uuid7_hex()
+    cut = _UNSAFE.sub("_", "-".join(map(str, values))).encode()[:_ENTITY_BYTES].decode(errors="ignore")
+    segment = cut.strip(". ")
+    # No location says None, which would look like a key that was not known; a key that is that text has a file all the same.
+    return segment if segment not in ("", "None") else uuid7_hex()
 
 
 def _primary_key_value(state: InstanceState[Any], column: Any) -> Any:

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # One visit to a thread each: fewer would cost speed, larger ones memory with every slow client.
-_CHUNK_SIZE = 256 * 1024
+_CHUNK_SIZE = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)

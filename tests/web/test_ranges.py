@@ -168,7 +168,7 @@ async def test_ranges_that_lie_close_together_are_joined(manager: StorageManager
     assert [span for span, _ in parts_of(response)] == ["bytes 2000-2059/4000", "bytes 0-9/4000"]
 
 
-@pytest.mark.parametrize("size", [0, 1, 262_143, 262_144, 262_145, 3 * MIB])
+@pytest.mark.parametrize("size", [0, 1, 131_071, 131_072, 131_073, 3 * MIB])
 async def test_sizes_on_a_connection(manager: StorageManager, size: int) -> None:
     ref = await stored(manager, bytes(size))
     async with server(serving(manager, ref)) as port, httpx.AsyncClient() as client:

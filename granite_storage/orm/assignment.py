@@ -41,9 +41,9 @@ def guard_base(base: Any) -> None:
     """Guard the mappers that were configured before their base was bound."""
     mappers = getattr(base, "registry", None) or getattr(base, "_sa_registry", None)
     if isinstance(mappers, registry):
-        for mapper in mappers.mappers:
-            if mapper.configured:
-                _guard(mapper)
+        for manager in list(mappers._managers):  # `mappers.mappers` raises while an abstract concrete base waits for its classes
+            if manager.is_mapped and manager.mapper.configured:
+                _guard(manager.mapper)
 
 
 def require_attachment(value: Any, label: str) -> Attachment | None:

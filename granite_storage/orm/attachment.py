@@ -294,6 +294,11 @@ class Attachment:
             self._source = None
         return origin
 
+    @property
+    def _is_consumed(self) -> bool:
+        """Whether it was made of a stream, which cannot be read a second time."""
+        return not self._reusable
+
     def _undo(self) -> None:
         """Become pending again, after its object was rolled back; only bytes can be stored a second time."""
         self._ref = self._intent = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, event
@@ -33,9 +34,15 @@ def _before_flush(session: Session, _: Any, __: Any) -> None:
     if unit is not None:
         # A flush that failed before its first statement ended nothing.
         unit.abandon_flush()
-    written = (instance_state(instance) for instances in (session.new, session.dirty) for instance in instances)
-    changes = flush.changes_of(state for state in written if slots_of(state.mapper))
-    _save(session, changes, flush.deletions_of(instance_state(instance) for instance in session.deleted))
+    changes = flush.changes_of(_concerned([*session.new, *session.dirty], slots_of))
+    _save(session, changes, _concerned([*session.deleted], flush.concerned_tables))
+
+
+def _concerned(instances: list[object], by: Callable[[Mapper[Any]], Sequence[Any]]) -> list[InstanceState[Any]]:
+    """Return the states of the instances that are our business by their mapper, which is asked once for each class."""
+    samples = dict(zip(map(type, instances), instances, strict=True))
+    kinds = {kind for kind, sample in samples.items() if by(instance_state(sample).mapper)}
+    return [instance_state(instance) for instance in instances if type(instance) in kinds] if kinds else []
 
 
 def _save(session: Session, changes: list[flush.Change], deletions: list[InstanceState[Any]]) -> None:
@@ -72,14 +79,13 @@ def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceS
     return EXT_CONTINUE
 
 
-def _before_delete(_: Mapper[Any], __: Connection, state: InstanceState[Any]) -> Any:
+def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]) -> Any:
     """Save the orphans of a relationship, which become deletions only inside the flush."""
-    deletions = flush.deletions_of([state])
-    session = state.session if deletions else None
+    session = state.session if flush.concerned_tables(mapper) else None
     if session is not None:
         unit = outcome.known_unit(session)
         if unit is None or id(state) not in unit.flush.deletions:
-            _save(session, [], deletions)
+            _save(session, [], [state])
     return EXT_CONTINUE
 
 

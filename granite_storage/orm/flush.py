@@ -25,7 +25,7 @@ from granite_storage.orm.unit import FlushUnderWay, Frame, Intent, StoredObject,
 from granite_storage.orm.uploads import Upload, store, stored_object
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Change", "boundary", "changes_of", "deletions_of", "displace", "end", "save", "vacate"]
+__all__ = ["Change", "boundary", "changes_of", "concerned_tables", "displace", "end", "save", "vacate"]
 
 _UNSAFE = re.compile(r"[^\w.@=+-]+")
 
@@ -90,11 +90,6 @@ def _require_attachment(value: Any, slot: Slot) -> Attachment | None:
     raise InvalidReferenceError(
         f"{slot.home.table.name}.{slot.key} is a managed attachment column and takes an Attachment, not {type(value).__name__}"
     )
-
-
-def deletions_of(states: Iterable[InstanceState[Any]]) -> list[InstanceState[Any]]:
-    """Return the deleted instances whose rows have attachments or take rows with attachments along."""
-    return [state for state in states if _concerned_tables(state)]
 
 
 def vacate(state: InstanceState[Any]) -> None:
@@ -213,9 +208,9 @@ def _locked_refs(
         if change.state.key is not None:
             rows.add(change.state, {change.slot.column})
     for state in deletions:
-        for table in _concerned_tables(state):
+        for table in concerned_tables(state.mapper):
             rows = wanted.setdefault((table.fullname, True), _Rows(table, state.mapper))
-            rows.add(state, {slot.column for slot in slots_of(state.mapper) if slot.home.table is table})
+            rows.add(state, set(binding_for(table.metadata, f"the table {table.name}").tables.attachments(table)))
     held: list[HeldRef] = []
     for (_, deleting), rows in sorted(wanted.items(), key=lambda item: item[0]):
         connection = session.connection(bind_arguments={"mapper": rows.mapper})
@@ -281,10 +276,10 @@ def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], gi
     _copy_all(unit, frame, copies)
 
 
-def _concerned_tables(state: InstanceState[Any]) -> Sequence[Table]:
-    """Return the tables of an instance's row that have attachments, or whose rows take others along when they are deleted."""
-    binding = find_binding(state.mapper.local_table.metadata) if isinstance(state.mapper.local_table, Table) else None
-    return () if binding is None else binding.tables.concerned(state.mapper)
+def concerned_tables(mapper: Mapper[Any]) -> Sequence[Table]:
+    """Return the tables of a mapper that have attachments, or whose rows take others along when they are deleted."""
+    binding = find_binding(mapper.local_table.metadata) if isinstance(mapper.local_table, Table) else None
+    return () if binding is None else binding.tables.concerned(mapper)
 
 
 def _entity_id(change: Change) -> str:

@@ -206,7 +206,9 @@ class AttachmentType(_RefJSON[Attachment]):
 
     def binding(self) -> StorageBinding:
         """Return the binding of the column's metadata, or raise `UnboundAttachmentError`."""
-        return binding_for(self.table.metadata, f"the attachment column {self.label}")
+        metadata = self.column.table.metadata
+        # It is asked several times for each file, and the words for an error take longer than the answer.
+        return find_binding(metadata) or binding_for(metadata, f"the attachment column {self.label}")
 
     def address(self) -> _Address:
         """Return what finds this column again in another process."""

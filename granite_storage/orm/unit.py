@@ -182,7 +182,9 @@ class UnitOfWork:
         """Return the objects that are to be deleted now that the outermost transaction has ended."""
         latest = _latest(frame.log)
         for stored, attachment in frame.puts:
-            if outcome is Outcome.ROLLED_BACK or (outcome is Outcome.COMMITTED and stored.key not in latest):
+            # Whatever the outcome of a COMMIT that was cut off: bytes are stored anew where the same attachment is tried again.
+            is_taken = attachment._is_consumed if outcome is Outcome.UNKNOWN else stored.key in latest
+            if outcome is Outcome.ROLLED_BACK or not is_taken:
                 attachment._undo()
             else:
                 attachment._settle()

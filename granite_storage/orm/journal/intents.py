@@ -203,6 +203,13 @@ class Intents:
         for batch in batches(rows, _AT_A_TIME):
             connection.execute(insert(self._tables.intent).values(batch))
 
+    async def note_delete(self, ref: StoredObjectRef) -> UUID:
+        """Commit, durably, the intent to delete an object at once; return its id."""
+        item = new_id()
+        async with self._pool.durable() as connection:
+            await connection.run_sync(self.displace, [(item, ref, timedelta(0))])
+        return item
+
     async def find_delete(self, ref: StoredObjectRef) -> UUID | None:
         """Return the pending intent to delete an object, for an undo to consume."""
         intent = self._tables.intent

@@ -216,6 +216,10 @@ class StorageJournal:
         """Delete at once what a transaction that was rolled back has stored; what is still locked is left to a worker."""
         await self._recovery().settle(ids, self._columns())
 
+    async def discard(self, ref: StoredObjectRef) -> None:
+        """Delete an object that no row can ever take, though its intent may be gone: under one of its own, like any other."""
+        await self.settle([await self.intents.note_delete(ref)])
+
     def bind(self, binding: StorageBinding) -> None:
         """Serve a binding; several bases may share a journal, if they share the manager and the tables.
 

@@ -52,10 +52,11 @@ class Lease:
         Raises:
             StaleAttachmentError: The lease is over for the uploader.
         """
-        self._require()
+        self.require()
         upload_begun.set(partial(self._intents.note_upload_id, intent_id))
 
-    def _require(self) -> None:
+    def require(self) -> None:
+        """Raise `StaleAttachmentError` where the lease is over for the uploader: a worker may have been there."""
         if self._remaining() <= 0:
             raise _over()
 
@@ -63,7 +64,7 @@ class Lease:
         """Renew it until cancelled; raise `StaleAttachmentError` where that fails for too long."""
         while True:
             await asyncio.sleep(min(self._duration.total_seconds() / _RENEWALS, max(self._remaining() / 2, 0)))
-            self._require()
+            self.require()
             await self._renew()
 
     async def _renew(self) -> None:

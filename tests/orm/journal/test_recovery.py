@@ -268,6 +268,30 @@ class TestLeases:
         await source.aclose()
         assert stopped.is_set()
 
+    async def test_what_a_program_publishes_that_stood_still_is_discarded(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Workers have reclaimed the upload, and have looked for it a second time, before its last step was done after all."""
+        monkeypatch.setattr(journal_of(world), "_lease", timedelta(seconds=0.5))
+        original = type(world.backend).put_bytes
+
+        async def hold(*_: Any) -> None:
+            await asyncio.sleep(3600)
+
+        async def put_bytes(*args: Any, **kwargs: Any) -> Any:
+            await asyncio.sleep(0.6)
+            for _ in range(2):
+                await expire(world)
+                await journal_of(world).recover()
+            assert [await rows(world, name) for name in ("intent", "reclaim")] == [[], []]
+            return await original(*args, **kwargs)
+
+        monkeypatch.setattr("granite_storage.orm.journal.lease.Lease.hold", hold)
+        monkeypatch.setattr(type(world.backend), "put_bytes", put_bytes)
+        with pytest.raises(StaleAttachmentError, match="lease"):
+            await world.add(Doc(id=1, file=file("a")))
+        assert await world.objects() == set()
+
     async def test_nothing_is_sent_when_the_lease_is_over_already(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("granite_storage.orm.journal.lease._SAFE_SHARE", 0.0)
         with pytest.raises(StaleAttachmentError, match="lease"):

@@ -1,0 +1,221 @@
+"""What databases do to a transaction: they time it out, keep it prepared, forget its end in a crash, or are restored."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from granite_storage.orm.journal.recovery import Recovery
+from tests.orm.databases import Database, crash_postgres, postgres, postgres_database
+from tests.orm.journal.test_recovery import eventually_true, expire, retention, rows
+from tests.orm.world import Doc, World, file, world_on
+
+
+@pytest.fixture(params=["statement", "idle"])
+async def timed_out(request: pytest.FixtureRequest, world: World) -> Any:
+    """Let the database end a transaction that waits or works for too long; return what makes it do so."""
+    if world.database.is_postgres:
+        if request.param == "statement":
+            return ["SET LOCAL statement_timeout = '50ms'"], "SELECT pg_sleep(60)"
+        return ["SET LOCAL idle_in_transaction_session_timeout = '50ms'"], None
+    if request.param == "statement":
+        return ["SET STATEMENT max_statement_time = 0 FOR SELECT 1", "SET SESSION max_statement_time = 0.05"], "SELECT SLEEP(60)"
+    return ["SET SESSION idle_transaction_timeout = 1"], None
+
+
+@pytest.mark.case("DBF-29")
+async def test_a_transaction_that_the_database_has_ended(world: World, timed_out: tuple[list[str], str | None]) -> None:
+    """The intents that it had taken back are there again, so nothing stays; and the same attachment can be tried again."""
+    settings, slow = timed_out
+    await world.add(Doc(id=1, file=file("a")))
+    new = file("b")
+
+    async def replace() -> None:
+        async with world.sessions() as session:
+            (await session.get_one(Doc, 1)).file = new
+            await session.flush()
+            assert [row.kind for row in await rows(world, "intent")] == ["upload"]  # as others still see it
+            for setting in settings:
+                await session.execute(text(setting))
+            if slow is not None:
+                await session.execute(text(slow))
+            await eventually_true(lambda: is_gone(world))
+            await session.commit()
+
+    with pytest.raises(DBAPIError):
+        await replace()
+    await world.engine.dispose()
+    await world.recover()
+    await world.check(file_1="a")
+    async with world.sessions.begin() as session:
+        (await session.get_one(Doc, 1)).file = new
+    await world.recover()
+    await world.check(file_1="b")
+
+
+async def is_gone(world: World) -> bool:
+    """Tell whether no transaction locks the row any more."""
+    async with world.engine.connect() as connection:
+        free = select(Doc.__table__.c.id).with_for_update(skip_locked=True)
+        return bool(list(await connection.execute(free)))
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_a_prepared_transaction_is_left_for_later(world: World, committed: bool) -> None:
+    """Its program is gone, and nobody knows yet how it ends: its objects stay until somebody does."""
+    if world.database.name != "psycopg":
+        pytest.skip("only psycopg has two-phase transactions here")
+    await world.add(Doc(id=1, file=file("a")))
+    async with AsyncSession(world.engine, twophase=True) as session:
+        (await session.get_one(Doc, 1)).file = file("b")
+        session.add(Doc(id=2, file=file("c")))
+        await session.flush()
+        connection = await session.connection()
+        await session.run_sync(Session.prepare)
+        await connection.invalidate()
+        with pytest.raises(Exception):  # noqa: B017, PT011  # whatever a program that dies would have come to
+            await session.commit()
+    assert len(await world.objects()) == 3
+    async with world.engine.connect() as connection:
+        [prepared] = (await connection.execute(text("SELECT gid FROM pg_prepared_xacts"))).scalars()
+    for _ in range(2):
+        await expire_what_is_free(world)
+        assert world.journal is not None
+        assert (await world.journal.recover()).claimed == 0
+    assert len(await world.objects()) == 3
+    async with world.engine.connect() as connection:
+        connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
+        await connection.execute(text(f"{'COMMIT' if committed else 'ROLLBACK'} PREPARED '{prepared}'"))
+    await world.recover()
+    await world.check(**({"file_1": "b", "file_2": "c"} if committed else {"file_1": "a"}))
+
+
+async def expire_what_is_free(world: World) -> None:
+    assert world.journal is not None
+    intent = world.journal.tables.intent
+    async with world.engine.begin() as connection:
+        free = (await connection.execute(select(intent.c.id).with_for_update(skip_locked=True))).scalars().all()
+        await connection.execute(intent.update().where(intent.c.id.in_(free)).values(due=text("'2000-01-01'")))
+
+
+@pytest.mark.case("DBF-14")
+async def test_a_worker_in_its_transaction_is_in_nobodys_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a worker fences, other sessions store, replace and delete."""
+    await world.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+    await file("lost").store(Doc.file)
+    await expire(world)
+    original, reached, go = Recovery._drop, asyncio.Event(), asyncio.Event()
+
+    async def drop(*args: Any) -> None:
+        await original(*args)
+        reached.set()
+        await go.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recovery, "_drop", drop)
+        assert world.journal is not None
+        worker = asyncio.create_task(world.journal.recover())
+        await reached.wait()
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(world.add(Doc(id=number, file=file(str(number)))) for number in range(3, 9)))
+            async with world.sessions.begin() as session:
+                (await session.get_one(Doc, 1)).file = file("c")
+                await session.delete(await session.get_one(Doc, 2))
+        go.set()
+        await worker
+    await world.recover()
+    await world.check(file_1="c", **{f"file_{number}": str(number) for number in range(3, 9)})
+
+
+@pytest.mark.case("DBF-23")
+@pytest.mark.parametrize("kept", [True, False], ids=["retention", "no retention"])
+async def test_a_restored_backup(world: World, kept: bool) -> None:
+    """Rows of a backup find the objects that were given up since, where the retention is longer than that."""
+    assert world.journal is not None
+    await world.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+    tables = ["doc", *(table.name for table in world.journal.tables.all)]
+    for table in tables:
+        await world.sql(f"CREATE TABLE backup_{table} AS SELECT * FROM {table}")  # noqa: S608
+    try:
+        with retention(timedelta(days=7) if kept else timedelta(0)):
+            async with world.sessions.begin() as session:
+                (await session.get_one(Doc, 1)).file = file("c")
+                await session.delete(await session.get_one(Doc, 2))
+            await world.journal.recover()
+        for table in tables:
+            await world.sql(f"DELETE FROM {table}")  # noqa: S608
+            await world.sql(f"INSERT INTO {table} SELECT * FROM backup_{table}")  # noqa: S608
+        references = (await world.references()).values()
+        await world.recover()
+        assert [await world.manager.exists(ref) for ref in references] == [kept, kept]
+    finally:
+        for table in tables:
+            await world.sql(f"DROP TABLE backup_{table}")
+        await world.sql("DELETE FROM doc")
+        for location in await world.objects():
+            await world.backend.delete(location)
+
+
+@pytest.fixture(scope="module")
+def crashing(_temporary_folder: Path) -> Iterator[tuple[Path, Database]]:
+    """A PostgreSQL that commits asynchronously, and takes its time to write down what it has committed."""
+    folder = _temporary_folder / "crashing"
+    folder.mkdir(mode=0o700)
+    settings = "synchronous_commit = off", "wal_writer_delay = '10s'", "bgwriter_delay = '10s'"
+    with postgres(folder, *settings) as url, postgres_database(url, "asyncpg") as database:
+        yield folder, database
+
+
+@pytest.mark.case("DBF-19")
+@pytest.mark.parametrize("given_up", ["replaced", "deleted"])
+async def test_a_crash_that_forgets_commits(crashing: tuple[Path, Database], given_up: str) -> None:
+    """What a worker acts upon is written down before it acts: no commit is forgotten that an object was deleted for."""
+    folder, database = crashing
+    async with world_on(database, journaled=True) as world:
+        assert world.journal is not None
+        await world.add(Doc(id=1, file=file("a")), Doc(id=2, title="kept"))
+        async with world.sessions.begin() as session:
+            doc = await session.get_one(Doc, 1)
+            if given_up == "replaced":
+                doc.file = file("b")
+            else:
+                await session.delete(doc)
+        assert (await world.journal.recover()).deleted == 1
+        async with world.sessions.begin() as session:
+            (await session.get_one(Doc, 2)).title = "forgotten"
+        await world.engine.dispose()
+        await world.journal._pool.aclose()
+        await asyncio.to_thread(crash_postgres, folder)
+        async with world.sessions() as session:
+            assert (await session.get_one(Doc, 2)).title == "kept", "it was no crash: nothing was forgotten"
+        await world.check(**({"file_1": "b"} if given_up == "replaced" else {}))
+        await world.recover()
+        await world.check(**({"file_1": "b"} if given_up == "replaced" else {}))
+
+
+async def test_a_crash_does_not_forget_an_intent(crashing: tuple[Path, Database]) -> None:
+    """What is about to be stored is written down before it is: after the crash somebody knows of the object."""
+    folder, database = crashing
+    async with world_on(database, journaled=True) as world:
+        assert world.journal is not None
+        await world.add(Doc(id=1, title="kept"))
+        stored = await file("a").store(Doc.file)
+        async with world.sessions.begin() as session:
+            (await session.get_one(Doc, 1)).title = "forgotten"
+        await world.engine.dispose()
+        await world.journal._pool.aclose()
+        await asyncio.to_thread(crash_postgres, folder)
+        async with world.sessions() as session:
+            assert (await session.get_one(Doc, 1)).title == "kept", "it was no crash: nothing was forgotten"
+        assert [row.location for row in await rows(world, "intent")] == [stored.location]
+        await world.recover()
+        await world.check()

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import httpx
 import pytest
 from fastapi import FastAPI
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.requests import Request
 
 from granite_storage import (
@@ -22,10 +23,21 @@ from granite_storage import (
     UnboundAttachmentError,
 )
 from granite_storage._delivery import INLINE_TYPES, content_disposition, served_type
-from granite_storage.orm import Attachment
+from granite_storage.orm import Attachment, attachment, bind_storage
 from granite_storage.web import StoredObjectResponse
 from tests.core.support import manager_on
 from tests.web.serving import HUNDRED, ask, memory_manager, parts_of, serving, stored
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Document(Base):
+    __tablename__ = "served_document"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment | None] = attachment("files")
+
 
 REQUEST = Request({"type": "http", "method": "GET", "headers": []})
 
@@ -206,6 +218,17 @@ async def test_what_cannot_be_served(manager: StorageManager) -> None:
         StoredObjectResponse(Attachment(b""), REQUEST, manager=manager)
     with pytest.raises(ValueError, match="disposition"):
         StoredObjectResponse(ref, REQUEST, manager=manager, disposition="form-data")  # type: ignore[arg-type]
+
+
+async def test_an_attachment_knows_its_manager(manager: StorageManager) -> None:
+    binding = bind_storage(Base, manager)
+    try:
+        file = await Attachment(HUNDRED, filename="a.png", content_type="image/png").store(Document.file)
+        response = await ask(lambda scope, receive, send: StoredObjectResponse(file, Request(scope))(scope, receive, send))
+    finally:
+        binding.unbind()
+    assert (response.status_code, response.content) == (200, HUNDRED)
+    assert response.headers["content-disposition"] == 'attachment; filename="a.png"'
 
 
 async def test_in_fastapi(manager: StorageManager) -> None:

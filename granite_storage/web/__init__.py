@@ -17,8 +17,10 @@ from granite_storage.web.exceptions import (
     UnsupportedRequestError,
 )
 from granite_storage.web.limits import UploadLimits
+from granite_storage.web.responses import StoredObjectResponse
 from granite_storage.web.targets import PolicyTarget, Target
 from granite_storage.web.uploads import FilePart, UploadForm, stream_body, stream_upload
+from granite_storage.web.urls import SignedFiles
 
 __all__ = [
     "FilePart",
@@ -26,6 +28,8 @@ __all__ = [
     "PolicyTarget",
     "RequestError",
     "RequestTooLargeError",
+    "SignedFiles",
+    "StoredObjectResponse",
     "Target",
     "UnsupportedRequestError",
     "UploadForm",

@@ -65,7 +65,7 @@ def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]
             held += found
             matched.append(keys)
         else:
-            held += lock_rows(connection, table, keys, columns, deleting=False)
+            held += lock_rows(connection, table, keys, columns, deleting=False)[0]
     result = _displacing(state, connection, held)
     for keys in matched:
         _require_known(result, keys, parameters)

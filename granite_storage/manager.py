@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, Self, cast
 
 from granite_storage._concurrency import finish
 from granite_storage._configuration import Configuration, require_positive, require_ref, require_seconds
+from granite_storage._delivery import Disposition, content_disposition, require_disposition, served_type
 from granite_storage._lifecycle import Lifecycle
 from granite_storage._writing import DraftWriter
-from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsAbort
+from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsAbort, SupportsPresign
 from granite_storage.drafts import ObjectDraft
+from granite_storage.exceptions import ConfigurationError
 from granite_storage.locations import check_location
 from granite_storage.policies import StoragePolicy
 from granite_storage.readers import OpeningReader, StoredObjectReader
 from granite_storage.refs import StoredObjectRef
+from granite_storage.signing import UrlSigner
 from granite_storage.streams import BytesLike, ByteSource
 
 __all__ = ["ObjectDraft", "StorageManager"]
@@ -35,6 +39,7 @@ class StorageManager:
         drain_timeout: How long `aclose` waits for calls under way before it cancels them, in seconds.
         max_concurrent_uploads: How many streams are stored at a time on one event loop, which bounds the memory that any number
             of them takes; others wait before their first byte is read. None for any number.
+        url_signer: What signs URLs for backends that sign none of their own; see `url`.
 
     Raises:
         ConfigurationError: The configuration cannot work: a policy names a backend that is not there (`UnknownBackendError`) or
@@ -57,11 +62,13 @@ class StorageManager:
         policies: Mapping[str, StoragePolicy],
         drain_timeout: float = 30.0,
         max_concurrent_uploads: int | None = None,
+        url_signer: UrlSigner | None = None,
     ) -> None:
         self._configuration = Configuration(backends, policies)
         require_seconds("drain_timeout", drain_timeout)
         if max_concurrent_uploads is not None:
             require_positive("max_concurrent_uploads", max_concurrent_uploads)
+        self.url_signer: UrlSigner | None = url_signer
         self._drain_timeout = drain_timeout
         self._lifecycle = Lifecycle(max_concurrent_uploads)
         self._writer = DraftWriter(self._configuration, self._lifecycle)
@@ -279,6 +286,43 @@ class StorageManager:
         """Return what the backend knows of the object; `ObjectNotFoundError` where it is not there."""
         with self._lifecycle.call(), self._configuration.at(ref) as backend:
             return await backend.stat(ref.location)
+
+    async def url(
+        self,
+        ref: StoredObjectRef,
+        *,
+        expires_in: timedelta,
+        disposition: Disposition = "attachment",
+        filename: str | None = None,
+    ) -> str:
+        """Return a URL with which anybody can read the object until it expires: do not log it.
+
+        A backend that signs its own, such as S3, serves it itself; for others the `url_signer` signs, and the application serves
+        it with `granite_storage.web.SignedFiles`. It is not checked that the object exists.
+
+        Args:
+            ref: The object.
+            expires_in: How long the URL works, from one second to seven days, or to what the signer allows.
+            disposition: `inline` lets a browser show it in its window, where its media type is safe to show.
+            filename: The name it is saved under; None for the one it was uploaded with.
+
+        Raises:
+            ConfigurationError: The backend signs no URLs, and the manager has no signer.
+            ValueError: `expires_in` is out of bounds, or the disposition is not known.
+            BackendError: The backend could not sign.
+        """
+        with self._lifecycle.call(), self._configuration.at(ref) as backend:
+            if isinstance(backend, SupportsPresign):
+                require_disposition(disposition)
+                name = ref.original_filename if filename is None else filename
+                shown = content_disposition(disposition, name, ref.content_type)
+                content_type = served_type(ref.content_type)
+                return await backend.presign_get(
+                    ref.location, expires_in=expires_in, content_type=content_type, disposition=shown
+                )
+            if self.url_signer is None:
+                raise ConfigurationError(f"the backend {ref.backend!r} signs no URLs: give the manager a url_signer")
+            return self.url_signer.sign(ref, expires_in=expires_in, disposition=disposition, filename=filename)
 
     async def delete(self, ref: StoredObjectRef) -> None:
         """Remove the object, for good; one that is not there is no error."""

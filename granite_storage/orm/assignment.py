@@ -34,7 +34,9 @@ def release() -> None:
         if not _is_bound(mapper):
             _guarded.remove(mapper)
             for slot in slots_of(mapper):
-                event.remove(getattr(mapper.class_, slot.key), "set", _check)
+                attribute = getattr(mapper.class_, slot.key)
+                if event.contains(attribute, "set", _check):  # not so for one that was added to the class later
+                    event.remove(attribute, "set", _check)
 
 
 def guard_base(base: Any) -> None:

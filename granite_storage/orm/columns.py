@@ -26,10 +26,16 @@ class Slot:
 
 # By the identity of the mapper: it is asked for each row of each flush, and a weak dictionary takes several times as long.
 _slots: dict[int, tuple[Slot, ...]] = {}
+_slots_declared = 0
 
 
 def slots_of(mapper: Mapper[Any]) -> tuple[Slot, ...]:
     """Return the attachment attributes of a mapper, inherited ones included."""
+    global _slots_declared
+    if _slots_declared != AttachmentType.declared:
+        # A class that is mapped already may have been given another column.
+        _slots.clear()
+        _slots_declared = AttachmentType.declared
     slots = _slots.get(id(mapper))
     if slots is None:
         slots = _slots[id(mapper)] = tuple(
@@ -38,7 +44,7 @@ def slots_of(mapper: Mapper[Any]) -> tuple[Slot, ...]:
             for column in prop.columns
             if isinstance(column, Column) and isinstance(column.type, AttachmentType) and isinstance(column.table, Table)
         )
-        weakref.finalize(mapper, _slots.pop, id(mapper)).atexit = False
+        weakref.finalize(mapper, _slots.pop, id(mapper), None).atexit = False
     return slots
 
 
@@ -53,11 +59,11 @@ def primary_key_of(state: InstanceState[Any], table: Table) -> tuple[Any, ...]:
 
 
 class Tables:
-    """What a metadata's tables have to do with attachments; made once per binding, refreshed as tables are added."""
+    """What a metadata's tables have to do with attachments; made once per binding, refreshed as any are added."""
 
     def __init__(self, metadata: MetaData) -> None:
         self._metadata = metadata
-        self._count = -1
+        self._seen = (-1, -1)
         self._attachments: dict[str, tuple[Column[Any], ...]] = {}
         self._cascades: dict[str, list[ForeignKeyConstraint]] = {}
         self._leading: set[str] = set()
@@ -106,7 +112,8 @@ class Tables:
 
     def _refresh(self) -> None:
         tables = self._metadata.tables
-        if len(tables) == self._count:
+        seen = len(tables), AttachmentType.declared
+        if seen == self._seen:
             return
         self._attachments, self._cascades = {}, {}
         self._by_mapper.clear()
@@ -118,7 +125,7 @@ class Tables:
                 if (constraint.ondelete or "").upper() == "CASCADE":
                     self._cascades.setdefault(_referred_name(constraint), []).append(constraint)
         self._leading = self._tables_that_lead_to_attachments()
-        self._count = len(tables)
+        self._seen = seen
 
     def _tables_that_lead_to_attachments(self) -> set[str]:
         leading: set[str] = set()

@@ -119,12 +119,15 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 
 _RAW = {"raw": True, "retval": True}
 
+# Before listeners of the application, which may raise: how a transaction ended must be known all the same.
+_FIRST = {"insert": True}
+
 _LISTENERS: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (Session, "before_flush", _before_flush, {}),
     (Session, "after_flush", _after_flush, {}),
     (Session, "after_begin", _after_begin, {}),
-    (Session, "after_commit", _after_commit, {}),
-    (Session, "after_transaction_end", _after_transaction_end, {}),
+    (Session, "after_commit", _after_commit, _FIRST),
+    (Session, "after_transaction_end", _after_transaction_end, _FIRST),
     (Session, "do_orm_execute", statements.on_execute, {}),
     (Mapper, "before_insert", _before_insert, _RAW),
     (Mapper, "before_update", _before_write, _RAW),

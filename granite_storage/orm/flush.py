@@ -19,7 +19,7 @@ from granite_storage.orm.columns import Slot, primary_key_of, slots_of
 from granite_storage.orm.journal import entries
 from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.outcome import watch
-from granite_storage.orm.rows import HeldRef, cascaded, lock_rows, still_held
+from granite_storage.orm.rows import HeldRef, are_there, cascaded, lock_rows, still_held
 from granite_storage.orm.types import AttachmentType
 from granite_storage.orm.unit import FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
 from granite_storage.orm.uploads import Upload, store, stored_object
@@ -28,6 +28,7 @@ from granite_storage.refs import StoredObjectRef
 __all__ = ["Change", "boundary", "changes_of", "concerned_tables", "displace", "end", "save", "vacate"]
 
 _UNSAFE = re.compile(r"[^\w.@=+-]+")
+_ENTITY_BYTES = 100
 
 
 @dataclass(slots=True, eq=False)
@@ -128,7 +129,15 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
 
 
 def end(session: Session, unit: UnitOfWork) -> None:
-    """Let what a flush decided count, and note which rows the database has deleted by a cascade: not all do, and not always."""
+    """Let what a flush decided count, and note which rows the database has deleted by a cascade: not all do, and not always.
+
+    Raises:
+        StaleAttachmentError: It has written to a row that was not there when it looked: nobody knows what that row held.
+    """
+    if any(are_there(connection, table, keys) for connection, table, keys in unit.flush.missing):
+        raise StaleAttachmentError(
+            "another transaction has inserted a row anew whose file was being replaced; the transaction may be tried again"
+        )
     for connection, held in unit.flush.vanishing:
         remaining = still_held(connection, held)
         gone = [entry for entry in held if entry.place not in remaining]
@@ -219,7 +228,10 @@ def _locked_refs(
         if binding.journal is not None:
             unit.flush.connections[binding.journal] = connection
         if rows.columns_by_key:
-            held += _lock(connection, rows, deleting=deleting)
+            found, missing = _lock(connection, rows, deleting=deleting)
+            held += found
+            if missing and not deleting:
+                unit.flush.missing.append((connection, rows.table, missing))
             if deleting:
                 reached = cascaded(connection, binding.tables, rows.table, rows.columns_by_key)
                 unit.flush.vanishing.append((connection, reached))
@@ -242,12 +254,12 @@ class _Rows:
         return [column for column in self.table.columns if column in touched]
 
 
-def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> list[HeldRef]:
+def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> tuple[list[HeldRef], list[tuple[Any, ...]]]:
     columns = rows.columns()
     if not columns:
-        return []
-    found = lock_rows(connection, rows.table, rows.columns_by_key, columns, deleting=deleting)
-    return [entry for entry in found if entry.column in rows.columns_by_key.get(entry.primary_key, ())]
+        return [], []
+    found, missing = lock_rows(connection, rows.table, rows.columns_by_key, columns, deleting=deleting)
+    return [entry for entry in found if entry.column in rows.columns_by_key.get(entry.primary_key, ())], missing
 
 
 def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], given_up: set[StoredObjectRef]) -> None:
@@ -278,7 +290,9 @@ def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], gi
 
 def concerned_tables(mapper: Mapper[Any]) -> Sequence[Table]:
     """Return the tables of a mapper that have attachments, or whose rows take others along when they are deleted."""
-    binding = find_binding(mapper.local_table.metadata) if isinstance(mapper.local_table, Table) else None
+    # A class may be mapped to a join of tables.
+    table = next((table for table in mapper.tables if isinstance(table, Table)), None)
+    binding = None if table is None else find_binding(table.metadata)
     return () if binding is None else binding.tables.concerned(mapper)
 
 
@@ -290,8 +304,10 @@ def _entity_id(change: Change) -> str:
     values = [_primary_key_value(change.state, column) for column in change.state.mapper.primary_key]
     if any(value is None for value in values):
         return uuid7_hex()
-    segment = _UNSAFE.sub("_", "-".join(map(str, values))).strip(". ")[:100]
-    return segment or uuid7_hex()
+    cut = _UNSAFE.sub("_", "-".join(map(str, values))).encode()[:_ENTITY_BYTES].decode(errors="ignore")
+    segment = cut.strip(". ")
+    # No location says None, which would look like a key that was not known; a key that is that text has a file all the same.
+    return segment if segment not in ("", "None") else uuid7_hex()
 
 
 def _primary_key_value(state: InstanceState[Any], column: Any) -> Any:

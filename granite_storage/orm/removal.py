@@ -65,6 +65,8 @@ async def _delete(item: StoredObject, places: asyncio.Semaphore) -> None:
     async with places:
         try:
             await item.manager.delete(item.ref)
+        except asyncio.CancelledError:
+            logger.warning("deleting the object %r was broken off; it is left to the garbage collector", item.ref.location)
         except Exception:
             logger.warning(
                 "could not delete the object %r; it is left to the garbage collector", item.ref.location, exc_info=True

@@ -13,7 +13,7 @@ from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Tables
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["HeldRef", "cascaded", "lock_rows", "lock_statement", "still_held", "take_write_lock"]
+__all__ = ["HeldRef", "are_there", "cascaded", "lock_rows", "lock_statement", "still_held", "take_write_lock"]
 
 _AT_A_TIME = 200
 
@@ -40,8 +40,8 @@ def lock_rows(
     columns: Sequence[Column[Any]],
     *,
     deleting: bool,
-) -> list[HeldRef]:
-    """Lock rows in the order of their primary keys and return the refs they hold.
+) -> tuple[list[HeldRef], list[tuple[Any, ...]]]:
+    """Lock rows in the order of their primary keys; return the refs they hold, and the primary keys of which there is no row.
 
     A replacement takes the weaker lock, `FOR NO KEY UPDATE` on PostgreSQL, as its UPDATE would: with the stronger one, two
     inserts of children and the replacement of their parent's file wait for each other in a ring.
@@ -50,12 +50,21 @@ def lock_rows(
     """
     take_write_lock(connection, table)
     rows: list[Row[Any]] = []
+    missing: list[tuple[Any, ...]] = []
     for keys in batches(_in_order(primary_keys), _AT_A_TIME):
-        found = _rows(connection, table, columns, _among(table, keys), deleting=deleting)
-        if _looks(connection) > 1 and (missing := _missing(keys, found, table)):
-            found += _rows(connection, table, columns, _among(table, missing), deleting=deleting)
-        rows += found
-    return [ref for row in rows for ref in _refs_in(table, columns, row)]
+        for _ in range(_looks(connection)):
+            found = _rows(connection, table, columns, _among(table, keys), deleting=deleting)
+            rows += found
+            if not (keys := _missing(keys, found, table)):
+                break
+        missing += keys
+    return [ref for row in rows for ref in _refs_in(table, columns, row)], missing
+
+
+def are_there(connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> bool:
+    """Tell whether there are rows with any of these primary keys, and lock them: nobody else's are overlooked."""
+    batched = batches(_in_order(primary_keys), _AT_A_TIME)
+    return any(_rows(connection, table, [], _among(table, keys), deleting=False) for keys in batched)
 
 
 def lock_statement(

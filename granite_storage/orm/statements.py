@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Column, Connection, Delete, Insert, Null, Result, Table, Update
+from sqlalchemy import CTE, Column, Connection, Delete, Insert, Null, Result, Table, Update
 from sqlalchemy.orm import Mapper, ORMExecuteState
 from sqlalchemy.sql.elements import BindParameter
 
@@ -25,6 +25,8 @@ _BULK = "a bulk statement on rows with attachments"
 def on_execute(state: ORMExecuteState) -> Result[Any] | None:
     """See a statement that a session executes; act where it inserts, updates or deletes rows that have to do with attachments."""
     statement = state.statement
+    for inner in _written_within(statement):
+        _refuse_values(state, inner, _written(state, inner))
     if not isinstance(statement, Insert | Update | Delete):
         return None
     if isinstance(statement, Delete):
@@ -63,7 +65,7 @@ def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]
             held += found
             matched.append(keys)
         else:
-            held += lock_rows(connection, table, keys, columns, deleting=False)
+            held += lock_rows(connection, table, keys, columns, deleting=False)[0]
     result = _displacing(state, connection, held)
     for keys in matched:
         _require_known(result, keys, parameters)
@@ -114,6 +116,14 @@ def _table(target: Any) -> Any:
     target = getattr(target, "element", target)
     metadata = getattr(target, "metadata", None)
     return target if metadata is None else metadata.tables.get(target.fullname, target)
+
+
+def _written_within(statement: Any) -> Iterator[Insert | Update]:
+    """Yield the statements in a WITH that write rows, which no event tells of."""
+    selected = (getattr(column, "table", column) for column in getattr(statement, "_raw_columns", ()))
+    for source in (*selected, *getattr(statement, "_independent_ctes", ())):
+        if isinstance(source, CTE) and isinstance(source.element, Insert | Update):
+            yield source.element
 
 
 def _listed_keys(state: ORMExecuteState, statement: Update, table: Table) -> list[tuple[Any, ...]] | None:

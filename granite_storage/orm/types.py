@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sqlalchemy import JSON, Column, ColumnElement, Table, Text, and_, cast, false, func, literal_column, not_, or_, type_coerce
 from sqlalchemy.dialects.postgresql import JSONB
@@ -166,6 +166,9 @@ class AttachmentType(_RefJSON[Attachment]):
 
     cache_ok: bool | None = True
 
+    # How many columns were ever declared, by which what is remembered of classes and tables is known to be out of date.
+    declared: ClassVar[int] = 0
+
     def __init__(self, storage_key: str, *, entity_id: Callable[[Any], str] | None = None) -> None:
         if not isinstance(storage_key, str) or not storage_key:
             raise ConfigurationError(f"an attachment column needs the storage key of a policy, not {storage_key!r}")
@@ -206,7 +209,9 @@ class AttachmentType(_RefJSON[Attachment]):
 
     def binding(self) -> StorageBinding:
         """Return the binding of the column's metadata, or raise `UnboundAttachmentError`."""
-        return binding_for(self.table.metadata, f"the attachment column {self.label}")
+        metadata = self.column.table.metadata
+        # It is asked several times for each file, and the words for an error take longer than the answer.
+        return find_binding(metadata) or binding_for(metadata, f"the attachment column {self.label}")
 
     def address(self) -> _Address:
         """Return what finds this column again in another process."""
@@ -247,6 +252,7 @@ class AttachmentType(_RefJSON[Attachment]):
                 own._set_parent(parent, outer=outer, **kw)
                 return
             self._column = parent
+            AttachmentType.declared += 1
         super()._set_parent(parent, outer=outer, **kw)
 
     def _loaded(self, ref: StoredObjectRef) -> Attachment:

@@ -15,12 +15,12 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Table
     from sqlalchemy.orm import SessionTransaction
 
     from granite_storage.manager import StorageManager
@@ -94,6 +94,8 @@ class FlushUnderWay:
     deletions: set[int] = field(default_factory=set)
     # Refs of rows that the database may delete by a cascade, and the connection that can tell whether it did.
     vanishing: list[tuple[Connection, list[HeldRef]]] = field(default_factory=list)
+    # Rows whose files are replaced and that were not there to be locked: another transaction may insert them at any moment.
+    missing: list[tuple[Connection, Table, list[tuple[Any, ...]]]] = field(default_factory=list)
     # Undone deletes, by the intents that the transaction takes back, and where each journal's tables are written to.
     restored: list[Intent] = field(default_factory=list)
     connections: dict[StorageJournal, Connection] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from granite_storage.orm.journal.lease import Lease
     from granite_storage.orm.types import AttachmentType
 
-__all__ = ["Upload", "store", "stored_object"]
+__all__ = ["Upload", "discard", "store", "stored_object"]
 
 _AT_A_TIME = 8
 
@@ -56,8 +56,17 @@ async def store(uploads: Sequence[Upload]) -> None:
     try:
         await _side_by_side(work, list(leases.values()))
     except BaseException as error:
-        await _undo(uploads, isinstance(error, asyncio.CancelledError))
+        await _undo([upload.attachment for upload in uploads], isinstance(error, asyncio.CancelledError))
         raise
+
+
+async def discard(attachments: Iterable[Attachment], *, cancelled: bool = False) -> None:
+    """Leave nothing of attachments that were stored before any transaction and that no row has taken; pass over all others.
+
+    From then on they are pending, and their streams are consumed: a flush that comes later refuses them. A cancelled caller
+    leaves to the journal what it knows of. What could not be removed is logged, and left to the journal or the collector.
+    """
+    await _undo([attachment for attachment in attachments if attachment._unowned], cancelled)
 
 
 async def _begin(uploads: Sequence[Upload], drafts: Sequence[ObjectDraft]) -> dict[StorageJournal | None, Lease]:
@@ -109,11 +118,11 @@ async def _side_by_side(work: Sequence[Callable[[], Awaitable[None]]], leases: S
         raise errors.exceptions[0] from None
 
 
-async def _undo(uploads: Sequence[Upload], cancelled: bool) -> None:
+async def _undo(attachments: Sequence[Attachment], cancelled: bool) -> None:
     """Leave nothing of uploads that no row has seen; what was cut off is as little to be trusted as what has failed."""
-    stored = [stored_object(upload.attachment) for upload in uploads if upload.attachment._ref is not None]
-    intents = [upload.attachment._intent for upload in uploads if upload.attachment._intent is not None]
-    for upload in uploads:
-        upload.attachment._undo()
+    stored = [stored_object(attachment) for attachment in attachments if attachment._ref is not None]
+    intents = [attachment._intent for attachment in attachments if attachment._intent is not None]
+    for attachment in attachments:
+        attachment._undo()
     plain = [item for item in stored if item.intent is None]
-    await finish(remove(plain, [] if cancelled else intents), "undoing the uploads of a failed flush")
+    await finish(remove(plain, [] if cancelled else intents), "removing uploads that no row has taken")

@@ -11,7 +11,7 @@ from sqlalchemy import delete, text, update
 from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import StaleAttachmentError
-from granite_storage.orm import statements
+from granite_storage.orm import flush, statements
 from tests.orm.world import Doc, World, file
 
 
@@ -71,3 +71,27 @@ async def test_row_is_inserted_after_a_bulk_statement_has_looked(
             patch.setattr(statements, "lock_statement", look)
             await session.execute(statement)
     await world.check(file_1="a")
+
+
+@pytest.mark.case("CON-01")
+@pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
+async def test_row_is_inserted_anew_after_a_flush_has_looked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row that is found then is another one, and its file must not be lost sight of."""
+    await world.add(Doc(id=1, file=file("a")))
+    original: Callable[..., Any] = flush.lock_rows
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        await_only(world.add(Doc(id=1, file=file("b"))))
+        return found
+
+    async with world.sessions() as session:
+        await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+        doc = await session.get_one(Doc, 1)
+        async with world.sessions.begin() as other:
+            await other.delete(await other.get_one(Doc, 1))
+        doc.file = file("c")
+        with monkeypatch.context() as patch, pytest.raises(StaleAttachmentError):
+            patch.setattr(flush, "lock_rows", look)
+            await session.commit()
+    await world.check(file_1="b")

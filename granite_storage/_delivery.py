@@ -1,0 +1,120 @@
+"""How an object is shown to a browser: under which name and type, and whether in its window or as a download."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Literal, TypeAlias
+from urllib.parse import quote
+
+from granite_storage.exceptions import ConfigurationError
+from granite_storage.locations import clean_filename
+
+__all__ = ["INLINE_TYPES", "Disposition", "content_disposition", "require_disposition", "require_inline_types", "served_type"]
+
+Disposition: TypeAlias = Literal["attachment", "inline"]
+
+INLINE_TYPES: frozenset[str] = frozenset(
+    {
+        "audio/aac",
+        "audio/flac",
+        "audio/mp4",
+        "audio/mpeg",
+        "audio/ogg",
+        "audio/wav",
+        "audio/webm",
+        "image/avif",
+        "image/bmp",
+        "image/gif",
+        "image/jpeg",
+        "image/png",
+        "image/webp",
+        "text/plain",
+        "video/mp4",
+        "video/ogg",
+        "video/webm",
+    }
+)
+"""The media types that a browser may show in its window: none of them runs anything."""
+
+_OPAQUE = "application/octet-stream"
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}(?:[ \t]*;[\x20-\x7e]{0,200})?")
+_ACTIVE_FAMILIES = ("multipart/", "message/")
+_ACTIVE_WORDS = (
+    "css",
+    "ecmascript",
+    "flash",
+    "html",
+    "javascript",
+    "jscript",
+    "livescript",
+    "mhtml",
+    "shockwave",
+    "svg",
+    "vbscript",
+    "wasm",
+    "xhtml",
+    "xml",
+    "xsl",
+    "xul",
+)
+_ATTR_CHARACTERS = "!#$&+-.^_`|~"
+_NOT_QUOTABLE = re.compile(r"[^\x20-\x7e]|[\"%\\]")
+
+
+def served_type(content_type: str | None) -> str:
+    """Return the Content-Type for what a writer declared.
+
+    What a page could run or style itself with, and what is no media type, becomes `application/octet-stream`: a browser ignores
+    Content-Disposition where `<script src>` loads the object, but never runs bytes of that type under `nosniff`.
+    """
+    if content_type is None or not _MEDIA_TYPE.fullmatch(content_type) or _is_active(_essence(content_type)):
+        return _OPAQUE
+    return content_type
+
+
+def content_disposition(
+    disposition: Disposition, filename: str | None, content_type: str | None, inline_types: Collection[str] = INLINE_TYPES
+) -> str:
+    """Return the Content-Disposition: inline only where it is asked for and the exact media type is one of `inline_types`.
+
+    The name is made safe. Where it is not plain ASCII it is given twice: for old clients, and percent-encoded for all others.
+    Source: RFC 6266, section 4, and RFC 8187, section 3.2.
+    """
+    shown = disposition == "inline" and _essence(served_type(content_type)) in inline_types
+    kind = "inline" if shown else "attachment"
+    name = clean_filename(filename)
+    if name is None:
+        return kind
+    plain = _NOT_QUOTABLE.sub("_", name)
+    encoded = "" if plain == name else f"; filename*=UTF-8''{quote(name, safe=_ATTR_CHARACTERS)}"
+    return f'{kind}; filename="{plain}"{encoded}'
+
+
+def require_disposition(disposition: object) -> None:
+    """Refuse what is neither way of showing an object."""
+    if disposition not in ("attachment", "inline"):
+        raise ValueError(f"disposition must be 'attachment' or 'inline', not {disposition!r}")
+
+
+def require_inline_types(types: Collection[str]) -> frozenset[str]:
+    """Return media types that may be shown inline, lower case.
+
+    Raises:
+        ConfigurationError: One is no media type, or a browser would run what it finds in it.
+    """
+    lowered = frozenset(one.lower() for one in types)
+    for one in sorted(lowered):
+        if ";" in one or served_type(one) == _OPAQUE:
+            raise ConfigurationError(f"{one!r} must not be shown inline: it is no media type, or one that a browser may run")
+    return lowered
+
+
+def _essence(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def _is_active(essence: str) -> bool:
+    """Tell whether a browser could run it; a word counts wherever it begins a part of the name, as in `image/svg+xml`."""
+    words = re.split(r"[/.+-]", essence)
+    return essence.startswith(_ACTIVE_FAMILIES) or any(word.startswith(_ACTIVE_WORDS) for word in words)

@@ -1,0 +1,168 @@
+"""URLs for objects of backends that sign none of their own, and the one place that decides who signs."""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from granite_storage._delivery import Disposition, require_disposition
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
+from granite_storage.refs import StoredObjectRef
+
+__all__ = ["SignedObject", "UrlSigner"]
+
+_PURPOSE = b"granite-storage: url to read an object, version 1"
+_KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
+_TOKEN = re.compile(r"([A-Za-z0-9_-]{1,32})\.([A-Za-z0-9_-]{1,12000})\.([A-Za-z0-9_-]{43})")
+_BASE_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(?:/[A-Za-z0-9._~-]+)*")
+_LEAST_SECRET = 32
+_LONGEST_LIFE = timedelta(days=7)
+_REF_FIELDS = ("storage_key", "backend", "location", "size", "checksum", "content_type", "original_filename", "created_at")
+
+
+@dataclass(frozen=True, slots=True)
+class SignedObject:
+    """What a signed URL grants: reading one object, shown in one way, until it expires.
+
+    Attributes:
+        ref: The object.
+        disposition: Whether it may be shown in the browser's window.
+        filename: The name it is saved under; None for that of the ref.
+        expires: When it ends, in seconds since 1970.
+    """
+
+    ref: StoredObjectRef
+    disposition: Disposition
+    filename: str | None
+    expires: int
+
+
+class UrlSigner:
+    """Signs URLs that `granite_storage.web.SignedFiles` serves.
+
+    Everything that the answer depends on is in the URL and signed, with a key made for this one purpose, and so is the base URL:
+    nothing can be changed, and a URL has exactly one form. What is signed can be read by whoever has the URL.
+
+    Args:
+        base_url: Where `SignedFiles` is mounted, as clients see it, such as `https://example.com/files`. URLs are built from it
+            alone, never from what a request says of its host.
+        keys: Secrets by their ids, of at least 32 bytes each. The first one signs; all are accepted. To rotate, put a new one
+            first, and remove the old one when its URLs have expired.
+        max_expires_in: The longest that a URL may work.
+
+    Raises:
+        ConfigurationError: An argument cannot work; no message shows a secret.
+
+    Example:
+        >>> import secrets
+        >>> UrlSigner("https://example.com/files", keys={"2026-11": secrets.token_bytes(32)})
+        <UrlSigner https://example.com/files keys=['2026-11']>
+    """
+
+    def __init__(self, base_url: str, *, keys: Mapping[str, str | bytes], max_expires_in: timedelta = _LONGEST_LIFE) -> None:
+        self.base_url: str = _require_base_url(base_url)
+        self.max_expires_in: timedelta = max_expires_in
+        if not isinstance(max_expires_in, timedelta) or max_expires_in < timedelta(seconds=1):
+            raise ConfigurationError(f"max_expires_in must be a timedelta of at least one second, not {max_expires_in!r}")
+        if not isinstance(keys, Mapping) or not keys:
+            raise ConfigurationError("keys must be a mapping of ids to secrets, with at least one")
+        self._keys = {key_id: _derived(key_id, secret) for key_id, secret in keys.items()}
+
+    def sign(
+        self,
+        ref: StoredObjectRef,
+        *,
+        expires_in: timedelta,
+        disposition: Disposition = "attachment",
+        filename: str | None = None,
+    ) -> str:
+        """Return the URL; `StorageManager.url` is what applications call.
+
+        Raises:
+            ValueError: `expires_in` is less than a second or more than `max_expires_in`, or the disposition is not known.
+        """
+        require_disposition(disposition)
+        if not timedelta(seconds=1) <= expires_in <= self.max_expires_in:
+            raise ValueError(f"expires_in must be from one second to {self.max_expires_in}, not {expires_in}")
+        claims = {name: value for name in _REF_FIELDS if (value := getattr(ref, name)) is not None}
+        claims |= {"disposition": disposition, "expires": int(time.time() + expires_in.total_seconds())}
+        if filename is not None:
+            claims["filename"] = filename
+        key_id = next(iter(self._keys))
+        return f"{self.base_url}/{self._signed(key_id, _encoded(_canonical(claims)))}"
+
+    def verify(self, token: str) -> SignedObject | None:
+        """Return what a token, the last segment of a URL, grants; None where it grants nothing, for whatever reason."""
+        match = _TOKEN.fullmatch(token)
+        if match is None or match[1] not in self._keys:
+            return None
+        if not hmac.compare_digest(self._signed(match[1], match[2]).encode(), token.encode()):
+            return None
+        signed = _granted(match[2])
+        if signed is None or not 0 < signed.expires - time.time() <= self.max_expires_in.total_seconds():
+            return None
+        return signed
+
+    def _signed(self, key_id: str, payload: str) -> str:
+        text = f"{key_id}.{payload}"
+        digest = hmac.digest(self._keys[key_id], f"{self.base_url}\n{text}".encode(), "sha256")
+        return f"{text}.{_encoded(digest)}"
+
+    def __repr__(self) -> str:
+        return f"<UrlSigner {self.base_url} keys={list(self._keys)}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a UrlSigner holds secrets and cannot be pickled")
+
+
+def _granted(payload: str) -> SignedObject | None:
+    """Read what was signed, which is still checked: who shares a key may write it in another way."""
+    try:
+        content = base64.b64decode(payload + "=" * (-len(payload) % 4), altchars=b"-_", validate=True)
+        claims = json.loads(content)
+        if _canonical(claims) != content:
+            return None
+        disposition, filename, expires = claims["disposition"], claims.get("filename"), claims["expires"]
+        require_disposition(disposition)
+        if type(expires) is not int or not (filename is None or isinstance(filename, str)):
+            return None
+        return SignedObject(StoredObjectRef.from_dict(claims), cast(Disposition, disposition), filename, expires)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, InvalidReferenceError):
+        return None
+
+
+def _canonical(claims: Mapping[str, Any]) -> bytes:
+    return json.dumps(claims, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _encoded(content: bytes) -> str:
+    return base64.urlsafe_b64encode(content).decode().rstrip("=")
+
+
+def _derived(key_id: object, secret: object) -> bytes:
+    """Return the key for this purpose, so that a signature made for another one is worth nothing here."""
+    if not isinstance(key_id, str) or not _KEY_ID.fullmatch(key_id):
+        raise ConfigurationError(f"the id of a key must be 1 to 32 letters, digits, '-' or '_', not {key_id!r}")
+    material = secret.encode() if isinstance(secret, str) else secret
+    if not isinstance(material, bytes) or len(material) < _LEAST_SECRET:
+        raise ConfigurationError(f"the secret of the key {key_id!r} must be a string or bytes, of at least {_LEAST_SECRET} bytes")
+    return hmac.digest(material, _PURPOSE, "sha256")
+
+
+def _require_base_url(base_url: object) -> str:
+    text = base_url.removesuffix("/") if isinstance(base_url, str) else ""
+    try:
+        named = bool(urlsplit(text).hostname) and urlsplit(text).port != 0
+    except ValueError:
+        named = False
+    if not named or not _BASE_URL.fullmatch(text):
+        raise ConfigurationError("base_url must be an absolute URL such as 'https://example.com/files', without query or user")
+    return text

@@ -1,0 +1,45 @@
+"""Serving and receiving files over HTTP, on Starlette and so on FastAPI; the extra `web` brings what it needs."""
+
+from granite_storage.exceptions import MissingDependencyError
+
+try:
+    import python_multipart as _python_multipart
+    import starlette as _starlette
+except ImportError as error:
+    raise MissingDependencyError("granite_storage.web needs Starlette: pip install 'granite-storage[web]'") from error
+
+from granite_storage.web.dependencies import received_body, received_form
+from granite_storage.web.errors import install_error_handlers, problem_response
+from granite_storage.web.exceptions import (
+    MalformedRequestError,
+    RequestError,
+    RequestTooLargeError,
+    UnsupportedRequestError,
+)
+from granite_storage.web.limits import UploadLimits
+from granite_storage.web.responses import StoredObjectResponse
+from granite_storage.web.targets import PolicyTarget, Target
+from granite_storage.web.uploads import FilePart, UploadForm, stream_body, stream_upload
+from granite_storage.web.urls import SignedFiles
+
+__all__ = [
+    "FilePart",
+    "MalformedRequestError",
+    "PolicyTarget",
+    "RequestError",
+    "RequestTooLargeError",
+    "SignedFiles",
+    "StoredObjectResponse",
+    "Target",
+    "UnsupportedRequestError",
+    "UploadForm",
+    "UploadLimits",
+    "install_error_handlers",
+    "problem_response",
+    "received_body",
+    "received_form",
+    "stream_body",
+    "stream_upload",
+]
+
+del _python_multipart, _starlette

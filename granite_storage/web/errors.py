@@ -1,0 +1,107 @@
+"""Errors as responses: problem details (RFC 9457) that say what the client can do, and nothing of the server."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from granite_storage.exceptions import (
+    BackendUnavailableError,
+    ContentTooLargeError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StaleAttachmentError,
+    StorageError,
+    StorageFullError,
+)
+from granite_storage.web.exceptions import RequestError, RequestTooLargeError
+
+__all__ = ["install_error_handlers", "problem_response"]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+_RETRY_AFTER = 5
+_TITLES = {413: "Content Too Large"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    status: int
+    detail: str
+    more: dict[str, Any] = field(default_factory=dict)
+    retry: bool = False
+
+
+def install_error_handlers(app: Starlette, *, retry_after: int = _RETRY_AFTER) -> None:
+    """Let a Starlette or FastAPI application answer the library's errors with problem details.
+
+    Errors of the server's own (5xx) are logged with what the client is not told. A client that went away while it sent is no
+    error: nothing is answered, and nothing logged.
+
+    Args:
+        app: The application.
+        retry_after: When a client may try again where the storage is not to be had, in seconds.
+    """
+
+    async def on_storage_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, StorageError)  # noqa: S101  # Starlette chooses the handler by the class
+        return problem_response(error, retry_after=retry_after)
+
+    async def on_disconnect(_: Request, __: Exception) -> Response:
+        return Response(status_code=400)
+
+    app.add_exception_handler(StorageError, on_storage_error)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
+
+
+def problem_response(error: StorageError, *, retry_after: int = _RETRY_AFTER) -> Response:
+    """Return the response to an error of the library, as `application/problem+json`.
+
+    400, 413 and 415 for what is wrong with the request, 404 for a missing object, 409 for what has changed meanwhile, 503 with
+    Retry-After for a storage that is out of reach, 507 for one that is full, and 500 for anything else. The body names no
+    location, backend or path.
+
+    Args:
+        error: The error.
+        retry_after: What Retry-After says, in seconds.
+    """
+    problem = _problem_of(error)
+    if problem.status >= 500:
+        logger.error("a request failed with status %d", problem.status, exc_info=error)
+    status = HTTPStatus(problem.status)
+    title = _TITLES.get(problem.status, status.phrase)
+    content = {"type": "about:blank", "title": title, "status": problem.status, "detail": problem.detail, **problem.more}
+    headers = {"Cache-Control": "no-store"} | ({"Retry-After": str(retry_after)} if problem.retry else {})
+    return Response(json.dumps(content), problem.status, headers, "application/problem+json")
+
+
+def _problem_of(error: StorageError) -> _Problem:
+    match error:
+        case RequestTooLargeError():
+            return _Problem(error.status, _sentence(error), {"limit": error.limit, "maximum": error.maximum})
+        case RequestError():
+            return _Problem(error.status, _sentence(error))
+        case ContentTooLargeError():
+            return _Problem(413, f"The file is larger than {error.max_size} bytes.", {"max_size": error.max_size})
+        case ObjectNotFoundError():
+            return _Problem(404, "The file is not there.")
+        case ObjectExistsError() | StaleAttachmentError():
+            return _Problem(409, "Something has changed meanwhile; the request may be tried again.")
+        case BackendUnavailableError():
+            return _Problem(503, "The storage is not available at the moment.", retry=True)
+        case StorageFullError():
+            return _Problem(507, "The storage is full.")
+        case _:
+            return _Problem(500, "The file could not be processed.")
+
+
+def _sentence(error: RequestError) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."

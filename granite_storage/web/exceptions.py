@@ -1,0 +1,45 @@
+"""What is wrong with a request. The messages are meant for the client: they name nothing of the server."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from granite_storage.exceptions import StorageError
+
+__all__ = ["MalformedRequestError", "RequestError", "RequestTooLargeError", "UnsupportedRequestError"]
+
+
+class RequestError(StorageError):
+    """A request cannot be carried out as it is; nothing that it brought was kept.
+
+    Attributes:
+        status: The status of the response that says so.
+    """
+
+    status: ClassVar[int] = 400
+
+
+class MalformedRequestError(RequestError):
+    """The body is not what its media type says, or is cut off."""
+
+
+class RequestTooLargeError(RequestError):
+    """The request has more of something than is allowed: bytes, parts, files or fields.
+
+    Attributes:
+        limit: Which one of `UploadLimits` it is.
+        maximum: What it allows.
+    """
+
+    status = 413
+
+    def __init__(self, message: str = "", *, limit: str | None = None, maximum: int | None = None) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.maximum = maximum
+
+
+class UnsupportedRequestError(RequestError):
+    """The body is of a media type, or in an encoding, that is not taken here."""
+
+    status = 415

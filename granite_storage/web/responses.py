@@ -1,0 +1,256 @@
+"""Stored objects as responses."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from starlette.background import BackgroundTask
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from granite_storage._configuration import require_ref
+from granite_storage._delivery import (
+    INLINE_TYPES,
+    Disposition,
+    content_disposition,
+    require_disposition,
+    require_inline_types,
+    served_type,
+)
+from granite_storage.backends.base import ByteRange
+from granite_storage.exceptions import ConfigurationError, ObjectNotFoundError
+from granite_storage.manager import StorageManager
+from granite_storage.orm.attachment import Attachment
+from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
+from granite_storage.refs import StoredObjectRef
+from granite_storage.web._preconditions import Validators, failed_precondition, format_date, header_of, range_applies
+from granite_storage.web._ranges import requested_ranges
+from granite_storage.web._sending import (
+    Body,
+    multipart,
+    noticing_departure,
+    send_chunk,
+    send_headers,
+    send_object,
+    send_status,
+    while_connected,
+)
+
+__all__ = ["Request", "StoredObjectResponse"]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+_POLICY = "sandbox; default-src 'none'"
+_REVALIDATED = "private, no-cache"
+_UNCACHED = {"cache-control": "no-store"}
+_IMMUTABLE = "private, max-age=31536000, immutable"
+
+
+class Request(Protocol):
+    """What is needed of a request, whatever framework it is from."""
+
+    @property
+    def scope(self) -> Any:
+        """The ASGI scope."""
+        ...
+
+
+class StoredObjectResponse(Response):
+    """Streams a stored object, whole or in ranges, from any backend.
+
+    Ranges, preconditions, If-Range and HEAD are those of RFC 9110, and the ETag is a strong one made of the checksum. Memory is
+    bounded per response, and a client that goes away or does not read stops the reading. A missing object is answered with 404
+    and logged as an error. Once the first byte is sent, an answer is whole or broken: a body that goes wrong is logged, and the
+    connection is cut.
+
+    A browser runs nothing of it: `nosniff`, a sandboxing Content-Security-Policy, and a download unless the media type is one of
+    `inline_types`. Scripts, HTML, SVG and XML are served as `application/octet-stream`.
+
+    It is a response of Starlette and FastAPI, and an ASGI application that Litestar returns as well.
+
+    Args:
+        stored: A stored attachment, or a ref with its `manager`.
+        request: The request; its method and headers are read.
+        manager: The manager of a ref; an attachment knows its own.
+        disposition: `inline` lets a browser show it in its window where that is safe.
+        filename: The name it is saved under; None for the one it was uploaded with.
+        inline_types: The exact media types that may be shown inline; never what a browser would run.
+        immutable: Whether the URL will never have other content, so that clients need not ask again for a year.
+        cache_control: The Cache-Control in place of `private, no-cache`, which lets clients keep it and ask whether it changed.
+        verify: Whether a whole body is checked against the checksum as it passes, and broken off before its end where it is
+            wrong. It costs the hashing.
+        headers: More headers; they win over our own.
+        background: What Starlette is to do afterwards.
+
+    Raises:
+        UnboundAttachmentError: The attachment is not stored yet.
+        ConfigurationError: A ref has no manager, or `inline_types` has one that must not be shown.
+        ValueError: The disposition is not known.
+    """
+
+    def __init__(
+        self,
+        stored: Attachment | StoredObjectRef,
+        request: Request,
+        *,
+        manager: StorageManager | None = None,
+        disposition: Disposition = "attachment",
+        filename: str | None = None,
+        inline_types: Collection[str] = INLINE_TYPES,
+        immutable: bool = False,
+        cache_control: str | None = None,
+        verify: bool = False,
+        headers: Mapping[str, str] | None = None,
+        background: BackgroundTask | None = None,
+    ) -> None:
+        require_disposition(disposition)
+        types = inline_types if inline_types is INLINE_TYPES else require_inline_types(inline_types)
+        self._ref, self._manager = _found(stored, manager)
+        self._method: str = request.scope["method"]
+        self._asked = Headers(scope=request.scope)
+        self._verify = verify
+        self.status_code = 200
+        self.background = background
+        self.body = b""
+        self._content_type = served_type(self._ref.content_type)
+        name = self._ref.original_filename if filename is None else filename
+        self.raw_headers = [
+            (key.lower().encode("latin-1"), value.encode("latin-1"))
+            for key, value in {
+                "accept-ranges": "bytes",
+                "cache-control": cache_control or (_IMMUTABLE if immutable else _REVALIDATED),
+                "content-disposition": content_disposition(disposition, name, self._ref.content_type, types),
+                "content-security-policy": _POLICY,
+                "content-type": self._content_type,
+                "x-content-type-options": "nosniff",
+                **{key.lower(): value for key, value in (headers or {}).items()},
+            }.items()
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request."""
+        await while_connected(self._answer(noticing_departure(send)), receive)
+        if self.background is not None:
+            await self.background()
+
+    async def _answer(self, send: Send) -> None:
+        """Find out what to send while nothing is sent yet, and send it."""
+        try:
+            validators = await self._validators()
+            status, ranges = _decided(self._method, self._asked, validators, self._ref.size)
+            headers = self._described(validators)
+            if self._method == "HEAD" or status not in (200, 206):
+                require_recorded_size(self._ref, (await self._manager.stat(self._ref)).size)
+                await send_headers(send, status, _without_body(headers, status, self._ref.size))
+                return
+            reader = await self._open(ranges[0], whole=status == 200)
+        except ObjectNotFoundError as error:
+            logger.error("a ref leads to an object that is missing: %s", error)
+            await send_status(send, 404)
+            return
+        async with reader:
+            await self._send(send, status, headers, reader, ranges)
+
+    async def _send(
+        self, send: Send, status: int, headers: MutableHeaders, first: StoredObjectReader, ranges: Sequence[ByteRange]
+    ) -> None:
+        body = _body_of(status, ranges, self._ref.size, self._content_type)
+        headers.update(body.headers)
+        await send_headers(send, status, headers, more=True)
+        try:
+            for number, (head, span) in enumerate(body.parts):
+                await send_chunk(send, head)
+                async with first if number == 0 else await self._open(span) as reader:
+                    await send_object(send, reader)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            # The headers are sent, so the server can only cut the connection; it does where this goes on.
+            logger.exception("the body of the object at %r of %r broke off", self._ref.location, self._ref.backend)
+            raise
+        await send_chunk(send, body.end, more=False)
+
+    def _open(self, span: ByteRange, *, whole: bool = False) -> OpeningReader:
+        verify = self._verify and whole and bool(self._ref.checksum)
+        return self._manager.open(self._ref, offset=span.start, length=span.stop - span.start, verify=verify)
+
+    def _described(self, validators: Validators) -> MutableHeaders:
+        headers = MutableHeaders(raw=list(self.raw_headers))
+        headers["etag"] = validators.etag
+        headers["last-modified"] = format_date(validators.modified)
+        return headers
+
+    async def _validators(self) -> Validators:
+        """Return what tells this object from others; objects are never overwritten, so it was modified when it was stored."""
+        ref = self._ref
+        modified = _moment(ref.created_at) or (await self._manager.stat(ref)).modified
+        modified = min(modified, datetime.now(UTC)).replace(microsecond=0)
+        if ref.checksum:
+            return Validators(f'"{ref.checksum.removeprefix("sha256:")}"', modified)
+        identity = "\n".join([ref.backend, ref.location, str(ref.size), modified.isoformat()])
+        return Validators(f'W/"{hashlib.sha256(identity.encode(errors="surrogatepass")).hexdigest()[:32]}"', modified)
+
+
+def _found(stored: Attachment | StoredObjectRef, manager: StorageManager | None) -> tuple[StoredObjectRef, StorageManager]:
+    if isinstance(stored, Attachment):
+        return stored.ref, manager or stored.manager
+    require_ref(stored)
+    if manager is None:
+        raise ConfigurationError("a ref does not know its manager: pass manager=")
+    return stored, manager
+
+
+def _decided(method: str, asked: Headers, validators: Validators, size: int) -> tuple[int, list[ByteRange]]:
+    """Return the status and the ranges to send, in the order of RFC 9110, section 13.2.2."""
+    whole = [ByteRange(0, size)]
+    if method not in ("GET", "HEAD"):
+        return 200, whole
+    refused = failed_precondition(asked, validators)
+    if refused is not None:
+        return refused, []
+    wanted = header_of(asked, "range") if method == "GET" else None
+    if wanted is None or not range_applies(asked, validators, datetime.now(UTC)):
+        return 200, whole
+    ranges = requested_ranges(wanted, size)
+    if ranges is None:
+        return 200, whole
+    return (206, ranges) if ranges else (416, [])
+
+
+def _body_of(status: int, ranges: Sequence[ByteRange], size: int, content_type: str) -> Body:
+    if len(ranges) > 1:
+        return multipart(ranges, size, content_type)
+    span = ranges[0]
+    headers = {"content-length": str(span.stop - span.start)}
+    if status == 206:
+        headers["content-range"] = f"bytes {span.start}-{span.stop - 1}/{size}"
+    return Body(headers, [(b"", span)], b"")
+
+
+def _without_body(headers: MutableHeaders, status: int, size: int) -> MutableHeaders:
+    """Return the headers of an answer that has none of the object's bytes."""
+    if status == 200:
+        headers["content-length"] = str(size)
+        return headers
+    for name in ("content-type", "content-disposition"):
+        del headers[name]
+    if status != 304:
+        headers.update({"content-length": "0", **_UNCACHED})
+    if status == 416:
+        headers["content-range"] = f"bytes */{size}"
+    return headers
+
+
+def _moment(created_at: str | None) -> datetime | None:
+    """Read when an object was stored; None where a ref of other origin does not say it, or not so that it can be read."""
+    try:
+        moment = datetime.fromisoformat(created_at or "")
+    except ValueError:
+        return None
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

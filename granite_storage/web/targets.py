@@ -1,0 +1,126 @@
+"""Where a file that arrives is stored."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self, TypeAlias
+
+from sqlalchemy.orm import InstrumentedAttribute
+
+from granite_storage.manager import StorageManager
+from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.removal import remove
+from granite_storage.orm.types import AttachmentType
+from granite_storage.orm.unit import StoredObject
+from granite_storage.orm.uploads import discard
+from granite_storage.refs import StoredObjectRef
+from granite_storage.streams import BytesLike
+
+__all__ = ["Incoming", "PolicyTarget", "Received", "Target", "max_size_of", "require_target"]
+
+
+class Incoming(Protocol):
+    """A file on its way in: its name and media type, and its bytes by `async for`."""
+
+    filename: str | None
+    content_type: str | None
+
+    def __aiter__(self) -> AsyncIterator[BytesLike]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyTarget:
+    """Stores a file under a policy of a manager, and gives its ref: for applications that look after refs themselves.
+
+    Args:
+        manager: The manager.
+        storage_key: The policy to store it under.
+        model_name: What kind of thing owns it; a segment of its location, like the next two.
+        entity_id: Which of them.
+        field_name: Which of its files.
+        extra: Keys of your own to keep in the ref.
+    """
+
+    manager: StorageManager
+    storage_key: str
+    model_name: str
+    entity_id: str
+    field_name: str
+    extra: Mapping[str, Any] | None = None
+
+    async def put(self, file: Incoming) -> StoredObjectRef:
+        """Store a file as it arrives; see `StorageManager.put_stream`."""
+        return await self.manager.put_stream(
+            storage_key=self.storage_key,
+            model_name=self.model_name,
+            entity_id=self.entity_id,
+            field_name=self.field_name,
+            stream=file,
+            content_type=file.content_type,
+            original_filename=file.filename,
+            extra=self.extra,
+        )
+
+
+Target: TypeAlias = InstrumentedAttribute[Any] | PolicyTarget | Callable[[Any], Awaitable[Any]]
+"""An attachment attribute, such as `Document.file`; a `PolicyTarget`; or a coroutine function that takes a `FilePart`."""
+
+
+def require_target(target: object) -> None:
+    """Refuse what nothing can be stored in, before a body is read."""
+    if isinstance(target, PolicyTarget) or _home_of(target) is not None or (callable(target) and not isinstance(target, type)):
+        return
+    raise TypeError(f"a file is stored in an attachment attribute, a PolicyTarget or a coroutine function, not in {target!r}")
+
+
+def max_size_of(target: Target) -> int | None:
+    """Return the most bytes that the policy of a target allows, None for no limit, or none that is known."""
+    if isinstance(target, PolicyTarget):
+        return target.manager.policy(target.storage_key).max_size
+    home = _home_of(target)
+    return None if home is None else home.binding().manager_for(home).policy(home.storage_key).max_size
+
+
+def _home_of(target: object) -> AttachmentType | None:
+    home = getattr(target, "type", None)
+    return home if isinstance(home, AttachmentType) else None
+
+
+@dataclass(slots=True)
+class Received:
+    """What one request has stored so far, so that it can be taken back."""
+
+    attachments: list[Attachment] = field(default_factory=list)
+    refs: list[StoredObject] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, stored: object) -> Self:
+        """Remember what was stored already."""
+        return cls([stored] if isinstance(stored, Attachment) else [])
+
+    async def store(self, file: Incoming, target: Target) -> Any:
+        """Store a file where it shall go, as it arrives."""
+        if isinstance(target, PolicyTarget):
+            ref = await target.put(file)
+            self.refs.append(StoredObject(target.manager, ref))
+            return ref
+        if isinstance(target, InstrumentedAttribute):
+            pending = Attachment(file, filename=file.filename, content_type=file.content_type)
+            stored: Any = await pending.store(target)
+        else:
+            stored = await target(file)
+        if isinstance(stored, Attachment):
+            self.attachments.append(stored)
+        return stored
+
+    async def take_back(self, *, cancelled: bool) -> None:
+        """Remove everything, for nobody has seen it; what could not be removed is logged."""
+        refs, self.refs = self.refs, []
+        await self.discard_attachments(cancelled=cancelled)
+        await remove(refs, [])
+
+    async def discard_attachments(self, *, cancelled: bool) -> None:
+        """Remove the attachments that no row has taken."""
+        attachments, self.attachments = self.attachments, []
+        await discard(attachments, cancelled=cancelled)

@@ -1,0 +1,113 @@
+"""Signed URLs, served."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from granite_storage._delivery import INLINE_TYPES, require_inline_types
+from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidLocationError, UnknownBackendError
+from granite_storage.manager import StorageManager
+from granite_storage.signing import SignedObject
+from granite_storage.web._sending import send_status
+from granite_storage.web.responses import StoredObjectResponse
+
+__all__ = ["SignedFiles"]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+_RETRY_AFTER = {"retry-after": "5"}
+
+
+class SignedFiles:
+    """An ASGI application that serves the URLs that `StorageManager.url` signs; mount it at the signer's base URL.
+
+    Whatever is wrong with a URL is answered with 403, before any storage is touched: expired, changed, cut, written in another
+    way, with a query, or signed with a key that is gone. Otherwise it answers as `StoredObjectResponse` does.
+
+    Args:
+        manager: The manager; it must have a `url_signer`.
+        inline_types: The media types that may be shown inline where a URL allows it.
+
+    Raises:
+        ConfigurationError: The manager has no signer, or `inline_types` has one that must not be shown.
+
+    Example:
+        ```python
+        app.mount("/files", SignedFiles(manager))
+        ```
+    """
+
+    def __init__(self, manager: StorageManager, *, inline_types: Collection[str] = INLINE_TYPES) -> None:
+        if manager.url_signer is None:
+            raise ConfigurationError("the manager signs no URLs: make it with url_signer=")
+        self._manager = manager
+        self._signer = manager.url_signer
+        self._inline_types = require_inline_types(inline_types)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+            return
+        if scope["type"] != "http":
+            raise ValueError(f"SignedFiles serves HTTP, not {scope['type']!r}")
+        if scope["method"] not in ("GET", "HEAD"):
+            await send_status(send, 405, {"allow": "GET, HEAD"})
+            return
+        token = _token(scope)
+        signed = None if token is None else self._signer.verify(token)
+        if signed is None:
+            await send_status(send, 403)
+            return
+        await self._serve(signed, scope, receive, send)
+
+    async def _serve(self, signed: SignedObject, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        response = StoredObjectResponse(
+            signed.ref,
+            Request(scope),
+            manager=self._manager,
+            disposition=signed.disposition,
+            filename=signed.filename,
+            inline_types=self._inline_types,
+        )
+        try:
+            await response(scope, receive, noting)
+        except (BackendUnavailableError, InvalidLocationError, UnknownBackendError) as error:
+            if begun:
+                raise
+            logger.error("a signed URL could not be served", exc_info=error)
+            status, headers = _refusal(error)
+            await send_status(send, status, headers)
+
+
+def _refusal(error: BackendUnavailableError | InvalidLocationError | UnknownBackendError) -> tuple[int, dict[str, str]]:
+    match error:
+        case BackendUnavailableError():
+            return 503, _RETRY_AFTER
+        case UnknownBackendError():
+            return 404, {}
+        case _:
+            return 403, {}
+
+
+def _token(scope: Scope) -> str | None:
+    """Return the only segment below where the application is mounted, if the URL is written in the one way it was signed in."""
+    path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    if root and path.startswith(f"{root}/"):
+        path = path[len(root) :]
+    token: str = path.removeprefix("/")
+    raw: bytes = scope.get("raw_path") or path.encode()
+    if scope.get("query_string") or not token.isascii() or not raw.endswith(f"/{token}".encode()):
+        return None
+    return token

@@ -1,0 +1,57 @@
+"""Receiving over HTTP, for mypy and pyright only: nothing here is run."""
+
+from __future__ import annotations
+
+from typing import Annotated, assert_type
+
+from fastapi import Depends, FastAPI, Request
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from granite_storage import Attachment, StorageError, StorageManager, StoredObjectRef, attachment
+from granite_storage.web import (
+    FilePart,
+    PolicyTarget,
+    UploadForm,
+    UploadLimits,
+    install_error_handlers,
+    problem_response,
+    received_body,
+    received_form,
+    stream_body,
+    stream_upload,
+)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Document(Base):
+    __tablename__ = "document"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment | None] = attachment("documents")
+    cover: Mapped[Attachment] = attachment("covers", nullable=False)
+
+
+async def size_of(part: FilePart) -> int:
+    return sum([len(chunk) async for chunk in part])
+
+
+async def receive(request: Request, manager: StorageManager, app: FastAPI, error: StorageError) -> None:
+    target = PolicyTarget(manager=manager, storage_key="documents", model_name="doc", entity_id="1", field_name="file")
+    limits = UploadLimits(max_size=1000)
+    form = await stream_upload(request, {"file": Document.file, "ref": target, "size": size_of}, limits=limits)
+    assert_type(form.fields["title"], str)
+    assert_type(await stream_body(request, Document.file, filename="a"), Attachment)
+    assert_type(await stream_body(request, Document.cover, limits=limits), Attachment)
+    assert_type(await stream_body(request, target), StoredObjectRef)
+    assert_type(await stream_body(request, size_of), int)
+    async with await stream_upload(request, {"file": Document.file}) as form:
+        document = Document(file=form.files["file"])
+        assert_type(document.file, Attachment | None)
+    install_error_handlers(app, retry_after=3)
+    problem_response(error)
+
+
+Form = Annotated[UploadForm, Depends(received_form({"file": Document.file}))]
+Body = Annotated[Attachment, Depends(received_body(Document.file, filename=lambda request: request.url.path))]

@@ -1,0 +1,43 @@
+"""An application that receives files, on the backend of the test's choice."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+from granite_storage import StorageBackend, StorageManager
+from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.orm import bind_storage
+from tests.web.receiving import App, Base, manager_of
+
+
+@pytest.fixture
+async def receiving_manager(request: pytest.FixtureRequest) -> AsyncIterator[StorageManager]:
+    """A manager on the `backend` of the test, in memory where it has none."""
+    backend: StorageBackend = MemoryStorageBackend()
+    if "backend" in request.fixturenames:
+        backend = request.getfixturevalue("backend")
+    async with manager_of(backend) as manager:
+        yield manager
+
+
+@pytest.fixture
+async def receiving(receiving_manager: StorageManager, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[App]:
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('database') / 'rows.db'}")
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    sessions = async_sessionmaker(engine, expire_on_commit=False)
+    binding = bind_storage(Base, receiving_manager, sessions=sessions)
+    yield App(receiving_manager, sessions)
+    binding.unbind()
+    await engine.dispose()
+
+
+@pytest.fixture
+async def client(receiving: App) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=receiving.asgi(), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client

@@ -1,0 +1,31 @@
+"""The extra `web`."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from granite_storage import web
+from tests.core.support import PROJECT, in_new_process
+
+
+@pytest.mark.parametrize("package", ["starlette", "python_multipart"])
+def test_what_is_missing_is_named(package: str) -> None:
+    in_new_process(f"""
+import sys
+sys.modules[{package!r}] = None
+from granite_storage import MissingDependencyError
+try:
+    import granite_storage.web
+except MissingDependencyError as error:
+    assert "granite-storage[web]" in str(error), error
+else:
+    raise AssertionError("nothing is missed")
+""")
+
+
+@pytest.mark.parametrize("name", web.__all__)
+def test_public_names_are_in_the_reference(name: str) -> None:
+    assert hasattr(web, name)
+    assert re.search(rf"^\.\. auto\w+:: granite_storage\.web\.{name}\b", (PROJECT / "docs/api.md").read_text(), re.MULTILINE)

@@ -19,7 +19,7 @@ from granite_storage.orm.columns import Slot, primary_key_of, slots_of
 from granite_storage.orm.journal import entries
 from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.outcome import watch
-from granite_storage.orm.rows import HeldRef, are_there, cascaded, lock_rows, still_held
+from granite_storage.orm.rows import CountedDeletes, HeldRef, are_there, cascaded, lock_rows, still_held
 from granite_storage.orm.types import AttachmentType
 from granite_storage.orm.unit import FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
 from granite_storage.orm.uploads import Upload, store, stored_object
@@ -132,11 +132,12 @@ def end(session: Session, unit: UnitOfWork) -> None:
     """Let what a flush decided count, and note which rows the database has deleted by a cascade: not all do, and not always.
 
     Raises:
-        StaleAttachmentError: It has written to a row that was not there when it looked: nobody knows what that row held.
+        StaleAttachmentError: It has hit a row that was not there when it looked: nobody knows what that row held.
     """
-    if any(are_there(connection, table, keys) for connection, table, keys in unit.flush.missing):
+    written = any(are_there(connection, table, keys) for connection, table, keys in unit.flush.missing)
+    if written or any(counted.has_hit_others for counted in unit.flush.counted):
         raise StaleAttachmentError(
-            "another transaction has inserted a row anew whose file was being replaced; the transaction may be tried again"
+            "another transaction has inserted a row anew whose file was being given up; the transaction may be tried again"
         )
     for connection, held in unit.flush.vanishing:
         remaining = still_held(connection, held)
@@ -230,7 +231,9 @@ def _locked_refs(
         if rows.columns_by_key:
             found, missing = _lock(connection, rows, deleting=deleting)
             held += found
-            if missing and not deleting:
+            if missing and deleting:
+                unit.flush.counted.append(CountedDeletes(connection, rows.table, len(rows.columns_by_key) - len(missing)))
+            elif missing:
                 unit.flush.missing.append((connection, rows.table, missing))
             if deleting:
                 reached = cascaded(connection, binding.tables, rows.table, rows.columns_by_key)

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Connection, ForeignKeyConstraint, Row, Select, Table, and_, or_, select
+from sqlalchemy import Column, ColumnElement, Connection, ForeignKeyConstraint, Row, Select, Table, and_, event, or_, select
 
 from granite_storage.orm._batches import batches
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Tables
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["HeldRef", "are_there", "cascaded", "lock_rows", "lock_statement", "still_held", "take_write_lock"]
+__all__ = ["CountedDeletes", "HeldRef", "are_there", "cascaded", "lock_rows", "lock_statement", "still_held", "take_write_lock"]
 
 _AT_A_TIME = 200
 
@@ -65,6 +65,36 @@ def are_there(connection: Connection, table: Table, primary_keys: Iterable[tuple
     """Tell whether there are rows with any of these primary keys, and lock them: nobody else's are overlooked."""
     batched = batches(_in_order(primary_keys), _AT_A_TIME)
     return any(_rows(connection, table, [], _among(table, keys), deleting=False) for keys in batched)
+
+
+class CountedDeletes:
+    """Counts the rows of a table that a flush deletes, where it has found less of them to lock than it means to delete.
+
+    Args:
+        connection: The connection of the flush.
+        table: The table.
+        known: How many of the rows were found.
+    """
+
+    def __init__(self, connection: Connection, table: Table, known: int) -> None:
+        self._connection = connection
+        self._table = table
+        self._known = known
+        self._deleted = 0
+        event.listen(connection, "after_cursor_execute", self._count)
+
+    @property
+    def has_hit_others(self) -> bool:
+        """Whether more rows were deleted than were found: others have been inserted with their primary keys meanwhile."""
+        return self._deleted > self._known
+
+    def close(self) -> None:
+        """Count no longer."""
+        event.remove(self._connection, "after_cursor_execute", self._count)
+
+    def _count(self, _: Connection, cursor: Any, __: str, ___: Any, context: Any, ____: bool) -> None:
+        if context is not None and context.isdelete and context.compiled.statement.table is self._table:
+            self._deleted += max(cursor.rowcount, 0)  # of many at once some drivers do not know it
 
 
 def lock_statement(

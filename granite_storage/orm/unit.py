@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from granite_storage.orm.attachment import Attachment
     from granite_storage.orm.journal.journal import StorageJournal
     from granite_storage.orm.outcome import ConnectionWatch, SavepointSpan
-    from granite_storage.orm.rows import HeldRef
+    from granite_storage.orm.rows import CountedDeletes, HeldRef
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["FlushUnderWay", "Frame", "Intent", "LogEntry", "ObjectKey", "Outcome", "StoredObject", "UnitOfWork"]
@@ -94,8 +94,9 @@ class FlushUnderWay:
     deletions: set[int] = field(default_factory=set)
     # Refs of rows that the database may delete by a cascade, and the connection that can tell whether it did.
     vanishing: list[tuple[Connection, list[HeldRef]]] = field(default_factory=list)
-    # Rows whose files are replaced and that were not there to be locked: another transaction may insert them at any moment.
+    # Rows whose files are given up and that were not there to be locked: another transaction may insert them at any moment.
     missing: list[tuple[Connection, Table, list[tuple[Any, ...]]]] = field(default_factory=list)
+    counted: list[CountedDeletes] = field(default_factory=list)
     # Undone deletes, by the intents that the transaction takes back, and where each journal's tables are written to.
     restored: list[Intent] = field(default_factory=list)
     connections: dict[StorageJournal, Connection] = field(default_factory=dict)
@@ -201,6 +202,8 @@ class UnitOfWork:
                 return []
 
     def _forget_flush(self) -> None:
+        for counted in self.flush.counted:
+            counted.close()
         for attachment in self.flush.claims:
             attachment._forget_claim()
         self.flush = FlushUnderWay()

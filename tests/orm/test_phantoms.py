@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from sqlalchemy import delete, text, update
+from sqlalchemy.exc import SAWarning
 from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import StaleAttachmentError
@@ -75,7 +77,10 @@ async def test_row_is_inserted_after_a_bulk_statement_has_looked(
 
 @pytest.mark.case("CON-01")
 @pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
-async def test_row_is_inserted_anew_after_a_flush_has_looked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("deleting", [False, True], ids=["replacing", "deleting"])
+async def test_row_is_inserted_anew_after_a_flush_has_looked(
+    world: World, monkeypatch: pytest.MonkeyPatch, deleting: bool
+) -> None:
     """The row that is found then is another one, and its file must not be lost sight of."""
     await world.add(Doc(id=1, file=file("a")))
     original: Callable[..., Any] = flush.lock_rows
@@ -90,8 +95,30 @@ async def test_row_is_inserted_anew_after_a_flush_has_looked(world: World, monke
         doc = await session.get_one(Doc, 1)
         async with world.sessions.begin() as other:
             await other.delete(await other.get_one(Doc, 1))
-        doc.file = file("c")
+        if deleting:
+            await session.delete(doc)
+        else:
+            doc.file = file("c")
         with monkeypatch.context() as patch, pytest.raises(StaleAttachmentError):
             patch.setattr(flush, "lock_rows", look)
             await session.commit()
     await world.check(file_1="b")
+
+
+async def test_row_that_is_gone_is_deleted_again(world: World) -> None:
+    """SQLAlchemy warns, and nobody's transaction fails for it; nothing listens on afterwards."""
+    await world.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+    async with world.sessions() as session:
+        doc, other = await session.get_one(Doc, 1), await session.get_one(Doc, 2)
+        await session.commit()
+        async with world.sessions.begin() as faster:
+            await faster.delete(await faster.get_one(Doc, 1))
+        await session.delete(doc)
+        await session.delete(other)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SAWarning)
+            await session.flush()
+        connection = await session.connection()
+        assert not list(connection.sync_connection.dispatch.after_cursor_execute)
+        await session.commit()
+    await world.check()

@@ -19,7 +19,7 @@ from granite_storage.orm.columns import Slot, primary_key_of, slots_of
 from granite_storage.orm.journal import entries
 from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.outcome import watch
-from granite_storage.orm.rows import CountedDeletes, HeldRef, are_there, cascaded, lock_rows, still_held
+from granite_storage.orm.rows import CountedDeletes, HeldRef, cascaded, lock_rows, still_held
 from granite_storage.orm.types import AttachmentType
 from granite_storage.orm.unit import FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
 from granite_storage.orm.uploads import Upload, store, stored_object
@@ -132,12 +132,13 @@ def end(session: Session, unit: UnitOfWork) -> None:
     """Let what a flush decided count, and note which rows the database has deleted by a cascade: not all do, and not always.
 
     Raises:
-        StaleAttachmentError: It has hit a row that was not there when it looked: nobody knows what that row held.
+        StaleAttachmentError: It meant to write to a row that was not there when it looked. Where SQLAlchemy goes on, because a
+            driver does not tell how many rows it has hit, either no row took the file, or one whose own file nobody knows.
     """
-    written = any(are_there(connection, table, keys) for connection, table, keys in unit.flush.missing)
-    if written or any(counted.has_hit_others for counted in unit.flush.counted):
+    if unit.flush.has_missed_rows or any(counted.has_hit_others for counted in unit.flush.counted):
         raise StaleAttachmentError(
-            "another transaction has inserted a row anew whose file was being given up; the transaction may be tried again"
+            "another transaction has deleted a row whose file was being replaced, or inserted one anew that was being deleted;"
+            " the transaction may be tried again"
         )
     for connection, held in unit.flush.vanishing:
         remaining = still_held(connection, held)
@@ -234,7 +235,7 @@ def _locked_refs(
             if missing and deleting:
                 unit.flush.counted.append(CountedDeletes(connection, rows.table, len(rows.columns_by_key) - len(missing)))
             elif missing:
-                unit.flush.missing.append((connection, rows.table, missing))
+                unit.flush.has_missed_rows = True
             if deleting:
                 reached = cascaded(connection, binding.tables, rows.table, rows.columns_by_key)
                 unit.flush.vanishing.append((connection, reached))

@@ -15,7 +15,7 @@ from granite_storage.orm._registry import active_bindings
 from granite_storage.orm.columns import Tables, slots_of
 from granite_storage.orm.greenlets import require_async
 from granite_storage.orm.journal.entries import write_displaced
-from granite_storage.orm.rows import HeldRef, cascaded, lock_rows, lock_statement, still_held
+from granite_storage.orm.rows import HeldRef, are_there, cascaded, lock_rows, lock_statement, still_held
 
 __all__ = ["on_execute"]
 
@@ -57,6 +57,7 @@ def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]
     parameters = _parameter_sets(state)
     held: list[HeldRef] = []
     matched: list[list[tuple[Any, ...]]] = []
+    missed: list[tuple[Table, list[tuple[Any, ...]]]] = []
     for table in dict.fromkeys(column.table for column in written):
         columns = [column for column in written if column.table is table]
         keys = _listed_keys(state, statement, table)
@@ -65,8 +66,12 @@ def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]
             held += found
             matched.append(keys)
         else:
-            held += lock_rows(connection, table, keys, columns, deleting=False)[0]
+            found, missing = lock_rows(connection, table, keys, columns, deleting=False)
+            held += found
+            missed.append((table, missing))
     result = _displacing(state, connection, held)
+    if any(are_there(connection, table, keys) for table, keys in missed):
+        raise _hit_unknown_rows()
     for keys in matched:
         _require_known(result, keys, parameters)
     return result
@@ -88,9 +93,13 @@ def _require_known(result: Result[Any], keys: Sequence[tuple[Any, ...]], paramet
     Several sets of parameters may hit a row more than once, so that their number says nothing.
     """
     if len(parameters) == 1 and getattr(result, "rowcount", -1) > len(keys):
-        raise StaleAttachmentError(
-            "a bulk statement hit rows that another transaction has committed meanwhile; the transaction may be tried again"
-        )
+        raise _hit_unknown_rows()
+
+
+def _hit_unknown_rows() -> StaleAttachmentError:
+    return StaleAttachmentError(
+        "a bulk statement hit rows that another transaction has committed meanwhile; the transaction may be tried again"
+    )
 
 
 def _connection(state: ORMExecuteState, statement: Update | Delete) -> Connection:

@@ -15,12 +15,12 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from sqlalchemy import Connection, Table
+    from sqlalchemy import Connection
     from sqlalchemy.orm import SessionTransaction
 
     from granite_storage.manager import StorageManager
@@ -94,8 +94,9 @@ class FlushUnderWay:
     deletions: set[int] = field(default_factory=set)
     # Refs of rows that the database may delete by a cascade, and the connection that can tell whether it did.
     vanishing: list[tuple[Connection, list[HeldRef]]] = field(default_factory=list)
-    # Rows whose files are given up and that were not there to be locked: another transaction may insert them at any moment.
-    missing: list[tuple[Connection, Table, list[tuple[Any, ...]]]] = field(default_factory=list)
+    # Rows that were not there to be locked: of those to be replaced whether there are any, and how many of the others are deleted
+    # all the same, because another transaction has inserted them anew.
+    has_missed_rows: bool = False
     counted: list[CountedDeletes] = field(default_factory=list)
     # Undone deletes, by the intents that the transaction takes back, and where each journal's tables are written to.
     restored: list[Intent] = field(default_factory=list)

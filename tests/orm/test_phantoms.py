@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, text, update
 from sqlalchemy.exc import SAWarning
+from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import StaleAttachmentError
@@ -122,3 +123,34 @@ async def test_row_that_is_gone_is_deleted_again(world: World) -> None:
         assert not list(connection.sync_connection.dispatch.after_cursor_execute)
         await session.commit()
     await world.check()
+
+
+async def test_row_that_is_gone_takes_nothing(world: World) -> None:
+    """Some drivers do not say how many rows several UPDATEs have hit: the file would have left one row and come to no other."""
+    await world.add(Doc(id=1, file=file("a")), Doc(id=2))
+    async with world.sessions() as session:
+        one, two = await session.get_one(Doc, 1), await session.get_one(Doc, 2)
+        await session.commit()
+        async with world.sessions.begin() as faster:
+            await faster.delete(await faster.get_one(Doc, 2))
+        one.file, two.file = None, one.file
+        with pytest.raises((StaleAttachmentError, StaleDataError)):
+            await session.commit()
+    await world.check(file_1="a")
+
+
+@pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
+async def test_row_is_inserted_after_an_update_by_keys_has_looked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    original: Callable[..., Any] = statements.lock_rows
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        await_only(world.add(Doc(id=1, file=file("a"))))
+        return found
+
+    async with world.sessions() as session:
+        await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+        with monkeypatch.context() as patch, pytest.raises(StaleAttachmentError):
+            patch.setattr(statements, "lock_rows", look)
+            await session.execute(update(Doc), [{"id": 1, "file": None}])
+    await world.check(file_1="a")

@@ -120,7 +120,7 @@ class StoredObjectResponse(Response):
         self.body = b""
         self._content_type = served_type(self._ref.content_type)
         name = self._ref.original_filename if filename is None else filename
-        self.raw_headers = [
+        self.raw_headers: list[tuple[bytes, bytes]] = [
             (key.lower().encode("latin-1"), value.encode("latin-1"))
             for key, value in {
                 "accept-ranges": "bytes",

@@ -201,7 +201,8 @@ class TestUnbound:
             for binding in bindings:
                 binding.unbind()
             assert [listeners_of(target) for target in targets] == [[]] * len(targets)
-            assert not [*Document.__mapper__.dispatch.before_insert, *Document.__mapper__.dispatch.before_delete]
+            mapper = Document.__mapper__.dispatch
+            assert not [*mapper.before_insert, *mapper.before_update, *mapper.before_delete, *mapper.mapper_configured]
         assert len(listeners()) <= len(before)
 
     async def test_sessions_work_as_without_the_library(self, sessions: Sessions) -> None:

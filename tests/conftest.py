@@ -25,6 +25,8 @@ from granite_storage.locations import RESERVED_PREFIX
 from granite_storage.testing import BackendConformance
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
     from tests.servers import S3Server
 
 SETTLING = 30.0
@@ -106,6 +108,15 @@ def moto_server(_temporary_folder: Path) -> Iterator[S3Server]:
 def seaweedfs_server(_temporary_folder: Path) -> Iterator[S3Server]:
     """An S3 server that checks signatures, checksums and conditions; see `tests.servers`."""
     yield from _started("seaweedfs")
+
+
+@pytest.fixture(scope="session")
+def postgres_server(_temporary_folder: Path) -> Iterator[URL]:
+    """A PostgreSQL of this run, one for all who ask: a fixture that is imported into a `conftest.py` would start it once more."""
+    from tests.orm.databases import postgres
+
+    with postgres(_temporary_folder) as url:
+        yield url
 
 
 BACKENDS = [

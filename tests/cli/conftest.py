@@ -16,10 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy.engine import URL
 
-from tests.orm.conftest import postgres_server
 from tests.orm.databases import postgres_database
-
-__all__ = ["postgres_server"]
 
 ROOT = Path(__file__).parents[2]
 

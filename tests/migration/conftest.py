@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.migration.town import Town, town_on
-from tests.orm.conftest import database, postgres_server
+from tests.orm.conftest import database
 from tests.orm.databases import Database
 
-__all__ = ["database", "postgres_server"]
+__all__ = ["database"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,18 +7,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy.engine import URL
 
 from granite_storage.backends.local import LocalStorageBackend
-from tests.orm.databases import DATABASES, Database, mariadb, postgres, postgres_database, sqlite
+from tests.orm.databases import DATABASES, Database, mariadb, postgres_database, sqlite
 from tests.orm.world import World, world_on
-
-
-@pytest.fixture(scope="session")
-def postgres_server(_temporary_folder: Path) -> Iterator[URL]:
-    """A PostgreSQL of this run."""
-    with postgres(_temporary_folder) as url:
-        yield url
 
 
 @pytest.fixture(scope="session", params=DATABASES)

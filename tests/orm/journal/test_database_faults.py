@@ -165,7 +165,7 @@ async def test_a_restored_backup(world: World, kept: bool) -> None:
             await world.backend.delete(location)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def crashing(_temporary_folder: Path) -> Iterator[tuple[Path, Database]]:
     """A PostgreSQL that commits asynchronously, and takes its time to write down what it has committed."""
     folder = _temporary_folder / "crashing"

@@ -15,11 +15,12 @@ from types import ModuleType
 
 import boto3
 import pytest
+from sqlalchemy.engine import URL
 from sybil import Example, Sybil
 from sybil.parsers.myst import CodeBlockParser
 
 import granite_storage
-from tests.orm.databases import postgres
+from tests.orm.databases import postgres_database
 from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server, moto_s3
 
 ROOT = Path(__file__).parents[2]
@@ -47,9 +48,9 @@ def bucket_server() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="module")
-def database(_temporary_folder: Path) -> Iterator[str]:
-    with postgres(_temporary_folder) as url:
-        yield url.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+def database(postgres_server: URL) -> Iterator[str]:
+    with postgres_database(postgres_server, "asyncpg") as found:
+        yield found.url.render_as_string(hide_password=False)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib
 import inspect
 import os
 import tempfile
@@ -25,6 +26,7 @@ from granite_storage.locations import RESERVED_PREFIX
 from granite_storage.testing import BackendConformance
 
 if TYPE_CHECKING:
+    from tests.azurite import AzureServer
     from tests.servers import S3Server
 
 SETTLING = 30.0
@@ -108,6 +110,21 @@ def seaweedfs_server(_temporary_folder: Path) -> Iterator[S3Server]:
     yield from _started("seaweedfs")
 
 
+@pytest.fixture(scope="session")
+def azurite_server(_temporary_folder: Path) -> Iterator[AzureServer]:
+    """A stand-in for Azure's blobs; see `tests.azurite`."""
+    yield from _started("azurite", "tests.azurite")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads_of_obstore() -> None:
+    """Start the threads that obstore keeps for all stores of a process, so that what they open is not taken for a test's."""
+    with contextlib.suppress(ImportError):
+        from obstore.store import MemoryStore
+
+        asyncio.run(MemoryStore().put_async("warm", b""))
+
+
 BACKENDS = [
     "memory",
     "memory-prefixed",
@@ -138,10 +155,10 @@ async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         yield backend
 
 
-def _started(server: str) -> Iterator[S3Server]:
+def _started(server: str, module: str = "tests.servers") -> Iterator[Any]:
     """Start a server; where it is not to be had, skip what needs it, and fail in CI."""
     try:
-        from tests import servers
+        servers = importlib.import_module(module)
     except ImportError as error:
         _unavailable(f"{server} is not to be had: {error}")
     with contextlib.ExitStack() as stack:
@@ -195,7 +212,9 @@ def _servers_of(request: pytest.FixtureRequest) -> list[str]:
     backend = getattr(request.node, "callspec", None)
     backend = backend.params.get("backend", "") if backend else ""
     wanted = [f"{backend.split('-')[1]}_server"] if isinstance(backend, str) and backend.startswith("s3-") else []
-    return [name for name in ("moto_server", "seaweedfs_server") if name in request.fixturenames or name in wanted]
+    return [
+        name for name in ("moto_server", "seaweedfs_server", "azurite_server") if name in request.fixturenames or name in wanted
+    ]
 
 
 def _own_threads(before: set[threading.Thread]) -> list[threading.Thread]:

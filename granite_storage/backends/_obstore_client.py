@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from granite_storage._concurrency import finished
-from granite_storage.backends._obstore_errors import translate
+from granite_storage.backends._obstore_errors import ObjectStoreConfigurationError, translate
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ConfigurationError, ObjectNotFoundError
 
@@ -44,6 +44,7 @@ class Kind:
         writes: Whether objects can be created in it.
         copies_exclusively: Whether a copy can be made on the condition that its target is absent.
         signs: Whether it signs URLs.
+        signs_plain_names_only: Whether obstore's signature is wrong for a location that is escaped in a URL.
         deletes_in_batches: Whether many objects are deleted by one request.
         mistakes_parts: Whether it takes parts that were never joined for an object, and refuses to create one.
         names_temporary_files: Whether an object's name must leave room for that of a temporary file.
@@ -56,6 +57,7 @@ class Kind:
     writes: bool = True
     copies_exclusively: bool = True
     signs: bool = False
+    signs_plain_names_only: bool = False
     deletes_in_batches: bool = False
     mistakes_parts: bool = False
     names_temporary_files: bool = False
@@ -65,7 +67,7 @@ class Kind:
 KINDS = {
     "S3Store": Kind("S3", copies_exclusively=False, signs=True, deletes_in_batches=True),
     "GCSStore": Kind("Google Cloud Storage", signs=True, lists_in_order=True),
-    "AzureStore": Kind("Azure", signs=True, deletes_in_batches=True, mistakes_parts=True),
+    "AzureStore": Kind("Azure", signs=True, signs_plain_names_only=True, deletes_in_batches=True, mistakes_parts=True),
     "HTTPStore": Kind("HTTP", keeps_attributes=False, writes=False, lists_in_order=False),
     "LocalStore": Kind(
         "local disk", over_network=False, keeps_attributes=False, names_temporary_files=True, lists_in_order=False
@@ -90,19 +92,24 @@ def connected(store: Any, options: Mapping[str, Any]) -> StoreClient:
     Raises:
         ConfigurationError: No store can be made of it.
     """
+    given = {name: value for name, value in options.items() if value is not None}
     if isinstance(store, str):
-        return StoreClient(plain_name(store), _builder(store, options))
-    given = [name for name, value in options.items() if value is not None]
+        return StoreClient(plain_name(store), _builder(store, given))
     if given:
-        raise ConfigurationError(f"{given[0]} goes with a URL; a ready-made store has its own")
+        raise ConfigurationError(f"{', '.join(given)}: only with a URL; a ready-made store has its own")
     return StoreClient(plain_name(store), lambda: store, ours=False)
 
 
-def _builder(url: str, options: Mapping[str, Any]) -> Callable[[], Any]:
-    given = {name: value for name, value in options.items() if value is not None}
-    if urlsplit(url).scheme not in _LOCAL_SCHEMES:
+def _builder(url: str, given: dict[str, Any]) -> Callable[[], Any]:
+    if urlsplit(url).scheme in _LOCAL_SCHEMES:
+        if given:
+            raise ConfigurationError(f"{', '.join(given)}: not with {plain_name(url)!r}, which has no connections")
+    else:
         given["client_options"] = {**_DEFAULT_CLIENT_OPTIONS, **given.get("client_options", {})}
         given["retry_config"] = {**_DEFAULT_RETRY_CONFIG, **given.get("retry_config", {})}
+        unknown = given["retry_config"].keys() - _DEFAULT_RETRY_CONFIG.keys()
+        if unknown:  # obstore would ignore it
+            raise ConfigurationError(f"retry_config has no {', '.join(sorted(unknown))}")
 
     def build() -> Any:
         from obstore.store import from_url
@@ -207,7 +214,11 @@ class StoreClient:
         """Return a URL for a GET."""
         from obstore import sign_async
 
-        return await self.call("sign", location, lambda store: sign_async(store, "GET", location, expires_in))
+        url = await self.call("sign", location, lambda store: sign_async(store, "GET", location, expires_in))
+        if self.kind.signs_plain_names_only and "%" in urlsplit(url).path:
+            message = f"obstore signs no URL for {location!r} that {self.kind.name} would take: a character of it is escaped"
+            raise ObjectStoreConfigurationError(message, location=location)
+        return url
 
 
 def info_of(location: str, meta: Mapping[str, Any], attributes: Mapping[str, Any] | None = None) -> ObjectInfo:

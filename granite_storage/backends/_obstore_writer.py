@@ -7,6 +7,7 @@ upload in parts stayed at the server. So no request is cancelled before its outc
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -18,6 +19,8 @@ from granite_storage.backends._obstore_errors import error_at
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
 
 __all__ = ["ObjectWriter", "Piece", "slices"]
+
+logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")
 Piece: TypeAlias = bytes | memoryview
@@ -146,7 +149,7 @@ class ObjectWriter:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            await _ended(task)
+            await self._ended(task)
             raise
 
     async def _published(self, work: Awaitable[Answer], *, unique: bool = True) -> Answer:
@@ -160,11 +163,19 @@ class ObjectWriter:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            await _ended(task)
+            await self._ended(task)
             await finish(self._withdraw(task, unique), f"the clean-up of a write of {self._location!r}")
             raise
         finally:
             del task  # or its error would hold this frame, and the frame the error
+
+    async def _ended(self, task: asyncio.Future[Any]) -> None:
+        """Wait until work is done, but not forever."""
+        if not await settle(task, ANSWER_TIMEOUT):
+            task.cancel()
+            await settle(task)
+            message = "a write of %r was given up: no answer within %s s; an unfinished upload of it may be left"
+            logger.error(message, self._location, ANSWER_TIMEOUT)
 
     async def _withdraw(self, task: asyncio.Future[Answer], unique: bool) -> None:
         """Remove what a request has created, and nobody else's; what may be either stays."""
@@ -250,9 +261,3 @@ def _writing(writer: Any, piece: Piece) -> Callable[[Any], Awaitable[int]]:
 
 async def _abort(writer: Any, error: BaseException) -> None:
     await writer.__aexit__(type(error), error, None)
-
-
-async def _ended(task: asyncio.Future[Any]) -> None:
-    if not await settle(task, ANSWER_TIMEOUT):
-        task.cancel()
-        await settle(task)

@@ -19,7 +19,7 @@ from granite_storage.backends.prefix import PrefixedBackend
 from granite_storage.testing import BackendConformance
 from tests.azurite import AzureServer
 from tests.faults.s3_proxy import Fault, FaultProxy, Request, answer, fault_proxy, lose_answer
-from tests.servers import ACCESS_KEY, REGION, SECRET_KEY, S3Server
+from tests.servers import S3Server
 
 MIB = 1 << 20
 ALWAYS = 1 << 30
@@ -102,17 +102,7 @@ class TestSeaweedFS(ServedConformance):
         return ObjectStoreBackend(f"s3://{place or self.place}{self.path}", **self.options(endpoint_url))
 
     def options(self, endpoint_url: str | None = None) -> dict[str, Any]:
-        return {
-            "config": {
-                "endpoint": endpoint_url or self.server.endpoint_url,
-                "region": REGION,
-                "access_key_id": ACCESS_KEY,
-                "secret_access_key": SECRET_KEY,
-            },
-            "client_options": {"allow_http": True},
-            "retry_config": QUICK,
-            "part_size": 5 * MIB,
-        }
+        return {**self.server.obstore_options(endpoint_url), "retry_config": QUICK, "part_size": 5 * MIB}
 
     @asynccontextmanager
     async def with_room_for(self, backend: StorageBackend, size: int) -> AsyncIterator[StorageBackend]:

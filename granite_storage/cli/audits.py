@@ -12,7 +12,7 @@ from granite_storage.cli.output import shown_size
 from granite_storage.cli.running import Desk, Exit, Settings, run
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm.journal.journal import StorageJournal
-from granite_storage.orm.journal.recovery import RecoveryReport
+from granite_storage.orm.journal.report import RecoveryReport
 from granite_storage.orm.journal.tables import clock
 from granite_storage.verification import Finding, Verification, verify
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -15,7 +16,8 @@ from granite_storage.orm.journal.checks import beat, check_database
 from granite_storage.orm.journal.intents import GroupCommit, Intents
 from granite_storage.orm.journal.lease import Lease
 from granite_storage.orm.journal.pool import JournalPool
-from granite_storage.orm.journal.recovery import Recovery, RecoveryReport
+from granite_storage.orm.journal.recovery import Recovery
+from granite_storage.orm.journal.report import RecoveryReport
 from granite_storage.orm.journal.tables import JournalTables, tables_of
 from granite_storage.orm.journal.worker import Alarm, at_work
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["StorageJournal"]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
 
 _OPERATION_TIMEOUT = 30.0
 
@@ -112,12 +116,15 @@ class StorageJournal:
     async def check(self) -> None:
         """See that the database can keep the promise: tables, versions, privileges, storage engines, settings.
 
-        `recover`, `worker` and the first upload do it by themselves; at start-up it says early what is wrong.
+        `recover`, `worker` and the first upload do it by themselves; at start-up it says early what is wrong. Rows of a backend
+        that the manager does not have, because it was renamed or left out, are kept, and logged as a warning.
 
         Raises:
             ConfigurationError: Something is missing or unfit; the message says what to do.
         """
         await check_database(self._pool, self.tables, sorted({column.table for column in self._columns()}, key=str))
+        for backend in sorted(await self._recovery().unknown_backends()):
+            logger.warning("the journal keeps rows of the backend %r, which the manager does not have: its objects stay", backend)
         self._checked = True
 
     async def recover(self) -> RecoveryReport:

@@ -16,18 +16,19 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, bindparam, delete, func, insert, select, text, union_all, update
+from sqlalchemy import ColumnElement, Row, bindparam, delete, func, insert, select, text, union, union_all, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage.orm.journal.pool import JournalPool
+from granite_storage.orm.journal.report import FailedReclaim, RecoveryReport
 from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, JournalTables, clock
 from granite_storage.orm.types import location_of
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from granite_storage.manager import StorageManager
 
-__all__ = ["FailedReclaim", "Recovery", "RecoveryReport"]
+__all__ = ["Recovery"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -70,58 +71,6 @@ def _again_after_deadlock(method: Callable[P, Awaitable[T]]) -> Callable[P, Awai
         raise AssertionError("the last try returns or raises")
 
     return retried
-
-
-@dataclass(frozen=True, slots=True)
-class FailedReclaim:
-    """An object that could not be deleted.
-
-    Attributes:
-        backend: Its backend's key.
-        location: Its address there.
-        error: What went wrong the last time.
-        attempts: How often it was tried.
-        next_attempt: When it is tried again; None for a dead letter, which is not.
-    """
-
-    backend: str
-    location: str
-    error: str
-    attempts: int
-    next_attempt: datetime | None
-
-
-@dataclass(slots=True)
-class RecoveryReport:
-    """What a pass of recovery did, and what it left for later.
-
-    Attributes:
-        claimed: How many intents and unfinished reclaims it took over.
-        deleted: How many objects it deleted, or found to be gone already.
-        kept: How many it kept because a row refers to them.
-        confirmed: How many late looks at the place of a deleted upload ended its row.
-        leased: How many uploads are still under their leases.
-        waiting: How many deletes wait for their retention, or for a transaction under way.
-        failed: What could not be deleted, each with its next attempt.
-        unknown_backends: Backends that intents name and the manager does not have; nothing of theirs is touched.
-    """
-
-    claimed: int = 0
-    deleted: int = 0
-    kept: int = 0
-    confirmed: int = 0
-    leased: int = 0
-    waiting: int = 0
-    failed: list[FailedReclaim] = field(default_factory=list)
-    unknown_backends: set[str] = field(default_factory=set)
-
-    def add(self, other: RecoveryReport) -> None:
-        """Take over what another pass did."""
-        self.claimed += other.claimed
-        self.deleted += other.deleted
-        self.kept += other.kept
-        self.confirmed += other.confirmed
-        self.failed += other.failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +155,20 @@ class Recovery:
             counts = select(intent.c.kind, intent.c.backend, func.count()).group_by(intent.c.kind, intent.c.backend)
             for kind, backend, count in await connection.execute(counts):
                 if backend not in self._manager.backends:
-                    report.unknown_backends.add(backend)
-                elif kind == UPLOAD:
+                    continue
+                if kind == UPLOAD:
                     report.leased += count
                 else:
                     report.waiting += count
             troubled = select(reclaim).where(reclaim.c.error.is_not(None)).order_by(reclaim.c.due).limit(_MOST_REPORTED)
             report.failed = [_failure(row) for row in await connection.execute(troubled)]
+        report.unknown_backends = await self.unknown_backends()
+
+    async def unknown_backends(self) -> set[str]:
+        """Return the backends that rows of the journal name, fenced or not, and the manager does not have."""
+        named = [select(table.c.backend) for table in (self._tables.intent, self._tables.reclaim)]
+        async with self._pool.reading() as connection:
+            return set((await connection.execute(union(*named))).scalars()) - set(self._manager.backends)
 
     async def revive(self) -> int:
         """Let dead letters be tried again; return how many there were."""

@@ -219,3 +219,29 @@ async def test_a_crash_does_not_forget_an_intent(crashing: tuple[Path, Database]
         assert [row.location for row in await rows(world, "intent")] == [stored.location]
         await world.recover()
         await world.check()
+
+
+async def test_a_worker_outlives_a_crash_of_its_database(
+    crashing: tuple[Path, Database], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connections are gone and the database is away for a while; it says so, and goes on when the database is back."""
+    folder, database = crashing
+    async with world_on(database, journaled=True) as world:
+        assert world.journal is not None
+        await world.engine.dispose()
+        async with world.journal.worker(interval=timedelta(milliseconds=20)):
+            await asyncio.to_thread(crash_postgres, folder)
+            await eventually_true(lambda: has_said(caplog, "is tried again"))
+            await file("a").store(Doc.file)
+            await expire(world)
+            await eventually_true(lambda: is_empty(world))
+        await world.recover()
+        await world.check()
+
+
+async def has_said(caplog: pytest.LogCaptureFixture, words: str) -> bool:
+    return words in caplog.text
+
+
+async def is_empty(world: World) -> bool:
+    return not await world.objects()

@@ -15,6 +15,7 @@ from sqlalchemy import event, func, select, text, update
 from granite_storage import ConfigurationError, ObjectNotFoundError
 from granite_storage.exceptions import BackendUnavailableError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import Attachment, StorageJournal, bind_storage
+from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
 from tests.core.support import eventually
 from tests.orm.world import Base, Doc, World, file
@@ -50,6 +51,18 @@ async def eventually_true(condition: Callable[[], Awaitable[object]]) -> None:
     async with asyncio.timeout(60):
         while not await condition():  # noqa: ASYNC110  # nobody tells; the database has to be asked
             await asyncio.sleep(0.02)
+
+
+async def die(*_: Any) -> None:
+    raise SystemError("dead")
+
+
+async def rename(world: World, backend: str) -> None:
+    """Let all rows of the journal name another backend, and be due."""
+    tables = journal_of(world).tables
+    async with world.engine.begin() as connection:
+        for table in (tables.intent, tables.reclaim):
+            await connection.execute(update(table).values(backend=backend, due=clock(-1.0)))
 
 
 class TestReports:
@@ -115,16 +128,27 @@ class TestReports:
         assert await journal.revive_dead_letters() == 1
         assert (await journal.recover()).deleted == 1
 
-    async def test_a_backend_that_is_not_there_is_reported(self, world: World) -> None:
-        tables = journal_of(world).tables
-        await file("a").store(Doc.file)
-        async with world.engine.begin() as connection:
-            await connection.execute(update(tables.intent).values(backend="elsewhere", due=clock(-1.0)))
-        report = await journal_of(world).recover()
+    @pytest.mark.parametrize("fenced", [False, True], ids=["intent", "fenced"])
+    async def test_a_backend_that_is_not_there_is_reported(
+        self, world: World, fenced: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was renamed, perhaps after a worker had died between fence and delete: its rows stay, and somebody says so."""
+        journal = journal_of(world)
+        stored = await file("a").store(Doc.file)
+        await expire(world)
+        if fenced:
+            with monkeypatch.context() as patch:
+                patch.setattr(Recovery, "_referenced", die)
+                with pytest.raises(BaseExceptionGroup):
+                    await journal.recover()
+        await rename(world, "elsewhere")
+        report = await journal.recover()
         assert report.unknown_backends == {"elsewhere"}
         assert report.claimed == 0
-        async with world.engine.begin() as connection:
-            await connection.execute(update(tables.intent).values(backend="store"))
+        assert await stored.exists()
+        await journal.check()
+        assert "'elsewhere'" in caplog.text
+        await rename(world, "store")
         await world.recover()
 
     async def test_a_worker_leaves_a_sign_of_life(self, world: World) -> None:

@@ -480,6 +480,28 @@ class TestCancelled:
             await saving
         assert len(await rows(world, "intent")) == 1
 
+    async def test_a_transaction_that_is_cancelled_after_its_flush_is_left_to_the_worker(self, world: World) -> None:
+        flushed = asyncio.Event()
+
+        async def save() -> None:
+            session = world.sessions()
+            try:
+                session.add(Doc(id=1, file=file("a")))
+                await session.flush()
+                flushed.set()
+                await asyncio.sleep(3600)
+            finally:
+                await session.close()  # `async with` would do it in a task of its own, which nobody cancels
+
+        saving = asyncio.create_task(save())
+        await flushed.wait()
+        saving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+        assert [row.kind for row in await rows(world, "intent")] == ["upload"]
+        assert world.backend.count("delete") == 0
+        await world.recover()
+
     async def test_a_failed_save_is_cleaned_up_at_once(self, world: World) -> None:
         world.backend.fail("put_bytes", error=BackendUnavailableError("down"), nth=2)
         with pytest.raises(BackendUnavailableError):

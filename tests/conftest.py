@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from blockbuster import blockbuster_ctx
@@ -23,6 +23,7 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.prefix import PrefixedBackend
 from granite_storage.locations import RESERVED_PREFIX
 from granite_storage.testing import BackendConformance
+from tests.services import service
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -150,23 +151,16 @@ async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 
 def _started(server: str) -> Iterator[S3Server]:
-    """Start a server; where it is not to be had, skip what needs it, and fail in CI."""
-    try:
-        from tests import servers
-    except ImportError as error:
-        _unavailable(f"{server} is not to be had: {error}")
-    with contextlib.ExitStack() as stack:
-        try:
-            started = stack.enter_context(getattr(servers, server)())
-        except (ImportError, RuntimeError) as error:
-            _unavailable(f"{server} did not start: {error}")
+    with service(server, _server(server)) as started:
         yield started
 
 
-def _unavailable(why: str) -> NoReturn:
-    if os.environ.get("CI"):
-        pytest.fail(why)
-    pytest.skip(why)
+@contextlib.contextmanager
+def _server(name: str) -> Iterator[S3Server]:
+    from tests import servers
+
+    with getattr(servers, name)() as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)

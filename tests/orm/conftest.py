@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from granite_storage.backends.local import LocalStorageBackend
 from tests.orm.databases import DATABASES, Database, mariadb, postgres_database, sqlite
 from tests.orm.world import World, world_on
+from tests.services import service
 
 
 @pytest.fixture(scope="session", params=DATABASES)
@@ -24,14 +24,8 @@ def _database(request: pytest.FixtureRequest, name: str) -> Iterator[Database]:
         with sqlite(name) as found:
             yield found
     elif name == "mariadb":
-        context = mariadb()
-        try:
-            found = context.__enter__()
-        except LookupError as error:
-            print(f"\nthe tests on MariaDB are left out: {error}", file=sys.__stderr__)
-            pytest.skip(str(error))
-        yield found
-        context.__exit__(None, None, None)
+        with service("MariaDB", mariadb()) as found:
+            yield found
     else:
         with postgres_database(request.getfixturevalue("postgres_server"), name) as found:
             yield found

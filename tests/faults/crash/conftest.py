@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tests.faults.crash.children import Nursery, nursery
 from tests.faults.crash.models import Setting
 from tests.faults.crash.options import SEED
 from tests.orm.databases import mariadb, postgres, postgres_database
+from tests.services import service
 
 
 def pytest_report_header() -> str:
@@ -57,14 +57,8 @@ def psycopg_url(crash_postgres: URL) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def mariadb_url() -> Iterator[str]:
-    context = mariadb()
-    try:
-        found = context.__enter__()
-    except LookupError as error:
-        print(f"\nthe crash tests on MariaDB are left out: {error}", file=sys.__stderr__)
-        pytest.skip(str(error))
-    yield found.url.render_as_string(hide_password=False)
-    context.__exit__(None, None, None)
+    with service("MariaDB", mariadb()) as database:
+        yield database.url.render_as_string(hide_password=False)
 
 
 @pytest.fixture(scope="session")

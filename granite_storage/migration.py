@@ -8,7 +8,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -114,6 +113,7 @@ class Migration(Run[Moved, MigrationReport]):
         self._paced = partial(paced, budget=budget)
         self._one_by_one = asyncio.Lock()
         self._given_up: set[tuple[str, tuple[Any, ...], Any]] = set()
+        self._first_whole_pass = 1 if after is None else 2
 
     async def count(self) -> int:
         """Return how many rows there are to read in a pass, for who wants to show how far it is."""
@@ -133,15 +133,14 @@ class Migration(Run[Moved, MigrationReport]):
     async def _items(self) -> AsyncGenerator[Moved, None]:
         """Pass over the rows until there is nothing left to do: rows exchange their files behind a pass's back."""
         report = self.report
-        for number in count():
+        while not (report.complete or self._stopped or report.passes == _MOST_PASSES):
             before = report.moved + report.changed
             report.passes += 1
-            async with aclosing(self._pass(report.key if number == 0 else None)) as dealt_with:
+            is_whole = report.passes >= self._first_whole_pass
+            async with aclosing(self._pass(None if is_whole else report.key)) as dealt_with:
                 async for moved in dealt_with:
                     yield moved
-            report.complete = not self._stopped and report.moved + report.changed == before
-            if report.complete or self._stopped or report.passes == _MOST_PASSES:
-                return
+            report.complete = is_whole and not self._stopped and report.moved + report.changed == before
 
     async def _pass(self, after: str | None) -> AsyncGenerator[Moved, None]:
         results = in_order(self._batches(after), self._move_row, at_a_time=self._at_a_time, is_stopped=lambda: self._stopped)
@@ -193,6 +192,8 @@ class Migration(Run[Moved, MigrationReport]):
         """Tell whether a value is to be moved, or cannot be read, which is to be seen; what was given up stays so."""
         if (held.label, held.primary_key, held.raw) in self._given_up:
             return False
+        if not held.is_managed and self.report.passes != self._first_whole_pass:
+            return False  # each is told of once
         if held.ref is None:
             return True
         return held.ref.storage_key == self._storage_key and held.ref.backend != self._to_backend
@@ -203,7 +204,7 @@ class Migration(Run[Moved, MigrationReport]):
 
     async def _deal_with(self, held: HeldValue, shared: set[tuple[str, str]]) -> Moved:
         dealt_with = await self._try_to_move(held, shared)
-        if dealt_with.verdict in (Verdict.FAILED, Verdict.MANUAL):
+        if dealt_with.verdict is Verdict.FAILED:
             self._given_up.add((held.label, held.primary_key, held.raw))
         return dealt_with
 

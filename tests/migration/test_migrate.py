@@ -22,6 +22,7 @@ from granite_storage import (
     migrate,
 )
 from granite_storage.orm import relocation
+from granite_storage.orm.scanning import Scan
 from tests.migration.town import Parcel, Shelf, Town, file
 
 
@@ -283,6 +284,14 @@ class TestFailures:
         await town.check(old=left)
         report = await migrate(binding, storage_key="docs", to_backend="new", after=run.report.key)
         assert report.moved == left
+        await town.check()
+
+    async def test_what_lies_before_the_key_is_looked_at_once_more(self, town: Town) -> None:
+        await town.add(*(Shelf(id=number, file=file(str(number))) for number in range(1, 4)))
+        last = [row.key async for row in Scan(town.binding).rows()][-1]
+        report = await migrate(town.write_to("new"), storage_key="docs", to_backend="new", after=last)
+        assert report.complete
+        assert {ref.backend for ref in await town.refs()} == {"new"}
         await town.check()
 
     @pytest.mark.parametrize("seconds", [0.001, 0.01, 0.02, 0.04, 0.08])

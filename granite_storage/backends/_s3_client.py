@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,15 +197,15 @@ class S3Client:
         return request
 
     async def _send(self, operation: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        method = getattr(self.raw, operation)
+        method: Callable[..., Awaitable[dict[str, Any]]] = getattr(self.raw, operation)
         body = request.get("Body")
         if body is None:
-            return await method(**request)  # type: ignore[no-any-return]
+            return await method(**request)
         payload = body.payload()
         if payload is not body:
-            return await method(**{**request, "Body": payload})  # type: ignore[no-any-return]
+            return await method(**{**request, "Body": payload})
         async with body.watched(self.settings.read_timeout):
-            return await method(**request)  # type: ignore[no-any-return]
+            return await method(**request)
 
     async def _may_try_again(self, problem: StorageError, retries: _Retries) -> bool:
         """Wait or refresh as the failure of an attempt demands; tell whether the request may be made again."""

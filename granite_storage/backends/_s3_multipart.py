@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from granite_storage._concurrency import settle
 from granite_storage.backends._s3_body import Body, PartSource, base64_text
@@ -31,6 +31,8 @@ _PARTS_UNTIL_DOUBLED = 500
 _INLINE_HASH = 8 * 1024
 _ABORTS = 8
 
+T = TypeVar("T")
+
 
 def part_size_of(number: int, part_size: int) -> int:
     """Return how large a part is to be, in bytes: the first 4,500 are equal, then the size doubles every 500.
@@ -48,8 +50,17 @@ def part_size_of(number: int, part_size: int) -> int:
 async def checksum_header(body: Body, *, sha256: bool) -> tuple[dict[str, str], bytes]:
     """Return the parameter with which the server verifies the bytes, and their hash; a thread computes it."""
     algorithm, parameter = ("sha256", "ChecksumSHA256") if sha256 else ("md5", "ContentMD5")
-    digest = body.digest(algorithm) if len(body) <= _INLINE_HASH else await threads.run(body.digest, algorithm)
+    digest = await _unhurried(len(body), body.digest, algorithm)
     return {parameter: base64_text(digest)}, digest
+
+
+async def _unhurried(size: int, digest: Callable[[T], bytes], argument: T) -> bytes:
+    """Hash so many bytes, in a thread where they are many."""
+    return digest(argument) if size <= _INLINE_HASH else await threads.run(digest, argument)
+
+
+def _sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 @asynccontextmanager
@@ -160,12 +171,12 @@ class MultipartUpload:
         """Return the parameters of the request that turns the parts into an object."""
         return {"UploadId": self._id, "MultipartUpload": {"Parts": [self._parts[number] for number in sorted(self._parts)]}}
 
-    def checksum(self) -> str | None:
+    async def checksum(self) -> str | None:
         """Return S3's checksum of the whole, the hash of the parts' hashes; None where the parts were not hashed here."""
         if not self._digests:
             return None
         joined = b"".join(self._digests[number] for number in sorted(self._digests))
-        return base64_text(hashlib.sha256(joined).digest())
+        return base64_text(await _unhurried(len(joined), _sha256, joined))
 
     async def abort(self) -> None:
         """Leave nothing of the upload behind, also where its creation was cut off before its answer came."""

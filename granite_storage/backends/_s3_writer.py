@@ -122,8 +122,9 @@ class ObjectWriter:
             if not self._settings.conditional_writes:
                 await self.require_absent()
             request = {**upload.completion(), **self._only_if_absent()}
+            checksum = await upload.checksum()
             completing = True
-            return await self._published("complete_multipart_upload", request, size=upload.size, checksum=upload.checksum())
+            return await self._published("complete_multipart_upload", request, size=upload.size, checksum=checksum)
         except BaseException as error:
             ours = completing and not isinstance(error, ObjectExistsError)
             await self._withdraw(upload, published=ours)

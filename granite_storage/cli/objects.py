@@ -190,12 +190,13 @@ async def _copy_to_file(desk: Desk, reader: ObjectReader, path: Path, *, force: 
     """Write beside the target and give it its name at the end; a failure leaves nothing, and the target as it was."""
     if not force and await asyncio.to_thread(os.path.lexists, path):
         raise click.ClickException(f"{path} is there already; --force overwrites it")
-    file = await finished(asyncio.to_thread(_beside, path))
+    opening = asyncio.ensure_future(asyncio.to_thread(_beside, path))
     try:
+        file = await finished(opening)
         await _pump(desk, reader, file)
-        await finished(asyncio.to_thread(_publish, file, file.name, path, force))
+        await finished(asyncio.to_thread(_publish, file, path, force))
     finally:
-        await finish(asyncio.to_thread(_discard, file), f"removing {file.name}")
+        await finish(_discard(opening), f"removing what was written beside {path}")
     desk.output.note(f"{shown_size(reader.info.size)} written to {path}")
 
 
@@ -215,23 +216,26 @@ def _beside(path: Path) -> IO[bytes]:
     return tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", delete=False)
 
 
-def _publish(file: IO[bytes], name: str, path: Path, force: bool) -> None:
+def _publish(file: IO[bytes], path: Path, force: bool) -> None:
     os.fsync(file.fileno())
     mask = os.umask(0)
     os.umask(mask)
     os.fchmod(file.fileno(), 0o666 & ~mask)
     if force:
-        os.replace(name, path)
+        os.replace(file.name, path)
         return
     try:
-        os.link(name, path)
+        os.link(file.name, path)
     except FileExistsError:
         raise click.ClickException(f"{path} is there already; --force overwrites it") from None
 
 
-def _discard(file: IO[bytes]) -> None:
-    file.close()
-    Path(file.name).unlink(missing_ok=True)
+async def _discard(opening: asyncio.Future[IO[bytes]]) -> None:
+    """Close and remove a file, also where its opener was cancelled before it heard of it."""
+    if not opening.cancelled() and opening.exception() is None:
+        file = opening.result()
+        await asyncio.to_thread(file.close)
+        await asyncio.to_thread(Path(file.name).unlink, missing_ok=True)
 
 
 async def _copy_in(desk: Desk, path: Path, storage_key: str, content_type: str | None, names: dict[str, Any]) -> None:

@@ -8,17 +8,16 @@ from typing import Any, Self, cast
 
 from granite_storage._concurrency import finish
 from granite_storage._configuration import Configuration, require_positive, require_ref, require_seconds
-from granite_storage._delivery import Disposition, content_disposition, require_disposition, served_type
+from granite_storage._delivery import Disposition
 from granite_storage._lifecycle import Lifecycle
 from granite_storage._writing import DraftWriter
-from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsAbort, SupportsPresign
+from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsAbort
 from granite_storage.drafts import ObjectDraft
-from granite_storage.exceptions import ConfigurationError
 from granite_storage.locations import check_location
 from granite_storage.policies import StoragePolicy
 from granite_storage.readers import OpeningReader, StoredObjectReader
 from granite_storage.refs import StoredObjectRef
-from granite_storage.signing import UrlSigner
+from granite_storage.signing import UrlSigner, signed_url
 from granite_storage.streams import BytesLike, ByteSource
 
 __all__ = ["ObjectDraft", "StorageManager"]
@@ -312,17 +311,7 @@ class StorageManager:
             BackendError: The backend could not sign.
         """
         with self._lifecycle.call(), self._configuration.at(ref) as backend:
-            if isinstance(backend, SupportsPresign):
-                require_disposition(disposition)
-                name = ref.original_filename if filename is None else filename
-                shown = content_disposition(disposition, name, ref.content_type)
-                content_type = served_type(ref.content_type)
-                return await backend.presign_get(
-                    ref.location, expires_in=expires_in, content_type=content_type, disposition=shown
-                )
-            if self.url_signer is None:
-                raise ConfigurationError(f"the backend {ref.backend!r} signs no URLs: give the manager a url_signer")
-            return self.url_signer.sign(ref, expires_in=expires_in, disposition=disposition, filename=filename)
+            return await signed_url(backend, self.url_signer, ref, expires_in, disposition, filename)
 
     async def delete(self, ref: StoredObjectRef) -> None:
         """Remove the object, for good; one that is not there is no error."""

@@ -13,11 +13,12 @@ from datetime import timedelta
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from granite_storage._delivery import Disposition, require_disposition
+from granite_storage._delivery import Disposition, content_disposition, require_disposition, served_type
+from granite_storage.backends.base import StorageBackend, SupportsPresign
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["SignedObject", "UrlSigner"]
+__all__ = ["SignedObject", "UrlSigner", "signed_url"]
 
 _PURPOSE = b"granite-storage: url to read an object, version 1"
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
@@ -121,6 +122,29 @@ class UrlSigner:
 
     def __reduce__(self) -> Any:
         raise TypeError("a UrlSigner holds secrets and cannot be pickled")
+
+
+async def signed_url(
+    backend: StorageBackend,
+    signer: UrlSigner | None,
+    ref: StoredObjectRef,
+    expires_in: timedelta,
+    disposition: Disposition,
+    filename: str | None,
+) -> str:
+    """Return a URL that the backend signs where it can, else the signer; see `StorageManager.url`."""
+    if isinstance(backend, SupportsPresign):
+        require_disposition(disposition)
+        name = ref.original_filename if filename is None else filename
+        return await backend.presign_get(
+            ref.location,
+            expires_in=expires_in,
+            content_type=served_type(ref.content_type),
+            disposition=content_disposition(disposition, name, ref.content_type),
+        )
+    if signer is None:
+        raise ConfigurationError(f"the backend {ref.backend!r} signs no URLs: give the manager a url_signer")
+    return signer.sign(ref, expires_in=expires_in, disposition=disposition, filename=filename)
 
 
 def _granted(payload: str) -> SignedObject | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from granite_storage.exceptions import ConsumedSourceError, InvalidReferenceError, UnboundAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm import shown
-from granite_storage.orm._registry import active_bindings
+from granite_storage.orm.address import Address
 from granite_storage.orm.uploads import Upload, store
 from granite_storage.readers import OpeningReader
 from granite_storage.refs import StoredObjectRef, read_only
@@ -73,7 +72,7 @@ class Attachment:
     _extra: Mapping[str, Any] | None = None
     _ref: StoredObjectRef | None = None
     _error: InvalidReferenceError | None = None
-    _home: AttachmentType | _Address | None = None
+    _home: AttachmentType | Address | None = None
     # True while a flush writes the ref into the row that owns it: the column type binds no other.
     _claimed = False
     # What a journal has written down about its object, until the row that takes it is committed.
@@ -202,7 +201,7 @@ class Attachment:
         match self._home:
             case None:
                 raise UnboundAttachmentError("the attachment belongs to no column yet; assign it to a row, or await store()")
-            case _Address():
+            case Address():
                 return self._home.find()
             case home:
                 return home.binding().manager
@@ -294,11 +293,6 @@ class Attachment:
             self._source = None
         return origin
 
-    @property
-    def _is_consumed(self) -> bool:
-        """Whether it was made of a stream, which cannot be read a second time."""
-        return not self._reusable
-
     def _undo(self) -> None:
         """Become pending again, after its object was rolled back; only bytes can be stored a second time."""
         self._ref = self._intent = None
@@ -327,7 +321,7 @@ class Attachment:
             if not isinstance(self._source, bytes | bytearray | memoryview):
                 raise TypeError("an attachment made of a stream cannot be pickled before it is stored")
             state["_source"] = bytes(self._source)
-        if self._home is not None and not isinstance(self._home, _Address):
+        if self._home is not None and not isinstance(self._home, Address):
             state["_home"] = self._home.address()
         return state
 
@@ -344,30 +338,6 @@ class Attachment:
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {**handler(shown.fields_schema()), "title": "Attachment"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Address:
-    """Says in a pickle which column an attachment belongs to."""
-
-    base: str
-    table: str
-    column: str
-    storage_key: str
-
-    def find(self) -> StorageManager:
-        found = [binding for binding in active_bindings() if self._fits(binding.column_type(self.table, self.column))]
-        named = [binding for binding in found if binding.base_name == self.base]
-        for candidates in (named, found):
-            if len(candidates) == 1:
-                return candidates[0].manager
-        raise UnboundAttachmentError(
-            f"an attachment of {self.table}.{self.column} was unpickled, and {'no' if not found else 'more than one'}"
-            f" base with that column is bound here"
-        )
-
-    def _fits(self, home: AttachmentType | None) -> bool:
-        return home is not None and home.storage_key == self.storage_key
 
 
 def _names_of(home: AttachmentType, entity_id: str) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from sqlalchemy.types import TypeDecorator
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm._registry import binding_for, find_binding
-from granite_storage.orm.attachment import Attachment, _Address
+from granite_storage.orm.address import Address
+from granite_storage.orm.attachment import Attachment
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
@@ -213,11 +214,11 @@ class AttachmentType(_RefJSON[Attachment]):
         # It is asked several times for each file, and the words for an error take longer than the answer.
         return find_binding(metadata) or binding_for(metadata, f"the attachment column {self.label}")
 
-    def address(self) -> _Address:
+    def address(self) -> Address:
         """Return what finds this column again in another process."""
         binding = find_binding(self.table.metadata)
         base = "" if binding is None else binding.base_name
-        return _Address(base, self.table.fullname, self.field_name, self.storage_key)
+        return Address(base, self.table.fullname, self.field_name, self.storage_key)
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
         if value is None:

@@ -187,7 +187,7 @@ class UnitOfWork:
         latest = _latest(frame.log)
         for stored, attachment in frame.puts:
             # Whatever the outcome of a COMMIT that was cut off: bytes are stored anew where the same attachment is tried again.
-            is_taken = attachment._is_consumed if outcome is Outcome.UNKNOWN else stored.key in latest
+            is_taken = not attachment._reusable if outcome is Outcome.UNKNOWN else stored.key in latest
             if outcome is Outcome.ROLLED_BACK or not is_taken:
                 attachment._undo()
             else:

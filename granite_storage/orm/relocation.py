@@ -34,8 +34,8 @@ from granite_storage.orm import flush, outcome
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.journal.entries import write_displaced
 from granite_storage.orm.removal import remove
-from granite_storage.orm.rows import HeldRef
-from granite_storage.orm.scanning import HeldValue, among, as_stored
+from granite_storage.orm.rows import HeldRef, among
+from granite_storage.orm.scanning import HeldValue, as_stored
 from granite_storage.orm.types import AttachmentType, StoredObjectRefType, location_of
 from granite_storage.orm.unit import StoredObject
 from granite_storage.orm.uploads import Upload, store, stored_object

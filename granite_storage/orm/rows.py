@@ -6,14 +6,37 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Connection, ForeignKeyConstraint, Row, Select, Table, and_, event, or_, select
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    ForeignKeyConstraint,
+    FromClause,
+    Row,
+    Select,
+    Table,
+    and_,
+    event,
+    or_,
+    select,
+)
 
 from granite_storage.orm._batches import batches
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Tables
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["CountedDeletes", "HeldRef", "are_there", "cascaded", "lock_rows", "lock_statement", "still_held", "take_write_lock"]
+__all__ = [
+    "CountedDeletes",
+    "HeldRef",
+    "among",
+    "are_there",
+    "cascaded",
+    "lock_rows",
+    "lock_statement",
+    "still_held",
+    "take_write_lock",
+]
 
 _AT_A_TIME = 200
 
@@ -53,7 +76,7 @@ def lock_rows(
     missing: list[tuple[Any, ...]] = []
     for keys in batches(_in_order(primary_keys), _AT_A_TIME):
         for _ in range(_looks(connection)):
-            found = _rows(connection, table, columns, _among(table, keys), deleting=deleting)
+            found = _rows(connection, table, columns, among(table, keys), deleting=deleting)
             rows += found
             if not (keys := _missing(keys, found, table)):
                 break
@@ -64,7 +87,7 @@ def lock_rows(
 def are_there(connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> bool:
     """Tell whether there are rows with any of these primary keys, and lock them: nobody else's are overlooked."""
     batched = batches(_in_order(primary_keys), _AT_A_TIME)
-    return any(_rows(connection, table, [], _among(table, keys), deleting=False) for keys in batched)
+    return any(_rows(connection, table, [], among(table, keys), deleting=False) for keys in batched)
 
 
 class CountedDeletes:
@@ -92,7 +115,9 @@ class CountedDeletes:
         """Count no longer."""
         event.remove(self._connection, "after_cursor_execute", self._count)
 
-    def _count(self, _: Connection, cursor: Any, __: str, ___: Any, context: Any, ____: bool) -> None:
+    def _count(
+        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+    ) -> None:
         if context is not None and context.isdelete and context.compiled.statement.table is self._table:
             self._deleted += max(cursor.rowcount, 0)  # of many at once some drivers do not know it
 
@@ -129,7 +154,7 @@ def still_held(connection: Connection, held: Sequence[HeldRef]) -> set[tuple[str
     for table, column in {(entry.table, entry.column) for entry in held}:
         keys = _in_order(entry.primary_key for entry in held if entry.column is column)
         for batch in batches(keys, _AT_A_TIME):
-            found |= {entry.place for entry in _read(connection, table, [column], _among(table, batch), deleting=False)}
+            found |= {entry.place for entry in _read(connection, table, [column], among(table, batch), deleting=False)}
     return found
 
 
@@ -223,7 +248,7 @@ def _children(
     """Select and lock the children of some parents; the parent goes by another name, for a table that refers to itself."""
     child, other = constraint.table, parent.alias()
     joined = and_(*(link.parent == other.c[link.column.key] for link in constraint.elements))
-    statement = select(*child.primary_key, *columns).join_from(child, other, joined).where(_among(other, keys))
+    statement = select(*child.primary_key, *columns).join_from(child, other, joined).where(among(other, keys))
     return statement.order_by(*child.primary_key).with_for_update(of=_lockable(connection, child))
 
 
@@ -240,10 +265,11 @@ def _refs_in(table: Table, columns: Sequence[Column[Any]], row: Row[Any]) -> Ite
             yield HeldRef(table, tuple(row[:count]), column, value._ref)
 
 
-def _among(table: Any, keys: Sequence[tuple[Any, ...]]) -> ColumnElement[bool]:
-    columns = list(table.primary_key)
+def among(table: FromClause, keys: Sequence[tuple[Any, ...]]) -> ColumnElement[bool]:
+    """Return what holds for the rows with these primary keys."""
+    columns: list[ColumnElement[Any]] = list(table.primary_key)
     if len(columns) == 1:
-        return columns[0].in_([key[0] for key in keys])  # type: ignore[no-any-return]
+        return columns[0].in_([key[0] for key in keys])
     return or_(*(and_(*(column == value for column, value in zip(columns, key, strict=True))) for key in keys))
 
 

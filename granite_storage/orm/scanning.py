@@ -19,6 +19,7 @@ from uuid import UUID
 from sqlalchemy import Column, ColumnElement, Dialect, Select, Table, Text, and_, cast, func, or_, select, type_coerce
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
+from granite_storage.orm.rows import among
 from granite_storage.orm.types import AttachmentType, StoredObjectRefType, location_of
 from granite_storage.refs import StoredObjectRef
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["HeldValue", "RefRow", "Scan", "among", "as_stored"]
+__all__ = ["HeldValue", "RefRow", "Scan", "as_stored"]
 
 _AT_A_TIME = 500
 
@@ -188,11 +189,6 @@ class Scan:
 def as_stored(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
     """Return a column as text, undecoded: what cannot be decoded is to be seen too."""
     return cast(column, Text) if dialect.name == "postgresql" else type_coerce(column, Text())
-
-
-def among(table: Table, primary_keys: Sequence[tuple[Any, ...]]) -> ColumnElement[bool]:
-    """Return what holds for the rows with these primary keys."""
-    return or_(*(and_(*(column == value for column, value in zip(table.primary_key, key, strict=True))) for key in primary_keys))
 
 
 def _any(columns: Sequence[Column[Any]]) -> ColumnElement[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
@@ -22,7 +23,7 @@ _AHEAD = 4
 _PAUSES = (0.5, 2.0)
 
 
-class Run(Generic[Item, Report]):
+class Run(ABC, Generic[Item, Report]):
     """A long run: iterate over it for what it has to say, as it comes, or await it for the report at its end.
 
     It runs once. It begins with the first item that is asked for, and goes on only as items are asked for. `stop` lets it end
@@ -64,8 +65,9 @@ class Run(Generic[Item, Report]):
                 pass
         return self.report
 
+    @abstractmethod
     def _items(self) -> AsyncGenerator[Item, None]:
-        raise NotImplementedError
+        """Do the work, and yield what there is to say of it as it comes."""
 
 
 async def in_order(

@@ -18,7 +18,8 @@ class ByteCount(click.ParamType[float]):
 
     name = "bytes"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: D102
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a number and its unit; what has none counts bytes."""
         found = _COUNT.fullmatch(str(value).strip())
         if found is None or not float(found[1]):
             self.fail(f"{value!r} is not a number of bytes above 0, such as 10MB", param, ctx)

@@ -6,7 +6,9 @@ try:
     import python_multipart as _python_multipart
     import starlette as _starlette
 except ImportError as _error:
-    raise MissingDependencyError("granite_storage.web needs Starlette: pip install 'granite-storage[web]'") from _error
+    raise MissingDependencyError(
+        "granite_storage.web needs Starlette and python-multipart: pip install 'granite-storage[web]'"
+    ) from _error
 
 from granite_storage.web.dependencies import received_body, received_form
 from granite_storage.web.errors import install_error_handlers, problem_response

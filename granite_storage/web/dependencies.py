@@ -7,17 +7,15 @@ from typing import Any
 
 from starlette.requests import Request
 
-from granite_storage.web.limits import UploadLimits
+from granite_storage.web.limits import DEFAULT_LIMITS, UploadLimits
 from granite_storage.web.targets import Received, Target
 from granite_storage.web.uploads import UploadForm, stream_body, stream_upload
 
 __all__ = ["received_body", "received_form"]
 
-_DEFAULT_LIMITS = UploadLimits()
-
 
 def received_form(
-    files: Mapping[str, Target], *, limits: UploadLimits = _DEFAULT_LIMITS
+    files: Mapping[str, Target], *, limits: UploadLimits = DEFAULT_LIMITS
 ) -> Callable[[Request], AsyncIterator[UploadForm]]:
     """Return a dependency that receives a form: `Annotated[UploadForm, Depends(received_form({"file": Document.file}))]`.
 
@@ -33,7 +31,7 @@ def received_form(
 
 
 def received_body(
-    target: Target, *, filename: Callable[[Request], str | None] | None = None, limits: UploadLimits = _DEFAULT_LIMITS
+    target: Target, *, filename: Callable[[Request], str | None] | None = None, limits: UploadLimits = DEFAULT_LIMITS
 ) -> Callable[[Request], AsyncIterator[Any]]:
     """Return a dependency that receives the body as one file: `Annotated[Attachment, Depends(received_body(Document.file))]`.
 

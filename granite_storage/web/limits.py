@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.web.exceptions import RequestTooLargeError
 
-__all__ = ["UploadLimits"]
+__all__ = ["DEFAULT_LIMITS", "UploadLimits"]
 
 _MAY_BE_NONE = frozenset({"max_size", "max_file_size"})
 
@@ -56,3 +56,6 @@ class UploadLimits:
         maximum = getattr(self, limit)
         if maximum is not None and actual > maximum:
             raise RequestTooLargeError(f"{what} (at most {maximum})", limit=limit, maximum=maximum)
+
+
+DEFAULT_LIMITS = UploadLimits()

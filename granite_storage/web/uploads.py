@@ -20,14 +20,12 @@ from granite_storage.streams import BytesLike, require_size
 from granite_storage.web._body import body_of, content_type_to_keep, declared_size, media_type_of, require_whole_body
 from granite_storage.web._multipart import MultipartReader, PartHead
 from granite_storage.web.exceptions import MalformedRequestError, UnsupportedRequestError
-from granite_storage.web.limits import UploadLimits
+from granite_storage.web.limits import DEFAULT_LIMITS, UploadLimits
 from granite_storage.web.targets import PolicyTarget, Received, Target, max_size_of, require_target
 
 __all__ = ["FilePart", "UploadForm", "stream_body", "stream_upload"]
 
 T = TypeVar("T")
-
-_DEFAULT_LIMITS = UploadLimits()
 
 
 class FilePart:
@@ -115,7 +113,7 @@ class UploadForm:
             await self._received.discard_attachments(cancelled=isinstance(error, asyncio.CancelledError))
 
 
-async def stream_upload(request: Request, files: Mapping[str, Target], *, limits: UploadLimits = _DEFAULT_LIMITS) -> UploadForm:
+async def stream_upload(request: Request, files: Mapping[str, Target], *, limits: UploadLimits = DEFAULT_LIMITS) -> UploadForm:
     """Receive a form, and store its files as they arrive, in their order.
 
     Nothing is spooled: the connection is read as fast as the storage takes the bytes, and memory stays bounded, whatever the
@@ -171,7 +169,7 @@ async def stream_body(
     limits: UploadLimits = ...,
 ) -> T: ...
 async def stream_body(
-    request: Request, target: Target, *, filename: str | None = None, limits: UploadLimits = _DEFAULT_LIMITS
+    request: Request, target: Target, *, filename: str | None = None, limits: UploadLimits = DEFAULT_LIMITS
 ) -> Any:
     """Receive the body of a request as one file, such as that of a PUT, and store it as it arrives.
 

@@ -135,9 +135,8 @@ class TestRecover:
         assert answer.code == 3
         assert "no journal" in answer.err
 
+    @pytest.mark.parametrize("shop_url", ["postgres-journal"], indirect=True)
     def test_it_shows_and_asks_and_deletes(self, shop: Shop) -> None:
-        if not shop.journaled:
-            pytest.skip("it is about a journal")
         shop.fill(2)
         shop.run("migrate", "--storage-key", "documents", "--to", "new", "--yes", WRITE_TO="new")
         answer = shop.run("recover", "--dry-run", "--json", WRITE_TO="new")

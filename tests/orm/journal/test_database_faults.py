@@ -69,11 +69,10 @@ async def is_gone(world: World) -> bool:
         return bool(list(await connection.execute(free)))
 
 
+@pytest.mark.parametrize("database", ["psycopg"], indirect=True)  # the only one with two-phase transactions here
 @pytest.mark.parametrize("committed", [True, False])
 async def test_a_prepared_transaction_is_left_for_later(world: World, committed: bool) -> None:
     """Its program is gone, and nobody knows yet how it ends: its objects stay until somebody does."""
-    if world.database.name != "psycopg":
-        pytest.skip("only psycopg has two-phase transactions here")
     await world.add(Doc(id=1, file=file("a")))
     async with AsyncSession(world.engine, twophase=True) as session:
         (await session.get_one(Doc, 1)).file = file("b")

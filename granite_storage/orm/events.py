@@ -34,14 +34,25 @@ def _before_flush(session: Session, _: Any, __: Any) -> None:
     if unit is not None:
         # A flush that failed before its first statement ended nothing.
         unit.abandon_flush()
-    changes = flush.changes_of(_concerned([*session.new, *session.dirty], slots_of))
-    _save(session, changes, _concerned([*session.deleted], flush.concerned_tables))
+    written, deleted = [*session.new, *session.dirty], [*session.deleted]
+    mappers = _mappers_of([*written, *deleted])
+    _idle.clear()
+    _idle.update(id(mapper) for mapper in mappers.values() if not slots_of(mapper) and not flush.concerned_tables(mapper))
+    changes = flush.changes_of(_concerned(written, mappers, slots_of))
+    _save(session, changes, _concerned(deleted, mappers, flush.concerned_tables))
 
 
-def _concerned(instances: list[object], by: Callable[[Mapper[Any]], Sequence[Any]]) -> list[InstanceState[Any]]:
-    """Return the states of the instances that are our business by their mapper, which is asked once for each class."""
+def _mappers_of(instances: list[object]) -> dict[type, Mapper[Any]]:
+    """Return the mappers of the instances, each of which is asked for once."""
     samples = dict(zip(map(type, instances), instances, strict=True))
-    kinds = {kind for kind, sample in samples.items() if by(instance_state(sample).mapper)}
+    return {kind: instance_state(sample).mapper for kind, sample in samples.items()}
+
+
+def _concerned(
+    instances: list[object], mappers: dict[type, Mapper[Any]], by: Callable[[Mapper[Any]], Sequence[Any]]
+) -> list[InstanceState[Any]]:
+    """Return the states of the instances that are our business by their mapper."""
+    kinds = {kind for kind, mapper in mappers.items() if id(mapper) not in _idle and by(mapper)}
     return [instance_state(instance) for instance in instances if type(instance) in kinds] if kinds else []
 
 
@@ -51,13 +62,14 @@ def _save(session: Session, changes: list[flush.Change], deletions: list[Instanc
         flush.save(session, outcome.unit_of(session), changes, deletions)
 
 
-# The three below are told of each row of each model: they say at once where a row is none of their business, and ask to be called
-# as SQLAlchemy itself calls (`raw` and `retval`), without a function in between.
+# Mappers of the newest flush, by identity, whose rows are none of our business. The three below are told of each row of each
+# model: they say so at once and ask to be called as SQLAlchemy itself calls (`raw` and `retval`), without a function in between.
+_idle: set[int] = set()
 
 
 def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]) -> Any:
     """Save what listeners after ours have set."""
-    session = state.session if slots_of(mapper) else None
+    session = state.session if id(mapper) not in _idle and slots_of(mapper) else None
     if session is not None:
         unit = outcome.known_unit(session)
         changes = flush.changes_of([state])
@@ -68,7 +80,7 @@ def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any])
 
 def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> Any:
     """Save what a new instance displaces that takes over the row of a deleted one or an orphan with the same primary key."""
-    session = state.session if slots_of(mapper) else None
+    session = state.session if id(mapper) not in _idle and slots_of(mapper) else None
     if session is not None:
         instance = state.obj()
         replaced = session.identity_map.get(mapper.identity_key_from_instance(instance))
@@ -81,7 +93,7 @@ def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceS
 
 def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]) -> Any:
     """Save the orphans of a relationship, which become deletions only inside the flush."""
-    session = state.session if flush.concerned_tables(mapper) else None
+    session = state.session if id(mapper) not in _idle and flush.concerned_tables(mapper) else None
     if session is not None:
         unit = outcome.known_unit(session)
         if unit is None or id(state) not in unit.flush.deletions:

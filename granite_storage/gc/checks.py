@@ -14,7 +14,7 @@ from granite_storage.orm.journal.tables import JournalTables
 
 __all__ = ["require_fit", "require_heartbeat"]
 
-_UNFIT_LEVELS = ("READ UNCOMMITTED", "AUTOCOMMIT")
+_BEGUN = text("SELECT transaction_timestamp()")
 
 
 async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]]) -> None:
@@ -27,11 +27,10 @@ async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]
     Raises:
         CollectionRefusedError: The message says what to do.
     """
-    level = await connection.get_isolation_level()
-    if level in _UNFIT_LEVELS:
+    if await connection.get_isolation_level() == "READ UNCOMMITTED":
         raise CollectionRefusedError(
-            f"the sessions are at {level}, where a row can be in neither of two places that are looked at: give the binding"
-            " sessions at READ COMMITTED or stronger"
+            "the sessions are at READ UNCOMMITTED, where an object can be in neither of two places that are looked at: give the"
+            " binding sessions at READ COMMITTED or stronger"
         )
     match connection.dialect.name:
         case "postgresql":
@@ -60,6 +59,9 @@ async def require_heartbeat(connection: AsyncConnection, tables: JournalTables) 
 
 
 async def _require_fit_postgresql(connection: AsyncConnection, columns: Sequence[Column[Any]]) -> None:
+    begun = [(await connection.execute(_BEGUN)).scalar_one() for _ in range(2)]
+    if begun[0] != begun[1]:
+        raise CollectionRefusedError("the sessions are at AUTOCOMMIT, without transactions: give the binding sessions with some")
     if (await connection.execute(text("SELECT pg_is_in_recovery()"))).scalar_one():
         raise CollectionRefusedError("the database is a standby, which may lag behind: give the binding sessions on the primary")
     preparer = connection.dialect.identifier_preparer

@@ -85,18 +85,18 @@ def selected_extra(column: Column[Any], dialect: str) -> Select[Any]:
     """Select backend, nothing, and `extra` as JSON text, of the refs whose `extra` may name an object."""
     text, names_one = _extra_of(column, dialect)
     backend, _ = location_of(column, dialect)
-    found = select(backend.label("backend"), cast(null(), Text()).label("location"), text.label("extra"))
+    found: Select[Any] = select(backend.label("backend"), cast(null(), Text()).label("location"), text.label("extra"))
     return found.where(names_one)
 
 
 def _referring(column: Column[Any], dialect: str, locations: Sequence[str]) -> Select[Any]:
     backend, location = location_of(column, dialect)
-    found = select(backend.label("backend"), location.label("location"), cast(null(), Text()).label("extra"))
-    return found.where(location.in_(locations))
+    found: tuple[Any, ...] = (backend.label("backend"), location.label("location"), cast(null(), Text()).label("extra"))
+    return select(*found).where(location.in_(locations))
 
 
 def _noted(table: Table, locations: Sequence[str]) -> Select[Any]:
-    found = select(table.c.backend, table.c.location, cast(null(), Text()).label("extra"))
+    found: Select[Any] = select(table.c.backend, table.c.location, cast(null(), Text()).label("extra"))
     return found.where(table.c.location.in_(locations))
 
 

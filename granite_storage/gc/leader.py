@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, TextClause, text
+from sqlalchemy import Engine, NullPool, TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -28,7 +28,7 @@ _PING = text("SELECT 1")
 
 
 class Leadership:
-    """The lock of one process, once it has it, on a connection that leaves the application's pool for as long.
+    """The lock of one process, once it has it, on a connection of its own.
 
     Args:
         binding: Whose database; None where there is none, and every process leads.
@@ -61,7 +61,6 @@ class Leadership:
             has_it = bool((await connection.execute(lock)).scalar_one())
             await connection.commit()
             if has_it:
-                await connection.run_sync(Connection.detach)
                 self._connection = connection
         finally:
             if self._connection is not connection:
@@ -73,7 +72,14 @@ def _engine_of(binding: StorageBinding) -> AsyncEngine | None:
     table = next(iter(binding.metadata.tables.values()), None)
     if binding.sessions is None or table is None:
         return None
-    return AsyncEngine(binding.sessions().get_bind(clause=table).engine)
+    return AsyncEngine(_without_pool(binding.sessions().get_bind(clause=table).engine))
+
+
+def _without_pool(engine: Engine) -> Engine:
+    """Return an engine that connects as another does, and keeps no connection: the lock's must not be one of a small pool's."""
+    pool = engine.pool
+    alone = NullPool(pool._creator, _dispatch=pool.dispatch, dialect=pool._dialect)
+    return Engine(alone, engine.dialect, engine.url, hide_parameters=True)
 
 
 async def _answers(connection: AsyncConnection) -> bool:

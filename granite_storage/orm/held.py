@@ -81,22 +81,26 @@ def named_in(extra: Any) -> Iterator[str]:
                 yield from named_in(value)
 
 
-def selected_extra(column: Column[Any], dialect: str) -> Select[Any]:
+def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select backend, nothing, and `extra` as JSON text, of the refs whose `extra` may name an object."""
     text, names_one = _extra_of(column, dialect)
     backend, _ = location_of(column, dialect)
-    found: Select[Any] = select(backend.label("backend"), cast(null(), Text()).label("location"), text.label("extra"))
+    found: Select[*tuple[Any, ...]] = select(
+        backend.label("backend"), cast(null(), Text()).label("location"), text.label("extra")
+    )
     return found.where(names_one)
 
 
-def _referring(column: Column[Any], dialect: str, locations: Sequence[str]) -> Select[Any]:
+def _referring(column: Column[Any], dialect: str, locations: Sequence[str]) -> Select[*tuple[Any, ...]]:
     backend, location = location_of(column, dialect)
-    found: tuple[Any, ...] = (backend.label("backend"), location.label("location"), cast(null(), Text()).label("extra"))
-    return select(*found).where(location.in_(locations))
+    found: Select[*tuple[Any, ...]] = select(
+        backend.label("backend"), location.label("location"), cast(null(), Text()).label("extra")
+    )
+    return found.where(location.in_(locations))
 
 
-def _noted(table: Table, locations: Sequence[str]) -> Select[Any]:
-    found: Select[Any] = select(table.c.backend, table.c.location, cast(null(), Text()).label("extra"))
+def _noted(table: Table, locations: Sequence[str]) -> Select[*tuple[Any, ...]]:
+    found: Select[*tuple[Any, ...]] = select(table.c.backend, table.c.location, cast(null(), Text()).label("extra"))
     return found.where(table.c.location.in_(locations))
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "BackendError",
     "BackendUnavailableError",
     "ChecksumMismatchError",
+    "CollectionRefusedError",
     "ConfigurationError",
     "ConsumedSourceError",
     "ContentError",
@@ -100,6 +101,18 @@ class SizeMismatchError(ContentError):
         super().__init__(message)
         self.expected = expected
         self.actual = actual
+
+
+class CollectionRefusedError(StorageError):
+    """The garbage collector has deleted nothing: what it saw can hardly be true; the message says what, and what to do.
+
+    Attributes:
+        report: The `GarbageCollectionReport` of what was looked at until then, where there is one.
+    """
+
+    def __init__(self, message: str = "", *, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class StaleAttachmentError(StorageError):

@@ -18,6 +18,7 @@ import unicodedata
 from granite_storage.exceptions import InvalidLocationError
 
 __all__ = [
+    "GENERATED_STEM",
     "MAX_LOCATION_BYTES",
     "MAX_SEGMENT_BYTES",
     "RESERVED_PREFIX",
@@ -39,12 +40,15 @@ MAX_SEGMENT_BYTES = 255
 RESERVED_PREFIX = ".granite-"
 """Begins the names of temporary files and markers; no location may contain a segment that begins so, in any case of letters."""
 
+GENERATED_STEM = "[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}"
+"""The regular expression of how a generated name begins: a UUID of version 7, before a hyphen and the safe name."""
+
 _PLAIN_LOCATION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254}(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})*")
 _LONGEST_EXTENSION = 20
 _LONGEST_READ = 1024
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_GENERATED_NAME = re.compile(r"[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}-[^/]+")
+_GENERATED_NAME = re.compile(rf"{GENERATED_STEM}-[^/]+")
 _WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(?:\.|:|$)", re.IGNORECASE)
 
 

@@ -17,7 +17,16 @@ from granite_storage.backends._s3_errors import MissingUploadError
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import BackendError, BackendUnavailableError
 
-__all__ = ["ANSWER_TIMEOUT", "MAX_PARTS", "MultipartUpload", "abort_upload", "abort_uploads", "checksum_header", "part_size_of"]
+__all__ = [
+    "ANSWER_TIMEOUT",
+    "MAX_PARTS",
+    "MultipartUpload",
+    "abort_upload",
+    "abort_uploads",
+    "checksum_header",
+    "date_of",
+    "part_size_of",
+]
 
 ANSWER_TIMEOUT = 10.0
 """How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
@@ -218,6 +227,12 @@ async def abort_uploads(client: S3Client, *, older_than: timedelta) -> int:
         position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
 
+def date_of(answer: Mapping[str, Any]) -> datetime:
+    """Return the time of an answer by the server's clock, in whole seconds; by this machine's where the server does not say."""
+    date = answer["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
+    return parsedate_to_datetime(date) if date else datetime.now(UTC)
+
+
 async def abort_upload(client: S3Client, location: str, upload_id: str | None) -> None:
     """Abort one upload of a location, or all of them."""
     key = client.settings.key(location)
@@ -236,8 +251,7 @@ async def _abort_all(client: S3Client, key: str, *, but: str | None = None) -> N
 
 def _now(answer: Mapping[str, Any]) -> datetime:
     """Return the time by the server's clock, whose answers have it in whole seconds, rounded up."""
-    date = answer["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
-    return parsedate_to_datetime(date) + timedelta(seconds=1) if date else datetime.now(UTC)
+    return date_of(answer) + timedelta(seconds=1)
 
 
 async def _last_arrival(client: S3Client, key: str, upload_id: str, initiated: datetime) -> datetime:

@@ -20,7 +20,7 @@ from pathlib import Path
 from granite_storage.backends._tree_errors import translated
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidLocationError, ObjectNotFoundError
-from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check_location
+from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check_location, uuid7_hex
 
 __all__ = ["CREATE", "MOST_ATTEMPTS", "TEMPORARY_SUFFIX", "Tree"]
 
@@ -70,6 +70,14 @@ class Tree:
                 return stat.S_ISREG(os.stat(MARKER, dir_fd=root, follow_symlinks=False).st_mode)
         except ObjectNotFoundError:
             return False
+
+    def now(self) -> datetime:
+        """Return the time by which the file system dates what is written now, or the machine's where nothing can be written."""
+        try:
+            with _opened(self.root) as root:
+                return _dated_now(root)
+        except OSError:
+            return datetime.now(UTC)
 
     def open(self, location: str) -> tuple[int, ObjectInfo]:
         """Open a regular file for reading; a link, a directory or a device is no object."""
@@ -341,6 +349,16 @@ def _opened(path: str | Path, parent: int | None = None) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _dated_now(directory: int) -> datetime:
+    name = f"{RESERVED_PREFIX}{uuid7_hex()}{TEMPORARY_SUFFIX}"
+    descriptor = os.open(name, CREATE, 0o600, dir_fd=directory)
+    try:
+        return datetime.fromtimestamp(os.fstat(descriptor).st_mtime, UTC)
+    finally:
+        os.close(descriptor)
+        os.unlink(name, dir_fd=directory)
 
 
 def _info(location: str, found: os.stat_result) -> ObjectInfo:

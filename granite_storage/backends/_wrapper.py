@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Self, TypeVar, cast
 
 from granite_storage.backends.base import (
@@ -14,6 +14,7 @@ from granite_storage.backends.base import (
     SupportsAbort,
     SupportsBatchDelete,
     SupportsCleanup,
+    SupportsClock,
     SupportsCopy,
     SupportsPresign,
 )
@@ -148,6 +149,13 @@ class _CleansUp(WrappedBackend):
         return await self._call("abort_unfinished", [], lambda: inner.abort_unfinished(older_than=older_than))
 
 
+class _TellsTime(WrappedBackend):
+    async def now(self) -> datetime:
+        """Return the time by the inner backend's clock."""
+        inner = cast(SupportsClock, self.inner)
+        return await self._call("now", [], inner.now)
+
+
 class _Aborts(WrappedBackend):
     async def abort_upload(self, location: str, upload_id: str | None) -> None:
         """Abort an unfinished upload until no part of it is left."""
@@ -174,6 +182,7 @@ _ABILITIES: dict[type, type[WrappedBackend]] = {
     SupportsCopy: _Copies,
     SupportsBatchDelete: _DeletesMany,
     SupportsCleanup: _CleansUp,
+    SupportsClock: _TellsTime,
     SupportsAbort: _Aborts,
     SupportsPresign: _Presigns,
 }

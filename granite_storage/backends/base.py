@@ -22,6 +22,7 @@ __all__ = [
     "SupportsAbort",
     "SupportsBatchDelete",
     "SupportsCleanup",
+    "SupportsClock",
     "SupportsCopy",
     "SupportsPresign",
     "byte_range",
@@ -159,6 +160,15 @@ class SupportsCleanup(Protocol):
 
     async def abort_unfinished(self, *, older_than: timedelta) -> int:
         """Remove what unfinished writes left behind longer than `older_than` ago; return how many there were."""
+        ...
+
+
+@runtime_checkable
+class SupportsClock(Protocol):
+    """A backend that can tell the time by which it dates its objects."""
+
+    async def now(self) -> datetime:
+        """Return the time by the clock that `ObjectInfo.modified` is of, with a time zone; it may lag behind, never lead."""
         ...
 
 

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -159,6 +159,10 @@ class LocalStorageBackend:
     async def abort_unfinished(self, *, older_than: timedelta) -> int:
         """Remove temporary files that were last written to longer ago than `older_than`; return how many there were."""
         return await self._threads.run(self._tree.sweep, older_than.total_seconds())
+
+    async def now(self) -> datetime:
+        """Return the time by the file system's clock, which on a network drive is its server's; see `SupportsClock.now`."""
+        return await self._threads.run(self._tree.now)
 
     async def carries_marker(self) -> bool:
         """Tell whether the root is there and was written to before: False means a new root, or a disk that is not mounted."""

@@ -123,6 +123,10 @@ class MemoryStorageBackend:
             start_after = page[-1].location
             await asyncio.sleep(0)
 
+    async def now(self) -> datetime:
+        """Return the time by this process's clock; see `SupportsClock.now`."""
+        return datetime.now(UTC)
+
     async def aclose(self) -> None:
         """Do nothing: nothing is open."""
 

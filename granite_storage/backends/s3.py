@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from granite_storage.backends._s3_body import BytesSource, PartSource, StreamSource
@@ -14,7 +14,7 @@ from granite_storage.backends._s3_client import S3Client, S3Settings, version_of
 from granite_storage.backends._s3_connect import S3Clients
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, error_at, translate
 from granite_storage.backends._s3_listing import list_keys
-from granite_storage.backends._s3_multipart import abort_upload, abort_uploads
+from granite_storage.backends._s3_multipart import abort_upload, abort_uploads, date_of
 from granite_storage.backends._s3_reader import info_of, open_reader
 from granite_storage.backends._s3_writer import ObjectWriter
 from granite_storage.backends.base import ObjectInfo, ObjectReader
@@ -289,6 +289,11 @@ class S3StorageBackend:
         """
         client = await self._clients.get()
         return await abort_uploads(client, older_than=older_than)
+
+    async def now(self) -> datetime:
+        """Return the time by the server's clock, in whole seconds; see `SupportsClock.now`."""
+        client = await self._clients.get()
+        return date_of(await client.call("list_objects_v2", MaxKeys=1, Prefix=self._settings.prefix))
 
     async def abort_upload(self, location: str, upload_id: str | None) -> None:
         """Abort an unfinished multipart upload; see `SupportsAbort.abort_upload`."""

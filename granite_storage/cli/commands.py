@@ -8,6 +8,7 @@ import click
 
 from granite_storage import __version__
 from granite_storage.cli.audits import recover_command, verify_command
+from granite_storage.cli.collecting import gc_command
 from granite_storage.cli.doctor import doctor_command
 from granite_storage.cli.moving import migrate_command
 from granite_storage.cli.objects import cp_command, ls_command, stat_command
@@ -43,5 +44,14 @@ def command_line(context: click.Context, app: str | None, app_dir: Path, debug: 
     context.obj = Settings(app, app_dir, debug)
 
 
-for _command in (cp_command, doctor_command, ls_command, migrate_command, recover_command, stat_command, verify_command):
+for _command in (
+    cp_command,
+    doctor_command,
+    gc_command,
+    ls_command,
+    migrate_command,
+    recover_command,
+    stat_command,
+    verify_command,
+):
     command_line.add_command(_command)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Any
 
 import click
 
-__all__ = ["AFTER", "AT_A_TIME", "DRY_RUN", "JSON", "RATE", "YES", "ByteCount"]
+__all__ = ["AFTER", "AT_A_TIME", "DRY_RUN", "JSON", "RATE", "YES", "ByteCount", "Duration"]
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(?:/s)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _FACTORS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -25,6 +28,18 @@ class ByteCount(click.ParamType[float]):
             self.fail(f"{value!r} is not a number of bytes above 0, such as 10MB", param, ctx)
         factor: int = (1024 if found[3] else 1000) ** _FACTORS[found[2].lower()]
         return float(found[1]) * factor
+
+
+class Duration(click.ParamType[timedelta]):
+    """A time, such as `24h`, `90m` or `7d`."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:  # noqa: D102
+        found = _DURATION.fullmatch(str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is not a time, such as 24h, 90m or 7d", param, ctx)
+        return timedelta(seconds=float(found[1]) * _SECONDS[found[2]])
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Answer for a program: one JSON object on each line.")

@@ -32,6 +32,7 @@ Operation: TypeAlias = Literal[
     "delete_many",
     "abort_unfinished",
     "abort_upload",
+    "now",
     "presign_get",
 ]
 """What faults strike: the methods of a backend and of its optional protocols; `read` is that of any reader it has opened."""

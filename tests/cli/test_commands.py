@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from granite_storage.locations import uuid7_hex
 from tests.cli.conftest import Shop, interrupted
 
 
@@ -149,6 +152,94 @@ class TestRecover:
         assert shop.files("old") == []
         assert "nothing waits" in shop.run("recover", "--dry-run").out
         assert "are tried again" in shop.run("recover", "--yes", "--revive").err
+
+
+class TestGc:
+    def orphans(self, shop: Shop, count: int) -> list[Path]:
+        """Leave some orphans, two days old like everything else."""
+        then = time.time() - 2 * 24 * 3600
+        first = shop.files("old")[0]
+        made = [first.with_name(f"{uuid7_hex()}-lost.pdf") for _ in range(count)]
+        for path in made:
+            path.write_bytes(b"x" * 1000)
+        for path in shop.files("old"):
+            os.utime(path, (then, then))
+        return made
+
+    def test_it_shows_and_asks_and_deletes(self, shop: Shop) -> None:
+        shop.fill(3)
+        [orphan] = self.orphans(shop, 1)
+        for arguments, code in ((["--dry-run"], 0), ([], 2)):
+            answer = shop.run("gc", *arguments)
+            assert answer.code == code, answer.err
+            assert f"{orphan.name} (1.0 kB)" in answer.out
+            assert "orphaned    1 (1.0 kB)" in answer.out
+            assert len(shop.files("old")) == 4
+        answer = shop.run("gc", "--yes", "--json", "--storage-key", "documents", "--grace", "1d")
+        assert answer.code == 0, answer.err
+        assert answer.records[0]["object"] == "deleted"
+        assert (answer.report["deleted"], answer.report["deleted_bytes"], answer.report["complete"]) == (1, 1000, True)
+        assert len(shop.files("old")) == 3
+        assert shop.run("verify").code == 0
+        assert shop.run("gc", "--yes").code == 0
+
+    def test_young_ones_stay(self, plain_shop: Shop) -> None:
+        plain_shop.fill(3)
+        self.orphans(plain_shop, 1)
+        answer = plain_shop.run("gc", "--yes", "--json", "--grace", "3d")
+        assert (answer.code, answer.report["young"], answer.report["deleted"]) == (0, 1, 0)
+
+    def test_the_fuse(self, plain_shop: Shop) -> None:
+        plain_shop.fill(1)
+        self.orphans(plain_shop, 3)
+        answer = plain_shop.run("gc", "--dry-run")
+        assert answer.code == 1
+        assert "nothing would be deleted: 3 of the 4 objects" in answer.out
+        answer = plain_shop.run("gc", "--yes")
+        assert answer.code == 3
+        assert "raise max_deleted_share" in answer.err
+        assert len(plain_shop.files("old")) == 4
+        assert plain_shop.run("gc", "--yes", "--max-share", "0.8").code == 0
+        assert len(plain_shop.files("old")) == 1
+
+    def test_dangling_references(self, plain_shop: Shop) -> None:
+        plain_shop.fill(3)
+        plain_shop.files("old")[0].unlink()
+        answer = plain_shop.run("gc", "--yes")
+        assert answer.code == 1
+        assert "dangling: old:shop_document" in answer.out
+
+    def test_an_unmounted_disk(self, plain_shop: Shop) -> None:
+        plain_shop.fill(2)
+        (plain_shop.folder / "old").rename(plain_shop.folder / "elsewhere")
+        (plain_shop.folder / "old").mkdir()
+        answer = plain_shop.run("gc", "--yes")
+        assert answer.code == 3
+        assert "marker" in answer.err
+
+    @pytest.mark.parametrize("arguments", [["--grace", "soon"], ["--max-share", "2"]])
+    def test_what_is_not_understood(self, plain_shop: Shop, arguments: list[str]) -> None:
+        assert plain_shop.run("gc", *arguments).code == 2
+
+    def test_an_unknown_policy(self, plain_shop: Shop) -> None:
+        assert plain_shop.run("gc", "--storage-key", "nothing").code == 3
+
+    @pytest.mark.case("GCX-09")
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_stopped_and_run_again(self, plain_shop: Shop, number: signal.Signals) -> None:
+        plain_shop.fill(3)
+        self.orphans(plain_shop, 2500)
+        arguments = ["gc", "--yes", "--json", "--max-share", "1"]
+        answer = interrupted(plain_shop.start(*arguments), number, after=1)
+        assert answer.code == (-number if number is signal.SIGKILL else 128 + number)
+        left = len(plain_shop.files("old")) - 3
+        assert 0 < left < 2500
+        if number is not signal.SIGKILL:
+            assert answer.report["deleted"] == 2500 - left
+            assert "not complete" in answer.err
+        assert plain_shop.run("verify").code == 0
+        assert plain_shop.run(*arguments).report["deleted"] == left
+        assert plain_shop.run("verify").code == 0
 
 
 class TestObjects:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from datetime import timedelta
 from typing import assert_type
 
 from sqlalchemy import select
@@ -13,7 +14,12 @@ from starlette.datastructures import UploadFile
 from granite_storage import (
     Attachment,
     AttachmentType,
+    CollectedObject,
+    DanglingReference,
+    Fate,
+    GarbageCollectionReport,
     StorageBinding,
+    StorageGarbageCollector,
     StorageManager,
     StoredContentMixin,
     StoredObjectReader,
@@ -111,3 +117,27 @@ async def references(session: AsyncSession) -> None:
     assert_type(refs, AsyncGenerator[StoredObjectRef, None])
     async for ref in refs:
         assert_type(ref, StoredObjectRef)
+
+
+async def collect(manager: StorageManager, sessions: async_sessionmaker[AsyncSession]) -> None:
+    binding = bind_storage(Base, manager, sessions=sessions)
+    collector = StorageGarbageCollector(manager, binding=binding, grace_period=timedelta(days=1), max_deleted_share=0.1)
+    report = await collector.collect(storage_key="documents", dry_run=False, accept_restore=True)
+    assert_type(report, GarbageCollectionReport)
+    assert_type(report.dangling, list[DanglingReference])
+    run = collector.collection(storage_key="documents")
+    async for item in run:
+        assert_type(item, CollectedObject)
+        assert_type(item.fate, Fate)
+    async with collector.run_every(timedelta(hours=6), storage_keys=["documents"]):
+        pass
+
+
+async def collect_by_hand(manager: StorageManager, session: AsyncSession, refs: list[StoredObjectRef | None]) -> None:
+    StorageGarbageCollector(manager, lambda: refs)
+    StorageGarbageCollector(manager, lambda: iter_model_storage_refs(session, Document, "file"))
+
+    async def given() -> list[StoredObjectRef]:
+        return []
+
+    StorageGarbageCollector(manager, given)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sqlalchemy import Table, bindparam, insert, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm.journal.heartbeat import insert_if_absent
 from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.tables import SCHEMA_VERSION, JournalTables, clock
 
-__all__ = ["beat", "check_database"]
+__all__ = ["check_database"]
 
 _VERSION = "schema_version"
-_HEARTBEAT = "heartbeat"
 _OLDEST_MARIADB = (10, 6)
 
 
@@ -35,16 +33,7 @@ async def check_database(pool: JournalPool, tables: JournalTables, others: list[
             await _check_mariadb(connection, [*tables.all, *others])
     for table in tables.all:
         await _check_table(pool, table)
-    await _check_version(pool, tables.meta)
-
-
-async def beat(pool: JournalPool, tables: JournalTables) -> None:
-    """Note that a worker is at work: a gap says later that the database was restored from a backup, or that none ran."""
-    meta = tables.meta
-    async with pool.reading() as connection:
-        statement = meta.update().where(meta.c.name == _HEARTBEAT).values(changed=clock())
-        if (await connection.execute(statement)).rowcount == 0:
-            await _insert_if_absent(connection, meta, {"name": _HEARTBEAT, "value": "worker", "changed": clock()})
+    await _check_version(pool, tables)
 
 
 async def _check_table(pool: JournalPool, table: Table) -> None:
@@ -63,23 +52,16 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
         ) from error
 
 
-async def _check_version(pool: JournalPool, meta: Table) -> None:
+async def _check_version(pool: JournalPool, tables: JournalTables) -> None:
+    meta = tables.meta
     async with pool.durable() as connection:
-        await _insert_if_absent(connection, meta, {"name": _VERSION, "value": str(SCHEMA_VERSION), "changed": clock()})
+        await insert_if_absent(connection, tables, {"name": _VERSION, "value": str(SCHEMA_VERSION), "changed": clock()})
         found = (await connection.execute(select(meta.c.value).where(meta.c.name == _VERSION))).scalar_one()
     if found != str(SCHEMA_VERSION):
         raise ConfigurationError(
             f"the journal's tables are of version {found}, and this library works with version {SCHEMA_VERSION}:"
             " run the migrations of the library's version, or install the version of the library that made them"
         )
-
-
-async def _insert_if_absent(connection: AsyncConnection, table: Table, values: dict[str, Any]) -> None:
-    try:
-        async with connection.begin_nested():
-            await connection.execute(insert(table).values(values))
-    except IntegrityError:
-        return
 
 
 async def _check_mariadb(connection: AsyncConnection, tables: list[Table]) -> None:

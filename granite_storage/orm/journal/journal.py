@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm.journal.checks import beat, check_database
+from granite_storage.orm.journal.checks import check_database
+from granite_storage.orm.journal.heartbeat import accept_gap, beat
 from granite_storage.orm.journal.intents import GroupCommit, Intents
 from granite_storage.orm.journal.lease import Lease
 from granite_storage.orm.journal.pool import JournalPool
@@ -34,6 +35,7 @@ __all__ = ["StorageJournal"]
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _OPERATION_TIMEOUT = 30.0
+_RARELY = timedelta(days=1)
 
 
 class StorageJournal:
@@ -143,7 +145,7 @@ class StorageJournal:
         for done in passes:
             report.add(done.result())
         await recovery.count_waiting(report)
-        await beat(self._pool, self.tables)
+        await beat(self._pool, self.tables, within=_RARELY)
         return report
 
     @asynccontextmanager
@@ -174,7 +176,7 @@ class StorageJournal:
 
         async def recover(backend: str) -> None:
             await self._recovery().run(backend, self._columns())
-            await beat(self._pool, self.tables)
+            await beat(self._pool, self.tables, within=interval)
 
         async with at_work(self.manager.backends, recover, interval, self._alarm):
             yield
@@ -183,6 +185,14 @@ class StorageJournal:
         """Let the deletes that were given up be tried again by the next pass; return how many there are."""
         await self._ensure_checked()
         return await self._recovery().revive()
+
+    async def accept_restore(self) -> None:
+        """Say that this is the right database, though no worker was at work in it for long, as in one restored from a backup.
+
+        Until then the garbage collector deletes nothing.
+        """
+        await self._ensure_checked()
+        await accept_gap(self._pool, self.tables, within=_RARELY)
 
     async def aclose(self) -> None:
         """Close the journal's connections; idempotent. Disposing of the engine does so as well."""

@@ -22,15 +22,15 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, bindparam, delete, func, insert, select, text, union, union_all, update
+from sqlalchemy import ColumnElement, Row, bindparam, delete, func, insert, select, text, union, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from granite_storage.orm.held import find_held
 from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.report import FailedReclaim, RecoveryReport
 from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, JournalTables, clock
-from granite_storage.orm.types import location_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Column, Table
@@ -284,16 +284,10 @@ class Recovery:
         return report
 
     async def _referenced(self, claimed: Iterable[_Reclaim], columns: Sequence[Column[Any]]) -> set[tuple[str, str]]:
-        """Return which objects a row refers to: one statement over every column, in a snapshot that is newer than the fence."""
-        if not columns:
-            return set()
+        """Return which objects a row refers to, in a snapshot that is newer than the fence."""
         wanted = sorted({item.location for item in claimed})
-        parts = []
-        for column in columns:
-            backend, location = location_of(column, self._pool.dialect)
-            parts.append(select(backend.label("backend"), location.label("location")).where(location.in_(wanted)))
         async with self._pool.reading() as connection:
-            return {(row.backend, row.location) for row in await connection.execute(union_all(*parts))}
+            return await find_held(connection, columns, wanted)
 
     async def _remove(self, item: _Reclaim, places: asyncio.Semaphore) -> Exception | None:
         """Delete an object and what an unfinished upload has left; return what went wrong."""

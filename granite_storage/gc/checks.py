@@ -1,0 +1,84 @@
+"""Refusing to collect by a database that could hide references, or forget what it has committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Column, func, literal, select, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from granite_storage.exceptions import CollectionRefusedError
+from granite_storage.orm.journal.heartbeat import find_gap
+from granite_storage.orm.journal.tables import JournalTables
+
+__all__ = ["require_fit", "require_heartbeat"]
+
+_BEGUN = text("SELECT transaction_timestamp()")
+
+
+async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]]) -> None:
+    """Refuse a connection or a database that the collector cannot rely on.
+
+    Args:
+        connection: One of the application's sessions.
+        columns: The columns that may refer to objects.
+
+    Raises:
+        CollectionRefusedError: The message says what to do.
+    """
+    if await connection.get_isolation_level() == "READ UNCOMMITTED":
+        raise CollectionRefusedError(
+            "the sessions are at READ UNCOMMITTED, where an object can be in neither of two places that are looked at: give the"
+            " binding sessions at READ COMMITTED or stronger"
+        )
+    match connection.dialect.name:
+        case "postgresql":
+            await _require_fit_postgresql(connection, columns)
+        case "mysql" | "mariadb":
+            await _require_fit_mariadb(connection)
+        case "sqlite":
+            pass
+        case other:
+            raise CollectionRefusedError(f"the garbage collector does not know {other}: collect with iter_references")
+
+
+async def require_heartbeat(connection: AsyncConnection, tables: JournalTables) -> None:
+    """Refuse a database in which no worker was at work for long: it may have been restored from a backup.
+
+    Raises:
+        CollectionRefusedError: It may; `accept_restore=True` says that it is the right one.
+    """
+    gap = await find_gap(connection, tables)
+    if gap is not None:
+        raise CollectionRefusedError(
+            f"no worker of the journal was at work for {gap}: the database may have been restored from a backup, and objects"
+            " that its rows do not refer to may be those of rows that are yet to come back. Once you are sure that it is the"
+            " right one, collect with accept_restore=True"
+        )
+
+
+async def _require_fit_postgresql(connection: AsyncConnection, columns: Sequence[Column[Any]]) -> None:
+    begun = [(await connection.execute(_BEGUN)).scalar_one() for _ in range(2)]
+    if begun[0] != begun[1]:
+        raise CollectionRefusedError("the sessions are at AUTOCOMMIT, without transactions: give the binding sessions with some")
+    if (await connection.execute(text("SELECT pg_is_in_recovery()"))).scalar_one():
+        raise CollectionRefusedError("the database is a standby, which may lag behind: give the binding sessions on the primary")
+    preparer = connection.dialect.identifier_preparer
+    for table in dict.fromkeys(column.table for column in columns):
+        name = preparer.format_table(table)
+        if (await connection.execute(select(func.row_security_active(literal(name))))).scalar_one():
+            raise CollectionRefusedError(
+                f"row-level security may hide rows of {name} from this role: give the binding sessions of a role that sees all"
+            )
+
+
+async def _require_fit_mariadb(connection: AsyncConnection) -> None:
+    row = (await connection.execute(text("SELECT @@global.read_only, @@innodb_flush_log_at_trx_commit"))).one()
+    if row[0]:
+        raise CollectionRefusedError("the database is read-only, a replica perhaps, which may lag behind: use the primary")
+    if row[1] != 1:
+        raise CollectionRefusedError(
+            "with innodb_flush_log_at_trx_commit other than 1 a crash takes back what was committed, and a row may come back"
+            " whose object is gone: set it to 1"
+        )

@@ -1,0 +1,248 @@
+"""One collection of one policy's objects.
+
+List first, and read the references afterwards: an object that was listed and whose row came to be meanwhile is then seen with
+its reference. The join of both only nominates. Before anything is deleted, each batch of nominees is looked at again, in one
+statement over the journal and every column; what a transaction takes back between two statements, or puts from one place into
+another, would otherwise be deleted under a row that refers to it. Then a durable commit: what the look has seen gone, a crash of
+the database must not bring back. Only then storage is touched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from datetime import UTC, datetime, timedelta
+from typing import TypeAlias
+
+from granite_storage._runs import Run, require_mounted
+from granite_storage.backends.base import ObjectInfo, SupportsClock
+from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError
+from granite_storage.gc.dangling import find_dangling
+from granite_storage.gc.join import joined
+from granite_storage.gc.references import ReferenceSource
+from granite_storage.gc.removal import Removal
+from granite_storage.gc.report import MOST_KEPT, CollectedObject, Fate, GarbageCollectionReport
+from granite_storage.gc.spool import PAGE, Spool, temporary_file
+from granite_storage.gc.territory import Territory, is_valid, require_one_name
+from granite_storage.manager import StorageManager
+
+__all__ = ["Collection"]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+Listed: TypeAlias = "tuple[str, int, bool]"
+"""Location, size, and whether it is older than the grace period."""
+
+_MOST_MISSING = 10 * MOST_KEPT
+
+
+class Collection(Run[CollectedObject, GarbageCollectionReport]):
+    """What `StorageGarbageCollector.collection` returns: iterate over it for the orphans, or await it for the report.
+
+    A dry one yields each orphan as such, another one each as deleted or failed.
+    """
+
+    def __init__(
+        self,
+        manager: StorageManager,
+        territory: Territory,
+        source: ReferenceSource,
+        *,
+        grace_period: timedelta,
+        max_deleted_share: float,
+        dry_run: bool,
+        accept_restore: bool,
+        accept_empty: bool,
+    ) -> None:
+        super().__init__(GarbageCollectionReport(territory.storage_key, territory.backend, dry_run))
+        self._manager = manager
+        self._backend = manager.backend(territory.backend)
+        self._territory = territory
+        self._source = source
+        self._grace_period = grace_period
+        self._max_deleted_share = max_deleted_share
+        self._accept_restore = accept_restore
+        self._accept_empty = accept_empty
+        self._missing: list[str] = []
+        self._has_references = False
+
+    async def _items(self) -> AsyncGenerator[CollectedObject, None]:
+        require_one_name(self._manager, self._territory.backend)
+        await self._source.require_fit(accept_restore=self._accept_restore)
+        async with AsyncExitStack() as stack:
+            listed = Spool(await stack.enter_async_context(temporary_file()))
+            nominees = Spool(await stack.enter_async_context(temporary_file()))
+            await self._list(listed)
+            if self._stopped:
+                return
+            await self._nominate(listed, nominees)
+            await self._require_mounted()
+            orphans = self._look_only(nominees) if self.report.dry_run else self._delete(nominees)
+            async with aclosing(orphans):
+                async for item in orphans:
+                    yield item
+        await self._look_for_dangling()
+        if not self.report.dry_run and not self._stopped:
+            await self._clean_up()
+        self.report.complete = not self._stopped
+
+    async def _list(self, listed: Spool) -> None:
+        oldest = await self._now() - self._grace_period
+        page: list[Listed] = []
+        async for info in self._objects():
+            if not self._territory.has(info.location):
+                continue
+            page.append((info.location, info.size, info.modified < oldest))
+            if len(page) == PAGE:
+                await self._note_listed(listed, page)
+                page = []
+                if self._stopped:
+                    return
+        await self._note_listed(listed, page)
+
+    async def _objects(self) -> AsyncIterator[ObjectInfo]:
+        objects = self._backend.iter_objects(self._territory.prefix)
+        try:
+            last = ""
+            async for info in objects:
+                if info.location <= last and last:
+                    raise CollectionRefusedError(
+                        f"the backend {self.report.backend!r} does not list in the byte order of UTF-8, so its objects cannot be"
+                        " compared with the references"
+                    )
+                last = info.location
+                yield info
+        finally:
+            close = getattr(objects, "aclose", None)
+            if close is not None:
+                await close()
+
+    async def _note_listed(self, listed: Spool, page: list[Listed]) -> None:
+        await listed.write(page)
+        self.report.scanned += len(page)
+        self.report.scanned_bytes += sum(size for _, size, _ in page)
+        self._notice()
+
+    async def _nominate(self, listed: Spool, nominees: Spool) -> None:
+        report = self.report
+        async with self._source.in_order(report.backend) as references:
+            async for stretch in joined(listed.pages(), self._seen(references)):
+                report.referenced += len(stretch.referenced)
+                report.referenced_bytes += sum(size for _, size, _ in stretch.referenced)
+                self._note_missing(stretch.missing)
+                await nominees.write(self._nominees(stretch.unreferenced))
+        if self._territory.sharing:
+            self._source.require_complete(self._territory.sharing)
+
+    async def _seen(self, references: AsyncIterator[list[str]]) -> AsyncIterator[list[str]]:
+        async for page in references:
+            self._has_references = True
+            yield page
+
+    def _nominees(self, unreferenced: Sequence[Listed]) -> list[tuple[str, int]]:
+        """Return what may be an orphan, and count what is none: names of others, and what is too young."""
+        report, nominees = self.report, []
+        for location, size, old in unreferenced:
+            if not self._territory.is_ours(location):
+                report.foreign += 1
+                report.foreign_bytes += size
+            elif not old:
+                report.young += 1
+                report.young_bytes += size
+            else:
+                nominees.append((location, size))
+        return nominees
+
+    def _note_missing(self, locations: set[str]) -> None:
+        room = _MOST_MISSING - len(self._missing)
+        if room > 0 and locations:
+            concerned = [item for item in sorted(locations) if self._territory.has(item) or not is_valid(item)]
+            self._missing += concerned[:room]
+
+    async def _require_mounted(self) -> None:
+        """Refuse a local folder without its marker, unless nothing was ever stored: then it is not there yet."""
+        if not self.report.scanned and not self._has_references:
+            return
+        try:
+            await require_mounted(self.report.backend, self._backend)
+        except BackendUnavailableError as error:
+            raise CollectionRefusedError(str(error), report=self.report) from error
+
+    async def _look_only(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
+        """Yield the orphans among the nominees, and tell whether a run that is not dry would go ahead."""
+        async for orphans in self._confirmed(nominees):
+            self._note_orphans(orphans)
+            for location, size in orphans:
+                yield CollectedObject(Fate.ORPHANED, self.report.backend, location, size)
+        self.report.refusal = self._refusal()
+
+    async def _delete(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
+        """Delete the orphans, once it is known how many there are; yield each."""
+        async for orphans in self._confirmed(nominees):
+            self._note_orphans(orphans)
+        self.report.refusal = self._refusal()
+        if self.report.refusal is not None:
+            raise CollectionRefusedError(self.report.refusal, report=self.report)
+        before, self.report.kept, self.report.kept_bytes = self.report.orphaned, 0, 0
+        self.report.orphaned = self.report.orphaned_bytes = 0
+        removal = Removal(self._manager, self.report)
+        async for orphans in self._confirmed(nominees):
+            self._note_orphans(orphans)
+            if not orphans:
+                continue
+            await self._source.settle()
+            for item in await removal.remove(orphans):
+                yield item
+            self._notice()
+        logger.info("deleted %d of %d orphans of %r", self.report.deleted, before, self.report.storage_key)
+
+    async def _confirmed(self, nominees: Spool) -> AsyncIterator[list[tuple[str, int]]]:
+        """Yield what nothing holds at the moment of yielding, batch by batch."""
+        async for page in nominees.pages():
+            for start in range(0, len(page), self._source.at_a_time):
+                if self._stopped:
+                    return
+                batch = page[start : start + self._source.at_a_time]
+                held = await self._source.find_held(self.report.backend, [location for location, _ in batch])
+                kept = [size for location, size in batch if location in held]
+                self.report.kept += len(kept)
+                self.report.kept_bytes += sum(kept)
+                yield [(location, size) for location, size in batch if location not in held]
+
+    def _note_orphans(self, orphans: Sequence[tuple[str, int]]) -> None:
+        self.report.orphaned += len(orphans)
+        self.report.orphaned_bytes += sum(size for _, size in orphans)
+        self._notice()
+
+    def _refusal(self) -> str | None:
+        """Return why nothing should be deleted, because what was seen can hardly be true."""
+        report = self.report
+        if not report.orphaned:
+            return None
+        if not report.referenced and not self._accept_empty:
+            return (
+                f"no reference leads to any of the {report.scanned} objects of {report.storage_key!r}: the database is empty or"
+                " the wrong one. If it is the right one, collect with accept_empty=True"
+            )
+        if report.share > self._max_deleted_share:
+            return (
+                f"{report.orphaned} of the {report.scanned} objects of {report.storage_key!r} ({report.share:.0%}) are orphans,"
+                f" more than the {self._max_deleted_share:.0%} that may be deleted in one run. Look at a dry run, and if that is"
+                " how it should be, raise max_deleted_share"
+            )
+        return None
+
+    async def _look_for_dangling(self) -> None:
+        """Report what is missing, unless all is because the disk was taken away meanwhile."""
+        dangling = await find_dangling(self._manager, self._source, self.report.backend, self._missing)
+        if dangling:
+            await self._require_mounted()
+        self.report.dangling = dangling
+
+    async def _clean_up(self) -> None:
+        await Removal(self._manager, self.report).remove_unfinished(self._grace_period)
+
+    async def _now(self) -> datetime:
+        """Return the time by the clock that the objects are dated by."""
+        return await self._backend.now() if isinstance(self._backend, SupportsClock) else datetime.now(UTC)

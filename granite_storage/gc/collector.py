@@ -1,0 +1,190 @@
+"""The garbage collector, as applications use it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING
+
+from granite_storage.exceptions import ConfigurationError
+from granite_storage.gc.collection import Collection
+from granite_storage.gc.database import DatabaseReferences
+from granite_storage.gc.given import GivenReferences, IterReferences, require_callable
+from granite_storage.gc.leader import Leadership
+from granite_storage.gc.periodic import at_work
+from granite_storage.gc.references import ReferenceSource
+from granite_storage.gc.report import GarbageCollectionReport
+from granite_storage.gc.territory import Territory
+from granite_storage.manager import StorageManager
+
+if TYPE_CHECKING:
+    from granite_storage.orm.binding import StorageBinding
+
+__all__ = ["StorageGarbageCollector"]
+
+_GRACE_PERIOD = timedelta(hours=24)
+
+
+class StorageGarbageCollector:
+    """Finds the objects of a policy that nothing refers to, and deletes them when it is told to.
+
+    It is the one part of the library that deletes what it may not have put, so it keeps whatever is in doubt:
+
+    - an object counts as referenced if any reference leads to its backend and location, whatever the storage key, and if the
+      `extra` of a ref names its location;
+    - only what lies below the policy's prefix, by whole segments, and not below another policy's, can be an orphan, and only if
+      its name is of the form that the library gives;
+    - only what is older than the grace period, by the backend's clock;
+    - each batch is looked at once more right before it is deleted, in one statement over every column and the journal;
+    - a run that would delete more than `max_deleted_share` of what it has scanned deletes nothing, and so does one that finds no
+      reference to anything there, a value that is not a reference, or a local folder without its marker.
+
+    Memory stays the same however many objects there are; lists are kept on disk, where `tempfile` keeps its files.
+
+    Args:
+        manager: The manager, whose backends have the objects.
+        iter_references: A callable that returns an iterable or an async iterable of all references there are, anew each time;
+            None among them is passed over. For applications without attachment columns.
+        binding: What `bind_storage(..., sessions=...)` returned; every column of refs is found by itself. One of `binding` and
+            `iter_references` is given.
+        grace_period: How old an object must be. It must be longer than any upload with its transaction where there is no journal.
+        max_deleted_share: Which part of the scanned objects one run may delete at the most, from 0 to 1.
+
+    Raises:
+        ConfigurationError: The arguments cannot work.
+
+    Example:
+        ```python
+        collector = StorageGarbageCollector(storage, binding=binding)
+        report = await collector.collect(storage_key="documents")
+        ```
+    """
+
+    def __init__(
+        self,
+        manager: StorageManager,
+        iter_references: IterReferences | None = None,
+        *,
+        binding: StorageBinding | None = None,
+        grace_period: timedelta = _GRACE_PERIOD,
+        max_deleted_share: float = 0.25,
+    ) -> None:
+        if not isinstance(manager, StorageManager):
+            raise ConfigurationError(f"the garbage collector needs a StorageManager, not {type(manager).__name__}")
+        if binding is not None and binding.manager is not manager:
+            raise ConfigurationError("the binding is of another manager than the garbage collector's")
+        _require_limits(grace_period, max_deleted_share)
+        self._manager = manager
+        self._binding = binding
+        self._source = _source(iter_references, binding)
+        self._grace_period = grace_period
+        self._max_deleted_share = float(max_deleted_share)
+
+    async def collect(
+        self, *, storage_key: str, dry_run: bool = True, accept_restore: bool = False, accept_empty: bool = False
+    ) -> GarbageCollectionReport:
+        """Collect once.
+
+        Any number of processes may do so at the same time, while the application goes on. What was deleted stays deleted, and
+        nothing else is changed, wherever it is cancelled, killed or fails; the next run goes on.
+
+        Args:
+            storage_key: The policy whose objects are looked at.
+            dry_run: Whether orphans are only counted; `report.refusal` then says whether another run would go ahead.
+            accept_restore: Whether a gap in the heartbeat of the journal's workers is no reason to stop: a person knows that the
+                database is the right one.
+            accept_empty: Whether it is no reason to stop that nothing refers to any of the objects.
+
+        Returns:
+            What was found and done.
+
+        Raises:
+            UnknownPolicyError: There is no such policy.
+            CollectionRefusedError: Nothing was deleted, because something can hardly be true or cannot be relied on.
+            BackendError: The backend could not be listed, or is out of reach; what was deleted until then is gone.
+        """
+        return await self.collection(
+            storage_key=storage_key, dry_run=dry_run, accept_restore=accept_restore, accept_empty=accept_empty
+        )
+
+    def collection(
+        self, *, storage_key: str, dry_run: bool = True, accept_restore: bool = False, accept_empty: bool = False
+    ) -> Collection:
+        """Return a run that does what `collect` does, for who wants to see each orphan, follow its report, or stop it.
+
+        Arguments and errors are those of `collect`.
+        """
+        territory = Territory.of(self._manager, storage_key)
+        return Collection(
+            self._manager,
+            territory,
+            self._source(territory.backend),
+            grace_period=self._grace_period,
+            max_deleted_share=self._max_deleted_share,
+            dry_run=dry_run,
+            accept_restore=accept_restore,
+            accept_empty=accept_empty,
+        )
+
+    @asynccontextmanager
+    async def run_every(
+        self, interval: timedelta, *, storage_keys: Sequence[str] | None = None, dry_run: bool = False
+    ) -> AsyncIterator[None]:
+        """Collect again and again while the block runs, as the task of an application's lifespan.
+
+        Of many processes on one PostgreSQL or MariaDB one is the leader, by an advisory lock on a connection of its own, and the
+        others take over when it is gone; elsewhere each collects, which is harmless. Failures are logged and survived. The task
+        ends with the block, promptly.
+
+        Args:
+            interval: The time from one collection to the next, give or take a tenth; the first one begins within a minute.
+            storage_keys: Whose objects; None for every policy.
+            dry_run: Whether orphans are only counted, and logged.
+
+        Raises:
+            UnknownPolicyError: There is no such policy.
+            ConfigurationError: The interval is not above 0.
+
+        Example:
+            ```python
+            async with storage, collector.run_every(timedelta(hours=6)):
+                yield
+            ```
+        """
+        if not isinstance(interval, timedelta) or interval <= timedelta(0):
+            raise ConfigurationError(f"an interval must be a timedelta above 0, not {interval!r}")
+        keys = [
+            self._manager.policy(key).storage_key for key in (self._manager.policies if storage_keys is None else storage_keys)
+        ]
+
+        async def collect(storage_key: str) -> GarbageCollectionReport:
+            return await self.collect(storage_key=storage_key, dry_run=dry_run)
+
+        async with at_work(keys, collect, interval, Leadership(self._binding)):
+            yield
+
+    def __repr__(self) -> str:
+        return f"<StorageGarbageCollector grace_period={self._grace_period} max_deleted_share={self._max_deleted_share}>"
+
+
+def _source(iter_references: IterReferences | None, binding: StorageBinding | None) -> Callable[[str], ReferenceSource]:
+    """Return what makes the source of the references to a backend, anew for each collection."""
+    if binding is None and iter_references is not None:
+        require_callable(iter_references)
+        return lambda _: GivenReferences(iter_references)
+    if binding is None or iter_references is not None:
+        raise ConfigurationError("the garbage collector needs to know the references: give either iter_references or binding")
+    if binding.sessions is None:
+        raise ConfigurationError(
+            "the garbage collector needs sessions: bind_storage(Base, manager, sessions=async_sessionmaker(...))"
+        )
+    return partial(DatabaseReferences, binding, binding.sessions)
+
+
+def _require_limits(grace_period: object, max_deleted_share: object) -> None:
+    if not isinstance(grace_period, timedelta) or grace_period < timedelta(0):
+        raise ConfigurationError(f"a grace period must be a timedelta that is not negative, not {grace_period!r}")
+    if isinstance(max_deleted_share, bool) or not isinstance(max_deleted_share, int | float) or not 0 <= max_deleted_share <= 1:
+        raise ConfigurationError(f"max_deleted_share must be a number from 0 to 1, not {max_deleted_share!r}")

@@ -1,0 +1,116 @@
+"""References that the caller gives, for applications without attachment columns."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from itertools import islice
+from typing import Any, TypeAlias
+
+from granite_storage._concurrency import finished
+from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
+from granite_storage.gc.spool import PAGE, SortedSpool, temporary_file
+from granite_storage.orm.held import named_in
+from granite_storage.refs import StoredObjectRef
+
+__all__ = ["GivenReferences", "IterReferences", "require_callable"]
+
+IterReferences: TypeAlias = Callable[
+    [], Iterable[StoredObjectRef | None] | AsyncIterable[StoredObjectRef | None] | Awaitable[Iterable[StoredObjectRef | None]]
+]
+"""Returns all references there are at that moment; it is called several times in a collection."""
+
+
+class GivenReferences:
+    """What a callable of the caller gives.
+
+    Args:
+        iter_references: Returns an iterable or an async iterable of refs; None among them is passed over.
+    """
+
+    def __init__(self, iter_references: IterReferences) -> None:
+        self._iter_references = iter_references
+        self._storage_keys: set[str] = set()
+
+    @property
+    def at_a_time(self) -> int:
+        """How many locations `find_held` takes: each call reads all references."""
+        return 10_000
+
+    async def require_fit(self, *, accept_restore: bool) -> None:
+        """Accept: nothing is known of where they come from."""
+
+    @asynccontextmanager
+    async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[str]]]:
+        """Give the locations of the references to a backend, sorted on disk."""
+        self._storage_keys.clear()
+        async with temporary_file() as file:
+            spool = SortedSpool(file)
+            async for ref in self._refs():
+                if ref.backend == backend:
+                    self._storage_keys.add(ref.storage_key)
+                    for location in _locations(ref):
+                        await spool.add(location)
+            yield spool.pages()
+
+    async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
+        """Return which of the locations something refers to now, by reading all references anew."""
+        wanted, held = set(locations), set[str]()
+        async for ref in self._refs():
+            if ref.backend == backend:
+                held.update(wanted.intersection(_locations(ref)))
+        return held
+
+    def require_complete(self, storage_keys: Sequence[str]) -> None:
+        """Refuse where policies share a place and the references of one of them were not given."""
+        missing = sorted(set(storage_keys) - self._storage_keys)
+        if missing:
+            raise CollectionRefusedError(
+                f"iter_references gave no reference of the policies {', '.join(missing)}, whose objects are in the same place:"
+                " give all references there are, or give each policy a key_prefix of its own"
+            )
+
+    async def settle(self) -> None:
+        """Do nothing: whoever gives references has committed them."""
+
+    async def _refs(self) -> AsyncIterator[StoredObjectRef]:
+        given: Any = self._iter_references()
+        if inspect.isawaitable(given):
+            given = await given
+        if isinstance(given, AsyncIterable):
+            async for ref in given:
+                if ref is not None:
+                    yield _require_ref(ref)
+            return
+        # An ordinary iterator may read from a database or a file, and so may block.
+        items = iter(given)
+        while page := await finished(asyncio.to_thread(_take, items)):
+            for ref in page:
+                if ref is not None:
+                    yield _require_ref(ref)
+
+
+def require_callable(iter_references: object) -> None:
+    """Refuse an iterable in the place of what returns one."""
+    if not callable(iter_references):
+        raise ConfigurationError(
+            "iter_references must be a callable that returns the refs anew each time, not"
+            f" {type(iter_references).__name__}: what was read once is out of date when an object is deleted"
+        )
+
+
+def _take(items: Iterator[Any]) -> list[Any]:
+    return list(islice(items, PAGE))
+
+
+def _locations(ref: StoredObjectRef) -> Iterator[str]:
+    yield ref.location
+    yield from named_in(ref.extra)
+
+
+def _require_ref(ref: object) -> StoredObjectRef:
+    if not isinstance(ref, StoredObjectRef):
+        raise CollectionRefusedError(f"iter_references gave a {type(ref).__name__}, which is not a StoredObjectRef")
+    return ref

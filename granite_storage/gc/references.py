@@ -1,0 +1,50 @@
+"""Where references come from: what a collection asks of the database, or of what the caller gave."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+__all__ = ["ReferenceSource"]
+
+
+class ReferenceSource(Protocol):
+    """All references there are, whatever their storage key."""
+
+    @property
+    def at_a_time(self) -> int:
+        """How many locations `find_held` takes."""
+        ...
+
+    async def require_fit(self, *, accept_restore: bool) -> None:
+        """Refuse what could not be relied on.
+
+        Raises:
+            CollectionRefusedError: The message says what, and what to do.
+        """
+        ...
+
+    def in_order(self, backend: str) -> AbstractAsyncContextManager[AsyncIterator[list[str]]]:
+        """Give the locations of all references to a backend in the byte order of UTF-8, in pages; one may come twice.
+
+        Raises:
+            CollectionRefusedError: While they are read: something is no reference, so nobody knows what it refers to.
+        """
+        ...
+
+    async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
+        """Return which of the locations something refers to, or is about to, or a journal knows of; read at this moment."""
+        ...
+
+    def require_complete(self, storage_keys: Sequence[str]) -> None:
+        """Refuse references of one policy where others share its place, once `in_order` was read to its end.
+
+        Raises:
+            CollectionRefusedError: No reference of one of these policies was among them.
+        """
+        ...
+
+    async def settle(self) -> None:
+        """Return once all that `find_held` has seen can no longer be undone, by a crash of the database either."""
+        ...

@@ -1,0 +1,118 @@
+"""What a collection tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+__all__ = ["MOST_KEPT", "CollectedObject", "DanglingReference", "Fate", "GarbageCollectionReport"]
+
+MOST_KEPT = 1000
+"""How many single things a report holds, so that its size is bounded."""
+
+
+class Fate(StrEnum):
+    """What became of an object that nothing refers to."""
+
+    ORPHANED = "orphan"
+    DELETED = "deleted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedObject:
+    """An object that a collection has dealt with.
+
+    Attributes:
+        fate: What became of it.
+        backend: Its backend's key.
+        location: Its address there.
+        size: Its size in bytes.
+        error: Why it could not be deleted.
+    """
+
+    fate: Fate
+    backend: str
+    location: str
+    size: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DanglingReference:
+    """A reference to an object that is not there.
+
+    Attributes:
+        backend: The backend's key.
+        location: Where the object should be.
+        message: What was found there.
+    """
+
+    backend: str
+    location: str
+    message: str
+
+
+@dataclass(slots=True)
+class GarbageCollectionReport:
+    """What a collection has looked at and done, in objects and in bytes.
+
+    Every object scanned is referenced, foreign, young, kept, or an orphan.
+
+    Attributes:
+        storage_key: Whose objects.
+        backend: The backend that they are on.
+        dry_run: Whether nothing was to be deleted.
+        scanned: How many objects were listed.
+        scanned_bytes: Their bytes.
+        referenced: How many of them something refers to.
+        referenced_bytes: Their bytes.
+        foreign: How many have a name that this library does not give, and nothing refers to them; they are never touched.
+        foreign_bytes: Their bytes.
+        young: How many nothing refers to that are not older than the grace period.
+        young_bytes: Their bytes.
+        kept: How many nothing referred to at first, but a second look, just before deleting, found a row or an entry of the
+            journal that holds them.
+        kept_bytes: Their bytes.
+        orphaned: How many orphans there were.
+        orphaned_bytes: Their bytes.
+        deleted: How many of them were deleted.
+        deleted_bytes: Their bytes.
+        failed: How many could not be deleted; each is logged, and a later run tries again.
+        failures: The first thousand of those.
+        unfinished: How many stale temporary files and multipart uploads were removed, on the whole backend.
+        unfinished_error: Why those could not be removed.
+        dangling: The first thousand references found whose objects are not there; `verify` finds all.
+        refusal: Why a run that is not dry would delete nothing; None where it would go ahead.
+        complete: Whether it came to its end.
+    """
+
+    storage_key: str
+    backend: str
+    dry_run: bool
+    scanned: int = 0
+    scanned_bytes: int = 0
+    referenced: int = 0
+    referenced_bytes: int = 0
+    foreign: int = 0
+    foreign_bytes: int = 0
+    young: int = 0
+    young_bytes: int = 0
+    kept: int = 0
+    kept_bytes: int = 0
+    orphaned: int = 0
+    orphaned_bytes: int = 0
+    deleted: int = 0
+    deleted_bytes: int = 0
+    failed: int = 0
+    failures: list[CollectedObject] = field(default_factory=list)
+    unfinished: int = 0
+    unfinished_error: str | None = None
+    dangling: list[DanglingReference] = field(default_factory=list)
+    refusal: str | None = None
+    complete: bool = False
+
+    @property
+    def share(self) -> float:
+        """Which part of the scanned objects are orphans, from 0 to 1."""
+        return self.orphaned / self.scanned if self.scanned else 0.0

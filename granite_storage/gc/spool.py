@@ -1,0 +1,119 @@
+"""Lists of any length on disk, so that memory stays the same however many objects there are."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import json
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from itertools import islice
+from typing import IO, Any, TypeAlias
+
+from granite_storage._concurrency import finished
+
+__all__ = ["PAGE", "Page", "SortedSpool", "Spool", "temporary_file"]
+
+Page: TypeAlias = list[Any]
+
+PAGE = 2000
+"""How many items are written, read and compared together."""
+
+_IN_MEMORY = 50_000
+_RUN_PAGE = 200
+
+
+@asynccontextmanager
+async def temporary_file() -> AsyncIterator[IO[bytes]]:
+    """Give a file that has no name and is gone when it is closed."""
+    file: IO[bytes] = await finished(asyncio.to_thread(tempfile.TemporaryFile, prefix="granite-"))
+    try:
+        yield file
+    finally:
+        await finished(asyncio.to_thread(file.close))
+
+
+class Spool:
+    """Pages in the order in which they were written; they can be read any number of times.
+
+    Args:
+        file: An empty file, which stays the caller's to close.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    async def write(self, page: Page) -> None:
+        """Write a page, unless it is empty."""
+        if page:
+            await finished(asyncio.to_thread(_write, self._file, page))
+
+    async def pages(self) -> AsyncIterator[Page]:
+        """Yield the pages; nothing may be written meanwhile."""
+        position = 0
+        while True:
+            page, position = await finished(asyncio.to_thread(_read, self._file, position))
+            if page is None:
+                return
+            yield page
+
+
+class SortedSpool:
+    """Strings in the order of their code points, which is the byte order of UTF-8: added as they come, and sorted on disk.
+
+    Args:
+        file: An empty file, which stays the caller's to close.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._waiting: list[str] = []
+        self._runs: list[tuple[int, int]] = []
+
+    async def add(self, item: str) -> None:
+        """Add a string."""
+        self._waiting.append(item)
+        if len(self._waiting) >= _IN_MEMORY:
+            await self._write_run()
+
+    async def pages(self) -> AsyncIterator[list[str]]:
+        """Yield all strings in order; nothing may be added any more."""
+        await self._write_run()
+        merged = heapq.merge(*(_strings(self._file, start, stop) for start, stop in self._runs))
+        while page := await finished(asyncio.to_thread(_take, merged)):
+            yield page
+
+    async def _write_run(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._runs.append(await finished(asyncio.to_thread(_sort_to, self._file, waiting)))
+
+
+def _write(file: IO[bytes], page: Page) -> None:
+    file.seek(0, 2)
+    file.write(json.dumps(page).encode() + b"\n")
+
+
+def _read(file: IO[bytes], position: int) -> tuple[Page | None, int]:
+    file.seek(position)
+    line = file.readline()
+    return (json.loads(line) if line else None), file.tell()
+
+
+def _sort_to(file: IO[bytes], items: list[str]) -> tuple[int, int]:
+    items.sort()
+    start = file.seek(0, 2)
+    for first in range(0, len(items), _RUN_PAGE):
+        file.write(json.dumps(items[first : first + _RUN_PAGE]).encode() + b"\n")
+    return start, file.tell()
+
+
+def _strings(file: IO[bytes], start: int, stop: int) -> Iterator[str]:
+    while start < stop:
+        page, start = _read(file, start)
+        yield from page or ()
+
+
+def _take(items: Iterator[str]) -> list[str]:
+    return list(islice(items, PAGE))

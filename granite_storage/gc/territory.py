@@ -1,0 +1,110 @@
+"""Which objects a policy may collect: those below its prefix, by whole segments, that are not below another policy's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from granite_storage.backends.base import StorageBackend
+from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.exceptions import CollectionRefusedError, InvalidLocationError
+from granite_storage.locations import check_location, matches_generated_name
+from granite_storage.manager import StorageManager
+
+__all__ = ["Territory", "is_valid", "overlap", "require_one_name"]
+
+_SLASHES_OF_OURS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Territory:
+    """The part of a backend that a policy's objects are in.
+
+    Attributes:
+        storage_key: The policy.
+        backend: The key of the backend that it writes to.
+        prefix: What its locations begin with: empty, or whole segments and a slash.
+        others: What the locations of other policies begin with that lie inside; wherever those write now, their old objects may
+            still be here.
+        sharing: The policies that write to the very same place.
+    """
+
+    storage_key: str
+    backend: str
+    prefix: str
+    others: tuple[str, ...]
+    sharing: tuple[str, ...]
+
+    @classmethod
+    def of(cls, manager: StorageManager, storage_key: str) -> Territory:
+        """Return the territory of a policy; `UnknownPolicyError` where there is none."""
+        policy = manager.policy(storage_key)
+        prefix = _begin(policy.key_prefix)
+        begins = {key: _begin(other.key_prefix) for key, other in manager.policies.items() if key != storage_key}
+        others = sorted({begin for begin in begins.values() if begin != prefix and begin.startswith(prefix)})
+        sharing = sorted(
+            key for key, begin in begins.items() if begin == prefix and manager.policies[key].backend_key == policy.backend_key
+        )
+        return cls(storage_key, policy.backend_key, prefix, tuple(others), tuple(sharing))
+
+    def has(self, location: str) -> bool:
+        """Tell whether a location is in it."""
+        return location.startswith(self.prefix) and not location.startswith(self.others)
+
+    def is_ours(self, location: str) -> bool:
+        """Tell whether a location in it has the form that this library gives: model, entity, field and a generated name.
+
+        What lies deeper may be of another program that shares the store and has a prefix of its own.
+        """
+        return (
+            location.count("/", len(self.prefix)) == _SLASHES_OF_OURS and matches_generated_name(location) and is_valid(location)
+        )
+
+
+def is_valid(location: str) -> bool:
+    """Tell whether a location may be used at all."""
+    try:
+        check_location(location)
+    except InvalidLocationError:
+        return False
+    return True
+
+
+def require_one_name(manager: StorageManager, backend_key: str) -> None:
+    """Refuse a backend whose objects another backend of the manager has too, under other names: rows may refer to those.
+
+    Raises:
+        CollectionRefusedError: There is one.
+    """
+    backend = manager.backend(backend_key)
+    for key, other in manager.backends.items():
+        if key != backend_key and overlap(backend, other):
+            raise CollectionRefusedError(
+                f"the backends {backend_key!r} and {key!r} lead to the same objects, so a reference to one of them does not tell"
+                " what the other one holds: give the manager one backend for each place, with policies that have prefixes"
+            )
+
+
+def overlap(one: StorageBackend, other: StorageBackend) -> bool:
+    """Tell whether two backends may lead to the same objects."""
+    (store, path), (other_store, other_path) = _address(one), _address(other)
+    shorter = min(len(path), len(other_path))
+    return store == other_store and path[:shorter] == other_path[:shorter]
+
+
+def _begin(prefix: str | None) -> str:
+    return f"{prefix}/" if prefix else ""
+
+
+def _address(backend: Any) -> tuple[object, tuple[str, ...]]:
+    """Return where a backend's objects are: the store, and the path inside it."""
+    inner = getattr(backend, "inner", None)
+    if inner is not None:
+        store, path = _address(inner)
+        return store, (*path, *backend.prefix.split("/")) if isinstance(backend, PrefixedBackend) else path
+    root, bucket = getattr(backend, "root_dir", None), getattr(backend, "bucket", None)
+    if root is not None:
+        return "disk", root.parts
+    if isinstance(bucket, str):
+        return ("bucket", bucket), tuple(filter(None, str(getattr(backend, "prefix", "") or "").split("/")))
+    return id(backend), ()

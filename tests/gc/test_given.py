@@ -1,0 +1,170 @@
+"""References that the caller gives."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from granite_storage import CollectionRefusedError, StorageGarbageCollector, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage.gc import spool
+from granite_storage.gc.spool import SortedSpool, temporary_file
+from granite_storage.orm import iter_model_storage_refs
+from tests.gc.yard import POLICIES, AgedBackend, Crate, Yard, file
+
+
+class Shed:
+    """Objects and the references that an application keeps somewhere."""
+
+    def __init__(self, policies: Any = POLICIES) -> None:
+        self.store = AgedBackend()
+        self.manager = StorageManager(backends={"store": self.store}, policies=policies)
+        self.refs: list[Any] = []
+        self.reads = 0
+
+    async def put(self, storage_key: str = "docs", **options: Any) -> StoredObjectRef:
+        return await self.manager.put_bytes(
+            storage_key=storage_key, model_name="m", entity_id="1", field_name="f", content=b"abc", **options
+        )
+
+    def given(self) -> list[Any]:
+        self.reads += 1
+        return self.refs
+
+    async def collect(self, iter_references: Any = None, storage_key: str = "docs") -> Any:
+        self.store.passed = timedelta(days=3)
+        collector = StorageGarbageCollector(self.manager, iter_references or self.given, max_deleted_share=1.0)
+        return await collector.collect(storage_key=storage_key, dry_run=False)
+
+    async def locations(self) -> set[str]:
+        return {info.location async for info in self.store.iter_objects()}
+
+
+async def _agen(refs: list[Any]) -> AsyncIterator[Any]:
+    for ref in refs:
+        yield ref
+
+
+async def _awaitable(refs: list[Any]) -> list[Any]:
+    return refs
+
+
+@pytest.mark.parametrize("form", [list, iter, _agen, _awaitable], ids=["iterable", "iterator", "async iterator", "awaitable"])
+async def test_every_form(form: Any) -> None:
+    shed = Shed()
+    shed.refs = [None, await shed.put(), await shed.put(), None]
+    await shed.put()
+    report = await shed.collect(lambda: form(shed.refs))
+    assert (report.scanned, report.referenced, report.deleted) == (3, 2, 1)
+    assert await shed.locations() == {ref.location for ref in shed.refs if ref}
+
+
+async def test_an_iterator_that_blocks_is_read_in_a_thread() -> None:
+    shed = Shed()
+    shed.refs = [await shed.put()]
+    threads: set[str] = set()
+
+    def blocking() -> Iterator[Any]:
+        threads.add(threading.current_thread().name)
+        yield from shed.refs
+
+    await shed.collect(blocking)
+    assert threading.current_thread().name not in threads
+
+
+async def test_they_are_read_anew_before_anything_is_deleted() -> None:
+    shed = Shed()
+    shed.refs = [await shed.put()]
+    late = await shed.put()
+
+    def given() -> list[Any]:
+        shed.reads += 1
+        return [*shed.refs, late] if shed.reads > 2 else shed.refs
+
+    report = await shed.collect(given)
+    assert (report.deleted, report.kept) == (0, 1)
+    assert late.location in await shed.locations()
+
+
+async def test_what_is_no_ref_stops_the_run() -> None:
+    shed = Shed()
+    shed.refs = [await shed.put(), {"location": "docs/x"}]
+    await shed.put()
+    with pytest.raises(CollectionRefusedError, match="dict"):
+        await shed.collect()
+    assert len(await shed.locations()) == 2
+
+
+async def test_an_error_of_the_iterator_stops_the_run() -> None:
+    shed = Shed()
+    ref = await shed.put()
+    await shed.put()
+
+    def given() -> Iterator[Any]:
+        yield ref
+        raise OSError("the database is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        await shed.collect(given)
+    assert len(await shed.locations()) == 2
+
+
+async def test_policies_in_one_place_of_which_only_one_was_given() -> None:
+    """The other's objects would all be taken for orphans."""
+    shed = Shed({key: StoragePolicy(key, "store") for key in ("docs", "images")})
+    shed.refs = [await shed.put()]
+    await shed.put("images")
+    with pytest.raises(CollectionRefusedError, match="no reference of the policies images"):
+        await shed.collect()
+    shed.refs.append(await shed.put("images"))
+    assert (await shed.collect()).deleted == 1
+
+
+async def test_the_references_of_a_policy_alone_do_where_it_has_a_prefix() -> None:
+    shed = Shed()
+    shed.refs = [await shed.put()]
+    others = [await shed.put(key) for key in ("docs2", "nested", "bare")]
+    await shed.put()
+    assert (await shed.collect()).deleted == 1
+    assert {ref.location for ref in others} <= await shed.locations()
+    shed.refs = [others[2]]
+    assert (await shed.collect(storage_key="bare")).scanned == 1
+
+
+async def test_derived_objects() -> None:
+    shed = Shed()
+    derived = await shed.put()
+    shed.refs = [await shed.put(extra={"thumbnail": derived.location})]
+    assert (await shed.collect()).referenced == 2
+
+
+async def test_with_the_references_of_models(plain_yard: Yard) -> None:
+    await plain_yard.add(Crate(id=1, file=file("a")))
+    orphan = await plain_yard.orphan()
+    plain_yard.age()
+
+    async def references() -> AsyncIterator[StoredObjectRef]:
+        async with plain_yard.sessions() as session, aclosing(iter_model_storage_refs(session, Crate, "file")) as refs:
+            async for ref in refs:
+                yield ref
+
+    report = await plain_yard.collector(iter_references=references).collect(storage_key="docs", dry_run=False)
+    assert report.deleted == 1
+    assert orphan.location not in await plain_yard.locations()
+
+
+async def test_sorting_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "_IN_MEMORY", 10)
+    monkeypatch.setattr(spool, "_RUN_PAGE", 3)
+    monkeypatch.setattr(spool, "PAGE", 7)
+    items = [f"{number * 7919 % 101:03}\U0001f600" for number in range(101)] + ["\ud800", "a\nb", ""]
+    async with temporary_file() as file_:
+        sorting = SortedSpool(file_)
+        for item in items:
+            await sorting.add(item)
+        found = [item async for page in sorting.pages() for item in page]
+    assert found == sorted(items)

@@ -1,0 +1,332 @@
+"""The ways in which a simpler collector loses data, each played so that it would."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from granite_storage import Attachment, CollectionRefusedError, StoragePolicy, StoredObjectRef
+from granite_storage.gc import durability
+from granite_storage.gc.database import DatabaseReferences
+from granite_storage.orm import held
+from granite_storage.orm.journal.tables import clock
+from tests.gc.yard import AgedBackend, Crate, Yard, file, yard_on
+from tests.orm.databases import Database, crash_postgres, postgres, postgres_database
+
+Step = Callable[[], Awaitable[None]]
+
+
+@contextlib.contextmanager
+def before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, step: Step) -> Iterator[None]:
+    """Let something happen once, right before a step of the collector."""
+    original, todo = getattr(owner, name), [step]
+
+    async def stepped(*args: Any, **kwargs: Any) -> Any:
+        if todo:
+            await todo.pop()()
+        return await original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stepped)
+        yield
+    assert not todo, "the step was never reached"
+
+
+async def raw_insert(yard: Yard, number: int, ref: StoredObjectRef) -> None:
+    """Let a row refer to an object, as an application does with a plain column."""
+    await yard.add(Crate(id=number, scan=ref))
+
+
+@pytest.mark.case("GCX-01")
+async def test_an_upload_whose_transaction_is_open(journaled_yard: Yard) -> None:
+    """No row refers to it and its intent is locked, however old it is."""
+    yard = journaled_yard
+    await yard.add(Crate(id=1, file=file("a")))
+    async with yard.sessions.begin() as session:
+        session.add(Crate(id=2, file=file("b")))
+        await session.flush()
+        yard.age(24 * 365)
+        assert (await yard.collect()).kept == 1
+    assert (await yard.collect()).referenced == 2
+
+
+async def test_an_upload_that_waits_for_its_row(journaled_yard: Yard) -> None:
+    yard = journaled_yard
+    await yard.add(Crate(id=1, file=file("a")))
+    stored = await file("b").store(Crate.file)
+    yard.age()
+    assert (await yard.collect()).kept == 1
+    await yard.add(Crate(id=2, file=stored))
+
+
+async def test_a_journal_that_only_another_program_uses_counts(journaled_yard: Yard) -> None:
+    yard = journaled_yard
+    await yard.add(Crate(id=1, file=file("a")))
+    await file("b").store(Crate.file)
+    yard.age()
+    yard.binding.journal = None
+    assert (await yard.collect()).kept == 1
+
+
+@pytest.mark.parametrize("table", ["intent", "reclaim"])
+async def test_what_the_journal_knows_of_is_the_workers(journaled_yard: Yard, table: str) -> None:
+    yard = journaled_yard
+    await yard.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
+    assert yard.journal is not None
+    yard.store.fail("delete", times=1000)
+    async with yard.sessions.begin() as session:
+        await session.delete(await session.get_one(Crate, 2))
+    if table == "reclaim":
+        await yard.journal.recover()
+    tables = yard.journal.tables
+    async with yard.engine.connect() as connection:
+        assert len(list(await connection.execute(select(tables.reclaim if table == "reclaim" else tables.intent)))) <= 1
+    yard.age()
+    report = await yard.collect()
+    assert (report.kept, report.orphaned) == (1, 0)
+
+
+async def test_a_row_that_comes_while_the_storage_is_listed(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """References are read after the listing: those read before it would miss this one."""
+    await yard.add(Crate(id=1, file=file("a")))
+    orphan = await yard.orphan()
+    yard.age()
+    listing = yard.store.iter_objects
+
+    async def listed(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async for info in listing(*args, **kwargs):
+            yield info
+        await raw_insert(yard, 2, orphan)
+
+    monkeypatch.setattr(yard.store, "iter_objects", listed)
+    report = await yard.collect()
+    assert (report.referenced, report.kept, report.orphaned) == (2, 0, 0)
+
+
+async def test_a_row_that_comes_after_the_nomination(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The join only nominates; each batch is looked at again before it is deleted."""
+    await yard.add(Crate(id=1, file=file("a")))
+    orphan = await yard.orphan()
+    yard.age()
+    with before(monkeypatch, DatabaseReferences, "find_held", lambda: raw_insert(yard, 2, orphan)):
+        report = await yard.collect()
+    assert (report.kept, report.deleted) == (1, 0)
+    assert orphan.location in await yard.locations()
+
+
+async def test_a_row_that_comes_after_all_were_counted(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the count, by which the fuse is judged, and the delete there is a look of its own."""
+    await yard.add(Crate(id=1, file=file("a")))
+    orphan = await yard.orphan()
+    yard.age()
+    looks: list[int] = []
+    original = DatabaseReferences.find_held
+
+    async def looked(self: Any, backend: str, locations: Any) -> set[str]:
+        looks.append(1)
+        if len(looks) == 2:
+            await raw_insert(yard, 2, orphan)
+        return await original(self, backend, locations)
+
+    monkeypatch.setattr(DatabaseReferences, "find_held", looked)
+    assert (await yard.collect()).deleted == 0
+    assert orphan.location in await yard.locations()
+
+
+async def test_the_look_is_one_statement(journaled_yard: Yard) -> None:
+    """Over the journal and every column of every table, also those of subclasses."""
+    yard = journaled_yard
+    await yard.add(Crate(id=1, file=file("a")))
+    await yard.orphan()
+    yard.age()
+    statements: list[str] = []
+
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        statements.append(statement)
+
+    event.listen(yard.engine.sync_engine, "before_cursor_execute", note)
+    assert (await yard.collect()).deleted == 1
+    looks = [statement for statement in statements if "granite_storage_reclaim.location IN" in statement]
+    assert len(looks) == 2, "one for the count and one right before the delete"
+    for name in (
+        "granite_storage_intent.location IN",
+        "yard_crate.file",
+        "yard_crate.scan",
+        "yard_crate.label",
+        "yard_drum.seal",
+    ):
+        assert all(name in look for look in looks)
+
+
+async def _in_two_statements(connection: AsyncConnection, undo: Step, journals: Any, columns: Any, locations: Any) -> set[Any]:
+    """Look as a simpler collector would: into the journal first, and then at the rows."""
+    [tables] = journals
+    found = await connection.execute(select(tables.intent.c.backend, tables.intent.c.location))
+    in_journal = {(row.backend, row.location) for row in found}
+    await connection.rollback()
+    await undo()
+    return in_journal | await held.find_held(connection, columns, locations)
+
+
+@pytest.mark.parametrize("simpler", [False, True])
+async def test_an_undo_while_the_collector_looks(postgres_only: Database, monkeypatch: pytest.MonkeyPatch, simpler: bool) -> None:
+    """An object comes back and goes to the journal again while two statements look where it is not; one sees it somewhere."""
+    policies = {"docs": StoragePolicy("docs", "store", key_prefix="docs", retention=timedelta(days=7))}
+    async with yard_on(postgres_only, journaled=True, policies=policies) as yard:
+        await yard.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
+        async with yard.sessions() as session:
+            crate = await session.get_one(Crate, 1)
+            assert crate.file is not None
+            ref = crate.file.ref
+        yard.age()
+
+        async def displace() -> None:
+            async with yard.sessions.begin() as session:
+                (await session.get_one(Crate, 1)).file = None
+
+        async def undo() -> None:
+            async with yard.sessions.begin() as session:
+                (await session.get_one(Crate, 1)).file = Attachment.restore(ref)
+
+        async def look(connection: Any, columns: Any, locations: Any, *, journals: Any, extra: bool) -> set[Any]:
+            await undo()
+            if simpler:
+                return await _in_two_statements(connection, displace, journals, columns, locations)
+            return await held.find_held(connection, columns, locations, journals=journals, extra=extra)
+
+        await displace()
+        with monkeypatch.context() as patch:
+            patch.setattr("granite_storage.gc.database.find_held", look)
+            report = await yard.collect(dry_run=True)
+        assert (report.kept, report.orphaned) == ((0, 1) if simpler else (1, 0))
+
+
+@pytest.mark.case("DBF-21")
+@pytest.mark.parametrize("level", ["READ UNCOMMITTED", "AUTOCOMMIT"])
+async def test_levels_at_which_a_row_can_be_in_neither_place(database: Database, level: str) -> None:
+    if database.is_sqlite:
+        pytest.skip("SQLite's levels are of its shared cache")
+    if (database.name, level) in (("asyncpg", "READ UNCOMMITTED"), ("mariadb", "AUTOCOMMIT")):
+        pytest.skip("the driver does not know it, or it does no harm")
+    async with yard_on(database) as yard:
+        await yard.add(Crate(id=1, file=file("a")))
+        await yard.orphan()
+        yard.age()
+        yard.sessions.configure(bind=yard.engine.execution_options(isolation_level=level))
+        for dry_run in (True, False):
+            with pytest.raises(CollectionRefusedError, match=level):
+                await yard.collect(dry_run=dry_run)
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+async def test_stronger_levels(database: Database, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot lasts for one look only, so what is committed between two is seen."""
+    if database.is_sqlite:
+        pytest.skip("SQLite has one level")
+    async with yard_on(database) as yard:
+        await yard.add(Crate(id=1, file=file("a")))
+        orphan, other = await yard.orphan(), await yard.orphan()
+        yard.age()
+        yard.sessions.configure(bind=yard.engine.execution_options(isolation_level=level))
+        with before(monkeypatch, DatabaseReferences, "find_held", lambda: raw_insert(yard, 2, orphan)):
+            assert (await yard.collect()).deleted == 1
+        locations = await yard.locations()
+        assert orphan.location in locations
+        assert other.location not in locations
+
+
+@pytest.mark.case("GCX-11", "DBF-19")
+@pytest.mark.parametrize("with_barrier", [True, False])
+def test_a_delete_that_a_crash_of_the_database_takes_back(with_barrier: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row deleted by raw SQL is back after the crash, and its object must be there; without the barrier it is not."""
+    backend = AgedBackend()
+
+    async def nothing(connection: Any) -> None:
+        await connection.commit()
+
+    if not with_barrier:
+        monkeypatch.setattr(durability, "barrier", nothing)
+    settings = ("synchronous_commit = off", "wal_writer_delay = '10s'", "wal_writer_flush_after = 1000", "autovacuum = off")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granite-")))
+        database = stack.enter_context(postgres_database(stack.enter_context(postgres(folder, *settings)), "asyncpg"))
+        location = asyncio.run(_lose(database, backend))
+        crash_postgres(folder)
+        came_back = asyncio.run(_rows(database)) == 2
+    has_object = asyncio.run(backend.exists(location))
+    assert came_back is not with_barrier
+    assert has_object is False
+
+
+async def _lose(database: Database, backend: AgedBackend) -> str:
+    """Delete a row by raw SQL, acknowledged but not durable, and let the collector act on it."""
+    async with yard_on(database, backend=backend) as yard:
+        await yard.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
+        async with yard.engine.begin() as connection:
+            await connection.execute(text("SET LOCAL synchronous_commit = on"))
+            await connection.execute(text("UPDATE yard_crate SET deleted = false"))
+        location = await yard.location_of(2)
+        yard.age()
+        await yard.sql("DELETE FROM yard_crate WHERE id = 2")
+        assert (await yard.collect()).deleted == 1
+        return location
+
+
+async def _rows(database: Database) -> int:
+    engine = database.engine()
+    try:
+        for _ in range(50):
+            with contextlib.suppress(DBAPIError, OSError):
+                async with engine.connect() as connection:
+                    return (await connection.execute(text("SELECT count(*) FROM yard_crate"))).scalar_one()
+            await asyncio.sleep(0.1)
+    finally:
+        await engine.dispose()
+    raise AssertionError("the database did not come back")
+
+
+@pytest.mark.case("GCX-12")
+async def test_two_collectors_at_once(yard: Yard) -> None:
+    await yard.add(Crate(id=1, file=file("a")))
+    for _ in range(30):
+        await yard.orphan()
+    yard.age()
+    one, two = await asyncio.gather(yard.collect(), yard.collect())
+    assert (one.failed, two.failed) == (0, 0)
+    assert max(one.orphaned, two.orphaned) <= 30
+    assert len(await yard.locations()) == 1
+
+
+@pytest.mark.case("DBF-23")
+async def test_a_database_restored_from_a_backup(journaled_yard: Yard) -> None:
+    """The heartbeat of its backup is old, also for a collector that comes after the first worker has beaten again."""
+    yard = journaled_yard
+    await yard.add(Crate(id=1, file=file("a")))
+    await yard.orphan()
+    yard.age()
+    assert yard.journal is not None
+    async with yard.journal.worker(interval=timedelta(seconds=30)):
+        await asyncio.sleep(0.3)
+    assert (await yard.collect(dry_run=True)).orphaned == 1
+    meta = yard.journal.tables.meta
+    async with yard.engine.begin() as connection:
+        await connection.execute(meta.update().where(meta.c.name == "heartbeat").values(changed=clock(-7200.0)))
+    with pytest.raises(CollectionRefusedError, match="accept_restore"):
+        await yard.collect()
+    async with yard.journal.worker(interval=timedelta(seconds=30)):
+        await asyncio.sleep(0.3)
+    with pytest.raises(CollectionRefusedError, match=r"no worker of the journal was at work for 2:00"):
+        await yard.collect()
+    assert len(await yard.locations()) == 2
+    assert (await yard.collect(accept_restore=True)).deleted == 1
+    assert (await yard.collect()).complete

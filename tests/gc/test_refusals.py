@@ -1,0 +1,304 @@
+"""What the collector refuses to believe, and to rely on."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import ARRAY, JSON, Column, Integer, Table, text
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+from granite_storage import (
+    Attachment,
+    CollectionRefusedError,
+    ConfigurationError,
+    StorageGarbageCollector,
+    StorageManager,
+    StoredObjectRef,
+    StoredObjectRefType,
+    UnknownPolicyError,
+    attachment,
+    bind_storage,
+)
+from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.gc.territory import overlap
+from tests.gc.yard import POLICIES, Base, Crate, Yard, file, yard_on
+from tests.orm.databases import Database, sqlite
+
+
+async def test_the_fuse(plain_yard: Yard) -> None:
+    yard = plain_yard
+    await yard.add(*(Crate(id=number, file=file("a")) for number in range(1, 4)))
+    orphans = [await yard.orphan() for _ in range(2)]
+    yard.age()
+    collector = yard.collector(max_deleted_share=0.25)
+    with pytest.raises(CollectionRefusedError, match="2 of the 5 objects of 'docs' \\(40%\\)") as caught:
+        await collector.collect(storage_key="docs", dry_run=False)
+    assert caught.value.report.orphaned == 2  # type: ignore[attr-defined]
+    assert len(await yard.locations()) == 5
+    dry = await collector.collect(storage_key="docs")
+    assert dry.refusal == str(caught.value)
+    assert dry.share == 0.4
+    await yard.aged.delete(orphans[0].location)
+    assert (await collector.collect(storage_key="docs", dry_run=False)).deleted == 1
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301  # our own
+
+
+async def test_an_empty_database(yard: Yard) -> None:
+    for _ in range(2):
+        await yard.orphan()
+    yard.age()
+    assert (await yard.collect(dry_run=True)).refusal is not None
+    with pytest.raises(CollectionRefusedError, match="empty or the wrong one"):
+        await yard.collect()
+    assert len(await yard.locations()) == 2
+    assert (await yard.collect(accept_empty=True)).deleted == 2
+
+
+async def test_the_wrong_database(yard: Yard) -> None:
+    """Its rows refer to objects, and to none of these."""
+    await yard.add(Crate(id=1, file=file("a")))
+    await yard.aged.delete(await yard.location_of(1))
+    await yard.orphan()
+    yard.age()
+    with pytest.raises(CollectionRefusedError, match="the wrong one"):
+        await yard.collect()
+    assert len(await yard.locations()) == 1
+
+
+@pytest.fixture
+async def disk(plain_database: Database, tmp_path: Path) -> AsyncIterator[Yard]:
+    async with yard_on(plain_database, backend=LocalStorageBackend(tmp_path / "store", fsync=False)) as yard:
+        yield yard
+
+
+@pytest.mark.case("DSK-13")
+async def test_a_disk_that_is_not_mounted(disk: Yard, tmp_path: Path) -> None:
+    await disk.add(Crate(id=1, file=file("a")))
+    (tmp_path / "store").rename(tmp_path / "unmounted")
+    (tmp_path / "store").mkdir()
+    disk.aged._tree._known_root = None  # type: ignore[attr-defined]  # as in a process that has not seen the disk
+    for dry_run in (True, False):
+        with pytest.raises(CollectionRefusedError, match="marker"):
+            await disk.collect(dry_run=dry_run)
+    await disk.manager.aclose()
+
+
+async def test_a_disk_of_something_else(disk: Yard, tmp_path: Path) -> None:
+    """Objects without a marker may be anybody's."""
+    await disk.orphan()
+    (tmp_path / "store" / ".granite-storage").unlink()
+    with pytest.raises(CollectionRefusedError, match="marker"):
+        await disk.collector(grace_period=timedelta(0)).collect(storage_key="docs", dry_run=False, accept_empty=True)
+    assert len(list((tmp_path / "store").rglob("*-o.txt"))) == 1
+
+
+async def test_a_disk_that_was_never_used(disk: Yard) -> None:
+    report = await disk.collect()
+    assert (report.scanned, report.complete) == (0, True)
+
+
+async def test_local_disk_and_its_clock(disk: Yard, tmp_path: Path) -> None:
+    await disk.add(Crate(id=1, file=file("a")))
+    await disk.orphan()
+    collector = disk.collector(grace_period=timedelta(hours=1))
+    assert (await collector.collect(storage_key="docs", dry_run=False)).young == 1
+    assert (await disk.collector(grace_period=timedelta(0)).collect(storage_key="docs", dry_run=False)).orphaned <= 1
+    shutil.rmtree(tmp_path / "store")
+
+
+def test_arguments(plain_database: Database) -> None:
+    manager = StorageManager(backends={"store": MemoryStorageBackend()}, policies=POLICIES)
+    binding = bind_storage(Base, manager)
+    try:
+        for arguments in (
+            {},
+            {"binding": binding, "iter_references": list},
+            {"binding": binding},
+            {"iter_references": []},
+            {"iter_references": list, "grace_period": timedelta(-1)},
+            {"iter_references": list, "grace_period": 24},
+            {"iter_references": list, "max_deleted_share": 1.5},
+            {"iter_references": list, "max_deleted_share": True},
+        ):
+            with pytest.raises(ConfigurationError):
+                StorageGarbageCollector(manager, **arguments)  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match="another manager"):
+            StorageGarbageCollector(StorageManager(backends={}, policies={}), binding=binding)
+    finally:
+        binding.unbind()
+
+
+async def test_an_unknown_policy(plain_yard: Yard) -> None:
+    with pytest.raises(UnknownPolicyError):
+        await plain_yard.collect("nothing")
+
+
+@pytest.mark.parametrize("other", ["the same", "a folder of it", "around it"])
+async def test_two_names_for_one_place(plain_yard: Yard, other: str) -> None:
+    """A row may refer to an object by the other name."""
+    inner = MemoryStorageBackend()
+    backends: dict[str, Any] = {"store": inner, "other": inner if other == "the same" else PrefixedBackend(inner, "docs")}
+    if other == "around it":
+        backends = {"store": backends["other"], "other": inner}
+    manager = StorageManager(backends=backends, policies=POLICIES)
+    collector = StorageGarbageCollector(manager, list)
+    with pytest.raises(CollectionRefusedError, match="lead to the same objects"):
+        await collector.collect(storage_key="docs")
+
+
+def test_places(tmp_path: Path) -> None:
+    memory = MemoryStorageBackend()
+    tenants = PrefixedBackend(memory, "tenants/7"), PrefixedBackend(memory, "tenants/8"), PrefixedBackend(memory, "tenants")
+    assert not overlap(tenants[0], tenants[1])
+    assert overlap(tenants[0], tenants[2])
+    assert not overlap(memory, MemoryStorageBackend())
+    assert overlap(LocalStorageBackend(tmp_path), LocalStorageBackend(tmp_path / "inside"))
+    assert not overlap(LocalStorageBackend(tmp_path / "a"), LocalStorageBackend(tmp_path / "ab"))
+
+
+@contextlib.contextmanager
+def odd_base(*columns: Column[Any]) -> Iterator[Any]:
+    class Odd(DeclarativeBase):
+        pass
+
+    Table("odd", Odd.metadata, Column("id", Integer, primary_key=True), *columns)
+    yield Odd
+
+
+class _Wrapped(TypeDecorator[Any]):
+    impl = StoredObjectRefType
+    cache_ok = True
+
+
+@pytest.mark.parametrize(
+    "kind", [_Wrapped(), ARRAY(StoredObjectRefType()), JSON().with_variant(StoredObjectRefType(), "sqlite")], ids=str
+)
+async def test_refs_where_nobody_can_look(plain_yard: Yard, kind: Any) -> None:
+    with odd_base(Column("ref", kind)) as base:
+        binding = bind_storage(base, plain_yard.manager, sessions=plain_yard.sessions)
+        try:
+            with pytest.raises(CollectionRefusedError, match=r"odd\.ref holds refs inside"):
+                await StorageGarbageCollector(plain_yard.manager, binding=binding).collect(storage_key="docs")
+        finally:
+            binding.unbind()
+
+
+async def test_no_column_of_refs_at_all(plain_yard: Yard) -> None:
+    with odd_base() as base:
+        binding = bind_storage(base, plain_yard.manager, sessions=plain_yard.sessions)
+        try:
+            plain_yard.binding.unbind()
+            with pytest.raises(CollectionRefusedError, match="imported"):
+                await StorageGarbageCollector(plain_yard.manager, binding=binding).collect(storage_key="docs")
+        finally:
+            binding.unbind()
+
+
+class Elsewhere(DeclarativeBase):
+    pass
+
+
+class Vat(Elsewhere):
+    """A model of another base on the same storage, which nobody has listed."""
+
+    __tablename__ = "yard_vat"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment | None] = attachment("docs")
+
+
+async def test_a_model_that_nobody_listed(yard: Yard) -> None:
+    await yard.add(Crate(id=1, file=file("a")))
+    other = bind_storage(Elsewhere, yard.manager, sessions=yard.sessions)
+    try:
+        async with yard.engine.begin() as connection:
+            await connection.run_sync(Elsewhere.metadata.create_all)
+        await yard.add(Vat(id=1, file=file("b")))
+        yard.age()
+        report = await yard.collect()
+        assert (report.referenced, report.orphaned) == (2, 0)
+    finally:
+        other.unbind()
+        async with yard.engine.begin() as connection:
+            await connection.run_sync(Elsewhere.metadata.drop_all)
+
+
+@pytest.mark.case("GCX-13")
+async def test_a_base_in_another_database_or_nobody_knows_where(plain_yard: Yard) -> None:
+    with sqlite("elsewhere") as database:
+        async with database.opened(Elsewhere.metadata) as engine:
+            for sessions in (None, async_sessionmaker(engine)):
+                other = bind_storage(Elsewhere, plain_yard.manager, sessions=sessions)
+                try:
+                    with pytest.raises(CollectionRefusedError, match=r"sessions to read|another database"):
+                        await plain_yard.collect()
+                finally:
+                    other.unbind()
+
+
+@pytest.mark.case("GCX-13")
+async def test_tables_in_several_databases(plain_yard: Yard) -> None:
+    with sqlite("elsewhere") as database:
+        engine = database.engine()
+        plain_yard.sessions.configure(binds={Base.metadata.tables["yard_drum"]: engine})
+        with pytest.raises(CollectionRefusedError, match="several databases"):
+            await plain_yard.collect()
+        await engine.dispose()
+
+
+async def test_row_level_security(postgres_only: Database) -> None:
+    async with yard_on(postgres_only) as yard:
+        await yard.add(Crate(id=1, file=file("a")))
+        await yard.sql("ALTER TABLE yard_crate ENABLE ROW LEVEL SECURITY")
+        await yard.sql("CREATE ROLE yard_reader")
+        await yard.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO yard_reader")
+        try:
+            async with yard.sessions() as session:
+                await session.execute(text("SET ROLE yard_reader"))
+                from granite_storage.gc.checks import require_fit
+
+                with pytest.raises(CollectionRefusedError, match="row-level security"):
+                    await require_fit(await session.connection(), yard.binding.ref_columns())
+        finally:
+            await yard.sql("ALTER TABLE yard_crate DISABLE ROW LEVEL SECURITY")
+            await yard.sql("DROP OWNED BY yard_reader")
+            await yard.sql("DROP ROLE yard_reader")
+
+
+async def test_other_schemas(postgres_only: Database) -> None:
+    """A table of another schema of the base is found like any other."""
+
+    class Far(DeclarativeBase):
+        pass
+
+    class Shed(Far):
+        __tablename__ = "shed"
+        __table_args__ = {"schema": "far"}
+        id: Mapped[int] = mapped_column(primary_key=True)
+        ref: Mapped[StoredObjectRef | None] = mapped_column(StoredObjectRefType)
+
+    async with yard_on(postgres_only) as yard:
+        await yard.sql("CREATE SCHEMA far")
+        binding = bind_storage(Far, yard.manager, sessions=yard.sessions)
+        try:
+            async with yard.engine.begin() as connection:
+                await connection.run_sync(Far.metadata.create_all)
+            kept, orphan = await yard.orphan(), await yard.orphan()
+            await yard.add(Shed(id=1, ref=kept))
+            yard.age()
+            collector = StorageGarbageCollector(yard.manager, binding=binding, max_deleted_share=1.0)
+            assert (await collector.collect(storage_key="docs", dry_run=False)).deleted == 1
+            assert await yard.locations() == {kept.location} != {orphan.location}
+        finally:
+            binding.unbind()
+            await yard.sql("DROP SCHEMA far CASCADE")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 __all__ = ["CLEANUP_TIMEOUT", "finish", "finished", "settle"]
@@ -35,13 +35,20 @@ async def settle(future: asyncio.Future[Any], timeout: float | None = None) -> b
     return future.done()
 
 
-async def finished(work: Awaitable[T]) -> T:
-    """Await work that must not be left behind: a cancelled caller waits for it before the cancellation goes on."""
+async def finished(work: Awaitable[T], *, undo: Callable[[T], Awaitable[object]] | None = None) -> T:
+    """Await work that must not be left behind: a cancelled caller waits for it before the cancellation goes on.
+
+    Args:
+        work: The work.
+        undo: What to do then with its result, such as to close a file that the caller will not hear of.
+    """
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await settle(task)
+        if undo is not None and not task.cancelled() and task.exception() is None:
+            await finish(undo(task.result()), "undoing what a cancelled caller does not hear of")
         raise
 
 

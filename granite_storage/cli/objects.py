@@ -190,13 +190,12 @@ async def _copy_to_file(desk: Desk, reader: ObjectReader, path: Path, *, force: 
     """Write beside the target and give it its name at the end; a failure leaves nothing, and the target as it was."""
     if not force and await asyncio.to_thread(os.path.lexists, path):
         raise click.ClickException(f"{path} is there already; --force overwrites it")
-    opening = asyncio.ensure_future(asyncio.to_thread(_beside, path))
+    file = await finished(asyncio.to_thread(_beside, path), undo=_discard)
     try:
-        file = await finished(opening)
         await _pump(desk, reader, file)
         await finished(asyncio.to_thread(_publish, file, path, force))
     finally:
-        await finish(_discard(opening), f"removing what was written beside {path}")
+        await finish(_discard(file), f"removing {file.name}")
     desk.output.note(f"{shown_size(reader.info.size)} written to {path}")
 
 
@@ -230,12 +229,9 @@ def _publish(file: IO[bytes], path: Path, force: bool) -> None:
         raise click.ClickException(f"{path} is there already; --force overwrites it") from None
 
 
-async def _discard(opening: asyncio.Future[IO[bytes]]) -> None:
-    """Close and remove a file, also where its opener was cancelled before it heard of it."""
-    if not opening.cancelled() and opening.exception() is None:
-        file = opening.result()
-        await asyncio.to_thread(file.close)
-        await asyncio.to_thread(Path(file.name).unlink, missing_ok=True)
+async def _discard(file: IO[bytes]) -> None:
+    await asyncio.to_thread(file.close)
+    await asyncio.to_thread(Path(file.name).unlink, missing_ok=True)
 
 
 async def _copy_in(desk: Desk, path: Path, storage_key: str, content_type: str | None, names: dict[str, Any]) -> None:

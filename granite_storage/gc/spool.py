@@ -27,11 +27,19 @@ _RUN_PAGE = 200
 @asynccontextmanager
 async def temporary_file() -> AsyncIterator[IO[bytes]]:
     """Give a file that has no name and is gone when it is closed."""
-    file: IO[bytes] = await finished(asyncio.to_thread(tempfile.TemporaryFile, prefix="granite-"))
+    file = await finished(asyncio.to_thread(_open), undo=_close)
     try:
         yield file
     finally:
-        await finished(asyncio.to_thread(file.close))
+        await finished(_close(file))
+
+
+def _open() -> IO[bytes]:
+    return tempfile.TemporaryFile(prefix="granite-")
+
+
+async def _close(file: IO[bytes]) -> None:
+    await asyncio.to_thread(file.close)
 
 
 class Spool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -129,6 +131,12 @@ class TestApp:
         assert "--app" in answer.err
 
 
+def test_the_installed_command() -> None:
+    command = [str(Path(sys.executable).with_name("granite-storage")), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert version("granite-storage") in done.stdout
+
+
 @pytest.mark.parametrize("package", ["click", "rich"])
 def test_without_the_extra(package: str) -> None:
     program = f"import sys; sys.modules[{package!r}] = None\nfrom granite_storage.cli import main\nmain()"
@@ -139,7 +147,7 @@ def test_without_the_extra(package: str) -> None:
 
 
 def test_help_of_each_command(plain_shop: Shop) -> None:
-    names = ("cp", "doctor", "ls", "migrate", "recover", "stat", "verify")
+    names = ("cp", "doctor", "gc", "ls", "migrate", "recover", "stat", "verify")
     listed = plain_shop.run("--help").out
     for name in names:
         assert f"  {name} " in listed

@@ -40,6 +40,12 @@ def test_a_name_of_the_core_loads_no_other_package(name: str) -> None:
     assert foreign(imported(f"granite_storage.{name}")) == set()
 
 
+def test_neither_the_command_nor_the_web_is_loaded_with_what_applications_use() -> None:
+    loaded = imported("from granite_storage import StorageManager, bind_storage, migrate, verify, StorageGarbageCollector")
+    assert "sqlalchemy" in loaded
+    assert not loaded & {"alembic", "click", "rich", "starlette", "python_multipart", "pydantic"}
+
+
 def test_the_backends_load_only_what_they_need() -> None:
     assert foreign(imported("from granite_storage.backends import base, memory, prefix")) == set()
     assert foreign(imported("from granite_storage.backends import local")) == {"aiofiles"}

@@ -446,6 +446,22 @@ class TestCleanUp:
         assert time.monotonic() - began >= 0.019
         assert caught.value.args[0].startswith("number")
 
+    async def test_what_a_cancelled_caller_does_not_hear_of_is_undone(self) -> None:
+        undone: list[int] = []
+
+        async def undo(result: int) -> None:
+            undone.append(result)
+
+        assert await finished(slow(0, 7), undo=undo) == 7
+        assert undone == []
+        for result in (8, ValueError("of the work")):
+            task = asyncio.ensure_future(finished(slow(0.01, result), undo=undo))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert undone == [8]
+
     async def test_without_a_cancellation_it_returns(self) -> None:
         assert await finished(slow(0, 7)) == 7
         await finish(slow(0), "a clean-up")

@@ -57,7 +57,8 @@ class StorageJournal:
             goes on, so it need not be longer than any upload; an object stored by `Attachment.store` must be assigned to a row
             and flushed within it.
         pool_size: The most connections that it opens.
-        max_attempts: How often a delete is tried before it becomes a dead letter, which is logged and left alone.
+        max_attempts: How often a delete fails before its object becomes a dead letter, which is logged and left alone. A worker's
+            death is no failure, unless as many workers in a row die of the same object.
 
     Raises:
         ConfigurationError: The database or the engine's pool cannot have a journal; the message says what to do instead.
@@ -154,7 +155,8 @@ class StorageJournal:
 
         It looks soon after a transaction of this process has given something up, and every interval for those of other processes.
         Every backend has a loop of its own, so that a slow or dead one holds up no other. Failures are logged and survived. The
-        loops end with the block, promptly; what they leave unfinished any other worker resumes.
+        loops end with the block, promptly; what they leave unfinished any other worker resumes. Where the base is bound again
+        meanwhile, the worker goes on with the new manager, for those backends that it began with.
 
         Args:
             interval: The pause between two passes, give or take a quarter.
@@ -175,7 +177,8 @@ class StorageJournal:
         await self._ensure_checked()
 
         async def recover(backend: str) -> None:
-            await self._recovery().run(backend, self._columns())
+            if backend in self.manager.backends:  # the base may have been bound to another manager meanwhile
+                await self._recovery().run(backend, self._columns())
             await beat(self._pool, self.tables, within=interval)
 
         async with at_work(self.manager.backends, recover, interval, self._alarm):

@@ -6,6 +6,11 @@ fence, stays true. Transactions that are under way hold locks on their intents' 
 object that a row refers to all the same is kept. Whoever dies between two steps leaves a row in `reclaim` that any other worker
 resumes, and each step may be done twice.
 
+A delete that fails is an attempt, and so many attempts make a dead letter. A worker that dies, or that is slower than others have
+patience, has tried nothing; but an object that kills whoever touches it must not do so for ever. So each row counts the workers
+that have taken it over and have not said how it went. Whatever has been left twice is taken over alone from then on, so that the
+counts of its neighbours end with theirs; and what is still left time after time is a dead letter as well.
+
 After the delete of an upload its row stays for another lease, empty: a request of the uploader that was cut off may still
 arrive at the server, and what it stores is deleted then. Afterwards nothing can arrive.
 """
@@ -14,12 +19,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Row, bindparam, delete, func, insert, select, text, union, update
@@ -28,6 +31,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage.orm.held import find_held
+from granite_storage.orm.journal.deadlocks import again_after_deadlock, code_of
 from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.report import FailedReclaim, RecoveryReport
 from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, JournalTables, clock
@@ -39,38 +43,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Recovery"]
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _BATCH = 100
 _DELETES_AT_A_TIME = 8
 _LOCK_NOT_AVAILABLE = "55P03"
-_DEADLOCKS = ("40P01", "40001", 1205, 1213)
-_TRIES = 6
 _LOCK_TIMEOUT = "SET LOCAL lock_timeout = '250ms'"
+_LEFT_IN_COMPANY = 2
 _FIRST_RETRY = 5.0
 _LONGEST_RETRY = 3600.0
 _LONGEST_ERROR = 500
 _MOST_REPORTED = 1000
-
-
-def _again_after_deadlock(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-    """Do one transaction again when the database has chosen it to end a deadlock between workers, and so has rolled it back."""
-
-    @wraps(method)
-    async def retried(*args: P.args, **kwargs: P.kwargs) -> T:
-        for attempt in range(_TRIES):
-            try:
-                return await method(*args, **kwargs)
-            except DBAPIError as error:
-                if _code(error) not in _DEADLOCKS or attempt == _TRIES - 1:
-                    raise
-            await asyncio.sleep(random.uniform(0, 0.05 * 2**attempt))  # noqa: S311  # not a secret
-        raise AssertionError("the last try returns or raises")
-
-    return retried
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +66,7 @@ class _Reclaim:
     location: str
     upload_id: str | None
     attempts: int
+    takeovers: int
     emptied: bool
 
 
@@ -94,7 +78,7 @@ class Recovery:
         tables: The journal's tables.
         manager: Whose backends have the objects.
         lease: How long the row of a deleted upload waits for what may still arrive.
-        max_attempts: After how many failures an object becomes a dead letter.
+        max_attempts: After how many failures, or deaths of workers that had nothing else in hand, an object is a dead letter.
         timeout: The longest that one delete may take, in seconds.
     """
 
@@ -132,7 +116,10 @@ class Recovery:
             if claimed:
                 report.add(await self._process(claimed, columns))
             if len(claimed) < _BATCH:
-                return report
+                break
+        while suspects := await self._resume(backend, 1, suspected=True):
+            report.add(await self._process(suspects, columns))
+        return report
 
     async def settle(self, ids: Sequence[UUID], columns: Sequence[Column[Any]]) -> RecoveryReport:
         """Do at once what the end of a transaction has made due: its own intents, by their ids, and no others.
@@ -174,14 +161,14 @@ class Recovery:
         """Let dead letters be tried again; return how many there were."""
         reclaim = self._tables.reclaim
         async with self._pool.durable() as connection:
-            result = await connection.execute(update(reclaim).where(reclaim.c.dead).values(dead=False, attempts=0, due=clock()))
+            result = await connection.execute(update(reclaim).where(reclaim.c.dead).values(**_UNTRIED, dead=False, due=clock()))
         return result.rowcount
 
     def _is_due(self, backend: str) -> ColumnElement[bool]:
         intent = self._tables.intent
         return (intent.c.backend == backend) & (intent.c.due <= clock())
 
-    @_again_after_deadlock
+    @again_after_deadlock
     async def _fence(self, condition: ColumnElement[bool]) -> list[_Reclaim]:
         """Take intents over, durably, before anything is done about their objects."""
         intent, reclaim = self._tables.intent, self._tables.reclaim
@@ -192,7 +179,7 @@ class Recovery:
                 rows = await self._undecided(connection, rows)
             if not rows:
                 return []
-            claimed = [_Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, 1, False) for row in rows]
+            claimed = [_Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, 0, 1, False) for row in rows]
             new = [
                 {
                     "id": item.id,
@@ -201,7 +188,8 @@ class Recovery:
                     "location": item.location,
                     "upload_id": item.upload_id,
                     "due": clock(self._hold),
-                    "attempts": 1,
+                    "attempts": 0,
+                    "takeovers": 1,
                     "emptied": False,
                     "dead": False,
                 }
@@ -245,46 +233,66 @@ class Recovery:
                 result = await connection.execute(new.on_conflict_do_nothing().returning(decision.c.id))
                 return set(result.scalars())
         except DBAPIError as error:
-            if _code(error) == _LOCK_NOT_AVAILABLE:
+            if code_of(error) == _LOCK_NOT_AVAILABLE:
                 return None
             raise
 
-    @_again_after_deadlock
-    async def _resume(self, backend: str, limit: int) -> list[_Reclaim]:
-        """Take over what is fenced and due: retries, late looks, and what a worker that died has left."""
+    @again_after_deadlock
+    async def _resume(self, backend: str, limit: int, *, suspected: bool = False) -> list[_Reclaim]:
+        """Take over what is fenced and due: retries, late looks, and what a worker that died has left.
+
+        Args:
+            backend: The backend's key.
+            limit: The most rows.
+            suspected: Whether to take those over that have been left repeatedly, or all others.
+        """
         reclaim = self._tables.reclaim
-        due = (reclaim.c.backend == backend) & (reclaim.c.due <= clock()) & reclaim.c.dead.is_(False)
+        left = reclaim.c.takeovers >= _LEFT_IN_COMPANY
+        due = (
+            (reclaim.c.backend == backend)
+            & (reclaim.c.due <= clock())
+            & reclaim.c.dead.is_(False)
+            & (left if suspected else ~left)
+        )
         async with self._pool.reading() as connection:
             found = select(reclaim).where(due).order_by(reclaim.c.due).limit(limit).with_for_update(skip_locked=True)
             rows = list(await connection.execute(found))
             if rows:
                 mine = reclaim.c.id.in_([row.id for row in rows])
-                await connection.execute(
-                    update(reclaim).where(mine).values(due=clock(self._hold), attempts=reclaim.c.attempts + 1)
-                )
+                taken = {"due": clock(self._hold), "takeovers": reclaim.c.takeovers + 1}
+                await connection.execute(update(reclaim).where(mine).values(taken))
         return [
-            _Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, row.attempts + 1, row.emptied) for row in rows
+            _Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, row.attempts, row.takeovers + 1, row.emptied)
+            for row in rows
         ]
 
     async def _process(self, claimed: Sequence[_Reclaim], columns: Sequence[Column[Any]]) -> RecoveryReport:
-        report = RecoveryReport(claimed=len(claimed))
-        referenced = await self._referenced(claimed, columns)
+        deadly = [item for item in claimed if item.takeovers > _LEFT_IN_COMPANY + self._max_attempts]
+        claimed = [item for item in claimed if item not in deadly]
+        report = RecoveryReport(claimed=len(claimed), failed=[await self._bury(item) for item in deadly])
+        try:
+            referenced = await self._referenced(claimed, columns)
+        except Exception:
+            # It is not the objects' fault, and nobody has died.
+            await self._release(claimed)
+            raise
         held = [item for item in claimed if (item.backend, item.location) in referenced]
         await self._forget(held)
         report.kept = len(held)
         places = asyncio.Semaphore(_DELETES_AT_A_TIME)
         gone = [item for item in claimed if (item.backend, item.location) not in referenced]
         errors = await asyncio.gather(*(self._remove(item, places) for item in gone))
-        failed = [(item, error) for item, error in zip(gone, errors, strict=True) if error is not None]
         removed = [item for item, error in zip(gone, errors, strict=True) if error is None]
         await self._conclude(removed)
-        report.failed = [await self._fail(item, error) for item, error in failed]
+        report.failed += [await self._fail(item, error) for item, error in zip(gone, errors, strict=True) if error is not None]
         report.confirmed = sum(item.emptied for item in removed)
         report.deleted = len(removed) - report.confirmed
         return report
 
-    async def _referenced(self, claimed: Iterable[_Reclaim], columns: Sequence[Column[Any]]) -> set[tuple[str, str]]:
+    async def _referenced(self, claimed: Sequence[_Reclaim], columns: Sequence[Column[Any]]) -> set[tuple[str, str]]:
         """Return which objects a row refers to, in a snapshot that is newer than the fence."""
+        if not columns or not claimed:
+            return set()
         wanted = sorted({item.location for item in claimed})
         async with self._pool.reading() as connection:
             return await find_held(connection, columns, wanted)
@@ -301,18 +309,18 @@ class Recovery:
                 return error
         return None
 
-    @_again_after_deadlock
+    @again_after_deadlock
     async def _conclude(self, removed: Sequence[_Reclaim]) -> None:
         """Forget what is gone for good; of an upload something may still arrive, so look there once more when none can."""
         waiting = [item.id for item in removed if item.kind == UPLOAD and not item.emptied]
         await self._forget([item for item in removed if item.id not in waiting])
         if waiting:
             reclaim = self._tables.reclaim
-            later = {"emptied": True, "attempts": 0, "error": None, "due": clock(self._lease)}
+            later = {**_UNTRIED, "emptied": True, "error": None, "due": clock(self._lease)}
             async with self._pool.reading() as connection:
                 await connection.execute(update(reclaim).where(reclaim.c.id.in_(waiting)).values(later))
 
-    @_again_after_deadlock
+    @again_after_deadlock
     async def _forget(self, items: Sequence[_Reclaim]) -> None:
         if not items:
             return
@@ -322,15 +330,28 @@ class Recovery:
             if self._pool.is_postgresql:
                 await self._drop(connection, self._tables.decision, ids)
 
-    async def _fail(self, item: _Reclaim, error: Exception) -> FailedReclaim:
+    async def _release(self, items: Sequence[_Reclaim]) -> None:
+        """Say of rows that whoever has taken them over is alive."""
         reclaim = self._tables.reclaim
-        dead = item.attempts >= self._max_attempts
-        delay = min(_FIRST_RETRY * 2 ** (item.attempts - 1), _LONGEST_RETRY)
-        said = f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
         async with self._pool.reading() as connection:
-            await connection.execute(
-                update(reclaim).where(reclaim.c.id == item.id).values(error=said, dead=dead, due=clock(delay))
-            )
+            await connection.execute(update(reclaim).where(reclaim.c.id.in_([item.id for item in items])).values(takeovers=0))
+
+    async def _bury(self, item: _Reclaim) -> FailedReclaim:
+        """Make a dead letter of what every worker has died of."""
+        return await self._note(item, f"{item.takeovers - 1} workers have taken it over, and none has come to an end", dead=True)
+
+    async def _fail(self, item: _Reclaim, error: Exception) -> FailedReclaim:
+        tried = replace(item, attempts=item.attempts + 1)
+        return await self._note(tried, f"{type(error).__name__}: {error}", dead=tried.attempts >= self._max_attempts)
+
+    async def _note(self, item: _Reclaim, problem: str, *, dead: bool) -> FailedReclaim:
+        """Keep with a row what went wrong, and when it is tried again."""
+        reclaim = self._tables.reclaim
+        delay = min(_FIRST_RETRY * 2 ** max(item.attempts - 1, 0), _LONGEST_RETRY)
+        said = problem[:_LONGEST_ERROR]
+        noted = {"error": said, "dead": dead, "due": clock(delay), "attempts": item.attempts, "takeovers": 0}
+        async with self._pool.reading() as connection:
+            await connection.execute(update(reclaim).where(reclaim.c.id == item.id).values(noted))
         told = logger.error if dead else logger.warning
         told("could not delete the object %r (attempt %d%s): %s", item.location, item.attempts, ", the last" * dead, said)
         next_attempt = None if dead else datetime.now(UTC) + timedelta(seconds=delay)
@@ -348,14 +369,9 @@ class Recovery:
             )
 
 
+_UNTRIED = {"attempts": 0, "takeovers": 0}
+
+
 def _failure(row: Row[Any]) -> FailedReclaim:
     due = row.due if row.due.tzinfo is not None else row.due.replace(tzinfo=UTC)
     return FailedReclaim(row.backend, row.location, row.error, row.attempts, None if row.dead else due)
-
-
-def _code(error: DBAPIError) -> str | int | None:
-    """Return the database's code of an error: PostgreSQL's is text, MariaDB's a number."""
-    found: str | int | None = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-    if found is None and error.orig is not None and error.orig.args and isinstance(error.orig.args[0], int):
-        return error.orig.args[0]
-    return found

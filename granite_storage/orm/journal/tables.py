@@ -123,6 +123,7 @@ def _declare(metadata: MetaData, schema: str | None) -> JournalTables:
             "reclaim",
             *what(),
             Column("attempts", Integer(), nullable=False),
+            Column("takeovers", Integer(), nullable=False),
             Column("error", Text()),
             Column("emptied", Boolean(), nullable=False),
             Column("dead", Boolean(), nullable=False),

@@ -25,3 +25,10 @@ async def world(database: Database) -> AsyncIterator[World]:
         await world.check()
         await world.recover()
         await world.check()
+
+
+@pytest.fixture
+async def plain_world(database: Database) -> AsyncIterator[World]:
+    """A world with a journal, which nobody checks afterwards: a variant leaves it broken."""
+    async with world_on(database, journaled=True) as world:
+        yield world

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
 
+from granite_storage.orm import outcome
 from granite_storage.orm.journal.recovery import Recovery
+from granite_storage.orm.unit import StoredObject
 from tests.orm.databases import Database, crash_postgres, postgres, postgres_database
 from tests.orm.journal.test_recovery import eventually_true, expire, retention, rows
 from tests.orm.world import Doc, World, file, world_on
@@ -199,6 +202,34 @@ async def test_a_crash_that_forgets_commits(crashing: tuple[Path, Database], giv
         await world.check(**({"file_1": "b"} if given_up == "replaced" else {}))
         await world.recover()
         await world.check(**({"file_1": "b"} if given_up == "replaced" else {}))
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["protocol", "variant"])
+async def test_a_crash_that_forgets_what_was_acknowledged(
+    crashing: tuple[Path, Database], at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a transaction gives up is not deleted as soon as its COMMIT is answered: the simpler variant loses a file."""
+    folder, database = crashing
+    async with world_on(database, journaled=True) as world:
+        assert world.journal is not None
+        await world.add(Doc(id=1, file=file("a")))
+        async with world.journal._pool.durable() as connection:  # by which all until here is written down
+            await connection.execute(text("UPDATE doc SET title = 'kept'"))
+        if at_once:
+            monkeypatch.setattr(outcome, "remove_now", delete_at_once)
+        async with world.sessions.begin() as session:
+            (await session.get_one(Doc, 1)).file = None
+        await world.engine.dispose()
+        await world.journal._pool.aclose()
+        await asyncio.to_thread(crash_postgres, folder)
+        assert len(await world.references()) == 1, "it was no crash: nothing was forgotten"
+        assert len(await world.objects()) == (0 if at_once else 1)
+
+
+def delete_at_once(stored: Iterable[StoredObject]) -> None:
+    """Delete what a transaction has left to nobody, before its COMMIT is written down."""
+    for item in stored:
+        await_only(item.manager.delete(item.ref))
 
 
 async def test_a_crash_does_not_forget_an_intent(crashing: tuple[Path, Database]) -> None:

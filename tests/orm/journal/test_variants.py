@@ -6,14 +6,13 @@ or an orphan (I2); with the step left out, each does. So a change that loses the
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, text, update
+from sqlalchemy import insert, select, text
 
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm import Attachment
@@ -22,61 +21,18 @@ from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
 from granite_storage.orm.unit import FlushUnderWay
-from tests.orm.databases import Database
-from tests.orm.world import Doc, World, file, world_on
-
-Scenario = Callable[[World, pytest.MonkeyPatch], Awaitable[None]]
-
-
-async def expire(world: World) -> None:
-    """Let every lease and every wait run out, but those whose rows a transaction has locked."""
-    assert world.journal is not None
-    for table in (world.journal.tables.intent, world.journal.tables.reclaim):
-        async with world.engine.begin() as connection:
-            free = (await connection.execute(select(table.c.id).with_for_update(skip_locked=True))).scalars().all()
-            await connection.execute(update(table).where(table.c.id.in_(free)).values(due=clock(-1.0)))
-
-
-async def recover(world: World) -> Any:
-    assert world.journal is not None
-    return await world.journal.recover()
-
-
-async def violations(world: World) -> set[str]:
-    """Return which invariants do not hold once nothing is under way any more."""
-    for _ in range(3):
-        await expire(world)
-        await recover(world)
-    referenced = {ref.location for ref in (await world.references()).values()}
-    objects = await world.objects()
-    broken = {"I1": referenced - objects, "I2": objects - referenced}
-    return {name for name, found in broken.items() if found}
-
-
-@contextlib.asynccontextmanager
-async def stopped(monkeypatch: pytest.MonkeyPatch, world: World, step: str) -> AsyncIterator[None]:
-    """Let a worker run until just before a step, and on from there when the block ends."""
-    reached, go = asyncio.Event(), asyncio.Event()
-    original = getattr(Recovery, step)
-
-    async def wait(*args: Any) -> Any:
-        reached.set()
-        await go.wait()
-        return await original(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Recovery, step, wait)
-        worker = asyncio.create_task(recover(world))
-        await asyncio.wait([worker, asyncio.create_task(reached.wait())], return_when=asyncio.FIRST_COMPLETED)
-        yield
-        go.set()
-        await worker
-
-
-async def commit(world: World, attachment: Attachment) -> None:
-    """Let a row take an attachment; an application would try again where it has come too late."""
-    with contextlib.suppress(StaleAttachmentError):
-        await world.add(Doc(id=1, file=attachment))
+from tests.orm.journal.variants import (
+    Scenario,
+    commit,
+    expire,
+    name_of,
+    recover,
+    require_broken,
+    stopped,
+    violations,
+    without_reference_check,
+)
+from tests.orm.world import Doc, World, file
 
 
 async def slow_transaction(world: World, _: pytest.MonkeyPatch) -> None:
@@ -262,13 +218,6 @@ def without_row_count(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Intents, "consume", consume)
 
 
-def without_reference_check(patch: pytest.MonkeyPatch) -> None:
-    async def referenced(*_: Any) -> set[Any]:
-        return set()
-
-    patch.setattr(Recovery, "_referenced", referenced)
-
-
 def without_tombstone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Recovery, "_conclude", Recovery._forget)
 
@@ -322,7 +271,7 @@ def without_second_look(patch: pytest.MonkeyPatch) -> None:
 def _claimed(row: Any) -> Any:
     from granite_storage.orm.journal.recovery import _Reclaim
 
-    return _Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, 1, False)
+    return _Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, 0, 1, False)
 
 
 VARIANTS: list[tuple[Scenario, Callable[[pytest.MonkeyPatch], None], str]] = [
@@ -342,17 +291,6 @@ ON_POSTGRESQL: list[tuple[Scenario, Callable[[pytest.MonkeyPatch], None], str]] 
     (older_snapshot, without_decision, "I1"),
     (older_snapshot_too_late, without_second_look, "I1"),
 ]
-
-
-@pytest.fixture
-async def plain_world(database: Database) -> AsyncIterator[World]:
-    """A world with a journal, which nobody checks afterwards: a variant leaves it broken."""
-    async with world_on(database, journaled=True) as world:
-        yield world
-
-
-def name_of(value: Any) -> str:
-    return getattr(value, "__name__", str(value))
 
 
 @pytest.mark.parametrize("scenario", [scenario for scenario, _, _ in VARIANTS + ON_POSTGRESQL], ids=name_of)
@@ -375,14 +313,6 @@ async def test_a_simpler_variant_breaks_on_postgresql(
     if not plain_world.database.is_postgres:
         pytest.skip("MariaDB breaks none of these")
     await require_broken(plain_world, scenario, variant, broken)
-
-
-async def require_broken(world: World, scenario: Scenario, variant: Callable[[pytest.MonkeyPatch], None], broken: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        variant(patch)
-        with pytest.MonkeyPatch.context() as inner:
-            await scenario(world, inner)
-        assert broken in await violations(world)
 
 
 async def test_durable_means_synchronous(world: World) -> None:

@@ -1,0 +1,200 @@
+"""Several bases with a journal each in one process, and bindings that change while a worker is at work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import MetaData, select, update
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.schema import CreateSchema, DropSchema
+
+from granite_storage import StorageManager, StoragePolicy
+from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, journal_tables
+from granite_storage.orm.journal.recovery import Recovery
+from granite_storage.orm.journal.tables import clock
+from tests.core.support import eventually
+from tests.orm.journal.test_recovery import eventually_true, expire, journal_of, rows
+from tests.orm.world import Base, Doc, World, file
+
+QUICK = timedelta(milliseconds=20)
+
+
+class Other(DeclarativeBase):
+    metadata = MetaData(schema="other")
+
+
+class Memo(Other):
+    __tablename__ = "memo"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment | None] = attachment("memos")
+
+
+TABLES = journal_tables(Other.metadata)
+
+
+@dataclass
+class Neighbour:
+    """Another base, with a journal and a storage of its own, whose backend goes by the same key."""
+
+    backend: MemoryStorageBackend
+    journal: StorageJournal
+    sessions: Any
+
+    async def objects(self) -> int:
+        return len([info async for info in self.backend.iter_objects()])
+
+
+@pytest.fixture
+async def neighbour(world: World) -> AsyncIterator[Neighbour]:
+    async with world.engine.begin() as connection:
+        await connection.execute(CreateSchema("other"))
+        await connection.run_sync(Other.metadata.create_all)
+    backend = MemoryStorageBackend()
+    manager = StorageManager(backends={"store": backend}, policies={"memos": StoragePolicy("memos", "store")})
+    journal = StorageJournal(world.engine)
+    binding = bind_storage(Other, manager, journal=journal)
+    try:
+        yield Neighbour(backend, journal, async_sessionmaker(world.engine, expire_on_commit=False))
+    finally:
+        binding.unbind()
+        await journal.aclose()
+        await manager.aclose()
+        async with world.engine.begin() as connection:
+            await connection.execute(DropSchema("other", cascade=True))
+
+
+async def intents_of(world: World) -> tuple[int, int]:
+    """Return how many intents each of the two journals has."""
+    async with world.engine.connect() as connection:
+        others = list(await connection.execute(select(TABLES.intent)))
+    return len(await rows(world, "intent")), len(others)
+
+
+@pytest.mark.parametrize("database", ["asyncpg", "psycopg"], indirect=True)
+class TestTwoJournals:
+    async def test_two_sessions_at_once(self, world: World, neighbour: Neighbour) -> None:
+        """One commits and one is rolled back; each leaves nothing in either journal."""
+        async with world.sessions() as one, neighbour.sessions() as two:
+            one.add(Doc(id=1, file=file("a")))
+            two.add(Memo(id=1, file=file("b")))
+            await one.flush()
+            await two.flush()
+            assert await intents_of(world) == (1, 1), "as others see them, none of them is taken back yet"
+            await two.rollback()
+            await one.commit()
+        assert await intents_of(world) == (0, 0)
+        assert (len(await world.objects()), await neighbour.objects()) == (1, 0)
+        await world.check(file_1="a")
+
+    @pytest.mark.parametrize("commit", [True, False])
+    async def test_one_session_for_both(self, world: World, neighbour: Neighbour, commit: bool) -> None:
+        await world.add(Doc(id=1, file=file("a")))
+        async with world.sessions() as session:
+            (await session.get_one(Doc, 1)).file = file("b")
+            session.add(Memo(id=1, file=file("c")))
+            await session.flush()
+            await (session.commit() if commit else session.rollback())
+        assert await intents_of(world) == (1 if commit else 0, 0)
+        assert await neighbour.objects() == (1 if commit else 0)
+        await neighbour.journal.recover()
+        await world.check(file_1="b" if commit else "a")
+
+    async def test_a_worker_does_nothing_to_the_other_ones_objects(self, world: World, neighbour: Neighbour) -> None:
+        await file("a").store(Doc.file)
+        await file("b").store(Memo.file)
+        await expire(world)
+        async with world.engine.begin() as connection:
+            await connection.execute(update(TABLES.intent).values(due=clock(-1.0)))
+        assert (await journal_of(world).recover()).deleted == 1
+        assert (len(await world.objects()), await neighbour.objects()) == (0, 1)
+        assert (await neighbour.journal.recover()).deleted == 1
+        assert await neighbour.objects() == 0
+
+
+def manager_of(world: World, *more: str) -> StorageManager:
+    """Return another manager of the world's storage, which may have more backends."""
+    others = {key: MemoryStorageBackend() for key in more}
+    return StorageManager(
+        backends={"store": world.backend, **others}, policies={"docs": StoragePolicy("docs", "store", max_size=1 << 20)}
+    )
+
+
+class TestWhileAWorkerRuns:
+    async def test_unbound_and_bound_again(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
+        """Unbound it deletes nothing, since it does not know what refers to an object; bound to a new manager it goes on."""
+        journal = journal_of(world)
+        stored = await file("a").store(Doc.file)
+        async with journal.worker(interval=QUICK):
+            tables = journal.tables
+            world.binding.unbind()
+            async with world.engine.begin() as connection:
+                await connection.execute(update(tables.intent).values(due=clock(-1.0)))
+            await eventually_true(lambda: said(caplog, "belongs to no base"))
+            assert await world.backend.exists(stored.location)
+            world.manager = manager_of(world)
+            world.binding = bind_storage(Base, world.manager, sessions=world.sessions, journal=journal)
+            await eventually_true(lambda: is_gone(world, stored.location))
+            await world.add(Doc(id=1, file=file("b")))
+        await world.check(file_1="b")
+
+    async def test_bound_twice(self, world: World) -> None:
+        """A second binding of the same base changes nothing, and its end neither."""
+        journal = journal_of(world)
+        async with journal.worker(interval=QUICK):
+            second = bind_storage(Base, world.manager, journal=journal)
+            await world.add(Doc(id=1, file=file("a")))
+            second.unbind()
+            async with world.sessions.begin() as session:
+                doc = await session.get_one(Doc, 1)
+                assert doc.file is not None
+                old, doc.file = doc.file.location, file("b")
+            await eventually_true(lambda: is_gone(world, old))
+        await world.check(file_1="b")
+
+    async def test_a_backend_that_the_new_manager_does_not_have(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its rows are kept as they are: no worker takes them for objects that it cannot delete."""
+        journal = journal_of(world)
+        world.binding.unbind()
+        binding = bind_storage(Base, manager_of(world, "former"), journal=journal)
+        original, under_way = Recovery.run, Counter[str]()
+
+        async def run(self: Recovery, backend: str, *args: Any) -> Any:
+            under_way[backend] += 1
+            try:
+                return await original(self, backend, *args)
+            finally:
+                under_way[backend] -= 1
+
+        monkeypatch.setattr(Recovery, "run", run)
+        async with journal.worker(interval=QUICK):
+            await file("a").store(Doc.file)
+            binding.unbind()
+            world.binding = bind_storage(Base, world.manager, sessions=world.sessions, journal=journal)
+            await eventually(lambda: not under_way["former"])  # what is under way ends with the manager that it began with
+            async with world.engine.begin() as connection:
+                await connection.execute(update(journal.tables.intent).values(backend="former", due=clock(-1.0)))
+            lost = await file("b").store(Doc.file)
+            async with world.engine.begin() as connection:
+                own = journal.tables.intent.c.backend == "store"
+                await connection.execute(update(journal.tables.intent).where(own).values(due=clock(-1.0)))
+            await eventually_true(lambda: is_gone(world, lost.location))
+            await journal.recover()
+            assert [row.backend for row in await rows(world, "intent")] == ["former"]
+        async with world.engine.begin() as connection:
+            await connection.execute(update(journal.tables.intent).values(backend="store"))
+        await world.recover()
+
+
+async def said(caplog: pytest.LogCaptureFixture, words: str) -> bool:
+    return words in caplog.text
+
+
+async def is_gone(world: World, location: str) -> bool:
+    return location not in await world.objects()

@@ -126,12 +126,17 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
 
     async def _nominate(self, listed: Spool, nominees: Spool) -> None:
         report = self.report
+        page: list[tuple[str, int]] = []
         async with self._source.in_order(report.backend) as references:
             async for stretch in joined(listed.pages(), self._seen(references)):
                 report.referenced += len(stretch.referenced)
                 report.referenced_bytes += sum(size for _, size, _ in stretch.referenced)
                 self._note_missing(stretch.missing)
-                await nominees.write(self._nominees(stretch.unreferenced))
+                page += self._nominees(stretch.unreferenced)
+                if len(page) >= PAGE:
+                    await nominees.write(page)
+                    page = []
+        await nominees.write(page)
         if self._territory.sharing:
             self._source.require_complete(self._territory.sharing)
 

@@ -89,6 +89,27 @@ async def test_some_cannot_be_deleted(
     assert (await plain_yard.collect()).deleted == 3
 
 
+async def test_looks_come_in_full_batches(plain_yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look may read whole tables, so there are few, however thinly orphans are sown."""
+    monkeypatch.setattr("granite_storage.gc.collection.PAGE", 10)
+    monkeypatch.setattr("granite_storage.gc.database.PAGE", 10)
+    looks: list[int] = []
+    original = database.DatabaseReferences.find_held
+
+    async def look(self: Any, backend: str, locations: Any) -> set[str]:
+        looks.append(len(locations))
+        return await original(self, backend, locations)
+
+    monkeypatch.setattr(database.DatabaseReferences, "find_held", look)
+    for number in range(1, 51):
+        await plain_yard.add(Crate(id=number, file=file("a")))
+        if number % 5 == 0:
+            await plain_yard.orphan()
+    plain_yard.age()
+    assert (await plain_yard.collect(dry_run=True)).orphaned == 10
+    assert looks == [10]
+
+
 class OneByOne:
     """A backend without any ability but those that each has."""
 

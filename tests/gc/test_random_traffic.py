@@ -1,0 +1,214 @@
+"""Many tasks that do this and that while a worker and a collector run: no row loses its object, and nothing stays behind.
+
+`GRANITE_GC_STEPS` says how many transactions there are, 10,000 for a long run, and `GRANITE_GC_SEED` plays one again: the choices
+are the same then, though not the moments at which tasks run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import Counter
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import select, type_coerce, update
+from sqlalchemy.exc import DBAPIError, SAWarning
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm.exc import StaleDataError
+
+from granite_storage import (
+    BackendUnavailableError,
+    ObjectNotFoundError,
+    StaleAttachmentError,
+    StoredObjectRef,
+    StoredObjectRefType,
+)
+from granite_storage.orm.journal.tables import clock
+from tests.gc.yard import Crate, Keg, Yard, file
+
+STEPS = int(os.environ.get("GRANITE_GC_STEPS", "400"))
+TASKS = 50 if STEPS >= 10_000 else 12
+ROWS = 15
+REFUSED = (StaleAttachmentError, ObjectNotFoundError, StaleDataError, SAWarning, DBAPIError, TimeoutError)
+"""What a transaction may be told: another one was faster, or the pool is exhausted for the moment."""
+
+
+class ChangedMindError(Exception):
+    """A transaction is given up by its application."""
+
+
+class Traffic:
+    """Tasks on the same few rows.
+
+    Attributes:
+        done: How often each kind of change was committed.
+        collected: How many orphans the collector has deleted meanwhile.
+    """
+
+    def __init__(self, yard: Yard, seed: int) -> None:
+        self.done: Counter[str] = Counter()
+        self.collected = 0
+        self._yard = yard
+        self._random = random.Random(seed)
+        self._steps = STEPS
+
+    async def play(self) -> None:
+        """Play all steps in several tasks, while a worker and a collector run and what rows refer to is checked."""
+        assert self._yard.journal is not None
+        async with self._yard.journal.worker(interval=timedelta(seconds=0.1)):
+            watching = [asyncio.create_task(work()) for work in (self._collect_forever, self._check_forever)]
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(TASKS):
+                        group.create_task(self._work())
+            finally:
+                failures = [task.exception() for task in watching if task.done()]
+                for task in watching:
+                    task.cancel()
+                await asyncio.gather(*watching, return_exceptions=True)
+        for failure in failures:
+            assert failure is None, failure
+
+    async def check(self) -> None:
+        """See that no row refers to what is not there: by what it refers to before and after the look."""
+        before = await self._referenced()
+        objects = await self._yard.locations()
+        missing = (before & await self._referenced()) - objects
+        assert not missing, f"I1: {missing}"
+
+    async def _work(self) -> None:
+        changes = [
+            self._replace,
+            self._clear,
+            self._delete,
+            self._insert,
+            self._copy,
+            self._swap,
+            self._savepoint,
+            self._rollback,
+        ]
+        while self._steps > 0:
+            self._steps -= 1
+            change = self._random.choice([*changes, self._abandon, self._cancelled])
+            try:
+                async with self._yard.sessions.begin() as session:
+                    await change(session)
+                self.done[change.__name__] += 1
+            except ChangedMindError:
+                self.done[change.__name__] += 1
+            except REFUSED:
+                self.done["refused"] += 1
+
+    def _some(self) -> int:
+        return self._random.randint(1, ROWS)
+
+    async def _replace(self, session: AsyncSession) -> None:
+        crate = await session.get(Crate, self._some())
+        if crate is not None:
+            crate.file = file(str(self._random.random()))
+
+    async def _clear(self, session: AsyncSession) -> None:
+        await session.execute(update(Crate).where(Crate.id == self._some()).values(file=None))
+
+    async def _delete(self, session: AsyncSession) -> None:
+        crate = await session.get(Crate, self._some())
+        if crate is not None:
+            await session.delete(crate)
+
+    async def _insert(self, session: AsyncSession) -> None:
+        number = self._some()
+        if await session.get(Crate, number) is None:
+            session.add(Keg(id=number, file=file("new"), label=file("new")))
+
+    async def _copy(self, session: AsyncSession) -> None:
+        one, two = await session.get(Crate, self._some()), await session.get(Crate, self._some())
+        if one is not None and two is not None:
+            one.file = two.file
+
+    async def _swap(self, session: AsyncSession) -> None:
+        keg = await session.get(Keg, self._some())
+        if keg is not None:
+            keg.file, keg.label = keg.label, keg.file
+
+    async def _savepoint(self, session: AsyncSession) -> None:
+        crate = await session.get(Crate, self._some())
+        if crate is not None:
+            savepoint = await session.begin_nested()
+            crate.file = file("in a savepoint")
+            await session.flush()
+            await (savepoint.rollback() if self._random.random() < 0.5 else savepoint.commit())
+
+    async def _rollback(self, session: AsyncSession) -> None:
+        await self._replace(session)
+        await session.flush()
+        raise ChangedMindError
+
+    async def _abandon(self, _: AsyncSession) -> None:
+        """Leave what nobody will ever know of, but the collector."""
+        await self._yard.orphan()
+
+    async def _cancelled(self, _: AsyncSession) -> None:
+        async def replace() -> None:
+            async with self._yard.sessions.begin() as session:
+                await self._replace(session)
+
+        task = asyncio.create_task(replace())
+        await asyncio.sleep(self._random.uniform(0, 0.02))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def _collect_forever(self) -> None:
+        """Collect in a storage where it is always the day after tomorrow: everything is old, and only looks protect it."""
+        collector = self._yard.collector()
+        while True:
+            report = await collector.collect(storage_key="docs", dry_run=False, accept_empty=True)
+            self.collected += report.deleted
+            await asyncio.sleep(0.02)
+
+    async def _check_forever(self) -> None:
+        while True:
+            await self.check()
+            await asyncio.sleep(0.05)
+
+    async def _referenced(self) -> set[str]:
+        found: set[str] = set()
+        async with self._yard.engine.connect() as connection:
+            for column in self._yard.binding.ref_columns():
+                refs = await connection.execute(select(type_coerce(column, StoredObjectRefType())).where(column.is_not(None)))
+                found.update(ref.location for ref in refs.scalars() if isinstance(ref, StoredObjectRef))
+        return found
+
+    async def settle(self) -> None:
+        """Let every lease run out, and worker and collector end all there is."""
+        assert self._yard.journal is not None
+        tables = self._yard.journal.tables
+        for _ in range(3):
+            async with self._yard.engine.begin() as connection:
+                for table in (tables.intent, tables.reclaim):
+                    await connection.execute(table.update().values(due=clock(-1.0)))
+            await self._yard.journal.recover()
+        await self._yard.collect(accept_empty=True)
+        referenced, objects = await self._referenced(), await self._yard.locations()
+        assert referenced == objects, f"I1: {referenced - objects}; I2: {objects - referenced}"
+
+
+@pytest.mark.case("CON-10")
+@pytest.mark.timeout(3600)
+async def test_traffic_with_a_worker_and_a_collector(journaled_yard: Yard) -> None:
+    seed = int(os.environ.get("GRANITE_GC_SEED", random.SystemRandom().randrange(10**6)))
+    print(f"seed {seed}")  # noqa: T201
+    yard = journaled_yard
+    yard.age(48)
+    await yard.add(*(Crate(id=number, file=file("a")) for number in range(1, ROWS + 1)))
+    traffic = Traffic(yard, seed)
+    try:
+        await traffic.play()
+        await traffic.settle()
+    except (AssertionError, BackendUnavailableError) as error:
+        error.add_note(f"seed {seed}: {traffic.done}")
+        raise
+    assert traffic.done["_abandon"]
+    assert traffic.collected, "the collector has had nothing to do"
+    assert len(traffic.done) > 8, traffic.done

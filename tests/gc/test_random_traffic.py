@@ -31,6 +31,9 @@ from tests.gc.yard import Crate, Keg, Yard, file
 STEPS = int(os.environ.get("GRANITE_GC_STEPS", "400"))
 TASKS = 50 if STEPS >= 10_000 else 12
 ROWS = 15
+PAUSES = (*[0.0] * 9, 1.0)
+"""How long transactions stay open after their flush, in seconds: long enough for a whole collection, now and then."""
+
 REFUSED = (StaleAttachmentError, ObjectNotFoundError, StaleDataError, SAWarning, DBAPIError, TimeoutError)
 """What a transaction may be told: another one was faster, or the pool is exhausted for the moment."""
 
@@ -45,11 +48,12 @@ class Traffic:
     Attributes:
         done: How often each kind of change was committed.
         collected: How many orphans the collector has deleted meanwhile.
+        kept: How many objects it has kept because only the journal knew of them.
     """
 
     def __init__(self, yard: Yard, seed: int) -> None:
         self.done: Counter[str] = Counter()
-        self.collected = 0
+        self.collected = self.kept = 0
         self._yard = yard
         self._random = random.Random(seed)
         self._steps = STEPS
@@ -95,6 +99,8 @@ class Traffic:
             try:
                 async with self._yard.sessions.begin() as session:
                     await change(session)
+                    await session.flush()
+                    await asyncio.sleep(self._random.choice(PAUSES))
                 self.done[change.__name__] += 1
             except ChangedMindError:
                 self.done[change.__name__] += 1
@@ -165,6 +171,7 @@ class Traffic:
         while True:
             report = await collector.collect(storage_key="docs", dry_run=False, accept_empty=True)
             self.collected += report.deleted
+            self.kept += report.kept
             await asyncio.sleep(0.02)
 
     async def _check_forever(self) -> None:
@@ -211,4 +218,5 @@ async def test_traffic_with_a_worker_and_a_collector(journaled_yard: Yard) -> No
         raise
     assert traffic.done["_abandon"]
     assert traffic.collected, "the collector has had nothing to do"
+    assert traffic.kept, "no transaction was open while the collector looked"
     assert len(traffic.done) > 8, traffic.done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from granite_storage.orm import outcome
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.unit import StoredObject
 from tests.orm.databases import Database, crash_postgres, postgres, postgres_database
-from tests.orm.journal.test_recovery import eventually_true, expire, retention, rows
+from tests.orm.journal.test_recovery import eventually_true, expire, journal_of, retention, rows
 from tests.orm.world import Doc, World, file, world_on
 
 
@@ -107,6 +108,28 @@ async def expire_what_is_free(world: World) -> None:
     async with world.engine.begin() as connection:
         free = (await connection.execute(select(intent.c.id).with_for_update(skip_locked=True))).scalars().all()
         await connection.execute(intent.update().where(intent.c.id.in_(free)).values(due=text("'2000-01-01'")))
+
+
+@pytest.mark.case("DBF-08")
+@pytest.mark.filterwarnings("ignore")  # the pool says that a connection was dropped
+@pytest.mark.parametrize("database", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_session_that_is_dropped_is_left_to_the_worker(world: World) -> None:
+    """No event tells of its end; its connection goes with it, and with that the lock that kept the worker away."""
+    journal = journal_of(world)
+    session = world.sessions()
+    session.add(Doc(id=1, file=file("a")))
+    await session.flush()
+    await expire_what_is_free(world)
+    assert (await journal.recover()).claimed == 0
+    del session
+    gc.collect()
+
+    async def is_recovered() -> bool:
+        await expire_what_is_free(world)
+        await journal.recover()
+        return await is_empty(world)
+
+    await eventually_true(is_recovered)
 
 
 @pytest.mark.case("DBF-14")

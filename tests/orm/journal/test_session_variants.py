@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 from sqlalchemy.util import await_only
 
 from granite_storage.backends.memory import MemoryStorageBackend
@@ -81,7 +81,7 @@ async def rolled_back_though_referenced(world: World, _: pytest.MonkeyPatch) -> 
         await session.flush()
         stored._claimed = True
         async with world.engine.begin() as connection:
-            await connection.execute(Doc.__table__.update().where(Doc.__table__.c.id == 2).values(other=stored))
+            await connection.execute(update(Doc).where(Doc.id == 2).values(other=stored))
         await session.rollback()
 
 
@@ -227,7 +227,7 @@ def trusting_what_sessions_remember(patch: pytest.MonkeyPatch) -> None:
     original = flush._locked_refs
 
     def remembered(session: Any, unit: Any, changes: Any, deletions: Any) -> Any:
-        old = {change.slot.column: change.old._ref for change in changes if isinstance(change.old, Attachment)}
+        old = {change.slot.column: change.old.ref for change in changes if isinstance(change.old, Attachment)}
         held = original(session, unit, changes, deletions)
         return [replace(entry, ref=old.get(entry.column, entry.ref)) for entry in held]
 

@@ -2,6 +2,41 @@
 
 A scenario is one interleaving that tells a variant from the protocol. As the library is, none leaves a dangling reference (I1)
 or an orphan (I2); with the step left out, each does. So a change that loses the step fails here.
+
+The simpler variants, and the scenario or the test that each of them fails in:
+
+    hooks of the session, and no journal             test_session_variants: uploader_dies
+    silence at a COMMIT taken for a rollback         tests/orm/test_outcome.py
+    deletes under a lock, without a fence            worker_dies
+    the row count of the consumption ignored         reclaimed_meanwhile
+    leases only, no locks                            slow_transaction
+    consumed once and for all, whatever savepoints   undone_twice
+    deletes where a savepoint is rolled back         test_session_variants: savepoint_is_tried_again
+    deletes where a savepoint is released            test_session_variants: released_and_rolled_back
+    deletes at the flush                             test_session_variants: replaced_and_rolled_back
+    replacement in place                             test_session_variants: replaced_and_rolled_back
+    clean-up by a cancelled task itself              test_recovery: TestCancelled
+    deletes at a rollback, without a fence           test_session_variants: rolled_back_and_tried_again and
+                                                     rolled_back_though_referenced
+    no second look after an upload                   late_arrival
+    the old value as the session remembers it        test_session_variants: two_replace
+    copies that share an object                      test_session_variants: copied_while_given_up, and without the check of
+                                                     references copied_then_given_up
+    no check of references                           second_reference
+    an undo that claims nothing                      undone_delete
+    a move that gives its object up                  moved, moved_later
+    bulk statements past the hooks                   test_session_variants: being_written_in_bulk, and without the check of
+                                                     references written_in_bulk
+    prepared transactions judged by their lease      test_database_faults: test_a_prepared_transaction_is_left_for_later
+    deletes as soon as a COMMIT is answered          test_database_faults: test_a_crash_that_forgets_what_was_acknowledged
+    a fence that a crash may forget                  test_database_faults: test_a_crash_that_forgets_commits
+    an intent that a crash may forget                test_database_faults: test_a_crash_does_not_forget_an_intent
+    no deadline for sending                          test_recovery: TestLeases
+    a decision that is believed once it was purged   older_snapshot_too_late
+    a check of references in an older snapshot       test_refusals: test_the_journals_own_connections_read_what_is_committed
+    no retention, and a restored backup              test_database_faults: test_a_restored_backup
+
+Those of the collector are told apart by the collector's own tests.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK | getattr(os, "O_CLOEXE
 _READ = os.O_RDONLY | _NO_LINK | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _VANISHED = (FileNotFoundError, NotADirectoryError)
 _MOST_REMEMBERED = 10_000
+_SURELY_FITS = MAX_LOCATION_BYTES // 4  # characters, of four bytes each at the most
 
 
 class Tree:
@@ -85,7 +86,7 @@ class Tree:
         with translated(location, reading=True), self._directory(folder) as directory:
             descriptor = os.open(name, _READ, dir_fd=directory)
             try:
-                return descriptor, _info(location, os.fstat(descriptor))
+                return descriptor, _info_of_regular(location, os.fstat(descriptor))
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -94,7 +95,7 @@ class Tree:
         """Tell what is known of a regular file."""
         *folder, name = location.split("/")
         with translated(location, reading=True), self._directory(folder) as directory:
-            return _info(location, os.stat(name, dir_fd=directory, follow_symlinks=False))
+            return _info_of_regular(location, os.stat(name, dir_fd=directory, follow_symlinks=False))
 
     def exists(self, location: str) -> bool:
         """Tell whether there is a regular file."""
@@ -109,7 +110,7 @@ class Tree:
         *folder, name = location.split("/")
         try:
             with translated(location, reading=True), self._directory(folder) as directory:
-                _info(location, os.stat(name, dir_fd=directory, follow_symlinks=False))
+                _info_of_regular(location, os.stat(name, dir_fd=directory, follow_symlinks=False))
                 os.unlink(name, dir_fd=directory)
                 self.synchronise(directory)
         except ObjectNotFoundError:
@@ -290,27 +291,33 @@ class Tree:
                 os.close(marker)
         self.synchronise(root)
 
-    def _walk(self, directory: int, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
-        for path, entry in sorted(self._entries(directory, folder), key=lambda item: item[0]):
-            if path.endswith("/"):
-                # A directory sorts as its contents do, so `t-/x` comes before `t/x`.
-                if path.startswith(prefix) and (path > start_after or start_after.startswith(path)):
-                    with suppress(*_VANISHED), _opened(entry.name, directory) as child:
-                        yield from self._walk(child, path, prefix, start_after)
-            elif path > start_after and path.startswith(prefix):
-                with suppress(FileNotFoundError, ObjectNotFoundError):
-                    yield _info(path, os.stat(entry.name, dir_fd=directory, follow_symlinks=False))
-
-    def _entries(self, directory: int, folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                path = folder + entry.name
-                if not _is_segment(entry.name) or len(os.fsencode(path)) > MAX_LOCATION_BYTES:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    yield f"{path}/", entry
-                elif entry.is_file(follow_symlinks=False):
-                    yield path, entry
+    def _walk(self, top: int, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
+        """Walk depth first: one generator for all levels, or each object would have to pass through one for each of them."""
+        levels = [(top, iter(_entries(top, folder)))]
+        try:
+            while levels:
+                directory, entries = levels[-1]
+                for path, name in entries:
+                    if path[-1] != "/":
+                        if path > start_after and path.startswith(prefix):
+                            try:
+                                found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                            except FileNotFoundError:
+                                continue
+                            if stat.S_ISREG(found.st_mode):
+                                yield _info(path, found)
+                    # A directory sorts as its contents do, so `t-/x` comes before `t/x`.
+                    elif path.startswith(prefix) and (path > start_after or start_after.startswith(path)):
+                        with suppress(*_VANISHED):
+                            levels.append(_level(path, name, directory))
+                            break
+                else:
+                    levels.pop()
+                    if levels:
+                        os.close(directory)
+        finally:
+            for directory, _ in levels[1:]:
+                os.close(directory)
 
     def _sweep(self, directory: int, before: float, room: int) -> int:
         removed = 0
@@ -342,6 +349,33 @@ class Tree:
         return removed
 
 
+def _level(path: str, name: str, parent: int) -> tuple[int, Iterator[tuple[str, str]]]:
+    """Open a directory, and read it."""
+    directory = os.open(name, _DIRECTORY | _NO_LINK, dir_fd=parent)
+    try:
+        return directory, iter(_entries(directory, path))
+    except BaseException:
+        os.close(directory)
+        raise
+
+
+def _entries(directory: int, folder: str) -> list[tuple[str, str]]:
+    """Return the paths and names of what may be an object, or have some below, in order; a directory's path ends in a slash."""
+    found = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            name = entry.name
+            path = folder + name
+            if not _is_segment(name) or (len(path) > _SURELY_FITS and len(os.fsencode(path)) > MAX_LOCATION_BYTES):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                found.append((f"{path}/", name))
+            elif entry.is_file(follow_symlinks=False):
+                found.append((path, name))
+    found.sort()
+    return found
+
+
 @contextmanager
 def _opened(path: str | Path, parent: int | None = None) -> Iterator[int]:
     descriptor = os.open(path, _DIRECTORY | (_NO_LINK if parent is not None else 0), dir_fd=parent)
@@ -361,15 +395,15 @@ def _dated_now(directory: int) -> datetime:
         os.unlink(name, dir_fd=directory)
 
 
-def _info(location: str, found: os.stat_result) -> ObjectInfo:
+def _info_of_regular(location: str, found: os.stat_result) -> ObjectInfo:
     if not stat.S_ISREG(found.st_mode):
         raise ObjectNotFoundError(f"what is at {location!r} is not a regular file", location=location)
-    return ObjectInfo(
-        location=location,
-        size=found.st_size,
-        modified=datetime.fromtimestamp(found.st_mtime, UTC),
-        etag=f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}",
-    )
+    return _info(location, found)
+
+
+def _info(location: str, found: os.stat_result) -> ObjectInfo:
+    etag = f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+    return ObjectInfo(location, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC), etag)
 
 
 def _is_segment(name: str) -> bool:

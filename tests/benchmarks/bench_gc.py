@@ -24,7 +24,7 @@ from tests.benchmarks.harness import MIB, Comparison, Contender, Meter, main
 from tests.orm.databases import postgres
 
 MILLION = int(os.environ.get("GRANITE_BENCH_OBJECTS", "1000000"))
-FILES = 4_000
+FILES = 40_000
 ONE_ORPHAN_IN = 100
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 

@@ -8,6 +8,7 @@ import gc
 import json
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from granite_storage import (
     bind_storage,
     verify,
 )
+from granite_storage.backends.base import ObjectInfo
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.prefix import PrefixedBackend
@@ -375,7 +377,7 @@ async def test_memory_is_flat(tmp_path: Path) -> None:
 
     class Everything(MemoryStorageBackend):
         async def stat(self, location: str) -> Any:
-            raise ObjectNotFoundError("nothing is there")
+            return ObjectInfo(location, 1, datetime.now(UTC))
 
     manager = StorageManager(backends={"m": Everything()}, policies={"docs": StoragePolicy("docs", "m")})
     with sqlite("sqlite") as database:
@@ -383,11 +385,12 @@ async def test_memory_is_flat(tmp_path: Path) -> None:
             binding = bind_storage(Many, manager, sessions=async_sessionmaker(engine))
             peaks = []
             async for _ in _filled(engine, Row.__table__):
-                report = await verify(binding)  # once without being measured: what is made once stays
+                if not peaks:
+                    await verify(binding)  # once without being measured: what is made once stays
                 with _as_in_a_new_program():
-                    await verify(binding)
+                    report = await verify(binding)
                     peaks.append(tracemalloc.get_traced_memory()[1])
-            assert report.problems == 20_000
+            assert report.counts[Problem.UNKNOWN_CHECKSUM] == 20_000
             binding.unbind()
     assert peaks[1] < 1.3 * peaks[0], peaks
 

@@ -1,4 +1,4 @@
-"""The backend on obstore through the public suite: S3, Azure, a local disk and memory, with and without a prefix."""
+"""The backend on obstore through the public suite: S3, Azure, a local disk and memory; obstore's own prefix on S3."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.obstore import ObjectStoreBackend
 from granite_storage.backends.prefix import PrefixedBackend
 from granite_storage.testing import BackendConformance
-from tests.azurite import AzureServer
+from tests.azurite import CLIENT_OPTIONS, AzureServer
 from tests.faults.s3_proxy import Fault, FaultProxy, Request, answer, fault_proxy, lose_answer
 from tests.servers import S3Server
 
@@ -209,18 +209,13 @@ class TestAzurite(ServedConformance):
             assert lost
 
     def elsewhere(self, backend: StorageBackend) -> str:
-        options = {"config": self.server.config(), "client_options": {"allow_http": True}, "part_size": 5 * MIB}
+        options = {"config": self.server.config(), "client_options": CLIENT_OPTIONS, "part_size": 5 * MIB}
         return "\n".join(
             [
                 "from granite_storage.backends.obstore import ObjectStoreBackend",
                 f"backend = ObjectStoreBackend({f'az://{self.place}{self.path}'!r}, **{options!r})",
             ]
         )
-
-
-class TestAzuritePrefixed(TestAzurite):
-    path = "/tenants/7"
-    longest_location = 1024 - len("tenants/7/")
 
 
 class TestMemory(ObjectStoreConformance):
@@ -239,13 +234,6 @@ class TestMemory(ObjectStoreConformance):
 
     def again(self, backend: StorageBackend) -> StorageBackend:
         return self.make()
-
-
-class TestMemoryPrefixed(TestMemory):
-    longest_location = 1024 - len("tenants/7/")
-
-    def make(self) -> StorageBackend:
-        return PrefixedBackend(super().make(), "tenants/7")
 
 
 class TestLocal(ObjectStoreConformance):
@@ -275,14 +263,3 @@ class TestLocal(ObjectStoreConformance):
 
     async def count_unfinished(self, backend: StorageBackend) -> int:
         return sum(1 for path in self.folder.rglob("*#*") if path.name.rpartition("#")[2].isdigit())
-
-
-class TestLocalPrefixed(TestLocal):
-    longest_location = 1024 - len("tenants/7/")
-
-    def make(self) -> StorageBackend:
-        return PrefixedBackend(super().make(), "tenants/7")
-
-    def elsewhere(self, backend: StorageBackend) -> str:
-        wrapped = 'from granite_storage.backends.prefix import PrefixedBackend\nbackend = PrefixedBackend(backend, "tenants/7")'
-        return f"{super().elsewhere(backend)}\n{wrapped}"

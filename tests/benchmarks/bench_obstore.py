@@ -42,14 +42,19 @@ from tests.servers import seaweedfs
 def store() -> Any:
     from obstore.store import from_url
 
-    return from_url(f"s3://{os.environ[BUCKET]}", **server().obstore_options())
+    return from_url(f"s3://{os.environ[BUCKET]}", **options())
+
+
+def options() -> dict[str, Any]:
+    """As the tests have it, but with connections that are used again."""
+    return {**server().obstore_options(), "client_options": {"allow_http": True}}
 
 
 @asynccontextmanager
 async def storage() -> AsyncIterator[StorageManager]:
     """Give a manager whose store is connected."""
-    url, options = f"s3://{os.environ[BUCKET]}", server().obstore_options()
-    backend = ObjectStoreBackend(url, **options, part_size=PART_SIZE, part_concurrency=PART_CONCURRENCY)
+    url = f"s3://{os.environ[BUCKET]}"
+    backend = ObjectStoreBackend(url, **options(), part_size=PART_SIZE, part_concurrency=PART_CONCURRENCY)
     async with StorageManager(backends={"s3": backend}, policies={"files": StoragePolicy("files", "s3")}) as manager:
         await put_small(manager, b"warm")
         yield manager

@@ -265,6 +265,19 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
         town.old.stat = stat  # type: ignore[method-assign]
         assert await found(town) == []
 
+    async def test_what_is_of_another_storage_key_meanwhile_is_left_alone(self, town: Town) -> None:
+        ref = await one_ref(town)
+        other = json.dumps({**ref.to_dict(), "storage_key": "other", "location": "nobody/1/file/has-this"})
+
+        async def stat(location: str) -> Any:
+            await town.set_raw(1, other)
+            raise ObjectNotFoundError("gone", location=location)
+
+        town.old.stat = stat  # type: ignore[method-assign]
+        report = await verify(town.binding, storage_key="docs")
+        assert (report.problems, report.checked) == (0, 1)
+        await town.set_raw(1, json.dumps(ref.to_dict()))
+
     async def test_verification_writes_nothing(self, town: Town) -> None:
         await one_ref(town)
         town.old.calls.clear()

@@ -217,7 +217,8 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
                 await asyncio.to_thread((tmp_path / "store").mkdir, exist_ok=True)
             binding.unbind()
 
-    async def test_a_disk_that_goes_while_it_runs(self, database: Database, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("leaves", ["nothing", "an empty folder"])
+    async def test_a_disk_that_goes_while_it_runs(self, database: Database, tmp_path: Path, leaves: str) -> None:
         backend = LocalStorageBackend(tmp_path / "store", fsync=False)
         manager = StorageManager(
             backends={"disk": backend},
@@ -237,6 +238,8 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
                 async for finding in run:
                     assert finding.primary_key == (1,)
                     await asyncio.to_thread((tmp_path / "store").rename, tmp_path / "gone")
+                    if leaves == "an empty folder":
+                        await asyncio.to_thread((tmp_path / "store").mkdir)
             assert run.report.problems == 1
             binding.unbind()
 

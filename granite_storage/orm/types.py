@@ -23,9 +23,23 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["AttachmentType", "StoredObjectRefType", "attachment", "location_of"]
+__all__ = ["AttachmentType", "StoredObjectRefType", "attachment", "location_of", "portable_storage_ref_type"]
 
 T = TypeVar("T")
+
+
+def portable_storage_ref_type() -> TypeEngine[Any]:
+    """Return the type that a column of refs has in the database, for migrations: JSON, and JSONB on PostgreSQL.
+
+    It is that of `attachment()` and `StoredObjectRefType` columns, and knows no policy and no manager, so a migration that names
+    it stays valid whatever becomes of the models.
+
+    Example:
+        >>> from sqlalchemy.dialects import postgresql
+        >>> portable_storage_ref_type().compile(postgresql.dialect())
+        'JSONB'
+    """
+    return JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
 class _RefComparator(TypeDecorator.Comparator[Any], JSON.Comparator[Any]):

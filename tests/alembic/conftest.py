@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
+from sqlalchemy import Connection, create_engine, inspect, text
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.orm.databases import mariadb, postgres_database
+
+T = TypeVar("T")
 
 TARGETS = ["sqlite", "aiosqlite", "psycopg", "asyncpg", "mariadb"]
 
@@ -20,6 +26,32 @@ class Target:
 
     url: URL
     template: str
+
+    def ask(self, statement: str) -> list[Any]:
+        """Execute a statement and return its rows, whatever the driver."""
+        return self.run(lambda connection: list(map(tuple, connection.execute(text(statement)))))
+
+    def columns(self, table: str) -> set[str]:
+        return self.run(lambda connection: {column["name"] for column in inspect(connection).get_columns(table)})
+
+    def run(self, work: Callable[[Connection], T]) -> T:
+        """Do something with a connection, in a transaction."""
+        if self.template == "async":
+            return asyncio.run(self._run(work))
+        engine = create_engine(self.url)
+        try:
+            with engine.begin() as connection:
+                return work(connection)
+        finally:
+            engine.dispose()
+
+    async def _run(self, work: Callable[[Connection], T]) -> T:
+        engine = create_async_engine(self.url)
+        try:
+            async with engine.begin() as connection:
+                return await connection.run_sync(work)
+        finally:
+            await engine.dispose()
 
 
 @pytest.fixture(scope="session", params=TARGETS)

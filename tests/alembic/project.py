@@ -13,6 +13,12 @@ from sqlalchemy.engine import URL
 from tests.core.support import PROJECT
 
 LINE = "from granite_storage.alembic import include_storage; include_storage(context)"
+NO_MODELS = """
+from sqlalchemy.orm import DeclarativeBase
+
+class Base(DeclarativeBase):
+    pass
+"""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,13 @@ class Target:
         """Execute a statement and return its rows, whatever the driver."""
         return self.run(lambda connection: list(map(tuple, connection.execute(text(statement)))))
 
+    def ask_nothing(self, statement: str) -> None:
+        """Execute a statement that returns no rows."""
+        self.run(lambda connection: connection.execute(text(statement)) and None)
+
+    def tables(self) -> set[str]:
+        return self.run(lambda connection: set(inspect(connection).get_table_names()))
+
     def columns(self, table: str) -> set[str]:
         return self.run(lambda connection: {column["name"] for column in inspect(connection).get_columns(table)})
 

@@ -51,10 +51,10 @@ class Project:
         assert old in text
         path.write_text(text.replace(old, new))
 
-    def alembic(self, *arguments: str, fails: bool = False, env: dict[str, str] | None = None) -> str:
+    def alembic(self, *arguments: str, fails: bool = False, env: dict[str, str] | None = None, warnings: str = "error") -> str:
         """Run the command, and return what it says."""
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-m", "alembic", *arguments],
+            [sys.executable, "-W", warnings, "-m", "alembic", *arguments],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": str(PROJECT), **(env or {})},
             capture_output=True,

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import signal
 from pathlib import Path
 from typing import Any
-
-import pytest
-from sqlalchemy import Engine, create_engine, make_url, text
-from sqlalchemy.engine import URL
 
 from tests.alembic.conftest import Target
 from tests.alembic.project import NO_MODELS, Project

@@ -47,6 +47,10 @@ def own_transactions(op: Op) -> Iterator[Step]:
     if context._in_external_transaction:
         yield nullcontext
         return
+    begun = op.get_bind().get_transaction()
+    if begun is not None and context._transaction is None:
+        # Nobody began it: a connection begins by itself with its first statement, and Alembic expects to have begun any there is.
+        begun.commit()
     with context.autocommit_block():
         yield lambda: _transaction(op.get_bind())
 

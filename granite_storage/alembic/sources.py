@@ -118,7 +118,7 @@ async def copied(manager: StorageManager, place: Place, item: InPlace) -> Stored
 async def copied_content(manager: StorageManager, place: Place, item: CopyOf) -> Stored:
     """Store content from elsewhere, and read it back."""
     filename = item.filename or (item.content.name if isinstance(item.content, Path) else None)
-    content_type = item.content_type or _guessed(filename)
+    content_type = item.content_type or await _guessed(filename)
     ref = await _put(manager, place, item.content, content_type, filename)
     return await kept_if_readable(manager, ref)
 
@@ -140,7 +140,7 @@ async def _ref_of(manager: StorageManager, place: Place, item: InPlace) -> Store
     name = item.filename or item.location.rpartition("/")[2]
     found = StoredObjectRef(place.storage_key, item.backend, item.location, 0, "", original_filename=name)
     info = await manager.stat(found)
-    content_type = item.content_type or info.content_type or _guessed(name)
+    content_type = item.content_type or info.content_type or await _guessed(name)
     modified = canonical_timestamp(info.modified)
     found = replace(found, size=info.size, content_type=content_type, created_at=modified)
     return replace(found, checksum=await _checksum(manager, found))
@@ -154,5 +154,6 @@ async def _checksum(manager: StorageManager, ref: StoredObjectRef) -> str:
     return f"sha256:{sha256.hexdigest()}"
 
 
-def _guessed(filename: str | None) -> str | None:
-    return None if filename is None else mimetypes.guess_type(filename)[0]
+async def _guessed(filename: str | None) -> str | None:
+    # The first guess reads the system's tables from disk.
+    return None if filename is None else (await asyncio.to_thread(mimetypes.guess_type, filename))[0]

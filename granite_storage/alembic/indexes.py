@@ -18,7 +18,7 @@ _INDEXED = 255
 
 
 def create_location_index(op: Op, table: str, column: str, *, schema: str | None = None, concurrently: bool = False) -> None:
-    """Create an index over the locations of a column of refs.
+    """Create an index over the locations of a column of refs, unless it is there already.
 
     The journal's worker, `migrate` and `paths_to_storage` ask which rows refer to an object; without the index each question
     reads the whole table. On PostgreSQL and SQLite it is an index on an expression, on MariaDB one on a generated column that
@@ -39,13 +39,13 @@ def create_location_index(op: Op, table: str, column: str, *, schema: str | None
         index = _index(op, table, column, schema, concurrently)
         if context.dialect.name in ("mysql", "mariadb"):
             _add_generated_column(op, table, column, schema)
-        context.impl.create_index(index)
+        context.impl.create_index(index, if_not_exists=True)
 
 
 def drop_location_index(op: Op, table: str, column: str, *, schema: str | None = None) -> None:
-    """Drop what `create_location_index` has created."""
-    op.drop_index(location_index_name(table, column), table_name=table, schema=schema)
-    if op.get_context().dialect.name in ("mysql", "mariadb"):
+    """Drop what `create_location_index` has created; what is gone already is no error."""
+    op.drop_index(location_index_name(table, column), table_name=table, schema=schema, if_exists=True)
+    if op.get_context().dialect.name in ("mysql", "mariadb") and _has_generated_column(op, table, column, schema):
         op.drop_column(table, location_column_name(column), schema=schema)
 
 
@@ -63,7 +63,7 @@ def _index(op: Op, table: str, column: str, schema: str | None, concurrently: bo
 def _add_generated_column(op: Op, table: str, column: str, schema: str | None) -> None:
     name = location_column_name(column)
     context = op.get_context()
-    if not context.as_sql and name in columns_of(op.get_bind(), table, schema):
+    if not context.as_sql and _has_generated_column(op, table, column, schema):
         return
     preparer = context.dialect.identifier_preparer
     qualified = preparer.format_table(Table(table, MetaData(), schema=schema))
@@ -73,3 +73,7 @@ def _add_generated_column(op: Op, table: str, column: str, schema: str | None) -
         f" CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
         f" GENERATED ALWAYS AS (json_value({preparer.quote(column)}, '$.location')) VIRTUAL INVISIBLE"
     )
+
+
+def _has_generated_column(op: Op, table: str, column: str, schema: str | None) -> bool:
+    return op.get_context().as_sql or location_column_name(column) in columns_of(op.get_bind(), table, schema)

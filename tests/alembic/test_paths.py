@@ -19,7 +19,8 @@ from alembic import op
 import sqlalchemy as sa
 
 def upgrade():
-    op.create_table("photo", sa.Column("id", sa.Integer(), primary_key=True, autoincrement=False), sa.Column("path", sa.String(500)))
+    key = sa.Column("id", sa.Integer(), primary_key=True, autoincrement=False)
+    op.create_table("photo", key, sa.Column("path", sa.String(500)))
     photo = sa.table("photo", sa.column("id"), sa.column("path"))
     paths = ["/media/a/cat.png", "/media/a/dog.png", "/media/a/cat.png", "", None, "/media/odd//name.txt", *MORE]
     op.bulk_insert(photo, [{"id": key, "path": path} for key, path in enumerate(paths)])

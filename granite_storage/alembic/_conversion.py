@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from sqlalchemy import Column, ColumnElement, Connection, Table, and_, select, update
 
 from granite_storage.alembic._steps import Op, columns_of, count, key_pages, online, own_transactions, table_with
-from granite_storage.orm.scanning import among
+from granite_storage.orm.rows import among
 
 __all__ = ["ConversionReport", "Made", "Progress", "Row", "Work", "convert"]
 

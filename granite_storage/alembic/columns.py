@@ -15,7 +15,7 @@ from granite_storage.alembic._steps import Op, columns_of, count, key_pages, onl
 from granite_storage.alembic._storing import read_whole
 from granite_storage.exceptions import ContentError
 from granite_storage.manager import StorageManager
-from granite_storage.orm.scanning import among
+from granite_storage.orm.rows import among
 from granite_storage.orm.types import portable_storage_ref_type
 from granite_storage.refs import StoredObjectRef
 

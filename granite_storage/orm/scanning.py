@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["HeldValue", "RefRow", "Scan", "as_stored"]
-__all__ = ["HeldValue", "RefRow", "Scan", "among", "as_stored", "following"]
+__all__ = ["HeldValue", "RefRow", "Scan", "as_stored", "following"]
 
 _AT_A_TIME = 500
 

@@ -19,7 +19,6 @@ from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm._registry import binding_for, find_binding
 from granite_storage.orm.address import Address
 from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.attachment import Attachment, _Address
 from granite_storage.orm.indexed import location_column_name
 from granite_storage.refs import StoredObjectRef
 

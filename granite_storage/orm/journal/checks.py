@@ -13,8 +13,6 @@ from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, Jou
 
 __all__ = ["check_database"]
 
-_VERSION = "schema_version"
-_HEARTBEAT = "heartbeat"
 _OLDEST_MARIADB = (10, 6)
 
 
@@ -56,9 +54,7 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
 async def _check_version(pool: JournalPool, tables: JournalTables) -> None:
     meta = tables.meta
     async with pool.durable() as connection:
-        await insert_if_absent(connection, tables, {"name": _VERSION, "value": str(SCHEMA_VERSION), "changed": clock()})
-        found = (await connection.execute(select(meta.c.value).where(meta.c.name == _VERSION))).scalar_one()
-        await _insert_if_absent(connection, meta, {"name": VERSION_NAME, "value": str(SCHEMA_VERSION), "changed": clock()})
+        await insert_if_absent(connection, tables, {"name": VERSION_NAME, "value": str(SCHEMA_VERSION), "changed": clock()})
         found = (await connection.execute(select(meta.c.value).where(meta.c.name == VERSION_NAME))).scalar_one()
     if found != str(SCHEMA_VERSION):
         raise ConfigurationError(

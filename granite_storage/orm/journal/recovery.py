@@ -32,7 +32,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage.orm.held import find_held
 from granite_storage.orm.journal.deadlocks import again_after_deadlock, code_of
-from granite_storage.orm.indexed import with_location_column
 from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.report import FailedReclaim, RecoveryReport
 from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, JournalTables, clock
@@ -297,13 +296,6 @@ class Recovery:
         wanted = sorted({item.location for item in claimed})
         async with self._pool.reading() as connection:
             return await find_held(connection, columns, wanted)
-        parts = []
-        async with self._pool.reading() as connection:
-            generated = await with_location_column(connection, columns)
-            for column in columns:
-                backend, location = location_of(column, self._pool.dialect, is_generated=column in generated)
-                parts.append(select(backend.label("backend"), location.label("location")).where(location.in_(wanted)))
-            return {(row.backend, row.location) for row in await connection.execute(union_all(*parts))}
 
     async def _remove(self, item: _Reclaim, places: asyncio.Semaphore) -> Exception | None:
         """Delete an object and what an unfinished upload has left; return what went wrong."""

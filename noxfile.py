@@ -49,14 +49,14 @@ def demo(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests, against real disks and real servers, on every Python that is present."""
-    session.install("-e", ".[cli,demo,s3,test]")
+    session.install("-e", ".[alembic,cli,demo,s3,test]")
     session.run("python", "-m", "pytest", *session.posargs)
 
 
 @nox.session(python=RUNNING)
 def crash(session: nox.Session) -> None:
     """Kill programs at every step of the journal's protocol, 500 times or `GRANITE_CRASH_KILLS`, and check what is left."""
-    session.install("-e", ".[cli,demo,s3,test]")
+    session.install("-e", ".[alembic,cli,demo,s3,test]")
     session.env.setdefault("GRANITE_CRASH_KILLS", os.environ.get("GRANITE_CRASH_KILLS", "500"))
     session.run("python", "-m", "pytest", *(session.posargs or ["tests/faults/crash"]))
 
@@ -88,7 +88,7 @@ def layers(session: nox.Session) -> None:
 @nox.session(python=RUNNING)
 def docs(session: nox.Session) -> None:
     """Build the documentation into `docs/_build/html`; a warning is an error."""
-    session.install(".[cli,docs,s3,web]")
+    session.install(".[alembic,cli,docs,s3,web]")
     session.run("sphinx-build", "-W", "-n", "--keep-going", "-E", "docs", "docs/_build/html")
 
 

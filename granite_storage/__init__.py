@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         bind_storage,
         iter_model_storage_refs,
         journal_tables,
+        portable_storage_ref_type,
     )
     from granite_storage.policies import StoragePolicy
     from granite_storage.readers import StoredObjectReader
@@ -125,6 +126,7 @@ __all__ = [
     "iter_model_storage_refs",
     "journal_tables",
     "migrate",
+    "portable_storage_ref_type",
     "verify",
 ]
 
@@ -164,6 +166,7 @@ _ROOMS = {
     "iter_model_storage_refs": "orm",
     "journal_tables": "orm",
     "migrate": "migration",
+    "portable_storage_ref_type": "orm",
     "verify": "verification",
 }
 

@@ -7,7 +7,7 @@ from granite_storage.orm.journal.report import FailedReclaim, RecoveryReport
 from granite_storage.orm.journal.tables import JournalTables, journal_tables
 from granite_storage.orm.mixin import StoredContentMixin
 from granite_storage.orm.references import iter_model_storage_refs
-from granite_storage.orm.types import AttachmentType, StoredObjectRefType, attachment
+from granite_storage.orm.types import AttachmentType, StoredObjectRefType, attachment, portable_storage_ref_type
 
 __all__ = [
     "Attachment",
@@ -23,4 +23,5 @@ __all__ = [
     "bind_storage",
     "iter_model_storage_refs",
     "journal_tables",
+    "portable_storage_ref_type",
 ]

@@ -14,6 +14,7 @@ from sqlalchemy import Column, ColumnElement, Select, Table, Text, case, cast, f
 from sqlalchemy.dialects.postgresql import JSONB
 
 from granite_storage.locations import GENERATED_STEM, matches_generated_name
+from granite_storage.orm.indexed import with_location_column
 from granite_storage.orm.types import location_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ async def find_held(
             of that location on the ref's own backend.
     """
     dialect = connection.dialect.name
-    parts = [_referring(column, dialect, locations) for column in columns]
+    # What it reads is the database's dictionary: that some column is there says nothing of any row.
+    generated = await with_location_column(connection, columns)
+    parts = [_referring(column, dialect, locations, is_generated=column in generated) for column in columns]
     parts += [_noted(table, locations) for journal in journals for table in (journal.intent, journal.reclaim)]
     if extra:
         parts += [selected_extra(column, dialect) for column in columns]
@@ -91,8 +94,8 @@ def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]
     return found.where(names_one)
 
 
-def _referring(column: Column[Any], dialect: str, locations: Sequence[str]) -> Select[*tuple[Any, ...]]:
-    backend, location = location_of(column, dialect)
+def _referring(column: Column[Any], dialect: str, locations: Sequence[str], *, is_generated: bool) -> Select[*tuple[Any, ...]]:
+    backend, location = location_of(column, dialect, is_generated=is_generated)
     found: Select[*tuple[Any, ...]] = select(
         backend.label("backend"), location.label("location"), cast(null(), Text()).label("extra")
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["HeldValue", "RefRow", "Scan", "as_stored"]
+__all__ = ["HeldValue", "RefRow", "Scan", "as_stored", "following"]
 
 _AT_A_TIME = 500
 
@@ -163,7 +163,7 @@ class Scan:
         async with self._connection(table) as connection:
             read = _reader(connection.dialect)
             statement = select(*keys, *(as_stored(column, connection.dialect) for column in columns)).where(_any(columns))
-            rows = list(await connection.execute(_following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)))
+            rows = list(await connection.execute(following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)))
         page: list[RefRow] = []
         for row in rows:
             primary_key = tuple(row[: len(keys)])
@@ -195,7 +195,7 @@ def _any(columns: Sequence[Column[Any]]) -> ColumnElement[bool]:
     return or_(*(column.is_not(None) for column in columns))
 
 
-def _following(statement: Select[Any], keys: Sequence[Column[Any]], after: tuple[Any, ...] | None) -> Select[Any]:
+def following(statement: Select[Any], keys: Sequence[Column[Any]], after: tuple[Any, ...] | None) -> Select[Any]:
     """Let a statement begin after a primary key; the first condition, implied by the second, is the one that an index serves."""
     if after is None:
         return statement

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sqlalchemy import JSON, Column, ColumnElement, Table, Text, and_, cast, false, func, literal_column, not_, or_, type_coerce
+from sqlalchemy import column as named_column
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import MappedColumn, mapped_column
@@ -18,14 +19,29 @@ from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm._registry import binding_for, find_binding
 from granite_storage.orm.address import Address
 from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.indexed import location_column_name
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["AttachmentType", "StoredObjectRefType", "attachment", "location_of"]
+__all__ = ["AttachmentType", "StoredObjectRefType", "attachment", "location_of", "portable_storage_ref_type"]
 
 T = TypeVar("T")
+
+
+def portable_storage_ref_type() -> TypeEngine[Any]:
+    """Return the type that a column of refs has in the database, for migrations: JSON, and JSONB on PostgreSQL.
+
+    It is that of `attachment()` and `StoredObjectRefType` columns, and knows no policy and no manager, so a migration that names
+    it stays valid whatever becomes of the models.
+
+    Example:
+        >>> from sqlalchemy.dialects import postgresql
+        >>> portable_storage_ref_type().compile(postgresql.dialect())
+        'JSONB'
+    """
+    return JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
 class _RefComparator(TypeDecorator.Comparator[Any], JSON.Comparator[Any]):
@@ -66,10 +82,17 @@ _MEMBERSHIPS: dict[Any, Callable[[ColumnElement[bool]], ColumnElement[bool]]] = 
 }
 
 
-def location_of(column: Column[Any], dialect: str) -> tuple[ColumnElement[str], ColumnElement[str]]:
+def location_of(
+    column: Column[Any], dialect: str, *, is_generated: bool = False
+) -> tuple[ColumnElement[str], ColumnElement[str]]:
     """Return the backend and the location of a column's refs in SQL, spelled as an index over them would be.
 
     The keys are literals: a database uses an index on an expression only for the very same expression.
+
+    Args:
+        column: The column of refs.
+        dialect: The name of the database.
+        is_generated: Whether its table has a generated column with the locations; see `granite_storage.orm.indexed`.
     """
 
     def value(key: str) -> ColumnElement[str]:
@@ -78,7 +101,8 @@ def location_of(column: Column[Any], dialect: str) -> tuple[ColumnElement[str], 
         extract = func.json_extract if dialect == "sqlite" else func.json_value
         return extract(column, literal_column(f"'$.{key}'"), type_=Text())
 
-    return value("backend"), value("location")
+    generated: ColumnElement[str] = named_column(location_column_name(column.name), Text())
+    return value("backend"), generated if is_generated else value("location")
 
 
 class _RefJSON(TypeDecorator[T]):

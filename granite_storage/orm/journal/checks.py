@@ -9,11 +9,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm.journal.heartbeat import insert_if_absent
 from granite_storage.orm.journal.pool import JournalPool
-from granite_storage.orm.journal.tables import SCHEMA_VERSION, JournalTables, clock
+from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, JournalTables, clock
 
 __all__ = ["check_database"]
 
-_VERSION = "schema_version"
 _OLDEST_MARIADB = (10, 6)
 
 
@@ -55,8 +54,8 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
 async def _check_version(pool: JournalPool, tables: JournalTables) -> None:
     meta = tables.meta
     async with pool.durable() as connection:
-        await insert_if_absent(connection, tables, {"name": _VERSION, "value": str(SCHEMA_VERSION), "changed": clock()})
-        found = (await connection.execute(select(meta.c.value).where(meta.c.name == _VERSION))).scalar_one()
+        await insert_if_absent(connection, tables, {"name": VERSION_NAME, "value": str(SCHEMA_VERSION), "changed": clock()})
+        found = (await connection.execute(select(meta.c.value).where(meta.c.name == VERSION_NAME))).scalar_one()
     if found != str(SCHEMA_VERSION):
         raise ConfigurationError(
             f"the journal's tables are of version {found}, and this library works with version {SCHEMA_VERSION}:"

@@ -26,10 +26,24 @@ from sqlalchemy.sql.type_api import TypeEngine
 
 from granite_storage.exceptions import ConfigurationError
 
-__all__ = ["ABORT", "COMMIT", "DELETE", "SCHEMA_VERSION", "UPLOAD", "JournalTables", "clock", "journal_tables", "tables_of"]
+__all__ = [
+    "ABORT",
+    "COMMIT",
+    "DELETE",
+    "SCHEMA_VERSION",
+    "UPLOAD",
+    "VERSION_NAME",
+    "JournalTables",
+    "clock",
+    "journal_tables",
+    "tables_of",
+]
 
 SCHEMA_VERSION = 1
 """Which form of the tables this code works with; kept in the table `granite_storage_meta`."""
+
+VERSION_NAME = "schema_version"
+"""The name that the version has there."""
 
 UPLOAD, DELETE = "upload", "delete"
 COMMIT, ABORT = "commit", "abort"

@@ -1,0 +1,111 @@
+"""The transactions of a conversion, each of some rows, and the rows themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, TypeAlias
+
+from alembic.operations import Operations
+from sqlalchemy import Column, ColumnElement, Connection, MetaData, Table, func, inspect, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm.scanning import following
+from granite_storage.orm.types import portable_storage_ref_type
+
+__all__ = ["Op", "Step", "columns_of", "count", "key_pages", "online", "own_transactions", "table_with"]
+
+# `from alembic import op` gives a module that looks like an `Operations` and is none.
+Op: TypeAlias = Operations | Any
+Step: TypeAlias = Callable[[], AbstractContextManager[None]]
+
+_KEYS_AT_A_TIME = 500
+
+
+def online(op: Op, what: str) -> Connection:
+    """Return the migration's connection.
+
+    Raises:
+        ConfigurationError: The migration is only written down as SQL, and `what` needs the data.
+    """
+    if op.get_context().as_sql:
+        raise ConfigurationError(
+            f"{what} needs the database and the storage, so it cannot be written as SQL: run it without --sql"
+        )
+    connection: Connection = op.get_bind()
+    return connection
+
+
+@contextmanager
+def own_transactions(op: Op) -> Iterator[Step]:
+    """Commit what the migration has done so far, and give what stands around each step from now on.
+
+    Where the whole migration belongs to a transaction that somebody else began, steps are not committed one by one.
+    """
+    context = op.get_context()
+    if context._in_external_transaction:
+        yield nullcontext
+        return
+    begun = op.get_bind().get_transaction()
+    if begun is not None and context._transaction is None:
+        # Nobody began it: a connection begins by itself with its first statement, and Alembic expects to have begun any there is.
+        begun.commit()
+    with context.autocommit_block():
+        yield lambda: _transaction(op.get_bind())
+
+
+@contextmanager
+def _transaction(connection: Connection) -> Iterator[None]:
+    # The connection is in autocommit mode here, so its driver begins nothing by itself.
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "BEGIN")
+    try:
+        yield
+    except BaseException:
+        with suppress(SQLAlchemyError):
+            connection.exec_driver_sql("ROLLBACK")
+        raise
+    connection.exec_driver_sql("COMMIT")
+
+
+def columns_of(connection: Connection, table: str, schema: str | None) -> dict[str, Any]:
+    """Return the types of a table's columns by their names, as they are in the database now."""
+    return {column["name"]: column["type"] for column in inspect(connection).get_columns(table, schema=schema)}
+
+
+def table_with(connection: Connection, name: str, schema: str | None, *, refs: str, others: Sequence[str]) -> Table:
+    """Return a table with its primary key, a column of refs and other columns.
+
+    Raises:
+        ConfigurationError: It has no such column, or no primary key to read its rows by.
+    """
+    found = columns_of(connection, name, schema)
+    keys = inspect(connection).get_pk_constraint(name, schema=schema)["constrained_columns"]
+    missing = [column for column in (refs, *others) if column not in found]
+    if missing:
+        raise ConfigurationError(f"the table {name} has no column {', '.join(missing)}")
+    if not keys:
+        raise ConfigurationError(f"the table {name} has no primary key, so its rows cannot be told apart")
+    if refs in keys:
+        raise ConfigurationError(f"{name}.{refs} is part of the primary key and cannot hold refs")
+    plain = [Column(column, found[column], primary_key=column in keys) for column in dict.fromkeys([*keys, *others])]
+    return Table(name, MetaData(), *plain, Column(refs, portable_storage_ref_type()), schema=schema)
+
+
+def count(connection: Connection, table: Table, where: ColumnElement[bool]) -> int:
+    """Return how many rows fulfil a condition."""
+    return int(connection.execute(select(func.count()).select_from(table).where(where)).scalar_one())
+
+
+def key_pages(connection: Connection, table: Table, where: ColumnElement[bool], size: int) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield the primary keys of the rows that fulfil a condition, in their order, some at a time; no cursor stays open."""
+    keys = list(table.primary_key)
+    after: tuple[Any, ...] | None = None
+    while True:
+        statement = following(select(*keys).where(where), keys, after).order_by(*keys).limit(_KEYS_AT_A_TIME)
+        page = [tuple(row) for row in connection.execute(statement)]
+        for start in range(0, len(page), size):
+            yield page[start : start + size]
+        if len(page) < _KEYS_AT_A_TIME:
+            return
+        after = page[-1]

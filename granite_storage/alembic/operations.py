@@ -1,0 +1,354 @@
+"""Turning columns of content or of paths into columns of files, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+from sqlalchemy import Connection, Table, select
+
+from granite_storage._runs import places
+from granite_storage.alembic._conversion import Conversion, ConversionReport, Made, Progress, Row, Work, convert
+from granite_storage.alembic._running import StorageThread, storage_thread
+from granite_storage.alembic._steps import Op
+from granite_storage.alembic._storing import Place, Stored, all_or_none, removed, stored_bytes
+from granite_storage.alembic._storing import Work as StoreWork
+from granite_storage.alembic.sources import CopyOf, InPlace, adopted, copied, copied_content
+from granite_storage.exceptions import ObjectNotFoundError
+from granite_storage.manager import StorageManager
+from granite_storage.orm.types import location_of
+from granite_storage.refs import StoredObjectRef
+
+__all__ = ["blob_to_storage", "paths_to_storage", "storage_to_blob", "storage_to_paths", "storage_to_text", "text_to_storage"]
+
+Of: TypeAlias = "str | Callable[[Row], str | None] | None"
+_ROWS_OF_PATHS = 100
+
+
+def text_to_storage(
+    op: Op,
+    manager: StorageManager,
+    table: str,
+    source: str,
+    target: str,
+    *,
+    storage_key: str,
+    encoding: str = "utf-8",
+    content_type: Of = "text/plain; charset=utf-8",
+    filename: Of = None,
+    also_read: Sequence[str] = (),
+    schema: str | None = None,
+    at_a_time: int = 8,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Store each text of a column as an object, and let another column refer to it. NULL stays NULL.
+
+    Rows are locked, stored, read back and written some at a time, each time in a transaction of its own, so memory is that of
+    `at_a_time` values. A row whose target is set is left alone: a conversion that was broken off is run again and goes on. What
+    the migration has done before is committed when it begins. Nothing of the source changes.
+
+    Args:
+        op: Alembic's `op`.
+        manager: The manager; it is opened and closed on an event loop of its own.
+        table: The table.
+        source: The column with the text.
+        target: The column of refs, which is there already; see `add_storage_column`.
+        storage_key: The policy to store under.
+        encoding: How the text becomes bytes.
+        content_type: The media type, or a function that is given the row as a mapping.
+        filename: The file's name, or such a function.
+        also_read: Columns that those functions need, beside the primary key.
+        schema: The table's schema.
+        at_a_time: How many rows are done side by side; a program that is killed leaves as many objects without a row at most.
+        progress: Is given a report after each step; the log gets one too.
+
+    Returns:
+        What was done in this run.
+
+    Raises:
+        ConfigurationError: There is no such column, no primary key, or no database (`--sql`).
+        ChecksumMismatchError: What was stored does not come back.
+        StorageError: An object could not be stored. Every error carries the row's name as a note; rows done earlier stay done.
+    """
+
+    def encoded(value: Any) -> bytes:
+        return str(value).encode(encoding)
+
+    contents = _Contents(manager, source, target, storage_key, encoded, content_type, filename, places(at_a_time))
+    conversion = Conversion(table, source, target, schema, target, also_read, at_a_time)
+    return _converted(op, manager, conversion, contents.work, progress)
+
+
+def blob_to_storage(
+    op: Op,
+    manager: StorageManager,
+    table: str,
+    source: str,
+    target: str,
+    *,
+    storage_key: str,
+    content_type: Of = None,
+    filename: Of = None,
+    also_read: Sequence[str] = (),
+    schema: str | None = None,
+    at_a_time: int = 8,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Store each value of a binary column as an object; otherwise as `text_to_storage`."""
+    contents = _Contents(manager, source, target, storage_key, bytes, content_type, filename, places(at_a_time))
+    conversion = Conversion(table, source, target, schema, target, also_read, at_a_time)
+    return _converted(op, manager, conversion, contents.work, progress)
+
+
+def paths_to_storage(
+    op: Op,
+    manager: StorageManager,
+    table: str,
+    source: str,
+    target: str,
+    *,
+    storage_key: str,
+    mapping: Callable[[Any], InPlace | CopyOf | None],
+    skip_missing: bool = False,
+    schema: str | None = None,
+    at_a_time: int = 8,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Turn what another library wrote, such as paths, keys or URLs, into refs; otherwise as `text_to_storage`.
+
+    An object that lies in one of the manager's backends is adopted where it lies: it is read once for its size and checksum, and
+    not moved. One that another row of the table refers to already is copied, because an object has one owner. Anything else that
+    the mapping gives is copied in.
+
+    Args:
+        op: Alembic's `op`.
+        manager: The manager.
+        table: The table.
+        source: The column with the paths.
+        target: The column of refs.
+        storage_key: The policy that the refs belong to, and that copies are stored under.
+        mapping: Is given the value, and returns an `InPlace`, a `CopyOf`, or None where there is no file; `PlainPath` is one.
+        skip_missing: Whether a path without an object leaves its row without a ref, and is counted; otherwise it is an error.
+        schema: The table's schema.
+        at_a_time: How many objects are read or stored side by side.
+        progress: Is given a report after each step.
+
+    Raises:
+        InvalidLocationError: A location is not one that the library would ever use.
+        ObjectNotFoundError: There is no object where a path leads.
+    """
+    paths = _Paths(manager, source, target, storage_key, mapping, skip_missing, places(at_a_time))
+    return _converted(op, manager, Conversion(table, source, target, schema, target, (), _ROWS_OF_PATHS), paths.work, progress)
+
+
+def storage_to_text(
+    op: Op,
+    manager: StorageManager,
+    table: str,
+    source: str,
+    target: str,
+    *,
+    encoding: str = "utf-8",
+    schema: str | None = None,
+    at_a_time: int = 8,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Bring the content of a column of refs back into a text column, for a downgrade; verified, in steps, resumable.
+
+    The objects stay where they are: nobody can know yet whether the migration will commit. Those that nothing refers to
+    afterwards are orphans.
+
+    Raises:
+        ObjectNotFoundError: An object is not there.
+        ChecksumMismatchError: Its bytes are not what its ref says.
+        UnicodeDecodeError: It is no text in this encoding.
+    """
+
+    async def read(ref: StoredObjectRef) -> Any:
+        return (await manager.get(ref)).decode(encoding)
+
+    return _restored(op, manager, Conversion(table, source, target, schema, source, (), places(at_a_time)), read, progress)
+
+
+def storage_to_blob(
+    op: Op,
+    manager: StorageManager,
+    table: str,
+    source: str,
+    target: str,
+    *,
+    schema: str | None = None,
+    at_a_time: int = 8,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Bring the content of a column of refs back into a binary column; otherwise as `storage_to_text`."""
+    return _restored(op, manager, Conversion(table, source, target, schema, source, (), places(at_a_time)), manager.get, progress)
+
+
+def storage_to_paths(
+    op: Op,
+    table: str,
+    source: str,
+    target: str,
+    *,
+    mapping: Callable[[StoredObjectRef], str],
+    schema: str | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Write for each ref the path, key or URL that another library knows it by, for a downgrade; no object is touched.
+
+    Args:
+        op: Alembic's `op`.
+        table: The table.
+        source: The column of refs.
+        target: The column of paths.
+        mapping: Returns what is to be written; `PlainPath.back` is one.
+        schema: The table's schema.
+        progress: Is given a report after each step.
+    """
+
+    def work(_: Connection, __: Table, rows: Sequence[Row]) -> list[Made]:
+        return [Made(mapping(StoredObjectRef.from_dict(row[source]))) for row in rows]
+
+    return convert(op, Conversion(table, source, target, schema, source, (), _ROWS_OF_PATHS), work, progress)
+
+
+def _converted(
+    op: Op, manager: StorageManager, conversion: Conversion, work: Callable[[StorageThread], Work], progress: Progress | None
+) -> ConversionReport:
+    with storage_thread(manager) as thread:
+        return convert(op, conversion, work(thread), progress)
+
+
+def _restored(
+    op: Op,
+    manager: StorageManager,
+    conversion: Conversion,
+    read: Callable[[StoredObjectRef], Coroutine[Any, Any, Any]],
+    progress: Progress | None,
+) -> ConversionReport:
+    def work(thread: StorageThread) -> Work:
+        def restore(_: Connection, __: Table, rows: Sequence[Row]) -> list[Made]:
+            return [Made(thread.run(read(StoredObjectRef.from_dict(row[conversion.source])))) for row in rows]
+
+        return restore
+
+    return _converted(op, manager, conversion, work, progress)
+
+
+class _Storing:
+    """What has objects stored for rows."""
+
+    def __init__(self, manager: StorageManager, source: str, target: str, storage_key: str, at_a_time: int) -> None:
+        manager.policy(storage_key)
+        self._manager = manager
+        self._source = source
+        self._target = target
+        self._storage_key = storage_key
+        self._at_a_time = at_a_time
+
+    def _place(self, table: Table, row: Row) -> Place:
+        key = tuple(row[column.name] for column in table.primary_key)
+        return Place(self._storage_key, table.name, key, self._target)
+
+    def _made(self, thread: StorageThread, works: Sequence[tuple[Place, StoreWork]]) -> list[Made]:
+        named = [(f"{place.table} {place.primary_key}", work) for place, work in works]
+        return [self._of(thread, stored) for stored in thread.run(all_or_none(self._manager, named, self._at_a_time))]
+
+    def _of(self, thread: StorageThread, stored: Stored | None) -> Made:
+        if stored is None:
+            return Made(None)
+        if not stored.is_own:
+            return Made(stored.ref.to_dict(), is_adopted=True)
+        return Made(stored.ref.to_dict(), undo=lambda: thread.run(removed(self._manager, stored.ref)))
+
+
+class _Contents(_Storing):
+    """Stores the values of a column."""
+
+    def __init__(
+        self,
+        manager: StorageManager,
+        source: str,
+        target: str,
+        storage_key: str,
+        encoded: Callable[[Any], bytes],
+        content_type: Of,
+        filename: Of,
+        at_a_time: int,
+    ) -> None:
+        super().__init__(manager, source, target, storage_key, at_a_time)
+        self._encoded = encoded
+        self._content_type = content_type
+        self._filename = filename
+
+    def work(self, thread: StorageThread) -> Work:
+        def store(_: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
+            return self._made(thread, [self._stored(self._place(table, row), row) for row in rows])
+
+        return store
+
+    def _stored(self, place: Place, row: Row) -> tuple[Place, StoreWork]:
+        content = self._encoded(row[self._source])
+        content_type, filename = _said(self._content_type, row), _said(self._filename, row)
+        return place, partial(stored_bytes, self._manager, place, content, content_type, filename)
+
+
+class _Paths(_Storing):
+    """Adopts or copies what the values of a column lead to."""
+
+    def __init__(
+        self,
+        manager: StorageManager,
+        source: str,
+        target: str,
+        storage_key: str,
+        mapping: Callable[[Any], InPlace | CopyOf | None],
+        skip_missing: bool,
+        at_a_time: int,
+    ) -> None:
+        super().__init__(manager, source, target, storage_key, at_a_time)
+        self._mapping = mapping
+        self._skip_missing = skip_missing
+
+    def work(self, thread: StorageThread) -> Work:
+        def find(connection: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
+            found = [self._mapping(row[self._source]) for row in rows]
+            taken = self._taken(connection, table, [item for item in found if isinstance(item, InPlace)])
+            works: list[tuple[Place, StoreWork]] = []
+            for row, item in zip(rows, found, strict=True):
+                place = self._place(table, row)
+                works.append((place, partial(self._object, place, item, taken)))
+                if isinstance(item, InPlace):
+                    taken = {*taken, item.address}
+            return self._made(thread, works)
+
+        return find
+
+    def _taken(self, connection: Connection, table: Table, items: Sequence[InPlace]) -> set[tuple[str, str]]:
+        """Return which of the objects belong to another row already."""
+        backend, location = location_of(table.c[self._target], connection.dialect.name)
+        wanted = sorted({item.location for item in items})
+        found = connection.execute(select(backend, location).where(location.in_(wanted))) if wanted else ()
+        return {(row[0], row[1]) for row in found}
+
+    async def _object(self, place: Place, item: InPlace | CopyOf | None, taken: set[tuple[str, str]]) -> Stored | None:
+        try:
+            match item:
+                case None:
+                    return None
+                case CopyOf():
+                    return await copied_content(self._manager, place, item)
+                case InPlace() if item.address in taken:
+                    return await copied(self._manager, place, item)
+                case InPlace():
+                    return await adopted(self._manager, place, item)
+        except (ObjectNotFoundError, FileNotFoundError):
+            if self._skip_missing:
+                return None
+            raise
+
+
+def _said(given: Of, row: Row) -> str | None:
+    return given(row) if callable(given) else given

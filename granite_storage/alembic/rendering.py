@@ -1,0 +1,95 @@
+"""Autogenerate that knows files: what it writes for columns of refs, and what it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from alembic.autogenerate import comparators
+from alembic.operations import ops
+from alembic.util import DispatchPriority
+
+from granite_storage.orm.indexed import LOCATION_COLUMN_PREFIX, LOCATION_INDEX_PREFIX
+from granite_storage.orm.types import AttachmentType, StoredObjectRefType
+
+if TYPE_CHECKING:
+    from alembic.autogenerate.api import AutogenContext
+
+__all__ = ["include_storage", "render_storage"]
+
+RenderItem: TypeAlias = Callable[[str, Any, "AutogenContext"], str | Literal[False]]
+
+_IMPORT = "from granite_storage import portable_storage_ref_type"
+_registered = False
+
+
+def include_storage(context: object = None) -> None:
+    """Let autogenerate understand columns of refs; called once in `env.py`, anywhere before `context.run_migrations()`.
+
+    Columns of `attachment()` and `StoredObjectRefType` are rendered as `portable_storage_ref_type()`, with its import. Indexes
+    that `create_location_index` made are left alone, though no model declares them. Whatever else `context.configure` was given
+    goes on to work: a `render_item` of your own is asked first.
+
+    Args:
+        context: Alembic's context, as `env.py` has it; nothing of it is used, and it may be left out.
+
+    Example:
+        ```python
+        from granite_storage.alembic import include_storage
+
+        include_storage(context)
+        ```
+    """
+    global _registered
+    if not _registered:
+        comparators.dispatch_for("schema", priority=DispatchPriority.LAST)(_prepare)
+        _registered = True
+
+
+def render_storage(kind: str, item: Any, autogen_context: AutogenContext) -> str | Literal[False]:
+    """Render a type of the library, as a `render_item` for `context.configure`; False for everything else.
+
+    `include_storage` does this by itself; the function is for those who compose their `render_item` by hand.
+    """
+    if kind != "type" or not isinstance(item, AttachmentType | StoredObjectRefType):
+        return False
+    autogen_context.imports.add(_IMPORT)
+    return "portable_storage_ref_type()"
+
+
+def _prepare(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps, _: object) -> None:
+    """Alembic calls it once it has compared the tables, before anything is rendered."""
+    own = autogen_context.opts.get("render_item")
+    if not isinstance(own, _Composed):
+        autogen_context.opts["render_item"] = _Composed(own)
+    _leave_indexes_alone(upgrade_ops)
+
+
+class _Composed:
+    """Asks the project's own `render_item` first."""
+
+    def __init__(self, own: RenderItem | None) -> None:
+        self._own = own
+
+    def __call__(self, kind: str, item: Any, autogen_context: AutogenContext) -> str | Literal[False]:
+        rendered: str | Literal[False] = self._own(kind, item, autogen_context) if self._own else False
+        return render_storage(kind, item, autogen_context) if rendered is False else rendered
+
+
+def _leave_indexes_alone(container: ops.OpContainer) -> None:
+    for operation in container.ops:
+        if isinstance(operation, ops.OpContainer):
+            _leave_indexes_alone(operation)
+    container.ops[:] = [operation for operation in container.ops if not _is_to_be_left_out(operation)]
+
+
+def _is_to_be_left_out(operation: ops.MigrateOperation) -> bool:
+    match operation:
+        case ops.DropIndexOp():
+            return str(operation.index_name).startswith(LOCATION_INDEX_PREFIX)
+        case ops.DropColumnOp():
+            return operation.column_name.startswith(LOCATION_COLUMN_PREFIX)
+        case ops.ModifyTableOps():
+            return not operation.ops
+        case _:
+            return False

@@ -1,0 +1,159 @@
+"""What another library's path or URL leads to."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import mimetypes
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from granite_storage.alembic._storing import Place, Stored, kept_if_readable
+from granite_storage.exceptions import InvalidLocationError
+from granite_storage.locations import check_location
+from granite_storage.manager import StorageManager
+from granite_storage.refs import StoredObjectRef, canonical_timestamp
+
+__all__ = ["CopyOf", "InPlace", "PlainPath", "adopted", "copied", "copied_content"]
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """An object that lies in one of the manager's backends, where it may stay.
+
+    Attributes:
+        backend: The backend's key in the manager.
+        location: Its address there.
+        content_type: Its media type; None for the backend's word, or a guess by the name.
+        filename: The name to keep; None for the last part of the location.
+    """
+
+    backend: str
+    location: str
+    content_type: str | None = None
+    filename: str | None = None
+
+    @property
+    def address(self) -> tuple[str, str]:
+        """Backend and location."""
+        return self.backend, self.location
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOf:
+    """Content from elsewhere, to be stored.
+
+    Attributes:
+        content: The bytes, the path of a file, or any stream that `put_stream` takes.
+        content_type: Its media type; None for a guess by the name.
+        filename: The name to keep; None for that of the file.
+    """
+
+    content: Any
+    content_type: str | None = None
+    filename: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlainPath:
+    """The mapping for columns of plain paths or keys, such as those of Django's `FileField`.
+
+    A path whose location the library would refuse, such as one with `..`, is copied from `folder` where it lies inside of it, and
+    refused otherwise. An empty path is no file.
+
+    Args:
+        backend: The key of the backend in which the files lie.
+        strip: What the paths begin with that is not part of the location, such as `/media/` or `https://cdn.example.com/`.
+        prefix: What the location begins with that is not part of the path.
+        folder: Where the files lie on this machine, for the ones that cannot be adopted.
+
+    Example:
+        >>> PlainPath("local", strip="/media/", prefix="uploads/")("/media/2020/cat.png")
+        InPlace(backend='local', location='uploads/2020/cat.png', content_type=None, filename=None)
+    """
+
+    backend: str
+    strip: str = ""
+    prefix: str = ""
+    folder: Path | str | None = None
+
+    def __call__(self, path: Any) -> InPlace | CopyOf | None:
+        """Return where a path leads."""
+        if not path:
+            return None
+        rest = str(path).removeprefix(self.strip)
+        location = f"{self.prefix}{rest}"
+        try:
+            check_location(location)
+        except InvalidLocationError:
+            return CopyOf(self._inside(rest))
+        return InPlace(self.backend, location)
+
+    def back(self, ref: StoredObjectRef) -> str:
+        """Return the path of an adopted object, for `storage_to_paths`; that of any other is its location after `strip`."""
+        return f"{self.strip}{ref.location.removeprefix(self.prefix)}"
+
+    def _inside(self, rest: str) -> Path:
+        if self.folder is None:
+            raise InvalidLocationError(f"{rest[:120]!r} cannot be adopted, and there is no folder to copy it from")
+        folder = Path(self.folder).resolve()
+        found = (folder / rest).resolve()
+        if not found.is_relative_to(folder):
+            raise InvalidLocationError(f"{rest[:120]!r} leads out of the folder of the files")
+        return found
+
+
+async def adopted(manager: StorageManager, place: Place, item: InPlace) -> Stored:
+    """Return a ref of an object that is there, once it was read for its checksum."""
+    return Stored(await _ref_of(manager, place, item), is_own=False)
+
+
+async def copied(manager: StorageManager, place: Place, item: InPlace) -> Stored:
+    """Copy an object that another row has."""
+    ref = await manager.copy(await _ref_of(manager, place, item), **place.arguments())
+    return await kept_if_readable(manager, ref)
+
+
+async def copied_content(manager: StorageManager, place: Place, item: CopyOf) -> Stored:
+    """Store content from elsewhere, and read it back."""
+    filename = item.filename or (item.content.name if isinstance(item.content, Path) else None)
+    content_type = item.content_type or await _guessed(filename)
+    ref = await _put(manager, place, item.content, content_type, filename)
+    return await kept_if_readable(manager, ref)
+
+
+async def _put(
+    manager: StorageManager, place: Place, content: Any, content_type: str | None, filename: str | None
+) -> StoredObjectRef:
+    if isinstance(content, Path):
+        opened = await asyncio.to_thread(content.open, "rb")
+        try:
+            return await _put(manager, place, opened, content_type, filename)
+        finally:
+            await asyncio.to_thread(opened.close)
+    draft = manager.draft(**place.arguments(), content_type=content_type, original_filename=filename)
+    return await manager.put_draft(draft, content)
+
+
+async def _ref_of(manager: StorageManager, place: Place, item: InPlace) -> StoredObjectRef:
+    name = item.filename or item.location.rpartition("/")[2]
+    found = StoredObjectRef(place.storage_key, item.backend, item.location, 0, "", original_filename=name)
+    info = await manager.stat(found)
+    content_type = item.content_type or info.content_type or await _guessed(name)
+    modified = canonical_timestamp(info.modified)
+    found = replace(found, size=info.size, content_type=content_type, created_at=modified)
+    return replace(found, checksum=await _checksum(manager, found))
+
+
+async def _checksum(manager: StorageManager, ref: StoredObjectRef) -> str:
+    sha256 = hashlib.sha256()
+    async with manager.open(ref) as reader:
+        async for chunk in reader:
+            await asyncio.to_thread(sha256.update, chunk)
+    return f"sha256:{sha256.hexdigest()}"
+
+
+async def _guessed(filename: str | None) -> str | None:
+    # The first guess reads the system's tables from disk.
+    return None if filename is None else (await asyncio.to_thread(mimetypes.guess_type, filename))[0]

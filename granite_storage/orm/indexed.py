@@ -1,0 +1,65 @@
+"""What an index over the locations of a column of refs is called, and the generated column that it needs on MariaDB."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import bindparam, text
+
+if TYPE_CHECKING:
+    from sqlalchemy import Column
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+__all__ = [
+    "LOCATION_COLUMN_PREFIX",
+    "LOCATION_INDEX_PREFIX",
+    "location_column_name",
+    "location_index_name",
+    "with_location_column",
+]
+
+LOCATION_INDEX_PREFIX = "ix_granite_storage_location_"
+LOCATION_COLUMN_PREFIX = "granite_storage_location_"
+
+_GENERATED = text(
+    "SELECT table_schema, table_name, column_name, table_schema = DATABASE() FROM information_schema.columns"
+    " WHERE column_name IN :names"
+).bindparams(bindparam("names", expanding=True))
+
+_LONGEST_NAME = 63
+_DIGITS = 8
+
+
+def location_index_name(table: str, column: str) -> str:
+    """Return the name of the index over a column's locations; it fits every database."""
+    return _fitting(LOCATION_INDEX_PREFIX, f"{table}_{column}")
+
+
+def location_column_name(column: str) -> str:
+    """Return the name of the generated column that holds another column's locations, where no index can be on an expression."""
+    return _fitting(LOCATION_COLUMN_PREFIX, column)
+
+
+async def with_location_column(connection: AsyncConnection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
+    """Return which columns of refs have a generated column with their locations; only on MariaDB there are any."""
+    if connection.dialect.name not in ("mysql", "mariadb") or not columns:
+        return set()
+    names = [location_column_name(column.name) for column in columns]
+    rows = await connection.execute(_GENERATED, {"names": names})
+    found = {place for schema, table, name, is_default in rows for place in _places(schema, table, name, is_default)}
+    return {column for column in columns if (column.table.schema, column.table.name, location_column_name(column.name)) in found}
+
+
+def _places(schema: str, table: str, name: str, is_default: bool) -> list[tuple[str | None, str, str]]:
+    return [(schema, table, name), *([(None, table, name)] if is_default else [])]
+
+
+def _fitting(prefix: str, rest: str) -> str:
+    """Cut a name that is too long, and let digits tell it from others that begin alike."""
+    if len(f"{prefix}{rest}".encode()) <= _LONGEST_NAME:
+        return f"{prefix}{rest}"
+    digits = sha256(rest.encode()).hexdigest()[:_DIGITS]
+    room = _LONGEST_NAME - len(prefix) - _DIGITS - 1
+    return f"{prefix}{rest.encode()[:room].decode(errors='ignore')}_{digits}"

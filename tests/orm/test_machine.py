@@ -114,8 +114,7 @@ class Sessions(RuleBasedStateMachine):
         doc = self.doc(one, number)
         if content is not None:
             self.see(one, doc, number, column)
-        setattr(doc, column, None if content is None else file(content))
-        one.rows[number][column] = content
+        self.put(one, doc, number, column, None if content is None else file(content), content)
         if flushes:
             self.run(one.session.flush())
 
@@ -314,8 +313,14 @@ class Sessions(RuleBasedStateMachine):
         return value.is_pending or value.location not in self.run(self.world.objects())
 
     def assign(self, one: Side, number: int, column: str, value: Attachment | None, content: str | None) -> None:
-        setattr(self.doc(one, number), column, value)
+        self.put(one, self.doc(one, number), number, column, value, content)
+
+    def put(self, one: Side, doc: Doc, number: int, column: str, value: Attachment | None, content: str | None) -> None:
+        """Set an attribute, after a look at the row where None is what a stale session remembers: it would write nothing."""
         assert one.rows is not None
+        if value is None and doc.__dict__.get(column) is None and one.rows[number][column] is not None:
+            self.run(one.session.refresh(doc, [column]))
+        setattr(doc, column, value)
         one.rows[number][column] = content
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:

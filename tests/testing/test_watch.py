@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,13 @@ def test_a_missing_server_is_said(
 ) -> None:
     """A server that is not to be had skips what needs it, with the reason, and fails it in CI."""
     monkeypatch.setenv("CI", ci)
-    (watched.mkpydir("tests") / "servers.py").write_text("def moto_s3():\n    raise RuntimeError('no such program')\n")
+    inner = watched.mkpydir("tests")
+    shutil.copy(Path(__file__).parents[1] / "services.py", inner)
+    (inner / "servers.py").write_text("def moto_s3():\n    raise RuntimeError('no such program')\n")
     watched.makepyfile("def test_server(moto_server): pass")
     result = watched.runpytest_subprocess("-rsE")
     result.assert_outcomes(**outcome)
-    result.stdout.fnmatch_lines(["*moto_s3 did not start: no such program*"])
+    result.stdout.fnmatch_lines(["*moto_s3 is not to be had: no such program*"])
 
 
 def test_leaks_fail(watched: pytest.Pytester) -> None:

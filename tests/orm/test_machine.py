@@ -316,10 +316,11 @@ class Sessions(RuleBasedStateMachine):
         self.put(one, self.doc(one, number), number, column, value, content)
 
     def put(self, one: Side, doc: Doc, number: int, column: str, value: Attachment | None, content: str | None) -> None:
-        """Set an attribute, after a look at the row where None is what a stale session remembers: it would write nothing."""
+        """Set an attribute, after a look at the row where a stale session remembers the same value: it would write nothing."""
         assert one.rows is not None
-        if value is None and doc.__dict__.get(column) is None and one.rows[number][column] is not None:
-            self.run(one.session.refresh(doc, [column]))
+        if Doc.__table__.c[column].type.compare_values(doc.__dict__.get(column), value):
+            with one.session.no_autoflush:
+                self.run(one.session.refresh(doc, [column]))
         setattr(doc, column, value)
         one.rows[number][column] = content
 

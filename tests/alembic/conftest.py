@@ -14,6 +14,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.orm.databases import mariadb, postgres_database
+from tests.services import service
 
 T = TypeVar("T")
 
@@ -78,13 +79,8 @@ def target(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterato
         case "aiosqlite":
             yield Target(make_url(f"sqlite+aiosqlite:///{tmp_path}/app.db"), "async")
         case "mariadb":
-            context = mariadb()
-            try:
-                found = context.__enter__()
-            except LookupError as error:
-                pytest.skip(str(error))
-            yield Target(found.url, "async")
-            context.__exit__(None, None, None)
+            with service("MariaDB", mariadb()) as found:
+                yield Target(found.url, "async")
         case driver:
             with postgres_database(request.getfixturevalue("postgres_server"), driver) as found:
                 yield Target(found.url, "generic" if driver == "psycopg" else "async")

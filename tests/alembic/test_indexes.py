@@ -99,10 +99,9 @@ class Document(Base):
 journal_tables(Base.metadata)
 
 
+@pytest.mark.parametrize("kind", ["asyncpg", "mariadb"], indirect=True)  # which can have a journal, and have such a driver
 async def test_the_worker_asks_through_the_index(target: Target, tmp_path: Path) -> None:
     """Its own statement, seen as it is sent, and what the database makes of it."""
-    if target.template != "async" or target.url.get_backend_name() == "sqlite":
-        pytest.skip("the journal is for PostgreSQL and MariaDB, through their asynchronous drivers")
     import asyncio
 
     project = await asyncio.to_thread(with_documents, target, tmp_path)

@@ -110,12 +110,15 @@ def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> 
         report = ConversionReport(what.table, what.source, what.target, count(connection, table, waiting))
         for keys in key_pages(connection, table, waiting, what.at_a_time):
             made: Sequence[Made] = []
+            unwritten: _UnwrittenError | None = None
             try:
                 with step():
                     made = _step(connection, table, target, and_(among(table, keys), waiting), work)
-            except _Unwritten as error:
-                error.undo()
-                raise error.cause from None
+            except _UnwrittenError as error:
+                unwritten = error
+            if unwritten is not None:
+                unwritten.undo()
+                raise unwritten.cause  # out here it keeps the causes of its own
             report = _counted(report, made)
             _tell(report, progress)
     return report
@@ -141,11 +144,11 @@ def _step(connection: Connection, table: Table, target: Column[Any], where: Colu
                 own = among(table, [tuple(row[column.name] for column in keys)])
                 connection.execute(update(table).where(own).values({target: item.value}))
     except BaseException as error:
-        raise _Unwritten(made, error) from error
+        raise _UnwrittenError(made, error) from error
     return made
 
 
-class _Unwritten(Exception):  # noqa: N818  # nobody but this module sees it
+class _UnwrittenError(Exception):
     """The rows of a step could not be written, so its objects have no use."""
 
     def __init__(self, made: Sequence[Made], cause: BaseException) -> None:

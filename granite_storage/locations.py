@@ -96,7 +96,7 @@ def check_segment(segment: object, argument: str = "segment", *, windows: bool =
     problem = _segment_problem(segment, windows)
     if problem:
         raise InvalidLocationError(f"{argument} {problem}: {_shown(segment)}")
-    if segment[-1] in ". ":  # type: ignore[index]  # _segment_problem has refused what is not a string
+    if isinstance(segment, str) and segment[-1] in ". ":
         raise InvalidLocationError(f"{argument} ends in a dot or a space: {_shown(segment)}")
 
 

@@ -35,7 +35,8 @@ class Duration(click.ParamType[timedelta]):
 
     name = "time"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:  # noqa: D102
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        """Read a number and its unit."""
         found = _DURATION.fullmatch(str(value).strip().lower())
         if found is None:
             self.fail(f"{value!r} is not a time, such as 24h, 90m or 7d", param, ctx)

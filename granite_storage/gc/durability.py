@@ -15,8 +15,8 @@ async def barrier(connection: AsyncConnection) -> None:
     """Return once what other transactions have committed, and this program has seen, is durable.
 
     With `synchronous_commit = off` PostgreSQL acknowledges commits that a crash may take back; one that is synchronous, and has
-    written something itself, takes all before it along. MariaDB is durable at each commit, as `checks` has made sure of; SQLite is
-    what its `PRAGMA synchronous` makes it.
+    written something itself, takes all before it along. MariaDB is durable at each commit, as `checks` has made sure of; SQLite
+    is what its `PRAGMA synchronous` makes it.
     """
     if connection.dialect.name == "postgresql":
         await connection.execute(_SYNCHRONOUS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Column, ForeignKeyConstraint, MetaData, Table
 from sqlalchemy.orm import InstanceState, Mapper
@@ -49,9 +49,12 @@ def slots_of(mapper: Mapper[Any]) -> tuple[Slot, ...]:
 
 
 def primary_key_of(state: InstanceState[Any], table: Table) -> tuple[Any, ...]:
-    """Return the primary key by which a table of an instance's mapper knows its row, as it is in the database."""
+    """Return the primary key by which a table of an instance's mapper knows its row, as it is in the database.
+
+    A row that was inserted by the flush that is under way has the one that its instance says.
+    """
     mapper: Mapper[Any] = state.mapper
-    identity = state.identity or ()
+    identity = state.identity or mapper.primary_key_from_instance(cast(object, state.obj()))
     by_attribute = {
         mapper.get_property_by_column(column).key: value for column, value in zip(mapper.primary_key, identity, strict=True)
     }

@@ -69,9 +69,11 @@ _idle: set[int] = set()
 
 def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]) -> Any:
     """Save what listeners after ours have set."""
-    session = state.session if id(mapper) not in _idle and slots_of(mapper) else None
+    session = state.session if id(mapper) not in _idle else None
     if session is not None:
         unit = outcome.known_unit(session)
+        if unit is not None:
+            unit.flush.has_written = True
         changes = flush.changes_of([state])
         late = [change for change in changes if unit is None or not unit.flush.has_handled(change.marker, change.value)]
         _save(session, late, [])
@@ -87,8 +89,7 @@ def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceS
         if replaced is not None and mapper.primary_key_from_instance(replaced) == mapper.primary_key_from_instance(instance):
             _before_delete(mapper, connection, instance_state(replaced))
             flush.vacate(state)
-        _before_write(mapper, connection, state)
-    return EXT_CONTINUE
+    return _before_write(mapper, connection, state)
 
 
 def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]) -> Any:
@@ -98,6 +99,8 @@ def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]
         unit = outcome.known_unit(session)
         if unit is None or id(state) not in unit.flush.deletions:
             _save(session, [], [state])
+        elif unit.flush.has_written:
+            flush.look_again(unit)
     return EXT_CONTINUE
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from sqlalchemy import Column, Connection, Table
@@ -25,7 +26,7 @@ from granite_storage.orm.unit import FlushUnderWay, Frame, Intent, StoredObject,
 from granite_storage.orm.uploads import Upload, store, stored_object
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Change", "boundary", "changes_of", "concerned_tables", "displace", "end", "save", "vacate"]
+__all__ = ["Change", "boundary", "changes_of", "concerned_tables", "displace", "end", "look_again", "save", "vacate"]
 
 _UNSAFE = re.compile(r"[^\w.@=+-]+")
 _ENTITY_BYTES = 100
@@ -125,6 +126,7 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
         if change.value is not None:
             change.value._claimed = True
             flush.claims.append(change.value)
+            flush.taken.append((change.state, change.slot.column, change.value))
     flush.deletions.update(id(state) for state in deletions)
 
 
@@ -140,12 +142,38 @@ def end(session: Session, unit: UnitOfWork) -> None:
             "another transaction has deleted a row whose file was being replaced, or inserted one anew that was being deleted;"
             " the transaction may be tried again"
         )
-    for connection, held in unit.flush.vanishing:
-        remaining = still_held(connection, held)
-        gone = [entry for entry in held if entry.place not in remaining]
-        displace(unit.flush, [entry for entry in gone if not unit.flush.takes(_stored(entry))])
+    _note_vanished(unit)
     entries.write(unit)
     unit.end_flush(unit.frame(boundary(session)))
+
+
+def look_again(unit: UnitOfWork) -> None:
+    """See what the flush itself has put below the rows that it is about to delete: the database deletes that, too.
+
+    A flush writes rows before it deletes those that they depend on.
+    """
+    flush = unit.flush
+    flush.has_written = False
+    flush.vanishing += [(connection, reached()) for connection, reached in flush.cascading]
+
+
+def _note_vanished(unit: UnitOfWork) -> None:
+    """Note what rows held that the database has deleted by a cascade: not all do, and not always."""
+    flush = unit.flush
+    for connection, held in flush.vanishing:
+        remaining = still_held(connection, held)
+        for entry in held:
+            stored = _stored(entry)
+            if entry.place not in remaining and (not flush.takes(stored) or _has_taken(flush, entry)):
+                flush.log.append((unit.origin(stored), False))
+
+
+def _has_taken(flush: FlushUnderWay, entry: HeldRef) -> bool:
+    """Tell whether it is this row that has taken its object in this flush; it may have moved to another one."""
+    return any(
+        column is entry.column and attachment.ref == entry.ref and primary_key_of(state, entry.table) == entry.primary_key
+        for state, column, attachment in flush.taken
+    )
 
 
 def displace(log: Frame | FlushUnderWay, held: Iterable[HeldRef]) -> list[StoredObject]:
@@ -237,8 +265,9 @@ def _locked_refs(
             elif missing:
                 unit.flush.has_missed_rows = True
             if deleting:
-                reached = cascaded(connection, binding.tables, rows.table, rows.columns_by_key)
-                unit.flush.vanishing.append((connection, reached))
+                reached = partial(cascaded, connection, binding.tables, rows.table, rows.columns_by_key)
+                unit.flush.vanishing.append((connection, reached()))
+                unit.flush.cascading.append((connection, reached))
     return held
 
 

@@ -13,15 +13,16 @@ which objects go:
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from sqlalchemy import Connection
-    from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy import Column, Connection
+    from sqlalchemy.orm import InstanceState, SessionTransaction
 
     from granite_storage.manager import StorageManager
     from granite_storage.orm.attachment import Attachment
@@ -89,11 +90,16 @@ class FlushUnderWay:
     log: list[LogEntry] = field(default_factory=list)
     puts: list[tuple[StoredObject, Attachment]] = field(default_factory=list)
     claims: list[Attachment] = field(default_factory=list)
+    # What rows hold after the flush: the row, the column, and the attachment.
+    taken: list[tuple[InstanceState[Any], Column[Any], Attachment]] = field(default_factory=list)
     # What has been dealt with: changed attributes, and rows that are deleted.
     handled: dict[tuple[int, str], Attachment | None] = field(default_factory=dict)
     deletions: set[int] = field(default_factory=set)
     # Refs of rows that the database may delete by a cascade, and the connection that can tell whether it did.
     vanishing: list[tuple[Connection, list[HeldRef]]] = field(default_factory=list)
+    # What finds such refs, and whether the flush has written rows since it was asked: those are reached by the cascade, too.
+    cascading: list[tuple[Connection, Callable[[], list[HeldRef]]]] = field(default_factory=list)
+    has_written: bool = False
     # Rows that were not there to be locked: of those to be replaced whether there are any, and how many of the others are deleted
     # all the same, because another transaction has inserted them anew.
     has_missed_rows: bool = False
@@ -148,6 +154,11 @@ class UnitOfWork:
         """Return what an earlier flush of this transaction noted when a row gave the object up, where none has taken it since."""
         earlier = _latest([entry for frame in self.frames.values() for entry in frame.log]).get(stored.key)
         return earlier[0] if earlier is not None and not earlier[1] else None
+
+    def origin(self, stored: StoredObject) -> StoredObject:
+        """Return an object with the intent that stands for it already, where it was put or given up earlier and none took it."""
+        put = next((put for put, _ in self.flush.puts if put.key == stored.key), None)
+        return put or self.displacement(stored) or stored
 
     def end_flush(self, frame: Frame) -> None:
         """Let what a flush decided count: its statements are done. No statement may bind its refs any more."""

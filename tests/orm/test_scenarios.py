@@ -30,6 +30,7 @@ from tests.orm.world import (
     Contract,
     Doc,
     Item,
+    Node,
     Note,
     Page,
     Parent,
@@ -907,6 +908,11 @@ class TestWhatTheSessionDoesNotKnow:
         await world.check()
 
 
+async def family(session: AsyncSession) -> tuple[Parent, Child, Child]:
+    """Return a parent and two children, whether they are its own or not."""
+    return await session.get_one(Parent, 1), await session.get_one(Child, 1), await session.get_one(Child, 2)
+
+
 class TestRelations:
     async def test_cascade_of_the_session(self, world: World) -> None:
         await world.add(Parent(id=1, file=file("p"), children=[Child(id=1, file=file("c")), Child(id=2, file=file("d"))]))
@@ -962,8 +968,7 @@ class TestRelations:
     async def test_file_of_a_cascaded_row_moves_out(self, world: World) -> None:
         await world.add(Parent(id=1, children=[Child(id=1, file=file("c"))]), Child(id=2))
         async with world.sessions.begin() as session:
-            parent = await session.get_one(Parent, 1)
-            one, two = await session.get_one(Child, 1), await session.get_one(Child, 2)
+            parent, one, two = await family(session)
             two.file, one.file = one.file, None
             await session.delete(parent)
         assert await world.contents() == {("child", 2, "file"): b"c"}
@@ -975,6 +980,58 @@ class TestRelations:
             (await session.get_one(Child, 2)).file = (await session.get_one(Child, 1)).file
             await session.delete(parent)
         assert await world.contents() == {("child", 2, "file"): b"c"}
+
+    async def test_row_comes_below_what_the_same_flush_deletes(self, world: World) -> None:
+        await world.add(Parent(id=1), Child(id=1, file=file("c"), tags=[Tag(id=1, file=file("t"))]), Child(id=2, file=file("d")))
+        async with world.sessions.begin() as session:
+            parent, child = await session.get_one(Parent, 1), await session.get_one(Child, 1)
+            child.parent_id = 1
+            await session.delete(parent)
+        assert await world.contents() == {("child", 2, "file"): b"d"}
+
+    async def test_file_is_put_below_what_the_same_flush_deletes(self, world: World) -> None:
+        await world.add(Parent(id=1), Child(id=1, file=file("c")))
+        async with world.sessions.begin() as session:
+            parent, child = await session.get_one(Parent, 1), await session.get_one(Child, 1)
+            child.parent_id, child.file = 1, file("d")
+            session.add(Child(id=2, parent_id=1, file=file("e")))
+            await session.delete(parent)
+        await world.check()
+
+    async def test_file_moves_below_what_the_same_flush_deletes(self, world: World) -> None:
+        await world.add(Parent(id=1), Child(id=1, file=file("c")), Child(id=2))
+        async with world.sessions.begin() as session:
+            parent, one, two = await family(session)
+            two.parent_id, two.file, one.file = 1, one.file, None
+            await session.delete(parent)
+        assert await world.contents() == {}
+
+    async def test_file_that_was_given_up_goes_below_what_a_flush_deletes(self, world: World) -> None:
+        await world.add(Parent(id=1), Child(id=1, file=file("c")), Child(id=2))
+        async with world.sessions.begin() as session:
+            parent, one, two = await family(session)
+            given, one.file = one.file, None
+            await session.flush()
+            two.parent_id, two.file = 1, given
+            await session.delete(parent)
+        assert await world.contents() == {}
+
+    async def test_file_moves_out_of_a_row_that_comes_below_what_the_same_flush_deletes(self, world: World) -> None:
+        await world.add(Parent(id=1), Child(id=1, file=file("c")), Child(id=2))
+        async with world.sessions.begin() as session:
+            parent, one, two = await family(session)
+            one.parent_id, two.file, one.file = 1, one.file, None
+            await session.delete(parent)
+        assert await world.contents() == {("child", 2, "file"): b"c"}
+
+    async def test_branch_comes_below_what_the_same_flush_deletes(self, world: World) -> None:
+        await world.add(Node(id=1, file=file("1")), Node(id=2, file=file("2")))
+        await world.add(Node(id=3, parent_id=2, file=file("3")))
+        async with world.sessions.begin() as session:
+            root, branch = await session.get_one(Node, 1), await session.get_one(Node, 2)
+            branch.parent_id = 1
+            await session.delete(root)
+        await world.check()
 
     async def test_single_table_inheritance(self, world: World) -> None:
         await world.add(Photo(id=1, file=file("a"), raw=file("b")), Item(id=2, file=file("c")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeAlias
 
 from alembic.operations import Operations
@@ -41,11 +41,11 @@ def online(op: Op, what: str) -> Connection:
 def own_transactions(op: Op) -> Iterator[Step]:
     """Commit what the migration has done so far, and give what stands around each step from now on.
 
-    Where the whole migration belongs to a transaction that somebody else began, steps are not committed one by one.
+    Where the whole migration belongs to a transaction that somebody else began, each step is a savepoint of it.
     """
     context = op.get_context()
     if context._in_external_transaction:
-        yield nullcontext
+        yield lambda: _savepoint(op.get_bind())
         return
     begun = op.get_bind().get_transaction()
     if begun is not None and context._transaction is None:
@@ -53,6 +53,15 @@ def own_transactions(op: Op) -> Iterator[Step]:
         begun.commit()
     with context.autocommit_block():
         yield lambda: _transaction(op.get_bind())
+
+
+@contextmanager
+def _savepoint(connection: Connection) -> Iterator[None]:
+    # Python's driver of SQLite may have begun nothing yet, and the savepoint's release would commit.
+    if connection.dialect.name == "sqlite" and not getattr(connection.connection.driver_connection, "in_transaction", True):
+        connection.exec_driver_sql("BEGIN")
+    with connection.begin_nested():
+        yield
 
 
 @contextmanager

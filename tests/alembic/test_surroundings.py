@@ -37,6 +37,13 @@ def create(connection: sa.Connection) -> None:
     connection.commit()
 
 
+def refuse_the_third(connection: sa.Connection) -> None:
+    connection.exec_driver_sql(
+        "CREATE TRIGGER no BEFORE UPDATE ON note WHEN new.id = 3 BEGIN SELECT RAISE(ABORT, 'not this one'); END"
+    )
+    connection.commit()
+
+
 async def contents(manager: StorageManager) -> set[bytes]:
     backend = manager.backend("b")
     found = set()
@@ -128,13 +135,41 @@ def test_a_row_that_cannot_be_written_leaves_no_object(tmp_path: Path) -> None:
     manager = manager_on(MemoryStorageBackend())
     with engine.connect() as connection:
         create(connection)
-        connection.exec_driver_sql(
-            "CREATE TRIGGER no BEFORE UPDATE ON note WHEN new.id = 3 BEGIN SELECT RAISE(ABORT, 'not this one'); END"
-        )
-        connection.commit()
+        refuse_the_third(connection)
         with pytest.raises(sa.exc.IntegrityError, match="not this one"):
             convert(connection, manager)
         assert asyncio.run(contents(manager)) == set()
+    engine.dispose()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_step_that_fails_in_somebody_elses_transaction_leaves_no_row(tmp_path: Path, begun: bool) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/app.db")
+    manager = manager_on(MemoryStorageBackend())
+    with engine.connect() as connection:
+        create(connection)
+        refuse_the_third(connection)
+        connection.exec_driver_sql("BEGIN" if begun else "SELECT 1")
+        with pytest.raises(sa.exc.IntegrityError, match="not this one"):
+            convert(connection, manager)
+        connection.commit()
+        assert connection.exec_driver_sql("SELECT count(*), count(file) FROM note").one() == (3, 0)
+    assert asyncio.run(contents(manager)) == set()
+    engine.dispose()
+
+
+def test_steps_go_with_somebody_elses_transaction(tmp_path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/app.db")
+    manager = manager_on(MemoryStorageBackend())
+    with engine.connect() as connection:
+        create(connection)
+        add_storage_column(Operations(MigrationContext.configure(connection)), "note", "file")
+        connection.commit()
+        with connection.begin():
+            op = Operations(MigrationContext.configure(connection))
+            text_to_storage(op, manager, "note", "body", "file", storage_key="notes", at_a_time=1)
+            connection.get_transaction().rollback()
+        assert connection.exec_driver_sql("SELECT count(*), count(file) FROM note").one() == (3, 0)
     engine.dispose()
 
 

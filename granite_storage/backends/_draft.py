@@ -13,7 +13,8 @@ import os
 import secrets
 from contextlib import ExitStack, suppress
 
-from granite_storage.backends._tree import CREATE, MOST_ATTEMPTS, TEMPORARY_SUFFIX, Tree
+from granite_storage.backends._descriptors import CREATE, TEMPORARY_SUFFIX
+from granite_storage.backends._tree import MOST_ATTEMPTS, Tree
 from granite_storage.backends._tree_errors import translated
 from granite_storage.exceptions import BackendError, BackendUnavailableError
 from granite_storage.locations import RESERVED_PREFIX

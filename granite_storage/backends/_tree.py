@@ -17,31 +17,22 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from granite_storage.backends._descriptors import CREATE, DIRECTORY, NO_LINK, READ, TEMPORARY_SUFFIX, info_of, opened
 from granite_storage.backends._tree_errors import translated
+from granite_storage.backends._tree_walk import swept, walked
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidLocationError, ObjectNotFoundError
-from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check_location, uuid7_hex
+from granite_storage.locations import RESERVED_PREFIX, check_location, uuid7_hex
 
-__all__ = ["CREATE", "MOST_ATTEMPTS", "TEMPORARY_SUFFIX", "Tree"]
+__all__ = ["MOST_ATTEMPTS", "Tree"]
 
 MARKER = f"{RESERVED_PREFIX}storage"
 """The file that tells a root that is in use from an empty mount point."""
 
-TEMPORARY_SUFFIX = ".tmp"
-"""How the name of an unfinished file ends."""
-
 MOST_ATTEMPTS = 100
 """How often something is tried again that another process may have undone meanwhile."""
 
-_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK | getattr(os, "O_CLOEXEC", 0)
-"""How a file is made that is not there yet."""
-
-_READ = os.O_RDONLY | _NO_LINK | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-_VANISHED = (FileNotFoundError, NotADirectoryError)
 _MOST_REMEMBERED = 10_000
-_SURELY_FITS = MAX_LOCATION_BYTES // 4  # characters, of four bytes each at the most
 
 
 class Tree:
@@ -67,7 +58,7 @@ class Tree:
     def carries_marker(self) -> bool:
         """Tell whether the root is there and was used before; an unmounted disk shows an empty directory instead."""
         try:
-            with translated(None, reading=True), _opened(self.root) as root:
+            with translated(None, reading=True), opened(self.root) as root:
                 return stat.S_ISREG(os.stat(MARKER, dir_fd=root, follow_symlinks=False).st_mode)
         except ObjectNotFoundError:
             return False
@@ -75,7 +66,7 @@ class Tree:
     def now(self) -> datetime:
         """Return the time by which the file system dates what is written now, or the machine's where nothing can be written."""
         try:
-            with _opened(self.root) as root:
+            with opened(self.root) as root:
                 return _dated_now(root)
         except OSError:
             return datetime.now(UTC)
@@ -84,7 +75,7 @@ class Tree:
         """Open a regular file for reading; a link, a directory or a device is no object."""
         *folder, name = location.split("/")
         with translated(location, reading=True), self._directory(folder) as directory:
-            descriptor = os.open(name, _READ, dir_fd=directory)
+            descriptor = os.open(name, READ, dir_fd=directory)
             try:
                 return descriptor, _info_of_regular(location, os.fstat(descriptor))
             except BaseException:
@@ -122,7 +113,7 @@ class Tree:
         folder, slash, _ = prefix.rpartition("/")
         with self._directory_if_any(folder + slash) as directory:
             if directory is not None:
-                yield from self._walk(directory, folder + slash, prefix, start_after or "")
+                yield from walked(directory, folder + slash, prefix, start_after or "")
 
     def sweep(self, older_than: float) -> int:
         """Remove the temporary files that were last written to more than `older_than` seconds ago; return how many.
@@ -130,7 +121,7 @@ class Tree:
         The directories that this leaves empty go too.
         """
         with self._directory_if_any("") as root:
-            return 0 if root is None else self._sweep(root, time.time() - older_than, MAX_LOCATION_BYTES)
+            return 0 if root is None else swept(root, time.time() - older_than)
 
     def synchronise(self, descriptor: int) -> None:
         """Wait until a file or directory is on the disk, where that is wanted."""
@@ -154,7 +145,7 @@ class Tree:
         descriptor = self._open_root(writing=False)
         try:
             for segment in segments:
-                child = os.open(segment, _DIRECTORY | _NO_LINK, dir_fd=descriptor)
+                child = os.open(segment, DIRECTORY | NO_LINK, dir_fd=descriptor)
                 os.close(descriptor)
                 descriptor = child
             yield descriptor
@@ -185,7 +176,7 @@ class Tree:
         made = False
         for _ in range(MOST_ATTEMPTS):
             with suppress(FileNotFoundError):
-                return os.open(segment, _DIRECTORY | _NO_LINK, dir_fd=parent), made
+                return os.open(segment, DIRECTORY | NO_LINK, dir_fd=parent), made
             with suppress(FileExistsError):
                 os.mkdir(segment, self.dir_mode | (stat.S_ISVTX if self.fsync else 0), dir_fd=parent)
                 made = True
@@ -249,7 +240,7 @@ class Tree:
 
     def _open_existing_root(self) -> int:
         try:
-            return os.open(self.root, _DIRECTORY)
+            return os.open(self.root, DIRECTORY)
         except NotADirectoryError as error:
             raise self._unavailable("is not a directory") from error
 
@@ -261,7 +252,7 @@ class Tree:
         for path in reversed(missing):
             path.mkdir(self.dir_mode, exist_ok=True)
             path.chmod(self.dir_mode)
-            with _opened(path.parent) as parent:
+            with opened(path.parent) as parent:
                 self.synchronise(parent)
 
     def _recognise(self, descriptor: int, writing: bool) -> None:
@@ -291,99 +282,6 @@ class Tree:
                 os.close(marker)
         self.synchronise(root)
 
-    def _walk(self, top: int, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
-        """Walk depth first: one generator for all levels, or each object would have to pass through one for each of them."""
-        levels = [(top, iter(_entries(top, folder)))]
-        try:
-            while levels:
-                directory, entries = levels[-1]
-                for path, name in entries:
-                    if path[-1] != "/":
-                        if path > start_after and path.startswith(prefix):
-                            try:
-                                found = os.stat(name, dir_fd=directory, follow_symlinks=False)
-                            except FileNotFoundError:
-                                continue
-                            if stat.S_ISREG(found.st_mode):
-                                yield _info(path, found)
-                    # A directory sorts as its contents do, so `t-/x` comes before `t/x`.
-                    elif path.startswith(prefix) and (path > start_after or start_after.startswith(path)):
-                        with suppress(*_VANISHED):
-                            levels.append(_level(path, name, directory))
-                            break
-                else:
-                    levels.pop()
-                    if levels:
-                        os.close(directory)
-        finally:
-            for directory, _ in levels[1:]:
-                os.close(directory)
-
-    def _sweep(self, directory: int, before: float, room: int) -> int:
-        removed = 0
-        folders: list[str] = []
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.name)
-                elif _is_temporary(entry.name):
-                    with suppress(FileNotFoundError):
-                        if os.stat(entry.name, dir_fd=directory, follow_symlinks=False).st_mtime < before:
-                            os.unlink(entry.name, dir_fd=directory)
-                            removed += 1
-        for name in folders:
-            left = room - len(os.fsencode(name)) - 1
-            if left > 0 and _is_segment(name):
-                removed += self._sweep_folder(name, directory, before, left)
-        return removed
-
-    def _sweep_folder(self, name: str, parent: int, before: float, room: int) -> int:
-        try:
-            with _opened(name, parent) as child:
-                removed = self._sweep(child, before, room)
-        except _VANISHED:
-            return 0
-        if removed:
-            with suppress(OSError):
-                os.rmdir(name, dir_fd=parent)
-        return removed
-
-
-def _level(path: str, name: str, parent: int) -> tuple[int, Iterator[tuple[str, str]]]:
-    """Open a directory, and read it."""
-    directory = os.open(name, _DIRECTORY | _NO_LINK, dir_fd=parent)
-    try:
-        return directory, iter(_entries(directory, path))
-    except BaseException:
-        os.close(directory)
-        raise
-
-
-def _entries(directory: int, folder: str) -> list[tuple[str, str]]:
-    """Return the paths and names of what may be an object, or have some below, in order; a directory's path ends in a slash."""
-    found = []
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            name = entry.name
-            path = folder + name
-            if not _is_segment(name) or (len(path) > _SURELY_FITS and len(os.fsencode(path)) > MAX_LOCATION_BYTES):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                found.append((f"{path}/", name))
-            elif entry.is_file(follow_symlinks=False):
-                found.append((path, name))
-    found.sort()
-    return found
-
-
-@contextmanager
-def _opened(path: str | Path, parent: int | None = None) -> Iterator[int]:
-    descriptor = os.open(path, _DIRECTORY | (_NO_LINK if parent is not None else 0), dir_fd=parent)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
 
 def _dated_now(directory: int) -> datetime:
     name = f"{RESERVED_PREFIX}{uuid7_hex()}{TEMPORARY_SUFFIX}"
@@ -398,24 +296,4 @@ def _dated_now(directory: int) -> datetime:
 def _info_of_regular(location: str, found: os.stat_result) -> ObjectInfo:
     if not stat.S_ISREG(found.st_mode):
         raise ObjectNotFoundError(f"what is at {location!r} is not a regular file", location=location)
-    return _info(location, found)
-
-
-def _info(location: str, found: os.stat_result) -> ObjectInfo:
-    etag = f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
-    return ObjectInfo(location, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC), etag)
-
-
-def _is_segment(name: str) -> bool:
-    """Tell whether a name in a directory can be part of a location; others' files and our temporary ones may lie there too."""
-    if name.isascii() and name[0] != ".":
-        return name.isprintable() and "\\" not in name
-    try:
-        check_location(name)
-    except InvalidLocationError:
-        return False
-    return True
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(RESERVED_PREFIX) and name.endswith(TEMPORARY_SUFFIX)
+    return info_of(location, found)

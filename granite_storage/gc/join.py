@@ -37,15 +37,9 @@ async def joined(objects: AsyncIterator[Page], references: AsyncIterator[list[st
     An object is decided on only when every reference to what comes before it, and to itself, was seen. Nothing may come twice
     among the objects; among the references it may.
     """
-    left, right = _Pages(objects, _location), _Pages(references, None)
     last = ""
-    while True:
-        await left.fill()
-        await right.fill()
-        if not left.page and not right.page:
-            return
-        bound = _bound(left, right)
-        items, found = left.take(bound), set(right.take(bound))
+    async for bound, items, locations in _stretches(_Pages(objects, _location), _Pages(references, None)):
+        found = set(locations)
         referenced = [item for item in items if item[0] in found]
         unreferenced = [item for item in items if item[0] not in found] if len(referenced) < len(items) else []
         missing = found.difference(map(_location, referenced)) if len(found) > len(referenced) else set()
@@ -66,14 +60,8 @@ async def in_byte_order(pages: AsyncIterator[list[str]], what: str) -> AsyncIter
 
 async def merged(one: AsyncIterator[list[str]], other: AsyncIterator[list[str]]) -> AsyncIterator[list[str]]:
     """Merge two sequences of pages, both in order, into one."""
-    left, right = _Pages(one, None), _Pages(other, None)
-    while True:
-        await left.fill()
-        await right.fill()
-        if not left.page and not right.page:
-            return
-        bound = _bound(left, right)
-        yield sorted(left.take(bound) + right.take(bound))
+    async for _, ours, theirs in _stretches(_Pages(one, None), _Pages(other, None)):
+        yield sorted(ours + theirs)
 
 
 class _Pages:
@@ -104,6 +92,12 @@ class _Pages:
         return taken
 
 
-def _bound(left: _Pages, right: _Pages) -> str | None:
-    """Return up to where both sides are known; None where one of them is at its end."""
-    return min(left.last, right.last) if left.page and right.page else None
+async def _stretches(left: _Pages, right: _Pages) -> AsyncIterator[tuple[str | None, Page, Page]]:
+    """Yield what both sides have up to a location up to which both are known; it is None where one of them is at its end."""
+    while True:
+        await left.fill()
+        await right.fill()
+        if not left.page and not right.page:
+            return
+        bound = min(left.last, right.last) if left.page and right.page else None
+        yield bound, left.take(bound), right.take(bound)

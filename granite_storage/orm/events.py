@@ -89,6 +89,7 @@ def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceS
         if replaced is not None and mapper.primary_key_from_instance(replaced) == mapper.primary_key_from_instance(instance):
             _before_delete(mapper, connection, instance_state(replaced))
             flush.vacate(state)
+            outcome.unit_of(session).flush.has_successors = True
     return _before_write(mapper, connection, state)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -142,6 +143,8 @@ def end(session: Session, unit: UnitOfWork) -> None:
             "another transaction has deleted a row whose file was being replaced, or inserted one anew that was being deleted;"
             " the transaction may be tried again"
         )
+    if unit.flush.has_successors:
+        unit.flush.vanishing += _rivals(session, unit.flush)
     _note_vanished(unit)
     entries.write(unit)
     unit.end_flush(unit.frame(boundary(session)))
@@ -157,8 +160,18 @@ def look_again(unit: UnitOfWork) -> None:
     flush.vanishing += [(connection, reached()) for connection, reached in flush.cascading]
 
 
+def _rivals(session: Session, flush: FlushUnderWay) -> Iterator[tuple[Connection, list[HeldRef]]]:
+    """Yield what several instances with the same primary key have given to one row, which keeps the last of it."""
+    places = [(column, primary_key_of(state, column.table)) for state, column, _ in flush.taken]
+    counts = Counter(places)
+    for (column, primary_key), (state, _, attachment) in zip(places, flush.taken, strict=True):
+        if counts[column, primary_key] > 1:
+            connection = session.connection(bind_arguments={"mapper": state.mapper})
+            yield connection, [HeldRef(column.table, primary_key, column, attachment.ref)]
+
+
 def _note_vanished(unit: UnitOfWork) -> None:
-    """Note what rows held that the database has deleted by a cascade: not all do, and not always."""
+    """Note what rows held and hold no more: the database has deleted some by a cascade, though not all do so, and not always."""
     flush = unit.flush
     for connection, held in flush.vanishing:
         remaining = still_held(connection, held)

@@ -100,6 +100,8 @@ class FlushUnderWay:
     # What finds such refs, and whether the flush has written rows since it was asked: those are reached by the cascade, too.
     cascading: list[tuple[Connection, Callable[[], list[HeldRef]]]] = field(default_factory=list)
     has_written: bool = False
+    # Whether new instances have taken over rows of deleted ones: SQLAlchemy lets several of them take the same.
+    has_successors: bool = False
     # Rows that were not there to be locked: of those to be replaced whether there are any, and how many of the others are deleted
     # all the same, because another transaction has inserted them anew.
     has_missed_rows: bool = False

@@ -210,6 +210,14 @@ class TestOneRow:
             session.add(Doc(id=1, title="new"))
         await world.check()
 
+    @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
+    async def test_two_rows_of_the_same_key_after_a_delete(self, world: World) -> None:
+        await world.add(Doc(id=1, file=file("a"), other=file("b")))
+        async with world.sessions.begin() as session:
+            await session.delete(await get(session))
+            session.add_all([Doc(id=1, file=file("c")), Doc(id=1, file=file("d"), other=file("e"))])
+        await world.check(file_1="d", other_1="e")
+
     async def test_primary_key_and_file_changed_together(self, world: World) -> None:
         await world.add(Doc(id=1, file=file("a")))
         async with world.sessions.begin() as session:

@@ -13,6 +13,7 @@ from random import Random, SystemRandom
 from typing import Any, ClassVar
 
 import pytest
+from sqlalchemy import delete
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, SAWarning
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
@@ -23,6 +24,7 @@ from tests.orm.world import Child, Node, Parent, Tag, World, file
 TRANSACTIONS = int(os.environ.get("GRANITE_FAMILIES", "150"))
 SEED = int(os.environ.get("GRANITE_FAMILIES_SEED") or SystemRandom().getrandbits(32))
 MOST = 4
+KINDS: list[type[Any]] = [Node, Parent, Child, Tag]
 
 # A foreign key to a row that has gone, a row that a cascade has deleted while the session still knows it.
 EXPECTED = (DBAPIError, StaleDataError, ObjectDeletedError, InvalidRequestError, StaleAttachmentError)
@@ -41,21 +43,37 @@ class Family:
         self._session = session
         self._random = random
 
-    async def live(self) -> None:
+    async def live(self, depth: int = 0) -> None:
         """Do some of all that may be done, flushing now and then."""
         steps = [self.move, self.move, self.put, self.move_file, self.delete, self.delete, self.be_born, self.be_born]
         for _ in range(self._random.randint(1, 7)):
-            await self._random.choice(steps)()
+            what = self._random.random()
+            if what < 0.08 and depth < 2:
+                await self._live_in_savepoint(depth + 1)
+            elif what < 0.14:
+                await self._delete_in_bulk()
+            else:
+                await self._random.choice(steps)()
             if self._random.random() < 0.15:
                 await self._session.flush()
 
+    async def _live_in_savepoint(self, depth: int) -> None:
+        async with self._session.begin_nested() as savepoint:
+            await self.live(depth)
+            if self._random.random() < 0.4:
+                await savepoint.rollback()
+
+    async def _delete_in_bulk(self) -> None:
+        kind = self._random.choice(KINDS)
+        await self._session.execute(delete(kind).where(kind.id == self._number()))
+
     async def be_born(self) -> None:
-        kind = self._random.choice([Node, Parent, Child, Tag])
-        row = await self._any(kind, self._random.randint(1, MOST))
+        kind = self._random.choice(KINDS)
+        row = await self._any(kind, self._number())
         if row is None:
-            row = kind(id=self._random.randint(1, MOST), file=self._file())
+            row = kind(id=self._number(), file=self._file())
             if kind is Tag:
-                row.child_id = self._random.randint(1, MOST)
+                row.child_id = self._number()
             self._session.add(row)
 
     async def move(self) -> None:
@@ -64,10 +82,10 @@ class Family:
         if row is not None:
             _, name = self.PARENTS[kind]
             may_be_free = kind is not Tag and self._random.random() < 0.2
-            setattr(row, name, None if may_be_free else self._random.randint(1, MOST))
+            setattr(row, name, None if may_be_free else self._number())
 
     async def put(self) -> None:
-        row = await self._any(self._random.choice([Node, Parent, Child, Tag]))
+        row = await self._any(self._random.choice(KINDS))
         if row is not None:
             row.file = self._file()
 
@@ -84,8 +102,11 @@ class Family:
 
     async def _any(self, kind: type[Any], number: int | None = None) -> Any:
         with self._session.no_autoflush:
-            row = await self._session.get(kind, number or self._random.randint(1, MOST))
+            row = await self._session.get(kind, number or self._number())
         return None if row in self._session.deleted else row
+
+    def _number(self) -> int:
+        return self._random.randint(1, MOST)
 
     def _file(self) -> Any:
         return file(self._random.choice("abc")) if self._random.random() < 0.9 else None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hmac
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -14,17 +11,15 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from granite_storage._delivery import Disposition, content_disposition, require_disposition, served_type
+from granite_storage._tokens import TokenSigner
 from granite_storage.backends.base import StorageBackend, SupportsPresign
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["SignedObject", "UrlSigner", "signed_url"]
+__all__ = ["SignedObject", "UrlSigner", "require_base_url", "signed_url"]
 
-_PURPOSE = b"granite-storage: url to read an object, version 1"
-_KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
-_TOKEN = re.compile(r"([A-Za-z0-9_-]{1,32})\.([A-Za-z0-9_-]{1,12000})\.([A-Za-z0-9_-]{43})")
+_PURPOSE = "granite-storage: url to read an object, version 1"
 _BASE_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(?:/[A-Za-z0-9._~-]+)*")
-_LEAST_SECRET = 32
 _LONGEST_LIFE = timedelta(days=7)
 _REF_FIELDS = ("storage_key", "backend", "location", "size", "checksum", "content_type", "original_filename", "created_at")
 
@@ -69,13 +64,11 @@ class UrlSigner:
     """
 
     def __init__(self, base_url: str, *, keys: Mapping[str, str | bytes], max_expires_in: timedelta = _LONGEST_LIFE) -> None:
-        self.base_url: str = _require_base_url(base_url)
+        self.base_url: str = require_base_url(base_url)
         self.max_expires_in: timedelta = max_expires_in
         if not isinstance(max_expires_in, timedelta) or max_expires_in < timedelta(seconds=1):
             raise ConfigurationError(f"max_expires_in must be a timedelta of at least one second, not {max_expires_in!r}")
-        if not isinstance(keys, Mapping) or not keys:
-            raise ConfigurationError("keys must be a mapping of ids to secrets, with at least one")
-        self._keys = {key_id: _derived(key_id, secret) for key_id, secret in keys.items()}
+        self._tokens = TokenSigner(_PURPOSE, keys, audience=self.base_url)
 
     def sign(
         self,
@@ -97,31 +90,18 @@ class UrlSigner:
         claims |= {"disposition": disposition, "expires": int(time.time() + expires_in.total_seconds())}
         if filename is not None:
             claims["filename"] = filename
-        key_id = next(iter(self._keys))
-        return f"{self.base_url}/{self._signed(key_id, _encoded(_canonical(claims)))}"
+        return f"{self.base_url}/{self._tokens.sign(claims)}"
 
     def verify(self, token: str) -> SignedObject | None:
         """Return what a token, the last segment of a URL, grants; None where it grants nothing, for whatever reason."""
-        match = _TOKEN.fullmatch(token)
-        if match is None or match[1] not in self._keys:
-            return None
-        if not hmac.compare_digest(self._signed(match[1], match[2]).encode(), token.encode()):
-            return None
-        signed = _granted(match[2])
+        claims = self._tokens.read(token)
+        signed = None if claims is None else _granted(claims)
         if signed is None or not 0 < signed.expires - time.time() <= self.max_expires_in.total_seconds():
             return None
         return signed
 
-    def _signed(self, key_id: str, payload: str) -> str:
-        text = f"{key_id}.{payload}"
-        digest = hmac.digest(self._keys[key_id], f"{self.base_url}\n{text}".encode(), "sha256")
-        return f"{text}.{_encoded(digest)}"
-
     def __repr__(self) -> str:
-        return f"<UrlSigner {self.base_url} keys={list(self._keys)}>"
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a UrlSigner holds secrets and cannot be pickled")
+        return f"<UrlSigner {self.base_url} keys={self._tokens.key_ids}>"
 
 
 async def signed_url(
@@ -147,13 +127,9 @@ async def signed_url(
     return signer.sign(ref, expires_in=expires_in, disposition=disposition, filename=filename)
 
 
-def _granted(payload: str) -> SignedObject | None:
+def _granted(claims: Mapping[str, Any]) -> SignedObject | None:
     """Read what was signed, which is still checked: who shares a key may write it in another way."""
     try:
-        content = base64.b64decode(payload + "=" * (-len(payload) % 4), altchars=b"-_", validate=True)
-        claims = json.loads(content)
-        if _canonical(claims) != content:
-            return None
         disposition, filename, expires = claims["disposition"], claims.get("filename"), claims["expires"]
         require_disposition(disposition)
         if type(expires) is not int or not (filename is None or isinstance(filename, str)):
@@ -163,25 +139,8 @@ def _granted(payload: str) -> SignedObject | None:
         return None
 
 
-def _canonical(claims: Mapping[str, Any]) -> bytes:
-    return json.dumps(claims, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _encoded(content: bytes) -> str:
-    return base64.urlsafe_b64encode(content).decode().rstrip("=")
-
-
-def _derived(key_id: object, secret: object) -> bytes:
-    """Return the key for this purpose, so that a signature made for another one is worth nothing here."""
-    if not isinstance(key_id, str) or not _KEY_ID.fullmatch(key_id):
-        raise ConfigurationError(f"the id of a key must be 1 to 32 letters, digits, '-' or '_', not {key_id!r}")
-    material = secret.encode() if isinstance(secret, str) else secret
-    if not isinstance(material, bytes) or len(material) < _LEAST_SECRET:
-        raise ConfigurationError(f"the secret of the key {key_id!r} must be a string or bytes, of at least {_LEAST_SECRET} bytes")
-    return hmac.digest(material, _PURPOSE, "sha256")
-
-
-def _require_base_url(base_url: object) -> str:
+def require_base_url(base_url: object) -> str:
+    """Return an absolute URL without a slash at its end, or raise `ConfigurationError`."""
     text = base_url.removesuffix("/") if isinstance(base_url, str) else ""
     try:
         named = bool(urlsplit(text).hostname) and urlsplit(text).port != 0

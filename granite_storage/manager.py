@@ -11,7 +11,14 @@ from granite_storage._configuration import Configuration, require_positive, requ
 from granite_storage._delivery import Disposition
 from granite_storage._lifecycle import Lifecycle
 from granite_storage._writing import DraftWriter
-from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsAbort
+from granite_storage.backends.base import (
+    ObjectInfo,
+    ObjectReader,
+    StorageBackend,
+    SupportsAbort,
+    SupportsPresignedUpload,
+    UploadRequest,
+)
 from granite_storage.drafts import ObjectDraft
 from granite_storage.locations import check_location
 from granite_storage.policies import StoragePolicy
@@ -312,6 +319,31 @@ class StorageManager:
         """
         with self._lifecycle.call(), self._configuration.at(ref) as backend:
             return await signed_url(backend, self.url_signer, ref, expires_in, disposition, filename)
+
+    async def upload_request(
+        self, draft: ObjectDraft, *, expires_in: timedelta, min_size: int, max_size: int
+    ) -> UploadRequest | None:
+        """Return a request with which a client stores a draft's object directly in its backend; None where that signs none.
+
+        It is what `granite_storage.web.DirectUploads` hands out. Nobody has verified what is stored by it.
+
+        Args:
+            draft: Where, and of which media type.
+            expires_in: How long the request works.
+            min_size: The fewest bytes that it may bring.
+            max_size: The most bytes.
+
+        Raises:
+            ValueError: The backend cannot hold a client to this.
+            BackendError: The backend could not sign.
+        """
+        with self._lifecycle.call(), self._configuration.blaming(draft.policy.backend_key) as backend:
+            if not isinstance(backend, SupportsPresignedUpload):
+                return None
+            content_type = draft.content_type or "application/octet-stream"
+            return await backend.presign_upload(
+                draft.location, expires_in=expires_in, content_type=content_type, min_size=min_size, max_size=max_size
+            )
 
     async def delete(self, ref: StoredObjectRef) -> None:
         """Remove the object, for good; one that is not there is no error."""

@@ -17,6 +17,8 @@ from granite_storage.backends.base import (
     SupportsClock,
     SupportsCopy,
     SupportsPresign,
+    SupportsPresignedUpload,
+    UploadRequest,
 )
 from granite_storage.exceptions import BackendError
 
@@ -178,6 +180,22 @@ class _Presigns(WrappedBackend):
         )
 
 
+class _PresignsUploads(WrappedBackend):
+    async def presign_upload(
+        self, location: str, *, expires_in: timedelta, content_type: str, min_size: int, max_size: int
+    ) -> UploadRequest:
+        """Return a request that stores an object at exactly this location."""
+        inner = cast(SupportsPresignedUpload, self.inner)
+        inside = self._inside(location)
+        return await self._call(
+            "presign_upload",
+            [location],
+            lambda: inner.presign_upload(
+                inside, expires_in=expires_in, content_type=content_type, min_size=min_size, max_size=max_size
+            ),
+        )
+
+
 _ABILITIES: dict[type, type[WrappedBackend]] = {
     SupportsCopy: _Copies,
     SupportsBatchDelete: _DeletesMany,
@@ -185,6 +203,7 @@ _ABILITIES: dict[type, type[WrappedBackend]] = {
     SupportsClock: _TellsTime,
     SupportsAbort: _Aborts,
     SupportsPresign: _Presigns,
+    SupportsPresignedUpload: _PresignsUploads,
 }
 
 

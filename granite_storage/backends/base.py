@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from granite_storage.exceptions import BackendError
 
@@ -25,6 +25,8 @@ __all__ = [
     "SupportsClock",
     "SupportsCopy",
     "SupportsPresign",
+    "SupportsPresignedUpload",
+    "UploadRequest",
     "byte_range",
     "upload_begun",
 ]
@@ -200,6 +202,48 @@ class SupportsPresign(Protocol):
             expires_in: How long the URL works, more than zero.
             content_type: The Content-Type that the answer shall carry.
             disposition: The Content-Disposition that the answer shall carry.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class UploadRequest:
+    """A request by which a client stores one object: what it says is signed, so do not log it.
+
+    Attributes:
+        method: `POST` for a form (multipart/form-data) of the fields with the file after them, in a field `file`; `PUT` for the
+            bytes as the body.
+        url: Where it goes.
+        fields: The fields of the form, in their order.
+        headers: The headers that it must have; a browser sets Content-Length by itself.
+    """
+
+    method: Literal["POST", "PUT"]
+    url: str = field(repr=False)
+    fields: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@runtime_checkable
+class SupportsPresignedUpload(Protocol):
+    """A backend that signs requests with which a client stores directly in it."""
+
+    async def presign_upload(
+        self, location: str, *, expires_in: timedelta, content_type: str, min_size: int, max_size: int
+    ) -> UploadRequest:
+        """Return a request that stores an object at exactly this location, of this type and within these sizes.
+
+        Until it expires it may be made more than once, and then replaces what it has stored before.
+
+        Args:
+            location: The object's address; nobody else may use it.
+            expires_in: How long the request works, more than zero.
+            content_type: The Content-Type that it must have.
+            min_size: The fewest bytes.
+            max_size: The most bytes.
+
+        Raises:
+            ValueError: The server cannot hold a client to this, such as to a range of sizes.
         """
         ...
 

@@ -15,9 +15,10 @@ from granite_storage.backends._s3_connect import S3Clients
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, error_at, translate
 from granite_storage.backends._s3_listing import list_keys
 from granite_storage.backends._s3_multipart import abort_upload, abort_uploads, date_of
+from granite_storage.backends._s3_presign import presigned_form, presigned_put
 from granite_storage.backends._s3_reader import info_of, open_reader
 from granite_storage.backends._s3_writer import ObjectWriter
-from granite_storage.backends.base import ObjectInfo, ObjectReader
+from granite_storage.backends.base import ObjectInfo, ObjectReader, UploadRequest
 from granite_storage.exceptions import (
     BackendError,
     ConfigurationError,
@@ -77,6 +78,8 @@ class S3StorageBackend:
         connect_timeout: The longest wait for a connection to the server, in seconds.
         read_timeout: The longest time without a byte in either direction, in seconds.
         pool_timeout: The longest wait for one of the `max_pool_connections`, in seconds.
+        presigned_post: Whether the server takes forms with a signed policy (POST), which may allow a range of sizes. R2 does not;
+            with False `presign_upload` signs a PUT of exactly one size.
         list_by_folder: Whether listings walk the keys folder by folder, for servers that do not list in byte order; None
             recognises SeaweedFS, which does not, by its name.
 
@@ -110,6 +113,7 @@ class S3StorageBackend:
         connect_timeout: float = 10.0,
         read_timeout: float = 60.0,
         pool_timeout: float = 60.0,
+        presigned_post: bool = True,
         list_by_folder: bool | None = None,
     ) -> None:
         if importlib.util.find_spec("aioboto3") is None:
@@ -151,6 +155,7 @@ class S3StorageBackend:
             pool_timeout=pool_timeout,
             list_by_folder=list_by_folder,
         )
+        self._presigned_post = presigned_post
         self._clients = S3Clients(self._settings)
         self._page_size: int | None = None
 
@@ -250,8 +255,7 @@ class S3StorageBackend:
         The URL grants what it says to whoever has it: do not log it.
         """
         self._check(location)
-        if not timedelta(seconds=1) <= expires_in <= _LONGEST_PRESIGN:
-            raise ValueError(f"expires_in must be from one second to seven days, not {expires_in}")
+        _require_life(expires_in)
         parameters = {"Bucket": self.bucket, "Key": self._settings.key(location)}
         if content_type is not None:
             parameters["ResponseContentType"] = content_type
@@ -265,6 +269,28 @@ class S3StorageBackend:
         except Exception as error:
             raise translate(error, "presign_get", bucket=self.bucket, location=location) from error
         return url
+
+    async def presign_upload(
+        self, location: str, *, expires_in: timedelta, content_type: str, min_size: int, max_size: int
+    ) -> UploadRequest:
+        """Return a request that stores an object of at most 5 GiB; see `SupportsPresignedUpload.presign_upload`.
+
+        A form's policy names the key, the content type and the range of sizes (`content-length-range`). A PUT is of one size.
+        """
+        self._check(location)
+        _require_life(expires_in)
+        if "${filename}" in self._settings.key(location):
+            raise InvalidLocationError(f"a form would put the client's own name of the file into {location!r}")
+        if not 0 <= min_size <= max_size <= _LARGEST_PART:
+            raise ValueError(f"one request stores at most 5 GiB, not from {min_size} to {max_size} bytes")
+        if not self._presigned_post and min_size != max_size:
+            raise ValueError("the server takes no form, and a PUT is signed for one size: say the exact size")
+        client = await self._clients.get()
+        sign = presigned_form if self._presigned_post else presigned_put
+        try:
+            return await sign(client, location, int(expires_in.total_seconds()), content_type, min_size, max_size)
+        except Exception as error:
+            raise translate(error, "presign_upload", bucket=self.bucket, location=location) from error
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
         """Yield objects in byte order; see `StorageBackend.iter_objects`.
@@ -368,6 +394,11 @@ def _checked(argument: str, given: dict[str, Any], *, reserved: frozenset[str] |
         if name in reserved or name.startswith("Checksum"):
             raise ConfigurationError(f"{argument} must not contain {name!r}: the backend sets it")
     return given
+
+
+def _require_life(expires_in: timedelta) -> None:
+    if not timedelta(seconds=1) <= expires_in <= _LONGEST_PRESIGN:
+        raise ValueError(f"expires_in must be from one second to seven days, not {expires_in}")
 
 
 def _require_positive(**numbers: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from granite_storage.exceptions import ConsumedSourceError, InvalidReferenceError, UnboundAttachmentError
@@ -235,6 +235,20 @@ class Attachment:
             await store([Upload(self, home, uuid7_hex())])
             self._unowned = True
         return self
+
+    @classmethod
+    async def _adopt(
+        cls, staged: StoredObjectRef, home: AttachmentType, verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]]
+    ) -> Attachment:
+        """Copy what a client has stored by itself to where no client can, verify the copy, and let a row take it.
+
+        It cannot be stored a second time: what the client has stored may have changed by then.
+        """
+        adopted = cls._of(staged, home)._copy()
+        await store([Upload(adopted, home, uuid7_hex(), verify)])
+        adopted._source, adopted._reusable = None, False
+        adopted._unowned = True
+        return adopted
 
     def _draft(self, home: AttachmentType, entity_id: str) -> ObjectDraft:
         """Decide where it will be stored, for a column."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from granite_storage.orm.journal.journal import StorageJournal
     from granite_storage.orm.journal.lease import Lease
     from granite_storage.orm.types import AttachmentType
+    from granite_storage.refs import StoredObjectRef
 
 __all__ = ["Upload", "discard", "store", "stored_object"]
 
@@ -27,11 +28,19 @@ _AT_A_TIME = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Upload:
-    """A pending attachment, the column it is stored for, and the segment of its location that says which row."""
+    """A pending attachment that is to be stored.
+
+    Attributes:
+        attachment: The attachment.
+        home: The column it is stored for.
+        entity_id: The segment of its location that says which row.
+        verify: Reads what was stored, and returns its ref as it then is; the upload ends with it, well or not.
+    """
 
     attachment: Attachment
     home: AttachmentType
     entity_id: str
+    verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]] | None = None
 
 
 def stored_object(attachment: Attachment) -> StoredObject:
@@ -85,16 +94,22 @@ async def _begin(uploads: Sequence[Upload], drafts: Sequence[ObjectDraft]) -> di
 async def _put(upload: Upload, draft: ObjectDraft, lease: Lease | None) -> None:
     intent = upload.attachment._intent
     if lease is None or intent is None:
-        await upload.attachment._put(upload.home, draft)
+        await _put_verified(upload, draft)
         return
     lease.begin(intent.id)
-    await upload.attachment._put(upload.home, draft)
+    await _put_verified(upload, draft)
     try:
         lease.require()
     except StaleAttachmentError:
         # The program stood still, and workers may have looked for the object for the last time before it was there.
         await finish(intent.journal.discard(upload.attachment.ref), "discarding an upload that came too late")
         raise
+
+
+async def _put_verified(upload: Upload, draft: ObjectDraft) -> None:
+    await upload.attachment._put(upload.home, draft)
+    if upload.verify is not None:
+        upload.attachment._ref = await upload.verify(upload.attachment.ref)
 
 
 async def _side_by_side(work: Sequence[Callable[[], Awaitable[None]]], leases: Sequence[Lease]) -> None:

@@ -34,6 +34,7 @@ Operation: TypeAlias = Literal[
     "abort_upload",
     "now",
     "presign_get",
+    "presign_upload",
 ]
 """What faults strike: the methods of a backend and of its optional protocols; `read` is that of any reader it has opened."""
 

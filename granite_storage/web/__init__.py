@@ -11,12 +11,16 @@ except ImportError as _error:
     ) from _error
 
 from granite_storage.web.dependencies import received_body, received_form
+from granite_storage.web.direct import DirectUpload, DirectUploads
 from granite_storage.web.errors import install_error_handlers, problem_response
 from granite_storage.web.exceptions import (
     MalformedRequestError,
     RequestError,
     RequestTooLargeError,
     UnsupportedRequestError,
+    UploadMismatchError,
+    UploadMissingError,
+    UploadTokenError,
 )
 from granite_storage.web.limits import UploadLimits
 from granite_storage.web.responses import StoredObjectResponse
@@ -25,6 +29,8 @@ from granite_storage.web.uploads import FilePart, UploadForm, stream_body, strea
 from granite_storage.web.urls import SignedFiles
 
 __all__ = [
+    "DirectUpload",
+    "DirectUploads",
     "FilePart",
     "MalformedRequestError",
     "PolicyTarget",
@@ -36,6 +42,9 @@ __all__ = [
     "UnsupportedRequestError",
     "UploadForm",
     "UploadLimits",
+    "UploadMismatchError",
+    "UploadMissingError",
+    "UploadTokenError",
     "install_error_handlers",
     "problem_response",
     "received_body",

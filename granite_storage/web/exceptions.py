@@ -6,7 +6,15 @@ from typing import ClassVar
 
 from granite_storage.exceptions import StorageError
 
-__all__ = ["MalformedRequestError", "RequestError", "RequestTooLargeError", "UnsupportedRequestError"]
+__all__ = [
+    "MalformedRequestError",
+    "RequestError",
+    "RequestTooLargeError",
+    "UnsupportedRequestError",
+    "UploadMismatchError",
+    "UploadMissingError",
+    "UploadTokenError",
+]
 
 
 class RequestError(StorageError):
@@ -43,3 +51,21 @@ class UnsupportedRequestError(RequestError):
     """The body is of a media type, or in an encoding, that is not taken here."""
 
     status = 415
+
+
+class UploadTokenError(RequestError):
+    """The token of a direct upload is changed, over, signed with a key that is gone, or another's; which is not said."""
+
+    status = 403
+
+
+class UploadMissingError(RequestError):
+    """Nothing was uploaded yet, or nothing is there any more."""
+
+    status = 409
+
+
+class UploadMismatchError(RequestError):
+    """What was uploaded is not what was announced: its size, checksum or media type."""
+
+    status = 422

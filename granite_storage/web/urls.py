@@ -12,6 +12,7 @@ from granite_storage._delivery import INLINE_TYPES, require_inline_types
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidLocationError, UnknownBackendError
 from granite_storage.manager import StorageManager
 from granite_storage.signing import SignedObject
+from granite_storage.web._paths import token_of
 from granite_storage.web._sending import send_status
 from granite_storage.web.responses import StoredObjectResponse
 
@@ -58,7 +59,7 @@ class SignedFiles:
         if scope["method"] not in ("GET", "HEAD"):
             await send_status(send, 405, {"allow": "GET, HEAD"})
             return
-        token = _token(scope)
+        token = token_of(scope)
         signed = None if token is None else self._signer.verify(token)
         if signed is None:
             await send_status(send, 403)
@@ -99,15 +100,3 @@ def _refusal(error: BackendUnavailableError | InvalidLocationError | UnknownBack
             return 404, {}
         case _:
             return 403, {}
-
-
-def _token(scope: Scope) -> str | None:
-    """Return the only segment below where the application is mounted, if the URL is written in the one way it was signed in."""
-    path, root = scope["path"], scope.get("root_path", "").rstrip("/")
-    if root and path.startswith(f"{root}/"):
-        path = path[len(root) :]
-    token: str = path.removeprefix("/")
-    raw: bytes = scope.get("raw_path") or path.encode()
-    if scope.get("query_string") or not token.isascii() or not raw.endswith(f"/{token}".encode()):
-        return None
-    return token

@@ -19,6 +19,7 @@ from granite_storage.orm.journal.lease import Lease
 from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.report import RecoveryReport
+from granite_storage.orm.journal.staging import Finished, Staging
 from granite_storage.orm.journal.tables import JournalTables, tables_of
 from granite_storage.orm.journal.worker import Alarm, at_work
 
@@ -228,6 +229,22 @@ class StorageJournal:
         ids = await self.intents.record([(draft.policy.backend_key, draft.location) for draft in drafts], self._lease)
         return Lease(self.intents, ids, self._lease, begun)
 
+    async def begin_staging(self, backend: str, location: str, *, lifetime: timedelta) -> UUID:
+        """Write down, durably, that a client may store an object by itself; return the id of that.
+
+        The object is deleted when its lifetime is over, and once more after another lease, for what has arrived late.
+        """
+        await self._ensure_checked()
+        return await self._staging.begin(backend, location, lifetime)
+
+    async def find_finished(self, staging_id: UUID) -> Finished:
+        """Return what has become of an object that a client was to store; see `Staging.find`."""
+        return await self._staging.find(staging_id)
+
+    async def publish_finished(self, staging_id: UUID, seen: Finished, intent_id: UUID, ref: StoredObjectRef) -> bool:
+        """Let everybody know what has become of it; see `Staging.publish`."""
+        return await self._staging.publish(staging_id, seen, intent_id, ref)
+
     def wake_workers(self) -> None:
         """Let the workers of this process look soon: a transaction has ended that left them something."""
         self._alarm.ring()
@@ -265,6 +282,10 @@ class StorageJournal:
     def _columns(self) -> list[Column[Any]]:
         columns = [column for binding in self._bindings for column in binding.ref_columns()]
         return list(dict.fromkeys(columns))
+
+    @property
+    def _staging(self) -> Staging:
+        return Staging(self._pool, self.tables, self._columns(), self._lease)
 
     def _recovery(self) -> Recovery:
         return Recovery(

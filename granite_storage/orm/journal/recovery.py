@@ -11,8 +11,8 @@ patience, has tried nothing; but an object that kills whoever touches it must no
 that have taken it over and have not said how it went. Whatever has been left twice is taken over alone from then on, so that the
 counts of its neighbours end with theirs; and what is still left time after time is a dead letter as well.
 
-After the delete of an upload its row stays for another lease, empty: a request of the uploader that was cut off may still
-arrive at the server, and what it stores is deleted then. Afterwards nothing can arrive.
+After the delete of an upload, or of what a client was to store by itself, its row stays for another lease, empty: a request that
+was cut off may still arrive at the server, and what it stores is deleted then. Afterwards nothing can arrive.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Recovery:
             for kind, backend, count in await connection.execute(counts):
                 if backend not in self._manager.backends:
                     continue
-                if kind == UPLOAD:
+                if kind != DELETE:
                     report.leased += count
                 else:
                     report.waiting += count
@@ -213,7 +213,7 @@ class Recovery:
         await self._drop(connection, self._tables.intent, taken)
         await self._drop(connection, decision, taken)
         ours = await self._decide_against(connection, [item for item in uploads if item not in taken])
-        return [row for row in rows if row.kind == DELETE or row.id in ours]
+        return [row for row in rows if row.kind != UPLOAD or row.id in ours]
 
     async def _decide_against(self, connection: AsyncConnection, ids: list[UUID]) -> set[UUID]:
         """Insert the decisions that can be inserted at once: first together, and one by one where one is locked."""
@@ -302,9 +302,8 @@ class Recovery:
         async with places:
             try:
                 async with asyncio.timeout(self._timeout):
-                    await self._manager.reclaim(
-                        item.backend, item.location, upload_id=item.upload_id, unfinished=item.kind == UPLOAD
-                    )
+                    upload_id = item.upload_id if item.kind == UPLOAD else None
+                    await self._manager.reclaim(item.backend, item.location, upload_id=upload_id, unfinished=item.kind != DELETE)
             except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the row and tried again
                 return error
         return None
@@ -312,7 +311,7 @@ class Recovery:
     @again_after_deadlock
     async def _conclude(self, removed: Sequence[_Reclaim]) -> None:
         """Forget what is gone for good; of an upload something may still arrive, so look there once more when none can."""
-        waiting = [item.id for item in removed if item.kind == UPLOAD and not item.emptied]
+        waiting = [item.id for item in removed if item.kind != DELETE and not item.emptied]
         await self._forget([item for item in removed if item.id not in waiting])
         if waiting:
             reclaim = self._tables.reclaim

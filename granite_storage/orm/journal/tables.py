@@ -31,6 +31,7 @@ __all__ = [
     "COMMIT",
     "DELETE",
     "SCHEMA_VERSION",
+    "STAGING",
     "UPLOAD",
     "VERSION_NAME",
     "JournalTables",
@@ -46,6 +47,8 @@ VERSION_NAME = "schema_version"
 """The name that the version has there."""
 
 UPLOAD, DELETE = "upload", "delete"
+STAGING = "staging"
+"""The kind of an intent whose object a client stores by itself; its `upload_id` holds what has become of the bytes."""
 COMMIT, ABORT = "commit", "abort"
 
 _KEY = "granite_storage.journal"

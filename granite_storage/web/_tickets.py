@@ -1,0 +1,104 @@
+"""What a direct upload may be, as the tokens say that stand for it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from typing import Any, Self
+from uuid import UUID
+
+from granite_storage._tokens import TokenSigner
+
+__all__ = ["Ticket", "Tickets"]
+
+_ID = re.compile("[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One direct upload.
+
+    Attributes:
+        table: The table of the column that it is for.
+        column: That column.
+        backend: The key of the backend where the client stores.
+        location: Where the client stores.
+        content_type: The media type that it announced.
+        filename: The name that it announced, cleaned.
+        min_size: The fewest bytes.
+        max_size: The most bytes.
+        checksum: The checksum that it announced, or None.
+        owner: Who may finish it, or None.
+        intent: The id of the journal's intent, or None where there is no journal.
+        expires: When the client may no longer begin to send, in seconds since 1970.
+        ends: When it can no longer be finished.
+    """
+
+    table: str
+    column: str
+    backend: str
+    location: str
+    content_type: str
+    filename: str | None
+    min_size: int
+    max_size: int
+    checksum: str | None
+    owner: str | None
+    intent: str | None
+    expires: int
+    ends: int
+
+    @classmethod
+    def of(cls, claims: Mapping[str, Any]) -> Self | None:
+        """Return the ticket that claims make, None where they make none."""
+        if claims.keys() != {item.name for item in fields(cls)}:
+            return None
+        texts = ("table", "column", "backend", "location", "content_type")
+        numbers = ("min_size", "max_size", "expires", "ends")
+        absent = ("filename", "checksum", "owner", "intent")
+        sound = (
+            all(isinstance(claims[name], str) for name in texts)
+            and all(type(claims[name]) is int for name in numbers)
+            and all(claims[name] is None or isinstance(claims[name], str) for name in absent)
+            and claims["expires"] <= claims["ends"]
+            and (claims["intent"] is None or _ID.fullmatch(claims["intent"]))
+        )
+        return cls(**claims) if sound else None
+
+    @property
+    def staging_id(self) -> UUID | None:
+        """The id of the journal's intent."""
+        return None if self.intent is None else UUID(self.intent)
+
+
+class Tickets:
+    """Signs and reads tickets for one purpose.
+
+    Args:
+        purpose: What for.
+        keys: The secrets by their ids.
+        audience: What else is signed.
+        longest: The longest that a ticket may last.
+    """
+
+    def __init__(self, purpose: str, keys: Mapping[str, str | bytes], *, audience: str = "", longest: timedelta) -> None:
+        self._tokens = TokenSigner(f"granite-storage: {purpose}, version 1", keys, audience=audience)
+        self._longest = longest.total_seconds()
+
+    def sign(self, ticket: Ticket) -> str:
+        """Return the token of a ticket."""
+        return self._tokens.sign(asdict(ticket))
+
+    def read(self, token: object) -> Ticket | None:
+        """Return the ticket of a token; None where it is changed, over, or not ours."""
+        claims = self._tokens.read(token) if isinstance(token, str) else None
+        ticket = None if claims is None else Ticket.of(claims)
+        if ticket is None or not 0 < ticket.ends - time.time() <= self._longest:
+            return None
+        return ticket
+
+    def __repr__(self) -> str:
+        return f"keys={self._tokens.key_ids}"

@@ -1,0 +1,334 @@
+"""Direct uploads: bytes that go from the browser to the storage without passing through the application."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy.orm import InstrumentedAttribute
+from starlette.types import Receive, Scope, Send
+
+from granite_storage.backends.base import UploadRequest
+from granite_storage.drafts import ObjectDraft
+from granite_storage.exceptions import ConfigurationError, SizeMismatchError, StaleAttachmentError
+from granite_storage.locations import GENERATED_STEM, clean_filename, safe_name, uuid7_hex
+from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.binding import StorageBinding
+from granite_storage.orm.types import AttachmentType
+from granite_storage.orm.uploads import discard
+from granite_storage.policies import StoragePolicy
+from granite_storage.refs import canonical_checksum
+from granite_storage.signing import require_base_url
+from granite_storage.streams import require_declared_size, require_size
+from granite_storage.web._endpoint import UploadEndpoint
+from granite_storage.web._finishes import Finishes, JournaledFinishes, RememberedFinishes
+from granite_storage.web._inspection import inspected, staged_ref
+from granite_storage.web._tickets import Ticket, Tickets
+from granite_storage.web.exceptions import UploadTokenError
+
+__all__ = ["DirectUpload", "DirectUploads"]
+
+_LONGEST_OWNER = 255
+
+
+@dataclass(frozen=True, slots=True)
+class DirectUpload:
+    """What a client needs to send one file, as `DirectUploads.begin` gives it. Whoever has it can send the file: do not log it.
+
+    Attributes:
+        method: `POST`: a form (multipart/form-data) of the fields, in their order, and after them the file in a field `file`.
+            `PUT`: the file as the body, with the headers.
+        url: Where to.
+        fields: The fields of the form.
+        headers: The headers of the request. A browser sets Content-Length by itself.
+        token: What `DirectUploads.finish` takes once the file is there.
+        expires_at: When the client must have begun to send.
+    """
+
+    method: str
+    url: str = field(repr=False)
+    fields: Mapping[str, str] = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
+    token: str = field(repr=False)
+    expires_at: datetime
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values, for the client."""
+        return {
+            "method": self.method,
+            "url": self.url,
+            "fields": dict(self.fields),
+            "headers": dict(self.headers),
+            "token": self.token,
+            "expires_at": self.expires_at.isoformat(),
+        }
+
+
+class DirectUploads:
+    """Lets clients store files directly in the storage, and hands them to rows once they are what was announced.
+
+    `begin` gives a signed request for one file. The client sends it: to S3 by itself, to any other backend through this object,
+    which is an ASGI application for that. `finish` copies what has arrived to where no client can write, checks the copy, and
+    returns an attachment for a row to take. What is sent again later changes nothing that a row refers to.
+
+    With a journal, what was never finished is deleted by it, and so is what arrives late. Without one it is left to the garbage
+    collector, whose grace period must be longer than `max_expires_in` and `finish_within` together; what an upload was finished
+    as is then known in this process only, and in another one it is finished anew, as an object of its own.
+
+    Args:
+        binding: What `bind_storage` has returned.
+        secret: What tokens are signed with, of at least 32 bytes; or several by their ids, of which the first one signs and all
+            are accepted. To rotate, put a new one first, and remove the old one when its tokens are over.
+        base_url: Where this is mounted, as clients see it, such as `https://example.com/uploads`, for backends that sign no
+            requests of their own. URLs are built from it alone, never from what a request says of its host.
+        max_expires_in: The longest that a client may have until it begins to send.
+        finish_within: How long after that the file may take to arrive and be finished.
+
+    Raises:
+        ConfigurationError: An argument cannot work; no message shows a secret.
+
+    Example:
+        ```python
+        uploads = DirectUploads(binding, secret=os.environ["UPLOADS_SECRET"], base_url="https://example.com/uploads")
+        app.mount("/uploads", uploads)
+        ```
+    """
+
+    def __init__(
+        self,
+        binding: StorageBinding,
+        *,
+        secret: str | bytes | Mapping[str, str | bytes],
+        base_url: str | None = None,
+        max_expires_in: timedelta = timedelta(hours=12),
+        finish_within: timedelta = timedelta(hours=1),
+    ) -> None:
+        if not isinstance(binding, StorageBinding):
+            raise ConfigurationError(f"DirectUploads needs what bind_storage returns, not {type(binding).__name__}")
+        for argument, duration in (("max_expires_in", max_expires_in), ("finish_within", finish_within)):
+            if not isinstance(duration, timedelta) or duration < timedelta(seconds=1):
+                raise ConfigurationError(f"{argument} must be a timedelta of at least one second, not {duration!r}")
+        keys = {"default": secret} if isinstance(secret, str | bytes) else secret
+        longest = max_expires_in + finish_within
+        self.base_url: str | None = None if base_url is None else require_base_url(base_url)
+        self._binding = binding
+        self._manager = binding.manager
+        self._max_expires_in = max_expires_in
+        self._finish_within = finish_within
+        self._to_finish = Tickets("a direct upload to finish", keys, longest=longest)
+        self._to_send = Tickets("a direct upload to send", keys, audience=self.base_url or "", longest=longest)
+        self._finishes: Finishes = RememberedFinishes() if binding.journal is None else JournaledFinishes(binding.journal)
+        self._endpoint = UploadEndpoint(self._manager, self._to_send, self._staging_draft)
+
+    async def begin(
+        self,
+        attribute: InstrumentedAttribute[Any],
+        *,
+        filename: str | None = None,
+        content_type: str = "application/octet-stream",
+        size: int | None = None,
+        min_size: int = 1,
+        max_size: int | None = None,
+        checksum: str | None = None,
+        owner: str | None = None,
+        expires_in: timedelta = timedelta(minutes=15),
+    ) -> DirectUpload:
+        """Return what a client needs to send one file of this name, type and size.
+
+        What is allowed at all is for the application to decide before it calls this. With a journal, the file is known to it
+        before this returns.
+
+        Args:
+            attribute: The attachment attribute that the file is for, such as `Document.file`.
+            filename: The name that the client gives it; made safe, never trusted.
+            content_type: The media type that it must be sent with.
+            size: Exactly how many bytes it has, where the client says so.
+            min_size: The fewest bytes, where `size` is not given; 0 lets an empty file pass.
+            max_size: The most bytes, where `size` is not given; None for what the policy allows.
+            checksum: `sha256:<hex>`, where the client says so.
+            owner: Who may finish it, such as the id of a user; kept in the token, where it can be read.
+            expires_in: How long the client has until it begins to send.
+
+        Raises:
+            ContentTooLargeError: `size` is more than the policy allows.
+            ConfigurationError: The attribute is no attachment of this binding, its policy has no `max_size` and there is none
+                here, or its backend signs no requests and there is no `base_url`.
+            ValueError: An argument is out of bounds, or the backend needs the exact `size`.
+            InvalidReferenceError: `content_type` or `checksum` cannot be kept.
+            BackendError: The backend could not sign.
+        """
+        home = self._home_of(attribute)
+        policy = self._binding.manager_for(home).policy(home.storage_key)
+        least, most = _sizes(home, policy, size, min_size, max_size)
+        self._require_life(expires_in)
+        _require_owner(owner)
+        draft = self._draft(home, content_type)
+        expires = int(time.time() + expires_in.total_seconds())
+        ticket = Ticket(
+            table=home.table.fullname,
+            column=home.field_name,
+            backend=policy.backend_key,
+            location=draft.location,
+            content_type=content_type,
+            filename=clean_filename(filename),
+            min_size=least,
+            max_size=most,
+            checksum=None if checksum is None else canonical_checksum(checksum),
+            owner=owner,
+            intent=None,
+            expires=expires,
+            ends=expires + int(self._finish_within.total_seconds()),
+        )
+        request = await self._manager.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
+        if request is None:
+            request = self._signed_request(ticket)
+        token = self._to_finish.sign(await self._noted(ticket, expires_in))
+        expires_at = datetime.fromtimestamp(expires, UTC)
+        return DirectUpload(request.method, request.url, request.fields, request.headers, token, expires_at)
+
+    async def finish(self, token: str, *, owner: str | None = None) -> Attachment:
+        """Return an attachment of the file that a client has sent, for a row to take like any other.
+
+        The bytes are copied to where the client cannot write, by the storage itself where it can, and read there once: size,
+        checksum and media type are those of the copy. Where this fails or is cancelled, nothing is left of the copy, or the
+        journal removes it; the file stays, and may be finished again until its time is over.
+
+        Finishing it again gives the same ref, whether or not a row has taken it; only the first time a row takes the object
+        itself, and after that a copy. Where a rollback has removed the object, there is a new one. An object that no row takes
+        is removed as that of `Attachment.store`.
+
+        Args:
+            token: The token that `begin` has given.
+            owner: Who finishes it: the one that `begin` was told.
+
+        Raises:
+            UploadTokenError: The token is changed, over, or another owner's (403).
+            UploadMissingError: Nothing was uploaded yet (409).
+            UploadMismatchError: It is not what was announced (422).
+            ContentTooLargeError: It has more bytes than were announced, or than the policy allows by now (413).
+            StaleAttachmentError: It was not finished in time, or was replaced meanwhile (409).
+            BackendError: The storage could not copy or read it.
+        """
+        ticket = self._to_finish.read(token)
+        if ticket is None or ticket.owner != owner:
+            raise UploadTokenError("the upload's token is not valid, or has expired")
+        home = self._home_in(ticket)
+        found = await self._finishes.find(ticket, home)
+        if found.attachment is not None:
+            return found.attachment
+        attachment = await self._adopted(ticket, home)
+        try:
+            if await self._finishes.publish(ticket, found, attachment):
+                return attachment
+        except BaseException as error:
+            await discard([attachment], cancelled=isinstance(error, asyncio.CancelledError))
+            raise
+        # Somebody else was faster.
+        await discard([attachment])
+        found = await self._finishes.find(ticket, home)
+        if found.attachment is None:
+            raise StaleAttachmentError("the direct upload was finished by somebody else, and undone; it may be tried again")
+        return found.attachment
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request to a URL of `begin`."""
+        await self._endpoint(scope, receive, send)
+
+    async def _adopted(self, ticket: Ticket, home: AttachmentType) -> Attachment:
+        staged = await staged_ref(self._manager, home.storage_key, ticket)
+        try:
+            return await Attachment._adopt(staged, home, lambda ref: inspected(self._manager, ref, ticket))
+        except SizeMismatchError as error:
+            raise StaleAttachmentError("the file was replaced while it was finished; it may be tried again") from error
+
+    async def _noted(self, ticket: Ticket, expires_in: timedelta) -> Ticket:
+        """Let the journal, where there is one, know of what may be stored, before anybody can store it."""
+        if self._binding.journal is None:
+            return ticket
+        lifetime = expires_in + self._finish_within
+        intent = await self._binding.journal.begin_staging(ticket.backend, ticket.location, lifetime=lifetime)
+        return replace(ticket, intent=intent.hex)
+
+    def _signed_request(self, ticket: Ticket) -> UploadRequest:
+        if self.base_url is None:
+            raise ConfigurationError(
+                f"the backend {ticket.backend!r} signs no requests: make DirectUploads with base_url=, and mount it there"
+            )
+        token = self._to_send.sign(replace(ticket, filename=None, owner=None))
+        return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": ticket.content_type})
+
+    def _home_of(self, attribute: object) -> AttachmentType:
+        home = getattr(attribute, "type", None)
+        if not isinstance(home, AttachmentType) or home.table.metadata is not self._binding.metadata:
+            raise ConfigurationError(
+                f"a direct upload is for an attachment attribute of {self._binding.base_name}, not {attribute!r}"
+            )
+        return home
+
+    def _home_in(self, ticket: Ticket) -> AttachmentType:
+        """Return the column of a ticket, if that is where its location belongs: who shares a key may say anything."""
+        home = self._binding.column_type(ticket.table, ticket.column)
+        if (
+            ticket.backend not in self._manager.backends
+            or home is None
+            or not _is_of(ticket.location, home, self._binding.manager_for(home).policy(home.storage_key))
+        ):
+            raise UploadTokenError("the upload's token is not valid, or has expired")
+        return home
+
+    def _staging_draft(self, ticket: Ticket) -> ObjectDraft:
+        """Return what a client may store by itself."""
+        policy = self._manager.policy(self._home_in(ticket).storage_key)
+        if policy.backend_key != ticket.backend:
+            raise UploadTokenError("the URL is not valid, or has expired")
+        return ObjectDraft(policy, ticket.location, ticket.content_type, None, None)
+
+    def _draft(self, home: AttachmentType, content_type: str) -> ObjectDraft:
+        """Choose where a client stores by itself: the location tells nothing of the file, and is the collector's to recognise."""
+        return self._manager.draft(
+            storage_key=home.storage_key,
+            model_name=home.model_name,
+            entity_id=uuid7_hex(),
+            field_name=home.field_name,
+            content_type=content_type,
+        )
+
+    def _require_life(self, expires_in: timedelta) -> None:
+        if not timedelta(seconds=1) <= expires_in <= self._max_expires_in:
+            raise ValueError(f"expires_in must be from one second to {self._max_expires_in}, not {expires_in}")
+
+    def __repr__(self) -> str:
+        return f"<DirectUploads of {self._binding.base_name} {self._to_finish!r}>"
+
+
+def _sizes(home: AttachmentType, policy: StoragePolicy, size: int | None, min_size: int, max_size: int | None) -> tuple[int, int]:
+    """Return the fewest and the most bytes that a client may send."""
+    if size is not None:
+        require_declared_size(size)
+        require_size(size, policy.max_size)
+        return size, size
+    limits = [limit for limit in (policy.max_size, max_size) if limit is not None]
+    if not limits:
+        raise ConfigurationError(
+            f"the policy {policy.storage_key!r} of {home.label} has no max_size: give begin() one, or a size"
+        )
+    if not 0 <= min_size <= min(limits):
+        raise ValueError(f"min_size must be from 0 to {min(limits)} bytes, not {min_size}")
+    return min_size, min(limits)
+
+
+def _require_owner(owner: object) -> None:
+    if owner is not None and not (isinstance(owner, str) and 0 < len(owner) <= _LONGEST_OWNER):
+        raise ValueError(f"owner must be a string of 1 to {_LONGEST_OWNER} characters, not {owner!r:.40}")
+
+
+def _is_of(location: str, home: AttachmentType, policy: StoragePolicy) -> bool:
+    """Tell whether a location is one that `begin` could have chosen for a column."""
+    prefix = f"{policy.key_prefix}/" if policy.key_prefix else ""
+    names = re.escape(home.model_name), GENERATED_STEM, re.escape(home.field_name), f"{GENERATED_STEM}-{safe_name(None)}"
+    return re.fullmatch(re.escape(prefix) + "/".join(names), location) is not None

@@ -334,7 +334,8 @@ class StorageManager:
             max_size: The most bytes.
 
         Raises:
-            ValueError: The backend cannot hold a client to this.
+            ContentTooLargeError: The backend takes no request with so many bytes.
+            ValueError: It cannot hold a client to this.
             BackendError: The backend could not sign.
         """
         with self._lifecycle.call(), self._configuration.blaming(draft.policy.backend_key) as backend:

@@ -243,6 +243,7 @@ class SupportsPresignedUpload(Protocol):
             max_size: The most bytes.
 
         Raises:
+            ContentTooLargeError: No request can bring as much as `min_size`.
             ValueError: The server cannot hold a client to this, such as to a range of sizes.
         """
         ...

@@ -27,6 +27,7 @@ from granite_storage.exceptions import (
     ObjectNotFoundError,
 )
 from granite_storage.locations import MAX_LOCATION_BYTES, check_location, check_segment
+from granite_storage.streams import require_size
 
 __all__ = ["S3ConfigurationError", "S3StorageBackend"]
 
@@ -281,8 +282,9 @@ class S3StorageBackend:
         _require_life(expires_in)
         if "${filename}" in self._settings.key(location):
             raise InvalidLocationError(f"a form would put the client's own name of the file into {location!r}")
-        if not 0 <= min_size <= max_size <= _LARGEST_PART:
-            raise ValueError(f"one request stores at most 5 GiB, not from {min_size} to {max_size} bytes")
+        if not 0 <= min_size <= max_size:
+            raise ValueError(f"no file has from {min_size} to {max_size} bytes")
+        require_size(min_size, _LARGEST_PART)
         if not self._presigned_post and min_size != max_size:
             raise ValueError("the server takes no form, and a PUT is signed for one size: say the exact size")
         client = await self._clients.get()

@@ -50,11 +50,12 @@ class BackendConformance(
     oversight.
 
     Attributes:
-        supports_copy: It satisfies `SupportsCopy`. Off unless declared, like the next four.
+        supports_copy: It satisfies `SupportsCopy`. Off unless declared, like the next five.
         supports_batch_delete: It satisfies `SupportsBatchDelete`.
         supports_cleanup: It satisfies `SupportsCleanup`.
         supports_abort: It satisfies `SupportsAbort`, and writes `parts_size` bytes in parts.
         supports_presign: It satisfies `SupportsPresign`.
+        supports_presigned_upload: It satisfies `SupportsPresignedUpload`, for a range of sizes.
         keeps_content_type: `stat` gives the content type back; off: it always gives None. On unless declared off, like all
             that follow.
         keeps_etag: `stat` gives an etag; off: it always gives None.
@@ -62,7 +63,7 @@ class BackendConformance(
         settles_races_in_parts: Of several writes in parts to one location at a time exactly one is made; off: the service looks
             at the location and joins the parts in two steps, so more than one may be told that it was.
         settles_races_of_copies: The same of copies; off: the service knows no condition for them.
-        checks_signatures: The service behind signed URLs checks them; off for a stand-in that takes any.
+        checks_signatures: The service behind signed URLs and requests checks them; off for a stand-in that takes any.
         has_pages: A listing is fetched in pages, whose size `with_page_size` sets.
         can_be_full: The store can be full; `with_room_for` makes one that soon is.
         can_refuse: The store can refuse permission; `refusing` makes it.

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from granite_storage.backends.base import UploadRequest
 from granite_storage.drafts import ObjectDraft
-from granite_storage.exceptions import ConfigurationError, SizeMismatchError, StaleAttachmentError
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, SizeMismatchError, StaleAttachmentError
 from granite_storage.locations import GENERATED_STEM, clean_filename, safe_name, uuid7_hex
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.binding import StorageBinding
@@ -25,15 +25,17 @@ from granite_storage.policies import StoragePolicy
 from granite_storage.refs import canonical_checksum
 from granite_storage.signing import require_base_url
 from granite_storage.streams import require_declared_size, require_size
+from granite_storage.web._body import content_type_to_keep
 from granite_storage.web._endpoint import UploadEndpoint
 from granite_storage.web._finishes import Finishes, JournaledFinishes, RememberedFinishes
 from granite_storage.web._inspection import inspected, staged_ref
 from granite_storage.web._tickets import Ticket, Tickets
-from granite_storage.web.exceptions import UploadTokenError
+from granite_storage.web.exceptions import MalformedRequestError, UploadTokenError
 
 __all__ = ["DirectUpload", "DirectUploads"]
 
 _LONGEST_OWNER = 255
+_OPAQUE = "application/octet-stream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class DirectUploads:
         attribute: InstrumentedAttribute[Any],
         *,
         filename: str | None = None,
-        content_type: str = "application/octet-stream",
+        content_type: str = "",
         size: int | None = None,
         min_size: int = 1,
         max_size: int | None = None,
@@ -146,7 +148,8 @@ class DirectUploads:
         Args:
             attribute: The attachment attribute that the file is for, such as `Document.file`.
             filename: The name that the client gives it; made safe, never trusted.
-            content_type: The media type that it must be sent with.
+            content_type: The media type that it must be sent with; where it is empty, as a browser's for a file that it does not
+                know, `application/octet-stream`.
             size: Exactly how many bytes it has, where the client says so.
             min_size: The fewest bytes, where `size` is not given; 0 lets an empty file pass.
             max_size: The most bytes, where `size` is not given; None for what the policy allows.
@@ -155,18 +158,19 @@ class DirectUploads:
             expires_in: How long the client has until it begins to send.
 
         Raises:
-            ContentTooLargeError: `size` is more than the policy allows.
+            ContentTooLargeError: `size` is more than the policy allows, or than the backend takes in one request (413).
+            MalformedRequestError: `size`, `checksum` or `content_type` are none (400).
             ConfigurationError: The attribute is no attachment of this binding, its policy has no `max_size` and there is none
                 here, or its backend signs no requests and there is no `base_url`.
-            ValueError: An argument is out of bounds, or the backend needs the exact `size`.
-            InvalidReferenceError: `content_type` or `checksum` cannot be kept.
+            ValueError: Another argument is out of bounds, or the backend needs the exact `size`.
             BackendError: The backend could not sign.
         """
         home = self._home_of(attribute)
         policy = self._binding.manager_for(home).policy(home.storage_key)
-        least, most = _sizes(home, policy, size, min_size, max_size)
         self._require_life(expires_in)
         _require_owner(owner)
+        least, most = _sizes(home, policy, size, min_size, max_size)
+        content_type = content_type_to_keep(content_type) or _OPAQUE
         draft = self._draft(home, content_type)
         expires = int(time.time() + expires_in.total_seconds())
         ticket = Ticket(
@@ -178,7 +182,7 @@ class DirectUploads:
             filename=clean_filename(filename),
             min_size=least,
             max_size=most,
-            checksum=None if checksum is None else canonical_checksum(checksum),
+            checksum=_announced_checksum(checksum),
             owner=owner,
             intent=None,
             expires=expires,
@@ -309,7 +313,10 @@ class DirectUploads:
 def _sizes(home: AttachmentType, policy: StoragePolicy, size: int | None, min_size: int, max_size: int | None) -> tuple[int, int]:
     """Return the fewest and the most bytes that a client may send."""
     if size is not None:
-        require_declared_size(size)
+        try:
+            require_declared_size(size)
+        except ValueError as error:
+            raise MalformedRequestError("the size of the file is not a number of bytes") from error
         require_size(size, policy.max_size)
         return size, size
     limits = [limit for limit in (policy.max_size, max_size) if limit is not None]
@@ -320,6 +327,13 @@ def _sizes(home: AttachmentType, policy: StoragePolicy, size: int | None, min_si
     if not 0 <= min_size <= min(limits):
         raise ValueError(f"min_size must be from 0 to {min(limits)} bytes, not {min_size}")
     return min_size, min(limits)
+
+
+def _announced_checksum(checksum: str | None) -> str | None:
+    try:
+        return None if checksum is None else canonical_checksum(checksum)
+    except InvalidReferenceError as error:
+        raise MalformedRequestError("the checksum of the file is not 'sha256:' and 64 hex digits") from error
 
 
 def _require_owner(owner: object) -> None:

@@ -64,9 +64,9 @@ def install_error_handlers(app: Starlette, *, retry_after: int = _RETRY_AFTER) -
 def problem_response(error: StorageError, *, retry_after: int = _RETRY_AFTER) -> Response:
     """Return the response to an error of the library, as `application/problem+json`.
 
-    400, 413 and 415 for what is wrong with the request, 404 for a missing object, 409 for what has changed meanwhile, 503 with
-    Retry-After for a storage that is out of reach, 507 for one that is full, and 500 for anything else. The body names no
-    location, backend or path.
+    400, 413, 415 and 422 for what is wrong with the request, 403 for the token of a direct upload that is worth nothing, 404 for
+    a missing object, 409 for what has changed meanwhile, 503 with Retry-After for a storage that is out of reach, 507 for one
+    that is full, and 500 for anything else. The body names no location, backend or path.
 
     Args:
         error: The error.

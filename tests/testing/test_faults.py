@@ -16,13 +16,15 @@ from granite_storage.backends.base import (
     SupportsCleanup,
     SupportsCopy,
     SupportsPresign,
+    SupportsPresignedUpload,
+    UploadRequest,
 )
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ChecksumMismatchError, ObjectNotFoundError
 from granite_storage.testing import FaultInjectingBackend, RecordedCall
 
-PROTOCOLS = (SupportsCopy, SupportsBatchDelete, SupportsCleanup, SupportsPresign)
+PROTOCOLS = (SupportsCopy, SupportsBatchDelete, SupportsCleanup, SupportsPresign, SupportsPresignedUpload)
 
 
 class Presigning(MemoryStorageBackend):
@@ -32,6 +34,9 @@ class Presigning(MemoryStorageBackend):
         self, location: str, *, expires_in: timedelta, content_type: str | None = None, disposition: str | None = None
     ) -> str:
         return f"https://example.org/{location}"
+
+    async def presign_upload(self, location: str, **_: Any) -> UploadRequest:
+        return UploadRequest("PUT", f"https://example.org/{location}")
 
 
 @pytest.fixture
@@ -72,11 +77,14 @@ async def test_abilities_are_passed_on() -> None:
     await faults.put_bytes("a", b"a")
     await faults.copy("a", "b")
     assert await faults.presign_get("b", expires_in=timedelta(1)) == "https://example.org/b"
+    options: dict[str, Any] = {"expires_in": timedelta(1), "content_type": "a/b", "min_size": 1, "max_size": 2}
+    assert (await faults.presign_upload("c", **options)).url == "https://example.org/c"
     assert await faults.delete_many(["a", "b"]) == {}
     assert faults.calls == [
         RecordedCall("put_bytes", ("a",)),
         RecordedCall("copy", ("a", "b")),
         RecordedCall("presign_get", ("b",)),
+        RecordedCall("presign_upload", ("c",)),
         RecordedCall("delete_many", ("a", "b")),
     ]
 

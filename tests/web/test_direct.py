@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import json
+import re
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from granite_storage import ContentTooLargeError, StorageManager
+from granite_storage import ContentTooLargeError, InvalidLocationError, StorageManager
+from granite_storage.gc import StorageGarbageCollector
+from granite_storage.locations import GENERATED_STEM, uuid7_hex
 from granite_storage.orm import Attachment, bind_storage
 from granite_storage.web import (
     DirectUpload,
@@ -21,8 +28,10 @@ from granite_storage.web import (
     UploadMissingError,
     UploadTokenError,
 )
+from granite_storage.web._media import HEAD_SIZE, contradicts
+from tests.servers import S3Server
 from tests.web.directly import PDF, Client, client_of, uploads_of
-from tests.web.receiving import Base, Document, stored_in
+from tests.web.receiving import Base, Document, manager_of, stored_in
 
 SHA = "sha256:" + hashlib.sha256(PDF).hexdigest()
 
@@ -185,7 +194,163 @@ async def test_another_type_is_refused(direct: Direct) -> None:
     await direct.refused(upload, PDF, **({"fields": other} if upload.method == "POST" else {"headers": other}))
 
 
-async def test_arguments(direct: Direct) -> None:
-    for expires_in in (timedelta(0), timedelta(seconds=-1), timedelta(hours=12, seconds=1)):
-        with pytest.raises(ValueError, match="expires_in"):
-            await direct.begin(expires_in=expires_in)
+async def test_the_collector_takes_what_was_left(direct: Direct) -> None:
+    upload = await direct.sent()
+    document = await direct.add(await direct.uploads.finish(upload.token))
+    await direct.sent()
+    collector = StorageGarbageCollector(
+        direct.manager, binding=direct.binding, grace_period=timedelta(microseconds=1), max_deleted_share=1.0
+    )
+    report = await collector.collect(storage_key="files", dry_run=False)
+    assert report.deleted == 2
+    assert document.file is not None
+    assert await direct.objects() == [document.file.location]
+
+
+async def test_another_process_without_a_journal(direct: Direct) -> None:
+    """It does not know what the first one has done, and takes no object away from it."""
+    upload = await direct.sent()
+    first = await direct.uploads.finish(upload.token)
+    second = await uploads_of(direct.binding).finish(upload.token)
+    assert first.location != second.location
+    await direct.add(first)
+    await direct.add(second)
+    assert await first.read() == await second.read() == PDF
+
+
+async def test_what_was_finished_is_forgotten_in_the_end(direct: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = await direct.sent()
+    await direct.uploads.finish(upload.token)
+    now = time.time()
+    later = await direct.sent()
+    monkeypatch.setattr("time.time", lambda: now + 3600 + 15 * 60 - 1)
+    await direct.uploads.finish(later.token)
+    monkeypatch.setattr("time.time", lambda: now + 3600 * 24)
+    last = await direct.begin()
+    with pytest.raises(UploadMissingError):
+        await direct.uploads.finish(last.token)
+    assert direct.uploads._finishes._known == {}  # type: ignore[attr-defined]
+
+
+async def test_its_object_is_gone(direct: Direct) -> None:
+    upload = await direct.sent()
+    document = await direct.add(await direct.uploads.finish(upload.token))
+    async with direct.sessions.begin() as session:
+        await session.delete(document)
+    again = await direct.uploads.finish(upload.token)
+    await direct.add(again)
+    assert await again.read() == PDF
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.case("CAN-01")
+async def test_cancelled_anywhere(direct: Direct) -> None:
+    upload = await direct.sent()
+    file: Attachment | None = None
+    turns = 0
+    while file is None:
+        task = asyncio.create_task(direct.uploads.finish(upload.token))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        try:
+            file = await task
+        except asyncio.CancelledError:
+            turns += 1 + turns // 4
+    assert turns > 1
+    assert len(await direct.objects()) == 2
+    await direct.add(file)
+    assert await file.read() == PDF
+
+
+@pytest.mark.case("SIG-07")
+async def test_what_s3_is_told(moto_server: S3Server) -> None:
+    async with moto_server.bucket() as bucket, manager_of(moto_server.backend(bucket, prefix="tenants/7")) as manager:
+        binding = bind_storage(Base, manager)
+        upload = await uploads_of(binding, base_url=None).begin(
+            Document.file, filename="${filename}", content_type="image/png", max_size=1000, expires_in=timedelta(minutes=5)
+        )
+        binding.unbind()
+    assert upload.method == "POST"
+    assert "${filename}" not in json.dumps(upload.to_dict())
+    key = upload.fields["key"]
+    assert re.fullmatch(f"tenants/7/document/{GENERATED_STEM}/file/{GENERATED_STEM}-file", key)
+    policy = json.loads(base64.b64decode(upload.fields["policy"]))
+    conditions = policy["conditions"]
+    assert ["eq", "$key", key] in conditions
+    assert ["eq", "$Content-Type", "image/png"] in conditions
+    assert ["content-length-range", 1, 1000] in conditions
+    assert {"bucket": bucket} in conditions
+    assert not [condition for condition in conditions if isinstance(condition, list) and condition[0] == "starts-with"]
+    assert datetime.fromisoformat(policy["expiration"]) <= datetime.now(UTC) + timedelta(minutes=5)
+    named = {name for item in conditions for name in (item if isinstance(item, dict) else [str(item[1]).removeprefix("$")])}
+    assert set(upload.fields) - {"policy", "x-amz-signature"} <= named
+
+
+@pytest.mark.case("SIG-07")
+async def test_s3_puts_no_name_of_the_client_into_a_key(moto_server: S3Server) -> None:
+    backend = moto_server.backend("any", prefix="")
+    for location in ("a/${filename}", "${filename}", "a${filename}b/c"):
+        with pytest.raises(InvalidLocationError, match="name of the file"):
+            await backend.presign_upload(
+                location, expires_in=timedelta(minutes=1), content_type="text/plain", min_size=1, max_size=2
+            )
+
+
+@pytest.mark.case("SIG-07")
+async def test_a_service_without_forms(seaweedfs_server: S3Server) -> None:
+    bucket = await asyncio.to_thread(lambda: seaweedfs_server.shared_bucket)
+    backend = seaweedfs_server.backend(bucket, prefix=uuid7_hex(), presigned_post=False)
+    async with manager_of(backend) as manager:
+        binding = bind_storage(Base, manager)
+        uploads = uploads_of(binding, base_url=None)
+        async with client_of(uploads) as client:
+            with pytest.raises(ValueError, match="exact size"):
+                await uploads.begin(Document.file)
+            upload = await uploads.begin(Document.file, content_type="application/pdf", size=len(PDF))
+            assert (upload.method, dict(upload.headers)) == ("PUT", {"Content-Type": "application/pdf"})
+            signed = parse_qs(urlsplit(upload.url).query)["X-Amz-SignedHeaders"][0].split(";")
+            assert {"content-length", "content-type", "host"} <= set(signed)
+            for content, headers in ((PDF + b"x", {}), (PDF[:-1], {}), (PDF, {"Content-Type": "text/html"})):
+                assert (await client.send(upload, content, headers=headers)).status_code == 403
+            await client.sent(upload)
+            assert await (await uploads.finish(upload.token)).read() == PDF
+        binding.unbind()
+
+
+async def test_more_than_s3_takes_in_one_request(moto_server: S3Server) -> None:
+    async with manager_of(moto_server.backend("any"), max_size=50 << 30) as manager:
+        binding = bind_storage(Base, manager)
+        uploads = uploads_of(binding)
+        with pytest.raises(ContentTooLargeError):
+            await uploads.begin(Document.file, size=(5 << 30) + 1)
+        assert (await uploads.begin(Document.file)).method == "POST"
+        binding.unbind()
+
+
+@pytest.mark.parametrize(
+    ("content_type", "content", "fits"),
+    [
+        ("image/png", b"\x89PNG\r\n\x1a\n...", True),
+        ("image/png", b"\x89PNG", False),
+        ("IMAGE/PNG", b"GIF89a", False),
+        ("image/png; charset=x", b"<svg>", False),
+        ("image/jpeg", b"\xff\xd8\xff\xe0", True),
+        ("image/gif", b"GIF87a...", True),
+        ("image/gif", b"GIF88a...", False),
+        ("image/webp", b"RIFF\x10\n\x00\x00WEBPVP8 ", True),
+        ("image/webp", b"RIFF\x10\x00\x00\x00WAVEfmt ", False),
+        ("image/avif", b"\x00\x00\x00\x1cftypavif", True),
+        ("video/mp4", b"\x00\x00\x00\x18ftypmp42", True),
+        ("video/mp4", b"MZ\x90", False),
+        ("application/pdf", b"%PDF-1.7", True),
+        ("application/pdf", b"\n%PDF-1.7", False),
+        ("application/zip", b"PK\x03\x04", True),
+        ("application/pdf", b"", False),
+        ("text/plain", b"anything", True),
+        ("application/octet-stream", b"", True),
+        ("application/x-unknown", b"MZ", True),
+    ],
+)
+def test_how_files_begin(content_type: str, content: bytes, fits: bool) -> None:
+    assert contradicts(content[:HEAD_SIZE], content_type) is not fits

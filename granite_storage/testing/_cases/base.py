@@ -40,6 +40,7 @@ class Cases:
     supports_cleanup: ClassVar[bool] = False
     supports_abort: ClassVar[bool] = False
     supports_presign: ClassVar[bool] = False
+    supports_presigned_upload: ClassVar[bool] = False
 
     keeps_content_type: ClassVar[bool] = True
     keeps_etag: ClassVar[bool] = True

@@ -15,6 +15,7 @@ from granite_storage.backends.base import (
     SupportsCleanup,
     SupportsCopy,
     SupportsPresign,
+    SupportsPresignedUpload,
 )
 from granite_storage.exceptions import StorageError
 from granite_storage.testing._cases.base import Cases, listed, must_raise, read_all, same_bytes
@@ -33,6 +34,7 @@ class LifecycleCases(Cases):
             ("supports_cleanup", SupportsCleanup, "abort_unfinished"),
             ("supports_abort", SupportsAbort, "abort_upload"),
             ("supports_presign", SupportsPresign, "presign_get"),
+            ("supports_presigned_upload", SupportsPresignedUpload, "presign_upload"),
         ],
     )
     async def test_declared_ability(self, backend: StorageBackend, ability: str, protocol: type, method: str) -> None:

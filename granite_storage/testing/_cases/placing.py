@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from granite_storage.backends.base import StorageBackend, SupportsBatchDelete, SupportsCopy, SupportsPresign
+from granite_storage.backends.base import (
+    StorageBackend,
+    SupportsBatchDelete,
+    SupportsCopy,
+    SupportsPresign,
+    SupportsPresignedUpload,
+)
 from granite_storage.exceptions import InvalidLocationError, ObjectExistsError
 from granite_storage.locations import RESERVED_PREFIX
 from granite_storage.testing._cases.base import Cases, infos, listed, must_raise, same_bytes
@@ -138,6 +144,11 @@ def _calls(backend: StorageBackend, location: Any) -> dict[str, Callable[[], Awa
     if isinstance(backend, SupportsPresign):
         signer = backend
         calls["presign_get"] = lambda: signer.presign_get(location, expires_in=timedelta(minutes=1))
+    if isinstance(backend, SupportsPresignedUpload):
+        uploader = backend
+        calls["presign_upload"] = lambda: uploader.presign_upload(
+            location, expires_in=timedelta(minutes=1), content_type="text/plain", min_size=1, max_size=2
+        )
     return calls
 
 

@@ -1,18 +1,19 @@
-"""Sign, where it is declared: URLs, tried by real requests."""
+"""Sign, where it is declared: URLs and uploads, tried by real requests."""
 
 from __future__ import annotations
 
 import asyncio
 import urllib.error
 import urllib.request
+import uuid
 from datetime import timedelta
 from email.message import Message
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
-from granite_storage.backends.base import StorageBackend, SupportsPresign
-from granite_storage.testing._cases.base import Cases, must_raise, same_bytes
+from granite_storage.backends.base import StorageBackend, SupportsPresign, SupportsPresignedUpload, UploadRequest
+from granite_storage.testing._cases.base import Cases, listed, must_raise, same_bytes
 
 __all__ = ["SignCases"]
 
@@ -20,7 +21,7 @@ MINUTE = timedelta(minutes=1)
 
 
 class SignCases(Cases):
-    """Signed URLs."""
+    """Signed URLs and requests."""
 
     @pytest.mark.parametrize("location", ["signed", "a folder/it's 50% & more+\u00e9.txt"])
     async def test_signed_get(self, backend: StorageBackend, location: str) -> None:
@@ -94,6 +95,65 @@ class SignCases(Cases):
         with must_raise(ValueError, f"a URL that expires in {seconds} seconds must be refused"):
             await signer.presign_get("signed", expires_in=timedelta(seconds=seconds))
 
+    @pytest.mark.parametrize("location", ["sent", "a folder/it's 50% & more+\u00e9.txt"])
+    async def test_signed_upload(self, backend: StorageBackend, location: str) -> None:
+        """A signed request stores an object at its location, for anybody."""
+        content = self.content("small")
+        signed = await self._uploader(backend).presign_upload(
+            location, expires_in=MINUTE, content_type="text/x-any", min_size=1, max_size=len(content)
+        )
+        assert await send(signed, content) < 300, "a signed request was refused"
+        await self.require_whole(backend, location, content, "after a signed request")
+        kept = (await backend.stat(location)).content_type
+        assert not self.keeps_content_type or kept == "text/x-any", f"a signed request stored the content type {kept!r}"
+
+    @pytest.mark.parametrize("size", [0, 9, 21])
+    async def test_signed_upload_of_another_size(self, backend: StorageBackend, size: int) -> None:
+        """A signed request brings no fewer and no more bytes than it was signed for."""
+        uploader = self._uploader(backend)
+        self.needs("checks_signatures")
+        signed = await uploader.presign_upload("sized", expires_in=MINUTE, content_type="text/plain", min_size=10, max_size=20)
+        status = await send(signed, bytes(size))
+        assert status >= 400, f"a request with {size} bytes, signed for 10 to 20, answered {status}"
+        assert not await backend.exists("sized"), "what a refused request brought was stored"
+
+    @pytest.mark.parametrize("change", ["another location", "another type", "no signature", "the file's own name"])
+    async def test_changed_upload(self, backend: StorageBackend, change: str) -> None:
+        """A signed request that was changed stores nothing."""
+        uploader = self._uploader(backend)
+        self.needs("checks_signatures")
+        signed = await uploader.presign_upload("sent", expires_in=MINUTE, content_type="text/plain", min_size=1, max_size=20)
+        status = await send(_changed_upload(signed, change), b"content")
+        assert status >= 400, f"a signed request that was changed ({change}) answered {status}"
+        assert await listed(backend) == [], f"a signed request that was changed ({change}) has stored something"
+
+    async def test_expired_upload(self, backend: StorageBackend) -> None:
+        """A signed request ends when it should."""
+        uploader = self._uploader(backend)
+        self.needs("checks_signatures")
+        signed = await uploader.presign_upload(
+            "late", expires_in=timedelta(seconds=1), content_type="text/plain", min_size=1, max_size=20
+        )
+        await asyncio.sleep(2.1)
+        status = await send(signed, b"content")
+        assert status >= 400, f"an expired request answered {status}"
+
+    @pytest.mark.parametrize("seconds", [0, -1, -3600])
+    async def test_impossible_expiry_of_an_upload(self, backend: StorageBackend, seconds: int) -> None:
+        """A request that would never work is refused when it is asked for."""
+        uploader = self._uploader(backend)
+        with must_raise(ValueError, f"a request that expires in {seconds} seconds must be refused"):
+            await uploader.presign_upload(
+                "sent", expires_in=timedelta(seconds=seconds), content_type="text/plain", min_size=1, max_size=20
+            )
+
+    def _uploader(self, backend: StorageBackend) -> SupportsPresignedUpload:
+        self.needs("supports_presigned_upload")
+        assert isinstance(backend, SupportsPresignedUpload), (
+            "supports_presigned_upload is declared, but there is no presign_upload()"
+        )
+        return backend
+
     def _signer(self, backend: StorageBackend) -> SupportsPresign:
         self.needs("supports_presign")
         assert isinstance(backend, SupportsPresign), "supports_presign is declared, but there is no presign_get()"
@@ -105,6 +165,18 @@ async def request(
 ) -> tuple[int, bytes, Message]:
     """Make one HTTP request in a thread; return its status, body and headers."""
     return await asyncio.to_thread(_request, url, method, body, headers or {})
+
+
+async def send(signed: UploadRequest, content: bytes) -> int:
+    """Make a signed request, as a browser would; return its status."""
+    if signed.method == "PUT":
+        return (await request(signed.url, "PUT", content, dict(signed.headers)))[0]
+    boundary = uuid.uuid4().hex
+    parts = [f'form-data; name="{name}"\r\n\r\n{value}'.encode() for name, value in signed.fields.items()]
+    parts.append(b'form-data; name="file"; filename="name.bin"\r\n\r\n' + content)
+    body = b"".join(b"--%b\r\nContent-Disposition: %b\r\n" % (boundary.encode(), part) for part in parts)
+    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    return (await request(signed.url, "POST", body + f"--{boundary}--\r\n".encode(), headers))[0]
 
 
 def _request(url: str, method: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, bytes, Message]:
@@ -128,3 +200,21 @@ def _changed(url: str, change: str) -> str:
     if change == "another type":
         return url.replace("text%2Fplain", "text%2Fhtml").replace("text/plain", "text/html")
     return url.replace("Expires=60", "Expires=6000").replace("expires=60", "expires=6000")
+
+
+def _changed_upload(signed: UploadRequest, change: str) -> UploadRequest:
+    fields, headers, url = dict(signed.fields), dict(signed.headers), signed.url
+    match change:
+        case "another location":
+            fields = {name: value.replace("sent", "other") if name == "key" else value for name, value in fields.items()}
+            url = url.replace("/sent", "/other")
+        case "another type":
+            fields = {name: value.replace("text/plain", "text/html") for name, value in fields.items()}
+            headers = {name: value.replace("text/plain", "text/html") for name, value in headers.items()}
+        case "the file's own name":
+            fields = {name: "${filename}" if name == "key" else value for name, value in fields.items()}
+            url = url.replace("/sent", "/name.bin")
+        case _:
+            fields = {name: value for name, value in fields.items() if "signature" not in name.lower()}
+            url = urlunsplit(urlsplit(url)._replace(query=""))
+    return UploadRequest(signed.method, url, fields, headers)

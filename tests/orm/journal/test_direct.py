@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import select, update
 
-from granite_storage import StaleAttachmentError
-from granite_storage.orm import Attachment
+from granite_storage import BackendUnavailableError, StaleAttachmentError
+from granite_storage.gc import StorageGarbageCollector
+from granite_storage.orm import Attachment, bind_storage
+from granite_storage.orm.journal.staging import Staging
 from granite_storage.orm.journal.tables import STAGING, clock
+from granite_storage.testing import Operation
 from granite_storage.web import DirectUpload, DirectUploads, UploadMismatchError
-from tests.orm.world import Doc, World
+from tests.orm.world import Base, Doc, World, file
 from tests.web.directly import Client, client_of, uploads_of
 
 CONTENT = b"sent by itself"
@@ -220,3 +224,154 @@ async def test_cancelled_anywhere(world: World, uploads: DirectUploads, client: 
     await world.add(Doc(id=1, file=file))
     await world.recover()
     await world.check(file_1=CONTENT)
+
+
+@pytest.mark.parametrize("step", ["stat", "copy", "open", "read"])
+@pytest.mark.parametrize("lost_answer", [False, True])
+async def test_storage_fails_at_any_step(
+    world: World, uploads: DirectUploads, client: Client, step: Operation, lost_answer: bool
+) -> None:
+    upload = await client.sent(await begun(uploads), CONTENT)
+    world.backend.fail(step, lost_answer=lost_answer)
+    with pytest.raises(BackendUnavailableError):
+        await uploads.finish(upload.token)
+    assert await intents(world) == [STAGING]
+    await world.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await world.recover()
+    await world.check(file_1=CONTENT)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_nobody_knows_whether_it_was_published(
+    world: World, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    upload = await client.sent(await begun(uploads), CONTENT)
+    publish = Staging.publish
+
+    async def cut_off(*arguments: Any) -> bool:
+        if when == "after":
+            await publish(*arguments)
+        raise ConnectionError("the database went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "publish", cut_off)
+        with pytest.raises(ConnectionError):
+            await uploads.finish(upload.token)
+    assert await intents(world) == [STAGING]
+    await world.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await world.recover()
+    await world.check(file_1=CONTENT)
+
+
+async def test_killed_after_it_was_published(
+    world: World, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process that dies leaves is taken up by the next one, or by a worker."""
+    upload = await client.sent(await begun(uploads), CONTENT)
+    publish = Staging.publish
+
+    async def killed(*arguments: Any) -> bool:
+        await publish(*arguments)
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "publish", killed)
+        with pytest.raises(asyncio.CancelledError):
+            await uploads.finish(upload.token)
+    assert await intents(world) == [STAGING, "upload"]
+    published = await world.objects()
+    file = await uploads.finish(upload.token)
+    assert await world.objects() == published
+    await world.add(Doc(id=1, file=file))
+    await world.recover()
+    await world.check(file_1=CONTENT)
+
+
+async def test_nothing_is_given_out_that_the_journal_does_not_know(
+    world: World, uploads: DirectUploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def failing(*_: Any) -> Any:
+        raise ConnectionError("the database went away")
+
+    monkeypatch.setattr(Staging, "begin", failing)
+    with pytest.raises(ConnectionError):
+        await begun(uploads)
+
+
+@pytest.mark.parametrize("size", [len(CONTENT), len(CONTENT) + 1])
+@pytest.mark.parametrize("after", ["stat", "copy"])
+async def test_replaced_while_it_is_finished(
+    world: World, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch, size: int, after: str
+) -> None:
+    """The row gets what was verified, or nothing: never what another request has brought meanwhile."""
+    upload = await client.sent(await begun(uploads), CONTENT)
+    staged, other = (await world.objects()).pop(), bytes(size)
+    original = getattr(type(world.backend), after)
+    replaced = False
+
+    async def replacing(backend: Any, *arguments: Any) -> Any:
+        nonlocal replaced
+        result = await original(backend, *arguments)
+        if not replaced:
+            replaced = True
+            await world.backend.inner.delete(staged)
+            await world.backend.inner.put_bytes(staged, other, content_type="text/plain")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(world.backend), after, replacing)
+        try:
+            file: Attachment | None = await uploads.finish(upload.token)
+        except StaleAttachmentError:
+            file = None
+    if file is not None:
+        content = await file.read()
+        assert content == (CONTENT if after == "copy" else other)
+        await world.add(Doc(id=1, file=file))
+        await world.recover()
+        await world.check(file_1=content)
+    else:
+        assert (after, size) == ("stat", len(CONTENT) + 1)
+        assert await intents(world) == [STAGING]
+        await world.recover()
+
+
+async def test_a_transaction_that_reads_an_older_snapshot(world: World, uploads: DirectUploads, client: Client) -> None:
+    upload = await client.sent(await begun(uploads), CONTENT)
+    async with world.sessions() as session:
+        await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+        await session.execute(select(Doc))
+        session.add(Doc(id=1, file=await uploads.finish(upload.token)))
+        await session.commit()
+    again = await uploads.finish(upload.token)
+    await world.add(Doc(id=2, file=again))
+    await world.recover()
+    await world.check(file_1=CONTENT, file_2=CONTENT)
+
+
+async def test_a_base_that_got_its_journal_later(world: World, client: Client) -> None:
+    assert world.journal is not None
+    world.binding.unbind()
+    without = bind_storage(Base, world.manager, sessions=world.sessions)
+    upload = await client.sent(await begun(uploads_of(without)), CONTENT)
+    without.unbind()
+    world.binding = bind_storage(Base, world.manager, sessions=world.sessions, journal=world.journal)
+    with pytest.raises(StaleAttachmentError):
+        await uploads_of(world.binding).finish(upload.token)
+    for location in await world.objects():
+        await world.backend.delete(location)
+
+
+async def test_the_collector_leaves_alone_what_may_still_be_finished(
+    world: World, uploads: DirectUploads, client: Client
+) -> None:
+    upload = await client.sent(await begun(uploads), CONTENT)
+    await world.add(Doc(id=2, file=file("kept")))
+    collector = StorageGarbageCollector(
+        world.manager, binding=world.binding, grace_period=timedelta(microseconds=1), max_deleted_share=1.0
+    )
+    report = await collector.collect(storage_key="docs", dry_run=False, accept_restore=True)
+    assert (report.scanned, report.deleted) == (2, 0)
+    await world.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await world.recover()
+    await world.check(file_1=CONTENT, file_2="kept")

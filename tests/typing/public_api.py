@@ -25,7 +25,14 @@ from granite_storage import (
     StoredObjectReader,
     StoredObjectRef,
 )
-from granite_storage.backends.base import SupportsBatchDelete, SupportsCleanup, SupportsCopy, SupportsPresign
+from granite_storage.backends.base import (
+    SupportsBatchDelete,
+    SupportsCleanup,
+    SupportsCopy,
+    SupportsPresign,
+    SupportsPresignedUpload,
+    UploadRequest,
+)
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.prefix import PrefixedBackend
@@ -140,6 +147,11 @@ async def abilities(backend: StorageBackend) -> None:
         await backend.delete_many(["a", "b"])
     if isinstance(backend, SupportsPresign):
         assert_type(await backend.presign_get("a", expires_in=timedelta(minutes=5)), str)
+    if isinstance(backend, SupportsPresignedUpload):
+        request = await backend.presign_upload(
+            "a", expires_in=timedelta(minutes=5), content_type="text/plain", min_size=1, max_size=2
+        )
+        assert_type(request, UploadRequest)
     async for info in backend.iter_objects("avatars/", start_after="avatars/a"):
         assert_type(info, ObjectInfo)
 

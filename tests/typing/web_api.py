@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, assert_type
 
 from fastapi import Depends, FastAPI, Request
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from granite_storage import Attachment, StorageError, StorageManager, StoredObjectRef, attachment
+from granite_storage import Attachment, StorageBinding, StorageError, StorageManager, StoredObjectRef, attachment
 from granite_storage.web import (
+    DirectUpload,
+    DirectUploads,
     FilePart,
     PolicyTarget,
     UploadForm,
@@ -51,6 +54,15 @@ async def receive(request: Request, manager: StorageManager, app: FastAPI, error
         assert_type(document.file, Attachment | None)
     install_error_handlers(app, retry_after=3)
     problem_response(error)
+
+
+async def directly(binding: StorageBinding, app: FastAPI) -> None:
+    uploads = DirectUploads(binding, secret="s" * 32, base_url="https://example.com/uploads")
+    uploads = DirectUploads(binding, secret={"new": b"n" * 32, "old": "o" * 32}, max_expires_in=timedelta(hours=1))
+    app.mount("/uploads", uploads)
+    upload = await uploads.begin(Document.file, filename="a.pdf", content_type="application/pdf", size=1, owner="anna")
+    assert_type(upload, DirectUpload)
+    assert_type(await uploads.finish(upload.token, owner="anna"), Attachment)
 
 
 Form = Annotated[UploadForm, Depends(received_form({"file": Document.file}))]

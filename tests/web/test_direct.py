@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from granite_storage import ContentTooLargeError, InvalidLocationError, StorageManager
+from granite_storage import ConsumedSourceError, ContentTooLargeError, InvalidLocationError, StorageManager
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.locations import GENERATED_STEM, uuid7_hex
 from granite_storage.orm import Attachment, bind_storage
@@ -154,9 +154,12 @@ async def test_a_rollback_lets_it_be_finished_again(direct: Direct) -> None:
             await session.flush()
             raise RuntimeError
     assert len(await direct.objects()) == 1
+    await direct.client.send(upload, b"%PDF-another")
+    with pytest.raises(ConsumedSourceError):
+        await direct.add(first)
     second = await direct.uploads.finish(upload.token)
     await direct.add(second)
-    assert await second.read() == PDF
+    assert second.checksum == f"sha256:{hashlib.sha256(await second.read()).hexdigest()}"
 
 
 @pytest.mark.usefixtures("backend")

@@ -12,12 +12,15 @@ from sqlalchemy import select, update
 
 from granite_storage import BackendUnavailableError, StaleAttachmentError
 from granite_storage.gc import StorageGarbageCollector
+from granite_storage.locations import uuid7_hex
 from granite_storage.orm import Attachment, bind_storage
 from granite_storage.orm.journal.staging import Staging
 from granite_storage.orm.journal.tables import STAGING, clock
 from granite_storage.testing import Operation
 from granite_storage.web import DirectUpload, DirectUploads, UploadMismatchError
-from tests.orm.world import Base, Doc, World, file
+from tests.orm.databases import Database
+from tests.orm.world import Base, Doc, World, file, world_on
+from tests.servers import S3Server
 from tests.web.directly import Client, client_of, uploads_of
 
 CONTENT = b"sent by itself"
@@ -334,6 +337,46 @@ async def test_replaced_while_it_is_finished(
         assert (after, size) == ("stat", len(CONTENT) + 1)
         assert await intents(world) == [STAGING]
         await world.recover()
+
+
+async def test_reclaimed_while_it_is_finished(
+    world: World, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = await client.sent(await begun(uploads), CONTENT)
+    publish = Staging.publish
+
+    async def late(*arguments: Any) -> bool:
+        assert world.journal is not None
+        await expire(world, STAGING)
+        await world.journal.recover()
+        return await publish(*arguments)
+
+    monkeypatch.setattr(Staging, "publish", late)
+    with pytest.raises(StaleAttachmentError, match="reclaimed"):
+        await uploads.finish(upload.token)
+    assert (await intents(world), await world.objects()) == ([], set())
+    await world.recover()
+
+
+async def test_on_s3(database: Database, seaweedfs_server: S3Server) -> None:
+    bucket = await asyncio.to_thread(lambda: seaweedfs_server.shared_bucket)
+    backend = seaweedfs_server.backend(bucket, prefix=uuid7_hex())
+    async with world_on(database, backend=backend, journaled=True) as world:
+        uploads = uploads_of(world.binding, base_url=None)
+        async with client_of(uploads) as client:
+            upload = await client.sent(await begun(uploads), CONTENT)
+            file = await uploads.finish(upload.token)
+            await world.add(Doc(id=1, file=file))
+            await client.sent(upload, b"sent once more")
+            assert (await uploads.finish(upload.token)).ref == file.ref
+            await expire(world, STAGING)
+            assert world.journal is not None
+            await world.journal.recover()
+            await client.sent(upload, b"and again, after it was reclaimed")
+            assert len(await world.objects()) == 2
+            await world.recover()
+            await world.check(file_1=CONTENT)
+        await world.manager.aclose()
 
 
 async def test_a_transaction_that_reads_an_older_snapshot(world: World, uploads: DirectUploads, client: Client) -> None:

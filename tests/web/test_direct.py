@@ -18,6 +18,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from granite_storage import ConsumedSourceError, ContentTooLargeError, InvalidLocationError, StorageManager
+from granite_storage.backends.prefix import PrefixedBackend
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.locations import GENERATED_STEM, uuid7_hex
 from granite_storage.orm import Attachment, bind_storage
@@ -27,6 +28,7 @@ from granite_storage.web import (
     UploadMismatchError,
     UploadMissingError,
     UploadTokenError,
+    problem_response,
 )
 from granite_storage.web._media import HEAD_SIZE, contradicts
 from tests.servers import S3Server
@@ -120,12 +122,14 @@ async def test_finished_twice(direct: Direct) -> None:
 @pytest.mark.case("SIG-09")
 async def test_what_cannot_be_finished(direct: Direct) -> None:
     upload = await direct.begin(owner="anna")
-    with pytest.raises(UploadMissingError):
+    with pytest.raises(UploadMissingError) as missing:
         await direct.uploads.finish(upload.token, owner="anna")
+    assert problem_response(missing.value).status_code == 409
     await direct.client.sent(upload)
     for owner in ("bert", None, "", "anna\x00"):
-        with pytest.raises(UploadTokenError):
+        with pytest.raises(UploadTokenError) as stolen:
             await direct.uploads.finish(upload.token, owner=owner)
+        assert problem_response(stolen.value).status_code == 403
     unowned = await direct.sent()
     with pytest.raises(UploadTokenError):
         await direct.uploads.finish(unowned.token, owner="anna")
@@ -166,8 +170,9 @@ async def test_a_rollback_lets_it_be_finished_again(direct: Direct) -> None:
 async def test_what_is_not_as_announced_is_refused(direct: Direct) -> None:
     wrong = "sha256:" + "0" * 64
     checked = await direct.sent(checksum=wrong)
-    with pytest.raises(UploadMismatchError, match="checksum"):
+    with pytest.raises(UploadMismatchError, match="checksum") as mismatch:
         await direct.uploads.finish(checked.token)
+    assert problem_response(mismatch.value).status_code == 422
     page = await direct.sent(b"<html><script>alert(1)</script>", content_type="image/png", filename="a.png")
     with pytest.raises(UploadMismatchError, match="media type"):
         await direct.uploads.finish(page.token)
@@ -267,8 +272,11 @@ async def test_cancelled_anywhere(direct: Direct) -> None:
 
 
 @pytest.mark.case("SIG-07")
-async def test_what_s3_is_told(moto_server: S3Server) -> None:
-    async with moto_server.bucket() as bucket, manager_of(moto_server.backend(bucket, prefix="tenants/7")) as manager:
+@pytest.mark.parametrize("wrapped", [False, True])
+async def test_what_s3_is_told(moto_server: S3Server, wrapped: bool) -> None:
+    bucket = "any"
+    prefixed = PrefixedBackend(moto_server.backend(bucket), "tenants/7")
+    async with manager_of(prefixed if wrapped else moto_server.backend(bucket, prefix="tenants/7")) as manager:
         binding = bind_storage(Base, manager)
         upload = await uploads_of(binding, base_url=None).begin(
             Document.file, filename="${filename}", content_type="image/png", max_size=1000, expires_in=timedelta(minutes=5)

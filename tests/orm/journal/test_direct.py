@@ -358,6 +358,20 @@ async def test_reclaimed_while_it_is_finished(
     await world.recover()
 
 
+async def test_the_lease_lasts_while_a_copy_is_read(world: World, uploads: DirectUploads, client: Client) -> None:
+    assert world.journal is not None
+    upload = await client.sent(await begun(uploads), CONTENT)
+    world.journal._lease = timedelta(seconds=1)
+    world.backend.delay("read", seconds=2)
+    finishing = asyncio.create_task(uploads.finish(upload.token))
+    while not finishing.done():
+        await world.journal.recover()
+        await asyncio.sleep(0.1)
+    await world.add(Doc(id=1, file=await finishing))
+    await world.recover()
+    await world.check(file_1=CONTENT)
+
+
 async def test_on_s3(database: Database, seaweedfs_server: S3Server) -> None:
     bucket = await asyncio.to_thread(lambda: seaweedfs_server.shared_bucket)
     backend = seaweedfs_server.backend(bucket, prefix=uuid7_hex())

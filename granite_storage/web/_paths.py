@@ -12,8 +12,10 @@ def token_of(scope: Scope) -> str | None:
     path, root = scope["path"], scope.get("root_path", "").rstrip("/")
     if root and path.startswith(f"{root}/"):
         path = path[len(root) :]
-    token: str = path.removeprefix("/")
     raw: bytes = scope.get("raw_path") or path.encode()
+    token: str = path.removeprefix("/")
+    if not raw.endswith(b"/"):
+        token = token.removesuffix("/")  # Litestar ends every path that it hands on in a slash
     if scope.get("query_string") or not token.isascii() or not raw.endswith(f"/{token}".encode()):
         return None
     return token

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import random
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from granite_storage import BackendUnavailableError, StaleAttachmentError
+from granite_storage import BackendUnavailableError, StaleAttachmentError, StorageError
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm import Attachment, bind_storage
@@ -432,3 +435,50 @@ async def test_the_collector_leaves_alone_what_may_still_be_finished(
     await world.add(Doc(id=1, file=await uploads.finish(upload.token)))
     await world.recover()
     await world.check(file_1=CONTENT, file_2="kept")
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_everything_at_random(world: World, client: Client, seed: int) -> None:
+    """Processes that finish, take, roll back, delete and reclaim at the same time, while clients send again."""
+    choose = random.Random(seed)
+    processes = [uploads_of(world.binding) for _ in range(3)]
+    begun_ones = [await begun(processes[0]) for _ in range(4)]
+    keys = itertools.count(1)
+
+    async def send() -> None:
+        await client.send(choose.choice(begun_ones), choose.randbytes(choose.randrange(1, 2000)))
+
+    async def take(*, fails: bool = False) -> None:
+        process, upload = choose.choice(processes), choose.choice(begun_ones)
+        with contextlib.suppress(StorageError, ZeroDivisionError):
+            file = await process.finish(upload.token)
+            if choose.random() < 0.3:
+                file = await choose.choice(processes).finish(upload.token)
+            async with world.sessions.begin() as session:
+                session.add(Doc(id=next(keys), file=file))
+                await session.flush()
+                1 / (not fails)
+
+    async def cancel() -> None:
+        task = asyncio.create_task(take())
+        await asyncio.sleep(choose.random() / 50)
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def remove() -> None:
+        with contextlib.suppress(StorageError):
+            async with world.sessions.begin() as session:
+                rows = (await session.execute(select(Doc).with_for_update(skip_locked=True))).scalars().all()
+                if rows:
+                    await session.delete(choose.choice(rows))
+
+    async def reclaim() -> None:
+        assert world.journal is not None
+        await expire(world, "upload")
+        await world.journal.recover()
+
+    steps = [send, take, take, lambda: take(fails=True), cancel, remove, reclaim]
+    for _ in range(40):
+        await asyncio.gather(*(step() for step in choose.choices(steps, k=3)))
+    await world.recover()
+    await world.check()

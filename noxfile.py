@@ -46,6 +46,13 @@ def demo(session: nox.Session) -> None:
     session.run("python", "examples/quickstart.py", *session.posargs)
 
 
+@nox.session(python=RUNNING)
+def gallery(session: nox.Session) -> None:
+    """Serve the example gallery on http://127.0.0.1:8000; `-- --port 8080 --folder ./gallery` chooses otherwise."""
+    session.install(".[gallery]")
+    session.run("python", "-m", "examples.gallery", *session.posargs)
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests, against real disks and real servers, on every Python that is present."""

@@ -1,5 +1,6 @@
 """Serving and receiving files over HTTP, on Starlette and so on FastAPI; the extra `web` brings what it needs."""
 
+from granite_storage._delivery import INLINE_TYPES
 from granite_storage.exceptions import MissingDependencyError
 
 try:
@@ -29,6 +30,7 @@ from granite_storage.web.uploads import FilePart, UploadForm, stream_body, strea
 from granite_storage.web.urls import SignedFiles
 
 __all__ = [
+    "INLINE_TYPES",
     "DirectUpload",
     "DirectUploads",
     "FilePart",

@@ -1,0 +1,1 @@
+"""A gallery of files that live and die with their rows: `python -m examples.gallery` starts it."""

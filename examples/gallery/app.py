@@ -1,0 +1,161 @@
+"""A gallery whose files live and die with their rows: upload, look at, replace, delete, and see what a rollback does.
+
+    python -m examples.gallery
+
+It keeps its rows in SQLite and its files on the local disk. The environment chooses otherwise:
+
+    GALLERY_FOLDER  the folder for both; with `python -m examples.gallery` a temporary one unless chosen
+    DATABASE_URL    such as postgresql+asyncpg://user:password@host/database
+    S3_BUCKET       a bucket for the files; AWS_ENDPOINT_URL_S3 and the other variables of AWS say where it is
+    MAX_SIZE        the most bytes that a file may have (100 MB)
+
+It needs what the extra `gallery` brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import Path as PathParameter
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from examples.gallery import rollback
+from examples.gallery.guard import Guard
+from examples.gallery.models import FOLDER, MAX_SIZE, Base, Item, engine, sessions, storage
+from granite_storage.orm import Attachment, bind_storage
+from granite_storage.web import (
+    INLINE_TYPES,
+    FilePart,
+    StoredObjectResponse,
+    UnsupportedRequestError,
+    UploadLimits,
+    install_error_handlers,
+    received_body,
+)
+
+STATIC = Path(__file__).parent / "static"
+TAKEN = ("image/*", "audio/*", "video/*", "text/plain", "application/pdf", "application/zip")
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    binding = bind_storage(Base, storage, sessions=sessions)
+    async with storage:
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+        await rollback.begin_with_two_notes()
+        yield
+    binding.unbind()
+    await engine.dispose()
+
+
+# The documentation that FastAPI would serve loads its scripts from elsewhere, which no page here may.
+app = FastAPI(title="Gallery", lifespan=lifespan, docs_url=None, redoc_url=None)
+app.add_middleware(Guard)
+app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+app.mount("/static", StaticFiles(directory=STATIC))
+app.include_router(rollback.router)
+install_error_handlers(app)
+
+
+class ItemOut(BaseModel):
+    """What a client sees; of the file its size, media type, name and checksum, never where it lies."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    file: Attachment
+
+
+async def taken(part: FilePart) -> Attachment:
+    """Store what arrives while it arrives, unless it is nothing for a gallery: then not a byte of it is read."""
+    media_type = (part.content_type or "").partition(";")[0].strip().lower()
+    if media_type not in TAKEN and f"{media_type.partition('/')[0]}/*" not in TAKEN:
+        raise UnsupportedRequestError("the gallery takes pictures, films, sound, plain text, PDF and ZIP")
+    return await Attachment(part, filename=part.filename, content_type=part.content_type).store(Item.file)
+
+
+File = Annotated[
+    Attachment,
+    Depends(
+        received_body(
+            taken,
+            filename=lambda request: request.query_params.get("name"),
+            limits=UploadLimits(max_file_size=MAX_SIZE),
+        )
+    ),
+]
+Id = Annotated[int, PathParameter(ge=1, le=2**31 - 1)]
+
+
+@app.post("/items", status_code=201, response_model=ItemOut)
+async def upload(file: File) -> Item:
+    """Hang what the body is, under the `name` in the query."""
+    async with sessions.begin() as session:
+        item = Item(file=file)
+        session.add(item)
+    return item
+
+
+@app.get("/items", response_model=list[ItemOut])
+async def everything(before: int = 2**31 - 1, limit: Annotated[int, Query(ge=1, le=100)] = 24) -> list[Item]:
+    """List items, the newest first."""
+    async with sessions() as session:
+        return list(await session.scalars(select(Item).where(Item.id < before).order_by(Item.id.desc()).limit(limit)))
+
+
+@app.put("/items/{item_id}/file", response_model=ItemOut)
+async def replace(item_id: Id, file: File) -> Item:
+    """Hang another file in the place of an item's; the old one goes when this is committed."""
+    async with sessions.begin() as session:
+        item = await found(session, item_id)
+        item.file = file
+    return item
+
+
+@app.api_route("/items/{item_id}/file", methods=["GET", "HEAD"], response_class=Response)
+async def show(item_id: Id, request: Request, download: bool = False) -> StoredObjectResponse:
+    """Stream an item's file, whole or in ranges: in the browser's window where that is safe, and else to be saved."""
+    async with sessions() as session:
+        item = await found(session, item_id)
+    return StoredObjectResponse(item.file, request, disposition="attachment" if download else "inline")
+
+
+@app.delete("/items/{item_id}", status_code=204)
+async def delete(item_id: Id) -> None:
+    """Take an item down, and its file with it."""
+    async with sessions.begin() as session:
+        await session.delete(await found(session, item_id))
+
+
+@app.get("/settings")
+async def settings() -> dict[str, object]:
+    """Say what the gallery takes and what a browser may show of it."""
+    return {"max_size": MAX_SIZE, "taken": TAKEN, "shown": sorted(INLINE_TYPES)}
+
+
+@app.get("/", response_class=FileResponse)
+async def gallery_page() -> FileResponse:
+    return FileResponse(STATIC / "gallery.html")
+
+
+@app.get("/rollback", response_class=FileResponse)
+async def rollback_page() -> FileResponse:
+    return FileResponse(STATIC / "rollback.html")
+
+
+async def found(session: AsyncSession, item_id: int) -> Item:
+    item = await session.get(Item, item_id)
+    if item is None:
+        raise HTTPException(404, "There is no such item; it may have been deleted meanwhile.")
+    return item

@@ -1,0 +1,62 @@
+"""Rows that have a file, and where the files go."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sqlalchemy import String
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from granite_storage import StorageBackend, StorageManager, StoragePolicy
+from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.orm import Attachment, attachment
+
+FOLDER = Path(os.environ.get("GALLERY_FOLDER", "data"))
+DATABASE_URL = os.environ.get("DATABASE_URL", f"sqlite+aiosqlite:///{FOLDER / 'gallery.db'}")
+MAX_SIZE = int(os.environ.get("MAX_SIZE", "100_000_000"))
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Item(Base):
+    """What hangs in the gallery."""
+
+    __tablename__ = "item"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment] = attachment("gallery", nullable=False)
+
+
+class Note(Base):
+    """What the page about rollbacks tries its transactions on."""
+
+    __tablename__ = "note"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(String(50), unique=True)
+    version: Mapped[int] = mapped_column(default=1)
+    file: Mapped[Attachment] = attachment("notes", nullable=False)
+
+
+def make_backend() -> StorageBackend:
+    bucket = os.environ.get("S3_BUCKET")
+    if bucket:
+        from granite_storage.backends.s3 import S3StorageBackend
+
+        return S3StorageBackend(bucket)
+    return LocalStorageBackend(root_dir=FOLDER / "files")
+
+
+storage = StorageManager(
+    backends={"files": make_backend()},
+    policies={
+        "gallery": StoragePolicy("gallery", "files", max_size=MAX_SIZE, key_prefix="gallery"),
+        "notes": StoragePolicy("notes", "files", max_size=1024, key_prefix="notes"),
+    },
+)
+engine = create_async_engine(DATABASE_URL)
+sessions = async_sessionmaker(engine, expire_on_commit=False)

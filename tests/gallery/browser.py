@@ -1,0 +1,230 @@
+"""A headless Chromium, and a gallery that it looks at."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from selenium import webdriver
+from selenium.webdriver.remote.webelement import WebElement
+
+__all__ = ["INSTALLING", "Page", "Programs", "page", "programs", "served"]
+
+INSTALLING = 900
+"""How long installing a browser may take, in seconds."""
+
+_PATIENCE = INSTALLING / 3
+
+ROOT = Path(__file__).parents[2]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PACKAGES = ("chromium", "chromium-driver")
+SWITCHES = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--mute-audio",
+)
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Where the browser and its driver are."""
+
+    browser: str
+    driver: str
+
+
+@contextlib.contextmanager
+def programs() -> Iterator[Programs]:
+    """Find a browser and its driver; in CI, or where INSTALL_CHROMIUM is set, install Debian's where there is none.
+
+    Raises:
+        LookupError: There is none.
+        RuntimeError: It could not be installed.
+    """
+    found = _installed()
+    wanted = os.environ.get("CI") or os.environ.get("INSTALL_CHROMIUM")
+    if found is None and wanted and os.geteuid() == 0 and shutil.which("apt-get"):
+        _install()
+        found = _installed()
+    if found is None:
+        raise LookupError(
+            "no Chromium or Chrome with its chromedriver is on the path (on Debian, INSTALL_CHROMIUM=1 lets root install them)"
+        )
+    yield found
+
+
+def _installed() -> Programs | None:
+    browser = next((path for path in map(shutil.which, BROWSERS) if path), None)
+    driver = shutil.which("chromedriver")
+    return Programs(browser, driver) if browser and driver else None
+
+
+def _install() -> None:
+    install = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
+    try:
+        _run(install)
+    except RuntimeError:  # the lists of packages may be missing or old
+        _run(["apt-get", "update"])
+        _run(install)
+
+
+def _run(command: Sequence[str]) -> None:
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=INSTALLING / 3,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"{' '.join(command)}: {error}") from error
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}: {(done.stderr or done.stdout)[-1000:]}")
+
+
+@contextlib.contextmanager
+def served(folder: Path, **environment: str) -> Iterator[str]:
+    """Run the gallery's one command, and give its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "examples.gallery", "--port", str(port), "--folder", str(folder / "data")]
+    chosen = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    with subprocess.Popen(command, cwd=ROOT, env=chosen, stdout=subprocess.DEVNULL) as server:
+        try:
+            address = f"http://127.0.0.1:{port}"
+            eventually(lambda: _answers(address))
+            yield address
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) == 0
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/items").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+class Page:
+    """A window of the browser, and what the tests ask of it."""
+
+    def __init__(self, driver: webdriver.Chrome, address: str, shots: Path) -> None:
+        self.driver = driver
+        self.address = address
+        self.shots = shots
+        self.complaints_expected: list[str] = []
+
+    def open(self, path: str = "/") -> None:
+        self.driver.get(self.address + path)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def waits_for(self, script: str, *arguments: Any) -> Any:
+        """Run a script that calls its last argument when it is done."""
+        return self.driver.execute_async_script(script, *arguments)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements("css selector", selector)
+
+    def one(self, selector: str) -> WebElement:
+        return eventually(lambda: self.all(selector), f"there is no {selector}")[0]
+
+    def texts(self, selector: str) -> list[str]:
+        """The texts of elements, also of those that are out of sight."""
+        found: list[str] = self.run("return [...document.querySelectorAll(arguments[0])].map((one) => one.textContent)", selector)
+        return found
+
+    def look(self, width: int, height: int = 900, *, dark: bool = False, still: bool = False) -> None:
+        """Give the window a size, and the visitor preferences."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        features = [
+            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
+            {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"},
+        ]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def slow_down(self, upload: int) -> None:
+        """Let it send so many bytes a second at most, or as many as it can with -1."""
+        self.driver.execute_cdp_cmd("Network.enable", {})
+        conditions = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": upload}
+        self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
+
+    def shoot(self, name: str) -> Path:
+        """Take a picture of the whole page."""
+        taken = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
+        self.shots.mkdir(parents=True, exist_ok=True)
+        path = self.shots / f"{name}.png"
+        path.write_bytes(base64.b64decode(taken["data"]))
+        return path
+
+    def answers(self) -> list[tuple[int, str]]:
+        """The status and the path of each answer since this was last asked."""
+        events = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
+        responses = [event["params"]["response"] for event in events if event["method"] == "Network.responseReceived"]
+        return [
+            (response["status"], response["url"].removeprefix(self.address))
+            for response in responses
+            if response["url"].startswith(self.address)
+        ]
+
+    def complaints(self) -> list[str]:
+        """What stands in the console and was not expected: errors, and what the Content-Security-Policy has refused."""
+        told = [entry["message"] for entry in self.driver.get_log("browser")]
+        return [one for one in told if not any(expected in one for expected in self.complaints_expected)]
+
+
+@contextlib.contextmanager
+def page(found: Programs, address: str, folder: Path) -> Iterator[Page]:
+    """Open a browser that has never been used before."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = found.browser
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with tempfile.TemporaryDirectory() as own:  # its path is short, as that of a socket has to be
+        for switch in (*SWITCHES, f"--user-data-dir={own}/profile"):
+            options.add_argument(switch)
+        driver = webdriver.Chrome(options, webdriver.ChromeService(found.driver, env={**os.environ, "TMPDIR": own}))
+        try:
+            driver.set_script_timeout(60)
+            yield Page(driver, address, Path(os.environ.get("GALLERY_SCREENSHOTS", folder / "screenshots")))
+        finally:
+            driver.quit()
+
+
+def eventually(look: Callable[[], Found], why: str = "it has not come to pass", seconds: float = 60) -> Found:
+    """Look again until there is something to be seen."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, why
+        time.sleep(0.05)
+    return found

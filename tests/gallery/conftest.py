@@ -1,0 +1,42 @@
+"""The gallery, made anew in an empty folder for each test."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+MAX_SIZE = 1_000_000
+
+
+def forget() -> None:
+    for name in [name for name in sys.modules if f"{name}.".startswith("examples.gallery.")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("GALLERY_FOLDER", str(tmp_path / "data"))
+    monkeypatch.setenv("MAX_SIZE", str(MAX_SIZE))
+    forget()
+    yield importlib.import_module("examples.gallery.app")
+    forget()
+
+
+@pytest.fixture
+async def gallery(module: Any) -> AsyncIterator[Any]:
+    async with module.app.router.lifespan_context(module.app):
+        yield module
+
+
+@pytest.fixture
+async def client(gallery: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client that sends what the gallery's own pages send with each change."""
+    transport = httpx.ASGITransport(gallery.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers={"X-Gallery": "1"}) as client:
+        yield client

@@ -1,0 +1,155 @@
+"""The gallery, started as its documentation says: as it is, and with PostgreSQL and S3."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from tests.gallery.support import stored
+from tests.orm.databases import postgres, postgres_database
+
+if TYPE_CHECKING:
+    from tests.servers import S3Server
+
+ROOT = Path(__file__).parents[2]
+Objects = Callable[[], Awaitable[int]]
+
+
+@pytest.fixture(scope="module", params=["as it is", "with PostgreSQL and S3"])
+def services(request: pytest.FixtureRequest, _temporary_folder: Path) -> Iterator[tuple[dict[str, str], S3Server | None]]:
+    """What the environment says to the application, and the server of its bucket."""
+    if request.param == "as it is":
+        yield {}, None
+        return
+    server: S3Server = request.getfixturevalue("seaweedfs_server")
+    folder = _temporary_folder / "example"
+    folder.mkdir(mode=0o700)  # as the system makes a folder of sockets
+    with postgres(folder) as found, postgres_database(found, "asyncpg") as database:
+        environment = {
+            "DATABASE_URL": database.url.render_as_string(hide_password=False),
+            "S3_BUCKET": server.shared_bucket,
+            "AWS_ENDPOINT_URL_S3": server.endpoint_url,
+            "AWS_ACCESS_KEY_ID": server.session_kwargs["aws_access_key_id"],
+            "AWS_SECRET_ACCESS_KEY": server.session_kwargs["aws_secret_access_key"],
+            "AWS_DEFAULT_REGION": server.session_kwargs["region_name"],
+        }
+        yield environment, server
+
+
+@pytest.fixture
+def objects(services: tuple[dict[str, str], S3Server | None], tmp_path: Path) -> Objects:
+    """Count the objects that the gallery has stored."""
+    environment, server = services
+
+    async def count() -> int:
+        if server is None:
+            return len(stored(tmp_path))
+        backend = server.backend(environment["S3_BUCKET"])
+        found = [info async for info in backend.iter_objects("gallery/")]
+        await backend.aclose()
+        return len(found)
+
+    return count
+
+
+async def test_a_gallery_on_any_database_and_storage(
+    tmp_path: Path, services: tuple[dict[str, str], S3Server | None], objects: Objects
+) -> None:
+    content = os.urandom(12_000_000)
+    text = {"content-type": "text/plain"}
+    async with started(tmp_path, {**services[0], "MAX_SIZE": "20_000_000"}) as client:
+        uploads = [client.post("/items", params={"name": f"{n}.txt"}, content=b"%d" % n, headers=text) for n in range(10)]
+        answers = await asyncio.gather(*uploads)
+        assert {answer.status_code for answer in answers} == {201}
+        items = (await client.get("/items")).json()
+        assert sorted(item["file"]["original_filename"] for item in items) == [f"{n}.txt" for n in range(10)]
+        assert await objects() == 10
+
+        url = f"/items/{items[0]['id']}/file"
+        item = (await client.put(url, content=content, headers={"content-type": "video/x-matroska"})).json()
+        assert item["file"]["checksum"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
+        part = await client.get(url, headers={"range": "bytes=9000000-9000099"})
+        assert (part.status_code, part.content) == (206, content[9_000_000:9_000_100])
+        assert (await client.put(url, content=bytes(20_000_001), headers=text)).status_code == 413
+        assert (await client.get(url)).content == content
+        assert await objects() == 10
+
+        failed = (await client.post("/rollback", params={"fail": True})).json()
+        assert failed["before"] == failed["after"]
+        assert failed["error"]
+        kept = (await client.post("/rollback", params={"fail": False})).json()
+        assert (kept["before"], kept["error"]) == (failed["after"], None)
+        assert kept["after"] != kept["before"]
+        assert [len(told[moment]["files"]) for told in (failed, kept) for moment in ("before", "during", "after")] == [
+            2,
+            4,
+            2,
+        ] * 2
+
+        for item in items:
+            assert (await client.delete(f"/items/{item['id']}")).status_code == 204
+        assert await objects() == 0
+
+
+async def test_what_is_in_a_folder_is_there_again(tmp_path: Path) -> None:
+    async with started(tmp_path, {}) as client:
+        answer = await client.post("/items", params={"name": "a.txt"}, content=b"abc", headers={"content-type": "text/plain"})
+        item = answer.json()
+    async with started(tmp_path, {}) as client:
+        assert (await client.get("/items")).json() == [item]
+        assert (await client.get(f"/items/{item['id']}/file")).content == b"abc"
+
+
+async def test_a_folder_that_nobody_chose_goes_at_the_end(tmp_path: Path) -> None:
+    async with started(tmp_path, {"TMPDIR": str(tmp_path)}, folder=None) as client:
+        await client.post("/items", params={"name": "a.txt"}, content=b"abc", headers={"content-type": "text/plain"})
+        assert list(tmp_path.glob("gallery-*/files/gallery/**/*.txt"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@asynccontextmanager
+async def started(
+    tmp_path: Path, environment: Mapping[str, str], *, folder: str | None = "data"
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Run the documented command, and end it as a person does."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "examples.gallery", "--port", str(port)]
+    if folder is not None:
+        command += ["--folder", str(tmp_path / folder)]
+    chosen = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    server = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=chosen, stdout=asyncio.subprocess.PIPE)
+    assert server.stdout is not None
+    try:
+        assert f"http://127.0.0.1:{port}" in (await server.stdout.readline()).decode()
+        headers = {"X-Gallery": "1"}
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
+            await _until_it_answers(client)
+            yield client
+    finally:
+        server.send_signal(signal.SIGINT)
+        await server.communicate()
+    assert server.returncode == 0
+
+
+async def _until_it_answers(client: httpx.AsyncClient) -> None:
+    for _ in range(600):
+        try:
+            await client.get("/items")
+        except httpx.TransportError:
+            await asyncio.sleep(0.1)
+        else:
+            return
+    pytest.fail("the gallery did not start")

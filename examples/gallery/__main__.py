@@ -22,6 +22,7 @@ def main() -> None:
     with ExitStack() as stack:
         # The application reads it when it is imported; without a login it is for this machine alone.
         os.environ["GALLERY_FOLDER"] = options.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="gallery-"))
+        os.environ.setdefault("GALLERY_URL", f"http://127.0.0.1:{options.port}")
         kept = "kept" if options.folder else "removed at the end"
         print(f"The gallery is at http://127.0.0.1:{options.port} (Ctrl+C ends it).")
         print(f"Its rows and files are in {os.environ['GALLERY_FOLDER']}, {kept}.", flush=True)

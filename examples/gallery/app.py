@@ -7,6 +7,9 @@ It keeps its rows in SQLite and its files on the local disk. The environment cho
     GALLERY_FOLDER  the folder for both; with `python -m examples.gallery` a temporary one unless chosen
     DATABASE_URL    such as postgresql+asyncpg://user:password@host/database
     S3_BUCKET       a bucket for the files; AWS_ENDPOINT_URL_S3 and the other variables of AWS say where it is
+    GALLERY_URL     where visitors find it (http://127.0.0.1:8000), for direct uploads
+    S3_ORIGIN       such as https://bucket.s3.eu-central-1.amazonaws.com: lets the page send files straight to the bucket, whose
+                    CORS rules must allow it
     MAX_SIZE        the most bytes that a file may have (100 MB)
 
 It needs what the extra `gallery` brings.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -23,39 +27,51 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from examples.gallery import rollback
+from examples.gallery import direct, rollback
 from examples.gallery.guard import Guard
-from examples.gallery.models import FOLDER, MAX_SIZE, Base, Item, engine, sessions, storage
-from granite_storage.orm import Attachment, bind_storage
+from examples.gallery.models import (
+    FOLDER,
+    MAX_SIZE,
+    TAKEN,
+    Base,
+    Item,
+    ItemOut,
+    binding,
+    engine,
+    require_taken,
+    sessions,
+    storage,
+)
+from granite_storage import StorageGarbageCollector
+from granite_storage.orm import Attachment
 from granite_storage.web import (
     INLINE_TYPES,
     FilePart,
     StoredObjectResponse,
-    UnsupportedRequestError,
     UploadLimits,
     install_error_handlers,
     received_body,
 )
 
 STATIC = Path(__file__).parent / "static"
-TAKEN = ("image/*", "audio/*", "video/*", "text/plain", "application/pdf", "application/zip")
+
+# What was sent directly stays where the client has sent it, beside the copy that hangs in the gallery, until it is collected: of
+# what lies there, up to half and more may go at once.
+collector = StorageGarbageCollector(storage, binding=binding, max_deleted_share=0.75)
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    binding = bind_storage(Base, storage, sessions=sessions)
-    async with storage:
-        async with engine.begin() as connection:
-            await connection.run_sync(Base.metadata.create_all)
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    async with storage, collector.run_every(timedelta(hours=6)):
         await rollback.begin_with_two_notes()
         yield
-    binding.unbind()
     await engine.dispose()
 
 
@@ -64,24 +80,15 @@ app = FastAPI(title="Gallery", lifespan=lifespan, docs_url=None, redoc_url=None)
 app.add_middleware(Guard)
 app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
 app.mount("/static", StaticFiles(directory=STATIC))
+app.mount("/uploads", direct.uploads)
+app.include_router(direct.router)
 app.include_router(rollback.router)
 install_error_handlers(app)
 
 
-class ItemOut(BaseModel):
-    """What a client sees; of the file its size, media type, name and checksum, never where it lies."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    id: int
-    file: Attachment
-
-
 async def taken(part: FilePart) -> Attachment:
     """Store what arrives while it arrives, unless it is nothing for a gallery: then not a byte of it is read."""
-    media_type = (part.content_type or "").partition(";")[0].strip().lower()
-    if media_type not in TAKEN and f"{media_type.partition('/')[0]}/*" not in TAKEN:
-        raise UnsupportedRequestError("the gallery takes pictures, films, sound, plain text, PDF and ZIP")
+    require_taken(part.content_type)
     return await Attachment(part, filename=part.filename, content_type=part.content_type).store(Item.file)
 
 

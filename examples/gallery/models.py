@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy import String
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import StorageBackend, StorageManager, StoragePolicy
 from granite_storage.backends.local import LocalStorageBackend
-from granite_storage.orm import Attachment, attachment
+from granite_storage.orm import Attachment, attachment, bind_storage
+from granite_storage.web import UnsupportedRequestError
 
 FOLDER = Path(os.environ.get("GALLERY_FOLDER", "data"))
 DATABASE_URL = os.environ.get("DATABASE_URL", f"sqlite+aiosqlite:///{FOLDER / 'gallery.db'}")
+TAKEN = ("image/*", "audio/*", "video/*", "text/plain", "application/pdf", "application/zip")
 MAX_SIZE = int(os.environ.get("MAX_SIZE", "100_000_000"))
 
 
@@ -31,6 +34,15 @@ class Item(Base):
     file: Mapped[Attachment] = attachment("gallery", nullable=False)
 
 
+class ItemOut(BaseModel):
+    """What a client sees of an item; of the file its size, media type, name and checksum, never where it lies."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    file: Attachment
+
+
 class Note(Base):
     """What the page about rollbacks tries its transactions on."""
 
@@ -40,6 +52,12 @@ class Note(Base):
     title: Mapped[str] = mapped_column(String(50), unique=True)
     version: Mapped[int] = mapped_column(default=1)
     file: Mapped[Attachment] = attachment("notes", nullable=False)
+
+
+def require_taken(content_type: str | None) -> None:
+    media_type = (content_type or "").partition(";")[0].strip().lower()
+    if media_type not in TAKEN and f"{media_type.partition('/')[0]}/*" not in TAKEN:
+        raise UnsupportedRequestError("the gallery takes pictures, films, sound, plain text, PDF and ZIP")
 
 
 def make_backend() -> StorageBackend:
@@ -60,3 +78,4 @@ storage = StorageManager(
 )
 engine = create_async_engine(DATABASE_URL)
 sessions = async_sessionmaker(engine, expire_on_commit=False)
+binding = bind_storage(Base, storage, sessions=sessions)

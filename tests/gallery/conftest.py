@@ -23,8 +23,10 @@ def forget() -> None:
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("GALLERY_FOLDER", str(tmp_path / "data"))
     monkeypatch.setenv("MAX_SIZE", str(MAX_SIZE))
+    monkeypatch.setenv("GALLERY_URL", "http://127.0.0.1")
     forget()
     yield importlib.import_module("examples.gallery.app")
+    sys.modules["examples.gallery.models"].binding.unbind()
     forget()
 
 

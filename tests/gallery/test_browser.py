@@ -98,6 +98,43 @@ def test_an_upload_shows_how_far_it_is(visit: Page, tmp_path: Path) -> None:
     assert visit.one(".item .preview").text == "PDF"
 
 
+def test_a_file_goes_straight_to_the_storage(visit: Page, tmp_path: Path) -> None:
+    content = png(300, 200) + os.urandom(2_000_000)
+    (tmp_path / "picture.png").write_bytes(content)
+    visit.one("#direct").click()
+    visit.slow_down(1_000_000)
+    chosen(visit, tmp_path / "picture.png")
+    seen: list[float] = []
+
+    def arrived() -> bool:
+        seen.extend(visit.run("return [...document.querySelectorAll('#uploads progress')].map((one) => one.value)"))
+        return names(visit) == ["picture.png"]
+
+    eventually(arrived)
+    assert seen == sorted(seen)
+    assert len({value for value in seen if 0 < value < 1}) >= 3
+    visit.slow_down(-1)
+    assert shown_width(visit, ".item img") == 300
+    paths = [(status, path.split("/")[1:3]) for status, path in visit.answers() if path.startswith(("/direct", "/uploads"))]
+    assert [(status, where[0]) for status, where in paths] == [(200, "direct"), (204, "uploads"), (201, "direct")]
+    assert content in stored(tmp_path).values()
+
+
+def test_a_file_that_is_sent_directly_is_what_it_says(visit: Page) -> None:
+    visit.complaints_expected += ["413", "415", "422"]
+    visit.one("#direct").click()
+    files = [("large.mkv", "video/x-matroska", 20_000_000), ("page.html", "text/html", 100), ("false.png", "image/png", 100)]
+    visit.run(DROP, files)
+    eventually(lambda: len(visit.all(".failed")) == 3)
+    assert sorted(visit.texts(".failed .state")) == [
+        "It is larger than 3 MB, the most that is taken here.",
+        "The file is not of the media type that was announced.",
+        "The gallery takes pictures, films, sound, plain text, PDF and ZIP.",
+    ]
+    assert len([path for _, path in visit.answers() if path.startswith("/uploads")]) == 1
+    assert names(visit) == []
+
+
 def test_several_files_are_dropped(visit: Page, tmp_path: Path) -> None:
     files = [(f"{number}.txt", "text/plain", 1000 + number) for number in range(5)]
     visit.run(DROP, files, ["dragenter", "dragover"])
@@ -275,7 +312,7 @@ def test_what_a_rollback_did(visit: Page, tmp_path: Path) -> None:
 
 def test_it_is_used_without_a_mouse(visit: Page) -> None:
     reached = []
-    for _ in range(6):
+    for _ in range(7):
         ActionChains(visit.driver).send_keys(Keys.TAB).perform()
         reached.append(visit.driver.switch_to.active_element.accessible_name)
         ring = visit.run(
@@ -288,6 +325,7 @@ def test_it_is_used_without_a_mouse(visit: Page) -> None:
         "Gallery",
         "What a rollback did",
         "choose files",
+        "Send them straight to the storage",
         "Paint a few samples",
     ]
     visit.run(DROP, [("a.txt", "text/plain", 10)])

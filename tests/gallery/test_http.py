@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -160,6 +161,9 @@ CHANGES = [
     ("PUT", "/items/1/file"),
     ("DELETE", "/items/1"),
     ("POST", "/rollback?fail=false"),
+    ("POST", "/direct/begin"),
+    ("POST", "/direct/finish"),
+    ("PUT", "/uploads/x"),
 ]
 
 
@@ -248,3 +252,69 @@ async def test_experiments_at_the_same_time_do_not_mix(client: httpx.AsyncClient
         assert bool(told["error"]) == bool(number % 2)
         assert [len(told[moment]["files"]) for moment in ("before", "during", "after")] == [2, 4, 2]
     assert len(found(tmp_path)) == 2
+
+
+async def begun(client: httpx.AsyncClient, content: bytes, kind: str = "text/plain", name: str = "a.txt") -> httpx.Response:
+    return await client.post("/direct/begin", json={"name": name, "type": kind, "size": len(content)})
+
+
+async def sent(client: httpx.AsyncClient, upload: dict[str, Any], content: bytes) -> httpx.Response:
+    return await client.request(upload["method"], upload["url"], content=content, headers=upload["headers"])
+
+
+async def test_a_direct_upload(client: httpx.AsyncClient) -> None:
+    content = bytes(range(256)) * 1000
+    upload = (await begun(client, content, "video/x-matroska", "a film.mkv")).json()
+    assert upload["url"].startswith("/uploads/")
+    assert (await client.get("/items")).json() == []
+    assert (await sent(client, upload, content)).status_code == 204
+    assert (await client.get("/items")).json() == []
+    answer = await client.post("/direct/finish", json={"token": upload["token"]})
+    assert answer.status_code == 201
+    item = answer.json()
+    assert item["file"] == {
+        "size": len(content),
+        "content_type": "video/x-matroska",
+        "original_filename": "a film.mkv",
+        "checksum": f"sha256:{hashlib.sha256(content).hexdigest()}",
+    }
+    assert (await client.get("/items")).json() == [item]
+    assert (await client.get(f"/items/{item['id']}/file")).content == content
+    changed = await sent(client, upload, content[::-1])
+    assert changed.status_code != 500
+    assert (await client.get(f"/items/{item['id']}/file")).content == content
+
+
+async def test_what_was_sent_directly_is_collected_by_and_by(gallery: Any, client: httpx.AsyncClient, tmp_path: Path) -> None:
+    upload = (await begun(client, b"abc")).json()
+    await sent(client, upload, b"abc")
+    item = (await client.post("/direct/finish", json={"token": upload["token"]})).json()
+    for path in (tmp_path / "data" / "files" / "gallery").rglob("*"):
+        os.utime(path, (0, 0))
+    assert len(stored(tmp_path)) == 2
+    report = await gallery.collector.collect(storage_key="gallery", dry_run=False)
+    assert (report.deleted, report.refusal) == (1, None)
+    assert list(stored(tmp_path).values()) == [b"abc"]
+    assert (await client.get(f"/items/{item['id']}/file")).content == b"abc"
+
+
+async def test_a_direct_upload_is_refused_before_it_is_sent(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    large = await client.post("/direct/begin", json={"name": "a", "type": "text/plain", "size": MAX_SIZE + 1})
+    assert (large.status_code, large.json()["max_size"]) == (413, MAX_SIZE)
+    assert (await begun(client, b"abc", "text/html")).status_code == 415
+    for kind in ("", "text/plain\r\nx: y", "ü/ü", "a" * 256):
+        assert (await begun(client, b"abc", kind)).status_code == 422
+    assert stored(tmp_path) == {}
+
+
+async def test_a_direct_upload_that_is_not_what_was_announced_hangs_nowhere(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    upload = (await begun(client, b"abc", "image/png")).json()
+    assert (await client.post("/direct/finish", json={"token": upload["token"]})).status_code == 409
+    assert (await sent(client, upload, b"abcd")).status_code == 413
+    assert stored(tmp_path) == {}
+    assert (await sent(client, upload, b"abc")).status_code == 204
+    answer = await client.post("/direct/finish", json={"token": upload["token"]})
+    assert (answer.status_code, answer.json()["detail"]) == (422, "The file is not of the media type that was announced.")
+    for token in ("", "x", upload["token"][:-1], upload["url"].rpartition("/")[2]):
+        assert (await client.post("/direct/finish", json={"token": token})).status_code == 403
+    assert (await client.get("/items")).json() == []

@@ -1,7 +1,7 @@
 // The gallery: what hangs on the wall, and how things get there and go.
 
 import { Problem, ask, bytes, copyOf } from "./common.js";
-import { send } from "./sending.js";
+import { sendDirectly, sendThrough } from "./sending.js";
 import { paint } from "./samples.js";
 
 const element = (id) => document.getElementById(id);
@@ -145,12 +145,12 @@ const waiting = [];
 let underWay = 0;
 
 function upload(files) {
-  for (const file of files) enqueue(file, file.name, (options) => send("POST", `/items?name=${encodeURIComponent(file.name)}`, file, options));
+  const start = element("direct").checked ? sendDirectly : (file, options) => sendThrough("POST", "/items", file, options);
+  for (const file of files) enqueue(file, file.name, start);
 }
 
 function replace(item, file) {
-  const url = `/items/${item.id}/file?name=${encodeURIComponent(file.name)}`;
-  enqueue(file, `${file.name} in place of ${nameOf(item)}`, (options) => send("PUT", url, file, options));
+  enqueue(file, `${file.name} in place of ${nameOf(item)}`, (...sent) => sendThrough("PUT", `/items/${item.id}/file`, ...sent));
 }
 
 function enqueue(file, what, start) {
@@ -187,7 +187,7 @@ async function run(job) {
       line.querySelector("progress").value = share;
       state.textContent = share < 1 ? `${bytes(share * file.size)} of ${bytes(file.size)}` : "being written";
     };
-    hang(await start({ onProgress, signal: controller.signal }));
+    hang(await start(file, { onProgress, signal: controller.signal }));
     line.remove();
     say(`${what} hangs on the wall.`);
   } catch (error) {

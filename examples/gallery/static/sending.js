@@ -1,23 +1,55 @@
 // A file on its way: with an XMLHttpRequest, because fetch does not tell how much has been sent.
 
-import { OURS, Problem, inWords } from "./common.js";
+import { OURS, Problem, ask, inWords } from "./common.js";
 
-/** Send a file, telling which share of it has gone; resolves with the answer, rejects with a Problem. */
-export function send(method, url, file, { onProgress, signal }) {
+/**
+ * Send a file, telling which share of it has gone; resolves with the answer, rejects with a Problem.
+ *
+ * It goes as the body of the request, or, where there are fields, as the last part of a form.
+ */
+function send({ method, url, headers, fields = {} }, file, { onProgress, signal }) {
   return new Promise((resolve, reject) => {
+    const cancelled = () => reject(new Problem("Cancelled; nothing of it was kept."));
+    if (signal.aborted) return cancelled();
     const request = new XMLHttpRequest();
     request.open(method, url);
     request.responseType = "json";
-    for (const [name, value] of Object.entries(OURS)) request.setRequestHeader(name, value);
-    request.setRequestHeader("Content-Type", file.type || "application/octet-stream");
+    const ours = url.startsWith("/") ? OURS : {};
+    for (const [name, value] of Object.entries({ ...ours, ...headers })) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => onProgress(event.loaded / event.total);
     request.onload = () => {
       if (request.status < 400) resolve(request.response);
       else reject(new Problem(inWords(request.status, request.response)));
     };
     request.onerror = () => reject(new Problem("The connection was lost."));
-    request.onabort = () => reject(new Problem("Cancelled; nothing of it was kept."));
+    request.onabort = cancelled;
     signal.addEventListener("abort", () => request.abort());
-    request.send(file);
+    request.send(method === "POST" && Object.keys(fields).length ? formOf(fields, file) : file);
   });
+}
+
+function formOf(fields, file) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) form.append(name, value);
+  form.append("file", file);
+  return form;
+}
+
+const typeOf = (file) => file.type || "application/octet-stream";
+
+/** Send a file to the application, which stores it. */
+export function sendThrough(method, url, file, options) {
+  const request = { method, url: `${url}?name=${encodeURIComponent(file.name)}`, headers: { "Content-Type": typeOf(file) } };
+  return send(request, file, options);
+}
+
+/** Ask where a file may go, send it there, and tell the application that it has arrived. */
+export async function sendDirectly(file, options) {
+  const { token, ...request } = await post("/direct/begin", { name: file.name, type: typeOf(file), size: file.size });
+  await send(request, file, options);
+  return post("/direct/finish", { token });
+}
+
+function post(url, content) {
+  return ask(url, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(content) });
 }

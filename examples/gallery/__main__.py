@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import tempfile
 from contextlib import ExitStack
 
@@ -19,6 +21,7 @@ def main() -> None:
         help="where rows and files are kept; temporary unless chosen",
     )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that a temporary folder goes then, too
     with ExitStack() as stack:
         # The application reads it when it is imported; without a login it is for this machine alone.
         os.environ["GALLERY_FOLDER"] = options.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="gallery-"))

@@ -22,7 +22,7 @@ import httpx
 from selenium import webdriver
 from selenium.webdriver.remote.webelement import WebElement
 
-__all__ = ["INSTALLING", "Page", "Programs", "page", "programs", "served"]
+__all__ = ["INSTALLING", "Page", "Programs", "answers", "eventually", "page", "programs", "served"]
 
 INSTALLING = 900
 """How long installing a browser may take, in seconds."""
@@ -111,7 +111,7 @@ def _run(command: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def served(folder: Path, **environment: str) -> Iterator[str]:
-    """Run the gallery's one command, and give its address."""
+    """Run the gallery's one command, and give its address, where it will answer in a moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -119,15 +119,14 @@ def served(folder: Path, **environment: str) -> Iterator[str]:
     chosen = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     with subprocess.Popen(command, cwd=ROOT, env=chosen, stdout=subprocess.DEVNULL) as server:
         try:
-            address = f"http://127.0.0.1:{port}"
-            eventually(lambda: _answers(address))
-            yield address
+            yield f"http://127.0.0.1:{port}"
         finally:
             server.send_signal(signal.SIGINT)
             assert server.wait(60) == 0
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
+    """Tell whether the gallery has started."""
     try:
         return httpx.get(f"{address}/items").status_code == 200
     except httpx.TransportError:

@@ -17,7 +17,7 @@ import pytest
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from tests.gallery.browser import INSTALLING, Page, Programs, eventually, page, programs, served
+from tests.gallery.browser import INSTALLING, Page, Programs, answers, eventually, page, programs, served
 from tests.gallery.support import stored
 from tests.services import service
 
@@ -46,6 +46,7 @@ def visit(browser: Programs, tmp_path: Path) -> Iterator[Page]:
     """The gallery, empty, in a window; whatever the browser complains of fails the test."""
     with served(tmp_path, MAX_SIZE=str(MAX_SIZE)) as address, page(browser, address, tmp_path) as opened:
         opened.look(1280)
+        eventually(lambda: answers(address))  # it has started while the browser did
         opened.open()
         eventually(lambda: opened.one("#empty").is_displayed())
         yield opened

@@ -118,8 +118,9 @@ async def test_what_is_in_a_folder_is_there_again(tmp_path: Path) -> None:
         assert (await client.get(f"/items/{item['id']}/file")).content == b"abc"
 
 
-async def test_a_folder_that_nobody_chose_goes_at_the_end(tmp_path: Path) -> None:
-    async with started(tmp_path, {"TMPDIR": str(tmp_path)}, folder=None) as client:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+async def test_a_folder_that_nobody_chose_goes_at_the_end(tmp_path: Path, end: signal.Signals) -> None:
+    async with started(tmp_path, {"TMPDIR": str(tmp_path)}, folder=None, end=end) as client:
         await client.post("/items", params={"name": "a.txt"}, content=b"abc", headers={"content-type": "text/plain"})
         assert list(tmp_path.glob("gallery-*/files/gallery/**/*.txt"))
     assert list(tmp_path.iterdir()) == []
@@ -141,9 +142,9 @@ async def sent_directly(client: httpx.AsyncClient, content: bytes) -> Any:
 
 @asynccontextmanager
 async def started(
-    tmp_path: Path, environment: Mapping[str, str], *, folder: str | None = "data"
+    tmp_path: Path, environment: Mapping[str, str], *, folder: str | None = "data", end: signal.Signals = signal.SIGINT
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Run the documented command, and end it as a person does."""
+    """Run the documented command, and end it, as a person does by Ctrl+C."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -160,7 +161,7 @@ async def started(
             await _until_it_answers(client)
             yield client
     finally:
-        server.send_signal(signal.SIGINT)
+        server.send_signal(end)
         await server.communicate()
     assert server.returncode == 0
 

@@ -85,8 +85,10 @@ function excerptOf(item) {
   return excerpt;
 }
 
+const hanging = (item) => items.querySelector(`[data-id="${item.id}"]`);
+
 function hang(item) {
-  const old = items.querySelector(`[data-id="${item.id}"]`);
+  const old = hanging(item);
   if (old) old.replaceWith(cardOf(item));
   else items.prepend(cardOf(item));
   count();
@@ -99,7 +101,7 @@ function count() {
 async function showMore() {
   const oldest = items.lastElementChild?.dataset.id;
   const page = await ask(`/items?limit=${PAGE}${oldest ? `&before=${oldest}` : ""}`);
-  items.append(...page.map(cardOf));
+  items.append(...page.filter((item) => !hanging(item)).map(cardOf));
   element("more").hidden = page.length < PAGE;
   count();
 }
@@ -227,7 +229,7 @@ function remove(item) {
     if (question.returnValue !== "delete") return;
     try {
       await ask(`/items/${item.id}`, { method: "DELETE" });
-      items.querySelector(`[data-id="${item.id}"]`)?.remove();
+      hanging(item)?.remove();
       count();
       say(`${nameOf(item)} was deleted.`);
       element("items-heading").focus();

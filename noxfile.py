@@ -56,14 +56,14 @@ def gallery(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests, against real disks and real servers, on every Python that is present."""
-    session.install("-e", ".[alembic,cli,demo,s3,test]")
+    session.install("-e", ".[alembic,cli,demo,obstore,s3,test]")
     session.run("python", "-m", "pytest", *session.posargs)
 
 
 @nox.session(python=RUNNING)
 def crash(session: nox.Session) -> None:
     """Kill programs at every step of the journal's protocol, 500 times or `GRANITE_CRASH_KILLS`, and check what is left."""
-    session.install("-e", ".[alembic,cli,demo,s3,test]")
+    session.install("-e", ".[alembic,cli,demo,obstore,s3,test]")
     session.env.setdefault("GRANITE_CRASH_KILLS", os.environ.get("GRANITE_CRASH_KILLS", "500"))
     session.run("python", "-m", "pytest", *(session.posargs or ["tests/faults/crash"]))
 
@@ -95,13 +95,13 @@ def layers(session: nox.Session) -> None:
 @nox.session(python=RUNNING)
 def docs(session: nox.Session) -> None:
     """Build the documentation into `docs/_build/html`; a warning is an error."""
-    session.install(".[alembic,cli,docs,s3,web]")
+    session.install(".[alembic,cli,docs,obstore,s3,web]")
     session.run("sphinx-build", "-W", "-n", "--keep-going", "-E", "docs", "docs/_build/html")
 
 
 @nox.session(python=RUNNING)
 def bench(session: nox.Session) -> None:
     """Measure, and print the tables: `-- --only disk` chooses, `-- --json FILE` keeps the numbers."""
-    session.install("-e", ".[s3,test]")
+    session.install("-e", ".[obstore,s3,test]")
     for path in sorted(Path("tests/benchmarks").glob("bench_*.py")):
         session.run("python", "-m", f"tests.benchmarks.{path.stem}", *session.posargs)

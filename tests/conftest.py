@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib
 import inspect
 import os
 import tempfile
@@ -28,6 +29,7 @@ from tests.services import service
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
+    from tests.azurite import AzureServer
     from tests.servers import S3Server
 
 SETTLING = 30.0
@@ -120,6 +122,21 @@ def postgres_server(_temporary_folder: Path) -> Iterator[URL]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def azurite_server(_temporary_folder: Path) -> Iterator[AzureServer]:
+    """A stand-in for Azure's blobs; see `tests.azurite`."""
+    yield from _started("azurite", "tests.azurite")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads_of_obstore() -> None:
+    """Start the threads that obstore keeps for all stores of a process, so that what they open is not taken for a test's."""
+    with contextlib.suppress(ImportError):
+        from obstore.store import MemoryStore
+
+        asyncio.run(MemoryStore().put_async("warm", b""))
+
+
 BACKENDS = [
     "memory",
     "memory-prefixed",
@@ -150,15 +167,14 @@ async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         yield backend
 
 
-def _started(server: str) -> Iterator[S3Server]:
-    with service(server, _server(server)) as started:
+def _started(server: str, module: str = "tests.servers") -> Iterator[Any]:
+    with service(server, _server(server, module)) as started:
         yield started
 
 
 @contextlib.contextmanager
-def _server(name: str) -> Iterator[S3Server]:
-    from tests import servers
-
+def _server(name: str, module: str) -> Iterator[Any]:
+    servers = importlib.import_module(module)
     with getattr(servers, name)() as started:
         yield started
 
@@ -200,7 +216,9 @@ def _servers_of(request: pytest.FixtureRequest) -> list[str]:
     backend = getattr(request.node, "callspec", None)
     backend = backend.params.get("backend", "") if backend else ""
     wanted = [f"{backend.split('-')[1]}_server"] if isinstance(backend, str) and backend.startswith("s3-") else []
-    return [name for name in ("moto_server", "seaweedfs_server") if name in request.fixturenames or name in wanted]
+    return [
+        name for name in ("moto_server", "seaweedfs_server", "azurite_server") if name in request.fixturenames or name in wanted
+    ]
 
 
 def _own_threads(before: set[threading.Thread]) -> list[threading.Thread]:

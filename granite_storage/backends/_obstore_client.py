@@ -1,0 +1,228 @@
+"""The store behind an `ObjectStoreBackend`: which one it is, what it can do, and every call to it with its errors translated."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from granite_storage._concurrency import finished
+from granite_storage.backends._obstore_errors import ObjectStoreConfigurationError, translate
+from granite_storage.backends.base import ObjectInfo
+from granite_storage.exceptions import BackendError, BackendUnavailableError, ConfigurationError, ObjectNotFoundError
+
+__all__ = ["OWNER", "Kind", "StoreClient", "connected", "info_of", "plain_name"]
+
+T = TypeVar("T")
+
+OWNER = "granitewriteid"
+"""The metadata entry that tells which write an object is of; a name that is good on S3, Google and Azure alike."""
+
+_DEFAULT_CLIENT_OPTIONS: dict[str, Any] = {
+    "connect_timeout": timedelta(seconds=10),
+    "read_timeout": timedelta(seconds=60),
+    "timeout": timedelta(hours=1),  # obstore's own 30 s are for the whole of a body, however large
+}
+_DEFAULT_RETRY_CONFIG: dict[str, Any] = {
+    "max_retries": 4,
+    "retry_timeout": timedelta(seconds=60),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is known of a kind of store.
+
+    Attributes:
+        name: What messages call it.
+        over_network: Whether it has connections, options for them, and answers that can be lost.
+        keeps_attributes: Whether an object keeps a content type and metadata.
+        writes: Whether objects can be created in it.
+        copies_exclusively: Whether a copy can be made on the condition that its target is absent.
+        signs: Whether it signs URLs.
+        signs_plain_names_only: Whether obstore's signature is wrong for a location that is escaped in a URL.
+        deletes_in_batches: Whether many objects are deleted by one request.
+        mistakes_parts: Whether it takes parts that were never joined for an object, and refuses to create one.
+        names_temporary_files: Whether an object's name must leave room for that of a temporary file.
+        lists_in_order: Whether its listings are in byte order, and may begin after a location; None where that depends.
+    """
+
+    name: str
+    over_network: bool = True
+    keeps_attributes: bool = True
+    writes: bool = True
+    copies_exclusively: bool = True
+    signs: bool = False
+    signs_plain_names_only: bool = False
+    deletes_in_batches: bool = False
+    mistakes_parts: bool = False
+    names_temporary_files: bool = False
+    lists_in_order: bool | None = None
+
+
+KINDS = {
+    "S3Store": Kind("S3", copies_exclusively=False, signs=True, deletes_in_batches=True),
+    "GCSStore": Kind("Google Cloud Storage", signs=True, lists_in_order=True),
+    "AzureStore": Kind("Azure", signs=True, signs_plain_names_only=True, deletes_in_batches=True, mistakes_parts=True),
+    "HTTPStore": Kind("HTTP", keeps_attributes=False, writes=False, lists_in_order=False),
+    "LocalStore": Kind(
+        "local disk", over_network=False, keeps_attributes=False, names_temporary_files=True, lists_in_order=False
+    ),
+    "MemoryStore": Kind("memory", over_network=False, lists_in_order=True),
+}
+_DELETES = 3
+_LOCAL_SCHEMES = ("file", "memory")
+
+
+def plain_name(store: Any) -> str:
+    """Return what a store is called in messages and in repr: no user, password, query or option of it."""
+    if not isinstance(store, str):
+        return type(store).__name__
+    parts = urlsplit(store)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def connected(store: Any, options: Mapping[str, Any]) -> StoreClient:
+    """Return the client for a store that was passed in ready-made, or that a URL and options describe.
+
+    Raises:
+        ConfigurationError: No store can be made of it.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(store, str):
+        return StoreClient(plain_name(store), _builder(store, given))
+    if given:
+        raise ConfigurationError(f"{', '.join(given)}: only with a URL; a ready-made store has its own")
+    return StoreClient(plain_name(store), lambda: store, ours=False)
+
+
+def _builder(url: str, given: dict[str, Any]) -> Callable[[], Any]:
+    if urlsplit(url).scheme in _LOCAL_SCHEMES:
+        if given:
+            raise ConfigurationError(f"{', '.join(given)}: not with {plain_name(url)!r}, which has no connections")
+    else:
+        given["client_options"] = {**_DEFAULT_CLIENT_OPTIONS, **given.get("client_options", {})}
+        given["retry_config"] = {**_DEFAULT_RETRY_CONFIG, **given.get("retry_config", {})}
+        unknown = given["retry_config"].keys() - _DEFAULT_RETRY_CONFIG.keys()
+        if unknown:  # obstore would ignore it
+            raise ConfigurationError(f"retry_config has no {', '.join(sorted(unknown))}")
+
+    def build() -> Any:
+        from obstore.store import from_url
+
+        try:
+            return from_url(url, **given)
+        except Exception as error:
+            message = f"no store can be made of {plain_name(url)!r} with this config, client_options and retry_config"
+            raise ConfigurationError(f"{message}: {type(error).__name__}") from error
+
+    return build
+
+
+class StoreClient:
+    """Makes each call of a store, and translates its errors.
+
+    A store is bound to no event loop. One that was built from a URL is built again after it was closed.
+
+    Attributes:
+        kind: What is known of the store.
+        name: What messages call it.
+        prefix: What the store puts before every location.
+    """
+
+    def __init__(self, name: str, build: Callable[[], Any], *, ours: bool = True) -> None:
+        self.name = name
+        self._build = build
+        self._store: Any = build()
+        kind = next((KINDS[one.__name__] for one in type(self._store).__mro__ if one.__name__ in KINDS), None)
+        if kind is None:
+            raise ConfigurationError(f"store must be a URL or a store of obstore.store, not {type(self._store).__name__}")
+        self.kind = kind
+        self._closes = ours and kind.over_network
+        self.prefix = str(getattr(self._store, "prefix", None) or "") if kind.over_network else ""
+        config: Mapping[str, Any] = getattr(self._store, "config", {})
+        conditional = str(config.get("copy_if_not_exists", config.get("aws_copy_if_not_exists", "")))
+        self.copies_exclusively = kind.copies_exclusively or conditional.startswith("header")
+
+    async def store(self) -> Any:
+        """Return the store; one that was closed is built again, in a thread, because that reads certificates."""
+        if self._store is None:
+            self._store = await finished(asyncio.to_thread(self._build))
+        return self._store
+
+    def close(self) -> None:
+        """Let go of a store of our own: its idle connections close with it, and calls that are under way keep theirs."""
+        if self._closes:
+            self._store = None
+
+    async def call(self, operation: str, location: str | None, request: Callable[[Any], Awaitable[T]]) -> T:
+        """Make one call of the store.
+
+        Args:
+            operation: What it is called in messages.
+            location: The object's location, where it has one.
+            request: Makes the call of a store.
+
+        Raises:
+            BackendError: The store's error, translated.
+        """
+        store = await self.store()
+        try:
+            return await request(store)
+        except Exception as error:
+            raise self.translated(error, operation, location) from error
+
+    def translated(self, error: Exception, operation: str, location: str | None) -> BackendError:
+        """Return the error that callers see for one of the store's."""
+        return translate(error, operation, store=self.name, location=location)
+
+    async def head(self, location: str) -> tuple[ObjectInfo, str | None]:
+        """Return what is known of an object, and the id of the write that it is of, where it has one."""
+        result = await self.call("head", location, lambda store: store.get_async(location, options={"head": True}))
+        return info_of(location, result.meta, result.attributes), result.attributes.get(OWNER)
+
+    async def exists(self, location: str) -> bool:
+        """Tell whether an object is there."""
+        try:
+            await self.call("head", location, lambda store: store.head_async(location))
+        except ObjectNotFoundError:
+            return False
+        return True
+
+    async def delete(self, location: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        for attempt in range(1, _DELETES + 1):
+            try:
+                await self.call("delete", location, lambda store: store.delete_async(location))
+            except ObjectNotFoundError:  # some stores say so
+                return
+            except BackendUnavailableError:  # its answer may be lost, and obstore asks again for what only reads
+                if attempt == _DELETES:
+                    raise
+            except BackendError:  # a folder of a local disk is no object, but is refused in other words
+                if self.kind.over_network or await self.exists(location):
+                    raise
+                return
+            else:
+                return
+
+    async def signed(self, location: str, expires_in: timedelta) -> str:
+        """Return a URL for a GET."""
+        from obstore import sign_async
+
+        url = await self.call("sign", location, lambda store: sign_async(store, "GET", location, expires_in))
+        if self.kind.signs_plain_names_only and "%" in urlsplit(url).path:
+            message = f"obstore signs no URL for {location!r} that {self.kind.name} would take: a character of it is escaped"
+            raise ObjectStoreConfigurationError(message, location=location)
+        return url
+
+
+def info_of(location: str, meta: Mapping[str, Any], attributes: Mapping[str, Any] | None = None) -> ObjectInfo:
+    """Return what obstore says of an object; a listing has no attributes."""
+    modified: datetime = meta["last_modified"]
+    etag = str(meta.get("e_tag") or "").strip('"') or None
+    return ObjectInfo(location, meta["size"], modified.astimezone(UTC), etag, (attributes or {}).get("Content-Type"))

@@ -1,0 +1,276 @@
+"""Objects in any store that obstore speaks to: S3, Google Cloud Storage, Azure, HTTP, memory, a local disk."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from granite_storage.backends._obstore_client import connected
+from granite_storage.backends._obstore_errors import ObjectStoreConfigurationError
+from granite_storage.backends._obstore_listing import Listing
+from granite_storage.backends._obstore_reader import open_reader
+from granite_storage.backends._obstore_writer import ObjectWriter, slices
+from granite_storage.backends.base import ObjectInfo, ObjectReader
+from granite_storage.exceptions import (
+    BackendError,
+    ConfigurationError,
+    InvalidLocationError,
+    MissingDependencyError,
+)
+from granite_storage.locations import MAX_LOCATION_BYTES, check_location
+
+__all__ = ["ObjectStoreBackend", "ObjectStoreConfigurationError"]
+
+_MIB = 1024 * 1024
+_SMALLEST_PART = 5 * _MIB
+_LARGEST_COPY = 5 * 1024 * _MIB
+_LONGEST_SIGNATURE = timedelta(days=7)
+_DELETED_AT_A_TIME = 1000
+_DELETES_SIDE_BY_SIDE = 16
+_COPY_STEP = _MIB
+# On a local disk obstore writes to a file whose name has "#" and a number at its end, which must fit too.
+_LONGEST_LOCAL_SEGMENT = 245
+_LOCAL_TEMPORARY = re.compile(r"#\d+$")
+
+
+class ObjectStoreBackend:
+    """Keeps each object under one key of a store of obstore's.
+
+    What fits in one part is one exclusive request (`If-None-Match: *` or the service's equivalent). More is sent in parts side by
+    side; obstore knows no condition for these, so a HEAD before and after the parts looks for an object: of two writers of parts
+    to *one* location at the same moment the later one may win. Locations that the manager makes are unique, so two writers never
+    meet there. Where an answer was lost, a HEAD tells what became of the write, by an id in the object's metadata. A write that
+    fails or is cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
+
+    A reader holds a connection until it is closed or read to its end, and goes on where a body was cut off, with the same version
+    of the object or not at all.
+
+    A killed process cannot abort its upload, nor can anybody who does not know its id: give an S3 or Google bucket a lifecycle
+    rule for incomplete multipart uploads. Azure drops parts that were never joined after a week.
+
+    On S3, Google, Azure, memory and a local disk it satisfies `SupportsCopy` and `SupportsBatchDelete`; over HTTP it only reads.
+
+    Args:
+        store: A store of `obstore.store`, which stays yours, or a URL such as `s3://bucket/prefix`, `gs://bucket`,
+            `az://container`, `https://host/folder`, `memory:///` or `file:///folder`.
+        config: The store's own options, for a URL, as obstore has them, such as `{"region": "eu-central-1"}`.
+        client_options: Of the HTTP client, for a URL: timeouts, proxies, `{"allow_http": True}`. Beside what is given, a
+            connection is waited for 10 seconds, and bytes for 60.
+        retry_config: For a URL: which failures are tried again, and how. Beside what is given, 4 times within 60 seconds.
+        credential_provider: For a URL: a callable of yours that gives credentials.
+        part_size: The size of the parts in bytes, at least 5 MiB. An object has 10,000 parts at the most, 78 GiB by default.
+        part_concurrency: The most parts of one write in flight at a time; two more are in memory.
+        list_by_folder: Whether listings walk the keys folder by folder. None finds out, and refuses to go on where a long listing
+            turns out to be in another order than that of bytes; False trusts the order, and has the store begin at `start_after`.
+
+    Raises:
+        ConfigurationError: An argument cannot work.
+        MissingDependencyError: obstore is not installed; the extra `obstore` brings it.
+
+    Example:
+        >>> ObjectStoreBackend("s3://my-bucket/uploads", config={"region": "eu-central-1"})
+        ObjectStoreBackend('s3://my-bucket/uploads')
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        *,
+        config: Mapping[str, Any] | None = None,
+        client_options: Mapping[str, Any] | None = None,
+        retry_config: Mapping[str, Any] | None = None,
+        credential_provider: Any = None,
+        part_size: int = 8 * _MIB,
+        part_concurrency: int = 4,
+        list_by_folder: bool | None = None,
+    ) -> None:
+        if importlib.util.find_spec("obstore") is None:
+            raise MissingDependencyError("ObjectStoreBackend needs obstore: pip install 'granite-storage[obstore]'")
+        if part_size < _SMALLEST_PART:
+            raise ConfigurationError(f"part_size must be at least 5 MiB, as S3 demands, not {part_size} bytes")
+        if part_concurrency < 1:
+            raise ConfigurationError(f"part_concurrency must be greater than 0, not {part_concurrency!r}")
+        options = {
+            "config": config,
+            "client_options": client_options,
+            "retry_config": retry_config,
+            "credential_provider": credential_provider,
+        }
+        self._client = connected(store, options)
+        self._part_size = part_size
+        self._part_concurrency = part_concurrency
+        self._listing = Listing(self._client, list_by_folder)
+        if self._client.kind.writes and type(self) is ObjectStoreBackend:
+            self.__class__ = _WritableStoreBackend  # what a store cannot do must not look as if it could
+
+    def __repr__(self) -> str:
+        return f"ObjectStoreBackend({self._client.name!r})"
+
+    async def store(self) -> Any:
+        """Give obstore's store, for what this backend does not do; its calls raise obstore's errors."""
+        return await self._client.store()
+
+    async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any]:
+        """Create an object; see `StorageBackend.put_bytes`. Large content is sent in parts and not copied.
+
+        Returns:
+            `version_id` in a bucket that has versions.
+        """
+        writer = self._writer(location, content_type)
+        if len(content) <= self._part_size:
+            return _receipt(await writer.put([content]))
+        return _receipt(await writer.write(slices(content)))
+
+    async def put_stream(
+        self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None
+    ) -> Mapping[str, Any]:
+        """Create an object from a stream; see `StorageBackend.put_stream`. The result is that of `put_bytes`."""
+        return _receipt(await self._writer(location, content_type).write(stream))
+
+    async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
+        """Open a range; see `StorageBackend.open`."""
+        self._check(location)
+        return await open_reader(self._client, location, offset=offset, length=length)
+
+    async def stat(self, location: str) -> ObjectInfo:
+        """Tell what is known of an object; see `StorageBackend.stat`."""
+        self._check(location)
+        info, _ = await self._client.head(location)
+        return info
+
+    async def exists(self, location: str) -> bool:
+        """Tell whether an object is there; see `StorageBackend.exists`."""
+        self._check(location)
+        return await self._client.exists(location)
+
+    async def delete(self, location: str) -> None:
+        """Remove an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
+        self._check(location)
+        self._require_writable()
+        await self._client.delete(location)
+
+    async def signed_url(self, location: str, *, expires_in: timedelta) -> str:
+        """Return a URL that serves a GET of the object, with its stored content type, until it expires.
+
+        obstore signs no headers of the answer. So this is not `SupportsPresign`, and `StorageManager.url` does not use it: what a
+        visitor uploaded is served as the type that the visitor declared. The URL grants what it says to whoever has it: do not
+        log it.
+
+        Args:
+            location: The object's address; it is not checked that it exists.
+            expires_in: How long the URL works, from one second to seven days.
+
+        Raises:
+            ObjectStoreConfigurationError: The store signs no URLs, or has no key to sign with.
+            ValueError: `expires_in` is too short or too long.
+        """
+        self._check(location)
+        if not timedelta(seconds=1) <= expires_in <= _LONGEST_SIGNATURE:
+            raise ValueError(f"expires_in must be from one second to seven days, not {expires_in}")
+        if not self._client.kind.signs:
+            raise ObjectStoreConfigurationError(f"{self._client.name} signs no URLs", location=location)
+        return await self._client.signed(location, expires_in)
+
+    async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
+        """Yield objects in byte order; see `StorageBackend.iter_objects`.
+
+        Raises:
+            ObjectStoreConfigurationError: The store lists in another order, which began too late to be noticed in time.
+        """
+        async for info in self._listing.objects(prefix, start_after):
+            yield info
+
+    async def aclose(self) -> None:
+        """Close a store of our own, which the next call opens again; see `StorageBackend.aclose`. One passed in stays open."""
+        self._client.close()
+
+    def _writer(self, location: str, content_type: str | None) -> ObjectWriter:
+        self._check(location)
+        self._require_writable()
+        return ObjectWriter(
+            self._client, location, content_type, part_size=self._part_size, part_concurrency=self._part_concurrency
+        )
+
+    def _check(self, location: str) -> None:
+        check_location(location, windows=False)
+        prefix = self._client.prefix
+        if prefix and len(f"{prefix}/{location}".encode()) > MAX_LOCATION_BYTES:
+            raise InvalidLocationError(f"the location is longer than {MAX_LOCATION_BYTES} bytes with its prefix")
+        if self._client.kind.names_temporary_files:
+            _check_local(location)
+
+    def _require_writable(self) -> None:
+        if not self._client.kind.writes:
+            raise ObjectStoreConfigurationError(f"{self._client.name} can only be read: HTTP has no exclusive write")
+
+
+class _WritableStoreBackend(ObjectStoreBackend):
+    """What every store but HTTP can do besides."""
+
+    async def copy(self, source: str, target: str) -> Mapping[str, Any]:
+        """Copy an object inside the store, with its content type; see `SupportsCopy.copy`.
+
+        S3 copies on no condition, so a HEAD looks for an object first; and over 5 GiB the bytes pass through this program.
+        """
+        self._check(source)
+        writer = self._writer(target, None)
+        if self._client.kind.name == "S3" and (info := await self.stat(source)).size > _LARGEST_COPY:
+            return await self.put_stream(target, self._bytes_of(source), content_type=info.content_type)
+        return _receipt(await writer.copy(source))
+
+    async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
+        """Remove objects, many by one request where the service can; see `SupportsBatchDelete.delete_many`."""
+        for location in locations:
+            self._check(location)
+        different = list(dict.fromkeys(locations))
+        failures: dict[str, BackendError] = {}
+        for start in range(0, len(different), _DELETED_AT_A_TIME):
+            failures |= await self._delete_batch(different[start : start + _DELETED_AT_A_TIME])
+        return failures
+
+    async def _delete_batch(self, locations: list[str]) -> dict[str, BackendError]:
+        if self._client.kind.deletes_in_batches:
+            try:
+                await self._client.call("delete", None, lambda store: store.delete_async(locations))
+            except BackendError:  # obstore does not say of which: one by one they do
+                pass
+            else:
+                return {}
+        places = asyncio.Semaphore(_DELETES_SIDE_BY_SIDE)
+
+        async def delete(location: str) -> BackendError | None:
+            async with places:
+                try:
+                    await self._client.delete(location)
+                except BackendError as error:
+                    return error
+            return None
+
+        results = await asyncio.gather(*map(delete, locations))
+        return {location: error for location, error in zip(locations, results, strict=True) if error is not None}
+
+    async def _bytes_of(self, location: str) -> AsyncIterator[bytes]:
+        reader = await self.open(location)
+        try:
+            while chunk := await reader.read(_COPY_STEP):
+                yield chunk
+        finally:
+            await reader.aclose()
+
+
+def _check_local(location: str) -> None:
+    for segment in location.split("/"):
+        if len(segment.encode()) > _LONGEST_LOCAL_SEGMENT or _LOCAL_TEMPORARY.search(segment):
+            raise InvalidLocationError(
+                f"obstore keeps no file of this name on a local disk: it is longer than {_LONGEST_LOCAL_SEGMENT} bytes, "
+                f"or ends in '#' and a number: {segment[:80]!r}"
+            )
+
+
+def _receipt(answer: Mapping[str, Any]) -> dict[str, Any]:
+    version = answer.get("version")
+    return {"version_id": version} if version else {}

@@ -1,0 +1,358 @@
+"""The backend on obstore before a server that fails: an object is there whole or not at all, and no upload stays."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from granite_storage.backends import _obstore_writer
+from granite_storage.backends.obstore import ObjectStoreBackend, ObjectStoreConfigurationError
+from granite_storage.exceptions import (
+    AccessDeniedError,
+    BackendError,
+    BackendUnavailableError,
+    ObjectExistsError,
+    StorageError,
+)
+from tests.faults.s3_proxy import (
+    Fault,
+    FaultProxy,
+    Gate,
+    Request,
+    answer,
+    answer_after,
+    cut_body,
+    fault_proxy,
+    lose_answer,
+    lose_request,
+    wait_for,
+)
+from tests.servers import S3Server
+
+MIB = 1 << 20
+ALWAYS = 1 << 30
+SMALL = b"a few bytes"
+LONG = os.urandom(MIB) * 16  # four parts of 5 MiB at the most
+QUICK = {"max_retries": 1, "backoff": {"init_backoff": timedelta(milliseconds=10), "max_backoff": timedelta(milliseconds=20)}}
+
+
+@dataclass
+class Place:
+    """A bucket, a backend on it that meets the faults of a proxy, and one that does not."""
+
+    server: S3Server
+    bucket: str
+    proxy: FaultProxy
+    backend: ObjectStoreBackend
+    direct: ObjectStoreBackend
+
+    async def require_nothing(self, location: str = "object") -> None:
+        assert not await self.direct.exists(location)
+        assert await asyncio.to_thread(self.uploads) == []
+
+    def uploads(self) -> list[str]:
+        with self.server._client() as client:
+            return [upload["Key"] for upload in client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", ())]
+
+
+@pytest.fixture
+async def place(seaweedfs_server: S3Server) -> AsyncIterator[Place]:
+    async with seaweedfs_server.bucket() as bucket:
+        with fault_proxy(seaweedfs_server.endpoint_url) as proxy:
+            backends = [
+                ObjectStoreBackend(
+                    f"s3://{bucket}", **seaweedfs_server.obstore_options(url), retry_config=QUICK, part_size=5 * MIB
+                )
+                for url in (proxy.url, None)
+            ]
+            yield Place(seaweedfs_server, bucket, proxy, *backends)
+            for backend in backends:
+                await backend.aclose()
+
+
+async def stream(content: bytes, size: int = MIB) -> AsyncIterator[bytes]:
+    for start in range(0, len(content), size):
+        await asyncio.sleep(0)
+        yield content[start : start + size]
+
+
+async def read(backend: ObjectStoreBackend, location: str = "object") -> bytes:
+    reader = await backend.open(location)
+    try:
+        return await reader.read()
+    finally:
+        await reader.aclose()
+
+
+def read_first(fault: Fault) -> Fault:
+    """Let the body come before the fault: obstore's client takes an earlier answer for a broken connection."""
+
+    async def late(request: Request) -> bytes | None:
+        await request.read_body()
+        return await fault(request)
+
+    return late
+
+
+def part(number: int) -> Callable[[Request], bool]:
+    return lambda request: request.query.get("partNumber") == [str(number)]
+
+
+@asynccontextmanager
+async def cancelled_while(place: Place, operation: str, call: Awaitable[object]) -> AsyncIterator[Gate]:
+    """Cancel a call while the server has one of its requests and has not acted on it yet; the block opens the gate."""
+    gate = Gate()
+    place.proxy.on(operation, wait_for(gate))
+    task = asyncio.ensure_future(call)
+    await gate.reached()
+    task.cancel()
+    await asyncio.sleep(0.05)
+    assert not task.done(), "a cancelled write did not wait to learn what became of it"
+    yield gate
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+class TestParts:
+    @pytest.mark.case("S3F-05")
+    @pytest.mark.parametrize("number", [1, 2, 4])
+    @pytest.mark.parametrize("code", [403, 503])
+    async def test_a_part_that_fails_leaves_no_upload(self, place: Place, number: int, code: int) -> None:
+        place.proxy.on("UploadPart", read_first(answer(code, "AccessDenied")), fits=part(number), times=ALWAYS)
+        with pytest.raises(AccessDeniedError if code == 403 else BackendUnavailableError) as caught:
+            await place.backend.put_stream("object", stream(LONG))
+        assert caught.value.__cause__ is not None
+        assert caught.value.location == "object"
+        await place.require_nothing()
+
+    @pytest.mark.parametrize(
+        ("fault", "kind"),
+        [(answer(403, "AccessDenied"), AccessDeniedError), (answer(500, "InternalError"), BackendUnavailableError)],
+    )
+    async def test_an_end_that_fails_leaves_no_upload(self, place: Place, fault: Fault, kind: type[BackendError]) -> None:
+        place.proxy.on("CompleteMultipartUpload", read_first(fault), times=ALWAYS)
+        with pytest.raises(kind):
+            await place.backend.put_stream("object", stream(LONG))
+        await place.require_nothing()
+
+    @pytest.mark.parametrize("fault", [lose_answer, answer_after(500, "InternalError")])
+    async def test_an_end_whose_answer_is_lost_is_found(self, place: Place, fault: Fault) -> None:
+        place.proxy.on("CompleteMultipartUpload", fault, times=ALWAYS)
+        await place.backend.put_stream("object", stream(LONG), content_type="image/png")
+        assert await read(place.direct) == LONG
+        assert await asyncio.to_thread(place.uploads) == []
+
+    async def test_an_object_that_is_there_is_seen_before_the_first_part(self, place: Place) -> None:
+        await place.direct.put_bytes("object", SMALL)
+        with pytest.raises(ObjectExistsError):
+            await place.backend.put_stream("object", stream(LONG))
+        assert place.proxy.count()["CreateMultipartUpload"] == 0
+        assert await read(place.direct) == SMALL
+
+    async def test_an_object_that_came_meanwhile_is_seen_before_the_end(self, place: Place) -> None:
+        async def overtaken() -> AsyncIterator[bytes]:
+            async for chunk in stream(LONG):
+                yield chunk
+            await place.direct.put_bytes("object", SMALL)
+
+        with pytest.raises(ObjectExistsError):
+            await place.backend.put_stream("object", overtaken())
+        assert place.proxy.count()["CompleteMultipartUpload"] == 0
+        assert await read(place.direct) == SMALL
+        assert await asyncio.to_thread(place.uploads) == []
+
+    @pytest.mark.case("CAN-01")
+    @pytest.mark.parametrize("operation", ["CreateMultipartUpload", "CompleteMultipartUpload"])
+    async def test_cancelled_while_the_server_has_a_request(self, place: Place, operation: str) -> None:
+        async with cancelled_while(place, operation, place.backend.put_stream("object", stream(LONG))) as gate:
+            gate.open()
+        await place.require_nothing()
+
+    @pytest.mark.case("CAN-01")
+    async def test_a_part_that_arrives_after_a_cancelled_write_leaves_nothing(self, place: Place) -> None:
+        async def endless() -> AsyncIterator[bytes]:
+            async for chunk in stream(LONG):
+                yield chunk
+            await asyncio.Event().wait()
+
+        gate = Gate()
+        place.proxy.on("UploadPart", wait_for(gate))
+        task = asyncio.ensure_future(place.backend.put_stream("object", endless()))
+        await gate.reached()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert place.proxy.count()["AbortMultipartUpload"] == 1
+        gate.open()
+        await asyncio.sleep(0.2)
+        await place.require_nothing()
+
+    async def test_a_server_that_never_answers_does_not_hold_a_cancelled_writer_for_ever(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Only obstore knows the upload's id, so that may stay at the server, and the log says so."""
+        monkeypatch.setattr(_obstore_writer, "ANSWER_TIMEOUT", 0.3)
+        gate = Gate()
+        place.proxy.on("CompleteMultipartUpload", wait_for(gate))
+        task = asyncio.ensure_future(place.backend.put_stream("object", stream(LONG)))
+        await gate.reached()
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=10)
+        assert done
+        assert task.cancelled()
+        assert "a write of 'object' was given up" in caplog.text
+        assert not await place.direct.exists("object")
+
+
+class TestOneRequest:
+    @pytest.mark.parametrize("fault", [lose_answer, answer_after(500, "InternalError")])
+    async def test_a_lost_answer_is_settled(self, place: Place, fault: Fault) -> None:
+        place.proxy.on("PutObject", fault)
+        await place.backend.put_bytes("object", SMALL)
+        assert await read(place.direct) == SMALL
+
+    async def test_a_lost_request_is_made_again(self, place: Place) -> None:
+        place.proxy.on("PutObject", lose_request)
+        await place.backend.put_bytes("object", SMALL)
+        assert await read(place.direct) == SMALL
+
+    async def test_a_server_that_stays_away_is_unavailable(self, place: Place) -> None:
+        place.proxy.on("*", lose_request, times=ALWAYS)
+        with pytest.raises(BackendUnavailableError):
+            await place.backend.put_bytes("object", SMALL)
+        await place.require_nothing()
+
+    async def test_a_lost_answer_is_never_taken_for_anothers_object(self, place: Place) -> None:
+        """As large, and there; but of another write."""
+
+        async def overtake(request: Request) -> None:
+            await request.read_body()
+            await place.direct.put_bytes("object", SMALL[::-1])
+
+        place.proxy.on("PutObject", overtake)
+        with pytest.raises(ObjectExistsError) as caught:
+            await place.backend.put_bytes("object", SMALL)
+        assert caught.value.__cause__ is not None
+        assert await read(place.direct) == SMALL[::-1]
+
+    @pytest.mark.case("CAN-01")
+    async def test_cancelled_while_the_server_has_it(self, place: Place) -> None:
+        async with cancelled_while(place, "PutObject", place.backend.put_bytes("object", SMALL)) as gate:
+            gate.open()
+        await place.require_nothing()
+
+    async def test_cancelled_while_another_object_is_there(self, place: Place) -> None:
+        await place.direct.put_bytes("object", SMALL[::-1])
+        async with cancelled_while(place, "PutObject", place.backend.put_bytes("object", SMALL)) as gate:
+            gate.open()
+        assert await read(place.direct) == SMALL[::-1]
+
+    async def test_cancelled_and_its_answer_lost(self, place: Place) -> None:
+        gate = Gate()
+
+        async def lose_later(request: Request) -> None:
+            await wait_for(gate)(request)
+
+        place.proxy.on("PutObject", lose_later)
+        task = asyncio.ensure_future(place.backend.put_bytes("object", SMALL))
+        await gate.reached()
+        task.cancel()
+        gate.open()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await place.require_nothing()
+
+    async def test_a_clean_up_that_fails_is_logged(self, place: Place, caplog: pytest.LogCaptureFixture) -> None:
+        place.proxy.on("DeleteObjects", read_first(answer(403, "AccessDenied")), times=ALWAYS)
+        with caplog.at_level(logging.ERROR, "granite_storage"):
+            async with cancelled_while(place, "PutObject", place.backend.put_bytes("object", SMALL)) as gate:
+                gate.open()
+        assert "the clean-up of a write of 'object' failed" in caplog.text
+        assert await place.direct.exists("object")
+
+
+class TestCopies:
+    async def test_a_lost_answer_is_settled(self, place: Place) -> None:
+        await place.direct.put_bytes("source", SMALL, content_type="image/png")
+        place.proxy.on("CopyObject", lose_answer, times=ALWAYS)
+        copier: Any = place.backend
+        await copier.copy("source", "object")
+        assert await read(place.direct) == SMALL
+        assert (await place.direct.stat("object")).content_type == "image/png"
+
+    async def test_cancelled_while_the_server_has_it(self, place: Place) -> None:
+        await place.direct.put_bytes("source", SMALL)
+        copier: Any = place.backend
+        async with cancelled_while(place, "CopyObject", copier.copy("source", "object")) as gate:
+            gate.open()
+        await place.require_nothing()
+        assert await read(place.direct, "source") == SMALL
+
+
+class TestReading:
+    @pytest.mark.parametrize("count", [0, 1, MIB, 5 * MIB + 17])
+    async def test_a_cut_body_goes_on(self, place: Place, count: int) -> None:
+        await place.direct.put_bytes("object", LONG)
+        place.proxy.on("GetObject", cut_body(count), times=2)
+        assert await read(place.backend) == LONG
+
+    async def test_a_body_that_is_always_cut_raises(self, place: Place) -> None:
+        await place.direct.put_bytes("object", LONG)
+        place.proxy.on("GetObject", cut_body(0), times=ALWAYS)
+        with pytest.raises(BackendError):
+            await read(place.backend)
+
+    @pytest.mark.case("S3F-10")
+    async def test_two_versions_are_never_mixed(self, place: Place) -> None:
+        await place.direct.put_bytes("object", LONG)
+        place.proxy.on("GetObject", cut_body(5 * MIB))
+        reader = await place.backend.open("object")
+        await reader.read(MIB)
+        await place.direct.delete("object")
+        await place.direct.put_bytes("object", LONG[::-1])
+        with pytest.raises(BackendError):
+            await reader.read()
+        await reader.aclose()
+
+    async def test_a_cancelled_read_loses_nothing(self, place: Place) -> None:
+        await place.direct.put_bytes("object", LONG)
+        reader = await place.backend.open("object")
+        first = await reader.read(1000)
+        for pause in (0.0, 0.0005, 0.002):
+            task = asyncio.ensure_future(reader.read(4 * MIB))
+            await asyncio.sleep(pause)
+            if task.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                first += task.result()
+        assert first + await reader.read() == LONG
+        await reader.aclose()
+
+
+async def test_every_error_is_of_the_family(place: Place) -> None:
+    """Whatever a server says to whatever is asked: nothing of obstore's comes out."""
+    await place.direct.put_bytes("there", SMALL)
+    batch: Any = place.backend
+    for status in (400, 401, 403, 404, 405, 409, 411, 412, 416, 429, 500, 501, 503, 507):
+        place.proxy.on("*", read_first(answer(status, "AFault")), times=ALWAYS)
+        for call in (
+            lambda: place.backend.put_bytes("object", SMALL),
+            lambda: place.backend.open("there"),
+            lambda: place.backend.stat("there"),
+            lambda: batch.copy("there", "object"),
+        ):
+            with pytest.raises(StorageError) as caught:
+                await call()
+            assert not isinstance(caught.value, OSError)
+        place.proxy._rules.clear()
+    assert not issubclass(ObjectStoreConfigurationError, OSError)
+    await place.require_nothing()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from granite_storage._concurrency import finished
+from granite_storage._concurrency import finished, settle
 from granite_storage.backends._obstore_errors import ObjectStoreConfigurationError, translate
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ConfigurationError, ObjectNotFoundError
 
-__all__ = ["OWNER", "Kind", "StoreClient", "connected", "info_of", "plain_name"]
+__all__ = ["OWNER", "Answer", "Kind", "StoreClient", "answered", "connected", "info_of", "plain_name"]
 
 T = TypeVar("T")
 
@@ -74,7 +78,12 @@ KINDS = {
     ),
     "MemoryStore": Kind("memory", over_network=False, lists_in_order=True),
 }
+PATIENCE = 1.0
+"""How long a cancelled caller waits for the answer that it will not hear of, in seconds."""
+
+_CHUNK = 1 << 20
 _DELETES = 3
+_LAST_WAIT = 1.0
 _LOCAL_SCHEMES = ("file", "memory")
 
 
@@ -160,7 +169,7 @@ class StoreClient:
             self._store = None
 
     async def call(self, operation: str, location: str | None, request: Callable[[Any], Awaitable[T]]) -> T:
-        """Make one call of the store.
+        """Make one call of the store, which a cancellation does not cut off at once; see `answered`.
 
         Args:
             operation: What it is called in messages.
@@ -170,11 +179,15 @@ class StoreClient:
         Raises:
             BackendError: The store's error, translated.
         """
+        return await answered(self._translating(operation, location, request))
+
+    async def _translating(self, operation: str, location: str | None, request: Callable[[Any], Awaitable[T]]) -> T:
         store = await self.store()
         try:
             return await request(store)
-        except Exception as error:
-            raise self.translated(error, operation, location) from error
+        except Exception as error:  # noqa: BLE001  # translate tells what it is
+            # obstore holds it until its next call, and its traceback would hold the store with its connections
+            raise self.translated(error, operation, location) from error.with_traceback(None)
 
     def translated(self, error: Exception, operation: str, location: str | None) -> BackendError:
         """Return the error that callers see for one of the store's."""
@@ -182,8 +195,16 @@ class StoreClient:
 
     async def head(self, location: str) -> tuple[ObjectInfo, str | None]:
         """Return what is known of an object, and the id of the write that it is of, where it has one."""
-        result = await self.call("head", location, lambda store: store.get_async(location, options={"head": True}))
-        return info_of(location, result.meta, result.attributes), result.attributes.get(OWNER)
+        answer = await self.get(location, {"head": True}, operation="head")
+        return answer.info, answer.owner
+
+    async def get(self, location: str, options: Mapping[str, Any], *, operation: str = "get") -> Answer:
+        """Ask for an object, or for a range of one."""
+
+        async def request(store: Any) -> Answer:
+            return Answer.of(location, await store.get_async(location, options=options))
+
+        return await self.call(operation, location, request)
 
     async def exists(self, location: str) -> bool:
         """Tell whether an object is there."""
@@ -219,6 +240,68 @@ class StoreClient:
             message = f"obstore signs no URL for {location!r} that {self.kind.name} would take: a character of it is escaped"
             raise ObjectStoreConfigurationError(message, location=location)
         return url
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an object store has sent of an object.
+
+    obstore holds what its future resolved to until its next call, whenever that is. So nothing may stay in it that is open: the
+    body is taken out as soon as there is an answer, also where nobody wants it.
+
+    Attributes:
+        info: The whole object.
+        owner: The id of the write that it is of, where it has one.
+        version: Its ETag as the store has it.
+        range: Which bytes `body` yields: from the first one to before the last one.
+        body: Yields them; it holds a file or a connection until it is dropped.
+    """
+
+    info: ObjectInfo
+    owner: str | None
+    version: str | None
+    range: tuple[int, int]
+    body: Any
+
+    @classmethod
+    def of(cls, location: str, result: Any) -> Answer:
+        """Empty a result of obstore's."""
+        meta, attributes = result.meta, result.attributes
+        info, owner = info_of(location, meta, attributes), attributes.get(OWNER)
+        return cls(info, owner, meta["e_tag"], tuple(result.range), result.stream(min_chunk_size=_CHUNK))
+
+
+async def answered(request: Awaitable[T]) -> T:
+    """Await an answer of obstore's; a cancelled caller waits for it, at most a second.
+
+    An answer that has come when its await is cancelled would be lost in obstore's future, with the file or connection that it
+    holds; and one that is still to come when the program ends could abort it.
+    """
+    answer = asyncio.ensure_future(request)
+    try:
+        return await asyncio.shield(answer)
+    except asyncio.CancelledError:
+        if not await settle(answer, PATIENCE):
+            answer.cancel()
+            await settle(answer)
+        raise
+    finally:
+        del answer  # or its error would hold this frame, and the frame the error
+
+
+@atexit.register
+def _outlast_obstore() -> None:
+    """Wait until no thread of obstore's is in Python: one that is when the interpreter ends aborts the process.
+
+    Such a thread wakes the event loop with an answer, and may still be on its way back when the program, with that answer, is at
+    its end. obstore's threads are not Python's own, so they are the ones with a frame that `threading` does not know.
+    """
+    deadline = time.monotonic() + _LAST_WAIT
+    while True:
+        time.sleep(0.001)  # lets those in that wait for the interpreter
+        known = {thread.ident for thread in threading.enumerate()}
+        if not sys._current_frames().keys() - known or time.monotonic() > deadline:
+            return
 
 
 def info_of(location: str, meta: Mapping[str, Any], attributes: Mapping[str, Any] | None = None) -> ObjectInfo:

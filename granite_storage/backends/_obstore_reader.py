@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from granite_storage.backends._obstore_client import StoreClient, info_of
+from granite_storage.backends._obstore_client import Answer, StoreClient, answered
 from granite_storage.backends._obstore_errors import PreconditionFailedError, RangeNotSatisfiableError
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
 from granite_storage.exceptions import BackendError, BackendUnavailableError
 
 __all__ = ["StoreReader", "open_reader"]
 
-_CHUNK = 1 << 20
 _LARGEST = (1 << 63) - 1
 _ATTEMPTS = 5
 
@@ -24,19 +21,18 @@ async def open_reader(client: StoreClient, location: str, *, offset: int, length
     stop = _LARGEST if length is None else min(offset + length, _LARGEST)
     options = {"range": (offset, stop)} if offset or length is not None else {}
     try:
-        result = await client.call("get", location, lambda store: store.get_async(location, options=options))
+        answer = await client.get(location, options)
     except RangeNotSatisfiableError:
         return await _open_empty(client, location, offset)
-    info = info_of(location, result.meta, result.attributes)
-    answered = ByteRange(*result.range)
-    if answered != byte_range(offset, length, info.size):
+    wanted = byte_range(offset, length, answer.info.size)
+    if ByteRange(*answer.range) != wanted:
         raise BackendError(f"the service sent another range of {location!r} than was asked for", location=location)
-    return StoreReader(client, info, answered, result)
+    return StoreReader(client, wanted, answer)
 
 
 async def _open_empty(client: StoreClient, location: str, offset: int) -> StoreReader:
-    info, _ = await client.head(location)
-    return StoreReader(client, info, byte_range(offset, 0, info.size), None)
+    answer = await client.get(location, {"head": True}, operation="head")
+    return StoreReader(client, byte_range(offset, 0, answer.info.size), answer)
 
 
 class StoreReader:
@@ -45,13 +41,13 @@ class StoreReader:
     It holds a connection until it is read to its end or closed.
     """
 
-    def __init__(self, client: StoreClient, info: ObjectInfo, wanted: ByteRange, result: Any) -> None:
-        self.info = info
+    def __init__(self, client: StoreClient, wanted: ByteRange, answer: Answer) -> None:
+        self.info = answer.info
         self._client = client
         self._position = wanted.start
         self._stop = wanted.stop
-        self._etag = None if result is None else result.meta["e_tag"]
-        self._body = None if result is None else result.stream(min_chunk_size=_CHUNK)
+        self._version = answer.version
+        self._body = answer.body if wanted.start < wanted.stop else None
         self._rest = memoryview(b"")
         self._closed = False
         self._cuts = 0
@@ -91,9 +87,9 @@ class StoreReader:
             await self._reopen(None)
             return b""
         try:
-            chunk = await anext(body, b"")
+            chunk = await answered(anext(body, b""))
         except Exception as error:  # noqa: BLE001  # whatever it is, the body is over
-            await self._reopen(error)
+            await self._reopen(error.with_traceback(None))  # see StoreClient
             return b""
         if not chunk or self._position + len(chunk) > self._stop:
             await self._reopen(None)
@@ -123,17 +119,16 @@ class StoreReader:
             message = f"the body of {location!r} was cut off {self._cuts} times at byte {self._position}"
             raise BackendUnavailableError(message, location=location) from cut
         wanted = (self._position, self._stop)
-        options = {"range": wanted, **({"if_match": self._etag} if self._etag else {})}
+        options = {"range": wanted, **({"if_match": self._version} if self._version else {})}
         try:
-            result = await self._client.call("get", location, lambda store: store.get_async(location, options=options))
+            answer = await self._client.get(location, options)
         except PreconditionFailedError as error:
             raise BackendError(f"{location!r} was replaced while it was read", location=location) from error.__cause__
-        if tuple(result.range) != wanted or not self._is_same(result.meta):
+        if answer.range != wanted or not self._is_same(answer.info):
             raise BackendError(f"the service does not go on with {location!r} where it was cut off", location=location)
-        self._body = result.stream(min_chunk_size=_CHUNK)
+        self._body = answer.body
 
-    def _is_same(self, meta: Any) -> bool:
-        info = info_of(self.info.location, meta)
+    def _is_same(self, info: ObjectInfo) -> bool:
         return (info.size, info.etag, info.modified) == (self.info.size, self.info.etag, self.info.modified)
 
     def _let_go(self) -> None:

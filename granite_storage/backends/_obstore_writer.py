@@ -24,7 +24,7 @@ logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")
 Piece: TypeAlias = bytes | memoryview
-Answer: TypeAlias = Mapping[str, Any]
+Receipt: TypeAlias = Mapping[str, Any]
 
 ANSWER_TIMEOUT = 10.0
 """How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
@@ -65,7 +65,7 @@ class ObjectWriter:
             # without a type some servers would guess, and serve what claims to be HTML as HTML
             self._attributes = {"Content-Type": content_type or "application/octet-stream", OWNER: self._id}
 
-    async def write(self, stream: AsyncIterator[Piece]) -> Answer:
+    async def write(self, stream: AsyncIterator[Piece]) -> Receipt:
         """Store what a stream yields: by one request where it fits in a part, in parts otherwise."""
         first: list[Piece] = []
         size = 0
@@ -77,7 +77,7 @@ class ObjectWriter:
                     return await self._put_parts(first, pieces)
         return await self.put(first)
 
-    async def put(self, pieces: Sequence[Piece]) -> Answer:
+    async def put(self, pieces: Sequence[Piece]) -> Receipt:
         """Store pieces by one request, which is exclusive."""
         try:
             return await self._put(pieces, "create")
@@ -86,17 +86,17 @@ class ObjectWriter:
                 raise
         return await self._put(pieces, "overwrite")
 
-    async def _put(self, pieces: Sequence[Piece], mode: str) -> Answer:
-        def request(store: Any) -> Awaitable[Answer]:
+    async def _put(self, pieces: Sequence[Piece], mode: str) -> Receipt:
+        def request(store: Any) -> Awaitable[Receipt]:
             content = pieces[0] if len(pieces) == 1 else iter(pieces) if pieces else b""
-            answer: Awaitable[Answer] = store.put_async(
+            answer: Awaitable[Receipt] = store.put_async(
                 self._location, content, attributes=self._attributes, mode=mode, use_multipart=False
             )
             return answer
 
         return await self._published(self._created("put", request, sum(map(len, pieces)), attempts=_PUTS))
 
-    async def copy(self, source: str) -> Answer:
+    async def copy(self, source: str) -> Receipt:
         """Copy another object inside the store, on the condition that there is none yet where the store knows one."""
         client, target = self._client, self._location
         info, self._id = await client.head(source)
@@ -111,7 +111,7 @@ class ObjectWriter:
         except ObjectNotFoundError as error:
             raise error_at(source, error) from error.__cause__
 
-    async def _put_parts(self, first: list[Piece], rest: AsyncIterator[Piece]) -> Answer:
+    async def _put_parts(self, first: list[Piece], rest: AsyncIterator[Piece]) -> Receipt:
         """Store in parts; obstore knows no condition for that, so a HEAD before and after the parts takes its place."""
         from obstore import open_writer_async
 
@@ -152,7 +152,7 @@ class ObjectWriter:
             await self._ended(task)
             raise
 
-    async def _published(self, work: Awaitable[Answer], *, unique: bool = True) -> Answer:
+    async def _published(self, work: Awaitable[Receipt], *, unique: bool = True) -> Receipt:
         """Await the request that creates the object; a cancelled caller learns what became of it, and undoes it.
 
         Args:
@@ -177,14 +177,16 @@ class ObjectWriter:
             message = "a write of %r was given up: no answer within %s s; an unfinished upload of it may be left"
             logger.error(message, self._location, ANSWER_TIMEOUT)
 
-    async def _withdraw(self, task: asyncio.Future[Answer], unique: bool) -> None:
+    async def _withdraw(self, task: asyncio.Future[Receipt], unique: bool) -> None:
         """Remove what a request has created, and nobody else's; what may be either stays."""
         created = not task.cancelled() and task.exception() is None
         if not created and (not unique or await self._found(None) is None):
             return
         await self._client.delete(self._location)
 
-    async def _created(self, operation: str, request: Callable[[Any], Awaitable[Any]], size: int, *, attempts: int = 1) -> Answer:
+    async def _created(
+        self, operation: str, request: Callable[[Any], Awaitable[Any]], size: int, *, attempts: int = 1
+    ) -> Receipt:
         """Make the request that creates the object, and learn what became of it where that is in doubt."""
         while True:
             attempts -= 1
@@ -202,7 +204,7 @@ class ObjectWriter:
                 if not attempts or not isinstance(doubt, BackendUnavailableError):
                     raise
 
-    async def _found_after(self, doubt: BackendError, size: int) -> Answer | None:
+    async def _found_after(self, doubt: BackendError, size: int) -> Receipt | None:
         """Return what is known of this write's object, None if there is none; the doubt itself where nobody can tell."""
         if self._id is None:
             raise doubt
@@ -216,7 +218,7 @@ class ObjectWriter:
             raise doubt from doubt.__cause__
         return found
 
-    async def _found(self, size: int | None) -> Answer | None:
+    async def _found(self, size: int | None) -> Receipt | None:
         """Return what is known of this write's own object, None where there is none or it is another's."""
         if self._id is None:
             return None

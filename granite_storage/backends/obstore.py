@@ -52,7 +52,7 @@ class ObjectStoreBackend:
     A killed process cannot abort its upload, nor can anybody who does not know its id: give an S3 or Google bucket a lifecycle
     rule for incomplete multipart uploads. Azure drops parts that were never joined after a week.
 
-    On S3, Google, Azure, memory and a local disk it satisfies `SupportsCopy` and `SupportsBatchDelete`; over HTTP it only reads.
+    It satisfies `SupportsCopy` and `SupportsBatchDelete`. Over HTTP it only reads: whatever would write or delete is refused.
 
     Args:
         store: A store of `obstore.store`, which stays yours, or a URL such as `s3://bucket/prefix`, `gs://bucket`,
@@ -104,8 +104,6 @@ class ObjectStoreBackend:
         self._part_size = part_size
         self._part_concurrency = part_concurrency
         self._listing = Listing(self._client, list_by_folder)
-        if self._client.kind.writes and type(self) is ObjectStoreBackend:
-            self.__class__ = _WritableStoreBackend  # what a store cannot do must not look as if it could
 
     def __repr__(self) -> str:
         return f"ObjectStoreBackend({self._client.name!r})"
@@ -153,6 +151,28 @@ class ObjectStoreBackend:
         self._require_writable()
         await self._client.delete(location)
 
+    async def copy(self, source: str, target: str) -> Mapping[str, Any]:
+        """Copy an object inside the store, with its content type; see `SupportsCopy.copy`.
+
+        S3 copies on no condition, so a HEAD looks for an object first; and over 5 GiB the bytes pass through this program.
+        """
+        self._check(source)
+        writer = self._writer(target, None)
+        if self._client.kind.name == "S3" and (info := await self.stat(source)).size > _LARGEST_COPY:
+            return await self.put_stream(target, self._bytes_of(source), content_type=info.content_type)
+        return _receipt(await writer.copy(source))
+
+    async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
+        """Remove objects, many by one request where the service can; see `SupportsBatchDelete.delete_many`."""
+        for location in locations:
+            self._check(location)
+        self._require_writable()
+        different = list(dict.fromkeys(locations))
+        failures: dict[str, BackendError] = {}
+        for start in range(0, len(different), _DELETED_AT_A_TIME):
+            failures |= await self._delete_batch(different[start : start + _DELETED_AT_A_TIME])
+        return failures
+
     async def signed_url(self, location: str, *, expires_in: timedelta) -> str:
         """Return a URL that serves a GET of the object, with its stored content type, until it expires.
 
@@ -188,50 +208,6 @@ class ObjectStoreBackend:
         """Close a store of our own, which the next call opens again; see `StorageBackend.aclose`. One passed in stays open."""
         self._client.close()
 
-    def _writer(self, location: str, content_type: str | None) -> ObjectWriter:
-        self._check(location)
-        self._require_writable()
-        return ObjectWriter(
-            self._client, location, content_type, part_size=self._part_size, part_concurrency=self._part_concurrency
-        )
-
-    def _check(self, location: str) -> None:
-        check_location(location, windows=False)
-        prefix = self._client.prefix
-        if prefix and len(f"{prefix}/{location}".encode()) > MAX_LOCATION_BYTES:
-            raise InvalidLocationError(f"the location is longer than {MAX_LOCATION_BYTES} bytes with its prefix")
-        if self._client.kind.names_temporary_files:
-            _check_local(location)
-
-    def _require_writable(self) -> None:
-        if not self._client.kind.writes:
-            raise ObjectStoreConfigurationError(f"{self._client.name} can only be read: HTTP has no exclusive write")
-
-
-class _WritableStoreBackend(ObjectStoreBackend):
-    """What every store but HTTP can do besides."""
-
-    async def copy(self, source: str, target: str) -> Mapping[str, Any]:
-        """Copy an object inside the store, with its content type; see `SupportsCopy.copy`.
-
-        S3 copies on no condition, so a HEAD looks for an object first; and over 5 GiB the bytes pass through this program.
-        """
-        self._check(source)
-        writer = self._writer(target, None)
-        if self._client.kind.name == "S3" and (info := await self.stat(source)).size > _LARGEST_COPY:
-            return await self.put_stream(target, self._bytes_of(source), content_type=info.content_type)
-        return _receipt(await writer.copy(source))
-
-    async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
-        """Remove objects, many by one request where the service can; see `SupportsBatchDelete.delete_many`."""
-        for location in locations:
-            self._check(location)
-        different = list(dict.fromkeys(locations))
-        failures: dict[str, BackendError] = {}
-        for start in range(0, len(different), _DELETED_AT_A_TIME):
-            failures |= await self._delete_batch(different[start : start + _DELETED_AT_A_TIME])
-        return failures
-
     async def _delete_batch(self, locations: list[str]) -> dict[str, BackendError]:
         if self._client.kind.deletes_in_batches:
             try:
@@ -260,6 +236,25 @@ class _WritableStoreBackend(ObjectStoreBackend):
                 yield chunk
         finally:
             await reader.aclose()
+
+    def _writer(self, location: str, content_type: str | None) -> ObjectWriter:
+        self._check(location)
+        self._require_writable()
+        return ObjectWriter(
+            self._client, location, content_type, part_size=self._part_size, part_concurrency=self._part_concurrency
+        )
+
+    def _check(self, location: str) -> None:
+        check_location(location, windows=False)
+        prefix = self._client.prefix
+        if prefix and len(f"{prefix}/{location}".encode()) > MAX_LOCATION_BYTES:
+            raise InvalidLocationError(f"the location is longer than {MAX_LOCATION_BYTES} bytes with its prefix")
+        if self._client.kind.names_temporary_files:
+            _check_local(location)
+
+    def _require_writable(self) -> None:
+        if not self._client.kind.writes:
+            raise ObjectStoreConfigurationError(f"{self._client.name} can only be read: HTTP has no exclusive write")
 
 
 def _check_local(location: str) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 
-from granite_storage.backends import _obstore_writer
+from granite_storage.backends import _obstore_client, _obstore_writer
 from granite_storage.backends.obstore import ObjectStoreBackend, ObjectStoreConfigurationError
 from granite_storage.exceptions import (
     AccessDeniedError,
@@ -283,15 +289,13 @@ class TestCopies:
     async def test_a_lost_answer_is_settled(self, place: Place) -> None:
         await place.direct.put_bytes("source", SMALL, content_type="image/png")
         place.proxy.on("CopyObject", lose_answer, times=ALWAYS)
-        copier: Any = place.backend
-        await copier.copy("source", "object")
+        await place.backend.copy("source", "object")
         assert await read(place.direct) == SMALL
         assert (await place.direct.stat("object")).content_type == "image/png"
 
     async def test_cancelled_while_the_server_has_it(self, place: Place) -> None:
         await place.direct.put_bytes("source", SMALL)
-        copier: Any = place.backend
-        async with cancelled_while(place, "CopyObject", copier.copy("source", "object")) as gate:
+        async with cancelled_while(place, "CopyObject", place.backend.copy("source", "object")) as gate:
             gate.open()
         await place.require_nothing()
         assert await read(place.direct, "source") == SMALL
@@ -341,14 +345,13 @@ class TestReading:
 async def test_every_error_is_of_the_family(place: Place) -> None:
     """Whatever a server says to whatever is asked: nothing of obstore's comes out."""
     await place.direct.put_bytes("there", SMALL)
-    batch: Any = place.backend
     for status in (400, 401, 403, 404, 405, 409, 411, 412, 416, 429, 500, 501, 503, 507):
         place.proxy.on("*", read_first(answer(status, "AFault")), times=ALWAYS)
         for call in (
             lambda: place.backend.put_bytes("object", SMALL),
             lambda: place.backend.open("there"),
             lambda: place.backend.stat("there"),
-            lambda: batch.copy("there", "object"),
+            lambda: place.backend.copy("there", "object"),
         ):
             with pytest.raises(StorageError) as caught:
                 await call()
@@ -356,3 +359,113 @@ async def test_every_error_is_of_the_family(place: Place) -> None:
         place.proxy._rules.clear()
     assert not issubclass(ObjectStoreConfigurationError, OSError)
     await place.require_nothing()
+
+
+class TestWhatObstoreHolds:
+    """obstore keeps what its futures resolved to until its next call, so none is made here before it is looked."""
+
+    @pytest.mark.case("CAN-01")
+    @pytest.mark.parametrize("cancelled", [False, True])
+    @pytest.mark.parametrize("verb", ["stat", "open", "copy", "put_bytes"])
+    async def test_a_file_is_closed_when_its_call_is_over(self, tmp_path: Path, verb: str, cancelled: bool) -> None:
+        backend = ObjectStoreBackend(tmp_path.as_uri())
+        await backend.put_bytes("object", SMALL)
+
+        async def call(target: str) -> None:
+            if verb == "open":
+                await (await backend.open("object")).aclose()
+            elif verb == "stat":
+                await backend.stat("object")
+            elif verb == "copy":
+                await backend.copy("object", target)
+            else:
+                await backend.put_bytes(target, SMALL)
+
+        class Answering:
+            """Cancels the caller when it has an answer that it has not seen yet."""
+
+            def __getattr__(self, name: str) -> Any:
+                async def answering(*args: Any, **kwargs: Any) -> Any:
+                    answer = getattr(obstore, name)(store, *args, **kwargs)
+                    if cancelled:
+                        answer.add_done_callback(lambda _: task.cancel())
+                    return await answer
+
+                return answering
+
+        store: Any = await backend.store()
+        backend._client._store = Answering()
+        for number in range(100):
+            task = asyncio.ensure_future(call(f"target/{number}"))
+            await asyncio.wait([task])
+            assert task.cancelled() is cancelled
+            task = asyncio.ensure_future(asyncio.sleep(0))
+            await require_closed(tmp_path)
+            assert (tmp_path / f"target/{number}").exists() is (verb in ("copy", "put_bytes") and not cancelled)
+        assert not [path for path in tmp_path.rglob("*") if "#" in path.name]
+
+    async def test_a_connection_is_closed_with_its_store_after_an_error(self, place: Place) -> None:
+        for number in range(60):
+            backend = ObjectStoreBackend(f"s3://{place.bucket}", **place.server.obstore_options())
+            before = sockets()
+            assert not await backend.exists(f"nothing/{number}")
+            await backend.aclose()
+            deadline = asyncio.get_running_loop().time() + 1
+            while sockets() - before:
+                assert asyncio.get_running_loop().time() < deadline, "a connection of a closed backend stays open"
+                await asyncio.sleep(0.005)
+
+    @pytest.mark.case("CAN-03")
+    async def test_a_reader_that_is_cancelled_does_not_wait_long(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_obstore_client, "PATIENCE", 0.1)
+        gate = Gate()
+        place.proxy.on("HeadObject", wait_for(gate))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await place.backend.exists("object")
+        gate.open()
+
+
+def test_a_program_that_ends_with_an_answer_is_not_aborted() -> None:
+    """A thread of obstore's that still wakes the event loop when Python ends would be unwound through Rust."""
+    program = """
+        import asyncio, threading, time
+        from granite_storage.backends.obstore import ObjectStoreBackend
+
+        class SlowEnd:
+            def __del__(self, sleep=time.sleep):
+                sleep(0.5)
+
+        class Loop(asyncio.SelectorEventLoop):
+            def _write_to_self(self):
+                super()._write_to_self()
+                soon = time.monotonic() + 0.2
+                while threading.get_native_id() != main and time.monotonic() < soon:
+                    pass
+
+        slow_end = SlowEnd()
+        main = threading.get_native_id()
+        with asyncio.Runner(loop_factory=Loop) as runner:
+            runner.run(ObjectStoreBackend("memory:///").put_bytes("object", b"..."))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+async def require_closed(folder: Path) -> None:
+    deadline = asyncio.get_running_loop().time() + 1
+    while left := [target for target in open_files() if target.startswith(str(folder))]:
+        assert asyncio.get_running_loop().time() < deadline, f"a call that is over has left open: {left}"
+        await asyncio.sleep(0.002)
+
+
+def sockets() -> set[str]:
+    return {target for target in open_files() if target.startswith("socket:")}
+
+
+def open_files() -> list[str]:
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return found

@@ -46,8 +46,7 @@ def store() -> Any:
 
 
 def options() -> dict[str, Any]:
-    """As the tests have it, but with connections that are used again."""
-    return {**server().obstore_options(), "client_options": {"allow_http": True}}
+    return server().obstore_options()
 
 
 @asynccontextmanager

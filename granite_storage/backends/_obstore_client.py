@@ -179,9 +179,10 @@ class StoreClient:
         Raises:
             BackendError: The store's error, translated.
         """
-        return await answered(self._translating(operation, location, request))
+        return await answered(self.make(operation, location, request))
 
-    async def _translating(self, operation: str, location: str | None, request: Callable[[Any], Awaitable[T]]) -> T:
+    async def make(self, operation: str, location: str | None, request: Callable[[Any], Awaitable[T]]) -> T:
+        """Make one call of the store in a task that is not cancelled before the answer is there; all others take `call`."""
         store = await self.store()
         try:
             return await request(store)

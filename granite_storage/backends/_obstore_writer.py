@@ -134,13 +134,13 @@ class ObjectWriter:
     async def _send(self, writer: Any, first: list[Piece], rest: AsyncIterator[Piece]) -> int:
         size = 0
         for piece in first:
-            size += await self._settled(self._client.call("put", self._location, _writing(writer, piece)))
+            size += await self._settled(self._client.make("put", self._location, _writing(writer, piece)))
         first.clear()
         async for piece in rest:
             if size + len(piece) > MAX_PARTS * self._part_size:
                 message = f"{self._location!r} would have more than {MAX_PARTS} parts: give a larger part_size"
                 raise BackendError(message, location=self._location)
-            size += await self._settled(self._client.call("put", self._location, _writing(writer, piece)))
+            size += await self._settled(self._client.make("put", self._location, _writing(writer, piece)))
         return size
 
     async def _settled(self, work: Awaitable[T]) -> T:
@@ -191,7 +191,7 @@ class ObjectWriter:
         while True:
             attempts -= 1
             try:
-                return await self._client.call(operation, self._location, request) or {}
+                return await self._client.make(operation, self._location, request) or {}
             except ObjectExistsError:
                 found = await self._found(size) if operation == "put" else None
                 if found is None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.util
+import io
 import os
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config
@@ -36,7 +40,7 @@ from tests.benchmarks.bench_s3 import (
     up_granite,
 )
 from tests.benchmarks.harness import MIB, Comparison, Contender, Meter, main
-from tests.servers import seaweedfs
+from tests.servers import ACCESS_KEY, SECRET_KEY, seaweedfs
 
 
 def store() -> Any:
@@ -178,6 +182,79 @@ def alchemy_file(backend: Any) -> Any:
     return FileObject(backend=backend, filename=str(uuid.uuid4()))
 
 
+async def up_fastapi_storages(meter: Meter) -> None:
+    """Store the large file with fastapi-storages on boto3, which blocks: in a thread; it computes no checksum."""
+    storage, file = fastapi_storage(), BlockingFile()
+    storage.write(io.BytesIO(b"warm"), f"warm-{uuid.uuid4()}")
+    async with meter.measure(size=LARGE):
+        await asyncio.to_thread(storage.write, file, f"large-{uuid.uuid4()}")
+
+
+async def small_fastapi_storages(meter: Meter, *, count: int) -> None:
+    """Store small files with it, each in a thread."""
+    storage, content = fastapi_storage(), os.urandom(SMALL)
+
+    async def put() -> None:
+        await asyncio.to_thread(storage.write, io.BytesIO(content), str(uuid.uuid4()))
+
+    await many(AT_A_TIME, put)
+    async with meter.measure(operations=count):
+        await many(count, put)
+
+
+def fastapi_storage() -> Any:
+    from fastapi_storages import S3Storage
+
+    class Storage(S3Storage):
+        AWS_ACCESS_KEY_ID = ACCESS_KEY
+        AWS_SECRET_ACCESS_KEY = SECRET_KEY
+        AWS_S3_BUCKET_NAME = os.environ[BUCKET]
+        AWS_S3_ENDPOINT_URL = urlsplit(os.environ[ENDPOINT]).netloc
+        AWS_S3_USE_SSL = False
+
+    return Storage()
+
+
+async def up_sqlalchemy_file(meter: Meter) -> None:
+    """Store the large file with sqlalchemy-file on libcloud, which blocks: in a thread; it computes no checksum."""
+    save, file = sqlalchemy_file(), BlockingFile()
+    save(f"warm-{uuid.uuid4()}", iter([b"warm"]))
+    async with meter.measure(size=LARGE):
+        await asyncio.to_thread(save, f"large-{uuid.uuid4()}", iter(partial(file.read, MIB), b""))
+
+
+async def small_sqlalchemy_file(meter: Meter, *, count: int) -> None:
+    """Store small files with it, one at a time: threads that share its connection spoil each other's signatures."""
+    save, content, turn = sqlalchemy_file(), os.urandom(SMALL), asyncio.Lock()
+
+    async def put() -> None:
+        async with turn:
+            await asyncio.to_thread(save, str(uuid.uuid4()), iter([content]))
+
+    await many(AT_A_TIME, put)
+    async with meter.measure(operations=count):
+        await many(count, put)
+
+
+def sqlalchemy_file() -> Any:
+    from libcloud.storage.providers import get_driver
+    from libcloud.storage.types import Provider
+    from sqlalchemy_file.storage import StorageManager as Files
+
+    address = urlsplit(os.environ[ENDPOINT])
+    driver = get_driver(Provider.MINIO)(ACCESS_KEY, SECRET_KEY, secure=False, host=address.hostname, port=address.port)
+    Files.add_storage("bench", driver.get_container(os.environ[BUCKET]))
+    return partial(Files.save_file, upload_storage="bench")
+
+
+def where_installed(package: str, name: str, contender: Contender) -> dict[str, Contender]:
+    """Return a contender of a package that this project does not need, where it is there."""
+    if importlib.util.find_spec(package) is not None:
+        return {name: contender}
+    print(f"{name} is left out: {package} is not installed", file=sys.stderr)
+    return {}
+
+
 class BlockingFile:
     """As much random content as the others store, in a blocking file."""
 
@@ -189,6 +266,9 @@ class BlockingFile:
         count = min(size, self._left, len(self._block))
         self._left -= count
         return self._block[:count]
+
+    def seek(self, *_: int) -> None:
+        """Stay at the start, to which fastapi-storages goes back first."""
 
 
 def boto3_client() -> Any:
@@ -205,7 +285,9 @@ COMPARISONS = [
             "bare obstore, SHA-256 in its source": Contender(up_bare, checksum=True),
             "bare obstore": Contender(up_bare, checksum=False),
             "granite on aioboto3": Contender(up_granite),
-            "advanced-alchemy on obstore": Contender(up_alchemy),
+            **where_installed("advanced_alchemy", "advanced-alchemy on obstore", Contender(up_alchemy)),
+            **where_installed("fastapi_storages", "fastapi-storages in a thread", Contender(up_fastapi_storages)),
+            **where_installed("sqlalchemy_file", "sqlalchemy-file in a thread", Contender(up_sqlalchemy_file)),
             "aioboto3 upload_fileobj": Contender(up_fileobj),
             "boto3 in a thread": Contender(up_boto3),
         },
@@ -231,7 +313,9 @@ COMPARISONS = [
             "granite on obstore": Contender(small_ours, count=2000),
             "bare obstore, exclusive, SHA-256": Contender(small_bare, count=2000),
             "granite on aioboto3": Contender(small_granite, count=2000),
-            "advanced-alchemy on obstore": Contender(small_alchemy, count=2000),
+            **where_installed("advanced_alchemy", "advanced-alchemy on obstore", Contender(small_alchemy, count=2000)),
+            **where_installed("fastapi_storages", "fastapi-storages in threads", Contender(small_fastapi_storages, count=500)),
+            **where_installed("sqlalchemy_file", "sqlalchemy-file, one at a time", Contender(small_sqlalchemy_file, count=500)),
             "aiobotocore put_object": Contender(small_raw, count=2000),
             "boto3 in threads": Contender(small_boto3, count=2000),
         },

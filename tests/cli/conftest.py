@@ -93,10 +93,13 @@ class Shop:
 def interrupted(process: subprocess.Popen[str], number: signal.Signals, *, after: int) -> Answer:
     """Send a signal once the command has said so many lines, and return what it says from then on."""
     assert process.stdout is not None
-    for _ in range(after):
-        assert process.stdout.readline()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    assert process.stderr is not None
+    with process:
+        for _ in range(after):
+            assert process.stdout.readline()
+        process.send_signal(number)
+        # `communicate` would pass over what has been read ahead with those lines.
+        out, err = process.stdout.read(), process.stderr.read()
     return Answer(process.returncode, out, err)
 
 

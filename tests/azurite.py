@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from granite_storage.backends.obstore import ObjectStoreBackend
-from tests.servers import _free_ports
+from tests.servers import free_ports
 
 __all__ = ["AzureServer", "azurite"]
 
@@ -96,7 +96,7 @@ def azurite() -> Iterator[AzureServer]:
         RuntimeError: Node is not there, or the program cannot be installed or started.
     """
     program = _installed()
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     options = ["--disableTelemetry", "--skipApiVersionCheck", "--inMemoryPersistence"]
     command = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), *options]
     environment = {**os.environ, "AZURITE_ACCOUNTS": f"{ACCOUNT}:{ACCOUNT_KEY}"}

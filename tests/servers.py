@@ -31,7 +31,7 @@ from botocore.config import Config
 
 from granite_storage.backends.s3 import S3StorageBackend
 
-__all__ = ["ACCESS_KEY", "SECRET_KEY", "S3Server", "moto_s3", "seaweedfs"]
+__all__ = ["ACCESS_KEY", "SECRET_KEY", "S3Server", "free_ports", "moto_s3", "seaweedfs"]
 
 ACCESS_KEY = "AKIDGRANITETEST"
 SECRET_KEY = "granite-test-secret"
@@ -148,7 +148,7 @@ def seaweedfs() -> Iterator[S3Server]:
         contextlib.ExitStack() as stack,
     ):
         folder = Path(name)
-        ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
         process = stack.enter_context(_weed(folder, ports))
         server = S3Server("seaweedfs", f"http://127.0.0.1:{ports['s3.port']}")
         _wait_until_ready(server, process, folder / "weed.log")
@@ -167,7 +167,8 @@ _PORTS = (
 )
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that nobody listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

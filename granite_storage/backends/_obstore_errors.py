@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from granite_storage.backends._service_errors import PreconditionFailedError, RangeNotSatisfiableError
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,
@@ -18,19 +19,11 @@ from granite_storage.exceptions import (
     StorageFullError,
 )
 
-__all__ = ["ObjectStoreConfigurationError", "PreconditionFailedError", "RangeNotSatisfiableError", "error_at", "translate"]
+__all__ = ["ObjectStoreConfigurationError", "translate"]
 
 
 class ObjectStoreConfigurationError(ConfigurationError, BackendError):
     """The store cannot be used as it is configured: its bucket or container, or an ability that it lacks."""
-
-
-class PreconditionFailedError(BackendError):
-    """A condition of the request did not hold; nothing was changed."""
-
-
-class RangeNotSatisfiableError(BackendError):
-    """The range begins at the end of the object or after it."""
 
 
 _BY_CLASS: dict[str, type[BackendError]] = {
@@ -98,13 +91,6 @@ _REASONS: dict[type[BackendError], str] = {
     ObjectStoreConfigurationError: "cannot work: check the bucket or container, or the store lacks the ability",
     StorageFullError: "failed: the store has no room left",
 }
-
-
-def error_at(location: str, error: BackendError) -> BackendError:
-    """Return the same error for one of several locations."""
-    one = type(error)(str(error), location=location)
-    one.__cause__ = error.__cause__
-    return one
 
 
 def _kind_of(error: Exception, location: str) -> type[BackendError]:

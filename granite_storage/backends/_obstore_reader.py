@@ -1,136 +1,98 @@
-"""Bytes on their way out of an object store: never fewer than there are, never of two versions of an object."""
+"""Objects that a store of obstore's sends."""
 
 from __future__ import annotations
 
-from granite_storage.backends._obstore_client import Answer, StoreClient, answered
-from granite_storage.backends._obstore_errors import PreconditionFailedError, RangeNotSatisfiableError
-from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
-from granite_storage.exceptions import BackendError, BackendUnavailableError
+import asyncio
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["StoreReader", "open_reader"]
+from granite_storage._concurrency import finish
+from granite_storage.backends._obstore_client import PATIENCE, StoreClient
+from granite_storage.backends._service_reader import Opened
+from granite_storage.backends.base import ByteRange, ObjectInfo
+from granite_storage.exceptions import BackendError
+
+__all__ = ["StoreService"]
 
 _LARGEST = (1 << 63) - 1
 _ATTEMPTS = 5
 
 
-async def open_reader(client: StoreClient, location: str, *, offset: int, length: int | None) -> StoreReader:
-    """Open a range of an object, by one request wherever there is a byte to read."""
-    check_range(offset, length)
-    if length == 0:
-        return await _open_empty(client, location, offset)
-    stop = _LARGEST if length is None else min(offset + length, _LARGEST)
-    options = {"range": (offset, stop)} if offset or length is not None else {}
-    try:
-        answer = await client.get(location, options)
-    except RangeNotSatisfiableError:
-        return await _open_empty(client, location, offset)
-    wanted = byte_range(offset, length, answer.info.size)
-    if ByteRange(*answer.range) != wanted:
-        raise BackendError(f"the service sent another range of {location!r} than was asked for", location=location)
-    return StoreReader(client, wanted, answer)
+class StoreService:
+    """A store, as a reader asks it; see `Service`."""
+
+    attempts = _ATTEMPTS
+
+    def __init__(self, client: StoreClient) -> None:
+        self._client = client
+
+    async def get(self, location: str, start: int, stop: int | None, same: Mapping[str, Any] | None = None, /) -> Opened:
+        """Ask for a range; see `Service.get`."""
+        options = dict(same or {})
+        if start or stop is not None:
+            options["range"] = (start, _LARGEST if stop is None else min(stop, _LARGEST))
+        answer = await self._client.get(location, options)
+        sent = ByteRange(*answer.range)
+        this = {"if_match": answer.version} if answer.version else {}
+        return Opened(answer.info, sent, _StreamBody(location, answer.body, sent.stop - sent.start), this)
+
+    async def head(self, location: str, /) -> ObjectInfo:
+        """Ask what is known of an object; see `Service.head`."""
+        info, _ = await self._client.head(location)
+        return info
 
 
-async def _open_empty(client: StoreClient, location: str, offset: int) -> StoreReader:
-    answer = await client.get(location, {"head": True}, operation="head")
-    return StoreReader(client, byte_range(offset, 0, answer.info.size), answer)
+class _StreamBody:
+    """The chunks of a stream of obstore's, each asked for when the one before it has been handed on, not when it is wanted.
 
-
-class StoreReader:
-    """A range of an object; where its body is cut off, the rest is asked for again, of the same version only.
-
-    It holds a connection until it is read to its end or closed.
+    So obstore puts a chunk together while the one before it is used. What it was asked for is kept here until it is taken or the
+    body is closed: in obstore's future it would be lost with a read that is cancelled.
     """
 
-    def __init__(self, client: StoreClient, wanted: ByteRange, answer: Answer) -> None:
-        self.info = answer.info
-        self._client = client
-        self._position = wanted.start
-        self._stop = wanted.stop
-        self._version = answer.version
-        self._body = answer.body if wanted.start < wanted.stop else None
+    def __init__(self, location: str, stream: Any, size: int) -> None:
+        self._location = location
+        self._stream: Any = stream
+        self._left = size
         self._rest = memoryview(b"")
-        self._closed = False
-        self._cuts = 0
+        self._coming: asyncio.Future[bytes] | None = None
 
-    async def read(self, size: int = -1, /) -> bytes:
-        """Return up to `size` bytes, all that is left where negative, and nothing only at the end of the range.
-
-        Raises:
-            BackendUnavailableError: The body was cut off again and again.
-            BackendError: The object was replaced meanwhile, or the reader is closed.
-        """
-        if size < 0:
-            return await self._read_all()
-        while self._position < self._stop and size:
-            chunk = self._taken(size) if self._rest else await self._next(size)
-            if chunk:
-                return chunk
-        return b""
+    async def read(self, size: int, /) -> bytes:
+        if not self._rest:
+            chunk = await self._next_chunk()
+            if len(chunk) <= size:
+                self._ask_ahead()
+                return bytes(chunk)  # the same object where it is bytes, as what comes over a network is
+            self._rest = memoryview(chunk)
+        piece, self._rest = self._rest[:size], self._rest[size:]
+        if not self._rest:
+            self._ask_ahead()
+        return bytes(piece)
 
     async def aclose(self) -> None:
-        """Let go of the connection; idempotent."""
-        self._closed = True
-        self._let_go()
-
-    async def _read_all(self) -> bytes:
-        chunks = []
-        while self._position < self._stop:
-            chunks.append(await self.read(self._stop - self._position))
-        return b"".join(chunks)
-
-    async def _next(self, size: int) -> bytes:
-        """Return the next bytes of the body; none where it was cut off and has been opened again."""
-        if self._closed:
-            raise BackendError(f"the reader of {self.info.location!r} is closed", location=self.info.location)
-        body, self._body = self._body, None  # a read that is cancelled loses what it was about to get, so it begins anew
-        if body is None:
-            await self._reopen(None)
-            return b""
+        """Wait for what was asked for, at most a second: one that is still to come when the program ends could abort it."""
+        coming, self._coming, self._stream = self._coming, None, None
+        if coming is None:
+            return
         try:
-            chunk = await answered(anext(body, b""))
-        except Exception as error:  # noqa: BLE001  # whatever it is, the body is over
-            await self._reopen(error.with_traceback(None))  # see StoreClient
-            return b""
-        if not chunk or self._position + len(chunk) > self._stop:
-            await self._reopen(None)
-            return b""
-        self._body, self._cuts = body, 0
-        if len(chunk) <= size:
-            return self._passed(chunk if isinstance(chunk, bytes) else bytes(chunk))
-        self._rest = memoryview(chunk)
-        return self._taken(size)
+            if not coming.done():
+                await finish(asyncio.wait([coming], timeout=PATIENCE), f"closing a reader of {self._location!r}")
+        finally:
+            if not coming.cancel() and not coming.cancelled():
+                coming.exception()  # nobody else will look at it
 
-    def _taken(self, size: int) -> bytes:
-        if self._closed:
-            raise BackendError(f"the reader of {self.info.location!r} is closed", location=self.info.location)
-        piece, self._rest = self._rest[:size], self._rest[size:]
-        return self._passed(bytes(piece))
-
-    def _passed(self, chunk: bytes) -> bytes:
-        self._position += len(chunk)
-        if self._position == self._stop:
-            self._let_go()
+    async def _next_chunk(self) -> bytes:
+        coming = self._coming or self._stream.__anext__()
+        self._coming = coming
+        try:
+            chunk: bytes = await asyncio.shield(coming)
+        except StopAsyncIteration:
+            chunk = b""
+        self._coming = None
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise BackendError(f"the service sent more of {self._location!r} than was asked for", location=self._location)
         return chunk
 
-    async def _reopen(self, cut: Exception | None) -> None:
-        location = self.info.location
-        self._cuts += 1
-        if self._cuts >= _ATTEMPTS:
-            message = f"the body of {location!r} was cut off {self._cuts} times at byte {self._position}"
-            raise BackendUnavailableError(message, location=location) from cut
-        wanted = (self._position, self._stop)
-        options = {"range": wanted, **({"if_match": self._version} if self._version else {})}
-        try:
-            answer = await self._client.get(location, options)
-        except PreconditionFailedError as error:
-            raise BackendError(f"{location!r} was replaced while it was read", location=location) from error.__cause__
-        if answer.range != wanted or not self._is_same(answer.info):
-            raise BackendError(f"the service does not go on with {location!r} where it was cut off", location=location)
-        self._body = answer.body
-
-    def _is_same(self, info: ObjectInfo) -> bool:
-        return (info.size, info.etag, info.modified) == (self.info.size, self.info.etag, self.info.modified)
-
-    def _let_go(self) -> None:
-        self._body = None
-        self._rest = memoryview(b"")
+    def _ask_ahead(self) -> None:
+        if self._left:
+            self._coming = self._stream.__anext__()

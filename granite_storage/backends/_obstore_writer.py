@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from granite_storage._concurrency import finish, settle
 from granite_storage.backends._obstore_client import OWNER, StoreClient
-from granite_storage.backends._obstore_errors import error_at
+from granite_storage.backends._service_errors import error_at
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
 
 __all__ = ["ObjectWriter", "Piece", "slices"]
@@ -134,13 +134,21 @@ class ObjectWriter:
     async def _send(self, writer: Any, first: list[Piece], rest: AsyncIterator[Piece]) -> int:
         size = 0
         for piece in first:
-            size += await self._settled(self._client.make("put", self._location, _writing(writer, piece)))
+            size += await self._written(writer, piece)
         first.clear()
         async for piece in rest:
             if size + len(piece) > MAX_PARTS * self._part_size:
                 message = f"{self._location!r} would have more than {MAX_PARTS} parts: give a larger part_size"
                 raise BackendError(message, location=self._location)
-            size += await self._settled(self._client.make("put", self._location, _writing(writer, piece)))
+            size += await self._written(writer, piece)
+        return size
+
+    async def _written(self, writer: Any, piece: Piece) -> int:
+        """Hand a piece over to obstore, and return its size."""
+        try:
+            size: int = await self._settled(writer.write(piece))
+        except Exception as error:  # noqa: BLE001  # translate tells what it is
+            raise self._client.translated(error, "put", self._location) from error.with_traceback(None)  # see StoreClient.make
         return size
 
     async def _settled(self, work: Awaitable[T]) -> T:
@@ -255,10 +263,6 @@ async def _gathered(stream: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]
             slivers, pending = [], 0
     if slivers:
         yield b"".join(slivers)
-
-
-def _writing(writer: Any, piece: Piece) -> Callable[[Any], Awaitable[int]]:
-    return lambda _: writer.write(piece)
 
 
 async def _abort(writer: Any, error: BaseException) -> None:

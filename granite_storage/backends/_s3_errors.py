@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from granite_storage.backends._service_errors import PreconditionFailedError, RangeNotSatisfiableError
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,
@@ -22,11 +23,8 @@ __all__ = [
     "ConflictError",
     "ExpiredCredentialsError",
     "MissingUploadError",
-    "PreconditionFailedError",
-    "RangeNotSatisfiableError",
     "S3ConfigurationError",
     "answered",
-    "error_at",
     "translate",
 ]
 
@@ -41,14 +39,6 @@ class ExpiredCredentialsError(AccessDeniedError):
 
 class ConflictError(BackendUnavailableError):
     """Another operation on the same key was under way; nothing was changed."""
-
-
-class PreconditionFailedError(BackendError):
-    """A condition of the request did not hold; nothing was changed."""
-
-
-class RangeNotSatisfiableError(BackendError):
-    """The range begins at the end of the object or after it."""
 
 
 class MissingUploadError(BackendError):
@@ -146,13 +136,6 @@ def answered(response: Mapping[str, Any], operation: str, *, bucket: str, locati
         return S3ConfigurationError(f"{wrong} ({operation} was answered {answer})", location=location)
     kind = _BY_CODE.get(code) or _BY_STATUS.get(status, BackendError)
     return kind(f"{operation} of {_target(bucket, location)} was answered {answer}", location=location)
-
-
-def error_at(location: str, error: BackendError) -> BackendError:
-    """Return the same error for one of several locations."""
-    one = type(error)(str(error), location=location)
-    one.__cause__ = error.__cause__
-    return one
 
 
 def _target(bucket: str, location: str | None) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 from granite_storage._concurrency import finish, settle
 from granite_storage.backends._s3_body import Body, PartSource, base64_text
 from granite_storage.backends._s3_client import S3Client, version_of
-from granite_storage.backends._s3_errors import MissingUploadError, PreconditionFailedError
+from granite_storage.backends._s3_errors import MissingUploadError
 from granite_storage.backends._s3_multipart import ANSWER_TIMEOUT, MAX_PARTS, MultipartUpload, checksum_header
+from granite_storage.backends._service_errors import PreconditionFailedError
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
 
 __all__ = ["ObjectWriter"]

@@ -12,8 +12,9 @@ from typing import Any
 from granite_storage.backends._obstore_client import connected
 from granite_storage.backends._obstore_errors import ObjectStoreConfigurationError
 from granite_storage.backends._obstore_listing import Listing
-from granite_storage.backends._obstore_reader import open_reader
+from granite_storage.backends._obstore_reader import StoreService
 from granite_storage.backends._obstore_writer import ObjectWriter, slices
+from granite_storage.backends._service_reader import open_reader
 from granite_storage.backends.base import ObjectInfo, ObjectReader
 from granite_storage.exceptions import (
     BackendError,
@@ -101,6 +102,7 @@ class ObjectStoreBackend:
             "credential_provider": credential_provider,
         }
         self._client = connected(store, options)
+        self._service = StoreService(self._client)
         self._part_size = part_size
         self._part_concurrency = part_concurrency
         self._listing = Listing(self._client, list_by_folder)
@@ -132,7 +134,7 @@ class ObjectStoreBackend:
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range; see `StorageBackend.open`."""
         self._check(location)
-        return await open_reader(self._client, location, offset=offset, length=length)
+        return await open_reader(self._service, location, offset=offset, length=length)
 
     async def stat(self, location: str) -> ObjectInfo:
         """Tell what is known of an object; see `StorageBackend.stat`."""

@@ -12,12 +12,14 @@ from typing import Any
 from granite_storage.backends._s3_body import BytesSource, PartSource, StreamSource
 from granite_storage.backends._s3_client import S3Client, S3Settings, version_of
 from granite_storage.backends._s3_connect import S3Clients
-from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, error_at, translate
+from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
 from granite_storage.backends._s3_listing import list_keys
 from granite_storage.backends._s3_multipart import abort_upload, abort_uploads, date_of
 from granite_storage.backends._s3_presign import presigned_form, presigned_put
-from granite_storage.backends._s3_reader import info_of, open_reader
+from granite_storage.backends._s3_reader import S3Service, info_of
 from granite_storage.backends._s3_writer import ObjectWriter
+from granite_storage.backends._service_errors import error_at
+from granite_storage.backends._service_reader import open_reader
 from granite_storage.backends.base import ObjectInfo, ObjectReader, UploadRequest
 from granite_storage.exceptions import (
     BackendError,
@@ -207,7 +209,7 @@ class S3StorageBackend:
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range; see `StorageBackend.open`."""
         self._check(location)
-        return await open_reader(await self._clients.get(), location, offset=offset, length=length)
+        return await open_reader(S3Service(await self._clients.get()), location, offset=offset, length=length)
 
     async def stat(self, location: str) -> ObjectInfo:
         """Tell what is known of an object; see `StorageBackend.stat`."""

@@ -18,8 +18,9 @@ from typing import Any
 
 import obstore
 import pytest
+from aiohttp import web
 
-from granite_storage.backends import _obstore_client, _obstore_writer
+from granite_storage.backends import _obstore_client, _obstore_reader, _obstore_writer
 from granite_storage.backends.obstore import ObjectStoreBackend, ObjectStoreConfigurationError
 from granite_storage.exceptions import (
     AccessDeniedError,
@@ -340,6 +341,131 @@ class TestReading:
                 first += task.result()
         assert first + await reader.read() == LONG
         await reader.aclose()
+
+
+class PoorService:
+    """A web server that stalls in the middle of an object, or cuts it off, and knows no conditions."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.first = len(LONG) // 2
+        self.same = True
+        self.may_go_on = asyncio.Event()
+        self.was_left = asyncio.Event()
+
+    async def cut(self, request: web.Request) -> web.StreamResponse:
+        """Cut the first answer off, and send the rest of another version, as a service does that knows no condition."""
+        self.requests += 1
+        first = self.requests == 1
+        modified = "Thu, 26 Nov 2026 00:00:00 GMT" if first or self.same else "Thu, 26 Nov 2026 00:00:01 GMT"
+        response = web.StreamResponse(status=200 if first else 206, headers={"Last-Modified": modified})
+        start = 0 if first else int(request.headers["Range"].removeprefix("bytes=").partition("-")[0])
+        if not first:
+            response.headers["Content-Range"] = f"bytes {start}-{len(LONG) - 1}/{len(LONG)}"
+        response.content_length = len(LONG) - start
+        await response.prepare(request)
+        await response.write(LONG[start : self.first if first else len(LONG)])
+        if first:
+            assert request.transport is not None
+            request.transport.abort()
+        return response
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.requests += 1
+        response = web.StreamResponse(headers={"ETag": '"1"', "Last-Modified": "Thu, 26 Nov 2026 00:00:00 GMT"})
+        response.content_length = len(LONG)
+        await response.prepare(request)
+        await response.write(LONG[: self.first])
+        try:
+            await self.may_go_on.wait()
+        except asyncio.CancelledError:  # the client has closed its connection
+            self.was_left.set()
+            raise
+        await response.write(LONG[self.first :])
+        return response
+
+
+@pytest.fixture
+async def poor() -> AsyncIterator[tuple[PoorService, ObjectStoreBackend]]:
+    service = PoorService()
+    app = web.Application()
+    app.router.add_get("/object", service.answer)
+    app.router.add_get("/cut", service.cut)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        backend = ObjectStoreBackend(url, client_options={"allow_http": True}, retry_config={"max_retries": 0})
+        yield service, backend
+        await backend.aclose()
+    finally:
+        await runner.cleanup()
+
+
+class TestReadingFromAPoorService:
+    async def test_nothing_more_is_asked_for_before_it_is_wanted(self, poor: tuple[PoorService, ObjectStoreBackend]) -> None:
+        service, backend = poor
+        service.first = 600 * 1024
+        reader = await backend.open("object")
+        assert await reader.read(4096) == LONG[:4096]
+        started = asyncio.get_running_loop().time()
+        await reader.aclose()
+        assert asyncio.get_running_loop().time() - started < _obstore_client.PATIENCE / 2
+
+    @pytest.mark.parametrize("first", [0, 4 * MIB])
+    async def test_a_read_that_is_cancelled_goes_on_in_the_same_answer(
+        self, poor: tuple[PoorService, ObjectStoreBackend], first: int
+    ) -> None:
+        service, backend = poor
+        service.first = first
+        reader = await backend.open("object")
+        content = b""
+        with pytest.raises(TimeoutError):
+            while True:
+                async with asyncio.timeout(0.3):
+                    content += await reader.read(MIB)
+        service.may_go_on.set()
+        assert content + await reader.read() == LONG
+        assert service.requests == 1
+        await reader.aclose()
+
+    @pytest.mark.case("S3F-10")
+    @pytest.mark.parametrize("same", [True, False])
+    async def test_two_versions_are_not_mixed_where_there_are_no_conditions(
+        self, poor: tuple[PoorService, ObjectStoreBackend], same: bool
+    ) -> None:
+        service, backend = poor
+        service.same = same
+        if same:
+            assert await read(backend, "cut") == LONG
+        else:
+            with pytest.raises(BackendError, match="does not go on"):
+                await read(backend, "cut")
+        assert service.requests == 2
+
+    @pytest.mark.case("CAN-03")
+    @pytest.mark.parametrize("cancelled", [False, True])
+    async def test_a_reader_that_is_closed_lets_go_soon(
+        self, poor: tuple[PoorService, ObjectStoreBackend], cancelled: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_obstore_reader, "PATIENCE", 0.2)
+        service, backend = poor
+        reader = await backend.open("object")
+        with pytest.raises(TimeoutError):
+            while True:
+                async with asyncio.timeout(0.1):
+                    await reader.read(MIB)
+        async with asyncio.timeout(1):
+            closing = asyncio.ensure_future(reader.aclose())
+            await asyncio.sleep(0.05)
+            if cancelled:
+                closing.cancel()
+            await asyncio.wait([closing])
+        assert closing.cancelled() is cancelled
+        del reader
+        async with asyncio.timeout(5):
+            await service.was_left.wait()
 
 
 async def test_every_error_is_of_the_family(place: Place) -> None:

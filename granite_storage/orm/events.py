@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import EXT_CONTINUE, InstanceState, Mapper, Session, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.exc import ObjectDeletedError
 
 from granite_storage.orm import flush, outcome, statements
 from granite_storage.orm.columns import slots_of
@@ -86,11 +87,19 @@ def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceS
     if session is not None:
         instance = state.obj()
         replaced = session.identity_map.get(mapper.identity_key_from_instance(instance))
-        if replaced is not None and mapper.primary_key_from_instance(replaced) == mapper.primary_key_from_instance(instance):
+        if replaced is not None and _has_same_key(mapper, replaced, instance):
             _before_delete(mapper, connection, instance_state(replaced))
             flush.vacate(state)
             outcome.unit_of(session).flush.has_successors = True
     return _before_write(mapper, connection, state)
+
+
+def _has_same_key(mapper: Mapper[Any], replaced: object, instance: object) -> bool:
+    """Tell whether an instance of the session still has the key of a new one, and a row at all."""
+    try:
+        return mapper.primary_key_from_instance(replaced) == mapper.primary_key_from_instance(instance)
+    except ObjectDeletedError:  # it was expired, and its row is gone: SQLAlchemy will find the same, and forget it
+        return False
 
 
 def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]) -> Any:

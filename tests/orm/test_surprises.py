@@ -50,6 +50,33 @@ class TestSessions:
             await session.commit()
         await world.check(file_1="a")
 
+    async def test_a_key_is_used_again_whose_row_another_session_has_deleted(self, world: World) -> None:
+        await world.add(Doc(id=1, file=file("a")))
+        async with world.sessions() as session:
+            kept = await session.get_one(Doc, 1)
+            await session.commit()
+            session.expire(kept)
+            async with world.sessions.begin() as other:
+                await other.execute(delete(Doc))
+            session.add(Doc(id=1, file=file("b")))
+            await session.commit()
+            assert kept not in session
+        await world.check(file_1="b")
+
+    async def test_a_key_is_used_again_whose_row_went_with_a_savepoint(self, world: World) -> None:
+        async with world.sessions() as session:
+            savepoint = await session.begin_nested()
+            session.add(Doc(id=1, file=file("a")))
+            await session.flush()
+            session.expunge_all()
+            kept = await session.get_one(Doc, 1)
+            session.expire(kept)
+            await savepoint.rollback()
+            session.add(Doc(id=1, file=file("b")))
+            await session.commit()
+            assert kept not in session
+        await world.check(file_1="b")
+
     async def test_autoflush_off(self, world: World) -> None:
         async with AsyncSession(world.engine, autoflush=False) as session:
             session.add(Doc(id=1, file=file("a")))

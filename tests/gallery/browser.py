@@ -212,7 +212,8 @@ def page(found: Programs, address: str, folder: Path) -> Iterator[Page]:
     with tempfile.TemporaryDirectory() as own:  # its path is short, as that of a socket has to be
         for switch in (*SWITCHES, f"--user-data-dir={own}/profile"):
             options.add_argument(switch)
-        driver = webdriver.Chrome(options, webdriver.ChromeService(found.driver, env={**os.environ, "TMPDIR": own}))
+        places = {"TMPDIR": own, "XDG_RUNTIME_DIR": own}
+        driver = webdriver.Chrome(options, webdriver.ChromeService(found.driver, env={**os.environ, **places}))
         try:
             driver.set_script_timeout(60)
             yield Page(driver, address, Path(os.environ.get("GALLERY_SCREENSHOTS", folder / "screenshots")))

@@ -96,7 +96,7 @@ def test_an_upload_shows_how_far_it_is(visit: Page, tmp_path: Path) -> None:
     assert visit.texts("#status") == ["report.pdf hangs on the wall."]
     assert list(stored(tmp_path).values()) == [content]
     assert visit.texts(".item .about") == ["application/pdf · 2 MB"]
-    assert visit.one(".item .preview").text == "PDF"
+    eventually(lambda: visit.one(".item .preview").text == "PDF")  # it fades in
 
 
 def test_a_file_goes_straight_to_the_storage(visit: Page, tmp_path: Path) -> None:

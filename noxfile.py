@@ -16,9 +16,6 @@ import nox
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "layers", "docs", "tests"]
 
-SIDE_BY_SIDE = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile")
-"""Test files that run at the same time; each process starts the servers that its files need."""
-
 SUPPORTED = ("3.11", "3.12", "3.13")
 
 
@@ -60,7 +57,7 @@ def gallery(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, against real disks and real servers, on every Python that is present."""
     session.install("-e", ".[alembic,cli,demo,obstore,s3,test]")
-    session.run("python", "-m", "pytest", *SIDE_BY_SIDE, *session.posargs)
+    session.run("python", "-m", "pytest", *session.posargs)
 
 
 @nox.session(python=RUNNING)

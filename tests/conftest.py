@@ -24,7 +24,6 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.prefix import PrefixedBackend
 from granite_storage.locations import RESERVED_PREFIX
 from granite_storage.testing import BackendConformance
-from tests.faults.crash.options import SEED
 from tests.services import service
 
 if TYPE_CHECKING:
@@ -69,10 +68,6 @@ CASES_OF_THE_SUITE = {
     "test_wrong_declaration": ["STR-08", "STR-09"],
 }
 """The rows that cases of the public suite stand for; the suite itself knows no such marks."""
-
-
-def pytest_report_header() -> str:
-    return f"crash tests: GRANITE_CRASH_SEED={SEED}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

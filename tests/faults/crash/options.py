@@ -13,7 +13,5 @@ KILLS = int(os.environ.get("GRANITE_CRASH_KILLS", "60"))
 MANY = 500
 """From how many kills on everything else is tried everywhere, too, and not only at some points."""
 
-SEED: str = os.environ.setdefault("GRANITE_CRASH_SEED", uuid.uuid4().hex[:8])
-"""What all random choices follow from; `GRANITE_CRASH_SEED` repeats them, though not the timing.
-
-It goes into the environment because the processes that share one run must all make the same choices."""
+SEED: str = os.environ.get("GRANITE_CRASH_SEED") or uuid.uuid4().hex[:8]
+"""What all random choices follow from; `GRANITE_CRASH_SEED` repeats them, though not the timing."""

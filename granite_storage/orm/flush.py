@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -161,13 +160,10 @@ def look_again(unit: UnitOfWork) -> None:
 
 
 def _rivals(session: Session, flush: FlushUnderWay) -> Iterator[tuple[Connection, list[HeldRef]]]:
-    """Yield what several instances with the same primary key have given to one row, which keeps the last of it."""
-    places = [(column, primary_key_of(state, column.table)) for state, column, _ in flush.taken]
-    counts = Counter(places)
-    for (column, primary_key), (state, _, attachment) in zip(places, flush.taken, strict=True):
-        if counts[column, primary_key] > 1:
-            connection = session.connection(bind_arguments={"mapper": state.mapper})
-            yield connection, [HeldRef(column.table, primary_key, column, attachment.ref)]
+    """Yield what instances have given to rows: where several new ones take over one row, it keeps the last of it, or nothing."""
+    for state, column, attachment in flush.taken:
+        connection = session.connection(bind_arguments={"mapper": state.mapper})
+        yield connection, [HeldRef(column.table, primary_key_of(state, column.table), column, attachment.ref)]
 
 
 def _note_vanished(unit: UnitOfWork) -> None:

@@ -218,6 +218,15 @@ class TestOneRow:
             session.add_all([Doc(id=1, file=file("c")), Doc(id=1, file=file("d"), other=file("e"))])
         await world.check(file_1="d", other_1="e")
 
+    @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
+    @pytest.mark.parametrize("columns", [{}, {"file": None}])
+    async def test_two_rows_of_the_same_key_of_which_the_last_has_no_file(self, world: World, columns: dict[str, None]) -> None:
+        await world.add(Doc(id=1, file=file("a"), other=file("b")))
+        async with world.sessions.begin() as session:
+            await session.delete(await get(session))
+            session.add_all([Doc(id=1, file=file("c")), Doc(id=1, other=file("d"), **columns)])
+        await world.check(other_1="d")
+
     async def test_primary_key_and_file_changed_together(self, world: World) -> None:
         await world.add(Doc(id=1, file=file("a")))
         async with world.sessions.begin() as session:

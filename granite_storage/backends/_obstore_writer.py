@@ -58,6 +58,7 @@ class ObjectWriter:
         self._location = location
         self._part_size = part_size
         self._part_concurrency = part_concurrency
+        self._last: asyncio.Future[Any] | None = None  # what the caller did not await to its end
         self._id: str | None = None
         self._attributes: dict[str, str] | None = None
         if client.kind.keeps_attributes:
@@ -94,7 +95,7 @@ class ObjectWriter:
             )
             return answer
 
-        return await self._published(self._created("put", request, sum(map(len, pieces)), attempts=_PUTS))
+        return await self._published("put", request, sum(map(len, pieces)), attempts=_PUTS)
 
     async def copy(self, source: str) -> Receipt:
         """Copy another object inside the store, on the condition that there is none yet where the store knows one."""
@@ -102,12 +103,12 @@ class ObjectWriter:
         info, self._id = await client.head(source)
         await self._require_absent()
 
-        def request(store: Any) -> Awaitable[Any]:
-            answer: Awaitable[Any] = store.copy_async(source, target, overwrite=not client.copies_exclusively)
-            return answer
+        async def request(store: Any) -> Receipt:
+            await store.copy_async(source, target, overwrite=not client.copies_exclusively)
+            return {}
 
         try:
-            return await self._published(self._created("copy", request, info.size), unique=False)
+            return await self._published("copy", request, info.size, unique=False)
         except ObjectNotFoundError as error:
             raise error_at(source, error) from error.__cause__
 
@@ -129,53 +130,68 @@ class ObjectWriter:
         except BaseException as error:
             await finish(_abort(writer, error), f"the clean-up of a write of {self._location!r}")
             raise
-        return await self._published(self._created("put", lambda _: writer.close(), size))
+
+        async def request(_: Any) -> Receipt:
+            return await writer.close() or {}
+
+        return await self._published("put", request, size)
 
     async def _send(self, writer: Any, first: list[Piece], rest: AsyncIterator[Piece]) -> int:
         size = 0
         for piece in first:
-            size += await self._written(writer, piece)
+            size += await self._request("put", _writing(writer, piece))
         first.clear()
         async for piece in rest:
             if size + len(piece) > MAX_PARTS * self._part_size:
                 message = f"{self._location!r} would have more than {MAX_PARTS} parts: give a larger part_size"
                 raise BackendError(message, location=self._location)
-            size += await self._written(writer, piece)
+            size += await self._request("put", _writing(writer, piece))
         return size
 
-    async def _written(self, writer: Any, piece: Piece) -> int:
-        """Hand a piece over to obstore, and return its size."""
+    async def _request(self, operation: str, request: Callable[[Any], Awaitable[T]]) -> T:
+        """Make one request of the store that does not end with its caller's await."""
+        store = await self._client.store()
         try:
-            size: int = await self._settled(writer.write(piece))
+            return await self._settled(request(store))
         except Exception as error:  # noqa: BLE001  # translate tells what it is
-            raise self._client.translated(error, "put", self._location) from error.with_traceback(None)  # see StoreClient.make
-        return size
+            # as in StoreClient.make, but with no task for each small object
+            raise self._client.translated(error, operation, self._location) from error.with_traceback(None)
 
     async def _settled(self, work: Awaitable[T]) -> T:
         """Await work that does not end with its caller's await; a cancelled caller waits for it, but not forever."""
-        task = asyncio.ensure_future(work)
+        future = asyncio.ensure_future(work)
         try:
-            return await asyncio.shield(task)
+            return await asyncio.shield(future)
         except asyncio.CancelledError:
-            await self._ended(task)
-            raise
-
-    async def _published(self, work: Awaitable[Receipt], *, unique: bool = True) -> Receipt:
-        """Await the request that creates the object; a cancelled caller learns what became of it, and undoes it.
-
-        Args:
-            work: Makes the request.
-            unique: Whether the id in the object's metadata is this write's alone, and no other object's.
-        """
-        task = asyncio.ensure_future(work)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            await self._ended(task)
-            await finish(self._withdraw(task, unique), f"the clean-up of a write of {self._location!r}")
+            await self._ended(future)
+            self._last = future
             raise
         finally:
-            del task  # or its error would hold this frame, and the frame the error
+            del future  # or its error would hold this frame, and the frame the error
+
+    async def _published(
+        self,
+        operation: str,
+        request: Callable[[Any], Awaitable[Receipt]],
+        size: int,
+        *,
+        attempts: int = 1,
+        unique: bool = True,
+    ) -> Receipt:
+        """Make the request that creates the object; a cancelled caller learns what became of it, and undoes it.
+
+        Args:
+            operation: What it is called in messages.
+            request: Makes it of a store.
+            size: The size of the object, in bytes.
+            attempts: How often it is made where the service is not available.
+            unique: Whether the id in the object's metadata is this write's alone, and no other object's.
+        """
+        try:
+            return await self._created(operation, request, size, attempts)
+        except asyncio.CancelledError:
+            await finish(self._withdraw(unique), f"the clean-up of a write of {self._location!r}")
+            raise
 
     async def _ended(self, task: asyncio.Future[Any]) -> None:
         """Wait until work is done, but not forever."""
@@ -185,28 +201,26 @@ class ObjectWriter:
             message = "a write of %r was given up: no answer within %s s; an unfinished upload of it may be left"
             logger.error(message, self._location, ANSWER_TIMEOUT)
 
-    async def _withdraw(self, task: asyncio.Future[Receipt], unique: bool) -> None:
-        """Remove what a request has created, and nobody else's; what may be either stays."""
-        created = not task.cancelled() and task.exception() is None
-        if not created and (not unique or await self._found(None) is None):
-            return
-        await self._client.delete(self._location)
+    async def _withdraw(self, unique: bool) -> None:
+        """Remove what this write has created, and nobody else's; what may be either stays."""
+        last = self._last
+        created = last is not None and not last.cancelled() and last.exception() is None and last.result() is not None
+        if created or (unique and await self._found(None) is not None):
+            await self._client.delete(self._location)
 
-    async def _created(
-        self, operation: str, request: Callable[[Any], Awaitable[Any]], size: int, *, attempts: int = 1
-    ) -> Receipt:
+    async def _created(self, operation: str, request: Callable[[Any], Awaitable[Receipt]], size: int, attempts: int) -> Receipt:
         """Make the request that creates the object, and learn what became of it where that is in doubt."""
         while True:
             attempts -= 1
             try:
-                return await self._client.make(operation, self._location, request) or {}
+                return await self._request(operation, request)
             except ObjectExistsError:
-                found = await self._found(size) if operation == "put" else None
+                found = await self._settled(self._found(size)) if operation == "put" else None
                 if found is None:
                     raise
                 return found
             except BackendError as doubt:
-                found = await self._found_after(doubt, size)
+                found = await self._settled(self._found_after(doubt, size))
                 if found is not None:
                     return found
                 if not attempts or not isinstance(doubt, BackendUnavailableError):
@@ -263,6 +277,10 @@ async def _gathered(stream: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]
             slivers, pending = [], 0
     if slivers:
         yield b"".join(slivers)
+
+
+def _writing(writer: Any, piece: Piece) -> Callable[[Any], Awaitable[int]]:
+    return lambda _: writer.write(piece)
 
 
 async def _abort(writer: Any, error: BaseException) -> None:

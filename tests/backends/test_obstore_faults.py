@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import subprocess
@@ -300,6 +301,26 @@ class TestCopies:
             gate.open()
         await place.require_nothing()
         assert await read(place.direct, "source") == SMALL
+
+
+@pytest.mark.parametrize("signed", [True, False])
+async def test_the_signature_covers_what_is_sent_unless_told_otherwise(place: Place, signed: bool) -> None:
+    """The documentation says so: a server then refuses what was changed on the way."""
+    hashes: list[str] = []
+
+    async def noted(request: Request) -> bytes:
+        hashes.append(request.headers["x-amz-content-sha256"])
+        return await request.forward()
+
+    options = place.server.obstore_options(place.proxy.url)
+    if not signed:
+        options["config"]["unsigned_payload"] = True
+    backend = ObjectStoreBackend(f"s3://{place.bucket}", **options)
+    place.proxy.on("PutObject", noted)
+    await backend.put_bytes("object", SMALL)
+    assert hashes == [hashlib.sha256(SMALL).hexdigest() if signed else "UNSIGNED-PAYLOAD"]
+    assert await read(place.direct) == SMALL
+    await backend.aclose()
 
 
 class TestReading:

@@ -15,7 +15,7 @@ from granite_storage.web.limits import UploadLimits
 
 __all__ = ["body_of", "content_type_to_keep", "declared_size", "media_type_of", "require_whole_body"]
 
-_PIECE = 256 * 1024
+_PIECE = 64 * 1024
 _TURN_SECONDS = 0.005
 _LONGEST_CONTENT_TYPE = 1024
 _LONGEST_KEPT = 255

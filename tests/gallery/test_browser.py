@@ -190,7 +190,7 @@ def test_a_film_plays_and_seeks_by_ranges(visit: Page, tmp_path: Path) -> None:
     """
     for share in (0.8, 0.1):
         now, duration = visit.waits_for(sought, share)
-        assert duration > 1  # how much of its three seconds is filmed depends on the machine
+        assert duration > 2
         assert now == pytest.approx(share * duration, abs=0.1)
     played = """
       const [done] = arguments;

@@ -81,7 +81,9 @@ async function film(seconds = 3) {
   const pieces = [];
   recorder.ondataavailable = ({ data }) => pieces.push(data);
   const stopped = new Promise((resolve) => (recorder.onstop = resolve));
+  const started = new Promise((resolve) => (recorder.onstart = resolve));
   recorder.start();
+  await started; // which takes a while on a slow machine, and would be missing from the film
   const begun = performance.now();
   await new Promise((resolve) => {
     const timer = setInterval(() => {

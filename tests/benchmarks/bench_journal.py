@@ -38,7 +38,7 @@ journal_tables(Base.metadata)
 
 
 @asynccontextmanager
-async def world(journaled: bool) -> AsyncIterator[async_sessionmaker[AsyncSession]]:
+async def env(journaled: bool) -> AsyncIterator[async_sessionmaker[AsyncSession]]:
     with tempfile.TemporaryDirectory(prefix="granite-") as folder, postgres(Path(folder)) as url:
         engine = create_async_engine(url.set(drivername="postgresql+asyncpg"), pool_size=16, max_overflow=0)
         async with engine.begin() as connection:
@@ -53,7 +53,7 @@ async def world(journaled: bool) -> AsyncIterator[async_sessionmaker[AsyncSessio
 
 async def insert(meter: Meter, *, journaled: bool) -> None:
     """Insert rows with a file, each in a transaction of its own."""
-    async with world(journaled) as sessions:
+    async with env(journaled) as sessions:
         await each(sessions, range(WARM_UP), add)
         async with meter.measure(operations=ROWS):
             await each(sessions, range(WARM_UP, WARM_UP + ROWS), add)
@@ -61,7 +61,7 @@ async def insert(meter: Meter, *, journaled: bool) -> None:
 
 async def replace(meter: Meter, *, journaled: bool) -> None:
     """Replace the files of rows, each in a transaction of its own; the old ones are deleted."""
-    async with world(journaled) as sessions:
+    async with env(journaled) as sessions:
         await each(sessions, range(ROWS), add)
         await each(sessions, range(WARM_UP), change)
         async with meter.measure(operations=ROWS):

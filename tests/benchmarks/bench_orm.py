@@ -54,7 +54,7 @@ class Plain(Base):
 
 
 @asynccontextmanager
-async def world(backend: str) -> AsyncIterator[tuple[async_sessionmaker[Any], StorageManager]]:
+async def env(backend: str) -> AsyncIterator[tuple[async_sessionmaker[Any], StorageManager]]:
     with tempfile.TemporaryDirectory(prefix="granite-") as folder:
         engine = create_async_engine(f"sqlite+aiosqlite:///{folder}/bench.db")
         store: StorageBackend = MemoryStorageBackend()
@@ -69,7 +69,7 @@ async def world(backend: str) -> AsyncIterator[tuple[async_sessionmaker[Any], St
 
 async def managed(meter: Meter, *, backend: str) -> None:
     """Insert rows with attachments, select them, and read their files."""
-    async with world(backend) as (sessions, manager):
+    async with env(backend) as (sessions, manager):
         binding = bind_storage(Base, manager)
         await use_attachments(sessions, range(WARM_UP))
         async with meter.measure(operations=ROWS, ticking=False):
@@ -88,7 +88,7 @@ async def use_attachments(sessions: async_sessionmaker[Any], numbers: range) -> 
 
 async def manual(meter: Meter, *, backend: str) -> None:
     """Put, insert refs as JSON, select them, and read the files: one after the other, and nothing is undone."""
-    async with world(backend) as (sessions, manager):
+    async with env(backend) as (sessions, manager):
         await put_by_hand(sessions, manager, range(WARM_UP))
         async with meter.measure(operations=ROWS, ticking=False):
             await put_by_hand(sessions, manager, range(WARM_UP, WARM_UP + ROWS))
@@ -114,7 +114,7 @@ async def put_by_hand(sessions: async_sessionmaker[Any], manager: StorageManager
 
 async def plain(meter: Meter, *, hooks: bool) -> None:
     """Insert, read, change and delete rows without files, a hundred in each transaction."""
-    async with world("memory") as (sessions, manager):
+    async with env("memory") as (sessions, manager):
         binding = bind_storage(Base, manager) if hooks else None
         await use_plain_rows(sessions, range(200))
         async with meter.measure(operations=PLAIN_ROWS, ticking=False):

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.gc.yard import Yard, yard_on
+from tests.gc.environment import GcEnvironment, gc_environment
 from tests.orm.conftest import _database, database
 from tests.orm.databases import Database, sqlite
 
@@ -14,10 +14,10 @@ __all__ = ["database"]
 
 
 @pytest.fixture
-async def yard(database: Database) -> AsyncIterator[Yard]:
+async def env(database: Database) -> AsyncIterator[GcEnvironment]:
     """Empty tables and an empty backend on every database, with a journal where there can be one, but on one."""
-    async with yard_on(database, journaled=database.name in ("asyncpg", "mariadb")) as yard:
-        yield yard
+    async with gc_environment(database, journaled=database.name in ("asyncpg", "mariadb")) as env:
+        yield env
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +28,10 @@ def plain_database() -> Iterator[Database]:
 
 
 @pytest.fixture
-async def plain_yard(plain_database: Database) -> AsyncIterator[Yard]:
+async def plain_env(plain_database: Database) -> AsyncIterator[GcEnvironment]:
     """Empty tables and an empty backend on SQLite."""
-    async with yard_on(plain_database) as yard:
-        yield yard
+    async with gc_environment(plain_database) as env:
+        yield env
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def postgres_only(request: pytest.FixtureRequest) -> Iterator[Database]:
 
 
 @pytest.fixture
-async def journaled_yard(postgres_only: Database) -> AsyncIterator[Yard]:
+async def journaled_env(postgres_only: Database) -> AsyncIterator[GcEnvironment]:
     """Empty tables, an empty backend and a journal on PostgreSQL."""
-    async with yard_on(postgres_only, journaled=True) as yard:
-        yield yard
+    async with gc_environment(postgres_only, journaled=True) as env:
+        yield env

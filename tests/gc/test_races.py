@@ -20,7 +20,7 @@ from granite_storage.gc import durability
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.orm import held
 from granite_storage.orm.journal.tables import clock
-from tests.gc.yard import AgedBackend, Crate, Yard, file, yard_on
+from tests.gc.environment import AgedBackend, Crate, GcEnvironment, file, gc_environment
 from tests.orm.databases import Database, crash_postgres, postgres, postgres_database
 
 Step = Callable[[], Awaitable[None]]
@@ -42,128 +42,128 @@ def before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, step: Step) -
     assert not todo, "the step was never reached"
 
 
-async def raw_insert(yard: Yard, number: int, ref: StoredObjectRef) -> None:
+async def raw_insert(env: GcEnvironment, number: int, ref: StoredObjectRef) -> None:
     """Let a row refer to an object, as an application does with a plain column."""
-    await yard.add(Crate(id=number, scan=ref))
+    await env.add(Crate(id=number, scan=ref))
 
 
 @pytest.mark.case("GCX-01")
-async def test_an_upload_whose_transaction_is_open(journaled_yard: Yard) -> None:
+async def test_an_upload_whose_transaction_is_open(journaled_env: GcEnvironment) -> None:
     """No row refers to it and its intent is locked, however old it is."""
-    yard = journaled_yard
-    await yard.add(Crate(id=1, file=file("a")))
-    async with yard.sessions.begin() as session:
+    env = journaled_env
+    await env.add(Crate(id=1, file=file("a")))
+    async with env.sessions.begin() as session:
         session.add(Crate(id=2, file=file("b")))
         await session.flush()
-        yard.age(24 * 365)
-        assert (await yard.collect()).kept == 1
-    assert (await yard.collect()).referenced == 2
+        env.age(24 * 365)
+        assert (await env.collect()).kept == 1
+    assert (await env.collect()).referenced == 2
 
 
-async def test_an_upload_that_waits_for_its_row(journaled_yard: Yard) -> None:
-    yard = journaled_yard
-    await yard.add(Crate(id=1, file=file("a")))
+async def test_an_upload_that_waits_for_its_row(journaled_env: GcEnvironment) -> None:
+    env = journaled_env
+    await env.add(Crate(id=1, file=file("a")))
     stored = await file("b").store(Crate.file)
-    yard.age()
-    assert (await yard.collect()).kept == 1
-    await yard.add(Crate(id=2, file=stored))
+    env.age()
+    assert (await env.collect()).kept == 1
+    await env.add(Crate(id=2, file=stored))
 
 
-async def test_a_journal_that_only_another_program_uses_counts(journaled_yard: Yard) -> None:
-    yard = journaled_yard
-    await yard.add(Crate(id=1, file=file("a")))
+async def test_a_journal_that_only_another_program_uses_counts(journaled_env: GcEnvironment) -> None:
+    env = journaled_env
+    await env.add(Crate(id=1, file=file("a")))
     await file("b").store(Crate.file)
-    yard.age()
-    yard.binding.journal = None
-    assert (await yard.collect()).kept == 1
+    env.age()
+    env.binding.journal = None
+    assert (await env.collect()).kept == 1
 
 
 @pytest.mark.parametrize("table", ["intent", "reclaim"])
-async def test_what_the_journal_knows_of_is_the_workers(journaled_yard: Yard, table: str) -> None:
-    yard = journaled_yard
-    await yard.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
-    assert yard.journal is not None
-    yard.store.fail("delete", times=1000)
-    async with yard.sessions.begin() as session:
+async def test_what_the_journal_knows_of_is_the_workers(journaled_env: GcEnvironment, table: str) -> None:
+    env = journaled_env
+    await env.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
+    assert env.journal is not None
+    env.store.fail("delete", times=1000)
+    async with env.sessions.begin() as session:
         await session.delete(await session.get_one(Crate, 2))
     if table == "reclaim":
-        await yard.journal.recover()
-    tables = yard.journal.tables
-    async with yard.engine.connect() as connection:
+        await env.journal.recover()
+    tables = env.journal.tables
+    async with env.engine.connect() as connection:
         assert len(list(await connection.execute(select(tables.reclaim if table == "reclaim" else tables.intent)))) <= 1
-    yard.age()
-    report = await yard.collect()
+    env.age()
+    report = await env.collect()
     assert (report.kept, report.orphaned) == (1, 0)
 
 
-async def test_a_row_that_comes_while_the_storage_is_listed(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_row_that_comes_while_the_storage_is_listed(env: GcEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """References are read after the listing: those read before it would miss this one."""
-    await yard.add(Crate(id=1, file=file("a")))
-    orphan = await yard.orphan()
-    yard.age()
-    listing = yard.store.iter_objects
+    await env.add(Crate(id=1, file=file("a")))
+    orphan = await env.orphan()
+    env.age()
+    listing = env.store.iter_objects
 
     async def listed(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         async for info in listing(*args, **kwargs):
             yield info
-        await raw_insert(yard, 2, orphan)
+        await raw_insert(env, 2, orphan)
 
-    monkeypatch.setattr(yard.store, "iter_objects", listed)
-    report = await yard.collect()
+    monkeypatch.setattr(env.store, "iter_objects", listed)
+    report = await env.collect()
     assert (report.referenced, report.kept, report.orphaned) == (2, 0, 0)
 
 
-async def test_a_row_that_comes_after_the_nomination(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_row_that_comes_after_the_nomination(env: GcEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """The join only nominates; each batch is looked at again before it is deleted."""
-    await yard.add(Crate(id=1, file=file("a")))
-    orphan = await yard.orphan()
-    yard.age()
-    with before(monkeypatch, DatabaseReferences, "find_held", lambda: raw_insert(yard, 2, orphan)):
-        report = await yard.collect()
+    await env.add(Crate(id=1, file=file("a")))
+    orphan = await env.orphan()
+    env.age()
+    with before(monkeypatch, DatabaseReferences, "find_held", lambda: raw_insert(env, 2, orphan)):
+        report = await env.collect()
     assert (report.kept, report.deleted) == (1, 0)
-    assert orphan.location in await yard.locations()
+    assert orphan.location in await env.locations()
 
 
-async def test_a_row_that_comes_after_all_were_counted(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_row_that_comes_after_all_were_counted(env: GcEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the count, by which the fuse is judged, and the delete there is a look of its own."""
-    await yard.add(Crate(id=1, file=file("a")))
-    orphan = await yard.orphan()
-    yard.age()
+    await env.add(Crate(id=1, file=file("a")))
+    orphan = await env.orphan()
+    env.age()
     looks: list[int] = []
     original = DatabaseReferences.find_held
 
     async def looked(self: Any, backend: str, locations: Any) -> set[str]:
         looks.append(1)
         if len(looks) == 2:
-            await raw_insert(yard, 2, orphan)
+            await raw_insert(env, 2, orphan)
         return await original(self, backend, locations)
 
     monkeypatch.setattr(DatabaseReferences, "find_held", looked)
-    assert (await yard.collect()).deleted == 0
-    assert orphan.location in await yard.locations()
+    assert (await env.collect()).deleted == 0
+    assert orphan.location in await env.locations()
 
 
-async def test_the_look_is_one_statement(journaled_yard: Yard) -> None:
+async def test_the_look_is_one_statement(journaled_env: GcEnvironment) -> None:
     """Over the journal and every column of every table, also those of subclasses."""
-    yard = journaled_yard
-    await yard.add(Crate(id=1, file=file("a")))
-    await yard.orphan()
-    yard.age()
+    env = journaled_env
+    await env.add(Crate(id=1, file=file("a")))
+    await env.orphan()
+    env.age()
     statements: list[str] = []
 
     def note(_: Any, __: Any, statement: str, *___: Any) -> None:
         statements.append(statement)
 
-    event.listen(yard.engine.sync_engine, "before_cursor_execute", note)
-    assert (await yard.collect()).deleted == 1
+    event.listen(env.engine.sync_engine, "before_cursor_execute", note)
+    assert (await env.collect()).deleted == 1
     looks = [statement for statement in statements if "granite_storage_reclaim.location IN" in statement]
     assert len(looks) == 2, "one for the count and one right before the delete"
     for name in (
         "granite_storage_intent.location IN",
-        "yard_crate.file",
-        "yard_crate.scan",
-        "yard_crate.label",
-        "yard_drum.seal",
+        "gc_crate.file",
+        "gc_crate.scan",
+        "gc_crate.label",
+        "gc_drum.seal",
     ):
         assert all(name in look for look in looks)
 
@@ -182,20 +182,20 @@ async def _in_two_statements(connection: AsyncConnection, undo: Step, journals: 
 async def test_an_undo_while_the_collector_looks(postgres_only: Database, monkeypatch: pytest.MonkeyPatch, simpler: bool) -> None:
     """An object comes back and goes to the journal again while two statements look where it is not; one sees it somewhere."""
     policies = {"docs": StoragePolicy("docs", "store", key_prefix="docs", retention=timedelta(days=7))}
-    async with yard_on(postgres_only, journaled=True, policies=policies) as yard:
-        await yard.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
-        async with yard.sessions() as session:
+    async with gc_environment(postgres_only, journaled=True, policies=policies) as env:
+        await env.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
+        async with env.sessions() as session:
             crate = await session.get_one(Crate, 1)
             assert crate.file is not None
             ref = crate.file.ref
-        yard.age()
+        env.age()
 
         async def displace() -> None:
-            async with yard.sessions.begin() as session:
+            async with env.sessions.begin() as session:
                 (await session.get_one(Crate, 1)).file = None
 
         async def undo() -> None:
-            async with yard.sessions.begin() as session:
+            async with env.sessions.begin() as session:
                 (await session.get_one(Crate, 1)).file = Attachment.restore(ref)
 
         async def look(connection: Any, columns: Any, locations: Any, *, journals: Any, extra: bool) -> set[Any]:
@@ -207,7 +207,7 @@ async def test_an_undo_while_the_collector_looks(postgres_only: Database, monkey
         await displace()
         with monkeypatch.context() as patch:
             patch.setattr("granite_storage.gc.database.find_held", look)
-            report = await yard.collect(dry_run=True)
+            report = await env.collect(dry_run=True)
         assert (report.kept, report.orphaned) == ((0, 1) if simpler else (1, 0))
 
 
@@ -218,14 +218,14 @@ async def test_levels_at_which_a_row_can_be_in_neither_place(database: Database,
         pytest.skip("SQLite's levels are of its shared cache")
     if (database.name, level) in (("asyncpg", "READ UNCOMMITTED"), ("mariadb", "AUTOCOMMIT")):
         pytest.skip("the driver does not know it, or it does no harm")
-    async with yard_on(database) as yard:
-        await yard.add(Crate(id=1, file=file("a")))
-        await yard.orphan()
-        yard.age()
-        yard.sessions.configure(bind=yard.engine.execution_options(isolation_level=level))
+    async with gc_environment(database) as env:
+        await env.add(Crate(id=1, file=file("a")))
+        await env.orphan()
+        env.age()
+        env.sessions.configure(bind=env.engine.execution_options(isolation_level=level))
         for dry_run in (True, False):
             with pytest.raises(CollectionRefusedError, match=level):
-                await yard.collect(dry_run=dry_run)
+                await env.collect(dry_run=dry_run)
 
 
 @pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
@@ -233,14 +233,14 @@ async def test_stronger_levels(database: Database, level: str, monkeypatch: pyte
     """A snapshot lasts for one look only, so what is committed between two is seen."""
     if database.is_sqlite:
         pytest.skip("SQLite has one level")
-    async with yard_on(database) as yard:
-        await yard.add(Crate(id=1, file=file("a")))
-        orphan, other = await yard.orphan(), await yard.orphan()
-        yard.age()
-        yard.sessions.configure(bind=yard.engine.execution_options(isolation_level=level))
-        with before(monkeypatch, DatabaseReferences, "find_held", lambda: raw_insert(yard, 2, orphan)):
-            assert (await yard.collect()).deleted == 1
-        locations = await yard.locations()
+    async with gc_environment(database) as env:
+        await env.add(Crate(id=1, file=file("a")))
+        orphan, other = await env.orphan(), await env.orphan()
+        env.age()
+        env.sessions.configure(bind=env.engine.execution_options(isolation_level=level))
+        with before(monkeypatch, DatabaseReferences, "find_held", lambda: raw_insert(env, 2, orphan)):
+            assert (await env.collect()).deleted == 1
+        locations = await env.locations()
         assert orphan.location in locations
         assert other.location not in locations
 
@@ -270,15 +270,15 @@ def test_a_delete_that_a_crash_of_the_database_takes_back(with_barrier: bool, mo
 
 async def _lose(database: Database, backend: AgedBackend) -> str:
     """Delete a row by raw SQL, acknowledged but not durable, and let the collector act on it."""
-    async with yard_on(database, backend=backend) as yard:
-        await yard.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
-        async with yard.engine.begin() as connection:
+    async with gc_environment(database, backend=backend) as env:
+        await env.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
+        async with env.engine.begin() as connection:
             await connection.execute(text("SET LOCAL synchronous_commit = on"))
-            await connection.execute(text("UPDATE yard_crate SET deleted = false"))
-        location = await yard.location_of(2)
-        yard.age()
-        await yard.sql("DELETE FROM yard_crate WHERE id = 2")
-        assert (await yard.collect()).deleted == 1
+            await connection.execute(text("UPDATE gc_crate SET deleted = false"))
+        location = await env.location_of(2)
+        env.age()
+        await env.sql("DELETE FROM gc_crate WHERE id = 2")
+        assert (await env.collect()).deleted == 1
         return location
 
 
@@ -288,7 +288,7 @@ async def _rows(database: Database) -> int:
         for _ in range(50):
             with contextlib.suppress(DBAPIError, OSError):
                 async with engine.connect() as connection:
-                    return (await connection.execute(text("SELECT count(*) FROM yard_crate"))).scalar_one()
+                    return (await connection.execute(text("SELECT count(*) FROM gc_crate"))).scalar_one()
             await asyncio.sleep(0.1)
     finally:
         await engine.dispose()
@@ -296,37 +296,37 @@ async def _rows(database: Database) -> int:
 
 
 @pytest.mark.case("GCX-12")
-async def test_two_collectors_at_once(yard: Yard) -> None:
-    await yard.add(Crate(id=1, file=file("a")))
+async def test_two_collectors_at_once(env: GcEnvironment) -> None:
+    await env.add(Crate(id=1, file=file("a")))
     for _ in range(30):
-        await yard.orphan()
-    yard.age()
-    one, two = await asyncio.gather(yard.collect(), yard.collect())
+        await env.orphan()
+    env.age()
+    one, two = await asyncio.gather(env.collect(), env.collect())
     assert (one.failed, two.failed) == (0, 0)
     assert max(one.orphaned, two.orphaned) <= 30
-    assert len(await yard.locations()) == 1
+    assert len(await env.locations()) == 1
 
 
 @pytest.mark.case("DBF-23")
-async def test_a_database_restored_from_a_backup(journaled_yard: Yard) -> None:
+async def test_a_database_restored_from_a_backup(journaled_env: GcEnvironment) -> None:
     """The heartbeat of its backup is old, also for a collector that comes after the first worker has beaten again."""
-    yard = journaled_yard
-    await yard.add(Crate(id=1, file=file("a")))
-    await yard.orphan()
-    yard.age()
-    assert yard.journal is not None
-    async with yard.journal.worker(interval=timedelta(seconds=30)):
+    env = journaled_env
+    await env.add(Crate(id=1, file=file("a")))
+    await env.orphan()
+    env.age()
+    assert env.journal is not None
+    async with env.journal.worker(interval=timedelta(seconds=30)):
         await asyncio.sleep(0.3)
-    assert (await yard.collect(dry_run=True)).orphaned == 1
-    meta = yard.journal.tables.meta
-    async with yard.engine.begin() as connection:
+    assert (await env.collect(dry_run=True)).orphaned == 1
+    meta = env.journal.tables.meta
+    async with env.engine.begin() as connection:
         await connection.execute(meta.update().where(meta.c.name == "heartbeat").values(changed=clock(-7200.0)))
     with pytest.raises(CollectionRefusedError, match="accept_restore"):
-        await yard.collect()
-    async with yard.journal.worker(interval=timedelta(seconds=30)):
+        await env.collect()
+    async with env.journal.worker(interval=timedelta(seconds=30)):
         await asyncio.sleep(0.3)
     with pytest.raises(CollectionRefusedError, match=r"no worker of the journal was at work for 2:00"):
-        await yard.collect()
-    assert len(await yard.locations()) == 2
-    assert (await yard.collect(accept_restore=True)).deleted == 1
-    assert (await yard.collect()).complete
+        await env.collect()
+    assert len(await env.locations()) == 2
+    assert (await env.collect(accept_restore=True)).deleted == 1
+    assert (await env.collect()).complete

@@ -26,7 +26,7 @@ from granite_storage import (
     StoredObjectRefType,
 )
 from granite_storage.orm.journal.tables import clock
-from tests.gc.yard import Crate, Keg, Yard, file
+from tests.gc.environment import Crate, GcEnvironment, Keg, file
 
 STEPS = int(os.environ.get("GRANITE_GC_STEPS", "400"))
 TASKS = 50 if STEPS >= 10_000 else 12
@@ -51,17 +51,17 @@ class Traffic:
         kept: How many objects it has kept because only the journal knew of them.
     """
 
-    def __init__(self, yard: Yard, seed: int) -> None:
+    def __init__(self, env: GcEnvironment, seed: int) -> None:
         self.done: Counter[str] = Counter()
         self.collected = self.kept = 0
-        self._yard = yard
+        self._env = env
         self._random = random.Random(seed)
         self._steps = STEPS
 
     async def play(self) -> None:
         """Play all steps in several tasks, while a worker and a collector run and what rows refer to is checked."""
-        assert self._yard.journal is not None
-        async with self._yard.journal.worker(interval=timedelta(seconds=0.1)):
+        assert self._env.journal is not None
+        async with self._env.journal.worker(interval=timedelta(seconds=0.1)):
             watching = [asyncio.create_task(work()) for work in (self._collect_forever, self._check_forever)]
             try:
                 async with asyncio.TaskGroup() as group:
@@ -78,7 +78,7 @@ class Traffic:
     async def check(self) -> None:
         """See that no row refers to what is not there: by what it refers to before and after the look."""
         before = await self._referenced()
-        objects = await self._yard.locations()
+        objects = await self._env.locations()
         missing = (before & await self._referenced()) - objects
         assert not missing, f"I1: {missing}"
 
@@ -97,7 +97,7 @@ class Traffic:
             self._steps -= 1
             change = self._random.choice([*changes, self._abandon, self._cancelled])
             try:
-                async with self._yard.sessions.begin() as session:
+                async with self._env.sessions.begin() as session:
                     await change(session)
                     await session.flush()
                     await asyncio.sleep(self._random.choice(PAUSES))
@@ -153,11 +153,11 @@ class Traffic:
 
     async def _abandon(self, _: AsyncSession) -> None:
         """Leave what nobody will ever know of, but the collector."""
-        await self._yard.orphan()
+        await self._env.orphan()
 
     async def _cancelled(self, _: AsyncSession) -> None:
         async def replace() -> None:
-            async with self._yard.sessions.begin() as session:
+            async with self._env.sessions.begin() as session:
                 await self._replace(session)
 
         task = asyncio.create_task(replace())
@@ -167,7 +167,7 @@ class Traffic:
 
     async def _collect_forever(self) -> None:
         """Collect in a storage where it is always the day after tomorrow: everything is old, and only looks protect it."""
-        collector = self._yard.collector()
+        collector = self._env.collector()
         while True:
             report = await collector.collect(storage_key="docs", dry_run=False, accept_empty=True)
             self.collected += report.deleted
@@ -181,35 +181,35 @@ class Traffic:
 
     async def _referenced(self) -> set[str]:
         found: set[str] = set()
-        async with self._yard.engine.connect() as connection:
-            for column in self._yard.binding.ref_columns():
+        async with self._env.engine.connect() as connection:
+            for column in self._env.binding.ref_columns():
                 refs = await connection.execute(select(type_coerce(column, StoredObjectRefType())).where(column.is_not(None)))
                 found.update(ref.location for ref in refs.scalars() if isinstance(ref, StoredObjectRef))
         return found
 
     async def settle(self) -> None:
         """Let every lease run out, and worker and collector end all there is."""
-        assert self._yard.journal is not None
-        tables = self._yard.journal.tables
+        assert self._env.journal is not None
+        tables = self._env.journal.tables
         for _ in range(3):
-            async with self._yard.engine.begin() as connection:
+            async with self._env.engine.begin() as connection:
                 for table in (tables.intent, tables.reclaim):
                     await connection.execute(table.update().values(due=clock(-1.0)))
-            await self._yard.journal.recover()
-        await self._yard.collect(accept_empty=True)
-        referenced, objects = await self._referenced(), await self._yard.locations()
+            await self._env.journal.recover()
+        await self._env.collect(accept_empty=True)
+        referenced, objects = await self._referenced(), await self._env.locations()
         assert referenced == objects, f"I1: {referenced - objects}; I2: {objects - referenced}"
 
 
 @pytest.mark.case("CON-10")
 @pytest.mark.timeout(3600)
-async def test_traffic_with_a_worker_and_a_collector(journaled_yard: Yard) -> None:
+async def test_traffic_with_a_worker_and_a_collector(journaled_env: GcEnvironment) -> None:
     seed = int(os.environ.get("GRANITE_GC_SEED", random.SystemRandom().randrange(10**6)))
     print(f"seed {seed}")  # noqa: T201
-    yard = journaled_yard
-    yard.age(48)
-    await yard.add(*(Crate(id=number, file=file("a")) for number in range(1, ROWS + 1)))
-    traffic = Traffic(yard, seed)
+    env = journaled_env
+    env.age(48)
+    await env.add(*(Crate(id=number, file=file("a")) for number in range(1, ROWS + 1)))
+    traffic = Traffic(env, seed)
     try:
         await traffic.play()
         await traffic.settle()

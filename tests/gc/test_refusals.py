@@ -32,58 +32,58 @@ from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.prefix import PrefixedBackend
 from granite_storage.gc.territory import overlap
-from tests.gc.yard import POLICIES, Base, Crate, Yard, file, yard_on
+from tests.gc.environment import POLICIES, Base, Crate, GcEnvironment, file, gc_environment
 from tests.orm.databases import Database, sqlite
 
 
-async def test_the_fuse(plain_yard: Yard) -> None:
-    yard = plain_yard
-    await yard.add(*(Crate(id=number, file=file("a")) for number in range(1, 4)))
-    orphans = [await yard.orphan() for _ in range(2)]
-    yard.age()
-    collector = yard.collector(max_deleted_share=0.25)
+async def test_the_fuse(plain_env: GcEnvironment) -> None:
+    env = plain_env
+    await env.add(*(Crate(id=number, file=file("a")) for number in range(1, 4)))
+    orphans = [await env.orphan() for _ in range(2)]
+    env.age()
+    collector = env.collector(max_deleted_share=0.25)
     with pytest.raises(CollectionRefusedError, match="2 of the 5 objects of 'docs' \\(40%\\)") as caught:
         await collector.collect(storage_key="docs", dry_run=False)
     assert caught.value.report.orphaned == 2  # type: ignore[attr-defined]
-    assert len(await yard.locations()) == 5
+    assert len(await env.locations()) == 5
     dry = await collector.collect(storage_key="docs")
     assert dry.refusal == str(caught.value)
     assert dry.share == 0.4
-    await yard.aged.delete(orphans[0].location)
+    await env.aged.delete(orphans[0].location)
     assert (await collector.collect(storage_key="docs", dry_run=False)).deleted == 1
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301  # our own
 
 
-async def test_an_empty_database(yard: Yard) -> None:
+async def test_an_empty_database(env: GcEnvironment) -> None:
     for _ in range(2):
-        await yard.orphan()
-    yard.age()
-    assert (await yard.collect(dry_run=True)).refusal is not None
+        await env.orphan()
+    env.age()
+    assert (await env.collect(dry_run=True)).refusal is not None
     with pytest.raises(CollectionRefusedError, match="empty or the wrong one"):
-        await yard.collect()
-    assert len(await yard.locations()) == 2
-    assert (await yard.collect(accept_empty=True)).deleted == 2
+        await env.collect()
+    assert len(await env.locations()) == 2
+    assert (await env.collect(accept_empty=True)).deleted == 2
 
 
-async def test_the_wrong_database(yard: Yard) -> None:
+async def test_the_wrong_database(env: GcEnvironment) -> None:
     """Its rows refer to objects, and to none of these."""
-    await yard.add(Crate(id=1, file=file("a")))
-    await yard.aged.delete(await yard.location_of(1))
-    await yard.orphan()
-    yard.age()
+    await env.add(Crate(id=1, file=file("a")))
+    await env.aged.delete(await env.location_of(1))
+    await env.orphan()
+    env.age()
     with pytest.raises(CollectionRefusedError, match="the wrong one"):
-        await yard.collect()
-    assert len(await yard.locations()) == 1
+        await env.collect()
+    assert len(await env.locations()) == 1
 
 
 @pytest.fixture
-async def disk(plain_database: Database, tmp_path: Path) -> AsyncIterator[Yard]:
-    async with yard_on(plain_database, backend=LocalStorageBackend(tmp_path / "store", fsync=False)) as yard:
-        yield yard
+async def disk(plain_database: Database, tmp_path: Path) -> AsyncIterator[GcEnvironment]:
+    async with gc_environment(plain_database, backend=LocalStorageBackend(tmp_path / "store", fsync=False)) as env:
+        yield env
 
 
 @pytest.mark.case("DSK-13")
-async def test_a_disk_that_is_not_mounted(disk: Yard, tmp_path: Path) -> None:
+async def test_a_disk_that_is_not_mounted(disk: GcEnvironment, tmp_path: Path) -> None:
     await disk.add(Crate(id=1, file=file("a")))
     (tmp_path / "store").rename(tmp_path / "unmounted")
     (tmp_path / "store").mkdir()
@@ -94,7 +94,7 @@ async def test_a_disk_that_is_not_mounted(disk: Yard, tmp_path: Path) -> None:
     await disk.manager.aclose()
 
 
-async def test_a_disk_of_something_else(disk: Yard, tmp_path: Path) -> None:
+async def test_a_disk_of_something_else(disk: GcEnvironment, tmp_path: Path) -> None:
     """Objects without a marker may be anybody's."""
     await disk.orphan()
     (tmp_path / "store" / ".granite-storage").unlink()
@@ -103,12 +103,12 @@ async def test_a_disk_of_something_else(disk: Yard, tmp_path: Path) -> None:
     assert len(list((tmp_path / "store").rglob("*-o.txt"))) == 1
 
 
-async def test_a_disk_that_was_never_used(disk: Yard) -> None:
+async def test_a_disk_that_was_never_used(disk: GcEnvironment) -> None:
     report = await disk.collect()
     assert (report.scanned, report.complete) == (0, True)
 
 
-async def test_local_disk_and_its_clock(disk: Yard, tmp_path: Path) -> None:
+async def test_local_disk_and_its_clock(disk: GcEnvironment, tmp_path: Path) -> None:
     await disk.add(Crate(id=1, file=file("a")))
     await disk.orphan()
     collector = disk.collector(grace_period=timedelta(hours=1))
@@ -139,13 +139,13 @@ def test_arguments(plain_database: Database) -> None:
         binding.unbind()
 
 
-async def test_an_unknown_policy(plain_yard: Yard) -> None:
+async def test_an_unknown_policy(plain_env: GcEnvironment) -> None:
     with pytest.raises(UnknownPolicyError):
-        await plain_yard.collect("nothing")
+        await plain_env.collect("nothing")
 
 
 @pytest.mark.parametrize("other", ["the same", "a folder of it", "around it"])
-async def test_two_names_for_one_place(plain_yard: Yard, other: str) -> None:
+async def test_two_names_for_one_place(plain_env: GcEnvironment, other: str) -> None:
     """A row may refer to an object by the other name."""
     inner = MemoryStorageBackend()
     backends: dict[str, Any] = {"store": inner, "other": inner if other == "the same" else PrefixedBackend(inner, "docs")}
@@ -184,23 +184,23 @@ class _Wrapped(TypeDecorator[Any]):
 @pytest.mark.parametrize(
     "kind", [_Wrapped(), ARRAY(StoredObjectRefType()), JSON().with_variant(StoredObjectRefType(), "sqlite")], ids=str
 )
-async def test_refs_where_nobody_can_look(plain_yard: Yard, kind: Any) -> None:
+async def test_refs_where_nobody_can_look(plain_env: GcEnvironment, kind: Any) -> None:
     with odd_base(Column("ref", kind)) as base:
-        binding = bind_storage(base, plain_yard.manager, sessions=plain_yard.sessions)
+        binding = bind_storage(base, plain_env.manager, sessions=plain_env.sessions)
         try:
             with pytest.raises(CollectionRefusedError, match=r"odd\.ref holds refs inside"):
-                await StorageGarbageCollector(plain_yard.manager, binding=binding).collect(storage_key="docs")
+                await StorageGarbageCollector(plain_env.manager, binding=binding).collect(storage_key="docs")
         finally:
             binding.unbind()
 
 
-async def test_no_column_of_refs_at_all(plain_yard: Yard) -> None:
+async def test_no_column_of_refs_at_all(plain_env: GcEnvironment) -> None:
     with odd_base() as base:
-        binding = bind_storage(base, plain_yard.manager, sessions=plain_yard.sessions)
+        binding = bind_storage(base, plain_env.manager, sessions=plain_env.sessions)
         try:
-            plain_yard.binding.unbind()
+            plain_env.binding.unbind()
             with pytest.raises(CollectionRefusedError, match="imported"):
-                await StorageGarbageCollector(plain_yard.manager, binding=binding).collect(storage_key="docs")
+                await StorageGarbageCollector(plain_env.manager, binding=binding).collect(storage_key="docs")
         finally:
             binding.unbind()
 
@@ -217,62 +217,62 @@ class Vat(Elsewhere):
     file: Mapped[Attachment | None] = attachment("docs")
 
 
-async def test_a_model_that_nobody_listed(yard: Yard) -> None:
-    await yard.add(Crate(id=1, file=file("a")))
-    other = bind_storage(Elsewhere, yard.manager, sessions=yard.sessions)
+async def test_a_model_that_nobody_listed(env: GcEnvironment) -> None:
+    await env.add(Crate(id=1, file=file("a")))
+    other = bind_storage(Elsewhere, env.manager, sessions=env.sessions)
     try:
-        async with yard.engine.begin() as connection:
+        async with env.engine.begin() as connection:
             await connection.run_sync(Elsewhere.metadata.create_all)
-        await yard.add(Vat(id=1, file=file("b")))
-        yard.age()
-        report = await yard.collect()
+        await env.add(Vat(id=1, file=file("b")))
+        env.age()
+        report = await env.collect()
         assert (report.referenced, report.orphaned) == (2, 0)
     finally:
         other.unbind()
-        async with yard.engine.begin() as connection:
+        async with env.engine.begin() as connection:
             await connection.run_sync(Elsewhere.metadata.drop_all)
 
 
 @pytest.mark.case("GCX-13")
-async def test_a_base_in_another_database_or_nobody_knows_where(plain_yard: Yard) -> None:
+async def test_a_base_in_another_database_or_nobody_knows_where(plain_env: GcEnvironment) -> None:
     with sqlite("elsewhere") as database:
         async with database.opened(Elsewhere.metadata) as engine:
             for sessions in (None, async_sessionmaker(engine)):
-                other = bind_storage(Elsewhere, plain_yard.manager, sessions=sessions)
+                other = bind_storage(Elsewhere, plain_env.manager, sessions=sessions)
                 try:
                     with pytest.raises(CollectionRefusedError, match=r"sessions to read|another database"):
-                        await plain_yard.collect()
+                        await plain_env.collect()
                 finally:
                     other.unbind()
 
 
 @pytest.mark.case("GCX-13")
-async def test_tables_in_several_databases(plain_yard: Yard) -> None:
+async def test_tables_in_several_databases(plain_env: GcEnvironment) -> None:
     with sqlite("elsewhere") as database:
         engine = database.engine()
-        plain_yard.sessions.configure(binds={Base.metadata.tables["yard_drum"]: engine})
+        plain_env.sessions.configure(binds={Base.metadata.tables["gc_drum"]: engine})
         with pytest.raises(CollectionRefusedError, match="several databases"):
-            await plain_yard.collect()
+            await plain_env.collect()
         await engine.dispose()
 
 
 async def test_row_level_security(postgres_only: Database) -> None:
-    async with yard_on(postgres_only) as yard:
-        await yard.add(Crate(id=1, file=file("a")))
-        await yard.sql("ALTER TABLE yard_crate ENABLE ROW LEVEL SECURITY")
-        await yard.sql("CREATE ROLE yard_reader")
-        await yard.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO yard_reader")
+    async with gc_environment(postgres_only) as env:
+        await env.add(Crate(id=1, file=file("a")))
+        await env.sql("ALTER TABLE gc_crate ENABLE ROW LEVEL SECURITY")
+        await env.sql("CREATE ROLE yard_reader")
+        await env.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO yard_reader")
         try:
-            async with yard.sessions() as session:
+            async with env.sessions() as session:
                 await session.execute(text("SET ROLE yard_reader"))
                 from granite_storage.gc.checks import require_fit
 
                 with pytest.raises(CollectionRefusedError, match="row-level security"):
-                    await require_fit(await session.connection(), yard.binding.ref_columns())
+                    await require_fit(await session.connection(), env.binding.ref_columns())
         finally:
-            await yard.sql("ALTER TABLE yard_crate DISABLE ROW LEVEL SECURITY")
-            await yard.sql("DROP OWNED BY yard_reader")
-            await yard.sql("DROP ROLE yard_reader")
+            await env.sql("ALTER TABLE gc_crate DISABLE ROW LEVEL SECURITY")
+            await env.sql("DROP OWNED BY yard_reader")
+            await env.sql("DROP ROLE yard_reader")
 
 
 async def test_other_schemas(postgres_only: Database) -> None:
@@ -287,18 +287,18 @@ async def test_other_schemas(postgres_only: Database) -> None:
         id: Mapped[int] = mapped_column(primary_key=True)
         ref: Mapped[StoredObjectRef | None] = mapped_column(StoredObjectRefType)
 
-    async with yard_on(postgres_only) as yard:
-        await yard.sql("CREATE SCHEMA far")
-        binding = bind_storage(Far, yard.manager, sessions=yard.sessions)
+    async with gc_environment(postgres_only) as env:
+        await env.sql("CREATE SCHEMA far")
+        binding = bind_storage(Far, env.manager, sessions=env.sessions)
         try:
-            async with yard.engine.begin() as connection:
+            async with env.engine.begin() as connection:
                 await connection.run_sync(Far.metadata.create_all)
-            kept, orphan = await yard.orphan(), await yard.orphan()
-            await yard.add(Shed(id=1, ref=kept))
-            yard.age()
-            collector = StorageGarbageCollector(yard.manager, binding=binding, max_deleted_share=1.0)
+            kept, orphan = await env.orphan(), await env.orphan()
+            await env.add(Shed(id=1, ref=kept))
+            env.age()
+            collector = StorageGarbageCollector(env.manager, binding=binding, max_deleted_share=1.0)
             assert (await collector.collect(storage_key="docs", dry_run=False)).deleted == 1
-            assert await yard.locations() == {kept.location} != {orphan.location}
+            assert await env.locations() == {kept.location} != {orphan.location}
         finally:
             binding.unbind()
-            await yard.sql("DROP SCHEMA far CASCADE")
+            await env.sql("DROP SCHEMA far CASCADE")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.migration.town import Town, town_on
+from tests.migration.environment import MigrationEnvironment, migration_environment
 from tests.orm.conftest import database
 from tests.orm.databases import Database
 
@@ -22,11 +22,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_impossible(item: pytest.Item) -> bool:
     params = getattr(getattr(item, "callspec", None), "params", {})
-    return params.get("town") == "journaled" and str(params.get("database")).startswith("sqlite")
+    return params.get("env") == "journaled" and str(params.get("database")).startswith("sqlite")
 
 
 @pytest.fixture(params=["plain", "journaled"])
-async def town(request: pytest.FixtureRequest, database: Database) -> AsyncIterator[Town]:
+async def env(request: pytest.FixtureRequest, database: Database) -> AsyncIterator[MigrationEnvironment]:
     """Two backends without and, where the database can have one, with a journal; policies write to `old`."""
-    async with town_on(database, journaled=request.param == "journaled") as town:
-        yield town
+    async with migration_environment(database, journaled=request.param == "journaled") as env:
+        yield env

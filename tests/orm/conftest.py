@@ -1,4 +1,4 @@
-"""The databases and the world that tests of attachments run in."""
+"""The databases and the environment that tests of attachments run in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from granite_storage.backends.local import LocalStorageBackend
 from tests.orm.databases import DATABASES, Database, mariadb, postgres_database, sqlite
-from tests.orm.world import World, world_on
+from tests.orm.environment import OrmEnvironment, orm_environment
 from tests.services import service
 
 
@@ -32,9 +32,9 @@ def _database(request: pytest.FixtureRequest, name: str) -> Iterator[Database]:
 
 
 @pytest.fixture
-async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
+async def env(database: Database, tmp_path: Path) -> AsyncIterator[OrmEnvironment]:
     """Empty tables, an empty storage, and both bound; checked afterwards. One of the databases has its objects on disk."""
     backend = LocalStorageBackend(tmp_path / "store", fsync=False) if database.name == "sqlite-begin" else None
-    async with world_on(database, backend=backend) as world:
-        yield world
-        await world.check()
+    async with orm_environment(database, backend=backend) as env:
+        yield env
+        await env.check()

@@ -11,217 +11,217 @@ from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session, aliased
 
 from granite_storage.exceptions import InvalidReferenceError
-from tests.orm.world import Child, Doc, Item, Node, Note, Parent, Photo, Report, Tag, World, file
+from tests.orm.environment import Child, Doc, Item, Node, Note, OrmEnvironment, Parent, Photo, Report, Tag, file
 
 SYNCHRONIZE = [False, "fetch", "evaluate", "auto"]
 
 
-async def three(world: World) -> None:
-    await world.add(*(Doc(id=number, code=str(number), file=file(str(number)), other=file(f"o{number}")) for number in (1, 2, 3)))
+async def three(env: OrmEnvironment) -> None:
+    await env.add(*(Doc(id=number, code=str(number), file=file(str(number)), other=file(f"o{number}")) for number in (1, 2, 3)))
 
 
 class TestDelete:
     @pytest.mark.case("DBF-09")
     @pytest.mark.parametrize("how", SYNCHRONIZE)
-    async def test_every_synchronize_session(self, world: World, how: Any) -> None:
-        await three(world)
-        async with world.sessions.begin() as session:
+    async def test_every_synchronize_session(self, env: OrmEnvironment, how: Any) -> None:
+        await three(env)
+        async with env.sessions.begin() as session:
             await session.get_one(Doc, 1)
             await session.execute(delete(Doc).where(Doc.id < 3), execution_options={"synchronize_session": how})
-        await world.check(file_3="3", other_3="o3")
+        await env.check(file_3="3", other_3="o3")
 
     @pytest.mark.case("DBF-09")
-    async def test_query(self, world: World) -> None:
-        await three(world)
-        async with world.sessions.begin() as session:
+    async def test_query(self, env: OrmEnvironment) -> None:
+        await three(env)
+        async with env.sessions.begin() as session:
             await session.run_sync(lambda sync: sync.query(Doc).filter(Doc.id == 1).delete())
-        await world.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
+        await env.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
 
-    async def test_table(self, world: World) -> None:
-        await three(world)
-        async with world.sessions.begin() as session:
+    async def test_table(self, env: OrmEnvironment) -> None:
+        await three(env)
+        async with env.sessions.begin() as session:
             await session.execute(Doc.__table__.delete().where(Doc.__table__.c.id != 2))
-        await world.check(file_2="2", other_2="o2")
+        await env.check(file_2="2", other_2="o2")
 
-    async def test_all_and_rolled_back(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
-        async with world.sessions() as session:
+    async def test_all_and_rolled_back(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions() as session:
             await session.execute(delete(Doc))
             await session.rollback()
-        await world.check(file_1="a")
+        await env.check(file_1="a")
 
-    async def test_returning(self, world: World) -> None:
-        await three(world)
-        async with world.sessions.begin() as session:
+    async def test_returning(self, env: OrmEnvironment) -> None:
+        await three(env)
+        async with env.sessions.begin() as session:
             result = await session.execute(delete(Doc).where(Doc.id == 1).returning(Doc.id, Doc.file))
             number, stored = result.one()
             assert (number, await stored.read()) == (1, b"1")
-        await world.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
+        await env.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
 
-    async def test_parameters(self, world: World) -> None:
-        await three(world)
-        async with world.sessions.begin() as session:
+    async def test_parameters(self, env: OrmEnvironment) -> None:
+        await three(env)
+        async with env.sessions.begin() as session:
             await session.execute(delete(Doc).where(Doc.id == bindparam("which")), {"which": 1})
-        await world.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
+        await env.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
 
-    async def test_several_sets_of_parameters(self, world: World) -> None:
-        await three(world)
+    async def test_several_sets_of_parameters(self, env: OrmEnvironment) -> None:
+        await three(env)
         table = Doc.__table__
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             await session.execute(table.delete().where(table.c.id == bindparam("which")), [{"which": 1}, {"which": 3}])
-        await world.check(file_2="2", other_2="o2")
+        await env.check(file_2="2", other_2="o2")
 
-    async def test_subquery(self, world: World) -> None:
-        await world.add(Parent(id=1, children=[Child(id=1, file=file("c"))]), Child(id=2, file=file("d")))
-        async with world.sessions.begin() as session:
+    async def test_subquery(self, env: OrmEnvironment) -> None:
+        await env.add(Parent(id=1, children=[Child(id=1, file=file("c"))]), Child(id=2, file=file("d")))
+        async with env.sessions.begin() as session:
             await session.execute(delete(Child).where(exists().where(Parent.id == Child.parent_id)))
-        assert list((await world.contents()).values()) == [b"d"]
+        assert list((await env.contents()).values()) == [b"d"]
 
-    async def test_where_a_ref_is(self, world: World) -> None:
-        if world.database.is_sqlite or world.database.name == "mariadb":
+    async def test_where_a_ref_is(self, env: OrmEnvironment) -> None:
+        if env.database.is_sqlite or env.database.name == "mariadb":
             pytest.skip("JSON is compared by value on PostgreSQL only")
-        await three(world)
-        async with world.sessions.begin() as session:
+        await three(env)
+        async with env.sessions.begin() as session:
             stored = (await session.get_one(Doc, 1)).file
             await session.execute(delete(Doc).where(Doc.file == stored), execution_options={"synchronize_session": False})
-        await world.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
+        await env.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
 
-    async def test_flushes_first(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
-        async with world.sessions.begin() as session:
+    async def test_flushes_first(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions.begin() as session:
             (await session.get_one(Doc, 1)).file = file("b")
             session.add(Doc(id=2, file=file("c")))
             await session.execute(delete(Doc))
-        await world.check()
-        assert await world.objects() == set()
+        await env.check()
+        assert await env.objects() == set()
 
     @pytest.mark.case("DBF-09")
-    async def test_cascade(self, world: World) -> None:
-        await world.add(
+    async def test_cascade(self, env: OrmEnvironment) -> None:
+        await env.add(
             Parent(id=1, file=file("p"), children=[Child(id=1, file=file("c"), tags=[Tag(id=1, file=file("t"))])]),
             Child(id=2, file=file("d"), tags=[Tag(id=2, file=file("u"))]),
         )
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             await session.execute(delete(Parent))
-        assert sorted((await world.contents()).values()) == [b"d", b"u"]
+        assert sorted((await env.contents()).values()) == [b"d", b"u"]
 
-    async def test_cascade_into_itself(self, world: World) -> None:
-        await world.add(Node(id=1, file=file("1")))
-        await world.add(Node(id=2, parent_id=1, file=file("2")))
-        await world.add(Node(id=3, parent_id=2, file=file("3")), Node(id=4, parent_id=2))
-        await world.add(Node(id=5, parent_id=4, file=file("5")), Node(id=6, file=file("6")))
-        async with world.sessions.begin() as session:
+    async def test_cascade_into_itself(self, env: OrmEnvironment) -> None:
+        await env.add(Node(id=1, file=file("1")))
+        await env.add(Node(id=2, parent_id=1, file=file("2")))
+        await env.add(Node(id=3, parent_id=2, file=file("3")), Node(id=4, parent_id=2))
+        await env.add(Node(id=5, parent_id=4, file=file("5")), Node(id=6, file=file("6")))
+        async with env.sessions.begin() as session:
             await session.execute(delete(Node).where(Node.id == 1))
-        assert await world.contents() == {("node", 6, "file"): b"6"}
+        assert await env.contents() == {("node", 6, "file"): b"6"}
 
-    async def test_round_of_cascades(self, world: World) -> None:
-        await world.add(Node(id=1, file=file("1")))
-        await world.add(Node(id=2, parent_id=1, file=file("2")))
-        await world.sql("UPDATE node SET parent_id = 2 WHERE id = 1")
-        async with world.sessions.begin() as session:
+    async def test_round_of_cascades(self, env: OrmEnvironment) -> None:
+        await env.add(Node(id=1, file=file("1")))
+        await env.add(Node(id=2, parent_id=1, file=file("2")))
+        await env.sql("UPDATE node SET parent_id = 2 WHERE id = 1")
+        async with env.sessions.begin() as session:
             await session.delete(await session.get_one(Node, 2))
-        await world.check()
-        assert await world.objects() == set()
+        await env.check()
+        assert await env.objects() == set()
 
-    async def test_cascade_that_the_database_does_not_do(self, world: World) -> None:
-        if not world.database.is_sqlite:
+    async def test_cascade_that_the_database_does_not_do(self, env: OrmEnvironment) -> None:
+        if not env.database.is_sqlite:
             pytest.skip("only SQLite may be told to check no foreign keys")
-        await world.no_foreign_keys()
-        await world.add(Node(id=1, file=file("1")), Node(id=2, parent_id=1, file=file("2")))
-        async with world.sessions.begin() as session:
+        await env.no_foreign_keys()
+        await env.add(Node(id=1, file=file("1")), Node(id=2, parent_id=1, file=file("2")))
+        async with env.sessions.begin() as session:
             await session.execute(delete(Node).where(Node.id == 1))
-        assert await world.contents() == {("node", 2, "file"): b"2"}
-        async with world.sessions.begin() as session:
+        assert await env.contents() == {("node", 2, "file"): b"2"}
+        async with env.sessions.begin() as session:
             session.add(Node(id=1, file=file("1")))
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             await session.delete(await session.get_one(Node, 1))
-        assert await world.contents() == {("node", 2, "file"): b"2"}
+        assert await env.contents() == {("node", 2, "file"): b"2"}
 
-    async def test_inheritance(self, world: World) -> None:
-        await world.add(
+    async def test_inheritance(self, env: OrmEnvironment) -> None:
+        await env.add(
             Item(id=1, file=file("i")), Photo(id=2, file=file("p"), raw=file("w")), Report(id=3, file=file("r"), pdf=file("x"))
         )
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             await session.execute(delete(Photo))
-        assert sorted((await world.contents()).values()) == [b"i", b"r", b"x"]
-        async with world.sessions.begin() as session:
+        assert sorted((await env.contents()).values()) == [b"i", b"r", b"x"]
+        async with env.sessions.begin() as session:
             await session.execute(delete(Item).where(Item.id == 3))
-        assert sorted((await world.contents()).values()) == [b"i"]
+        assert sorted((await env.contents()).values()) == [b"i"]
 
-    async def test_many_rows(self, world: World) -> None:
-        await world.add(*(Doc(id=number, file=file("x")) for number in range(1, 451)))
-        async with world.sessions.begin() as session:
+    async def test_many_rows(self, env: OrmEnvironment) -> None:
+        await env.add(*(Doc(id=number, file=file("x")) for number in range(1, 451)))
+        async with env.sessions.begin() as session:
             await session.execute(delete(Doc).where(Doc.id > 1))
-        await world.check(file_1="x")
+        await env.check(file_1="x")
 
 
 class TestUpdate:
     @pytest.mark.parametrize("how", SYNCHRONIZE)
     @pytest.mark.parametrize("value", [None, null()])
-    async def test_to_none(self, world: World, how: Any, value: Any) -> None:
-        await three(world)
-        async with world.sessions.begin() as session:
+    async def test_to_none(self, env: OrmEnvironment, how: Any, value: Any) -> None:
+        await three(env)
+        async with env.sessions.begin() as session:
             await session.get_one(Doc, 1)
             statement = update(Doc).where(Doc.id < 3).values(file=value)
             await session.execute(statement, execution_options={"synchronize_session": how})
-        await world.check(other_1="o1", other_2="o2", file_3="3", other_3="o3")
+        await env.check(other_1="o1", other_2="o2", file_3="3", other_3="o3")
 
-    async def test_by_a_list_of_keys(self, world: World) -> None:
-        await three(world)
-        async with world.sessions.begin() as session:
+    async def test_by_a_list_of_keys(self, env: OrmEnvironment) -> None:
+        await three(env)
+        async with env.sessions.begin() as session:
             await session.execute(update(Doc), [{"id": 1, "file": None}, {"id": 3, "file": None, "title": "x"}])
-        await world.check(other_1="o1", file_2="2", other_2="o2", other_3="o3")
+        await env.check(other_1="o1", file_2="2", other_2="o2", other_3="o3")
 
-    async def test_by_a_list_of_keys_and_the_names_of_attributes(self, world: World) -> None:
-        await world.add(Note(id=1, scan=file("a")), Note(id=2, scan=file("b")))
-        async with world.sessions.begin() as session:
+    async def test_by_a_list_of_keys_and_the_names_of_attributes(self, env: OrmEnvironment) -> None:
+        await env.add(Note(id=1, scan=file("a")), Note(id=2, scan=file("b")))
+        async with env.sessions.begin() as session:
             await session.execute(update(Note), [{"id": 1, "scan": None}])
-        assert await world.contents() == {("note", 2, "scan_ref"): b"b"}
+        assert await env.contents() == {("note", 2, "scan_ref"): b"b"}
 
-    async def test_attribute_of_another_name(self, world: World) -> None:
-        await world.add(Note(id=1, scan=file("a")), Note(id=2, scan=file("b")))
-        async with world.sessions.begin() as session:
+    async def test_attribute_of_another_name(self, env: OrmEnvironment) -> None:
+        await env.add(Note(id=1, scan=file("a")), Note(id=2, scan=file("b")))
+        async with env.sessions.begin() as session:
             await session.execute(update(Note).where(Note.id == 1).values(scan=None))
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             await session.execute(update(Note).where(Note.id == 2).values({Note.scan: None}))
-        await world.check()
-        assert await world.objects() == set()
+        await env.check()
+        assert await env.objects() == set()
 
-    async def test_list_of_keys_of_a_joined_class(self, world: World) -> None:
-        await world.add(Report(id=1, file=file("a"), pdf=file("b")))
-        async with world.sessions.begin() as session:
+    async def test_list_of_keys_of_a_joined_class(self, env: OrmEnvironment) -> None:
+        await env.add(Report(id=1, file=file("a"), pdf=file("b")))
+        async with env.sessions.begin() as session:
             await session.execute(update(Report), [{"id": 1, "file": None, "pdf": None}])
-        await world.check()
-        assert await world.objects() == set()
+        await env.check()
+        assert await env.objects() == set()
 
-    async def test_query(self, world: World) -> None:
-        await three(world)
-        async with world.sessions.begin() as session:
+    async def test_query(self, env: OrmEnvironment) -> None:
+        await three(env)
+        async with env.sessions.begin() as session:
             await session.run_sync(lambda sync: sync.query(Doc).filter(Doc.id == 1).update({"file": None}))
-        await world.check(other_1="o1", file_2="2", other_2="o2", file_3="3", other_3="o3")
+        await env.check(other_1="o1", file_2="2", other_2="o2", file_3="3", other_3="o3")
 
-    async def test_single_table_inheritance_hits_its_class_only(self, world: World) -> None:
-        await world.add(Item(id=1, file=file("i")), Photo(id=2, file=file("p")))
-        async with world.sessions.begin() as session:
+    async def test_single_table_inheritance_hits_its_class_only(self, env: OrmEnvironment) -> None:
+        await env.add(Item(id=1, file=file("i")), Photo(id=2, file=file("p")))
+        async with env.sessions.begin() as session:
             await session.execute(update(Photo).values(file=None))
-        assert await world.contents() == {("item", 1, "file"): b"i"}
+        assert await env.contents() == {("item", 1, "file"): b"i"}
 
-    async def test_of_other_columns(self, world: World) -> None:
-        await three(world)
-        async with world.sessions.begin() as session:
+    async def test_of_other_columns(self, env: OrmEnvironment) -> None:
+        await three(env)
+        async with env.sessions.begin() as session:
             await session.execute(update(Doc).values(title=func.lower("X")))
             await session.execute(update(Doc).where(Doc.file.is_not(None)).values(title="y"))
-        await world.check(**{f"{column}_{n}": f"{o}{n}" for n in (1, 2, 3) for column, o in (("file", ""), ("other", "o"))})
+        await env.check(**{f"{column}_{n}": f"{o}{n}" for n in (1, 2, 3) for column, o in (("file", ""), ("other", "o"))})
 
-    async def test_taken_back_in_the_same_transaction(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
-        async with world.sessions.begin() as session:
+    async def test_taken_back_in_the_same_transaction(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions.begin() as session:
             doc = await session.get_one(Doc, 1)
             old = doc.file
             await session.execute(update(Doc).values(file=None))
             assert doc.file is None
             doc.file = old
-        await world.check(file_1="a")
+        await env.check(file_1="a")
 
 
 def values_of(stored: Any) -> dict[str, Any]:
@@ -253,13 +253,13 @@ class TestRefusals:
     """What would write a ref past the hooks: two rows would hold one object, or a row one that nobody stored."""
 
     @pytest.fixture
-    async def stored(self, world: World) -> Any:
-        await world.add(Doc(id=1, file=file("a"), other=file("b")))
-        async with world.sessions() as session:
+    async def stored(self, env: OrmEnvironment) -> Any:
+        await env.add(Doc(id=1, file=file("a"), other=file("b")))
+        async with env.sessions() as session:
             return (await session.get_one(Doc, 1)).file
 
     @pytest.mark.parametrize("kind", ["attachment", "pending", "ref", "dict", "text", "column", "alias", "subquery"])
-    async def test_values(self, world: World, stored: Any, kind: str) -> None:
+    async def test_values(self, env: OrmEnvironment, stored: Any, kind: str) -> None:
         value = values_of(stored)[kind]
         for statement in (
             update(Doc).where(Doc.id == 1).values(file=value),
@@ -269,83 +269,83 @@ class TestRefusals:
             update(Doc.__table__).values(file=value),
             update(Note).values(scan=value),
         ):
-            await self.refused(world, statement)
-        await world.check(file_1="a", other_1="b")
+            await self.refused(env, statement)
+        await env.check(file_1="a", other_1="b")
 
-    async def refused(self, world: World, statement: Any, parameters: Any = None) -> None:
-        async with world.sessions() as session:
+    async def refused(self, env: OrmEnvironment, statement: Any, parameters: Any = None) -> None:
+        async with env.sessions() as session:
             with pytest.raises((InvalidReferenceError, StatementError)) as caught:
                 await session.execute(statement, parameters)
             assert isinstance(getattr(caught.value, "orig", caught.value), InvalidReferenceError)
 
-    async def test_ordered_values(self, world: World, stored: Any) -> None:
-        await self.refused(world, update(Doc).ordered_values((Doc.title, "x"), (Doc.file, Doc.other)))
-        await world.check(file_1="a", other_1="b")
+    async def test_ordered_values(self, env: OrmEnvironment, stored: Any) -> None:
+        await self.refused(env, update(Doc).ordered_values((Doc.title, "x"), (Doc.file, Doc.other)))
+        await env.check(file_1="a", other_1="b")
 
-    async def test_parameters(self, world: World, stored: Any) -> None:
-        await self.refused(world, insert(Doc), [{"id": 2, "file": stored}])
-        await self.refused(world, update(Doc), [{"id": 1, "other": stored}])
-        await self.refused(world, insert(Doc), {"id": 2, "file": file("x")})
-        await self.refused(world, update(Doc).where(Doc.id == 1).values(file=bindparam("f")), {"f": stored})
-        await world.check(file_1="a", other_1="b")
+    async def test_parameters(self, env: OrmEnvironment, stored: Any) -> None:
+        await self.refused(env, insert(Doc), [{"id": 2, "file": stored}])
+        await self.refused(env, update(Doc), [{"id": 1, "other": stored}])
+        await self.refused(env, insert(Doc), {"id": 2, "file": file("x")})
+        await self.refused(env, update(Doc).where(Doc.id == 1).values(file=bindparam("f")), {"f": stored})
+        await env.check(file_1="a", other_1="b")
 
-    async def test_from_select(self, world: World, stored: Any) -> None:
+    async def test_from_select(self, env: OrmEnvironment, stored: Any) -> None:
         source = select(Doc.id + 1, Doc.file)
-        await self.refused(world, insert(Doc).from_select(["id", "file"], source))
-        await self.refused(world, insert(Doc).from_select([Doc.id, Doc.file], source))
-        await self.refused(world, insert(Note).from_select([Note.id, Note.scan], source))
-        await world.check(file_1="a", other_1="b")
+        await self.refused(env, insert(Doc).from_select(["id", "file"], source))
+        await self.refused(env, insert(Doc).from_select([Doc.id, Doc.file], source))
+        await self.refused(env, insert(Note).from_select([Note.id, Note.scan], source))
+        await env.check(file_1="a", other_1="b")
 
     @pytest.mark.parametrize("value", ["another column", "the refused one", "none"])
-    async def test_upsert(self, world: World, stored: Any, value: str) -> None:
-        if world.database.name == "mariadb":
+    async def test_upsert(self, env: OrmEnvironment, stored: Any, value: str) -> None:
+        if env.database.name == "mariadb":
             for statement in mariadb_upserts(value):
-                await self.refused(world, statement)
+                await self.refused(env, statement)
         else:
-            kind = sqlite if world.database.is_sqlite else postgresql
+            kind = sqlite if env.database.is_sqlite else postgresql
             upsert = kind.insert(Doc).values(id=1, title="x")
             new = {"another column": Doc.other, "the refused one": upsert.excluded.other, "none": None}[value]
             for name in ("file", Doc.file, Doc.__table__.c.file):
-                await self.refused(world, upsert.on_conflict_do_update(index_elements=["id"], set_={name: new}))
-        await world.check(file_1="a", other_1="b")
+                await self.refused(env, upsert.on_conflict_do_update(index_elements=["id"], set_={name: new}))
+        await env.check(file_1="a", other_1="b")
 
-    async def test_upsert_of_other_columns(self, world: World, stored: Any) -> None:
-        kind: Any = mysql if world.database.name == "mariadb" else sqlite if world.database.is_sqlite else postgresql
+    async def test_upsert_of_other_columns(self, env: OrmEnvironment, stored: Any) -> None:
+        kind: Any = mysql if env.database.name == "mariadb" else sqlite if env.database.is_sqlite else postgresql
         upsert = kind.insert(Doc).values(id=1, title="x", file=None)
         if kind is mysql:
             upsert = upsert.on_duplicate_key_update(title="new")
         else:
             upsert = upsert.on_conflict_do_update(index_elements=["id"], set_={"title": "new"})
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             await session.execute(upsert)
-        async with world.sessions() as session:
+        async with env.sessions() as session:
             assert (await session.get_one(Doc, 1)).title == "new"
-        await world.check(file_1="a", other_1="b")
+        await env.check(file_1="a", other_1="b")
 
     @pytest.mark.parametrize("call", ["bulk_save_objects", "bulk_insert_mappings"])
-    async def test_legacy_bulk(self, world: World, call: str) -> None:
+    async def test_legacy_bulk(self, env: OrmEnvironment, call: str) -> None:
         def work(session: Session) -> None:
             if call == "bulk_save_objects":
                 session.bulk_save_objects([Doc(id=2, file=file("x"))])
             else:
                 session.bulk_insert_mappings(Doc, [{"id": 2, "file": file("x")}])
 
-        async with world.sessions() as session:
+        async with env.sessions() as session:
             with pytest.raises(StatementError) as caught:
                 await session.run_sync(work)
         assert isinstance(caught.value.orig, InvalidReferenceError)
-        await world.check()
+        await env.check()
 
-    async def test_connection(self, world: World, stored: Any) -> None:
-        async with world.engine.connect() as connection:
+    async def test_connection(self, env: OrmEnvironment, stored: Any) -> None:
+        async with env.engine.connect() as connection:
             for value in (stored, stored.ref, file("x")):
                 with pytest.raises(StatementError) as caught:
                     await connection.execute(insert(Doc.__table__).values(id=2, file=value))
                 assert isinstance(caught.value.orig, InvalidReferenceError)
-        await world.check(file_1="a", other_1="b")
+        await env.check(file_1="a", other_1="b")
 
-    async def test_what_a_flush_of_the_same_transaction_has_stored(self, world: World, stored: Any) -> None:
-        async with world.sessions.begin() as session:
+    async def test_what_a_flush_of_the_same_transaction_has_stored(self, env: OrmEnvironment, stored: Any) -> None:
+        async with env.sessions.begin() as session:
             doc = Doc(id=2, file=file("c"))
             session.add(doc)
             await session.flush()
@@ -353,13 +353,13 @@ class TestRefusals:
             with pytest.raises(StatementError) as caught:
                 await connection.execute(insert(Doc.__table__).values(id=3, file=doc.file))
             assert isinstance(caught.value.orig, InvalidReferenceError)
-        await world.check(file_1="a", other_1="b", file_2="c")
+        await env.check(file_1="a", other_1="b", file_2="c")
 
-    async def test_nothing_of_it_is_refused(self, world: World, stored: Any) -> None:
-        async with world.sessions.begin() as session:
+    async def test_nothing_of_it_is_refused(self, env: OrmEnvironment, stored: Any) -> None:
+        async with env.sessions.begin() as session:
             await session.execute(insert(Doc).values(id=2, title="x"))
             await session.execute(insert(Doc).values(id=3, file=None))
             await session.execute(insert(Doc), [{"id": 4, "file": None}, {"id": 5, "file": None}])
             await session.execute(insert(Doc.__table__).from_select(["id", "title"], select(Doc.id + 10, Doc.title)))
             await session.execute(select(Doc).where(Doc.file == stored))
-        await world.check(file_1="a", other_1="b")
+        await env.check(file_1="a", other_1="b")

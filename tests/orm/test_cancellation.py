@@ -19,29 +19,29 @@ from sqlalchemy.orm import Session
 from granite_storage.exceptions import BackendUnavailableError
 from granite_storage.orm import Attachment
 from tests.orm.databases import Database
-from tests.orm.world import Doc, World, file, world_on
+from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 
-Work = Callable[[World], Coroutine[Any, Any, None]]
+Work = Callable[[OrmEnvironment], Coroutine[Any, Any, None]]
 
 
-async def save(world: World) -> None:
-    async with world.sessions() as session, session.begin():
+async def save(env: OrmEnvironment) -> None:
+    async with env.sessions() as session, session.begin():
         session.add_all([Doc(id=2, file=file("b"), other=file("c")), Doc(id=3, file=file("d"))])
 
 
-async def replace(world: World) -> None:
-    async with world.sessions() as session, session.begin():
+async def replace(env: OrmEnvironment) -> None:
+    async with env.sessions() as session, session.begin():
         doc = await session.get_one(Doc, 1)
         doc.file, doc.other = file("b"), file("c")
 
 
-async def delete(world: World) -> None:
-    async with world.sessions() as session, session.begin():
+async def delete(env: OrmEnvironment) -> None:
+    async with env.sessions() as session, session.begin():
         await session.delete(await session.get_one(Doc, 1))
 
 
-async def roll_back(world: World) -> None:
-    async with world.sessions() as session:
+async def roll_back(env: OrmEnvironment) -> None:
+    async with env.sessions() as session:
         doc = await session.get_one(Doc, 1)
         doc.file = file("b")
         session.add(Doc(id=2, file=doc.other))
@@ -49,8 +49,8 @@ async def roll_back(world: World) -> None:
         await session.rollback()
 
 
-async def savepoints(world: World) -> None:
-    async with world.sessions() as session, session.begin():
+async def savepoints(env: OrmEnvironment) -> None:
+    async with env.sessions() as session, session.begin():
         doc = await session.get_one(Doc, 1)
         savepoint = await session.begin_nested()
         doc.file = file("b")
@@ -60,15 +60,15 @@ async def savepoints(world: World) -> None:
             doc.other = None
 
 
-async def swap(world: World) -> None:
-    async with world.sessions() as session, session.begin():
+async def swap(env: OrmEnvironment) -> None:
+    async with env.sessions() as session, session.begin():
         doc = await session.get_one(Doc, 1)
         doc.file, doc.other = doc.other, doc.file
         session.add(Doc(id=2, file=doc.file))
 
 
-async def joined(world: World) -> None:
-    async with world.engine.begin() as connection, AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
+async def joined(env: OrmEnvironment) -> None:
+    async with env.engine.begin() as connection, AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
         (await session.get_one(Doc, 1)).file = file("b")
         await session.commit()
 
@@ -128,10 +128,10 @@ class Steps:
 class Commits:
     """Knows whether a COMMIT is on its way: it has been sent, and the session has not been told that it was answered."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, env: OrmEnvironment) -> None:
         self.in_flight = False
         self._heard: list[tuple[Any, str, Any]] = [
-            (world.engine.sync_engine, "commit", self._on_commit),
+            (env.engine.sync_engine, "commit", self._on_commit),
             (Session, "after_commit", self._on_answer),
         ]
         for heard in self._heard:
@@ -149,11 +149,11 @@ class Commits:
             self.in_flight = False
 
 
-async def settled(world: World) -> None:
+async def settled(env: OrmEnvironment) -> None:
     """Wait for what SQLAlchemy does in the background for a task that was cancelled."""
     for _ in range(400):
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        if not others and world.engine.pool.checkedout() == 0:  # type: ignore[attr-defined]
+        if not others and env.engine.pool.checkedout() == 0:  # type: ignore[attr-defined]
             break
         await asyncio.sleep(0.005)
 
@@ -161,21 +161,21 @@ async def settled(world: World) -> None:
 async def cancel_everywhere(database: Database, work: Work, *, turns: int, again_after: int | None = None) -> tuple[int, int]:
     """Return how many times the work was cancelled, and how often a COMMIT was on its way then."""
     runs = doubts = step = 0
-    async with world_on(database) as world:
+    async with orm_environment(database) as env:
         while True:
-            await world.sql("DELETE FROM doc")
-            await remove_all(world)
-            await world.add(Doc(id=1, file=file("a"), other=file("o")))
-            commits = Commits(world)
-            steps = Steps(work(world), {step, step + (again_after or 0)}, turns)
+            await env.sql("DELETE FROM doc")
+            await remove_all(env)
+            await env.add(Doc(id=1, file=file("a"), other=file("o")))
+            commits = Commits(env)
+            steps = Steps(work(env), {step, step + (again_after or 0)}, turns)
             await steps.run()
-            await settled(world)
+            await settled(env)
             commits.stop()
-            world.check_connections()
-            references = {ref.location for ref in (await world.references()).values()}
-            objects = await world.objects()
+            env.check_connections()
+            references = {ref.location for ref in (await env.references()).values()}
+            objects = await env.objects()
             assert references <= objects, f"await {step}: a row has lost its file"
-            await world.contents()
+            await env.contents()
             assert commits.in_flight or references == objects, f"await {step}: left behind {objects - references}"
             if not steps.reached:
                 return runs, doubts
@@ -184,9 +184,9 @@ async def cancel_everywhere(database: Database, work: Work, *, turns: int, again
             step += 1
 
 
-async def remove_all(world: World) -> None:
-    for location in await world.objects():
-        await world.backend.delete(location)
+async def remove_all(env: OrmEnvironment) -> None:
+    for location in await env.objects():
+        await env.backend.delete(location)
 
 
 STEPPED = ["sqlite", "asyncpg"]
@@ -219,78 +219,78 @@ async def slow() -> AsyncIterator[bytes]:
 
 class TestFromOutside:
     @pytest.mark.case("CAN-03")
-    async def test_timeout(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
+    async def test_timeout(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await self.replace_slowly(world)
+                await self.replace_slowly(env)
         task = asyncio.current_task()
         assert task is not None
         assert task.cancelling() == 0
-        await settled(world)
-        await world.check(file_1="a")
+        await settled(env)
+        await env.check(file_1="a")
 
     @pytest.mark.case("CAN-05")
-    async def test_sibling_fails(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
+    async def test_sibling_fails(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
         with pytest.raises(ExceptionGroup) as caught:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self.replace_slowly(world))
+                group.create_task(self.replace_slowly(env))
                 group.create_task(fail_soon())
         assert isinstance(caught.value.exceptions[0], BackendUnavailableError)
-        await settled(world)
-        await world.check(file_1="a")
+        await settled(env)
+        await env.check(file_1="a")
 
     @pytest.mark.case("CAN-05")
-    async def test_anyio_scope(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
+    async def test_anyio_scope(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
         with anyio.move_on_after(0.1) as scope:
-            await self.replace_slowly(world)
+            await self.replace_slowly(env)
         assert scope.cancelled_caught
-        await settled(world)
-        await world.check(file_1="a")
+        await settled(env)
+        await env.check(file_1="a")
 
     @pytest.mark.case("CAN-07")
-    async def test_waiting_for_the_lock_of_a_row(self, world: World) -> None:
-        if world.database.is_sqlite:
+    async def test_waiting_for_the_lock_of_a_row(self, env: OrmEnvironment) -> None:
+        if env.database.is_sqlite:
             pytest.skip("SQLite waits in a thread that nobody can interrupt")
-        await world.add(Doc(id=1, file=file("a")))
-        async with world.sessions.begin() as first:
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions.begin() as first:
             (await first.get_one(Doc, 1)).file = file("b")
             await first.flush()
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.3):
-                    await replace(world)
-        await settled(world)
-        await world.check(file_1="b")
+                    await replace(env)
+        await settled(env)
+        await env.check(file_1="b")
 
-    async def test_cancelled_while_displaced_objects_are_deleted(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
-        world.backend.delay("delete", seconds=0.3)
-        task = asyncio.ensure_future(replace_one(world))
-        await asyncio.wait_for(deletion_begun(world), 5)
+    async def test_cancelled_while_displaced_objects_are_deleted(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        env.backend.delay("delete", seconds=0.3)
+        task = asyncio.ensure_future(replace_one(env))
+        await asyncio.wait_for(deletion_begun(env), 5)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await settled(world)
-        await world.check(file_1="b")
+        await settled(env)
+        await env.check(file_1="b")
 
-    async def replace_slowly(self, world: World) -> None:
-        async with world.sessions.begin() as session:
+    async def replace_slowly(self, env: OrmEnvironment) -> None:
+        async with env.sessions.begin() as session:
             doc = await session.get_one(Doc, 1)
             doc.file, doc.other = Attachment(slow()), file("c")
             # SQLAlchemy shields the commit of this block from cancellation, and so the uploads of a flush that comes with it.
             await session.flush()
 
 
-async def replace_one(world: World) -> None:
-    async with world.sessions.begin() as session:
+async def replace_one(env: OrmEnvironment) -> None:
+    async with env.sessions.begin() as session:
         (await session.get_one(Doc, 1)).file = file("b")
 
 
-async def deletion_begun(world: World) -> None:
+async def deletion_begun(env: OrmEnvironment) -> None:
     for _ in range(5000):
-        if world.backend.count("delete"):
+        if env.backend.count("delete"):
             return
         await asyncio.sleep(0.001)
 

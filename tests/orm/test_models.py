@@ -26,7 +26,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from granite_storage import StorageManager, StoragePolicy
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import Attachment, AttachmentType, attachment, bind_storage
-from tests.orm.world import file
+from tests.orm.environment import file
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.migration.town import Town, town_on
+from tests.migration.environment import MigrationEnvironment, migration_environment
 from tests.orm.conftest import database
 from tests.orm.databases import Database
 
@@ -14,7 +14,7 @@ __all__ = ["database"]
 
 
 @pytest.fixture
-async def town(database: Database) -> AsyncIterator[Town]:
+async def env(database: Database) -> AsyncIterator[MigrationEnvironment]:
     """Empty tables and two empty backends."""
-    async with town_on(database) as town:
-        yield town
+    async with migration_environment(database) as env:
+        yield env

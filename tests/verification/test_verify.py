@@ -40,160 +40,160 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.prefix import PrefixedBackend
 from granite_storage.orm import scanning
 from granite_storage.orm.scanning import Scan
-from tests.migration.town import Base, Parcel, Shelf, Town, file, hide_deleted
+from tests.migration.environment import Base, MigrationEnvironment, Parcel, Shelf, file, hide_deleted
 from tests.orm.databases import Database, sqlite
 
 
-async def one_ref(town: Town) -> StoredObjectRef:
-    await town.add(Shelf(id=1, file=file("abc")))
-    return (await town.refs())[0]
+async def one_ref(env: MigrationEnvironment) -> StoredObjectRef:
+    await env.add(Shelf(id=1, file=file("abc")))
+    return (await env.refs())[0]
 
 
-async def rewrite(town: Town, **changes: Any) -> None:
+async def rewrite(env: MigrationEnvironment, **changes: Any) -> None:
     """Change what the row of the one ref says, past the library; None removes a key."""
-    whole = {**(await town.refs())[0].to_dict(), **changes}
-    await town.set_raw(1, json.dumps({key: value for key, value in whole.items() if value is not None}))
+    whole = {**(await env.refs())[0].to_dict(), **changes}
+    await env.set_raw(1, json.dumps({key: value for key, value in whole.items() if value is not None}))
 
 
-async def found(town: Town, **options: Any) -> list[Problem]:
-    return [finding.problem async for finding in verify(town.binding, **options)]
+async def found(env: MigrationEnvironment, **options: Any) -> list[Problem]:
+    return [finding.problem async for finding in verify(env.binding, **options)]
 
 
 class TestFindings:
-    async def test_nothing_wrong(self, town: Town) -> None:
-        await town.add(Shelf(id=1, file=file("a"), other=file("b")), Shelf(id=2), Parcel(number="1", file=file("c")))
-        report = await verify(town.binding, deep=True)
+    async def test_nothing_wrong(self, env: MigrationEnvironment) -> None:
+        await env.add(Shelf(id=1, file=file("a"), other=file("b")), Shelf(id=2), Parcel(number="1", file=file("c")))
+        report = await verify(env.binding, deep=True)
         assert (report.rows, report.checked, report.problems, report.bytes_read, report.complete) == (2, 3, 0, 3, True)
 
-    async def test_missing(self, town: Town) -> None:
-        ref = await one_ref(town)
-        await town.old.delete(ref.location)
-        findings = [finding async for finding in verify(town.binding)]
+    async def test_missing(self, env: MigrationEnvironment) -> None:
+        ref = await one_ref(env)
+        await env.old.delete(ref.location)
+        findings = [finding async for finding in verify(env.binding)]
         assert [(f.problem, f.table, f.primary_key, f.column, f.ref) for f in findings] == [
-            (Problem.MISSING, "town_shelf", (1,), "file", ref)
+            (Problem.MISSING, "migration_shelf", (1,), "file", ref)
         ]
-        assert await found(town, deep=True) == [Problem.MISSING]
+        assert await found(env, deep=True) == [Problem.MISSING]
 
-    async def test_wrong_size(self, town: Town) -> None:
-        ref = await one_ref(town)
-        await town.old.delete(ref.location)
-        await town.old.put_bytes(ref.location, b"ab")
-        assert await found(town) == await found(town, deep=True) == [Problem.WRONG_SIZE]
+    async def test_wrong_size(self, env: MigrationEnvironment) -> None:
+        ref = await one_ref(env)
+        await env.old.delete(ref.location)
+        await env.old.put_bytes(ref.location, b"ab")
+        assert await found(env) == await found(env, deep=True) == [Problem.WRONG_SIZE]
 
-    async def test_wrong_bytes_are_found_by_a_deep_run_only(self, town: Town) -> None:
-        ref = await one_ref(town)
-        await town.old.delete(ref.location)
-        await town.old.put_bytes(ref.location, b"abd")
-        assert await found(town) == []
-        assert await found(town, deep=True) == [Problem.WRONG_CHECKSUM]
+    async def test_wrong_bytes_are_found_by_a_deep_run_only(self, env: MigrationEnvironment) -> None:
+        ref = await one_ref(env)
+        await env.old.delete(ref.location)
+        await env.old.put_bytes(ref.location, b"abd")
+        assert await found(env) == []
+        assert await found(env, deep=True) == [Problem.WRONG_CHECKSUM]
 
     @pytest.mark.case("REF-01")
     @pytest.mark.parametrize("deep", [False, True])
-    async def test_an_unknown_checksum_is_told_and_harmless(self, town: Town, deep: bool) -> None:
-        await one_ref(town)
-        await rewrite(town, checksum=None, extra=None, created_at=None)
-        report = await verify(town.binding, deep=deep)
+    async def test_an_unknown_checksum_is_told_and_harmless(self, env: MigrationEnvironment, deep: bool) -> None:
+        await one_ref(env)
+        await rewrite(env, checksum=None, extra=None, created_at=None)
+        report = await verify(env.binding, deep=deep)
         assert dict(report.counts) == {Problem.UNKNOWN_CHECKSUM: 1}
         assert report.problems == 0
         assert report.bytes_read == (3 if deep else 0)
 
     @pytest.mark.case("REF-03")
     @pytest.mark.parametrize("checksum", ["md5:900150983cd24fb0d6963f7d28e17f72", "sha256:", f"sha256:{'0' * 65}", "abc"])
-    async def test_a_checksum_that_is_none(self, town: Town, checksum: str) -> None:
-        await one_ref(town)
-        await rewrite(town, checksum=checksum)
-        assert await found(town) == [Problem.UNDECODABLE]
+    async def test_a_checksum_that_is_none(self, env: MigrationEnvironment, checksum: str) -> None:
+        await one_ref(env)
+        await rewrite(env, checksum=checksum)
+        assert await found(env) == [Problem.UNDECODABLE]
 
     @pytest.mark.parametrize("raw", ["[]", '{"storage_key": "docs"}', "17", '"text"', "true"])
-    async def test_what_is_no_ref(self, town: Town, raw: str) -> None:
-        await one_ref(town)
-        await town.set_raw(1, raw)
-        findings = [finding async for finding in verify(town.binding, storage_key="docs")]
+    async def test_what_is_no_ref(self, env: MigrationEnvironment, raw: str) -> None:
+        await one_ref(env)
+        await env.set_raw(1, raw)
+        findings = [finding async for finding in verify(env.binding, storage_key="docs")]
         assert [finding.problem for finding in findings] == [Problem.UNDECODABLE]
         assert findings[0].message
 
-    async def test_json_null_is_nothing(self, town: Town) -> None:
-        await one_ref(town)
-        await town.set_raw(1, "null")
-        assert await found(town) == []
+    async def test_json_null_is_nothing(self, env: MigrationEnvironment) -> None:
+        await one_ref(env)
+        await env.set_raw(1, "null")
+        assert await found(env) == []
 
     @pytest.mark.case("REF-06")
-    async def test_what_is_no_json_at_all(self, town: Town) -> None:
-        if not town.database.is_sqlite:
+    async def test_what_is_no_json_at_all(self, env: MigrationEnvironment) -> None:
+        if not env.database.is_sqlite:
             pytest.skip("the others keep nothing that is not JSON")
-        await one_ref(town)
+        await one_ref(env)
         for raw in ("not json", "[" * 10_000):
-            await town.set_raw(1, raw)
-            assert await found(town) == [Problem.UNDECODABLE]
+            await env.set_raw(1, raw)
+            assert await found(env) == [Problem.UNDECODABLE]
 
     @pytest.mark.parametrize("location", ["../etc/passwd", "/etc/passwd", "a//b", "x" * 1025])
-    async def test_a_location_that_leads_elsewhere(self, town: Town, location: str) -> None:
-        await one_ref(town)
-        await rewrite(town, location=location)
-        assert await found(town) == [Problem.UNDECODABLE]
+    async def test_a_location_that_leads_elsewhere(self, env: MigrationEnvironment, location: str) -> None:
+        await one_ref(env)
+        await rewrite(env, location=location)
+        assert await found(env) == [Problem.UNDECODABLE]
 
-    async def test_a_backend_that_is_gone(self, town: Town) -> None:
-        await one_ref(town)
-        await rewrite(town, backend="gone")
-        assert await found(town) == [Problem.UNKNOWN_BACKEND]
+    async def test_a_backend_that_is_gone(self, env: MigrationEnvironment) -> None:
+        await one_ref(env)
+        await rewrite(env, backend="gone")
+        assert await found(env) == [Problem.UNKNOWN_BACKEND]
 
     @pytest.mark.parametrize("deep", [False, True])
-    async def test_permission_denied_is_not_missing(self, town: Town, deep: bool) -> None:
-        await one_ref(town)
-        town.old.fail("open" if deep else "stat", times=2, error=AccessDeniedError("denied"))
-        assert await found(town, deep=deep) == [Problem.DENIED]
+    async def test_permission_denied_is_not_missing(self, env: MigrationEnvironment, deep: bool) -> None:
+        await one_ref(env)
+        env.old.fail("open" if deep else "stat", times=2, error=AccessDeniedError("denied"))
+        assert await found(env, deep=deep) == [Problem.DENIED]
 
-    async def test_a_disk_that_fails_at_one_object(self, town: Town) -> None:
-        await one_ref(town)
-        town.old.fail("stat", times=2, error=BackendError("input/output error"))
-        assert await found(town) == [Problem.UNREADABLE]
+    async def test_a_disk_that_fails_at_one_object(self, env: MigrationEnvironment) -> None:
+        await one_ref(env)
+        env.old.fail("stat", times=2, error=BackendError("input/output error"))
+        assert await found(env) == [Problem.UNREADABLE]
 
-    async def test_a_plain_column_is_read_too(self, town: Town) -> None:
-        ref = await one_ref(town)
-        await town.sql("UPDATE town_shelf SET scan = file, file = NULL")
-        await town.old.delete(ref.location)
-        assert await found(town) == [Problem.MISSING]
+    async def test_a_plain_column_is_read_too(self, env: MigrationEnvironment) -> None:
+        ref = await one_ref(env)
+        await env.sql("UPDATE migration_shelf SET scan = file, file = NULL")
+        await env.old.delete(ref.location)
+        assert await found(env) == [Problem.MISSING]
 
-    async def test_soft_deleted_rows_are_read_too(self, town: Town) -> None:
-        ref = await one_ref(town)
-        await town.sql("UPDATE town_shelf SET deleted = true")
-        await town.old.delete(ref.location)
+    async def test_soft_deleted_rows_are_read_too(self, env: MigrationEnvironment) -> None:
+        ref = await one_ref(env)
+        await env.sql("UPDATE migration_shelf SET deleted = true")
+        await env.old.delete(ref.location)
         with hide_deleted():
-            async with town.sessions() as session:
+            async with env.sessions() as session:
                 assert await session.get(Shelf, 1) is None
-            assert await found(town) == [Problem.MISSING]
+            assert await found(env) == [Problem.MISSING]
 
-    async def test_one_storage_key_of_two(self, town: Town) -> None:
-        await town.add(Shelf(id=1, file=file("a")), Parcel(number="1", file=file("b")))
-        for ref in await town.refs():
-            await town.old.delete(ref.location)
-        report = await verify(town.binding, storage_key="parcels")
-        assert [finding.table for finding in report.findings] == ["town_parcel"]
+    async def test_one_storage_key_of_two(self, env: MigrationEnvironment) -> None:
+        await env.add(Shelf(id=1, file=file("a")), Parcel(number="1", file=file("b")))
+        for ref in await env.refs():
+            await env.old.delete(ref.location)
+        report = await verify(env.binding, storage_key="parcels")
+        assert [finding.table for finding in report.findings] == ["migration_parcel"]
         assert report.checked == 1
 
-    async def test_refs_of_a_policy_that_is_gone_belong_to_all(self, town: Town) -> None:
-        await one_ref(town)
-        await rewrite(town, storage_key="gone", checksum=None)
-        assert await found(town, storage_key="docs") == []
-        assert await found(town) == [Problem.UNKNOWN_CHECKSUM]
+    async def test_refs_of_a_policy_that_is_gone_belong_to_all(self, env: MigrationEnvironment) -> None:
+        await one_ref(env)
+        await rewrite(env, storage_key="gone", checksum=None)
+        assert await found(env, storage_key="docs") == []
+        assert await found(env) == [Problem.UNKNOWN_CHECKSUM]
 
 
 class TestNothingIsMissingThatCouldNotBeLookedFor:
-    async def test_a_backend_out_of_reach_ends_the_run(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_backend_out_of_reach_ends_the_run(self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("granite_storage._runs._PAUSES", (0.01, 0.01))
-        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 30)))
-        town.old.fail("stat", nth=20, times=1000, error=BackendUnavailableError("down"))
-        run = verify(town.binding, at_a_time=2)
+        await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 30)))
+        env.old.fail("stat", nth=20, times=1000, error=BackendUnavailableError("down"))
+        run = verify(env.binding, at_a_time=2)
         with pytest.raises(BackendUnavailableError):
             await run
         assert (run.report.problems, run.report.complete) == (0, False)
         assert run.report.rows == 19
 
-    async def test_a_short_outage_is_waited_for(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_short_outage_is_waited_for(self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("granite_storage._runs._PAUSES", (0.01, 0.01))
-        await one_ref(town)
-        town.old.fail("stat", times=2, error=BackendUnavailableError("down"))
-        assert (await verify(town.binding)).problems == 0
+        await one_ref(env)
+        env.old.fail("stat", times=2, error=BackendUnavailableError("down"))
+        assert (await verify(env.binding)).problems == 0
 
     @pytest.mark.case("DSK-13")
     @pytest.mark.parametrize("prefixed", [False, True])
@@ -243,62 +243,62 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
             assert run.report.problems == 1
             binding.unbind()
 
-    async def test_what_is_replaced_meanwhile_is_looked_at_again(self, town: Town) -> None:
-        await one_ref(town)
-        real = town.old.stat
+    async def test_what_is_replaced_meanwhile_is_looked_at_again(self, env: MigrationEnvironment) -> None:
+        await one_ref(env)
+        real = env.old.stat
 
         async def stat(location: str) -> Any:
-            town.old.stat = real  # type: ignore[method-assign]
-            async with town.sessions.begin() as session:
+            env.old.stat = real  # type: ignore[method-assign]
+            async with env.sessions.begin() as session:
                 (await session.get_one(Shelf, 1)).file = file("other")
             return await real(location)
 
-        town.old.stat = stat  # type: ignore[method-assign]
-        report = await verify(town.binding)
+        env.old.stat = stat  # type: ignore[method-assign]
+        report = await verify(env.binding)
         assert (report.problems, report.checked) == (0, 1)
 
-    async def test_what_is_deleted_meanwhile_is_not_missing(self, town: Town) -> None:
-        await one_ref(town)
+    async def test_what_is_deleted_meanwhile_is_not_missing(self, env: MigrationEnvironment) -> None:
+        await one_ref(env)
 
         async def stat(location: str) -> Any:
-            async with town.sessions.begin() as session:
+            async with env.sessions.begin() as session:
                 await session.delete(await session.get_one(Shelf, 1))
             raise ObjectNotFoundError("gone", location=location)
 
-        town.old.stat = stat  # type: ignore[method-assign]
-        assert await found(town) == []
+        env.old.stat = stat  # type: ignore[method-assign]
+        assert await found(env) == []
 
-    async def test_what_is_of_another_storage_key_meanwhile_is_left_alone(self, town: Town) -> None:
-        ref = await one_ref(town)
+    async def test_what_is_of_another_storage_key_meanwhile_is_left_alone(self, env: MigrationEnvironment) -> None:
+        ref = await one_ref(env)
         other = json.dumps({**ref.to_dict(), "storage_key": "other", "location": "nobody/1/file/has-this"})
 
         async def stat(location: str) -> Any:
-            await town.set_raw(1, other)
+            await env.set_raw(1, other)
             raise ObjectNotFoundError("gone", location=location)
 
-        town.old.stat = stat  # type: ignore[method-assign]
-        report = await verify(town.binding, storage_key="docs")
+        env.old.stat = stat  # type: ignore[method-assign]
+        report = await verify(env.binding, storage_key="docs")
         assert (report.problems, report.checked) == (0, 1)
-        await town.set_raw(1, json.dumps(ref.to_dict()))
+        await env.set_raw(1, json.dumps(ref.to_dict()))
 
-    async def test_verification_writes_nothing(self, town: Town) -> None:
-        await one_ref(town)
-        town.old.calls.clear()
-        await verify(town.binding, deep=True)
-        assert {call.operation for call in town.old.calls} <= {"open", "read", "stat"}
+    async def test_verification_writes_nothing(self, env: MigrationEnvironment) -> None:
+        await one_ref(env)
+        env.old.calls.clear()
+        await verify(env.binding, deep=True)
+        assert {call.operation for call in env.old.calls} <= {"open", "read", "stat"}
 
 
 class TestRuns:
-    async def test_stopping_and_going_on(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_stopping_and_going_on(self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(scanning, "_AT_A_TIME", 7)
-        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 31)))
-        await town.add(*(Parcel(number=str(number), file=file("a")) for number in range(30)))
-        for ref in await town.refs():
-            await town.old.delete(ref.location)
+        await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 31)))
+        await env.add(*(Parcel(number=str(number), file=file("a")) for number in range(30)))
+        for ref in await env.refs():
+            await env.old.delete(ref.location)
         seen: list[Any] = []
         after = None
         for _ in range(100):
-            run = verify(town.binding, after=after, at_a_time=3)
+            run = verify(env.binding, after=after, at_a_time=3)
             async for finding in run:
                 seen.append((finding.table, finding.primary_key))
                 if run.report.rows >= 10:
@@ -308,18 +308,18 @@ class TestRuns:
                 break
         assert len(seen) == len(set(seen)) == 60
 
-    async def test_breaking_off_leaves_nothing_open(self, town: Town) -> None:
-        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 31)))
-        for ref in await town.refs():
-            await town.old.delete(ref.location)
-        run = aiter(verify(town.binding))
+    async def test_breaking_off_leaves_nothing_open(self, env: MigrationEnvironment) -> None:
+        await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 31)))
+        for ref in await env.refs():
+            await env.old.delete(ref.location)
+        run = aiter(verify(env.binding))
         await anext(run)
         await run.aclose()
-        assert town.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        assert env.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
-    async def test_several_at_a_time_and_no_more(self, town: Town) -> None:
-        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 31)))
-        real, running, most = town.old.stat, 0, 0
+    async def test_several_at_a_time_and_no_more(self, env: MigrationEnvironment) -> None:
+        await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 31)))
+        real, running, most = env.old.stat, 0, 0
 
         async def stat(location: str) -> Any:
             nonlocal running, most
@@ -329,40 +329,42 @@ class TestRuns:
             running -= 1
             return await real(location)
 
-        town.old.stat = stat  # type: ignore[method-assign]
-        await verify(town.binding, at_a_time=5)
+        env.old.stat = stat  # type: ignore[method-assign]
+        await verify(env.binding, at_a_time=5)
         assert most == 5
 
-    async def test_a_budget_slows_it_down(self, town: Town) -> None:
-        await town.add(*(Shelf(id=number, file=file("x" * 1000)) for number in range(1, 6)))
+    async def test_a_budget_slows_it_down(self, env: MigrationEnvironment) -> None:
+        await env.add(*(Shelf(id=number, file=file("x" * 1000)) for number in range(1, 6)))
         begun = asyncio.get_running_loop().time()
-        await verify(town.binding, deep=True, bytes_per_second=10_000)
+        await verify(env.binding, deep=True, bytes_per_second=10_000)
         assert asyncio.get_running_loop().time() - begun >= 0.4
 
-    async def test_count(self, town: Town) -> None:
-        await town.add(Shelf(id=1, file=file("a"), other=file("b")), Shelf(id=2), Parcel(number="1", file=file("c")))
-        assert await verify(town.binding).count() == 2
+    async def test_count(self, env: MigrationEnvironment) -> None:
+        await env.add(Shelf(id=1, file=file("a"), other=file("b")), Shelf(id=2), Parcel(number="1", file=file("c")))
+        assert await verify(env.binding).count() == 2
 
-    async def test_an_unknown_policy(self, town: Town) -> None:
+    async def test_an_unknown_policy(self, env: MigrationEnvironment) -> None:
         with pytest.raises(UnknownPolicyError):
-            verify(town.binding, storage_key="dosc")
+            verify(env.binding, storage_key="dosc")
 
-    async def test_findings_that_are_kept_are_bounded(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_findings_that_are_kept_are_bounded(self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("granite_storage.verification._MOST_KEPT", 3)
-        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 10)))
-        for ref in await town.refs():
-            await town.old.delete(ref.location)
-        report = await verify(town.binding)
+        await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 10)))
+        for ref in await env.refs():
+            await env.old.delete(ref.location)
+        report = await verify(env.binding)
         assert (len(report.findings), report.problems) == (3, 9)
 
 
 class TestScan:
-    async def test_every_kind_of_key_in_pages_of_any_size(self, town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-        await town.add(*(Shelf(id=number, file=file("a")) for number in range(1, 8)))
-        await town.add(*(Parcel(number=f"n{number % 3}-é{number}", file=file("a")) for number in range(9)))
+    async def test_every_kind_of_key_in_pages_of_any_size(
+        self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 8)))
+        await env.add(*(Parcel(number=f"n{number % 3}-é{number}", file=file("a")) for number in range(9)))
         for size in (1, 2, 3, 16, 17):
             monkeypatch.setattr(scanning, "_AT_A_TIME", size)
-            scan = Scan(town.binding)
+            scan = Scan(env.binding)
             rows = [row async for row in scan.rows()]
             assert len({row.key for row in rows}) == len(rows) == 16
             for index, row in enumerate(rows):

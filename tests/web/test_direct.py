@@ -32,7 +32,7 @@ from granite_storage.web import (
 )
 from granite_storage.web._media import HEAD_SIZE, contradicts
 from tests.servers import S3Server
-from tests.web.directly import PDF, Client, client_of, uploads_of
+from tests.web.direct_uploads import PDF, Client, client_of, uploads_of
 from tests.web.receiving import Base, Document, manager_of, stored_in
 
 SHA = "sha256:" + hashlib.sha256(PDF).hexdigest()

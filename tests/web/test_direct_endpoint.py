@@ -21,7 +21,7 @@ from granite_storage.orm import bind_storage
 from granite_storage.testing import FaultInjectingBackend
 from granite_storage.web import DirectUpload, DirectUploads, UploadMissingError
 from tests.core.support import eventually
-from tests.web.directly import BASE, PDF, Client, client_of, uploads_of
+from tests.web.direct_uploads import BASE, PDF, Client, client_of, uploads_of
 from tests.web.receiving import MIB, Base, Document, manager_of, served, sliced, stored_in
 
 

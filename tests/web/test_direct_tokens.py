@@ -20,8 +20,8 @@ from granite_storage import ConfigurationError, ContentTooLargeError, StorageMan
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import bind_storage
 from granite_storage.web import DirectUploads, MalformedRequestError, UploadTokenError, problem_response
-from tests.orm.world import Doc
-from tests.web.directly import BASE, PDF, SECRET, Client, claims_of, client_of, uploads_of
+from tests.orm.environment import Doc
+from tests.web.direct_uploads import BASE, PDF, SECRET, Client, claims_of, client_of, uploads_of
 from tests.web.receiving import Base, Document, manager_of, stored_in
 
 URL_SAFE = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"

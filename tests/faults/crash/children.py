@@ -19,7 +19,7 @@ from typing import IO
 from tests.core.support import PROJECT
 from tests.faults.crash.child import Job
 
-__all__ = ["Child", "Nursery", "nursery"]
+__all__ = ["Child", "ChildProcesses", "child_processes"]
 
 PATIENCE = 60.0
 """How long anything may take that must happen, in seconds: machines may be slow."""
@@ -79,8 +79,8 @@ class Child:
         return f"reached: {self.job.point}\n" in self.log
 
 
-class Nursery:
-    """Starts children; see `nursery`."""
+class ChildProcesses:
+    """Starts children; see `child_processes`."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -97,7 +97,7 @@ class Nursery:
         return self._born.get(timeout=PATIENCE)
 
     def listen(self, output: IO[str]) -> None:
-        """Take down what becomes of children until the nursery ends."""
+        """Take down what becomes of children until the fork server ends."""
         for line in output:
             event = json.loads(line)
             match event["event"]:
@@ -112,14 +112,14 @@ class Nursery:
 
 
 @contextmanager
-def nursery() -> Iterator[Nursery]:
-    """Run a nursery."""
-    command = [sys.executable, "-m", "tests.faults.crash.nursery"]
+def child_processes() -> Iterator[ChildProcesses]:
+    """Run the fork server, and start children through it."""
+    command = [sys.executable, "-m", "tests.faults.crash.fork_server"]
     with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        found = Nursery(process)
-        listener = threading.Thread(target=found.listen, args=(process.stdout,), name="crash-nursery")
+        found = ChildProcesses(process)
+        listener = threading.Thread(target=found.listen, args=(process.stdout,), name="crash-fork-server")
         listener.start()
         try:
             yield found

@@ -1,4 +1,4 @@
-"""The databases and storages of the crash tests, and the nursery of the programs that die in them."""
+"""The databases and storages of the crash tests, and the child processes that are killed in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy.engine import URL
 
 from tests.faults.crash.audit import Audit, audited
-from tests.faults.crash.children import Nursery, nursery
+from tests.faults.crash.children import ChildProcesses, child_processes
 from tests.faults.crash.models import Setting
 from tests.faults.crash.options import SEED
 from tests.orm.databases import mariadb, postgres, postgres_database
@@ -28,9 +28,9 @@ def seed() -> str:
 
 
 @pytest.fixture(scope="session")
-def children(_temporary_folder: Path) -> Iterator[Nursery]:
+def children(_temporary_folder: Path) -> Iterator[ChildProcesses]:
     """Where children come from."""
-    with nursery() as found:
+    with child_processes() as found:
         yield found
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.crash.audit import Audit
 from tests.faults.crash.child import Job
-from tests.faults.crash.children import Child, Nursery
+from tests.faults.crash.children import Child, ChildProcesses
 from tests.faults.crash.models import Setting
 from tests.faults.crash.options import KILLS
 from tests.faults.crash.points import POINTS, Point
@@ -36,7 +36,7 @@ def kills_of(name: str) -> int:
     return max(KILLS // len(SETTINGS), len(SETTINGS[name]))
 
 
-class Deaths:
+class KillSchedule:
     """Decides who dies where: at each of a setting's own points, then at any point or any moment.
 
     Args:
@@ -82,13 +82,15 @@ class Deaths:
 @pytest.mark.case("CON-10", "DBF-07", "DBF-09")
 @pytest.mark.timeout(120 + 20 * KILLS)
 @pytest.mark.parametrize(("name", "servers"), [(name, name) for name in SETTINGS], ids=SETTINGS, indirect=["servers"])
-async def test_killed_programs(name: str, setting: Setting, audit: Audit, children: Nursery, seed: str, tmp_path: Path) -> None:
-    deaths = Deaths(name, setting, seed, tmp_path)
+async def test_killed_programs(
+    name: str, setting: Setting, audit: Audit, children: ChildProcesses, seed: str, tmp_path: Path
+) -> None:
+    schedule = KillSchedule(name, setting, seed, tmp_path)
     done = 0
     while done < kills_of(name):
-        victims = [children.start(deaths.next()) for _ in range(AT_ONCE)]
+        victims = [children.start(schedule.next()) for _ in range(AT_ONCE)]
         try:
-            await asyncio.gather(*(die(victim, deaths.life()) for victim in victims))
+            await asyncio.gather(*(wait_for_kill(victim, schedule.life()) for victim in victims))
             await audit.check_after_crash()
         except BaseException as error:
             for victim in victims:
@@ -98,7 +100,7 @@ async def test_killed_programs(name: str, setting: Setting, audit: Audit, childr
         done += len(victims)
 
 
-async def die(victim: Child, life: float) -> None:
+async def wait_for_kill(victim: Child, life: float) -> None:
     """Wait until somebody has come to the point of death, or kill it after a while."""
     if victim.job.point is None:
         await asyncio.sleep(life)

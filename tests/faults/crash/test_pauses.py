@@ -14,7 +14,7 @@ import pytest
 
 from tests.faults.crash.audit import Audit
 from tests.faults.crash.child import Job
-from tests.faults.crash.children import Child, Nursery
+from tests.faults.crash.children import Child, ChildProcesses
 from tests.faults.crash.models import Setting
 from tests.faults.crash.options import KILLS, MANY, SEED
 from tests.faults.crash.points import POINTS, Point
@@ -34,7 +34,7 @@ S3 = in_turn([point for point in _QUIET if "s3" in point.needs])
 
 
 @contextlib.asynccontextmanager
-async def stopped(children: Nursery, setting: Setting, folder: Path, point: Point, seed: str) -> AsyncIterator[Child]:
+async def stopped(children: ChildProcesses, setting: Setting, folder: Path, point: Point, seed: str) -> AsyncIterator[Child]:
     """Give a child that has stopped at a point; afterwards it goes on for a few transactions more, and must end well."""
     child = children.start(
         Job(
@@ -69,7 +69,7 @@ async def stopped(children: Nursery, setting: Setting, folder: Path, point: Poin
     ids=lambda value: getattr(value, "name", value),
 )
 async def test_stopped_past_its_lease(
-    setting: Setting, audit: Audit, children: Nursery, seed: str, tmp_path: Path, point: Point
+    setting: Setting, audit: Audit, children: ChildProcesses, seed: str, tmp_path: Path, point: Point
 ) -> None:
     async with stopped(children, replace(setting, lease=LEASE), tmp_path, point, seed):
         await recover_what_is_free(audit)

@@ -1,4 +1,4 @@
-"""The databases that can have a journal, and a world with one."""
+"""The databases that can have a journal, and an environment with one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.orm.conftest import _database
 from tests.orm.databases import Database
-from tests.orm.world import World, world_on
+from tests.orm.environment import OrmEnvironment, orm_environment
 
 
 @pytest.fixture(scope="session", params=["asyncpg", "psycopg", "mariadb"])
@@ -18,17 +18,17 @@ def database(request: pytest.FixtureRequest) -> Iterator[Database]:
 
 
 @pytest.fixture
-async def world(database: Database) -> AsyncIterator[World]:
+async def env(database: Database) -> AsyncIterator[OrmEnvironment]:
     """Empty tables, an empty storage and a journal; checked afterwards, before recovery and after it."""
-    async with world_on(database, journaled=True) as world:
-        yield world
-        await world.check()
-        await world.recover()
-        await world.check()
+    async with orm_environment(database, journaled=True) as env:
+        yield env
+        await env.check()
+        await env.recover()
+        await env.check()
 
 
 @pytest.fixture
-async def plain_world(database: Database) -> AsyncIterator[World]:
-    """A world with a journal, which nobody checks afterwards: a variant leaves it broken."""
-    async with world_on(database, journaled=True) as world:
-        yield world
+async def unchecked_env(database: Database) -> AsyncIterator[OrmEnvironment]:
+    """An environment with a journal, which nobody checks afterwards: a variant leaves it broken."""
+    async with orm_environment(database, journaled=True) as env:
+        yield env

@@ -20,8 +20,8 @@ from granite_storage.orm import Attachment, StorageJournal, attachment, bind_sto
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
 from tests.core.support import eventually
+from tests.orm.environment import Base, Doc, OrmEnvironment, file
 from tests.orm.journal.test_recovery import eventually_true, expire, journal_of, rows
-from tests.orm.world import Base, Doc, World, file
 
 QUICK = timedelta(milliseconds=20)
 
@@ -52,117 +52,119 @@ class Neighbour:
 
 
 @pytest.fixture
-async def neighbour(world: World) -> AsyncIterator[Neighbour]:
-    async with world.engine.begin() as connection:
+async def neighbour(env: OrmEnvironment) -> AsyncIterator[Neighbour]:
+    async with env.engine.begin() as connection:
         await connection.execute(CreateSchema("other"))
         await connection.run_sync(Other.metadata.create_all)
     backend = MemoryStorageBackend()
     manager = StorageManager(backends={"store": backend}, policies={"memos": StoragePolicy("memos", "store")})
-    journal = StorageJournal(world.engine)
+    journal = StorageJournal(env.engine)
     binding = bind_storage(Other, manager, journal=journal)
     try:
-        yield Neighbour(backend, journal, async_sessionmaker(world.engine, expire_on_commit=False))
+        yield Neighbour(backend, journal, async_sessionmaker(env.engine, expire_on_commit=False))
     finally:
         binding.unbind()
         await journal.aclose()
         await manager.aclose()
-        async with world.engine.begin() as connection:
+        async with env.engine.begin() as connection:
             await connection.execute(DropSchema("other", cascade=True))
 
 
-async def intents_of(world: World) -> tuple[int, int]:
+async def intents_of(env: OrmEnvironment) -> tuple[int, int]:
     """Return how many intents each of the two journals has."""
-    async with world.engine.connect() as connection:
+    async with env.engine.connect() as connection:
         others = list(await connection.execute(select(TABLES.intent)))
-    return len(await rows(world, "intent")), len(others)
+    return len(await rows(env, "intent")), len(others)
 
 
 @pytest.mark.parametrize("database", ["asyncpg", "psycopg"], indirect=True)
 class TestTwoJournals:
-    async def test_two_sessions_at_once(self, world: World, neighbour: Neighbour) -> None:
+    async def test_two_sessions_at_once(self, env: OrmEnvironment, neighbour: Neighbour) -> None:
         """One commits and one is rolled back; each leaves nothing in either journal."""
-        async with world.sessions() as one, neighbour.sessions() as two:
+        async with env.sessions() as one, neighbour.sessions() as two:
             one.add(Doc(id=1, file=file("a")))
             two.add(Memo(id=1, file=file("b")))
             await one.flush()
             await two.flush()
-            assert await intents_of(world) == (1, 1), "as others see them, none of them is taken back yet"
+            assert await intents_of(env) == (1, 1), "as others see them, none of them is taken back yet"
             await two.rollback()
             await one.commit()
-        assert await intents_of(world) == (0, 0)
-        assert (len(await world.objects()), await neighbour.objects()) == (1, 0)
-        await world.check(file_1="a")
+        assert await intents_of(env) == (0, 0)
+        assert (len(await env.objects()), await neighbour.objects()) == (1, 0)
+        await env.check(file_1="a")
 
     @pytest.mark.parametrize("commit", [True, False])
-    async def test_one_session_for_both(self, world: World, neighbour: Neighbour, commit: bool) -> None:
-        await world.add(Doc(id=1, file=file("a")))
-        async with world.sessions() as session:
+    async def test_one_session_for_both(self, env: OrmEnvironment, neighbour: Neighbour, commit: bool) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions() as session:
             (await session.get_one(Doc, 1)).file = file("b")
             session.add(Memo(id=1, file=file("c")))
             await session.flush()
             await (session.commit() if commit else session.rollback())
-        assert await intents_of(world) == (1 if commit else 0, 0)
+        assert await intents_of(env) == (1 if commit else 0, 0)
         assert await neighbour.objects() == (1 if commit else 0)
         await neighbour.journal.recover()
-        await world.check(file_1="b" if commit else "a")
+        await env.check(file_1="b" if commit else "a")
 
-    async def test_a_worker_does_nothing_to_the_other_ones_objects(self, world: World, neighbour: Neighbour) -> None:
+    async def test_a_worker_does_nothing_to_the_other_ones_objects(self, env: OrmEnvironment, neighbour: Neighbour) -> None:
         await file("a").store(Doc.file)
         await file("b").store(Memo.file)
-        await expire(world)
-        async with world.engine.begin() as connection:
+        await expire(env)
+        async with env.engine.begin() as connection:
             await connection.execute(update(TABLES.intent).values(due=clock(-1.0)))
-        assert (await journal_of(world).recover()).deleted == 1
-        assert (len(await world.objects()), await neighbour.objects()) == (0, 1)
+        assert (await journal_of(env).recover()).deleted == 1
+        assert (len(await env.objects()), await neighbour.objects()) == (0, 1)
         assert (await neighbour.journal.recover()).deleted == 1
         assert await neighbour.objects() == 0
 
 
-def manager_of(world: World, *more: str) -> StorageManager:
-    """Return another manager of the world's storage, which may have more backends."""
+def manager_of(env: OrmEnvironment, *more: str) -> StorageManager:
+    """Return another manager of the environment's storage, which may have more backends."""
     others = {key: MemoryStorageBackend() for key in more}
     return StorageManager(
-        backends={"store": world.backend, **others}, policies={"docs": StoragePolicy("docs", "store", max_size=1 << 20)}
+        backends={"store": env.backend, **others}, policies={"docs": StoragePolicy("docs", "store", max_size=1 << 20)}
     )
 
 
 class TestWhileAWorkerRuns:
-    async def test_unbound_and_bound_again(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_unbound_and_bound_again(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
         """Unbound it deletes nothing, since it does not know what refers to an object; bound to a new manager it goes on."""
-        journal = journal_of(world)
+        journal = journal_of(env)
         stored = await file("a").store(Doc.file)
         async with journal.worker(interval=QUICK):
             tables = journal.tables
-            world.binding.unbind()
-            async with world.engine.begin() as connection:
+            env.binding.unbind()
+            async with env.engine.begin() as connection:
                 await connection.execute(update(tables.intent).values(due=clock(-1.0)))
             await eventually_true(lambda: said(caplog, "belongs to no base"))
-            assert await world.backend.exists(stored.location)
-            world.manager = manager_of(world)
-            world.binding = bind_storage(Base, world.manager, sessions=world.sessions, journal=journal)
-            await eventually_true(lambda: is_gone(world, stored.location))
-            await world.add(Doc(id=1, file=file("b")))
-        await world.check(file_1="b")
+            assert await env.backend.exists(stored.location)
+            env.manager = manager_of(env)
+            env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=journal)
+            await eventually_true(lambda: is_gone(env, stored.location))
+            await env.add(Doc(id=1, file=file("b")))
+        await env.check(file_1="b")
 
-    async def test_bound_twice(self, world: World) -> None:
+    async def test_bound_twice(self, env: OrmEnvironment) -> None:
         """A second binding of the same base changes nothing, and its end neither."""
-        journal = journal_of(world)
+        journal = journal_of(env)
         async with journal.worker(interval=QUICK):
-            second = bind_storage(Base, world.manager, journal=journal)
-            await world.add(Doc(id=1, file=file("a")))
+            second = bind_storage(Base, env.manager, journal=journal)
+            await env.add(Doc(id=1, file=file("a")))
             second.unbind()
-            async with world.sessions.begin() as session:
+            async with env.sessions.begin() as session:
                 doc = await session.get_one(Doc, 1)
                 assert doc.file is not None
                 old, doc.file = doc.file.location, file("b")
-            await eventually_true(lambda: is_gone(world, old))
-        await world.check(file_1="b")
+            await eventually_true(lambda: is_gone(env, old))
+        await env.check(file_1="b")
 
-    async def test_a_backend_that_the_new_manager_does_not_have(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_backend_that_the_new_manager_does_not_have(
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Its rows are kept as they are: no worker takes them for objects that it cannot delete."""
-        journal = journal_of(world)
-        world.binding.unbind()
-        binding = bind_storage(Base, manager_of(world, "former"), journal=journal)
+        journal = journal_of(env)
+        env.binding.unbind()
+        binding = bind_storage(Base, manager_of(env, "former"), journal=journal)
         original, under_way = Recovery.run, Counter[str]()
 
         async def run(self: Recovery, backend: str, *args: Any) -> Any:
@@ -176,25 +178,25 @@ class TestWhileAWorkerRuns:
         async with journal.worker(interval=QUICK):
             await file("a").store(Doc.file)
             binding.unbind()
-            world.binding = bind_storage(Base, world.manager, sessions=world.sessions, journal=journal)
+            env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=journal)
             await eventually(lambda: not under_way["former"])  # what is under way ends with the manager that it began with
-            async with world.engine.begin() as connection:
+            async with env.engine.begin() as connection:
                 await connection.execute(update(journal.tables.intent).values(backend="former", due=clock(-1.0)))
             lost = await file("b").store(Doc.file)
-            async with world.engine.begin() as connection:
+            async with env.engine.begin() as connection:
                 own = journal.tables.intent.c.backend == "store"
                 await connection.execute(update(journal.tables.intent).where(own).values(due=clock(-1.0)))
-            await eventually_true(lambda: is_gone(world, lost.location))
+            await eventually_true(lambda: is_gone(env, lost.location))
             await journal.recover()
-            assert [row.backend for row in await rows(world, "intent")] == ["former"]
-        async with world.engine.begin() as connection:
+            assert [row.backend for row in await rows(env, "intent")] == ["former"]
+        async with env.engine.begin() as connection:
             await connection.execute(update(journal.tables.intent).values(backend="store"))
-        await world.recover()
+        await env.recover()
 
 
 async def said(caplog: pytest.LogCaptureFixture, words: str) -> bool:
     return words in caplog.text
 
 
-async def is_gone(world: World, location: str) -> bool:
-    return location not in await world.objects()
+async def is_gone(env: OrmEnvironment, location: str) -> bool:
+    return location not in await env.objects()

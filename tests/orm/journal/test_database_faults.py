@@ -20,14 +20,14 @@ from granite_storage.orm import outcome
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.unit import StoredObject
 from tests.orm.databases import Database, crash_postgres, postgres, postgres_database
+from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 from tests.orm.journal.test_recovery import eventually_true, expire, journal_of, retention, rows
-from tests.orm.world import Doc, World, file, world_on
 
 
 @pytest.fixture(params=["statement", "idle"])
-async def timed_out(request: pytest.FixtureRequest, world: World) -> Any:
+async def timed_out(request: pytest.FixtureRequest, env: OrmEnvironment) -> Any:
     """Let the database end a transaction that waits or works for too long; return what makes it do so."""
-    if world.database.is_postgres:
+    if env.database.is_postgres:
         if request.param == "statement":
             return ["SET LOCAL statement_timeout = '50ms'"], "SELECT pg_sleep(60)"
         return ["SET LOCAL idle_in_transaction_session_timeout = '50ms'"], None
@@ -37,48 +37,48 @@ async def timed_out(request: pytest.FixtureRequest, world: World) -> Any:
 
 
 @pytest.mark.case("DBF-29")
-async def test_a_transaction_that_the_database_has_ended(world: World, timed_out: tuple[list[str], str | None]) -> None:
+async def test_a_transaction_that_the_database_has_ended(env: OrmEnvironment, timed_out: tuple[list[str], str | None]) -> None:
     """The intents that it had taken back are there again, so nothing stays; and the same attachment can be tried again."""
     settings, slow = timed_out
-    await world.add(Doc(id=1, file=file("a")))
+    await env.add(Doc(id=1, file=file("a")))
     new = file("b")
 
     async def replace() -> None:
-        async with world.sessions() as session:
+        async with env.sessions() as session:
             (await session.get_one(Doc, 1)).file = new
             await session.flush()
-            assert [row.kind for row in await rows(world, "intent")] == ["upload"]  # as others still see it
+            assert [row.kind for row in await rows(env, "intent")] == ["upload"]  # as others still see it
             for setting in settings:
                 await session.execute(text(setting))
             if slow is not None:
                 await session.execute(text(slow))
-            await eventually_true(lambda: is_gone(world))
+            await eventually_true(lambda: is_gone(env))
             await session.commit()
 
     with pytest.raises(DBAPIError):
         await replace()
-    await world.engine.dispose()
-    await world.recover()
-    await world.check(file_1="a")
-    async with world.sessions.begin() as session:
+    await env.engine.dispose()
+    await env.recover()
+    await env.check(file_1="a")
+    async with env.sessions.begin() as session:
         (await session.get_one(Doc, 1)).file = new
-    await world.recover()
-    await world.check(file_1="b")
+    await env.recover()
+    await env.check(file_1="b")
 
 
-async def is_gone(world: World) -> bool:
+async def is_gone(env: OrmEnvironment) -> bool:
     """Tell whether no transaction locks the row any more."""
-    async with world.engine.connect() as connection:
+    async with env.engine.connect() as connection:
         free = select(Doc.__table__.c.id).with_for_update(skip_locked=True)
         return bool(list(await connection.execute(free)))
 
 
 @pytest.mark.parametrize("database", ["psycopg"], indirect=True)  # the only one with two-phase transactions here
 @pytest.mark.parametrize("committed", [True, False])
-async def test_a_prepared_transaction_is_left_for_later(world: World, committed: bool) -> None:
+async def test_a_prepared_transaction_is_left_for_later(env: OrmEnvironment, committed: bool) -> None:
     """Its program is gone, and nobody knows yet how it ends: its objects stay until somebody does."""
-    await world.add(Doc(id=1, file=file("a")))
-    async with AsyncSession(world.engine, twophase=True) as session:
+    await env.add(Doc(id=1, file=file("a")))
+    async with AsyncSession(env.engine, twophase=True) as session:
         (await session.get_one(Doc, 1)).file = file("b")
         session.add(Doc(id=2, file=file("c")))
         await session.flush()
@@ -87,25 +87,25 @@ async def test_a_prepared_transaction_is_left_for_later(world: World, committed:
         await connection.invalidate()
         with pytest.raises(Exception):  # noqa: B017, PT011  # whatever a program that dies would have come to
             await session.commit()
-    assert len(await world.objects()) == 3
-    async with world.engine.connect() as connection:
+    assert len(await env.objects()) == 3
+    async with env.engine.connect() as connection:
         [prepared] = (await connection.execute(text("SELECT gid FROM pg_prepared_xacts"))).scalars()
     for _ in range(2):
-        await expire_what_is_free(world)
-        assert world.journal is not None
-        assert (await world.journal.recover()).claimed == 0
-    assert len(await world.objects()) == 3
-    async with world.engine.connect() as connection:
+        await expire_what_is_free(env)
+        assert env.journal is not None
+        assert (await env.journal.recover()).claimed == 0
+    assert len(await env.objects()) == 3
+    async with env.engine.connect() as connection:
         connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
         await connection.execute(text(f"{'COMMIT' if committed else 'ROLLBACK'} PREPARED '{prepared}'"))
-    await world.recover()
-    await world.check(**({"file_1": "b", "file_2": "c"} if committed else {"file_1": "a"}))
+    await env.recover()
+    await env.check(**({"file_1": "b", "file_2": "c"} if committed else {"file_1": "a"}))
 
 
-async def expire_what_is_free(world: World) -> None:
-    assert world.journal is not None
-    intent = world.journal.tables.intent
-    async with world.engine.begin() as connection:
+async def expire_what_is_free(env: OrmEnvironment) -> None:
+    assert env.journal is not None
+    intent = env.journal.tables.intent
+    async with env.engine.begin() as connection:
         free = (await connection.execute(select(intent.c.id).with_for_update(skip_locked=True))).scalars().all()
         await connection.execute(intent.update().where(intent.c.id.in_(free)).values(due=text("'2000-01-01'")))
 
@@ -113,31 +113,31 @@ async def expire_what_is_free(world: World) -> None:
 @pytest.mark.case("DBF-08")
 @pytest.mark.filterwarnings("ignore")  # the pool says that a connection was dropped
 @pytest.mark.parametrize("database", ["asyncpg", "psycopg"], indirect=True)
-async def test_a_session_that_is_dropped_is_left_to_the_worker(world: World) -> None:
+async def test_a_session_that_is_dropped_is_left_to_the_worker(env: OrmEnvironment) -> None:
     """No event tells of its end; its connection goes with it, and with that the lock that kept the worker away."""
-    journal = journal_of(world)
-    session = world.sessions()
+    journal = journal_of(env)
+    session = env.sessions()
     session.add(Doc(id=1, file=file("a")))
     await session.flush()
-    await expire_what_is_free(world)
+    await expire_what_is_free(env)
     assert (await journal.recover()).claimed == 0
     del session
     gc.collect()
 
     async def is_recovered() -> bool:
-        await expire_what_is_free(world)
+        await expire_what_is_free(env)
         await journal.recover()
-        return await is_empty(world)
+        return await is_empty(env)
 
     await eventually_true(is_recovered)
 
 
 @pytest.mark.case("DBF-14")
-async def test_a_worker_in_its_transaction_is_in_nobodys_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_in_its_transaction_is_in_nobodys_way(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a worker fences, other sessions store, replace and delete."""
-    await world.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+    await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
     await file("lost").store(Doc.file)
-    await expire(world)
+    await expire(env)
     original, reached, go = Recovery._drop, asyncio.Event(), asyncio.Event()
 
     async def drop(*args: Any) -> None:
@@ -147,47 +147,47 @@ async def test_a_worker_in_its_transaction_is_in_nobodys_way(world: World, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Recovery, "_drop", drop)
-        assert world.journal is not None
-        worker = asyncio.create_task(world.journal.recover())
+        assert env.journal is not None
+        worker = asyncio.create_task(env.journal.recover())
         await reached.wait()
         async with asyncio.timeout(10):
-            await asyncio.gather(*(world.add(Doc(id=number, file=file(str(number)))) for number in range(3, 9)))
-            async with world.sessions.begin() as session:
+            await asyncio.gather(*(env.add(Doc(id=number, file=file(str(number)))) for number in range(3, 9)))
+            async with env.sessions.begin() as session:
                 (await session.get_one(Doc, 1)).file = file("c")
                 await session.delete(await session.get_one(Doc, 2))
         go.set()
         await worker
-    await world.recover()
-    await world.check(file_1="c", **{f"file_{number}": str(number) for number in range(3, 9)})
+    await env.recover()
+    await env.check(file_1="c", **{f"file_{number}": str(number) for number in range(3, 9)})
 
 
 @pytest.mark.case("DBF-23")
 @pytest.mark.parametrize("kept", [True, False], ids=["retention", "no retention"])
-async def test_a_restored_backup(world: World, kept: bool) -> None:
+async def test_a_restored_backup(env: OrmEnvironment, kept: bool) -> None:
     """Rows of a backup find the objects that were given up since, where the retention is longer than that."""
-    assert world.journal is not None
-    await world.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
-    tables = ["doc", *(table.name for table in world.journal.tables.all)]
+    assert env.journal is not None
+    await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+    tables = ["doc", *(table.name for table in env.journal.tables.all)]
     for table in tables:
-        await world.sql(f"CREATE TABLE backup_{table} AS SELECT * FROM {table}")  # noqa: S608
+        await env.sql(f"CREATE TABLE backup_{table} AS SELECT * FROM {table}")  # noqa: S608
     try:
         with retention(timedelta(days=7) if kept else timedelta(0)):
-            async with world.sessions.begin() as session:
+            async with env.sessions.begin() as session:
                 (await session.get_one(Doc, 1)).file = file("c")
                 await session.delete(await session.get_one(Doc, 2))
-            await world.journal.recover()
+            await env.journal.recover()
         for table in tables:
-            await world.sql(f"DELETE FROM {table}")  # noqa: S608
-            await world.sql(f"INSERT INTO {table} SELECT * FROM backup_{table}")  # noqa: S608
-        references = (await world.references()).values()
-        await world.recover()
-        assert [await world.manager.exists(ref) for ref in references] == [kept, kept]
+            await env.sql(f"DELETE FROM {table}")  # noqa: S608
+            await env.sql(f"INSERT INTO {table} SELECT * FROM backup_{table}")  # noqa: S608
+        references = (await env.references()).values()
+        await env.recover()
+        assert [await env.manager.exists(ref) for ref in references] == [kept, kept]
     finally:
         for table in tables:
-            await world.sql(f"DROP TABLE backup_{table}")
-        await world.sql("DELETE FROM doc")
-        for location in await world.objects():
-            await world.backend.delete(location)
+            await env.sql(f"DROP TABLE backup_{table}")
+        await env.sql("DELETE FROM doc")
+        for location in await env.objects():
+            await env.backend.delete(location)
 
 
 @pytest.fixture(scope="session")
@@ -205,26 +205,26 @@ def crashing(_temporary_folder: Path) -> Iterator[tuple[Path, Database]]:
 async def test_a_crash_that_forgets_commits(crashing: tuple[Path, Database], given_up: str) -> None:
     """What a worker acts upon is written down before it acts: no commit is forgotten that an object was deleted for."""
     folder, database = crashing
-    async with world_on(database, journaled=True) as world:
-        assert world.journal is not None
-        await world.add(Doc(id=1, file=file("a")), Doc(id=2, title="kept"))
-        async with world.sessions.begin() as session:
+    async with orm_environment(database, journaled=True) as env:
+        assert env.journal is not None
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2, title="kept"))
+        async with env.sessions.begin() as session:
             doc = await session.get_one(Doc, 1)
             if given_up == "replaced":
                 doc.file = file("b")
             else:
                 await session.delete(doc)
-        assert (await world.journal.recover()).deleted == 1
-        async with world.sessions.begin() as session:
+        assert (await env.journal.recover()).deleted == 1
+        async with env.sessions.begin() as session:
             (await session.get_one(Doc, 2)).title = "forgotten"
-        await world.engine.dispose()
-        await world.journal._pool.aclose()
+        await env.engine.dispose()
+        await env.journal._pool.aclose()
         await asyncio.to_thread(crash_postgres, folder)
-        async with world.sessions() as session:
+        async with env.sessions() as session:
             assert (await session.get_one(Doc, 2)).title == "kept", "it was no crash: nothing was forgotten"
-        await world.check(**({"file_1": "b"} if given_up == "replaced" else {}))
-        await world.recover()
-        await world.check(**({"file_1": "b"} if given_up == "replaced" else {}))
+        await env.check(**({"file_1": "b"} if given_up == "replaced" else {}))
+        await env.recover()
+        await env.check(**({"file_1": "b"} if given_up == "replaced" else {}))
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["protocol", "variant"])
@@ -233,20 +233,20 @@ async def test_a_crash_that_forgets_what_was_acknowledged(
 ) -> None:
     """What a transaction gives up is not deleted as soon as its COMMIT is answered: the simpler variant loses a file."""
     folder, database = crashing
-    async with world_on(database, journaled=True) as world:
-        assert world.journal is not None
-        await world.add(Doc(id=1, file=file("a")))
-        async with world.journal._pool.durable() as connection:  # by which all until here is written down
+    async with orm_environment(database, journaled=True) as env:
+        assert env.journal is not None
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.journal._pool.durable() as connection:  # by which all until here is written down
             await connection.execute(text("UPDATE doc SET title = 'kept'"))
         if at_once:
             monkeypatch.setattr(outcome, "remove_now", delete_at_once)
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             (await session.get_one(Doc, 1)).file = None
-        await world.engine.dispose()
-        await world.journal._pool.aclose()
+        await env.engine.dispose()
+        await env.journal._pool.aclose()
         await asyncio.to_thread(crash_postgres, folder)
-        assert len(await world.references()) == 1, "it was no crash: nothing was forgotten"
-        assert len(await world.objects()) == (0 if at_once else 1)
+        assert len(await env.references()) == 1, "it was no crash: nothing was forgotten"
+        assert len(await env.objects()) == (0 if at_once else 1)
 
 
 def delete_at_once(stored: Iterable[StoredObject]) -> None:
@@ -258,20 +258,20 @@ def delete_at_once(stored: Iterable[StoredObject]) -> None:
 async def test_a_crash_does_not_forget_an_intent(crashing: tuple[Path, Database]) -> None:
     """What is about to be stored is written down before it is: after the crash somebody knows of the object."""
     folder, database = crashing
-    async with world_on(database, journaled=True) as world:
-        assert world.journal is not None
-        await world.add(Doc(id=1, title="kept"))
+    async with orm_environment(database, journaled=True) as env:
+        assert env.journal is not None
+        await env.add(Doc(id=1, title="kept"))
         stored = await file("a").store(Doc.file)
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             (await session.get_one(Doc, 1)).title = "forgotten"
-        await world.engine.dispose()
-        await world.journal._pool.aclose()
+        await env.engine.dispose()
+        await env.journal._pool.aclose()
         await asyncio.to_thread(crash_postgres, folder)
-        async with world.sessions() as session:
+        async with env.sessions() as session:
             assert (await session.get_one(Doc, 1)).title == "kept", "it was no crash: nothing was forgotten"
-        assert [row.location for row in await rows(world, "intent")] == [stored.location]
-        await world.recover()
-        await world.check()
+        assert [row.location for row in await rows(env, "intent")] == [stored.location]
+        await env.recover()
+        await env.check()
 
 
 async def test_a_worker_outlives_a_crash_of_its_database(
@@ -279,22 +279,22 @@ async def test_a_worker_outlives_a_crash_of_its_database(
 ) -> None:
     """Its connections are gone and the database is away for a while; it says so, and goes on when the database is back."""
     folder, database = crashing
-    async with world_on(database, journaled=True) as world:
-        assert world.journal is not None
-        await world.engine.dispose()
-        async with world.journal.worker(interval=timedelta(milliseconds=20)):
+    async with orm_environment(database, journaled=True) as env:
+        assert env.journal is not None
+        await env.engine.dispose()
+        async with env.journal.worker(interval=timedelta(milliseconds=20)):
             await asyncio.to_thread(crash_postgres, folder)
             await eventually_true(lambda: has_said(caplog, "is tried again"))
             await file("a").store(Doc.file)
-            await expire(world)
-            await eventually_true(lambda: is_empty(world))
-        await world.recover()
-        await world.check()
+            await expire(env)
+            await eventually_true(lambda: is_empty(env))
+        await env.recover()
+        await env.check()
 
 
 async def has_said(caplog: pytest.LogCaptureFixture, words: str) -> bool:
     return words in caplog.text
 
 
-async def is_empty(world: World) -> bool:
-    return not await world.objects()
+async def is_empty(env: OrmEnvironment) -> bool:
+    return not await env.objects()

@@ -9,54 +9,54 @@ import pytest
 
 from granite_storage.exceptions import BackendUnavailableError
 from granite_storage.orm.journal.recovery import Recovery
+from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.test_recovery import die, expire, journal_of, rows
-from tests.orm.world import Doc, World, file
 
 MAX_ATTEMPTS = 2
 
 
 @pytest.fixture(autouse=True)
-def _two_attempts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_of(world), "_max_attempts", MAX_ATTEMPTS)
+def _two_attempts(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_of(env), "_max_attempts", MAX_ATTEMPTS)
 
 
-async def recover_and_die(world: World) -> None:
+async def recover_and_die(env: OrmEnvironment) -> None:
     """Do a pass that may end like the death of its process: what it has begun it does not tell of."""
-    await expire(world)
+    await expire(env)
     with contextlib.suppress(BaseExceptionGroup):
-        await journal_of(world).recover()
+        await journal_of(env).recover()
 
 
-async def test_the_death_of_a_worker_is_no_attempt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_death_of_a_worker_is_no_attempt(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     await file("a").store(Doc.file)
     with monkeypatch.context() as patch:
         patch.setattr(Recovery, "_remove", die)
         for _ in range(MAX_ATTEMPTS + 1):
-            await recover_and_die(world)
-    assert [(row.attempts, row.dead) for row in await rows(world, "reclaim")] == [(0, False)]
-    world.backend.fail("delete", error=BackendUnavailableError("down"))
-    await expire(world)
-    [failed] = (await journal_of(world).recover()).failed
+            await recover_and_die(env)
+    assert [(row.attempts, row.dead) for row in await rows(env, "reclaim")] == [(0, False)]
+    env.backend.fail("delete", error=BackendUnavailableError("down"))
+    await expire(env)
+    [failed] = (await journal_of(env).recover()).failed
     assert failed.attempts == 1
     assert failed.next_attempt is not None
-    assert [row.takeovers for row in await rows(world, "reclaim")] == [0]
-    await world.recover()
+    assert [row.takeovers for row in await rows(env, "reclaim")] == [0]
+    await env.recover()
 
 
-async def test_a_check_that_fails_is_nobodys_fault(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_check_that_fails_is_nobodys_fault(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """A column was renamed, perhaps: until somebody mends it nothing is deleted, and nothing given up."""
     await file("a").store(Doc.file)
     with monkeypatch.context() as patch:
         patch.setattr(Recovery, "_referenced", die)
         for _ in range(2 * MAX_ATTEMPTS + 4):
-            await recover_and_die(world)
-    assert [(row.attempts, row.takeovers, row.dead) for row in await rows(world, "reclaim")] == [(0, 0, False)]
-    assert len(await world.objects()) == 1
-    await world.recover()
+            await recover_and_die(env)
+    assert [(row.attempts, row.takeovers, row.dead) for row in await rows(env, "reclaim")] == [(0, 0, False)]
+    assert len(await env.objects()) == 1
+    await env.recover()
 
 
 async def test_an_object_that_kills_its_workers_is_a_dead_letter(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It goes alone, and takes none of those along that were taken over with it."""
     poison, *others = [await file(str(number)).store(Doc.file) for number in range(6)]
@@ -70,27 +70,29 @@ async def test_an_object_that_kills_its_workers_is_a_dead_letter(
     with monkeypatch.context() as patch:
         patch.setattr(Recovery, "_remove", remove)
         for _ in range(MAX_ATTEMPTS + 3):
-            await recover_and_die(world)
-        await expire(world)
-        report = await journal_of(world).recover()
-    assert await world.objects() == {poison.location}
+            await recover_and_die(env)
+        await expire(env)
+        report = await journal_of(env).recover()
+    assert await env.objects() == {poison.location}
     [failed] = report.failed
     assert (failed.location, failed.attempts, failed.next_attempt) == (poison.location, 0, None)
     assert "none has come to an end" in failed.error
     assert poison.location in caplog.text
     assert [await other.exists() for other in others] == [False] * len(others)
-    assert await journal_of(world).revive_dead_letters() == 1
-    assert (await journal_of(world).recover()).deleted == 1
-    await world.recover()
+    assert await journal_of(env).revive_dead_letters() == 1
+    assert (await journal_of(env).recover()).deleted == 1
+    await env.recover()
 
 
-async def test_a_single_attempt_is_not_used_up_by_the_death_of_a_neighbour(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_of(world), "_max_attempts", 1)
+async def test_a_single_attempt_is_not_used_up_by_the_death_of_a_neighbour(
+    env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_of(env), "_max_attempts", 1)
     for number in range(3):
         await file(str(number)).store(Doc.file)
     with monkeypatch.context() as patch:
         patch.setattr(Recovery, "_remove", die)
-        await recover_and_die(world)
-    await expire(world)
-    report = await journal_of(world).recover()
+        await recover_and_die(env)
+    await expire(env)
+    report = await journal_of(env).recover()
     assert (report.deleted, report.failed) == (3, [])

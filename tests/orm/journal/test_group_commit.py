@@ -9,14 +9,14 @@ import pytest
 from sqlalchemy import select
 
 from granite_storage.orm.journal.intents import Intents
-from tests.orm.world import Doc, World, file
+from tests.orm.environment import Doc, OrmEnvironment, file
 
 
 @pytest.mark.case("CAN-01", "CON-10")
-async def test_writer_is_cancelled_after_its_commit(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_writer_is_cancelled_after_its_commit(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each object keeps one intent: a second one would let a worker delete it while its transaction is under way."""
-    assert world.journal is not None
-    await world.journal.check()
+    assert env.journal is not None
+    await env.journal.check()
     committed, go, original = asyncio.Event(), asyncio.Event(), Intents._insert
     inserted: list[int] = []
 
@@ -37,10 +37,10 @@ async def test_writer_is_cancelled_after_its_commit(world: World, monkeypatch: p
     _, *stored = await asyncio.gather(storing[0], *storing[2:])
     assert storing[1].cancelled()
     assert inserted == [1, 3]
-    intent = world.journal.tables.intent
-    async with world.engine.connect() as connection:
+    intent = env.journal.tables.intent
+    async with env.engine.connect() as connection:
         places = (await connection.scalars(select(intent.c.location))).all()
     assert len(set(places)) == len(places) == 4
-    await world.add(Doc(id=1, file=stored[0], other=stored[1]))
-    await world.recover()  # what was cancelled, and what nobody has taken
-    await world.check(file_1="b", other_1="c")
+    await env.add(Doc(id=1, file=stored[0], other=stored[1]))
+    await env.recover()  # what was cancelled, and what nobody has taken
+    await env.check(file_1="b", other_1="c")

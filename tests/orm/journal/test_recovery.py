@@ -18,24 +18,24 @@ from granite_storage.orm import Attachment, StorageJournal, bind_storage
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
 from tests.core.support import eventually
-from tests.orm.world import Base, Doc, World, file
+from tests.orm.environment import Base, Doc, OrmEnvironment, file
 
 
-def journal_of(world: World) -> StorageJournal:
-    assert world.journal is not None
-    return world.journal
+def journal_of(env: OrmEnvironment) -> StorageJournal:
+    assert env.journal is not None
+    return env.journal
 
 
-async def expire(world: World) -> None:
-    tables = journal_of(world).tables
-    async with world.engine.begin() as connection:
+async def expire(env: OrmEnvironment) -> None:
+    tables = journal_of(env).tables
+    async with env.engine.begin() as connection:
         for table in (tables.intent, tables.reclaim):
             await connection.execute(update(table).values(due=clock(-1.0)))
 
 
-async def rows(world: World, name: str) -> list[Any]:
-    async with world.engine.connect() as connection:
-        return list(await connection.execute(select(getattr(journal_of(world).tables, name))))
+async def rows(env: OrmEnvironment, name: str) -> list[Any]:
+    async with env.engine.connect() as connection:
+        return list(await connection.execute(select(getattr(journal_of(env).tables, name))))
 
 
 @contextlib.contextmanager
@@ -57,70 +57,70 @@ async def die(*_: Any) -> None:
     raise SystemError("dead")
 
 
-async def rename(world: World, backend: str) -> None:
+async def rename(env: OrmEnvironment, backend: str) -> None:
     """Let all rows of the journal name another backend, and be due."""
-    tables = journal_of(world).tables
-    async with world.engine.begin() as connection:
+    tables = journal_of(env).tables
+    async with env.engine.begin() as connection:
         for table in (tables.intent, tables.reclaim):
             await connection.execute(update(table).values(backend=backend, due=clock(-1.0)))
 
 
 class TestReports:
-    async def test_nothing_to_do(self, world: World) -> None:
-        report = await journal_of(world).recover()
+    async def test_nothing_to_do(self, env: OrmEnvironment) -> None:
+        report = await journal_of(env).recover()
         assert (report.claimed, report.deleted, report.kept, report.leased, report.waiting, report.failed) == (0, 0, 0, 0, 0, [])
 
-    async def test_an_upload_is_leased_then_deleted_then_looked_for_again(self, world: World) -> None:
+    async def test_an_upload_is_leased_then_deleted_then_looked_for_again(self, env: OrmEnvironment) -> None:
         stored = await file("a").store(Doc.file)
-        assert (await journal_of(world).recover()).leased == 1
+        assert (await journal_of(env).recover()).leased == 1
         assert await stored.exists()
-        await expire(world)
-        report = await journal_of(world).recover()
+        await expire(env)
+        report = await journal_of(env).recover()
         assert (report.claimed, report.deleted, report.confirmed, report.leased) == (1, 1, 0, 0)
         assert not await stored.exists()
-        assert len(await rows(world, "reclaim")) == 1
-        assert (await journal_of(world).recover()).claimed == 0
-        await expire(world)
-        report = await journal_of(world).recover()
+        assert len(await rows(env, "reclaim")) == 1
+        assert (await journal_of(env).recover()).claimed == 0
+        await expire(env)
+        report = await journal_of(env).recover()
         assert (report.claimed, report.deleted, report.confirmed) == (1, 0, 1)
-        assert await rows(world, "reclaim") == []
+        assert await rows(env, "reclaim") == []
 
-    async def test_many(self, world: World) -> None:
+    async def test_many(self, env: OrmEnvironment) -> None:
         """More than one batch, by two workers at once: each object is deleted by one of them."""
         for _ in range(3):
             await asyncio.gather(*(file(str(number)).store(Doc.file) for number in range(90)))
-        assert len(await world.objects()) == 270
-        await expire(world)
-        first, second = await asyncio.gather(journal_of(world).recover(), journal_of(world).recover())
+        assert len(await env.objects()) == 270
+        await expire(env)
+        first, second = await asyncio.gather(journal_of(env).recover(), journal_of(env).recover())
         assert first.deleted + second.deleted == 270
-        assert await world.objects() == set()
+        assert await env.objects() == set()
 
-    async def test_a_failure_is_reported_and_tried_again(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_a_failure_is_reported_and_tried_again(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
         stored = await file("a").store(Doc.file)
-        await expire(world)
-        world.backend.fail("delete", error=BackendUnavailableError("down"))
+        await expire(env)
+        env.backend.fail("delete", error=BackendUnavailableError("down"))
         before = datetime.now(UTC)
-        [failed] = (await journal_of(world).recover()).failed
+        [failed] = (await journal_of(env).recover()).failed
         assert (failed.backend, failed.location, failed.attempts) == ("store", stored.location, 1)
         assert "down" in failed.error
         assert failed.next_attempt is not None
         assert before < failed.next_attempt < before + timedelta(minutes=5)
         assert stored.location in caplog.text
-        assert (await journal_of(world).recover()).claimed == 0
-        await expire(world)
-        assert (await journal_of(world).recover()).deleted == 1
+        assert (await journal_of(env).recover()).claimed == 0
+        await expire(env)
+        assert (await journal_of(env).recover()).deleted == 1
 
     async def test_a_dead_letter_is_left_alone_until_it_is_revived(
-        self, world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+        self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        journal = journal_of(world)
+        journal = journal_of(env)
         monkeypatch.setattr(journal, "_max_attempts", 2)
         stored = await file("a").store(Doc.file)
-        world.backend.fail("delete", error=BackendUnavailableError("down"), times=2)
+        env.backend.fail("delete", error=BackendUnavailableError("down"), times=2)
         for _ in range(2):
-            await expire(world)
+            await expire(env)
             await journal.recover()
-        await expire(world)
+        await expire(env)
         [failed] = (await journal.recover()).failed
         assert (failed.attempts, failed.next_attempt) == (2, None)
         assert [record.levelno for record in caplog.records if "could not delete" in record.message][-1] == logging.ERROR
@@ -130,46 +130,46 @@ class TestReports:
 
     @pytest.mark.parametrize("fenced", [False, True], ids=["intent", "fenced"])
     async def test_a_backend_that_is_not_there_is_reported(
-        self, world: World, fenced: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+        self, env: OrmEnvironment, fenced: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It was renamed, perhaps after a worker had died between fence and delete: its rows stay, and somebody says so."""
-        journal = journal_of(world)
+        journal = journal_of(env)
         stored = await file("a").store(Doc.file)
-        await expire(world)
+        await expire(env)
         if fenced:
             with monkeypatch.context() as patch:
                 patch.setattr(Recovery, "_referenced", die)
                 with pytest.raises(BaseExceptionGroup):
                     await journal.recover()
-        await rename(world, "elsewhere")
+        await rename(env, "elsewhere")
         report = await journal.recover()
         assert report.unknown_backends == {"elsewhere"}
         assert report.claimed == 0
         assert await stored.exists()
         await journal.check()
         assert "'elsewhere'" in caplog.text
-        await rename(world, "store")
-        await world.recover()
+        await rename(env, "store")
+        await env.recover()
 
-    async def test_a_worker_leaves_a_sign_of_life(self, world: World) -> None:
-        await journal_of(world).recover()
-        first = {row.name: row.changed for row in await rows(world, "meta")}
-        await journal_of(world).recover()
-        second = {row.name: row.changed for row in await rows(world, "meta")}
+    async def test_a_worker_leaves_a_sign_of_life(self, env: OrmEnvironment) -> None:
+        await journal_of(env).recover()
+        first = {row.name: row.changed for row in await rows(env, "meta")}
+        await journal_of(env).recover()
+        second = {row.name: row.changed for row in await rows(env, "meta")}
         assert second["heartbeat"] > first["heartbeat"]
         assert second["schema_version"] == first["schema_version"]
 
 
 class TestCosts:
-    async def test_sessions_that_flush_at_the_same_time_share_commits(self, world: World) -> None:
-        journal, commits = journal_of(world), []
+    async def test_sessions_that_flush_at_the_same_time_share_commits(self, env: OrmEnvironment) -> None:
+        journal, commits = journal_of(env), []
         await journal.check()
         event.listen(journal._pool._engine.sync_engine, "commit", lambda connection: commits.append(connection))
-        await asyncio.gather(*(world.add(Doc(id=number, file=file("a"))) for number in range(1, 9)))
+        await asyncio.gather(*(env.add(Doc(id=number, file=file("a"))) for number in range(1, 9)))
         assert 1 <= len(commits) < 8
-        await world.check(**{f"file_{number}": "a" for number in range(1, 9)})
+        await env.check(**{f"file_{number}": "a" for number in range(1, 9)})
 
-    async def test_a_failure_is_everybodys_who_waited_for_it(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_failure_is_everybodys_who_waited_for_it(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
         async def insert(*_: Any) -> None:
             await asyncio.sleep(0.05)
             raise ConnectionResetError("no answer")
@@ -177,14 +177,14 @@ class TestCosts:
         monkeypatch.setattr("granite_storage.orm.journal.intents.Intents._insert", insert)
         done = await asyncio.gather(*(file("a").store(Doc.file) for _ in range(5)), return_exceptions=True)
         assert [type(error) for error in done] == [ConnectionResetError] * 5
-        assert await world.objects() == set()
+        assert await env.objects() == set()
 
     async def test_where_a_cancelled_writer_hears_nothing_nobody_uploads(
-        self, world: World, monkeypatch: pytest.MonkeyPatch
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("granite_storage.orm.journal.intents.CLEANUP_TIMEOUT", 0.05)
-        original, calls, go = type(journal_of(world).intents)._insert, [asyncio.Event(), asyncio.Event()], asyncio.Event()
-        await journal_of(world).check()
+        original, calls, go = type(journal_of(env).intents)._insert, [asyncio.Event(), asyncio.Event()], asyncio.Event()
+        await journal_of(env).check()
 
         async def insert(*args: Any) -> None:
             if calls[0].is_set():
@@ -202,34 +202,34 @@ class TestCosts:
         second.cancel()
         done = await asyncio.wait_for(asyncio.gather(first, second, *others, return_exceptions=True), 60)
         assert [type(item) for item in done] == [Attachment, asyncio.CancelledError, StaleAttachmentError, StaleAttachmentError]
-        assert len(await world.objects()) == 1
-        await world.recover()
+        assert len(await env.objects()) == 1
+        await env.recover()
 
-    async def test_very_many_attachments(self, world: World) -> None:
+    async def test_very_many_attachments(self, env: OrmEnvironment) -> None:
         """More than one statement can take."""
-        await world.add(*(Doc(id=number, file=file(str(number))) for number in range(1, 1201)))
-        assert len(await world.objects()) == 1200
-        async with world.sessions.begin() as session:
+        await env.add(*(Doc(id=number, file=file(str(number))) for number in range(1, 1201)))
+        assert len(await env.objects()) == 1200
+        async with env.sessions.begin() as session:
             await session.execute(Doc.__table__.delete())
 
-    async def test_one_commit_for_many_attachments(self, world: World) -> None:
+    async def test_one_commit_for_many_attachments(self, env: OrmEnvironment) -> None:
         commits: list[Any] = []
 
         def on_commit(connection: Any) -> None:
             commits.append(connection)
 
-        await journal_of(world).check()
-        inner = journal_of(world)._pool._engine.sync_engine
+        await journal_of(env).check()
+        inner = journal_of(env)._pool._engine.sync_engine
         event.listen(inner, "commit", on_commit)
-        await world.add(*(Doc(id=number, file=file("a"), other=file("b")) for number in range(1, 21)))
+        await env.add(*(Doc(id=number, file=file("a"), other=file("b")) for number in range(1, 21)))
         assert len(commits) == 1
 
     @pytest.mark.case("DBF-18")
-    async def test_a_pool_of_one_connection(self, world: World) -> None:
-        engine = world.database.engine(pool_size=1, max_overflow=0, pool_timeout=5)
-        binding = bind_storage(Base, world.manager, journal=StorageJournal(engine))
+    async def test_a_pool_of_one_connection(self, env: OrmEnvironment) -> None:
+        engine = env.database.engine(pool_size=1, max_overflow=0, pool_timeout=5)
+        binding = bind_storage(Base, env.manager, journal=StorageJournal(engine))
         try:
-            async with world.sessions(bind=engine) as session:
+            async with env.sessions(bind=engine) as session:
                 await session.execute(select(func.count()).select_from(Doc))
                 session.add(Doc(id=1, file=file("a")))
                 await session.flush()
@@ -238,12 +238,12 @@ class TestCosts:
         finally:
             binding.unbind()
             await engine.dispose()
-        await world.check(file_1="a", file_2="b")
+        await env.check(file_1="a", file_2="b")
 
 
 class TestLeases:
-    async def test_an_upload_is_renewed_while_it_goes_on(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(journal_of(world), "_lease", timedelta(seconds=3))
+    async def test_an_upload_is_renewed_while_it_goes_on(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(journal_of(env), "_lease", timedelta(seconds=3))
         go = asyncio.Event()
 
         async def slow() -> Any:
@@ -251,23 +251,23 @@ class TestLeases:
             await go.wait()
             yield b"b"
 
-        saving = asyncio.create_task(world.add(Doc(id=1, file=Attachment(slow()))))
-        await eventually_true(lambda: rows(world, "intent"))
-        [first] = await rows(world, "intent")
+        saving = asyncio.create_task(env.add(Doc(id=1, file=Attachment(slow()))))
+        await eventually_true(lambda: rows(env, "intent"))
+        [first] = await rows(env, "intent")
 
         async def is_renewed() -> bool:
-            return (await rows(world, "intent"))[0].due > first.due
+            return (await rows(env, "intent"))[0].due > first.due
 
         await eventually_true(is_renewed)
         go.set()
         await saving
-        await world.check(file_1="ab")
+        await env.check(file_1="ab")
 
     @pytest.mark.parametrize("reclaimed", [True, False], ids=["reclaimed", "out of reach"])
     async def test_an_upload_that_cannot_be_renewed_stops(
-        self, world: World, monkeypatch: pytest.MonkeyPatch, reclaimed: bool
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch, reclaimed: bool
     ) -> None:
-        journal = journal_of(world)
+        journal = journal_of(env)
         monkeypatch.setattr(journal, "_lease", timedelta(seconds=1.5))
 
         async def renew(*_: Any) -> bool:
@@ -288,16 +288,16 @@ class TestLeases:
 
         source = endless()
         with pytest.raises(StaleAttachmentError, match="lease"):
-            await world.add(Doc(id=1, file=Attachment(source)))
+            await env.add(Doc(id=1, file=Attachment(source)))
         await source.aclose()
         assert stopped.is_set()
 
     async def test_what_a_program_publishes_that_stood_still_is_discarded(
-        self, world: World, monkeypatch: pytest.MonkeyPatch
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Workers have reclaimed the upload, and have looked for it a second time, before its last step was done after all."""
-        monkeypatch.setattr(journal_of(world), "_lease", timedelta(seconds=0.5))
-        original = type(world.backend).put_bytes
+        monkeypatch.setattr(journal_of(env), "_lease", timedelta(seconds=0.5))
+        original = type(env.backend).put_bytes
 
         async def hold(*_: Any) -> None:
             await asyncio.sleep(3600)
@@ -305,139 +305,143 @@ class TestLeases:
         async def put_bytes(*args: Any, **kwargs: Any) -> Any:
             await asyncio.sleep(0.6)
             for _ in range(2):
-                await expire(world)
-                await journal_of(world).recover()
-            assert [await rows(world, name) for name in ("intent", "reclaim")] == [[], []]
+                await expire(env)
+                await journal_of(env).recover()
+            assert [await rows(env, name) for name in ("intent", "reclaim")] == [[], []]
             return await original(*args, **kwargs)
 
         monkeypatch.setattr("granite_storage.orm.journal.lease.Lease.hold", hold)
-        monkeypatch.setattr(type(world.backend), "put_bytes", put_bytes)
+        monkeypatch.setattr(type(env.backend), "put_bytes", put_bytes)
         with pytest.raises(StaleAttachmentError, match="lease"):
-            await world.add(Doc(id=1, file=file("a")))
-        assert await world.objects() == set()
+            await env.add(Doc(id=1, file=file("a")))
+        assert await env.objects() == set()
 
-    async def test_nothing_is_sent_when_the_lease_is_over_already(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_nothing_is_sent_when_the_lease_is_over_already(
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("granite_storage.orm.journal.lease._SAFE_SHARE", 0.0)
         with pytest.raises(StaleAttachmentError, match="lease"):
-            await world.add(Doc(id=1, file=file("a")))
-        assert not [call for call in world.backend.calls if call.operation.startswith("put")]
+            await env.add(Doc(id=1, file=file("a")))
+        assert not [call for call in env.backend.calls if call.operation.startswith("put")]
 
-    async def test_nothing_is_uploaded_that_was_not_written_down(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_nothing_is_uploaded_that_was_not_written_down(
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         async def record(*_: Any) -> None:
             raise ConnectionResetError("the answer to the COMMIT did not come")
 
         monkeypatch.setattr("granite_storage.orm.journal.intents.Intents.record", record)
         with pytest.raises(ConnectionResetError):
-            await world.add(Doc(id=1, file=file("a")))
-        assert not [call for call in world.backend.calls if call.operation.startswith("put")]
+            await env.add(Doc(id=1, file=file("a")))
+        assert not [call for call in env.backend.calls if call.operation.startswith("put")]
 
-    async def test_an_object_that_was_reclaimed_is_stored_anew_by_the_next_try(self, world: World) -> None:
+    async def test_an_object_that_was_reclaimed_is_stored_anew_by_the_next_try(self, env: OrmEnvironment) -> None:
         attachment = await file("a").store(Doc.file)
-        await expire(world)
-        await journal_of(world).recover()
+        await expire(env)
+        await journal_of(env).recover()
         with pytest.raises(StaleAttachmentError):
-            await world.add(Doc(id=1, file=attachment))
-        await world.add(Doc(id=1, file=attachment))
-        await world.check(file_1="a")
+            await env.add(Doc(id=1, file=attachment))
+        await env.add(Doc(id=1, file=attachment))
+        await env.check(file_1="a")
 
 
 class TestRetention:
-    async def test_a_replaced_object_waits(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
+    async def test_a_replaced_object_waits(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
         with retention(timedelta(days=7)):
-            async with world.sessions.begin() as session:
+            async with env.sessions.begin() as session:
                 doc = await session.get_one(Doc, 1)
                 assert doc.file is not None
                 old, doc.file = doc.file, file("b")
-            assert (await journal_of(world).recover()).waiting == 1
-            assert await world.manager.get(old.ref) == b"a"
-            async with world.sessions.begin() as session:
+            assert (await journal_of(env).recover()).waiting == 1
+            assert await env.manager.get(old.ref) == b"a"
+            async with env.sessions.begin() as session:
                 doc = await session.get_one(Doc, 1)
                 doc.file = Attachment.restore(old.ref)
-            assert [row.location for row in await rows(world, "intent")] == [(await only_replaced(world, old.ref))]
-        await world.recover()
-        await world.check(file_1="a")
+            assert [row.location for row in await rows(env, "intent")] == [(await only_replaced(env, old.ref))]
+        await env.recover()
+        await env.check(file_1="a")
 
-    async def test_bulk_deletes_wait_too(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
+    async def test_bulk_deletes_wait_too(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
         with retention(timedelta(days=7)):
-            async with world.sessions.begin() as session:
+            async with env.sessions.begin() as session:
                 await session.execute(Doc.__table__.delete())
-            assert len(await world.objects()) == 1
-            assert (await journal_of(world).recover()).waiting == 1
-        await world.recover()
+            assert len(await env.objects()) == 1
+            assert (await journal_of(env).recover()).waiting == 1
+        await env.recover()
 
     @pytest.mark.case("CON-04")
-    async def test_what_is_on_its_way_out_cannot_be_restored(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
-        async with world.sessions.begin() as session:
+    async def test_what_is_on_its_way_out_cannot_be_restored(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions.begin() as session:
             doc = await session.get_one(Doc, 1)
             assert doc.file is not None
             ref, doc.file = doc.file.ref, None
-        assert (await journal_of(world).recover()).deleted == 1
+        assert (await journal_of(env).recover()).deleted == 1
         with pytest.raises(StaleAttachmentError, match="does not wait"):
-            await world.add(Doc(id=2, file=Attachment.restore(ref)))
+            await env.add(Doc(id=2, file=Attachment.restore(ref)))
         with pytest.raises(ObjectNotFoundError):
-            await world.manager.get(ref)
+            await env.manager.get(ref)
 
-    async def test_what_a_row_holds_cannot_be_restored(self, world: World) -> None:
+    async def test_what_a_row_holds_cannot_be_restored(self, env: OrmEnvironment) -> None:
         doc = Doc(id=1, file=file("a"))
-        await world.add(doc)
+        await env.add(doc)
         assert doc.file is not None
         with pytest.raises(StaleAttachmentError, match="does not wait"):
-            await world.add(Doc(id=2, file=Attachment.restore(doc.file.ref)))
-        await world.check(file_1="a")
+            await env.add(Doc(id=2, file=Attachment.restore(doc.file.ref)))
+        await env.check(file_1="a")
 
-    async def test_an_undo_that_is_rolled_back_waits_on(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
+    async def test_an_undo_that_is_rolled_back_waits_on(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
         with retention(timedelta(days=7)):
-            async with world.sessions.begin() as session:
+            async with env.sessions.begin() as session:
                 doc = await session.get_one(Doc, 1)
                 assert doc.file is not None
                 ref, doc.file = doc.file.ref, None
             with pytest.raises(ZeroDivisionError):
-                async with world.sessions.begin() as session:
+                async with env.sessions.begin() as session:
                     (await session.get_one(Doc, 1)).file = Attachment.restore(ref)
                     await session.flush()
                     raise ZeroDivisionError
-            assert await world.manager.get(ref) == b"a"
-            assert (await journal_of(world).recover()).waiting == 1
-        await world.recover()
+            assert await env.manager.get(ref) == b"a"
+            assert (await journal_of(env).recover()).waiting == 1
+        await env.recover()
 
     def test_only_a_ref_can_be_restored(self) -> None:
         with pytest.raises(InvalidReferenceError):
             Attachment.restore({"location": "x"})  # type: ignore[arg-type]
 
 
-async def has_no_objects(world: World) -> bool:
-    return not await world.objects()
+async def has_no_objects(env: OrmEnvironment) -> bool:
+    return not await env.objects()
 
 
-async def only_replaced(world: World, restored: Any) -> str:
-    [location] = await world.objects() - {restored.location}
+async def only_replaced(env: OrmEnvironment, restored: Any) -> str:
+    [location] = await env.objects() - {restored.location}
     return location
 
 
 class TestWorker:
-    async def test_it_recovers_and_stops(self, world: World) -> None:
+    async def test_it_recovers_and_stops(self, env: OrmEnvironment) -> None:
         await file("a").store(Doc.file)
-        await expire(world)
-        async with journal_of(world).worker(interval=timedelta(milliseconds=50)):
-            await eventually_true(lambda: has_no_objects(world))
+        await expire(env)
+        async with journal_of(env).worker(interval=timedelta(milliseconds=50)):
+            await eventually_true(lambda: has_no_objects(env))
 
-    async def test_it_looks_soon_after_a_transaction(self, world: World) -> None:
-        await world.add(Doc(id=1, file=file("a")))
-        async with journal_of(world).worker(interval=timedelta(hours=1)):
-            async with world.sessions.begin() as session:
+    async def test_it_looks_soon_after_a_transaction(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with journal_of(env).worker(interval=timedelta(hours=1)):
+            async with env.sessions.begin() as session:
                 await session.delete(await session.get_one(Doc, 1))
-            await eventually_true(lambda: has_no_objects(world))
+            await eventually_true(lambda: has_no_objects(env))
 
     async def test_it_survives_errors(
-        self, world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+        self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         await file("a").store(Doc.file)
-        await expire(world)
-        journal = journal_of(world)
+        await expire(env)
+        journal = journal_of(env)
         recovery, failures = journal._recovery, iter([OSError("the database is away")])
 
         def failing() -> Any:
@@ -447,44 +451,44 @@ class TestWorker:
 
         monkeypatch.setattr(journal, "_recovery", failing)
         async with journal.worker(interval=timedelta(milliseconds=50)):
-            await eventually_true(lambda: has_no_objects(world))
+            await eventually_true(lambda: has_no_objects(env))
         assert "is tried again" in caplog.text
 
-    async def test_a_slow_delete_does_not_hold_up_its_end(self, world: World) -> None:
+    async def test_a_slow_delete_does_not_hold_up_its_end(self, env: OrmEnvironment) -> None:
         await file("a").store(Doc.file)
-        await expire(world)
-        world.backend.delay("delete", seconds=3600)
-        async with asyncio.timeout(60), journal_of(world).worker(interval=timedelta(milliseconds=50)):
-            await eventually(lambda: any(call.operation == "delete" for call in world.backend.calls))
-        await world.recover()
+        await expire(env)
+        env.backend.delay("delete", seconds=3600)
+        async with asyncio.timeout(60), journal_of(env).worker(interval=timedelta(milliseconds=50)):
+            await eventually(lambda: any(call.operation == "delete" for call in env.backend.calls))
+        await env.recover()
 
-    async def test_an_interval_of_nothing_is_refused(self, world: World) -> None:
+    async def test_an_interval_of_nothing_is_refused(self, env: OrmEnvironment) -> None:
         with pytest.raises(ConfigurationError, match="interval"):
-            async with journal_of(world).worker(interval=timedelta(0)):
+            async with journal_of(env).worker(interval=timedelta(0)):
                 pass
 
 
 class TestCancelled:
-    async def test_a_cancelled_save_is_left_to_the_worker(self, world: World) -> None:
-        world.backend.delay("put_bytes", seconds=3600)
+    async def test_a_cancelled_save_is_left_to_the_worker(self, env: OrmEnvironment) -> None:
+        env.backend.delay("put_bytes", seconds=3600)
 
         async def save() -> None:
-            async with world.sessions() as session:
+            async with env.sessions() as session:
                 session.add(Doc(id=1, file=file("a")))
                 await session.flush()  # SQLAlchemy shields a commit, and the flush that it begins with
 
         saving = asyncio.create_task(save())
-        await eventually(lambda: any(call.operation == "put_bytes" for call in world.backend.calls))
+        await eventually(lambda: any(call.operation == "put_bytes" for call in env.backend.calls))
         saving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await saving
-        assert len(await rows(world, "intent")) == 1
+        assert len(await rows(env, "intent")) == 1
 
-    async def test_a_transaction_that_is_cancelled_after_its_flush_is_left_to_the_worker(self, world: World) -> None:
+    async def test_a_transaction_that_is_cancelled_after_its_flush_is_left_to_the_worker(self, env: OrmEnvironment) -> None:
         flushed = asyncio.Event()
 
         async def save() -> None:
-            session = world.sessions()
+            session = env.sessions()
             try:
                 session.add(Doc(id=1, file=file("a")))
                 await session.flush()
@@ -498,20 +502,20 @@ class TestCancelled:
         saving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await saving
-        assert [row.kind for row in await rows(world, "intent")] == ["upload"]
-        assert world.backend.count("delete") == 0
-        await world.recover()
+        assert [row.kind for row in await rows(env, "intent")] == ["upload"]
+        assert env.backend.count("delete") == 0
+        await env.recover()
 
-    async def test_a_failed_save_is_cleaned_up_at_once(self, world: World) -> None:
-        world.backend.fail("put_bytes", error=BackendUnavailableError("down"), nth=2)
+    async def test_a_failed_save_is_cleaned_up_at_once(self, env: OrmEnvironment) -> None:
+        env.backend.fail("put_bytes", error=BackendUnavailableError("down"), nth=2)
         with pytest.raises(BackendUnavailableError):
-            await world.add(Doc(id=1, file=file("a"), other=file("b")))
-        assert await world.objects() == set()
-        assert await rows(world, "intent") == []
+            await env.add(Doc(id=1, file=file("a"), other=file("b")))
+        assert await env.objects() == set()
+        assert await rows(env, "intent") == []
 
 
-async def test_sql_that_is_run_past_the_sessions_loses_nothing(world: World) -> None:
-    await world.add(Doc(id=1, file=file("a")))
-    async with world.engine.begin() as connection:
+async def test_sql_that_is_run_past_the_sessions_loses_nothing(env: OrmEnvironment) -> None:
+    await env.add(Doc(id=1, file=file("a")))
+    async with env.engine.begin() as connection:
         await connection.execute(text("UPDATE doc SET title = 'x'"))
-    assert (await journal_of(world).recover()).claimed == 0
+    assert (await journal_of(env).recover()).claimed == 0

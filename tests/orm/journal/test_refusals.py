@@ -18,12 +18,12 @@ from granite_storage import ConfigurationError, StorageManager, StoragePolicy
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, journal_tables
 from tests.orm.databases import Database
-from tests.orm.world import Base, Doc, World, file
+from tests.orm.environment import Base, Doc, OrmEnvironment, file
 
 
-def journal_of(world: World) -> StorageJournal:
-    assert world.journal is not None
-    return world.journal
+def journal_of(env: OrmEnvironment) -> StorageJournal:
+    assert env.journal is not None
+    return env.journal
 
 
 def manager(**policy: Any) -> StorageManager:
@@ -31,19 +31,19 @@ def manager(**policy: Any) -> StorageManager:
 
 
 @contextlib.asynccontextmanager
-async def changed(world: World, change: str, back: str) -> AsyncIterator[None]:
+async def changed(env: OrmEnvironment, change: str, back: str) -> AsyncIterator[None]:
     """Change the database, and change it back."""
-    await world.sql(change)
+    await env.sql(change)
     try:
         yield
     finally:
-        await world.sql(back)
+        await env.sql(back)
 
 
-async def require_refused(world: World, why: str) -> None:
+async def require_refused(env: OrmEnvironment, why: str) -> None:
     """The start-up check, a pass, a worker and an upload are refused, and nothing is uploaded."""
-    journal = StorageJournal(world.engine)
-    binding = bind_storage(Base, world.manager, journal=journal)
+    journal = StorageJournal(env.engine)
+    binding = bind_storage(Base, env.manager, journal=journal)
     try:
         with pytest.raises(ConfigurationError, match=why):
             await journal.check()
@@ -53,84 +53,84 @@ async def require_refused(world: World, why: str) -> None:
             async with journal.worker():
                 pass
         with pytest.raises(ConfigurationError, match=why):
-            await world.add(Doc(id=1, file=file("a")))
+            await env.add(Doc(id=1, file=file("a")))
     finally:
         binding.unbind()
         await journal.aclose()
-    assert await world.objects() == set()
+    assert await env.objects() == set()
 
 
 @pytest.mark.case("DBF-27")
 class TestTables:
-    async def test_a_missing_one(self, world: World) -> None:
+    async def test_a_missing_one(self, env: OrmEnvironment) -> None:
         async with changed(
-            world,
+            env,
             "ALTER TABLE granite_storage_reclaim RENAME TO moved_away",
             "ALTER TABLE moved_away RENAME TO granite_storage_reclaim",
         ):
-            await require_refused(world, "granite_storage_reclaim is missing")
+            await require_refused(env, "granite_storage_reclaim is missing")
 
-    async def test_one_without_a_column(self, world: World) -> None:
+    async def test_one_without_a_column(self, env: OrmEnvironment) -> None:
         async with changed(
-            world,
+            env,
             "ALTER TABLE granite_storage_intent RENAME COLUMN upload_id TO other_id",
             "ALTER TABLE granite_storage_intent RENAME COLUMN other_id TO upload_id",
         ):
-            await require_refused(world, "granite_storage_intent is missing, is of another version")
+            await require_refused(env, "granite_storage_intent is missing, is of another version")
 
-    async def test_another_version(self, world: World) -> None:
-        await journal_of(world).check()
+    async def test_another_version(self, env: OrmEnvironment) -> None:
+        await journal_of(env).check()
         async with changed(
-            world,
+            env,
             "UPDATE granite_storage_meta SET value = '99' WHERE name = 'schema_version'",
             "UPDATE granite_storage_meta SET value = '1' WHERE name = 'schema_version'",
         ):
-            await require_refused(world, "version 99")
+            await require_refused(env, "version 99")
 
-    async def test_no_privilege(self, world: World) -> None:
-        if not world.database.is_postgres:
+    async def test_no_privilege(self, env: OrmEnvironment) -> None:
+        if not env.database.is_postgres:
             pytest.skip("one kind of privilege is enough")
-        await world.sql("CREATE ROLE visitor LOGIN")
-        await world.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO visitor")
-        engine = create_async_engine(world.database.url.set(username="visitor"), poolclass=NullPool)
+        await env.sql("CREATE ROLE visitor LOGIN")
+        await env.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO visitor")
+        engine = create_async_engine(env.database.url.set(username="visitor"), poolclass=NullPool)
         journal = StorageJournal(engine)
-        binding = bind_storage(Base, world.manager, journal=journal)
+        binding = bind_storage(Base, env.manager, journal=journal)
         try:
             with pytest.raises(ConfigurationError, match="may not be written to"):
                 await journal.check()
         finally:
             binding.unbind()
             await engine.dispose()
-            await world.sql("DROP OWNED BY visitor")
-            await world.sql("DROP ROLE visitor")
+            await env.sql("DROP OWNED BY visitor")
+            await env.sql("DROP ROLE visitor")
 
 
 @pytest.mark.case("DBF-28")
 @pytest.mark.parametrize("table", ["granite_storage_decision", "doc"])
 @pytest.mark.parametrize("engine", ["MyISAM", "Aria"])
-async def test_an_engine_without_transactions(world: World, table: str, engine: str) -> None:
-    if world.database.is_postgres:
+async def test_an_engine_without_transactions(env: OrmEnvironment, table: str, engine: str) -> None:
+    if env.database.is_postgres:
         pytest.skip("storage engines are MariaDB's")
-    async with changed(world, f"ALTER TABLE {table} ENGINE={engine}", f"ALTER TABLE {table} ENGINE=InnoDB"):
-        await require_refused(world, rf"{table} \({engine}\)")
+    async with changed(env, f"ALTER TABLE {table} ENGINE={engine}", f"ALTER TABLE {table} ENGINE=InnoDB"):
+        await require_refused(env, rf"{table} \({engine}\)")
 
 
 @pytest.mark.case("DBF-21")
-async def test_isolation_that_shows_too_little(world: World) -> None:
-    if world.database.is_postgres:
+async def test_isolation_that_shows_too_little(env: OrmEnvironment) -> None:
+    if env.database.is_postgres:
         pytest.skip("PostgreSQL has no READ UNCOMMITTED")
     async with changed(
-        world,
+        env,
         "SET GLOBAL TRANSACTION ISOLATION LEVEL READ UNCOMMITTED",
         "SET GLOBAL TRANSACTION ISOLATION LEVEL REPEATABLE READ",
     ):
-        await require_refused(world, "READ UNCOMMITTED")
+        await require_refused(env, "READ UNCOMMITTED")
 
 
 @pytest.mark.case("DBF-21")
-async def test_the_journals_own_connections_read_what_is_committed(world: World) -> None:
-    question = "SHOW transaction_isolation" if world.database.is_postgres else "SELECT @@tx_isolation"
-    engine = world.database.engine(isolation_level="SERIALIZABLE")
+async def test_the_journals_own_connections_read_what_is_committed(env: OrmEnvironment) -> None:
+    question = "SHOW transaction_isolation" if env.database.is_postgres else "SELECT @@tx_isolation"
+    engine = env.database.engine(isolation_level="SERIALIZABLE")
     try:
         async with StorageJournal(engine)._pool.reading() as connection:
             level = (await connection.execute(text(question))).scalar_one()
@@ -153,22 +153,22 @@ async def test_a_pool_of_one_shared_connection(database: Database) -> None:
     await engine.dispose()
 
 
-async def test_a_pool_that_keeps_nothing_will_do(world: World) -> None:
-    engine = create_async_engine(world.database.url, poolclass=NullPool)
-    binding = bind_storage(Base, world.manager, journal=StorageJournal(engine))
+async def test_a_pool_that_keeps_nothing_will_do(env: OrmEnvironment) -> None:
+    engine = create_async_engine(env.database.url, poolclass=NullPool)
+    binding = bind_storage(Base, env.manager, journal=StorageJournal(engine))
     try:
-        async with world.sessions(bind=engine) as session:
+        async with env.sessions(bind=engine) as session:
             session.add(Doc(id=1, file=file("a")))
             await session.commit()
     finally:
         binding.unbind()
         await engine.dispose()
-    await world.check(file_1="a")
+    await env.check(file_1="a")
 
 
-def test_an_engine_that_is_none(world: World) -> None:
+def test_an_engine_that_is_none(env: OrmEnvironment) -> None:
     with pytest.raises(ConfigurationError, match="AsyncEngine"):
-        StorageJournal(world.engine.sync_engine)  # type: ignore[arg-type]
+        StorageJournal(env.engine.sync_engine)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -176,30 +176,30 @@ def test_an_engine_that_is_none(world: World) -> None:
     [{"lease": timedelta(0)}, {"lease": 900}, {"pool_size": 0}, {"pool_size": True}, {"max_attempts": 0}],
     ids=str,
 )
-async def test_arguments_that_cannot_work(world: World, arguments: dict[str, Any]) -> None:
+async def test_arguments_that_cannot_work(env: OrmEnvironment, arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(arguments))):
-        StorageJournal(world.engine, **arguments)
+        StorageJournal(env.engine, **arguments)
 
 
 class TestBinding:
-    def test_tables_that_are_not_declared(self, world: World) -> None:
+    def test_tables_that_are_not_declared(self, env: OrmEnvironment) -> None:
         class Other(DeclarativeBase):
             pass
 
         with pytest.raises(ConfigurationError, match="call journal_tables"):
-            bind_storage(Other, manager(), journal=StorageJournal(world.engine))
+            bind_storage(Other, manager(), journal=StorageJournal(env.engine))
 
-    def test_another_manager(self, world: World) -> None:
+    def test_another_manager(self, env: OrmEnvironment) -> None:
         with pytest.raises(ConfigurationError, match="one manager"):
-            bind_storage(Base, manager(), journal=world.journal)
+            bind_storage(Base, manager(), journal=env.journal)
 
-    def test_something_else(self, world: World) -> None:
+    def test_something_else(self, env: OrmEnvironment) -> None:
         with pytest.raises(ConfigurationError, match="StorageJournal"):
-            bind_storage(Base, world.manager, journal="journal")  # type: ignore[arg-type]
+            bind_storage(Base, env.manager, journal="journal")  # type: ignore[arg-type]
 
-    def test_before_it_is_bound_it_says_so(self, world: World) -> None:
+    def test_before_it_is_bound_it_says_so(self, env: OrmEnvironment) -> None:
         with pytest.raises(ConfigurationError, match="pass it to bind_storage"):
-            _ = StorageJournal(world.engine).tables
+            _ = StorageJournal(env.engine).tables
 
     def test_a_retention_without_a_journal(self) -> None:
         class Other(DeclarativeBase):

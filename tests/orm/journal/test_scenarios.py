@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tests.orm import test_bulk, test_scenarios
-from tests.orm.test_families import test_families
+from tests.orm.test_random_cascades import test_random_cascades
 
-__all__ = ["test_families"]
+__all__ = ["test_random_cascades"]
 
 for module in (test_scenarios, test_bulk):
     globals().update({name: value for name, value in vars(module).items() if name.startswith("Test")})

@@ -15,7 +15,7 @@ from granite_storage.exceptions import ContentError, StaleAttachmentError
 from granite_storage.orm import Attachment
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
-from tests.orm.world import Doc, World
+from tests.orm.environment import Doc, OrmEnvironment
 
 __all__ = [
     "Scenario",
@@ -30,46 +30,46 @@ __all__ = [
     "without_reference_check",
 ]
 
-Scenario = Callable[[World, pytest.MonkeyPatch], Awaitable[None]]
+Scenario = Callable[[OrmEnvironment, pytest.MonkeyPatch], Awaitable[None]]
 Variant = Callable[[pytest.MonkeyPatch], None]
 
 
-async def expire(world: World) -> None:
+async def expire(env: OrmEnvironment) -> None:
     """Let every lease and every wait run out, but those whose rows a transaction has locked."""
-    assert world.journal is not None
-    for table in (world.journal.tables.intent, world.journal.tables.reclaim):
-        async with world.engine.begin() as connection:
+    assert env.journal is not None
+    for table in (env.journal.tables.intent, env.journal.tables.reclaim):
+        async with env.engine.begin() as connection:
             free = (await connection.execute(select(table.c.id).with_for_update(skip_locked=True))).scalars().all()
             await connection.execute(update(table).where(table.c.id.in_(free)).values(due=clock(-1.0)))
 
 
-async def recover(world: World) -> Any:
-    assert world.journal is not None
-    return await world.journal.recover()
+async def recover(env: OrmEnvironment) -> Any:
+    assert env.journal is not None
+    return await env.journal.recover()
 
 
-async def violations(world: World) -> set[str]:
+async def violations(env: OrmEnvironment) -> set[str]:
     """Return which invariants do not hold once nothing is under way any more."""
     for _ in range(3):
-        await expire(world)
-        await recover(world)
-    references = (await world.references()).values()
-    referenced, objects = {ref.location for ref in references}, await world.objects()
-    wrong = [ref for ref in references if ref.location in objects and not await has_its_bytes(world, ref)]
+        await expire(env)
+        await recover(env)
+    references = (await env.references()).values()
+    referenced, objects = {ref.location for ref in references}, await env.objects()
+    wrong = [ref for ref in references if ref.location in objects and not await has_its_bytes(env, ref)]
     broken = {"I1": [*(referenced - objects), *wrong], "I2": objects - referenced}
     return {name for name, found in broken.items() if found}
 
 
-async def has_its_bytes(world: World, ref: StoredObjectRef) -> bool:
+async def has_its_bytes(env: OrmEnvironment, ref: StoredObjectRef) -> bool:
     try:
-        await world.manager.get(ref)
+        await env.manager.get(ref)
     except ContentError:
         return False
     return True
 
 
 @contextlib.asynccontextmanager
-async def stopped(monkeypatch: pytest.MonkeyPatch, world: World, step: str) -> AsyncIterator[None]:
+async def stopped(monkeypatch: pytest.MonkeyPatch, env: OrmEnvironment, step: str) -> AsyncIterator[None]:
     """Let a worker run until just before a step, and on from there when the block ends."""
     reached, go = asyncio.Event(), asyncio.Event()
     original = getattr(Recovery, step)
@@ -81,17 +81,17 @@ async def stopped(monkeypatch: pytest.MonkeyPatch, world: World, step: str) -> A
 
     with monkeypatch.context() as patch:
         patch.setattr(Recovery, step, wait)
-        worker = asyncio.create_task(recover(world))
+        worker = asyncio.create_task(recover(env))
         await asyncio.wait([worker, asyncio.create_task(reached.wait())], return_when=asyncio.FIRST_COMPLETED)
         yield
         go.set()
         await worker
 
 
-async def commit(world: World, attachment: Attachment) -> None:
+async def commit(env: OrmEnvironment, attachment: Attachment) -> None:
     """Let a row take an attachment; an application would try again where it has come too late."""
     with contextlib.suppress(StaleAttachmentError):
-        await world.add(Doc(id=1, file=attachment))
+        await env.add(Doc(id=1, file=attachment))
 
 
 def without_reference_check(patch: pytest.MonkeyPatch) -> None:
@@ -107,10 +107,10 @@ def name_of(value: Any) -> str:
     return getattr(value, "__name__", str(value))
 
 
-async def require_broken(world: World, scenario: Scenario, variant: Variant, broken: str) -> None:
+async def require_broken(env: OrmEnvironment, scenario: Scenario, variant: Variant, broken: str) -> None:
     """Check that an invariant is broken where the variant is in force."""
     with pytest.MonkeyPatch.context() as patch:
         variant(patch)
         with pytest.MonkeyPatch.context() as inner:
-            await scenario(world, inner)
-        assert broken in await violations(world)
+            await scenario(env, inner)
+        assert broken in await violations(env)

@@ -6,7 +6,7 @@ or an orphan (I2); with the step left out, each does. So a change that loses the
 The simpler variants, and the scenario or the test that each of them fails in:
 
     hooks of the session, and no journal             test_session_variants: uploader_dies
-    silence at a COMMIT taken for a rollback         tests/orm/test_outcome.py
+    silence at a COMMIT taken for a rollback         tests/orm/test_unknown_commit.py
     deletes under a lock, without a fence            worker_dies
     the row count of the consumption ignored         reclaimed_meanwhile
     leases only, no locks                            slow_transaction
@@ -56,6 +56,7 @@ from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
 from granite_storage.orm.unit import FlushUnderWay
+from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.variants import (
     Scenario,
     commit,
@@ -67,31 +68,30 @@ from tests.orm.journal.variants import (
     violations,
     without_reference_check,
 )
-from tests.orm.world import Doc, World, file
 
 
-async def slow_transaction(world: World, _: pytest.MonkeyPatch) -> None:
+async def slow_transaction(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """A worker looks while a transaction whose upload is long past its lease is open."""
     stored = await file("a").store(Doc.file)
-    await expire(world)
-    async with world.sessions.begin() as session:
+    await expire(env)
+    async with env.sessions.begin() as session:
         session.add(Doc(id=1, file=stored))
         await session.flush()
-        await recover(world)
+        await recover(env)
 
 
-async def reclaimed_meanwhile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def reclaimed_meanwhile(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker has fenced the object and seen that no row refers to it, and then a row takes it."""
     stored = await file("a").store(Doc.file)
-    await expire(world)
-    async with stopped(monkeypatch, world, "_remove"):
-        await commit(world, stored)
+    await expire(env)
+    async with stopped(monkeypatch, env, "_remove"):
+        await commit(env, stored)
 
 
-async def worker_dies(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def worker_dies(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker dies after it has deleted an object, and then a row takes it."""
     stored = await file("a").store(Doc.file)
-    await expire(world)
+    await expire(env)
 
     async def die(*_: Any) -> None:
         raise SystemError("dead")
@@ -99,43 +99,43 @@ async def worker_dies(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Recovery, "_conclude", die)
         with contextlib.suppress(BaseExceptionGroup):
-            await recover(world)
-    await commit(world, stored)
+            await recover(env)
+    await commit(env, stored)
 
 
-async def second_reference(world: World, _: pytest.MonkeyPatch) -> None:
+async def second_reference(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """One of two rows that refer to an object, by raw SQL, gives it up."""
-    await world.add(Doc(id=1, file=file("a")))
-    await world.sql("UPDATE doc SET other = file")
-    async with world.sessions.begin() as session:
+    await env.add(Doc(id=1, file=file("a")))
+    await env.sql("UPDATE doc SET other = file")
+    async with env.sessions.begin() as session:
         (await session.get_one(Doc, 1)).file = None
 
 
-async def late_arrival(world: World, _: pytest.MonkeyPatch) -> None:
+async def late_arrival(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """An uploader dies; what it had sent arrives when the worker has looked already."""
     stored = await file("a").store(Doc.file)
     ref = stored.ref
-    await world.manager.delete(ref)  # it has not arrived yet
-    await expire(world)
-    await recover(world)
-    await world.backend.put_bytes(ref.location, b"a")
+    await env.manager.delete(ref)  # it has not arrived yet
+    await expire(env)
+    await recover(env)
+    await env.backend.put_bytes(ref.location, b"a")
 
 
-async def undone_delete(world: World, _: pytest.MonkeyPatch) -> None:
+async def undone_delete(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """A row takes back what it had given up, while a worker looks."""
-    ref = await given_up(world)
-    await expire(world)
+    ref = await given_up(env)
+    await expire(env)
     with contextlib.suppress(StaleAttachmentError):
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             (await session.get_one(Doc, 1)).file = Attachment.restore(ref)
             await session.flush()
-            await recover(world)
+            await recover(env)
 
 
-async def undone_twice(world: World, _: pytest.MonkeyPatch) -> None:
+async def undone_twice(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """A row takes back what it had given up in a savepoint that is rolled back, and then again, while a worker looks."""
-    ref = await given_up(world)
-    async with world.sessions.begin() as session:
+    ref = await given_up(env)
+    async with env.sessions.begin() as session:
         doc = await session.get_one(Doc, 1)
         async with session.begin_nested() as savepoint:
             doc.file = Attachment.restore(ref)
@@ -144,16 +144,16 @@ async def undone_twice(world: World, _: pytest.MonkeyPatch) -> None:
         await session.refresh(doc)
         doc.file = Attachment.restore(ref)
         await session.flush()
-        await expire(world)
-        await recover(world)
+        await expire(env)
+        await recover(env)
 
 
-async def given_up(world: World) -> Any:
+async def given_up(env: OrmEnvironment) -> Any:
     """Let a row give up its file, which then waits to be deleted; return its ref."""
-    await world.add(Doc(id=1, file=file("a")))
+    await env.add(Doc(id=1, file=file("a")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("granite_storage.orm.journal.journal.StorageJournal.retention_of", lambda *_: timedelta(hours=1))
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             doc = await session.get_one(Doc, 1)
             assert doc.file is not None
             ref = doc.file.ref
@@ -161,48 +161,48 @@ async def given_up(world: World) -> Any:
     return ref
 
 
-async def moved(world: World, _: pytest.MonkeyPatch) -> None:
+async def moved(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """An object moves from one column to another."""
-    await world.add(Doc(id=1, file=file("a")))
-    async with world.sessions.begin() as session:
+    await env.add(Doc(id=1, file=file("a")))
+    async with env.sessions.begin() as session:
         doc = await session.get_one(Doc, 1)
         doc.other, doc.file = doc.file, None
 
 
-async def moved_later(world: World, _: pytest.MonkeyPatch) -> None:
+async def moved_later(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """An object is given up by one flush and taken by the next one of the same transaction."""
-    await world.add(Doc(id=1, file=file("a")))
-    async with world.sessions.begin() as session:
+    await env.add(Doc(id=1, file=file("a")))
+    async with env.sessions.begin() as session:
         doc = await session.get_one(Doc, 1)
         given, doc.file = doc.file, None
         await session.flush()
         doc.other = given
 
 
-async def older_snapshot(world: World, _: pytest.MonkeyPatch) -> None:
+async def older_snapshot(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """A transaction whose snapshot is older than the upload lets a row take the object, while a worker looks."""
-    async with world.engine.connect() as connection:
+    async with env.engine.connect() as connection:
         await connection.execution_options(isolation_level="REPEATABLE READ")
-        async with world.sessions(bind=connection) as session:
+        async with env.sessions(bind=connection) as session:
             await session.execute(select(Doc.id))
             stored = await file("a").store(Doc.file)
             session.add(Doc(id=1, file=stored))
             await session.flush()
-            await expire(world)
-            await recover(world)
+            await expire(env)
+            await recover(env)
             await session.commit()
 
 
-async def older_snapshot_too_late(world: World, _: pytest.MonkeyPatch) -> None:
+async def older_snapshot_too_late(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """The same, when the worker has been there, is done, and has forgotten that it was."""
-    async with world.engine.connect() as connection:
+    async with env.engine.connect() as connection:
         await connection.execution_options(isolation_level="REPEATABLE READ")
-        async with world.sessions(bind=connection) as session:
+        async with env.sessions(bind=connection) as session:
             await session.execute(select(Doc.id))
             stored = await file("a").store(Doc.file)
             for _ in range(2):
-                await expire(world)
-                await recover(world)
+                await expire(env)
+                await recover(env)
             session.add(Doc(id=1, file=stored))
             with contextlib.suppress(StaleAttachmentError):
                 await session.commit()
@@ -329,38 +329,38 @@ ON_POSTGRESQL: list[tuple[Scenario, Callable[[pytest.MonkeyPatch], None], str]] 
 
 
 @pytest.mark.parametrize("scenario", [scenario for scenario, _, _ in VARIANTS + ON_POSTGRESQL], ids=name_of)
-async def test_the_protocol_holds(world: World, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
-    await scenario(world, monkeypatch)
-    assert await violations(world) == set()
+async def test_the_protocol_holds(env: OrmEnvironment, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    await scenario(env, monkeypatch)
+    assert await violations(env) == set()
 
 
 @pytest.mark.parametrize(("scenario", "variant", "broken"), VARIANTS, ids=name_of)
 async def test_a_simpler_variant_breaks(
-    plain_world: World, scenario: Scenario, variant: Callable[[pytest.MonkeyPatch], None], broken: str
+    unchecked_env: OrmEnvironment, scenario: Scenario, variant: Callable[[pytest.MonkeyPatch], None], broken: str
 ) -> None:
-    await require_broken(plain_world, scenario, variant, broken)
+    await require_broken(unchecked_env, scenario, variant, broken)
 
 
 @pytest.mark.parametrize(("scenario", "variant", "broken"), ON_POSTGRESQL, ids=name_of)
 async def test_a_simpler_variant_breaks_on_postgresql(
-    plain_world: World, scenario: Scenario, variant: Callable[[pytest.MonkeyPatch], None], broken: str
+    unchecked_env: OrmEnvironment, scenario: Scenario, variant: Callable[[pytest.MonkeyPatch], None], broken: str
 ) -> None:
-    if not plain_world.database.is_postgres:
+    if not unchecked_env.database.is_postgres:
         pytest.skip("MariaDB breaks none of these")
-    await require_broken(plain_world, scenario, variant, broken)
+    await require_broken(unchecked_env, scenario, variant, broken)
 
 
-async def test_durable_means_synchronous(world: World) -> None:
+async def test_durable_means_synchronous(env: OrmEnvironment) -> None:
     """What storage is touched upon must survive a crash of a database that commits asynchronously."""
-    assert world.journal is not None
-    if not world.database.is_postgres:
+    assert env.journal is not None
+    if not env.database.is_postgres:
         pytest.skip("asynchronous commits of single transactions are PostgreSQL's")
-    await world.sql(f"ALTER DATABASE {world.database.url.database} SET synchronous_commit = off")
-    await world.engine.dispose()
+    await env.sql(f"ALTER DATABASE {env.database.url.database} SET synchronous_commit = off")
+    await env.engine.dispose()
     try:
-        async with world.journal._pool.durable() as connection:
+        async with env.journal._pool.durable() as connection:
             assert (await connection.execute(text("SHOW synchronous_commit"))).scalar_one() == "on"
-        async with world.journal._pool.reading() as connection:
+        async with env.journal._pool.reading() as connection:
             assert (await connection.execute(text("SHOW synchronous_commit"))).scalar_one() == "off"
     finally:
-        await world.sql(f"ALTER DATABASE {world.database.url.database} RESET synchronous_commit")
+        await env.sql(f"ALTER DATABASE {env.database.url.database} RESET synchronous_commit")

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
 
 from granite_storage.exceptions import StaleAttachmentError
-from tests.orm.world import Child, Node, Parent, Tag, World, file
+from tests.orm.environment import Child, Node, OrmEnvironment, Parent, Tag, file
 
 TRANSACTIONS = int(os.environ.get("GRANITE_FAMILIES", "150"))
 SEED = int(os.environ.get("GRANITE_FAMILIES_SEED") or SystemRandom().getrandbits(32))
@@ -45,7 +45,7 @@ class Family:
 
     async def live(self, depth: int = 0) -> None:
         """Do some of all that may be done, flushing now and then."""
-        steps = [self.move, self.move, self.put, self.move_file, self.delete, self.delete, self.be_born, self.be_born]
+        steps = [self.move, self.move, self.put, self.move_file, self.delete, self.delete, self.insert, self.insert]
         for _ in range(self._random.randint(1, 7)):
             what = self._random.random()
             if what < 0.08 and depth < 2:
@@ -67,7 +67,7 @@ class Family:
         kind = self._random.choice(KINDS)
         await self._session.execute(delete(kind).where(kind.id == self._number()))
 
-    async def be_born(self) -> None:
+    async def insert(self) -> None:
         kind = self._random.choice(KINDS)
         row = await self._any(kind, self._number())
         if row is None:
@@ -114,18 +114,18 @@ class Family:
 
 @pytest.mark.case("CON-10")
 @pytest.mark.timeout(600)
-async def test_families(world: World) -> None:
-    random = Random(f"{SEED}-{world.database.name}")
+async def test_random_cascades(env: OrmEnvironment) -> None:
+    random = Random(f"{SEED}-{env.database.name}")
     committed = 0
     for number in range(TRANSACTIONS):
         with contextlib.suppress(*EXPECTED), warnings.catch_warnings():
             warnings.simplefilter("ignore", SAWarning)
-            async with world.sessions() as session:
+            async with env.sessions() as session:
                 await Family(session, random).live()
                 await session.commit()
                 committed += 1
         try:
-            await world.check()
+            await env.check()
         except BaseException as error:
             error.add_note(f"GRANITE_FAMILIES_SEED={SEED} GRANITE_FAMILIES={TRANSACTIONS} replays it: transaction {number}")
             raise

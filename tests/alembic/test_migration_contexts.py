@@ -82,7 +82,7 @@ def test_a_synchronous_migration_inside_of_a_coroutine_does_not_wait_for_itself(
     in_new_process(f"""
 import asyncio
 import sqlalchemy as sa
-from tests.alembic.test_surroundings import MemoryStorageBackend, contents, convert, create, manager_on
+from tests.alembic.test_migration_contexts import MemoryStorageBackend, contents, convert, create, manager_on
 
 async def run():
     manager = manager_on(MemoryStorageBackend())

@@ -22,16 +22,16 @@ from granite_storage.orm.journal.tables import STAGING, clock
 from granite_storage.testing import Operation
 from granite_storage.web import DirectUpload, DirectUploads, UploadMismatchError
 from tests.orm.databases import Database
-from tests.orm.world import Base, Doc, World, file, world_on
+from tests.orm.environment import Base, Doc, OrmEnvironment, file, orm_environment
 from tests.servers import S3Server
-from tests.web.directly import Client, client_of, uploads_of
+from tests.web.direct_uploads import Client, client_of, uploads_of
 
 CONTENT = b"sent by itself"
 
 
 @pytest.fixture
-def uploads(world: World) -> DirectUploads:
-    return uploads_of(world.binding)
+def uploads(env: OrmEnvironment) -> DirectUploads:
+    return uploads_of(env.binding)
 
 
 @pytest.fixture
@@ -44,176 +44,176 @@ async def begun(uploads: DirectUploads, **options: Any) -> DirectUpload:
     return await uploads.begin(Doc.file, filename="a.txt", content_type="text/plain", **options)
 
 
-async def intents(world: World) -> list[str]:
+async def intents(env: OrmEnvironment) -> list[str]:
     """What the journal has noted, as the kinds of intents."""
-    assert world.journal is not None
-    async with world.engine.connect() as connection:
-        return sorted((await connection.execute(select(world.journal.tables.intent.c.kind))).scalars())
+    assert env.journal is not None
+    async with env.engine.connect() as connection:
+        return sorted((await connection.execute(select(env.journal.tables.intent.c.kind))).scalars())
 
 
-async def expire(world: World, kind: str) -> None:
+async def expire(env: OrmEnvironment, kind: str) -> None:
     """Let the time of intents of a kind be over."""
-    assert world.journal is not None
-    intent = world.journal.tables.intent
-    async with world.engine.begin() as connection:
+    assert env.journal is not None
+    intent = env.journal.tables.intent
+    async with env.engine.begin() as connection:
         await connection.execute(update(intent).where(intent.c.kind == kind).values(due=clock(-1.0)))
 
 
-async def test_a_row_takes_it(world: World, uploads: DirectUploads, client: Client) -> None:
+async def test_a_row_takes_it(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await begun(uploads)
-    assert await intents(world) == [STAGING]
+    assert await intents(env) == [STAGING]
     await client.sent(upload, CONTENT)
     file = await uploads.finish(upload.token)
-    assert await intents(world) == [STAGING, "upload"]
-    await world.add(Doc(id=1, file=file))
-    assert await intents(world) == [STAGING]
-    assert len(await world.objects()) == 2
-    await world.recover()
-    await world.check(file_1=CONTENT)
+    assert await intents(env) == [STAGING, "upload"]
+    await env.add(Doc(id=1, file=file))
+    assert await intents(env) == [STAGING]
+    assert len(await env.objects()) == 2
+    await env.recover()
+    await env.check(file_1=CONTENT)
 
 
-async def test_one_that_was_never_sent(world: World, uploads: DirectUploads) -> None:
+async def test_one_that_was_never_sent(env: OrmEnvironment, uploads: DirectUploads) -> None:
     await begun(uploads)
-    await world.recover()
-    assert await intents(world) == []
+    await env.recover()
+    assert await intents(env) == []
 
 
-async def test_one_that_was_never_finished(world: World, uploads: DirectUploads, client: Client) -> None:
+async def test_one_that_was_never_finished(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     await client.sent(await begun(uploads), CONTENT)
-    assert world.journal is not None
-    await world.journal.recover()
-    assert len(await world.objects()) == 1
-    await world.recover()
-    assert await world.objects() == set()
+    assert env.journal is not None
+    await env.journal.recover()
+    assert len(await env.objects()) == 1
+    await env.recover()
+    assert await env.objects() == set()
 
 
-async def test_one_that_was_finished_for_nothing(world: World, uploads: DirectUploads, client: Client) -> None:
+async def test_one_that_was_finished_for_nothing(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
     await uploads.finish(upload.token)
-    assert len(await world.objects()) == 2
-    await world.recover()
-    assert await world.objects() == set()
+    assert len(await env.objects()) == 2
+    await env.recover()
+    assert await env.objects() == set()
 
 
-async def test_what_arrives_late_goes(world: World, uploads: DirectUploads, client: Client) -> None:
-    assert world.journal is not None
+async def test_what_arrives_late_goes(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
+    assert env.journal is not None
     upload = await client.sent(await begun(uploads), CONTENT)
     file = await uploads.finish(upload.token)
-    await world.add(Doc(id=1, file=file))
-    await expire(world, STAGING)
-    await world.journal.recover()
-    assert await world.objects() == {file.location}
+    await env.add(Doc(id=1, file=file))
+    await expire(env, STAGING)
+    await env.journal.recover()
+    assert await env.objects() == {file.location}
     await client.sent(upload, b"sent once more")
-    assert len(await world.objects()) == 2
-    await world.recover()
-    await world.check(file_1=CONTENT)
+    assert len(await env.objects()) == 2
+    await env.recover()
+    await env.check(file_1=CONTENT)
 
 
 @pytest.mark.case("SIG-09")
-async def test_finished_twice(world: World, uploads: DirectUploads, client: Client) -> None:
+async def test_finished_twice(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
-    other = uploads_of(world.binding)  # as another process has it
+    other = uploads_of(env.binding)  # as another process has it
     first, second = await asyncio.gather(uploads.finish(upload.token), other.finish(upload.token))
     assert first.ref == second.ref
-    assert await intents(world) == [STAGING, "upload"]
+    assert await intents(env) == [STAGING, "upload"]
     third = await other.finish(upload.token)
     assert third.ref == first.ref
-    await world.add(Doc(id=1, file=first if first._unowned else second), Doc(id=2, file=third))
+    await env.add(Doc(id=1, file=first if first._unowned else second), Doc(id=2, file=third))
     assert (await uploads.finish(upload.token)).ref == first.ref
-    await world.recover()
-    await world.check(file_1=CONTENT, file_2=CONTENT)
+    await env.recover()
+    await env.check(file_1=CONTENT, file_2=CONTENT)
 
 
-async def test_whoever_was_not_first_takes_a_copy(world: World, uploads: DirectUploads, client: Client) -> None:
+async def test_whoever_was_not_first_takes_a_copy(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
     await uploads.finish(upload.token)
-    again = await uploads_of(world.binding).finish(upload.token)
-    await world.add(Doc(id=1, file=again), Doc(id=2, file=again))
-    await world.recover()
-    await world.check(file_1=CONTENT, file_2=CONTENT)
+    again = await uploads_of(env.binding).finish(upload.token)
+    await env.add(Doc(id=1, file=again), Doc(id=2, file=again))
+    await env.recover()
+    await env.check(file_1=CONTENT, file_2=CONTENT)
 
 
-async def test_finishing_again_renews_the_lease(world: World, uploads: DirectUploads, client: Client) -> None:
-    assert world.journal is not None
+async def test_finishing_again_renews_the_lease(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
+    assert env.journal is not None
     upload = await client.sent(await begun(uploads), CONTENT)
     first = await uploads.finish(upload.token)
-    await expire(world, "upload")
+    await expire(env, "upload")
     assert (await uploads.finish(upload.token)).ref == first.ref
-    await world.journal.recover()
-    await world.add(Doc(id=1, file=first))
-    await world.recover()
-    await world.check(file_1=CONTENT)
+    await env.journal.recover()
+    await env.add(Doc(id=1, file=first))
+    await env.recover()
+    await env.check(file_1=CONTENT)
 
 
-async def test_finished_again_while_a_transaction_takes_it(world: World, uploads: DirectUploads, client: Client) -> None:
+async def test_finished_again_while_a_transaction_takes_it(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
     first = await uploads.finish(upload.token)
-    async with world.sessions.begin() as session:
+    async with env.sessions.begin() as session:
         session.add(Doc(id=1, file=first))
         await session.flush()
         async with asyncio.timeout(10):
             assert (await uploads.finish(upload.token)).ref == first.ref
-    await world.recover()
-    await world.check(file_1=CONTENT)
+    await env.recover()
+    await env.check(file_1=CONTENT)
 
 
-async def test_finished_again_after_a_rollback(world: World, uploads: DirectUploads, client: Client) -> None:
+async def test_finished_again_after_a_rollback(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
     first = await uploads.finish(upload.token)
     location = first.location
     with pytest.raises(RuntimeError):
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             session.add(Doc(id=1, file=first))
             await session.flush()
             raise RuntimeError
     second = await uploads.finish(upload.token)
     assert second.location != location
-    await world.add(Doc(id=1, file=second))
-    await world.recover()
-    await world.check(file_1=CONTENT)
+    await env.add(Doc(id=1, file=second))
+    await env.recover()
+    await env.check(file_1=CONTENT)
 
 
-async def test_finished_again_after_its_row_was_deleted(world: World, uploads: DirectUploads, client: Client) -> None:
+async def test_finished_again_after_its_row_was_deleted(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
-    await world.add(Doc(id=1, file=await uploads.finish(upload.token)))
-    async with world.sessions.begin() as session:
+    await env.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    async with env.sessions.begin() as session:
         await session.delete(await session.get_one(Doc, 1))
-    assert world.journal is not None
-    await world.journal.recover()
-    await world.add(Doc(id=2, file=await uploads.finish(upload.token)))
-    await world.recover()
-    await world.check(file_2=CONTENT)
+    assert env.journal is not None
+    await env.journal.recover()
+    await env.add(Doc(id=2, file=await uploads.finish(upload.token)))
+    await env.recover()
+    await env.check(file_2=CONTENT)
 
 
-async def test_a_worker_was_faster(world: World, uploads: DirectUploads, client: Client) -> None:
-    assert world.journal is not None
+async def test_a_worker_was_faster(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
+    assert env.journal is not None
     upload = await client.sent(await begun(uploads), CONTENT)
     first = await uploads.finish(upload.token)
-    await expire(world, "upload")
-    await world.journal.recover()
+    await expire(env, "upload")
+    await env.journal.recover()
     with pytest.raises(StaleAttachmentError):
-        await world.add(Doc(id=1, file=first))
-    await world.add(Doc(id=1, file=await uploads.finish(upload.token)))
-    await expire(world, STAGING)
-    await world.journal.recover()
+        await env.add(Doc(id=1, file=first))
+    await env.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await expire(env, STAGING)
+    await env.journal.recover()
     with pytest.raises(StaleAttachmentError):
         await uploads.finish(upload.token)
-    await world.recover()
-    await world.check(file_1=CONTENT)
+    await env.recover()
+    await env.check(file_1=CONTENT)
 
 
-async def test_what_is_refused_leaves_nothing(world: World, uploads: DirectUploads, client: Client) -> None:
+async def test_what_is_refused_leaves_nothing(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads, checksum="sha256:" + "0" * 64), CONTENT)
     with pytest.raises(UploadMismatchError):
         await uploads.finish(upload.token)
-    assert await intents(world) == [STAGING]
-    assert len(await world.objects()) == 1
-    await world.recover()
+    assert await intents(env) == [STAGING]
+    assert len(await env.objects()) == 1
+    await env.recover()
 
 
 @pytest.mark.case("CAN-01")
-async def test_cancelled_anywhere(world: World, uploads: DirectUploads, client: Client) -> None:
-    assert world.journal is not None
+async def test_cancelled_anywhere(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
+    assert env.journal is not None
     upload = await client.sent(await begun(uploads), CONTENT)
     file: Attachment | None = None
     turns = 0
@@ -227,29 +227,29 @@ async def test_cancelled_anywhere(world: World, uploads: DirectUploads, client: 
         except asyncio.CancelledError:
             turns += 1 + turns // 8
     assert turns > 2
-    await world.add(Doc(id=1, file=file))
-    await world.recover()
-    await world.check(file_1=CONTENT)
+    await env.add(Doc(id=1, file=file))
+    await env.recover()
+    await env.check(file_1=CONTENT)
 
 
 @pytest.mark.parametrize("step", ["stat", "copy", "open", "read"])
 @pytest.mark.parametrize("lost_answer", [False, True])
 async def test_storage_fails_at_any_step(
-    world: World, uploads: DirectUploads, client: Client, step: Operation, lost_answer: bool
+    env: OrmEnvironment, uploads: DirectUploads, client: Client, step: Operation, lost_answer: bool
 ) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
-    world.backend.fail(step, lost_answer=lost_answer)
+    env.backend.fail(step, lost_answer=lost_answer)
     with pytest.raises(BackendUnavailableError):
         await uploads.finish(upload.token)
-    assert await intents(world) == [STAGING]
-    await world.add(Doc(id=1, file=await uploads.finish(upload.token)))
-    await world.recover()
-    await world.check(file_1=CONTENT)
+    assert await intents(env) == [STAGING]
+    await env.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await env.recover()
+    await env.check(file_1=CONTENT)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_nobody_knows_whether_it_was_published(
-    world: World, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch, when: str
+    env: OrmEnvironment, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
     publish = Staging.publish
@@ -263,14 +263,14 @@ async def test_nobody_knows_whether_it_was_published(
         patch.setattr(Staging, "publish", cut_off)
         with pytest.raises(ConnectionError):
             await uploads.finish(upload.token)
-    assert await intents(world) == [STAGING]
-    await world.add(Doc(id=1, file=await uploads.finish(upload.token)))
-    await world.recover()
-    await world.check(file_1=CONTENT)
+    assert await intents(env) == [STAGING]
+    await env.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await env.recover()
+    await env.check(file_1=CONTENT)
 
 
 async def test_killed_after_it_was_published(
-    world: World, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch
+    env: OrmEnvironment, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a process that dies leaves is taken up by the next one, or by a worker."""
     upload = await client.sent(await begun(uploads), CONTENT)
@@ -284,17 +284,17 @@ async def test_killed_after_it_was_published(
         patch.setattr(Staging, "publish", killed)
         with pytest.raises(asyncio.CancelledError):
             await uploads.finish(upload.token)
-    assert await intents(world) == [STAGING, "upload"]
-    published = await world.objects()
+    assert await intents(env) == [STAGING, "upload"]
+    published = await env.objects()
     file = await uploads.finish(upload.token)
-    assert await world.objects() == published
-    await world.add(Doc(id=1, file=file))
-    await world.recover()
-    await world.check(file_1=CONTENT)
+    assert await env.objects() == published
+    await env.add(Doc(id=1, file=file))
+    await env.recover()
+    await env.check(file_1=CONTENT)
 
 
 async def test_nothing_is_given_out_that_the_journal_does_not_know(
-    world: World, uploads: DirectUploads, monkeypatch: pytest.MonkeyPatch
+    env: OrmEnvironment, uploads: DirectUploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def failing(*_: Any) -> Any:
         raise ConnectionError("the database went away")
@@ -307,12 +307,12 @@ async def test_nothing_is_given_out_that_the_journal_does_not_know(
 @pytest.mark.parametrize("size", [len(CONTENT), len(CONTENT) + 1])
 @pytest.mark.parametrize("after", ["stat", "copy"])
 async def test_replaced_while_it_is_finished(
-    world: World, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch, size: int, after: str
+    env: OrmEnvironment, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch, size: int, after: str
 ) -> None:
     """The row gets what was verified, or nothing: never what another request has brought meanwhile."""
     upload = await client.sent(await begun(uploads), CONTENT)
-    staged, other = (await world.objects()).pop(), bytes(size)
-    original = getattr(type(world.backend), after)
+    staged, other = (await env.objects()).pop(), bytes(size)
+    original = getattr(type(env.backend), after)
     replaced = False
 
     async def replacing(backend: Any, *arguments: Any) -> Any:
@@ -320,12 +320,12 @@ async def test_replaced_while_it_is_finished(
         result = await original(backend, *arguments)
         if not replaced:
             replaced = True
-            await world.backend.inner.delete(staged)
-            await world.backend.inner.put_bytes(staged, other, content_type="text/plain")
+            await env.backend.inner.delete(staged)
+            await env.backend.inner.put_bytes(staged, other, content_type="text/plain")
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(world.backend), after, replacing)
+        patch.setattr(type(env.backend), after, replacing)
         try:
             file: Attachment | None = await uploads.finish(upload.token)
         except StaleAttachmentError:
@@ -333,115 +333,115 @@ async def test_replaced_while_it_is_finished(
     if file is not None:
         content = await file.read()
         assert content == (CONTENT if after == "copy" else other)
-        await world.add(Doc(id=1, file=file))
-        await world.recover()
-        await world.check(file_1=content)
+        await env.add(Doc(id=1, file=file))
+        await env.recover()
+        await env.check(file_1=content)
     else:
         assert (after, size) == ("stat", len(CONTENT) + 1)
-        assert await intents(world) == [STAGING]
-        await world.recover()
+        assert await intents(env) == [STAGING]
+        await env.recover()
 
 
 async def test_reclaimed_while_it_is_finished(
-    world: World, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch
+    env: OrmEnvironment, uploads: DirectUploads, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
     publish = Staging.publish
 
     async def late(*arguments: Any) -> bool:
-        assert world.journal is not None
-        await expire(world, STAGING)
-        await world.journal.recover()
+        assert env.journal is not None
+        await expire(env, STAGING)
+        await env.journal.recover()
         return await publish(*arguments)
 
     monkeypatch.setattr(Staging, "publish", late)
     with pytest.raises(StaleAttachmentError, match="reclaimed"):
         await uploads.finish(upload.token)
-    assert (await intents(world), await world.objects()) == ([], set())
-    await world.recover()
+    assert (await intents(env), await env.objects()) == ([], set())
+    await env.recover()
 
 
-async def test_the_lease_lasts_while_a_copy_is_read(world: World, uploads: DirectUploads, client: Client) -> None:
-    assert world.journal is not None
+async def test_the_lease_lasts_while_a_copy_is_read(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
+    assert env.journal is not None
     upload = await client.sent(await begun(uploads), CONTENT)
-    world.journal._lease = timedelta(seconds=1)
-    world.backend.delay("read", seconds=2)
+    env.journal._lease = timedelta(seconds=1)
+    env.backend.delay("read", seconds=2)
     finishing = asyncio.create_task(uploads.finish(upload.token))
     while not finishing.done():
-        await world.journal.recover()
+        await env.journal.recover()
         await asyncio.sleep(0.1)
-    await world.add(Doc(id=1, file=await finishing))
-    await world.recover()
-    await world.check(file_1=CONTENT)
+    await env.add(Doc(id=1, file=await finishing))
+    await env.recover()
+    await env.check(file_1=CONTENT)
 
 
 async def test_on_s3(database: Database, seaweedfs_server: S3Server) -> None:
     bucket = await asyncio.to_thread(lambda: seaweedfs_server.shared_bucket)
     backend = seaweedfs_server.backend(bucket, prefix=uuid7_hex())
-    async with world_on(database, backend=backend, journaled=True) as world:
-        uploads = uploads_of(world.binding, base_url=None)
+    async with orm_environment(database, backend=backend, journaled=True) as env:
+        uploads = uploads_of(env.binding, base_url=None)
         async with client_of(uploads) as client:
             upload = await client.sent(await begun(uploads), CONTENT)
             file = await uploads.finish(upload.token)
-            await world.add(Doc(id=1, file=file))
+            await env.add(Doc(id=1, file=file))
             await client.sent(upload, b"sent once more")
             assert (await uploads.finish(upload.token)).ref == file.ref
-            await expire(world, STAGING)
-            assert world.journal is not None
-            await world.journal.recover()
+            await expire(env, STAGING)
+            assert env.journal is not None
+            await env.journal.recover()
             await client.sent(upload, b"and again, after it was reclaimed")
-            assert len(await world.objects()) == 2
-            await world.recover()
-            await world.check(file_1=CONTENT)
-        await world.manager.aclose()
+            assert len(await env.objects()) == 2
+            await env.recover()
+            await env.check(file_1=CONTENT)
+        await env.manager.aclose()
 
 
-async def test_a_transaction_that_reads_an_older_snapshot(world: World, uploads: DirectUploads, client: Client) -> None:
+async def test_a_transaction_that_reads_an_older_snapshot(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
-    async with world.sessions() as session:
+    async with env.sessions() as session:
         await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
         await session.execute(select(Doc))
         session.add(Doc(id=1, file=await uploads.finish(upload.token)))
         await session.commit()
     again = await uploads.finish(upload.token)
-    await world.add(Doc(id=2, file=again))
-    await world.recover()
-    await world.check(file_1=CONTENT, file_2=CONTENT)
+    await env.add(Doc(id=2, file=again))
+    await env.recover()
+    await env.check(file_1=CONTENT, file_2=CONTENT)
 
 
-async def test_a_base_that_got_its_journal_later(world: World, client: Client) -> None:
-    assert world.journal is not None
-    world.binding.unbind()
-    without = bind_storage(Base, world.manager, sessions=world.sessions)
+async def test_a_base_that_got_its_journal_later(env: OrmEnvironment, client: Client) -> None:
+    assert env.journal is not None
+    env.binding.unbind()
+    without = bind_storage(Base, env.manager, sessions=env.sessions)
     upload = await client.sent(await begun(uploads_of(without)), CONTENT)
     without.unbind()
-    world.binding = bind_storage(Base, world.manager, sessions=world.sessions, journal=world.journal)
+    env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=env.journal)
     with pytest.raises(StaleAttachmentError):
-        await uploads_of(world.binding).finish(upload.token)
-    for location in await world.objects():
-        await world.backend.delete(location)
+        await uploads_of(env.binding).finish(upload.token)
+    for location in await env.objects():
+        await env.backend.delete(location)
 
 
 async def test_the_collector_leaves_alone_what_may_still_be_finished(
-    world: World, uploads: DirectUploads, client: Client
+    env: OrmEnvironment, uploads: DirectUploads, client: Client
 ) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
-    await world.add(Doc(id=2, file=file("kept")))
+    await env.add(Doc(id=2, file=file("kept")))
     collector = StorageGarbageCollector(
-        world.manager, binding=world.binding, grace_period=timedelta(microseconds=1), max_deleted_share=1.0
+        env.manager, binding=env.binding, grace_period=timedelta(microseconds=1), max_deleted_share=1.0
     )
     report = await collector.collect(storage_key="docs", dry_run=False, accept_restore=True)
     assert (report.scanned, report.deleted) == (2, 0)
-    await world.add(Doc(id=1, file=await uploads.finish(upload.token)))
-    await world.recover()
-    await world.check(file_1=CONTENT, file_2="kept")
+    await env.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await env.recover()
+    await env.check(file_1=CONTENT, file_2="kept")
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_everything_at_random(world: World, client: Client, seed: int) -> None:
+async def test_everything_at_random(env: OrmEnvironment, client: Client, seed: int) -> None:
     """Processes that finish, take, roll back, delete and reclaim at the same time, while clients send again."""
     choose = random.Random(seed)
-    processes = [uploads_of(world.binding) for _ in range(3)]
+    processes = [uploads_of(env.binding) for _ in range(3)]
     begun_ones = [await begun(processes[0]) for _ in range(4)]
     keys = itertools.count(1)
 
@@ -454,7 +454,7 @@ async def test_everything_at_random(world: World, client: Client, seed: int) -> 
             file = await process.finish(upload.token)
             if choose.random() < 0.3:
                 file = await choose.choice(processes).finish(upload.token)
-            async with world.sessions.begin() as session:
+            async with env.sessions.begin() as session:
                 session.add(Doc(id=next(keys), file=file))
                 await session.flush()
                 1 / (not fails)
@@ -467,18 +467,18 @@ async def test_everything_at_random(world: World, client: Client, seed: int) -> 
 
     async def remove() -> None:
         with contextlib.suppress(StorageError):
-            async with world.sessions.begin() as session:
+            async with env.sessions.begin() as session:
                 rows = (await session.execute(select(Doc).with_for_update(skip_locked=True))).scalars().all()
                 if rows:
                     await session.delete(choose.choice(rows))
 
     async def reclaim() -> None:
-        assert world.journal is not None
-        await expire(world, "upload")
-        await world.journal.recover()
+        assert env.journal is not None
+        await expire(env, "upload")
+        await env.journal.recover()
 
     steps = [send, take, take, lambda: take(fails=True), cancel, remove, reclaim]
     for _ in range(40):
         await asyncio.gather(*(step() for step in choose.choices(steps, k=3)))
-    await world.recover()
-    await world.check()
+    await env.recover()
+    await env.check()

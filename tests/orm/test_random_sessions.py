@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from granite_storage.exceptions import BackendUnavailableError
 from granite_storage.orm import Attachment
 from tests.orm.databases import DATABASES, sqlite
-from tests.orm.world import Doc, World, file, world_on
+from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 
 EXAMPLES = int(os.environ.get("GRANITE_MACHINE_EXAMPLES", "2000"))
 SEED = int(os.environ.get("GRANITE_MACHINE_SEED") or random.SystemRandom().getrandbits(32))
@@ -63,7 +63,7 @@ class Side:
 class Sessions(RuleBasedStateMachine):
     """Two sessions of which one writes at a time, as on SQLite."""
 
-    world: ClassVar[World]
+    env: ClassVar[OrmEnvironment]
     loop: ClassVar[asyncio.AbstractEventLoop]
     histories: ClassVar[int]
 
@@ -71,15 +71,15 @@ class Sessions(RuleBasedStateMachine):
     def begin(self, rows: Rows) -> None:
         self.committed: Rows = deepcopy(rows)
         self.run(self._seed())
-        self.two = [Side(self.world.sessions()), Side(self.world.sessions())]
+        self.two = [Side(self.env.sessions()), Side(self.env.sessions())]
 
     async def _seed(self) -> None:
         """Begin with these rows and their objects only, whatever a history that failed has left."""
-        async with self.world.sessions.begin() as session:
+        async with self.env.sessions.begin() as session:
             await session.execute(delete(Doc))
-        for location in await self.world.objects():
-            await self.world.backend.delete(location)
-        await self.world.add(*(self._new(number, row) for number, row in self.committed.items()))
+        for location in await self.env.objects():
+            await self.env.backend.delete(location)
+        await self.env.add(*(self._new(number, row) for number, row in self.committed.items()))
 
     @property
     def started(self) -> bool:
@@ -206,7 +206,7 @@ class Sessions(RuleBasedStateMachine):
         self.run(one.session.flush())
         doc = self.doc(one, number)
         doc.file, doc.other = file(content), file(content)
-        self.world.backend.fail("put_bytes", nth=2)
+        self.env.backend.fail("put_bytes", nth=2)
         with pytest.raises(BackendUnavailableError):
             self.run(one.session.flush())
         one.session.expire(doc)
@@ -264,14 +264,14 @@ class Sessions(RuleBasedStateMachine):
 
     async def _locations(self) -> tuple[set[str], set[str]]:
         """Return where rows say that objects are, and where there are some; quickly, for it is asked after each step."""
-        async with self.world.sessions() as session:
+        async with self.env.sessions() as session:
             rows = await session.execute(LOCATIONS)
-            return {location for row in rows for location in row if location is not None}, await self.world.objects()
+            return {location for row in rows for location in row if location is not None}, await self.env.objects()
 
     def agree(self) -> None:
         """Check that rows, objects and model say the same."""
         expected = {f"{column}_{number}": content for number, row in self.committed.items() for column, content in row.items()}
-        self.run(self.world.check(**(expected or {"file_0": None})))
+        self.run(self.env.check(**(expected or {"file_0": None})))
 
     # Helpers.
 
@@ -310,7 +310,7 @@ class Sessions(RuleBasedStateMachine):
             one.seen.append((value, content))
 
     def is_stale(self, value: Attachment) -> bool:
-        return value.is_pending or value.location not in self.run(self.world.objects())
+        return value.is_pending or value.location not in self.run(self.env.objects())
 
     def assign(self, one: Side, number: int, column: str, value: Attachment | None, content: str | None) -> None:
         self.put(one, self.doc(one, number), number, column, value, content)
@@ -336,9 +336,9 @@ def machine(request: pytest.FixtureRequest) -> Iterator[type[Sessions]]:
     """The machine on a database."""
     loop = asyncio.new_event_loop()
     with sqlite(request.param) as database:
-        context = world_on(database)
+        context = orm_environment(database)
         Sessions.histories = 0
-        Sessions.world, Sessions.loop = loop.run_until_complete(context.__aenter__()), loop
+        Sessions.env, Sessions.loop = loop.run_until_complete(context.__aenter__()), loop
         try:
             yield Sessions
         finally:

@@ -15,8 +15,8 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import Attachment, attachment
 from granite_storage.orm.removal import remove
 from granite_storage.orm.unit import StoredObject
+from tests.orm.environment import file
 from tests.orm.test_models import app_of
-from tests.orm.world import file
 
 
 def keyed() -> Any:

@@ -30,7 +30,7 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.testing import FaultInjectingBackend
 from tests.orm.databases import Database
 
-__all__ = ["POLICIES", "AgedBackend", "Base", "Crate", "Drum", "Keg", "Yard", "file", "yard_on"]
+__all__ = ["POLICIES", "AgedBackend", "Base", "Crate", "Drum", "GcEnvironment", "Keg", "file", "gc_environment"]
 
 
 class Base(DeclarativeBase):
@@ -40,7 +40,7 @@ class Base(DeclarativeBase):
 class Crate(Base):
     """A managed column, a plain one, and a mark of deletion; the root of two kinds of inheritance."""
 
-    __tablename__ = "yard_crate"
+    __tablename__ = "gc_crate"
     id: Mapped[int] = mapped_column(primary_key=True)
     kind: Mapped[str] = mapped_column(String(20))
     deleted: Mapped[bool] = mapped_column(default=False)
@@ -59,8 +59,8 @@ class Keg(Crate):
 class Drum(Crate):
     """Has a table of its own beside its parent's."""
 
-    __tablename__ = "yard_drum"
-    id: Mapped[int] = mapped_column(ForeignKey("yard_crate.id", ondelete="CASCADE"), primary_key=True)
+    __tablename__ = "gc_drum"
+    id: Mapped[int] = mapped_column(ForeignKey("gc_crate.id", ondelete="CASCADE"), primary_key=True)
     seal: Mapped[Attachment | None] = attachment("docs")
     __mapper_args__ = {"polymorphic_identity": "drum"}
 
@@ -96,7 +96,7 @@ class AgedBackend(MemoryStorageBackend):
 
 
 @dataclass
-class Yard:
+class GcEnvironment:
     """What a test has to do with."""
 
     database: Database
@@ -147,10 +147,10 @@ class Yard:
 
 
 @contextlib.asynccontextmanager
-async def yard_on(
+async def gc_environment(
     database: Database, *, journaled: bool = False, backend: Any = None, policies: Any = None, **options: Any
-) -> AsyncIterator[Yard]:
-    """Give a yard; keyword arguments go to the engine."""
+) -> AsyncIterator[GcEnvironment]:
+    """Give an environment; keyword arguments go to the engine."""
     async with database.opened(Base.metadata, **options) as engine:
         aged = AgedBackend() if backend is None else backend
         store = FaultInjectingBackend(aged)
@@ -159,7 +159,7 @@ async def yard_on(
         journal = StorageJournal(engine) if journaled else None
         binding = bind_storage(Base, manager, sessions=sessions, journal=journal)
         try:
-            yield Yard(database, engine, aged, store, manager, sessions, journal, binding)
+            yield GcEnvironment(database, engine, aged, store, manager, sessions, journal, binding)
         finally:
             binding.unbind()
             await manager.aclose()

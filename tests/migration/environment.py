@@ -29,7 +29,7 @@ from granite_storage.orm.journal.tables import clock
 from granite_storage.testing import FaultInjectingBackend
 from tests.orm.databases import Database
 
-__all__ = ["Base", "Parcel", "Shelf", "Town", "file", "hide_deleted", "town_on"]
+__all__ = ["Base", "MigrationEnvironment", "Parcel", "Shelf", "file", "hide_deleted", "migration_environment"]
 
 
 class Base(DeclarativeBase):
@@ -39,7 +39,7 @@ class Base(DeclarativeBase):
 class Shelf(Base):
     """Two managed columns, a plain one, a mark of deletion, and a column that each UPDATE changes."""
 
-    __tablename__ = "town_shelf"
+    __tablename__ = "migration_shelf"
     id: Mapped[int] = mapped_column(primary_key=True)
     title: Mapped[str] = mapped_column(String(100), default="")
     deleted: Mapped[bool] = mapped_column(default=False)
@@ -52,7 +52,7 @@ class Shelf(Base):
 class Parcel(Base):
     """A composite primary key, one part of it a UUID, and a policy of its own."""
 
-    __tablename__ = "town_parcel"
+    __tablename__ = "migration_parcel"
     owner: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=uuid.uuid4)
     number: Mapped[str] = mapped_column(String(20), primary_key=True)
     file: Mapped[Attachment | None] = attachment("parcels")
@@ -82,7 +82,7 @@ def hide_deleted() -> Any:
 
 
 @dataclass
-class Town:
+class MigrationEnvironment:
     """What a test has to do with."""
 
     database: Database
@@ -119,7 +119,7 @@ class Town:
     async def set_raw(self, number: int, raw: str) -> None:
         """Let the file of a shelf be whatever the database takes, past every session."""
         value = "CAST(:raw AS JSONB)" if self.database.is_postgres else ":raw"
-        await self.sql(f"UPDATE town_shelf SET file = {value} WHERE id = {number}", raw=raw)  # noqa: S608
+        await self.sql(f"UPDATE migration_shelf SET file = {value} WHERE id = {number}", raw=raw)  # noqa: S608
 
     async def refs(self) -> list[StoredObjectRef]:
         """Return what all rows hold."""
@@ -163,15 +163,17 @@ class Town:
 
 
 @contextlib.asynccontextmanager
-async def town_on(database: Database, *, journaled: bool = False, **options: Any) -> AsyncIterator[Town]:
-    """Give a town whose policies write to `old`."""
+async def migration_environment(
+    database: Database, *, journaled: bool = False, **options: Any
+) -> AsyncIterator[MigrationEnvironment]:
+    """Give an environment whose policies write to `old`."""
     async with database.opened(Base.metadata, **options) as engine:
         journal = StorageJournal(engine) if journaled else None
         old, new = (FaultInjectingBackend(MemoryStorageBackend()) for _ in range(2))
-        town = Town(database, engine, old, new, async_sessionmaker(engine, expire_on_commit=False), journal)
-        town.write_to("old")
+        env = MigrationEnvironment(database, engine, old, new, async_sessionmaker(engine, expire_on_commit=False), journal)
+        env.write_to("old")
         try:
-            yield town
+            yield env
         finally:
-            town.binding.unbind()
-            await town.manager.aclose()
+            env.binding.unbind()
+            await env.manager.aclose()

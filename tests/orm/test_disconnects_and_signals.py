@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from granite_storage.orm import Attachment
-from tests.orm.world import Doc, World, file
+from tests.orm.environment import Doc, OrmEnvironment, file
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,9 +58,9 @@ async def serving(app: Starlette) -> AsyncIterator[int]:
 @pytest.mark.case("CAN-05", "STR-11")
 @pytest.mark.parametrize("middleware", [[], [Middleware(BaseHTTPMiddleware, dispatch=passing)]], ids=["plain", "middleware"])
 @pytest.mark.parametrize("change", ["insert", "replace"])
-async def test_a_visitor_goes_away(world: World, middleware: list[Middleware], change: str) -> None:
+async def test_a_visitor_goes_away(env: OrmEnvironment, middleware: list[Middleware], change: str) -> None:
     """The half of a body that has arrived leaves no object, its row is as it was, and its connection is free again."""
-    await world.add(Doc(id=1, file=file("a")))
+    await env.add(Doc(id=1, file=file("a")))
     errors: list[BaseException] = []
     begun = asyncio.Event()
 
@@ -71,7 +71,7 @@ async def test_a_visitor_goes_away(world: World, middleware: list[Middleware], c
 
     async def upload(request: Request) -> Response:
         try:
-            async with world.sessions.begin() as session:
+            async with env.sessions.begin() as session:
                 new = Attachment(body(request), filename="new.bin")
                 if change == "insert":
                     session.add(Doc(id=2, file=new))
@@ -90,8 +90,8 @@ async def test_a_visitor_goes_away(world: World, middleware: list[Middleware], c
         writer.transport.abort()
         await eventually(lambda: errors)
         assert isinstance(errors[0], ClientDisconnect | asyncio.CancelledError)
-        await eventually(lambda: world.engine.pool.checkedout() == 0)  # type: ignore[attr-defined]
-    await world.check(file_1="a")
+        await eventually(lambda: env.engine.pool.checkedout() == 0)  # type: ignore[attr-defined]
+    await env.check(file_1="a")
 
 
 PROGRAM = """

@@ -51,6 +51,7 @@ __all__ = [
     "Item",
     "Node",
     "Note",
+    "OrmEnvironment",
     "Page",
     "Parent",
     "Passport",
@@ -58,10 +59,9 @@ __all__ = [
     "Photo",
     "Report",
     "Tag",
-    "World",
     "file",
+    "orm_environment",
     "other_base",
-    "world_on",
 ]
 
 
@@ -206,7 +206,7 @@ def file(content: str | bytes = b"content", filename: str | None = "report.txt")
 
 
 @dataclass
-class World:
+class OrmEnvironment:
     """What a test of transactions has to do with."""
 
     database: Database
@@ -313,21 +313,21 @@ def _foreign_keys_off(connection: Any, _: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def world_on(
+async def orm_environment(
     database: Database, *, backend: Any = None, journaled: bool = False, max_size: int = 1 << 20, **options: Any
-) -> AsyncIterator[World]:
-    """Give a world with empty tables and an empty storage; keyword arguments go to the engine."""
+) -> AsyncIterator[OrmEnvironment]:
+    """Give an environment with empty tables and an empty storage; keyword arguments go to the engine."""
     store = FaultInjectingBackend(MemoryStorageBackend() if backend is None else backend)
     manager = StorageManager(backends={"store": store}, policies={"docs": StoragePolicy("docs", "store", max_size=max_size)})
     async with database.opened(Base.metadata, **options) as engine:
         sessions = async_sessionmaker(engine, expire_on_commit=False)
         journal = StorageJournal(engine) if journaled else None
         binding = bind_storage(Base, manager, sessions=sessions, journal=journal)
-        world = World(database, engine, store, manager, binding, sessions, journal)
+        env = OrmEnvironment(database, engine, store, manager, binding, sessions, journal)
         try:
-            yield world
+            yield env
         finally:
-            world.binding.unbind()
+            env.binding.unbind()
             await manager.aclose()
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from sqlalchemy import func, select
 
-from tests.orm.world import Child, Parent, World, file
+from tests.orm.environment import Child, OrmEnvironment, Parent, file
 
 
-async def test_a_file_that_was_given_up_before_has_one_intent(world: World) -> None:
-    assert world.journal is not None
-    intent = world.journal.tables.intent
-    await world.add(Parent(id=1), Child(id=1, file=file("c")), Child(id=2))
-    async with world.sessions.begin() as session:
+async def test_a_file_that_was_given_up_before_has_one_intent(env: OrmEnvironment) -> None:
+    assert env.journal is not None
+    intent = env.journal.tables.intent
+    await env.add(Parent(id=1), Child(id=1, file=file("c")), Child(id=2))
+    async with env.sessions.begin() as session:
         parent = await session.get_one(Parent, 1)
         one, two = await session.get_one(Child, 1), await session.get_one(Child, 2)
         given, one.file = one.file, None
@@ -20,4 +20,4 @@ async def test_a_file_that_was_given_up_before_has_one_intent(world: World) -> N
         await session.delete(parent)
         await session.flush()
         assert await session.scalar(select(func.count()).select_from(intent)) == 1
-    assert await world.contents() == {}
+    assert await env.contents() == {}

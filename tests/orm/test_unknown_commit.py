@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from granite_storage.orm.outcome import ConnectionWatch
 from tests.orm.commit_proxy import Cut, behind_proxy
 from tests.orm.databases import Database
-from tests.orm.world import Doc, World, file, world_on
+from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 
 
 @pytest.mark.case("DBF-01")
@@ -19,8 +19,8 @@ from tests.orm.world import Doc, World, file, world_on
 @pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
 @pytest.mark.parametrize("cut", ["before the server", "before the answer"])
 async def test_connection_is_cut_at_the_commit(database: Database, cut: Cut, journaled: bool) -> None:
-    async with world_on(database, journaled=journaled) as world, behind_proxy(database.url) as (proxy, engine):
-        await world.add(Doc(id=1, file=file("a")))
+    async with orm_environment(database, journaled=journaled) as env, behind_proxy(database.url) as (proxy, engine):
+        await env.add(Doc(id=1, file=file("a")))
         async with AsyncSession(engine) as session:
             (await session.get_one(Doc, 1)).file = file("b")
             session.add(Doc(id=2, file=file("c")))
@@ -28,17 +28,17 @@ async def test_connection_is_cut_at_the_commit(database: Database, cut: Cut, jou
             proxy.cut = cut
             with pytest.raises((DBAPIError, OSError)):
                 await session.commit()
-        await check_undecided(world, committed=cut == "before the answer")
+        await check_undecided(env, committed=cut == "before the answer")
         if journaled:
-            await world.recover()
-            await world.check(**({"file_1": "b", "file_2": "c"} if cut == "before the answer" else {"file_1": "a"}))
+            await env.recover()
+            await env.check(**({"file_1": "b", "file_2": "c"} if cut == "before the answer" else {"file_1": "a"}))
 
 
 @pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
 async def test_taking_silence_for_a_rollback_loses_files(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """The simpler variant breaks: a row that was committed after all points nowhere."""
     monkeypatch.setattr(ConnectionWatch, "is_in_doubt", False)
-    async with world_on(database) as world, behind_proxy(database.url) as (proxy, engine):
+    async with orm_environment(database) as env, behind_proxy(database.url) as (proxy, engine):
         async with AsyncSession(engine) as session:
             session.add(Doc(id=1, file=file("a")))
             await session.flush()
@@ -46,19 +46,19 @@ async def test_taking_silence_for_a_rollback_loses_files(database: Database, mon
             with pytest.raises((DBAPIError, OSError)):
                 await session.commit()
         async with asyncio.timeout(60):
-            while not (references := await world.references()):  # noqa: ASYNC110  # the server goes on by itself
+            while not (references := await env.references()):  # noqa: ASYNC110  # the server goes on by itself
                 await asyncio.sleep(0.01)
         assert references
-        assert await world.objects() == set()
+        assert await env.objects() == set()
 
 
-async def check_undecided(world: World, *, committed: bool) -> None:
+async def check_undecided(env: OrmEnvironment, *, committed: bool) -> None:
     """Check that nothing was deleted: what the rows hold is there, and what they would have held otherwise."""
     for _ in range(200):
-        if (await world.contents()).get(("doc", 2, "file")) == (b"c" if committed else None):
+        if (await env.contents()).get(("doc", 2, "file")) == (b"c" if committed else None):
             break
         await asyncio.sleep(0.01)
     expected = {1: b"b", 2: b"c"} if committed else {1: b"a"}
-    assert await world.contents() == {("doc", number, "file"): content for number, content in expected.items()}
-    assert len(await world.objects()) == 3
-    assert world.backend.count("delete") == 0
+    assert await env.contents() == {("doc", number, "file"): content for number, content in expected.items()}
+    assert len(await env.objects()) == 3
+    assert env.backend.count("delete") == 0

@@ -14,7 +14,7 @@ from granite_storage import CollectionRefusedError, StorageGarbageCollector, Sto
 from granite_storage.gc import spool
 from granite_storage.gc.spool import SortedSpool, temporary_file
 from granite_storage.orm import iter_model_storage_refs
-from tests.gc.yard import POLICIES, AgedBackend, Crate, Yard, file
+from tests.gc.environment import POLICIES, AgedBackend, Crate, GcEnvironment, file
 
 
 class Shed:
@@ -142,19 +142,19 @@ async def test_derived_objects() -> None:
     assert (await shed.collect()).referenced == 2
 
 
-async def test_with_the_references_of_models(plain_yard: Yard) -> None:
-    await plain_yard.add(Crate(id=1, file=file("a")))
-    orphan = await plain_yard.orphan()
-    plain_yard.age()
+async def test_with_the_references_of_models(plain_env: GcEnvironment) -> None:
+    await plain_env.add(Crate(id=1, file=file("a")))
+    orphan = await plain_env.orphan()
+    plain_env.age()
 
     async def references() -> AsyncIterator[StoredObjectRef]:
-        async with plain_yard.sessions() as session, aclosing(iter_model_storage_refs(session, Crate, "file")) as refs:
+        async with plain_env.sessions() as session, aclosing(iter_model_storage_refs(session, Crate, "file")) as refs:
             async for ref in refs:
                 yield ref
 
-    report = await plain_yard.collector(iter_references=references).collect(storage_key="docs", dry_run=False)
+    report = await plain_env.collector(iter_references=references).collect(storage_key="docs", dry_run=False)
     assert report.deleted == 1
-    assert orphan.location not in await plain_yard.locations()
+    assert orphan.location not in await plain_env.locations()
 
 
 async def test_sorting_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:

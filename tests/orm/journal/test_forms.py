@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 from starlette.requests import ClientDisconnect, Request
 
 from granite_storage.web import stream_upload
-from tests.orm.world import Doc, World
+from tests.orm.environment import Doc, OrmEnvironment
 from tests.web.receiving import END, FORM, part
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -39,42 +39,42 @@ def piece(content: bytes, more: bool = True) -> dict[str, Any]:
     return {"type": "http.request", "body": content, "more_body": more}
 
 
-async def intents(world: World) -> int:
-    assert world.journal is not None
-    async with world.engine.connect() as connection:
-        return (await connection.execute(select(func.count()).select_from(world.journal.tables.intent))).scalar_one()
+async def intents(env: OrmEnvironment) -> int:
+    assert env.journal is not None
+    async with env.engine.connect() as connection:
+        return (await connection.execute(select(func.count()).select_from(env.journal.tables.intent))).scalar_one()
 
 
 TARGETS = {"file": Doc.file, "other": Doc.other}
 
 
-async def test_a_form_that_a_row_takes(world: World) -> None:
+async def test_a_form_that_a_row_takes(env: OrmEnvironment) -> None:
     receive = sending(piece(FIRST), piece(SECOND + END, more=False))
     async with await stream_upload(request_of(receive), TARGETS) as form:
-        assert await intents(world) == 2
-        await world.add(Doc(id=1, file=form.files["file"], other=form.files["other"]))
-    assert await intents(world) == 0
-    await world.check(file_1="first", other_1="second")
+        assert await intents(env) == 2
+        await env.add(Doc(id=1, file=form.files["file"], other=form.files["other"]))
+    assert await intents(env) == 0
+    await env.check(file_1="first", other_1="second")
 
 
 @pytest.mark.case("CAN-05")
-async def test_a_client_that_goes_away_leaves_nothing(world: World) -> None:
+async def test_a_client_that_goes_away_leaves_nothing(env: OrmEnvironment) -> None:
     receive = sending(piece(FIRST), piece(SECOND[:-3]), {"type": "http.disconnect"})
     with pytest.raises(ClientDisconnect):
         await stream_upload(request_of(receive), TARGETS)
-    assert (await intents(world), await world.objects()) == (0, set())
+    assert (await intents(env), await env.objects()) == (0, set())
 
 
-async def test_a_block_that_raises_leaves_nothing(world: World) -> None:
+async def test_a_block_that_raises_leaves_nothing(env: OrmEnvironment) -> None:
     receive = sending(piece(FIRST + SECOND + END, more=False))
     with pytest.raises(RuntimeError):
         async with await stream_upload(request_of(receive), TARGETS):
             raise RuntimeError
-    assert (await intents(world), await world.objects()) == (0, set())
+    assert (await intents(env), await env.objects()) == (0, set())
 
 
 @pytest.mark.case("CAN-05")
-async def test_a_cancelled_form_is_left_to_the_journal(world: World) -> None:
+async def test_a_cancelled_form_is_left_to_the_journal(env: OrmEnvironment) -> None:
     begun = asyncio.Event()
 
     async def never() -> dict[str, Any]:
@@ -86,6 +86,6 @@ async def test_a_cancelled_form_is_left_to_the_journal(world: World) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await intents(world) == 2
-    await world.recover()
-    assert (await intents(world), await world.objects()) == (0, set())
+    assert await intents(env) == 2
+    await env.recover()
+    assert (await intents(env), await env.objects()) == (0, set())

@@ -15,6 +15,7 @@ from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.orm import Attachment, StorageJournal, flush, statements, uploads
 from granite_storage.orm.journal import entries
 from granite_storage.orm.unit import StoredObject, UnitOfWork
+from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.variants import (
     Scenario,
     Variant,
@@ -25,18 +26,17 @@ from tests.orm.journal.variants import (
     violations,
     without_reference_check,
 )
-from tests.orm.world import Doc, World, file
 
 
-async def uploader_dies(world: World, _: pytest.MonkeyPatch) -> None:
+async def uploader_dies(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """A program stores an object, and nobody hears of it any more."""
     await file("a").store(Doc.file)
 
 
-async def savepoint_is_tried_again(world: World, _: pytest.MonkeyPatch) -> None:
+async def savepoint_is_tried_again(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """A row takes an object in a savepoint that is rolled back, and then again."""
     stored = await file("a").store(Doc.file)
-    async with world.sessions.begin() as session:
+    async with env.sessions.begin() as session:
         async with session.begin_nested() as savepoint:
             session.add(Doc(id=1, file=stored))
             await session.flush()
@@ -44,51 +44,51 @@ async def savepoint_is_tried_again(world: World, _: pytest.MonkeyPatch) -> None:
         session.add(Doc(id=1, file=stored))
 
 
-async def released_and_rolled_back(world: World, _: pytest.MonkeyPatch) -> None:
+async def released_and_rolled_back(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """A file is replaced in a savepoint that is released, and the transaction around it is rolled back."""
-    await world.add(Doc(id=1, file=file("a")))
-    async with world.sessions() as session:
+    await env.add(Doc(id=1, file=file("a")))
+    async with env.sessions() as session:
         doc = await session.get_one(Doc, 1)
         async with session.begin_nested():
             doc.file = file("b")
         await session.rollback()
 
 
-async def replaced_and_rolled_back(world: World, _: pytest.MonkeyPatch) -> None:
-    await world.add(Doc(id=1, file=file("a")))
-    async with world.sessions() as session:
+async def replaced_and_rolled_back(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
+    await env.add(Doc(id=1, file=file("a")))
+    async with env.sessions() as session:
         (await session.get_one(Doc, 1)).file = file("b")
         await session.flush()
         await session.rollback()
 
 
-async def rolled_back_and_tried_again(world: World, _: pytest.MonkeyPatch) -> None:
+async def rolled_back_and_tried_again(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """A transaction is rolled back, and the application tries it again with the same attachment."""
     stored = await file("a").store(Doc.file)
-    async with world.sessions() as session:
+    async with env.sessions() as session:
         session.add(Doc(id=1, file=stored))
         await session.flush()
         await session.rollback()
-    await world.add(Doc(id=1, file=stored))
+    await env.add(Doc(id=1, file=stored))
 
 
-async def rolled_back_though_referenced(world: World, _: pytest.MonkeyPatch) -> None:
+async def rolled_back_though_referenced(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """A transaction is rolled back, and another row refers to its object already, by raw SQL."""
-    await world.add(Doc(id=2))
+    await env.add(Doc(id=2))
     stored = await file("a").store(Doc.file)
-    async with world.sessions() as session:
+    async with env.sessions() as session:
         session.add(Doc(id=1, file=stored))
         await session.flush()
         stored._claimed = True
-        async with world.engine.begin() as connection:
+        async with env.engine.begin() as connection:
             await connection.execute(update(Doc).where(Doc.id == 2).values(other=stored))
         await session.rollback()
 
 
-async def two_replace(world: World, _: pytest.MonkeyPatch) -> None:
+async def two_replace(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """Two sessions replace a file that both have seen."""
-    await world.add(Doc(id=1, file=file("a")))
-    async with world.sessions() as one, world.sessions() as two:
+    await env.add(Doc(id=1, file=file("a")))
+    async with env.sessions() as one, env.sessions() as two:
         first, second = await one.get_one(Doc, 1), await two.get_one(Doc, 1)
         await two.commit()
         first.file = file("b")
@@ -97,47 +97,47 @@ async def two_replace(world: World, _: pytest.MonkeyPatch) -> None:
         await two.commit()
 
 
-async def copied_while_given_up(world: World, _: pytest.MonkeyPatch) -> None:
+async def copied_while_given_up(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """A row takes a file of another one, which gives it up before the first one's transaction is committed."""
-    await world.add(Doc(id=1, file=file("a")), Doc(id=2))
-    async with world.sessions.begin() as session:
+    await env.add(Doc(id=1, file=file("a")), Doc(id=2))
+    async with env.sessions.begin() as session:
         source, copy = await session.get_one(Doc, 1), await session.get_one(Doc, 2)
         copy.file = source.file
         await session.flush()
-        await give_up(world)
-        await expire(world)
-        await recover(world)
+        await give_up(env)
+        await expire(env)
+        await recover(env)
 
 
-async def copied_then_given_up(world: World, _: pytest.MonkeyPatch) -> None:
-    await world.add(Doc(id=1, file=file("a")), Doc(id=2))
-    async with world.sessions.begin() as session:
+async def copied_then_given_up(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
+    await env.add(Doc(id=1, file=file("a")), Doc(id=2))
+    async with env.sessions.begin() as session:
         source, copy = await session.get_one(Doc, 1), await session.get_one(Doc, 2)
         copy.file = source.file
-    await give_up(world)
+    await give_up(env)
 
 
-async def give_up(world: World) -> None:
-    async with world.sessions.begin() as session:
+async def give_up(env: OrmEnvironment) -> None:
+    async with env.sessions.begin() as session:
         (await session.get_one(Doc, 1)).file = None
 
 
-async def written_in_bulk(world: World, _: pytest.MonkeyPatch) -> None:
+async def written_in_bulk(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """A bulk statement writes the ref of an object that nobody has claimed."""
     stored = await file("a").store(Doc.file)
     with contextlib.suppress(InvalidReferenceError):
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             await session.execute(insert(Doc).values(id=1, title="", file=stored))
 
 
-async def being_written_in_bulk(world: World, _: pytest.MonkeyPatch) -> None:
+async def being_written_in_bulk(env: OrmEnvironment, _: pytest.MonkeyPatch) -> None:
     """The same, while a worker looks."""
     stored = await file("a").store(Doc.file)
     with contextlib.suppress(InvalidReferenceError):
-        async with world.sessions.begin() as session:
+        async with env.sessions.begin() as session:
             await session.execute(insert(Doc).values(id=1, title="", file=stored))
-            await expire(world)
-            await recover(world)
+            await expire(env)
+            await recover(env)
 
 
 def without_intents(patch: pytest.MonkeyPatch) -> None:
@@ -282,11 +282,11 @@ VARIANTS: list[tuple[Scenario, Variant, str]] = [
 
 
 @pytest.mark.parametrize("scenario", dict.fromkeys(scenario for scenario, _, _ in VARIANTS), ids=name_of)
-async def test_the_protocol_holds(world: World, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
-    await scenario(world, monkeypatch)
-    assert await violations(world) == set()
+async def test_the_protocol_holds(env: OrmEnvironment, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    await scenario(env, monkeypatch)
+    assert await violations(env) == set()
 
 
 @pytest.mark.parametrize(("scenario", "variant", "broken"), VARIANTS, ids=name_of)
-async def test_a_simpler_variant_breaks(plain_world: World, scenario: Scenario, variant: Variant, broken: str) -> None:
-    await require_broken(plain_world, scenario, variant, broken)
+async def test_a_simpler_variant_breaks(unchecked_env: OrmEnvironment, scenario: Scenario, variant: Variant, broken: str) -> None:
+    await require_broken(unchecked_env, scenario, variant, broken)

@@ -15,7 +15,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from granite_storage.exceptions import ObjectNotFoundError, StaleAttachmentError
 from tests.orm.databases import Database
-from tests.orm.world import Doc, World, file, world_on
+from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 
 SECONDS = float(os.environ.get("GRANITE_TRAFFIC_SECONDS", "2"))
 ROWS = 12
@@ -32,11 +32,11 @@ class Traffic:
         refused: How often one was refused, by the error.
     """
 
-    def __init__(self, world: World, seed: int) -> None:
+    def __init__(self, env: OrmEnvironment, seed: int) -> None:
         self.done: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.is_over = False
-        self._world = world
+        self._env = env
         self._random = random.Random(seed)
 
     async def write(self) -> None:
@@ -44,7 +44,7 @@ class Traffic:
         while not self.is_over:
             change = self._random.choice(changes)
             try:
-                async with self._world.sessions.begin() as session:
+                async with self._env.sessions.begin() as session:
                     await change(session)
                 self.done[change.__name__] += 1
             except REFUSED as error:
@@ -92,9 +92,9 @@ class Traffic:
 @pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
 async def test_writers_on_the_same_rows(database: Database, journaled: bool) -> None:
     seed = random.SystemRandom().randrange(10**6)
-    async with world_on(database, journaled=journaled) as world:
-        await world.add(*(Doc(id=number, file=file("a"), other=file("b")) for number in range(1, ROWS + 1)))
-        traffic = Traffic(world, seed)
+    async with orm_environment(database, journaled=journaled) as env:
+        await env.add(*(Doc(id=number, file=file("a"), other=file("b")) for number in range(1, ROWS + 1)))
+        traffic = Traffic(env, seed)
         async with asyncio.TaskGroup() as group:
             for _ in range(WRITERS):
                 group.create_task(traffic.write())
@@ -103,8 +103,8 @@ async def test_writers_on_the_same_rows(database: Database, journaled: bool) -> 
         try:
             assert len(traffic.done) == 7, "each kind of change has succeeded some time"
             assert traffic.refused, "nobody was in anybody's way"
-            await world.recover()
-            await world.check()
+            await env.recover()
+            await env.check()
         except AssertionError as error:
             error.add_note(f"seed {seed}: {traffic.done} {traffic.refused}")
             raise

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from blockbuster import blockbuster_ctx
+from hypothesis import settings
 
 from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
@@ -24,6 +25,8 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.prefix import PrefixedBackend
 from granite_storage.locations import RESERVED_PREFIX
 from granite_storage.testing import BackendConformance
+from tests import tiers
+from tests.pooled import is_pooled_file, pooled_descriptors, pooled_threads
 from tests.services import service
 
 if TYPE_CHECKING:
@@ -70,12 +73,30 @@ CASES_OF_THE_SUITE = {
 """The rows that cases of the public suite stand for; the suite itself knows no such marks."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the cases of the public suite with the rows they stand for."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run everything: every matrix, random seeds, long histories")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tiers.configure(config)
+    options = {"deadline": None, "database": None, "print_blob": True}
+    settings.register_profile("default", derandomize=True, **options)
+    settings.register_profile("exhaustive", **options)
+    settings.load_profile("exhaustive" if tiers.is_exhaustive() else "default")
+
+
+def pytest_report_header() -> str:
+    return tiers.report_header()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the cases of the public suite with the rows they stand for, and choose the tier."""
     for item in items:
         suite = getattr(item, "cls", None)
         if suite is not None and issubclass(suite, BackendConformance):
             item.add_marker(pytest.mark.case(*CASES_OF_THE_SUITE.get(getattr(item, "originalname", ""), ())))
+    tiers.choose(config, items)
 
 
 @pytest.fixture(autouse=True)
@@ -222,21 +243,22 @@ def _servers_of(request: pytest.FixtureRequest) -> list[str]:
 
 
 def _own_threads(before: set[threading.Thread]) -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread not in before and not thread.name.startswith(POOLED_THREADS)]
+    known = before | pooled_threads()
+    return [thread for thread in threading.enumerate() if thread not in known and not thread.name.startswith(POOLED_THREADS)]
 
 
 def _descriptors(ignored: str) -> set[tuple[str, str]]:
     """What is open, by number: files, sockets, pipes.
 
-    Not the standard streams, which the runner redirects as it likes, nor the unnamed files right in a folder in which moto keeps
-    its objects.
+    Not the connections that a pool keeps for the next test, the standard streams, which the runner redirects as it likes, nor the
+    unnamed files right in a folder in which moto keeps its objects.
     """
     found: set[tuple[str, str]] = set()
     numbers = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
-    for number in sorted(set(numbers) - {"0", "1", "2"}):
+    for number in sorted(set(numbers) - {"0", "1", "2"} - pooled_descriptors()):
         with contextlib.suppress(OSError):
             target = os.readlink(f"/proc/self/fd/{number}")
-            if not target.startswith(f"{ignored}/#"):
+            if not target.startswith(f"{ignored}/#") and not is_pooled_file(target):
                 found.add((number, target))
     return found
 

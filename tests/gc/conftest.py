@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
 from tests.gc.environment import GcEnvironment, gc_environment
-from tests.orm.conftest import _database, database
-from tests.orm.databases import Database, sqlite
+from tests.orm.conftest import database, new_database
+from tests.orm.databases import Database
 
 __all__ = ["database"]
 
@@ -21,9 +21,9 @@ async def env(database: Database) -> AsyncIterator[GcEnvironment]:
 
 
 @pytest.fixture(scope="session")
-def plain_database() -> Iterator[Database]:
+async def plain_database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
     """One database, for what does not depend on it."""
-    with sqlite("sqlite") as found:
+    async with new_database(request, "sqlite") as found:
         yield found
 
 
@@ -35,9 +35,10 @@ async def plain_env(plain_database: Database) -> AsyncIterator[GcEnvironment]:
 
 
 @pytest.fixture(scope="session")
-def postgres_only(request: pytest.FixtureRequest) -> Iterator[Database]:
+async def postgres_only(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
     """PostgreSQL with asyncpg, for what is about a server."""
-    yield from _database(request, "asyncpg")
+    async with new_database(request, "asyncpg") as found:
+        yield found
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Many tasks that do this and that while a worker and a collector run: no row loses its object, and nothing stays behind.
 
-`GRANITE_GC_STEPS` says how many transactions there are, 10,000 for a long run, and `GRANITE_GC_SEED` plays one again: the choices
+`GRANITE_GC_STEPS` says how many transactions there are, 10,000 for a long run, and `GRANITE_SEED` plays one again: the choices
 are the same then, though not the moments at which tasks run.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from collections import Counter
 from datetime import timedelta
@@ -27,8 +26,9 @@ from granite_storage import (
 )
 from granite_storage.orm.journal.tables import clock
 from tests.gc.environment import Crate, GcEnvironment, Keg, file
+from tests.tiers import repetitions, seed
 
-STEPS = int(os.environ.get("GRANITE_GC_STEPS", "400"))
+STEPS = repetitions("GRANITE_GC_STEPS", default=150, exhaustive=2000)
 TASKS = 50 if STEPS >= 10_000 else 12
 ROWS = 15
 PAUSES = (*[0.0] * 9, 1.0)
@@ -204,17 +204,15 @@ class Traffic:
 @pytest.mark.case("CON-10")
 @pytest.mark.timeout(3600)
 async def test_traffic_with_a_worker_and_a_collector(journaled_env: GcEnvironment) -> None:
-    seed = int(os.environ.get("GRANITE_GC_SEED", random.SystemRandom().randrange(10**6)))
-    print(f"seed {seed}")  # noqa: T201
     env = journaled_env
     env.age(48)
     await env.add(*(Crate(id=number, file=file("a")) for number in range(1, ROWS + 1)))
-    traffic = Traffic(env, seed)
+    traffic = Traffic(env, seed())
     try:
         await traffic.play()
         await traffic.settle()
     except (AssertionError, BackendUnavailableError) as error:
-        error.add_note(f"seed {seed}: {traffic.done}")
+        error.add_note(f"GRANITE_SEED={seed()}: {traffic.done}")
         raise
     assert traffic.done["_abandon"]
     assert traffic.collected, "the collector has had nothing to do"

@@ -177,3 +177,5 @@ async def migration_environment(
         finally:
             env.binding.unbind()
             await env.manager.aclose()
+            if journal is not None:
+                await journal.aclose()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -14,21 +16,30 @@ from tests.services import service
 
 
 @pytest.fixture(scope="session", params=DATABASES)
-def database(request: pytest.FixtureRequest) -> Iterator[Database]:
+async def database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
     """Every database, with every driver."""
-    yield from _database(request, request.param)
+    async with new_database(request, request.param) as found:
+        yield found
 
 
-def _database(request: pytest.FixtureRequest, name: str) -> Iterator[Database]:
-    if name.startswith("sqlite"):
-        with sqlite(name) as found:
+@contextlib.asynccontextmanager
+async def new_database(request: pytest.FixtureRequest, name: str) -> AsyncIterator[Database]:
+    """Make a database for the fixture of a session of tests, and close what is pooled before it goes."""
+    with contextlib.ExitStack() as stack:
+        if name.startswith("sqlite"):
+            context = sqlite(name)
+        elif name == "mariadb":
+            context = service("MariaDB", mariadb())
+        else:
+            context = postgres_database(request.getfixturevalue("postgres_server"), name)
+        # A thread of its own, because these run an event loop.
+        found = await asyncio.to_thread(stack.enter_context, context)
+        found.loop = asyncio.get_running_loop()
+        try:
             yield found
-    elif name == "mariadb":
-        with service("MariaDB", mariadb()) as found:
-            yield found
-    else:
-        with postgres_database(request.getfixturevalue("postgres_server"), name) as found:
-            yield found
+        finally:
+            await found.discard()
+            await asyncio.to_thread(stack.close)
 
 
 @pytest.fixture

@@ -289,6 +289,7 @@ class OrmEnvironment:
     async def no_foreign_keys(self) -> None:
         """Let SQLite check and cascade nothing, as it does by itself."""
         if self.database.is_sqlite:
+            self.database.spoil()
             await self.engine.dispose()
             event.listen(self.engine.sync_engine, "connect", _foreign_keys_off)
 
@@ -329,6 +330,8 @@ async def orm_environment(
         finally:
             env.binding.unbind()
             await manager.aclose()
+            if journal is not None:
+                await journal.aclose()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from collections import Counter
 
@@ -16,8 +15,9 @@ from sqlalchemy.orm.exc import StaleDataError
 from granite_storage.exceptions import ObjectNotFoundError, StaleAttachmentError
 from tests.orm.databases import Database
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
+from tests.tiers import repetitions, seed
 
-SECONDS = float(os.environ.get("GRANITE_TRAFFIC_SECONDS", "2"))
+SECONDS = repetitions("GRANITE_WRITERS_SECONDS", default=2, exhaustive=10)
 ROWS = 12
 WRITERS = 5
 REFUSED = (StaleAttachmentError, ObjectNotFoundError, StaleDataError, SAWarning, DBAPIError)
@@ -91,10 +91,9 @@ class Traffic:
 @pytest.mark.parametrize("journaled", [False, True], ids=["without a journal", "with a journal"])
 @pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
 async def test_writers_on_the_same_rows(database: Database, journaled: bool) -> None:
-    seed = random.SystemRandom().randrange(10**6)
     async with orm_environment(database, journaled=journaled) as env:
         await env.add(*(Doc(id=number, file=file("a"), other=file("b")) for number in range(1, ROWS + 1)))
-        traffic = Traffic(env, seed)
+        traffic = Traffic(env, seed())
         async with asyncio.TaskGroup() as group:
             for _ in range(WRITERS):
                 group.create_task(traffic.write())
@@ -106,5 +105,5 @@ async def test_writers_on_the_same_rows(database: Database, journaled: bool) -> 
             await env.recover()
             await env.check()
         except AssertionError as error:
-            error.add_note(f"seed {seed}: {traffic.done} {traffic.refused}")
+            error.add_note(f"GRANITE_SEED={seed()}: {traffic.done} {traffic.refused}")
             raise

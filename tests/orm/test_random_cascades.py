@@ -1,15 +1,14 @@
 """Random flushes over rows that take each other along when they are deleted: moves below them, files put and moved, deletes.
 
-After each transaction the objects are those that rows refer to. `GRANITE_FAMILIES` says how many transactions each database has,
-and `GRANITE_FAMILIES_SEED` what they do; a failure says its seed.
+After each transaction the objects are those that rows refer to. `GRANITE_CASCADES` says how many transactions each database has,
+and `GRANITE_SEED` what they do; a failure says its seed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
-from random import Random, SystemRandom
+from random import Random
 from typing import Any, ClassVar
 
 import pytest
@@ -20,9 +19,10 @@ from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
 
 from granite_storage.exceptions import StaleAttachmentError
 from tests.orm.environment import Child, Node, OrmEnvironment, Parent, Tag, file
+from tests.tiers import repetitions, seed
 
-TRANSACTIONS = int(os.environ.get("GRANITE_FAMILIES", "150"))
-SEED = int(os.environ.get("GRANITE_FAMILIES_SEED") or SystemRandom().getrandbits(32))
+TRANSACTIONS = repetitions("GRANITE_CASCADES", default=40, exhaustive=150)
+SEED = seed()
 MOST = 4
 KINDS: list[type[Any]] = [Node, Parent, Child, Tag]
 
@@ -127,6 +127,6 @@ async def test_random_cascades(env: OrmEnvironment) -> None:
         try:
             await env.check()
         except BaseException as error:
-            error.add_note(f"GRANITE_FAMILIES_SEED={SEED} GRANITE_FAMILIES={TRANSACTIONS} replays it: transaction {number}")
+            error.add_note(f"GRANITE_SEED={SEED} GRANITE_CASCADES={TRANSACTIONS} replays it: transaction {number}")
             raise
     assert committed > TRANSACTIONS / 4

@@ -1,22 +1,21 @@
 """Random histories of sessions, checked against a model that is two dictionaries.
 
 Two sessions change the same rows in turns, with savepoints in any nesting, failures of the storage and of the database, and
-identity maps that the other one has made stale. `GRANITE_MACHINE_EXAMPLES` says how many histories to try and
-`GRANITE_MACHINE_SEED` which; a failure says its seed, and the same seed gives the same histories.
+identity maps that the other one has made stale. `GRANITE_SESSIONS` says how many histories to try and
+`GRANITE_SEED` which; a failure says its seed, and the same seed gives the same histories.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import random
 from collections.abc import Coroutine, Iterator
 from copy import deepcopy
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
+import hypothesis
 import pytest
-from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
+from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from sqlalchemy import delete, select, update
@@ -27,9 +26,10 @@ from granite_storage.exceptions import BackendUnavailableError
 from granite_storage.orm import Attachment
 from tests.orm.databases import DATABASES, sqlite
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
+from tests.tiers import repetitions, seed
 
-EXAMPLES = int(os.environ.get("GRANITE_MACHINE_EXAMPLES", "2000"))
-SEED = int(os.environ.get("GRANITE_MACHINE_SEED") or random.SystemRandom().getrandbits(32))
+EXAMPLES = repetitions("GRANITE_SESSIONS", default=60, exhaustive=2000)
+SEED = seed()
 STEPS = 14
 COLUMNS = ["file", "other"]
 LOCATIONS = select(*(getattr(Doc, name)["location"].as_string() for name in COLUMNS))
@@ -351,7 +351,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[type[Sessions]]:
 def test_sessions(machine: type[Sessions]) -> None:
     try:
         run_state_machine_as_test(  # type: ignore[no-untyped-call]
-            seed(SEED)(machine),
+            hypothesis.seed(SEED)(machine),
             settings=settings(
                 max_examples=EXAMPLES,
                 stateful_step_count=STEPS,
@@ -364,6 +364,6 @@ def test_sessions(machine: type[Sessions]) -> None:
             ),
         )
     except BaseException as error:
-        error.add_note(f"GRANITE_MACHINE_SEED={SEED} GRANITE_MACHINE_EXAMPLES={EXAMPLES} replays it")
+        error.add_note(f"GRANITE_SEED={SEED} GRANITE_SESSIONS={EXAMPLES} replays it")
         raise
     assert machine.histories >= EXAMPLES

@@ -17,10 +17,6 @@ from tests.orm.databases import mariadb, postgres, postgres_database
 from tests.services import service
 
 
-def pytest_report_header() -> str:
-    return f"crash tests: GRANITE_CRASH_SEED={SEED}"
-
-
 @pytest.fixture(scope="session")
 def seed() -> str:
     """What all random choices of this run follow from."""

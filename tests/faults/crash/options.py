@@ -1,17 +1,16 @@
-"""What the environment says of the crash tests."""
+"""How many programs the crash tests kill, and what their random choices follow from."""
 
 from __future__ import annotations
 
-import os
-import uuid
+from tests.tiers import repetitions, seed
 
 __all__ = ["KILLS", "MANY", "SEED"]
 
-KILLS = int(os.environ.get("GRANITE_CRASH_KILLS", "60"))
+KILLS = repetitions("GRANITE_CRASH_KILLS", default=60, exhaustive=150)
 """How many kills there are, at the least: each setting has its share, and comes to each of its own points once."""
 
 MANY = 500
 """From how many kills on everything else is tried everywhere, too, and not only at some points."""
 
-SEED: str = os.environ.get("GRANITE_CRASH_SEED") or uuid.uuid4().hex[:8]
-"""What all random choices follow from; `GRANITE_CRASH_SEED` repeats them, though not the timing."""
+SEED = str(seed())
+"""What all random choices follow from; `GRANITE_SEED` repeats them, though not the timing."""

@@ -95,7 +95,7 @@ async def test_killed_programs(
         except BaseException as error:
             for victim in victims:
                 victim.send(signal.SIGKILL)
-                error.add_note(f"GRANITE_CRASH_SEED={seed}: {victim.job}\n{victim.log}")
+                error.add_note(f"GRANITE_SEED={seed}: {victim.job}\n{victim.log}")
             raise
         done += len(victims)
 

@@ -57,7 +57,7 @@ async def stopped(children: ChildProcesses, setting: Setting, folder: Path, poin
         assert child.code == 0, child.log
     except BaseException as error:
         child.send(signal.SIGKILL)
-        error.add_note(f"GRANITE_CRASH_SEED={seed}: {child.job}\n{child.log}")
+        error.add_note(f"GRANITE_SEED={seed}: {child.job}\n{child.log}")
         raise
 
 

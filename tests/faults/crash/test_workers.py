@@ -85,7 +85,7 @@ async def test_two_workers_stand_still(audit: Audit, seed: str, monkeypatch: pyt
         try:
             await stand_still(audit, pair, number, random)
         except BaseException as error:
-            error.add_note(f"GRANITE_CRASH_SEED={seed}: {pair}")
+            error.add_note(f"GRANITE_SEED={seed}: {pair}")
             raise
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.orm.conftest import _database
+from tests.orm.conftest import new_database
 from tests.orm.databases import Database
 from tests.orm.environment import OrmEnvironment, orm_environment
 
 
 @pytest.fixture(scope="session", params=["asyncpg", "psycopg", "mariadb"])
-def database(request: pytest.FixtureRequest) -> Iterator[Database]:
+async def database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
     """Every database that can have a journal, with every driver."""
-    yield from _database(request, request.param)
+    async with new_database(request, request.param) as found:
+        yield found
 
 
 @pytest.fixture

@@ -1,0 +1,224 @@
+"""The tiers: what `nox -s tests` runs, what runs after it because it has time bounds, and what only `nox -s exhaustive` runs.
+
+The default tier runs each rule of the library once, on the database, the backend and the seed that most likely show a fault. The
+exhaustive tier runs everything: every matrix, random seeds, long histories. A case leaves the default tier in one of two ways,
+each with its reason: a rule of `REPETITIONS` below, or the marker `exhaustive("reason")` on the test or on one of its parameters.
+`pytest --exhaustive` runs both tiers.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+__all__ = ["choose", "configure", "is_exhaustive", "repetitions", "report_header", "seed"]
+
+_TIER = "GRANITE_EXHAUSTIVE"
+_SEED = "GRANITE_SEED"
+_FIXED_SEED = 20_261_128
+
+ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
+    "tests/orm/test_scenarios.py": (
+        "TestFailedUploads",
+        "TestRelations",
+        "TestRollback",
+        "TestSavepoints",
+        "TestTwoPhases",
+        "TestWhatTheSessionDoesNotKnow",
+        "TestJoinedToAnExternalTransaction::test_several_transactions_of_one_connection",
+        "TestOneRow::test_primary_key_and_file_changed_together",
+        "TestOneRow::test_two_rows_of_the_same_key_after_a_delete",
+    ),
+    "tests/orm/test_bulk.py": ("TestDelete", "TestUpdate"),
+    "tests/orm/test_concurrency.py": ("",),
+    "tests/orm/test_concurrent_commits.py": ("",),
+    "tests/orm/test_concurrent_writers.py": ("",),
+    "tests/orm/test_disconnects_and_signals.py": ("",),
+    "tests/orm/test_random_cascades.py": ("",),
+    "tests/orm/test_unknown_commit.py": ("",),
+    "tests/orm/journal/test_database_faults.py": ("",),
+    "tests/orm/journal/test_recovery.py": ("TestReports", "TestWorker"),
+    "tests/orm/journal/test_refusals.py": ("",),
+    "tests/orm/journal/test_simpler_protocols.py": ("",),
+}
+"""Tests that reach what differs between databases: locks, savepoints, cascades, bulk statements, two phases, conflicts.
+
+By file, the beginnings of the tests' names in it; an empty one stands for all of them.
+"""
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Cases that repeat others.
+
+    Attributes:
+        path: The beginning of the paths of their files.
+        reason: Why they find nothing that the default tier does not find, as a rule.
+        repeats: Tells whether a case is one of them, by its item and its parameters.
+    """
+
+    path: str
+    reason: str
+    repeats: Callable[[pytest.Item, dict[str, Any]], bool]
+
+
+def _in_class(*names: str, apart_from: Collection[str] = ()) -> Callable[[pytest.Item, dict[str, Any]], bool]:
+    def repeats(item: pytest.Item, _: dict[str, Any]) -> bool:
+        owner = getattr(item, "cls", None)
+        return owner is not None and owner.__name__ in names and getattr(item, "originalname", item.name) not in apart_from
+
+    return repeats
+
+
+def _with(name: str, *values: str) -> Callable[[pytest.Item, dict[str, Any]], bool]:
+    return lambda _, params: params.get(name) in values
+
+
+def _all(_: pytest.Item, __: dict[str, Any]) -> bool:
+    return True
+
+
+PREFIXED_AT_SERVICE = (
+    "test_aborted_upload",
+    "test_batch",
+    "test_copy",
+    "test_more_than_one_page",
+    "test_odd_location",
+    "test_prefix",
+    "test_round_trip",
+    "test_signed_get",
+    "test_signed_upload",
+    "test_start_after",
+)
+"""What of the suite runs on S3 with a prefix of the backend's own, too."""
+
+REPETITIONS = [
+    Repetition(
+        "tests/backends/test_conformance.py",
+        "a wrapper is one code path over any backend: the suite runs on it once, over memory",
+        _in_class("TestLocalPrefixed", "TestLocalBehindFaults"),
+    ),
+    Repetition(
+        "tests/backends/test_s3_conformance.py",
+        "moto is more lenient than SeaweedFS, on which the same suite runs",
+        _in_class("TestMoto", "TestMotoPrefixed"),
+    ),
+    Repetition(
+        "tests/backends/test_s3_conformance.py",
+        "only names, listings, copies and URLs know the prefix",
+        _in_class("TestSeaweedFSPrefixed", apart_from=PREFIXED_AT_SERVICE),
+    ),
+    Repetition(
+        "tests/backends/test_obstore_conformance.py",
+        "Azurite takes minutes to install and to answer; the backend's own code is that of S3 and memory",
+        _in_class("TestAzurite"),
+    ),
+    Repetition(
+        "tests/",
+        "the same code as without a prefix, and as on SeaweedFS",
+        _with("backend", "local-prefixed", "s3-moto", "s3-moto-prefixed", "s3-seaweedfs-prefixed"),
+    ),
+]
+
+_DATABASES = {
+    "tests/orm/journal/": ("asyncpg",),
+    "tests/orm/": ("sqlite-begin", "asyncpg"),
+    "tests/gc/": ("sqlite-begin", "asyncpg"),
+    "tests/verification/": ("sqlite-begin", "asyncpg"),
+    "tests/migration/": ("sqlite-begin", "asyncpg"),
+}
+"""By folder, the databases of the default tier. Below `tests/orm` the first one that a test knows, elsewhere each of them."""
+
+_ONE_DATABASE = "the rule is the same on every database, and the tests of `ON_EVERY_DATABASE` reach what differs"
+_ONE_MIGRATION = "the journal is tried on PostgreSQL, its absence on SQLite; every other combination repeats one of them"
+
+
+def is_exhaustive() -> bool:
+    """Tell whether this run is of the exhaustive tier."""
+    return bool(os.environ.get(_TIER))
+
+
+def repetitions(name: str, *, default: int, exhaustive: int) -> int:
+    """Return how often a random test tries: what the environment variable of this name says, else by tier."""
+    return int(os.environ.get(name) or (exhaustive if is_exhaustive() else default))
+
+
+def seed() -> int:
+    """Return what all random choices of a run follow from: fixed in the default tier, so that a failure is the change's fault."""
+    return int(os.environ.get(_SEED) or _FIXED_SEED)
+
+
+def configure(config: pytest.Config) -> None:
+    """Take the options of the command line; the environment carries them to the processes that share a run."""
+    config.addinivalue_line("markers", 'exhaustive(reason): runs in the exhaustive tier only ("nox -s exhaustive")')
+    config.addinivalue_line("markers", "time_bound: fails on a busy machine, so it runs alone, after the others")
+    if config.getoption("--exhaustive"):
+        os.environ[_TIER] = "1"
+        os.environ.setdefault(_SEED, str(random.SystemRandom().getrandbits(32)))
+
+
+def report_header() -> str:
+    """Return the line that says which tier runs, and how to repeat its random choices."""
+    return f"tier: {'exhaustive' if is_exhaustive() else 'default'}; {_SEED}={seed()} repeats its random choices"
+
+
+def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out of the default tier what belongs to the exhaustive one."""
+    if is_exhaustive():
+        return
+    left_out = _repeated(items)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _repeated(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    found: set[pytest.Item] = set()
+    databases: defaultdict[str, set[str]] = defaultdict(set)
+    for item in items:
+        databases[_function(item)].add(str(_params(item).get("database")))
+    for item in items:
+        if _reason(item, databases[_function(item)]) is not None:
+            found.add(item)
+    return found
+
+
+def _reason(item: pytest.Item, databases: set[str]) -> str | None:
+    """Return why a case is left out of the default tier, None for one that is not."""
+    if (mark := item.get_closest_marker("exhaustive")) is not None:
+        return str(mark.args[0])
+    params = _params(item)
+    for rule in REPETITIONS:
+        if item.nodeid.startswith(rule.path) and rule.repeats(item, params):
+            return rule.reason
+    if "database" not in params or _reaches_dialects(item):
+        return None
+    folder = next((folder for folder in _DATABASES if item.nodeid.startswith(folder)), None)
+    if folder is None:
+        return None
+    wanted = [name for name in _DATABASES[folder] if name in databases] or sorted(databases)
+    if folder == "tests/orm/":
+        wanted = wanted[:1]
+    if params["database"] not in wanted:
+        return _ONE_DATABASE
+    if folder == "tests/migration/" and (params["database"] == "asyncpg") is (params.get("env") == "plain"):
+        return _ONE_MIGRATION
+    return None
+
+
+def _reaches_dialects(item: pytest.Item) -> bool:
+    path, _, name = item.nodeid.partition("::")
+    return name.startswith(ON_EVERY_DATABASE.get(path, ()))
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
+
+
+def _params(item: pytest.Item) -> dict[str, Any]:
+    return dict(getattr(getattr(item, "callspec", None), "params", {}))

@@ -12,9 +12,13 @@ import sys
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "layers", "docs", "tests"]
+
+PARALLEL = ("--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal")
+"""As many processes as the machine has processors; each starts the servers that its tests need."""
 
 SUPPORTED = ("3.11", "3.12", "3.13")
 
@@ -53,11 +57,39 @@ def gallery(session: nox.Session) -> None:
     session.run("python", "-m", "examples.gallery", *session.posargs)
 
 
-@nox.session(python=PYTHONS)
+@nox.session(python=RUNNING)
 def tests(session: nox.Session) -> None:
-    """Run the tests, against real disks and real servers, on every Python that is present."""
+    """Run the default tier of the tests, against real disks and real servers; `-- PATH -k NAME` chooses."""
+    run_tests(session)
+
+
+@nox.session(python=PYTHONS)
+def exhaustive(session: nox.Session) -> None:
+    """Run every test there is, with random seeds and long histories, on every Python that is present."""
+    run_tests(session, "--exhaustive")
+
+
+def run_tests(session: nox.Session, *options: str) -> None:
+    """Run tests in parallel processes, and afterwards alone those that have time bounds."""
     session.install("-e", ".[alembic,cli,demo,obstore,s3,test]")
-    session.run("python", "-m", "pytest", *session.posargs)
+    if session.posargs:
+        session.run("python", "-m", "pytest", *options, *session.posargs)
+        return
+    failed = False
+    for chosen in (["-m", "not time_bound", *PARALLEL], ["-m", "time_bound"]):
+        try:
+            session.run("python", "-m", "pytest", *options, *chosen)
+        except CommandFailed:
+            failed = True
+    if failed:
+        session.error("tests failed")
+
+
+@nox.session(python=RUNNING)
+def mutants(session: nox.Session) -> None:
+    """Break the library in one rule at a time, and check that the tests notice; `-- NAME` chooses a mutant."""
+    session.install("-e", ".[alembic,cli,demo,obstore,s3,test]")
+    session.run("python", "-m", "tests.mutants", *session.posargs)
 
 
 @nox.session(python=RUNNING)
@@ -65,7 +97,7 @@ def crash(session: nox.Session) -> None:
     """Kill programs at every step of the journal's protocol, 500 times or `GRANITE_CRASH_KILLS`, and check what is left."""
     session.install("-e", ".[alembic,cli,demo,obstore,s3,test]")
     session.env.setdefault("GRANITE_CRASH_KILLS", os.environ.get("GRANITE_CRASH_KILLS", "500"))
-    session.run("python", "-m", "pytest", *(session.posargs or ["tests/faults/crash"]))
+    session.run("python", "-m", "pytest", "--exhaustive", *(session.posargs or ["tests/faults/crash"]))
 
 
 @nox.session(python=RUNNING)

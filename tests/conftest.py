@@ -150,6 +150,11 @@ def azurite_server(_temporary_folder: Path) -> Iterator[AzureServer]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+async def _started_loop() -> None:
+    """Make the event loop that all tests share, so that what it opens is not taken for a test's."""
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _threads_of_obstore() -> None:
     """Start the threads that obstore keeps for all stores of a process, so that what they open is not taken for a test's."""
     with contextlib.suppress(ImportError):

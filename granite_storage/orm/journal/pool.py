@@ -36,7 +36,7 @@ class JournalPool:
         self._outer = engine.sync_engine
         inner = Engine(_small_pool(self._outer.pool, size), self._outer.dialect, self._outer.url, hide_parameters=True)
         # The application's own events come along, such as one that sets a role; ours are those of its sessions.
-        inner.dispatch._update(self._outer.dispatch, only_propagate=False)
+        _copy_events(inner, self._outer.dispatch)
         event.listen(inner, "connect", self._on_connect)
         event.listen(self._outer, "engine_disposed", self._on_disposed)
         self._engine = AsyncEngine(inner)
@@ -74,6 +74,14 @@ class JournalPool:
 
     def _on_disposed(self, _: Engine) -> None:
         self._engine.sync_engine.dispose()
+
+
+def _copy_events(engine: Engine, dispatch: Any) -> None:
+    """Give an engine the listeners of another; those of one with execution options are its own and its parent's."""
+    if (parent := getattr(dispatch, "parent", None)) is not None:
+        _copy_events(engine, parent)
+        dispatch = dispatch.local
+    engine.dispatch._update(dispatch, only_propagate=False)
 
 
 _SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")

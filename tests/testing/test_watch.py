@@ -54,7 +54,8 @@ def watched(pytester: pytest.Pytester) -> pytest.Pytester:
     impatient, changed = re.subn(r"^SETTLING = .*$", "SETTLING = 0.2", own.read_text(), flags=re.MULTILINE)
     assert changed == 1
     pytester.makeconftest(impatient)
-    pytester.makeini("[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\nmarkers = case\n")
+    scopes = [f"asyncio_default_{what}_loop_scope = session" for what in ("fixture", "test")]
+    pytester.makeini("\n".join(["[pytest]", "asyncio_mode = auto", "markers = case", *scopes]))
     return pytester
 
 
@@ -65,7 +66,9 @@ def test_a_missing_server_is_said(
     """A server that is not to be had skips what needs it, with the reason, and fails it in CI."""
     monkeypatch.setenv("CI", ci)
     inner = watched.mkpydir("tests")
-    shutil.copy(Path(__file__).parents[1] / "services.py", inner)
+    for module in Path(__file__).parents[1].glob("*.py"):
+        if module.name not in ("__init__.py", "conftest.py"):
+            shutil.copy(module, inner)
     (inner / "servers.py").write_text("def moto_s3():\n    raise RuntimeError('no such program')\n")
     watched.makepyfile("def test_server(moto_server): pass")
     result = watched.runpytest_subprocess("-rsE")

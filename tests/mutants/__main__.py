@@ -30,6 +30,7 @@ from tests.mutants.runner import Result, Runner, Verdict
 from tests.mutants.table import MUTANTS
 
 ROOT = Path(__file__).parents[2]
+_LONGEST_MESSAGE = 160
 
 
 def main(arguments: list[str]) -> int:
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
         return 2
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix="m-", ignore_cleanup_errors=True) as folder:
             return _run(Runner(ROOT, Path(folder)), mutants, given.jobs)
     except KeyboardInterrupt:
         print("interrupted")
@@ -101,7 +102,8 @@ def _line(mutant: Mutant, result: Result) -> str:
         case Verdict.INVALID:
             return f"{line}{result.message}"
         case _:
-            return f"{line}{result.failed[0] if result.failed else 'the run did not end'}"
+            message = result.message.partition("\n")[0]
+            return f"{line}{result.failed[0] if result.failed else 'the run did not end'}: {message[:_LONGEST_MESSAGE]}"
 
 
 def _interrupt(*_: object) -> NoReturn:

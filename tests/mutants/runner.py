@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -70,6 +71,7 @@ class Runner:
         self._test_timeout = test_timeout
         self._run_timeout = run_timeout
         self._original = folder / "original"
+        self._numbers = itertools.count()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
 
@@ -96,7 +98,7 @@ class Runner:
             min(shares, key=len).extend(tests)
         shares = [share for share in shares if share]
         with self._workers(jobs) as pool:
-            runs = [pool.submit(self._run, self._original, f"original-{n}", share, ()) for n, share in enumerate(shares)]
+            runs = [pool.submit(self._run, self._original, share, ()) for share in shares]
             return [result for run in runs if (result := run.result()).verdict is not Verdict.SURVIVED]
 
     def run(self, mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, Result]]:
@@ -105,19 +107,23 @@ class Runner:
             yield from zip(mutants, pool.map(self._run_mutant, mutants), strict=True)
 
     def _run_mutant(self, mutant: Mutant) -> Result:
-        copy = self._folder / mutant.name
+        copy = self._new_folder()
         try:
             shutil.copytree(self._original, copy)
             edited = copy / mutant.path
             edited.write_text(edit(mutant, copy))
             for compiled in edited.parent.glob(f"__pycache__/{edited.stem}.*"):
                 compiled.unlink()  # it would pass for the edited file's, if that was as long and as old
-            return self._run(copy, mutant.name, mutant.tests, ["-x"])
+            return self._run(copy, mutant.tests, ["-x"])
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
-    def _run(self, copy: Path, name: str, tests: Sequence[str], options: Sequence[str]) -> Result:
-        own = self._folder / f"{name}.run"
+    def _new_folder(self) -> Path:
+        """Return a path that is short: tests put sockets below it."""
+        return self._folder / f"{next(self._numbers)}"
+
+    def _run(self, copy: Path, tests: Sequence[str], options: Sequence[str]) -> Result:
+        own = self._new_folder()
         own.mkdir()
         try:
             return self._run_pytest(copy, own, tests, options)
@@ -126,7 +132,8 @@ class Runner:
 
     def _run_pytest(self, copy: Path, own: Path, tests: Sequence[str], options: Sequence[str]) -> Result:
         report, output = own / "report", own / "output"
-        environment = os.environ | {"PYTHONPATH": str(copy), "TMPDIR": str(own), REPORT: str(report)}
+        # Where CI is set, a service that is missing fails its tests: one that is skipped notices nothing.
+        environment = os.environ | {"PYTHONPATH": str(copy), "TMPDIR": str(own), "CI": "1", REPORT: str(report)}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.mutants.plugin"]
         command += [f"--timeout={self._test_timeout}", f"--basetemp={own / 'tests'}", *options, *tests]
         start = time.monotonic()
@@ -147,9 +154,12 @@ class Runner:
             raise KeyboardInterrupt
         records = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
         failures = [record for record in records if "failed" in record]
-        verdict = _verdict(code, failures, any("passed" in record for record in records))
+        passed = [record["passed"] for record in records if "passed" in record]
+        skipped = [test for test in tests if not any(_is_of(item, test) for item in passed)]
+        verdict = _verdict(code, failures, skipped)
         if verdict is Verdict.INVALID:
-            message = f"pytest ended with {code}:\n{output.read_text(errors='replace')[-3000:]}"
+            last = "\n".join(output.read_text(errors="replace").splitlines()[-20:])
+            message = f"pytest ended with {code}, and these were not run: {', '.join(skipped) or 'none'}\n{last}"
         else:
             message = failures[0]["message"] if failures else ""
         return Result(verdict, seconds, tuple(dict.fromkeys(record["failed"] for record in failures)), message)
@@ -179,10 +189,15 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _verdict(code: int | None, failures: Sequence[dict[str, str]], has_passed: bool) -> Verdict:
-    """Judge a run by its exit code: a test that cannot be found or collected has not noticed anything."""
+def _is_of(nodeid: str, test: str) -> bool:
+    """Tell whether a test is one of those that pytest runs for an argument."""
+    return nodeid == test or nodeid.startswith((f"{test}::", f"{test}["))
+
+
+def _verdict(code: int | None, failures: Sequence[dict[str, str]], skipped: Sequence[str]) -> Verdict:
+    """Judge a run: a test that cannot be found or collected, or is skipped, has not noticed anything."""
     if code is None or (code == 1 and failures and "Timeout" in failures[0]["message"].partition("\n")[0]):
         return Verdict.KILLED_BY_TIMEOUT
     if code == 1 and failures:
         return Verdict.KILLED
-    return Verdict.SURVIVED if code == 0 and has_passed else Verdict.INVALID
+    return Verdict.SURVIVED if code == 0 and not skipped else Verdict.INVALID

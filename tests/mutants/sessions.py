@@ -39,7 +39,10 @@ MUTANTS = [
         path="granite_storage/orm/unit.py",
         old="            self.frame(outer).merge(frame)\n",
         new="",
-        tests=("tests/orm/test_scenarios.py::TestSavepoints",),
+        tests=(
+            "tests/orm/test_scenarios.py::TestSavepoints"
+            "::test_one_inside_another_transaction[sqlite-begin-insert-release-rollback]",
+        ),
     ),
     Mutant(
         name="sessions-rolled-back-savepoint-merged",
@@ -47,7 +50,10 @@ MUTANTS = [
         path="granite_storage/orm/unit.py",
         old="if frame.committed and outer is not None:",
         new="if outer is not None:",
-        tests=("tests/orm/test_scenarios.py::TestSavepoints",),
+        tests=(
+            "tests/orm/test_scenarios.py::TestSavepoints"
+            "::test_one_inside_another_transaction[sqlite-begin-insert-rollback-commit]",
+        ),
     ),
     Mutant(
         name="sessions-savepoint-puts-leak",
@@ -80,7 +86,7 @@ MUTANTS = [
         path="granite_storage/orm/rows.py",
         old="return statement.order_by(*keys).with_for_update(key_share=not deleting, of=_lockable(connection, table))",
         new="return statement.order_by(*keys)",
-        tests=("tests/orm/test_concurrency.py::TestSameRow",),
+        tests=("tests/orm/test_concurrency.py::TestSameRow::test_two_replace_with_stale_identity_maps[asyncpg]",),
     ),
     Mutant(
         name="sessions-replacement-locks-too-much",
@@ -96,15 +102,23 @@ MUTANTS = [
         path="granite_storage/orm/rows.py",
         old='if connection.dialect.name == "sqlite":\n        quote',
         new='if connection.dialect.name == "mssql":\n        quote',
-        tests=("tests/orm/test_concurrency.py::TestConnections",),
+        tests=("tests/orm/test_sqlite_write_lock.py",),
+    ),
+    Mutant(
+        name="sessions-batches-in-any-order",
+        rule="More rows than one statement locks are locked in the order of their primary keys, too.",
+        path="granite_storage/orm/rows.py",
+        old="return sorted(unique)\n",
+        new="return list(unique)\n",
+        tests=("tests/orm/test_lock_order.py::test_two_bulk_updates_of_many_rows_in_opposite_order",),
     ),
     Mutant(
         name="sessions-rows-in-any-order",
         rule="Rows are locked in the order of their primary keys.",
         path="granite_storage/orm/rows.py",
-        old="return sorted(unique)\n",
-        new="return list(unique)\n",
-        tests=("tests/orm/test_concurrency.py::TestSameRow::test_two_rows_in_opposite_order[asyncpg]",),
+        old="return statement.order_by(*keys).with_for_update(key_share=not deleting,",
+        new="return statement.with_for_update(key_share=not deleting,",
+        tests=("tests/orm/test_lock_order.py::test_each_statement_locks_in_order",),
     ),
     Mutant(
         name="sessions-recreated-row-not-read-again",
@@ -112,7 +126,7 @@ MUTANTS = [
         path="granite_storage/orm/rows.py",
         old='return 2 if connection.dialect.name == "postgresql" else 1',
         new="return 1",
-        tests=("tests/orm/test_concurrent_commits.py::test_row_is_deleted_and_inserted_anew_meanwhile",),
+        tests=("tests/orm/test_concurrent_commits.py::test_row_is_deleted_and_inserted_anew_meanwhile[False-asyncpg]",),
     ),
     Mutant(
         name="sessions-database-cascade-ignored",
@@ -168,7 +182,7 @@ MUTANTS = [
         path="granite_storage/orm/flush.py",
         old="unit.flush.has_missed_rows or any(",
         new="any(",
-        tests=("tests/orm/test_concurrent_commits.py::test_row_is_inserted_anew_after_a_flush_has_looked",),
+        tests=("tests/orm/test_concurrent_commits.py::test_row_is_inserted_anew_after_a_flush_has_looked[replacing-asyncpg]",),
     ),
     Mutant(
         name="sessions-unseen-deletes-accepted",
@@ -176,7 +190,7 @@ MUTANTS = [
         path="granite_storage/orm/rows.py",
         old="return self._deleted > self._known",
         new="return False",
-        tests=("tests/orm/test_concurrent_commits.py::test_row_is_inserted_anew_after_a_flush_has_looked",),
+        tests=("tests/orm/test_concurrent_commits.py::test_row_is_inserted_anew_after_a_flush_has_looked[deleting-asyncpg]",),
     ),
     Mutant(
         name="sessions-bulk-hits-unseen-rows",
@@ -184,7 +198,7 @@ MUTANTS = [
         path="granite_storage/orm/statements.py",
         old='if len(parameters) == 1 and getattr(result, "rowcount", -1) > len(keys):',
         new="if not parameters:",
-        tests=("tests/orm/test_concurrent_commits.py::test_row_is_inserted_after_a_bulk_statement_has_looked",),
+        tests=("tests/orm/test_concurrent_commits.py::test_row_is_inserted_after_a_bulk_statement_has_looked[update-asyncpg]",),
     ),
     Mutant(
         name="sessions-connection-held-while-uploading",
@@ -200,7 +214,7 @@ MUTANTS = [
         path="granite_storage/orm/uploads.py",
         old="        await _undo([upload.attachment for upload in uploads], isinstance(error, asyncio.CancelledError))\n",
         new="        del error\n",
-        tests=("tests/orm/test_scenarios.py::TestFailedUploads::test_one_of_many_rows[sqlite-begin]",),
+        tests=("tests/orm/test_failed_uploads.py",),
     ),
     Mutant(
         name="sessions-cancelled-removal-stops",
@@ -208,9 +222,7 @@ MUTANTS = [
         path="granite_storage/orm/removal.py",
         old='await_only(finish(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction"))',
         new="await_only(remove(plain, intents))",
-        tests=(
-            "tests/orm/test_cancellation.py::TestFromOutside::test_cancelled_while_displaced_objects_are_deleted[sqlite-begin]",
-        ),
+        tests=("tests/orm/test_cancelled_removal.py",),
     ),
     Mutant(
         name="sessions-outer-rollback-ignored",
@@ -218,7 +230,10 @@ MUTANTS = [
         path="granite_storage/orm/outcome.py",
         old='    "rollback": _on_rollback,\n',
         new="",
-        tests=("tests/orm/test_scenarios.py::TestJoinedToAnExternalTransaction::test_two_sessions_one_after_the_other",),
+        tests=(
+            "tests/orm/test_scenarios.py::TestJoinedToAnExternalTransaction"
+            "::test_two_sessions_one_after_the_other[sqlite-begin-rollback]",
+        ),
     ),
     Mutant(
         name="sessions-outer-savepoint-ignored",
@@ -226,7 +241,10 @@ MUTANTS = [
         path="granite_storage/orm/outcome.py",
         old='    "rollback_savepoint": _on_rollback_savepoint,\n',
         new="",
-        tests=("tests/orm/test_scenarios.py::TestJoinedToAnExternalTransaction::test_in_an_outer_savepoint",),
+        tests=(
+            "tests/orm/test_scenarios.py::TestJoinedToAnExternalTransaction"
+            "::test_in_an_outer_savepoint[sqlite-begin-create_savepoint-commit-rollback-commit]",
+        ),
     ),
     Mutant(
         name="sessions-work-before-a-savepoint-deleted",
@@ -234,7 +252,7 @@ MUTANTS = [
         path="granite_storage/orm/outcome.py",
         old="undone = Outcome.ROLLED_BACK if number <= work.span.first else Outcome.UNKNOWN",
         new="undone = Outcome.ROLLED_BACK",
-        tests=("tests/orm/test_scenarios.py::TestJoinedToAnExternalTransaction::test_savepoint_opened_after_the_session_worked",),
+        tests=("tests/orm/test_outer_savepoints.py",),
     ),
     Mutant(
         name="sessions-autocommit-accepted",
@@ -277,7 +295,7 @@ MUTANTS = [
         path="granite_storage/orm/statements.py",
         old="if names & overwritten:",
         new="if names & overwritten & copied:",
-        tests=("tests/orm/test_bulk.py::TestRefusals::test_upsert",),
+        tests=("tests/orm/test_bulk.py::TestRefusals::test_upsert[asyncpg-none]",),
     ),
     Mutant(
         name="sessions-bulk-displaces-kept-files",

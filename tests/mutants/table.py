@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from tests.mutants import journal, sessions
+from tests.mutants import backends, core, gc, journal, sessions, tools, web
 from tests.mutants.mutant import Mutant
 
 __all__ = ["MUTANTS"]
 
-MUTANTS: list[Mutant] = [*journal.MUTANTS, *sessions.MUTANTS]
+MUTANTS: list[Mutant] = [
+    *core.MUTANTS,
+    *backends.MUTANTS,
+    *sessions.MUTANTS,
+    *journal.MUTANTS,
+    *gc.MUTANTS,
+    *web.MUTANTS,
+    *tools.MUTANTS,
+]

@@ -19,7 +19,7 @@ MUTANTS = [
         path="granite_storage/streams.py",
         old="return content.nbytes if isinstance(content, memoryview) else len(content)",
         new="return len(content)",
-        tests=("tests/core/test_streams.py::TestLimit::test_it_counts_bytes_and_not_items",),
+        tests=("tests/core/test_buffer_sizes.py",),
     ),
     Mutant(
         name="core-content-in-memory-unlimited",
@@ -177,9 +177,9 @@ MUTANTS = [
         name="core-errors-are-os-errors",
         rule="No error of the library is an OSError: Starlette would take it for a client that went away.",
         path="granite_storage/exceptions.py",
-        old="class StorageError(Exception):",
-        new="class StorageError(OSError):",
-        tests=("tests/core/test_exceptions.py",),
+        old="class StaleAttachmentError(StorageError):",
+        new="class StaleAttachmentError(StorageError, OSError):",
+        tests=("tests/core/test_exceptions.py::test_none_looks_like_a_client_that_went_away",),
     ),
     Mutant(
         name="core-cancelled-cleanup-abandoned",
@@ -211,6 +211,6 @@ MUTANTS = [
         path="granite_storage/_threads.py",
         old="elif undo is not None and job.error is None:",
         new="elif undo is not None and job.error is not None:",
-        tests=("tests/core/test_threads.py::TestRun::test_a_cancellation_after_the_result_undoes_it",),
+        tests=("tests/core/test_threads.py::TestRun::test_a_cancelled_caller_waits_for_a_function_that_was_begun",),
     ),
 ]

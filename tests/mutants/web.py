@@ -166,7 +166,7 @@ MUTANTS = [
         path="granite_storage/signing.py",
         old="not 0 < signed.expires - time.time() <= self.max_expires_in.total_seconds()",
         new="signed.expires <= time.time()",
-        tests=("tests/web/test_urls.py::test_an_expiry_that_is_not_signed", "tests/web/test_urls.py::test_expiry"),
+        tests=("tests/web/test_url_life.py",),
     ),
     Mutant(
         name="web-url-for-every-method",

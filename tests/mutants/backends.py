@@ -19,10 +19,7 @@ MUTANTS = [
         path="granite_storage/backends/_draft.py",
         old="            self._tree.synchronise(self.file)\n            self._link(self._segments[-1])\n",
         new="            self._link(self._segments[-1])\n            self._tree.synchronise(self.file)\n",
-        tests=(
-            "tests/faults/test_disk.py::test_nothing_that_a_power_loss_can_take_is_left_when_a_write_returns",
-            "tests/faults/test_disk.py::test_a_kill_before_any_system_call_leaves_all_or_nothing",
-        ),
+        tests=("tests/faults/test_power_loss.py",),
     ),
     Mutant(
         name="local-name-not-synchronised",
@@ -94,7 +91,7 @@ MUTANTS = [
         path="granite_storage/backends/_tree_walk.py",
         old="    found.sort()\n",
         new="    found.sort(key=lambda entry: entry[1])\n",
-        tests=("tests/backends/test_local.py::test_the_listing_is_in_the_byte_order_of_utf8",),
+        tests=("tests/backends/test_conformance.py::TestLocal::test_byte_order",),
     ),
     Mutant(
         name="memory-overwrites",

@@ -100,11 +100,13 @@ class TestRun:
         gate, undone = Gate(), []
         task = asyncio.ensure_future(pool.run(gate, undo=undone.append))
         await gate.begun()
-        for _ in range(5):
-            task.cancel()
-            await asyncio.sleep(0.001)
-        assert not task.done()
-        gate.open.set()
+        try:
+            for _ in range(5):
+                task.cancel()
+                await asyncio.sleep(0.001)
+            assert not task.done()
+        finally:
+            gate.open.set()
         assert await cancelled(task)
         assert undone == ["result"]
 

@@ -1,0 +1,18 @@
+"""All mutants."""
+
+from __future__ import annotations
+
+from tests.mutants import backends, core, gc, journal, sessions, tools, web
+from tests.mutants.mutant import Mutant
+
+__all__ = ["MUTANTS"]
+
+MUTANTS: list[Mutant] = [
+    *core.MUTANTS,
+    *backends.MUTANTS,
+    *sessions.MUTANTS,
+    *journal.MUTANTS,
+    *gc.MUTANTS,
+    *web.MUTANTS,
+    *tools.MUTANTS,
+]

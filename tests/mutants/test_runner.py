@@ -1,0 +1,106 @@
+"""The runner tells a mutant that a test notices from one that none does, and trusts only tests that pass without an edit."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.mutants import plugin
+from tests.mutants.mutant import Mutant, MutantError, edit, problems_of
+from tests.mutants.runner import Runner, Verdict
+
+RULE = """\
+def is_too_large(size):
+    while size < 0:
+        size += 1
+    return size > 3
+"""
+TESTS = """\
+from granite_storage.rule import is_too_large
+
+def test_limit():
+    assert is_too_large(4)
+    assert not is_too_large(-3)
+
+def test_other_limit():
+    assert is_too_large(5)
+
+def test_that_always_fails():
+    raise AssertionError("it fails anyway")
+"""
+
+
+def mutant(name: str, old: str, new: str, test: str = "test_limit") -> Mutant:
+    return Mutant(name, "A rule.", "granite_storage/rule.py", old, new, (f"tests/test_rule.py::{test}",))
+
+
+NOTICED = mutant("noticed", "> 3", "> 4")
+UNNOTICED = mutant("unnoticed", "> 3", "> 4", "test_other_limit")
+ENDLESS = mutant("endless", "size += 1", "pass")
+UNTESTED = mutant("untested", "> 3", "> 4", "test_that_is_not_there")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with one rule."""
+    root = tmp_path / "project"
+    files = {
+        "granite_storage/__init__.py": "",
+        "granite_storage/rule.py": RULE,
+        "tests/test_rule.py": TESTS,
+        "tests/mutants/plugin.py": Path(plugin.__file__).read_text(),
+        "pyproject.toml": '[tool.pytest.ini_options]\naddopts = ["--import-mode=importlib"]\npythonpath = ["."]\n',
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    git = shutil.which("git")
+    assert git is not None
+    subprocess.run([git, "init", "--quiet", str(root)], check=True)
+    return root
+
+
+@pytest.fixture
+def runner(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """A runner of that project, which has little patience, and starts pytest with no other plugins than it needs."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_timeout")
+    (tmp_path / "m").mkdir()
+    runner = Runner(project, tmp_path / "m", test_timeout=1)
+    runner.copy()
+    return runner
+
+
+def test_what_becomes_of_mutants(runner: Runner, project: Path) -> None:
+    mutants = [NOTICED, UNNOTICED, ENDLESS, UNTESTED]
+    results = {mutant.name: result for mutant, result in runner.run(mutants, 2)}
+    assert {name: result.verdict for name, result in results.items()} == {
+        "noticed": Verdict.KILLED,
+        "unnoticed": Verdict.SURVIVED,
+        "endless": Verdict.KILLED_BY_TIMEOUT,
+        "untested": Verdict.INVALID,
+    }
+    assert results["noticed"].failed == ("tests/test_rule.py::test_limit",)
+    assert (project / "granite_storage/rule.py").read_text() == RULE
+
+
+def test_tests_that_fail_anyway_are_told(runner: Runner) -> None:
+    (broken,) = runner.check_tests([NOTICED, mutant("any", "> 3", "> 4", "test_that_always_fails")], 1)
+    assert broken.failed == ("tests/test_rule.py::test_that_always_fails",)
+    assert "it fails anyway" in broken.message
+
+
+@pytest.mark.parametrize("old", ["size", "length"], ids=["twice", "gone"])
+def test_an_edit_that_does_not_fit_is_told(project: Path, old: str) -> None:
+    unfit = mutant("unfit", old, "number")
+    with pytest.raises(MutantError, match=r"unfit: granite_storage/rule.py holds its old text \d times"):
+        edit(unfit, project)
+    assert len(problems_of([unfit, NOTICED, mutant("no Python", "return", "return return")], project)) == 2
+
+
+def test_a_file_that_is_gone_is_told(tmp_path: Path) -> None:
+    with pytest.raises(MutantError, match="noticed: granite_storage/rule.py cannot be read"):
+        edit(NOTICED, tmp_path)

@@ -18,14 +18,18 @@ async def database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
         yield found
 
 
+@pytest.fixture(scope="session")
+def asyncpg_database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    """PostgreSQL alone, for what no other database answers otherwise."""
+    yield from _database(request, "asyncpg")
+
+
 @pytest.fixture
 async def env(database: Database) -> AsyncIterator[OrmEnvironment]:
     """Empty tables, an empty storage and a journal; checked afterwards, before recovery and after it."""
     async with orm_environment(database, journaled=True) as env:
         yield env
-        await env.check()
-        await env.recover()
-        await env.check()
+        await env.check_recovery()
 
 
 @pytest.fixture

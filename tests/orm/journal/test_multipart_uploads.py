@@ -30,9 +30,7 @@ async def env(request: pytest.FixtureRequest, database: Database, seaweedfs_serv
         backend = seaweedfs_server.backend(bucket, prefix=prefix, part_size=PART)
         async with orm_environment(database, backend=backend, journaled=True, max_size=64 * MIB) as env:
             yield env
-            await env.check()
-            await env.recover()
-            await env.check()
+            await env.check_recovery()
 
 
 async def uploads(env: OrmEnvironment) -> list[str]:

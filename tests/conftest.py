@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from blockbuster import blockbuster_ctx
+from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import settings
 
 from granite_storage.backends.base import StorageBackend
@@ -100,7 +100,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _nothing_blocks() -> Iterator[None]:
+def _nothing_blocks() -> Iterator[BlockBuster]:
     """Fail a call that blocks an event loop where the library is in the stack; what tests do by themselves is not looked at.
 
     The suite for backends is left out because it is a test that the library ships, and so is what a driver does to open a
@@ -109,7 +109,7 @@ def _nothing_blocks() -> Iterator[None]:
     with blockbuster_ctx("granite_storage", excluded_modules=["granite_storage.testing"]) as watched:
         for function in watched.functions.values():
             function.can_block_in("asyncpg/connection.py", {"connect"})
-        yield
+        yield watched
 
 
 @pytest.fixture(scope="session", autouse=True)

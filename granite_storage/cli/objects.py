@@ -235,7 +235,8 @@ async def _discard(file: IO[bytes]) -> None:
 
 
 async def _copy_in(desk: Desk, path: Path, storage_key: str, content_type: str | None, names: dict[str, Any]) -> None:
-    guessed = content_type or mimetypes.guess_type(path.name)[0]
+    # Its first call reads the tables of the system.
+    guessed = content_type or (await asyncio.to_thread(mimetypes.guess_type, path.name))[0]
     file = await asyncio.to_thread(path.open, "rb")
     try:
         ref = await desk.binding.manager.put_stream(

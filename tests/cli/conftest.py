@@ -1,7 +1,11 @@
-"""The command as people start it: a program of its own, on SQLite and on PostgreSQL."""
+"""The command on an application of its own, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import importlib
+import io
 import json
 import os
 import shutil
@@ -11,12 +15,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from blockbuster import BlockBuster
+from click.testing import CliRunner
 from sqlalchemy.engine import URL
 
+from granite_storage.cli.commands import command_line
 from tests.orm.databases import postgres_database
+from tests.programs import program
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,27 +57,36 @@ class Shop:
     journaled: bool
 
     def environment(self, **given: str) -> dict[str, str]:
-        own = {"DATABASE_URL": self.url, "PYTHONPATH": str(ROOT), "GRANITE_STORAGE_APP": "shop:binding"}
-        kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
+        """Return the environment variables of a command; what was given comes on top."""
+        own = {"DATABASE_URL": self.url, "PYTHONPATH": str(ROOT), "GRANITE_STORAGE_APP": "shop:binding", "COLUMNS": "80"}
+        kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
         return {**kept, **own, **({"JOURNAL": "1"} if self.journaled else {}), **given}
 
-    def fill(self, count: int = 3, filename: str = "Jährlicher Bericht.pdf") -> None:
-        command = [sys.executable, "shop.py", str(count), filename]
-        subprocess.run(command, cwd=self.folder, env=self.environment(), check=True, capture_output=True, timeout=60)
+    @contextlib.contextmanager
+    def application(self) -> Iterator[ModuleType]:
+        """Give the application's module, imported anew."""
+        with program(self.folder, self.environment()), contextlib.redirect_stdout(io.StringIO()):
+            sys.path.insert(0, str(self.folder))
+            yield importlib.import_module("shop")
 
-    def run(self, *arguments: str, stdin: str = "", **environment: str) -> Answer:
-        done = subprocess.run(
-            [sys.executable, "-m", "granite_storage.cli", *arguments],
-            cwd=self.folder,
-            env=self.environment(**environment),
-            input=stdin.encode(),
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-        return Answer(done.returncode, done.stdout.decode(), done.stderr.decode())
+    def fill(self, count: int = 3, filename: str = "Jährlicher Bericht.pdf") -> None:
+        """Make the tables anew, with so many rows that have a file."""
+        with self.application() as module:
+            asyncio.run(module.fill(count, filename))
+
+    def drop(self) -> None:
+        """Drop the tables."""
+        with self.application() as module:
+            asyncio.run(module.drop())
+
+    def run(self, *arguments: str, **environment: str) -> Answer:
+        """Run a command in this process."""
+        with program(self.folder, self.environment(**environment)):
+            done = CliRunner(catch_exceptions=False).invoke(command_line, arguments, prog_name="granite-storage")
+        return Answer(done.exit_code, done.stdout, done.stderr)
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """Start a command in a process of its own."""
         return subprocess.Popen(
             [sys.executable, "-m", "granite_storage.cli", *arguments],
             cwd=self.folder,
@@ -106,6 +124,13 @@ def interrupted(process: subprocess.Popen[str], number: signal.Signals, *, after
 def shop_in(folder: Path, url: str, *, journaled: bool = False) -> Shop:
     shutil.copy(Path(__file__).with_name("shop.py"), folder / "shop.py")
     return Shop(folder, url, journaled)
+
+
+@pytest.fixture(autouse=True)
+def _application_loads(_nothing_blocks: BlockBuster) -> None:
+    """Let the command import the application: nothing else is on its event loop yet."""
+    for function in _nothing_blocks.functions.values():
+        function.can_block_in("granite_storage/cli/loading.py", {"_imported", "_returned"})
 
 
 @pytest.fixture(scope="session")

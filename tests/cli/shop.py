@@ -1,10 +1,8 @@
-"""An application for the command line to look after; the tests copy it to a folder of their own and start it there."""
+"""An application for the command line to look after; each test copies it to a folder of its own, and commands import it there."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-import sys
 
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
@@ -89,5 +87,7 @@ async def fill(count: int, filename: str) -> None:
     await engine.dispose()
 
 
-if __name__ == "__main__":
-    asyncio.run(fill(int(sys.argv[1]), sys.argv[2]))
+async def drop() -> None:
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.drop_all)
+    await engine.dispose()

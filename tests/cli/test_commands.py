@@ -1,12 +1,13 @@
-"""Each command on each database: what it answers, what it leaves, and its exit code."""
+"""Each command on each database: what it answers, what it leaves, and its exit code.
+
+Commands run in this process; those that a signal ends, and one whose reader goes away, in a process of their own.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,16 @@ import pytest
 
 from granite_storage.locations import uuid7_hex
 from tests.cli.conftest import Shop, interrupted
+
+_REPEATED = pytest.mark.exhaustive("the same signal ends the same loop: one run for each signal, with a journal and without")
+STOPPED = [
+    pytest.param("sqlite", signal.SIGINT, id="sqlite-SIGINT"),
+    pytest.param("sqlite", signal.SIGTERM, id="sqlite-SIGTERM", marks=_REPEATED),
+    pytest.param("postgres", signal.SIGINT, id="postgres-SIGINT", marks=_REPEATED),
+    pytest.param("postgres", signal.SIGTERM, id="postgres-SIGTERM", marks=_REPEATED),
+    pytest.param("postgres-journal", signal.SIGINT, id="postgres-journal-SIGINT", marks=_REPEATED),
+    pytest.param("postgres-journal", signal.SIGTERM, id="postgres-journal-SIGTERM"),
+]
 
 
 class TestVerify:
@@ -54,7 +65,7 @@ class TestVerify:
         assert "marker" in answer.err
         assert "Traceback" not in answer.err
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize(("shop_url", "number"), STOPPED, indirect=["shop_url"])
     def test_stopped_and_going_on(self, shop: Shop, number: signal.Signals) -> None:
         shop.fill(100)
         shop.files("old")[0].unlink()
@@ -104,7 +115,7 @@ class TestMigrate:
         assert "failed: shop_document" in answer.out
         assert len(shop.files("new")) == 2
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize(("shop_url", "number"), STOPPED, indirect=["shop_url"])
     def test_stopped_and_going_on(self, shop: Shop, number: signal.Signals) -> None:
         shop.fill(100)
         arguments = ["migrate", "--storage-key", "documents", "--to", "new", "--yes", "--json"]
@@ -120,6 +131,7 @@ class TestMigrate:
             shop.run("recover", "--yes")
         assert (len(shop.files("old")), len(shop.files("new"))) == (0, 100)
 
+    @pytest.mark.parametrize("shop_url", ["sqlite", pytest.param("postgres", marks=_REPEATED), "postgres-journal"], indirect=True)
     def test_killed_and_run_again(self, shop: Shop) -> None:
         shop.fill(60)
         arguments = ["migrate", "--storage-key", "documents", "--to", "new", "--yes", "--json"]
@@ -338,10 +350,7 @@ class TestDoctor:
 
     def test_missing_tables(self, shop: Shop) -> None:
         shop.fill(1)
-        drop = "import asyncio, shop\nasync def main():\n async with shop.engine.begin() as c:\n"
-        drop += "  await c.run_sync(shop.Base.metadata.drop_all)\n await shop.engine.dispose()\nasyncio.run(main())\n"
-        (shop.folder / "drop.py").write_text(drop)
-        subprocess.run([sys.executable, "drop.py"], cwd=shop.folder, env=shop.environment(), check=True, capture_output=True)
+        shop.drop()
         answer = shop.run("doctor")
         assert answer.code == 1
         assert "shop_document" in answer.out

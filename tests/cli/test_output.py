@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import subprocess
 import sys
 from importlib.metadata import version
@@ -47,9 +49,9 @@ def test_byte_counts(text: str, expected: float) -> None:
 def test_hostile_names_in_findings(plain_shop: Shop) -> None:
     """The location is made safe at the upload; what a row says may have been written by anything."""
     plain_shop.fill(1)
-    script = "import sqlite3, sys; c = sqlite3.connect('shop.db');"
-    script += "c.execute('update shop_document set file = json_set(file, ?, ?)', ('$.location', sys.argv[1])); c.commit()"
-    subprocess.run([sys.executable, "-c", script, "x/\x1b[31m\u202ey"], cwd=plain_shop.folder, check=True)
+    with contextlib.closing(sqlite3.connect(plain_shop.folder / "shop.db")) as connection, connection:
+        changed = ("$.location", "x/\x1b[31m\u202ey")
+        connection.execute("UPDATE shop_document SET file = json_set(file, ?, ?)", changed)
     answer = plain_shop.run("verify")
     assert answer.code == 1
     assert not {"\x1b", "\u202e"} & set(answer.out + answer.err)

@@ -1,8 +1,9 @@
 """How a file comes to be below a tree: all at once, exclusively, and on the disk: blocking calls, for threads.
 
 In this order: the directories it needs are made, and each directory that got an entry is synchronised; its bytes are written to a
-temporary file beside the target and synchronised; the name is made by `link`, which fails where the name exists; the directory
-that holds the name is synchronised. Leave out any step, and a power loss can keep the row and lose the file.
+temporary file beside the target and synchronised; it gets its name by `link`, which fails where the name exists, or in another
+exclusive way where a volume has no links; the directory that holds the name is synchronised. Leave out any step, and a power loss
+can keep the row and lose the file.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import errno
 import logging
 import os
 import secrets
+import stat
 from contextlib import ExitStack, suppress
 
 from granite_storage.backends._descriptors import CREATE, TEMPORARY_SUFFIX
+from granite_storage.backends._exclusive import REFUSED_LINKS, ExclusiveNames
 from granite_storage.backends._tree import MOST_ATTEMPTS, Tree
-from granite_storage.backends._tree_errors import translated
-from granite_storage.exceptions import BackendError, BackendUnavailableError
+from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError
 from granite_storage.locations import RESERVED_PREFIX
 
 __all__ = ["Draft", "FileWriter"]
@@ -28,7 +30,7 @@ _WRITTEN_AT_A_TIME = 512 * 1024
 
 _DESCRIPTORS = "/proc/self/fd"
 _HAS_UNNAMED_FILES = hasattr(os, "O_TMPFILE") and os.path.isdir(_DESCRIPTORS)
-_NO_UNNAMED_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
+_NO_UNNAMED_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 
 
 class FileWriter:
@@ -39,27 +41,29 @@ class FileWriter:
 
     Attributes:
         tree: The same.
+        names: Gives finished files their names.
         unnamed: Whether an unfinished file may have no name at all; off as soon as the file system says that it cannot.
     """
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
+        self.names = ExclusiveNames()
         self.unnamed: bool = not tree.fsync and _HAS_UNNAMED_FILES
 
     def begin(self, location: str) -> Draft:
         """Make a temporary file beside the target, in directories made as needed."""
         segments = location.split("/")
-        with translated(location):
+        with self.tree.translated(location):
             for _ in range(MOST_ATTEMPTS):
                 try:
                     return self._begin(segments)
-                except FileNotFoundError:
+                except FileNotFoundError as error:
                     # A deletion found a directory empty and pruned it before the next one or the file was in it.
-                    continue
+                    missing = error
                 except BaseException:
                     self.tree.prune(segments[:-1])
                     raise
-        raise BackendUnavailableError(f"the directory of {location!r} was removed again and again", location=location)
+        raise self.tree.no_directory(location) from missing
 
     def _begin(self, segments: list[str]) -> Draft:
         directory = self.tree.make_directory(segments[:-1])
@@ -109,12 +113,17 @@ class Draft:
         self._file: int | None = self._open_unnamed(directory) if writer.unnamed else None
         if self._file is None:
             self._temporary = f"{RESERVED_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
-            self._file = os.open(self._temporary, CREATE, 0o600, dir_fd=directory)
+            self._file = os.open(self._temporary, CREATE, self._first_mode, dir_fd=directory)
         self._directory: int | None = directory
+
+    @property
+    def _first_mode(self) -> int:
+        """The permissions of a file that has no name yet; where they are the volume's to choose, they stay as they are."""
+        return 0o666 if self._tree.file_mode is None else 0o600
 
     def _open_unnamed(self, directory: int) -> int | None:
         try:
-            return os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=directory)
+            return os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, self._first_mode, dir_fd=directory)
         except PermissionError:
             # So says ext4 of a directory that was removed; the attempt to make a named file tells the two apart.
             return None
@@ -133,51 +142,93 @@ class Draft:
 
     def write(self, content: bytes) -> None:
         """Add bytes."""
-        with translated(self._location):
+        with self._tree.translated(self._location):
             view = memoryview(content)
             while view:
                 view = view[os.write(self.file, view[:_WRITTEN_AT_A_TIME]) :]
 
     def write_several(self, chunks: list[bytes]) -> None:
         """Add bytes that are in several pieces, by one call of the system."""
-        with translated(self._location):
+        with self._tree.translated(self._location):
             written = os.writev(self.file, chunks)
         if written < sum(map(len, chunks)):
             self.write(b"".join(chunks)[written:])
 
     def publish(self) -> None:
         """Give the file its name, unless something has it already."""
-        with translated(self._location):
-            os.fchmod(self.file, self._tree.file_mode)
-            self._tree.synchronise(self.file)
-            self._link(self._segments[-1])
+        with self._tree.translated(self._location):
+            self._set_mode()
+            self._tree.synchronise(self.file, self._location)
+            self._give_name(self._segments[-1])
             self._published = True
             self._remove_temporary()
             if self._directory is not None:
-                self._tree.synchronise(self._directory)
+                self._tree.synchronise_directory(self._directory, self._location)
             self._close()
 
-    def _link(self, name: str) -> None:
-        if self._temporary is not None:
-            self._link_temporary(self._temporary, name)
+    def _set_mode(self) -> None:
+        """Set the permissions, whatever the umask; a volume that refuses that may have the right ones all the same."""
+        mode = self._tree.file_mode
+        if mode is None:
             return
+        with self._tree.translated(self._location, step="chmod"):
+            try:
+                os.fchmod(self.file, mode)
+            except OSError:
+                if stat.S_IMODE(os.fstat(self.file).st_mode) != mode:
+                    raise
+
+    def _give_name(self, name: str) -> None:
+        if self._temporary is None and self._link_unnamed(name):
+            return
+        if self._temporary is None or self._directory is None:
+            raise ValueError("the draft is closed")
+        try:
+            with self._tree.translated(self._location, step="link"):
+                if self._writer.names.give(self._temporary, name, self._directory):
+                    self._temporary = None
+        except ObjectNotFoundError as error:
+            message = f"the temporary file of {self._location!r} was removed while it was written"
+            raise BackendUnavailableError(message, location=self._location) from error.__cause__
+        except BackendUnavailableError as error:
+            error.location = self._location
+            raise
+
+    def _link_unnamed(self, name: str) -> bool:
+        """Give a file without a name its name; False, with a temporary name given, where the volume has no links."""
         for _ in range(MOST_ATTEMPTS):
             try:
                 os.link(f"{_DESCRIPTORS}/{self._file}", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                missing = error
                 with suppress(FileNotFoundError):
                     self._renew_directory()
+            except OSError as error:
+                if error.errno not in REFUSED_LINKS:
+                    raise
+                self._give_temporary_name()
+                return False
             else:
-                return
-        message = f"the directory of {self._location!r} was removed again and again"
-        raise BackendUnavailableError(message, location=self._location)
+                return True
+        raise self._tree.no_directory(self._location) from missing
 
-    def _link_temporary(self, temporary: str, name: str) -> None:
+    def _give_temporary_name(self) -> None:
+        """Copy a file without a name to one that has a temporary one: nothing but a link could name it."""
+        self._writer.unnamed = False
+        named = self._writer.begin(self._location)
         try:
-            os.link(temporary, name, src_dir_fd=self._directory, dst_dir_fd=self._directory, follow_symlinks=False)
-        except FileNotFoundError as error:
-            message = f"the temporary file of {self._location!r} was removed while it was written"
-            raise BackendUnavailableError(message, location=self._location) from error
+            source = os.open(f"{_DESCRIPTORS}/{self._file}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while content := os.read(source, _WRITTEN_AT_A_TIME):
+                    named.write(content)
+            finally:
+                os.close(source)
+            named._set_mode()
+        except BaseException:
+            named.discard()
+            raise
+        self._close()
+        self._temporary, self._file, self._directory = named._temporary, named._file, named._directory
 
     def _renew_directory(self) -> None:
         directory = self._tree.make_directory(self._segments[:-1])
@@ -187,7 +238,7 @@ class Draft:
 
     def discard(self) -> None:
         """Remove what was made, the published name too: whoever discards has not told anybody of it."""
-        with translated(self._location), ExitStack() as steps:
+        with self._tree.translated(self._location), ExitStack() as steps:
             steps.callback(self._tree.prune, self._segments[:-1])
             steps.callback(self._close)
             steps.callback(self._remove_temporary)

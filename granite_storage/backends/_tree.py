@@ -9,22 +9,31 @@ and no link planted below the root leads out of it.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from granite_storage.backends._descriptors import CREATE, DIRECTORY, NO_LINK, READ, TEMPORARY_SUFFIX, info_of, opened
-from granite_storage.backends._tree_errors import translated
+from granite_storage.backends._tree_errors import UNSUPPORTED, translated
 from granite_storage.backends._tree_walk import swept, walked
 from granite_storage.backends.base import ObjectInfo
-from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidLocationError, ObjectNotFoundError
+from granite_storage.exceptions import (
+    AccessDeniedError,
+    BackendError,
+    BackendUnavailableError,
+    InvalidLocationError,
+    ObjectNotFoundError,
+)
 from granite_storage.locations import RESERVED_PREFIX, check_location, uuid7_hex
 
 __all__ = ["MOST_ATTEMPTS", "Tree"]
+
+logger = logging.getLogger("granite_storage")
 
 MARKER = f"{RESERVED_PREFIX}storage"
 """The file that tells a root that is in use from an empty mount point."""
@@ -41,12 +50,12 @@ class Tree:
     Args:
         root: The directory.
         fsync: Whether a write waits for the disk.
-        file_mode: The permissions of a file, set whatever the umask.
-        dir_mode: The permissions of a directory made here, set whatever the umask.
+        file_mode: The permissions of a file, set whatever the umask; None leaves them as the system makes them.
+        dir_mode: The permissions of a directory made here, set whatever the umask; None leaves them, too.
         create_root: Whether a root that is missing or was never used is made, or taken into use, by the first write.
     """
 
-    def __init__(self, root: Path, *, fsync: bool, file_mode: int, dir_mode: int, create_root: bool) -> None:
+    def __init__(self, root: Path, *, fsync: bool, file_mode: int | None, dir_mode: int | None, create_root: bool) -> None:
         self.root = root
         self.fsync = fsync
         self.file_mode = file_mode
@@ -54,11 +63,24 @@ class Tree:
         self.create_root = create_root
         self._known_root: tuple[int, int] | None = None
         self._durable: dict[str, int] = {}
+        self._syncs_directories = True
+
+    def translated(self, location: str | None, *, reading: bool = False, step: str | None = None) -> AbstractContextManager[None]:
+        """Turn the system's errors into the library's, which name the root; see `_tree_errors.translated`."""
+        return translated(location, reading=reading, root=self.root, step=step)
+
+    def no_directory(self, location: str) -> BackendUnavailableError:
+        """Return the error for a directory that is missing however often it is made; raise it from the last failure."""
+        return BackendUnavailableError(
+            f"no file can be made for {location!r} below {str(self.root)!r}: its directory was missing {MOST_ATTEMPTS} times in "
+            "a row; either something removes it each time, or the file system lets no directories or files be made there",
+            location=location,
+        )
 
     def carries_marker(self) -> bool:
         """Tell whether the root is there and was used before; an unmounted disk shows an empty directory instead."""
         try:
-            with translated(None, reading=True), opened(self.root) as root:
+            with self.translated(None, reading=True), opened(self.root) as root:
                 return stat.S_ISREG(os.stat(MARKER, dir_fd=root, follow_symlinks=False).st_mode)
         except ObjectNotFoundError:
             return False
@@ -74,7 +96,7 @@ class Tree:
     def open(self, location: str) -> tuple[int, ObjectInfo]:
         """Open a regular file for reading; a link, a directory or a device is no object."""
         *folder, name = location.split("/")
-        with translated(location, reading=True), self._directory(folder) as directory:
+        with self.translated(location, reading=True), self._directory(folder) as directory:
             descriptor = os.open(name, READ, dir_fd=directory)
             try:
                 return descriptor, _info_of_regular(location, os.fstat(descriptor))
@@ -85,7 +107,7 @@ class Tree:
     def stat(self, location: str) -> ObjectInfo:
         """Tell what is known of a regular file."""
         *folder, name = location.split("/")
-        with translated(location, reading=True), self._directory(folder) as directory:
+        with self.translated(location, reading=True), self._directory(folder) as directory:
             return _info_of_regular(location, os.stat(name, dir_fd=directory, follow_symlinks=False))
 
     def exists(self, location: str) -> bool:
@@ -100,10 +122,10 @@ class Tree:
         """Remove a regular file, and the directories that this leaves empty."""
         *folder, name = location.split("/")
         try:
-            with translated(location, reading=True), self._directory(folder) as directory:
+            with self.translated(location, reading=True), self._directory(folder) as directory:
                 _info_of_regular(location, os.stat(name, dir_fd=directory, follow_symlinks=False))
                 os.unlink(name, dir_fd=directory)
-                self.synchronise(directory)
+                self.synchronise_directory(directory, location)
         except ObjectNotFoundError:
             return
         self.prune(folder)
@@ -123,21 +145,44 @@ class Tree:
         with self._directory_if_any("") as root:
             return 0 if root is None else swept(root, time.time() - older_than)
 
-    def synchronise(self, descriptor: int) -> None:
-        """Wait until a file or directory is on the disk, where that is wanted."""
+    def synchronise(self, file: int, location: str | None = None) -> None:
+        """Wait until a file is on the disk, where that is wanted."""
         if self.fsync:
-            os.fsync(descriptor)
+            with self.translated(location, step="fsync"):
+                os.fsync(file)
+
+    def synchronise_directory(self, directory: int, location: str | None = None) -> None:
+        """Wait until a directory's entries are on the disk, where that is wanted and the file system has a way to.
+
+        Some volumes cannot do it for directories, only for files: what they promise of names is then their own, as for every
+        other program. PostgreSQL goes on there, too.
+        """
+        if not self.fsync or not self._syncs_directories:
+            return
+        with self.translated(location, step="fsync"):
+            try:
+                os.fsync(directory)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                self._syncs_directories = False
+                logger.warning(
+                    "the file system of %r cannot write directories through to the disk (fsync: %s): files are written through, "
+                    "but a power loss may lose the names of the newest; fsync=False accepts that without this warning",
+                    str(self.root),
+                    error.strerror,
+                )
 
     @contextmanager
     def _directory_if_any(self, folder: str) -> Iterator[int | None]:
         """Open a folder, which is empty for the root and else ends in a slash; None where there is none."""
         with ExitStack() as stack:
             directory: int | None = None
-            with suppress(ObjectNotFoundError, InvalidLocationError), translated(None, reading=True):
+            with suppress(ObjectNotFoundError, InvalidLocationError), self.translated(None, reading=True):
                 if folder:
                     check_location(folder[:-1])
                 directory = stack.enter_context(self._directory(folder.split("/")[:-1]))
-            with translated(None):
+            with self.translated(None):
                 yield directory
 
     @contextmanager
@@ -178,37 +223,53 @@ class Tree:
             with suppress(FileNotFoundError):
                 return os.open(segment, DIRECTORY | NO_LINK, dir_fd=parent), made
             with suppress(FileExistsError):
-                os.mkdir(segment, self.dir_mode | (stat.S_ISVTX if self.fsync else 0), dir_fd=parent)
+                os.mkdir(segment, self._first_mode, dir_fd=parent)
                 made = True
-        raise FileNotFoundError(errno.ENOENT, "the directory was removed again and again", segment)
+        raise FileNotFoundError(errno.ENOENT, "the directory was removed each time", segment)
+
+    @property
+    def _first_mode(self) -> int:
+        """The permissions with which a directory is made."""
+        if self.dir_mode is None:
+            return 0o777
+        return self.dir_mode | (stat.S_ISVTX if self.fsync else 0)
 
     def _settle(self, path: str, child: int, parent: int, made: bool) -> None:
         """Put the entry of a directory on the disk, unless this process has seen it there, and give a new one its mode.
 
         A directory carries the sticky bit from when it is made until its entry is on the disk, so every process that finds it
         meanwhile knows that it must not rely on it. The number of its inode does not tell: that of a pruned one is used again.
+        Where permissions are left alone there is no such bit, and nothing is remembered.
         """
         if not self.fsync:
             if made:
                 self._set_mode(child)
             return
+        if self.dir_mode is None:
+            self.synchronise_directory(parent)
+            return
         found = os.fstat(child)
         unsettled = made or (found.st_mode & stat.S_ISVTX and not found.st_mode & 0o777 & ~self.dir_mode)
         if unsettled or self._durable.get(path) != found.st_ino:
-            os.fsync(parent)
+            self.synchronise_directory(parent)
             if len(self._durable) >= _MOST_REMEMBERED:
                 self._durable.clear()
             self._durable[path] = found.st_ino
-        if unsettled:
-            with suppress(PermissionError):  # it is another user's, who gives it its mode
+        if made:
+            self._set_mode(child)
+        elif unsettled:
+            with suppress(AccessDeniedError):  # it is another user's, who gives it its mode
                 self._set_mode(child)
 
     def _set_mode(self, directory: int) -> None:
         """Undo the umask; a set-group-ID bit that the directory inherited stays."""
+        if self.dir_mode is None:
+            return
         mode = stat.S_IMODE(os.fstat(directory).st_mode)
         wanted = mode & stat.S_ISGID | self.dir_mode
         if mode != wanted:
-            os.fchmod(directory, wanted)
+            with self.translated(None, step="chmod"):
+                os.fchmod(directory, wanted)
 
     def prune(self, segments: Sequence[str]) -> None:
         """Remove directories from the deepest up, as far as they are empty; `rmdir` refuses one that is in use."""
@@ -250,10 +311,19 @@ class Tree:
     def _create_root(self) -> None:
         missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
         for path in reversed(missing):
-            path.mkdir(self.dir_mode, exist_ok=True)
-            path.chmod(self.dir_mode)
+            with self.translated(None, step="mkdir"):
+                try:
+                    path.mkdir(0o777 if self.dir_mode is None else self.dir_mode, exist_ok=True)
+                except FileNotFoundError as error:
+                    raise BackendError(
+                        f"the root directory {str(self.root)!r} cannot be made (mkdir of {str(path)!r}: {error.strerror}): "
+                        "make it by hand, or choose a root_dir on a file system that lets directories be made"
+                    ) from error
+            if self.dir_mode is not None:
+                with self.translated(None, step="chmod"):
+                    path.chmod(self.dir_mode)
             with opened(path.parent) as parent:
-                self.synchronise(parent)
+                self.synchronise_directory(parent)
 
     def _recognise(self, descriptor: int, writing: bool) -> None:
         """Refuse a root that is not the one it was, and one that may be what lies below a disk that is not mounted."""
@@ -277,10 +347,12 @@ class Tree:
         with suppress(FileExistsError):
             marker = os.open(MARKER, CREATE, 0o600, dir_fd=root)
             try:
-                os.fchmod(marker, self.file_mode)
+                if self.file_mode is not None:
+                    with self.translated(None, step="chmod"):
+                        os.fchmod(marker, self.file_mode)
             finally:
                 os.close(marker)
-        self.synchronise(root)
+        self.synchronise_directory(root)
 
 
 def _dated_now(directory: int) -> datetime:

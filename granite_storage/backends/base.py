@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from granite_storage._logs import redact_records
 from granite_storage.exceptions import BackendError
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "byte_range",
     "upload_begun",
 ]
+
+redact_records()
 
 upload_begun: ContextVar[Callable[[str], Awaitable[None]] | None] = ContextVar("granite_storage.upload_begun", default=None)
 """Who is told the id of an upload in parts once a backend has begun it, before its first part: a journal keeps it."""

@@ -39,16 +39,19 @@ class LocalStorageBackend:
 
     A write goes to a temporary file beside its target, is synchronised, and gets its name by a link that fails where the name
     exists; then the directories are synchronised up to the root. A failure or cancellation leaves no file and no temporary file.
-    Links below the root are never followed and only regular files are read. Directories that a deletion leaves empty are
-    removed. The root carries the marker file `.granite-storage` from its first write.
+    A volume without hard links gets `renameat2` with `RENAME_NOREPLACE`, and one without that an exclusive file beside the target
+    as a claim on its name. Links below the root are never followed and only regular files are read. Directories that a deletion
+    leaves empty are removed. The root carries the marker file `.granite-storage` from its first write.
 
     POSIX systems only: Windows has no way to walk a path by open directories.
 
     Args:
         root_dir: The directory; made by the first write where it is missing.
-        fsync: Whether a write waits for the disk. Without it a power loss can lose or empty a file whose ref was committed.
-        file_mode: The permissions of the files, whatever the umask.
-        dir_mode: The permissions of the directories, whatever the umask.
+        fsync: Whether a write waits for the disk. Without it a power loss can lose or empty a file whose ref was committed. Where
+            a volume can write files through to the disk but no directories, a warning in the log says so once.
+        file_mode: The permissions of the files, whatever the umask; None leaves them as the system makes them, for volumes that
+            keep no permissions, such as those of SMB.
+        dir_mode: The permissions of the directories, whatever the umask; None leaves them, too.
         create_root: Whether the first write may make the root, or take a directory into use that has no marker. False suits a
             root on a mounted disk: where the disk is not mounted, every call then raises `BackendUnavailableError`, and nothing
             is written to the disk below. A new root must be a mount point, or be given an empty marker file by hand.
@@ -67,20 +70,21 @@ class LocalStorageBackend:
         root_dir: str | os.PathLike[str],
         *,
         fsync: bool = True,
-        file_mode: int = 0o640,
-        dir_mode: int = 0o750,
+        file_mode: int | None = 0o640,
+        dir_mode: int | None = 0o750,
         create_root: bool = True,
         max_threads: int = 16,
     ) -> None:
         if not _HAS_DIRECTORY_DESCRIPTORS:
             raise ConfigurationError(
-                "LocalStorageBackend needs a POSIX system: this one cannot open files relative to a directory"
+                "LocalStorageBackend needs Linux, macOS or another POSIX system: this one cannot open files relative to a "
+                "directory. On Windows run the application in WSL or a container; MemoryStorageBackend and S3 work there, too"
             )
         if not os.fspath(root_dir):
             raise ConfigurationError("root_dir must not be empty")
         for argument, mode, needed in (("file_mode", file_mode, 0o600), ("dir_mode", dir_mode, 0o700)):
-            if not 0 <= mode <= 0o777 or mode & needed != needed:
-                raise ConfigurationError(f"{argument} must be permissions that include {needed:#o}, not {mode:#o}")
+            if mode is not None and (not 0 <= mode <= 0o777 or mode & needed != needed):
+                raise ConfigurationError(f"{argument} must be None or permissions that include {needed:#o}, not {mode:#o}")
         if max_threads < 1:
             raise ConfigurationError(f"max_threads must be at least 1, not {max_threads}")
         self.root_dir: Path = Path(os.path.normpath(Path(root_dir).absolute()))
@@ -201,7 +205,7 @@ class LocalStorageBackend:
         descriptor, info = self._tree.open(location)
         try:
             wanted = byte_range(offset, length, info.size)
-            with translated(location):
+            with self._tree.translated(location):
                 os.lseek(descriptor, wanted.start, os.SEEK_SET)
         except BaseException:
             os.close(descriptor)

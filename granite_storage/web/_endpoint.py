@@ -47,7 +47,7 @@ class UploadEndpoint:
         if scope["type"] != "http":
             raise ValueError(f"DirectUploads serves HTTP, not {scope['type']!r}")
         if scope["method"] != "PUT":
-            await send_status(send, 405, {"allow": "PUT"})
+            await send_status(send, 405, [("allow", "PUT")])
             return
         response = await self._answer(Request(scope, receive))
         if response is not None:

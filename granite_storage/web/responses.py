@@ -109,9 +109,8 @@ class StoredObjectResponse(Response):
         cache_control: The Cache-Control in place of `private, no-cache`, which lets clients keep it and ask whether it changed.
         verify: Whether a whole body is checked against the checksum as it passes, and broken off before its end where it is
             wrong. It costs the hashing.
-        headers: More headers, which win over our own: a Content-Type stands in each part of several ranges, too, and an ETag and a
-            Last-Modified are what conditions are compared with. Those of the last kind, and what else describes the object, are
-            left out where it is not there.
+        headers: More headers, which win over our own: a Content-Type stands in each part of several ranges, too, and conditions
+            are compared with an ETag and a Last-Modified. What describes the object is left out where the object is missing.
         background: What Starlette is to do afterwards.
 
     Raises:

@@ -20,7 +20,7 @@ from granite_storage.exceptions import BackendUnavailableError
 __all__ = ["ConnectionPool", "Lease"]
 
 # How long a reader is not read before its connection is taken for a call that waits.
-_IDLE_SECONDS = 0.25
+_IDLE_SECONDS = 1.0
 # How long a call waits before it takes the connection of a reader between two reads, however short the time between them.
 _OVERDUE_SECONDS = 1.0
 _CHECK_SECONDS = 0.05

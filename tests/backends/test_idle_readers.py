@@ -66,7 +66,6 @@ async def test_more_readers_than_connections(backend: S3StorageBackend) -> None:
 @pytest.mark.case("RE-04")
 async def test_a_call_beside_readers_that_never_rest(backend: S3StorageBackend) -> None:
     """Their connections are taken between two reads, once the call has waited for a second."""
-
     readers = [await backend.open("large") for _ in range(PLACES)]
     tasks = [asyncio.create_task(rest_of(reader, pause=0.002, size=2048)) for reader in readers]  # 16 s and more
     try:
@@ -90,7 +89,7 @@ async def test_replaced_while_its_reader_rested(backend: S3StorageBackend) -> No
     await backend.delete("large")
     await backend.put_bytes("large", bytes(len(CONTENT)))
     for reader in readers:
-        with pytest.raises(BackendError, match="replaced|cut off"):
+        with pytest.raises(BackendError, match=r"replaced|cut off"):
             await rest_of(reader)
         await reader.aclose()
 
@@ -101,7 +100,7 @@ async def test_the_wait_ends(seaweedfs_server: S3Server) -> None:
     backend = seaweedfs_server.backend(bucket, prefix=uuid.uuid4().hex, max_pool_connections=1, pool_timeout=0.3)
     client = await backend._clients.get()
     busy = await client._connections.lease()
-    with pytest.raises(BackendUnavailableError, match="became free within 0.3 s"):
+    with pytest.raises(BackendUnavailableError, match=r"became free within 0\.3 s"):
         await backend.exists("a")
     waiting = [asyncio.create_task(backend.exists("a")) for _ in range(5)]
     await asyncio.sleep(0)

@@ -10,7 +10,15 @@ from urllib.parse import quote
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.locations import clean_filename
 
-__all__ = ["INLINE_TYPES", "Disposition", "content_disposition", "require_disposition", "require_inline_types", "served_type"]
+__all__ = [
+    "INLINE_TYPES",
+    "Disposition",
+    "content_disposition",
+    "content_security_policy",
+    "require_disposition",
+    "require_inline_types",
+    "served_type",
+]
 
 Disposition: TypeAlias = Literal["attachment", "inline"]
 
@@ -18,26 +26,41 @@ INLINE_TYPES: frozenset[str] = frozenset(
     {
         "audio/aac",
         "audio/flac",
+        "audio/mp3",
         "audio/mp4",
         "audio/mpeg",
         "audio/ogg",
+        "audio/opus",
         "audio/wav",
+        "audio/wave",
         "audio/webm",
+        "audio/x-aac",
+        "audio/x-flac",
+        "audio/x-m4a",
+        "audio/x-wav",
+        "image/apng",
         "image/avif",
         "image/bmp",
         "image/gif",
+        "image/heic",
+        "image/heif",
         "image/jpeg",
         "image/png",
         "image/webp",
         "text/plain",
         "video/mp4",
         "video/ogg",
+        "video/quicktime",
         "video/webm",
+        "video/x-m4v",
     }
 )
 """The media types that a browser may show in its window: none of them runs anything."""
 
 _OPAQUE = "application/octet-stream"
+_SANDBOX = "sandbox; default-src 'none'"
+_PLAYER = "default-src 'none'; media-src 'self'"
+_CHARSET = re.compile(r";[ \t]*charset=", re.IGNORECASE)
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}(?:[ \t]*;[\x20-\x7e]{0,200})?")
 _ACTIVE_FAMILIES = ("multipart/", "message/")
 _ACTIVE_WORDS = (
@@ -66,11 +89,23 @@ def served_type(content_type: str | None) -> str:
     """Return the Content-Type for what a writer declared.
 
     What a page could run or style itself with, and what is no media type, becomes `application/octet-stream`: a browser ignores
-    Content-Disposition where `<script src>` loads the object, but never runs bytes of that type under `nosniff`.
+    Content-Disposition where `<script src>` loads the object, but never runs bytes of that type under `nosniff`. Text without
+    a charset is said to be UTF-8: browsers would take it for windows-1252.
     """
     if content_type is None or not _MEDIA_TYPE.fullmatch(content_type) or _is_active(_essence(content_type)):
         return _OPAQUE
+    if content_type[:5].lower() == "text/" and not _CHARSET.search(content_type):
+        return f"{content_type.rstrip(' ;')}; charset=utf-8"
     return content_type
+
+
+def content_security_policy(content_type: str) -> str:
+    """Return the Content-Security-Policy for a media type.
+
+    A browser plays sound and film in a page of its own, whose player loads the file from its URL once more: the policy must
+    allow that, and a sandbox would take the page's origin away, without which it is refused.
+    """
+    return _PLAYER if _essence(content_type).startswith(("audio/", "video/")) else _SANDBOX
 
 
 def content_disposition(

@@ -120,6 +120,13 @@ class StoredObjectReader:
         """Return the position."""
         return self._position
 
+    async def release(self) -> None:
+        """Let go of the backend's handle, such as a connection, and keep the position; the next read opens a new one there.
+
+        For a reader that is not read for a while. What was read before and after is of the same object, or the read raises.
+        """
+        await self._let_go()
+
     async def aclose(self) -> None:
         """Let go of the backend's handle; idempotent. Reading afterwards raises `ValueError`."""
         self.closed = True

@@ -7,7 +7,6 @@ errors. Nothing else in the backend retries a request or sees an error of the SD
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,10 @@ from typing import Any
 
 from granite_storage._threads import ThreadPool
 from granite_storage.backends._s3_errors import ExpiredCredentialsError, S3ConfigurationError, translate
+from granite_storage.backends._s3_pool import ConnectionPool, Lease
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError, StorageError
 
-__all__ = ["Lease", "S3Client", "S3Settings", "backoff", "threads", "version_of"]
+__all__ = ["S3Client", "S3Settings", "backoff", "threads", "version_of"]
 
 threads = ThreadPool("granite-s3", 4)
 
@@ -53,35 +53,6 @@ class S3Settings:
         return self.prefix + location
 
 
-class Lease:
-    """One of the connections that may be in use at a time, with the body that is read from it."""
-
-    __slots__ = ("_loop", "_slots", "body")
-
-    def __init__(self, slots: asyncio.Semaphore) -> None:
-        self.body: Any = None
-        self._slots: asyncio.Semaphore | None = slots
-        self._loop = asyncio.get_running_loop()
-
-    def release(self) -> None:
-        """Let the next one have it, a new one where bytes are still to come on it; idempotent."""
-        slots, self._slots = self._slots, None
-        if slots is not None:
-            _end(slots, self.body)
-            self.body = None
-
-    def __del__(self) -> None:
-        if self._slots is not None and not self._loop.is_closed():
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(_end, self._slots, self.body)
-
-
-def _end(slots: asyncio.Semaphore, body: Any) -> None:
-    if body is not None:
-        body.close()
-    slots.release()
-
-
 @dataclass(slots=True)
 class _Retries:
     """How often one request has been made again, and what for.
@@ -115,7 +86,7 @@ class S3Client:
         self.settings = settings
         self.room = asyncio.Semaphore(settings.max_parts_in_memory)
         self._session = session
-        self._slots = asyncio.Semaphore(pool_size)
+        self._connections = ConnectionPool(pool_size, timeout=settings.pool_timeout, bucket=settings.bucket)
         self._refreshing = asyncio.Lock()
         self._refreshes = 0
         self._bucket_seen = False
@@ -142,7 +113,7 @@ class S3Client:
         request = self._completed(operation, location, parameters)
         retries = _Retries(self.settings.max_attempts, self._refreshes)
         while True:
-            lease = await self._lease()
+            lease = await self._connections.lease()
             try:
                 response = await self._send(operation, request)
             except Exception as error:  # noqa: BLE001  # translate tells what it is
@@ -218,20 +189,6 @@ class S3Client:
                 await asyncio.sleep(backoff(retries.made + 1))
         retries.made += 1
         return again
-
-    async def _lease(self) -> Lease:
-        if self._slots.locked():
-            try:
-                async with asyncio.timeout(self.settings.pool_timeout):
-                    await self._slots.acquire()
-            except TimeoutError as error:
-                raise BackendUnavailableError(
-                    f"none of the connections to bucket {self.settings.bucket!r} became free within "
-                    f"{self.settings.pool_timeout:g} s: close readers, or raise max_pool_connections"
-                ) from error
-        else:
-            await self._slots.acquire()
-        return Lease(self._slots)
 
     async def _refresh_credentials(self, refreshes: int) -> bool:
         """Have expired credentials fetched again, once for all the calls that met them; tell whether that could be done."""

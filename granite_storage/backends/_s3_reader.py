@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from granite_storage.backends._s3_client import Lease, S3Client, version_of
+from granite_storage.backends._s3_client import S3Client, version_of
+from granite_storage.backends._s3_pool import Lease
+from granite_storage.backends._service_errors import ConnectionTakenError
 from granite_storage.backends._service_reader import Opened
 from granite_storage.backends.base import ByteRange, ObjectInfo
 
@@ -50,9 +52,13 @@ class S3Service:
 class _LeasedBody:
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
+        lease.lend()
 
     async def read(self, size: int, /) -> bytes:
-        chunk: bytes = await self._lease.body.read(size)
+        if self._lease.is_released:
+            raise ConnectionTakenError
+        with self._lease.reading() as body:
+            chunk: bytes = await body.read(size)
         return chunk
 
     async def aclose(self) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from granite_storage.exceptions import BackendError
 
-__all__ = ["PreconditionFailedError", "RangeNotSatisfiableError", "error_at"]
+__all__ = ["ConnectionTakenError", "PreconditionFailedError", "RangeNotSatisfiableError", "error_at"]
+
+
+class ConnectionTakenError(BackendError):
+    """The connection of a reader that was not being read was given to another call; what is left may be asked for again."""
 
 
 class PreconditionFailedError(BackendError):

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from granite_storage.backends._service_errors import PreconditionFailedError, RangeNotSatisfiableError
+from granite_storage.backends._service_errors import (
+    ConnectionTakenError,
+    PreconditionFailedError,
+    RangeNotSatisfiableError,
+)
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
 from granite_storage.exceptions import BackendError, BackendUnavailableError
 
@@ -17,7 +21,11 @@ class Body(Protocol):
     """The bytes of one answer; whatever it raises, it is over."""
 
     async def read(self, size: int, /) -> bytes:
-        """Return up to `size` bytes, nothing only at the end; a cancelled read loses none."""
+        """Return up to `size` bytes, nothing only at the end; a cancelled read loses none.
+
+        Raises:
+            ConnectionTakenError: Another call has got the connection meanwhile.
+        """
         ...
 
     async def aclose(self) -> None:
@@ -88,7 +96,7 @@ async def _open_empty(service: Service, location: str, offset: int) -> ServiceRe
 class ServiceReader:
     """A range of an object; where its body is cut off, the rest is asked for again, of the same version only.
 
-    It holds a connection until it is read to its end or closed.
+    It holds a connection until it is read to its end or closed, or until another call needs it while this one is not being read.
     """
 
     def __init__(self, service: Service, info: ObjectInfo, wanted: ByteRange, opened: Opened | None) -> None:
@@ -132,10 +140,13 @@ class ServiceReader:
         if self._closed:
             raise BackendError(f"the reader of {self.info.location!r} is closed", location=self.info.location)
         if self._body is None:  # a read was cancelled while it opened the body again
-            await self._reopen(None)
+            await self._go_on()
             return b""
         try:
             chunk = await self._body.read(size)
+        except ConnectionTakenError:
+            await self._go_on()
+            return b""
         except Exception as error:  # noqa: BLE001  # whatever it is, the body is over
             await self._reopen(error.with_traceback(None))  # its frames would hold the body
             return b""
@@ -155,6 +166,12 @@ class ServiceReader:
         if self._cuts >= self._service.attempts:
             message = f"the body of {location!r} was cut off {self._cuts} times at byte {self._position}"
             raise BackendUnavailableError(message, location=location) from cut
+        await self._go_on()
+
+    async def _go_on(self) -> None:
+        """Ask for what is left, of the same version."""
+        location = self.info.location
+        await self._let_go()
         try:
             opened = await self._service.get(location, self._position, self._stop, self._same)
         except PreconditionFailedError as error:

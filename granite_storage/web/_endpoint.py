@@ -16,7 +16,7 @@ from granite_storage.exceptions import StorageError
 from granite_storage.manager import StorageManager
 from granite_storage.web._body import body_of, declared_size, require_whole_body
 from granite_storage.web._paths import token_of
-from granite_storage.web._sending import send_status
+from granite_storage.web._sending import send_departed, send_status
 from granite_storage.web._tickets import Ticket, Tickets
 from granite_storage.web.errors import problem_response
 from granite_storage.web.exceptions import UnsupportedRequestError, UploadMismatchError, UploadTokenError
@@ -47,13 +47,16 @@ class UploadEndpoint:
         if scope["type"] != "http":
             raise ValueError(f"DirectUploads serves HTTP, not {scope['type']!r}")
         if scope["method"] != "PUT":
-            await send_status(send, 405, {"allow": "PUT"})
+            await send_status(send, 405, [("allow", "PUT")])
             return
         response = await self._answer(Request(scope, receive))
-        if response is not None:
+        if response is None:
+            await send_departed(send)
+        else:
             await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response | None:
+        """Store what the request brings, and return the answer; None where the client has gone away."""
         try:
             token = token_of(request.scope)
             ticket = None if token is None else self._tickets.read(token)

@@ -12,7 +12,15 @@ from email.utils import format_datetime
 
 from starlette.datastructures import Headers
 
-__all__ = ["Validators", "failed_precondition", "format_date", "header_of", "http_date", "range_applies"]
+__all__ = [
+    "Validators",
+    "failed_precondition",
+    "format_date",
+    "header_of",
+    "http_date",
+    "is_entity_tag",
+    "range_applies",
+]
 
 _TAG = re.compile(r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -71,6 +79,11 @@ def header_of(headers: Headers, name: str) -> str | None:
     """Return the value of a header; that of several lines is their list."""
     values = headers.getlist(name)
     return ", ".join(values).strip(" \t") if values else None
+
+
+def is_entity_tag(text: str) -> bool:
+    """Tell whether it is one entity tag, weak or strong. Source: RFC 9110, section 8.8.3."""
+    return _TAG.fullmatch(text) is not None
 
 
 def http_date(text: str | None) -> datetime | None:

@@ -13,9 +13,10 @@ from granite_storage.backends.base import ByteRange
 
 __all__ = ["MAX_RANGES", "requested_ranges"]
 
-MAX_RANGES = 100
-"""The most ranges that one header may ask for."""
+MAX_RANGES = 10
+"""The most ranges that are sent, once those that lie close together are joined: each may be a request to the storage."""
 
+_MAX_SPECS = 100
 _PART_OVERHEAD = 100
 _SPEC = re.compile(r"([0-9]*)-([0-9]*)")
 _LARGEST = 10**20
@@ -32,7 +33,7 @@ def requested_ranges(header: str, size: int) -> list[ByteRange] | None:
         None where the header is to be ignored; nothing where none of its ranges can be satisfied.
     """
     unit, _, specs = header.partition("=")
-    if unit.lower() != "bytes" or specs.count(",") >= MAX_RANGES:
+    if unit.lower() != "bytes" or specs.count(",") >= _MAX_SPECS:
         return None
     texts = [text for text in (spec.strip(" \t") for spec in specs.split(",")) if text]
     matches = [_SPEC.fullmatch(text) for text in texts]
@@ -44,7 +45,8 @@ def requested_ranges(header: str, size: int) -> list[ByteRange] | None:
         ranges.append(span)
     if not ranges or (size == 0 and any(_is_suffix(text) for text in texts)):
         return None
-    return _joined(span for span in ranges if span.start < span.stop)
+    joined = _joined(span for span in ranges if span.start < span.stop)
+    return joined if len(joined) <= MAX_RANGES else None
 
 
 def _span(first: str, last: str, size: int) -> ByteRange | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -20,17 +21,38 @@ from granite_storage.readers import StoredObjectReader
 
 __all__ = [
     "Body",
+    "Part",
     "multipart",
-    "noticing_departure",
+    "reads_of",
     "send_chunk",
+    "send_departed",
     "send_headers",
-    "send_object",
+    "send_part",
     "send_status",
     "while_connected",
 ]
 
 # One visit to a thread each: fewer would cost speed, larger ones memory with every slow client.
 _CHUNK_SIZE = 128 * 1024
+# Bytes between two ranges that are read and dropped: it costs less than another request to the storage.
+_LARGEST_GAP = _CHUNK_SIZE
+# How long a client may take no bytes before what is held for it in the storage, such as a connection, is released, in seconds.
+_STALL_SECONDS = 5.0
+# What nginx logs for it; the client does not see it.
+_CLIENT_CLOSED_REQUEST = 499
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One range of an answer.
+
+    Attributes:
+        head: What goes before its bytes.
+        span: Which bytes of the object they are.
+    """
+
+    head: bytes
+    span: ByteRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +61,12 @@ class Body:
 
     Attributes:
         headers: What its headers say of it.
-        parts: What goes before the bytes of each range, and the range.
+        parts: The ranges, in the order in which they are sent.
         end: What goes after the last of them.
     """
 
     headers: Mapping[str, str]
-    parts: Sequence[tuple[bytes, ByteRange]]
+    parts: Sequence[Part]
     end: bytes
 
 
@@ -52,19 +74,40 @@ def multipart(ranges: Sequence[ByteRange], size: int, content_type: str) -> Body
     """Return several ranges of an object as `multipart/byteranges`. Source: RFC 9110, section 14.6."""
     boundary = secrets.token_hex(16)
     head = f"\r\n--{boundary}\r\nContent-Type: {content_type}\r\nContent-Range: bytes "
-    parts = [(f"{head}{span.start}-{span.stop - 1}/{size}\r\n\r\n".encode("latin-1"), span) for span in ranges]
+    parts = [Part(f"{head}{span.start}-{span.stop - 1}/{size}\r\n\r\n".encode("latin-1"), span) for span in ranges]
     end = f"\r\n--{boundary}--\r\n".encode()
-    length = sum(len(head) + span.stop - span.start for head, span in parts) + len(end)
+    length = sum(len(part.head) + part.span.stop - part.span.start for part in parts) + len(end)
     return Body({"content-type": f"multipart/byteranges; boundary={boundary}", "content-length": str(length)}, parts, end)
 
 
-async def send_status(send: Send, status: int, more_headers: Mapping[str, str] | None = None) -> None:
+def reads_of(parts: Sequence[Part]) -> list[list[Part]]:
+    """Group parts into those that are read from the storage together, as one range: each begins close behind the one before."""
+    reads: list[list[Part]] = []
+    for part in parts:
+        if reads and 0 <= part.span.start - reads[-1][-1].span.stop <= _LARGEST_GAP:
+            reads[-1].append(part)
+        else:
+            reads.append([part])
+    return reads
+
+
+async def send_status(send: Send, status: int, more_headers: Iterable[tuple[str, str]] = ()) -> None:
     """Send an answer that says nothing but its status."""
     text = HTTPStatus(status).phrase.encode()
     headers = MutableHeaders({"content-type": "text/plain", "content-length": str(len(text)), "cache-control": "no-store"})
-    headers.update(more_headers or {})
+    for name, value in more_headers:
+        headers.append(name, value)
     await send_headers(send, status, headers, more=True)
     await send_chunk(send, text, more=False)
+
+
+async def send_departed(send: Send, *, begun: bool = False) -> None:
+    """Answer a client that has gone away: a middleware that waits for an answer would report that there is none."""
+    with contextlib.suppress(OSError):
+        if begun:
+            await send_chunk(send, b"", more=False)
+        else:
+            await send_headers(send, _CLIENT_CLOSED_REQUEST, MutableHeaders({"content-length": "0", "cache-control": "no-store"}))
 
 
 async def send_headers(send: Send, status: int, headers: MutableHeaders, *, more: bool = False) -> None:
@@ -80,38 +123,66 @@ async def send_chunk(send: Send, chunk: bytes, *, more: bool = True) -> None:
         await send({"type": "http.response.body", "body": chunk, "more_body": more})
 
 
-async def send_object(send: Send, reader: StoredObjectReader) -> None:
-    """Send the bytes of a reader; an `OSError` of a backend does not pass for one of the connection."""
-    while True:
-        try:
-            chunk = await reader.read(_CHUNK_SIZE)
-        except OSError as error:
-            location = reader.ref.location
-            raise BackendError(f"the object at {location!r} could not be read", location=location) from error
-        if not chunk:
-            return
-        await send_chunk(send, chunk)
+async def send_part(send: Send, reader: StoredObjectReader, part: Part, start: int) -> None:
+    """Send one part; an `OSError` of a backend does not pass for one of the connection.
+
+    Args:
+        send: Where to.
+        reader: What its bytes are read from; it goes on where the part before has ended.
+        part: The part.
+        start: Which byte of the object is the reader's first.
+
+    Raises:
+        BackendError: The bytes could not be read.
+    """
+    while gap := part.span.start - start - reader.tell():
+        await _read(reader, gap)
+    await send_chunk(send, part.head)
+    while left := part.span.stop - start - reader.tell():
+        chunk = await _read(reader, left)
+        await _send_patiently(send, chunk, reader)
         del chunk  # a slow client's chunk is kept once, by the server
 
 
-def noticing_departure(send: Send) -> Send:
-    """Tell a client that went away, as a server says it by an `OSError`, from every other failure."""
+async def _read(reader: StoredObjectReader, count: int) -> bytes:
+    try:
+        return await reader.read(min(count, _CHUNK_SIZE))
+    except OSError as error:
+        location = reader.ref.location
+        raise BackendError(f"the object at {location!r} could not be read", location=location) from error
 
-    async def guarded(message: Message) -> None:
+
+async def _send_patiently(send: Send, chunk: bytes, reader: StoredObjectReader) -> None:
+    """Send a chunk; while the client does not take it, nothing is held for it in the storage."""
+    releases: list[asyncio.Task[None]] = []
+    timer = asyncio.get_running_loop().call_later(
+        _STALL_SECONDS, lambda: releases.append(asyncio.ensure_future(reader.release()))
+    )
+    try:
+        await send_chunk(send, chunk)
+    finally:
+        timer.cancel()
+        for release in releases:
+            await finish(release, f"releasing the reader of {reader.ref.location!r}")
+
+
+async def while_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], receive: Receive, send: Send) -> None:
+    """Answer until it is done or the client is gone; the answer is then cancelled, and has cleaned up when this returns.
+
+    Servers only tell of a client that went away to whoever asks: uvicorn lets everything be sent to nobody. One that goes away
+    before the first byte is sent an empty body, so that a middleware that waits for an answer has something to pass on.
+    """
+    sent = 0
+
+    async def noting(message: Message) -> None:
+        nonlocal sent
+        sent += 1
         try:
             await send(message)
-        except OSError as error:
+        except OSError as error:  # which is how a server tells it, and not to be mistaken for a failure of the storage
             raise ClientDisconnect from error
 
-    return guarded
-
-
-async def while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Do something until it is done or the client is gone; it is then cancelled, and has cleaned up when this returns.
-
-    Servers only tell of a client that went away to whoever asks: uvicorn lets everything be sent to nobody.
-    """
-    task = asyncio.ensure_future(work)
+    task = asyncio.ensure_future(answer(noting))
     watch = asyncio.ensure_future(_departure(receive))
     try:
         await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
@@ -124,6 +195,8 @@ async def while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> 
             return
     elif not watch.cancelled():
         watch.result()
+        if sent < 2:  # the headers at the most, which a compressor holds back until there is a body
+            await send_departed(send, begun=sent == 1)
 
 
 async def _ended(*tasks: asyncio.Task[None]) -> None:

@@ -19,6 +19,7 @@ from granite_storage._delivery import (
     INLINE_TYPES,
     Disposition,
     content_disposition,
+    content_security_policy,
     require_disposition,
     require_inline_types,
     served_type,
@@ -29,15 +30,24 @@ from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
 from granite_storage.refs import StoredObjectRef
-from granite_storage.web._preconditions import Validators, failed_precondition, format_date, header_of, range_applies
+from granite_storage.web._preconditions import (
+    Validators,
+    failed_precondition,
+    format_date,
+    header_of,
+    http_date,
+    is_entity_tag,
+    range_applies,
+)
 from granite_storage.web._ranges import requested_ranges
 from granite_storage.web._sending import (
     Body,
+    Part,
     multipart,
-    noticing_departure,
+    reads_of,
     send_chunk,
     send_headers,
-    send_object,
+    send_part,
     send_status,
     while_connected,
 )
@@ -46,7 +56,17 @@ __all__ = ["Request", "StoredObjectResponse"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
-_POLICY = "sandbox; default-src 'none'"
+_COMPUTED = frozenset({"accept-ranges", "content-length", "content-range", "transfer-encoding"})
+_OF_THE_OBJECT = _COMPUTED | {
+    "cache-control",
+    "content-disposition",
+    "content-encoding",
+    "content-language",
+    "content-type",
+    "etag",
+    "expires",
+    "last-modified",
+}
 _REVALIDATED = "private, no-cache"
 _UNCACHED = {"cache-control": "no-store"}
 _IMMUTABLE = "private, max-age=31536000, immutable"
@@ -69,8 +89,12 @@ class StoredObjectResponse(Response):
     and logged as an error. Once the first byte is sent, an answer is whole or broken: a body that goes wrong is logged, and the
     connection is cut.
 
-    A browser runs nothing of it: `nosniff`, a sandboxing Content-Security-Policy, and a download unless the media type is one of
-    `inline_types`. Scripts, HTML, SVG and XML are served as `application/octet-stream`.
+    A browser runs nothing of it: `nosniff`, a Content-Security-Policy that allows a player for audio and video and nothing for
+    all else, and a download unless the media type is one of `inline_types`. Scripts, HTML, SVG and XML are served as
+    `application/octet-stream`.
+
+    No middleware compresses it, for a range of a compressed body is none of the object: where a client takes compressed bodies,
+    it says `Content-Encoding: identity`, which compressors leave alone.
 
     It is a response of Starlette and FastAPI, and an ASGI application that Litestar returns as well.
 
@@ -85,13 +109,15 @@ class StoredObjectResponse(Response):
         cache_control: The Cache-Control in place of `private, no-cache`, which lets clients keep it and ask whether it changed.
         verify: Whether a whole body is checked against the checksum as it passes, and broken off before its end where it is
             wrong. It costs the hashing.
-        headers: More headers; they win over our own.
+        headers: More headers, which win over our own: a Content-Type stands in each part of several ranges, too, and conditions
+            are compared with an ETag and a Last-Modified. What describes the object is left out where the object is missing.
         background: What Starlette is to do afterwards.
 
     Raises:
         UnboundAttachmentError: The attachment is not stored yet.
         ConfigurationError: A ref has no manager, or `inline_types` has one that must not be shown.
-        ValueError: The disposition is not known.
+        ValueError: The disposition is not known, or `headers` has one that the response computes, or an ETag or Last-Modified
+            that is none.
     """
 
     def __init__(
@@ -111,63 +137,75 @@ class StoredObjectResponse(Response):
     ) -> None:
         require_disposition(disposition)
         types = inline_types if inline_types is INLINE_TYPES else require_inline_types(inline_types)
+        given = {key.lower(): value for key, value in (headers or {}).items()}
+        _require_headers(given)
         self._ref, self._manager = _found(stored, manager)
         self._method: str = request.scope["method"]
         self._asked = Headers(scope=request.scope)
+        self._compressed = _is_compressed(request.scope, self._asked)
         self._verify = verify
         self.status_code = 200
         self.background = background
         self.body = b""
-        self._content_type = served_type(self._ref.content_type)
+        content_type = given.get("content-type") or served_type(self._ref.content_type)
         name = self._ref.original_filename if filename is None else filename
         self.raw_headers: list[tuple[bytes, bytes]] = [
-            (key.lower().encode("latin-1"), value.encode("latin-1"))
+            (key.encode("latin-1"), value.encode("latin-1"))
             for key, value in {
-                "accept-ranges": "bytes",
                 "cache-control": cache_control or (_IMMUTABLE if immutable else _REVALIDATED),
-                "content-disposition": content_disposition(disposition, name, self._ref.content_type, types),
-                "content-security-policy": _POLICY,
-                "content-type": self._content_type,
+                "content-disposition": content_disposition(disposition, name, content_type, types),
+                "content-security-policy": content_security_policy(content_type),
+                "content-type": content_type,
                 "x-content-type-options": "nosniff",
-                **{key.lower(): value for key, value in (headers or {}).items()},
+                **given,
             }.items()
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request."""
-        await while_connected(self._answer(noticing_departure(send)), receive)
+        await while_connected(self._answer, receive, send)
         if self.background is not None:
             await self.background()
 
     async def _answer(self, send: Send) -> None:
         """Find out what to send while nothing is sent yet, and send it."""
+        headers = MutableHeaders(raw=list(self.raw_headers))
         try:
-            validators = await self._validators()
-            status, ranges = _decided(self._method, self._asked, validators, self._ref.size)
-            headers = self._described(validators)
+            validators = await self._validators(headers)
+            status, ranges = _decided(self._method, self._asked, validators, self._ref.size, whole=self._compressed)
+            self._describe(headers, validators)
             if self._method == "HEAD" or status not in (200, 206):
                 require_recorded_size(self._ref, (await self._manager.stat(self._ref)).size)
-                await send_headers(send, status, _without_body(headers, status, self._ref.size))
+                await send_headers(send, status, self._without_body(headers, status))
                 return
-            reader = await self._open(ranges[0], whole=status == 200)
+            body = _body_of(status, ranges, self._ref.size, headers["content-type"])
+            reads = reads_of(body.parts)
+            first = await self._open(reads[0], whole=status == 200)
         except ObjectNotFoundError as error:
             logger.error("a ref leads to an object that is missing: %s", error)
-            await send_status(send, 404)
+            kept = [(name, value) for name, value in headers.items() if name not in _OF_THE_OBJECT]
+            await send_status(send, 404, kept)
             return
-        async with reader:
-            await self._send(send, status, headers, reader, ranges)
+        async with first:
+            headers.update(body.headers)
+            self._refuse_compression(headers)
+            await self._send(send, status, headers, body, first, reads)
 
     async def _send(
-        self, send: Send, status: int, headers: MutableHeaders, first: StoredObjectReader, ranges: Sequence[ByteRange]
+        self,
+        send: Send,
+        status: int,
+        headers: MutableHeaders,
+        body: Body,
+        first: StoredObjectReader,
+        reads: Sequence[Sequence[Part]],
     ) -> None:
-        body = _body_of(status, ranges, self._ref.size, self._content_type)
-        headers.update(body.headers)
         await send_headers(send, status, headers, more=True)
         try:
-            for number, (head, span) in enumerate(body.parts):
-                await send_chunk(send, head)
-                async with first if number == 0 else await self._open(span) as reader:
-                    await send_object(send, reader)
+            for parts in reads:
+                async with first if parts is reads[0] else await self._open(parts) as reader:
+                    for part in parts:
+                        await send_part(send, reader, part, parts[0].span.start)
         except ClientDisconnect:
             raise
         except Exception:
@@ -176,25 +214,46 @@ class StoredObjectResponse(Response):
             raise
         await send_chunk(send, body.end, more=False)
 
-    def _open(self, span: ByteRange, *, whole: bool = False) -> OpeningReader:
+    def _open(self, parts: Sequence[Part], *, whole: bool = False) -> OpeningReader:
+        """Open what has all of the parts, which follow each other."""
+        start, stop = parts[0].span.start, parts[-1].span.stop
         verify = self._verify and whole and bool(self._ref.checksum)
-        return self._manager.open(self._ref, offset=span.start, length=span.stop - span.start, verify=verify)
+        return self._manager.open(self._ref, offset=start, length=stop - start, verify=verify)
 
-    def _described(self, validators: Validators) -> MutableHeaders:
-        headers = MutableHeaders(raw=list(self.raw_headers))
+    def _describe(self, headers: MutableHeaders, validators: Validators) -> None:
+        headers["accept-ranges"] = "none" if self._compressed else "bytes"
         headers["etag"] = validators.etag
         headers["last-modified"] = format_date(validators.modified)
+
+    def _refuse_compression(self, headers: MutableHeaders) -> None:
+        if _takes_codings(self._asked):
+            headers.setdefault("content-encoding", "identity")
+
+    def _without_body(self, headers: MutableHeaders, status: int) -> MutableHeaders:
+        """Return the headers of an answer that has none of the object's bytes."""
+        if status == 200:
+            headers["content-length"] = str(self._ref.size)
+            self._refuse_compression(headers)
+            return headers
+        for name in ("content-type", "content-disposition", "content-encoding"):
+            del headers[name]
+        if status != 304:
+            headers.update({"content-length": "0", **_UNCACHED})
+        if status == 416:
+            headers["content-range"] = f"bytes */{self._ref.size}"
         return headers
 
-    async def _validators(self) -> Validators:
-        """Return what tells this object from others; objects are never overwritten, so it was modified when it was stored."""
-        ref = self._ref
-        modified = _moment(ref.created_at) or (await self._manager.stat(ref)).modified
-        modified = min(modified, datetime.now(UTC)).replace(microsecond=0)
-        if ref.checksum:
-            return Validators(f'"{ref.checksum.removeprefix("sha256:")}"', modified)
-        identity = "\n".join([ref.backend, ref.location, str(ref.size), modified.isoformat()])
-        return Validators(f'W/"{hashlib.sha256(identity.encode(errors="surrogatepass")).hexdigest()[:32]}"', modified)
+    async def _validators(self, headers: MutableHeaders) -> Validators:
+        """Return what tells this object from others: what the application says, or what is known of the object."""
+        _require_headers(headers)
+        etag, modified = headers.get("etag"), http_date(headers.get("last-modified"))
+        if modified is None:
+            # Objects are never overwritten, so it was modified when it was stored.
+            modified = _moment(self._ref.created_at) or (await self._manager.stat(self._ref)).modified
+            modified = min(modified, datetime.now(UTC)).replace(microsecond=0)
+        if etag is None:
+            etag = _entity_tag(self._ref, modified)
+        return Validators(f"W/{etag.removeprefix('W/')}" if self._compressed else etag, modified)
 
 
 def _found(stored: Attachment | StoredObjectRef, manager: StorageManager | None) -> tuple[StoredObjectRef, StorageManager]:
@@ -206,20 +265,43 @@ def _found(stored: Attachment | StoredObjectRef, manager: StorageManager | None)
     return stored, manager
 
 
-def _decided(method: str, asked: Headers, validators: Validators, size: int) -> tuple[int, list[ByteRange]]:
-    """Return the status and the ranges to send, in the order of RFC 9110, section 13.2.2."""
-    whole = [ByteRange(0, size)]
+def _require_headers(headers: Mapping[str, str]) -> None:
+    """Refuse headers that would be untrue of what is sent."""
+    for name in _COMPUTED:
+        if name in headers:
+            raise ValueError(f"headers must not contain {name!r}: the response computes it")
+    if "etag" in headers and not is_entity_tag(headers["etag"]):
+        raise ValueError(f"the ETag must be quoted, as in '\"v1\"' or 'W/\"v1\"', not {headers['etag']!r}")
+    if "last-modified" in headers and http_date(headers["last-modified"]) is None:
+        raise ValueError(f"Last-Modified must be a date of HTTP, not {headers['last-modified']!r}")
+
+
+def _takes_codings(asked: Headers) -> bool:
+    return (header_of(asked, "accept-encoding") or "identity").lower() != "identity"
+
+
+def _is_compressed(scope: Any, asked: Headers) -> bool:
+    """Tell whether Litestar compresses what is sent: it asks neither for the status nor for a Content-Encoding."""
+    config = getattr(scope.get("litestar_app"), "compression_config", None)
+    if config is None or not _takes_codings(asked):
+        return False
+    return not (config.exclude_opt_key and scope["route_handler"].opt.get(config.exclude_opt_key))
+
+
+def _decided(method: str, asked: Headers, validators: Validators, size: int, *, whole: bool) -> tuple[int, list[ByteRange]]:
+    """Return the status and the ranges to send, in the order of RFC 9110, section 13.2.2; no range where it must be `whole`."""
+    everything = [ByteRange(0, size)]
     if method not in ("GET", "HEAD"):
-        return 200, whole
+        return 200, everything
     refused = failed_precondition(asked, validators)
     if refused is not None:
         return refused, []
-    wanted = header_of(asked, "range") if method == "GET" else None
+    wanted = header_of(asked, "range") if method == "GET" and not whole else None
     if wanted is None or not range_applies(asked, validators, datetime.now(UTC)):
-        return 200, whole
+        return 200, everything
     ranges = requested_ranges(wanted, size)
     if ranges is None:
-        return 200, whole
+        return 200, everything
     return (206, ranges) if ranges else (416, [])
 
 
@@ -230,21 +312,15 @@ def _body_of(status: int, ranges: Sequence[ByteRange], size: int, content_type: 
     headers = {"content-length": str(span.stop - span.start)}
     if status == 206:
         headers["content-range"] = f"bytes {span.start}-{span.stop - 1}/{size}"
-    return Body(headers, [(b"", span)], b"")
+    return Body(headers, [Part(b"", span)], b"")
 
 
-def _without_body(headers: MutableHeaders, status: int, size: int) -> MutableHeaders:
-    """Return the headers of an answer that has none of the object's bytes."""
-    if status == 200:
-        headers["content-length"] = str(size)
-        return headers
-    for name in ("content-type", "content-disposition"):
-        del headers[name]
-    if status != 304:
-        headers.update({"content-length": "0", **_UNCACHED})
-    if status == 416:
-        headers["content-range"] = f"bytes */{size}"
-    return headers
+def _entity_tag(ref: StoredObjectRef, modified: datetime) -> str:
+    """Return the checksum as a strong entity tag; without one a weak tag, of all else that tells the object from others."""
+    if ref.checksum:
+        return f'"{ref.checksum.removeprefix("sha256:")}"'
+    identity = "\n".join([ref.backend, ref.location, str(ref.size), modified.isoformat()])
+    return f'W/"{hashlib.sha256(identity.encode(errors="surrogatepass")).hexdigest()[:32]}"'
 
 
 def _moment(created_at: str | None) -> datetime | None:

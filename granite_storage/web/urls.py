@@ -20,7 +20,7 @@ __all__ = ["SignedFiles"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
-_RETRY_AFTER = {"retry-after": "5"}
+_RETRY_AFTER = [("retry-after", "5")]
 
 
 class SignedFiles:
@@ -57,7 +57,7 @@ class SignedFiles:
         if scope["type"] != "http":
             raise ValueError(f"SignedFiles serves HTTP, not {scope['type']!r}")
         if scope["method"] not in ("GET", "HEAD"):
-            await send_status(send, 405, {"allow": "GET, HEAD"})
+            await send_status(send, 405, [("allow", "GET, HEAD")])
             return
         token = token_of(scope)
         signed = None if token is None else self._signer.verify(token)
@@ -92,11 +92,11 @@ class SignedFiles:
             await send_status(send, status, headers)
 
 
-def _refusal(error: BackendUnavailableError | InvalidLocationError | UnknownBackendError) -> tuple[int, dict[str, str]]:
+def _refusal(error: BackendUnavailableError | InvalidLocationError | UnknownBackendError) -> tuple[int, list[tuple[str, str]]]:
     match error:
         case BackendUnavailableError():
             return 503, _RETRY_AFTER
         case UnknownBackendError():
-            return 404, {}
+            return 404, []
         case _:
-            return 403, {}
+            return 403, []

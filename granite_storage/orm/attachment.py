@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping
+import weakref
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from granite_storage._sources import SupportsAsyncRead, SupportsRead, WholeFile, is_file, upload_size
@@ -25,7 +26,7 @@ from granite_storage.streams import BytesLike, ByteSource, iter_chunks
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic_core import CoreSchema
-    from sqlalchemy.orm import InstrumentedAttribute
+    from sqlalchemy.orm import InstanceState, InstrumentedAttribute
 
     from granite_storage.manager import ObjectDraft, StorageManager
     from granite_storage.orm.types import AttachmentType
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Attachment"]
 
+_TRANSIENT = frozenset({"_assignments", "_claimed", "_discarded", "_intent", "_unowned"})
 _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
@@ -83,6 +85,10 @@ class Attachment:
     _restored = False
     # True from `store` until a row takes it: an object that no row holds yet may be taken without a copy.
     _unowned = False
+    # The instances that it was assigned to while no row held it, and the attributes.
+    _assignments: Sequence[tuple[weakref.ref[InstanceState[Any]], str]] = ()
+    # True once it was removed because no row had taken it.
+    _discarded = False
 
     def __init__(
         self,
@@ -338,6 +344,11 @@ class Attachment:
         if isinstance(source, Attachment) and source.is_pending:
             # The original was rolled back as well, so its own content is all that is left.
             return source._origin()
+        if source is None and self._discarded:
+            raise ConsumedSourceError(
+                "the attachment was removed when its form or its request ended, because no row held it; assign it to an instance"
+                " before that"
+            )
         if source is None:
             raise ConsumedSourceError("the attachment's stream was read already; make a new attachment")
         return source
@@ -369,6 +380,16 @@ class Attachment:
         self._source = self._intent = None
         self._reusable = False
 
+    def _note_assignment(self, state: InstanceState[Any], key: str) -> None:
+        if self._unowned:
+            self._assignments = [*self._assignments, (weakref.ref(state), key)]
+
+    @property
+    def _is_assigned(self) -> bool:
+        """Whether an instance holds it whose row may be flushed later."""
+        states = [(reference(), key) for reference, key in self._assignments]
+        return any(state is not None and state.obj() is not None and state.dict.get(key) is self for state, key in states)
+
     def _forget_claim(self) -> None:
         self._claimed = False
 
@@ -380,7 +401,7 @@ class Attachment:
         return f"<Attachment size={self._ref.size} filename={self._ref.original_filename!r}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in {"_claimed", "_intent", "_unowned"}}
+        state = {key: value for key, value in self.__dict__.items() if key not in _TRANSIENT}
         if self._ref is not None:
             state.update(_source=None, _reusable=False)
         elif self.is_pending:

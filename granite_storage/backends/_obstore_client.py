@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import sys
 import threading
 import time
@@ -52,6 +53,7 @@ class Kind:
         deletes_in_batches: Whether many objects are deleted by one request.
         mistakes_parts: Whether it takes parts that were never joined for an object, and refuses to create one.
         names_temporary_files: Whether an object's name must leave room for that of a temporary file.
+        has_bucket: Whether objects are in a bucket or container, which must be there.
         lists_in_order: Whether its listings are in byte order, and may begin after a location; None where that depends.
     """
 
@@ -65,6 +67,7 @@ class Kind:
     deletes_in_batches: bool = False
     mistakes_parts: bool = False
     names_temporary_files: bool = False
+    has_bucket: bool = True
     lists_in_order: bool | None = None
 
 
@@ -72,11 +75,16 @@ KINDS = {
     "S3Store": Kind("S3", copies_exclusively=False, signs=True, deletes_in_batches=True),
     "GCSStore": Kind("Google Cloud Storage", signs=True, lists_in_order=True),
     "AzureStore": Kind("Azure", signs=True, signs_plain_names_only=True, deletes_in_batches=True, mistakes_parts=True),
-    "HTTPStore": Kind("HTTP", keeps_attributes=False, writes=False, lists_in_order=False),
+    "HTTPStore": Kind("HTTP", keeps_attributes=False, writes=False, has_bucket=False, lists_in_order=False),
     "LocalStore": Kind(
-        "local disk", over_network=False, keeps_attributes=False, names_temporary_files=True, lists_in_order=False
+        "local disk",
+        over_network=False,
+        keeps_attributes=False,
+        names_temporary_files=True,
+        has_bucket=False,
+        lists_in_order=False,
     ),
-    "MemoryStore": Kind("memory", over_network=False, lists_in_order=True),
+    "MemoryStore": Kind("memory", over_network=False, has_bucket=False, lists_in_order=True),
 }
 PATIENCE = 1.0
 """How long a cancelled caller waits for the answer that it will not hear of, in seconds."""
@@ -85,6 +93,12 @@ _CHUNK = 1 << 19  # what comes is up to half as much more: not over the 1 MiB th
 _DELETES = 3
 _LAST_WAIT = 1.0
 _LOCAL_SCHEMES = ("file", "memory")
+_NO_SUCH_FOLDER = ".granite-no-such-folder"
+_SAYS_NOTHING = frozenset({"delete", "sign"})
+"""Operations that succeed also where there is no bucket."""
+
+_process_of_threads: int | None = None
+"""The process that has obstore's threads: the one that first asked it for something. A fork leaves them behind."""
 
 
 def plain_name(store: Any) -> str:
@@ -141,6 +155,7 @@ class StoreClient:
         kind: What is known of the store.
         name: What messages call it.
         prefix: What the store puts before every location.
+        bucket_seen: Whether an answer has shown that the bucket is there, or it need not be.
     """
 
     def __init__(self, name: str, build: Callable[[], Any], *, ours: bool = True) -> None:
@@ -156,9 +171,15 @@ class StoreClient:
         config: Mapping[str, Any] = getattr(self._store, "config", {})
         conditional = str(config.get("copy_if_not_exists", config.get("aws_copy_if_not_exists", "")))
         self.copies_exclusively = kind.copies_exclusively or conditional.startswith("header")
+        self.bucket_seen = not kind.has_bucket
 
     async def store(self) -> Any:
-        """Return the store; one that was closed is built again, in a thread, because that reads certificates."""
+        """Return the store; one that was closed is built again, in a thread, because that reads certificates.
+
+        Raises:
+            ObjectStoreConfigurationError: obstore was used in the process that this one was forked from.
+        """
+        _require_threads_of_obstore()
         if self._store is None:
             self._store = await finished(asyncio.to_thread(self._build))
         return self._store
@@ -185,14 +206,44 @@ class StoreClient:
         """Make one call of the store in a task that is not cancelled before the answer is there; all others take `call`."""
         store = await self.store()
         try:
-            return await request(store)
+            answer = await request(store)
         except Exception as error:  # noqa: BLE001  # translate tells what it is
             # obstore holds it until its next call, and its traceback would hold the store with its connections
-            raise self.translated(error, operation, location) from error.with_traceback(None)
+            problem = self.translated(error, operation, location)
+            problem.__cause__ = error.with_traceback(None)
+        else:
+            if operation not in _SAYS_NOTHING:
+                self.bucket_seen = True
+            return answer
+        try:
+            if isinstance(problem, ObjectNotFoundError):
+                await self.require_bucket()
+            raise problem
+        finally:
+            del problem  # or its traceback would hold this frame, and the frame the store
 
     def translated(self, error: Exception, operation: str, location: str | None) -> BackendError:
         """Return the error that callers see for one of the store's."""
-        return translate(error, operation, store=self.name, location=location)
+        return translate(error, operation, store=self.name, location=location, prefix=self.prefix)
+
+    async def require_bucket(self) -> None:
+        """Raise `ObjectStoreConfigurationError` where there is no bucket: many answers do not tell that from a missing object.
+
+        It is asked once; a bucket that may not be listed is taken to be there.
+        """
+        if self.bucket_seen:
+            return
+        store = await self.store()
+        try:
+            await store.list_with_delimiter_async(_NO_SUCH_FOLDER)
+        except Exception as error:  # noqa: BLE001  # translate tells what it is
+            problem = self.translated(error, "list", None)
+            if isinstance(problem, ObjectStoreConfigurationError | ObjectNotFoundError):
+                message = f"{self.name} is not there: check the bucket or container, its region and the endpoint"
+                raise ObjectStoreConfigurationError(message) from error.with_traceback(None)
+            if isinstance(problem, BackendUnavailableError):
+                return
+        self.bucket_seen = True
 
     async def head(self, location: str) -> tuple[ObjectInfo, str | None]:
         """Return what is known of an object, and the id of the write that it is of, where it has one."""
@@ -220,6 +271,7 @@ class StoreClient:
         for attempt in range(1, _DELETES + 1):
             try:
                 await self.call("delete", location, lambda store: store.delete_async(location))
+                await answered(self.require_bucket())
             except ObjectNotFoundError:  # some stores say so
                 return
             except BackendUnavailableError:  # its answer may be lost, and obstore asks again for what only reads
@@ -288,6 +340,18 @@ async def answered(request: Awaitable[T]) -> T:
         raise
     finally:
         del answer  # or its error would hold this frame, and the frame the error
+
+
+def _require_threads_of_obstore() -> None:
+    global _process_of_threads
+    process = os.getpid()
+    if _process_of_threads is None:
+        _process_of_threads = process
+    elif _process_of_threads != process:
+        raise ObjectStoreConfigurationError(
+            f"obstore was used in process {_process_of_threads} before it forked this one, {process}, and its threads stayed "
+            "there: each call would wait for ever. Make the first call after the fork, or start workers by 'spawn'"
+        )
 
 
 @atexit.register

@@ -152,10 +152,12 @@ class ObjectWriter:
         """Make one request of the store that does not end with its caller's await."""
         store = await self._client.store()
         try:
-            return await self._settled(request(store))
+            answer = await self._settled(request(store))
         except Exception as error:  # noqa: BLE001  # translate tells what it is
             # as in StoreClient.make, but with no task for each small object
             raise self._client.translated(error, operation, self._location) from error.with_traceback(None)
+        self._client.bucket_seen = True
+        return answer
 
     async def _settled(self, work: Awaitable[T]) -> T:
         """Await work that does not end with its caller's await; a cancelled caller waits for it, but not forever."""

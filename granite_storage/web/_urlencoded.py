@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import re
 from collections.abc import AsyncIterator
 
@@ -12,7 +13,7 @@ from granite_storage.web.limits import UploadLimits
 __all__ = ["read_fields"]
 
 _SLICE = 16 * 1024
-_ESCAPES = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
+_NO_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 async def read_fields(body: AsyncIterator[bytes], limits: UploadLimits) -> list[tuple[str, str]]:
@@ -65,11 +66,12 @@ async def _decoded(raw: bytearray, turn: Turn) -> bytearray:
         end = start + _SLICE
         cut = raw.rfind(b"%", end - 2, end) if end < len(raw) else -1  # an escape there may go on in the next slice
         end = cut if cut >= 0 else end
-        decoded += _ESCAPES.sub(_bytes_of, raw[start:end])
+        decoded += _unquoted(raw[start:end])
         start = end
         await turn.end_if_due()
     return decoded
 
 
-def _bytes_of(escapes: re.Match[bytes]) -> bytes:
-    return bytes.fromhex(escapes[0].replace(b"%", b"").decode())
+def _unquoted(raw: bytearray) -> bytes:
+    """Decode percent-encoding as quoted-printable, which has `=` for `%` and is decoded in C whatever it holds."""
+    return binascii.a2b_qp(_NO_ESCAPE.sub(b"=25", raw.replace(b"=", b"=3D")).replace(b"%", b"="))

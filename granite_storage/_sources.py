@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import inspect
 import io
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing, asynccontextmanager
 from contextvars import copy_context
 from typing import Any, Protocol, TypeAlias, TypeGuard
 
 from granite_storage._concurrency import finish
 from granite_storage._threads import ThreadPool
+from granite_storage.exceptions import ConsumedSourceError, EmptyUploadError, SizeMismatchError
 
-__all__ = ["CHUNK_SIZE", "ByteSource", "BytesLike", "iter_chunks"]
+__all__ = [
+    "CHUNK_SIZE",
+    "ByteSource",
+    "BytesLike",
+    "SupportsAsyncRead",
+    "SupportsRead",
+    "WholeFile",
+    "is_file",
+    "is_seekable",
+    "iter_chunks",
+    "size_mismatch",
+    "upload_size",
+]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -48,8 +65,8 @@ _threads = ThreadPool("granite-source", 32)
 def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
     """Turn whatever the caller streams from into an async iterator of bytes-like chunks, some of which may be empty.
 
-    A synchronous one is read in a thread. The caller's object is never closed; an
-    iterator made here from it is, exactly once.
+    A synchronous one is read in a thread. The caller's object is never closed; an iterator made here from it is, exactly once.
+    An upload, which is a file object with a `filename`, is read from its beginning; any other file from its current position.
 
     Args:
         source: A binary file object, an object with an async `read`, an async iterable or an iterable of bytes-like chunks,
@@ -62,9 +79,8 @@ def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
         return _only(source)
     if isinstance(source, str | io.TextIOBase):
         raise TypeError(f"a stream must be binary, but {type(source).__name__} is text; open the file with mode 'rb'")
-    read = getattr(source, "read", None)
-    if callable(read):
-        return _read_async(read) if inspect.iscoroutinefunction(read) else _read_in_thread(read)
+    if is_file(source):
+        return WholeFile(source).chunks() if hasattr(source, "filename") else _read(source)
     if isinstance(source, AsyncIterable):
         return _iterate_async(source)
     if _is_buffer(source):
@@ -76,6 +92,160 @@ def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
 
 async def _only(content: BytesLike) -> AsyncGenerator[BytesLike, None]:
     yield _bytes_like(content)
+
+
+class WholeFile:
+    """All of a file object, from its beginning, however much of it was read before.
+
+    A file that cannot seek is read once, from its current position; where it has a `size`, it must yield that many bytes.
+    Several iterations over one file take turns, so that none moves the position of another.
+
+    Args:
+        file: The file object; never closed.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._begun = False
+        self.can_rewind: bool = is_seekable(file)
+
+    def __aiter__(self) -> AsyncGenerator[BytesLike, None]:
+        return self.chunks()
+
+    async def chunks(self) -> AsyncGenerator[BytesLike, None]:
+        """Yield the content.
+
+        Raises:
+            ConsumedSourceError: The file was closed, or it was read before and cannot seek.
+            EmptyUploadError: It is a file input that was left empty: an upload with neither a name nor a byte.
+            SizeMismatchError: It cannot seek, and does not yield as many bytes as its `size` says.
+        """
+        async with _turn_at(self._file):
+            size = await self._rewind()
+            count = 0
+            async with aclosing(_read(self._file)) as chunks:
+                async for chunk in chunks:
+                    count += len(chunk)
+                    if size is not None and count > size:
+                        raise size_mismatch(size, None)
+                    yield chunk
+                    del chunk
+            if size is not None and count != size:
+                raise size_mismatch(size, count)
+            if not count and not getattr(self._file, "filename", True):
+                raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
+
+    async def _rewind(self) -> int | None:
+        """Go to the beginning; return the size to check where that is impossible and it is known."""
+        self.can_rewind = self.can_rewind and await _sought(self._file)
+        if self.can_rewind:
+            return None
+        if self._begun:
+            raise ConsumedSourceError(f"the stream was read already, and {type(self._file).__name__} cannot seek")
+        self._begun = True
+        return _declared_size(self._file)
+
+
+def is_file(source: object) -> bool:
+    """Tell whether something has a `read` method."""
+    return callable(getattr(source, "read", None))
+
+
+def is_seekable(file: object) -> bool:
+    """Tell whether something has a `seek` method; whether that works is known when it is called."""
+    return callable(getattr(file, "seek", None))
+
+
+def size_mismatch(expected: int, actual: int | None) -> SizeMismatchError:
+    """Return the error of content that has not its declared size; `actual` is None where it has more."""
+    found = "more" if actual is None else str(actual)
+    return SizeMismatchError(
+        f"the content was declared to have {expected} bytes, but has {found}", expected=expected, actual=actual
+    )
+
+
+def upload_size(upload: object) -> int | None:
+    """Return the size of an upload as far as it is known without reading: its `size`, or where its file ends."""
+    declared = _declared_size(upload)
+    if declared is not None:
+        return declared
+    file: Any = getattr(upload, "file", upload)
+    seek, tell = getattr(file, "seek", None), getattr(file, "tell", None)
+    if not callable(seek) or not callable(tell) or inspect.iscoroutinefunction(seek) or inspect.iscoroutinefunction(tell):
+        return None
+    try:
+        position = tell()
+        end: int = seek(0, os.SEEK_END) or tell()
+        seek(position)
+    except (OSError, ValueError):
+        return None
+    return end
+
+
+def _declared_size(file: object) -> int | None:
+    size = getattr(file, "size", None)
+    return size if isinstance(size, int) and not isinstance(size, bool) and size >= 0 else None
+
+
+async def _sought(file: Any) -> bool:
+    """Move a file to its beginning; return whether it can seek.
+
+    Raises:
+        ConsumedSourceError: It could, but was closed.
+    """
+    try:
+        await _call(file.seek, 0)
+    except (io.UnsupportedOperation, NotImplementedError):
+        return False
+    except OSError as error:
+        if error.errno == errno.ESPIPE:
+            return False
+        raise
+    except ValueError as error:
+        raise ConsumedSourceError(f"the file cannot be read from its beginning any more: {error}") from error
+    return True
+
+
+async def _call(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a method of a file: await it, or run it in a thread."""
+    if inspect.iscoroutinefunction(function):
+        return await function(*args)
+    result = await _threads.run(copy_context().run, function, *args, patience=_PATIENCE)
+    return await result if inspect.isawaitable(result) else result
+
+
+_turns: dict[tuple[int, int], _Turns] = {}
+
+
+class _Turns:
+    """Those who read one file on one event loop."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.count = 0
+
+
+@asynccontextmanager
+async def _turn_at(file: object) -> AsyncGenerator[None, None]:
+    """Wait until no other iteration reads a file; an upload and the file inside it are the same."""
+    innermost = file
+    for name in ("file", "stream"):
+        innermost = getattr(innermost, name, innermost)
+    key = id(asyncio.get_running_loop()), id(innermost)
+    turns = _turns.setdefault(key, _Turns())
+    turns.count += 1
+    try:
+        async with turns.lock:
+            yield
+    finally:
+        turns.count -= 1
+        if not turns.count:
+            _turns.pop(key, None)
+
+
+def _read(file: Any) -> AsyncGenerator[BytesLike, None]:
+    """Read a file from its current position."""
+    return _read_async(file.read) if inspect.iscoroutinefunction(file.read) else _read_in_thread(file.read)
 
 
 async def _read_async(read: Callable[[int], Awaitable[Any]]) -> AsyncGenerator[BytesLike, None]:

@@ -12,7 +12,7 @@ from granite_storage.locations import clean_filename, make_location
 from granite_storage.policies import StoragePolicy
 from granite_storage.refs import ReadOnlyDict, StoredObjectRef, canonical_timestamp, read_only
 
-__all__ = ["ObjectDraft"]
+__all__ = ["ObjectDraft", "upload_names"]
 
 _LONGEST_CONTENT_TYPE = 255
 
@@ -75,12 +75,25 @@ class ObjectDraft:
         )
 
 
+def upload_names(source: object) -> tuple[str | None, str | None]:
+    """Return the file name and the media type that an upload says of itself, None for what it does not say.
+
+    A client may send anything as a media type: what cannot be kept is as good as none.
+    """
+    content_type = getattr(source, "content_type", None)
+    is_named = hasattr(source, "filename")
+    # Django's uploads have a `name`; of other files it is a path on this machine.
+    filename = getattr(source, "filename" if is_named else "name", None) if is_named or hasattr(source, "content_type") else None
+    return (
+        filename if isinstance(filename, str) and filename else None,
+        content_type if isinstance(content_type, str) and _is_media_type(content_type) else None,
+    )
+
+
+def _is_media_type(content_type: str) -> bool:
+    return 0 < len(content_type) <= _LONGEST_CONTENT_TYPE and content_type.isascii() and content_type.isprintable()
+
+
 def _require_content_type(content_type: object) -> None:
-    if content_type is None:
-        return
-    if (
-        not isinstance(content_type, str)
-        or not 0 < len(content_type) <= _LONGEST_CONTENT_TYPE
-        or not (content_type.isascii() and content_type.isprintable())
-    ):
+    if content_type is not None and not (isinstance(content_type, str) and _is_media_type(content_type)):
         raise InvalidReferenceError(f"content_type must be a media type in printable ASCII, not {content_type!r:.120}")

@@ -16,6 +16,7 @@ __all__ = [
     "ConsumedSourceError",
     "ContentError",
     "ContentTooLargeError",
+    "EmptyUploadError",
     "InvalidLocationError",
     "InvalidReferenceError",
     "MissingDependencyError",
@@ -25,6 +26,7 @@ __all__ = [
     "StaleAttachmentError",
     "StorageError",
     "StorageFullError",
+    "StreamTimeoutError",
     "UnboundAttachmentError",
     "UnknownBackendError",
     "UnknownPolicyError",
@@ -101,6 +103,14 @@ class SizeMismatchError(ContentError):
         super().__init__(message)
         self.expected = expected
         self.actual = actual
+
+
+class EmptyUploadError(ContentError):
+    """An upload has neither a name nor content: a file input of a form that was left empty, and no file to store."""
+
+
+class StreamTimeoutError(ContentError):
+    """A stream yielded nothing for too long, or too few bytes per second; nothing of it was kept."""
 
 
 class CollectionRefusedError(StorageError):

@@ -19,7 +19,7 @@ from granite_storage.backends.base import (
     SupportsPresignedUpload,
     UploadRequest,
 )
-from granite_storage.drafts import ObjectDraft
+from granite_storage.drafts import ObjectDraft, upload_names
 from granite_storage.locations import check_location
 from granite_storage.policies import StoragePolicy
 from granite_storage.readers import OpeningReader, StoredObjectReader
@@ -172,9 +172,10 @@ class StorageManager:
             entity_id: Which of them, such as a primary key.
             field_name: Which of its files, such as `video`.
             stream: A binary file object (read in a thread), an object with an async `read`, an async iterable or an iterable of
-                bytes. It is read from where it stands to its end, and never closed; that is the caller's.
-            content_type: Its media type, kept as given.
-            original_filename: The name that the visitor gave; made safe, never trusted.
+                bytes. An upload, which is a file object with a `filename`, is read from its beginning; any other stream from its
+                current position. It is never closed.
+            content_type: Its media type, kept as given. None for that of an upload.
+            original_filename: The client's file name; made safe, never trusted. None for that of an upload.
             extra: Keys of your own to keep in the ref, JSON values; the backend's own keys win.
             size: The size in bytes, where the caller knows it; verified, and refused before the first byte if too large.
             checksum: `sha256:<hex>`, where the caller knows it; verified before the object is published.
@@ -187,18 +188,21 @@ class StorageManager:
             InvalidLocationError: `model_name`, `entity_id` or `field_name` is not safe.
             InvalidReferenceError: `content_type`, `extra` or `checksum` cannot be kept.
             ContentTooLargeError: The stream has more bytes than the policy allows.
-            SizeMismatchError: It has not the declared size.
+            SizeMismatchError: It has not the declared size, or is an upload that cannot seek and has not its own `size`.
+            EmptyUploadError: It is an upload without a name and without bytes.
+            ConsumedSourceError: It is an upload that was closed.
             ChecksumMismatchError: It has not the declared checksum.
             TypeError: It is not a stream of bytes.
             BackendError: The backend could not store it. An error that the stream itself raises passes through unchanged.
         """
+        own_filename, own_content_type = upload_names(stream)
         draft = self.draft(
             storage_key=storage_key,
             model_name=model_name,
             entity_id=entity_id,
             field_name=field_name,
-            content_type=content_type,
-            original_filename=original_filename,
+            content_type=own_content_type if content_type is None else content_type,
+            original_filename=own_filename if original_filename is None else original_filename,
             extra=extra,
         )
         return await self._writer.put_stream(draft, stream, size, checksum)

@@ -21,9 +21,9 @@ from contextlib import aclosing
 from typing import Self
 
 from granite_storage._consumers import ThreadConsumer
-from granite_storage._sources import CHUNK_SIZE, BytesLike, ByteSource, iter_chunks
+from granite_storage._sources import CHUNK_SIZE, BytesLike, ByteSource, iter_chunks, size_mismatch
 from granite_storage._threads import ThreadPool
-from granite_storage.exceptions import ChecksumMismatchError, ContentTooLargeError, SizeMismatchError
+from granite_storage.exceptions import ChecksumMismatchError, ContentTooLargeError
 from granite_storage.refs import canonical_checksum
 
 __all__ = [
@@ -151,12 +151,12 @@ class MeasuredStream:
             async for piece in pieces:
                 self.size += len(piece)
                 if self._declared_size is not None and self.size > self._declared_size:
-                    raise _size_mismatch(self._declared_size, None)
+                    raise size_mismatch(self._declared_size, None)
                 await self._sha256.update(piece)
                 yield piece
                 del piece
         if self._declared_size is not None and self.size != self._declared_size:
-            raise _size_mismatch(self._declared_size, self.size)
+            raise size_mismatch(self._declared_size, self.size)
         checksum = await self._sha256.checksum()
         require_checksum(self._declared_checksum, checksum)
         self.checksum = checksum
@@ -256,13 +256,6 @@ def _update_inline(sha256: hashlib._Hash, data: bytes) -> None:
 def _fingerprint(content: BytesLike) -> tuple[bytes, str]:
     data = bytes(content)
     return data, f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def _size_mismatch(expected: int, actual: int | None) -> SizeMismatchError:
-    found = "more" if actual is None else str(actual)
-    return SizeMismatchError(
-        f"the content was declared to have {expected} bytes, but has {found}", expected=expected, actual=actual
-    )
 
 
 async def _regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, None]:

@@ -74,4 +74,7 @@ def _is_bound(mapper: Mapper[Any]) -> bool:
 
 
 def _check(state: Any, value: Any, _: Any, initiator: Any, **__: Any) -> Any:
-    return require_attachment(value, f"{state.class_.__name__}.{initiator.key}")
+    given = require_attachment(value, f"{state.class_.__name__}.{initiator.key}")
+    if given is not None:
+        given._note_assignment(state, initiator.key)
+    return given

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, Self
+import weakref
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from granite_storage.exceptions import ConsumedSourceError, InvalidReferenceError, UnboundAttachmentError
+from granite_storage._sources import SupportsAsyncRead, SupportsRead, WholeFile, is_file, upload_size
+from granite_storage.drafts import upload_names
+from granite_storage.exceptions import (
+    ConsumedSourceError,
+    EmptyUploadError,
+    InvalidReferenceError,
+    UnboundAttachmentError,
+)
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm import shown
 from granite_storage.orm.address import Address
 from granite_storage.orm.uploads import Upload, store
 from granite_storage.readers import OpeningReader
 from granite_storage.refs import StoredObjectRef, read_only
-from granite_storage.streams import ByteSource, iter_chunks
+from granite_storage.streams import BytesLike, ByteSource, iter_chunks
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic_core import CoreSchema
-    from sqlalchemy.orm import InstrumentedAttribute
+    from sqlalchemy.orm import InstanceState, InstrumentedAttribute
 
     from granite_storage.manager import ObjectDraft, StorageManager
     from granite_storage.orm.types import AttachmentType
@@ -26,19 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Attachment"]
 
+_TRANSIENT = frozenset({"_assignments", "_claimed", "_discarded", "_intent", "_unowned"})
 _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
-class UploadFile(Protocol):
-    """What a web framework hands over for a file of a form, such as Starlette's `UploadFile`."""
-
-    @property
-    def filename(self) -> str | None: ...
-
-    @property
-    def content_type(self) -> str | None: ...
-
-    async def read(self, size: int = -1, /) -> bytes: ...
+UploadFile: TypeAlias = SupportsAsyncRead | SupportsRead | AsyncIterable[BytesLike]
+"""What a web framework passes for a file of a form, such as Starlette's `UploadFile` or werkzeug's `FileStorage`."""
 
 
 class Attachment:
@@ -49,15 +50,17 @@ class Attachment:
     gives it up in the same transaction.
 
     Args:
-        content: Bytes, or anything that `StorageManager.put_stream` takes. A stream is read once, at the flush, and never
-            closed; bytes can be stored again after a rollback.
-        filename: The name that the visitor gave; made safe, never trusted.
-        content_type: The media type, kept as given.
+        content: Bytes, or anything that `StorageManager.put_stream` takes, which is read at the flush and never closed. A file
+            that can seek is stored from its beginning, however much of it was read before. Bytes and such files can be stored
+            again after a rollback; other streams are read once.
+        filename: The client's file name; made safe, never trusted. None for that of `content`, where it is an upload.
+        content_type: The media type, kept as given. None for that of `content`, where it is an upload.
         extra: Keys of your own to keep in the ref, JSON values without NUL characters and lone surrogates: PostgreSQL keeps
             neither, so they are refused on every database.
 
     Raises:
         TypeError: The content is neither bytes nor a binary stream.
+        EmptyUploadError: The content is an upload without a name and without bytes.
         InvalidReferenceError: `extra` cannot be kept.
 
     Example:
@@ -65,7 +68,8 @@ class Attachment:
         True
     """
 
-    _source: ByteSource | Attachment | None = None
+    _source: ByteSource | WholeFile | Attachment | None = None
+    # True while the source can be stored once more after a rollback.
     _reusable = False
     _filename: str | None = None
     _content_type: str | None = None
@@ -81,6 +85,10 @@ class Attachment:
     _restored = False
     # True from `store` until a row takes it: an object that no row holds yet may be taken without a copy.
     _unowned = False
+    # The instances that it was assigned to while no row held it, and the attributes.
+    _assignments: Sequence[tuple[weakref.ref[InstanceState[Any]], str]] = ()
+    # True once it was removed because no row had taken it.
+    _discarded = False
 
     def __init__(
         self,
@@ -95,20 +103,59 @@ class Attachment:
         self._reusable = isinstance(content, bytes | bytearray | memoryview)
         if not self._reusable:
             iter_chunks(content)  # raises where it is no stream; nothing is read
+            if _is_left_empty(content):
+                raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
+            own_filename, own_content_type = upload_names(content)
+            filename = own_filename if filename is None else filename
+            content_type = own_content_type if content_type is None else content_type
         self._source = content
+        if is_file(content):
+            self._source = file = WholeFile(content)
+            self._reusable = file.can_rewind
         self._filename = filename
         self._content_type = content_type
         self._extra = None if extra is None else _storable(extra)
 
     @classmethod
     def from_upload(cls, upload: UploadFile, *, extra: Mapping[str, Any] | None = None) -> Self:
-        """Make a pending attachment of an uploaded file, with the name and media type that the client gave.
+        """Make a pending attachment of an uploaded file, with the file name and media type that the client gave.
+
+        It is stored from its beginning, however much of it was read before. Where it cannot seek, it must yield as many bytes as
+        its `size` says, if it has one.
 
         Args:
-            upload: The uploaded file; read at the flush, from where it stands, and never closed.
+            upload: The uploaded file; read at the flush, and never closed.
             extra: Keys of your own to keep in the ref.
+
+        Raises:
+            EmptyUploadError: It is a file input that was left empty: it has neither a name nor bytes. Where that is known only
+                when it is read, the flush raises it.
         """
-        return cls(upload, filename=upload.filename, content_type=upload.content_type, extra=extra)
+        file: Any = upload if is_file(upload) else getattr(upload, "file", upload)
+        filename, content_type = upload_names(upload)
+        if _is_left_empty(upload):
+            raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
+        return cls(file, filename=filename, content_type=content_type, extra=extra)
+
+    @classmethod
+    def from_optional_upload(cls, upload: UploadFile | str | None, *, extra: Mapping[str, Any] | None = None) -> Self | None:
+        """Make a pending attachment as `from_upload` does, or return None where no file was chosen.
+
+        Browsers send a file input that was left empty as a file without a name and without bytes; `form.get("file")` of a form
+        without that field is None.
+
+        Args:
+            upload: The uploaded file, or what a form holds in its place: None or the empty string.
+            extra: Keys of your own to keep in the ref.
+
+        Raises:
+            TypeError: It is a text.
+        """
+        if upload is None or upload == "" or _is_left_empty(upload):
+            return None
+        if isinstance(upload, str):
+            raise TypeError("the field holds a text, not a file; the form needs enctype='multipart/form-data'")
+        return cls.from_upload(upload, extra=extra)
 
     @classmethod
     def restore(cls, ref: StoredObjectRef) -> Self:
@@ -273,7 +320,10 @@ class Attachment:
         manager = home.binding().manager
         source = self._take_origin()
         if not isinstance(source, Attachment):
-            ref = await manager.put_draft(draft, source)
+            try:
+                ref = await manager.put_draft(draft, source)
+            finally:
+                self._forget_consumed()
         elif source.manager is manager:
             ref = await manager.copy_draft(source.ref, draft)
         else:
@@ -288,17 +338,22 @@ class Attachment:
         copy._filename, copy._content_type, copy._extra = self.original_filename, self.content_type, self._extra
         return copy
 
-    def _origin(self) -> ByteSource | Attachment:
-        """Return what is to be stored: a stream once, bytes and a copy's original as often as they are rolled back."""
+    def _origin(self) -> ByteSource | WholeFile | Attachment:
+        """Return what is to be stored: a stream once; bytes, files that can seek and a copy's original after each rollback."""
         source = self._source
         if isinstance(source, Attachment) and source.is_pending:
             # The original was rolled back as well, so its own content is all that is left.
             return source._origin()
+        if source is None and self._discarded:
+            raise ConsumedSourceError(
+                "the attachment was removed when its form or its request ended, because no row held it; assign it to an instance"
+                " before that"
+            )
         if source is None:
             raise ConsumedSourceError("the attachment's stream was read already; make a new attachment")
         return source
 
-    def _take_origin(self) -> ByteSource | Attachment:
+    def _take_origin(self) -> ByteSource | WholeFile | Attachment:
         source = self._source
         if isinstance(source, Attachment) and source.is_pending:
             return source._take_origin()
@@ -307,8 +362,16 @@ class Attachment:
             self._source = None
         return origin
 
+    def _forget_consumed(self) -> None:
+        """Let go of a file that turned out to be readable only once."""
+        source = self._source
+        if isinstance(source, Attachment) and source.is_pending:
+            source._forget_consumed()
+        elif isinstance(source, WholeFile) and not source.can_rewind:
+            self._source, self._reusable = None, False
+
     def _undo(self) -> None:
-        """Become pending again, after its object was rolled back; only bytes can be stored a second time."""
+        """Become pending again, after its object was rolled back; bytes and files that can seek can be stored once more."""
         self._ref = self._intent = None
         self._claimed = self._unowned = False
 
@@ -316,6 +379,16 @@ class Attachment:
         """Let go of the bytes, once its row is committed."""
         self._source = self._intent = None
         self._reusable = False
+
+    def _note_assignment(self, state: InstanceState[Any], key: str) -> None:
+        if self._unowned:
+            self._assignments = [*self._assignments, (weakref.ref(state), key)]
+
+    @property
+    def _is_assigned(self) -> bool:
+        """Whether an instance holds it whose row may be flushed later."""
+        states = [(reference(), key) for reference, key in self._assignments]
+        return any(state is not None and state.obj() is not None and state.dict.get(key) is self for state, key in states)
 
     def _forget_claim(self) -> None:
         self._claimed = False
@@ -328,7 +401,7 @@ class Attachment:
         return f"<Attachment size={self._ref.size} filename={self._ref.original_filename!r}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in {"_claimed", "_intent", "_unowned"}}
+        state = {key: value for key, value in self.__dict__.items() if key not in _TRANSIENT}
         if self._ref is not None:
             state.update(_source=None, _reusable=False)
         elif self.is_pending:
@@ -352,6 +425,11 @@ class Attachment:
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {**handler(shown.fields_schema()), "title": "Attachment"}
+
+
+def _is_left_empty(upload: object) -> bool:
+    """Tell whether something is known to be a file input that was left empty: an upload without a name and without bytes."""
+    return is_file(upload) and not getattr(upload, "filename", True) and upload_size(upload) == 0
 
 
 def _names_of(home: AttachmentType, entity_id: str) -> dict[str, Any]:

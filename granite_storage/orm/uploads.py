@@ -75,7 +75,10 @@ async def discard(attachments: Iterable[Attachment], *, cancelled: bool = False)
     From then on they are pending, and their streams are consumed: a flush that comes later refuses them. A cancelled caller
     leaves to the journal what it knows of. What could not be removed is logged, and left to the journal or the collector.
     """
-    await _undo([attachment for attachment in attachments if attachment._unowned], cancelled)
+    unowned = [attachment for attachment in attachments if attachment._unowned]
+    for attachment in unowned:
+        attachment._discarded = True
+    await _undo(unowned, cancelled)
 
 
 async def _begin(uploads: Sequence[Upload], drafts: Sequence[ObjectDraft]) -> dict[StorageJournal | None, Lease]:

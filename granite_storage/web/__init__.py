@@ -4,18 +4,16 @@ from granite_storage._delivery import INLINE_TYPES
 from granite_storage.exceptions import MissingDependencyError
 
 try:
-    import python_multipart as _python_multipart
     import starlette as _starlette
 except ImportError as _error:
-    raise MissingDependencyError(
-        "granite_storage.web needs Starlette and python-multipart: pip install 'granite-storage[web]'"
-    ) from _error
+    raise MissingDependencyError("granite_storage.web needs Starlette: pip install 'granite-storage[web]'") from _error
 
-from granite_storage.web.dependencies import received_body, received_form
+from granite_storage.web.dependencies import UploadDependency, received_body, received_form
 from granite_storage.web.direct import DirectUpload, DirectUploads
 from granite_storage.web.errors import install_error_handlers, problem_response
 from granite_storage.web.exceptions import (
     MalformedRequestError,
+    MissingFieldError,
     RequestError,
     RequestTooLargeError,
     UnsupportedRequestError,
@@ -25,16 +23,21 @@ from granite_storage.web.exceptions import (
 )
 from granite_storage.web.limits import UploadLimits
 from granite_storage.web.responses import StoredObjectResponse
-from granite_storage.web.targets import PolicyTarget, Target
-from granite_storage.web.uploads import FilePart, UploadForm, stream_body, stream_upload
+from granite_storage.web.targets import FileList, FileTarget, PolicyTarget, Target
+from granite_storage.web.uploads import FilePart, FormFields, FormFiles, UploadForm, stream_body, stream_upload
 from granite_storage.web.urls import SignedFiles
 
 __all__ = [
     "INLINE_TYPES",
     "DirectUpload",
     "DirectUploads",
+    "FileList",
     "FilePart",
+    "FileTarget",
+    "FormFields",
+    "FormFiles",
     "MalformedRequestError",
+    "MissingFieldError",
     "PolicyTarget",
     "RequestError",
     "RequestTooLargeError",
@@ -42,6 +45,7 @@ __all__ = [
     "StoredObjectResponse",
     "Target",
     "UnsupportedRequestError",
+    "UploadDependency",
     "UploadForm",
     "UploadLimits",
     "UploadMismatchError",
@@ -55,4 +59,4 @@ __all__ = [
     "stream_upload",
 ]
 
-del _python_multipart, _starlette
+del _starlette

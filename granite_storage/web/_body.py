@@ -1,24 +1,61 @@
-"""The body of a request as it arrives, and what its headers promise of it."""
+"""The body of a request as it arrives, what its headers promise of it, and the grammar of headers with parameters."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from granite_storage.web.exceptions import MalformedRequestError, UnsupportedRequestError
 from granite_storage.web.limits import UploadLimits
 
-__all__ = ["body_of", "content_type_to_keep", "declared_size", "media_type_of", "require_whole_body"]
+__all__ = [
+    "Turn",
+    "body_of",
+    "content_type_of",
+    "content_type_to_keep",
+    "declared_size",
+    "media_type_of",
+    "parse_parameters",
+    "require_whole_body",
+]
 
 _PIECE = 64 * 1024
 _TURN_SECONDS = 0.005
 _LONGEST_CONTENT_TYPE = 1024
 _LONGEST_KEPT = 255
+_MOST_PARAMETERS = 16
+
+# A quoted value may have backslashes before quotes and backslashes (RFC 9110, section 5.6.4). Browsers write a backslash as it
+# is: the second form takes what is no such value, up to the last quote before a semicolon.
+_PARAMETER = re.compile(
+    rb";[ \t]*(?:(?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*=[ \t]*"
+    rb"(?:"
+    rb'"(?P<quoted>(?:[^"\\]|\\.)*+)"(?=[ \t]*(?:;|\Z))'
+    rb'|"(?P<written>[^;]*)"(?=[ \t]*(?:;|\Z))'
+    rb'|(?P<token>(?:[^";][^;]*)?)'
+    rb"))?[ \t]*(?=;|\Z)",
+    re.DOTALL,
+)
+_BACKSLASH = re.compile(rb'\\(["\\])')
+_BACKSLASH_OR_PERCENT = re.compile(rb'\\(["\\])|%(22|0[DdAa])')
+
+
+class Turn:
+    """Lets other tasks run, from time to time, in work that never waits."""
+
+    def __init__(self) -> None:
+        self._ends = time.monotonic() + _TURN_SECONDS
+
+    async def end_if_due(self) -> None:
+        """Let other tasks run if this one has run for long enough."""
+        if time.monotonic() > self._ends:
+            await asyncio.sleep(0)
+            self._ends = time.monotonic() + _TURN_SECONDS
 
 
 def require_whole_body(request: Request, limits: UploadLimits) -> None:
@@ -27,9 +64,10 @@ def require_whole_body(request: Request, limits: UploadLimits) -> None:
     Raises:
         RequestTooLargeError: Its Content-Length is over the limit.
         UnsupportedRequestError: It has a Content-Encoding: what would be stored is not what the client means.
-        MalformedRequestError: It has a Content-Range (RFC 9110, section 14.5).
+        MalformedRequestError: It has a Content-Range (RFC 9110, section 14.5), or two sizes.
     """
-    if request.headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
+    codings = ",".join(request.headers.getlist("content-encoding")).split(",")
+    if any(coding.strip().lower() not in {"", "identity"} for coding in codings):
         raise UnsupportedRequestError("the body has a Content-Encoding, which is not taken here")
     if "content-range" in request.headers:
         raise MalformedRequestError("the body is a range of a file, which is not taken here")
@@ -40,16 +78,21 @@ def require_whole_body(request: Request, limits: UploadLimits) -> None:
 
 def declared_size(request: Request) -> int | None:
     """Return the Content-Length, where there is a sound one; the server sees to it that the body has no more."""
-    declared = request.headers.get("content-length", "")
+    declared = _header(request, "content-length")
     return int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else None
+
+
+def content_type_of(request: Request) -> str:
+    """Return the Content-Type of the body, empty where it has none."""
+    return _header(request, "content-type")
 
 
 def media_type_of(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
     """Return the media type of the body and its parameters."""
-    given = request.headers.get("content-type", "")
+    given = content_type_of(request)
     if len(given) > _LONGEST_CONTENT_TYPE:
         raise MalformedRequestError("the Content-Type is too long")
-    return parse_options_header(given)
+    return parse_parameters(given.encode("latin-1"))
 
 
 def content_type_to_keep(given: str) -> str | None:
@@ -60,21 +103,73 @@ def content_type_to_keep(given: str) -> str | None:
     return given or None
 
 
+def parse_parameters(header: bytes, *, is_of_form: bool = False) -> tuple[bytes, dict[bytes, bytes]]:
+    """Return the first part of a header in lower case, and the parameters that follow it by their names in lower case.
+
+    The number of parameters is bounded.
+
+    Args:
+        header: The header's value.
+        is_of_form: Whether `%22`, `%0D` and `%0A` in quoted values are decoded: browsers write quotes and the ends of lines so
+            in names of fields and files (HTML, section "Multipart form data").
+
+    Raises:
+        MalformedRequestError: It is not a list of parameters, has too many of them, or has one twice.
+    """
+    escapes = _BACKSLASH_OR_PERCENT if is_of_form else _BACKSLASH
+    value, parameters = header.partition(b";")[0], dict[bytes, bytes]()
+    position = len(value)
+    for _ in range(_MOST_PARAMETERS):
+        if position == len(header):
+            return value.strip(b" \t").lower(), parameters
+        match = _PARAMETER.match(header, position)
+        if match is None:
+            raise MalformedRequestError("a header has parameters that cannot be read")
+        position = match.end()
+        if match["name"] is not None:
+            name = match["name"].lower()
+            if name in parameters:
+                raise MalformedRequestError("a header has a parameter twice")
+            parameters[name] = _value_of(match, escapes)
+    if position == len(header):
+        return value.strip(b" \t").lower(), parameters
+    raise MalformedRequestError(f"a header has too many parameters (at most {_MOST_PARAMETERS})")
+
+
 async def body_of(request: Request, limits: UploadLimits) -> AsyncGenerator[bytes, None]:
     """Yield the body in pieces that are looked through in a moment, however much the server hands over at a time.
 
     Raises:
-        RequestTooLargeError: It has more bytes than allowed.
+        RequestTooLargeError: It has more bytes than allowed; those that are allowed were yielded.
         ClientDisconnect: The client went away before its end.
     """
     size = 0
-    turn_ends = time.monotonic() + _TURN_SECONDS
+    turn = Turn()
     async with aclosing(request.stream()) as chunks:
         async for chunk in chunks:
+            excess = 0 if limits.max_size is None else max(0, size + len(chunk) - limits.max_size)
             size += len(chunk)
+            for start in range(0, len(chunk) - excess, _PIECE):
+                yield chunk[start : min(start + _PIECE, len(chunk) - excess)]  # which is the chunk itself where it is no longer
+                await turn.end_if_due()
             limits.require("max_size", size, "the body is too large")
-            for start in range(0, len(chunk), _PIECE):
-                yield chunk[start : start + _PIECE]  # which is the chunk itself where it is no longer
-                if time.monotonic() > turn_ends:
-                    await asyncio.sleep(0)
-                    turn_ends = time.monotonic() + _TURN_SECONDS
+
+
+def _header(request: Request, name: str) -> str:
+    values = request.headers.getlist(name)
+    if len(values) > 1:
+        raise MalformedRequestError(f"the request has the header {name.title()} more than once")
+    return values[0] if values else ""
+
+
+def _value_of(match: re.Match[bytes], escapes: re.Pattern[bytes]) -> bytes:
+    token: bytes | None = match["token"]
+    if token is not None:
+        return token.rstrip(b" \t")
+    value: bytes = match["written"] if match["quoted"] is None else match["quoted"]
+    return escapes.sub(_unescaped, value) if b"\\" in value or b"%" in value else value
+
+
+def _unescaped(match: re.Match[bytes]) -> bytes:
+    is_quoted: bytes | None = match[1]
+    return bytes.fromhex(match[2].decode()) if is_quoted is None else is_quoted

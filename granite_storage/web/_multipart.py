@@ -1,27 +1,32 @@
-"""multipart/form-data (RFC 7578) as it arrives: heads of parts and their data, in order, and never more than was received.
+"""multipart/form-data (RFC 7578, RFC 2046) as it arrives: heads of parts and their data, in order, never more than was received.
 
-The grammar is python-multipart's. It pushes: for each piece of the body it calls back for everything that is in it. What it
-says is put into a queue that is empty again before the next piece is asked for, so whoever is slow to take the data of a part
-holds up the client, and nothing piles up.
+What is read does not depend on how the network cuts the body: the parser decides nothing before it has all the bytes that the
+decision needs, and it holds back no more than a header line or a delimiter.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeAlias
-
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from urllib.parse import unquote_to_bytes
 
 from granite_storage.streams import BytesLike
-from granite_storage.web._body import content_type_to_keep
+from granite_storage.web._body import Turn, content_type_to_keep, parse_parameters
 from granite_storage.web.exceptions import MalformedRequestError
 from granite_storage.web.limits import UploadLimits
 
-__all__ = ["MultipartReader", "PartHead"]
+__all__ = ["MultipartParser", "MultipartReader", "PartHead"]
+
+_LONGEST_BOUNDARY = 256
+# What may follow a boundary: a delimiter between parts, the last delimiter, or the end of what has arrived.
+_AFTER_BOUNDARY = re.compile(rb"(?P<next>[ \t]{0,64}\r\n)|(?P<last>--[ \t]{0,64}\r?\n)|(?P<open>(?:-|(?:--)?[ \t]{0,64}\r?)\Z)")
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+_LINE_END = re.compile(rb"\r\n(?![ \t])")
+_FOLD = re.compile(rb"\r\n[ \t]+")
+_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*)")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,19 +62,20 @@ class MultipartReader:
 
     Raises:
         MalformedRequestError: The boundary is unusable; later, the body is not multipart/form-data or is cut off.
-        RequestTooLargeError: There are too many parts.
+        RequestTooLargeError: There are too many parts, or one of them has too many or too long headers.
     """
 
     def __init__(self, boundary: bytes, body: AsyncIterator[bytes], limits: UploadLimits) -> None:
         self._body = body
-        self._events: deque[_Event] = deque()
-        self._parser = _Parser(boundary, limits, self._events)
+        self._parser = MultipartParser(boundary, limits)
         self._current: PartHead | None = None
+        self._turn = Turn()
 
     async def next_part(self) -> PartHead | None:
         """Return the head of the next part, None after the last; what was not read of the part before it is passed over."""
         while self._current is not None:
             await self.next_chunk(self._current)
+        await self._turn.end_if_due()
         event = await self._next_event()
         if isinstance(event, PartHead):
             self._current = event
@@ -89,79 +95,143 @@ class MultipartReader:
         return event
 
     async def _next_event(self) -> _Event:
-        while not self._events:
-            piece = await anext(self._body, None)
-            if piece is None:
-                raise MalformedRequestError("the form is cut off: its last boundary is missing")
-            self._parser.write(piece)
-        return self._events.popleft()
+        while (event := self._parser.next_event()) is None:
+            self._parser.feed(await anext(self._body, None))
+        return event
 
     async def _read_to_end(self) -> None:
         """Pass over what follows the last boundary: only a body that has arrived whole is a form."""
         async for piece in self._body:
-            self._parser.write(piece)
+            self._parser.feed(piece)
+            self._parser.next_event()
 
 
-class _Parser:
-    """The push parser, and limits on what it may find."""
+class MultipartParser:
+    """The grammar: fed with pieces of a body, it gives what is in them.
 
-    def __init__(self, boundary: bytes, limits: UploadLimits, events: deque[_Event]) -> None:
-        self._limits = limits
-        self._events = events
-        self._files = self._fields = self._padding = 0
-        self._field, self._value = bytearray(), bytearray()
-        self._headers: dict[bytes, bytes] = {}
-        self._inside = False
+    Args:
+        boundary: The boundary.
+        limits: How many parts, and what else, there may be.
+    """
+
+    def __init__(self, boundary: bytes, limits: UploadLimits) -> None:
         if not boundary:
             raise MalformedRequestError("the Content-Type has no boundary")
-        try:
-            self._parser = MultipartParser(
-                boundary,
-                {
-                    "on_part_begin": self._on_part_begin,
-                    "on_header_field": self._on_header_field,
-                    "on_header_value": self._on_header_value,
-                    "on_header_end": self._on_header_end,
-                    "on_headers_finished": self._on_headers_finished,
-                    "on_part_data": self._on_part_data,
-                    "on_part_end": self._on_part_end,
-                    "on_end": self._on_end,
-                },
-                max_header_count=limits.max_headers,
-                max_header_size=limits.max_header_size,
-            )
-        except FormParserError as error:
-            raise MalformedRequestError("the boundary in the Content-Type is too long") from error
+        if len(boundary) > _LONGEST_BOUNDARY or _CONTROL.search(boundary):
+            raise MalformedRequestError("the boundary in the Content-Type is too long, or has control characters")
+        self._dashes = b"--" + boundary
+        self._delimiter = b"\r\n" + self._dashes
+        self._limits = limits
+        self._buffer = b""
+        self._position = 0
+        self._has_ended = False
+        self._next: Callable[[], _Event | None] = self._in_preamble
+        self._padding = self._files = self._fields = 0
+        self._headers: dict[bytes, bytes] = {}
 
-    def write(self, piece: bytes) -> None:
-        """Look through a piece of the body."""
-        if not self._inside:
-            self._padding += len(piece)
-        try:
-            self._parser.write(piece)
-        except FormParserError as error:
-            raise MalformedRequestError("the body is not multipart/form-data, or a header in it is too long") from error
-        if not self._inside:
-            self._limits.require("max_padding", self._padding, "there is too much outside of the boundaries")
+    def feed(self, piece: bytes | None) -> None:
+        """Take the next piece of the body, None at its end; for when there is no event in the pieces before it."""
+        if piece is None and self._has_ended:
+            raise MalformedRequestError("the form is cut off: its last boundary is missing")
+        self._has_ended = piece is None
+        rest = self._buffer[self._position :]
+        self._buffer = rest + (piece or b"") if rest else piece or b""
+        self._position = 0
 
-    def _on_part_begin(self) -> None:
-        self._inside, self._padding = True, 0
+    def next_event(self) -> _Event | None:
+        """Return the head of a part, data of it, or an end; None where more of the body is needed."""
+        return self._next()
+
+    def _in_preamble(self) -> _Event | None:
+        """Pass over what comes before the first delimiter, at most `max_padding` bytes (RFC 2046, section 5.1.1)."""
+        buffer, start = self._buffer, self._position
+        found = buffer.find(self._dashes, start)
+        while found >= 0:
+            begins_line = buffer[found - 1] == 0x0A if found else not self._padding
+            if begins_line and (after := self._after(found)) is not None:
+                self._require_padding(found - start)
+                if self._is_open(after):
+                    self._skip(max(start, found - 1))
+                    return None
+                return self._begin_next(after)
+            found = buffer.find(self._dashes, found + 1)
+        # The last bytes may belong to a delimiter, and the one before them tells whether a line begins there.
+        self._skip(max(start, len(buffer) - len(self._dashes)))
+        return None
+
+    def _in_headers(self) -> _Event | None:
+        buffer = self._buffer
+        while True:
+            start = self._position
+            if buffer.startswith(self._dashes, start) and (after := self._after(start)) is not None:
+                # A part without data may end with its headers.
+                return None if self._is_open(after) else self._begin_data()
+            if buffer.startswith(b"\r\n", start):
+                self._position += 2
+                return self._begin_data()
+            end = _LINE_END.search(buffer, start)
+            if end is None or (end.end() == len(buffer) and not self._has_ended):
+                # The next byte tells whether the header goes on in the next line.
+                self._limits.require("max_header_size", len(buffer) - start - 2, "a header of a part is too long")
+                return None
+            self._position = end.end()
+            self._limits.require("max_header_size", end.start() - start, "a header of a part is too long")
+            self._add_header(buffer[start : end.start()])
+
+    def _before_data(self) -> _Event | None:
+        """See whether a part has no data: then the end of its last header line is the beginning of the delimiter."""
+        rest = self._buffer[self._position : self._position + len(self._dashes)]
+        if rest == self._dashes and (after := self._after(self._position)) is not None:
+            return None if self._is_open(after) else self._end_part(after)
+        if not self._has_ended and len(rest) < len(self._dashes) and self._dashes.startswith(rest):
+            return None
+        self._next = self._in_data
+        return self._in_data()
+
+    def _in_data(self) -> _Event | None:
+        buffer, start = self._buffer, self._position
+        found = buffer.find(self._delimiter, start)
+        while found >= 0:
+            after = self._after(found + 2)
+            if after is not None and found > start:
+                return self._data_to(found)
+            if after is not None:
+                return None if self._is_open(after) else self._end_part(after)
+            found = buffer.find(self._delimiter, found + len(self._delimiter))
+        return self._data_to(self._end_of_data())
+
+    def _in_epilogue(self) -> _Event | None:
+        self._skip(len(self._buffer))
+        return None
+
+    def _after(self, dashes: int) -> re.Match[bytes] | None:
+        """Return what follows a boundary, where that makes it a delimiter, or may yet."""
+        return _AFTER_BOUNDARY.match(self._buffer, dashes + len(self._dashes))
+
+    def _is_open(self, after: re.Match[bytes]) -> bool:
+        """Tell whether more of the body must say if it is a delimiter."""
+        return after["open"] is not None and not self._is_last(after)
+
+    def _is_last(self, after: re.Match[bytes]) -> bool:
+        """Tell whether it is the last delimiter, with which a body may end."""
+        return after["last"] is not None or (self._has_ended and after[0].startswith(b"--"))
+
+    def _begin_next(self, after: re.Match[bytes]) -> _Event | None:
+        self._position = after.end()
+        self._padding = 0
+        if self._is_last(after):
+            self._next = self._in_epilogue
+            return _End.FORM
         self._headers = {}
+        self._next = self._in_headers
+        return self._in_headers()
 
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._field += data[start:end]
+    def _end_part(self, after: re.Match[bytes]) -> _Event:
+        """End a part; the delimiter stays for the next event."""
+        self._next = lambda: self._begin_next(after)
+        return _End.PART
 
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _on_header_end(self) -> None:
-        name = bytes(self._field).lower()
-        if name in self._headers:
-            raise MalformedRequestError("a part has a header twice")
-        self._headers[name] = bytes(self._value)
-        self._field, self._value = bytearray(), bytearray()
-
-    def _on_headers_finished(self) -> None:
+    def _begin_data(self) -> PartHead:
         head = _head_of(self._headers)
         if head.filename is None:
             self._fields += 1
@@ -169,30 +239,59 @@ class _Parser:
         else:
             self._files += 1
             self._limits.require("max_files", self._files, "there are too many files")
-        self._events.append(head)
+        self._next = self._before_data
+        return head
 
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self._events.append(data if end - start == len(data) else memoryview(data)[start:end])
+    def _add_header(self, line: bytes) -> None:
+        self._limits.require("max_headers", len(self._headers) + 1, "a part has too many headers")
+        match = _HEADER.fullmatch(_FOLD.sub(b" ", line))
+        if match is None:
+            raise MalformedRequestError("the body is not multipart/form-data: a part has a header that cannot be read")
+        name = match[1].lower()
+        if name in self._headers:
+            raise MalformedRequestError("a part has a header twice")
+        self._headers[name] = match[2]
 
-    def _on_part_end(self) -> None:
-        self._events.append(_End.PART)
+    def _data_to(self, end: int) -> BytesLike | None:
+        buffer, start = self._buffer, self._position
+        self._position = end
+        if start == end:
+            return None
+        return buffer if end - start == len(buffer) else memoryview(buffer)[start:end]
 
-    def _on_end(self) -> None:
-        self._inside = False
-        self._events.append(_End.FORM)
+    def _end_of_data(self) -> int:
+        """Return where the data ends that cannot belong to a delimiter: one begins with the last CR, if at all."""
+        buffer = self._buffer
+        last = buffer.rfind(b"\r", max(self._position, len(buffer) - len(self._delimiter) + 1))
+        return last if last >= 0 and self._delimiter.startswith(buffer[last:]) else len(buffer)
+
+    def _skip(self, end: int) -> None:
+        self._require_padding(end - self._position)
+        self._padding += end - self._position
+        self._position = end
+
+    def _require_padding(self, more: int) -> None:
+        self._limits.require("max_padding", self._padding + more, "there is too much outside of the boundaries")
 
 
 def _head_of(headers: dict[bytes, bytes]) -> PartHead:
-    """Return what the headers of a part say; `filename*` and Content-Transfer-Encoding say nothing in a form (RFC 7578)."""
-    disposition, options = parse_options_header(headers.get(b"content-disposition", b""))
-    if disposition != b"form-data" or b"name" not in options:
+    """Return what the headers of a part say; Content-Transfer-Encoding says nothing in a form (RFC 7578, section 4.7)."""
+    disposition, parameters = parse_parameters(headers.get(b"content-disposition", b""), is_of_form=True)
+    if disposition != b"form-data" or b"name" not in parameters:
         raise MalformedRequestError("a part has no Content-Disposition: form-data with a name")
-    filename = options.get(b"filename")
     return PartHead(
-        name=_decoded(options[b"name"]),
-        filename=None if filename is None else filename.decode("utf-8", "replace"),
+        name=_decoded(parameters[b"name"]),
+        filename=_filename_of(parameters),
         content_type=content_type_to_keep(headers.get(b"content-type", b"").decode("latin-1")),
     )
+
+
+def _filename_of(parameters: dict[bytes, bytes]) -> str | None:
+    """Return the file name; `filename*`, which no form should have (RFC 7578, section 4.2), counts where it is the only one."""
+    filename = parameters.get(b"filename")
+    if filename is None and (extended := parameters.get(b"filename*")) is not None:
+        filename = unquote_to_bytes(extended.rpartition(b"'")[2])
+    return None if filename is None else filename.decode("utf-8", "replace")
 
 
 def _decoded(name: bytes) -> str:

@@ -15,11 +15,13 @@ from starlette.responses import Response
 from granite_storage.exceptions import (
     BackendUnavailableError,
     ContentTooLargeError,
+    EmptyUploadError,
     ObjectExistsError,
     ObjectNotFoundError,
     StaleAttachmentError,
     StorageError,
     StorageFullError,
+    StreamTimeoutError,
 )
 from granite_storage.web.exceptions import RequestError, RequestTooLargeError
 
@@ -64,9 +66,9 @@ def install_error_handlers(app: Starlette, *, retry_after: int = _RETRY_AFTER) -
 def problem_response(error: StorageError, *, retry_after: int = _RETRY_AFTER) -> Response:
     """Return the response to an error of the library, as `application/problem+json`.
 
-    400, 413, 415 and 422 for what is wrong with the request, 403 for the token of a direct upload that is worth nothing, 404 for
-    a missing object, 409 for what has changed meanwhile, 503 with Retry-After for a storage that is out of reach, 507 for one
-    that is full, and 500 for anything else. The body names no location, backend or path.
+    400, 408, 413, 415 and 422 for what is wrong with the request, 403 for an invalid token of a direct upload, 404 for a missing
+    object, 409 for what has changed meanwhile, 503 with Retry-After for a storage that is unavailable, 507 for one that is full,
+    and 500 for anything else. The body names no location, backend or path.
 
     Args:
         error: The error.
@@ -85,11 +87,15 @@ def problem_response(error: StorageError, *, retry_after: int = _RETRY_AFTER) ->
 def _problem_of(error: StorageError) -> _Problem:
     match error:
         case RequestTooLargeError():
-            return _Problem(error.status, _sentence(error), {"limit": error.limit, "maximum": error.maximum})
+            return _Problem(error.status, error.detail, {"limit": error.limit, "maximum": error.maximum})
         case RequestError():
-            return _Problem(error.status, _sentence(error))
+            return _Problem(error.status, error.detail)
         case ContentTooLargeError():
             return _Problem(413, f"The file is larger than {error.max_size} bytes.", {"max_size": error.max_size})
+        case EmptyUploadError():
+            return _Problem(422, "No file was chosen.")
+        case StreamTimeoutError():
+            return _Problem(408, "The file did not arrive in time.")
         case ObjectNotFoundError():
             return _Problem(404, "The file is not there.")
         case ObjectExistsError() | StaleAttachmentError():
@@ -100,8 +106,3 @@ def _problem_of(error: StorageError) -> _Problem:
             return _Problem(507, "The storage is full.")
         case _:
             return _Problem(500, "The file could not be processed.")
-
-
-def _sentence(error: RequestError) -> str:
-    text = str(error)
-    return f"{text[:1].upper()}{text[1:]}."

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from starlette.exceptions import HTTPException
+
 from granite_storage.exceptions import StorageError
 
 __all__ = [
     "MalformedRequestError",
+    "MissingFieldError",
     "RequestError",
     "RequestTooLargeError",
     "UnsupportedRequestError",
@@ -17,14 +20,27 @@ __all__ = [
 ]
 
 
-class RequestError(StorageError):
+class RequestError(StorageError, HTTPException):
     """A request cannot be carried out as it is; nothing that it brought was kept.
+
+    It is an `HTTPException` of Starlette too, so an application without handlers of its own answers it with its status.
 
     Attributes:
         status: The status of the response that says so.
     """
 
     status: ClassVar[int] = 400
+
+    def __init__(self, message: str = "") -> None:
+        Exception.__init__(self, message)
+        self.status_code = self.status
+        self.detail = f"{message[:1].upper()}{message[1:]}."
+        self.headers = None
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+    __repr__ = Exception.__repr__
 
 
 class MalformedRequestError(RequestError):
@@ -45,6 +61,12 @@ class RequestTooLargeError(RequestError):
         super().__init__(message)
         self.limit = limit
         self.maximum = maximum
+
+
+class MissingFieldError(RequestError, KeyError):
+    """A form does not have a field or a file that the application has asked for by its name."""
+
+    status = 422
 
 
 class UnsupportedRequestError(RequestError):

@@ -19,28 +19,28 @@ class UploadLimits:
     Files are limited by the policy that they are stored under as well, whichever is less.
 
     Attributes:
-        max_size: The most bytes of the whole body; None for as much as the other limits let pass.
+        max_size: The most bytes of the whole body, 1 GiB; None for as much as the other limits let pass.
         max_file_size: The most bytes of one file; None for the policy's limit alone.
-        max_files: The most files.
+        max_files: The most files, in all fields together.
         max_fields: The most fields that are not files.
-        max_field_size: The most bytes of one field.
+        max_field_size: The most bytes of one field; in a URL-encoded body, with its name and before it is decoded.
         max_fields_size: The most bytes of all fields together, which are kept in memory; of a URL-encoded body, all of it.
-        max_headers: The most header lines of one part.
-        max_header_size: The most bytes of one header line of a part.
+        max_headers: The most headers of one part.
+        max_header_size: The most bytes of one header of a part.
         max_padding: The most bytes before the first boundary, and after the last one.
 
     Raises:
         ConfigurationError: A limit is not a number, or is negative.
     """
 
-    max_size: int | None = None
+    max_size: int | None = 1 << 30
     max_file_size: int | None = None
     max_files: int = 100
     max_fields: int = 1000
     max_field_size: int = 1 << 20
     max_fields_size: int = 4 << 20
-    max_headers: int = 16
-    max_header_size: int = 8192
+    max_headers: int = 8
+    max_header_size: int = 4224
     max_padding: int = 65536
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a file that arrives is stored."""
+"""Where a file that arrives is stored, and what becomes of it when its request ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self, TypeAlias
 
 from sqlalchemy.orm import InstrumentedAttribute
 
+from granite_storage._configuration import require_positive
 from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.removal import remove
@@ -17,7 +18,7 @@ from granite_storage.orm.uploads import discard
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import BytesLike
 
-__all__ = ["Incoming", "PolicyTarget", "Received", "Target", "max_size_of", "require_target"]
+__all__ = ["FileList", "FileTarget", "Incoming", "PolicyTarget", "Received", "Target", "max_size_of", "require_target"]
 
 
 class Incoming(Protocol):
@@ -65,6 +66,30 @@ class PolicyTarget:
 
 Target: TypeAlias = InstrumentedAttribute[Any] | PolicyTarget | Callable[[Any], Awaitable[Any]]
 """An attachment attribute, such as `Document.file`; a `PolicyTarget`; or a coroutine function that takes a `FilePart`."""
+
+
+@dataclass(frozen=True)
+class FileList:
+    """Takes several files of one field, such as `<input type="file" multiple>` sends; without it a field takes one file.
+
+    Args:
+        target: Where each of them is stored.
+        max_files: The most files of the field.
+
+    Raises:
+        ConfigurationError: `max_files` is not a positive number.
+    """
+
+    target: Target
+    max_files: int
+
+    def __post_init__(self) -> None:
+        require_target(self.target)
+        require_positive("max_files", self.max_files)
+
+
+FileTarget: TypeAlias = Target | FileList
+"""Where the files of a field are stored: a target for one file, or a `FileList`."""
 
 
 def require_target(target: object) -> None:
@@ -120,7 +145,14 @@ class Received:
         await self.discard_attachments(cancelled=cancelled)
         await remove(refs, [])
 
-    async def discard_attachments(self, *, cancelled: bool) -> None:
-        """Remove the attachments that no row has taken."""
+    async def discard_attachments(self, *, cancelled: bool = False, but_assigned: bool = False) -> None:
+        """Remove the attachments that no row has taken.
+
+        Args:
+            cancelled: Whether the task is being cancelled; a journal then removes what it knows of.
+            but_assigned: Whether those stay that an instance holds: a flush that is yet to come may store its row.
+        """
         attachments, self.attachments = self.attachments, []
-        await discard(attachments, cancelled=cancelled)
+        await discard(
+            [attachment for attachment in attachments if not (but_assigned and attachment._is_assigned)], cancelled=cancelled
+        )

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from granite_storage import StorageBackend, StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.orm import Attachment, attachment
 from granite_storage.web import (
+    FileList,
     FilePart,
     PolicyTarget,
     UploadForm,
@@ -100,9 +101,9 @@ class App:
 
     async def _rows(self, request: Request) -> Response:
         """Put each file on a row of its own."""
-        async with await stream_upload(request, {"file": Document.file}, limits=self.limits) as form:
+        async with await stream_upload(request, {"file": FileList(Document.file, 10)}, limits=self.limits) as form:
             async with self.sessions.begin() as session:
-                session.add_all(Document(title=form.fields["title"], file=file) for file in form.files.getlist("file"))
+                session.add_all(Document(title=form.fields["title"], file=file) for file in form.files["file"])
             if "fail" in form.fields:
                 raise RuntimeError("after the commit")
         return Response(status_code=201)

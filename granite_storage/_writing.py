@@ -7,6 +7,7 @@ from typing import Any
 
 from granite_storage._concurrency import finish
 from granite_storage._configuration import Configuration
+from granite_storage._identities import Identities
 from granite_storage._lifecycle import Lifecycle
 from granite_storage.backends.base import SupportsCopy
 from granite_storage.drafts import ObjectDraft
@@ -33,9 +34,13 @@ class DraftWriter:
     Args:
         configuration: Where.
         lifecycle: Who counts the calls.
+
+    Attributes:
+        identities: What is known of the stores' identities.
     """
 
     def __init__(self, configuration: Configuration, lifecycle: Lifecycle) -> None:
+        self.identities: Identities = Identities()
         self._configuration = configuration
         self._lifecycle = lifecycle
 
@@ -45,8 +50,9 @@ class DraftWriter:
         with self._lifecycle.call():
             data, checksum = await fingerprint(content)
             with self._configuration.blaming(draft.policy.backend_key) as backend:
+                identity = await self.identities.current(draft.policy.backend_key, backend)
                 details = await backend.put_bytes(draft.location, data, content_type=draft.content_type)
-            return await self._receipt(draft, len(data), checksum, details)
+            return await self._receipt(draft, len(data), checksum, details, identity)
 
     async def put_stream(
         self, draft: ObjectDraft, stream: ByteSource, size: int | None = None, checksum: str | None = None
@@ -74,6 +80,7 @@ class DraftWriter:
         key = draft.policy.backend_key
         try:
             with self._configuration.blaming(key) as backend:
+                identity = await self.identities.current(key, backend)
                 details = await backend.put_stream(draft.location, content, content_type=draft.content_type)
         except BaseException:
             await content.aclose()
@@ -82,11 +89,13 @@ class DraftWriter:
             await content.aclose()
             await self._withdraw(draft)
             raise BackendError(f"the backend {key!r} returned before the stream had ended", backend=key, location=draft.location)
-        return await self._receipt(draft, content.size, content.checksum, details)
+        return await self._receipt(draft, content.size, content.checksum, details, identity)
 
-    async def _receipt(self, draft: ObjectDraft, size: int, checksum: str, details: Mapping[str, Any] | None) -> StoredObjectRef:
+    async def _receipt(
+        self, draft: ObjectDraft, size: int, checksum: str, details: Mapping[str, Any] | None, identity: str | None
+    ) -> StoredObjectRef:
         try:
-            return draft.receipt(size, checksum, details)
+            return draft.receipt(size, checksum, details, identity)
         except Exception:
             await self._withdraw(draft)
             raise
@@ -99,8 +108,9 @@ class DraftWriter:
     async def _copy_in_place(self, ref: StoredObjectRef, backend: SupportsCopy, draft: ObjectDraft) -> StoredObjectRef:
         with self._lifecycle.call(), self._configuration.at(ref) as storage:
             require_recorded_size(ref, (await storage.stat(ref.location)).size)
+            identity = await self.identities.current(ref.backend, storage)
             details = await backend.copy(ref.location, draft.location)
-            return await self._receipt(draft, ref.size, ref.checksum, details)
+            return await self._receipt(draft, ref.size, ref.checksum, details, identity)
 
     async def _copy_through(
         self, ref: StoredObjectRef, draft: ObjectDraft, open_whole: Callable[[], Awaitable[StoredObjectReader]]

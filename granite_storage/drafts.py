@@ -59,10 +59,19 @@ class ObjectDraft:
         )
         return cls(policy, location, content_type, filename, None if extra is None else read_only(extra, "extra"))
 
-    def receipt(self, size: int, checksum: str, details: Mapping[str, Any] | None) -> StoredObjectRef:
-        """Return the ref of the object, now that its bytes are known; `details` are the backend's own keys."""
+    def receipt(
+        self, size: int, checksum: str, details: Mapping[str, Any] | None, identity: str | None = None
+    ) -> StoredObjectRef:
+        """Return the ref of the object, now that its bytes are known.
+
+        Args:
+            size: How many they are.
+            checksum: Their checksum.
+            details: The backend's own keys.
+            identity: That of the store.
+        """
         extra = {**(self.extra or {}), **(details or {})}
-        return StoredObjectRef(
+        ref = StoredObjectRef(
             storage_key=self.policy.storage_key,
             backend=self.policy.backend_key,
             location=self.location,
@@ -73,6 +82,7 @@ class ObjectDraft:
             created_at=canonical_timestamp(datetime.now(UTC)),
             extra=extra or None,
         )
+        return ref if identity is None else ref.with_identity(identity)
 
 
 def upload_names(source: object) -> tuple[str | None, str | None]:

@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 from granite_storage._concurrency import finish
 from granite_storage._configuration import Configuration, require_positive, require_ref, require_seconds
 from granite_storage._delivery import Disposition
+from granite_storage._identities import explain_missing
 from granite_storage._lifecycle import Lifecycle
 from granite_storage._writing import DraftWriter
 from granite_storage.backends.base import (
@@ -16,10 +17,12 @@ from granite_storage.backends.base import (
     ObjectReader,
     StorageBackend,
     SupportsAbort,
+    SupportsExtraKeys,
     SupportsPresignedUpload,
     UploadRequest,
 )
 from granite_storage.drafts import ObjectDraft, upload_names
+from granite_storage.exceptions import ObjectNotFoundError
 from granite_storage.locations import check_location
 from granite_storage.policies import StoragePolicy
 from granite_storage.readers import OpeningReader, StoredObjectReader
@@ -281,7 +284,11 @@ class StorageManager:
         async def start() -> StoredObjectReader:
             require_ref(ref)
             with self._lifecycle.call():
-                reader = await StoredObjectReader(ref, open_range, offset=offset, length=length, verify=verify).start()
+                try:
+                    reader = await StoredObjectReader(ref, open_range, offset=offset, length=length, verify=verify).start()
+                except ObjectNotFoundError as error:
+                    await explain_missing(error, ref, self.backend(ref.backend))
+                    raise
                 self._lifecycle.track(reader)
             return reader
 
@@ -295,7 +302,22 @@ class StorageManager:
     async def stat(self, ref: StoredObjectRef) -> ObjectInfo:
         """Return what the backend knows of the object; `ObjectNotFoundError` where it is not there."""
         with self._lifecycle.call(), self._configuration.at(ref) as backend:
-            return await backend.stat(ref.location)
+            try:
+                return await backend.stat(ref.location)
+            except ObjectNotFoundError as error:
+                await explain_missing(error, ref, backend)
+                raise
+
+    async def identity(self, backend_key: str) -> str | None:
+        """Return the identity of a backend's store, which is given one where it has none; None where it can keep none.
+
+        New refs have it as `StoredObjectRef.identity`.
+
+        Raises:
+            UnknownBackendError: No backend has the key.
+        """
+        with self._lifecycle.call(), self._configuration.blaming(backend_key) as backend:
+            return await self._writer.identities.current(backend_key, backend)
 
     async def url(
         self,
@@ -437,7 +459,11 @@ class StorageManager:
 
     async def copy_draft(self, ref: StoredObjectRef, draft: ObjectDraft) -> StoredObjectRef:
         """Copy an object to where a draft says; the second step of `copy`, with its errors."""
-        return await self._writer.copy(ref, draft, lambda: self.open(ref))
+        try:
+            return await self._writer.copy(ref, draft, lambda: self.open(ref))
+        except ObjectNotFoundError as error:
+            await explain_missing(error, ref, self.backend(ref.backend))
+            raise
 
     async def aclose(self) -> None:
         """Close what this event loop has opened; idempotent.
@@ -465,4 +491,4 @@ class StorageManager:
 
 def _own_keys(backend: StorageBackend) -> frozenset[str]:
     """The keys of `extra` that a backend itself wrote, which would be untrue of a copy elsewhere."""
-    return getattr(backend, "extra_keys", frozenset())
+    return backend.extra_keys if isinstance(backend, SupportsExtraKeys) else frozenset()

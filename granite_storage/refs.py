@@ -19,6 +19,7 @@ _MOST_VALUES = 10_000
 _MOST_CHARACTERS = 1 << 20
 _MOST_BITS = 1024
 _LARGEST_SIZE = (1 << 63) - 1
+_IDENTITY = "identity"
 
 
 def _refuse_change(*_: Any, **__: Any) -> NoReturn:
@@ -104,11 +105,33 @@ class StoredObjectRef(_UnknownKeys):
         if self.extra is not None:
             object.__setattr__(self, "extra", read_only(self.extra, "extra"))
 
+    @property
+    def identity(self) -> str | None:
+        """The identity of the store that the object was written to; None where that kept none, or an older version wrote the ref.
+
+        It is not one of the fields, and does not count where refs are compared: it says nothing of the object. In the row it
+        stands beside them, under the key `identity`.
+        """
+        found = self._unknown.get(_IDENTITY)
+        return found if isinstance(found, str) else None
+
+    def with_identity(self, identity: str | None) -> Self:
+        """Return the same ref with another identity, or with none."""
+        others = {key: value for key, value in self._unknown.items() if key != _IDENTITY}
+        unknown = others if identity is None else {**others, _IDENTITY: identity}
+        return type(self)._rebuilt(tuple(getattr(self, field.name) for field in fields(self)), unknown)
+
     def __hash__(self) -> int:
         return hash((self.backend, self.location))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (tuple(getattr(self, field.name) for field in fields(self)), dict(self._unknown))
+
+    @classmethod
+    def _rebuilt(cls, values: Iterable[Any], unknown: Mapping[str, Any]) -> Self:
+        ref = cls(*values)
+        object.__setattr__(ref, "_unknown", read_only(unknown, "an unknown key"))
+        return ref
 
     def __copy__(self) -> Self:
         return self
@@ -216,9 +239,7 @@ class _Freezer:
 
 
 def _rebuild(values: Iterable[Any], unknown: Mapping[str, Any]) -> StoredObjectRef:
-    ref = StoredObjectRef(*values)
-    object.__setattr__(ref, "_unknown", read_only(unknown, "an unknown key"))
-    return ref
+    return StoredObjectRef._rebuilt(values, unknown)
 
 
 def _plain(value: Any) -> Any:

@@ -143,7 +143,8 @@ async def _ref_of(manager: StorageManager, place: Place, item: InPlace) -> Store
     content_type = item.content_type or info.content_type or await _guessed(name)
     modified = canonical_timestamp(info.modified)
     found = replace(found, size=info.size, content_type=content_type, created_at=modified)
-    return replace(found, checksum=await _checksum(manager, found))
+    found = replace(found, checksum=await _checksum(manager, found))
+    return found.with_identity(await manager.identity(item.backend))
 
 
 async def _checksum(manager: StorageManager, ref: StoredObjectRef) -> str:

@@ -11,12 +11,14 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from granite_storage._concurrency import finished, settle
 from granite_storage.backends._obstore_errors import ObjectStoreConfigurationError, translate
-from granite_storage.backends.base import ObjectInfo
+from granite_storage.backends._places import bucket_place, folder_places, web_place
+from granite_storage.backends.base import ObjectInfo, Place
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ConfigurationError, ObjectNotFoundError
 
 __all__ = ["OWNER", "Answer", "Kind", "StoreClient", "answered", "connected", "info_of", "plain_name"]
@@ -99,6 +101,8 @@ _SAYS_NOTHING = frozenset({"delete", "sign"})
 
 _process_of_threads: int | None = None
 """The process that has obstore's threads: the one that first asked it for something. A fork leaves them behind."""
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+"""The variables in which obstore finds the server where its options have none."""
 
 
 def plain_name(store: Any) -> str:
@@ -183,6 +187,25 @@ class StoreClient:
         if self._store is None:
             self._store = await finished(asyncio.to_thread(self._build))
         return self._store
+
+    async def places(self) -> frozenset[Place]:
+        """Return the names of the place that the store leads to."""
+        store = await self.store()
+        match self.kind.name:
+            case "memory":
+                return frozenset({Place(f"memory {id(store)}")})
+            case "local disk":
+                return await finished(asyncio.to_thread(folder_places, Path(store.prefix or "/")))
+            case "HTTP":
+                return frozenset({web_place(store.url)})
+            case "S3":
+                endpoint = store.config.get("endpoint") or next(filter(None, map(os.environ.get, _ENDPOINTS)), None)
+                return frozenset({bucket_place("s3", endpoint, store.config.get("bucket", ""), self.prefix)})
+            case "Azure":
+                account, container = store.config.get("account_name", ""), store.config.get("container_name", "")
+                return frozenset({bucket_place(f"azure {account}", store.config.get("endpoint"), container, self.prefix)})
+            case _:
+                return frozenset({bucket_place("google", None, store.config.get("bucket", ""), self.prefix)})
 
     def close(self) -> None:
         """Let go of a store of our own: its idle connections close with it, and calls that are under way keep theirs."""

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from granite_storage.backends._descriptors import CREATE, DIRECTORY, NO_LINK, READ, TEMPORARY_SUFFIX, info_of, opened
+from granite_storage.backends._identity import MARKER, MARKER_SIZE, identities_in, new_marker
 from granite_storage.backends._tree_errors import UNSUPPORTED, translated
 from granite_storage.backends._tree_walk import swept, walked
 from granite_storage.backends.base import ObjectInfo
@@ -34,9 +35,6 @@ from granite_storage.locations import RESERVED_PREFIX, check_location, uuid7_hex
 __all__ = ["MOST_ATTEMPTS", "Tree"]
 
 logger = logging.getLogger("granite_storage")
-
-MARKER = f"{RESERVED_PREFIX}storage"
-"""The file that tells a root that is in use from an empty mount point."""
 
 MOST_ATTEMPTS = 100
 """How often something is tried again that another process may have undone meanwhile."""
@@ -62,6 +60,7 @@ class Tree:
         self.dir_mode = dir_mode
         self.create_root = create_root
         self._known_root: tuple[int, int] | None = None
+        self._identified: tuple[tuple[int, int] | None, tuple[str, ...]] = None, ()
         self._durable: dict[str, int] = {}
         self._syncs_directories = True
 
@@ -77,13 +76,52 @@ class Tree:
             location=location,
         )
 
-    def carries_marker(self) -> bool:
+    def is_mounted(self) -> bool:
         """Tell whether the root is there and was used before; an unmounted disk shows an empty directory instead."""
         try:
             with self.translated(None, reading=True), opened(self.root) as root:
                 return stat.S_ISREG(os.stat(MARKER, dir_fd=root, follow_symlinks=False).st_mode)
         except ObjectNotFoundError:
             return False
+
+    @property
+    def known_identities(self) -> tuple[str, ...]:
+        """The identities of the root that is in use, where they were read or written before."""
+        root, identities = self._identified
+        return identities if root == self._known_root else ()
+
+    def identities(self) -> tuple[str, ...]:
+        """Return the identities that the marker holds."""
+        try:
+            with translated(None, reading=True), opened(self.root) as root:
+                return _identities_of(root)
+        except ObjectNotFoundError:
+            return ()
+
+    def identify(self) -> tuple[str, ...]:
+        """Return the identities that the marker holds; write the marker, and one into it, where there is none."""
+        with translated(None):
+            root = self._open_root(writing=True)
+            try:
+                self._mark(root)  # again, where somebody has removed it since
+                found = _identities_of(root) or self._add_identity(root)
+                self._identified = self._known_root, found
+            finally:
+                os.close(root)
+        return found
+
+    def _add_identity(self, root: int) -> tuple[str, ...]:
+        """Give a root an identity whose marker was made by hand, or by a version that knew none.
+
+        Several processes may do so at the same time: each appends, and for all of them the first line counts.
+        """
+        marker = os.open(MARKER, os.O_WRONLY | os.O_APPEND | NO_LINK, dir_fd=root)
+        try:
+            os.write(marker, b"\n" + new_marker())
+            self.synchronise(marker)
+        finally:
+            os.close(marker)
+        return _identities_of(root)
 
     def now(self) -> datetime:
         """Return the time by which the file system dates what is written now, or the machine's where nothing can be written."""
@@ -350,9 +388,19 @@ class Tree:
                 if self.file_mode is not None:
                     with self.translated(None, step="chmod"):
                         os.fchmod(marker, self.file_mode)
+                os.write(marker, new_marker())
+                self.synchronise(marker)
             finally:
                 os.close(marker)
         self.synchronise_directory(root)
+
+
+def _identities_of(root: int) -> tuple[str, ...]:
+    marker = os.open(MARKER, READ, dir_fd=root)
+    try:
+        return identities_in(os.read(marker, MARKER_SIZE))
+    finally:
+        os.close(marker)
 
 
 def _dated_now(directory: int) -> datetime:

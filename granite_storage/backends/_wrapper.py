@@ -10,15 +10,21 @@ from typing import Any, Self, TypeVar, cast
 from granite_storage.backends.base import (
     ObjectInfo,
     ObjectReader,
+    Place,
     StorageBackend,
     SupportsAbort,
     SupportsBatchDelete,
     SupportsCleanup,
     SupportsClock,
     SupportsCopy,
+    SupportsExtraKeys,
+    SupportsIdentity,
+    SupportsMountCheck,
+    SupportsPlaces,
     SupportsPresign,
     SupportsPresignedUpload,
     UploadRequest,
+    close_listing,
 )
 from granite_storage.exceptions import BackendError
 
@@ -45,11 +51,6 @@ class WrappedBackend:
 
     def __init__(self, inner: StorageBackend) -> None:
         self.inner = inner
-
-    @property
-    def extra_keys(self) -> frozenset[str]:
-        """The keys that the inner backend adds to a ref's `extra`."""
-        return getattr(self.inner, "extra_keys", frozenset())
 
     async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any] | None:
         """Store `content`."""
@@ -94,9 +95,7 @@ class WrappedBackend:
             async for info in objects:
                 yield replace(info, location=self._outside(info.location))
         finally:
-            close = getattr(objects, "aclose", None)
-            if close is not None:
-                await close()
+            await close_listing(objects)
 
     async def aclose(self) -> None:
         """Close the inner backend."""
@@ -113,6 +112,14 @@ class WrappedBackend:
     def _outside(self, location: str) -> str:
         """Our name for a location of the inner backend."""
         return location
+
+    def _own_identity(self, identity: str) -> str:
+        """Our identity, for one of the inner backend."""
+        return identity
+
+    def _own_place(self, place: Place) -> Place:
+        """Our place, for one of the inner backend."""
+        return place
 
     async def _call(self, operation: str, locations: Iterable[str], call: Callable[[], Awaitable[T]]) -> T:
         """Make one call of the inner backend; an error about one of our locations says our name for it."""
@@ -158,6 +165,35 @@ class _TellsTime(WrappedBackend):
         return await self._call("now", [], inner.now)
 
 
+class _AddsExtra(WrappedBackend):
+    @property
+    def extra_keys(self) -> frozenset[str]:
+        """The keys that the inner backend adds to a ref's `extra`."""
+        return cast(SupportsExtraKeys, self.inner).extra_keys
+
+
+class _ChecksMount(WrappedBackend):
+    async def is_mounted(self) -> bool:
+        """Tell whether the inner backend's store is there and was written to before."""
+        inner = cast(SupportsMountCheck, self.inner)
+        return await self._call("is_mounted", [], inner.is_mounted)
+
+
+class _Identifies(WrappedBackend):
+    async def identities(self, *, create: bool = False) -> Sequence[str]:
+        """Return every identity that the inner backend's store answers to, as those of the part of it that is seen here."""
+        inner = cast(SupportsIdentity, self.inner)
+        found = await self._call("identities", [], lambda: inner.identities(create=create))
+        return tuple(map(self._own_identity, found))
+
+
+class _TellsPlaces(WrappedBackend):
+    async def places(self) -> frozenset[Place]:
+        """Return every name of the part of the inner backend's place that is seen here."""
+        inner = cast(SupportsPlaces, self.inner)
+        return frozenset(map(self._own_place, await self._call("places", [], inner.places)))
+
+
 class _Aborts(WrappedBackend):
     async def abort_upload(self, location: str, upload_id: str | None) -> None:
         """Abort an unfinished upload until no part of it is left."""
@@ -201,6 +237,10 @@ _ABILITIES: dict[type, type[WrappedBackend]] = {
     SupportsBatchDelete: _DeletesMany,
     SupportsCleanup: _CleansUp,
     SupportsClock: _TellsTime,
+    SupportsExtraKeys: _AddsExtra,
+    SupportsMountCheck: _ChecksMount,
+    SupportsIdentity: _Identifies,
+    SupportsPlaces: _TellsPlaces,
     SupportsAbort: _Aborts,
     SupportsPresign: _Presigns,
     SupportsPresignedUpload: _PresignsUploads,

@@ -6,7 +6,7 @@ hashed them in passing; a backend only moves them. See `docs/backends.md` for a 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -19,16 +19,23 @@ __all__ = [
     "ByteRange",
     "ObjectInfo",
     "ObjectReader",
+    "Place",
     "StorageBackend",
     "SupportsAbort",
     "SupportsBatchDelete",
     "SupportsCleanup",
     "SupportsClock",
     "SupportsCopy",
+    "SupportsExtraKeys",
+    "SupportsIdentity",
+    "SupportsMountCheck",
+    "SupportsPlaces",
     "SupportsPresign",
     "SupportsPresignedUpload",
     "UploadRequest",
     "byte_range",
+    "close_listing",
+    "overlap",
     "upload_begun",
 ]
 
@@ -130,6 +137,9 @@ class StorageBackend(Protocol):
     def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
         """Yield every object whose location begins with the characters `prefix`, in the byte order of UTF-8.
 
+        An iterator that has `aclose`, as an asynchronous generator has, is closed where it is not iterated to its end; any other
+        one must hold nothing open.
+
         Args:
             prefix: Taken literally; `a/` never yields `ab/x`, and `a` yields both.
             start_after: Yield only what comes after this location, which need not exist.
@@ -187,6 +197,83 @@ class SupportsAbort(Protocol):
         Args:
             location: The address that the object would have had.
             upload_id: The upload's id; None for every unfinished upload of this location, which nobody else uses.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsExtraKeys(Protocol):
+    """A backend whose writes return keys of its own for the ref's `extra`, such as `bucket`."""
+
+    @property
+    def extra_keys(self) -> frozenset[str]:
+        """Every key that a write or a copy may return: it says where this object is, so a copy elsewhere must not keep it."""
+        ...
+
+
+@runtime_checkable
+class SupportsMountCheck(Protocol):
+    """A backend whose store can be absent and look empty, such as a folder on a disk that is not mounted."""
+
+    async def is_mounted(self) -> bool:
+        """Tell whether the store is there and was written to before; False also for one that nobody has used yet."""
+        ...
+
+
+@runtime_checkable
+class SupportsIdentity(Protocol):
+    """A backend whose store carries an identity: a text that was written into it at its first use and that no other store has.
+
+    The manager keeps it in each ref as `StoredObjectRef.identity`. So a key that leads to another store than it did when a row
+    was written is noticed: by the first read that finds no object, by the garbage collector and by `granite-storage doctor`.
+    """
+
+    async def identities(self, *, create: bool = False) -> Sequence[str]:
+        """Return every identity that the store answers to, the one for new objects first; none where it has none.
+
+        A store has more than one where a person has added those of stores whose objects were moved into it.
+
+        Args:
+            create: Whether to give the store an identity where it has none. The answer may then be one from memory, so that it
+                costs nothing to ask before each write; otherwise the store is asked.
+
+        Raises:
+            AccessDeniedError: The identity may not be read, or not be written.
+            BackendError: The store could not be asked.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One name of the place where a backend keeps its objects.
+
+    Attributes:
+        store: What holds them, such as a bucket of a service; equal for two backends exactly where they share it.
+        path: The segments below which this backend's objects are.
+    """
+
+    store: str
+    path: tuple[str, ...] = ()
+
+    def below(self, prefix: str) -> Place:
+        """Return the place of a prefix, of whole segments, of this one."""
+        return Place(self.store, (*self.path, *prefix.split("/")))
+
+    def overlaps(self, other: Place) -> bool:
+        """Tell whether an object can be in both."""
+        common = min(len(self.path), len(other.path))
+        return self.store == other.store and self.path[:common] == other.path[:common]
+
+
+@runtime_checkable
+class SupportsPlaces(Protocol):
+    """A backend that tells where its objects are, so that two backends on the same store are noticed."""
+
+    async def places(self) -> frozenset[Place]:
+        """Return every name that the place has, such as the real path of a folder and the numbers of its device and inode.
+
+        No request is made of a service for it, and it does not matter whether the store is in reach.
         """
         ...
 
@@ -274,3 +361,20 @@ def byte_range(offset: int, length: int | None, size: int) -> ByteRange:
     if offset > size:
         raise ValueError(f"offset {offset} is past the end of an object of {size} bytes")
     return ByteRange(offset, size if length is None else min(size, offset + length))
+
+
+def overlap(places: Iterable[Place], others: Iterable[Place]) -> bool:
+    """Tell whether two backends, each given by all names of its place, may lead to the same object."""
+    theirs = list(others)
+    return any(place.overlaps(other) for place in places for other in theirs)
+
+
+@runtime_checkable
+class _SupportsAclose(Protocol):
+    async def aclose(self) -> None: ...
+
+
+async def close_listing(objects: AsyncIterator[ObjectInfo]) -> None:
+    """Close what `iter_objects` has returned, where it has `aclose`, as an asynchronous generator has."""
+    if isinstance(objects, _SupportsAclose):
+        await objects.aclose()

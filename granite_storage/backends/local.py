@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from itertools import islice
@@ -18,9 +18,10 @@ from granite_storage._concurrency import finish, finished
 from granite_storage._consumers import ThreadConsumer
 from granite_storage._threads import ThreadPool
 from granite_storage.backends._draft import Draft, FileWriter
+from granite_storage.backends._places import folder_places
 from granite_storage.backends._tree import Tree
 from granite_storage.backends._tree_errors import translated
-from granite_storage.backends.base import ObjectInfo, ObjectReader, byte_range, check_range
+from granite_storage.backends.base import ObjectInfo, ObjectReader, Place, byte_range, check_range
 from granite_storage.exceptions import BackendError, ConfigurationError
 from granite_storage.locations import check_location
 
@@ -41,7 +42,7 @@ class LocalStorageBackend:
     exists; then the directories are synchronised up to the root. A failure or cancellation leaves no file and no temporary file.
     A volume without hard links gets `renameat2` with `RENAME_NOREPLACE`, and one without that an exclusive file beside the target
     as a claim on its name. Links below the root are never followed and only regular files are read. Directories that a deletion
-    leaves empty are removed. The root carries the marker file `.granite-storage` from its first write.
+    leaves empty are removed. The root carries the marker file `.granite-storage` with its identity from its first write.
 
     POSIX systems only: Windows has no way to walk a path by open directories.
 
@@ -168,9 +169,19 @@ class LocalStorageBackend:
         """Return the time by the file system's clock, which on a network drive is its server's; see `SupportsClock.now`."""
         return await self._threads.run(self._tree.now)
 
-    async def carries_marker(self) -> bool:
+    async def is_mounted(self) -> bool:
         """Tell whether the root is there and was written to before: False means a new root, or a disk that is not mounted."""
-        return await self._threads.run(self._tree.carries_marker)
+        return await self._threads.run(self._tree.is_mounted)
+
+    async def identities(self, *, create: bool = False) -> Sequence[str]:
+        """Return the lines of the marker file; see `SupportsIdentity.identities`."""
+        if not create:
+            return await self._threads.run(self._tree.identities)
+        return self._tree.known_identities or await self._threads.run(self._tree.identify)
+
+    async def places(self) -> frozenset[Place]:
+        """Return the root's path without links, and the inodes of it and the folders above; see `SupportsPlaces.places`."""
+        return await self._threads.run(folder_places, self.root_dir)
 
     async def aclose(self) -> None:
         """Let idle threads end; see `StorageBackend.aclose`."""

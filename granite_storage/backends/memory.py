@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from itertools import accumulate
 
 from granite_storage._threads import ThreadPool
-from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
+from granite_storage.backends.base import ByteRange, ObjectInfo, Place, byte_range, check_range
 from granite_storage.exceptions import (
     BackendError,
     ConfigurationError,
@@ -61,6 +61,7 @@ class MemoryStorageBackend:
         # Strings compare by code point, which is the byte order of UTF-8.
         self._order: list[str] = []
         self._lock = threading.Lock()
+        self._identity = uuid7_hex()
 
     def __repr__(self) -> str:
         return f"MemoryStorageBackend(max_total_size={self._max_total_size})"
@@ -126,6 +127,14 @@ class MemoryStorageBackend:
     async def now(self) -> datetime:
         """Return the time by this process's clock; see `SupportsClock.now`."""
         return datetime.now(UTC)
+
+    async def identities(self, *, create: bool = False) -> Sequence[str]:
+        """Return the one that this backend has had since it was made; see `SupportsIdentity.identities`."""
+        return (self._identity,)
+
+    async def places(self) -> frozenset[Place]:
+        """Return the memory of this backend, which no other one shares; see `SupportsPlaces.places`."""
+        return frozenset({Place(f"memory {self._identity}")})
 
     async def aclose(self) -> None:
         """Do nothing: nothing is open."""

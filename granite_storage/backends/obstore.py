@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
 from granite_storage.backends._obstore_client import connected
 from granite_storage.backends._obstore_errors import ObjectStoreConfigurationError
 from granite_storage.backends._obstore_listing import Listing
 from granite_storage.backends._obstore_reader import StoreService
 from granite_storage.backends._obstore_writer import ObjectWriter, slices
 from granite_storage.backends._service_reader import open_reader
-from granite_storage.backends.base import ObjectInfo, ObjectReader
+from granite_storage.backends.base import ObjectInfo, ObjectReader, Place
 from granite_storage.exceptions import (
     BackendError,
     ConfigurationError,
@@ -106,6 +107,7 @@ class ObjectStoreBackend:
         self._part_size = part_size
         self._part_concurrency = part_concurrency
         self._listing = Listing(self._client, list_by_folder)
+        self._identity = IdentityObject(self._read_marker, self._create_marker)
 
     def __repr__(self) -> str:
         return f"ObjectStoreBackend({self._client.name!r})"
@@ -204,7 +206,21 @@ class ObjectStoreBackend:
             ObjectStoreConfigurationError: The store lists in another order, which began too late to be noticed in time.
         """
         async for info in self._listing.objects(prefix, start_after):
-            yield info
+            if info.location != MARKER:
+                yield info
+
+    @property
+    def extra_keys(self) -> frozenset[str]:
+        """`version_id`, and `bucket`, which `S3StorageBackend` wrote of the same bucket; see `SupportsExtraKeys.extra_keys`."""
+        return frozenset({"bucket", "version_id"})
+
+    async def identities(self, *, create: bool = False) -> Sequence[str]:
+        """Return the lines of the object `.granite-storage`; see `SupportsIdentity.identities`. Over HTTP none is created."""
+        return await self._identity.identities(create=create and self._client.kind.writes)
+
+    async def places(self) -> frozenset[Place]:
+        """Return the server, bucket and prefix, or the folder; see `SupportsPlaces.places`."""
+        return await self._client.places()
 
     async def aclose(self) -> None:
         """Close a store of our own, which the next call opens again; see `StorageBackend.aclose`. One passed in stays open."""
@@ -238,6 +254,19 @@ class ObjectStoreBackend:
                 yield chunk
         finally:
             await reader.aclose()
+
+    async def _read_marker(self) -> bytes:
+        reader = await open_reader(self._service, MARKER, offset=0, length=MARKER_SIZE)
+        try:
+            return await reader.read()
+        finally:
+            await reader.aclose()
+
+    async def _create_marker(self, content: bytes) -> None:
+        writer = ObjectWriter(
+            self._client, MARKER, "text/plain", part_size=self._part_size, part_concurrency=self._part_concurrency
+        )
+        await writer.put([content])
 
     def _writer(self, location: str, content_type: str | None) -> ObjectWriter:
         self._check(location)

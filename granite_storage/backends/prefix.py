@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from granite_storage.backends._wrapper import WrappedBackend
-from granite_storage.backends.base import StorageBackend
+from granite_storage.backends.base import Place, StorageBackend
 from granite_storage.exceptions import ConfigurationError, InvalidLocationError
 from granite_storage.locations import check_location, check_segment
 
@@ -14,7 +14,8 @@ class PrefixedBackend(WrappedBackend):
     """Keeps everything under one prefix of another backend, and sees nothing else of it.
 
     It promises what the inner backend promises, has the same abilities, and costs a string per call. Only `abort_unfinished`
-    reaches further: it clears up after the unfinished writes of the whole inner backend.
+    reaches further: it clears up after the unfinished writes of the whole inner backend. Its identity is that of the inner
+    backend with the prefix, so that rows of another prefix are noticed.
 
     Args:
         inner: The backend behind. Closing this one closes it.
@@ -58,3 +59,9 @@ class PrefixedBackend(WrappedBackend):
 
     def _outside(self, location: str) -> str:
         return location.removeprefix(f"{self.prefix}/")
+
+    def _own_identity(self, identity: str) -> str:
+        return f"{identity}/{self.prefix}"
+
+    def _own_place(self, place: Place) -> Place:
+        return place.below(self.prefix)

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
+from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
+from granite_storage.backends._places import bucket_place
 from granite_storage.backends._s3_body import BytesSource, PartSource, StreamSource
 from granite_storage.backends._s3_client import S3Client, S3Settings, version_of
 from granite_storage.backends._s3_connect import S3Clients
@@ -20,7 +22,7 @@ from granite_storage.backends._s3_reader import S3Service, info_of
 from granite_storage.backends._s3_writer import ObjectWriter
 from granite_storage.backends._service_errors import error_at
 from granite_storage.backends._service_reader import open_reader
-from granite_storage.backends.base import ObjectInfo, ObjectReader, UploadRequest
+from granite_storage.backends.base import ObjectInfo, ObjectReader, Place, UploadRequest
 from granite_storage.exceptions import (
     BackendError,
     ConfigurationError,
@@ -161,6 +163,7 @@ class S3StorageBackend:
         self._presigned_post = presigned_post
         self._clients = S3Clients(self._settings)
         self._page_size: int | None = None
+        self._identity = IdentityObject(self._read_marker, self._create_marker)
 
     def __repr__(self) -> str:
         prefix = f", prefix={self.prefix!r}" if self.prefix else ""
@@ -309,7 +312,7 @@ class S3StorageBackend:
         after = None if start_after is None else settings.key(start_after)
         async for entry in list_keys(client, settings.key(prefix), start_after=after, page_size=self._page_size):
             location = entry["Key"].removeprefix(settings.prefix)
-            if location:
+            if location and location != MARKER:
                 yield info_of(location, entry, entry["Size"])
 
     async def abort_unfinished(self, *, older_than: timedelta) -> int:
@@ -330,9 +333,33 @@ class S3StorageBackend:
         self._check(location)
         await abort_upload(await self._clients.get(), location, upload_id)
 
+    @property
+    def extra_keys(self) -> frozenset[str]:
+        """`bucket` and `version_id`; see `SupportsExtraKeys.extra_keys`."""
+        return frozenset({"bucket", "version_id"})
+
+    async def identities(self, *, create: bool = False) -> Sequence[str]:
+        """Return the lines of the object `.granite-storage` below the prefix; see `SupportsIdentity.identities`."""
+        return await self._identity.identities(create=create)
+
+    async def places(self) -> frozenset[Place]:
+        """Return the server, bucket and prefix; see `SupportsPlaces.places`."""
+        endpoint: str = (await self._clients.get()).raw.meta.endpoint_url
+        return frozenset({bucket_place("s3", endpoint, self.bucket, self.prefix)})
+
     async def aclose(self) -> None:
         """Close the running event loop's client; see `StorageBackend.aclose`. Readers that are still open break."""
         await self._clients.aclose()
+
+    async def _read_marker(self) -> bytes:
+        reader = await open_reader(S3Service(await self._clients.get()), MARKER, offset=0, length=MARKER_SIZE)
+        try:
+            return await reader.read()
+        finally:
+            await reader.aclose()
+
+    async def _create_marker(self, content: bytes) -> None:
+        await self._write(await self._clients.get(), MARKER, BytesSource(content), "text/plain")
 
     def _check(self, location: str) -> None:
         check_location(location, windows=False)

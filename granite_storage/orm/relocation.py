@@ -121,7 +121,8 @@ class _Relocated(Attachment):
 def _with_history_of(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:
     """Return the copy's ref with what the original's says of the file: its name, its age, and what newer versions wrote."""
     moved = {"backend": copy.backend, "location": copy.location, "size": copy.size, "checksum": copy.checksum}
-    return StoredObjectRef.from_dict({**original.to_dict(), **moved, "extra": copy.to_dict()["extra"]})
+    ref = StoredObjectRef.from_dict({**original.to_dict(), **moved, "extra": copy.to_dict()["extra"]})
+    return ref.with_identity(copy.identity)
 
 
 def _names_of(held: HeldValue, ref: StoredObjectRef) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from granite_storage.backends._wrapper import WrappedBackend
-from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend
+from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, close_listing
 from granite_storage.exceptions import BackendUnavailableError
 
 __all__ = ["FaultInjectingBackend", "Operation", "RecordedCall"]
@@ -33,6 +33,9 @@ Operation: TypeAlias = Literal[
     "abort_unfinished",
     "abort_upload",
     "now",
+    "is_mounted",
+    "identities",
+    "places",
     "presign_get",
     "presign_upload",
 ]
@@ -194,7 +197,7 @@ class FaultInjectingBackend(WrappedBackend):
                 passed += 1
                 yield info
         finally:
-            await _close(objects)
+            await close_listing(objects)
         strike.after()
 
     async def _call(self, operation: Any, locations: Iterable[str], call: Callable[[], Awaitable[T]]) -> T:
@@ -324,7 +327,5 @@ class _StruckReader:
         await self._inner.aclose()
 
 
-async def _close(thing: Any) -> None:
-    close = getattr(thing, "aclose", None)
-    if close is not None:
-        await close()
+async def _close(reader: ObjectReader) -> None:
+    await reader.aclose()

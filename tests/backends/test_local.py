@@ -55,14 +55,14 @@ async def test_an_object_is_one_file_at_its_location(local: LocalStorageBackend)
     assert (local.root_dir / "doc/1/file/a.txt").read_bytes() == b"content"
     assert left_below(local.root_dir) == ["doc", "doc/1", "doc/1/file", "doc/1/file/a.txt"]
     assert (local.root_dir / MARKER).is_file()
-    assert await local.carries_marker()
+    assert await local.is_mounted()
 
 
 async def test_a_root_that_was_never_written_to_has_no_marker(tmp_path: Path) -> None:
     backend = LocalStorageBackend(tmp_path)
     assert not await backend.exists("a/b")
     assert await listed(backend) == []
-    assert not await backend.carries_marker()
+    assert not await backend.is_mounted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -224,7 +224,7 @@ async def test_folders_are_pruned_as_far_as_they_are_empty(local: LocalStorageBa
     await local.delete("a/x")
     assert left_below(local.root_dir) == []
     assert local.root_dir.is_dir()
-    assert await local.carries_marker()
+    assert await local.is_mounted()
 
 
 async def test_pruning_never_takes_a_writers_folder(local: LocalStorageBackend) -> None:

@@ -19,9 +19,10 @@ async def database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
 
 
 @pytest.fixture(scope="session")
-def asyncpg_database(request: pytest.FixtureRequest) -> Iterator[Database]:
+async def asyncpg_database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
     """PostgreSQL alone, for what no other database answers otherwise."""
-    yield from _database(request, "asyncpg")
+    async with new_database(request, "asyncpg") as found:
+        yield found
 
 
 @pytest.fixture

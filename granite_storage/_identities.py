@@ -1,0 +1,58 @@
+"""Which store a backend's key leads to: the identity that new refs keep, and what is said where an old ref has another one."""
+
+from __future__ import annotations
+
+import logging
+
+from granite_storage.backends.base import StorageBackend, SupportsIdentity
+from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, ObjectNotFoundError, StorageError
+from granite_storage.refs import StoredObjectRef
+
+__all__ = ["Identities", "describe_mismatch", "explain_missing"]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+
+class Identities:
+    """The identities that new refs keep. No upload fails because a store keeps none."""
+
+    def __init__(self) -> None:
+        self._refused: set[str] = set()
+
+    async def current(self, backend_key: str, backend: StorageBackend) -> str | None:
+        """Return the identity of a backend's store, which is given one at its first use; None where it has none."""
+        if backend_key in self._refused or not isinstance(backend, SupportsIdentity):
+            return None
+        try:
+            return next(iter(await backend.identities(create=True)), None)
+        except (BackendUnavailableError, ConfigurationError):
+            return None  # the write will meet the same, and say so
+        except StorageError as error:
+            self._refused.add(backend_key)
+            logger.warning(
+                "the store of the backend %r can be given no identity, so refs do not say which store they are of: %s",
+                backend_key,
+                error,
+            )
+            return None
+
+
+async def explain_missing(error: ObjectNotFoundError, ref: StoredObjectRef, backend: StorageBackend) -> None:
+    """Complete the message of an error about a missing object, once, where the ref was written to another store."""
+    if ref.identity is None or ref.identity in str(error) or not isinstance(backend, SupportsIdentity):
+        return
+    try:
+        found = await backend.identities()
+    except StorageError:
+        return
+    if ref.identity not in found:
+        error.args = (f"{error}; {describe_mismatch(ref.backend, ref.identity, found[0] if found else None)}", *error.args[1:])
+
+
+def describe_mismatch(backend_key: str, identity: str, found: str | None) -> str:
+    """Say that a backend's key leads to another store than it did, and what to do."""
+    leads = f"leads to the store {found} now" if found else "leads to a store without an identity now"
+    return (
+        f"it was written to the store {identity}, and the backend {backend_key!r} {leads}: give each store a key of its own, or,"
+        f" where the objects were moved, add {identity} as a line to the new store's '.granite-storage'"
+    )

@@ -75,6 +75,8 @@ class Attachment:
     _home: AttachmentType | Address | None = None
     # True while a flush writes the ref into the row that owns it: the column type binds no other.
     _claimed = False
+    # True once a statement of that flush has written it.
+    _is_written = False
     # What a journal has written down about its object, until the row that takes it is committed.
     _intent: Intent | None = None
     # True once it was made by `restore`: a row takes it by undoing the delete that its object waits for.
@@ -310,7 +312,7 @@ class Attachment:
     def _undo(self) -> None:
         """Become pending again, after its object was rolled back; only bytes can be stored a second time."""
         self._ref = self._intent = None
-        self._claimed = self._unowned = False
+        self._claimed = self._is_written = self._unowned = False
 
     def _settle(self) -> None:
         """Let go of the bytes, once its row is committed."""
@@ -318,7 +320,7 @@ class Attachment:
         self._reusable = False
 
     def _forget_claim(self) -> None:
-        self._claimed = False
+        self._claimed = self._is_written = False
 
     def __repr__(self) -> str:
         if self._error is not None:
@@ -328,7 +330,9 @@ class Attachment:
         return f"<Attachment size={self._ref.size} filename={self._ref.original_filename!r}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in {"_claimed", "_intent", "_unowned"}}
+        state = {
+            key: value for key, value in self.__dict__.items() if key not in {"_claimed", "_is_written", "_intent", "_unowned"}
+        }
         if self._ref is not None:
             state.update(_source=None, _reusable=False)
         elif self.is_pending:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Attachment"]
 
-_TRANSIENT = frozenset({"_assignments", "_claimed", "_discarded", "_intent", "_unowned"})
+_TRANSIENT = frozenset({"_assignments", "_claimed", "_is_written", "_discarded", "_intent", "_unowned"})
 _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
@@ -79,6 +79,8 @@ class Attachment:
     _home: AttachmentType | Address | None = None
     # True while a flush writes the ref into the row that owns it: the column type binds no other.
     _claimed = False
+    # True once a statement of that flush has written it.
+    _is_written = False
     # What a journal has written down about its object, until the row that takes it is committed.
     _intent: Intent | None = None
     # True once it was made by `restore`: a row takes it by undoing the delete that its object waits for.
@@ -373,7 +375,7 @@ class Attachment:
     def _undo(self) -> None:
         """Become pending again, after its object was rolled back; bytes and files that can seek can be stored once more."""
         self._ref = self._intent = None
-        self._claimed = self._unowned = False
+        self._claimed = self._is_written = self._unowned = False
 
     def _settle(self) -> None:
         """Let go of the bytes, once its row is committed."""
@@ -391,7 +393,7 @@ class Attachment:
         return any(state is not None and state.obj() is not None and state.dict.get(key) is self for state, key in states)
 
     def _forget_claim(self) -> None:
-        self._claimed = False
+        self._claimed = self._is_written = False
 
     def __repr__(self) -> str:
         if self._error is not None:

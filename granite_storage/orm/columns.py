@@ -12,7 +12,7 @@ from sqlalchemy.orm import InstanceState, Mapper
 
 from granite_storage.orm.types import AttachmentType
 
-__all__ = ["Slot", "Tables", "primary_key_of", "slots_of"]
+__all__ = ["Slot", "Tables", "keys_of", "primary_key_of", "slots_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +59,16 @@ def primary_key_of(state: InstanceState[Any], table: Table) -> tuple[Any, ...]:
         mapper.get_property_by_column(column).key: value for column, value in zip(mapper.primary_key, identity, strict=True)
     }
     return tuple(by_attribute[mapper.get_property_by_column(column).key] for column in table.primary_key)
+
+
+def keys_of(state: InstanceState[Any], table: Table) -> set[tuple[Any, ...]]:
+    """Return the primary keys that the row of an instance may have while a flush changes it: the old one and the new one.
+
+    Nothing is loaded; a part of a key that the instance does not know is None.
+    """
+    names = [state.mapper.get_property_by_column(column).key for column in table.primary_key]
+    current = tuple(state.dict.get(name) for name in names)
+    return {current} if state.identity is None else {current, primary_key_of(state, table)}
 
 
 class Tables:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.orm import EXT_CONTINUE, InstanceState, Mapper, Session, SessionTransaction
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import ObjectDeletedError
+from sqlalchemy.orm.unitofwork import UOWTransaction
 
 from granite_storage.orm import flush, outcome, statements
 from granite_storage.orm.columns import slots_of
@@ -27,10 +29,15 @@ def unlisten() -> None:
     """Stop listening, when the last base is unbound."""
     for target, name, listener, _ in _LISTENERS:
         event.remove(target, name, listener)
+    for mapper in _followed:
+        for name in ("before_insert", "before_update"):
+            if event.contains(mapper, name, _before_write_of_class):
+                event.remove(mapper, name, _before_write_of_class)
+    _followed.clear()
     outcome.unlisten_all()
 
 
-def _before_flush(session: Session, _: Any, __: Any) -> None:
+def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
     unit = outcome.known_unit(session)
     if unit is not None:
         # A flush that failed before its first statement ended nothing.
@@ -39,8 +46,23 @@ def _before_flush(session: Session, _: Any, __: Any) -> None:
     mappers = _mappers_of([*written, *deleted])
     _idle.clear()
     _idle.update(id(mapper) for mapper in mappers.values() if not slots_of(mapper) and not flush.concerned_tables(mapper))
+    for mapper in mappers.values():
+        if id(mapper) not in _idle and slots_of(mapper):
+            _stay_last(mapper)
     changes = flush.changes_of(_concerned(written, mappers, slots_of))
-    _save(session, changes, _concerned(deleted, mappers, flush.concerned_tables))
+    _save(session, changes, _concerned(deleted, mappers, flush.concerned_tables), weakref.ref(context))
+
+
+def _stay_last(mapper: Mapper[Any]) -> None:
+    """Let the library see what listeners of one class set: they are called after those of all classes."""
+    for name, listener in (("before_insert", _before_insert), ("before_update", _before_write)):
+        *_, last = getattr(mapper.dispatch, name)
+        if last is listener or last is _before_write_of_class:
+            continue
+        if event.contains(mapper, name, _before_write_of_class):
+            event.remove(mapper, name, _before_write_of_class)
+        event.listen(mapper, name, _before_write_of_class, **_RAW)
+        _followed.add(mapper)
 
 
 def _mappers_of(instances: list[object]) -> dict[type, Mapper[Any]]:
@@ -57,15 +79,25 @@ def _concerned(
     return [instance_state(instance) for instance in instances if type(instance) in kinds] if kinds else []
 
 
-def _save(session: Session, changes: list[flush.Change], deletions: list[InstanceState[Any]]) -> None:
+def _save(
+    session: Session,
+    changes: list[flush.Change],
+    deletions: list[InstanceState[Any]],
+    context: weakref.ref[UOWTransaction] | None = None,
+) -> None:
     if changes or deletions:
         require_async("storing, replacing or deleting an attachment")
-        flush.save(session, outcome.unit_of(session), changes, deletions)
+        unit = outcome.unit_of(session)
+        unit.flush.context = unit.flush.context or context
+        flush.save(session, unit, changes, deletions)
 
 
 # Mappers of the newest flush, by identity, whose rows are none of our business. The three below are told of each row of each
 # model: they say so at once and ask to be called as SQLAlchemy itself calls (`raw` and `retval`), without a function in between.
 _idle: set[int] = set()
+
+# Mappers whose classes have listeners of their own, after which the library looks once more.
+_followed: weakref.WeakSet[Mapper[Any]] = weakref.WeakSet()
 
 
 def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]) -> Any:
@@ -78,7 +110,19 @@ def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any])
         changes = flush.changes_of([state])
         late = [change for change in changes if unit is None or not unit.flush.has_handled(change.marker, change.value)]
         _save(session, late, [])
+        _revise(session)
     return EXT_CONTINUE
+
+
+def _revise(session: Session) -> None:
+    unit = outcome.known_unit(session)
+    if unit is not None:
+        flush.revise(session, unit)
+
+
+def _before_write_of_class(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> Any:
+    """Save what the listeners of one class have set."""
+    return _before_write(mapper, connection, state)
 
 
 def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> Any:
@@ -106,6 +150,7 @@ def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]
     """Save the orphans of a relationship, which become deletions only inside the flush."""
     session = state.session if id(mapper) not in _idle and flush.concerned_tables(mapper) else None
     if session is not None:
+        _revise(session)
         unit = outcome.known_unit(session)
         if unit is None or id(state) not in unit.flush.deletions:
             _save(session, [], [state])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 from sqlalchemy import Column, Connection, Table
 from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
+from sqlalchemy.orm.unitofwork import UOWTransaction
 from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import InvalidReferenceError, StaleAttachmentError
@@ -20,13 +21,14 @@ from granite_storage.orm.columns import Slot, primary_key_of, slots_of
 from granite_storage.orm.journal import entries
 from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.outcome import watch
-from granite_storage.orm.rows import CountedDeletes, HeldRef, cascaded, lock_rows, still_held
+from granite_storage.orm.rows import CountedDeletes, HeldRef, cascaded, connection_of, lock_rows
 from granite_storage.orm.types import AttachmentType
-from granite_storage.orm.unit import FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
+from granite_storage.orm.unit import Displacement, FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
 from granite_storage.orm.uploads import Upload, store, stored_object
+from granite_storage.orm.written import written_log
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Change", "boundary", "changes_of", "concerned_tables", "displace", "end", "look_again", "save", "vacate"]
+__all__ = ["Change", "boundary", "changes_of", "concerned_tables", "displace", "end", "look_again", "revise", "save", "vacate"]
 
 _UNSAFE = re.compile(r"[^\w.@=+-]+")
 _ENTITY_BYTES = 100
@@ -124,27 +126,72 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
     for change in changes:
         flush.handled[change.marker] = change.value
         if change.value is not None:
-            change.value._claimed = True
-            flush.claims.append(change.value)
-            flush.taken.append((change.state, change.slot.column, change.value))
-    flush.deletions.update(id(state) for state in deletions)
+            _claim(flush, change.value)
+            flush.taken.append(change)
+    flush.deletions.update((id(state), state) for state in deletions)
+
+
+def _claim(flush: FlushUnderWay, attachment: Attachment) -> None:
+    """Let the statements of the flush write the ref of an attachment."""
+    attachment._claimed = True
+    flush.claims.append(attachment)
+
+
+def revise(session: Session, unit: UnitOfWork) -> None:
+    """Copy what was to move to another row, where the row that it was to leave keeps it after all; before the first statement.
+
+    Listeners that were called after the plan was made may have taken a delete back, or put an old value back.
+    """
+    flush = unit.flush
+    moved, flush.moved = flush.moved, []
+    context = None if flush.context is None else flush.context()
+    if not moved or context is None:
+        return
+    kept = {entry.held.place for entry in flush.displaced if not _still_leaves(entry, context)}
+    copied = [change for change in moved if (change.attachment.ref.backend, change.attachment.ref.location) in kept]
+    _copy_all(unit, unit.frame(boundary(session)), copied)
+    for change in copied:
+        _claim(flush, change.attachment)
+
+
+def _still_leaves(displaced: Displacement, context: UOWTransaction) -> bool:
+    """Tell whether a flush is still about to take a ref out of its row, by the state of the row's instance."""
+    state = displaced.state
+    if state is None or state not in context.states:
+        return False
+    is_deleted, is_listed_only = context.states[state]
+    if is_deleted:
+        return not is_listed_only
+    keys = [slot.key for slot in slots_of(state.mapper) if slot.column is displaced.held.column]
+    return any(_has_left(state, key, displaced.held.ref) for key in keys)
+
+
+def _has_left(state: InstanceState[Any], key: str, ref: StoredObjectRef) -> bool:
+    history = state.get_history(key, PassiveFlag.PASSIVE_NO_INITIALIZE)
+    if not history.has_changes():
+        return False
+    return not any(isinstance(value, Attachment) and value._ref == ref for value in history.added)
 
 
 def end(session: Session, unit: UnitOfWork) -> None:
-    """Let what a flush decided count, and note which rows the database has deleted by a cascade: not all do, and not always.
+    """Let what a flush has done count, which may be other than what it was to do.
 
     Raises:
         StaleAttachmentError: It meant to write to a row that was not there when it looked. Where SQLAlchemy goes on, because a
             driver does not tell how many rows it has hit, either no row took the file, or one whose own file nobody knows.
     """
-    if unit.flush.has_missed_rows or any(counted.has_hit_others for counted in unit.flush.counted):
+    flush = unit.flush
+    if flush.has_missed_rows or any(counted.has_hit_others for counted in flush.counted):
         raise StaleAttachmentError(
             "another transaction has deleted a row whose file was being replaced, or inserted one anew that was being deleted;"
             " the transaction may be tried again"
         )
-    if unit.flush.has_successors:
-        unit.flush.vanishing += _rivals(session, unit.flush)
-    _note_vanished(unit)
+    vanished = [_stored(held) for _, cascaded in flush.vanishing for held in cascaded]
+    flush.log = written_log(session, unit, [*(stored for stored, _ in flush.log), *vanished])
+    held = {stored.key for stored, is_held in flush.log if is_held}
+    for key, intent in flush.restored_by.items():
+        if key not in held:
+            flush.restored.remove(intent)
     entries.write(unit)
     unit.end_flush(unit.frame(boundary(session)))
 
@@ -157,32 +204,6 @@ def look_again(unit: UnitOfWork) -> None:
     flush = unit.flush
     flush.has_written = False
     flush.vanishing += [(connection, reached()) for connection, reached in flush.cascading]
-
-
-def _rivals(session: Session, flush: FlushUnderWay) -> Iterator[tuple[Connection, list[HeldRef]]]:
-    """Yield what instances have given to rows: where several new ones take over one row, it keeps the last of it, or nothing."""
-    for state, column, attachment in flush.taken:
-        connection = session.connection(bind_arguments={"mapper": state.mapper})
-        yield connection, [HeldRef(column.table, primary_key_of(state, column.table), column, attachment.ref)]
-
-
-def _note_vanished(unit: UnitOfWork) -> None:
-    """Note what rows held and hold no more: the database has deleted some by a cascade, though not all do so, and not always."""
-    flush = unit.flush
-    for connection, held in flush.vanishing:
-        remaining = still_held(connection, held)
-        for entry in held:
-            stored = _stored(entry)
-            if entry.place not in remaining and (not flush.takes(stored) or _has_taken(flush, entry)):
-                flush.log.append((unit.origin(stored), False))
-
-
-def _has_taken(flush: FlushUnderWay, entry: HeldRef) -> bool:
-    """Tell whether it is this row that has taken its object in this flush; it may have moved to another one."""
-    return any(
-        column is entry.column and attachment.ref == entry.ref and primary_key_of(state, entry.table) == entry.primary_key
-        for state, column, attachment in flush.taken
-    )
 
 
 def displace(log: Frame | FlushUnderWay, held: Iterable[HeldRef]) -> list[StoredObject]:
@@ -250,18 +271,19 @@ def _locked_refs(
 
     What the database will delete along with them is noted, to be looked at again after the flush.
     """
-    wanted: dict[tuple[str, bool], _Rows] = {}
+    connections = _Connections(session)
+    wanted: dict[tuple[str, bool, Connection], _Rows] = {}
     for change in changes:
-        rows = wanted.setdefault((change.slot.home.table.fullname, False), _Rows(change.slot.home.table, change.state.mapper))
+        table, connection = change.slot.home.table, connections.of(change.state)
+        rows = wanted.setdefault((table.fullname, False, connection), _Rows(table))
         if change.state.key is not None:
             rows.add(change.state, {change.slot.column})
     for state in deletions:
         for table in concerned_tables(state.mapper):
-            rows = wanted.setdefault((table.fullname, True), _Rows(table, state.mapper))
+            rows = wanted.setdefault((table.fullname, True, connections.of(state)), _Rows(table))
             rows.add(state, set(binding_for(table.metadata, f"the table {table.name}").tables.attachments(table)))
     held: list[HeldRef] = []
-    for (_, deleting), rows in sorted(wanted.items(), key=lambda item: item[0]):
-        connection = session.connection(bind_arguments={"mapper": rows.mapper})
+    for (_, deleting, connection), rows in sorted(wanted.items(), key=lambda item: item[0][:2]):
         watch(session, connection)
         binding = binding_for(rows.table.metadata, f"the table {rows.table.name}")
         if binding.journal is not None:
@@ -269,6 +291,8 @@ def _locked_refs(
         if rows.columns_by_key:
             found, missing = _lock(connection, rows, deleting=deleting)
             held += found
+            states = rows.states
+            unit.flush.displaced += [Displacement(connection, ref, states.get(ref.primary_key), deleting) for ref in found]
             if missing and deleting:
                 unit.flush.counted.append(CountedDeletes(connection, rows.table, len(rows.columns_by_key) - len(missing)))
             elif missing:
@@ -280,16 +304,34 @@ def _locked_refs(
     return held
 
 
+class _Connections:
+    """Finds the connections of instances; but for a sharded session those of one class share one."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._by_mapper: dict[Mapper[Any], Connection] = {}
+
+    def of(self, state: InstanceState[Any]) -> Connection:
+        if self._session.connection_callable is not None:
+            return connection_of(self._session, state)
+        found = self._by_mapper.get(state.mapper)
+        if found is None:
+            found = self._by_mapper[state.mapper] = connection_of(self._session, state)
+        return found
+
+
 class _Rows:
     """Rows of one table that a flush touches, and the attachment columns it touches in each."""
 
-    def __init__(self, table: Table, mapper: Mapper[Any]) -> None:
+    def __init__(self, table: Table) -> None:
         self.table = table
-        self.mapper = mapper
         self.columns_by_key: dict[tuple[Any, ...], set[Column[Any]]] = {}
+        self.states: dict[tuple[Any, ...], InstanceState[Any]] = {}
 
     def add(self, state: InstanceState[Any], columns: set[Column[Any]]) -> None:
-        self.columns_by_key.setdefault(primary_key_of(state, self.table), set()).update(columns)
+        key = primary_key_of(state, self.table)
+        self.columns_by_key.setdefault(key, set()).update(columns)
+        self.states[key] = state
 
     def columns(self) -> list[Column[Any]]:
         touched = set().union(*self.columns_by_key.values())
@@ -318,8 +360,10 @@ def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], gi
             _take(unit, frame, given)
         elif unit.is_free(stored):
             unit.flush.log.append((stored, True))
+            unit.flush.moved.append(change)
         elif given._restored:
             entries.restore(unit, change.slot.home, stored)
+            unit.flush.restored_by[stored.key] = unit.flush.restored[-1]
         elif unit.is_known(stored):
             copies.append(change)
         else:

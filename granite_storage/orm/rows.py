@@ -20,6 +20,7 @@ from sqlalchemy import (
     or_,
     select,
 )
+from sqlalchemy.orm import InstanceState, Session
 
 from granite_storage.orm._batches import batches
 from granite_storage.orm.attachment import Attachment
@@ -32,8 +33,10 @@ __all__ = [
     "among",
     "are_there",
     "cascaded",
+    "connection_of",
     "lock_rows",
     "lock_statement",
+    "read_refs",
     "still_held",
     "take_write_lock",
 ]
@@ -145,6 +148,21 @@ def lock_statement(
     return held, list(rows)
 
 
+def connection_of(session: Session, state: InstanceState[Any]) -> Connection:
+    """Return the connection that a session's flush writes an instance on; a sharded session has one for each shard."""
+    if session.connection_callable is not None:
+        return session.connection_callable(state.mapper, state.obj())
+    return session.connection(bind_arguments={"mapper": state.mapper})
+
+
+def read_refs(
+    connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]], columns: Sequence[Column[Any]]
+) -> list[HeldRef]:
+    """Return the refs that rows hold now, read under their locks."""
+    batched = batches(_in_order(primary_keys), _AT_A_TIME)
+    return [held for keys in batched for held in _read(connection, table, columns, among(table, keys), deleting=False)]
+
+
 def still_held(connection: Connection, held: Sequence[HeldRef]) -> set[tuple[str, str]]:
     """Return where the objects are, as (backend, location), that their rows still hold.
 
@@ -152,9 +170,8 @@ def still_held(connection: Connection, held: Sequence[HeldRef]) -> set[tuple[str
     """
     found: set[tuple[str, str]] = set()
     for table, column in {(entry.table, entry.column) for entry in held}:
-        keys = _in_order(entry.primary_key for entry in held if entry.column is column)
-        for batch in batches(keys, _AT_A_TIME):
-            found |= {entry.place for entry in _read(connection, table, [column], among(table, batch), deleting=False)}
+        keys = [entry.primary_key for entry in held if entry.column is column]
+        found |= {entry.place for entry in read_refs(connection, table, keys, [column])}
     return found
 
 

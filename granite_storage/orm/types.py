@@ -254,6 +254,7 @@ class AttachmentType(_RefJSON[Attachment]):
                 "an attachment reaches its row only by a flush of an AsyncSession whose base is bound with bind_storage;"
                 " bulk inserts, bulk updates and Core statements would write a ref that nobody owns"
             )
+        value._is_written = True
         return value.ref.to_dict()
 
     def compare_values(self, x: Any, y: Any) -> bool:  # noqa: D102

@@ -21,17 +21,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from sqlalchemy import Column, Connection
+    from sqlalchemy import Connection
     from sqlalchemy.orm import InstanceState, SessionTransaction
+    from sqlalchemy.orm.unitofwork import UOWTransaction
 
     from granite_storage.manager import StorageManager
     from granite_storage.orm.attachment import Attachment
     from granite_storage.orm.journal.journal import StorageJournal
+    from granite_storage.orm.flush import Change
     from granite_storage.orm.outcome import ConnectionWatch, SavepointSpan
     from granite_storage.orm.rows import CountedDeletes, HeldRef
     from granite_storage.refs import StoredObjectRef
 
-__all__ = ["FlushUnderWay", "Frame", "Intent", "LogEntry", "ObjectKey", "Outcome", "StoredObject", "UnitOfWork"]
+__all__ = ["Displacement", "FlushUnderWay", "Frame", "Intent", "LogEntry", "ObjectKey", "Outcome", "StoredObject", "UnitOfWork"]
 
 ObjectKey: TypeAlias = tuple[int, str, str]
 LogEntry: TypeAlias = "tuple[StoredObject, bool]"
@@ -83,18 +85,40 @@ class Frame:
         self.puts += inner.puts
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Displacement:
+    """A ref that a flush is to take out of its row, as it was read under the row's lock.
+
+    Attributes:
+        connection: The connection that it was read on.
+        held: The ref and its row.
+        state: The instance that is changed or deleted; None where the row cannot be told from others.
+        deletes: Whether the row is to be deleted.
+    """
+
+    connection: Connection
+    held: HeldRef
+    state: InstanceState[Any] | None
+    deletes: bool
+
+
 @dataclass(slots=True, eq=False)
 class FlushUnderWay:
-    """What one flush has decided; it happens to the transaction only when the flush has ended well."""
+    """What one flush is to do; what it has really done is asked of the rows when it has ended: see `written`."""
 
+    # SQLAlchemy's own record of the flush, which knows its session.
+    context: weakref.ref[UOWTransaction] | None = None
     log: list[LogEntry] = field(default_factory=list)
     puts: list[tuple[StoredObject, Attachment]] = field(default_factory=list)
     claims: list[Attachment] = field(default_factory=list)
-    # What rows hold after the flush: the row, the column, and the attachment.
-    taken: list[tuple[InstanceState[Any], Column[Any], Attachment]] = field(default_factory=list)
+    # What rows are to hold after the flush, and what they are not to hold any more.
+    taken: list[Change] = field(default_factory=list)
+    displaced: list[Displacement] = field(default_factory=list)
+    # Changes by which a row takes over an object that another one is to lose in the same flush.
+    moved: list[Change] = field(default_factory=list)
     # What has been dealt with: changed attributes, and rows that are deleted.
     handled: dict[tuple[int, str], Attachment | None] = field(default_factory=dict)
-    deletions: set[int] = field(default_factory=set)
+    deletions: dict[int, InstanceState[Any]] = field(default_factory=dict)
     # Refs of rows that the database may delete by a cascade, and the connection that can tell whether it did.
     vanishing: list[tuple[Connection, list[HeldRef]]] = field(default_factory=list)
     # What finds such refs, and whether the flush has written rows since it was asked: those are reached by the cascade, too.
@@ -108,6 +132,7 @@ class FlushUnderWay:
     counted: list[CountedDeletes] = field(default_factory=list)
     # Undone deletes, by the intents that the transaction takes back, and where each journal's tables are written to.
     restored: list[Intent] = field(default_factory=list)
+    restored_by: dict[ObjectKey, Intent] = field(default_factory=dict)
     connections: dict[StorageJournal, Connection] = field(default_factory=dict)
 
     def has_handled(self, marker: tuple[int, str], value: Attachment | None) -> bool:
@@ -118,10 +143,6 @@ class FlushUnderWay:
     def net(self) -> list[LogEntry]:
         """What the flush comes to: for each object whether a row holds it in the end."""
         return list(_latest(self.log).values())
-
-    def takes(self, stored: StoredObject) -> bool:
-        """Tell whether a row takes the object in this flush."""
-        return _latest(self.log).get(stored.key, (stored, False))[1]
 
 
 class UnitOfWork:

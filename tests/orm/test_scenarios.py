@@ -16,13 +16,13 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, make_transient_to_detached, selectinload
 
 from granite_storage import ConsumedSourceError, ContentTooLargeError, ObjectNotFoundError, StorageManager, StoragePolicy
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.exceptions import BackendUnavailableError, InvalidReferenceError
+from granite_storage.exceptions import BackendUnavailableError
 from granite_storage.orm import Attachment
 from tests.orm.environment import (
     Booking,
@@ -919,12 +919,10 @@ class TestWhatTheSessionDoesNotKnow:
 
         event.listen(Doc, "before_insert", late)
         try:
-            with pytest.raises(StatementError) as caught:
-                await env.add(Doc(id=1, file=file("a")))
+            await env.add(Doc(id=1, file=file("a")))
         finally:
             event.remove(Doc, "before_insert", late)
-        assert isinstance(caught.value.orig, InvalidReferenceError)
-        await env.check()
+        await env.check(file_1="a", other_1="late")
 
 
 async def family(session: AsyncSession) -> tuple[Parent, Child, Child]:

@@ -1,0 +1,127 @@
+"""What a flush has really written and deleted: the rows are asked, whatever had been planned for them.
+
+Between the plan of a flush and its statements the application's own listeners, SQLAlchemy's cascades and the database's triggers
+have their say: a row that was to be deleted is kept, an old value is put back, a new row is expunged. An object is displaced only
+where the row that held it has been looked at and holds it no more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from sqlalchemy import Column, Connection, Table
+from sqlalchemy.orm import InstanceState, Session
+
+from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.orm.columns import keys_of
+from granite_storage.orm.rows import connection_of, read_refs
+from granite_storage.orm.types import AttachmentType
+from granite_storage.orm.unit import Displacement, FlushUnderWay, LogEntry, ObjectKey, StoredObject, UnitOfWork
+from granite_storage.refs import StoredObjectRef
+
+__all__ = ["written_log"]
+
+
+def written_log(session: Session, unit: UnitOfWork, planned: Iterable[StoredObject]) -> list[LogEntry]:
+    """Return what the flush that has just run its statements did to objects; attachments that no row has taken may be used again.
+
+    Args:
+        session: The session.
+        unit: Its unit of work.
+        planned: The objects that the flush might have put, moved or displaced.
+
+    Raises:
+        StaleAttachmentError: Two rows hold one object now, because the one that was to give it to the other still holds it.
+    """
+    flush = unit.flush
+    is_certain = {change.attachment.ref for change in flush.taken if change.attachment._is_written} if _is_plain(flush) else set()
+    holders = _read(session, flush, is_certain)
+    puts = {stored.key: attachment for stored, attachment in flush.puts}
+    taken = {stored.key: stored for stored, is_held in flush.log if is_held}
+    certain = {key for key, attachment in puts.items() if attachment.ref in is_certain}
+    log: list[LogEntry] = []
+    for key, stored in {stored.key: stored for stored in planned}.items():
+        if holders[key] > 1 and key in taken:
+            raise _still_holds(stored.ref)
+        if holders[key] or key in certain:
+            claimed = taken.get(key) or unit.displacement(stored)
+            log += [] if claimed is None else [(claimed, True)]
+        elif key in puts:
+            puts[key]._unowned = True
+        else:
+            log.append((unit.origin(stored), False))
+    return log
+
+
+def _is_plain(flush: FlushUnderWay) -> bool:
+    """Tell whether nothing in the flush could take a file away again from a row that it was written to."""
+    return not flush.deletions and not flush.has_successors
+
+
+def _read(session: Session, flush: FlushUnderWay, certain: set[StoredObjectRef]) -> Counter[ObjectKey]:
+    """Return how many of the rows that the flush has to do with hold each object now."""
+    rows = _Rows()
+    for displaced in flush.displaced:
+        if not _is_surely_deleted(flush, displaced):
+            held, state = displaced.held, displaced.state
+            rows.add(displaced.connection, held.column, {held.primary_key})
+            if state is not None and not displaced.deletes:
+                rows.add(displaced.connection, held.column, keys_of(state, held.table))
+    for connection, cascaded in flush.vanishing:
+        for held in cascaded:
+            rows.add(connection, held.column, {held.primary_key})
+    puts = {attachment.ref for _, attachment in flush.puts}
+    for change in flush.taken:
+        if change.attachment.ref not in puts or change.attachment.ref not in certain:
+            instance = change.state.obj()
+            if instance is not None:  # else nothing has kept it, the flush the least
+                column = change.slot.column
+                rows.add(connection_of(session, change.state), column, keys_of(change.state, column.table))
+    return rows.count()
+
+
+def _is_surely_deleted(flush: FlushUnderWay, displaced: Displacement) -> bool:
+    """Tell whether a row need not be looked for.
+
+    MariaDB and MySQL skip no DELETE in silence, and there a look at a row that is gone would lock the gap that it has left.
+    """
+    context = None if flush.context is None else flush.context()
+    if not displaced.deletes or context is None or displaced.connection.dialect.name not in ("mysql", "mariadb"):
+        return False
+    return context.states.get(displaced.state) == (True, False)
+
+
+class _Rows:
+    """Rows to look at, by connection and table, and the columns of theirs."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[tuple[Connection, Table], tuple[set[tuple[Any, ...]], set[Column[Any]]]] = {}
+
+    def add(self, connection: Connection, column: Column[Any], keys: Iterable[tuple[Any, ...]]) -> None:
+        wanted, columns = self._wanted.setdefault((connection, column.table), (set(), set()))
+        wanted.update(key for key in keys if None not in key)
+        columns.add(column)
+
+    def count(self) -> Counter[ObjectKey]:
+        return Counter(_key_of(column, ref) for column, ref in self._held())
+
+    def _held(self) -> Iterator[tuple[Column[Any], StoredObjectRef]]:
+        for (connection, table), (keys, columns) in self._wanted.items():
+            # A row may have been asked for by two spellings of its key.
+            found = read_refs(connection, table, keys, [column for column in table.columns if column in columns])
+            yield from {(held.primary_key, held.column): (held.column, held.ref) for held in found}.values()
+
+
+def _key_of(column: Column[Any], ref: StoredObjectRef) -> ObjectKey:
+    home: AttachmentType = column.type  # type: ignore[assignment]  # only attachment columns are asked for
+    return StoredObject(home.binding().manager, ref).key
+
+
+def _still_holds(ref: StoredObjectRef) -> StaleAttachmentError:
+    return StaleAttachmentError(
+        f"the object at {ref.location!r} was to move to another row, but the row that it was to leave still holds it after the"
+        " flush: a listener or a trigger has changed that row back; flush the two changes one after the other, and the second"
+        " row gets a copy"
+    )

@@ -1,0 +1,385 @@
+"""Listeners that change what a flush will do, after the library has planned it: objects and references agree all the same.
+
+SQLAlchemy calls the listeners of a class before those of its subclasses, and these before those of one session, so any recipe for
+soft deletes or audits may run after the library's own hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import event, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm.attributes import get_history
+
+from granite_storage.exceptions import StaleAttachmentError
+from tests.orm.environment import Child, Doc, Note, OrmEnvironment, Parent, file
+
+
+class OwnSession(Session):
+    """A session class of the application's."""
+
+
+Listener = Callable[..., Any]
+Target = Callable[[AsyncSession], Any]
+
+# Where an application puts its listeners; those on `Session` itself are called before or after ours, by the order of imports.
+TARGETS: dict[str, Target] = {
+    "Session, after ours": lambda _: Session,
+    "Session, before ours": lambda _: Session,
+    "a subclass": lambda _: OwnSession,
+    "one session": lambda session: session.sync_session,
+}
+
+
+@contextlib.contextmanager
+def listening(target: Any, name: str, listener: Listener, **options: Any) -> Iterator[None]:
+    event.listen(target, name, listener, **options)
+    try:
+        yield
+    finally:
+        event.remove(target, name, listener)
+
+
+@contextlib.asynccontextmanager
+async def session_with(env: OrmEnvironment, where: str, listener: Listener, name: str = "before_flush") -> Any:
+    """Give a session to which a listener belongs, and commit it."""
+    sessions = async_sessionmaker(env.engine, expire_on_commit=False, sync_session_class=OwnSession)
+    async with sessions() as session:
+        options = {"insert": True} if where == "Session, before ours" else {}
+        with listening(TARGETS[where](session), name, listener, **options):
+            yield session
+            await session.commit()
+
+
+async def get(session: AsyncSession, number: int = 1) -> Doc:
+    return await session.get_one(Doc, number)
+
+
+def soft_delete(session: Session, *_: Any) -> None:
+    """Keep what was to be deleted, and say that it is."""
+    for instance in list(session.deleted):
+        if isinstance(instance, Doc):
+            instance.title = "deleted"
+            session.add(instance)
+
+
+def put_back(session: Session, *_: Any) -> None:
+    """Let no file be replaced."""
+    for instance in list(session.dirty):
+        if isinstance(instance, Doc):
+            old = get_history(instance, "file").deleted
+            if old:
+                instance.file = old[0]
+
+
+def expire(session: Session, *_: Any) -> None:
+    for instance in list(session.dirty):
+        session.expire(instance)
+
+
+def expunge_new(session: Session, *_: Any) -> None:
+    for instance in list(session.new):
+        if isinstance(instance, Doc):
+            session.expunge(instance)
+
+
+def archive(session: Session, *_: Any) -> None:
+    """Keep the files of deleted rows in others."""
+    for instance in list(session.deleted):
+        if isinstance(instance, Doc) and instance.file is not None:
+            session.add(Note(id=instance.id, scan=instance.file))
+
+
+def archive_and_keep(session: Session, *_: Any) -> None:
+    archive(session)
+    soft_delete(session)
+
+
+pytestmark = pytest.mark.case("RA-05")
+
+everywhere = pytest.mark.parametrize("where", TARGETS)
+
+
+class TestBeforeFlush:
+    @everywhere
+    async def test_soft_delete(self, env: OrmEnvironment, where: str) -> None:
+        await env.add(Doc(id=1, file=file("a"), other=file("b")))
+        async with session_with(env, where, soft_delete) as session:
+            await session.delete(await get(session))
+        await env.check(file_1="a", other_1="b")
+        async with env.sessions() as session:
+            assert (await get(session)).title == "deleted"
+
+    @everywhere
+    async def test_soft_delete_of_one_of_two(self, env: OrmEnvironment, where: str) -> None:
+        def keep_first(session: Session, *_: Any) -> None:
+            session.add_all([doc for doc in session.deleted if isinstance(doc, Doc) and doc.id == 1])
+
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        async with session_with(env, where, keep_first) as session:
+            await session.delete(await get(session, 1))
+            await session.delete(await get(session, 2))
+        await env.check(file_1="a")
+
+    @everywhere
+    async def test_soft_delete_of_rows_that_take_others_along(self, env: OrmEnvironment, where: str) -> None:
+        def keep(session: Session, *_: Any) -> None:
+            session.add_all([instance for instance in session.deleted if isinstance(instance, Parent)])
+
+        await env.add(Parent(id=1, file=file("p"), children=[Child(id=1, file=file("c"))]))
+        async with session_with(env, where, keep) as session:
+            session.add(Doc(id=1))
+            await session.delete(await session.get_one(Parent, 1))
+        assert sorted((await env.contents()).values()) == [b"c", b"p"]
+
+    @everywhere
+    @pytest.mark.parametrize("new", ["b", None])
+    async def test_old_value_put_back(self, env: OrmEnvironment, where: str, new: str | None) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with session_with(env, where, put_back) as session:
+            doc = await get(session)
+            doc.title, doc.file = "new", None if new is None else file(new)
+        await env.check(file_1="a")
+
+    @everywhere
+    async def test_old_value_put_back_of_a_row_whose_key_changes(self, env: OrmEnvironment, where: str) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with session_with(env, where, put_back) as session:
+            doc = await get(session)
+            doc.id, doc.file = 2, file("b")
+        await env.check(file_2="a")
+
+    @everywhere
+    async def test_changed_row_expired(self, env: OrmEnvironment, where: str) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with session_with(env, where, expire) as session:
+            (await get(session)).file = file("b")
+            session.add(Doc(id=2, file=file("c")))
+        await env.check(file_1="a", file_2="c")
+
+    @everywhere
+    async def test_new_row_expunged(self, env: OrmEnvironment, where: str) -> None:
+        async with session_with(env, where, expunge_new) as session:
+            session.add_all([Doc(id=1, file=file("a")), Note(id=1, scan=file("n"))])
+        assert await env.contents() == {("note", 1, "scan_ref"): b"n"}
+
+    @everywhere
+    async def test_new_row_expunged_that_was_to_take_a_file_over(self, env: OrmEnvironment, where: str) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with session_with(env, where, expunge_new) as session:
+            doc = await get(session)
+            session.add(Doc(id=2, file=doc.file))
+            doc.file = None
+        await env.check()
+
+    @everywhere
+    async def test_file_moved_to_an_archive(self, env: OrmEnvironment, where: str) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with session_with(env, where, archive) as session:
+            await session.delete(await get(session))
+        assert await env.contents() == {("note", 1, "scan_ref"): b"a"}
+
+    @everywhere
+    async def test_file_copied_to_an_archive_and_the_row_kept(self, env: OrmEnvironment, where: str) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with session_with(env, where, archive_and_keep) as session:
+            await session.delete(await get(session))
+        assert await env.contents() == {("note", 1, "scan_ref"): b"a", ("doc", 1, "file"): b"a"}
+
+    @everywhere
+    async def test_row_kept_whose_file_was_to_move(self, env: OrmEnvironment, where: str) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with session_with(env, where, soft_delete) as session:
+            doc = await get(session)
+            session.add(Note(id=1, scan=doc.file))
+            await session.delete(doc)
+        assert await env.contents() == {("note", 1, "scan_ref"): b"a", ("doc", 1, "file"): b"a"}
+
+    @everywhere
+    async def test_value_put_back_that_was_to_move(self, env: OrmEnvironment, where: str) -> None:
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+
+        def put_first_back(session: Session, *_: Any) -> None:
+            for doc in list(session.dirty):
+                if isinstance(doc, Doc) and doc.id == 1 and get_history(doc, "file").deleted:
+                    doc.file = get_history(doc, "file").deleted[0]
+
+        async with session_with(env, where, put_first_back) as session:
+            one, two = await get(session, 1), await get(session, 2)
+            two.file, one.file = one.file, None
+        await env.check(file_1="a", file_2="a")
+
+    @everywhere
+    async def test_another_file_assigned(self, env: OrmEnvironment, where: str) -> None:
+        def censor(session: Session, *_: Any) -> None:
+            for doc in [*session.new, *session.dirty]:
+                if isinstance(doc, Doc):
+                    doc.file = file("censored")
+
+        await env.add(Doc(id=1, file=file("a")))
+        async with session_with(env, where, censor) as session:
+            (await get(session)).file = file("b")
+            session.add(Doc(id=2, file=file("c")))
+        await env.check(file_1="censored", file_2="censored")
+
+    @everywhere
+    async def test_row_deleted(self, env: OrmEnvironment, where: str) -> None:
+        def delete_empty(session: Session, *_: Any) -> None:
+            for doc in list(session.dirty):
+                if isinstance(doc, Doc) and doc.file is None:
+                    session.delete(doc)
+
+        await env.add(Doc(id=1, file=file("a"), other=file("b")))
+        async with session_with(env, where, delete_empty) as session:
+            (await get(session)).file = None
+        await env.check()
+
+    @everywhere
+    async def test_error(self, env: OrmEnvironment, where: str) -> None:
+        def fail(*_: Any) -> None:
+            raise ZeroDivisionError
+
+        await env.add(Doc(id=1, file=file("a")))
+        with pytest.raises(ZeroDivisionError):
+            async with session_with(env, where, fail) as session:
+                (await get(session)).file = file("b")
+                session.add(Doc(id=2, file=file("c")))
+        await env.check(file_1="a")
+
+    @everywhere
+    async def test_rolled_back(self, env: OrmEnvironment, where: str) -> None:
+        """What a listener has kept stays what it was, also where the transaction is rolled back."""
+        await env.add(Doc(id=1, file=file("a")))
+        with pytest.raises(ZeroDivisionError):
+            async with session_with(env, where, archive_and_keep) as session:
+                await session.delete(await get(session))
+                await session.flush()
+                raise ZeroDivisionError
+        await env.check(file_1="a")
+
+    async def test_on_one_sessionmaker(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        inner = sessionmaker()
+        sessions = async_sessionmaker(env.engine, sync_session_class=inner)
+        with listening(inner, "before_flush", soft_delete):
+            async with sessions.begin() as session:
+                await session.delete(await get(session))
+        await env.check(file_1="a")
+
+    async def test_deleted_once_the_listener_is_gone(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions.begin() as session:
+            doc = await get(session)
+            with listening(session.sync_session, "before_flush", soft_delete):
+                await session.delete(doc)
+                await session.flush()
+            await session.delete(doc)
+        await env.check()
+
+
+class TestMappers:
+    """Listeners of one class are called after those of all classes, which ours are."""
+
+    @pytest.mark.parametrize("name", ["before_insert", "before_update"])
+    async def test_file_assigned(self, env: OrmEnvironment, name: str) -> None:
+        def assign(_: Any, __: Any, doc: Doc) -> None:
+            doc.file = file("by the listener")
+
+        await env.add(Doc(id=1, file=file("a")))
+        with listening(Doc, name, assign):
+            async with env.sessions.begin() as session:
+                (await get(session)).title = "new"
+                session.add(Doc(id=2, file=file("b")))
+        if name == "before_insert":
+            await env.check(file_1="a", file_2="by the listener")
+        else:
+            await env.check(file_1="by the listener", file_2="b")
+
+    @pytest.mark.parametrize("new", ["b", None])
+    async def test_old_value_put_back(self, env: OrmEnvironment, new: str | None) -> None:
+        def put_back(_: Any, __: Any, doc: Doc) -> None:
+            if old := get_history(doc, "file").deleted:
+                doc.file = old[0]
+
+        await env.add(Doc(id=1, file=file("a")))
+        with listening(Doc, "before_update", put_back):
+            async with env.sessions.begin() as session:
+                doc = await get(session)
+                doc.title, doc.file = "new", None if new is None else file(new)
+        await env.check(file_1="a")
+
+    async def test_value_put_back_that_was_to_move(self, env: OrmEnvironment) -> None:
+        """Both rows would hold one object: the flush is refused."""
+
+        def put_back(_: Any, __: Any, doc: Doc) -> None:
+            if (old := get_history(doc, "file").deleted) and doc.id == 1:
+                doc.file = old[0]
+
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        with listening(Doc, "before_update", put_back), pytest.raises(StaleAttachmentError, match="still holds"):
+            async with env.sessions.begin() as session:
+                one, two = await get(session, 1), await get(session, 2)
+                two.file, one.file = one.file, None
+        await env.check(file_1="a", file_2="b")
+
+    async def test_value_of_another_row_put_back(self, env: OrmEnvironment) -> None:
+        def put_back(_: Any, __: Any, note: Note) -> None:
+            if old := get_history(kept[0], "file").deleted:
+                kept[0].file = old[0]
+
+        kept: list[Doc] = []
+        await env.add(Doc(id=1, file=file("a")), Note(id=1, scan=file("n")))
+        with listening(Note, "before_update", put_back):
+            async with env.sessions.begin() as session:
+                kept.append(await get(session))
+                kept[0].file = file("b")
+                (await session.get_one(Note, 1)).title = "new"
+        found = await env.contents()
+        assert found[("note", 1, "scan_ref")] == b"n"
+        assert found[("doc", 1, "file")] in (b"a", b"b")
+
+
+KEEPING = {
+    "sqlite": ["CREATE TRIGGER keep BEFORE DELETE ON doc BEGIN SELECT RAISE(IGNORE); END"],
+    "postgresql": [
+        "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+        "CREATE TRIGGER keep BEFORE DELETE ON doc FOR EACH ROW EXECUTE FUNCTION keep()",
+    ],
+    # It cannot skip a row in silence.
+    "mysql": ["CREATE TRIGGER keep BEFORE DELETE ON doc FOR EACH ROW SIGNAL SQLSTATE '45000'"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:DELETE statement on table:sqlalchemy.exc.SAWarning")
+async def test_trigger_that_keeps_deleted_rows(env: OrmEnvironment) -> None:
+    """The database itself has soft deletes."""
+    await env.add(Doc(id=1, file=file("a")))
+    dialect = env.engine.dialect.name
+    for statement in KEEPING[dialect]:
+        await env.sql(statement)
+    try:
+        with contextlib.suppress(DBAPIError):
+            async with env.sessions.begin() as session:
+                await session.delete(await get(session))
+        await env.check(file_1="a")
+    finally:
+        await env.sql("DROP FUNCTION keep CASCADE" if dialect == "postgresql" else "DROP TRIGGER keep")
+
+
+async def test_selected_rows_are_not_touched(env: OrmEnvironment) -> None:
+    """A listener that only reads changes nothing."""
+
+    def read(session: Session, *_: Any) -> None:
+        with session.no_autoflush:
+            session.scalars(select(Doc)).all()
+
+    await env.add(Doc(id=1, file=file("a")))
+    async with session_with(env, "one session", read) as session:
+        (await get(session)).file = file("b")
+    await env.check(file_1="b")

@@ -425,6 +425,7 @@ async def poor() -> AsyncIterator[tuple[PoorService, ObjectStoreBackend]]:
 
 
 class TestReadingFromAPoorService:
+    @pytest.mark.time_bound
     async def test_nothing_more_is_asked_for_before_it_is_wanted(self, poor: tuple[PoorService, ObjectStoreBackend]) -> None:
         service, backend = poor
         service.first = 600 * 1024
@@ -551,6 +552,7 @@ class TestWhatObstoreHolds:
             assert (tmp_path / f"target/{number}").exists() is (verb in ("copy", "put_bytes") and not cancelled)
         assert not [path for path in tmp_path.rglob("*") if "#" in path.name]
 
+    @pytest.mark.time_bound
     async def test_a_connection_is_closed_with_its_store_after_an_error(self, place: Place) -> None:
         for number in range(60):
             backend = ObjectStoreBackend(f"s3://{place.bucket}", **place.server.obstore_options())

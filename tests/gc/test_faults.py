@@ -200,6 +200,7 @@ async def test_what_cannot_be_cleared_up_does_not_spoil_the_report(plain_databas
 
 
 class TestRunEvery:
+    @pytest.mark.time_bound
     async def test_again_and_again(self, plain_env: GcEnvironment, caplog: pytest.LogCaptureFixture) -> None:
         """It survives a failure, deletes by itself, and ends promptly."""
         caplog.set_level(logging.INFO, "granite_storage")

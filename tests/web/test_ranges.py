@@ -116,6 +116,7 @@ async def test_ranges_are_for_get(manager: StorageManager, ref: StoredObjectRef,
     assert response.content == (b"" if method == "HEAD" else HUNDRED)
 
 
+@pytest.mark.time_bound
 @pytest.mark.case("HTP-07")
 @pytest.mark.parametrize("count", [99, 10_000, 100_000])
 @pytest.mark.parametrize("spec", ["0-", "{0}-{1}", "-{1}", "{0}-", "x"])

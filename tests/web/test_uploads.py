@@ -152,6 +152,7 @@ async def test_a_name_that_is_not_utf8(client: httpx.AsyncClient) -> None:
     assert (await post(client, part("a", b"\xff"), END)).status_code == 400
 
 
+@pytest.mark.time_bound
 @pytest.mark.case("MPP-07")
 async def test_transfer_encodings_are_not_decoded(client: httpx.AsyncClient, receiving: App) -> None:
     content = b"aGVs bG8=" + b" " * MIB
@@ -337,6 +338,7 @@ async def test_a_body_that_is_declared_too_large(
     assert (await client.put("/body/a", content=b"x" * 10)).status_code == 200
 
 
+@pytest.mark.time_bound
 @pytest.mark.case("MPP-10")
 @pytest.mark.parametrize("backend", ["local"], indirect=True)
 async def test_a_large_file(backend: StorageBackend, client: httpx.AsyncClient, receiving: App) -> None:
@@ -369,6 +371,7 @@ async def test_a_large_file(backend: StorageBackend, client: httpx.AsyncClient, 
     assert spooled == []
 
 
+@pytest.mark.time_bound
 @pytest.mark.case("MPP-10")
 async def test_a_file_full_of_what_looks_like_boundaries(client: httpx.AsyncClient, receiving: App) -> None:
     """The grammar takes its time for these; the loop goes round meanwhile, also where the server hands over much at once."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.tiers import repetitions, seed
 
-__all__ = ["KILLS", "MANY", "SEED"]
+__all__ = ["KILLS", "MANY", "SECOND_DRIVER", "SEED"]
 
-KILLS = repetitions("GRANITE_CRASH_KILLS", default=60, exhaustive=150)
+KILLS = repetitions("GRANITE_CRASH_KILLS", default=20, exhaustive=200)
 """How many kills there are, at the least: each setting has its share, and comes to each of its own points once."""
 
 MANY = 500
@@ -14,3 +16,6 @@ MANY = 500
 
 SEED = str(seed())
 """What all random choices follow from; `GRANITE_SEED` repeats them, though not the timing."""
+
+SECOND_DRIVER = pytest.mark.exhaustive("the protocol takes the same steps with asyncpg; only the driver differs")
+"""For psycopg, where asyncpg is tried too."""

@@ -14,7 +14,7 @@ from tests.faults.crash.audit import Audit
 from tests.faults.crash.child import Job
 from tests.faults.crash.children import Child, ChildProcesses
 from tests.faults.crash.models import Setting
-from tests.faults.crash.options import KILLS
+from tests.faults.crash.options import KILLS, SECOND_DRIVER
 from tests.faults.crash.points import POINTS, Point
 
 LOCAL = [point for point in POINTS if "s3" not in point.needs]
@@ -22,8 +22,8 @@ S3 = [point for point in POINTS if "s3" in point.needs]
 SETTINGS: dict[str, list[Point]] = {
     "asyncpg-local": LOCAL,
     "psycopg-local": [],
-    "asyncpg-moto": S3,
-    "psycopg-seaweedfs": S3[::3],
+    "asyncpg-seaweedfs": S3,
+    "psycopg-moto": S3[::3],
     "mariadb-local": [],
 }
 """The databases and storages, each with the points that it comes to in turn before anything else."""
@@ -81,7 +81,11 @@ class KillSchedule:
 
 @pytest.mark.case("CON-10", "DBF-07", "DBF-09")
 @pytest.mark.timeout(120 + 20 * KILLS)
-@pytest.mark.parametrize(("name", "servers"), [(name, name) for name in SETTINGS], ids=SETTINGS, indirect=["servers"])
+@pytest.mark.parametrize(
+    ("name", "servers"),
+    [pytest.param(name, name, id=name, marks=SECOND_DRIVER if name.startswith("psycopg") else ()) for name in SETTINGS],
+    indirect=["servers"],
+)
 async def test_killed_programs(
     name: str, setting: Setting, audit: Audit, children: ChildProcesses, seed: str, tmp_path: Path
 ) -> None:

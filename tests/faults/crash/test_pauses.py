@@ -64,7 +64,7 @@ async def stopped(children: ChildProcesses, setting: Setting, folder: Path, poin
 @pytest.mark.case("CON-10")
 @pytest.mark.parametrize(
     ("servers", "point"),
-    [*(("asyncpg-local", point) for point in LOCAL), *(("asyncpg-moto", point) for point in S3)],
+    [*(("asyncpg-local", point) for point in LOCAL), *(("asyncpg-seaweedfs", point) for point in S3)],
     indirect=["servers"],
     ids=lambda value: getattr(value, "name", value),
 )

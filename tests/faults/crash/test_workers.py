@@ -19,7 +19,7 @@ from granite_storage.orm import Attachment
 from granite_storage.orm.journal.recovery import Recovery
 from tests.faults.crash.audit import Audit
 from tests.faults.crash.models import Book, content_of
-from tests.faults.crash.options import KILLS, MANY, SEED
+from tests.faults.crash.options import KILLS, MANY, SECOND_DRIVER, SEED
 
 STEPS = [(Recovery, name) for name in ("_fence", "_resume", "_referenced", "_conclude", "_forget")] + [
     (StorageManager, "reclaim")
@@ -76,7 +76,9 @@ async def _recover_until(audit: Audit, moment: str) -> tuple[Stop, asyncio.Task[
 
 
 @pytest.mark.case("CON-10", "CON-04")
-@pytest.mark.parametrize("servers", ["asyncpg-local", "psycopg-local", "mariadb-local"], indirect=True)
+@pytest.mark.parametrize(
+    "servers", ["asyncpg-local", pytest.param("psycopg-local", marks=SECOND_DRIVER), "mariadb-local"], indirect=True
+)
 async def test_two_workers_stand_still(audit: Audit, seed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in STEPS:
         monkeypatch.setattr(owner, name, _watched(owner, name))
@@ -139,7 +141,7 @@ async def take(audit: Audit, stored: list[Attachment], number: int) -> None:
 
 
 @pytest.mark.case("CAN-07")
-@pytest.mark.parametrize("servers", ["asyncpg-local", "psycopg-local"], indirect=True)
+@pytest.mark.parametrize("servers", ["asyncpg-local", pytest.param("psycopg-local", marks=SECOND_DRIVER)], indirect=True)
 async def test_cancelled_while_waiting_for_a_worker(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
     """A session waits for the row that a worker has locked, and is cancelled: no transaction of its own stays open."""
     stored = await Attachment(b"a").store(Book.file)

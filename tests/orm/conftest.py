@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from granite_storage import StorageBinding, StorageManager, bind_storage
 from granite_storage.backends.local import LocalStorageBackend
+from tests.orm import values
 from tests.orm.databases import DATABASES, Database, mariadb, postgres_database, sqlite
 from tests.orm.environment import OrmEnvironment, orm_environment
+from tests.orm.values import Sessions
 from tests.services import service
 
 
@@ -49,3 +52,24 @@ async def env(database: Database, tmp_path: Path) -> AsyncIterator[OrmEnvironmen
     async with orm_environment(database, backend=backend) as env:
         yield env
         await env.check()
+
+
+@pytest.fixture
+async def sessions(tmp_path: Path) -> AsyncIterator[Sessions]:
+    """Sessions on the models of `tests.orm.values`, in an SQLite file of the test's own."""
+    async with values.sqlite(tmp_path) as sessions:
+        yield sessions
+
+
+@pytest.fixture
+def manager() -> StorageManager:
+    """A manager in memory with the policies of those models."""
+    return values.make_manager()
+
+
+@pytest.fixture
+def binding(manager: StorageManager) -> Iterator[StorageBinding]:
+    """Those models, bound to that manager."""
+    binding = bind_storage(values.Base, manager)
+    yield binding
+    binding.unbind()

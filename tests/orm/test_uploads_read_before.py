@@ -28,25 +28,13 @@ from granite_storage import (
     SizeMismatchError,
     StorageManager,
 )
-from granite_storage.orm import Attachment, StorageBinding, bind_storage
+from granite_storage.orm import Attachment, StorageBinding
 from tests.core.support import SLOT
-from tests.orm.values import Base, Document, Report, Sessions, add, locations, make_manager, sqlite
+from tests.orm.values import Document, Report, Sessions, add, locations, sqlite
 
 CONTENT = os.urandom(4000)
 PNG = Headers({"content-type": "image/png"})
 PLACE = {**SLOT, "storage_key": "documents"}
-
-
-@pytest.fixture
-def manager() -> StorageManager:
-    return make_manager()
-
-
-@pytest.fixture
-def binding(manager: StorageManager) -> Iterator[StorageBinding]:
-    binding = bind_storage(Base, manager)
-    yield binding
-    binding.unbind()
 
 
 @pytest.fixture

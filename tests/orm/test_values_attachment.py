@@ -8,7 +8,7 @@ import io
 import pickle
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +39,9 @@ from tests.orm.values import (
     add,
     locations,
     make_manager,
-    sqlite,
 )
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-async def sessions(tmp_path: Path) -> AsyncIterator[Sessions]:
-    async with sqlite(tmp_path) as sessions:
-        yield sessions
-
-
-@pytest.fixture
-def manager() -> StorageManager:
-    return make_manager()
-
-
-@pytest.fixture
-def binding(manager: StorageManager) -> Iterator[StorageBinding]:
-    binding = bind_storage(Base, manager)
-    yield binding
-    binding.unbind()
 
 
 async def stream(*chunks: bytes) -> AsyncIterator[bytes]:

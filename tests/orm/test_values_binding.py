@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,6 @@ from granite_storage import (
 )
 from granite_storage.orm import Attachment, StorageBinding, attachment, bind_storage
 from tests.orm.values import Base, Document, Sessions, add, locations, make_manager, sqlite
-
-
-@pytest.fixture
-async def sessions(tmp_path: Path) -> AsyncIterator[Sessions]:
-    async with sqlite(tmp_path) as sessions:
-        yield sessions
 
 
 def make_model(table: str = "thing", storage_key: str = "documents", base: Any = None) -> tuple[Any, Any]:

@@ -12,12 +12,7 @@ from starlette.datastructures import Headers, UploadFile
 
 from granite_storage import ConfigurationError, ContentTooLargeError, ObjectNotFoundError, StorageManager
 from granite_storage.orm import Attachment, StoredContentMixin, attachment, bind_storage
-from tests.orm.values import Base, Report, Sessions, add, locations, make_manager, sqlite
-
-
-@pytest.fixture
-def manager() -> StorageManager:
-    return make_manager()
+from tests.orm.values import Base, Report, Sessions, add, locations, sqlite
 
 
 @pytest.fixture

@@ -14,15 +14,10 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from granite_storage import InvalidReferenceError, StorageManager
 from granite_storage.orm import Attachment, StorageBinding, bind_storage, iter_model_storage_refs
-from tests.orm.values import Base, Document, Receipt, Sessions, add, as_json, make_manager
+from tests.orm.values import Base, Document, Receipt, Sessions, add, as_json
 
 DEEP = "[" * 5_000 + "]" * 5_000
 MANY = 50_000
-
-
-@pytest.fixture
-def manager() -> StorageManager:
-    return make_manager()
 
 
 @pytest.fixture(autouse=True)

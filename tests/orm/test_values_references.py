@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 
 import psutil
 import pytest
@@ -23,17 +21,10 @@ from tests.orm.values import (
     Sessions,
     add,
     make_manager,
-    sqlite,
     write_raw,
 )
 
 MANY = 50_000
-
-
-@pytest.fixture
-async def sessions(tmp_path: Path) -> AsyncIterator[Sessions]:
-    async with sqlite(tmp_path) as sessions:
-        yield sessions
 
 
 def a_ref(number: int) -> StoredObjectRef:

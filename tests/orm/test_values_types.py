@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,24 +37,6 @@ BROKEN = {
     "a number beyond all sizes": "9" * 5000,
     "empty": "",
 }
-
-
-@pytest.fixture
-async def sessions(tmp_path: Path) -> AsyncIterator[Sessions]:
-    async with sqlite(tmp_path) as sessions:
-        yield sessions
-
-
-@pytest.fixture
-def manager() -> StorageManager:
-    return make_manager()
-
-
-@pytest.fixture
-def binding(manager: StorageManager) -> Iterator[StorageBinding]:
-    binding = bind_storage(Base, manager)
-    yield binding
-    binding.unbind()
 
 
 async def put(manager: StorageManager, content: bytes = b"content", **given: Any) -> StoredObjectRef:

@@ -325,7 +325,7 @@ class TestRollback:
 
     async def test_streams_cannot_be_stored_again(self, env: OrmEnvironment) -> None:
         async with env.sessions() as session:
-            doc = Doc(id=1, file=Attachment(io.BytesIO(b"a")))
+            doc = Doc(id=1, file=Attachment(iter([b"a"])))
             session.add(doc)
             await session.flush()
             await session.rollback()

@@ -51,8 +51,13 @@ async def explain_missing(error: ObjectNotFoundError, ref: StoredObjectRef, back
 
 def describe_mismatch(backend_key: str, identity: str, found: str | None) -> str:
     """Say that a backend's key leads to another store than it did, and what to do."""
-    leads = f"leads to the store {found} now" if found else "leads to a store without an identity now"
+    written = f"it was written to the store {identity}, and the backend {backend_key!r} leads to"
+    if found is None:
+        return (
+            f"{written} one that has no identity in its marker '.granite-storage' now: its disk is not mounted, or it is another"
+            " store, which needs a key of its own"
+        )
     return (
-        f"it was written to the store {identity}, and the backend {backend_key!r} {leads}: give each store a key of its own, or,"
-        f" where the objects were moved, add {identity} as a line to the new store's '.granite-storage'"
+        f"{written} the store {found} now: give each store a key of its own, or, where the objects were moved, add {identity} as"
+        " a line to the new store's '.granite-storage'"
     )

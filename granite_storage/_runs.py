@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
-from granite_storage.backends.base import StorageBackend
+from granite_storage.backends.base import StorageBackend, SupportsMountCheck
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
 from granite_storage.readers import StoredObjectReader
 
@@ -168,13 +168,9 @@ async def require_mounted(key: str, backend: StorageBackend) -> None:
     Raises:
         BackendUnavailableError: It has none.
     """
-    inner: object = backend
-    while inner is not None:
-        carries_marker = getattr(inner, "carries_marker", None)
-        if carries_marker is not None and not await carries_marker():
-            raise BackendUnavailableError(
-                f"the folder of the backend {key!r} does not carry the marker file that its first write left: it is not the"
-                " folder that the rows refer to, or its disk is not mounted",
-                backend=key,
-            )
-        inner = getattr(inner, "inner", None)
+    if isinstance(backend, SupportsMountCheck) and not await backend.is_mounted():
+        raise BackendUnavailableError(
+            f"the folder of the backend {key!r} does not carry the marker file that its first write left: it is not the"
+            " folder that the rows refer to, or its disk is not mounted",
+            backend=key,
+        )

@@ -18,6 +18,7 @@ import unicodedata
 from granite_storage.exceptions import InvalidLocationError
 
 __all__ = [
+    "GENERATED_ID_LENGTH",
     "GENERATED_STEM",
     "MAX_LOCATION_BYTES",
     "MAX_SEGMENT_BYTES",
@@ -25,6 +26,7 @@ __all__ = [
     "check_location",
     "check_segment",
     "clean_filename",
+    "generated_id",
     "make_location",
     "matches_generated_name",
     "safe_name",
@@ -42,6 +44,9 @@ RESERVED_PREFIX = ".granite-"
 
 GENERATED_STEM = "[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}"
 """The regular expression of how a generated name begins: a UUID of version 7, before a hyphen and the safe name."""
+
+GENERATED_ID_LENGTH = 32
+"""How many hex digits that UUID has."""
 
 _PLAIN_LOCATION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254}(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})*")
 _LONGEST_EXTENSION = 20
@@ -126,6 +131,15 @@ def check_location(location: object, *, windows: bool = os.name == "nt") -> None
 def matches_generated_name(location: str) -> bool:
     """Tell whether the last segment has the form that `make_location` gives; what has not is not ours to collect."""
     return _GENERATED_NAME.fullmatch(location.rpartition("/")[2]) is not None
+
+
+def generated_id(location: str) -> str | None:
+    """Return the UUID with which a generated name begins, 32 hex digits; None where the last segment is no such name.
+
+    No other object has it, whatever the place is called and however its file system spells the rest of the name.
+    """
+    name = location.rpartition("/")[2]
+    return name[:GENERATED_ID_LENGTH] if _GENERATED_NAME.fullmatch(name) else None
 
 
 def clean_filename(filename: str | None) -> str | None:

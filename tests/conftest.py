@@ -44,6 +44,7 @@ POOLED_THREADS = ("granite-", "asyncio_", "ThreadPoolExecutor-", "pytest_timeout
 
 CASES_OF_THE_SUITE = {
     "test_abandoned_readers": ["STR-13"],
+    "test_another_process_knows_the_store": ["RA-01", "RA-03"],
     "test_cancelled_copy": ["CAN-01", "CAN-04"],
     "test_cancelled_delete": ["CAN-01"],
     "test_cancelled_listing": ["CAN-01"],
@@ -54,9 +55,12 @@ CASES_OF_THE_SUITE = {
     "test_deleted_while_open": ["S3F-10"],
     "test_event_loops_in_threads": ["POL-06"],
     "test_event_loops_one_after_the_other": ["POL-06"],
+    "test_extra_keys": ["RA-12"],
+    "test_extra_keys_stay_behind": ["RA-12"],
     "test_failing_sibling": ["CAN-05"],
     "test_full_store": ["DSK-01"],
     "test_hostile_location": ["LOC-15", "LOC-19", "LOC-20", "LOC-21"],
+    "test_identity": ["RA-03"],
     "test_killed_writer": ["DSK-03"],
     "test_many_readers": ["S3F-19"],
     "test_missing_is_silent": ["S3F-15"],
@@ -64,6 +68,7 @@ CASES_OF_THE_SUITE = {
     "test_odd_location": ["S3F-12"],
     "test_over_the_limit": ["LIM-01"],
     "test_page_sizes": ["S3F-11"],
+    "test_places": ["RA-01"],
     "test_round_trip": ["STR-10"],
     "test_source_raises": ["STR-03", "STR-11"],
     "test_timeout": ["CAN-03", "STR-06"],

@@ -383,7 +383,8 @@ class Tree:
 
     def _mark(self, root: int) -> None:
         with suppress(FileExistsError):
-            marker = os.open(MARKER, CREATE, 0o600, dir_fd=root)
+            # Another process that finds it empty appends an identity of its own, which must not be overwritten.
+            marker = os.open(MARKER, CREATE | os.O_APPEND, 0o600, dir_fd=root)
             try:
                 if self.file_mode is not None:
                     with self.translated(None, step="chmod"):

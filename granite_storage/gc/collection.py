@@ -16,15 +16,15 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
 from granite_storage._runs import Run, require_mounted
-from granite_storage.backends.base import ObjectInfo, SupportsClock
+from granite_storage.backends.base import ObjectInfo, SupportsClock, close_listing
 from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError
 from granite_storage.gc.dangling import find_dangling
-from granite_storage.gc.join import joined
+from granite_storage.gc.join import Reference, joined
 from granite_storage.gc.references import ReferenceSource
 from granite_storage.gc.removal import Removal
 from granite_storage.gc.report import MOST_KEPT, CollectedObject, Fate, GarbageCollectionReport
 from granite_storage.gc.spool import PAGE, Spool, temporary_file
-from granite_storage.gc.territory import Territory, is_valid, require_one_name
+from granite_storage.gc.territory import Territory, is_valid, require_one_key
 from granite_storage.manager import StorageManager
 
 __all__ = ["Collection"]
@@ -68,7 +68,7 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
         self._has_references = False
 
     async def _items(self) -> AsyncGenerator[CollectedObject, None]:
-        require_one_name(self._manager, self._territory.backend)
+        await require_one_key(self._manager, self._territory.backend)
         await self._source.require_fit(accept_restore=self._accept_restore)
         async with AsyncExitStack() as stack:
             listed = Spool(await stack.enter_async_context(temporary_file()))
@@ -114,9 +114,7 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
                 last = info.location
                 yield info
         finally:
-            close = getattr(objects, "aclose", None)
-            if close is not None:
-                await close()
+            await close_listing(objects)
 
     async def _note_listed(self, listed: Spool, page: list[Listed]) -> None:
         await listed.write(page)
@@ -140,9 +138,9 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
         if self._territory.sharing:
             self._source.require_complete(self._territory.sharing)
 
-    async def _seen(self, references: AsyncIterator[list[str]]) -> AsyncIterator[list[str]]:
+    async def _seen(self, references: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
         async for page in references:
-            self._has_references = True
+            self._has_references = self._has_references or any(is_here for _, is_here in page)
             yield page
 
     def _nominees(self, unreferenced: Sequence[Listed]) -> list[tuple[str, int]]:

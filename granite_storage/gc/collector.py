@@ -78,7 +78,7 @@ class StorageGarbageCollector:
         _require_limits(grace_period, max_deleted_share)
         self._manager = manager
         self._binding = binding
-        self._source = _source(iter_references, binding)
+        self._source = _source(manager, iter_references, binding)
         self._grace_period = grace_period
         self._max_deleted_share = float(max_deleted_share)
 
@@ -169,11 +169,13 @@ class StorageGarbageCollector:
         return f"<StorageGarbageCollector grace_period={self._grace_period} max_deleted_share={self._max_deleted_share}>"
 
 
-def _source(iter_references: IterReferences | None, binding: StorageBinding | None) -> Callable[[str], ReferenceSource]:
+def _source(
+    manager: StorageManager, iter_references: IterReferences | None, binding: StorageBinding | None
+) -> Callable[[str], ReferenceSource]:
     """Return what makes the source of the references to a backend, anew for each collection."""
     if binding is None and iter_references is not None:
         require_callable(iter_references)
-        return lambda _: GivenReferences(iter_references)
+        return lambda _: GivenReferences(manager, iter_references)
     if binding is None or iter_references is not None:
         raise ConfigurationError("the garbage collector needs to know the references: give either iter_references or binding")
     if binding.sessions is None:

@@ -28,7 +28,9 @@ async def find_dangling(
     found: list[DanglingReference] = []
     for batch in batches(locations, min(_BATCH, source.at_a_time)):
         missing = await _missing(manager, backend, batch)
-        held = await source.find_held(backend, list(missing)) if missing else set()
+        odd = {location for location in missing if not _is_text(location)}  # no database can be asked for it
+        asked = [location for location in missing if location not in odd]
+        held = odd | (await source.find_held(backend, asked) if asked else set())
         found += [DanglingReference(backend, location, said) for location, said in missing.items() if location in held]
         if len(found) >= MOST_KEPT:
             break
@@ -53,3 +55,11 @@ async def _missing(manager: StorageManager, backend_key: str, locations: Sequenc
         for location in locations:
             group.create_task(look(location))
     return missing
+
+
+def _is_text(location: str) -> bool:
+    try:
+        location.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,22 +1,35 @@
-"""References in the application's own database: every column of every base that shares the storage, found by itself."""
+"""References in the application's own database: every column of every base in it, and those that only the database knows of."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import inspect, union_all
+from sqlalchemy import Column, Connection, MetaData, Table, union_all
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
+from granite_storage._identities import describe_mismatch
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks, durability
-from granite_storage.gc.columns import ref_columns, require_one_database, sharing_bindings
-from granite_storage.gc.join import in_byte_order, merged
+from granite_storage.gc.columns import BoundBase, bound_bases, find_columns, require_one_database
+from granite_storage.gc.join import Reference, in_byte_order, merged
 from granite_storage.gc.spool import PAGE, SortedSpool, temporary_file
-from granite_storage.gc.statements import all_locations, first_illegible
-from granite_storage.orm.held import find_held, most_at_once, named_in, selected_extra
-from granite_storage.orm.journal.tables import JournalTables, tables_of
+from granite_storage.gc.statements import (
+    HERE,
+    UNKNOWN_BACKEND,
+    UNKNOWN_IDENTITY,
+    RefColumn,
+    all_locations,
+    first_illegible,
+    first_of,
+)
+from granite_storage.gc.territory import identities_of
+from granite_storage.orm._batches import batches
+from granite_storage.orm.discovery import find_tables, resolve
+from granite_storage.orm.held import as_text, find_held, held_among, most_at_once, named_in, selected_extra
+from granite_storage.orm.journal.tables import JournalTables, journal_tables, tables_of
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
@@ -25,66 +38,88 @@ if TYPE_CHECKING:
 
 __all__ = ["DatabaseReferences"]
 
+_COLUMNS_IN_A_STATEMENT = 100
+
 
 class DatabaseReferences:
-    """What a binding's rows refer to, and what its journal knows of.
+    """What the rows of a database refer to, and what the journals in it know of.
 
     The statements are Core ones, on connections of the application's own sessions: no loader criteria and no filter for
-    soft-deleted rows hides anything. Each is a transaction of its own.
+    soft-deleted rows hides anything, and no translation of schemas leads them astray. Each is a transaction of its own.
 
     Args:
         binding: What `bind_storage(..., sessions=...)` returned.
         sessions: Its sessions.
         backend: The key of the backend whose objects are in question.
-
-    Raises:
-        CollectionRefusedError: Some references could not be looked for.
     """
 
     def __init__(self, binding: StorageBinding, sessions: async_sessionmaker[AsyncSession], backend: str) -> None:
         self._binding = binding
         self._sessions = sessions
-        bindings = sharing_bindings(binding, backend)
-        self._columns = ref_columns(bindings)
-        self._bound = [bound.journal.tables for bound in bindings if bound.journal is not None]
-        declared = [tables_of(bound.metadata) for bound in bindings]
-        self._journals = [tables for tables in declared if tables is not None]
+        self._backend = backend
+        self._clause: Table | None = None
+        self._dialect = ""
+        self._identities: tuple[str, ...] | None = None
+        self._ref_columns: list[RefColumn] = []
+        self._journals: list[JournalTables] = []
 
     @property
     def at_a_time(self) -> int:
         """How many locations `find_held` takes."""
-        return most_at_once(self._columns, self._journals)
+        return most_at_once(self._columns[:_COLUMNS_IN_A_STATEMENT], self._journals)
 
     async def require_fit(self, *, accept_restore: bool) -> None:
         """Refuse a database that could hide references or forget what it has committed, and one that may have been restored."""
-        if not self._columns:
+        bases = await bound_bases(self._binding, self._backend)
+        declared = [column for base in bases for column in base.columns]
+        if not declared:
             raise CollectionRefusedError("no model has a column of refs: were all of them imported before bind_storage?")
-        require_one_database(self._sessions, self._columns, self._journals)
-        async with self._connection() as connection:
-            await checks.require_fit(connection, self._columns)
-            self._journals = [tables for tables in self._journals if await self._exists(connection, tables)]
+        self._clause = declared[0].table
+        journals = [tables for tables in (tables_of(base.binding.metadata) for base in bases) if tables is not None]
+        of_journals = [table for tables in journals for table in (tables.intent, tables.reclaim)]
+        require_one_database(self._sessions, [*(column.table for column in declared), *of_journals])
+        self._identities = await identities_of(self._binding.manager.backend(self._backend))
+        await self._look_at_the_database(bases)
         if accept_restore and self._binding.journal is not None:
             await self._binding.journal.accept_restore()
-        async with self._connection() as connection:
-            for tables in self._bound:
-                await checks.require_heartbeat(connection, tables)
+        for base in bases:
+            if base.binding.journal is not None:
+                async with self._connection(translated=True) as connection:
+                    await checks.require_heartbeat(connection, base.binding.journal.tables)
 
     @asynccontextmanager
-    async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[str]]]:
-        """Give the locations of all references to a backend: streamed in order, and those of `extra` sorted on disk."""
-        async with temporary_file() as file:
+    async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
+        """Give the locations of all references: streamed in order, and those of `extra` sorted on disk."""
+        async with temporary_file() as file, AsyncExitStack() as stack:
             named = SortedSpool(file)
-            async with aclosing(self._named(backend)) as locations:
-                async for location in locations:
-                    await named.add(location)
-            async with aclosing(self._referred(backend)) as referred:
-                yield merged(in_byte_order(referred, "the database's references"), named.pages())
+            async with aclosing(self._named()) as locations:
+                async for location, is_here in locations:
+                    await named.add(location, is_here)
+            chunks = list(batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT))
+            if len(chunks) > 1:  # more streams at a time would each hold a connection
+                for chunk in chunks:
+                    async with aclosing(self._referred(chunk)) as pages:
+                        async for page in pages:
+                            for location, is_here in page:
+                                await named.add(location, is_here)
+                yield named.pages()
+                return
+            referred = await stack.enter_async_context(aclosing(self._referred(chunks[0])))
+            yield merged(in_byte_order(referred, "the database's references"), named.pages())
 
     async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
-        """Return which of the locations are held, by one statement in a snapshot of this moment."""
-        async with self._connection() as connection:
-            found = await find_held(connection, self._columns, locations, journals=self._journals, extra=True)
-        return {location for of_backend, location in found if of_backend == backend}
+        """Return which of the locations are held, or have the generated id of what is, in a snapshot of this moment."""
+        chunks = list(batches(self._columns, _COLUMNS_IN_A_STATEMENT))
+        if len(chunks) == 1:
+            async with self._connection() as connection:
+                held = await find_held(connection, self._columns, locations, journals=self._journals, extra=True)
+            return held_among(locations, (location for _, location in held))
+        held = set()
+        async with self._snapshot() as connection:
+            for number, chunk in enumerate(chunks):
+                journals = self._journals if number == 0 else []
+                held |= await find_held(connection, chunk, locations, journals=journals, extra=True)
+        return held_among(locations, (location for _, location in held))
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
         """Accept: every column was read, whatever its policy."""
@@ -94,59 +129,133 @@ class DatabaseReferences:
         async with self._connection() as connection:
             await durability.barrier(connection)
 
-    async def _referred(self, backend: str) -> AsyncGenerator[list[str], None]:
-        async with self._connection() as connection:
-            statement = all_locations(self._columns, connection.dialect.name, backend)
-            result = await connection.stream(statement.execution_options(yield_per=PAGE))
-            try:
-                async for page in result.scalars().partitions():
-                    if None in page:
-                        break
-                    yield list(page)
-                else:
-                    return
-            finally:
-                await result.close()
-        await self._blame()
+    @property
+    def _columns(self) -> list[Column[Any]]:
+        return [item.column for item in self._ref_columns]
 
-    async def _named(self, backend: str) -> AsyncGenerator[str, None]:
-        async with self._connection() as connection:
-            parts = [selected_extra(column, connection.dialect.name) for column in self._columns]
-            result = await connection.stream(union_all(*parts).execution_options(yield_per=PAGE))
-            try:
-                async for of_backend, _, extra in result:
-                    if of_backend == backend:
+    async def _look_at_the_database(self, bases: Sequence[BoundBase]) -> None:
+        """Find out which tables there are, and refuse a database that cannot be relied on."""
+        try:
+            async with self._connection(translated=True) as connection:
+                self._dialect = connection.dialect.name
+                await checks.require_fit(connection, [])
+                self._ref_columns = await connection.run_sync(find_columns, bases, self._identities)
+                self._journals = await connection.run_sync(_journals_in, bases, self._columns)
+            async with self._connection() as connection:
+                await checks.require_fit(connection, [item.column for item in self._ref_columns if item.is_declared])
+        except ProgrammingError as error:
+            raise _unreadable(error) from error
+
+    async def _referred(self, columns: Sequence[RefColumn]) -> AsyncGenerator[list[Reference], None]:
+        wrong: int | None = None
+        try:
+            async with self._connection() as connection:
+                statement = all_locations(columns, connection.dialect.name, self._identities)
+                result = await connection.stream(statement.execution_options(yield_per=PAGE))
+                try:
+                    async for page in result.partitions():
+                        wrong = next((kind for location, kind in page if location is None or kind >= UNKNOWN_BACKEND), None)
+                        if wrong is not None:
+                            break
+                        yield [(as_text(location), kind == HERE) for location, kind in page]
+                finally:
+                    await result.close()
+        except ProgrammingError as error:
+            raise _unreadable(error) from error
+        if wrong is not None:
+            await self._refuse(wrong)
+
+    async def _named(self) -> AsyncGenerator[Reference, None]:
+        """Yield what the `extra` of refs name, whatever backend those refs name."""
+        for chunk in batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT):
+            async with self._connection() as connection:
+                parts = [selected_extra(item.column, connection.dialect.name) for item in chunk]
+                result = await connection.stream(union_all(*parts).execution_options(yield_per=PAGE))
+                try:
+                    async for of_backend, _, extra in result:
                         for location in named_in(json.loads(extra)):
-                            yield location
-            finally:
-                await result.close()
+                            yield location, of_backend == self._backend
+                finally:
+                    await result.close()
 
-    async def _blame(self) -> None:
-        """Say where the value is that is no reference."""
-        where = "a row that has changed meanwhile"
+    async def _refuse(self, kind: int) -> None:
+        """Say which row it is that has no reference, or one that cannot be understood."""
         async with self._connection() as connection:
-            for column in self._columns:
-                found = (await connection.execute(first_illegible(column, connection.dialect.name))).first()
+            dialect = connection.dialect.name
+            for item in self._ref_columns:
+                if not item.is_declared:
+                    continue
+                if kind < UNKNOWN_BACKEND:
+                    found = (await connection.execute(first_illegible(item.column, dialect))).first()
+                    if found is not None:
+                        raise CollectionRefusedError(_illegible(f"{item.label} of the row {_key(found[:-1])}"))
+                    continue
+                found = (await connection.execute(first_of(item, dialect, kind, self._identities))).first()
                 if found is not None:
-                    key = ", ".join(map(str, found[:-1]))
-                    where = f"{column.table.fullname}.{column.name} of the row {key}"
-                    break
-        raise CollectionRefusedError(
-            f"{where} holds something that is not a reference, so nobody knows which object it means: nothing is deleted before"
-            " that is put right; granite_storage.verify finds all of them"
-        )
+                    *key, backend, identity = found
+                    raise CollectionRefusedError(
+                        self._misunderstood(kind, f"{item.label} of the row {_key(key)}", backend, identity)
+                    )
+        raise CollectionRefusedError(_illegible("a row that has changed meanwhile"))
 
-    async def _exists(self, connection: AsyncConnection, journal: JournalTables) -> bool:
-        """Tell whether a journal is in use, or has its tables all the same: another program may use it."""
-        if journal in self._bound:
-            return True
-        has = await connection.run_sync(
-            lambda sync: [inspect(sync).has_table(table.name, schema=table.schema) for table in (journal.intent, journal.reclaim)]
+    def _misunderstood(self, kind: int, where: str, backend: str, identity: str) -> str:
+        if kind == UNKNOWN_IDENTITY:
+            current = next(iter(self._identities or ()), None)
+            return f"{where} refers to an object of another store: {describe_mismatch(backend, identity, current)}"
+        known = ", ".join(sorted(self._binding.manager.backends))
+        return (
+            f"{where} names the backend {backend!r}, which the manager does not have (there are: {known}), so it is unknown which"
+            " objects it means: give the manager that backend, or let the rows name the one that its key has become"
         )
-        return all(has)
 
     @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[AsyncConnection]:
+    async def _snapshot(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection on which several statements see the same moment."""
+        if self._dialect != "sqlite":
+            async with self._connection(isolation_level="REPEATABLE READ") as connection:
+                yield connection
+            return
+        async with self._connection() as connection:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            if not driver.in_transaction:  # Python's driver begins none to read
+                await connection.exec_driver_sql("BEGIN")
+            yield connection
+
+    @asynccontextmanager
+    async def _connection(self, *, translated: bool = False, **options: Any) -> AsyncIterator[AsyncConnection]:
+        """Give a connection of the sessions; the tables of its statements are named in full, unless it is to be `translated`."""
         session: AsyncSession
+        if not translated:
+            options["schema_translate_map"] = {}
         async with self._sessions() as session:
-            yield await session.connection(bind_arguments={"clause": self._columns[0].table})
+            yield await session.connection(bind_arguments={"clause": self._clause}, execution_options=options)
+
+
+def _journals_in(connection: Connection, bases: Sequence[BoundBase], columns: Sequence[Column[Any]]) -> list[JournalTables]:
+    """Return the tables of every journal beside the columns, whoever uses it: each tenant may have its own."""
+    declared = [tables for tables in (tables_of(base.binding.metadata) for base in bases) if tables is not None]
+    schemas = {str(column.table.schema) for column in columns}
+    schemas |= {real[0] for tables in declared if (real := resolve(connection, tables.intent)) is not None}
+    template = journal_tables(MetaData())
+    needed = {template.intent.name, template.reclaim.name}
+    found: dict[str, set[str]] = {}
+    for schema, name in find_tables(connection, sorted(needed)):
+        found.setdefault(schema, set()).add(name)
+    return [
+        journal_tables(MetaData(), schema=schema) for schema, has in sorted(found.items()) if schema in schemas and needed <= has
+    ]
+
+
+def _key(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _illegible(where: str) -> str:
+    return (
+        f"{where} holds something that is not a reference, so it is unknown which object it means: nothing is deleted before that"
+        " is put right; granite_storage.verify finds all of them"
+    )
+
+
+def _unreadable(error: DBAPIError) -> CollectionRefusedError:
+    return CollectionRefusedError(f"the references could not be read, so nothing is deleted: {error.orig}")

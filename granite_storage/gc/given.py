@@ -10,9 +10,14 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 from granite_storage._concurrency import finished
+from granite_storage._identities import describe_mismatch
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
+from granite_storage.gc.join import Reference
 from granite_storage.gc.spool import PAGE, SortedSpool, temporary_file
-from granite_storage.orm.held import named_in
+from granite_storage.gc.territory import identities_of
+from granite_storage.locations import generated_id
+from granite_storage.manager import StorageManager
+from granite_storage.orm.held import held_among, named_in
 from granite_storage.refs import StoredObjectRef
 
 __all__ = ["GivenReferences", "IterReferences", "require_callable"]
@@ -27,10 +32,12 @@ class GivenReferences:
     """What a callable of the caller gives.
 
     Args:
+        manager: The manager, which has to have every backend that the refs name.
         iter_references: Returns an iterable or an async iterable of refs; None among them is passed over.
     """
 
-    def __init__(self, iter_references: IterReferences) -> None:
+    def __init__(self, manager: StorageManager, iter_references: IterReferences) -> None:
+        self._manager = manager
         self._iter_references = iter_references
         self._storage_keys: set[str] = set()
 
@@ -43,25 +50,28 @@ class GivenReferences:
         """Accept: nothing is known of where they come from."""
 
     @asynccontextmanager
-    async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[str]]]:
-        """Give the locations of the references to a backend, sorted on disk."""
+    async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
+        """Give the locations of all references, sorted on disk."""
         self._storage_keys.clear()
+        identities = await identities_of(self._manager.backend(backend))
         async with temporary_file() as file:
             spool = SortedSpool(file)
             async for ref in self._refs():
-                if ref.backend == backend:
+                is_here = ref.backend == backend
+                self._require_understood(ref, identities if is_here else None)
+                if is_here:
                     self._storage_keys.add(ref.storage_key)
-                    for location in _locations(ref):
-                        await spool.add(location)
+                for location in _locations(ref):
+                    await spool.add(location, is_here)
             yield spool.pages()
 
     async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
         """Return which of the locations something refers to now, by reading all references anew."""
-        wanted, held = set(locations), set[str]()
+        wanted = {*locations, *filter(None, map(generated_id, locations))}
+        held: set[str] = set()
         async for ref in self._refs():
-            if ref.backend == backend:
-                held.update(wanted.intersection(_locations(ref)))
-        return held
+            held.update(found for found in _locations(ref) if found in wanted or generated_id(found) in wanted)
+        return held_among(locations, held)
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
         """Refuse where policies share a place and the references of one of them were not given."""
@@ -74,6 +84,19 @@ class GivenReferences:
 
     async def settle(self) -> None:
         """Do nothing: whoever gives references has committed them."""
+
+    def _require_understood(self, ref: StoredObjectRef, identities: Sequence[str] | None) -> None:
+        if ref.backend not in self._manager.backends:
+            known = ", ".join(sorted(self._manager.backends))
+            raise CollectionRefusedError(
+                f"iter_references gave a reference to {ref.location[:120]!r} on the backend {ref.backend[:120]!r}, which the"
+                f" manager does not have (there are: {known}), so it is unknown which object it means"
+            )
+        if identities is not None and ref.identity is not None and ref.identity not in identities:
+            mismatch = describe_mismatch(ref.backend, ref.identity, next(iter(identities), None))
+            raise CollectionRefusedError(
+                f"iter_references gave a reference to {ref.location[:120]!r} in another store: {mismatch}"
+            )
 
     async def _refs(self) -> AsyncIterator[StoredObjectRef]:
         given: Any = self._iter_references()

@@ -6,12 +6,15 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc.spool import Page
 
-__all__ = ["Joined", "in_byte_order", "joined", "merged"]
+__all__ = ["Joined", "Reference", "in_byte_order", "joined", "merged"]
+
+Reference: TypeAlias = tuple[str, bool]
+"""The location that something refers to, and whether it names a backend that leads to the objects in question."""
 
 _location = itemgetter(0)
 
@@ -23,7 +26,7 @@ class Joined:
     Attributes:
         referenced: The objects that something refers to.
         unreferenced: The objects that nothing refers to.
-        missing: The locations of references without an object, none twice.
+        missing: The locations without an object of references that lead here, none twice.
     """
 
     referenced: Page
@@ -31,51 +34,54 @@ class Joined:
     missing: set[str]
 
 
-async def joined(objects: AsyncIterator[Page], references: AsyncIterator[list[str]]) -> AsyncIterator[Joined]:
-    """Join pages of objects, of which each begins with its location, with pages of the locations that are referred to.
+async def joined(objects: AsyncIterator[Page], references: AsyncIterator[list[Reference]]) -> AsyncIterator[Joined]:
+    """Join pages of objects, of which each begins with its location, with pages of references to locations.
+
+    A reference counts whatever backend it names: a place may have two keys, or its key may have been another one.
 
     An object is decided on only when every reference to what comes before it, and to itself, was seen. Nothing may come twice
     among the objects; among the references it may.
     """
     last = ""
-    async for bound, items, locations in _stretches(_Pages(objects, _location), _Pages(references, None)):
-        found = set(locations)
+    async for bound, items, refs in _stretches(_Pages(objects), _Pages(references)):
+        found = set(map(_location, refs))
         referenced = [item for item in items if item[0] in found]
         unreferenced = [item for item in items if item[0] not in found] if len(referenced) < len(items) else []
-        missing = found.difference(map(_location, referenced)) if len(found) > len(referenced) else set()
+        missing: set[str] = set()
+        if len(found) > len(referenced):
+            missing = {location for location, is_here in refs if is_here}.difference(map(_location, referenced))
         missing.discard(last)
         last = bound if bound is not None else last
         yield Joined(referenced, unreferenced, missing)
 
 
-async def in_byte_order(pages: AsyncIterator[list[str]], what: str) -> AsyncIterator[list[str]]:
+async def in_byte_order(pages: AsyncIterator[list[Reference]], what: str) -> AsyncIterator[list[Reference]]:
     """Pass pages on, and refuse them where they are not in order: an object would be taken for one that nothing refers to."""
     last = ""
     async for page in pages:
-        if page and (page[0] < last or page != sorted(page)):
+        locations = list(map(_location, page))
+        if locations and (locations[0] < last or locations != sorted(locations)):
             raise CollectionRefusedError(f"{what} do not come in the byte order of UTF-8, so they cannot be compared")
-        last = page[-1] if page else last
+        last = locations[-1] if locations else last
         yield page
 
 
-async def merged(one: AsyncIterator[list[str]], other: AsyncIterator[list[str]]) -> AsyncIterator[list[str]]:
+async def merged(one: AsyncIterator[list[Reference]], other: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
     """Merge two sequences of pages, both in order, into one."""
-    async for _, ours, theirs in _stretches(_Pages(one, None), _Pages(other, None)):
-        yield sorted(ours + theirs)
+    async for _, ours, theirs in _stretches(_Pages(one), _Pages(other)):
+        yield sorted(ours + theirs, key=_location) if ours and theirs else ours or theirs
 
 
 class _Pages:
     """Pages that are taken from piece by piece."""
 
-    def __init__(self, pages: AsyncIterator[Page], key: Any) -> None:
+    def __init__(self, pages: AsyncIterator[Page]) -> None:
         self._pages = pages
-        self._key = key
         self.page: Sequence[Any] = ()
 
     @property
     def last(self) -> str:
-        item = self.page[-1]
-        return str(item if self._key is None else self._key(item))
+        return str(_location(self.page[-1]))
 
     async def fill(self) -> None:
         """See that something is there, as long as there is anything."""
@@ -87,7 +93,7 @@ class _Pages:
 
     def take(self, bound: str | None) -> Page:
         """Take what is not after a location; all there is for None."""
-        cut = len(self.page) if bound is None else bisect_right(self.page, bound, key=self._key)
+        cut = len(self.page) if bound is None else bisect_right(self.page, bound, key=_location)
         taken, self.page = list(self.page[:cut]), self.page[cut:]
         return taken
 

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+from granite_storage.gc.join import Reference
+
 __all__ = ["ReferenceSource"]
 
 
@@ -25,16 +27,19 @@ class ReferenceSource(Protocol):
         """
         ...
 
-    def in_order(self, backend: str) -> AbstractAsyncContextManager[AsyncIterator[list[str]]]:
-        """Give the locations of all references to a backend in the byte order of UTF-8, in pages; one may come twice.
+    def in_order(self, backend: str) -> AbstractAsyncContextManager[AsyncIterator[list[Reference]]]:
+        """Give all references, whatever backend they name, in the byte order of their locations, in pages; one may come twice.
 
         Raises:
-            CollectionRefusedError: While they are read: something is no reference, so nobody knows what it refers to.
+            CollectionRefusedError: While they are read: something is no reference, or names a backend or a store that is unknown.
         """
         ...
 
     async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
-        """Return which of the locations something refers to, or is about to, or a journal knows of; read at this moment."""
+        """Return which of the locations something refers to, or is about to, or a journal knows of; read at this moment.
+
+        A location is held, too, where something refers to another one with its generated id: that is another name of its place.
+        """
         ...
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:

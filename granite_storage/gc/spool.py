@@ -68,7 +68,7 @@ class Spool:
 
 
 class SortedSpool:
-    """Strings in the order of their code points, which is the byte order of UTF-8: added as they come, and sorted on disk.
+    """Strings, each with a mark, in the order of their code points, which is the byte order of UTF-8: sorted on disk.
 
     Args:
         file: An empty file, which stays the caller's to close.
@@ -76,19 +76,19 @@ class SortedSpool:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._waiting: list[str] = []
+        self._waiting: list[tuple[str, bool]] = []
         self._runs: list[tuple[int, int]] = []
 
-    async def add(self, item: str) -> None:
+    async def add(self, item: str, mark: bool) -> None:
         """Add a string."""
-        self._waiting.append(item)
+        self._waiting.append((item, mark))
         if len(self._waiting) >= _IN_MEMORY:
             await self._write_run()
 
-    async def pages(self) -> AsyncIterator[list[str]]:
-        """Yield all strings in order; nothing may be added any more."""
+    async def pages(self) -> AsyncIterator[list[tuple[str, bool]]]:
+        """Yield all strings in order, each with its mark; nothing may be added any more."""
         await self._write_run()
-        merged = heapq.merge(*(_strings(self._file, start, stop) for start, stop in self._runs))
+        merged = heapq.merge(*(_marked(self._file, start, stop) for start, stop in self._runs))
         while page := await finished(asyncio.to_thread(_take, merged)):
             yield page
 
@@ -109,7 +109,7 @@ def _read(file: IO[bytes], position: int) -> tuple[Page | None, int]:
     return (json.loads(line) if line else None), file.tell()
 
 
-def _sort_to(file: IO[bytes], items: list[str]) -> tuple[int, int]:
+def _sort_to(file: IO[bytes], items: list[tuple[str, bool]]) -> tuple[int, int]:
     items.sort()
     start = file.seek(0, 2)
     for first in range(0, len(items), _RUN_PAGE):
@@ -117,11 +117,11 @@ def _sort_to(file: IO[bytes], items: list[str]) -> tuple[int, int]:
     return start, file.tell()
 
 
-def _strings(file: IO[bytes], start: int, stop: int) -> Iterator[str]:
+def _marked(file: IO[bytes], start: int, stop: int) -> Iterator[tuple[str, bool]]:
     while start < stop:
         page, start = _read(file, start)
-        yield from page or ()
+        yield from ((item, mark) for item, mark in page or ())
 
 
-def _take(items: Iterator[str]) -> list[str]:
+def _take(items: Iterator[tuple[str, bool]]) -> list[tuple[str, bool]]:
     return list(islice(items, PAGE))

@@ -1,17 +1,19 @@
-"""Which objects a policy may collect: those below its prefix, by whole segments, that are not below another policy's."""
+"""Which objects a policy may collect: those below its prefix, by whole segments, that are not below another policy's.
+
+And where they are: two backends on one place are refused, by every name of it that is known, though a reference protects its
+object under whatever backend it names.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from granite_storage.backends.base import StorageBackend
-from granite_storage.backends.prefix import PrefixedBackend
-from granite_storage.exceptions import CollectionRefusedError, InvalidLocationError
+from granite_storage.backends.base import Place, StorageBackend, SupportsIdentity, SupportsPlaces, overlap
+from granite_storage.exceptions import AccessDeniedError, BackendError, CollectionRefusedError, InvalidLocationError
 from granite_storage.locations import check_location, matches_generated_name
 from granite_storage.manager import StorageManager
 
-__all__ = ["Territory", "is_valid", "overlap", "require_one_name"]
+__all__ = ["Territory", "identities_of", "is_valid", "may_overlap", "require_one_key"]
 
 _SLASHES_OF_OURS = 3
 
@@ -70,41 +72,57 @@ def is_valid(location: str) -> bool:
     return True
 
 
-def require_one_name(manager: StorageManager, backend_key: str) -> None:
-    """Refuse a backend whose objects another backend of the manager has too, under other names: rows may refer to those.
+async def require_one_key(manager: StorageManager, backend_key: str) -> None:
+    """Refuse a backend whose objects another backend of the manager has, too.
 
     Raises:
         CollectionRefusedError: There is one.
     """
     backend = manager.backend(backend_key)
     for key, other in manager.backends.items():
-        if key != backend_key and overlap(backend, other):
+        if key != backend_key and await may_overlap(backend, other):
             raise CollectionRefusedError(
-                f"the backends {backend_key!r} and {key!r} lead to the same objects, so a reference to one of them does not tell"
-                " what the other one holds: give the manager one backend for each place, with policies that have prefixes"
+                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row means:"
+                " give the manager one backend for each place, with policies that have prefixes, and let all rows name that one"
             )
 
 
-def overlap(one: StorageBackend, other: StorageBackend) -> bool:
-    """Tell whether two backends may lead to the same objects."""
-    (store, path), (other_store, other_path) = _address(one), _address(other)
-    shorter = min(len(path), len(other_path))
-    return store == other_store and path[:shorter] == other_path[:shorter]
+async def may_overlap(backend: StorageBackend, other: StorageBackend) -> bool | None:
+    """Tell whether two backends lead to the same objects; None where one of them does not tell its places."""
+    if backend is other:
+        return True
+    places, others = await _places_of(backend), await _places_of(other)
+    return None if places is None or others is None else overlap(places, others)
+
+
+async def identities_of(backend: StorageBackend) -> tuple[str, ...] | None:
+    """Return the identities that a backend's store answers to now; None for a backend that knows none.
+
+    Raises:
+        BackendError: The store is out of reach.
+    """
+    if not isinstance(backend, SupportsIdentity):
+        return None
+    try:
+        return tuple(await backend.identities())
+    except AccessDeniedError:  # S3 says so also where there is none, to those who may not list
+        return ()
+
+
+async def _places_of(backend: StorageBackend) -> set[Place] | None:
+    """Return all names of a backend's place, its identity among them: a server may be called by names that nobody can compare."""
+    if not isinstance(backend, SupportsPlaces):
+        return None
+    places = set(await backend.places())
+    try:
+        identities = await identities_of(backend) or ()
+    except BackendError:  # it is out of reach, and only the one that is collected has to be
+        identities = ()
+    for identity in identities:
+        store, _, prefix = identity.partition("/")
+        places.add(Place(f"identity {store}", tuple(filter(None, prefix.split("/")))))
+    return places
 
 
 def _begin(prefix: str | None) -> str:
     return f"{prefix}/" if prefix else ""
-
-
-def _address(backend: Any) -> tuple[object, tuple[str, ...]]:
-    """Return where a backend's objects are: the store, and the path inside it."""
-    inner = getattr(backend, "inner", None)
-    if inner is not None:
-        store, path = _address(inner)
-        return store, (*path, *backend.prefix.split("/")) if isinstance(backend, PrefixedBackend) else path
-    root, bucket = getattr(backend, "root_dir", None), getattr(backend, "bucket", None)
-    if root is not None:
-        return "disk", root.parts
-    if isinstance(bucket, str):
-        return ("bucket", bucket), tuple(filter(None, str(getattr(backend, "prefix", "") or "").split("/")))
-    return id(backend), ()

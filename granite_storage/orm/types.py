@@ -25,7 +25,7 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["AttachmentType", "StoredObjectRefType", "attachment", "location_of", "portable_storage_ref_type"]
+__all__ = ["AttachmentType", "StoredObjectRefType", "attachment", "location_of", "portable_storage_ref_type", "value_in"]
 
 T = TypeVar("T")
 
@@ -94,15 +94,16 @@ def location_of(
         dialect: The name of the database.
         is_generated: Whether its table has a generated column with the locations; see `granite_storage.orm.indexed`.
     """
-
-    def value(key: str) -> ColumnElement[str]:
-        if dialect == "postgresql":
-            return column.op("->>", return_type=Text())(literal_column(f"'{key}'"))
-        extract = func.json_extract if dialect == "sqlite" else func.json_value
-        return extract(column, literal_column(f"'$.{key}'"), type_=Text())
-
     generated: ColumnElement[str] = named_column(location_column_name(column.name), Text())
-    return value("backend"), generated if is_generated else value("location")
+    return value_in(column, "backend", dialect), generated if is_generated else value_in(column, "location", dialect)
+
+
+def value_in(column: Column[Any], key: str, dialect: str) -> ColumnElement[str]:
+    """Return a text that the refs of a column have under a key, in SQL; the key is trusted."""
+    if dialect == "postgresql":
+        return column.op("->>", return_type=Text())(literal_column(f"'{key}'"))
+    extract = func.json_extract if dialect == "sqlite" else func.json_value
+    return extract(column, literal_column(f"'$.{key}'"), type_=Text())
 
 
 class _RefJSON(TypeDecorator[T]):

@@ -8,6 +8,7 @@ from granite_storage.testing._cases.delete import DeleteCases
 from granite_storage.testing._cases.faults import FaultCases
 from granite_storage.testing._cases.lifecycle import LifecycleCases
 from granite_storage.testing._cases.listing import ListCases
+from granite_storage.testing._cases.places import StoreCases
 from granite_storage.testing._cases.placing import LocationCases
 from granite_storage.testing._cases.read import ReadCases
 from granite_storage.testing._cases.signing import SignCases
@@ -25,6 +26,7 @@ class BackendConformance(
     SignCases,
     AbortCases,
     LocationCases,
+    StoreCases,
     FaultCases,
     LifecycleCases,
 ):
@@ -45,9 +47,10 @@ class BackendConformance(
     The fixture yields a fresh, empty backend for each test. The tests are coroutines: with pytest-asyncio set
     `asyncio_mode = "auto"`, or mark the class with `pytest.mark.asyncio`; with anyio mark it with `pytest.mark.anyio`.
 
-    What cannot be known is declared. An ability that is not declared must really not be there: a test asserts it. A fault that
-    needs rigging has a hook to override; where there is none, its ability has to be declared off, so nothing is left out by
-    oversight.
+    What cannot be known is declared. An ability that is not declared must really not be there: a test asserts it. Those of the
+    second group below, which say something of the store, may be left undeclared: then their cases run where the backend has
+    them. A fault that needs rigging has a hook to override; where there is none, its ability has to be declared off, so nothing
+    is left out by oversight.
 
     Attributes:
         supports_copy: It satisfies `SupportsCopy`. Off unless declared, like the next five.
@@ -56,6 +59,11 @@ class BackendConformance(
         supports_abort: It satisfies `SupportsAbort`, and writes `parts_size` bytes in parts.
         supports_presign: It satisfies `SupportsPresign`.
         supports_presigned_upload: It satisfies `SupportsPresignedUpload`, for a range of sizes.
+        supports_clock: It satisfies `SupportsClock`. None unless declared, like the next four: either may be the case.
+        supports_extra_keys: It satisfies `SupportsExtraKeys`.
+        supports_mount_check: It satisfies `SupportsMountCheck`.
+        supports_identity: It satisfies `SupportsIdentity`.
+        supports_places: It satisfies `SupportsPlaces`.
         keeps_content_type: `stat` gives the content type back; off: it always gives None. On unless declared off, like all
             that follow.
         keeps_etag: `stat` gives an etag; off: it always gives None.

@@ -66,7 +66,8 @@ class BehindFaults(Rigged):
 
 
 class TestMemory(Rigged):
-    supports_copy = supports_batch_delete = True
+    supports_copy = supports_batch_delete = supports_clock = supports_identity = supports_places = True
+    supports_extra_keys = supports_mount_check = False
     can_refuse = can_be_unreachable = can_lose_answers = is_shared = False  # nothing stands between it and its caller
     large_size = 8 << 20
     memory_growth = 9 << 20
@@ -101,6 +102,8 @@ class TestMemoryBehindFaults(BehindFaults, TestMemory):
 
 class TestLocal(Rigged):
     supports_copy = supports_cleanup = True
+    supports_clock = supports_mount_check = supports_identity = supports_places = True
+    supports_extra_keys = False
     keeps_content_type = False  # the ref keeps it
     nests_objects = False  # a file is no folder
     can_lose_answers = False  # there is no network

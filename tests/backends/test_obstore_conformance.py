@@ -38,6 +38,8 @@ def answer_at_the_end(status: int, code: str) -> Fault:
 
 class ObjectStoreConformance(BackendConformance):
     supports_copy = supports_batch_delete = True
+    supports_extra_keys = supports_identity = supports_places = True
+    supports_clock = supports_mount_check = False
     settles_races_in_parts = False  # obstore knows no condition for uploads in parts
     parts_size = 12 * MIB
     memory_growth = 32 * MIB  # four parts of 5 MiB in flight, one that is filled, and the first, by which a stream is judged

@@ -92,7 +92,7 @@ async def collect(meter: Meter, *, objects: int) -> None:
 async def join_alone(meter: Meter, *, objects: int) -> None:
     """Join pages that are in memory."""
     listed = [(location_of(number), 1, True) for number in range(1, objects + 1)]
-    references = [location_of(number) for number in range(1, objects + 1) if number % ONE_ORPHAN_IN]
+    references = [(location_of(number), True) for number in range(1, objects + 1) if number % ONE_ORPHAN_IN]
     orphans = 0
     async with meter.measure(operations=objects, ticking=False):
         async for stretch in joined(pages(listed), pages(references)):

@@ -59,13 +59,18 @@ async def test_a_plain_column_counts_whatever_its_storage_key(env: GcEnvironment
     assert (await env.collect()).orphaned == 0
 
 
-async def test_a_reference_to_the_same_location_elsewhere_does_not_count(env: GcEnvironment) -> None:
+@pytest.mark.case("RA-02")
+async def test_a_reference_that_names_an_unknown_backend_stops_the_run(env: GcEnvironment) -> None:
+    """Its key may have been renamed, and then its object is one of these."""
     ref = await env.orphan()
-    await env.add(Crate(id=1, file=file("a")))
+    await env.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
     whole = {**ref.to_dict(), "backend": "elsewhere"}
     await env.sql("UPDATE gc_crate SET scan = :raw WHERE id = 1".replace(":raw", _json(env)), raw=json.dumps(whole))
     env.age()
-    assert (await env.collect()).deleted == 1
+    for dry_run in (True, False):
+        with pytest.raises(CollectionRefusedError, match=r"gc_crate\.scan of the row 1 names the backend 'elsewhere'"):
+            await env.collect(dry_run=dry_run)
+    assert ref.location in await env.locations()
 
 
 async def test_derived_objects_are_named_in_extra(env: GcEnvironment) -> None:

@@ -28,10 +28,11 @@ from granite_storage import (
     attachment,
     bind_storage,
 )
+from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.prefix import PrefixedBackend
-from granite_storage.gc.territory import overlap
+from granite_storage.gc.territory import may_overlap
 from tests.gc.environment import POLICIES, Base, Crate, GcEnvironment, file, gc_environment
 from tests.orm.databases import Database, sqlite
 
@@ -157,14 +158,23 @@ async def test_two_names_for_one_place(plain_env: GcEnvironment, other: str) -> 
         await collector.collect(storage_key="docs")
 
 
-def test_places(tmp_path: Path) -> None:
+async def test_places(tmp_path: Path) -> None:
     memory = MemoryStorageBackend()
     tenants = PrefixedBackend(memory, "tenants/7"), PrefixedBackend(memory, "tenants/8"), PrefixedBackend(memory, "tenants")
-    assert not overlap(tenants[0], tenants[1])
-    assert overlap(tenants[0], tenants[2])
-    assert not overlap(memory, MemoryStorageBackend())
-    assert overlap(LocalStorageBackend(tmp_path), LocalStorageBackend(tmp_path / "inside"))
-    assert not overlap(LocalStorageBackend(tmp_path / "a"), LocalStorageBackend(tmp_path / "ab"))
+    assert not await may_overlap(tenants[0], tenants[1])
+    assert await may_overlap(tenants[0], tenants[2])
+    assert not await may_overlap(memory, MemoryStorageBackend())
+    assert await may_overlap(LocalStorageBackend(tmp_path), LocalStorageBackend(tmp_path / "inside"))
+    assert not await may_overlap(LocalStorageBackend(tmp_path / "a"), LocalStorageBackend(tmp_path / "ab"))
+    assert await may_overlap(memory, OneByOne(MemoryStorageBackend())) is None
+
+
+class OneByOne:
+    """A backend without any ability but those that each has."""
+
+    def __init__(self, inner: StorageBackend) -> None:
+        for name in ("put_bytes", "put_stream", "open", "stat", "exists", "delete", "iter_objects", "aclose"):
+            setattr(self, name, getattr(inner, name))
 
 
 @contextlib.contextmanager

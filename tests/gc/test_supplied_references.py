@@ -161,10 +161,11 @@ async def test_sorting_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool, "_IN_MEMORY", 10)
     monkeypatch.setattr(spool, "_RUN_PAGE", 3)
     monkeypatch.setattr(spool, "PAGE", 7)
-    items = [f"{number * 7919 % 101:03}\U0001f600" for number in range(101)] + ["\ud800", "a\nb", ""]
+    texts = [f"{number * 7919 % 101:03}\U0001f600" for number in range(101)] + ["\ud800", "a\nb", ""]
+    items = [(text, number % 3 == 0) for number, text in enumerate(texts)]
     async with temporary_file() as file_:
         sorting = SortedSpool(file_)
         for item in items:
-            await sorting.add(item)
+            await sorting.add(*item)
         found = [item async for page in sorting.pages() for item in page]
     assert found == sorted(items)

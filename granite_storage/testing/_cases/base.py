@@ -42,6 +42,12 @@ class Cases:
     supports_presign: ClassVar[bool] = False
     supports_presigned_upload: ClassVar[bool] = False
 
+    supports_clock: ClassVar[bool | None] = None
+    supports_extra_keys: ClassVar[bool | None] = None
+    supports_mount_check: ClassVar[bool | None] = None
+    supports_identity: ClassVar[bool | None] = None
+    supports_places: ClassVar[bool | None] = None
+
     keeps_content_type: ClassVar[bool] = True
     keeps_etag: ClassVar[bool] = True
     nests_objects: ClassVar[bool] = True

@@ -13,7 +13,12 @@ from granite_storage.backends.base import (
     SupportsAbort,
     SupportsBatchDelete,
     SupportsCleanup,
+    SupportsClock,
     SupportsCopy,
+    SupportsExtraKeys,
+    SupportsIdentity,
+    SupportsMountCheck,
+    SupportsPlaces,
     SupportsPresign,
     SupportsPresignedUpload,
 )
@@ -35,13 +40,19 @@ class LifecycleCases(Cases):
             ("supports_abort", SupportsAbort, "abort_upload"),
             ("supports_presign", SupportsPresign, "presign_get"),
             ("supports_presigned_upload", SupportsPresignedUpload, "presign_upload"),
+            ("supports_clock", SupportsClock, "now"),
+            ("supports_extra_keys", SupportsExtraKeys, "extra_keys"),
+            ("supports_mount_check", SupportsMountCheck, "is_mounted"),
+            ("supports_identity", SupportsIdentity, "identities"),
+            ("supports_places", SupportsPlaces, "places"),
         ],
     )
     async def test_declared_ability(self, backend: StorageBackend, ability: str, protocol: type, method: str) -> None:
         """An ability that is declared is there, and one that is not declared is not there at all."""
-        if getattr(self, ability):
+        declared = getattr(self, ability)
+        if declared:
             assert isinstance(backend, protocol), f"{ability} is declared, but the backend has no {method}()"
-        else:
+        elif declared is not None:
             assert not isinstance(backend, protocol), f"the backend has {method}(), but {ability} is not declared"
             assert not hasattr(backend, method), f"the backend has {method}(), but {ability} is not declared"
 

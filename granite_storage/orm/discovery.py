@@ -1,0 +1,155 @@
+"""What a database has itself, whatever the models say: which tables they mean, and which other columns hold JSON.
+
+A model says a table's name and perhaps a schema. Which table that is depends on the schema that a connection translates to and on
+the database's own search path; tables of the same name stand in the schemas of other tenants; and a model that was not imported
+stands in no metadata at all. All functions block: call them with `AsyncConnection.run_sync`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Column, Connection, MetaData, Table, bindparam, text
+
+from granite_storage.orm.types import StoredObjectRefType
+
+__all__ = ["FoundColumn", "as_found", "find_json_columns", "find_tables", "resolve"]
+
+_POSTGRESQL_COLUMNS = text("""
+    SELECT n.nspname, c.relname, a.attname,
+        has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'), c.relkind = 'f'
+    FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE a.atttypid = 'jsonb'::regtype AND a.attnum > 0 AND NOT a.attisdropped
+        AND c.relkind IN ('r', 'p', 'f', 'm') AND NOT c.relispartition
+        AND n.nspname <> 'information_schema' AND left(n.nspname, 3) <> 'pg_'
+    ORDER BY 1, 2, 3
+""")
+_POSTGRESQL_TABLES = text("""
+    SELECT n.nspname, c.relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.relname IN :names AND c.relkind IN ('r', 'p', 'f') AND left(n.nspname, 3) <> 'pg_'
+        AND has_schema_privilege(n.oid, 'USAGE')
+    ORDER BY 1, 2
+""").bindparams(bindparam("names", expanding=True))
+_POSTGRESQL_RESOLVED = text("""
+    SELECT n.nspname, c.relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.oid = to_regclass(:name)
+""")
+_MARIADB_COLUMNS = text("""
+    SELECT c.table_schema, c.table_name, c.column_name, c.privileges LIKE '%select%', 0
+    FROM information_schema.columns AS c
+    JOIN information_schema.tables AS t ON t.table_schema = c.table_schema AND t.table_name = c.table_name
+    WHERE c.data_type IN ('json', 'longtext') AND t.table_type = 'BASE TABLE'
+        AND c.table_schema NOT IN ('information_schema', 'mysql', 'performance_schema', 'sys')
+    ORDER BY 1, 2, 3
+""")
+_MARIADB_TABLES = text("""
+    SELECT table_schema, table_name FROM information_schema.tables WHERE table_name IN :names AND table_type = 'BASE TABLE'
+    ORDER BY 1, 2
+""").bindparams(bindparam("names", expanding=True))
+_MARIADB_RESOLVED = text("""
+    SELECT table_schema, table_name FROM information_schema.tables
+    WHERE table_name = :name AND table_schema = COALESCE(:schema, DATABASE())
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundColumn:
+    """A column of JSON that the database has.
+
+    Attributes:
+        schema: The schema, as the database calls it.
+        table: The table.
+        name: The column.
+        is_readable: Whether this role may read it.
+        is_foreign: Whether its rows are on another server.
+    """
+
+    schema: str
+    table: str
+    name: str
+    is_readable: bool = True
+    is_foreign: bool = False
+
+
+def find_json_columns(connection: Connection) -> list[FoundColumn]:
+    """Return every column of JSON in the tables of every schema that the database shows this role, but its own ones."""
+    match connection.dialect.name:
+        case "postgresql":
+            rows: Iterable[Any] = connection.execute(_POSTGRESQL_COLUMNS)
+        case "sqlite":
+            rows = [row for schema in _attached(connection) for row in _sqlite_columns(connection, schema)]
+        case _:
+            rows = connection.execute(_MARIADB_COLUMNS)
+    return [FoundColumn(schema, table, name, bool(readable), bool(foreign)) for schema, table, name, readable, foreign in rows]
+
+
+def find_tables(connection: Connection, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return schema and name of the tables of these names, in every schema that the database shows this role."""
+    match connection.dialect.name:
+        case "postgresql":
+            rows: Iterable[Any] = connection.execute(_POSTGRESQL_TABLES, {"names": list(names)})
+        case "sqlite":
+            rows = [
+                (schema, name)
+                for schema in _attached(connection)
+                for name in names
+                if _has_sqlite_table(connection, schema, name)
+            ]
+        case _:
+            rows = connection.execute(_MARIADB_TABLES, {"names": list(names)})
+    return [(schema, name) for schema, name in rows]
+
+
+def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
+    """Return schema and name of the table that a connection means by a model's, translated as it translates; None without one."""
+    translated: dict[str | None, str | None] = connection.get_execution_options().get("schema_translate_map") or {}
+    schema = translated.get(table.schema, table.schema)
+    match connection.dialect.name:
+        case "postgresql":
+            quote = connection.dialect.identifier_preparer.quote
+            name = ".".join(quote(part) for part in (schema, table.name) if part)
+            row: Any = connection.execute(_POSTGRESQL_RESOLVED, {"name": name}).first()
+        case "sqlite":
+            schemas = [found for found in _attached(connection) if schema in (None, found)]
+            row = next(((found, table.name) for found in schemas if _has_sqlite_table(connection, found, table.name)), None)
+        case _:
+            row = connection.execute(_MARIADB_RESOLVED, {"name": table.name, "schema": schema}).first()
+    return None if row is None else (str(row[0]), str(row[1]))
+
+
+def as_found(schema: str, table: str, name: str, *, keys: Iterable[Column[Any]] = ()) -> Column[Any]:
+    """Return a column of refs in a table that is named as the database names it, for statements that translate no schema.
+
+    Args:
+        schema: The schema.
+        table: The table.
+        name: The column.
+        keys: The columns of the table's primary key.
+    """
+    column: Column[Any] = Column(name, StoredObjectRefType())
+    primary_key = [Column(key.name, key.type, primary_key=True) for key in keys if key.name != name]
+    Table(table, MetaData(), *primary_key, column, schema=schema)
+    return column
+
+
+def _attached(connection: Connection) -> list[str]:
+    """Return the databases of an SQLite connection in the order in which it looks for a table."""
+    names = [row[1] for row in connection.exec_driver_sql("PRAGMA database_list")]
+    return sorted(names, key=lambda name: name != "temp")
+
+
+def _sqlite_columns(connection: Connection, schema: str) -> list[tuple[str, str, str, bool, bool]]:
+    quoted = connection.dialect.identifier_preparer.quote(schema)
+    statement = (
+        f"SELECT m.name, c.name FROM {quoted}.sqlite_master AS m, pragma_table_info(m.name, :schema) AS c"  # noqa: S608  # quoted
+        " WHERE m.type = 'table' AND upper(c.type) LIKE '%JSON%' ORDER BY 1, 2"
+    )
+    return [(schema, *row, True, False) for row in connection.execute(text(statement), {"schema": schema})]
+
+
+def _has_sqlite_table(connection: Connection, schema: str, name: str) -> bool:
+    quoted = connection.dialect.identifier_preparer.quote(schema)
+    statement = f"SELECT 1 FROM {quoted}.sqlite_master WHERE type IN ('table', 'view') AND name = :name"  # noqa: S608  # quoted
+    return connection.execute(text(statement), {"name": name}).first() is not None

@@ -19,7 +19,7 @@ from granite_storage.orm.rows import HeldRef, are_there, cascaded, lock_rows, lo
 
 __all__ = ["on_execute"]
 
-_BULK = "a bulk statement on rows with attachments"
+_BULK = "a bulk statement on rows that hold files"
 
 
 def on_execute(state: ORMExecuteState) -> Result[Any] | None:
@@ -42,7 +42,6 @@ def _delete(state: ORMExecuteState, statement: Delete) -> Result[Any] | None:
     tables = next(_known(statement.table), None)
     if tables is None or not tables.concerns(table := _table(statement.table)):
         return None
-    require_async(_BULK)
     connection = _connection(state, statement)
     parameters = _parameter_sets(state)
     held, keys = lock_statement(connection, table, tables.attachments(table), statement.whereclause, parameters, deleting=True)
@@ -52,7 +51,6 @@ def _delete(state: ORMExecuteState, statement: Delete) -> Result[Any] | None:
 
 
 def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]]) -> Result[Any]:
-    require_async(_BULK)
     connection = _connection(state, statement)
     parameters = _parameter_sets(state)
     held: list[HeldRef] = []
@@ -78,7 +76,15 @@ def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]
 
 
 def _displacing(state: ORMExecuteState, connection: Connection, held: list[HeldRef]) -> Result[Any]:
-    """Run the statement, and displace what is gone afterwards."""
+    """Run the statement, and displace what is gone afterwards.
+
+    Raises:
+        ConfigurationError: A row holds a file, and the session is a synchronous one or commits by itself; the statement has not
+            been run.
+    """
+    if held:
+        require_async(_BULK)
+        outcome.require_transactions(connection)
     result = state.invoke_statement()
     remaining = still_held(connection, held)
     frame = outcome.unit_of(state.session).frame(flush.boundary(state.session))

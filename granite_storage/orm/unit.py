@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from granite_storage.manager import StorageManager
     from granite_storage.orm.attachment import Attachment
-    from granite_storage.orm.journal.journal import StorageJournal
     from granite_storage.orm.flush import Change
+    from granite_storage.orm.journal.journal import StorageJournal
     from granite_storage.orm.outcome import ConnectionWatch, SavepointSpan
     from granite_storage.orm.rows import CountedDeletes, HeldRef
     from granite_storage.refs import StoredObjectRef

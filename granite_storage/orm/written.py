@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sqlalchemy import Column, Connection, Table
-from sqlalchemy.orm import InstanceState, Session
+from sqlalchemy.orm import Session
 
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm.columns import keys_of

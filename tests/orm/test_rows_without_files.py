@@ -1,4 +1,4 @@
-"""Rows that hold no files are the application's own: in synchronous sessions, too, and where every statement commits by itself."""
+"""Rows that hold no files are the application's own: also in synchronous sessions, and where every statement commits by itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from granite_storage.exceptions import ConfigurationError
-from tests.orm.environment import Child, Doc, Item, Node, Note, OrmEnvironment, Parent, Report, file
+from tests.orm.environment import Child, Doc, Node, Note, OrmEnvironment, Parent, Report, file
 
 pytestmark = [
     pytest.mark.case("RB-02"),

@@ -14,7 +14,6 @@ from sqlalchemy.orm.unitofwork import UOWTransaction
 
 from granite_storage.orm import flush, outcome, statements
 from granite_storage.orm.columns import slots_of
-from granite_storage.orm.greenlets import require_async
 
 __all__ = ["listen", "unlisten"]
 
@@ -46,6 +45,7 @@ def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
     mappers = _mappers_of([*written, *deleted])
     _idle.clear()
     _idle.update(id(mapper) for mapper in mappers.values() if not slots_of(mapper) and not flush.concerned_tables(mapper))
+    _last.clear()
     for mapper in mappers.values():
         if id(mapper) not in _idle and slots_of(mapper):
             _stay_last(mapper)
@@ -55,6 +55,7 @@ def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
 
 def _stay_last(mapper: Mapper[Any]) -> None:
     """Let the library see what listeners of one class set: they are called after those of all classes."""
+    _last.add(id(mapper))
     for name, listener in (("before_insert", _before_insert), ("before_update", _before_write)):
         *_, last = getattr(mapper.dispatch, name)
         if last is listener or last is _before_write_of_class:
@@ -86,7 +87,6 @@ def _save(
     context: weakref.ref[UOWTransaction] | None = None,
 ) -> None:
     if changes or deletions:
-        require_async("storing, replacing or deleting an attachment")
         unit = outcome.unit_of(session)
         unit.flush.context = unit.flush.context or context
         flush.save(session, unit, changes, deletions)
@@ -96,14 +96,18 @@ def _save(
 # model: they say so at once and ask to be called as SQLAlchemy itself calls (`raw` and `retval`), without a function in between.
 _idle: set[int] = set()
 
-# Mappers whose classes have listeners of their own, after which the library looks once more.
+# Mappers whose classes have listeners of their own, after which the library looks once more, and those of the newest flush that
+# have been asked whether they have.
 _followed: weakref.WeakSet[Mapper[Any]] = weakref.WeakSet()
+_last: set[int] = set()
 
 
 def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]) -> Any:
     """Save what listeners after ours have set."""
     session = state.session if id(mapper) not in _idle else None
     if session is not None:
+        if id(mapper) not in _last and slots_of(mapper):
+            _stay_last(mapper)  # of a row that a listener has added
         unit = outcome.known_unit(session)
         if unit is not None:
             unit.flush.has_written = True

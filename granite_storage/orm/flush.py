@@ -18,9 +18,10 @@ from granite_storage.locations import uuid7_hex
 from granite_storage.orm._registry import binding_for, find_binding
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Slot, primary_key_of, slots_of
+from granite_storage.orm.greenlets import require_async
 from granite_storage.orm.journal import entries
 from granite_storage.orm.journal.intents import new_id
-from granite_storage.orm.outcome import watch
+from granite_storage.orm.outcome import require_transactions, watch
 from granite_storage.orm.rows import CountedDeletes, HeldRef, cascaded, connection_of, lock_rows
 from granite_storage.orm.types import AttachmentType
 from granite_storage.orm.unit import Displacement, FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
@@ -32,6 +33,7 @@ __all__ = ["Change", "boundary", "changes_of", "concerned_tables", "displace", "
 
 _UNSAFE = re.compile(r"[^\w.@=+-]+")
 _ENTITY_BYTES = 100
+_STORING = "storing, replacing or deleting a file"
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +56,11 @@ class Change:
     def marker(self) -> tuple[int, str]:
         """What makes it the same change when it is seen a second time in one flush."""
         return id(self.state), self.slot.key
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the instance is still there and holds the value: a listener may have dropped it, or put another one there."""
+        return self.state.obj() is not None and self.state.dict.get(self.slot.key) is self.value
 
     @property
     def attachment(self) -> Attachment:
@@ -111,8 +118,13 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
 
     The uploads come first, while the session may not hold a connection yet; then the rows are locked and read; then it is clear
     which objects are displaced, which of them move to other rows, and what must be copied.
+
+    Raises:
+        ConfigurationError: The session is a synchronous one, and there is anything to store or to displace.
     """
     flush, frame = unit.flush, unit.frame(boundary(session))
+    if any(change.value is not None for change in changes):
+        require_async(_STORING)
     _upload_new(unit, frame, changes)
     assigned = [change for change in changes if change.value is not None and not flush.has_handled(change.marker, change.value)]
     given_up = {change.old.ref for change in changes if isinstance(change.old, Attachment) and change.old._ref is not None}
@@ -122,6 +134,7 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
         _copy_all(unit, frame, copied)
         assigned = [change for change in assigned if change not in copied]
     displace(flush, _locked_refs(session, unit, changes, deletions))
+    _require_async_for_files(flush)
     _claim_or_copy(unit, frame, assigned, given_up)
     for change in changes:
         flush.handled[change.marker] = change.value
@@ -129,6 +142,12 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
             _claim(flush, change.value)
             flush.taken.append(change)
     flush.deletions.update((id(state), state) for state in deletions)
+
+
+def _require_async_for_files(flush: FlushUnderWay) -> None:
+    """Let a synchronous session change and delete rows that hold no files."""
+    if flush.log or any(cascaded for _, cascaded in flush.vanishing):
+        require_async(_STORING)
 
 
 def _claim(flush: FlushUnderWay, attachment: Attachment) -> None:
@@ -148,10 +167,14 @@ def revise(session: Session, unit: UnitOfWork) -> None:
     if not moved or context is None:
         return
     kept = {entry.held.place for entry in flush.displaced if not _still_leaves(entry, context)}
-    copied = [change for change in moved if (change.attachment.ref.backend, change.attachment.ref.location) in kept]
+    copied = [change for change in moved if change.is_pending and _place_of(change.attachment.ref) in kept]
     _copy_all(unit, unit.frame(boundary(session)), copied)
     for change in copied:
         _claim(flush, change.attachment)
+
+
+def _place_of(ref: StoredObjectRef) -> tuple[str, str]:
+    return ref.backend, ref.location
 
 
 def _still_leaves(displaced: Displacement, context: UOWTransaction) -> bool:
@@ -204,6 +227,7 @@ def look_again(unit: UnitOfWork) -> None:
     flush = unit.flush
     flush.has_written = False
     flush.vanishing += [(connection, reached()) for connection, reached in flush.cascading]
+    _require_async_for_files(flush)
 
 
 def displace(log: Frame | FlushUnderWay, held: Iterable[HeldRef]) -> list[StoredObject]:
@@ -239,6 +263,8 @@ def _copy_all(unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> None
 
 def _store_all(unit: UnitOfWork, frame: Frame, pending: Sequence[tuple[Change, Attachment]]) -> None:
     """Store attachments side by side, or none of them, and let their rows take them."""
+    if not pending:
+        return
     await_only(store([Upload(attachment, change.slot.home, _entity_id(change)) for change, attachment in pending]))
     for change, attachment in pending:
         _take(unit, frame, attachment)
@@ -276,6 +302,7 @@ def _locked_refs(
     for change in changes:
         table, connection = change.slot.home.table, connections.of(change.state)
         rows = wanted.setdefault((table.fullname, False, connection), _Rows(table))
+        rows.stores = rows.stores or change.value is not None
         if change.state.key is not None:
             rows.add(change.state, {change.slot.column})
     for state in deletions:
@@ -288,8 +315,12 @@ def _locked_refs(
         binding = binding_for(rows.table.metadata, f"the table {rows.table.name}")
         if binding.journal is not None:
             unit.flush.connections[binding.journal] = connection
+        if rows.stores:
+            require_transactions(connection)
         if rows.columns_by_key:
             found, missing = _lock(connection, rows, deleting=deleting)
+            if found:
+                require_transactions(connection)
             held += found
             states = rows.states
             unit.flush.displaced += [Displacement(connection, ref, states.get(ref.primary_key), deleting) for ref in found]
@@ -299,7 +330,10 @@ def _locked_refs(
                 unit.flush.has_missed_rows = True
             if deleting:
                 reached = partial(cascaded, connection, binding.tables, rows.table, rows.columns_by_key)
-                unit.flush.vanishing.append((connection, reached()))
+                cascading = reached()
+                if cascading:
+                    require_transactions(connection)
+                unit.flush.vanishing.append((connection, cascading))
                 unit.flush.cascading.append((connection, reached))
     return held
 
@@ -327,6 +361,7 @@ class _Rows:
         self.table = table
         self.columns_by_key: dict[tuple[Any, ...], set[Column[Any]]] = {}
         self.states: dict[tuple[Any, ...], InstanceState[Any]] = {}
+        self.stores = False
 
     def add(self, state: InstanceState[Any], columns: set[Column[Any]]) -> None:
         key = primary_key_of(state, self.table)

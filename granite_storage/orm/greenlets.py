@@ -21,7 +21,10 @@ def in_greenlet() -> bool:
 def require_async(what: str) -> None:
     """Refuse a synchronous session, before anything has happened."""
     if not in_greenlet():
-        raise ConfigurationError(f"{what} needs an AsyncSession: a synchronous Session cannot await the storage")
+        raise ConfigurationError(
+            f"{what} needs an AsyncSession: a synchronous Session cannot await the storage, and may write only rows that hold no"
+            " files"
+        )
 
 
 @contextmanager

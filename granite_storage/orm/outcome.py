@@ -21,7 +21,18 @@ from granite_storage.orm.greenlets import deferred_cancellation
 from granite_storage.orm.removal import remove_now
 from granite_storage.orm.unit import Frame, Outcome, StoredObject, UnitOfWork
 
-__all__ = ["ConnectionWatch", "SavepointSpan", "begin", "conclude", "known_unit", "listen_to", "unit_of", "unlisten_all", "watch"]
+__all__ = [
+    "ConnectionWatch",
+    "SavepointSpan",
+    "begin",
+    "conclude",
+    "known_unit",
+    "listen_to",
+    "require_transactions",
+    "unit_of",
+    "unlisten_all",
+    "watch",
+]
 
 _INFO_KEY = "granite_storage.watch"
 
@@ -131,12 +142,7 @@ def begin(transaction: SessionTransaction, connection: Connection) -> None:
 
 
 def watch(session: Session, connection: Connection) -> None:
-    """Follow the transaction on a connection that a session's work goes through.
-
-    Raises:
-        ConfigurationError: The connection is in autocommit mode: a rollback would not bring rows back.
-    """
-    _require_transactions(connection)
+    """Follow the transaction on a connection that a session's work goes through."""
     found = _watches.get(connection)
     if found is None:
         found = _watches[connection] = ConnectionWatch(weakref.ref(connection))
@@ -145,6 +151,22 @@ def watch(session: Session, connection: Connection) -> None:
     found.sessions.add(session)
     newest = _savepoints_made(connection)
     unit_of(session).spans.setdefault(found, SavepointSpan(newest, newest)).last = newest
+
+
+def require_transactions(connection: Connection) -> None:
+    """Refuse to store, replace or delete a file where a rollback would not bring rows back.
+
+    Raises:
+        ConfigurationError: The connection is in autocommit mode.
+    """
+    level = connection.get_execution_options().get("isolation_level")
+    if level is None:
+        level = getattr(connection.dialect, "_on_connect_isolation_level", None)
+    if level == "AUTOCOMMIT":
+        raise ConfigurationError(
+            "storing, replacing or deleting a file needs a transaction, but this connection is in AUTOCOMMIT mode: use an engine"
+            " or a session without isolation_level='AUTOCOMMIT'"
+        )
 
 
 def conclude(session: Session, transaction: SessionTransaction) -> None:
@@ -341,11 +363,3 @@ _LISTENERS: dict[str, Callable[..., Any]] = {
     "invalidate": _on_invalidate,
     "handle_error": _on_error,
 }
-
-
-def _require_transactions(connection: Connection) -> None:
-    level = connection.get_execution_options().get("isolation_level")
-    if level is None:
-        level = getattr(connection.dialect, "_on_connect_isolation_level", None)
-    if level == "AUTOCOMMIT":
-        raise ConfigurationError("attachments need transactions, but this connection is in AUTOCOMMIT mode")

@@ -146,6 +146,7 @@ class _Swap:
     def __call__(self, session: Session) -> bool:
         held = self._held
         connection = session.connection(bind_arguments={"clause": held.table})
+        outcome.require_transactions(connection)
         outcome.watch(session, connection)
         frame = outcome.unit_of(session).frame(flush.boundary(session))
         stored = stored_object(self._copy)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import CTE, Column, Connection, Delete, Insert, Null, Result, Table, Update
+from sqlalchemy.ext.horizontal_shard import ShardedSession, set_shard_id
 from sqlalchemy.orm import Mapper, ORMExecuteState
 from sqlalchemy.sql.elements import BindParameter
 
@@ -19,7 +20,7 @@ from granite_storage.orm.rows import HeldRef, are_there, cascaded, lock_rows, lo
 
 __all__ = ["on_execute"]
 
-_BULK = "a bulk statement on rows with attachments"
+_BULK = "a bulk statement on rows that hold files"
 
 
 def on_execute(state: ORMExecuteState) -> Result[Any] | None:
@@ -42,57 +43,69 @@ def _delete(state: ORMExecuteState, statement: Delete) -> Result[Any] | None:
     tables = next(_known(statement.table), None)
     if tables is None or not tables.concerns(table := _table(statement.table)):
         return None
-    require_async(_BULK)
-    connection = _connection(state, statement)
     parameters = _parameter_sets(state)
-    held, keys = lock_statement(connection, table, tables.attachments(table), statement.whereclause, parameters, deleting=True)
-    result = _displacing(state, connection, [*held, *cascaded(connection, tables, table, keys)])
-    _require_known(result, keys, parameters)
+    columns = tables.attachments(table)
+    reached: list[tuple[Connection, list[HeldRef]]] = []
+    known = 0
+    for connection in _connections(state, statement):
+        held, keys = lock_statement(connection, table, columns, statement.whereclause, parameters, deleting=True)
+        reached.append((connection, [*held, *cascaded(connection, tables, table, keys)]))
+        known += len(keys)
+    result = _displacing(state, reached)
+    _require_known(result, known, parameters)
     return result
 
 
 def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]]) -> Result[Any]:
-    require_async(_BULK)
-    connection = _connection(state, statement)
     parameters = _parameter_sets(state)
-    held: list[HeldRef] = []
-    matched: list[list[tuple[Any, ...]]] = []
-    missed: list[tuple[Table, list[tuple[Any, ...]]]] = []
-    for table in dict.fromkeys(column.table for column in written):
-        columns = [column for column in written if column.table is table]
-        keys = _listed_keys(state, statement, table)
-        if keys is None:
-            found, keys = lock_statement(connection, table, columns, statement.whereclause, parameters, deleting=False)
-            held += found
-            matched.append(keys)
-        else:
-            found, missing = lock_rows(connection, table, keys, columns, deleting=False)
-            held += found
-            missed.append((table, missing))
-    result = _displacing(state, connection, held)
-    if any(are_there(connection, table, keys) for table, keys in missed):
+    reached: list[tuple[Connection, list[HeldRef]]] = []
+    matched: dict[Table, int] = {}
+    missed: list[tuple[Connection, Table, list[tuple[Any, ...]]]] = []
+    for connection in _connections(state, statement):
+        for table in dict.fromkeys(column.table for column in written):
+            columns = [column for column in written if column.table is table]
+            keys = _listed_keys(state, statement, table)
+            if keys is None:
+                held, keys = lock_statement(connection, table, columns, statement.whereclause, parameters, deleting=False)
+                matched[table] = matched.get(table, 0) + len(keys)
+            else:
+                held, missing = lock_rows(connection, table, keys, columns, deleting=False)
+                missed.append((connection, table, missing))
+            reached.append((connection, held))
+    result = _displacing(state, reached)
+    if any(are_there(connection, table, keys) for connection, table, keys in missed):
         raise _hit_unknown_rows()
-    for keys in matched:
-        _require_known(result, keys, parameters)
+    for known in matched.values():
+        _require_known(result, known, parameters)
     return result
 
 
-def _displacing(state: ORMExecuteState, connection: Connection, held: list[HeldRef]) -> Result[Any]:
-    """Run the statement, and displace what is gone afterwards."""
+def _displacing(state: ORMExecuteState, reached: Sequence[tuple[Connection, list[HeldRef]]]) -> Result[Any]:
+    """Run the statement, and displace what is gone afterwards.
+
+    Raises:
+        ConfigurationError: A row holds a file, and the session is a synchronous one or commits by itself; the statement has not
+            been run.
+    """
+    for connection, held in reached:
+        if held:
+            require_async(_BULK)
+            outcome.require_transactions(connection)
     result = state.invoke_statement()
-    remaining = still_held(connection, held)
     frame = outcome.unit_of(state.session).frame(flush.boundary(state.session))
-    displaced = flush.displace(frame, [entry for entry in held if entry.place not in remaining])
-    write_displaced(connection, displaced)
+    for connection, held in reached:
+        remaining = still_held(connection, held)
+        displaced = flush.displace(frame, [entry for entry in held if entry.place not in remaining])
+        write_displaced(connection, displaced)
     return result
 
 
-def _require_known(result: Result[Any], keys: Sequence[tuple[Any, ...]], parameters: Sequence[Any]) -> None:
+def _require_known(result: Result[Any], known: int, parameters: Sequence[Any]) -> None:
     """Refuse a statement that hit a row which another transaction has committed since the rows were read: its object is unknown.
 
     Several sets of parameters may hit a row more than once, so that their number says nothing.
     """
-    if len(parameters) == 1 and getattr(result, "rowcount", -1) > len(keys):
+    if len(parameters) == 1 and getattr(result, "rowcount", -1) > known:
         raise _hit_unknown_rows()
 
 
@@ -102,13 +115,30 @@ def _hit_unknown_rows() -> StaleAttachmentError:
     )
 
 
-def _connection(state: ORMExecuteState, statement: Update | Delete) -> Connection:
+def _connections(state: ORMExecuteState, statement: Update | Delete) -> Iterator[Connection]:
+    """Yield the connections that a statement runs on: one, but for a sharded session."""
+    session = state.session
     if state.is_orm_statement and state.execution_options.get("autoflush", True):
         # The statement would flush before it runs, and change what its rows hold after they have been read.
-        state.session._autoflush()
-    connection = state.session.connection(bind_arguments={"clause": statement, **state.bind_arguments})
-    outcome.watch(state.session, connection)
-    return connection
+        session._autoflush()
+    for arguments in _bind_arguments(state, statement):
+        connection = session.connection(bind_arguments=arguments)
+        outcome.watch(session, connection)
+        yield connection
+
+
+def _bind_arguments(state: ORMExecuteState, statement: Update | Delete) -> Iterator[dict[str, Any]]:
+    """Yield what chooses the engine of a statement; for a sharded session once for each shard, which it chooses as it does."""
+    given = {"clause": statement, **state.bind_arguments}
+    if not isinstance(state.session, ShardedSession):
+        yield given
+        return
+    chosen = [option.shard_id for option in getattr(statement, "_with_options", ()) if isinstance(option, set_shard_id)]
+    chosen += [state.execution_options.get("identity_token"), state.execution_options.get("_sa_shard_id")]
+    chosen.append(given.get("shard_id"))
+    one = next((shard for shard in chosen if shard is not None), None)
+    for shard in state.session.execute_chooser(state) if one is None else [one]:
+        yield {**given, "shard_id": shard}
 
 
 def _parameter_sets(state: ORMExecuteState) -> list[Any]:

@@ -23,6 +23,12 @@ def asyncpg_database(request: pytest.FixtureRequest) -> Iterator[Database]:
     yield from _database(request, "asyncpg")
 
 
+@pytest.fixture(scope="session")
+def mariadb_database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    """MariaDB alone."""
+    yield from _database(request, "mariadb")
+
+
 @pytest.fixture
 async def env(database: Database) -> AsyncIterator[OrmEnvironment]:
     """Empty tables, an empty storage and a journal; checked afterwards, before recovery and after it."""

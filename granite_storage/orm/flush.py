@@ -20,7 +20,7 @@ from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Slot, primary_key_of, slots_of
 from granite_storage.orm.greenlets import require_async
 from granite_storage.orm.journal import entries
-from granite_storage.orm.journal.intents import new_id
+from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.outcome import require_transactions, watch
 from granite_storage.orm.rows import CountedDeletes, HeldRef, cascaded, connection_of, lock_rows
 from granite_storage.orm.types import AttachmentType
@@ -240,7 +240,7 @@ def displace(log: Frame | FlushUnderWay, held: Iterable[HeldRef]) -> list[Stored
 def _stored(entry: HeldRef) -> StoredObject:
     home: AttachmentType = entry.column.type  # type: ignore[assignment]  # only attachment columns are read under locks
     binding = home.binding()
-    intent = None if binding.journal is None else Intent(binding.journal, new_id(), deletes=True)
+    intent = None if binding.journal is None else Intent(binding.journal, delete_id(*entry.place), deletes=True)
     return StoredObject(binding.manager, entry.ref, intent)
 
 

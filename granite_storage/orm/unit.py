@@ -54,6 +54,7 @@ class Intent:
     journal: StorageJournal
     id: UUID
     deletes: bool = False
+    location: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""Deadlocks between workers: the database ends one of the transactions, which can be done again."""
+"""Locks of others: what is done again after a deadlock, and what is not waited for."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+from sqlalchemy import CursorResult, Executable, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["again_after_deadlock", "code_of"]
+__all__ = ["again_after_deadlock", "code_of", "try_briefly"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _DEADLOCKS = ("40P01", "40001", 1205, 1213)
 _TRIES = 6
+
+_LOCK_TIMEOUTS = ("55P03", 1205)
+_BRIEFLY = text("SET LOCAL lock_timeout = '250ms'")
+_PATIENCE_ON_MARIADB = text("SELECT @@innodb_lock_wait_timeout")
 
 
 def again_after_deadlock(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
@@ -34,6 +40,29 @@ def again_after_deadlock(method: Callable[P, Awaitable[T]]) -> Callable[P, Await
         raise AssertionError("the last try returns or raises")
 
     return retried
+
+
+async def try_briefly(connection: AsyncConnection, statement: Executable) -> CursorResult[Any] | None:
+    """Execute a statement in a savepoint; return None, with nothing done, where another transaction's lock is in its way."""
+    if connection.dialect.name == "postgresql":
+        await connection.execute(_BRIEFLY)
+        return await _try(connection, statement)
+    usual = (await connection.execute(_PATIENCE_ON_MARIADB)).scalar_one()
+    await connection.execute(text("SET SESSION innodb_lock_wait_timeout = 1"))
+    try:
+        return await _try(connection, statement)
+    finally:
+        await connection.execute(text(f"SET SESSION innodb_lock_wait_timeout = {int(usual)}"))
+
+
+async def _try(connection: AsyncConnection, statement: Executable) -> CursorResult[Any] | None:
+    try:
+        async with connection.begin_nested():
+            return await connection.execute(statement)
+    except DBAPIError as error:
+        if code_of(error) in _LOCK_TIMEOUTS:
+            return None
+        raise
 
 
 def code_of(error: DBAPIError) -> str | int | None:

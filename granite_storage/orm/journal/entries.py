@@ -41,6 +41,7 @@ def write(unit: UnitOfWork) -> None:
         taken.setdefault(intent.journal, []).append(intent.id)
     for journal, ids in taken.items():
         journal.intents.consume(flush.connections[journal], ids)
+        journal.intents.require_unfenced(intent for intent in flush.restored if intent.journal is journal)
     for journal, connection in flush.connections.items():
         write_displaced(connection, [stored for stored in displaced if stored.intent and stored.intent.journal is journal])
 
@@ -52,8 +53,7 @@ def write_displaced(connection: Connection, displaced: Iterable[StoredObject]) -
         if stored.intent is not None:
             by_journal.setdefault(stored.intent.journal, []).append(stored)
     for journal, items in by_journal.items():
-        noted = [(item.intent.id, item.ref, journal.retention_of(item.ref)) for item in items if item.intent is not None]
-        journal.intents.displace(connection, noted)
+        journal.intents.displace(connection, [(item.ref, journal.retention_of(item.ref)) for item in items])
 
 
 def restore(unit: UnitOfWork, home: AttachmentType, stored: StoredObject) -> None:
@@ -66,5 +66,5 @@ def restore(unit: UnitOfWork, home: AttachmentType, stored: StoredObject) -> Non
     found = await_only(journal.intents.find_delete(stored.ref))
     if found is None:
         raise StaleAttachmentError(f"the object at {stored.ref.location!r} does not wait to be deleted, so it cannot be restored")
-    unit.flush.restored.append(Intent(journal, found, deletes=True))
+    unit.flush.restored.append(Intent(journal, found, deletes=True, location=stored.ref.location))
     unit.flush.log.append((stored, True))

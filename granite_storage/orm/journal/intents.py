@@ -31,10 +31,12 @@ from granite_storage._concurrency import CLEANUP_TIMEOUT, settle
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._batches import batches
+from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate, renumber
 from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, JournalTables, clock
 
 if TYPE_CHECKING:
+    from granite_storage.orm.unit import Intent
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["GroupCommit", "Intents", "new_id"]
@@ -194,29 +196,53 @@ class Intents:
                 " way out already; the transaction may be tried again"
             )
 
-    def displace(self, connection: Connection, displaced: Iterable[tuple[UUID, StoredObjectRef, timedelta]]) -> None:
+    def displace(self, connection: Connection, displaced: Iterable[tuple[StoredObjectRef, timedelta]]) -> None:
         """Note, in the transaction that takes refs out of their rows, that their objects shall go, each after its retention."""
-        rows = [
-            {"id": item, "kind": DELETE, "backend": ref.backend, "location": ref.location, "due": _after(retention)}
-            for item, ref, retention in displaced
-        ]
-        for batch in batches(rows, _AT_A_TIME):
-            connection.execute(insert(self._tables.intent).values(batch))
+        pending = [PendingDelete(ref.backend, ref.location, retention.total_seconds()) for ref, retention in displaced]
+        nominate(connection, self._tables.intent, pending)
 
     async def note_delete(self, ref: StoredObjectRef) -> UUID:
         """Commit, durably, the intent to delete an object at once; return its id."""
-        item = new_id()
         async with self._pool.durable() as connection:
-            await connection.run_sync(self.displace, [(item, ref, timedelta(0))])
-        return item
+            await connection.run_sync(self.displace, [(ref, timedelta(0))])
+        return delete_id(ref.backend, ref.location)
 
     async def find_delete(self, ref: StoredObjectRef) -> UUID | None:
-        """Return the pending intent to delete an object, for an undo to consume."""
-        intent = self._tables.intent
+        """Return the pending intent to delete an object, for an undo to consume.
+
+        Those of earlier versions, of which there may be several, become this one.
+        """
+        intent, own_id = self._tables.intent, delete_id(ref.backend, ref.location)
         same = (intent.c.kind == DELETE, intent.c.backend == ref.backend, intent.c.location == ref.location)
         async with self._pool.reading() as connection:
-            found = await connection.execute(select(intent.c.id).where(*same).limit(1))
-            return found.scalar_one_or_none()
+            found = set((await connection.execute(select(intent.c.id).where(*same))).scalars())
+        if found - {own_id}:
+            async with self._pool.durable() as connection:
+                others = select(intent).where(intent.c.id.in_(found - {own_id})).with_for_update(skip_locked=True)
+                await renumber(connection, intent, list(await connection.execute(others)))
+        return own_id if found else None
+
+    def require_unfenced(self, intents: Iterable[Intent]) -> None:
+        """See that no worker is about to delete objects whose pending deletes the transaction has just consumed.
+
+        It is seen after the intents were locked by consuming them. An intent of an object that is being deleted says nothing of
+        its bytes: rows that shared it can have nominated it one after the other.
+
+        Raises:
+            StaleAttachmentError: A worker has taken one of the objects over.
+        """
+        locations = [intent.location for intent in intents]
+        if locations and await_only(self._fenced(locations)):
+            raise StaleAttachmentError(
+                "an object that was to be restored is just being deleted, as another row had given it up before;"
+                " the transaction may be tried again"
+            )
+
+    async def _fenced(self, locations: Sequence[str | None]) -> bool:
+        reclaim = self._tables.reclaim
+        async with self._pool.reading() as connection:
+            found = await connection.execute(select(reclaim.c.id).where(reclaim.c.location.in_(locations)).limit(1))
+            return found.first() is not None
 
     def _decide(self, connection: Connection, ids: set[UUID]) -> bool:
         """Claim uploads that the transaction's snapshot does not see; return whether it was in time for all of them."""

@@ -1,10 +1,15 @@
-"""What a worker does with intents that nobody took back: fence, look, delete, and only then forget.
+"""What a worker does with intents that no transaction has consumed: fence, check, delete, and only then forget.
 
 Why it is safe. The fence moves an intent from `intent` to `reclaim` and is committed, durably, before storage is touched: from
 then on no transaction can take the object any more, so what the worker sees afterwards, in a snapshot that is newer than the
-fence, stays true. Transactions that are under way hold locks on their intents' rows, and those are skipped, not waited for. An
-object that a row refers to all the same is kept. Whoever dies between two steps leaves a row in `reclaim` that any other worker
-resumes, and each step may be done twice.
+fence, stays true. Open transactions hold locks on their intents' rows, and those are skipped, not waited for. An object that a
+row refers to all the same, under whatever backend's key, is kept. A worker that dies between two steps leaves a row in `reclaim`
+that any other worker resumes, and each step may be done twice.
+
+Rows can share an object, by SQL, and then it is nominated more than once. A newer intent waits while an older one is fenced. A
+worker that another one has overtaken, because it was slow, does nothing more: the fence that it relies on may have been lifted.
+So the check of references sees, in its own snapshot, that the fenced row is still the worker's, and only its last taker lifts a
+fence because the object is referenced. An object that is deleted takes its newer intent along: it would be no evidence of bytes.
 
 A delete that fails is an attempt, and so many attempts make a dead letter. A worker that dies, or that is slower than others have
 patience, has tried nothing; but an object that kills whoever touches it must not do so for ever. So each row counts the workers
@@ -20,19 +25,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, bindparam, delete, func, insert, select, text, union, update
+from sqlalchemy import ColumnElement, Integer, Row, bindparam, delete, func, insert, null, select, union, union_all, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage.orm.held import find_held
-from granite_storage.orm.journal.deadlocks import again_after_deadlock, code_of
+from granite_storage.orm.journal.deadlocks import again_after_deadlock, try_briefly
+from granite_storage.orm.journal.deletes import has_own_id, renumber
 from granite_storage.orm.journal.pool import JournalPool
+from granite_storage.orm.journal.references import locations_of
 from granite_storage.orm.journal.report import FailedReclaim, RecoveryReport
 from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, JournalTables, clock
 
@@ -47,8 +52,6 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 
 _BATCH = 100
 _DELETES_AT_A_TIME = 8
-_LOCK_NOT_AVAILABLE = "55P03"
-_LOCK_TIMEOUT = "SET LOCAL lock_timeout = '250ms'"
 _LEFT_IN_COMPANY = 2
 _FIRST_RETRY = 5.0
 _LONGEST_RETRY = 3600.0
@@ -110,12 +113,12 @@ class Recovery:
         """
         report = RecoveryReport()
         while True:
-            claimed = await self._fence(self._is_due(backend))
+            claimed, renumbered = await self._fence(self._is_due(backend))
             if len(claimed) < _BATCH:
                 claimed += await self._resume(backend, _BATCH - len(claimed))
             if claimed:
                 report.add(await self._process(claimed, columns))
-            if len(claimed) < _BATCH:
+            if len(claimed) < _BATCH and not renumbered:
                 break
         while suspects := await self._resume(backend, 1, suspected=True):
             report.add(await self._process(suspects, columns))
@@ -130,7 +133,7 @@ class Recovery:
         report = RecoveryReport()
         for start in range(0, len(ids), _BATCH):
             among = intent.c.id.in_(ids[start : start + _BATCH])
-            claimed = await self._fence(among & ((intent.c.kind == UPLOAD) | (intent.c.due <= clock())))
+            claimed, _ = await self._fence(among & ((intent.c.kind == UPLOAD) | (intent.c.due <= clock())))
             if claimed:
                 report.add(await self._process(claimed, columns))
         return report
@@ -169,16 +172,24 @@ class Recovery:
         return (intent.c.backend == backend) & (intent.c.due <= clock())
 
     @again_after_deadlock
-    async def _fence(self, condition: ColumnElement[bool]) -> list[_Reclaim]:
-        """Take intents over, durably, before anything is done about their objects."""
+    async def _fence(self, condition: ColumnElement[bool]) -> tuple[list[_Reclaim], bool]:
+        """Take intents over, durably, before anything is done about their objects.
+
+        Returns:
+            What was taken over, and whether intents of an earlier version were renumbered, which can be taken over now.
+        """
         intent, reclaim = self._tables.intent, self._tables.reclaim
         async with self._pool.durable() as connection:
-            found = select(intent).where(condition).order_by(intent.c.due).limit(_BATCH).with_for_update(skip_locked=True)
-            rows = list(await connection.execute(found))
+            is_fenced = select(reclaim.c.id).where(reclaim.c.id == intent.c.id).exists()
+            found = select(intent).where(condition, ~is_fenced).order_by(intent.c.due).limit(_BATCH)
+            rows = list(await connection.execute(found.with_for_update(skip_locked=True)))
+            outdated = [row for row in rows if has_own_id(row)]
+            renumbered = bool(outdated) and await renumber(connection, intent, outdated)
+            rows = await self._unfenced(connection, [row for row in rows if row not in outdated])
             if rows and self._pool.is_postgresql:
                 rows = await self._undecided(connection, rows)
             if not rows:
-                return []
+                return [], renumbered
             claimed = [_Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, 0, 1, False) for row in rows]
             new = [
                 {
@@ -197,7 +208,15 @@ class Recovery:
             ]
             await connection.execute(insert(reclaim).values(new))
             await self._drop(connection, intent, [item.id for item in claimed])
-        return claimed
+        return claimed, renumbered
+
+    async def _unfenced(self, connection: AsyncConnection, rows: list[Row[Any]]) -> list[Row[Any]]:
+        """Return the rows whose ids are not fenced; seen once they are locked, from when on nobody else can fence them."""
+        if not rows:
+            return rows
+        reclaim = self._tables.reclaim
+        fenced = set((await connection.execute(select(reclaim.c.id).where(reclaim.c.id.in_([row.id for row in rows])))).scalars())
+        return [row for row in rows if row.id not in fenced]
 
     async def _undecided(self, connection: AsyncConnection, rows: list[Row[Any]]) -> list[Row[Any]]:
         """Decide against uploads, where no transaction was first to decide for them; return what may be fenced.
@@ -219,7 +238,6 @@ class Recovery:
         """Insert the decisions that can be inserted at once: first together, and one by one where one is locked."""
         if not ids:
             return set()
-        await connection.execute(text(_LOCK_TIMEOUT))
         decided = await self._try_to_decide(connection, ids)
         if decided is not None:
             return decided
@@ -228,14 +246,8 @@ class Recovery:
     async def _try_to_decide(self, connection: AsyncConnection, ids: list[UUID]) -> set[UUID] | None:
         decision = self._tables.decision
         new = postgresql_insert(decision).values([{"id": item, "outcome": ABORT} for item in ids])
-        try:
-            async with connection.begin_nested():
-                result = await connection.execute(new.on_conflict_do_nothing().returning(decision.c.id))
-                return set(result.scalars())
-        except DBAPIError as error:
-            if code_of(error) == _LOCK_NOT_AVAILABLE:
-                return None
-            raise
+        result = await try_briefly(connection, new.on_conflict_do_nothing().returning(decision.c.id))
+        return None if result is None else set(result.scalars())
 
     @again_after_deadlock
     async def _resume(self, backend: str, limit: int, *, suspected: bool = False) -> list[_Reclaim]:
@@ -271,31 +283,46 @@ class Recovery:
         claimed = [item for item in claimed if item not in deadly]
         report = RecoveryReport(claimed=len(claimed), failed=[await self._bury(item) for item in deadly])
         try:
-            referenced = await self._referenced(claimed, columns)
+            own, referenced = await self._check(claimed, columns)
         except Exception:
             # It is not the objects' fault, and nobody has died.
             await self._release(claimed)
             raise
-        held = [item for item in claimed if (item.backend, item.location) in referenced]
-        await self._forget(held)
+        mine = [item for item in claimed if item.id in own]
+        held = [item for item in mine if item.location in referenced]
+        await self._let_go(held)
         report.kept = len(held)
         places = asyncio.Semaphore(_DELETES_AT_A_TIME)
-        gone = [item for item in claimed if (item.backend, item.location) not in referenced]
+        gone = [item for item in mine if item.location not in referenced]
         errors = await asyncio.gather(*(self._remove(item, places) for item in gone))
         removed = [item for item, error in zip(gone, errors, strict=True) if error is None]
         await self._conclude(removed)
-        report.failed += [await self._fail(item, error) for item, error in zip(gone, errors, strict=True) if error is not None]
+        failed = [await self._fail(item, error) for item, error in zip(gone, errors, strict=True) if error is not None]
+        report.failed += failed
         report.confirmed = sum(item.emptied for item in removed)
         report.deleted = len(removed) - report.confirmed
         return report
 
-    async def _referenced(self, claimed: Sequence[_Reclaim], columns: Sequence[Column[Any]]) -> set[tuple[str, str]]:
-        """Return which objects a row refers to, in a snapshot that is newer than the fence."""
-        if not columns or not claimed:
-            return set()
-        wanted = sorted({item.location for item in claimed})
+    async def _check(self, claimed: Sequence[_Reclaim], columns: Sequence[Column[Any]]) -> tuple[set[UUID], set[str]]:
+        """Return which fenced rows are still this worker's own, and which locations a row refers to.
+
+        It is one statement, whose snapshot is newer than the fence: where a row is still the worker's, its fence has stood from
+        then until now, and what no row refers to no row can take any more.
+        """
+        if not claimed:
+            return set(), set()
+        reclaim = self._tables.reclaim
+        taken = {item.id: (item.attempts, item.takeovers) for item in claimed}
+        fenced = select(reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers, reclaim.c.location).where(reclaim.c.id.in_(taken))
         async with self._pool.reading() as connection:
-            return await find_held(connection, columns, wanted)
+            locations = sorted({item.location for item in claimed})
+            referring = [
+                select(null(), null(), null(), location).where(location.in_(locations))
+                for location in await locations_of(connection, columns)
+            ]
+            found = list(await connection.execute(union_all(fenced, *referring)))
+        own = {item for item, attempts, takeovers, _ in found if item is not None and taken[item] == (attempts, takeovers)}
+        return own, {location for item, *_, location in found if item is None}
 
     async def _remove(self, item: _Reclaim, places: asyncio.Semaphore) -> Exception | None:
         """Delete an object and what an unfinished upload has left; return what went wrong."""
@@ -310,51 +337,89 @@ class Recovery:
 
     @again_after_deadlock
     async def _conclude(self, removed: Sequence[_Reclaim]) -> None:
-        """Forget what is gone for good; of an upload something may still arrive, so look there once more when none can."""
-        waiting = [item.id for item in removed if item.kind != DELETE and not item.emptied]
-        await self._forget([item for item in removed if item.id not in waiting])
-        if waiting:
-            reclaim = self._tables.reclaim
-            later = {**_UNTRIED, "emptied": True, "error": None, "due": clock(self._lease)}
-            async with self._pool.reading() as connection:
-                await connection.execute(update(reclaim).where(reclaim.c.id.in_(waiting)).values(later))
+        """Forget what is gone for good; of an upload something may still arrive, so look there once more when none can.
 
-    @again_after_deadlock
-    async def _forget(self, items: Sequence[_Reclaim]) -> None:
-        if not items:
+        Newer intents to delete the same objects go first. One that a transaction has locked, in an undo that will find the fenced
+        row, keeps that row until it is free.
+        """
+        if not removed:
             return
-        async with self._pool.reading() as connection:
-            ids = [item.id for item in items]
-            await self._drop(connection, self._tables.reclaim, ids)
-            if self._pool.is_postgresql:
-                await self._drop(connection, self._tables.decision, ids)
-
-    async def _release(self, items: Sequence[_Reclaim]) -> None:
-        """Say of rows that whoever has taken them over is alive."""
         reclaim = self._tables.reclaim
         async with self._pool.reading() as connection:
-            await connection.execute(update(reclaim).where(reclaim.c.id.in_([item.id for item in items])).values(takeovers=0))
+            locked = await self._drop_newer(connection, [item.location for item in removed])
+            finished = [item for item in removed if item.location not in locked]
+            waiting = [item.id for item in finished if item.kind != DELETE and not item.emptied]
+            await self._forget(connection, [item.id for item in finished if item.id not in waiting])
+            if waiting:
+                later = {**_UNTRIED, "emptied": True, "error": None, "due": clock(self._lease)}
+                await connection.execute(update(reclaim).where(reclaim.c.id.in_(waiting)).values(later))
+            again = {"due": clock(_FIRST_RETRY), "takeovers": reclaim.c.takeovers - 1}
+            await self._update_own(connection, [item for item in removed if item.location in locked], **again)
+
+    async def _drop_newer(self, connection: AsyncConnection, locations: Sequence[str]) -> set[str]:
+        """Remove pending intents to delete objects that are gone; return the locations of those that somebody has locked."""
+        intent = self._tables.intent
+        newer = select(intent.c.id, intent.c.location).where(intent.c.location.in_(locations), intent.c.kind == DELETE)
+        pending: dict[UUID, str] = {row.id: row.location for row in await connection.execute(newer)}
+        free: set[UUID] = set()
+        for item in sorted(pending):  # one by one: a list may lock other rows on MariaDB
+            lock = select(intent.c.id).where(intent.c.id == item).with_for_update(skip_locked=True)
+            free.update((await connection.execute(lock)).scalars())
+        await self._drop(connection, intent, free)
+        return {location for item, location in pending.items() if item not in free}
+
+    async def _forget(self, connection: AsyncConnection, ids: Sequence[UUID]) -> None:
+        await self._drop(connection, self._tables.reclaim, ids)
+        if self._pool.is_postgresql:
+            await self._drop(connection, self._tables.decision, ids)
+
+    @again_after_deadlock
+    async def _let_go(self, items: Sequence[_Reclaim]) -> None:
+        """Lift the fences of objects that rows refer to, but not those that another worker has taken over meanwhile."""
+        if not items:
+            return
+        reclaim, decision = self._tables.reclaim, self._tables.decision
+        async with self._pool.reading() as connection:
+            await connection.execute(delete(reclaim).where(_is_own(reclaim)), [_own(item) for item in items])
+            if self._pool.is_postgresql:
+                dropped = decision.c.id.in_([item.id for item in items]) & decision.c.id.not_in(select(reclaim.c.id))
+                await connection.execute(delete(decision).where(dropped))
+
+    async def _release(self, items: Sequence[_Reclaim]) -> None:
+        """Say of rows that the worker that has taken them over is alive, and does no more about them.
+
+        The count of takeovers goes back by one, which is the number of an earlier worker at most, never of a later one.
+        """
+        async with self._pool.reading() as connection:
+            await self._update_own(connection, items, takeovers=self._tables.reclaim.c.takeovers - 1)
+
+    async def _update_own(self, connection: AsyncConnection, items: Sequence[_Reclaim], **values: Any) -> None:
+        """Change those rows that no other worker has taken over."""
+        reclaim = self._tables.reclaim
+        if items:
+            await connection.execute(update(reclaim).where(_is_own(reclaim)).values(values), [_own(item) for item in items])
 
     async def _bury(self, item: _Reclaim) -> FailedReclaim:
         """Make a dead letter of what every worker has died of."""
-        return await self._note(item, f"{item.takeovers - 1} workers have taken it over, and none has come to an end", dead=True)
+        problem = f"{item.takeovers - 1} workers have taken it over, and none has come to an end"
+        return await self._note(item, problem, attempts=item.attempts, dead=True)
 
     async def _fail(self, item: _Reclaim, error: Exception) -> FailedReclaim:
-        tried = replace(item, attempts=item.attempts + 1)
-        return await self._note(tried, f"{type(error).__name__}: {error}", dead=tried.attempts >= self._max_attempts)
+        attempts = item.attempts + 1
+        problem = f"{type(error).__name__}: {error}"
+        return await self._note(item, problem, attempts=attempts, dead=attempts >= self._max_attempts)
 
-    async def _note(self, item: _Reclaim, problem: str, *, dead: bool) -> FailedReclaim:
+    async def _note(self, item: _Reclaim, problem: str, *, attempts: int, dead: bool) -> FailedReclaim:
         """Keep with a row what went wrong, and when it is tried again."""
-        reclaim = self._tables.reclaim
-        delay = min(_FIRST_RETRY * 2 ** max(item.attempts - 1, 0), _LONGEST_RETRY)
+        delay = min(_FIRST_RETRY * 2 ** max(attempts - 1, 0), _LONGEST_RETRY)
         said = problem[:_LONGEST_ERROR]
-        noted = {"error": said, "dead": dead, "due": clock(delay), "attempts": item.attempts, "takeovers": 0}
         async with self._pool.reading() as connection:
-            await connection.execute(update(reclaim).where(reclaim.c.id == item.id).values(noted))
+            noted = {"error": said, "dead": dead, "due": clock(delay), "attempts": attempts, "takeovers": 0}
+            await self._update_own(connection, [item], **noted)
         told = logger.error if dead else logger.warning
-        told("could not delete the object %r (attempt %d%s): %s", item.location, item.attempts, ", the last" * dead, said)
+        told("could not delete the object %r (attempt %d%s): %s", item.location, attempts, ", the last" * dead, said)
         next_attempt = None if dead else datetime.now(UTC) + timedelta(seconds=delay)
-        return FailedReclaim(item.backend, item.location, said, item.attempts, next_attempt)
+        return FailedReclaim(item.backend, item.location, said, attempts, next_attempt)
 
     async def _drop(self, connection: AsyncConnection, table: Table, ids: Iterable[UUID]) -> None:
         wanted = list(ids)
@@ -369,6 +434,22 @@ class Recovery:
 
 
 _UNTRIED = {"attempts": 0, "takeovers": 0}
+
+
+def _own(item: _Reclaim) -> dict[str, Any]:
+    return {"own_id": item.id, "own_attempts": item.attempts, "own_takeovers": item.takeovers}
+
+
+def _is_own(reclaim: Table) -> ColumnElement[bool]:
+    """Tell whether the worker that has taken a row over is the last one to do so; see `_own` for the parameters.
+
+    Takeovers are counted from the last attempt on, so both numbers together are never those of another worker that is at work.
+    """
+    return (
+        (reclaim.c.id == bindparam("own_id", type_=reclaim.c.id.type))
+        & (reclaim.c.attempts == bindparam("own_attempts", type_=Integer()))
+        & (reclaim.c.takeovers == bindparam("own_takeovers", type_=Integer()))
+    )
 
 
 def _failure(row: Row[Any]) -> FailedReclaim:

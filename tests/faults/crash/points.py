@@ -70,6 +70,10 @@ def _found_something(result: Any, _: tuple[Any, ...]) -> bool:
     return bool(result)
 
 
+def _fenced_something(result: Any, _: tuple[Any, ...]) -> bool:
+    return bool(result[0])
+
+
 def _was_given_something(_: Any, arguments: tuple[Any, ...]) -> bool:
     return bool(arguments[1])
 
@@ -96,12 +100,12 @@ UPLOADER = [
 ]
 
 RECOVERY = [
-    Step("the fence", Recovery, "_fence", commits=True, needs=_needs("worker"), matters=_found_something),
+    Step("the fence", Recovery, "_fence", commits=True, needs=_needs("worker"), matters=_fenced_something),
     Step("taking over a fenced row", Recovery, "_resume", commits=True, needs=_needs("worker"), most=2, matters=_found_something),
-    Step("the reference check", Recovery, "_referenced", needs=_needs("worker")),
+    Step("the reference check", Recovery, "_check", needs=_needs("worker")),
     Step("the delete", StorageManager, "reclaim", needs=_needs("worker")),
     Step("the conclusion", Recovery, "_conclude", commits=True, needs=_needs("worker"), matters=_was_given_something),
-    Step("forgetting", Recovery, "_forget", commits=True, needs=_needs("worker"), matters=_was_given_something),
+    Step("lifting a fence", Recovery, "_let_go", commits=True, needs=_needs("worker"), matters=_was_given_something),
 ]
 
 MIDDLE = "in the middle of a stream"

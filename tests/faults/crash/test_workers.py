@@ -21,9 +21,7 @@ from tests.faults.crash.audit import Audit
 from tests.faults.crash.models import Book, content_of
 from tests.faults.crash.options import KILLS, MANY, SECOND_DRIVER, SEED
 
-STEPS = [(Recovery, name) for name in ("_fence", "_resume", "_referenced", "_conclude", "_forget")] + [
-    (StorageManager, "reclaim")
-]
+STEPS = [(Recovery, name) for name in ("_fence", "_resume", "_check", "_conclude", "_let_go")] + [(StorageManager, "reclaim")]
 MOMENTS = [f"{moment} {name}" for _, name in STEPS for moment in ("before", "after")]
 PAIRS = list(product(MOMENTS, MOMENTS))
 SOME = 16

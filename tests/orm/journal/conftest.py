@@ -25,6 +25,12 @@ async def asyncpg_database(request: pytest.FixtureRequest) -> AsyncIterator[Data
         yield found
 
 
+@pytest.fixture(scope="session")
+def mariadb_database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    """MariaDB alone."""
+    yield from _database(request, "mariadb")
+
+
 @pytest.fixture
 async def env(database: Database) -> AsyncIterator[OrmEnvironment]:
     """Empty tables, an empty storage and a journal; checked afterwards, before recovery and after it."""

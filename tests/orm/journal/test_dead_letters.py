@@ -47,7 +47,7 @@ async def test_a_check_that_fails_is_nobodys_fault(env: OrmEnvironment, monkeypa
     """A column was renamed, perhaps: until somebody mends it nothing is deleted, and nothing given up."""
     await file("a").store(Doc.file)
     with monkeypatch.context() as patch:
-        patch.setattr(Recovery, "_referenced", die)
+        patch.setattr(Recovery, "_check", die)
         for _ in range(2 * MAX_ATTEMPTS + 4):
             await recover_and_die(env)
     assert [(row.attempts, row.takeovers, row.dead) for row in await rows(env, "reclaim")] == [(0, 0, False)]

@@ -138,7 +138,7 @@ class TestReports:
         await expire(env)
         if fenced:
             with monkeypatch.context() as patch:
-                patch.setattr(Recovery, "_referenced", die)
+                patch.setattr(Recovery, "_check", die)
                 with pytest.raises(BaseExceptionGroup):
                     await journal.recover()
         await rename(env, "elsewhere")

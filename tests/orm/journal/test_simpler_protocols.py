@@ -215,9 +215,21 @@ def without_locks(patch: pytest.MonkeyPatch) -> None:
         intent = self._tables.intent
         async with self._pool.reading() as connection:
             rows = list(await connection.execute(select(intent).where(condition)))
-        return [_claimed(row) for row in rows]
+        return [_claimed(row) for row in rows], False
 
     patch.setattr(Recovery, "_fence", fence)
+    without_ownership(patch)
+
+
+def without_ownership(patch: pytest.MonkeyPatch) -> None:
+    """A worker does not see whether what it has fenced is still its own."""
+    original = Recovery._check
+
+    async def check(self: Recovery, claimed: Any, columns: Any) -> Any:
+        _, referenced = await original(self, claimed, columns)
+        return {item.id for item in claimed}, referenced
+
+    patch.setattr(Recovery, "_check", check)
 
 
 def without_fence(patch: pytest.MonkeyPatch) -> None:
@@ -254,7 +266,11 @@ def without_row_count(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_tombstone(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Recovery, "_conclude", Recovery._forget)
+    async def conclude(self: Recovery, removed: Any) -> None:
+        async with self._pool.reading() as connection:
+            await self._forget(connection, [item.id for item in removed])
+
+    patch.setattr(Recovery, "_conclude", conclude)
 
 
 def without_claim_of_an_undo(patch: pytest.MonkeyPatch) -> None:

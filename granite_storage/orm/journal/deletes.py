@@ -1,0 +1,118 @@
+"""Pending deletes: the intents that objects shall go, one of each object.
+
+The id of such an intent is a function of the object's backend and location. Rows can come to share an object by SQL, and each of
+them nominates it when it is deleted: with ids of their own there would be two intents, an undo would consume one of them, and a
+worker would execute the other. As it is, all transactions that nominate an object insert, or lock, one and the same row. Where it
+is there already it is updated, not left alone: a worker may be about to drop it, because another row still holds the object.
+
+Earlier versions gave each delete intent an id of its own. Those that are left get the id that they would have now before a worker
+or an undo acts on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, Insert, Row, Table, delete, func
+from sqlalchemy.dialects.mysql import insert as mysql_insert
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from granite_storage.orm._batches import batches
+from granite_storage.orm.journal.deadlocks import try_briefly
+from granite_storage.orm.journal.tables import DELETE, clock
+
+__all__ = ["PendingDelete", "delete_id", "has_own_id", "nominate", "renumber"]
+
+_AT_A_TIME = 500
+_ID_BYTES = 16
+
+
+def delete_id(backend: str, location: str) -> UUID:
+    """Return the id of the intent to delete an object.
+
+    It is the first 16 bytes of the SHA-256 of its backend's key, a line feed, which no location has, and its location, in the
+    form of a UUID of version 5, which is name-based: MariaDB takes no arbitrary bytes for a UUID.
+    """
+    digest = sha256(f"{backend}\n{location}".encode("utf-8", "surrogatepass")).digest()
+    return UUID(bytes=digest[:_ID_BYTES], version=5)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingDelete:
+    """An object that shall go.
+
+    Attributes:
+        backend: Its backend's key.
+        location: Its address there.
+        due: When: a moment of the database, or so many seconds from now.
+    """
+
+    backend: str
+    location: str
+    due: datetime | float
+
+    @property
+    def id(self) -> UUID:
+        """The id of the intent."""
+        return delete_id(self.backend, self.location)
+
+
+def nominate(connection: Connection, intent: Table, pending: Iterable[PendingDelete]) -> None:
+    """Write down, in the transaction of a connection, that objects shall go; of several moments for one object the latest counts.
+
+    The rows are written in the order of their ids, so that transactions that nominate the same objects do not deadlock.
+    """
+    by_id = {item.id: item for item in sorted(pending, key=_seconds)}
+    for batch in batches(sorted(by_id), _AT_A_TIME):
+        connection.execute(_upsert(connection.dialect.name, intent, [by_id[item] for item in batch]))
+
+
+def has_own_id(row: Row[Any]) -> bool:
+    """Tell whether a delete intent has an id of its own, as earlier versions gave it."""
+    return row.kind == DELETE and row.id != delete_id(row.backend, row.location)
+
+
+async def renumber(connection: AsyncConnection, intent: Table, rows: Sequence[Row[Any]]) -> bool:
+    """Give delete intents of earlier versions, which the transaction has locked, the ids that they would have now.
+
+    One whose new id is being consumed by another transaction, in an undo, is left for later.
+
+    Returns:
+        Whether there was any that could be renumbered.
+    """
+    done: list[UUID] = []
+    for row in rows:
+        pending = PendingDelete(row.backend, row.location, row.due)
+        if await try_briefly(connection, _upsert(connection.dialect.name, intent, [pending])) is not None:
+            await connection.execute(delete(intent).where(intent.c.id == row.id))
+            done.append(row.id)
+    return bool(done)
+
+
+def _upsert(dialect: str, intent: Table, pending: Sequence[PendingDelete]) -> Insert:
+    rows = [
+        {
+            "id": item.id,
+            "kind": DELETE,
+            "backend": item.backend,
+            "location": item.location,
+            "due": item.due if isinstance(item.due, datetime) else clock(item.due),
+        }
+        for item in pending
+    ]
+    if dialect == "postgresql":
+        statement = postgresql_insert(intent).values(rows)
+        latest = func.greatest(intent.c.due, statement.excluded.due)
+        return statement.on_conflict_do_update(index_elements=[intent.c.id], set_={"due": latest})
+    inserted = mysql_insert(intent).values(rows)
+    return inserted.on_duplicate_key_update(due=func.greatest(intent.c.due, inserted.inserted.due))
+
+
+def _seconds(item: PendingDelete) -> float:
+    return item.due if isinstance(item.due, float) else 0.0

@@ -27,6 +27,7 @@ __all__ = [
     "SupportsRead",
     "WholeFile",
     "is_file",
+    "is_local",
     "is_seekable",
     "iter_chunks",
     "size_mismatch",
@@ -154,6 +155,11 @@ def is_file(source: object) -> bool:
 def is_seekable(file: object) -> bool:
     """Tell whether something has a `seek` method; whether that works is known when it is called."""
     return callable(getattr(file, "seek", None))
+
+
+def is_local(source: object) -> bool:
+    """Tell whether a source has its first bytes at hand: nobody far away sends them."""
+    return is_seekable(source) or isinstance(source, list | tuple | WholeFile) or _is_buffer(source)
 
 
 def size_mismatch(expected: int, actual: int | None) -> SizeMismatchError:

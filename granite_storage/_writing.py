@@ -17,6 +17,8 @@ from granite_storage.streams import (
     BytesLike,
     ByteSource,
     MeasuredStream,
+    Pace,
+    PacedStream,
     SizeLimitedStream,
     fingerprint,
     require_declared_size,
@@ -33,11 +35,13 @@ class DraftWriter:
     Args:
         configuration: Where.
         lifecycle: Who counts the calls.
+        pace: How fast streams must be; None where they may take their time.
     """
 
-    def __init__(self, configuration: Configuration, lifecycle: Lifecycle) -> None:
+    def __init__(self, configuration: Configuration, lifecycle: Lifecycle, pace: Pace | None) -> None:
         self._configuration = configuration
         self._lifecycle = lifecycle
+        self._pace = pace
 
     async def put_bytes(self, draft: ObjectDraft, content: BytesLike) -> StoredObjectRef:
         """Store content that is in memory."""
@@ -55,9 +59,18 @@ class DraftWriter:
         if size is not None:
             require_declared_size(size)
             require_size(size, draft.policy.max_size)
-        content = MeasuredStream(SizeLimitedStream(stream, draft.policy.max_size), size=size, checksum=checksum)
-        async with self._lifecycle.upload():
-            return await self._store(draft, content)
+        limited = SizeLimitedStream(stream, draft.policy.max_size)
+        if self._pace is None:
+            async with self._lifecycle.upload():
+                return await self._store(draft, MeasuredStream(limited, size=size, checksum=checksum))
+        paced = PacedStream(limited, self._pace)
+        content = MeasuredStream(paced, size=size, checksum=checksum)
+        try:
+            async with self._lifecycle.upload(paced.begin):
+                return await self._store(draft, content)
+        except BaseException:
+            await content.aclose()
+            raise
 
     async def copy(
         self, ref: StoredObjectRef, draft: ObjectDraft, open_whole: Callable[[], Awaitable[StoredObjectReader]]

@@ -60,7 +60,7 @@ ByteSource: TypeAlias = SupportsRead | SupportsAsyncRead | AsyncIterable[BytesLi
 _TURN_SECONDS = 0.01
 _PATIENCE = 5.0
 
-_threads = ThreadPool("granite-source", 32)
+_threads = ThreadPool("granite-source", 32, max_stuck=480)
 
 
 def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:

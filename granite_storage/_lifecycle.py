@@ -6,7 +6,7 @@ import asyncio
 import threading
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -49,16 +49,26 @@ class Lifecycle:
             state.leave(task)
 
     @asynccontextmanager
-    async def upload(self) -> AsyncIterator[None]:
-        """Stand around a call that takes a stream in; wait for room, except in a call that has room already."""
+    async def upload(self, begin: Callable[[], Awaitable[object]] | None = None) -> AsyncIterator[None]:
+        """Stand around a call that takes a stream in; wait for room, except in a call that has room already.
+
+        Args:
+            begin: Waits for the first piece of the stream; a stream that yields nothing takes no room.
+        """
         with self.call():
-            state = self._here()
-            if self._max_uploads is None or state.calls[asyncio.current_task()] > 1:
+            state, task = self._here(), asyncio.current_task()
+            if self._max_uploads is None or task in state.with_room:
                 yield
                 return
+            if begin is not None:
+                await begin()
             state.room = state.room or asyncio.Semaphore(self._max_uploads)
             async with state.room:
-                yield
+                state.with_room.add(task)
+                try:
+                    yield
+                finally:
+                    state.with_room.discard(task)
 
     def track(self, reader: StoredObjectReader) -> None:
         """Have a reader closed with the manager, if it is still open then."""
@@ -101,6 +111,7 @@ class _LoopState:
     def __init__(self) -> None:
         self.closing: asyncio.Task[None] | None = None
         self.room: asyncio.Semaphore | None = None
+        self.with_room: set[asyncio.Task[Any] | None] = set()
         self.calls: Counter[asyncio.Task[Any] | None] = Counter()
         self.readers: weakref.WeakSet[StoredObjectReader] = weakref.WeakSet()
         self._closers: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()

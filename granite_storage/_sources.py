@@ -27,6 +27,7 @@ __all__ = [
     "SupportsRead",
     "WholeFile",
     "is_file",
+    "is_local",
     "is_seekable",
     "iter_chunks",
     "size_mismatch",
@@ -59,7 +60,7 @@ ByteSource: TypeAlias = SupportsRead | SupportsAsyncRead | AsyncIterable[BytesLi
 _TURN_SECONDS = 0.01
 _PATIENCE = 5.0
 
-_threads = ThreadPool("granite-source", 32)
+_threads = ThreadPool("granite-source", 32, max_stuck=480)
 
 
 def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
@@ -154,6 +155,11 @@ def is_file(source: object) -> bool:
 def is_seekable(file: object) -> bool:
     """Tell whether something has a `seek` method; whether that works is known when it is called."""
     return callable(getattr(file, "seek", None))
+
+
+def is_local(source: object) -> bool:
+    """Tell whether a source has its first bytes at hand: nobody far away sends them."""
+    return is_seekable(source) or isinstance(source, list | tuple | WholeFile) or _is_buffer(source)
 
 
 def size_mismatch(expected: int, actual: int | None) -> SizeMismatchError:

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 from granite_storage._concurrency import settle
+from granite_storage.exceptions import StreamTimeoutError
 
 __all__ = ["ThreadPool"]
 
@@ -30,6 +31,8 @@ _MOST_PENDING = 64 << 20
 
 _FEW = 2
 _STALLED_SECONDS = 0.002
+_STUCK_SECONDS = 1.0
+_STUCK_CHECK_SECONDS = 0.1
 
 
 class ThreadPool:
@@ -43,11 +46,14 @@ class ThreadPool:
     Args:
         name: The prefix of the threads' names.
         max_workers: The most threads at a time.
+        max_stuck: The most threads besides, in the place of those whose job has run for more than a second: jobs that may never
+            end must not stop all others. Where there are that many, waiting jobs fail.
     """
 
-    def __init__(self, name: str, max_workers: int) -> None:
+    def __init__(self, name: str, max_workers: int, max_stuck: int = 0) -> None:
         self._name = name
         self._max_workers = max_workers
+        self._max_stuck = max_stuck
         self._reset()
         _pools.add(self)
 
@@ -56,6 +62,7 @@ class ThreadPool:
         self._pending = 0
         self._jobs: deque[_Job] = deque()
         self._workers = 0
+        self._begun: dict[int, float] = {}
         self._moved = 0.0
         self._lock = threading.Lock()
         self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
@@ -68,7 +75,7 @@ class ThreadPool:
 
     def _running_executor(self) -> ThreadPoolExecutor:
         if self._executor is None:
-            self._executor = ThreadPoolExecutor(self._max_workers, thread_name_prefix=self._name)
+            self._executor = ThreadPoolExecutor(self._max_workers + self._max_stuck, thread_name_prefix=self._name)
         return self._executor
 
     async def run(
@@ -87,6 +94,9 @@ class ThreadPool:
             *args: Its arguments.
             undo: Called in a thread with the result when the caller was cancelled meanwhile and will never see it.
             patience: The longest that a cancelled caller waits, in seconds; for a function that is not ours and may never end.
+
+        Raises:
+            StreamTimeoutError: All threads are stuck, in a pool that has a limit of them.
         """
         mailbox = self._mailbox()
         job: _Result[T] = _Result(function, args, mailbox)
@@ -118,12 +128,18 @@ class ThreadPool:
         """Run a function once more, after all that waits; for a job that gives up its thread."""
         self._submit(_Job(function, ()))
 
-    def help(self) -> bool:
-        """Add a thread if jobs wait because the others are held up; return whether another one may be needed yet."""
+    def help(self) -> float | None:
+        """Add a thread if jobs wait because the others are held up; return after how many seconds to look again, if at all."""
         with self._lock:
             if self._may_grow() and self._is_stalled():
                 self._add_worker()
-            return self._may_grow()
+            if self._may_grow():
+                return _STALLED_SECONDS
+            if not self._jobs or not self._max_stuck:
+                return None
+            if self._stuck() >= self._max_workers + self._max_stuck:
+                self._refuse_jobs()
+            return _STUCK_CHECK_SECONDS
 
     def count(self, pending: int) -> bool:
         """Add to the bytes that all consumers hold for this pool; return whether there is room for any of them to hold more."""
@@ -145,7 +161,19 @@ class ThreadPool:
                 self._add_worker()
 
     def _may_grow(self) -> bool:
-        return bool(self._jobs) and self._workers < self._max_workers
+        if not self._jobs or self._workers >= self._max_workers + self._max_stuck:
+            return False
+        return self._workers < self._max_workers or self._workers - self._stuck() < self._max_workers
+
+    def _stuck(self) -> int:
+        """Return how many threads have been at one job for too long."""
+        before = time.monotonic() - _STUCK_SECONDS
+        return sum(begun < before for begun in self._begun.values())
+
+    def _refuse_jobs(self) -> None:
+        for job in self._jobs:
+            job.refuse(StreamTimeoutError(f"no thread is free: {self._workers} have been waiting for streams that yield nothing"))
+        self._jobs.clear()
 
     def _is_stalled(self) -> bool:
         """Tell whether the job that comes next has waited for too long."""
@@ -163,14 +191,16 @@ class ThreadPool:
                 raise
 
     def _work(self) -> None:
+        thread = threading.get_ident()
         while True:
             with self._lock:
-                if not self._jobs:
+                self._begun.pop(thread, None)
+                if not self._jobs or (self._workers > self._max_workers and self._workers - self._stuck() > self._max_workers):
                     # An executor that could not start a thread still keeps the work for later: that worker was not counted.
                     self._workers = max(0, self._workers - 1)
                     return
                 job = self._jobs.popleft()
-                self._moved = time.monotonic()
+                self._begun[thread] = self._moved = time.monotonic()
             try:
                 job.run()
             except BaseException:
@@ -210,6 +240,10 @@ class _Job:
     def run(self) -> None:
         self.function(*self.args)
 
+    def refuse(self, error: Exception) -> None:
+        """Fail without having run."""
+        logger.error("a job found no thread: %r", self.function, exc_info=error)
+
 
 class _Result(_Job, Generic[T]):
     """A job whose result an event loop waits for."""
@@ -243,6 +277,14 @@ class _Result(_Job, Generic[T]):
             self._done = True
         self._mailbox.post(self)
 
+    def refuse(self, error: Exception) -> None:
+        """Fail without having run."""
+        if self.withdraw():
+            self.error = error
+            with self._lock:
+                self._done = True
+            self._mailbox.post(self)
+
     def withdraw(self) -> bool:
         """Prevent the function from running; return False where it has begun."""
         with self._lock:
@@ -275,16 +317,17 @@ class _Mailbox:
         self._lock = threading.Lock()
         self._watching = False
 
-    def watch(self, pool: ThreadPool) -> None:
+    def watch(self, pool: ThreadPool, delay: float | None = None) -> None:
         """Look after a pool, from the event loop, for as long as it may need another thread."""
         if not self._watching:
             self._watching = True
-            asyncio.get_running_loop().call_later(_STALLED_SECONDS, self._look, pool)
+            asyncio.get_running_loop().call_later(_STALLED_SECONDS if delay is None else delay, self._look, pool)
 
     def _look(self, pool: ThreadPool) -> None:
         self._watching = False
-        if pool.help():
-            self.watch(pool)
+        delay = pool.help()
+        if delay is not None:
+            self.watch(pool, delay)
 
     def future(self) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().create_future()

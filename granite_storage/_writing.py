@@ -18,6 +18,8 @@ from granite_storage.streams import (
     BytesLike,
     ByteSource,
     MeasuredStream,
+    Pace,
+    PacedStream,
     SizeLimitedStream,
     fingerprint,
     require_declared_size,
@@ -34,15 +36,17 @@ class DraftWriter:
     Args:
         configuration: Where.
         lifecycle: Who counts the calls.
+        pace: How fast streams must be; None where they may take their time.
 
     Attributes:
         identities: What is known of the stores' identities.
     """
 
-    def __init__(self, configuration: Configuration, lifecycle: Lifecycle) -> None:
+    def __init__(self, configuration: Configuration, lifecycle: Lifecycle, pace: Pace | None) -> None:
         self.identities: Identities = Identities()
         self._configuration = configuration
         self._lifecycle = lifecycle
+        self._pace = pace
 
     async def put_bytes(self, draft: ObjectDraft, content: BytesLike) -> StoredObjectRef:
         """Store content that is in memory."""
@@ -61,9 +65,18 @@ class DraftWriter:
         if size is not None:
             require_declared_size(size)
             require_size(size, draft.policy.max_size)
-        content = MeasuredStream(SizeLimitedStream(stream, draft.policy.max_size), size=size, checksum=checksum)
-        async with self._lifecycle.upload():
-            return await self._store(draft, content)
+        limited = SizeLimitedStream(stream, draft.policy.max_size)
+        if self._pace is None:
+            async with self._lifecycle.upload():
+                return await self._store(draft, MeasuredStream(limited, size=size, checksum=checksum))
+        paced = PacedStream(limited, self._pace)
+        content = MeasuredStream(paced, size=size, checksum=checksum)
+        try:
+            async with self._lifecycle.upload(paced.begin):
+                return await self._store(draft, content)
+        except BaseException:
+            await content.aclose()
+            raise
 
     async def copy(
         self, ref: StoredObjectRef, draft: ObjectDraft, open_whole: Callable[[], Awaitable[StoredObjectReader]]

@@ -28,7 +28,7 @@ from granite_storage.policies import StoragePolicy
 from granite_storage.readers import OpeningReader, StoredObjectReader
 from granite_storage.refs import StoredObjectRef
 from granite_storage.signing import UrlSigner, signed_url
-from granite_storage.streams import BytesLike, ByteSource
+from granite_storage.streams import BytesLike, ByteSource, Pace
 
 __all__ = ["ObjectDraft", "StorageManager"]
 
@@ -47,7 +47,13 @@ class StorageManager:
         policies: The policies by their storage keys.
         drain_timeout: How long `aclose` waits for calls under way before it cancels them, in seconds.
         max_concurrent_uploads: How many streams are stored at a time on one event loop, which bounds the memory that any number
-            of them takes; others wait before their first byte is read. None for any number.
+            of them takes. A stream takes its place when its first piece is there; others wait with that piece. None for any
+            number.
+        upload_idle_timeout: How long a stream that has a place may yield nothing, in seconds; then it fails with
+            `StreamTimeoutError`, and nothing of it is kept. None for ever. Without `max_concurrent_uploads` there are no places,
+            and streams may take their time.
+        min_upload_rate: The fewest bytes per second that any stream must yield, on average; the time that the storage takes does
+            not count, nor do the first ten seconds. None for any rate.
         url_signer: What signs URLs for backends that sign none of their own; see `url`.
 
     Raises:
@@ -71,16 +77,24 @@ class StorageManager:
         policies: Mapping[str, StoragePolicy],
         drain_timeout: float = 30.0,
         max_concurrent_uploads: int | None = None,
+        upload_idle_timeout: float | None = 60.0,
+        min_upload_rate: int | None = None,
         url_signer: UrlSigner | None = None,
     ) -> None:
         self._configuration = Configuration(backends, policies)
         require_seconds("drain_timeout", drain_timeout)
         if max_concurrent_uploads is not None:
             require_positive("max_concurrent_uploads", max_concurrent_uploads)
+        if upload_idle_timeout is not None:
+            require_seconds("upload_idle_timeout", upload_idle_timeout)
+        if min_upload_rate is not None:
+            require_positive("min_upload_rate", min_upload_rate)
         self.url_signer: UrlSigner | None = url_signer
         self._drain_timeout = drain_timeout
         self._lifecycle = Lifecycle(max_concurrent_uploads)
-        self._writer = DraftWriter(self._configuration, self._lifecycle)
+        pace = Pace(None if max_concurrent_uploads is None else upload_idle_timeout, min_upload_rate)
+        is_paced = max_concurrent_uploads is not None or min_upload_rate is not None
+        self._writer = DraftWriter(self._configuration, self._lifecycle, pace if is_paced else None)
 
     @property
     def backends(self) -> Mapping[str, StorageBackend]:
@@ -191,6 +205,7 @@ class StorageManager:
             InvalidLocationError: `model_name`, `entity_id` or `field_name` is not safe.
             InvalidReferenceError: `content_type`, `extra` or `checksum` cannot be kept.
             ContentTooLargeError: The stream has more bytes than the policy allows.
+            StreamTimeoutError: It was idle for too long, or too slow; see the arguments of the manager.
             SizeMismatchError: It has not the declared size, or is an upload that cannot seek and has not its own `size`.
             EmptyUploadError: It is an upload without a name and without bytes.
             ConsumedSourceError: It is an upload that was closed.

@@ -18,12 +18,13 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Self
 
 from granite_storage._consumers import ThreadConsumer
-from granite_storage._sources import CHUNK_SIZE, BytesLike, ByteSource, iter_chunks, size_mismatch
+from granite_storage._sources import CHUNK_SIZE, BytesLike, ByteSource, is_local, iter_chunks, size_mismatch
 from granite_storage._threads import ThreadPool
-from granite_storage.exceptions import ChecksumMismatchError, ContentTooLargeError
+from granite_storage.exceptions import ChecksumMismatchError, ContentTooLargeError, StreamTimeoutError
 from granite_storage.refs import canonical_checksum
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "ByteSource",
     "BytesLike",
     "MeasuredStream",
+    "Pace",
+    "PacedStream",
     "Sha256",
     "SizeLimitedStream",
     "fingerprint",
@@ -46,6 +49,7 @@ _LARGE_ENOUGH = CHUNK_SIZE // 16
 _MOST_GROUPED = 1024
 _MOST_HELD = 64 * CHUNK_SIZE
 _TURN_SECONDS = 0.002
+_RATE_COUNTS_FROM = 10.0
 
 _hash_threads = ThreadPool("granite-hash", (os.cpu_count() or 1) + 2)
 
@@ -78,6 +82,7 @@ class SizeLimitedStream:
         self.max_size = max_size
         self.bytes_read: int = 0
         self._chunks = iter_chunks(stream)
+        self.is_local: bool = is_local(stream)
 
     def __aiter__(self) -> Self:
         return self
@@ -103,6 +108,81 @@ def require_declared_size(size: object) -> None:
     """Refuse a declared size that no content can have."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise ValueError(f"size must be a number of bytes, not {size!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a stream must be.
+
+    Attributes:
+        idle_timeout: The longest that it may yield nothing, in seconds; None for ever.
+        min_rate: The fewest bytes per second that it must yield, on average, of the time that is spent waiting for it; None for
+            any number. It counts from the tenth second on.
+    """
+
+    idle_timeout: float | None = None
+    min_rate: int | None = None
+
+
+class PacedStream:
+    """A stream that must keep a pace once its first chunk is there.
+
+    Args:
+        chunks: The stream; closed by `aclose`.
+        pace: The pace.
+
+    Raises:
+        StreamTimeoutError: From iteration, when it is too slow.
+    """
+
+    def __init__(self, chunks: SizeLimitedStream, pace: Pace) -> None:
+        self._chunks = chunks
+        self._pace = pace
+        self._first: BytesLike | None = None
+        self._waited = 0.0
+        self._size = 0
+
+    async def begin(self) -> None:
+        """Wait for the first chunk, as long as it takes, unless the stream is read from a file."""
+        if not self._chunks.is_local:
+            self._first = await anext(self._chunks, b"")
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> BytesLike:
+        chunk, self._first = self._first, None
+        if chunk is None:
+            chunk = await self._next()
+        self._size += len(chunk)
+        return chunk
+
+    async def aclose(self) -> None:
+        """End the iteration early."""
+        await self._chunks.aclose()
+
+    async def _next(self) -> BytesLike:
+        begun = time.monotonic()
+        patience, message = self._patience()
+        limit = asyncio.timeout(patience)
+        try:
+            async with limit:
+                return await anext(self._chunks)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise StreamTimeoutError(message) from None
+        finally:
+            self._waited += time.monotonic() - begun
+
+    def _patience(self) -> tuple[float | None, str]:
+        """Return how long the next chunk may take, and what is wrong when it takes longer."""
+        idle, rate = self._pace.idle_timeout, self._pace.min_rate
+        if rate is not None:
+            left = max(0.0, max(_RATE_COUNTS_FROM, self._size / rate) - self._waited)
+            if idle is None or left < idle:
+                return left, f"the stream yielded fewer than {rate} bytes per second"
+        return idle, f"the stream yielded nothing for {idle} s"
 
 
 class MeasuredStream:

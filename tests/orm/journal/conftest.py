@@ -26,9 +26,10 @@ async def asyncpg_database(request: pytest.FixtureRequest) -> AsyncIterator[Data
 
 
 @pytest.fixture(scope="session")
-def mariadb_database(request: pytest.FixtureRequest) -> Iterator[Database]:
+async def mariadb_database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
     """MariaDB alone."""
-    yield from _database(request, "mariadb")
+    async with new_database(request, "mariadb") as found:
+        yield found
 
 
 @pytest.fixture

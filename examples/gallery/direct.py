@@ -42,7 +42,7 @@ async def begin(file: Announcement) -> dict[str, Any]:
 @router.post("/finish", status_code=201, response_model=ItemOut)
 async def finish(arrival: Arrival) -> Item:
     """Hang what has arrived, if it is what was announced."""
-    file = await uploads.finish(arrival.token)
+    file = await uploads.finish(arrival.token, Item.file)
     async with sessions.begin() as session:
         item = Item(file=file)
         session.add(item)

@@ -396,4 +396,6 @@ def info_of(location: str, meta: Mapping[str, Any], attributes: Mapping[str, Any
     """Return what obstore says of an object; a listing has no attributes."""
     modified: datetime = meta["last_modified"]
     etag = str(meta.get("e_tag") or "").strip('"') or None
-    return ObjectInfo(location, meta["size"], modified.astimezone(UTC), etag, (attributes or {}).get("Content-Type"))
+    known = attributes or {}
+    encoding = known.get("Content-Encoding") or None
+    return ObjectInfo(location, meta["size"], modified.astimezone(UTC), etag, known.get("Content-Type"), encoding)

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
-from granite_storage.backends._s3_client import S3Client
+from collections.abc import Mapping
+from typing import Any
+
+from granite_storage.backends._s3_client import S3Client, S3Settings
+from granite_storage.backends._s3_errors import S3ConfigurationError
 from granite_storage.backends.base import UploadRequest
 
-__all__ = ["presigned_form", "presigned_put"]
+__all__ = ["presigned_form", "presigned_put", "require_presignable"]
+
+_HEADERS = {
+    "ACL": "x-amz-acl",
+    "BucketKeyEnabled": "x-amz-server-side-encryption-bucket-key-enabled",
+    "SSEKMSEncryptionContext": "x-amz-server-side-encryption-context",
+    "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
+    "ServerSideEncryption": "x-amz-server-side-encryption",
+    "StorageClass": "x-amz-storage-class",
+}
+"""The parameters that decide how the bytes are kept; the others are for the copy that is made of what a client has stored."""
+
+_FIELDS = _HEADERS | {"ACL": "acl"}
+_ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")
+
+
+def require_presignable(settings: S3Settings) -> None:
+    """Refuse the parameters with which no client can store, or nothing could be made of what it has stored.
+
+    Raises:
+        S3ConfigurationError: There are some.
+    """
+    extra = settings.extra_put_kwargs
+    if any(name.startswith("SSECustomer") for name in extra):
+        raise S3ConfigurationError("extra_put_kwargs encrypts with a key of your own, which a client would have to be given")
+    if extra.get("StorageClass") in _ARCHIVES:
+        raise S3ConfigurationError(
+            f"extra_put_kwargs has the storage class {extra['StorageClass']!r}, from which no direct upload could be read"
+        )
 
 
 async def presigned_form(
@@ -16,13 +48,14 @@ async def presigned_form(
     Source: Amazon S3 API reference, "Creating an HTML form (using AWS signature version 4)".
     """
     key = client.settings.key(location)
+    fields = {"Content-Type": content_type, **_named(client.settings.extra_put_kwargs, _FIELDS)}
     form = await client.raw.generate_presigned_post(
         client.settings.bucket,
         key,
-        Fields={"Content-Type": content_type},
+        Fields=dict(fields),
         Conditions=[
             ["eq", "$key", key],
-            ["eq", "$Content-Type", content_type],
+            *(["eq", f"${name}", value] for name, value in fields.items()),
             ["content-length-range", min_size, max_size],
         ],
         ExpiresIn=expires_in,
@@ -32,8 +65,19 @@ async def presigned_form(
 
 async def presigned_put(client: S3Client, location: str, expires_in: int, content_type: str, _: int, size: int) -> UploadRequest:
     """Return a PUT that stores an object of one size, which is signed as its Content-Length."""
-    parameters = {"Bucket": client.settings.bucket, "Key": client.settings.key(location)}
-    url = await client.raw.generate_presigned_url(
-        "put_object", Params={**parameters, "ContentType": content_type, "ContentLength": size}, ExpiresIn=expires_in
-    )
-    return UploadRequest("PUT", url, headers={"Content-Type": content_type})
+    extra = client.settings.extra_put_kwargs
+    parameters = {
+        **{name: extra[name] for name in _HEADERS if name in extra},
+        "Bucket": client.settings.bucket,
+        "Key": client.settings.key(location),
+        "ContentType": content_type,
+        "ContentLength": size,
+    }
+    url = await client.raw.generate_presigned_url("put_object", Params=parameters, ExpiresIn=expires_in)
+    return UploadRequest("PUT", url, headers={"Content-Type": content_type, **_named(extra, _HEADERS)})
+
+
+def _named(extra: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+    """Return parameters of the SDK as a client sends them."""
+    values = {name: extra[parameter] for parameter, name in names.items() if parameter in extra}
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}

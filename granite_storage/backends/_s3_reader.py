@@ -19,7 +19,8 @@ def info_of(location: str, answer: Mapping[str, Any], size: int) -> ObjectInfo:
     """Return what an answer of the SDK says of an object."""
     modified: datetime = answer["LastModified"]
     etag = str(answer.get("ETag") or "").strip('"') or None
-    return ObjectInfo(location, size, modified.astimezone(UTC), etag, answer.get("ContentType"))
+    content_type, encoding = answer.get("ContentType"), answer.get("ContentEncoding") or None
+    return ObjectInfo(location, size, modified.astimezone(UTC), etag, content_type, encoding)
 
 
 class S3Service:

@@ -18,7 +18,6 @@ from granite_storage.exceptions import BackendError, BackendUnavailableError, Ob
 __all__ = ["ObjectWriter"]
 
 _WRITE_ID = "granite-write-id"
-_COPIED = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Expires")
 _COPIED_AT_A_TIME = 512 * 1024**2
 _DOUBTFUL = (BackendUnavailableError, MissingUploadError, PreconditionFailedError)
 
@@ -64,15 +63,13 @@ class ObjectWriter:
         """Copy another object inside the server.
 
         It is copied in parts, also where one suffices: many servers ignore `If-None-Match` for CopyObject, and would overwrite.
+        Of its headers only the content type comes along: a client that has stored it by itself may have sent others.
 
         Args:
             source: Its location.
             info: The answer to a HEAD of it.
         """
-        self._content = {
-            **{name: info[name] for name in _COPIED if name in info},
-            "Metadata": {name: value for name, value in info.get("Metadata", {}).items() if name != _WRITE_ID},
-        }
+        self._content = {"ContentType": info["ContentType"]} if "ContentType" in info else {}
         if not self._settings.conditional_writes:
             await self.require_absent()
         size = int(info["ContentLength"])

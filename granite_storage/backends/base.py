@@ -55,6 +55,7 @@ class ObjectInfo:
         modified: When it was published, with a time zone, by the backend's clock.
         etag: A token that changes when the bytes do, opaque; None where the backend has none.
         content_type: The media type it was stored with; None where the backend keeps none.
+        content_encoding: The Content-Encoding it was stored with, which only other programs give it; None for none.
     """
 
     location: str
@@ -62,6 +63,7 @@ class ObjectInfo:
     modified: datetime
     etag: str | None = None
     content_type: str | None = None
+    content_encoding: str | None = None
 
 
 class ObjectReader(Protocol):

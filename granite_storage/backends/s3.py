@@ -17,7 +17,7 @@ from granite_storage.backends._s3_connect import S3Clients
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
 from granite_storage.backends._s3_listing import list_keys
 from granite_storage.backends._s3_multipart import abort_upload, abort_uploads, date_of
-from granite_storage.backends._s3_presign import presigned_form, presigned_put
+from granite_storage.backends._s3_presign import presigned_form, presigned_put, require_presignable
 from granite_storage.backends._s3_reader import S3Service, info_of
 from granite_storage.backends._s3_writer import ObjectWriter
 from granite_storage.backends._service_errors import error_at
@@ -246,7 +246,10 @@ class S3StorageBackend:
         return failures
 
     async def copy(self, source: str, target: str) -> Mapping[str, Any]:
-        """Copy an object inside the server, with its headers and metadata; see `SupportsCopy.copy`. Tags stay behind."""
+        """Copy an object inside the server, with its content type; see `SupportsCopy.copy`.
+
+        Other headers, metadata and tags stay behind: the copy has those of `extra_put_kwargs`, like every write.
+        """
         self._check(source)
         self._check(target)
         client = await self._clients.get()
@@ -281,7 +284,12 @@ class S3StorageBackend:
     ) -> UploadRequest:
         """Return a request that stores an object of at most 5 GiB; see `SupportsPresignedUpload.presign_upload`.
 
-        A form's policy names the key, the content type and the range of sizes (`content-length-range`). A PUT is of one size.
+        A form's policy names the key, the content type and the range of sizes (`content-length-range`). A PUT is of one size. Of
+        `extra_put_kwargs` the request demands what decides how the bytes are kept: encryption, storage class and ACL.
+
+        Raises:
+            S3ConfigurationError: `extra_put_kwargs` has an encryption key of the caller's own, which a client must not see, or a
+                storage class from which nothing can be read.
         """
         self._check(location)
         _require_life(expires_in)
@@ -290,6 +298,7 @@ class S3StorageBackend:
         if not 0 <= min_size <= max_size:
             raise ValueError(f"no file has from {min_size} to {max_size} bytes")
         require_size(min_size, _LARGEST_PART)
+        require_presignable(self._settings)
         if not self._presigned_post and min_size != max_size:
             raise ValueError("the server takes no form, and a PUT is signed for one size: say the exact size")
         client = await self._clients.get()

@@ -22,6 +22,7 @@ class Ticket:
     """One direct upload.
 
     Attributes:
+        audience: The application that it is for.
         table: The table of the column that it is for.
         column: That column.
         backend: The key of the backend where the client stores.
@@ -37,6 +38,7 @@ class Ticket:
         ends: When it can no longer be finished.
     """
 
+    audience: str
     table: str
     column: str
     backend: str
@@ -56,7 +58,7 @@ class Ticket:
         """Return the ticket that claims make, None where they make none."""
         if claims.keys() != {item.name for item in fields(cls)}:
             return None
-        texts = ("table", "column", "backend", "location", "content_type")
+        texts = ("audience", "table", "column", "backend", "location", "content_type")
         numbers = ("min_size", "max_size", "expires", "ends")
         absent = ("filename", "checksum", "owner", "intent")
         sound = (

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from weakref import WeakValueDictionary
 
 from sqlalchemy.orm import InstrumentedAttribute
 from starlette.types import Receive, Scope, Send
@@ -27,15 +28,19 @@ from granite_storage.signing import require_base_url
 from granite_storage.streams import require_declared_size, require_size
 from granite_storage.web._body import content_type_to_keep
 from granite_storage.web._endpoint import UploadEndpoint
-from granite_storage.web._finishes import Finishes, JournaledFinishes, RememberedFinishes
-from granite_storage.web._inspection import inspected, staged_ref
+from granite_storage.web._finishes import Finishes, Found, JournaledFinishes, RememberedFinishes
+from granite_storage.web._inspection import Staged, find_staged, inspect, require_beginning
 from granite_storage.web._tickets import Ticket, Tickets
-from granite_storage.web.exceptions import MalformedRequestError, UploadTokenError
+from granite_storage.web.exceptions import MalformedRequestError, UploadMismatchError, UploadTokenError
 
 __all__ = ["DirectUpload", "DirectUploads"]
 
 _LONGEST_OWNER = 255
 _OPAQUE = "application/octet-stream"
+_INVALID = "the upload's token is not valid, or has expired"
+_ATTEMPTS = 5
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,7 @@ class DirectUploads:
             requests of their own. URLs are built from it alone, never from what a request says of its host.
         max_expires_in: The longest that a client may have until it begins to send.
         finish_within: How long after that the file may take to arrive and be finished.
+        audience: What tells this application from others that sign with the same secret; None for the name of the base.
 
     Raises:
         ConfigurationError: An argument cannot work; no message shows a secret.
@@ -109,6 +115,7 @@ class DirectUploads:
         base_url: str | None = None,
         max_expires_in: timedelta = timedelta(hours=12),
         finish_within: timedelta = timedelta(hours=1),
+        audience: str | None = None,
     ) -> None:
         if not isinstance(binding, StorageBinding):
             raise ConfigurationError(f"DirectUploads needs what bind_storage returns, not {type(binding).__name__}")
@@ -122,6 +129,8 @@ class DirectUploads:
         self._manager = binding.manager
         self._max_expires_in = max_expires_in
         self._finish_within = finish_within
+        self._audience = binding.base_name if audience is None else audience
+        self._locks: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock] = WeakValueDictionary()
         self._to_finish = Tickets("a direct upload to finish", keys, longest=longest)
         self._to_send = Tickets("a direct upload to send", keys, audience=self.base_url or "", longest=longest)
         self._finishes: Finishes = RememberedFinishes() if binding.journal is None else JournaledFinishes(binding.journal)
@@ -174,6 +183,7 @@ class DirectUploads:
         draft = self._draft(home, content_type)
         expires = int(time.time() + expires_in.total_seconds())
         ticket = Ticket(
+            audience=self._audience,
             table=home.table.fullname,
             column=home.field_name,
             backend=policy.backend_key,
@@ -195,60 +205,98 @@ class DirectUploads:
         expires_at = datetime.fromtimestamp(expires, UTC)
         return DirectUpload(request.method, request.url, request.fields, request.headers, token, expires_at)
 
-    async def finish(self, token: str, *, owner: str | None = None) -> Attachment:
+    async def finish(self, token: str, attribute: InstrumentedAttribute[Any], *, owner: str | None = None) -> Attachment:
         """Return an attachment of the file that a client has sent, for a row to take like any other.
 
-        The bytes are copied to where the client cannot write, by the storage itself where it can, and read there once: size,
-        checksum and media type are those of the copy. Where this fails or is cancelled, nothing is left of the copy, or the
-        journal removes it; the file stays, and may be finished again until its time is over.
+        Size and headers are checked first, and then the first bytes. Only then the file is copied to where the client cannot
+        write, by the storage itself where it can, and read there once: size, checksum and media type are those of the copy. One
+        copy of an upload is made at a time, and concurrent calls wait for it. Where this fails or is cancelled, nothing is left
+        of the copy, or the journal removes it; the file stays, and may be finished again until its time is over.
 
         Finishing it again gives the same ref, whether or not a row has taken it; only the first time a row takes the object
-        itself, and after that a copy. Where a rollback has removed the object, there is a new one. An object that no row takes
-        is removed as that of `Attachment.store`.
+        itself, and after that a copy. Where a rollback has removed the object, there is a new one. A file that was refused is
+        refused again without being read. An object that no row takes is removed as that of `Attachment.store`.
 
         Args:
             token: The token that `begin` has given.
+            attribute: The attribute that the file is for, as `begin` was told.
             owner: Who finishes it: the one that `begin` was told.
 
         Raises:
-            UploadTokenError: The token is changed, over, or another owner's (403).
+            UploadTokenError: The token is changed, over, or another owner's, attribute's or application's (403).
             UploadMissingError: Nothing was uploaded yet (409).
             UploadMismatchError: It is not what was announced (422).
             ContentTooLargeError: It has more bytes than were announced, or than the policy allows by now (413).
             StaleAttachmentError: It was not finished in time, or was replaced meanwhile (409).
+            ConfigurationError: The attribute is no attachment of this binding.
             BackendError: The storage could not copy or read it.
         """
+        wanted = self._home_of(attribute)
         ticket = self._to_finish.read(token)
-        if ticket is None or ticket.owner != owner:
-            raise UploadTokenError("the upload's token is not valid, or has expired")
+        if (
+            ticket is None
+            or ticket.owner != owner
+            or (ticket.table, ticket.column)
+            != (
+                wanted.table.fullname,
+                wanted.field_name,
+            )
+        ):
+            raise UploadTokenError(_INVALID)
         home = self._home_in(ticket)
-        found = await self._finishes.find(ticket, home)
-        if found.attachment is not None:
-            return found.attachment
-        attachment = await self._adopted(ticket, home)
-        try:
-            if await self._finishes.publish(ticket, found, attachment):
-                return attachment
-        except BaseException as error:
-            await discard([attachment], cancelled=isinstance(error, asyncio.CancelledError))
-            raise
-        # Somebody else was faster.
-        await discard([attachment])
-        found = await self._finishes.find(ticket, home)
-        if found.attachment is None:
-            raise StaleAttachmentError("the direct upload was finished by somebody else, and undone; it may be tried again")
-        return found.attachment
+        async with self._lock(ticket.location):
+            for _ in range(_ATTEMPTS):
+                attachment = await self._finished(ticket, home)
+                if attachment is not None:
+                    return attachment
+        raise StaleAttachmentError("the direct upload was finished by others, and undone, again and again; it may be tried again")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to a URL of `begin`."""
         await self._endpoint(scope, receive, send)
 
-    async def _adopted(self, ticket: Ticket, home: AttachmentType) -> Attachment:
-        staged = await staged_ref(self._manager, home.storage_key, ticket)
-        try:
-            return await Attachment._adopt(staged, home, lambda ref: inspected(self._manager, ref, ticket))
-        except SizeMismatchError as error:
-            raise StaleAttachmentError("the file was replaced while it was finished; it may be tried again") from error
+    async def _finished(self, ticket: Ticket, home: AttachmentType) -> Attachment | None:
+        """Return what the upload is finished as; None where another process has changed that meanwhile."""
+        found = await self._unclaimed(ticket, home)
+        if found.attachment is not None:
+            return found.attachment
+        staged = await find_staged(self._manager, home.storage_key, ticket)
+        staged.require_not_refused(found.verdict)
+        claim = await self._finishes.claim(ticket, found)
+        if claim is None:
+            return None
+        async with claim as claimed:
+            try:
+                attachment = await self._adopted(ticket, home, staged)
+            except UploadMismatchError as error:
+                await claimed.refuse(staged.verdict(error))
+                raise
+            except SizeMismatchError as error:
+                raise StaleAttachmentError("the file was replaced while it was finished; it may be tried again") from error
+            try:
+                if await claimed.publish(attachment):
+                    return attachment
+            except BaseException as error:
+                await discard([attachment], cancelled=isinstance(error, asyncio.CancelledError))
+                raise
+            await discard([attachment])
+        return None
+
+    async def _unclaimed(self, ticket: Ticket, home: AttachmentType) -> Found:
+        """Return what is known of the upload, once no other process finishes it."""
+        pause = _FIRST_PAUSE
+        while (found := await self._finishes.find(ticket, home)).is_claimed:
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE)
+        return found
+
+    async def _adopted(self, ticket: Ticket, home: AttachmentType, staged: Staged) -> Attachment:
+        await require_beginning(self._manager, staged.ref, ticket)
+        return await Attachment._adopt(staged.ref, home, lambda ref: inspect(self._manager, ref, ticket))
+
+    def _lock(self, location: str) -> asyncio.Lock:
+        """Return what lets one task of this event loop at a time finish an upload."""
+        return self._locks.setdefault((asyncio.get_running_loop(), location), asyncio.Lock())
 
     async def _noted(self, ticket: Ticket, expires_in: timedelta) -> Ticket:
         """Let the journal, where there is one, know of what may be stored, before anybody can store it."""
@@ -278,11 +326,12 @@ class DirectUploads:
         """Return the column of a ticket, if that is where its location belongs: who shares a key may say anything."""
         home = self._binding.column_type(ticket.table, ticket.column)
         if (
-            ticket.backend not in self._manager.backends
+            ticket.audience != self._audience
+            or ticket.backend not in self._manager.backends
             or home is None
             or not _is_of(ticket.location, home, self._binding.manager_for(home).policy(home.storage_key))
         ):
-            raise UploadTokenError("the upload's token is not valid, or has expired")
+            raise UploadTokenError(_INVALID)
         return home
 
     def _staging_draft(self, ticket: Ticket) -> ObjectDraft:

@@ -62,7 +62,7 @@ async def directly(binding: StorageBinding, app: FastAPI) -> None:
     app.mount("/uploads", uploads)
     upload = await uploads.begin(Document.file, filename="a.pdf", content_type="application/pdf", size=1, owner="anna")
     assert_type(upload, DirectUpload)
-    assert_type(await uploads.finish(upload.token, owner="anna"), Attachment)
+    assert_type(await uploads.finish(upload.token, Document.file, owner="anna"), Attachment)
 
 
 Form = Annotated[UploadForm, Depends(received_form({"file": Document.file}))]

@@ -56,7 +56,7 @@ async def test_a_second_file_is_refused(place: Place) -> None:
     upload = await place.client.sent(await place.begin())
     answer = await place.client.send(upload, b"%PDF-another")
     assert (answer.status_code, answer.headers["content-type"]) == (409, "application/problem+json")
-    assert await (await place.uploads.finish(upload.token)).read() == PDF
+    assert await (await place.uploads.finish(upload.token, Document.file)).read() == PDF
 
 
 async def test_two_files_at_the_same_time(place: Place) -> None:
@@ -64,7 +64,7 @@ async def test_two_files_at_the_same_time(place: Place) -> None:
     contents = [b"%PDF-" + bytes([number]) * MIB for number in range(4)]
     answers = await asyncio.gather(*(place.client.send(upload, sliced(content, 65536)) for content in contents))
     assert sorted(answer.status_code for answer in answers) == [204, 409, 409, 409]
-    assert await (await place.uploads.finish(upload.token)).read() in contents
+    assert await (await place.uploads.finish(upload.token, Document.file)).read() in contents
 
 
 async def test_the_limit_holds_chunk_by_chunk(place: Place) -> None:
@@ -130,7 +130,7 @@ async def test_a_client_that_goes_away_leaves_nothing(place: Place, size: int) -
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
         with pytest.raises(UploadMissingError):
-            await place.uploads.finish(upload.token)
+            await place.uploads.finish(upload.token, Document.file)
     assert await stored(place) == 0
 
 
@@ -180,4 +180,4 @@ async def test_a_large_file_over_the_network(place: Place) -> None:
     async with served(Starlette(routes=[Mount("/uploads", place.uploads)])) as port, httpx.AsyncClient() as http:
         url = upload.url.replace(BASE, f"http://127.0.0.1:{port}/uploads")
         assert (await http.put(url, content=content, headers=dict(upload.headers))).status_code == 204
-    assert (await place.uploads.finish(upload.token)).size == 20 * MIB
+    assert (await place.uploads.finish(upload.token, Document.file)).size == 20 * MIB

@@ -70,7 +70,7 @@ async def begun(uploads: DirectUploads, **options: Any) -> Any:
 
 async def refused(uploads: DirectUploads, token: Any) -> None:
     with pytest.raises(UploadTokenError) as raised:
-        await uploads.finish(token)
+        await uploads.finish(token, Document.file)
     assert problem_response(raised.value).status_code == 403
 
 
@@ -93,7 +93,7 @@ async def test_expiry(uploads: DirectUploads, client: Client, monkeypatch: pytes
         if ends:
             await refused(uploads, upload.token)
         else:
-            assert (await uploads.finish(upload.token)).size == len(PDF)
+            assert (await uploads.finish(upload.token, Document.file)).size == len(PDF)
 
 
 @pytest.mark.case("SIG-01")
@@ -162,7 +162,7 @@ async def test_rotated_keys(binding: Any) -> None:
     both = uploads_of(binding, secret={"k2": SECRET, "k1": OLD})
     async with client_of(both) as client:
         assert (await client.send(upload)).status_code == 204
-    assert (await both.finish(upload.token)).size == len(PDF)
+    assert (await both.finish(upload.token, Document.file)).size == len(PDF)
     assert (await begun(both)).token.startswith("k2.")
     new = uploads_of(binding, secret={"k2": SECRET})
     await refused(new, upload.token)
@@ -177,7 +177,7 @@ async def test_rotated_keys(binding: Any) -> None:
 async def test_a_place_that_is_not_of_its_column(uploads: DirectUploads, client: Client) -> None:
     """Whoever shares the key still reaches no object but those that clients have sent for this column."""
     upload = await client.sent(await begun(uploads))
-    file = await uploads.finish(upload.token)
+    file = await uploads.finish(upload.token, Document.file)
     claims = claims_of(upload.token)
     segments = claims["location"].split("/")
     elsewhere = [
@@ -315,7 +315,7 @@ async def test_a_prefix_belongs_to_the_place() -> None:
         async with client_of(uploads) as client:
             upload = await client.sent(await begun(uploads))
             assert claims_of(upload.token)["location"].startswith("tenant/7/document/")
-            assert (await uploads.finish(upload.token)).location.startswith("tenant/7/document/")
+            assert (await uploads.finish(upload.token, Document.file)).location.startswith("tenant/7/document/")
             outside = claims_of(upload.token)["location"].removeprefix("tenant/7/")
             await refused(uploads, signed(claims_of(upload.token) | {"location": outside}))
         binding.unbind()

@@ -19,7 +19,7 @@ from granite_storage.orm.journal.lease import Lease
 from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.report import RecoveryReport
-from granite_storage.orm.journal.staging import Finished, Staging
+from granite_storage.orm.journal.staging import Claim, Finished, Staging
 from granite_storage.orm.journal.tables import JournalTables, tables_of
 from granite_storage.orm.journal.worker import Alarm, at_work
 
@@ -241,9 +241,9 @@ class StorageJournal:
         """Return what has become of an object that a client was to store; see `Staging.find`."""
         return await self._staging.find(staging_id)
 
-    async def publish_finished(self, staging_id: UUID, seen: Finished, intent_id: UUID, ref: StoredObjectRef) -> bool:
-        """Let everybody know what has become of it; see `Staging.publish`."""
-        return await self._staging.publish(staging_id, seen, intent_id, ref)
+    async def claim_staging(self, staging_id: UUID, seen: Finished) -> Claim | None:
+        """Claim such an object, to make a copy of it; see `Staging.claim`."""
+        return await self._staging.claim(staging_id, seen)
 
     def wake_workers(self) -> None:
         """Let the workers of this process look soon: a transaction has ended that left them something."""

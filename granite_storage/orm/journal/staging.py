@@ -6,22 +6,29 @@ land any more; then a worker deletes it, as an upload that nobody took. A copy h
 for each attempt, like any other upload. Of several that were copied at the same time one is published, in the staging object's
 intent and by a single UPDATE that finds there what its writer had seen; the others are discarded.
 
+A copy takes long and costs as much as its object, so one is made at a time: whoever begins one claims the staging object in its
+intent, in the same way, and renews the claim for as long as it copies. Safety does not depend on claims. One that is not renewed,
+because its process is gone, lapses after a minute.
+
 Only whoever has published a copy lets a row take it. Whoever finds it published is told where it is and no more: a transaction
 takes back one intent of an object, and which transactions are about to do so nobody can see from outside.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from granite_storage._concurrency import finish, finished
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm.held import find_held
 from granite_storage.orm.journal.intents import new_id
@@ -32,7 +39,13 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from sqlalchemy import Column
 
-__all__ = ["Finished", "Staging"]
+__all__ = ["Claim", "Finished", "Staging"]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+
+_CLAIM_SECONDS = 60.0
+_RENEWAL_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +55,14 @@ class Finished:
     Attributes:
         ref: The published copy, where there is one that a row holds or may still take.
         note: What the intent says, by which to tell whether it has changed since.
+        is_claimed: Whether somebody makes a copy just now.
+        verdict: What its last copy or its first bytes were found to be, where that was refused.
     """
 
     ref: StoredObjectRef | None
     note: str | None
+    is_claimed: bool = False
+    verdict: Mapping[str, Any] | None = None
 
 
 class Staging:
@@ -78,25 +95,44 @@ class Staging:
         Raises:
             StaleAttachmentError: Its lifetime is over, and a worker has fenced it.
         """
-        found = select(self._intent.c.upload_id).where(self._is(staging_id))
+        found = select(self._intent.c.upload_id, clock().label("now")).where(self._is(staging_id))
         async with self._pool.reading() as connection:
             row = (await connection.execute(found)).one_or_none()
             if row is None:
                 raise StaleAttachmentError("the direct upload was not finished in time, and was reclaimed")
             if row.upload_id is None:
                 return Finished(None, None)
-            published = json.loads(row.upload_id)
-            ref = StoredObjectRef.from_dict(published["ref"])
-            there = await self._waits(connection, UUID(published["intent"])) or await self._is_held(connection, ref)
+            said = json.loads(row.upload_id)
+            if "claim" in said:
+                return Finished(None, row.upload_id, is_claimed=_seconds(row.now) < said["until"])
+            if "verdict" in said:
+                return Finished(None, row.upload_id, verdict=said["verdict"])
+            ref = StoredObjectRef.from_dict(said["ref"])
+            there = await self._waits(connection, UUID(said["intent"])) or await self._is_held(connection, ref)
             return Finished(ref if there else None, row.upload_id)
+
+    async def claim(self, staging_id: UUID, seen: Finished) -> Claim | None:
+        """Claim a staging object, to make a copy of it; None where somebody else has been faster.
+
+        A cancelled caller waits until it has given the claim back.
+        """
+        return await finished(Claim(self, staging_id, seen.note).begin(), undo=_release)
 
     async def publish(self, staging_id: UUID, seen: Finished, intent_id: UUID, ref: StoredObjectRef) -> bool:
         """Commit, durably, which copy of a staging object counts; return whether that still was for the caller to say."""
-        note = json.dumps({"intent": intent_id.hex, "ref": ref.to_dict()})
-        as_seen = self._intent.c.upload_id.is_not_distinct_from(seen.note)
+        return await self.write(staging_id, seen.note, json.dumps({"intent": intent_id.hex, "ref": ref.to_dict()}))
+
+    async def write(self, staging_id: UUID, seen: str | None, note: str | None) -> bool:
+        """Commit, durably, what is said of a staging object, if it is what the caller has seen; return whether it is."""
+        as_seen = self._intent.c.upload_id.is_not_distinct_from(seen)
         async with self._pool.durable() as connection:
-            published = await connection.execute(update(self._intent).where(self._is(staging_id), as_seen).values(upload_id=note))
-        return published.rowcount == 1
+            written = await connection.execute(update(self._intent).where(self._is(staging_id), as_seen).values(upload_id=note))
+        return written.rowcount == 1
+
+    async def now(self) -> float:
+        """Return the database's time, in seconds since 1970."""
+        async with self._pool.reading() as connection:
+            return _seconds((await connection.execute(select(clock()))).scalar_one())
 
     def _is(self, staging_id: UUID) -> Any:
         return (self._intent.c.id == staging_id) & (self._intent.c.kind == STAGING)
@@ -113,3 +149,95 @@ class Staging:
     async def _is_held(self, connection: AsyncConnection, ref: StoredObjectRef) -> bool:
         """Tell whether a row holds a copy; asked after its intent was seen gone, which it is from when a row has taken it."""
         return (ref.backend, ref.location) in await find_held(connection, self._columns, [ref.location])
+
+
+class Claim:
+    """Somebody's claim of a staging object, while a copy of it is made; to be entered once it has been made.
+
+    Args:
+        staging: Where it is kept.
+        staging_id: The staging object.
+        before: What was said of it before.
+    """
+
+    def __init__(self, staging: Staging, staging_id: UUID, before: str | None) -> None:
+        self._staging = staging
+        self._staging_id = staging_id
+        self._before = before
+        self._note: str | None = None
+        self._id = new_id().hex
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def begin(self) -> Claim | None:
+        """Claim it; None where somebody else has been faster."""
+        note = await self._new_note()
+        if not await self._staging.write(self._staging_id, self._before, note):
+            return None
+        self._note = note
+        return self
+
+    async def publish(self, intent_id: UUID, ref: StoredObjectRef) -> bool:
+        """Commit, durably, that this copy counts; return whether that still was for the caller to say."""
+        await self._stop_renewing()
+        if self._note is None:
+            return False
+        published = await self._staging.publish(self._staging_id, Finished(None, self._note), intent_id, ref)
+        self._note = None
+        return published
+
+    async def refuse(self, verdict: Mapping[str, Any]) -> None:
+        """Commit why the staging object is refused, so that it is not read again."""
+        await self._stop_renewing()
+        if self._note is not None:
+            await self._staging.write(self._staging_id, self._note, json.dumps({"verdict": dict(verdict)}))
+            self._note = None
+
+    async def release(self) -> None:
+        """Let somebody else claim it."""
+        note, self._note = self._note, None
+        if note is not None:
+            await self._staging.write(self._staging_id, note, self._before)
+
+    async def __aenter__(self) -> Self:
+        self._renewing = asyncio.ensure_future(self._renew())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await finish(self._stop(), "releasing the claim of a direct upload")
+
+    async def _stop(self) -> None:
+        await self._stop_renewing()
+        await self.release()
+
+    async def _stop_renewing(self) -> None:
+        """Let a renewal that has begun end: what it says must be known here."""
+        task, self._renewing = self._renewing, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _renew(self) -> None:
+        while self._note is not None:
+            await asyncio.sleep(_RENEWAL_SECONDS)
+            await finished(self._renew_once())
+
+    async def _renew_once(self) -> None:
+        try:
+            note = await self._new_note()
+            renewed = await self._staging.write(self._staging_id, self._note, note)
+        except Exception as error:  # noqa: BLE001  # a claim that is lost costs a second copy and no more
+            logger.warning("the claim of a direct upload could not be renewed: %s", error)
+            return
+        self._note = note if renewed else None
+
+    async def _new_note(self) -> str:
+        return json.dumps({"claim": self._id, "until": await self._staging.now() + _CLAIM_SECONDS})
+
+
+async def _release(claim: Claim | None) -> None:
+    if claim is not None:
+        await claim.release()
+
+
+def _seconds(moment: datetime) -> float:
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -63,7 +63,7 @@ async def test_a_row_takes_it(env: OrmEnvironment, uploads: DirectUploads, clien
     upload = await begun(uploads)
     assert await intents(env) == [STAGING]
     await client.sent(upload, CONTENT)
-    file = await uploads.finish(upload.token)
+    file = await uploads.finish(upload.token, Doc.file)
     assert await intents(env) == [STAGING, "upload"]
     await env.add(Doc(id=1, file=file))
     assert await intents(env) == [STAGING]
@@ -89,7 +89,7 @@ async def test_one_that_was_never_finished(env: OrmEnvironment, uploads: DirectU
 
 async def test_one_that_was_finished_for_nothing(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
-    await uploads.finish(upload.token)
+    await uploads.finish(upload.token, Doc.file)
     assert len(await env.objects()) == 2
     await env.recover()
     assert await env.objects() == set()
@@ -98,7 +98,7 @@ async def test_one_that_was_finished_for_nothing(env: OrmEnvironment, uploads: D
 async def test_what_arrives_late_goes(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     assert env.journal is not None
     upload = await client.sent(await begun(uploads), CONTENT)
-    file = await uploads.finish(upload.token)
+    file = await uploads.finish(upload.token, Doc.file)
     await env.add(Doc(id=1, file=file))
     await expire(env, STAGING)
     await env.journal.recover()
@@ -113,21 +113,21 @@ async def test_what_arrives_late_goes(env: OrmEnvironment, uploads: DirectUpload
 async def test_finished_twice(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
     other = uploads_of(env.binding)  # as another process has it
-    first, second = await asyncio.gather(uploads.finish(upload.token), other.finish(upload.token))
+    first, second = await asyncio.gather(uploads.finish(upload.token, Doc.file), other.finish(upload.token, Doc.file))
     assert first.ref == second.ref
     assert await intents(env) == [STAGING, "upload"]
-    third = await other.finish(upload.token)
+    third = await other.finish(upload.token, Doc.file)
     assert third.ref == first.ref
     await env.add(Doc(id=1, file=first if first._unowned else second), Doc(id=2, file=third))
-    assert (await uploads.finish(upload.token)).ref == first.ref
+    assert (await uploads.finish(upload.token, Doc.file)).ref == first.ref
     await env.recover()
     await env.check(file_1=CONTENT, file_2=CONTENT)
 
 
 async def test_whoever_was_not_first_takes_a_copy(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
-    await uploads.finish(upload.token)
-    again = await uploads_of(env.binding).finish(upload.token)
+    await uploads.finish(upload.token, Doc.file)
+    again = await uploads_of(env.binding).finish(upload.token, Doc.file)
     await env.add(Doc(id=1, file=again), Doc(id=2, file=again))
     await env.recover()
     await env.check(file_1=CONTENT, file_2=CONTENT)
@@ -136,9 +136,9 @@ async def test_whoever_was_not_first_takes_a_copy(env: OrmEnvironment, uploads: 
 async def test_finishing_again_renews_the_lease(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     assert env.journal is not None
     upload = await client.sent(await begun(uploads), CONTENT)
-    first = await uploads.finish(upload.token)
+    first = await uploads.finish(upload.token, Doc.file)
     await expire(env, "upload")
-    assert (await uploads.finish(upload.token)).ref == first.ref
+    assert (await uploads.finish(upload.token, Doc.file)).ref == first.ref
     await env.journal.recover()
     await env.add(Doc(id=1, file=first))
     await env.recover()
@@ -147,26 +147,26 @@ async def test_finishing_again_renews_the_lease(env: OrmEnvironment, uploads: Di
 
 async def test_finished_again_while_a_transaction_takes_it(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
-    first = await uploads.finish(upload.token)
+    first = await uploads.finish(upload.token, Doc.file)
     async with env.sessions.begin() as session:
         session.add(Doc(id=1, file=first))
         await session.flush()
         async with asyncio.timeout(10):
-            assert (await uploads.finish(upload.token)).ref == first.ref
+            assert (await uploads.finish(upload.token, Doc.file)).ref == first.ref
     await env.recover()
     await env.check(file_1=CONTENT)
 
 
 async def test_finished_again_after_a_rollback(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
-    first = await uploads.finish(upload.token)
+    first = await uploads.finish(upload.token, Doc.file)
     location = first.location
     with pytest.raises(RuntimeError):
         async with env.sessions.begin() as session:
             session.add(Doc(id=1, file=first))
             await session.flush()
             raise RuntimeError
-    second = await uploads.finish(upload.token)
+    second = await uploads.finish(upload.token, Doc.file)
     assert second.location != location
     await env.add(Doc(id=1, file=second))
     await env.recover()
@@ -175,12 +175,12 @@ async def test_finished_again_after_a_rollback(env: OrmEnvironment, uploads: Dir
 
 async def test_finished_again_after_its_row_was_deleted(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads), CONTENT)
-    await env.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await env.add(Doc(id=1, file=await uploads.finish(upload.token, Doc.file)))
     async with env.sessions.begin() as session:
         await session.delete(await session.get_one(Doc, 1))
     assert env.journal is not None
     await env.journal.recover()
-    await env.add(Doc(id=2, file=await uploads.finish(upload.token)))
+    await env.add(Doc(id=2, file=await uploads.finish(upload.token, Doc.file)))
     await env.recover()
     await env.check(file_2=CONTENT)
 
@@ -188,16 +188,16 @@ async def test_finished_again_after_its_row_was_deleted(env: OrmEnvironment, upl
 async def test_a_worker_was_faster(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     assert env.journal is not None
     upload = await client.sent(await begun(uploads), CONTENT)
-    first = await uploads.finish(upload.token)
+    first = await uploads.finish(upload.token, Doc.file)
     await expire(env, "upload")
     await env.journal.recover()
     with pytest.raises(StaleAttachmentError):
         await env.add(Doc(id=1, file=first))
-    await env.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await env.add(Doc(id=1, file=await uploads.finish(upload.token, Doc.file)))
     await expire(env, STAGING)
     await env.journal.recover()
     with pytest.raises(StaleAttachmentError):
-        await uploads.finish(upload.token)
+        await uploads.finish(upload.token, Doc.file)
     await env.recover()
     await env.check(file_1=CONTENT)
 
@@ -205,7 +205,7 @@ async def test_a_worker_was_faster(env: OrmEnvironment, uploads: DirectUploads, 
 async def test_what_is_refused_leaves_nothing(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:
     upload = await client.sent(await begun(uploads, checksum="sha256:" + "0" * 64), CONTENT)
     with pytest.raises(UploadMismatchError):
-        await uploads.finish(upload.token)
+        await uploads.finish(upload.token, Doc.file)
     assert await intents(env) == [STAGING]
     assert len(await env.objects()) == 1
     await env.recover()
@@ -218,7 +218,7 @@ async def test_cancelled_anywhere(env: OrmEnvironment, uploads: DirectUploads, c
     file: Attachment | None = None
     turns = 0
     while file is None:
-        task = asyncio.create_task(uploads.finish(upload.token))
+        task = asyncio.create_task(uploads.finish(upload.token, Doc.file))
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
@@ -240,9 +240,9 @@ async def test_storage_fails_at_any_step(
     upload = await client.sent(await begun(uploads), CONTENT)
     env.backend.fail(step, lost_answer=lost_answer)
     with pytest.raises(BackendUnavailableError):
-        await uploads.finish(upload.token)
+        await uploads.finish(upload.token, Doc.file)
     assert await intents(env) == [STAGING]
-    await env.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await env.add(Doc(id=1, file=await uploads.finish(upload.token, Doc.file)))
     await env.recover()
     await env.check(file_1=CONTENT)
 
@@ -262,9 +262,9 @@ async def test_nobody_knows_whether_it_was_published(
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "publish", cut_off)
         with pytest.raises(ConnectionError):
-            await uploads.finish(upload.token)
+            await uploads.finish(upload.token, Doc.file)
     assert await intents(env) == [STAGING]
-    await env.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await env.add(Doc(id=1, file=await uploads.finish(upload.token, Doc.file)))
     await env.recover()
     await env.check(file_1=CONTENT)
 
@@ -283,10 +283,10 @@ async def test_killed_after_it_was_published(
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "publish", killed)
         with pytest.raises(asyncio.CancelledError):
-            await uploads.finish(upload.token)
+            await uploads.finish(upload.token, Doc.file)
     assert await intents(env) == [STAGING, "upload"]
     published = await env.objects()
-    file = await uploads.finish(upload.token)
+    file = await uploads.finish(upload.token, Doc.file)
     assert await env.objects() == published
     await env.add(Doc(id=1, file=file))
     await env.recover()
@@ -327,7 +327,7 @@ async def test_replaced_while_it_is_finished(
     with monkeypatch.context() as patch:
         patch.setattr(type(env.backend), after, replacing)
         try:
-            file: Attachment | None = await uploads.finish(upload.token)
+            file: Attachment | None = await uploads.finish(upload.token, Doc.file)
         except StaleAttachmentError:
             file = None
     if file is not None:
@@ -356,7 +356,7 @@ async def test_reclaimed_while_it_is_finished(
 
     monkeypatch.setattr(Staging, "publish", late)
     with pytest.raises(StaleAttachmentError, match="reclaimed"):
-        await uploads.finish(upload.token)
+        await uploads.finish(upload.token, Doc.file)
     assert (await intents(env), await env.objects()) == ([], set())
     await env.recover()
 
@@ -366,7 +366,7 @@ async def test_the_lease_lasts_while_a_copy_is_read(env: OrmEnvironment, uploads
     upload = await client.sent(await begun(uploads), CONTENT)
     env.journal._lease = timedelta(seconds=1)
     env.backend.delay("read", seconds=2)
-    finishing = asyncio.create_task(uploads.finish(upload.token))
+    finishing = asyncio.create_task(uploads.finish(upload.token, Doc.file))
     while not finishing.done():
         await env.journal.recover()
         await asyncio.sleep(0.1)
@@ -382,10 +382,10 @@ async def test_on_s3(database: Database, seaweedfs_server: S3Server) -> None:
         uploads = uploads_of(env.binding, base_url=None)
         async with client_of(uploads) as client:
             upload = await client.sent(await begun(uploads), CONTENT)
-            file = await uploads.finish(upload.token)
+            file = await uploads.finish(upload.token, Doc.file)
             await env.add(Doc(id=1, file=file))
             await client.sent(upload, b"sent once more")
-            assert (await uploads.finish(upload.token)).ref == file.ref
+            assert (await uploads.finish(upload.token, Doc.file)).ref == file.ref
             await expire(env, STAGING)
             assert env.journal is not None
             await env.journal.recover()
@@ -401,9 +401,9 @@ async def test_a_transaction_that_reads_an_older_snapshot(env: OrmEnvironment, u
     async with env.sessions() as session:
         await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
         await session.execute(select(Doc))
-        session.add(Doc(id=1, file=await uploads.finish(upload.token)))
+        session.add(Doc(id=1, file=await uploads.finish(upload.token, Doc.file)))
         await session.commit()
-    again = await uploads.finish(upload.token)
+    again = await uploads.finish(upload.token, Doc.file)
     await env.add(Doc(id=2, file=again))
     await env.recover()
     await env.check(file_1=CONTENT, file_2=CONTENT)
@@ -417,7 +417,7 @@ async def test_a_base_that_got_its_journal_later(env: OrmEnvironment, client: Cl
     without.unbind()
     env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=env.journal)
     with pytest.raises(StaleAttachmentError):
-        await uploads_of(env.binding).finish(upload.token)
+        await uploads_of(env.binding).finish(upload.token, Doc.file)
     for location in await env.objects():
         await env.backend.delete(location)
 
@@ -432,7 +432,7 @@ async def test_the_collector_leaves_alone_what_may_still_be_finished(
     )
     report = await collector.collect(storage_key="docs", dry_run=False, accept_restore=True)
     assert (report.scanned, report.deleted) == (2, 0)
-    await env.add(Doc(id=1, file=await uploads.finish(upload.token)))
+    await env.add(Doc(id=1, file=await uploads.finish(upload.token, Doc.file)))
     await env.recover()
     await env.check(file_1=CONTENT, file_2="kept")
 
@@ -451,9 +451,9 @@ async def test_everything_at_random(env: OrmEnvironment, client: Client, seed: i
     async def take(*, fails: bool = False) -> None:
         process, upload = choose.choice(processes), choose.choice(begun_ones)
         with contextlib.suppress(StorageError, ZeroDivisionError):
-            file = await process.finish(upload.token)
+            file = await process.finish(upload.token, Doc.file)
             if choose.random() < 0.3:
-                file = await choose.choice(processes).finish(upload.token)
+                file = await choose.choice(processes).finish(upload.token, Doc.file)
             async with env.sessions.begin() as session:
                 session.add(Doc(id=next(keys), file=file))
                 await session.flush()

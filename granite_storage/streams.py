@@ -198,13 +198,14 @@ class MeasuredStream:
 
     Attributes:
         size: The bytes that have passed so far.
+        declared_size: The size that the caller declared, in bytes, or None.
         checksum: `sha256:<hex>` of the whole, once it has ended; None before.
     """
 
     def __init__(self, chunks: AsyncIterator[BytesLike], *, size: int | None = None, checksum: str | None = None) -> None:
         self.size: int = 0
         self.checksum: str | None = None
-        self._declared_size = size
+        self.declared_size = size
         self._declared_checksum = None if checksum is None else canonical_checksum(checksum)
         self._chunks = chunks
         self._sha256 = Sha256()
@@ -230,13 +231,13 @@ class MeasuredStream:
         async with aclosing(_regrouped(self._chunks)) as pieces:
             async for piece in pieces:
                 self.size += len(piece)
-                if self._declared_size is not None and self.size > self._declared_size:
-                    raise size_mismatch(self._declared_size, None)
+                if self.declared_size is not None and self.size > self.declared_size:
+                    raise size_mismatch(self.declared_size, None)
                 await self._sha256.update(piece)
                 yield piece
                 del piece
-        if self._declared_size is not None and self.size != self._declared_size:
-            raise size_mismatch(self._declared_size, self.size)
+        if self.declared_size is not None and self.size != self.declared_size:
+            raise size_mismatch(self.declared_size, self.size)
         checksum = await self._sha256.checksum()
         require_checksum(self._declared_checksum, checksum)
         self.checksum = checksum

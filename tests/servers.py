@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -25,18 +26,42 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import aioboto3
 import boto3
 from botocore.config import Config
 
 from granite_storage.backends.s3 import S3StorageBackend
 
-__all__ = ["ACCESS_KEY", "SECRET_KEY", "S3Server", "free_ports", "moto_s3", "seaweedfs"]
+__all__ = ["ACCESS_KEY", "SECRET_KEY", "S3Server", "free_ports", "moto_s3", "new_client", "new_session", "seaweedfs"]
 
 ACCESS_KEY = "AKIDGRANITETEST"
 SECRET_KEY = "granite-test-secret"
 REGION = "us-east-1"
 START_TIMEOUT = 60.0
+
+
+def new_session(
+    *, aws_access_key_id: str | None = None, aws_secret_access_key: str | None = None, region_name: str | None = None
+) -> Any:
+    """Return a session of aioboto3, or of aiobotocore where that alone is installed."""
+    if importlib.util.find_spec("aioboto3") is not None:
+        import aioboto3
+
+        return aioboto3.Session(
+            aws_access_key_id=aws_access_key_id, aws_secret_access_key=aws_secret_access_key, region_name=region_name
+        )
+    from aiobotocore.session import get_session
+
+    session = get_session()
+    if aws_access_key_id is not None:
+        session.set_credentials(aws_access_key_id, aws_secret_access_key)
+    if region_name is not None:
+        session.set_config_variable("region", region_name)
+    return session
+
+
+def new_client(session: Any, **options: Any) -> Any:
+    """Return what opens a client of a session of either kind."""
+    return (session.create_client if hasattr(session, "create_client") else session.client)("s3", **options)
 
 
 class S3Server:
@@ -54,13 +79,13 @@ class S3Server:
 
     @property
     def session_kwargs(self) -> dict[str, str]:
-        """What an `aioboto3.Session` is made with to be let in."""
+        """What `new_session` is given to be let in."""
         return {"aws_access_key_id": ACCESS_KEY, "aws_secret_access_key": SECRET_KEY, "region_name": REGION}
 
     @cached_property
-    def session(self) -> aioboto3.Session:
+    def session(self) -> Any:
         """One session for all tests: it reads the SDK's models only once."""
-        return aioboto3.Session(**self.session_kwargs)
+        return new_session(**self.session_kwargs)
 
     def backend(self, bucket: str, **options: Any) -> S3StorageBackend:
         """Return a backend on a bucket."""

@@ -106,7 +106,13 @@ def base64_text(digest: bytes) -> str:
 
 
 class PartSource(Protocol):
-    """Where the parts of an object come from, in order."""
+    """Where the parts of an object come from, in order.
+
+    Attributes:
+        size: How many bytes there will be, None where that is not known.
+    """
+
+    size: int | None
 
     async def take(self, size: int) -> Body:
         """Return the next `size` bytes, fewer only where they end; who takes them drops them."""
@@ -129,6 +135,7 @@ class BytesSource:
     """Parts of bytes in memory, none of which is copied."""
 
     def __init__(self, content: bytes) -> None:
+        self.size: int | None = len(content)
         self._content = content
         self._position = 0
 
@@ -156,9 +163,11 @@ class StreamSource:
     Args:
         stream: The stream.
         room: How many parts of all streams may be in memory; one that is larger than `UNRESERVED` waits for its place.
+        size: How many bytes the stream will yield, None where that is not known.
     """
 
-    def __init__(self, stream: AsyncIterator[bytes], room: asyncio.Semaphore) -> None:
+    def __init__(self, stream: AsyncIterator[bytes], room: asyncio.Semaphore, size: int | None = None) -> None:
+        self.size = size
         self._stream = stream
         self._room = room
         self._rest: Piece = b""

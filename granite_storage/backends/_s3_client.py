@@ -10,11 +10,13 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from granite_storage._threads import ThreadPool
 from granite_storage.backends._s3_errors import ExpiredCredentialsError, S3ConfigurationError, translate
 from granite_storage.backends._s3_pool import ConnectionPool, Lease
+from granite_storage.backends._s3_traits import ServerTraits
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError, StorageError
 
 __all__ = ["S3Client", "S3Settings", "backoff", "threads", "version_of"]
@@ -34,13 +36,14 @@ class S3Settings:
     prefix: str
     session: Any = field(repr=False)
     client_kwargs: Mapping[str, Any] = field(repr=False)
+    presign_endpoint_url: str | None = field(default=None, repr=False)
     config: Any = field(repr=False)
     extra_put_kwargs: Mapping[str, Any] = field(repr=False)
     part_size: int
     part_concurrency: int
     max_parts_in_memory: int
     max_pool_connections: int
-    conditional_writes: bool
+    conditional_writes: bool | None
     checksums: bool
     max_attempts: int
     connect_timeout: float
@@ -76,14 +79,20 @@ class S3Client:
     Attributes:
         closed: Whether it has been closed.
         raw: The SDK's client.
+        signer: The SDK's client that presigns: the same, or one for the address by which browsers reach the server.
         settings: What the backend was given.
+        traits: What is known of the server.
         room: How many more parts of streams may be in memory.
     """
 
-    def __init__(self, raw: Any, session: Any, settings: S3Settings, *, pool_size: int) -> None:
+    def __init__(
+        self, raw: Any, session: Any, settings: S3Settings, traits: ServerTraits, *, signer: Any, pool_size: int
+    ) -> None:
         self.closed = False
         self.raw = raw
+        self.signer = signer
         self.settings = settings
+        self.traits = traits
         self.room = asyncio.Semaphore(settings.max_parts_in_memory)
         self._session = session
         self._connections = ConnectionPool(pool_size, timeout=settings.pool_timeout, bucket=settings.bucket)
@@ -152,11 +161,17 @@ class S3Client:
         model = self.raw.meta.service_model.operation_model(self.raw.meta.method_to_api_mapping[operation])
         return parameter in model.input_shape.members
 
+    def end_of_credentials(self) -> datetime | None:
+        """Return when the credentials end by which was signed last; None where they do not, or the SDK does not know."""
+        credentials = getattr(getattr(self.signer, "_request_signer", None), "_credentials", None)
+        end: datetime | None = getattr(credentials, "_expiry_time", None)
+        return end
+
     def http_sessions(self) -> Iterator[Any]:
         """Yield the HTTP sessions under the SDK's client, as far as they can be found."""
         endpoint = getattr(self.raw, "_endpoint", None)
-        sessions = getattr(getattr(endpoint, "http_session", None), "_sessions", {})
-        yield from sessions.values()
+        sessions = getattr(getattr(endpoint, "http_session", None), "_sessions", None)
+        yield from (sessions or {}).values()  # aiobotocore 3 has None there once it is closed
 
     def _completed(self, operation: str, location: str | None, parameters: Mapping[str, Any]) -> dict[str, Any]:
         request: dict[str, Any] = {"Bucket": self.settings.bucket, **parameters}

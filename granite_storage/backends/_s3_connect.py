@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import importlib.util
 import threading
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from granite_storage.backends._s3_client import S3Client, S3Settings, threads
 from granite_storage.backends._s3_errors import translate
+from granite_storage.backends._s3_traits import ServerTraits
 
-__all__ = ["S3Clients", "client_config"]
+__all__ = ["S3Clients", "client_config", "is_installed"]
 
 _PATIENCE = 5.0
+_AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
+_SDKS = ("aioboto3", "aiobotocore")
 _MODELS = ("service-2", "endpoint-rule-set-1")
 _TABLES = ("_retry", "endpoints", "partitions", "sdk-default-configuration")
 
@@ -35,6 +40,7 @@ class S3Clients:
         self._lock = threading.Lock()
         self._preparing = threading.Lock()
         self._session = settings.session
+        self._traits = ServerTraits(settings.bucket, settings.conditional_writes)
 
     async def get(self) -> S3Client:
         """Return the running loop's client; the first of several calls at once opens it."""
@@ -69,7 +75,7 @@ class S3Clients:
     async def _open(self, state: _LoopState) -> S3Client:
         try:
             session, config = await threads.run(self._prepare, patience=_PATIENCE)
-            state.life = _live(session, config, self._settings)
+            state.life = _live(session, config, self._settings, self._traits)
             state.client = await anext(state.life)
         except Exception as error:
             raise translate(error, "open", bucket=self._settings.bucket) from error
@@ -79,21 +85,45 @@ class S3Clients:
         """Do what takes long, once for all loops: import the SDK and read its models, which it keeps."""
         with self._preparing:
             if self._session is None:
-                self._session = importlib.import_module("aioboto3").Session()
-            importlib.import_module("aioboto3.s3.inject")
+                self._session = _new_session()
+            if not _is_bare(self._session):
+                importlib.import_module("aioboto3.s3.inject")
             _read_models(self._session)
             return self._session, client_config(self._settings)
 
 
-async def _live(session: Any, config: Any, settings: S3Settings) -> AsyncGenerator[S3Client, None]:
+async def _live(session: Any, config: Any, settings: S3Settings, traits: ServerTraits) -> AsyncGenerator[S3Client, None]:
     """Yield a client and close it. The generator knows nothing of who holds it: dropped, it is closed by its loop at once."""
-    async with session.client("s3", **_with_verify(settings.client_kwargs, config), config=config) as raw:
-        await asyncio.sleep(0)  # so that the first request's own set-up is another turn of the loop
-        client = S3Client(raw, session, settings, pool_size=config.max_pool_connections)
+    open_client = session.create_client if _is_bare(session) else session.client
+    async with contextlib.AsyncExitStack() as clients:
+
+        async def opened(kwargs: Mapping[str, Any]) -> Any:
+            raw = await clients.enter_async_context(open_client("s3", **_with_verify(kwargs, config), config=config))
+            await asyncio.sleep(0)  # so that the first request's own set-up is another turn of the loop
+            return raw
+
+        raw = signer = await opened(settings.client_kwargs)
+        if settings.presign_endpoint_url is not None:
+            signer = await opened({**settings.client_kwargs, "endpoint_url": settings.presign_endpoint_url})
+        elif "endpoint_url" not in settings.client_kwargs:
+            _sign_for_the_region(raw, settings.bucket)
+        client = S3Client(raw, session, settings, traits, signer=signer, pool_size=config.max_pool_connections)
         try:
             yield client
         finally:
             client.closed = True
+
+
+def _sign_for_the_region(raw: Any, bucket: str) -> None:
+    """Have Amazon's URLs presigned for the bucket's own host in its region.
+
+    The SDK signs them for `bucket.s3.amazonaws.com`, which answers 307 for buckets of other regions: a browser's preflight may
+    not follow that, and newer regions refuse the signature. A name with a dot has no host of its own that TLS would accept.
+    """
+    host = urlsplit(raw.meta.endpoint_url).hostname or ""
+    given = raw.meta.config.s3 or {}
+    if host.endswith(_AMAZON) and "." not in bucket and "addressing_style" not in given:
+        raw.meta.config.s3 = {**given, "addressing_style": "virtual"}
 
 
 class _LoopState:
@@ -112,6 +142,23 @@ class _LoopState:
             self.client = self.life = None
 
 
+def is_installed() -> bool:
+    """Tell whether there is an SDK."""
+    return any(importlib.util.find_spec(name) is not None for name in _SDKS)
+
+
+def _new_session() -> Any:
+    """Return a session of aioboto3 where that is installed, else one of aiobotocore."""
+    if importlib.util.find_spec(_SDKS[0]) is not None:
+        return importlib.import_module(_SDKS[0]).Session()
+    return importlib.import_module("aiobotocore.session").get_session()
+
+
+def _is_bare(session: Any) -> bool:
+    """Tell whether a session is one of aiobotocore itself, and not of aioboto3, which has one inside."""
+    return hasattr(session, "create_client")
+
+
 def _with_verify(client_kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """Spare a plain HTTP endpoint the reading of all the certificates, which takes 50 ms of the loop and verifies nothing."""
     plain = str(client_kwargs.get("endpoint_url") or "").startswith("http://")
@@ -123,7 +170,7 @@ def _with_verify(client_kwargs: Mapping[str, Any], config: Any) -> dict[str, Any
 def _read_models(session: Any) -> None:
     """Have a session read ahead what making a client reads; an SDK that keeps it elsewhere reads it later, on the loop."""
     with contextlib.suppress(Exception):
-        botocore_session = session._session
+        botocore_session = session if _is_bare(session) else session._session
         loader = botocore_session.get_component("data_loader")
         for model in _MODELS:
             loader.load_service_model("s3", model, api_version=None)
@@ -143,13 +190,13 @@ def client_config(settings: S3Settings) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         retries={"mode": "standard", "total_max_attempts": 1},
-        s3={"payload_signing_enabled": False},
+        s3={"payload_signing_enabled": False, "us_east_1_regional_endpoint": "regional"},
         signature_version="s3v4",
     )
     if given is None:
         return ours
     merged = ours.merge(given)
-    merged.s3 = {**(given.s3 or {}), **ours.s3}
+    merged.s3 = {**(given.s3 or ours.s3), "payload_signing_enabled": False}
     for name in ("connector_args", "http_session_cls"):
         if hasattr(given, name):
             setattr(merged, name, getattr(given, name))

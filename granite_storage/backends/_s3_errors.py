@@ -6,6 +6,9 @@ No message repeats what the server or the SDK said: it may quote a key or a toke
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from granite_storage.backends._service_errors import PreconditionFailedError, RangeNotSatisfiableError
@@ -74,6 +77,9 @@ _BY_STATUS: dict[int, type[BackendError]] = {
     504: BackendUnavailableError,
     507: StorageFullError,
 }
+_MOST_SKEW = timedelta(minutes=15)
+"""How far S3 lets a request's date be from its own clock."""
+
 _WRONG_REGION = frozenset({"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"})
 _WRITES = frozenset({"complete_multipart_upload", "copy_object", "create_multipart_upload", "put_object", "upload_part"})
 _SWITCHES = (
@@ -134,8 +140,23 @@ def answered(response: Mapping[str, Any], operation: str, *, bucket: str, locati
     wrong = _misconfigured(code, status, details, metadata.get("HTTPHeaders", {}), operation, bucket)
     if wrong:
         return S3ConfigurationError(f"{wrong} ({operation} was answered {answer})", location=location)
+    skew = _clock_skew(code, status, metadata.get("HTTPHeaders", {}))
+    if skew:
+        return AccessDeniedError(f"{operation} of {_target(bucket, location)} was answered {answer}: {skew}", location=location)
     kind = _BY_CODE.get(code) or _BY_STATUS.get(status, BackendError)
     return kind(f"{operation} of {_target(bucket, location)} was answered {answer}", location=location)
+
+
+def _clock_skew(code: str, status: int, headers: Mapping[str, str]) -> str | None:
+    """Return what is wrong with this machine's clock where that can be why a signature was refused."""
+    ahead = None
+    with suppress(KeyError, TypeError, ValueError):
+        ahead = datetime.now(UTC) - parsedate_to_datetime(headers["date"]).astimezone(UTC)
+    skewed = status == 403 and ahead is not None and abs(ahead) > _MOST_SKEW
+    if code != "RequestTimeTooSkewed" and not skewed:
+        return None
+    by = "" if ahead is None else f" by {abs(ahead.total_seconds()):.0f} s, {'ahead' if ahead > timedelta(0) else 'behind'}"
+    return f"the clock of this machine differs from the server's{by}: set it, for instance by NTP"
 
 
 def _target(bucket: str, location: str | None) -> str:

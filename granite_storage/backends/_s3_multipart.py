@@ -43,15 +43,19 @@ _ABORTS = 8
 T = TypeVar("T")
 
 
-def part_size_of(number: int, part_size: int) -> int:
-    """Return how large a part is to be, in bytes: the first 4,500 are equal, then the size doubles every 500.
+def part_size_of(number: int, part_size: int, size: int | None = None) -> int:
+    """Return how large a part is to be, in bytes: all are equal where the size of the whole is known, as R2 wants them.
 
-    So a stream whose length nobody knows can have 5 TiB, which is more than S3 takes of an object, in 10,000 parts.
+    Where it is not, the first 4,500 are equal, then the size doubles every 500. So a stream of unknown length can have 5 TiB,
+    which is more than S3 takes of an object, in 10,000 parts.
 
     Args:
         number: The part's number, from 1.
-        part_size: The size of the first one.
+        part_size: The size of the first one, at the least.
+        size: The size of the whole, None where it is not known.
     """
+    if size is not None:
+        return max(part_size, -(-size // MAX_PARTS))
     doublings = max(0, (number - 1 - _EQUAL_PARTS) // _PARTS_UNTIL_DOUBLED + 1)
     return min(part_size << doublings, _LARGEST_PART)
 
@@ -134,7 +138,7 @@ class MultipartUpload:
             number = 1
             while not await source.ended():
                 await room.acquire()
-                body = await source.take(part_size_of(number, settings.part_size))
+                body = await source.take(part_size_of(number, settings.part_size, source.size))
                 self.size += len(body)
                 task = group.create_task(self._send_part(number, body, room))
                 task.add_done_callback(body.drop)  # of one that is cancelled before it has begun, too
@@ -150,6 +154,8 @@ class MultipartUpload:
             )
             self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], **(header if checksums else {})}
             self._digests[number] = digest
+            if checksums:
+                self._client.traits.note_checksum(answer)
         finally:
             body.drop()  # first, or the next part would be filled while this one is still in memory
             room.release()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from granite_storage.backends._s3_client import S3Client, S3Settings
 from granite_storage.backends._s3_errors import S3ConfigurationError
 from granite_storage.backends.base import UploadRequest
 
-__all__ = ["presigned_form", "presigned_put", "require_presignable"]
+__all__ = ["presigned_form", "presigned_put", "require_presignable", "warn_of_early_end"]
+
+logger = logging.getLogger("granite_storage")
 
 _HEADERS = {
     "ACL": "x-amz-acl",
@@ -49,7 +53,7 @@ async def presigned_form(
     """
     key = client.settings.key(location)
     fields = {"Content-Type": content_type, **_named(client.settings.extra_put_kwargs, _FIELDS)}
-    form = await client.raw.generate_presigned_post(
+    form = await client.signer.generate_presigned_post(
         client.settings.bucket,
         key,
         Fields=dict(fields),
@@ -73,7 +77,7 @@ async def presigned_put(client: S3Client, location: str, expires_in: int, conten
         "ContentType": content_type,
         "ContentLength": size,
     }
-    url = await client.raw.generate_presigned_url("put_object", Params=parameters, ExpiresIn=expires_in)
+    url = await client.signer.generate_presigned_url("put_object", Params=parameters, ExpiresIn=expires_in)
     return UploadRequest("PUT", url, headers={"Content-Type": content_type, **_named(extra, _HEADERS)})
 
 
@@ -81,3 +85,20 @@ def _named(extra: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]
     """Return parameters of the SDK as a client sends them."""
     values = {name: extra[parameter] for parameter, name in names.items() if parameter in extra}
     return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
+
+
+def warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
+    """Log that what was just signed ends with the temporary credentials that signed it, once for each set of these."""
+    end = client.end_of_credentials()
+    if end is None or end == client.traits.warned_of_end:
+        return
+    left = end - datetime.now(UTC)
+    if left < expires_in:
+        client.traits.warned_of_end = end
+        logger.warning(
+            "what is presigned for bucket %r was asked to work for %s, but ends after %s with the temporary credentials that "
+            "sign it: presign for less, or sign with credentials that last",
+            client.settings.bucket,
+            expires_in,
+            timedelta(seconds=max(0, int(left.total_seconds()))),
+        )

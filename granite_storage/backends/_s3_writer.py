@@ -12,6 +12,7 @@ from granite_storage.backends._s3_body import Body, PartSource, base64_text
 from granite_storage.backends._s3_client import S3Client, version_of
 from granite_storage.backends._s3_errors import MissingUploadError
 from granite_storage.backends._s3_multipart import ANSWER_TIMEOUT, MAX_PARTS, MultipartUpload, checksum_header
+from granite_storage.backends._s3_probes import find_out
 from granite_storage.backends._service_errors import PreconditionFailedError
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
 
@@ -38,6 +39,7 @@ class ObjectWriter:
     def __init__(self, client: S3Client, location: str, content: Mapping[str, Any]) -> None:
         self._client = client
         self._settings = client.settings
+        self._traits = client.traits
         self._location = location
         self._content = content
         self._id = uuid.uuid4().hex
@@ -49,7 +51,7 @@ class ObjectWriter:
             The SDK's answer to the request that created the object, or to the HEAD that found it created.
         """
         try:
-            if not self._settings.conditional_writes:
+            if not self._traits.sends_conditions:
                 await self.require_absent()
             body = await self._only_part(source)
             if body is not None:
@@ -70,7 +72,7 @@ class ObjectWriter:
             info: The answer to a HEAD of it.
         """
         self._content = {"ContentType": info["ContentType"]} if "ContentType" in info else {}
-        if not self._settings.conditional_writes:
+        if not self._traits.sends_conditions:
             await self.require_absent()
         size = int(info["ContentLength"])
         if not size:
@@ -104,7 +106,10 @@ class ObjectWriter:
             header, digest = await checksum_header(body, sha256=self._settings.checksums)
             request = {**self._parameters("put_object"), **self._only_if_absent(), **header, "Body": body}
             checksum = base64_text(digest) if self._settings.checksums else None
-            return await self._published("put_object", request, size=len(body), checksum=checksum, landed=lambda: body.sent)
+            answer = await self._published("put_object", request, size=len(body), checksum=checksum, landed=lambda: body.sent)
+            if checksum is not None:
+                self._traits.note_checksum(answer)
+            return answer
         except asyncio.CancelledError:
             if body.sent:
                 await self._withdraw()
@@ -117,12 +122,14 @@ class ObjectWriter:
         try:
             await upload.create()
             await fill()
-            if not self._settings.conditional_writes:
+            if not self._traits.checks_completions:
                 await self.require_absent()
             request = {**upload.completion(), **self._only_if_absent()}
             checksum = await upload.checksum()
             completing = True
-            return await self._published("complete_multipart_upload", request, size=upload.size, checksum=checksum)
+            answer = await self._published("complete_multipart_upload", request, size=upload.size, checksum=checksum)
+            await find_out(self._client, answer)
+            return answer
         except BaseException as error:
             ours = completing and not isinstance(error, ObjectExistsError)
             await self._withdraw(upload, published=ours)
@@ -224,7 +231,7 @@ class ObjectWriter:
         return {**self._parameters("create_multipart_upload"), **algorithm}
 
     def _only_if_absent(self) -> dict[str, str]:
-        return {"IfNoneMatch": "*"} if self._settings.conditional_writes else {}
+        return {"IfNoneMatch": "*"} if self._traits.sends_conditions else {}
 
     def _copy_source(self, location: str, info: Mapping[str, Any]) -> dict[str, Any]:
         source = {"Bucket": self._settings.bucket, "Key": self._settings.key(location), **version_of(info)}

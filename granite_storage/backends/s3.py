@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
 from granite_storage.backends._places import bucket_place
 from granite_storage.backends._s3_body import BytesSource, PartSource, StreamSource
 from granite_storage.backends._s3_client import S3Client, S3Settings, version_of
-from granite_storage.backends._s3_connect import S3Clients
+from granite_storage.backends._s3_connect import S3Clients, is_installed
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
 from granite_storage.backends._s3_listing import list_keys
 from granite_storage.backends._s3_multipart import abort_upload, abort_uploads, date_of
-from granite_storage.backends._s3_presign import presigned_form, presigned_put, require_presignable
+from granite_storage.backends._s3_presign import presigned_form, presigned_put, require_presignable, warn_of_early_end
+from granite_storage.backends._s3_probes import PROBE_PREFIX, remove_probes
 from granite_storage.backends._s3_reader import S3Service, info_of
 from granite_storage.backends._s3_writer import ObjectWriter
 from granite_storage.backends._service_errors import error_at
@@ -31,7 +32,7 @@ from granite_storage.exceptions import (
     ObjectNotFoundError,
 )
 from granite_storage.locations import MAX_LOCATION_BYTES, check_location, check_segment
-from granite_storage.streams import require_size
+from granite_storage.streams import MeasuredStream, require_size
 
 __all__ = ["S3ConfigurationError", "S3StorageBackend"]
 
@@ -64,20 +65,26 @@ class S3StorageBackend:
     Args:
         bucket: The bucket's name; it must exist.
         prefix: Whole segments, such as `app/uploads`, under which everything is kept; no location shows them.
-        session: An `aioboto3.Session`, which stays yours; None makes one from the environment.
+        session: An `aioboto3.Session` or an `aiobotocore.session.AioSession`, which stays yours; None makes one from the
+            environment, of aioboto3 where both are installed.
         endpoint_url: The server, where it is not Amazon's.
+        presign_endpoint_url: The server as browsers reach it, for presigned URLs and forms, where that is another address, such
+            as `https://files.example.com` for a container that the application calls `http://minio:9000`.
         region_name: The bucket's region, where the environment does not tell it.
         client_kwargs: More arguments for `session.client("s3", ...)`.
         config: A botocore or aiobotocore `Config`; what it sets goes before what this backend would set.
         extra_put_kwargs: More parameters for every write, such as `ServerSideEncryption`, `StorageClass` or `Metadata`.
-        part_size: The size of the parts in bytes, at least 5 MiB. The first 4,500 parts of a stream have it, then it doubles
-            every 500, so that 10,000 parts always suffice. Content in memory is cut into equal parts.
+        part_size: The size of the parts in bytes, at least 5 MiB. 10,000 parts always suffice: where the size of the content is
+            known (bytes, or a stream whose size was declared) all parts are equal, and larger if need be; of other streams the
+            first 4,500 parts have this size, then it doubles every 500.
         part_concurrency: The most parts of one write in memory and in flight at a time.
         max_parts_in_memory: The most parts of all streams that an event loop's writes hold at a time. A stream with more than
             1 MiB waits for a place; smaller ones never do.
         max_pool_connections: The most connections in use at a time; further calls wait for their turn.
         conditional_writes: Whether the server knows `If-None-Match: *`. With False a HEAD before each write looks for an object
-            instead, and of two writers at the same moment the later one wins.
+            instead, and of two writers at the same moment the later one wins. None relies on it for a single PUT, and finds out
+            after the first multipart upload or copy, by seven small requests, whether the server looks at it there; until then,
+            and where it does not, which is logged, a HEAD comes before the end of each.
         checksums: Whether the server knows `x-amz-checksum-sha256`. With False `Content-MD5` takes its place.
         max_attempts: How often a request is made before its failure is reported.
         connect_timeout: The longest wait for a connection to the server, in seconds.
@@ -90,7 +97,8 @@ class S3StorageBackend:
 
     Raises:
         ConfigurationError: An argument cannot work.
-        MissingDependencyError: aioboto3 is not installed; the extra `s3` brings it.
+        MissingDependencyError: Neither aioboto3 nor aiobotocore is installed; the extra `s3` brings the first,
+            `s3-aiobotocore` the second.
 
     Example:
         >>> S3StorageBackend(bucket="my-bucket", prefix="uploads")
@@ -104,6 +112,7 @@ class S3StorageBackend:
         prefix: str = "",
         session: Any = None,
         endpoint_url: str | None = None,
+        presign_endpoint_url: str | None = None,
         region_name: str | None = None,
         client_kwargs: Mapping[str, Any] | None = None,
         config: Any = None,
@@ -112,7 +121,7 @@ class S3StorageBackend:
         part_concurrency: int = 4,
         max_parts_in_memory: int = 64,
         max_pool_connections: int = 50,
-        conditional_writes: bool = True,
+        conditional_writes: bool | None = None,
         checksums: bool = True,
         max_attempts: int = 5,
         connect_timeout: float = 10.0,
@@ -121,8 +130,10 @@ class S3StorageBackend:
         presigned_post: bool = True,
         list_by_folder: bool | None = None,
     ) -> None:
-        if importlib.util.find_spec("aioboto3") is None:
-            raise MissingDependencyError("S3StorageBackend needs aioboto3: pip install 'granite-storage[s3]'")
+        if not is_installed():
+            raise MissingDependencyError(
+                "S3StorageBackend needs aioboto3 or aiobotocore: pip install 'granite-storage[s3]' or '[s3-aiobotocore]'"
+            )
         if not bucket:
             raise ConfigurationError("bucket must not be empty")
         if not _SMALLEST_PART <= part_size <= _LARGEST_PART:
@@ -147,6 +158,7 @@ class S3StorageBackend:
                 reserved={"config", "service_name"},
             ),
             config=config,
+            presign_endpoint_url=_checked_endpoint(presign_endpoint_url),
             extra_put_kwargs=_checked("extra_put_kwargs", dict(extra_put_kwargs or {}), reserved=_OURS),
             part_size=part_size,
             part_concurrency=part_concurrency,
@@ -181,7 +193,7 @@ class S3StorageBackend:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Any]:
-        """Give the running event loop's aioboto3 client, for what this backend does not do; the backend closes it.
+        """Give the running event loop's client of the SDK, for what this backend does not do; the backend closes it.
 
         Its calls raise the SDK's errors and are not made again. Keys are `prefix + "/" + location`.
         """
@@ -207,7 +219,8 @@ class S3StorageBackend:
         """Create an object from a stream; see `StorageBackend.put_stream`. The result is that of `put_bytes`."""
         self._check(location)
         client = await self._clients.get()
-        return await self._write(client, location, StreamSource(stream, client.room), content_type)
+        size = stream.declared_size if isinstance(stream, MeasuredStream) else None
+        return await self._write(client, location, StreamSource(stream, client.room, size), content_type)
 
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range; see `StorageBackend.open`."""
@@ -261,7 +274,8 @@ class S3StorageBackend:
     ) -> str:
         """Return a URL that serves a GET until it expires, after seven days at the most; see `SupportsPresign.presign_get`.
 
-        The URL grants what it says to whoever has it: do not log it.
+        The URL grants what it says to whoever has it: do not log it. It ends with the credentials that sign it, if these are
+        temporary and end sooner; the log warns of that once for each of them.
         """
         self._check(location)
         _require_life(expires_in)
@@ -272,11 +286,12 @@ class S3StorageBackend:
             parameters["ResponseContentDisposition"] = disposition
         client = await self._clients.get()
         try:
-            url: str = await client.raw.generate_presigned_url(
+            url: str = await client.signer.generate_presigned_url(
                 "get_object", Params=parameters, ExpiresIn=int(expires_in.total_seconds())
             )
         except Exception as error:
             raise translate(error, "presign_get", bucket=self.bucket, location=location) from error
+        warn_of_early_end(client, expires_in)
         return url
 
     async def presign_upload(
@@ -304,9 +319,11 @@ class S3StorageBackend:
         client = await self._clients.get()
         sign = presigned_form if self._presigned_post else presigned_put
         try:
-            return await sign(client, location, int(expires_in.total_seconds()), content_type, min_size, max_size)
+            request = await sign(client, location, int(expires_in.total_seconds()), content_type, min_size, max_size)
         except Exception as error:
             raise translate(error, "presign_upload", bucket=self.bucket, location=location) from error
+        warn_of_early_end(client, expires_in)
+        return request
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
         """Yield objects in byte order; see `StorageBackend.iter_objects`.
@@ -321,7 +338,7 @@ class S3StorageBackend:
         after = None if start_after is None else settings.key(start_after)
         async for entry in list_keys(client, settings.key(prefix), start_after=after, page_size=self._page_size):
             location = entry["Key"].removeprefix(settings.prefix)
-            if location and location != MARKER:
+            if location and location != MARKER and not location.startswith(PROBE_PREFIX):
                 yield info_of(location, entry, entry["Size"])
 
     async def abort_unfinished(self, *, older_than: timedelta) -> int:
@@ -330,7 +347,8 @@ class S3StorageBackend:
         An upload is old when it began, and its last part arrived, so long ago. Those of other programs are aborted too.
         """
         client = await self._clients.get()
-        return await abort_uploads(client, older_than=older_than)
+        removed = await remove_probes(client, await self.now() - older_than)
+        return removed + await abort_uploads(client, older_than=older_than)
 
     async def now(self) -> datetime:
         """Return the time by the server's clock, in whole seconds; see `SupportsClock.now`."""
@@ -427,6 +445,18 @@ def _checked_prefix(prefix: str) -> str:
         except InvalidLocationError as error:
             raise ConfigurationError(f"the prefix is not safe: {error}") from error
     return f"{bare}/"
+
+
+def _checked_endpoint(url: str | None) -> str | None:
+    """Refuse what cannot be the address of a server, whose path and query S3 has for itself."""
+    if url is None:
+        return None
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise ConfigurationError(
+            "presign_endpoint_url must be the address of a server as browsers reach it, such as https://files.example.com"
+        )
+    return url
 
 
 def _checked(argument: str, given: dict[str, Any], *, reserved: frozenset[str] | set[str]) -> dict[str, Any]:

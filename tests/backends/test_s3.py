@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-import aioboto3
 import pytest
 from aiobotocore.config import AioConfig
 from botocore.config import Config
@@ -38,7 +37,7 @@ from granite_storage.exceptions import (
     ObjectNotFoundError,
 )
 from tests.faults.s3_proxy import Gate, answer, fault_proxy, wait_for
-from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server, new_client, new_session
 
 MIB = 1 << 20
 
@@ -125,8 +124,10 @@ class TestSettings:
         with pytest.raises(ConfigurationError, match=named):
             S3StorageBackend(**{"bucket": "b", **wrong})
 
-    def test_without_aioboto3(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_an_sdk(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "aioboto3", None)
+        S3StorageBackend("b")
+        monkeypatch.setitem(sys.modules, "aiobotocore", None)
         with pytest.raises(MissingDependencyError, match=r"granite-storage\[s3\]"):
             S3StorageBackend("b")
 
@@ -159,14 +160,14 @@ class TestSettings:
 class CountingSession:
     """A session that counts the clients it makes."""
 
-    def __init__(self, session: aioboto3.Session) -> None:
-        self._session = session._session
+    def __init__(self, session: Any) -> None:
+        self._session = getattr(session, "_session", session)
         self._inner = session
         self.made = 0
 
-    def client(self, *arguments: Any, **options: Any) -> Any:
+    def client(self, _: str, **options: Any) -> Any:
         self.made += 1
-        return self._inner.client(*arguments, **options)
+        return new_client(self._inner, **options)
 
 
 class TestClients:
@@ -229,7 +230,7 @@ class TestClients:
             assert (await client.head_object(Bucket=moto.bucket, Key=f"{moto.prefix}/a"))["ContentLength"] == 5
 
     async def test_an_impossible_endpoint(self) -> None:
-        session = aioboto3.Session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY)
+        session = new_session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY)
         backend = S3StorageBackend("b", session=session, endpoint_url="no url")
         with pytest.raises(S3ConfigurationError, match="endpoint_url"):
             await backend.exists("a")
@@ -270,7 +271,9 @@ class TestWrites:
     ) -> None:
         content = b"".join([chunk async for chunk in chunks(*sizes)])
         with fault_proxy(seaweedfs_server.endpoint_url) as proxy:
-            backend = seaweedfs_server.backend(weed.bucket, prefix=weed.prefix, endpoint_url=proxy.url, part_size=5 * MIB)
+            backend = seaweedfs_server.backend(
+                weed.bucket, prefix=weed.prefix, endpoint_url=proxy.url, part_size=5 * MIB, conditional_writes=True
+            )
             await (backend.put_stream("a", chunks(*sizes)) if stream else backend.put_bytes("a", content))
             await backend.aclose()
         sent = {r.query["partNumber"][0]: int(r.headers["content-length"]) for r in proxy.requests if r.operation == "UploadPart"}
@@ -705,7 +708,7 @@ class TestErrors:
     @pytest.mark.parametrize("call", CALLS)
     async def test_wrong_secret(self, weed: S3StorageBackend, seaweedfs_server: S3Server, call: str) -> None:
         secret = SECRET_KEY[::-1]
-        session = aioboto3.Session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=secret, region_name="us-east-1")
+        session = new_session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=secret, region_name="us-east-1")
         backend = seaweedfs_server.backend(weed.bucket, prefix=weed.prefix, session=session, part_size=5 * MIB)
         with pytest.raises(AccessDeniedError) as caught:
             await CALLS[call](backend)

@@ -98,9 +98,9 @@ class S3Conformance(BackendConformance):
         options = {"endpoint_url": self.server.endpoint_url, "prefix": self.prefix, "part_size": 5 * MIB}
         return "\n".join(
             [
-                "import aioboto3",
+                "from tests.servers import new_session",
                 "from granite_storage.backends.s3 import S3StorageBackend",
-                f"session = aioboto3.Session(**{self.server.session_kwargs!r})",
+                f"session = new_session(**{self.server.session_kwargs!r})",
                 f"backend = S3StorageBackend({self.bucket!r}, session=session, **{options!r})",
             ]
         )

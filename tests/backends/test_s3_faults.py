@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import aioboto3
 import pytest
 from aiobotocore.credentials import AioRefreshableCredentials
 
@@ -38,7 +37,7 @@ from tests.faults.s3_proxy import (
     lose_request,
     wait_for,
 )
-from tests.servers import S3Server
+from tests.servers import S3Server, new_client, new_session
 
 MIB = 1 << 20
 FOREVER = 1 << 30
@@ -377,8 +376,7 @@ class TestLostAnswers:
 @asynccontextmanager
 async def rig_client(rig: Rig) -> AsyncIterator[Any]:
     """Give a client of the real server on the proxy's event loop."""
-    session = aioboto3.Session(**rig.server.session_kwargs)
-    async with session.client("s3", endpoint_url=rig.server.endpoint_url) as client:
+    async with new_client(new_session(**rig.server.session_kwargs), endpoint_url=rig.server.endpoint_url) as client:
         yield client
 
 
@@ -386,9 +384,9 @@ async def rig_put(request: Request, content: bytes) -> None:
     """Store another object where a request wants to store its own."""
     from tests.servers import ACCESS_KEY, REGION, SECRET_KEY
 
-    session = aioboto3.Session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, region_name=REGION)
+    session = new_session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, region_name=REGION)
     bucket = request.target.removeprefix("/").partition("/")[0]
-    async with session.client("s3", endpoint_url=request.upstream) as client:
+    async with new_client(session, endpoint_url=request.upstream) as client:
         await client.put_object(Bucket=bucket, Key=request.key, Body=content)
 
 
@@ -478,8 +476,8 @@ def refreshable(fetched: list[str], *, fails: bool = False) -> AioRefreshableCre
 
 class TestCredentials:
     def _use(self, rig: Rig, credentials: AioRefreshableCredentials) -> None:
-        session = aioboto3.Session(region_name="us-east-1")
-        session._session._credentials = credentials
+        session = new_session(region_name="us-east-1")
+        getattr(session, "_session", session)._credentials = credentials
         rig.remake(session=session)
 
     @pytest.mark.case("S3F-08")

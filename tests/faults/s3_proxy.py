@@ -24,11 +24,14 @@ __all__ = [
     "Request",
     "answer",
     "answer_after",
+    "answer_with_header",
+    "answer_without_header",
     "cut_body",
     "fault_proxy",
     "lose_answer",
     "lose_request",
     "wait_for",
+    "without_header",
 ]
 
 Fault = Callable[["Request"], Awaitable[bytes | None]]
@@ -294,6 +297,38 @@ def wait_for(gate: Gate) -> Fault:
         request.read_body = read
         await gate.pass_through()
         return await request.forward()
+
+    return fault
+
+
+def without_header(name: str) -> Fault:
+    """Pass a request on without one of its headers, as a server does that ignores it; not for servers that check signatures."""
+
+    async def fault(request: Request) -> bytes:
+        request.headers.pop(name, None)
+        return await request.forward()
+
+    return fault
+
+
+def answer_without_header(name: str) -> Fault:
+    """Pass an answer on without one of its headers."""
+
+    async def fault(request: Request) -> bytes:
+        head, _, body = (await request.forward()).partition(b"\r\n\r\n")
+        lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(name.encode() + b":")]
+        return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+    return fault
+
+
+def answer_with_header(name: str, value: str) -> Fault:
+    """Pass an answer on with another value of one of its headers."""
+    without = answer_without_header(name)
+
+    async def fault(request: Request) -> bytes | None:
+        head, _, body = (await without(request) or b"").partition(b"\r\n\r\n")
+        return head + f"\r\n{name}: {value}".encode() + b"\r\n\r\n" + body
 
     return fault
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
+import traceback
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alembic.config import CommandLine, Config
 from sqlalchemy.engine import URL
 
 from tests.core.support import PROJECT
+from tests.programs import program
 
 LINE = "from granite_storage.alembic import include_storage; include_storage(context)"
 NO_MODELS = """
@@ -51,19 +58,31 @@ class Project:
         assert old in text
         path.write_text(text.replace(old, new))
 
-    def alembic(self, *arguments: str, fails: bool = False, env: dict[str, str] | None = None, warnings: str = "error") -> str:
-        """Run the command, and return what it says."""
-        done = subprocess.run(
-            [sys.executable, "-W", warnings, "-m", "alembic", *arguments],
+    def alembic(self, *arguments: str, fails: bool = False, env: dict[str, str] | None = None, filters: str = "error") -> str:
+        """Run the command in this process, and return what it says; `filters` is what becomes of warnings."""
+        said = io.StringIO()
+        with (
+            program(self.folder, {**os.environ, **(env or {})}),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter(filters)  # type: ignore[arg-type]
+            has_failed = not _has_succeeded(arguments, said)
+        assert has_failed is fails, said.getvalue()
+        return said.getvalue()
+
+    def alembic_process(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """Run the command in a process of its own, whose standard output has all that it says."""
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-m", "alembic", *arguments],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": str(PROJECT), **(env or {})},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             check=False,
         )
-        said = done.stdout + done.stderr
-        assert (done.returncode != 0) is fails, said
-        return said
 
     def autogenerate(self, message: str) -> str:
         """Let Alembic write a migration, and return it."""
@@ -78,3 +97,17 @@ class Project:
         """Write a migration by hand."""
         head = f"revision = {name!r}\ndown_revision = {down!r}\n"
         (self.folder / f"migrations/versions/{name}.py").write_text(head + source)
+
+
+def _has_succeeded(arguments: Sequence[str], stdout: io.StringIO) -> bool:
+    """Do what `alembic` does with the arguments."""
+    line = CommandLine(prog="alembic")
+    options = line.parser.parse_args(arguments)
+    try:
+        line.run_cmd(Config("alembic.ini", stdout=stdout, cmd_opts=options), options)
+    except SystemExit as ended:
+        return not ended.code
+    except Exception:  # noqa: BLE001  # as an interpreter would
+        traceback.print_exc()
+        return False
+    return True

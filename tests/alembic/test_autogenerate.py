@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from sqlalchemy import make_url
 
 from tests.alembic.conftest import Target
@@ -61,10 +62,21 @@ def test_from_models_to_tables_and_back(target: Target, tmp_path: Path) -> None:
 
 
 def test_without_the_line_the_migration_does_not_run(tmp_path: Path) -> None:
-    """It is the line that helps, not luck."""
+    """It is the line that helps, not luck. In a process of its own: what the line does lasts as long as its process."""
     project = Project.made(tmp_path, make_url(f"sqlite:///{tmp_path}/app.db"), MODELS, template="generic", line="")
-    project.autogenerate("files")
+    done = project.alembic_process("revision", "--autogenerate", "-m", "files")
+    assert done.returncode == 0, done.stdout
     assert "NameError" in project.alembic("upgrade", "head", fails=True)
+
+
+@pytest.mark.parametrize(("driver", "template"), [("sqlite", "generic"), ("sqlite+aiosqlite", "async")])
+def test_each_template_in_processes_of_their_own(driver: str, template: str, tmp_path: Path) -> None:
+    project = Project.made(tmp_path, make_url(f"{driver}:///{tmp_path}/app.db"), MODELS, template=template)
+    for command in (["revision", "--autogenerate", "-m", "files"], ["upgrade", "head"]):
+        done = project.alembic_process(*command)
+        assert done.returncode == 0, done.stdout
+    assert "portable_storage_ref_type()" in project.versions().pop().read_text()
+    assert NOTHING in project.alembic("check")
 
 
 OWN_HOOKS = """from granite_storage.alembic import include_storage; include_storage(context); include_storage()

@@ -155,7 +155,7 @@ MUTANTS = [
         path="granite_storage/backends/_s3_writer.py",
         old='if same and head.get("Metadata", {}).get(_WRITE_ID) == self._id:',
         new="if same:",
-        tests=("tests/backends/test_s3_faults.py::TestLostAnswers::test_somebody_elses_object_is_left_as_it_is",),
+        tests=("tests/backends/test_s3_same_content.py",),
     ),
     Mutant(
         name="s3-deletes-anothers-object",
@@ -165,7 +165,7 @@ MUTANTS = [
             '        if head.get("Metadata", {}).get(_WRITE_ID) == self._id:\n            await self._client.call("delete_object"'
         ),
         new='        if head:\n            await self._client.call("delete_object"',
-        tests=("tests/backends/test_s3_faults.py::TestCancellation::test_somebody_elses_object_survives",),
+        tests=("tests/backends/test_s3_faults.py::TestCancellation::test_somebody_elses_object_survives[small bytes]",),
     ),
     Mutant(
         name="s3-cancelled-write-stays",
@@ -173,7 +173,7 @@ MUTANTS = [
         path="granite_storage/backends/_s3_writer.py",
         old="            if body.sent:\n                await self._withdraw()\n",
         new="",
-        tests=("tests/backends/test_s3_faults.py::TestCancellation::test_the_publishing_request",),
+        tests=("tests/backends/test_s3_faults.py::TestCancellation::test_the_publishing_request[small bytes]",),
     ),
     Mutant(
         name="s3-failed-upload-not-aborted",
@@ -197,15 +197,15 @@ MUTANTS = [
         path="granite_storage/backends/_s3_errors.py",
         old="    403: AccessDeniedError,\n",
         new="    403: ObjectNotFoundError,\n",
-        tests=("tests/backends/test_s3.py::TestErrors::test_wrong_secret",),
+        tests=("tests/backends/test_s3.py::TestErrors::test_wrong_secret[stat]",),
     ),
     Mutant(
-        name="reader-resumes-at-the-wrong-byte",
-        rule="A body that was cut off goes on where it stopped.",
+        name="reader-takes-any-range",
+        rule="A body that was cut off goes on where it stopped, or not at all.",
         path="granite_storage/backends/_service_reader.py",
-        old="        self._position += len(chunk)\n",
-        new="        self._position += len(chunk) or 1\n        if self._cuts:\n            self._position -= 1\n",
-        tests=("tests/backends/test_s3_faults.py::TestReaders",),
+        old="if opened.range != ByteRange(self._position, self._stop) or not self._is_same(opened.info):",
+        new="if not self._is_same(opened.info):",
+        tests=("tests/backends/test_s3_resumed_reads.py",),
     ),
     Mutant(
         name="reader-resumes-another-version",

@@ -171,7 +171,9 @@ async def test_a_bucket_in_which_a_missing_object_is_forbidden(moto_server: S3Se
         backend = moto_server.backend(bucket, endpoint_url=proxy.url)
         made = await backend.identities(create=True)
         assert made
-        assert await moto_server.backend(bucket).identities() == made
+        direct = moto_server.backend(bucket)
+        assert await direct.identities() == made
+        await direct.aclose()
         await backend.aclose()
 
 

@@ -317,8 +317,8 @@ class Recovery:
         async with self._pool.reading() as connection:
             locations = sorted({item.location for item in claimed})
             referring = [
-                select(null(), null(), null(), location).where(location.in_(locations))
-                for location in await locations_of(connection, columns)
+                select(null(), null(), null(), location).select_from(column.table).where(location.in_(locations))
+                for column, location in zip(columns, await locations_of(connection, columns), strict=True)
             ]
             found = list(await connection.execute(union_all(fenced, *referring)))
         own = {item for item, attempts, takeovers, _ in found if item is not None and taken[item] == (attempts, takeovers)}

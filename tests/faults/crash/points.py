@@ -105,7 +105,7 @@ RECOVERY = [
     Step("the reference check", Recovery, "_check", needs=_needs("worker")),
     Step("the delete", StorageManager, "reclaim", needs=_needs("worker")),
     Step("the conclusion", Recovery, "_conclude", commits=True, needs=_needs("worker"), matters=_was_given_something),
-    Step("lifting a fence", Recovery, "_let_go", commits=True, needs=_needs("worker"), matters=_was_given_something),
+    Step("lifting a fence", Recovery, "_let_go", commits=True, needs=_needs("worker"), most=2, matters=_was_given_something),
 ]
 
 MIDDLE = "in the middle of a stream"

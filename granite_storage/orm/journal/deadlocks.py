@@ -12,7 +12,7 @@ from sqlalchemy import CursorResult, Executable, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["again_after_deadlock", "code_of", "try_briefly"]
+__all__ = ["again_after_deadlock", "codes_of", "try_briefly"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,7 +34,7 @@ def again_after_deadlock(method: Callable[P, Awaitable[T]]) -> Callable[P, Await
             try:
                 return await method(*args, **kwargs)
             except DBAPIError as error:
-                if code_of(error) not in _DEADLOCKS or attempt == _TRIES - 1:
+                if codes_of(error).isdisjoint(_DEADLOCKS) or attempt == _TRIES - 1:
                     raise
             await asyncio.sleep(random.uniform(0, 0.05 * 2**attempt))  # noqa: S311  # not a secret
         raise AssertionError("the last try returns or raises")
@@ -60,14 +60,13 @@ async def _try(connection: AsyncConnection, statement: Executable) -> CursorResu
         async with connection.begin_nested():
             return await connection.execute(statement)
     except DBAPIError as error:
-        if code_of(error) in _LOCK_TIMEOUTS:
-            return None
-        raise
+        if codes_of(error).isdisjoint(_LOCK_TIMEOUTS):
+            raise
+        return None
 
 
-def code_of(error: DBAPIError) -> str | int | None:
-    """Return the database's code of an error: PostgreSQL's is text, MariaDB's a number."""
-    found: str | int | None = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-    if found is None and error.orig is not None and error.orig.args and isinstance(error.orig.args[0], int):
-        return error.orig.args[0]
-    return found
+def codes_of(error: DBAPIError) -> set[str | int]:
+    """Return the database's codes of an error: the SQLSTATE, and on MariaDB a number as well, which says more."""
+    original = error.orig
+    found = {getattr(original, "sqlstate", None), getattr(original, "pgcode", None), *getattr(original, "args", ())[:1]}
+    return {code for code in found if isinstance(code, str | int)}

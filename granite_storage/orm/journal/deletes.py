@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
+from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
@@ -68,9 +69,8 @@ def nominate(connection: Connection, intent: Table, pending: Iterable[PendingDel
 
     The rows are written in the order of their ids, so that transactions that nominate the same objects do not deadlock.
     """
-    by_id = {item.id: item for item in sorted(pending, key=_seconds)}
-    for batch in batches(sorted(by_id), _AT_A_TIME):
-        connection.execute(_upsert(connection.dialect.name, intent, [by_id[item] for item in batch]))
+    for batch in batches(_latest(pending), _AT_A_TIME):
+        connection.execute(_upsert(connection.dialect.name, intent, batch))
 
 
 def has_own_id(row: Row[Any]) -> bool:
@@ -86,13 +86,18 @@ async def renumber(connection: AsyncConnection, intent: Table, rows: Sequence[Ro
     Returns:
         Whether there was any that could be renumbered.
     """
-    done: list[UUID] = []
-    for row in rows:
-        pending = PendingDelete(row.backend, row.location, row.due)
-        if await try_briefly(connection, _upsert(connection.dialect.name, intent, [pending])) is not None:
-            await connection.execute(delete(intent).where(intent.c.id == row.id))
-            done.append(row.id)
-    return bool(done)
+    dialect = connection.dialect.name
+
+    async def renumbered(rows: Sequence[Row[Any]]) -> bool:
+        pending = _latest(PendingDelete(row.backend, row.location, row.due) for row in rows)
+        if await try_briefly(connection, _upsert(dialect, intent, pending)) is None:
+            return False
+        await connection.execute(delete(intent).where(intent.c.id.in_([row.id for row in rows])))
+        return True
+
+    if not rows:
+        return False
+    return await renumbered(rows) or any([await renumbered([row]) for row in rows])
 
 
 def _upsert(dialect: str, intent: Table, pending: Sequence[PendingDelete]) -> Insert:
@@ -114,5 +119,7 @@ def _upsert(dialect: str, intent: Table, pending: Sequence[PendingDelete]) -> In
     return inserted.on_duplicate_key_update(due=func.greatest(intent.c.due, inserted.inserted.due))
 
 
-def _seconds(item: PendingDelete) -> float:
-    return item.due if isinstance(item.due, float) else 0.0
+def _latest(pending: Iterable[PendingDelete]) -> list[PendingDelete]:
+    """Return the latest of each object, in the order of their ids."""
+    by_id = {item.id: item for item in sorted(pending, key=attrgetter("due"))}
+    return [by_id[item] for item in sorted(by_id)]

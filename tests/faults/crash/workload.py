@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from random import Random
 from typing import Any
 
@@ -108,6 +109,7 @@ class Workload:
             self._copy: 2,
             self._store_first: 3,
             self._restore: 3,
+            self._nominate: 1,
         }
         await self._random.choices(list(operations), list(operations.values()))[0](session)
 
@@ -173,6 +175,14 @@ class Workload:
         if self._given_up:
             ref, says = self._given_up.pop(self._random.randrange(len(self._given_up)))
             self._give(await self._book(session), "kept", Attachment.restore(ref), says)
+
+    async def _nominate(self, session: AsyncSession) -> None:
+        """Nominate an object that a row holds, as a trigger does for a move in two statements: the worker asks first."""
+        book = await self._book(session)
+        if book.kept is not None and not book.kept.is_pending:
+            nominated = [(book.kept.ref, timedelta(0))]
+            connection = await session.connection()
+            await connection.run_sync(lambda it: self._place.journal.intents.displace(it, nominated))
 
     async def _book(self, session: AsyncSession) -> Book:
         number = self._random.randrange(_BOOKS)

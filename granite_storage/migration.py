@@ -168,8 +168,8 @@ class Migration(Run[Moved, MigrationReport]):
                 if len(report.failures) < _MOST_KEPT:
                     report.failures.append(moved)
 
-    async def _batches(self, after: str | None) -> AsyncGenerator[tuple[RefRow, set[tuple[str, str]]], None]:
-        """Yield the rows, each with where the objects are that more than one value of its batch refers to."""
+    async def _batches(self, after: str | None) -> AsyncGenerator[tuple[RefRow, set[str]], None]:
+        """Yield the rows, each with the locations that more than one value of its batch refers to."""
         batch: list[RefRow] = []
         async with aclosing(self._scan.rows(after=after)) as rows:
             async for row in rows:
@@ -181,7 +181,7 @@ class Migration(Run[Moved, MigrationReport]):
         for item in await self._with_shared(batch):
             yield item
 
-    async def _with_shared(self, batch: Sequence[RefRow]) -> list[tuple[RefRow, set[tuple[str, str]]]]:
+    async def _with_shared(self, batch: Sequence[RefRow]) -> list[tuple[RefRow, set[str]]]:
         refs = [
             held.ref for row in batch for held in row.values if held.ref is not None and held.is_managed and self._concerns(held)
         ]
@@ -198,17 +198,17 @@ class Migration(Run[Moved, MigrationReport]):
             return True
         return held.ref.storage_key == self._storage_key and held.ref.backend != self._to_backend
 
-    async def _move_row(self, item: tuple[RefRow, set[tuple[str, str]]]) -> list[Moved]:
+    async def _move_row(self, item: tuple[RefRow, set[str]]) -> list[Moved]:
         row, shared = item
         return [await self._deal_with(held, shared) for held in row.values if self._concerns(held)]
 
-    async def _deal_with(self, held: HeldValue, shared: set[tuple[str, str]]) -> Moved:
+    async def _deal_with(self, held: HeldValue, shared: set[str]) -> Moved:
         dealt_with = await self._try_to_move(held, shared)
         if dealt_with.verdict is Verdict.FAILED:
             self._given_up.add((held.label, held.primary_key, held.raw))
         return dealt_with
 
-    async def _try_to_move(self, held: HeldValue, shared: set[tuple[str, str]]) -> Moved:
+    async def _try_to_move(self, held: HeldValue, shared: set[str]) -> Moved:
         """Move what a column holds; where a writer was faster, what it holds then, unless that is where it should be."""
         if not held.is_managed:
             return _moved(Verdict.MANUAL, held, "a plain column of refs is the application's to change")
@@ -238,8 +238,8 @@ class Migration(Run[Moved, MigrationReport]):
             held = found
         return _moved(Verdict.CHANGED, held, error or "a writer was faster, again and again")
 
-    async def _relocate(self, held: HeldValue, ref: StoredObjectRef, shared: set[tuple[str, str]]) -> bool:
-        if (ref.backend, ref.location) not in shared:
+    async def _relocate(self, held: HeldValue, ref: StoredObjectRef, shared: set[str]) -> bool:
+        if ref.location not in shared:
             return await relocate(self._binding, held, paced=self._paced, is_shared=False)
         async with self._one_by_one:
             return await relocate(self._binding, held, paced=self._paced, is_shared=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
-from granite_storage.backends._descriptors import DIRECTORY, NO_LINK, TEMPORARY_SUFFIX, info_of, opened
+from granite_storage.backends._descriptors import DIRECTORY, NO_LINK, TEMPORARY_SUFFIX, info_of
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.exceptions import InvalidLocationError
 from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check_location
@@ -56,18 +58,65 @@ def walked(top: int, folder: str, prefix: str, start_after: str) -> Iterator[Obj
             os.close(directory)
 
 
-def swept(directory: int, before: float, room: int = MAX_LOCATION_BYTES) -> int:
+def swept(top: int, before: float) -> int:
     """Remove the temporary files below an open directory that were last written to before a time; return how many.
 
-    The directories that this leaves empty go too.
+    The directories that this leaves empty go too. It goes depth first, with no call in another for each level: folders may be
+    nested as deeply as a location is long.
 
     Args:
-        directory: The directory.
+        top: The directory.
         before: The time, in seconds since the epoch.
-        room: How many bytes a location below it may have: deeper directories are none of ours.
     """
-    removed = 0
-    folders: list[str] = []
+    removed, folders = _swept_files(top, before)
+    levels = [_Level(top, "", MAX_LOCATION_BYTES, iter(folders), removed)]
+    try:
+        while True:
+            level = levels[-1]
+            name = next(level.folders, None)
+            if name is not None:
+                room = level.room - len(os.fsencode(name)) - 1  # deeper directories are none of ours
+                if room > 0 and _is_segment(name):
+                    with suppress(*_VANISHED):
+                        levels.append(_opened_level(name, level.directory, room, before))
+                continue
+            levels.pop()
+            if not levels:
+                return level.removed
+            os.close(level.directory)
+            levels[-1].removed += level.removed
+            if level.removed:
+                with suppress(OSError):
+                    os.rmdir(level.name, dir_fd=levels[-1].directory)
+    finally:
+        for level in levels[1:]:
+            os.close(level.directory)
+
+
+@dataclass(slots=True)
+class _Level:
+    """A directory that a sweep is in."""
+
+    directory: int
+    name: str
+    room: int
+    folders: Iterator[str]
+    removed: int
+
+
+def _opened_level(name: str, parent: int, room: int, before: float) -> _Level:
+    directory = os.open(name, DIRECTORY | NO_LINK, dir_fd=parent)
+    try:
+        removed, folders = _swept_files(directory, before)
+    except BaseException:
+        os.close(directory)
+        raise
+    return _Level(directory, name, room, iter(folders), removed)
+
+
+def _swept_files(directory: int, before: float) -> tuple[int, list[str]]:
+    """Remove what is old in a directory itself; return how many files that were, and which directories are in it."""
+    removed, folders = 0, list[str]()
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
@@ -77,23 +126,7 @@ def swept(directory: int, before: float, room: int = MAX_LOCATION_BYTES) -> int:
                     if os.stat(entry.name, dir_fd=directory, follow_symlinks=False).st_mtime < before:
                         os.unlink(entry.name, dir_fd=directory)
                         removed += 1
-    for name in folders:
-        left = room - len(os.fsencode(name)) - 1
-        if left > 0 and _is_segment(name):
-            removed += _swept_folder(name, directory, before, left)
-    return removed
-
-
-def _swept_folder(name: str, parent: int, before: float, room: int) -> int:
-    try:
-        with opened(name, parent) as child:
-            removed = swept(child, before, room)
-    except _VANISHED:
-        return 0
-    if removed:
-        with suppress(OSError):
-            os.rmdir(name, dir_fd=parent)
-    return removed
+    return removed, folders
 
 
 def _level(path: str, name: str, parent: int) -> tuple[int, Iterator[tuple[str, str]]]:
@@ -109,9 +142,11 @@ def _level(path: str, name: str, parent: int) -> tuple[int, Iterator[tuple[str, 
 def _entries(directory: int, folder: str) -> list[tuple[str, str]]:
     """Return the paths and names of what may be an object, or have some below, in order; a directory's path ends in a slash."""
     found = []
-    with os.scandir(directory) as entries:
+    with os.scandir(directory) as scanned:
+        entries = list(scanned)
+        names = {entry.name for entry in entries if not entry.name.isascii()}
         for entry in entries:
-            name = entry.name
+            name = entry.name if entry.name not in names else _composed(entry, directory, names)
             path = folder + name
             if not _is_segment(name) or (len(path) > _SURELY_FITS and len(os.fsencode(path)) > MAX_LOCATION_BYTES):
                 continue
@@ -121,6 +156,21 @@ def _entries(directory: int, folder: str) -> list[tuple[str, str]]:
                 found.append((path, name))
     found.sort()
     return found
+
+
+def _composed(entry: os.DirEntry[str], directory: int, names: set[str]) -> str:
+    """Return the name by which a file was stored, where the file system lists another one for it.
+
+    HFS+, and what a Mac shares, decompose letters: `é` is listed as `e` and U+0301, and found under either spelling.
+    """
+    composed = unicodedata.normalize("NFC", entry.name)
+    if composed in names:  # nothing to compose, or both spellings are files of their own
+        return entry.name
+    try:
+        found = os.stat(composed, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return entry.name
+    return composed if found.st_ino == entry.inode() else entry.name
 
 
 def _is_segment(name: str) -> bool:

@@ -10,6 +10,7 @@ from granite_storage.gc.references import ReferenceSource
 from granite_storage.gc.report import MOST_KEPT, DanglingReference
 from granite_storage.manager import StorageManager
 from granite_storage.orm._batches import batches
+from granite_storage.orm.scanning import is_text
 
 __all__ = ["find_dangling"]
 
@@ -28,7 +29,7 @@ async def find_dangling(
     found: list[DanglingReference] = []
     for batch in batches(locations, min(_BATCH, source.at_a_time)):
         missing = await _missing(manager, backend, batch)
-        odd = {location for location in missing if not _is_text(location)}  # no database can be asked for it
+        odd = {location for location in missing if not is_text(location)}  # no database can be asked for it
         asked = [location for location in missing if location not in odd]
         held = odd | (await source.find_held(backend, asked) if asked else set())
         found += [DanglingReference(backend, location, said) for location, said in missing.items() if location in held]
@@ -55,11 +56,3 @@ async def _missing(manager: StorageManager, backend_key: str, locations: Sequenc
         for location in locations:
             group.create_task(look(location))
     return missing
-
-
-def _is_text(location: str) -> bool:
-    try:
-        location.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

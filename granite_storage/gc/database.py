@@ -174,7 +174,7 @@ class DatabaseReferences:
                 try:
                     async for of_backend, _, extra in result:
                         for location in named_in(json.loads(extra)):
-                            yield location, of_backend == self._backend
+                            yield location, as_text(of_backend) == self._backend
                 finally:
                     await result.close()
 
@@ -193,9 +193,8 @@ class DatabaseReferences:
                 found = (await connection.execute(first_of(item, dialect, kind, self._identities))).first()
                 if found is not None:
                     *key, backend, identity = found
-                    raise CollectionRefusedError(
-                        self._misunderstood(kind, f"{item.label} of the row {_key(key)}", backend, identity)
-                    )
+                    where = f"{item.label} of the row {_key(key)}"
+                    raise CollectionRefusedError(self._misunderstood(kind, where, as_text(backend), as_text(identity or "")))
         raise CollectionRefusedError(_illegible("a row that has changed meanwhile"))
 
     def _misunderstood(self, kind: int, where: str, backend: str, identity: str) -> str:

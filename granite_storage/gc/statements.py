@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from granite_storage.orm.held import selected_location
+from granite_storage.orm.held import selected_text
 from granite_storage.orm.types import location_of, value_in
 
 __all__ = [
@@ -82,7 +82,7 @@ def all_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequen
         identities: Those that the store of the objects in question answers to; None where it has none to compare with.
     """
     found = union_all(*(_locations(column, dialect, identities) for column in columns)).subquery("found")
-    location = selected_location(found.c.location, dialect)
+    location = selected_text(found.c.location, dialect)
     return select(location, found.c.kind).order_by(_in_byte_order(found.c.location, dialect))
 
 
@@ -93,7 +93,8 @@ def first_of(column: RefColumn, dialect: str, kind: int, identities: Sequence[st
         _has_value(ref, dialect),
         case((_is_legible(ref, dialect), _kind(column, dialect, identities)), else_=null()) == literal_column(str(kind)),
     )
-    found = select(*ref.table.primary_key, location_of(ref, dialect)[0], value_in(ref, "identity", dialect))
+    said = (location_of(ref, dialect)[0], value_in(ref, "identity", dialect))
+    found = select(*ref.table.primary_key, *(selected_text(value, dialect) for value in said))
     return found.where(wanted).limit(1)
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from granite_storage.orm.journal.tables import JournalTables
 
-__all__ = ["as_text", "find_held", "held_among", "most_at_once", "named_in", "selected_extra", "selected_location"]
+__all__ = ["as_text", "find_held", "held_among", "most_at_once", "named_in", "selected_extra", "selected_text"]
 
 _MOST_PARAMETERS = 20_000
 _MOST_LOCATIONS = 1000
@@ -85,9 +85,9 @@ async def find_held(
     wanted = {*locations, *ids}
     for backend, location, names in await connection.execute(union_all(*parts)):
         if names is None:
-            held.add((backend, as_text(location)))
+            held.add((as_text(backend), as_text(location)))
         else:
-            found = ((backend, name) for name in named_in(json.loads(names)))
+            found = ((as_text(backend), name) for name in named_in(json.loads(names)))
             held.update((of, name) for of, name in found if name in wanted or generated_id(name) in wanted)
     return held
 
@@ -118,21 +118,21 @@ def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]
     text, names_one = _extra_of(column, dialect)
     backend, _ = location_of(column, dialect)
     found: Select[*tuple[Any, ...]] = select(
-        backend.label("backend"),
+        selected_text(backend, dialect).label("backend"),
         cast(null(), LargeBinary if dialect == "sqlite" else Text()).label("location"),
         text.label("extra"),
     )
     return found.where(names_one)
 
 
-def as_text(location: str | bytes) -> str:
-    """Return a location as it was selected: SQLite gives bytes, among which a lone surrogate may be."""
-    if isinstance(location, str):
-        return location
+def as_text(value: str | bytes | None) -> str:
+    """Return a text as it was selected: SQLite gives bytes, among which a lone surrogate may be."""
+    if value is None or isinstance(value, str):
+        return value or ""
     try:
-        return location.decode("utf-8", "surrogatepass")
+        return value.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
-        return location.decode("utf-8", "surrogateescape")
+        return value.decode("utf-8", "surrogateescape")
 
 
 def _referring(
@@ -156,14 +156,16 @@ def _among(
     if ids:
         wanted = or_(wanted, _id_in(location, dialect).in_(ids))
     found: Select[*tuple[Any, ...]] = select(
-        backend.label("backend"), selected_location(location, dialect.name).label("location"), cast(null(), Text()).label("extra")
+        selected_text(backend, dialect.name).label("backend"),
+        selected_text(location, dialect.name).label("location"),
+        cast(null(), Text()).label("extra"),
     )
     return found.where(wanted)
 
 
-def selected_location(location: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
-    """Return a location as it can be selected, whatever it is; `as_text` reads it."""
-    return cast(location, LargeBinary) if dialect == "sqlite" else location
+def selected_text(value: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
+    """Return a text as it can be selected, whatever it is; `as_text` reads it."""
+    return cast(value, LargeBinary) if dialect == "sqlite" else value
 
 
 def _id_in(location: ColumnElement[str], dialect: Dialect) -> ColumnElement[Any]:

@@ -8,6 +8,7 @@ that of one page.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,23 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import Column, ColumnElement, Dialect, Select, Table, Text, and_, cast, func, or_, select, type_coerce
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Dialect,
+    LargeBinary,
+    Select,
+    Table,
+    Text,
+    and_,
+    case,
+    cast,
+    func,
+    or_,
+    select,
+    type_coerce,
+)
+from sqlalchemy.exc import OperationalError
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm.rows import among
@@ -28,7 +45,7 @@ if TYPE_CHECKING:
 
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["HeldValue", "RefRow", "Scan", "as_stored", "following"]
+__all__ = ["HeldValue", "RefRow", "Scan", "as_stored", "following", "is_text", "where_json"]
 
 _AT_A_TIME = 500
 
@@ -127,7 +144,7 @@ class Scan:
     async def read_again(self, held: HeldValue) -> HeldValue | None:
         """Return what a column holds now; None where it holds nothing, or the row is gone."""
         async with self._connection(held.table) as connection:
-            statement = select(as_stored(held.column, connection.dialect)).where(among(held.table, [held.primary_key]))
+            statement = select(_selected(held.column, connection.dialect)).where(among(held.table, [held.primary_key]))
             found = (await connection.execute(statement)).first()
             return (
                 None
@@ -135,19 +152,26 @@ class Scan:
                 else _value(held.table, held.primary_key, held.column, found[0], _reader(connection.dialect))
             )
 
-    async def shared(self, refs: Sequence[StoredObjectRef]) -> set[tuple[str, str]]:
-        """Return where the objects are, as (backend, location), that more than one value refers to."""
-        counted: dict[tuple[str, str], int] = {}
-        wanted = sorted({ref.location for ref in refs})
+    async def shared(self, refs: Sequence[StoredObjectRef]) -> set[str]:
+        """Return the locations that more than one value refers to, under whatever backend's key."""
+        counted: Counter[str] = Counter()
+        wanted = sorted({ref.location for ref in refs if is_text(ref.location)})
         for table, columns in self._columns.items():
-            async with self._connection(table) as connection:
-                for column in columns:
-                    backend, location = location_of(column, connection.dialect.name)
-                    found = await connection.execute(select(backend, location).where(location.in_(wanted)))
-                    for row in found:
-                        place = (row[0], row[1])
-                        counted[place] = counted.get(place, 0) + 1
-        return {place for place, number in counted.items() if number > 1}
+            for column in columns:
+                counted.update(await self._found(table, column, wanted))
+        return {location for location, number in counted.items() if number > 1}
+
+    async def _found(self, table: Table, column: Column[Any], wanted: Sequence[str]) -> list[str]:
+        """Return which of the locations a column refers to, as often as it does."""
+        async with self._connection(table) as connection:
+            location = location_of(column, connection.dialect.name)[1]
+            try:
+                return list((await connection.execute(select(location).where(location.in_(wanted)))).scalars())
+            except OperationalError:  # on SQLite one value that is no JSON spoils every look into the column
+                if connection.dialect.name != "sqlite":
+                    raise
+                location = where_json(column, location)
+                return list((await connection.execute(select(location).where(location.in_(wanted)))).scalars())
 
     async def _pages(self, table: Table, after: tuple[Any, ...] | None) -> AsyncIterator[list[RefRow]]:
         while True:
@@ -162,7 +186,7 @@ class Scan:
         columns, keys = self._columns[table], list(table.primary_key)
         async with self._connection(table) as connection:
             read = _reader(connection.dialect)
-            statement = select(*keys, *(as_stored(column, connection.dialect) for column in columns)).where(_any(columns))
+            statement = select(*keys, *(_selected(column, connection.dialect) for column in columns)).where(_any(columns))
             rows = list(await connection.execute(following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)))
         page: list[RefRow] = []
         for row in rows:
@@ -191,6 +215,25 @@ def as_stored(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
     return cast(column, Text) if dialect.name == "postgresql" else type_coerce(column, Text())
 
 
+def _selected(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
+    """Return a column as it can be selected whatever it holds: a text that is none in UTF-8 would spoil every row of SQLite."""
+    return cast(column, LargeBinary) if dialect.name == "sqlite" else as_stored(column, dialect)
+
+
+def where_json(column: Column[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return what SQLite finds in a column's JSON, and NULL where that is none, instead of an error."""
+    return case((func.json_valid(column) == 1, value))
+
+
+def is_text(value: str) -> bool:
+    """Tell whether a database can be asked for a string: one with a lone surrogate has no bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _any(columns: Sequence[Column[Any]]) -> ColumnElement[bool]:
     return or_(*(column.is_not(None) for column in columns))
 
@@ -217,7 +260,11 @@ def _value(
     if raw is None:
         return None
     try:
+        raw = raw.decode() if isinstance(raw, bytes) else raw
         ref = read(raw)
+    except UnicodeDecodeError as error:
+        problem = InvalidReferenceError(f"the column does not hold text in UTF-8: {error.reason}")
+        return HeldValue(table, primary_key, column, raw, error=problem)
     except InvalidReferenceError as error:
         return HeldValue(table, primary_key, column, raw, error=error)
     return None if ref is None else HeldValue(table, primary_key, column, raw, ref)

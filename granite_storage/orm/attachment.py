@@ -10,7 +10,7 @@ from granite_storage.exceptions import ConsumedSourceError, InvalidReferenceErro
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm import shown
 from granite_storage.orm.address import Address
-from granite_storage.orm.uploads import Upload, store
+from granite_storage.orm.uploads import Upload, require_fit, store
 from granite_storage.readers import OpeningReader
 from granite_storage.refs import StoredObjectRef, read_only
 from granite_storage.streams import ByteSource, iter_chunks
@@ -230,12 +230,15 @@ class Attachment:
 
         Raises:
             ConsumedSourceError: Its stream was read already.
+            ContentTooLargeError: It is larger than the column's policy allows, also where it was stored for another one.
             StorageError: As `StorageManager.put_stream`.
         """
         home = _home_of(column)
         if self.is_pending:
             await store([Upload(self, home, uuid7_hex())])
             self._unowned = True
+        else:
+            require_fit(home, self.ref)
         return self
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Legacy bulk operations, `Session.bulk_update_mappings` and its like: no event tells of them, only of the transaction they begin.
+"""Legacy bulk operations, `Session.bulk_update_mappings` and its like: no event tells of them, but of the transaction they begin.
 
 While one is in progress, the statements of its session are looked at. An UPDATE of an attachment would displace an object that
 nothing would ever delete, so it is refused; an INSERT with a file is refused by the column's type, as everywhere.
@@ -7,6 +7,7 @@ nothing would ever delete, so it is refused; an INSERT with a file is refused by
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Update, event
@@ -18,61 +19,76 @@ from granite_storage.orm._registry import active_bindings
 
 __all__ = ["begin_connection", "begin_transaction", "end_transaction", "note_flush", "unlisten_all"]
 
-_flushes: weakref.WeakKeyDictionary[Session, weakref.ref[UOWTransaction]] = weakref.WeakKeyDictionary()
-_connections: weakref.WeakKeyDictionary[Session, weakref.WeakSet[Connection]] = weakref.WeakKeyDictionary()
-_guards: weakref.WeakKeyDictionary[SessionTransaction, _Guard] = weakref.WeakKeyDictionary()
+
+@dataclass(slots=True, eq=False)
+class _Observed:
+    """What is known of a session: its newest flush, the connections it works on, and its bulk operations in progress."""
+
+    flush: weakref.ref[UOWTransaction] | None = None
+    connections: weakref.WeakSet[Connection] = field(default_factory=weakref.WeakSet)
+    guards: weakref.WeakKeyDictionary[SessionTransaction, _Guard] = field(default_factory=weakref.WeakKeyDictionary)
+
+    def begins_flush(self) -> bool:
+        """Tell whether the part of the transaction that has just begun is that of a flush."""
+        context = None if self.flush is None else self.flush()
+        return context is not None and context.has_work and getattr(context, "transaction", None) is None
+
+
+_sessions: weakref.WeakKeyDictionary[Session, _Observed] = weakref.WeakKeyDictionary()
 
 
 def note_flush(session: Session, context: UOWTransaction) -> None:
     """Remember the flush of a session that is about to begin its own part of the transaction."""
-    _flushes[session] = weakref.ref(context)
+    _observed(session).flush = weakref.ref(context)
 
 
 def begin_connection(session: Session, connection: Connection) -> None:
     """Remember a connection that a session works on."""
-    _connections.setdefault(session, weakref.WeakSet()).add(connection)
-    for guard in _guards.values():
-        if guard.session is session:
-            guard.listen(connection)
+    observed = _observed(session)
+    observed.connections.add(connection)
+    for guard in observed.guards.values():
+        guard.listen(connection)
 
 
 def begin_transaction(session: Session, transaction: SessionTransaction) -> None:
     """Look at the statements of a part of a transaction that is no flush's, so that it must be a bulk operation's."""
-    reference = _flushes.get(session)
-    context = None if reference is None else reference()
-    if context is not None and context.has_work and getattr(context, "transaction", None) is None:
-        return
-    _guards[transaction] = guard = _Guard(session)
-    for connection in _connections.get(session, ()):
-        guard.listen(connection)
+    observed = _observed(session)
+    if not observed.begins_flush():
+        observed.guards[transaction] = guard = _Guard()
+        for connection in observed.connections:
+            guard.listen(connection)
 
 
 def end_transaction(session: Session, transaction: SessionTransaction) -> None:
     """Look at the statements no longer."""
-    guard = _guards.pop(transaction, None)
+    observed = _sessions.get(session)
+    guard = None if observed is None else observed.guards.pop(transaction, None)
     if guard is not None:
         guard.close()
     if transaction.parent is None:
-        _connections.pop(session, None)
+        _sessions.pop(session, None)
 
 
 def unlisten_all() -> None:
     """Look at nothing any more."""
-    for guard in _guards.values():
-        guard.close()
-    _guards.clear()
+    for observed in list(_sessions.values()):
+        for guard in observed.guards.values():
+            guard.close()
+    _sessions.clear()
+
+
+def _observed(session: Session) -> _Observed:
+    found = _sessions.get(session)
+    if found is None:
+        found = _sessions[session] = _Observed()
+    return found
 
 
 class _Guard:
     """Refuses statements of one bulk operation."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = weakref.ref(session)
+    def __init__(self) -> None:
         self._listening: weakref.WeakSet[Connection] = weakref.WeakSet()
-
-    @property
-    def session(self) -> Session | None:
-        return self._session()
 
     def listen(self, connection: Connection) -> None:
         if connection not in self._listening:
@@ -98,6 +114,6 @@ class _Guard:
 
 def _refusal(label: str) -> InvalidReferenceError:
     return InvalidReferenceError(
-        f"a legacy bulk operation may not update the attachment {label}: nothing would delete the object that the row held; leave"
-        " the attribute out, assign to an instance and flush it, or set None by session.execute(update(...))"
+        f"a legacy bulk operation must not write the attachment {label}, because nothing would delete the object that its row"
+        " holds: leave the attribute out, assign to an instance and flush it, or set None by session.execute() and an update()"
     )

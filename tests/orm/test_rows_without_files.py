@@ -1,4 +1,4 @@
-"""Rows that hold no files are the application's own: also in synchronous sessions, and where every statement commits by itself."""
+"""Rows without files are the application's own: also in synchronous sessions, and where every statement commits by itself."""
 
 from __future__ import annotations
 

@@ -53,6 +53,9 @@ class _RefComparator(TypeDecorator.Comparator[Any], JSON.Comparator[Any]):
     __slots__ = ()
 
     def __getitem__(self, index: Any) -> ColumnElement[Any]:
+        # Python iterates by numbers over what it can index: an encoder that walks into a column would never come to its end.
+        if isinstance(index, int | slice):
+            raise TypeError("the fields of a ref have names: index the column by a string, such as Document.file['size']")
         return type_coerce(self.expr, JSON())[index]
 
     def operate(self, op: Any, *other: Any, **kwargs: Any) -> Any:

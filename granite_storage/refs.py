@@ -139,6 +139,24 @@ class StoredObjectRef(_UnknownKeys):
     def __deepcopy__(self, _: dict[int, Any]) -> Self:
         return self
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[Any], handler: Any) -> Any:
+        """Let pydantic take a ref that a manager has minted, and none of a client's; in JSON a ref is what `to_dict` returns.
+
+        The schema is written out, as a dict is all that it is: this module does without pydantic.
+        """
+        as_json = {"type": "function-plain", "function": cls.to_dict, "when_used": "json"}
+        return {"type": "function-plain", "function": {"type": "no-info", "function": _require_minted}, "serialization": as_json}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+        text, optional = {"type": "string"}, {"anyOf": [{"type": "string"}, {"type": "null"}]}
+        properties = dict.fromkeys(("storage_key", "backend", "location", "checksum"), text)
+        properties |= {"size": {"type": "integer", "minimum": 0}}
+        properties |= dict.fromkeys(("content_type", "original_filename", "created_at"), optional)
+        properties |= {"extra": {"anyOf": [{"type": "object"}, {"type": "null"}]}}
+        return {"type": "object", "title": "StoredObjectRef", "properties": properties, "required": list(properties)}
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, unknown keys that were read included."""
         known = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -171,6 +189,12 @@ class StoredObjectRef(_UnknownKeys):
         unknown = {key: value for key, value in data.items() if key not in names}
         object.__setattr__(ref, "_unknown", read_only(unknown, "an unknown key"))
         return ref
+
+
+def _require_minted(value: object) -> StoredObjectRef:
+    if not isinstance(value, StoredObjectRef):
+        raise ValueError("a StoredObjectRef comes from a StorageManager or from a column of refs, never from a client")
+    return value
 
 
 def canonical_checksum(checksum: object) -> str:

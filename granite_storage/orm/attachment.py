@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from granite_storage._sources import SupportsAsyncRead, SupportsRead, WholeFile, is_file, upload_size
 from granite_storage.drafts import upload_names
@@ -15,10 +15,10 @@ from granite_storage.exceptions import (
     InvalidReferenceError,
     UnboundAttachmentError,
 )
-from granite_storage.locations import uuid7_hex
+from granite_storage.locations import clean_filename, uuid7_hex
 from granite_storage.orm import shown
 from granite_storage.orm.address import Address
-from granite_storage.orm.uploads import Upload, store
+from granite_storage.orm.uploads import Upload, require_fit, store
 from granite_storage.readers import OpeningReader
 from granite_storage.refs import StoredObjectRef, read_only
 from granite_storage.streams import BytesLike, ByteSource, iter_chunks
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Attachment"]
 
-_TRANSIENT = frozenset({"_assignments", "_claimed", "_is_written", "_discarded", "_intent", "_unowned"})
+# What a pickle keeps; the rest belongs to a transaction.
+_KEPT = ("_content_type", "_error", "_extra", "_filename", "_home", "_ref", "_restored", "_reusable", "_source")
 _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
@@ -68,29 +69,59 @@ class Attachment:
         True
     """
 
-    _source: ByteSource | WholeFile | Attachment | None = None
+    # Slots, so that what walks through `vars(...)` finds no private state, no bytes and no column.
+    __slots__ = (
+        "__weakref__",
+        "_assignments",
+        "_claimed",
+        "_content_type",
+        "_discarded",
+        "_error",
+        "_extra",
+        "_filename",
+        "_home",
+        "_intent",
+        "_is_written",
+        "_ref",
+        "_restored",
+        "_reusable",
+        "_source",
+        "_unowned",
+    )
+
+    _source: ByteSource | WholeFile | Attachment | None
     # True while the source can be stored once more after a rollback.
-    _reusable = False
-    _filename: str | None = None
-    _content_type: str | None = None
-    _extra: Mapping[str, Any] | None = None
-    _ref: StoredObjectRef | None = None
-    _error: InvalidReferenceError | None = None
-    _home: AttachmentType | Address | None = None
+    _reusable: bool
+    _filename: str | None
+    _content_type: str | None
+    _extra: Mapping[str, Any] | None
+    _ref: StoredObjectRef | None
+    _error: InvalidReferenceError | None
+    _home: AttachmentType | Address | None
     # True while a flush writes the ref into the row that owns it: the column type binds no other.
-    _claimed = False
+    _claimed: bool
     # True once a statement of that flush has written it.
-    _is_written = False
+    _is_written: bool
     # What a journal has written down about its object, until the row that takes it is committed.
-    _intent: Intent | None = None
+    _intent: Intent | None
     # True once it was made by `restore`: a row takes it by undoing the delete that its object waits for.
-    _restored = False
+    _restored: bool
     # True from `store` until a row takes it: an object that no row holds yet may be taken without a copy.
-    _unowned = False
+    _unowned: bool
     # The instances that it was assigned to while no row held it, and the attributes.
-    _assignments: Sequence[tuple[weakref.ref[InstanceState[Any]], str]] = ()
+    _assignments: Sequence[tuple[weakref.ref[InstanceState[Any]], str]]
     # True once it was removed because no row had taken it.
-    _discarded = False
+    _discarded: bool
+
+    __pydantic_serializer__: ClassVar[Any] = shown.LazySerializer()
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:  # noqa: D102
+        self = super().__new__(cls)
+        self._source = self._filename = self._content_type = self._extra = None
+        self._ref = self._error = self._home = self._intent = None
+        self._reusable = self._claimed = self._is_written = self._restored = self._unowned = self._discarded = False
+        self._assignments = ()
+        return self
 
     def __init__(
         self,
@@ -277,12 +308,15 @@ class Attachment:
 
         Raises:
             ConsumedSourceError: Its stream was read already.
+            ContentTooLargeError: It is larger than the column's policy allows, also where it was stored for another one.
             StorageError: As `StorageManager.put_stream`.
         """
         home = _home_of(column)
         if self.is_pending:
             await store([Upload(self, home, uuid7_hex())])
             self._unowned = True
+        else:
+            require_fit(home, self.ref)
         return self
 
     @classmethod
@@ -402,10 +436,54 @@ class Attachment:
             return f"<Attachment pending filename={self._filename!r}>"
         return f"<Attachment size={self._ref.size} filename={self._ref.original_filename!r}>"
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key not in _TRANSIENT}
+    def describe(self) -> dict[str, Any]:
+        """Return what a client may see: size, media type, name and checksum, never where the bytes lie.
+
+        It is what response models show, for encoders that know nothing of attachments: `json.dumps(..., default=...)`, or
+        Litestar's `type_encoders={Attachment: Attachment.describe}`. One that is pending has no size and no checksum yet, and
+        one whose row holds no ref that can be read has nothing to show; what is missing is None.
+        """
+        ref = self._ref
+        if ref is None:
+            name = None if self._filename is None else clean_filename(self._filename)
+            return {"size": None, "content_type": self._content_type, "original_filename": name, "checksum": None}
+        return {
+            "size": ref.size,
+            "content_type": ref.content_type,
+            "original_filename": ref.original_filename,
+            "checksum": ref.checksum,
+        }
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what `vars` gives, to encoders and debuggers
+        return self.describe()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Yield what `describe` returns as pairs, so that `dict(attachment)` is that, too."""
+        yield from self.describe().items()
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether both lead to the same object; a pending one is equal to itself only."""
+        if self is other:
+            return True
+        if not isinstance(other, Attachment):
+            return NotImplemented
+        mine, theirs = self._ref, other._ref
+        if mine is None or theirs is None:
+            return False
+        return (mine.backend, mine.location) == (theirs.backend, theirs.location)
+
+    def __hash__(self) -> int:
+        # By what two that are equal have in common, and what a pending one has already: its hash is the same once it is stored.
         if self._ref is not None:
-            state.update(_source=None, _reusable=False)
+            return hash((self._ref.original_filename, self._ref.content_type))
+        return hash((clean_filename(self._filename), self._content_type))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key in _KEPT if (value := getattr(self, key)) not in (None, False)}
+        if self._ref is not None:
+            state.pop("_source", None)
+            state.pop("_reusable", None)
         elif self.is_pending:
             if not isinstance(self._source, bytes | bytearray | memoryview):
                 raise TypeError("an attachment made of a stream cannot be pickled before it is stored")
@@ -413,6 +491,10 @@ class Attachment:
         if self._home is not None and not isinstance(self._home, Address):
             state["_home"] = self._home.address()
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)
 
     def __copy__(self) -> Attachment:
         return self

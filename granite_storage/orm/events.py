@@ -12,7 +12,7 @@ from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
-from granite_storage.orm import flush, outcome, statements
+from granite_storage.orm import flush, legacy_bulk, outcome, statements
 from granite_storage.orm.columns import slots_of
 
 __all__ = ["listen", "unlisten"]
@@ -33,10 +33,12 @@ def unlisten() -> None:
             if event.contains(mapper, name, _before_write_of_class):
                 event.remove(mapper, name, _before_write_of_class)
     _followed.clear()
+    legacy_bulk.unlisten_all()
     outcome.unlisten_all()
 
 
 def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
+    legacy_bulk.note_flush(session, context)
     unit = outcome.known_unit(session)
     if unit is not None:
         # A flush that failed before its first statement ended nothing.
@@ -169,8 +171,14 @@ def _after_flush(session: Session, _: Any) -> None:
         flush.end(session, unit)
 
 
-def _after_begin(_: Session, transaction: SessionTransaction, connection: Connection) -> None:
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     outcome.begin(transaction, connection)
+    legacy_bulk.begin_connection(session, connection)
+
+
+def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is not None and not transaction.nested:
+        legacy_bulk.begin_transaction(session, transaction)
 
 
 def _after_commit(session: Session) -> None:
@@ -181,6 +189,7 @@ def _after_commit(session: Session) -> None:
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    legacy_bulk.end_transaction(session, transaction)
     unit = outcome.known_unit(session)
     if unit is None:
         return
@@ -200,6 +209,7 @@ _LISTENERS: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (Session, "before_flush", _before_flush, {}),
     (Session, "after_flush", _after_flush, {}),
     (Session, "after_begin", _after_begin, {}),
+    (Session, "after_transaction_create", _after_transaction_create, {}),
     (Session, "after_commit", _after_commit, _FIRST),
     (Session, "after_transaction_end", _after_transaction_end, _FIRST),
     (Session, "do_orm_execute", statements.on_execute, {}),

@@ -25,7 +25,7 @@ from granite_storage.orm.outcome import require_transactions, watch
 from granite_storage.orm.rows import CountedDeletes, HeldRef, cascaded, connection_of, lock_rows
 from granite_storage.orm.types import AttachmentType
 from granite_storage.orm.unit import Displacement, FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
-from granite_storage.orm.uploads import Upload, store, stored_object
+from granite_storage.orm.uploads import Upload, require_fit, store, stored_object
 from granite_storage.orm.written import written_log
 from granite_storage.refs import StoredObjectRef
 
@@ -382,7 +382,12 @@ def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> tuple[list[
 
 
 def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], given_up: set[StoredObjectRef]) -> None:
-    """Let rows take over objects that other rows have just given up; copy what is still held elsewhere."""
+    """Let rows take over objects that other rows have just given up; copy what is still held elsewhere.
+
+    Raises:
+        ContentTooLargeError: An object is larger than the policy of its new column allows.
+        StaleAttachmentError: An object was to leave a row that does not hold it any more.
+    """
     copies: list[Change] = []
     for change in changes:
         given = change.attachment
@@ -391,7 +396,9 @@ def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], gi
         stored = StoredObject(given.manager, given.ref)
         if not _may_move(unit, change, given_up):
             copies.append(change)
-        elif given._unowned:
+            continue
+        require_fit(change.slot.home, given.ref)
+        if given._unowned:
             _take(unit, frame, given)
         elif unit.is_free(stored):
             unit.flush.log.append((stored, True))

@@ -53,9 +53,14 @@ class _RefComparator(TypeDecorator.Comparator[Any], JSON.Comparator[Any]):
     __slots__ = ()
 
     def __getitem__(self, index: Any) -> ColumnElement[Any]:
+        # Python iterates by numbers over what it can index: an encoder that walks into a column would never come to its end.
+        if isinstance(index, int | slice):
+            raise TypeError("the fields of a ref have names: index the column by a string, such as Document.file['size']")
         return type_coerce(self.expr, JSON())[index]
 
     def operate(self, op: Any, *other: Any, **kwargs: Any) -> Any:
+        if op is operators.ne and _is_pending(other[0]):
+            return self.expr.is_not(None)  # as it is with any other file: a row without one is neither equal nor unequal
         if op in _EQUALITIES and _is_ref(other[0]):
             return _EQUALITIES[op](self._leads_to(other[0]))
         if op in _MEMBERSHIPS and isinstance(other[0], list | tuple | set | frozenset) and all(map(_is_ref, other[0])):
@@ -63,12 +68,18 @@ class _RefComparator(TypeDecorator.Comparator[Any], JSON.Comparator[Any]):
         return super().operate(op, *other, **kwargs)
 
     def _leads_to(self, value: StoredObjectRef | Attachment) -> ColumnElement[bool]:
+        if _is_pending(value):
+            return false()  # it is in no row yet
         ref = value.ref if isinstance(value, Attachment) else value
         return and_(self["backend"].as_string() == ref.backend, self["location"].as_string() == ref.location)
 
 
 def _is_ref(value: object) -> bool:
     return isinstance(value, StoredObjectRef | Attachment)
+
+
+def _is_pending(value: object) -> bool:
+    return isinstance(value, Attachment) and value.is_pending
 
 
 def _as_is(criterion: ColumnElement[bool]) -> ColumnElement[bool]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from granite_storage._concurrency import finish
-from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.exceptions import ContentTooLargeError, StaleAttachmentError
 from granite_storage.orm.removal import remove
 from granite_storage.orm.unit import Intent, StoredObject
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from granite_storage.orm.types import AttachmentType
     from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Upload", "discard", "store", "stored_object"]
+__all__ = ["Upload", "discard", "require_fit", "store", "stored_object"]
 
 _AT_A_TIME = 8
 
@@ -46,6 +46,21 @@ class Upload:
 def stored_object(attachment: Attachment) -> StoredObject:
     """Return the object of a stored attachment, with the intent that stands for it until a row has taken it."""
     return StoredObject(attachment.manager, attachment.ref, attachment._intent)
+
+
+def require_fit(home: AttachmentType, ref: StoredObjectRef) -> None:
+    """Refuse an object for a column whose limit it exceeds; one of the column's own policy was let in once.
+
+    Raises:
+        ContentTooLargeError: It was stored under another policy, and is larger than that of the column allows.
+    """
+    limit = home.binding().manager_for(home).policy(home.storage_key).max_size
+    if ref.storage_key != home.storage_key and limit is not None and ref.size > limit:
+        raise ContentTooLargeError(
+            f"the file has {ref.size} bytes, and {home.label} takes at most {limit} (policy {home.storage_key!r}); it was stored"
+            f" under the policy {ref.storage_key!r}",
+            max_size=limit,
+        )
 
 
 async def store(uploads: Sequence[Upload]) -> None:

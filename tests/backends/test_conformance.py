@@ -100,7 +100,8 @@ class TestMemoryBehindFaults(BehindFaults, TestMemory):
 
 
 class TestLocal(Rigged):
-    supports_copy = supports_cleanup = True
+    supports_copy = supports_cleanup = supports_abort = True
+    tells_upload_ids = False
     keeps_content_type = False  # the ref keeps it
     nests_objects = False  # a file is no folder
     can_lose_answers = False  # there is no network

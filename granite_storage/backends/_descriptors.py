@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from granite_storage.backends.base import ObjectInfo
+from granite_storage.locations import RESERVED_PREFIX
 
-__all__ = ["CREATE", "DIRECTORY", "NO_LINK", "READ", "TEMPORARY_SUFFIX", "info_of", "opened"]
+__all__ = ["CREATE", "DIRECTORY", "NO_LINK", "READ", "TEMPORARY_SUFFIX", "info_of", "opened", "temporary_stem"]
 
 DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 """How a directory is opened."""
@@ -26,6 +29,18 @@ READ = os.O_RDONLY | NO_LINK | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLO
 
 TEMPORARY_SUFFIX = ".tmp"
 """How the name of an unfinished file ends."""
+
+
+_STEM_DIGITS = 32
+
+
+def temporary_stem(name: str) -> str:
+    """Return how the names of all temporary files begin that are made for a file beside them.
+
+    Some volumes tell neither case nor the composition of letters apart, so the names of one file there have one stem.
+    """
+    folded = unicodedata.normalize("NFC", name).casefold()
+    return f"{RESERVED_PREFIX}{hashlib.sha256(folded.encode('utf-8', 'surrogatepass')).hexdigest()[:_STEM_DIGITS]}"
 
 
 @contextmanager

@@ -15,11 +15,10 @@ import secrets
 import stat
 from contextlib import ExitStack, suppress
 
-from granite_storage.backends._descriptors import CREATE, TEMPORARY_SUFFIX
+from granite_storage.backends._descriptors import CREATE, TEMPORARY_SUFFIX, temporary_stem
 from granite_storage.backends._exclusive import REFUSED_LINKS, ExclusiveNames
 from granite_storage.backends._tree import MOST_ATTEMPTS, Tree
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError
-from granite_storage.locations import RESERVED_PREFIX
 
 __all__ = ["Draft", "FileWriter"]
 
@@ -90,9 +89,9 @@ class FileWriter:
 class Draft:
     """A file that is written but does not have its name yet.
 
-    Until then it has a temporary name, which a sweep finds after a crash; or none at all where the system can do that and a
-    write does not wait for the disk: one change of the directory instead of three. A directory that holds only a file without
-    a name looks empty, so it may be pruned, and is made again.
+    Until then it has a temporary name, by which `Tree.abort` and a sweep find it after a crash; or none at all where the system
+    can do that and a write does not wait for the disk: one change of the directory instead of three. A directory that holds only
+    a file without a name looks empty, so it may be pruned, and is made again.
 
     Args:
         writer: Who makes it.
@@ -112,7 +111,7 @@ class Draft:
         self._published = False
         self._file: int | None = self._open_unnamed(directory) if writer.unnamed else None
         if self._file is None:
-            self._temporary = f"{RESERVED_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+            self._temporary = f"{temporary_stem(segments[-1])}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
             self._file = os.open(self._temporary, CREATE, self._first_mode, dir_fd=directory)
         self._directory: int | None = directory
 

@@ -18,7 +18,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from datetime import UTC, datetime
 from pathlib import Path
 
-from granite_storage.backends._descriptors import CREATE, DIRECTORY, NO_LINK, READ, TEMPORARY_SUFFIX, info_of, opened
+from granite_storage.backends._descriptors import (
+    CREATE,
+    DIRECTORY,
+    NO_LINK,
+    READ,
+    TEMPORARY_SUFFIX,
+    info_of,
+    opened,
+    temporary_stem,
+)
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, identities_in, new_marker
 from granite_storage.backends._tree_errors import UNSUPPORTED, translated
 from granite_storage.backends._tree_walk import swept, walked
@@ -167,6 +176,20 @@ class Tree:
         except ObjectNotFoundError:
             return
         self.prune(folder)
+
+    def abort(self, location: str) -> None:
+        """Remove the temporary files of all writes of one location, and the directories that they have made for nothing."""
+        *folder, name = location.split("/")
+        stem = temporary_stem(name)
+        with suppress(ObjectNotFoundError), translated(location, reading=True), self._directory(folder) as directory:
+            with os.scandir(directory) as entries:
+                found = [entry.name for entry in entries if entry.name.startswith(stem) and entry.name.endswith(TEMPORARY_SUFFIX)]
+            for temporary in found:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=directory)
+            if found:
+                self.synchronise(directory)
+        self.prune([*folder, name])
 
     def walk(self, prefix: str, start_after: str | None) -> Iterator[ObjectInfo]:
         """Yield the regular files whose location begins with `prefix`, in the byte order of UTF-8."""

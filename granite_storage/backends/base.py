@@ -42,7 +42,7 @@ __all__ = [
 redact_records()
 
 upload_begun: ContextVar[Callable[[str], Awaitable[None]] | None] = ContextVar("granite_storage.upload_begun", default=None)
-"""Who is told the id of an upload in parts once a backend has begun it, before its first part: a journal keeps it."""
+"""What is called with the id of a multipart upload once a backend has begun it, before its first part: a journal keeps it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,14 +191,17 @@ class SupportsClock(Protocol):
 
 @runtime_checkable
 class SupportsAbort(Protocol):
-    """A backend that uploads in parts, which a crash leaves behind; it calls what `upload_begun` holds before the first part."""
+    """A backend whose unfinished writes stay behind when their process dies, and can be found by their location.
+
+    Parts of a multipart upload have an id besides: the backend calls what `upload_begun` holds with it, before the first part.
+    """
 
     async def abort_upload(self, location: str, upload_id: str | None) -> None:
-        """Abort an unfinished upload until no part of it is left; one that is not there is no error.
+        """Abort an unfinished upload until nothing of it is left; one that is not there is no error.
 
         Args:
             location: The address that the object would have had.
-            upload_id: The upload's id; None for every unfinished upload of this location, which nobody else uses.
+            upload_id: The upload's id; None for every unfinished upload of this location, which no other object has.
         """
         ...
 

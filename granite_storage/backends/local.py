@@ -165,6 +165,11 @@ class LocalStorageBackend:
         """Remove temporary files that were last written to longer ago than `older_than`; return how many there were."""
         return await self._threads.run(self._tree.sweep, older_than.total_seconds())
 
+    async def abort_upload(self, location: str, upload_id: str | None) -> None:
+        """Remove the temporary files of unfinished writes of a location; see `SupportsAbort.abort_upload`. They have no ids."""
+        check_location(location)
+        await self._threads.run(self._tree.abort, location)
+
     async def now(self) -> datetime:
         """Return the time by the file system's clock, which on a network drive is its server's; see `SupportsClock.now`."""
         return await self._threads.run(self._tree.now)

@@ -56,7 +56,7 @@ class BackendConformance(
         supports_copy: It satisfies `SupportsCopy`. Off unless declared, like the next five.
         supports_batch_delete: It satisfies `SupportsBatchDelete`.
         supports_cleanup: It satisfies `SupportsCleanup`.
-        supports_abort: It satisfies `SupportsAbort`, and writes `parts_size` bytes in parts.
+        supports_abort: It satisfies `SupportsAbort`.
         supports_presign: It satisfies `SupportsPresign`.
         supports_presigned_upload: It satisfies `SupportsPresignedUpload`, for a range of sizes.
         supports_clock: It satisfies `SupportsClock`. None unless declared, like the next four: either may be the case.
@@ -66,6 +66,8 @@ class BackendConformance(
         supports_places: It satisfies `SupportsPlaces`.
         keeps_content_type: `stat` gives the content type back; off: it always gives None. On unless declared off, like all
             that follow.
+        tells_upload_ids: A write of `parts_size` bytes has an id, and what `upload_begun` holds is called with it; off:
+            unfinished writes are found by their location alone. It counts only where `supports_abort` is declared.
         keeps_etag: `stat` gives an etag; off: it always gives None.
         nests_objects: `a` and `a/b` can both be objects; off: the second of them may be refused.
         settles_races_in_parts: Of several writes in parts to one location at a time exactly one is made; off: the service looks

@@ -101,9 +101,10 @@ class TestMemoryBehindFaults(BehindFaults, TestMemory):
 
 
 class TestLocal(Rigged):
-    supports_copy = supports_cleanup = True
+    supports_copy = supports_cleanup = supports_abort = True
     supports_clock = supports_mount_check = supports_identity = supports_places = True
     supports_extra_keys = False
+    tells_upload_ids = False
     keeps_content_type = False  # the ref keeps it
     nests_objects = False  # a file is no folder
     can_lose_answers = False  # there is no network

@@ -49,6 +49,7 @@ class Cases:
     supports_places: ClassVar[bool | None] = None
 
     keeps_content_type: ClassVar[bool] = True
+    tells_upload_ids: ClassVar[bool] = True
     keeps_etag: ClassVar[bool] = True
     nests_objects: ClassVar[bool] = True
     settles_races_in_parts: ClassVar[bool] = True

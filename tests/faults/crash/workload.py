@@ -57,6 +57,7 @@ class Workload:
         self._random = Random(seed)
         self._trap = trap
         self._numbers = itertools.count()
+        self._says: dict[int, tuple[Attachment, str]] = {}
         self._given_up: list[tuple[StoredObjectRef, str]] = []
 
     async def run(self, more: int | None) -> None:
@@ -166,7 +167,7 @@ class Workload:
 
     async def _store_first(self, session: AsyncSession) -> None:
         name, pending = self._name(), self._pending()
-        says = pending.extra_says
+        says = self._said_of(pending)
         stored = await pending.store(getattr(Book, name))
         if self._random.random() < 0.8:
             self._give(await self._book(session), name, stored, says)
@@ -198,7 +199,7 @@ class Workload:
         if isinstance(row, Book):
             self._note(row)
         setattr(row, name, value)
-        setattr(row, f"{name}_says", getattr(value, "extra_says", None) if says is None else says)
+        setattr(row, f"{name}_says", self._said_of(value) if says is None else says)
 
     def _note(self, book: Book) -> None:
         """Remember what is kept for a while when a book gives it up, to restore it later."""
@@ -213,8 +214,12 @@ class Workload:
         content = content_of(says)
         streamed = len(content) > _CHUNK or self._random.random() < 0.3
         attachment = Attachment(self._chunks(content) if streamed else content, filename="file.bin")
-        attachment.extra_says = says
+        self._says[id(attachment)] = attachment, says
         return attachment
+
+    def _said_of(self, attachment: Attachment | None) -> str | None:
+        """Return what the content of an attachment was made of, as far as this workload has made it."""
+        return self._says.get(id(attachment), (attachment, None))[1]
 
     def _size(self) -> int:
         kind = self._random.random()

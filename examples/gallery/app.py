@@ -98,7 +98,7 @@ File = Annotated[
         received_body(
             taken,
             filename=lambda request: request.query_params.get("name"),
-            limits=UploadLimits(max_file_size=MAX_SIZE),
+            limits=UploadLimits(max_size=None, max_file_size=MAX_SIZE),
         )
     ),
 ]

@@ -29,20 +29,20 @@ _TURN_SECONDS = 0.005
 _LONGEST_CONTENT_TYPE = 1024
 _LONGEST_KEPT = 255
 _MOST_PARAMETERS = 16
+_MOST_BACKSLASHES = 256
 
 # A quoted value may have backslashes before quotes and backslashes (RFC 9110, section 5.6.4). Browsers write a backslash as it
 # is: the second form takes what is no such value, up to the last quote before a semicolon.
 _PARAMETER = re.compile(
     rb";[ \t]*(?:(?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*=[ \t]*"
     rb"(?:"
-    rb'"(?P<quoted>(?:[^"\\]|\\.)*+)"(?=[ \t]*(?:;|\Z))'
+    rb'"(?P<quoted>[^"\\]*+(?:\\.[^"\\]*+)*+)"(?=[ \t]*(?:;|\Z))'
     rb'|"(?P<written>[^;]*)"(?=[ \t]*(?:;|\Z))'
     rb'|(?P<token>(?:[^";][^;]*)?)'
     rb"))?[ \t]*(?=;|\Z)",
     re.DOTALL,
 )
-_BACKSLASH = re.compile(rb'\\(["\\])')
-_BACKSLASH_OR_PERCENT = re.compile(rb'\\(["\\])|%(22|0[DdAa])')
+_LINE_ENDS = ((b"%0D", b"\r"), (b"%0d", b"\r"), (b"%0A", b"\n"), (b"%0a", b"\n"))
 
 
 class Turn:
@@ -106,7 +106,7 @@ def content_type_to_keep(given: str) -> str | None:
 def parse_parameters(header: bytes, *, is_of_form: bool = False) -> tuple[bytes, dict[bytes, bytes]]:
     """Return the first part of a header in lower case, and the parameters that follow it by their names in lower case.
 
-    The number of parameters is bounded.
+    The numbers of parameters and of backslashes are bounded.
 
     Args:
         header: The header's value.
@@ -116,7 +116,8 @@ def parse_parameters(header: bytes, *, is_of_form: bool = False) -> tuple[bytes,
     Raises:
         MalformedRequestError: It is not a list of parameters, has too many of them, or has one twice.
     """
-    escapes = _BACKSLASH_OR_PERCENT if is_of_form else _BACKSLASH
+    if header.count(b"\\") > _MOST_BACKSLASHES:
+        raise MalformedRequestError(f"a header has too many backslashes (at most {_MOST_BACKSLASHES})")
     value, parameters = header.partition(b";")[0], dict[bytes, bytes]()
     position = len(value)
     for _ in range(_MOST_PARAMETERS):
@@ -130,7 +131,7 @@ def parse_parameters(header: bytes, *, is_of_form: bool = False) -> tuple[bytes,
             name = match["name"].lower()
             if name in parameters:
                 raise MalformedRequestError("a header has a parameter twice")
-            parameters[name] = _value_of(match, escapes)
+            parameters[name] = _value_of(match, is_of_form)
     if position == len(header):
         return value.strip(b" \t").lower(), parameters
     raise MalformedRequestError(f"a header has too many parameters (at most {_MOST_PARAMETERS})")
@@ -162,14 +163,16 @@ def _header(request: Request, name: str) -> str:
     return values[0] if values else ""
 
 
-def _value_of(match: re.Match[bytes], escapes: re.Pattern[bytes]) -> bytes:
+def _value_of(match: re.Match[bytes], is_of_form: bool) -> bytes:
     token: bytes | None = match["token"]
     if token is not None:
         return token.rstrip(b" \t")
     value: bytes = match["written"] if match["quoted"] is None else match["quoted"]
-    return escapes.sub(_unescaped, value) if b"\\" in value or b"%" in value else value
-
-
-def _unescaped(match: re.Match[bytes]) -> bytes:
-    is_quoted: bytes | None = match[1]
-    return bytes.fromhex(match[2].decode()) if is_quoted is None else is_quoted
+    if b"\\" in value:
+        value = value.replace(b"\\\\", b"\0").replace(b'\\"', b'"').replace(b"\0", b"\\")  # no header has a NUL
+    if is_of_form and b"%" in value:
+        value = value.replace(b"%22", b'"')
+        if b"%0" in value:
+            for escape, character in _LINE_ENDS:
+                value = value.replace(escape, character)
+    return value

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 from granite_storage.streams import BytesLike
@@ -21,16 +20,19 @@ from granite_storage.web.limits import UploadLimits
 __all__ = ["MultipartParser", "MultipartReader", "PartHead"]
 
 _LONGEST_BOUNDARY = 256
-# What may follow a boundary: a delimiter between parts, the last delimiter, or the end of what has arrived.
+_MOST_FOLDS = 16
+_PARTS_OF_A_TURN = 64
+_NO_HEADER = "the body is not multipart/form-data: a part has a header that cannot be read"
+# What may follow a boundary: blanks and the end of the line, or two dashes for the last one; or the end of what has arrived.
 _AFTER_BOUNDARY = re.compile(rb"(?P<next>[ \t]{0,64}\r\n)|(?P<last>--[ \t]{0,64}\r?\n)|(?P<open>(?:-|(?:--)?[ \t]{0,64}\r?)\Z)")
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
-_LINE_END = re.compile(rb"\r\n(?![ \t])")
 _FOLD = re.compile(rb"\r\n[ \t]+")
-_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*)")
+_HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_KNOWN = frozenset({b"content-disposition", b"content-type"})
+_USUAL_DISPOSITION = re.compile(rb'form-data; name="([^"\\%]*)"(?:; filename="([^"\\%]*)")?')
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PartHead:
+class PartHead(NamedTuple):
     """What a part says of itself.
 
     Attributes:
@@ -70,12 +72,15 @@ class MultipartReader:
         self._parser = MultipartParser(boundary, limits)
         self._current: PartHead | None = None
         self._turn = Turn()
+        self._count = 0
 
     async def next_part(self) -> PartHead | None:
         """Return the head of the next part, None after the last; what was not read of the part before it is passed over."""
         while self._current is not None:
             await self.next_chunk(self._current)
-        await self._turn.end_if_due()
+        self._count += 1
+        if self._count % _PARTS_OF_A_TURN == 0:
+            await self._turn.end_if_due()
         event = await self._next_event()
         if isinstance(event, PartHead):
             self._current = event
@@ -169,14 +174,30 @@ class MultipartParser:
             if buffer.startswith(b"\r\n", start):
                 self._position += 2
                 return self._begin_data()
-            end = _LINE_END.search(buffer, start)
-            if end is None or (end.end() == len(buffer) and not self._has_ended):
-                # The next byte tells whether the header goes on in the next line.
-                self._limits.require("max_header_size", len(buffer) - start - 2, "a header of a part is too long")
+            end = self._end_of_header(start)
+            if end < 0:
+                self._limits.require("max_header_size", len(buffer) - 2 - start, "a header of a part is too long")
                 return None
-            self._position = end.end()
-            self._limits.require("max_header_size", end.start() - start, "a header of a part is too long")
-            self._add_header(buffer[start : end.start()])
+            self._position = end + 2
+            self._add_header(buffer[start:end])
+
+    def _end_of_header(self, start: int) -> int:
+        """Return where the line of a header ends, with the lines that it goes on in; -1 where that is not known yet."""
+        buffer = self._buffer
+        folds = 0
+        end = buffer.find(b"\r", start)  # one byte is found ten times faster than two
+        while end >= 0 and (end + 2 < len(buffer) or self._has_ended):
+            if end - start > self._limits.max_header_size:
+                self._limits.require("max_header_size", end - start, "a header of a part is too long")
+            if buffer[end + 1 : end + 2] != b"\n":
+                raise MalformedRequestError(_NO_HEADER)
+            if buffer[end + 2 : end + 3] not in (b" ", b"\t"):
+                return end
+            folds += 1
+            if folds > _MOST_FOLDS:
+                raise MalformedRequestError(f"a header of a part goes on over too many lines (at most {_MOST_FOLDS})")
+            end = buffer.find(b"\r", end + 2)
+        return -1
 
     def _before_data(self) -> _Event | None:
         """See whether a part has no data: then the end of its last header line is the beginning of the delimiter."""
@@ -205,8 +226,16 @@ class MultipartParser:
         return None
 
     def _after(self, dashes: int) -> re.Match[bytes] | None:
-        """Return what follows a boundary, where that makes it a delimiter, or may yet."""
-        return _AFTER_BOUNDARY.match(self._buffer, dashes + len(self._dashes))
+        """Return what follows a boundary, where that makes it a delimiter, or may yet.
+
+        Raises:
+            MalformedRequestError: It is neither a delimiter nor data.
+        """
+        position = dashes + len(self._dashes)
+        after = _AFTER_BOUNDARY.match(self._buffer, position)
+        if after is None and self._buffer[position] in b" \t":
+            raise MalformedRequestError("a boundary is followed by blanks, and then by more than the end of its line")
+        return after
 
     def _is_open(self, after: re.Match[bytes]) -> bool:
         """Tell whether more of the body must say if it is a delimiter."""
@@ -243,14 +272,17 @@ class MultipartParser:
         return head
 
     def _add_header(self, line: bytes) -> None:
-        self._limits.require("max_headers", len(self._headers) + 1, "a part has too many headers")
-        match = _HEADER.fullmatch(_FOLD.sub(b" ", line))
-        if match is None:
-            raise MalformedRequestError("the body is not multipart/form-data: a part has a header that cannot be read")
-        name = match[1].lower()
+        if len(self._headers) >= self._limits.max_headers:
+            self._limits.require("max_headers", len(self._headers) + 1, "a part has too many headers")
+        if b"\r" in line:
+            line = _FOLD.sub(b" ", line)
+        colon = line.find(b":")
+        name = line[: max(colon, 0)].lower()
+        if not _HEADER_NAME.fullmatch(name) or b"\n" in line or b"\0" in line:
+            raise MalformedRequestError(_NO_HEADER)
         if name in self._headers:
             raise MalformedRequestError("a part has a header twice")
-        self._headers[name] = match[2]
+        self._headers[name] = line[colon + 1 :].strip(b" \t") if name in _KNOWN else b""
 
     def _data_to(self, end: int) -> BytesLike | None:
         buffer, start = self._buffer, self._position
@@ -276,22 +308,29 @@ class MultipartParser:
 
 def _head_of(headers: dict[bytes, bytes]) -> PartHead:
     """Return what the headers of a part say; Content-Transfer-Encoding says nothing in a form (RFC 7578, section 4.7)."""
-    disposition, parameters = parse_parameters(headers.get(b"content-disposition", b""), is_of_form=True)
-    if disposition != b"form-data" or b"name" not in parameters:
-        raise MalformedRequestError("a part has no Content-Disposition: form-data with a name")
+    given = headers.get(b"content-disposition", b"")
+    usual = _USUAL_DISPOSITION.fullmatch(given)
+    if usual is not None:
+        name, filename = usual.groups()
+    else:
+        disposition, parameters = parse_parameters(given, is_of_form=True)
+        if disposition != b"form-data" or b"name" not in parameters:
+            raise MalformedRequestError("a part has no Content-Disposition: form-data with a name")
+        name, filename = parameters[b"name"], _filename_of(parameters)
+    content_type = headers.get(b"content-type")
     return PartHead(
-        name=_decoded(parameters[b"name"]),
-        filename=_filename_of(parameters),
-        content_type=content_type_to_keep(headers.get(b"content-type", b"").decode("latin-1")),
+        _decoded(name),
+        None if filename is None else filename.decode("utf-8", "replace"),
+        None if content_type is None else content_type_to_keep(content_type.decode("latin-1")),
     )
 
 
-def _filename_of(parameters: dict[bytes, bytes]) -> str | None:
+def _filename_of(parameters: dict[bytes, bytes]) -> bytes | None:
     """Return the file name; `filename*`, which no form should have (RFC 7578, section 4.2), counts where it is the only one."""
     filename = parameters.get(b"filename")
     if filename is None and (extended := parameters.get(b"filename*")) is not None:
-        filename = unquote_to_bytes(extended.rpartition(b"'")[2])
-    return None if filename is None else filename.decode("utf-8", "replace")
+        return unquote_to_bytes(extended.rpartition(b"'")[2])
+    return filename
 
 
 def _decoded(name: bytes) -> str:

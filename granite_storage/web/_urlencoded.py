@@ -13,6 +13,7 @@ from granite_storage.web.limits import UploadLimits
 __all__ = ["read_fields"]
 
 _SLICE = 16 * 1024
+_BLANKS = bytes.maketrans(b"+", b" ")
 _NO_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
@@ -25,53 +26,74 @@ async def read_fields(body: AsyncIterator[bytes], limits: UploadLimits) -> list[
     """
     fields: list[tuple[str, str]] = []
     turn = Turn()
-    size, count, raw = 0, 1, bytearray()
+    size, count, begun = 0, 1, _Begun()
     async for piece in body:
         size += len(piece)
         limits.require("max_fields_size", size, "the fields are too large together")
-        start = 0
-        while (end := piece.find(b"&", start)) >= 0:
-            count += 1
-            limits.require("max_fields", count, "there are too many fields")
-            raw += piece[start:end]
-            start = end + 1
-            await _add_field(fields, raw, limits, turn)
-            raw.clear()
-        raw += piece[start:]
-        limits.require("max_field_size", len(raw), "a field is too large")
-    await _add_field(fields, raw, limits, turn)
+        *complete, last = piece.split(b"&", limits.max_fields) if b"&" in piece else [piece]
+        count += len(complete)
+        limits.require("max_fields", count, "there are too many fields")
+        for raw in complete:
+            await _add_field(fields, begun.ended(raw), limits, turn)
+        begun.add(last)
+        limits.require("max_field_size", begun.size, "a field is too large")
+    await _add_field(fields, begun.ended(b""), limits, turn)
     return fields
 
 
-async def _add_field(fields: list[tuple[str, str]], raw: bytearray, limits: UploadLimits, turn: Turn) -> None:
-    limits.require("max_field_size", len(raw), "a field is too large")
+class _Begun:
+    """A field whose end has not arrived yet."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._pieces: list[bytes] = []
+
+    def add(self, piece: bytes) -> None:
+        self.size += len(piece)
+        self._pieces.append(piece)
+
+    def ended(self, last: bytes) -> bytes:
+        """Return the field, and begin another."""
+        if not self.size:
+            return last
+        pieces, self._pieces, self.size = [*self._pieces, last], [], 0
+        return b"".join(pieces)
+
+
+async def _add_field(fields: list[tuple[str, str]], raw: bytes, limits: UploadLimits, turn: Turn) -> None:
     if not raw:
         return
-    name, _, value = raw.partition(b"=")
+    limits.require("max_field_size", len(raw), "a field is too large")
+    name, _, value = (raw.translate(_BLANKS) if b"+" in raw else raw).partition(b"=")
     try:
-        fields.append(((await _decoded(name, turn)).decode(), (await _decoded(value, turn)).decode()))
+        if b"%" not in raw:
+            fields.append((name.decode(), value.decode()))
+        elif len(raw) <= _SLICE:
+            fields.append((_unquoted(name).decode(), _unquoted(value).decode()))
+        else:
+            fields.append(((await _unquoted_in_slices(name, turn)).decode(), (await _unquoted_in_slices(value, turn)).decode()))
     except UnicodeDecodeError as error:
         raise MalformedRequestError("a field is not UTF-8") from error
-    await turn.end_if_due()
+    if len(raw) > _SLICE or not len(fields) % 64:
+        await turn.end_if_due()
 
 
-async def _decoded(raw: bytearray, turn: Turn) -> bytearray:
-    """Decode percent-encoding, a slice at a time; what is no escape stays as it is."""
-    raw = raw.replace(b"+", b" ")
-    if b"%" not in raw:
-        return raw
-    decoded = bytearray()
+async def _unquoted_in_slices(raw: bytes, turn: Turn) -> bytes:
+    """Decode percent-encoding, and let other tasks run from time to time."""
+    decoded: list[bytes] = []
     start = 0
     while start < len(raw):
         end = start + _SLICE
         cut = raw.rfind(b"%", end - 2, end) if end < len(raw) else -1  # an escape there may go on in the next slice
         end = cut if cut >= 0 else end
-        decoded += _unquoted(raw[start:end])
+        decoded.append(_unquoted(raw[start:end]))
         start = end
         await turn.end_if_due()
-    return decoded
+    return b"".join(decoded)
 
 
-def _unquoted(raw: bytearray) -> bytes:
+def _unquoted(raw: bytes) -> bytes:
     """Decode percent-encoding as quoted-printable, which has `=` for `%` and is decoded in C whatever it holds."""
+    if b"%" not in raw:
+        return raw
     return binascii.a2b_qp(_NO_ESCAPE.sub(b"=25", raw.replace(b"=", b"=3D")).replace(b"%", b"="))

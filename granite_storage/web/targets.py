@@ -124,6 +124,9 @@ class Received:
         """Remember what was stored already."""
         return cls([stored] if isinstance(stored, Attachment) else [])
 
+    def __bool__(self) -> bool:
+        return bool(self.attachments or self.refs)
+
     async def store(self, file: Incoming, target: Target) -> Any:
         """Store a file where it shall go, as it arrives."""
         if isinstance(target, PolicyTarget):

@@ -290,14 +290,16 @@ class _MultipartForm(_Form):
                 await self._file(head)
 
     async def _field(self, head: PartHead) -> str:
-        value = bytearray()
+        chunks: list[BytesLike] = []
+        size = 0
         while (chunk := await self._reader.next_chunk(head)) is not None:
-            value += chunk
-            self._fields_size += len(chunk)
-            self._limits.require("max_field_size", len(value), "a field is too large")
-            self._limits.require("max_fields_size", self._fields_size, "the fields are too large together")
+            chunks.append(chunk)
+            size += len(chunk)
+            self._limits.require("max_field_size", size, "a field is too large")
+            self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
+        self._fields_size += size
         try:
-            return value.decode()
+            return b"".join(chunks).decode()
         except UnicodeDecodeError as error:
             raise MalformedRequestError("a field is not UTF-8") from error
 
@@ -329,7 +331,8 @@ async def _receive(form: _MultipartForm) -> UploadForm:
     try:
         await form.receive()
     except BaseException as error:
-        cancelled = isinstance(error, asyncio.CancelledError)
-        await finish(form.stored.take_back(cancelled=cancelled), "removing what a failed request has stored")
+        if form.stored:
+            cancelled = isinstance(error, asyncio.CancelledError)
+            await finish(form.stored.take_back(cancelled=cancelled), "removing what a failed request has stored")
         raise
     return form.received()

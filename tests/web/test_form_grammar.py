@@ -63,16 +63,12 @@ FORMS: dict[str, tuple[bytes, list[Part]]] = {
         [("a", None, None, b""), ("f", "x.txt", "text/plain", b""), ("a", None, None, b"3"), ("a", None, None, b"")],
     ),
     "data that looks like boundaries": (
-        b"--b\r\n" + FILE + b"\r\n--bx\r\n--b-x\r\n--b--x\r\n--bb\r\n--b \tx\r\r\n--\r\n-\r\n--b\r\r\n--b--\r\n",
-        [("f", "x.txt", "text/plain", b"--bx\r\n--b-x\r\n--b--x\r\n--bb\r\n--b \tx\r\r\n--\r\n-\r\n--b\r")],
+        b"--b\r\n" + FILE + b"\r\n--bx\r\n--b-x\r\n--b--x\r\n--bb\r\r\n--\r\n-\r\n--b\r\r\n--b--\r\n",
+        [("f", "x.txt", "text/plain", b"--bx\r\n--b-x\r\n--b--x\r\n--bb\r\r\n--\r\n-\r\n--b\r")],
     ),
     "data that begins with a blank or a line end": (
         b"--b\r\n" + A + b"\r\n \r\n--b\r\n" + A + b"\r\n\r\n\r\n--b\r\n" + A + b"\r\n\t--b\r\n--b--\r\n",
         [("a", None, None, b" "), ("a", None, None, b"\r\n"), ("a", None, None, b"\t--b")],
-    ),
-    "a delimiter with more padding than any": (
-        b"--b\r\n" + A + b"\r\n1\r\n--b" + b" " * 65 + b"\r\n2\r\n--b--\r\n",
-        [("a", None, None, b"1\r\n--b" + b" " * 65 + b"\r\n2")],
     ),
     "folded headers": (
         b'--b\r\nContent-Disposition: form-data;\r\n name="f";\r\n\tfilename="x.txt"\r\nContent-Type:\r\n  text/plain\r\n'
@@ -112,7 +108,11 @@ ERRORS: dict[str, tuple[bytes, type[RequestError], str]] = {
     "much too much before the first boundary": (b"x" * 100, RequestTooLargeError, "max_padding"),
     "too much after the last boundary": (b"--b--\r\n" + b"x" * 41, RequestTooLargeError, "max_padding"),
     "too long a header": (b"--b\r\nX: " + b"y" * 118 + b"\r\n\r\n--b--\r\n", RequestTooLargeError, "max_header_size"),
-    "too long a folded header": (b"--b\r\nX: " + b"y\r\n " * 30 + b"\r\n\r\n", RequestTooLargeError, "max_header_size"),
+    "too long a folded header": (b"--b\r\nX: " + b"y" * 30 + b"\r\n " * 15 + b"y" * 50, RequestTooLargeError, "max_header_size"),
+    "a header with too many folds": (b"--b\r\nX: " + b"y\r\n " * 20 + b"\r\n\r\n", MalformedRequestError, "too many lines"),
+    "too long a header with too many folds": (b"--b\r\nX: " + b"yyyyyyy\r\n " * 20, RequestTooLargeError, "max_header_size"),
+    "a boundary with blanks and more": (b"--b\r\n" + A + b"\r\n1\r\n--b \tx\r\n--b--", MalformedRequestError, "blanks"),
+    "a boundary with more blanks than any": (b"--b\r\n" + A + b"\r\n--b" + b" " * 65, MalformedRequestError, "blanks"),
     "too long an endless header": (b"--b\r\n" + b"y" * 200, RequestTooLargeError, "max_header_size"),
     "too many headers": (b"--b\r\nA: 1\r\nB: 2\r\nC: 3\r\nD: 4\r\nE: 5\r\n\r\n", RequestTooLargeError, "max_headers"),
     "too many fields": ((b"--b\r\n" + A + b"\r\n\r\n") * 5 + b"--b--", RequestTooLargeError, "max_fields"),
@@ -211,7 +211,7 @@ def test_bodies_that_were_broken_at_random() -> None:
         assert answer([bytes([byte]) for byte in body]) == found, body
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if "like a boundary" not in name and "any" not in name])
+@pytest.mark.parametrize("name", [name for name in FORMS if "like a boundary" not in name])
 def test_werkzeug_reads_the_same_parts(name: str) -> None:
     """But for what is a delimiter to it wherever it stands, or without padding."""
     body, parts = FORMS[name]
@@ -262,7 +262,8 @@ def test_parameters(header: str, parameters: dict[str, str]) -> None:
         ("form-data" + "; a=b" * 17, "twice"),
         ("form-data" + "".join(f"; p{number}=x" for number in range(17)), "too many"),
         ('form-data; a="' + ';"' * 2000, "cannot be read"),
-        ('form-data; a="' + "\\" * 4000, "cannot be read"),
+        ('form-data; a="' + "\\" * 200, "cannot be read"),
+        ('form-data; a="' + '\\"' * 257 + '"', "too many backslashes"),
         ('form-data; a="x" y', "cannot be read"),
         ("form-data; a b=x", "cannot be read"),
         ("form-data; =x", "cannot be read"),

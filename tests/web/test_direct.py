@@ -106,7 +106,9 @@ async def test_an_upload_that_a_row_takes(direct: Direct) -> None:
 @pytest.mark.case("SIG-09")
 async def test_finished_twice(direct: Direct) -> None:
     upload = await direct.sent()
-    first, second = await asyncio.gather(direct.uploads.finish(upload.token, Document.file), direct.uploads.finish(upload.token, Document.file))
+    first, second = await asyncio.gather(
+        direct.uploads.finish(upload.token, Document.file), direct.uploads.finish(upload.token, Document.file)
+    )
     assert first.ref == second.ref
     await direct.add(first)
     third = await direct.uploads.finish(upload.token, Document.file)

@@ -52,8 +52,9 @@ class S3StorageBackend:
     fails for a passing reason is made again; where its answer was lost, a HEAD tells what became of it. A write that fails or is
     cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
 
-    A reader holds a connection until it is closed or read to its end, and goes on where a body was cut off, with the same version
-    of the object or not at all. In a bucket with versions, `delete` leaves a delete marker, as S3 does.
+    A reader holds a connection until it is closed or read to its end, or until another call waits for one while it is not read.
+    It goes on where a body was cut off, with the same version of the object or not at all. In a bucket with versions, `delete`
+    leaves a delete marker, as S3 does.
 
     The client opens with the first call on each event loop. Every write has the metadata entry `granite-write-id`.
 
@@ -80,7 +81,8 @@ class S3StorageBackend:
         part_concurrency: The most parts of one write in memory and in flight at a time.
         max_parts_in_memory: The most parts of all streams that an event loop's writes hold at a time. A stream with more than
             1 MiB waits for a place; smaller ones never do.
-        max_pool_connections: The most connections in use at a time; further calls wait for their turn.
+        max_pool_connections: The most connections in use at a time; further calls wait for their turn, or for a reader that is
+            not being read.
         conditional_writes: Whether the server knows `If-None-Match: *`. With False a HEAD before each write looks for an object
             instead, and of two writers at the same moment the later one wins. None relies on it for a single PUT, and finds out
             after the first multipart upload or copy, by seven small requests, whether the server looks at it there; until then,

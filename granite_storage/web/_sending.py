@@ -94,9 +94,12 @@ def reads_of(parts: Sequence[Part]) -> list[list[Part]]:
 async def send_status(send: Send, status: int, more_headers: Iterable[tuple[str, str]] = ()) -> None:
     """Send an answer that says nothing but its status."""
     text = HTTPStatus(status).phrase.encode()
-    headers = MutableHeaders({"content-type": "text/plain", "content-length": str(len(text)), "cache-control": "no-store"})
+    headers = MutableHeaders(
+        {"content-type": "text/plain; charset=utf-8", "content-length": str(len(text)), "cache-control": "no-store"}
+    )
     for name, value in more_headers:
         headers.append(name, value)
+    headers.setdefault("x-content-type-options", "nosniff")
     await send_headers(send, status, headers, more=True)
     await send_chunk(send, text, more=False)
 

@@ -20,6 +20,9 @@ nox.options.sessions = ["lint", "types", "layers", "docs", "tests"]
 PARALLEL = ("--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal")
 """As many processes as the machine has processors; each starts the servers that its tests need."""
 
+CONSTRAINTS = Path(".ci/constraints.txt")
+"""The versions that CI installs: `PIP_CONSTRAINT` names it there."""
+
 SUPPORTED = ("3.11", "3.12", "3.13")
 
 
@@ -122,6 +125,25 @@ def layers(session: nox.Session) -> None:
     """Check which room imports which."""
     session.install(".[lint]")
     session.run("lint-imports")
+
+
+@nox.session(python=RUNNING)
+def advisories(session: nox.Session) -> None:
+    """Ask for published advisories of what CI installs, and of the oldest versions that the package admits."""
+    session.install("pip-audit>=2.10", "uv")
+    floors = Path(session.create_tmp()) / "floors.txt"
+    extras = [f"--extra={extra}" for extra in ("alembic", "cli", "gallery", "obstore", "s3", "web")]
+    session.run("uv", "pip", "compile", "-q", "--resolution=lowest-direct", *extras, "pyproject.toml", "-o", str(floors))
+    for requirements in (CONSTRAINTS, floors):
+        session.run("pip-audit", "--strict", "--disable-pip", "--no-deps", "-r", str(requirements))
+
+
+@nox.session(python=RUNNING)
+def constraints(session: nox.Session) -> None:
+    """Bring the versions that CI installs up to date; what that breaks is seen here, and not on the day of another's release."""
+    session.install("uv")
+    options = ["-q", "--upgrade", "--universal", "--python-version=3.11", "--no-header", "--no-annotate", "--extra=dev"]
+    session.run("uv", "pip", "compile", *options, "pyproject.toml", "-o", str(CONSTRAINTS))
 
 
 @nox.session(python=RUNNING)

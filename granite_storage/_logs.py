@@ -88,12 +88,13 @@ def _redacted_anew(error: BaseException, done: dict[int, BaseException]) -> Base
         likeness = _likeness(error, redact(words))
     likeness.__cause__, likeness.__context__ = cause, context
     likeness.__suppress_context__ = error.__suppress_context__
-    for note in notes:
-        likeness.add_note(note)
+    if notes:
+        likeness.__notes__ = notes  # a copy shares the list with the error itself
     return likeness.with_traceback(error.__traceback__)
 
 
 def _likeness(error: BaseException, words: str) -> BaseException:
     """Return an error that is shown as another one, but says other words."""
     kind = type(error)
-    return type(kind.__name__, (Exception,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})(words)
+    shown: type[Exception] = type(kind.__name__, (Exception,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+    return shown(words)

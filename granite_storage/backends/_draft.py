@@ -52,6 +52,7 @@ class FileWriter:
     def begin(self, location: str) -> Draft:
         """Make a temporary file beside the target, in directories made as needed."""
         segments = location.split("/")
+        missing: OSError | None = None
         with self.tree.translated(location):
             for _ in range(MOST_ATTEMPTS):
                 try:
@@ -195,6 +196,7 @@ class Draft:
 
     def _link_unnamed(self, name: str) -> bool:
         """Give a file without a name its name; False, with a temporary name given, where the volume has no links."""
+        missing: OSError | None = None
         for _ in range(MOST_ATTEMPTS):
             try:
                 os.link(f"{_DESCRIPTORS}/{self._file}", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)

@@ -100,7 +100,7 @@ async def _checks_completions(client: S3Client) -> bool:
         ]
         part = await client.call("upload_part", Key=key, UploadId=upload_id, PartNumber=1, Body=content, **header)
         parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
-        request = {"Key": key, "UploadId": upload_id, "MultipartUpload": parts, "IfNoneMatch": "*"}
+        request: dict[str, Any] = {"Key": key, "UploadId": upload_id, "MultipartUpload": parts, "IfNoneMatch": "*"}
         made.append(await client.call("complete_multipart_upload", **request))
     except PreconditionFailedError:
         return True

@@ -70,10 +70,8 @@ class Rig:
         self._made: list[S3StorageBackend] = [self.real, self.backend]
 
     def make(self, **options: Any) -> S3StorageBackend:
-        return self.server.backend(
-            self.bucket,
-            **{"prefix": self.prefix, "endpoint_url": self.proxy.url, "part_size": 5 * MIB, "read_timeout": 60, **options},
-        )
+        known = {"prefix": self.prefix, "endpoint_url": self.proxy.url, "conditional_writes": True}
+        return self.server.backend(self.bucket, **{**known, "part_size": 5 * MIB, "read_timeout": 60, **options})
 
     def remake(self, **options: Any) -> None:
         self.backend = self.make(**options)

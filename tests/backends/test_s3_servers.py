@@ -181,7 +181,7 @@ class TestConditions:
 
             proxy.on("PutObject", slow)
             write = asyncio.ensure_future(backend.put_stream("one", stream()))
-            await probing.wait()
+            await asyncio.wait_for(probing.wait(), 30)
             write.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await write

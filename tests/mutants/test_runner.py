@@ -102,5 +102,5 @@ def test_an_edit_that_does_not_fit_is_told(project: Path, old: str) -> None:
 
 
 def test_a_file_that_is_gone_is_told(tmp_path: Path) -> None:
-    with pytest.raises(MutantError, match="noticed: granite_storage/rule.py cannot be read"):
+    with pytest.raises(MutantError, match=r"noticed: granite_storage/rule\.py cannot be read"):
         edit(NOTICED, tmp_path)

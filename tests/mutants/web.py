@@ -113,7 +113,7 @@ MUTANTS = [
         name="web-everything-inline",
         rule="Only media types that are listed are shown inline.",
         path="granite_storage/_delivery.py",
-        old=' and _essence(served_type(content_type)) in inline_types',
+        old=" and _essence(served_type(content_type)) in inline_types",
         new="",
         tests=("tests/web/test_delivery.py::test_what_is_not_listed_is_an_attachment",),
     ),

@@ -66,7 +66,8 @@ MUTANTS = [
         rule="A reader never ends short: where bytes are missing it raises.",
         path="granite_storage/readers.py",
         old="        if not chunk:\n            raise BackendError(",
-        new="        if not chunk:\n            self._position = self.size\n            return b''\n            raise BackendError(",
+        new="        if not chunk:\n            self._position = self.size\n            return b''\n"
+        "            raise BackendError(",
         tests=("tests/core/test_readers.py::TestWrongObjects::test_a_body_that_ends_early_raises",),
     ),
     Mutant(

@@ -65,9 +65,17 @@ MUTANTS = [
         name="alembic-objects-not-read-back",
         rule="An object is read back before a row refers to it.",
         path="granite_storage/alembic/_storing.py",
-        old="return await _kept_if(manager, ref, read_whole(manager, ref))",
+        old="return await _kept_if(manager, ref, _comes_back(manager, ref, content))",
         new="return Stored(ref)",
         tests=("tests/alembic/test_paths.py::test_wrong_bytes_are_noticed_as_they_are_stored",),
+    ),
+    Mutant(
+        name="alembic-copies-not-read-back",
+        rule="A copy of content from elsewhere is read back before a row refers to it.",
+        path="granite_storage/alembic/_storing.py",
+        old="return await _kept_if(manager, ref, read_whole(manager, ref))",
+        new="return Stored(ref)",
+        tests=("tests/alembic/test_copies.py",),
     ),
     Mutant(
         name="alembic-two-rows-adopt-one-object",

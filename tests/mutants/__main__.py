@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -81,9 +82,10 @@ def _run(runner: Runner, mutants: list[Mutant], jobs: int) -> int:
         return 2
     print(f"all tests pass without an edit ({time.monotonic() - start:.0f} s)", flush=True)
     verdicts: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
-    for mutant, result in runner.run(mutants, jobs):
-        verdicts[result.verdict].append(mutant.name)
-        print(_line(mutant, result), flush=True)
+    with closing(runner.run(mutants, jobs)) as results:
+        for mutant, result in results:
+            verdicts[result.verdict].append(mutant.name)
+            print(_line(mutant, result), flush=True)
     died = verdicts[Verdict.KILLED] + verdicts[Verdict.KILLED_BY_TIMEOUT]
     print(f"{len(died)} of {len(mutants)} mutants died in {time.monotonic() - start:.0f} s", end="")
     for verdict in (Verdict.KILLED_BY_TIMEOUT, Verdict.SURVIVED, Verdict.INVALID):

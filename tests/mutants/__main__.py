@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -81,9 +82,10 @@ def _run(runner: Runner, mutants: list[Mutant], jobs: int) -> int:
         return 2
     print(f"all tests pass without an edit ({time.monotonic() - start:.0f} s)", flush=True)
     verdicts: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
-    for mutant, result in runner.run(mutants, jobs):
-        verdicts[result.verdict].append(mutant.name)
-        print(_line(mutant, result), flush=True)
+    with closing(runner.run(mutants, jobs)) as results:
+        for mutant, result in results:
+            verdicts[result.verdict].append(mutant.name)
+            print(_line(mutant, result), flush=True)
     died = verdicts[Verdict.KILLED] + verdicts[Verdict.KILLED_BY_TIMEOUT]
     print(f"{len(died)} of {len(mutants)} mutants died in {time.monotonic() - start:.0f} s", end="")
     for verdict in (Verdict.KILLED_BY_TIMEOUT, Verdict.SURVIVED, Verdict.INVALID):
@@ -103,7 +105,7 @@ def _line(mutant: Mutant, result: Result) -> str:
             return f"{line}{result.message}"
         case _:
             message = result.message.partition("\n")[0]
-            return f"{line}{result.failed[0] if result.failed else 'the run did not end'}: {message[:_LONGEST_MESSAGE]}"
+            return f"{line}{result.failed[0] if result.failed else 'the run'}: {message[:_LONGEST_MESSAGE]}"
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -65,11 +65,9 @@ MUTANTS = [
         name="core-body-ends-early",
         rule="A reader never ends short: where bytes are missing it raises.",
         path="granite_storage/readers.py",
-        old=(
-            'raise BackendError(f"the object at {self.ref.location!r} ended {self._left} bytes early", '
-            "location=self.ref.location)"
-        ),
-        new="self._position = self.size",
+        old="        if not chunk:\n            raise BackendError(",
+        new="        if not chunk:\n            self._position = self.size\n            return b''\n"
+        "            raise BackendError(",
         tests=("tests/core/test_readers.py::TestWrongObjects::test_a_body_that_ends_early_raises",),
     ),
     Mutant(

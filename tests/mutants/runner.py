@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -22,8 +22,11 @@ from tests.mutants.plugin import REPORT
 
 __all__ = ["Result", "Runner", "Verdict"]
 
+_PLUGINS = ("no:cacheprovider", "pytest_asyncio.plugin", "pytest_timeout", "tests.mutants.plugin")
+_PYTEST = ("-q", "-o", "addopts=--import-mode=importlib", *(part for plugin in _PLUGINS for part in ("-p", plugin)))
 _TEST_TIMEOUT = 60
 _RUN_TIMEOUT = 300.0
+_SHARES = 10
 _CLEANUP_TIMEOUT = 30.0
 
 
@@ -98,10 +101,10 @@ class Runner:
             min(shares, key=len).extend(tests)
         shares = [share for share in shares if share]
         with self._workers(jobs) as pool:
-            runs = [pool.submit(self._run, self._original, share, ()) for share in shares]
+            runs = [pool.submit(self._run, self._original, share, (), _SHARES * self._run_timeout) for share in shares]
             return [result for run in runs if (result := run.result()).verdict is not Verdict.SURVIVED]
 
-    def run(self, mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, Result]]:
+    def run(self, mutants: Sequence[Mutant], jobs: int) -> Generator[tuple[Mutant, Result], None, None]:
         """Yield what becomes of each mutant, in their order."""
         with self._workers(jobs) as pool:
             yield from zip(mutants, pool.map(self._run_mutant, mutants), strict=True)
@@ -114,7 +117,7 @@ class Runner:
             edited.write_text(edit(mutant, copy))
             for compiled in edited.parent.glob(f"__pycache__/{edited.stem}.*"):
                 compiled.unlink()  # it would pass for the edited file's, if that was as long and as old
-            return self._run(copy, mutant.tests, ["-x"])
+            return self._run(copy, mutant.tests, ["-x"], self._run_timeout)
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
@@ -122,20 +125,22 @@ class Runner:
         """Return a path that is short: tests put sockets below it."""
         return self._folder / f"{next(self._numbers)}"
 
-    def _run(self, copy: Path, tests: Sequence[str], options: Sequence[str]) -> Result:
+    def _run(self, copy: Path, tests: Sequence[str], options: Sequence[str], timeout: float) -> Result:
         own = self._new_folder()
         own.mkdir()
         try:
-            return self._run_pytest(copy, own, tests, options)
+            return self._run_pytest(copy, own, tests, options, timeout)
         finally:
             shutil.rmtree(own, ignore_errors=True)
 
-    def _run_pytest(self, copy: Path, own: Path, tests: Sequence[str], options: Sequence[str]) -> Result:
+    def _run_pytest(self, copy: Path, own: Path, tests: Sequence[str], options: Sequence[str], timeout: float) -> Result:
         report, output = own / "report", own / "output"
         # Where CI is set, a service that is missing fails its tests: one that is skipped notices nothing.
         environment = os.environ | {"PYTHONPATH": str(copy), "TMPDIR": str(own), "CI": "1", REPORT: str(report)}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.mutants.plugin"]
-        command += [f"--timeout={self._test_timeout}", f"--basetemp={own / 'tests'}", *options, *tests]
+        # The plugins that happen to be installed take longer to import than most runs take.
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        command = [sys.executable, "-m", "pytest", *_PYTEST, f"--timeout={self._test_timeout}"]
+        command += [f"--basetemp={own / 'tests'}", *options, *tests]
         start = time.monotonic()
         with output.open("wb") as file:
             process = subprocess.Popen(
@@ -143,7 +148,7 @@ class Runner:
             )
         self._running.add(process)
         try:
-            code: int | None = process.wait(self._run_timeout if not self._stopped else 0)
+            code: int | None = process.wait(timeout if not self._stopped else 0)
         except subprocess.TimeoutExpired:
             code = None
             end(process)
@@ -161,7 +166,7 @@ class Runner:
             last = "\n".join(output.read_text(errors="replace").splitlines()[-20:])
             message = f"pytest ended with {code}, and these were not run: {', '.join(skipped) or 'none'}\n{last}"
         else:
-            message = failures[0]["message"] if failures else ""
+            message = failures[0]["message"] if failures else f"pytest did not end within {timeout:g} s" if code is None else ""
         return Result(verdict, seconds, tuple(dict.fromkeys(record["failed"] for record in failures)), message)
 
     @contextlib.contextmanager

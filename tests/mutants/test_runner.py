@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import threading
+from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.mutants import plugin
@@ -52,7 +56,7 @@ def project(tmp_path: Path) -> Path:
         "granite_storage/rule.py": RULE,
         "tests/test_rule.py": TESTS,
         "tests/mutants/plugin.py": Path(plugin.__file__).read_text(),
-        "pyproject.toml": '[tool.pytest.ini_options]\naddopts = ["--import-mode=importlib"]\npythonpath = ["."]\n',
+        "pyproject.toml": '[tool.pytest.ini_options]\nasyncio_default_fixture_loop_scope = "function"\npythonpath = ["."]\n',
     }
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,10 +68,8 @@ def project(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def runner(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """A runner of that project, which has little patience, and starts pytest with no other plugins than it needs."""
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_timeout")
+def runner(project: Path, tmp_path: Path) -> Runner:
+    """A runner of that project, which has little patience."""
     (tmp_path / "m").mkdir()
     runner = Runner(project, tmp_path / "m", test_timeout=1)
     runner.copy()
@@ -85,6 +87,19 @@ def test_what_becomes_of_mutants(runner: Runner, project: Path) -> None:
     }
     assert results["noticed"].failed == ("tests/test_rule.py::test_limit",)
     assert (project / "granite_storage/rule.py").read_text() == RULE
+
+
+def test_an_interrupt_leaves_nothing_running(project: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "interrupted"
+    folder.mkdir()
+    runner = Runner(project, folder)
+    runner.copy()
+    interrupt = threading.Timer(2, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt), closing(runner.run([ENDLESS, ENDLESS], 2)) as results:
+        interrupt.start()
+        list(results)
+    assert [process for process in psutil.process_iter(["cmdline"]) if str(folder) in str(process.info["cmdline"])] == []
+    assert [path.name for path in folder.iterdir()] == ["original"]
 
 
 def test_tests_that_fail_anyway_are_told(runner: Runner) -> None:

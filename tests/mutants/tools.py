@@ -11,7 +11,7 @@ MUTANTS = [
         path="granite_storage/cli/running.py",
         old="        if yes:\n            return True\n",
         new="        if yes or not sys.stdin.isatty():\n            return True\n",
-        tests=("tests/cli/test_commands.py::TestMigrate::test_nothing_happens_without_a_word",),
+        tests=("tests/cli/test_commands.py::TestMigrate::test_nothing_happens_without_a_word[sqlite]",),
     ),
     Mutant(
         name="cli-dry-run-recovers",
@@ -27,7 +27,7 @@ MUTANTS = [
         path="granite_storage/cli/collecting.py",
         old="if desk.stopped_by or dry_run or not _may_delete(desk, looked.report):",
         new="if desk.stopped_by or not _may_delete(desk, looked.report):",
-        tests=("tests/cli/test_commands.py::TestGc::test_it_shows_and_asks_and_deletes",),
+        tests=("tests/cli/test_commands.py::TestGc::test_it_shows_and_asks_and_deletes[sqlite]",),
     ),
     Mutant(
         name="cli-verify-always-succeeds",
@@ -35,7 +35,7 @@ MUTANTS = [
         path="granite_storage/cli/audits.py",
         old="return Exit.FOUND if verification.report.problems else None",
         new="return None",
-        tests=("tests/cli/test_commands.py::TestVerify::test_a_missing_object",),
+        tests=("tests/cli/test_commands.py::TestVerify::test_a_missing_object[sqlite]",),
     ),
     Mutant(
         name="cli-obeys-names",
@@ -51,7 +51,7 @@ MUTANTS = [
         path="granite_storage/alembic/_conversion.py",
         old="waiting = and_(source.is_not(None), target.is_(None))",
         new="waiting = and_(source.is_not(None))",
-        tests=("tests/alembic/test_conversions.py::test_text_becomes_files_through_a_crash_and_comes_back",),
+        tests=("tests/alembic/test_conversions.py::test_text_becomes_files_through_a_crash_and_comes_back[sqlite]",),
     ),
     Mutant(
         name="alembic-unwritten-objects-stay",
@@ -65,9 +65,17 @@ MUTANTS = [
         name="alembic-objects-not-read-back",
         rule="An object is read back before a row refers to it.",
         path="granite_storage/alembic/_storing.py",
-        old="return await _kept_if(manager, ref, read_whole(manager, ref))",
+        old="return await _kept_if(manager, ref, _comes_back(manager, ref, content))",
         new="return Stored(ref)",
         tests=("tests/alembic/test_paths.py::test_wrong_bytes_are_noticed_as_they_are_stored",),
+    ),
+    Mutant(
+        name="alembic-copies-not-read-back",
+        rule="A copy of content from elsewhere is read back before a row refers to it.",
+        path="granite_storage/alembic/_storing.py",
+        old="return await _kept_if(manager, ref, read_whole(manager, ref))",
+        new="return Stored(ref)",
+        tests=("tests/alembic/test_copies.py",),
     ),
     Mutant(
         name="alembic-two-rows-adopt-one-object",

@@ -273,6 +273,8 @@ def test_parameters(header: str, parameters: dict[str, str]) -> None:
 def test_parameters_that_are_refused(header: str, message: str) -> None:
     with pytest.raises(MalformedRequestError, match=message):
         parse_parameters(header.encode())
+    with pytest.raises(MalformedRequestError, match="too many percent signs"):
+        parse_parameters(b'form-data; name="' + b"%22" * 257 + b'"', is_of_form=True)
 
 
 @pytest.mark.case("RD-07")

@@ -29,7 +29,7 @@ _TURN_SECONDS = 0.005
 _LONGEST_CONTENT_TYPE = 1024
 _LONGEST_KEPT = 255
 _MOST_PARAMETERS = 16
-_MOST_BACKSLASHES = 256
+_MOST_ESCAPES = 256  # the longest file name has fewer characters
 
 # A quoted value may have backslashes before quotes and backslashes (RFC 9110, section 5.6.4). Browsers write a backslash as it
 # is: the second form takes what is no such value, up to the last quote before a semicolon.
@@ -66,8 +66,8 @@ def require_whole_body(request: Request, limits: UploadLimits) -> None:
         UnsupportedRequestError: It has a Content-Encoding: what would be stored is not what the client means.
         MalformedRequestError: It has a Content-Range (RFC 9110, section 14.5), or two sizes.
     """
-    codings = ",".join(request.headers.getlist("content-encoding")).split(",")
-    if any(coding.strip().lower() not in {"", "identity"} for coding in codings):
+    encodings = request.headers.getlist("content-encoding")
+    if encodings and {coding.strip().lower() for coding in ",".join(encodings).split(",")} - {"", "identity"}:
         raise UnsupportedRequestError("the body has a Content-Encoding, which is not taken here")
     if "content-range" in request.headers:
         raise MalformedRequestError("the body is a range of a file, which is not taken here")
@@ -106,7 +106,7 @@ def content_type_to_keep(given: str) -> str | None:
 def parse_parameters(header: bytes, *, is_of_form: bool = False) -> tuple[bytes, dict[bytes, bytes]]:
     """Return the first part of a header in lower case, and the parameters that follow it by their names in lower case.
 
-    The numbers of parameters and of backslashes are bounded.
+    The numbers of parameters and of escapes are bounded.
 
     Args:
         header: The header's value.
@@ -116,8 +116,8 @@ def parse_parameters(header: bytes, *, is_of_form: bool = False) -> tuple[bytes,
     Raises:
         MalformedRequestError: It is not a list of parameters, has too many of them, or has one twice.
     """
-    if header.count(b"\\") > _MOST_BACKSLASHES:
-        raise MalformedRequestError(f"a header has too many backslashes (at most {_MOST_BACKSLASHES})")
+    if header.count(b"\\") > _MOST_ESCAPES:
+        raise MalformedRequestError(f"a header has too many backslashes (at most {_MOST_ESCAPES})")
     value, parameters = header.partition(b";")[0], dict[bytes, bytes]()
     position = len(value)
     for _ in range(_MOST_PARAMETERS):
@@ -148,12 +148,14 @@ async def body_of(request: Request, limits: UploadLimits) -> AsyncGenerator[byte
     turn = Turn()
     async with aclosing(request.stream()) as chunks:
         async for chunk in chunks:
-            excess = 0 if limits.max_size is None else max(0, size + len(chunk) - limits.max_size)
             size += len(chunk)
-            for start in range(0, len(chunk) - excess, _PIECE):
-                yield chunk[start : min(start + _PIECE, len(chunk) - excess)]  # which is the chunk itself where it is no longer
+            is_too_large = limits.max_size is not None and size > limits.max_size
+            allowed = chunk[: limits.max_size - size] if limits.max_size is not None and is_too_large else chunk
+            for start in range(0, len(allowed), _PIECE):
+                yield allowed[start : start + _PIECE]  # which is the chunk itself where it is no longer
                 await turn.end_if_due()
-            limits.require("max_size", size, "the body is too large")
+            if is_too_large:
+                limits.require("max_size", size, "the body is too large")
 
 
 def _header(request: Request, name: str) -> str:
@@ -171,6 +173,8 @@ def _value_of(match: re.Match[bytes], is_of_form: bool) -> bytes:
     if b"\\" in value:
         value = value.replace(b"\\\\", b"\0").replace(b'\\"', b'"').replace(b"\0", b"\\")  # no header has a NUL
     if is_of_form and b"%" in value:
+        if value.count(b"%") > _MOST_ESCAPES:
+            raise MalformedRequestError(f"a name in a form has too many percent signs (at most {_MOST_ESCAPES})")
         value = value.replace(b"%22", b'"')
         if b"%0" in value:
             for escape, character in _LINE_ENDS:

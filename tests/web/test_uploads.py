@@ -379,9 +379,9 @@ async def test_a_file_full_of_what_looks_like_boundaries(client: httpx.AsyncClie
 
     async def watch() -> None:
         while True:
-            start = time.perf_counter()
+            start = time.thread_time()  # of this thread alone: a busy machine does not count
             await asyncio.sleep(0.001)
-            lags.append(time.perf_counter() - start)
+            lags.append(time.thread_time() - start)
 
     content = f"\r\n--{BOUNDARY}x".encode() * (6 * MIB // 16)
     watching = asyncio.create_task(watch())

@@ -99,7 +99,7 @@ async def test_a_hostile_form_does_not_hold_the_loop(unit: bytes, is_one_field: 
     assert time.thread_time() - start < 1.0
     watching.cancel()
     assert len(fields) == len(body)
-    assert max(holds) < 0.1
+    assert max(holds, default=0.0) < 0.1
 
 
 @pytest.mark.case("RE-01")

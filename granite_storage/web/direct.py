@@ -122,6 +122,8 @@ class DirectUploads:
         for argument, duration in (("max_expires_in", max_expires_in), ("finish_within", finish_within)):
             if not isinstance(duration, timedelta) or duration < timedelta(seconds=1):
                 raise ConfigurationError(f"{argument} must be a timedelta of at least one second, not {duration!r}")
+        if audience is not None and not isinstance(audience, str):
+            raise ConfigurationError(f"audience must be a string, not {audience!r:.40}")
         keys = {"default": secret} if isinstance(secret, str | bytes) else secret
         longest = max_expires_in + finish_within
         self.base_url: str | None = None if base_url is None else require_base_url(base_url)

@@ -285,7 +285,8 @@ def _is_compressed(scope: Any, asked: Headers) -> bool:
     config = getattr(scope.get("litestar_app"), "compression_config", None)
     if config is None or not _takes_codings(asked):
         return False
-    return not (config.exclude_opt_key and scope["route_handler"].opt.get(config.exclude_opt_key))
+    options = getattr(scope.get("route_handler"), "opt", {})
+    return not (config.exclude_opt_key and options.get(config.exclude_opt_key))
 
 
 def _decided(method: str, asked: Headers, validators: Validators, size: int, *, whole: bool) -> tuple[int, list[ByteRange]]:

@@ -118,6 +118,12 @@ async def test_a_url_of_another_application(binding: Any) -> None:
         assert (await client.send(upload)).status_code == 204
 
 
+async def test_what_is_no_audience(binding: Any) -> None:
+    for wrong in (b"x", 7, ["x"]):
+        with pytest.raises(ConfigurationError, match="audience"):
+            uploads_of(binding, audience=wrong)
+
+
 async def test_what_is_no_attachment(binding: Any) -> None:
     uploads = uploads_of(binding)
     token = await sent_letter(uploads)

@@ -43,7 +43,6 @@ __all__ = ["Claim", "Finished", "Staging"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
-
 _CLAIM_SECONDS = 60.0
 _RENEWAL_SECONDS = 15.0
 

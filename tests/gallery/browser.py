@@ -7,29 +7,29 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
+import uvicorn
 from selenium import webdriver
 from selenium.webdriver.remote.webelement import WebElement
 
-__all__ = ["INSTALLING", "Page", "Programs", "answers", "eventually", "page", "programs", "served"]
+from tests.gallery.conftest import application
+
+__all__ = ["INSTALLING", "Page", "Programs", "browser", "eventually", "page", "programs", "served"]
 
 INSTALLING = 900
 """How long installing a browser may take, in seconds."""
 
 _PATIENCE = INSTALLING / 3
 
-ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PACKAGES = ("chromium", "chromium-driver")
 SWITCHES = (
@@ -111,26 +111,20 @@ def _run(command: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def served(folder: Path, **environment: str) -> Iterator[str]:
-    """Run the gallery's one command, and give its address, where it will answer in a moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "examples.gallery", "--port", str(port), "--folder", str(folder / "data")]
-    chosen = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    with subprocess.Popen(command, cwd=ROOT, env=chosen, stdout=subprocess.DEVNULL) as server:
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.send_signal(signal.SIGINT)
-            assert server.wait(60) == 0
-
-
-def answers(address: str) -> bool:
-    """Tell whether the gallery has started."""
-    try:
-        return httpx.get(f"{address}/items").status_code == 200
-    except httpx.TransportError:
-        return False
+    """Serve the gallery from a thread of this process, and give its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with application(folder, GALLERY_URL=address, **environment) as module:
+            server = uvicorn.Server(uvicorn.Config(module.app, log_config=None, log_level="warning"))
+            thread = threading.Thread(target=server.run, args=([listening],), name="gallery")
+            thread.start()
+            try:
+                eventually(lambda: server.started or not thread.is_alive())
+                assert server.started
+                yield address
+            finally:
+                server.should_exit = True
+                thread.join()
 
 
 class Page:
@@ -204,8 +198,8 @@ class Page:
 
 
 @contextlib.contextmanager
-def page(found: Programs, address: str, folder: Path) -> Iterator[Page]:
-    """Open a browser that has never been used before."""
+def browser(found: Programs) -> Iterator[webdriver.Chrome]:
+    """Start a browser that has never been used before."""
     options = webdriver.ChromeOptions()
     options.binary_location = found.browser
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -216,9 +210,23 @@ def page(found: Programs, address: str, folder: Path) -> Iterator[Page]:
         driver = webdriver.Chrome(options, webdriver.ChromeService(found.driver, env={**os.environ, **places}))
         try:
             driver.set_script_timeout(60)
-            yield Page(driver, address, Path(os.environ.get("GALLERY_SCREENSHOTS", folder / "screenshots")))
+            yield driver
         finally:
             driver.quit()
+
+
+@contextlib.contextmanager
+def page(driver: webdriver.Chrome, address: str, folder: Path) -> Iterator[Page]:
+    """Open a window, in which nothing is known of other tests: each has a port of its own, and so an origin."""
+    first = driver.current_window_handle
+    driver.switch_to.new_window("window")
+    for kind in ("browser", "performance"):
+        driver.get_log(kind)
+    try:
+        yield Page(driver, address, Path(os.environ.get("GALLERY_SCREENSHOTS", folder / "screenshots")))
+    finally:
+        driver.close()
+        driver.switch_to.window(first)
 
 
 def eventually(look: Callable[[], Found], why: str = "it has not come to pass", seconds: float = 60) -> Found:

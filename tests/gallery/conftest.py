@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -19,15 +20,22 @@ def forget() -> None:
         del sys.modules[name]
 
 
+@contextlib.contextmanager
+def application(folder: Path, **environment: str) -> Iterator[Any]:
+    """Give the application's module, imported anew for what the environment says."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"GALLERY_FOLDER": str(folder / "data"), **environment}.items():
+            patch.setenv(name, value)
+        forget()
+        yield importlib.import_module("examples.gallery.app")
+        sys.modules["examples.gallery.models"].binding.unbind()
+        forget()
+
+
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setenv("GALLERY_FOLDER", str(tmp_path / "data"))
-    monkeypatch.setenv("MAX_SIZE", str(MAX_SIZE))
-    monkeypatch.setenv("GALLERY_URL", "http://127.0.0.1")
-    forget()
-    yield importlib.import_module("examples.gallery.app")
-    sys.modules["examples.gallery.models"].binding.unbind()
-    forget()
+def module(tmp_path: Path) -> Iterator[Any]:
+    with application(tmp_path, MAX_SIZE=str(MAX_SIZE), GALLERY_URL="http://127.0.0.1") as found:
+        yield found
 
 
 @pytest.fixture

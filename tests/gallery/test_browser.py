@@ -15,9 +15,10 @@ from typing import Any
 import httpx
 import pytest
 from selenium.webdriver import ActionChains
+from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.keys import Keys
 
-from tests.gallery.browser import INSTALLING, Page, Programs, answers, eventually, page, programs, served
+from tests.gallery.browser import INSTALLING, Page, browser, eventually, page, programs, served
 from tests.gallery.support import stored
 from tests.services import service
 
@@ -36,17 +37,17 @@ for (const kind of enough ?? ["dragenter", "dragover", "drop"]) {
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Programs]:
-    with service("Chromium", programs()) as found:
-        yield found
+def driver(_temporary_folder: Path) -> Iterator[WebDriver]:
+    """One browser for all tests: to start it takes longer than most of them."""
+    with service("Chromium", programs()) as found, browser(found) as started:
+        yield started
 
 
 @pytest.fixture
-def visit(browser: Programs, tmp_path: Path) -> Iterator[Page]:
+def visit(driver: WebDriver, tmp_path: Path) -> Iterator[Page]:
     """The gallery, empty, in a window; whatever the browser complains of fails the test."""
-    with served(tmp_path, MAX_SIZE=str(MAX_SIZE)) as address, page(browser, address, tmp_path) as opened:
+    with served(tmp_path, MAX_SIZE=str(MAX_SIZE)) as address, page(driver, address, tmp_path) as opened:
         opened.look(1280)
-        eventually(lambda: answers(address))  # it has started while the browser did
         opened.open()
         eventually(lambda: opened.one("#empty").is_displayed())
         yield opened
@@ -174,8 +175,9 @@ def test_a_picture_that_is_none_has_a_tile(visit: Page, tmp_path: Path) -> None:
     assert eventually(lambda: visit.texts(".item .tile")) == ["png"]
 
 
+@pytest.mark.time_bound
 def test_a_film_plays_and_seeks_by_ranges(visit: Page, tmp_path: Path) -> None:
-    """The samples are painted and filmed by the browser, and so is the film that is played here."""
+    """The samples are painted and filmed by the browser, and so is the film that is played here; a busy one films less."""
     visit.one("#samples").click()
     eventually(lambda: len(names(visit)) == 5)
     film = next(name for name in names(visit) if name.startswith("lichen."))

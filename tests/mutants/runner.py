@@ -26,8 +26,8 @@ _PLUGINS = ("no:cacheprovider", "pytest_asyncio.plugin", "pytest_timeout", "test
 _PYTEST = ("-q", "-o", "addopts=--import-mode=importlib", *(part for plugin in _PLUGINS for part in ("-p", plugin)))
 _TEST_TIMEOUT = 60
 _RUN_TIMEOUT = 300.0
-_PATIENCE = 5
-"""How many times as long all tests may take without an edit: they are many, and should pass."""
+_UNEDITED = 5
+"""How many times as long the tests may take without an edit: all of them run at once, and should pass."""
 _CLEANUP_TIMEOUT = 30.0
 
 
@@ -102,7 +102,7 @@ class Runner:
             min(shares, key=len).extend(tests)
         shares = [share for share in shares if share]
         with self._workers(jobs) as pool:
-            runs = [pool.submit(self._run, self._original, share, (), _PATIENCE) for share in shares]
+            runs = [pool.submit(self._run, self._original, share, (), _UNEDITED) for share in shares]
             return [result for run in runs if (result := run.result()).verdict is not Verdict.SURVIVED]
 
     def run(self, mutants: Sequence[Mutant], jobs: int) -> Generator[tuple[Mutant, Result], None, None]:
@@ -126,21 +126,21 @@ class Runner:
         """Return a path that is short: tests put sockets below it."""
         return self._folder / f"{next(self._numbers)}"
 
-    def _run(self, copy: Path, tests: Sequence[str], options: Sequence[str], patience: int) -> Result:
+    def _run(self, copy: Path, tests: Sequence[str], options: Sequence[str], times: int) -> Result:
         own = self._new_folder()
         own.mkdir()
         try:
-            return self._run_pytest(copy, own, tests, options, patience)
+            return self._run_pytest(copy, own, tests, options, times)
         finally:
             shutil.rmtree(own, ignore_errors=True)
 
-    def _run_pytest(self, copy: Path, own: Path, tests: Sequence[str], options: Sequence[str], patience: int) -> Result:
+    def _run_pytest(self, copy: Path, own: Path, tests: Sequence[str], options: Sequence[str], times: int) -> Result:
         report, output = own / "report", own / "output"
         # Where CI is set, a service that is missing fails its tests: one that is skipped notices nothing.
         environment = os.environ | {"PYTHONPATH": str(copy), "TMPDIR": str(own), "CI": "1", REPORT: str(report)}
         # The plugins that happen to be installed take longer to import than most runs take.
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        command = [sys.executable, "-m", "pytest", *_PYTEST, f"--timeout={patience * self._test_timeout}"]
+        command = [sys.executable, "-m", "pytest", *_PYTEST, f"--timeout={times * self._test_timeout}"]
         command += [f"--basetemp={own / 'tests'}", *options, *tests]
         start = time.monotonic()
         with output.open("wb") as file:
@@ -149,7 +149,7 @@ class Runner:
             )
         self._running.add(process)
         try:
-            code: int | None = process.wait(patience * self._run_timeout if not self._stopped else 0)
+            code: int | None = process.wait(times * self._run_timeout if not self._stopped else 0)
         except subprocess.TimeoutExpired:
             code = None
             end(process)

@@ -1,6 +1,6 @@
 """Apply each mutant of the table to a copy of the project, run the tests that must notice, and print which mutants died.
 
-    python -m tests.mutants [NAME ...] [--jobs 2] [--list]
+    python -m tests.mutants [NAME ...] [--jobs 2] [--timeout 60] [--list]
 
 A name may be a pattern, such as `journal-*`. The exit code is 1 where a mutant survives: then a test is missing. It is 2 where
 the table does not fit the code, or a test fails without any edit.
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with tempfile.TemporaryDirectory(prefix="m-", ignore_cleanup_errors=True) as folder:
-            return _run(Runner(ROOT, Path(folder)), mutants, given.jobs)
+            return _run(Runner(ROOT, Path(folder), test_timeout=given.timeout), mutants, given.jobs)
     except KeyboardInterrupt:
         print("interrupted")
         return 130
@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=description)
     parser.add_argument("names", nargs="*", metavar="NAME", help="which mutants, such as 'journal-*'; all by default")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="how many run side by side")
+    parser.add_argument(
+        "--timeout", type=float, default=60, help="how long a test may take, in seconds; a hang counts as noticed"
+    )
     parser.add_argument("--list", action="store_true", help="print the names and rules, and run nothing")
     return parser
 

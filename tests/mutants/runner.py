@@ -26,7 +26,8 @@ _PLUGINS = ("no:cacheprovider", "pytest_asyncio.plugin", "pytest_timeout", "test
 _PYTEST = ("-q", "-o", "addopts=--import-mode=importlib", *(part for plugin in _PLUGINS for part in ("-p", plugin)))
 _TEST_TIMEOUT = 60
 _RUN_TIMEOUT = 300.0
-_SHARES = 10
+_UNEDITED = 5
+"""How many times as long the tests may take without an edit: all of them run at once, and should pass."""
 _CLEANUP_TIMEOUT = 30.0
 
 
@@ -63,7 +64,7 @@ class Runner:
         root: The project.
         folder: An empty folder for the copies; the caller removes it.
         test_timeout: The longest that a test may take, in seconds: a hang counts as noticed.
-        run_timeout: The longest that all tests of a mutant may take, in seconds.
+        run_timeout: The longest that all tests of a mutant may take, in seconds. Without an edit both are five times as long.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Runner:
             min(shares, key=len).extend(tests)
         shares = [share for share in shares if share]
         with self._workers(jobs) as pool:
-            runs = [pool.submit(self._run, self._original, share, (), _SHARES * self._run_timeout) for share in shares]
+            runs = [pool.submit(self._run, self._original, share, (), _UNEDITED) for share in shares]
             return [result for run in runs if (result := run.result()).verdict is not Verdict.SURVIVED]
 
     def run(self, mutants: Sequence[Mutant], jobs: int) -> Generator[tuple[Mutant, Result], None, None]:
@@ -117,7 +118,7 @@ class Runner:
             edited.write_text(edit(mutant, copy))
             for compiled in edited.parent.glob(f"__pycache__/{edited.stem}.*"):
                 compiled.unlink()  # it would pass for the edited file's, if that was as long and as old
-            return self._run(copy, mutant.tests, ["-x"], self._run_timeout)
+            return self._run(copy, mutant.tests, ["-x"], 1)
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
@@ -125,21 +126,21 @@ class Runner:
         """Return a path that is short: tests put sockets below it."""
         return self._folder / f"{next(self._numbers)}"
 
-    def _run(self, copy: Path, tests: Sequence[str], options: Sequence[str], timeout: float) -> Result:
+    def _run(self, copy: Path, tests: Sequence[str], options: Sequence[str], times: int) -> Result:
         own = self._new_folder()
         own.mkdir()
         try:
-            return self._run_pytest(copy, own, tests, options, timeout)
+            return self._run_pytest(copy, own, tests, options, times)
         finally:
             shutil.rmtree(own, ignore_errors=True)
 
-    def _run_pytest(self, copy: Path, own: Path, tests: Sequence[str], options: Sequence[str], timeout: float) -> Result:
+    def _run_pytest(self, copy: Path, own: Path, tests: Sequence[str], options: Sequence[str], times: int) -> Result:
         report, output = own / "report", own / "output"
         # Where CI is set, a service that is missing fails its tests: one that is skipped notices nothing.
         environment = os.environ | {"PYTHONPATH": str(copy), "TMPDIR": str(own), "CI": "1", REPORT: str(report)}
         # The plugins that happen to be installed take longer to import than most runs take.
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        command = [sys.executable, "-m", "pytest", *_PYTEST, f"--timeout={self._test_timeout}"]
+        command = [sys.executable, "-m", "pytest", *_PYTEST, f"--timeout={times * self._test_timeout}"]
         command += [f"--basetemp={own / 'tests'}", *options, *tests]
         start = time.monotonic()
         with output.open("wb") as file:
@@ -148,7 +149,7 @@ class Runner:
             )
         self._running.add(process)
         try:
-            code: int | None = process.wait(timeout if not self._stopped else 0)
+            code: int | None = process.wait(times * self._run_timeout if not self._stopped else 0)
         except subprocess.TimeoutExpired:
             code = None
             end(process)
@@ -166,7 +167,7 @@ class Runner:
             last = "\n".join(output.read_text(errors="replace").splitlines()[-20:])
             message = f"pytest ended with {code}, and these were not run: {', '.join(skipped) or 'none'}\n{last}"
         else:
-            message = failures[0]["message"] if failures else f"pytest did not end within {timeout:g} s" if code is None else ""
+            message = failures[0]["message"] if failures else "pytest did not end" if code is None else ""
         return Result(verdict, seconds, tuple(dict.fromkeys(record["failed"] for record in failures)), message)
 
     @contextlib.contextmanager

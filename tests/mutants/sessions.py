@@ -154,7 +154,7 @@ MUTANTS = [
     ),
     Mutant(
         name="sessions-orphans-ignored",
-        rule="Orphans of a relationship, which become deletions only inside the flush, give up their files.",
+        rule="Orphans of a relationship, which become deletions only inside the flush, lose their files.",
         path="granite_storage/orm/events.py",
         old="            _save(session, [], [state])\n",
         new="            pass\n",

@@ -69,7 +69,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def runner(project: Path, tmp_path: Path) -> Runner:
-    """A runner of that project, which has little patience."""
+    """A runner of that project, with a short timeout."""
     (tmp_path / "m").mkdir()
     runner = Runner(project, tmp_path / "m", test_timeout=1)
     runner.copy()

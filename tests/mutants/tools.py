@@ -95,7 +95,7 @@ MUTANTS = [
     ),
     Mutant(
         name="alembic-commits-outer-transaction",
-        rule="A transaction that somebody else began is not committed.",
+        rule="A transaction that the caller began is not committed.",
         path="granite_storage/alembic/_steps.py",
         old="if context._in_external_transaction:",
         new="if context._in_external_transaction is None:",

@@ -162,7 +162,7 @@ MUTANTS = [
     ),
     Mutant(
         name="web-url-longer-than-allowed",
-        rule="A URL whose life is longer than the signer allows is refused, whoever signed it.",
+        rule="A URL whose life is longer than the signer allows is refused, whichever signer made it.",
         path="granite_storage/signing.py",
         old="not 0 < signed.expires - time.time() <= self.max_expires_in.total_seconds()",
         new="signed.expires <= time.time()",

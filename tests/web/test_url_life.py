@@ -1,4 +1,4 @@
-"""How long a URL may work is for whoever serves it to say, too: another program may share the key."""
+"""The server of signed URLs limits their life, too: another program may share its key."""
 
 from __future__ import annotations
 

@@ -1,14 +1,21 @@
-"""Which store a backend's key leads to: the identity that new refs keep, and what is said where an old ref has another one."""
+"""Which store a backend leads to: the identity that new refs keep, and whether two backends have the same objects."""
 
 from __future__ import annotations
 
 import logging
 
-from granite_storage.backends.base import StorageBackend, SupportsIdentity
-from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, ObjectNotFoundError, StorageError
+from granite_storage.backends.base import Place, StorageBackend, SupportsIdentity, SupportsPlaces, overlap
+from granite_storage.exceptions import (
+    AccessDeniedError,
+    BackendError,
+    BackendUnavailableError,
+    ConfigurationError,
+    ObjectNotFoundError,
+    StorageError,
+)
 from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Identities", "describe_mismatch", "explain_missing"]
+__all__ = ["Identities", "describe_mismatch", "explain_missing", "identities_of", "may_overlap"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -61,3 +68,40 @@ def describe_mismatch(backend_key: str, identity: str, found: str | None) -> str
         f"{written} the store {found} now: give each store a key of its own, or, where the objects were moved, add {identity} as"
         " a line to the new store's '.granite-storage'"
     )
+
+
+async def may_overlap(backend: StorageBackend, other: StorageBackend) -> bool | None:
+    """Tell whether two backends lead to the same objects; None where one of them does not tell its places."""
+    if backend is other:
+        return True
+    places, others = await _places_of(backend), await _places_of(other)
+    return None if places is None or others is None else overlap(places, others)
+
+
+async def identities_of(backend: StorageBackend) -> tuple[str, ...] | None:
+    """Return the identities that a backend's store answers to now; None for a backend that knows none.
+
+    Raises:
+        BackendError: The store is out of reach.
+    """
+    if not isinstance(backend, SupportsIdentity):
+        return None
+    try:
+        return tuple(await backend.identities())
+    except AccessDeniedError:  # S3 says so also where there is none, to those who may not list
+        return ()
+
+
+async def _places_of(backend: StorageBackend) -> set[Place] | None:
+    """Return all names of a backend's place, its identity among them: a server may be called by names that nobody can compare."""
+    if not isinstance(backend, SupportsPlaces):
+        return None
+    places = set(await backend.places())
+    try:
+        identities = await identities_of(backend) or ()
+    except BackendError:  # it is out of reach, and only the one that is collected has to be
+        identities = ()
+    for identity in identities:
+        store, _, prefix = identity.partition("/")
+        places.add(Place(f"identity {store}", tuple(filter(None, prefix.split("/")))))
+    return places

@@ -6,10 +6,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import Connection, Table
 
 from granite_storage._runs import places
 from granite_storage.alembic._conversion import Conversion, ConversionReport, Made, Progress, Row, Work, convert
+from granite_storage.alembic._owners import Owners
 from granite_storage.alembic._running import StorageThread, storage_thread
 from granite_storage.alembic._steps import Op
 from granite_storage.alembic._storing import Place, Stored, all_or_none, removed, stored_bytes
@@ -17,7 +18,6 @@ from granite_storage.alembic._storing import Work as StoreWork
 from granite_storage.alembic.sources import CopyOf, InPlace, adopted, copied, copied_content
 from granite_storage.exceptions import ObjectNotFoundError
 from granite_storage.manager import StorageManager
-from granite_storage.orm.types import location_of
 from granite_storage.refs import StoredObjectRef
 
 __all__ = ["blob_to_storage", "paths_to_storage", "storage_to_blob", "storage_to_paths", "storage_to_text", "text_to_storage"]
@@ -118,8 +118,9 @@ def paths_to_storage(
     """Turn what another library wrote, such as paths, keys or URLs, into refs; otherwise as `text_to_storage`.
 
     An object that lies in one of the manager's backends is adopted where it lies: it is read once for its size and checksum, and
-    not moved. One that another row of the table refers to already is copied, because an object has one owner. Anything else that
-    the mapping gives is copied in.
+    not moved. One that another row refers to already is copied, because an object has one owner: every column of references in
+    the database is asked, whatever its table and schema and whatever key of the manager leads to the object. Anything else that
+    the mapping gives is copied in; what is no regular file is `ObjectNotFoundError`.
 
     Args:
         op: Alembic's `op`.
@@ -311,27 +312,22 @@ class _Paths(_Storing):
         super().__init__(manager, source, target, storage_key, at_a_time)
         self._mapping = mapping
         self._skip_missing = skip_missing
+        self._owners: Owners | None = None
 
     def work(self, thread: StorageThread) -> Work:
         def find(connection: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
             found = [self._mapping(row[self._source]) for row in rows]
-            taken = self._taken(connection, table, [item for item in found if isinstance(item, InPlace)])
+            owners = self._owners = self._owners or Owners(connection, thread, self._manager, table.c[self._target])
+            taken = owners.find_taken(connection, [item for item in found if isinstance(item, InPlace)])
             works: list[tuple[Place, StoreWork]] = []
             for row, item in zip(rows, found, strict=True):
                 place = self._place(table, row)
                 works.append((place, partial(self._object, place, item, taken)))
                 if isinstance(item, InPlace):
-                    taken = {*taken, item.address}
+                    taken = {*taken, *owners.addresses(item)}
             return self._made(thread, works)
 
         return find
-
-    def _taken(self, connection: Connection, table: Table, items: Sequence[InPlace]) -> set[tuple[str, str]]:
-        """Return which of the objects belong to another row already."""
-        backend, location = location_of(table.c[self._target], connection.dialect.name)
-        wanted = sorted({item.location for item in items})
-        found = connection.execute(select(backend, location).where(location.in_(wanted))) if wanted else ()
-        return {(row[0], row[1]) for row in found}
 
     async def _object(self, place: Place, item: InPlace | CopyOf | None, taken: set[tuple[str, str]]) -> Stored | None:
         try:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import mimetypes
+import os
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from granite_storage._concurrency import finished
 from granite_storage.alembic._storing import Place, Stored, kept_if_readable
-from granite_storage.exceptions import InvalidLocationError
+from granite_storage.exceptions import InvalidLocationError, ObjectNotFoundError
 from granite_storage.locations import check_location
 from granite_storage.manager import StorageManager
 from granite_storage.refs import StoredObjectRef, canonical_timestamp
 
 __all__ = ["CopyOf", "InPlace", "PlainPath", "adopted", "copied", "copied_content"]
+
+_HOW = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +133,35 @@ async def _put(
     manager: StorageManager, place: Place, content: Any, content_type: str | None, filename: str | None
 ) -> StoredObjectRef:
     if isinstance(content, Path):
-        opened = await asyncio.to_thread(content.open, "rb")
+        opened = await finished(asyncio.to_thread(_opened, content), undo=_closed)
         try:
             return await _put(manager, place, opened, content_type, filename)
         finally:
-            await asyncio.to_thread(opened.close)
+            await finished(_closed(opened))
     draft = manager.draft(**place.arguments(), content_type=content_type, original_filename=filename)
     return await manager.put_draft(draft, content)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """Open a regular file; opening a named pipe would wait for whoever writes to it, and reading a device may never end."""
+    irregular = ObjectNotFoundError(f"what is at {str(path)[:200]!r} is not a regular file")
+    try:
+        descriptor = os.open(path, _HOW)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # so a socket answers
+            raise irregular from error
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise irregular
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+async def _closed(file: IO[bytes]) -> None:
+    await asyncio.to_thread(file.close)
 
 
 async def _ref_of(manager: StorageManager, place: Place, item: InPlace) -> StoredObjectRef:

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ARRAY, Column, Connection, MetaData, Select, Table, exists, literal_column, select, union_all
+from sqlalchemy import ARRAY, Column, Connection, MetaData, Table
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
+from granite_storage._identities import may_overlap
 from granite_storage.exceptions import CollectionRefusedError
-from granite_storage.gc.statements import RefColumn, has_refs
-from granite_storage.gc.territory import may_overlap
-from granite_storage.orm._batches import batches
+from granite_storage.gc.statements import RefColumn
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm.discovery import FoundColumn, as_found, find_json_columns, resolve
+from granite_storage.orm.legibility import find_with_refs
 from granite_storage.orm.types import AttachmentType, StoredObjectRefType
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ __all__ = ["BoundBase", "bound_bases", "find_columns", "require_one_database"]
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _KINDS = (AttachmentType, StoredObjectRefType)
-_ASKED_AT_A_TIME = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,15 +179,8 @@ def _with_refs(
     connection: Connection, columns: Sequence[RefColumn], identities: Sequence[str] | None, *, is_sample: bool
 ) -> list[RefColumn]:
     """Return those columns that have a reference which may lead to the store in question."""
-    dialect, found = connection.dialect.name, list[RefColumn]()
-    for batch in batches(columns, _ASKED_AT_A_TIME):
-        asked: Iterator[Select[Any]] = (
-            select(literal_column(str(number))).where(exists(has_refs(item.column, dialect, identities, is_sample=is_sample)))
-            for number, item in enumerate(batch)
-        )
-        statement = union_all(*asked).execution_options(schema_translate_map={})
-        found += [batch[number] for (number,) in connection.execute(statement)]
-    return found
+    found = set(find_with_refs(connection, [item.column for item in columns], identities, is_sample=is_sample))
+    return [item for item in columns if item.column in found]
 
 
 def _readable(metadata: MetaData) -> list[Column[Any]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Column, Connection, MetaData, Table, union_all
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
-from granite_storage._identities import describe_mismatch
+from granite_storage._identities import describe_mismatch, identities_of
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks, durability
 from granite_storage.gc.columns import BoundBase, bound_bases, find_columns, require_one_database
@@ -25,7 +25,6 @@ from granite_storage.gc.statements import (
     first_illegible,
     first_of,
 )
-from granite_storage.gc.territory import identities_of
 from granite_storage.orm._batches import batches
 from granite_storage.orm.discovery import find_tables, resolve
 from granite_storage.orm.held import as_text, find_held, held_among, most_at_once, named_in, selected_extra

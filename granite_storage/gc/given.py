@@ -10,11 +10,10 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 from granite_storage._concurrency import finished
-from granite_storage._identities import describe_mismatch
+from granite_storage._identities import describe_mismatch, identities_of
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.join import Reference
 from granite_storage.gc.spool import PAGE, SortedSpool, temporary_file
-from granite_storage.gc.territory import identities_of
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager
 from granite_storage.orm.held import held_among, named_in

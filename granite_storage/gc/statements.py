@@ -15,19 +15,15 @@ from sqlalchemy import (
     case,
     cast,
     collate,
-    false,
-    func,
     literal_column,
     not_,
     null,
-    or_,
     select,
-    true,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import JSONB
 
 from granite_storage.orm.held import selected_text
+from granite_storage.orm.legibility import has_value, is_legible
 from granite_storage.orm.types import location_of, value_in
 
 __all__ = [
@@ -39,14 +35,11 @@ __all__ = [
     "all_locations",
     "first_illegible",
     "first_of",
-    "has_refs",
 ]
 
 ELSEWHERE, HERE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY = range(4)
 """What a reference is: to an object of another backend; to one in question; of a backend that no manager has; to one in another
 store than the one that its backend leads to."""
-
-_LOOKED_AT = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,47 +83,28 @@ def first_of(column: RefColumn, dialect: str, kind: int, identities: Sequence[st
     """Select the primary key, the backend and the identity of a row whose reference is of a kind."""
     ref = column.column
     wanted = and_(
-        _has_value(ref, dialect),
-        case((_is_legible(ref, dialect), _kind(column, dialect, identities)), else_=null()) == literal_column(str(kind)),
+        has_value(ref, dialect),
+        case((is_legible(ref, dialect), _kind(column, dialect, identities)), else_=null()) == literal_column(str(kind)),
     )
     said = (location_of(ref, dialect)[0], value_in(ref, "identity", dialect))
     found = select(*ref.table.primary_key, *(selected_text(value, dialect) for value in said))
     return found.where(wanted).limit(1)
 
 
-def has_refs(column: Column[Any], dialect: str, identities: Sequence[str] | None, *, is_sample: bool) -> Select[Any]:
-    """Select 1 where a column has a reference that may lead to the store in question.
-
-    Args:
-        column: A column of which it is not known whether it is one of refs.
-        dialect: The name of the database.
-        identities: Those that the store answers to; a ref without one may lead there. None: every ref may.
-        is_sample: Whether to look at its first hundred values only.
-    """
-    if is_sample:
-        rows = select(column).where(column.is_not(None)).limit(_LOOKED_AT).subquery("looked_at")
-        value: Column[Any] = rows.c[column.name]  # type: ignore[assignment]  # it is one of a subquery
-    else:
-        value = column
-    identity = value_in(value, "identity", dialect)
-    here = true() if identities is None else or_(identity.is_(None), identity.in_(identities))
-    return select(literal_column("1")).where(_has_value(value, dialect), case((_is_legible(value, dialect), here), else_=false()))
-
-
 def first_illegible(column: Column[Any], dialect: str) -> Select[Any]:
     """Select the primary key of a row whose value is no reference."""
-    wrong = and_(_has_value(column, dialect), not_(_is_legible(column, dialect)))
+    wrong = and_(has_value(column, dialect), not_(is_legible(column, dialect)))
     return select(*column.table.primary_key, literal_column("1")).where(wrong).limit(1)
 
 
 def _locations(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> Select[Any]:
     ref = column.column
-    legible = _is_legible(ref, dialect)
+    legible = is_legible(ref, dialect)
     kind = _kind(column, dialect, identities)
     found = select(
         case((legible, location_of(ref, dialect)[1])).label("location"),
         case((legible, kind), else_=literal_column(str(ELSEWHERE))).label("kind"),
-    ).where(_has_value(ref, dialect))
+    ).where(has_value(ref, dialect))
     return found if column.is_declared else found.where(legible)
 
 
@@ -155,42 +129,3 @@ def _in_byte_order(location: ColumnElement[str], dialect: str) -> ColumnElement[
     if dialect == "postgresql":
         return collate(location, "C")
     return location if dialect == "sqlite" else cast(location, LargeBinary())
-
-
-def _has_value(column: Column[Any], dialect: str) -> ColumnElement[bool]:
-    """Tell NULL, and the JSON value null, from a reference."""
-    if dialect == "postgresql":
-        return func.jsonb_typeof(cast(column, JSONB)) != "null"
-    if dialect == "sqlite":
-        return and_(column.is_not(None), case((func.json_valid(column) == 1, func.json_type(column) != "null"), else_=true()))
-    return and_(column.is_not(None), func.coalesce(func.json_type(column), "") != "NULL")
-
-
-def _is_legible(column: Column[Any], dialect: str) -> ColumnElement[bool]:
-    """Tell whether a value says what it refers to, and is otherwise of the form of a reference; never NULL."""
-    texts, number, kind_of = _KINDS[dialect]
-    kinds = [kind_of(column, key) == texts for key in ("storage_key", "backend", "location")]
-    sound = and_(*kinds, kind_of(column, "size") == number, location_of(column, dialect)[1] != "")
-    if dialect == "sqlite":  # there a look into what is no JSON fails
-        return case((func.json_valid(column) == 1, func.coalesce(sound, false())), else_=false())
-    return func.coalesce(sound, false())
-
-
-def _kind_on_postgresql(column: Column[Any], key: str) -> ColumnElement[Any]:
-    return func.jsonb_typeof(cast(column, JSONB).op("->", return_type=JSONB())(literal_column(f"'{key}'")))
-
-
-def _kind_on_sqlite(column: Column[Any], key: str) -> ColumnElement[Any]:
-    return func.json_type(column, literal_column(f"'$.{key}'"))
-
-
-def _kind_on_mariadb(column: Column[Any], key: str) -> ColumnElement[Any]:
-    return func.json_type(func.json_extract(column, literal_column(f"'$.{key}'")))
-
-
-_KINDS: dict[str, tuple[str, str, Any]] = {
-    "postgresql": ("string", "number", _kind_on_postgresql),
-    "sqlite": ("text", "integer", _kind_on_sqlite),
-    "mysql": ("STRING", "INTEGER", _kind_on_mariadb),
-    "mariadb": ("STRING", "INTEGER", _kind_on_mariadb),
-}

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from granite_storage.backends.base import Place, StorageBackend, SupportsIdentity, SupportsPlaces, overlap
-from granite_storage.exceptions import AccessDeniedError, BackendError, CollectionRefusedError, InvalidLocationError
+from granite_storage._identities import may_overlap
+from granite_storage.exceptions import CollectionRefusedError, InvalidLocationError
 from granite_storage.locations import check_location, matches_generated_name
 from granite_storage.manager import StorageManager
 
-__all__ = ["Territory", "identities_of", "is_valid", "may_overlap", "require_one_key"]
+__all__ = ["Territory", "is_valid", "require_one_key"]
 
 _SLASHES_OF_OURS = 3
 
@@ -85,43 +85,6 @@ async def require_one_key(manager: StorageManager, backend_key: str) -> None:
                 f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row means:"
                 " give the manager one backend for each place, with policies that have prefixes, and let all rows name that one"
             )
-
-
-async def may_overlap(backend: StorageBackend, other: StorageBackend) -> bool | None:
-    """Tell whether two backends lead to the same objects; None where one of them does not tell its places."""
-    if backend is other:
-        return True
-    places, others = await _places_of(backend), await _places_of(other)
-    return None if places is None or others is None else overlap(places, others)
-
-
-async def identities_of(backend: StorageBackend) -> tuple[str, ...] | None:
-    """Return the identities that a backend's store answers to now; None for a backend that knows none.
-
-    Raises:
-        BackendError: The store is out of reach.
-    """
-    if not isinstance(backend, SupportsIdentity):
-        return None
-    try:
-        return tuple(await backend.identities())
-    except AccessDeniedError:  # S3 says so also where there is none, to those who may not list
-        return ()
-
-
-async def _places_of(backend: StorageBackend) -> set[Place] | None:
-    """Return all names of a backend's place, its identity among them: a server may be called by names that nobody can compare."""
-    if not isinstance(backend, SupportsPlaces):
-        return None
-    places = set(await backend.places())
-    try:
-        identities = await identities_of(backend) or ()
-    except BackendError:  # it is out of reach, and only the one that is collected has to be
-        identities = ()
-    for identity in identities:
-        store, _, prefix = identity.partition("/")
-        places.add(Place(f"identity {store}", tuple(filter(None, prefix.split("/")))))
-    return places
 
 
 def _begin(prefix: str | None) -> str:

@@ -1,0 +1,111 @@
+"""Who has an object already: every column of references in the database is asked before an object is adopted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Column, Connection, select
+from sqlalchemy.exc import OperationalError
+
+from granite_storage._identities import identities_of, may_overlap
+from granite_storage.alembic._running import StorageThread
+from granite_storage.alembic.sources import InPlace
+from granite_storage.exceptions import BackendError
+from granite_storage.manager import StorageManager
+from granite_storage.orm.discovery import as_found, find_json_columns
+from granite_storage.orm.held import as_text, selected_text
+from granite_storage.orm.legibility import find_with_refs
+from granite_storage.orm.scanning import is_text, where_json
+from granite_storage.orm.types import location_of, value_in
+
+__all__ = ["Owners"]
+
+Address = tuple[str, str]
+
+
+class Owners:
+    """The rows that have objects already, in whatever table and schema.
+
+    Args:
+        connection: The migration's connection.
+        thread: Where the backends are asked.
+        manager: The manager.
+        target: The column that is being filled; it is asked though it may be empty now.
+    """
+
+    def __init__(self, connection: Connection, thread: StorageThread, manager: StorageManager, target: Column[Any]) -> None:
+        self._thread = thread
+        self._manager = manager
+        found = [item for item in find_json_columns(connection) if item.is_readable and not item.is_foreign]
+        columns = [as_found(item.schema, item.table, item.name) for item in found]
+        self._columns = [target, *find_with_refs(connection, columns, None, is_sample=True)]
+        self._keys: dict[str, frozenset[str]] = {}
+        self._identities: dict[str, tuple[str, ...] | None] = {}
+
+    def addresses(self, item: InPlace) -> set[Address]:
+        """Return every address of an object: by each key of the manager that may lead to it."""
+        return {(key, item.location) for key in self._keys_like(item.backend)}
+
+    def find_taken(self, connection: Connection, items: Sequence[InPlace]) -> set[Address]:
+        """Return the addresses of those objects that a row refers to."""
+        wanted = sorted({item.location for item in items if is_text(item.location)})
+        if not wanted:
+            return set()
+        taken: set[Address] = set()
+        rows = {row for column in self._columns for row in _referring(connection, column, wanted)}
+        for item in items:
+            keys = self._keys_like(item.backend)
+            for backend, location, identity in rows:
+                is_known = backend in self._manager.backends
+                if location == item.location and (backend in keys or not is_known) and self._may_be_of(item.backend, identity):
+                    taken.update(self.addresses(item))
+        return taken
+
+    def _keys_like(self, key: str) -> frozenset[str]:
+        """Return the keys of the manager that may lead to the same objects as one of them does."""
+        if key not in self._keys:
+            self._keys[key] = self._thread.run(self._find_keys_like(key))
+        return self._keys[key]
+
+    async def _find_keys_like(self, key: str) -> frozenset[str]:
+        backend = self._manager.backend(key)
+        others = {other: await may_overlap(backend, found) for other, found in self._manager.backends.items() if other != key}
+        return frozenset({key, *(other for other, overlaps in others.items() if overlaps is not False)})
+
+    def _may_be_of(self, key: str, identity: str) -> bool:
+        """Tell whether a ref with this identity, or none, may lead to the store of a backend."""
+        if key not in self._identities:
+            self._identities[key] = self._thread.run(self._find_identities(key))
+        identities = self._identities[key]
+        return not identity or not identities or identity in identities
+
+    async def _find_identities(self, key: str) -> tuple[str, ...] | None:
+        try:
+            return await identities_of(self._manager.backend(key))
+        except BackendError:
+            return None
+
+
+def _referring(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return backend, location and identity of the refs of a column that lead to one of the locations."""
+    dialect = connection.dialect.name
+    try:
+        rows = _selected(connection, column, wanted, is_safe=False)
+    except OperationalError:  # on SQLite one value that is no JSON spoils every look into the column
+        if dialect != "sqlite":
+            raise
+        rows = _selected(connection, column, wanted, is_safe=True)
+    return [(as_text(backend), as_text(location), as_text(identity)) for backend, location, identity in rows]
+
+
+def _selected(connection: Connection, column: Column[Any], wanted: Sequence[str], *, is_safe: bool) -> list[Any]:
+    dialect = connection.dialect.name
+    backend, location = location_of(column, dialect)
+    identity = value_in(column, "identity", dialect)
+    if is_safe:
+        location = where_json(column, location)
+    statement = select(*(selected_text(value, dialect) for value in (backend, location, identity))).where(location.in_(wanted))
+    if column.table.schema is not None:
+        statement = statement.execution_options(schema_translate_map={})
+    return list(connection.execute(statement))

@@ -53,8 +53,8 @@ class Attachment:
     Args:
         content: Bytes, or anything that `StorageManager.put_stream` takes. A stream is read once, at the flush, and never
             closed; bytes can be stored again after a rollback.
-        filename: The name that the visitor gave; made safe, never trusted.
-        content_type: The media type, kept as given.
+        filename: The client's file name; made safe, never trusted. None for that of an upload.
+        content_type: The media type, kept as given. None for that of an upload.
         extra: Keys of your own to keep in the ref, JSON values without NUL characters and lone surrogates: PostgreSQL keeps
             neither, so they are refused on every database.
 
@@ -122,13 +122,16 @@ class Attachment:
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(content, str | StoredObjectRef | Mapping | Attachment):
-            raise TypeError(f"an attachment is made of bytes or a binary stream, not of {type(content).__name__}")
+            raise TypeError(
+                f"an attachment is made of bytes or a binary stream, not of {type(content).__name__}: encode text first, assign"
+                " an Attachment as it is, and read an object by its ref with StorageManager.open"
+            )
         self._reusable = isinstance(content, bytes | bytearray | memoryview)
         if not self._reusable:
             iter_chunks(content)  # raises where it is no stream; nothing is read
         self._source = content
-        self._filename = filename
-        self._content_type = content_type
+        self._filename = filename if filename is not None else _text_at(content, "filename")
+        self._content_type = content_type if content_type is not None else _text_at(content, "content_type")
         self._extra = None if extra is None else _storable(extra)
 
     @classmethod
@@ -194,7 +197,9 @@ class Attachment:
         if self._error is not None:
             raise InvalidReferenceError(str(self._error)) from self._error
         if self._ref is None:
-            raise UnboundAttachmentError("the attachment is not stored yet; flush the session, or await store()")
+            raise UnboundAttachmentError(
+                "the attachment is not stored yet: flush the session that its row was added to, or await store(Document.file)"
+            )
         return self._ref
 
     @property
@@ -231,7 +236,10 @@ class Attachment:
         """
         match self._home:
             case None:
-                raise UnboundAttachmentError("the attachment belongs to no column yet; assign it to a row, or await store()")
+                raise UnboundAttachmentError(
+                    "the attachment belongs to no column yet: assign it to a row and flush the session, or await"
+                    " store(Document.file)"
+                )
             case Address():
                 return self._home.find()
             case home:
@@ -329,7 +337,10 @@ class Attachment:
             # The original was rolled back as well, so its own content is all that is left.
             return source._origin()
         if source is None:
-            raise ConsumedSourceError("the attachment's stream was read already; make a new attachment")
+            raise ConsumedSourceError(
+                "the attachment's stream was read already, and a stream is read once: make a new attachment, of bytes where it"
+                " shall survive a rollback"
+            )
         return source
 
     def _take_origin(self) -> ByteSource | Attachment:
@@ -443,6 +454,12 @@ def _names_of(home: AttachmentType, entity_id: str) -> dict[str, Any]:
         "entity_id": entity_id,
         "field_name": home.field_name,
     }
+
+
+def _text_at(content: object, name: str) -> str | None:
+    """Return what an upload says of itself; other streams say nothing."""
+    found = getattr(content, name, None)
+    return found if isinstance(found, str) else None
 
 
 def _storable(extra: Mapping[str, Any]) -> Mapping[str, Any]:

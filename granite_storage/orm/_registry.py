@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["active_bindings", "add", "binding_for", "find_binding", "remove"]
+__all__ = ["active_bindings", "add", "binding_for", "find_binding", "remove", "unbound_message"]
 
 _bindings: list[StorageBinding] = []
 
@@ -52,5 +52,16 @@ def binding_for(metadata: MetaData, what: str) -> StorageBinding:
     """
     binding = find_binding(metadata)
     if binding is None:
-        raise UnboundAttachmentError(f"{what} has no storage manager: call bind_storage(Base, manager) for its base first")
+        raise UnboundAttachmentError(unbound_message(metadata, what))
     return binding
+
+
+def unbound_message(metadata: MetaData, what: str) -> str:
+    """Return what to do where a metadata has no binding; a base may have classes below it that have a metadata of their own."""
+    bound = sorted({binding.base_name for binding in active_bindings()})
+    if not bound:
+        return f"{what} has no storage manager: call bind_storage(Base, manager) for its declarative base at start-up"
+    return (
+        f"{what} has no storage manager: its MetaData is none of those that bind_storage was called for ({', '.join(bound)});"
+        " call bind_storage once more, with the class that has this MetaData"
+    )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.orm import Mapper, registry
 
-from granite_storage.exceptions import InvalidReferenceError
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm._registry import find_binding
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import slots_of
+from granite_storage.orm.types import require_usable
 
 __all__ = ["guard_base", "listen", "release", "require_attachment", "unlisten"]
+
+_SEVERAL = re.compile(
+    r"\b(?:list|set|frozenset|tuple|dict|List|Set|FrozenSet|Tuple|Dict|Sequence|MutableSequence|Collection|Iterable|Mapping)\["
+)
 
 _guarded: weakref.WeakSet[Mapper[Any]] = weakref.WeakSet()
 
@@ -57,16 +63,37 @@ def require_attachment(value: Any, label: str) -> Attachment | None:
     if value is None or isinstance(value, Attachment):
         return value
     raise InvalidReferenceError(
-        f"{label} is a managed attachment column and takes an Attachment or None, not {type(value).__name__}"
+        f"{label} is a managed attachment column and takes an Attachment or None, not {type(value).__name__}: write"
+        " Attachment(content, filename=...), or Attachment.from_upload(upload)"
     )
 
 
 def _guard(mapper: Mapper[Any], _: Any = None) -> None:
     if mapper in _guarded or not _is_bound(mapper):
         return
+    for slot in slots_of(mapper):
+        require_usable(slot.column)
+        _require_single(mapper, slot.key)
     _guarded.add(mapper)
     for slot in slots_of(mapper):
         event.listen(getattr(mapper.class_, slot.key), "set", _check, raw=True, retval=True, include_key=True)
+
+
+def _require_single(mapper: Mapper[Any], key: str) -> None:
+    """Refuse an attribute that is said to hold several attachments: a column holds one."""
+    for kind in mapper.class_.__mro__:
+        annotation = vars(kind).get("__annotations__", {}).get(key)
+        if annotation is not None:
+            if _SEVERAL.search(annotation if isinstance(annotation, str) else _text_of(annotation)):
+                raise ConfigurationError(
+                    f"{mapper.class_.__name__}.{key} is annotated as several attachments, but a column holds one: give each file"
+                    " a row of its own, in a table that the model has a relationship to"
+                )
+            return
+
+
+def _text_of(annotation: Any) -> str:
+    return repr(annotation).replace("typing.", "").replace("collections.abc.", "")
 
 
 def _is_bound(mapper: Mapper[Any]) -> bool:

@@ -132,7 +132,10 @@ class Attachment:
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(content, str | StoredObjectRef | Mapping | Attachment):
-            raise TypeError(f"an attachment is made of bytes or a binary stream, not of {type(content).__name__}")
+            raise TypeError(
+                f"an attachment is made of bytes or a binary stream, not of {type(content).__name__}: encode text first, assign"
+                " an Attachment as it is, and read an object by its ref with StorageManager.open"
+            )
         self._reusable = isinstance(content, bytes | bytearray | memoryview)
         if not self._reusable:
             iter_chunks(content)  # raises where it is no stream; nothing is read
@@ -243,7 +246,9 @@ class Attachment:
         if self._error is not None:
             raise InvalidReferenceError(str(self._error)) from self._error
         if self._ref is None:
-            raise UnboundAttachmentError("the attachment is not stored yet; flush the session, or await store()")
+            raise UnboundAttachmentError(
+                "the attachment is not stored yet: flush the session that its row was added to, or await store(Document.file)"
+            )
         return self._ref
 
     @property
@@ -280,7 +285,10 @@ class Attachment:
         """
         match self._home:
             case None:
-                raise UnboundAttachmentError("the attachment belongs to no column yet; assign it to a row, or await store()")
+                raise UnboundAttachmentError(
+                    "the attachment belongs to no column yet: assign it to a row and flush the session, or await"
+                    " store(Document.file)"
+                )
             case Address():
                 return self._home.find()
             case home:
@@ -386,7 +394,10 @@ class Attachment:
                 " before that"
             )
         if source is None:
-            raise ConsumedSourceError("the attachment's stream was read already; make a new attachment")
+            raise ConsumedSourceError(
+                "the attachment's stream was read already, and a stream is read once: make a new attachment, of bytes where it"
+                " shall survive a rollback"
+            )
         return source
 
     def _take_origin(self) -> ByteSource | WholeFile | Attachment:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, MetaData
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from granite_storage.exceptions import ConfigurationError, UnknownPolicyError
 from granite_storage.manager import StorageManager
 from granite_storage.orm import _registry, assignment, events
 from granite_storage.orm.columns import Tables
 from granite_storage.orm.journal.journal import StorageJournal
-from granite_storage.orm.types import AttachmentType, StoredObjectRefType
+from granite_storage.orm.types import AttachmentType, StoredObjectRefType, require_usable
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.ext.asyncio import async_sessionmaker
 
 __all__ = ["StorageBinding", "bind_storage"]
 
@@ -43,17 +45,20 @@ def bind_storage(
 
     Raises:
         ConfigurationError: The base has no metadata, an attachment column names a policy that the manager does not have or one
-            with a retention and there is no journal, or the journal's tables are not declared beside the models.
+            with a retention and there is no journal, has a default that no session can store, or is annotated as several
+            attachments; `sessions` makes no asynchronous sessions; or the journal's tables are not declared beside the models.
     """
     metadata = getattr(base, "metadata", None)
     if not isinstance(metadata, MetaData):
-        raise ConfigurationError(f"bind_storage needs a declarative base, not {base!r}")
+        raise ConfigurationError(f"bind_storage needs a declarative base, which has a metadata, not {base!r}")
     if not isinstance(manager, StorageManager):
         raise ConfigurationError(f"bind_storage needs a StorageManager, not {type(manager).__name__}")
     if journal is not None and not isinstance(journal, StorageJournal):
         raise ConfigurationError(f"bind_storage needs a StorageJournal, not {type(journal).__name__}")
+    _require_sessions(sessions)
     binding = StorageBinding(base, metadata, manager, sessions, journal)
     for column in binding.tables.all_attachments():
+        require_usable(column)
         if isinstance(column.type, AttachmentType):
             binding.manager_for(column.type)
     if journal is not None:
@@ -63,6 +68,17 @@ def bind_storage(
         assignment.listen()
     assignment.guard_base(base)
     return binding
+
+
+def _require_sessions(sessions: object) -> None:
+    """Refuse what makes no asynchronous sessions, before the collector or a migration finds out."""
+    if sessions is None:
+        return
+    made = getattr(sessions, "class_", None)
+    if not callable(sessions) or isinstance(sessions, Session | AsyncSession) or (made is not None and issubclass(made, Session)):
+        raise ConfigurationError(
+            f"bind_storage(sessions=...) takes what makes sessions, such as async_sessionmaker(engine), not {sessions!r}"
+        )
 
 
 class StorageBinding:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
 from sqlalchemy.orm.unitofwork import UOWTransaction
 from sqlalchemy.util import await_only
 
-from granite_storage.exceptions import InvalidReferenceError, StaleAttachmentError
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._registry import binding_for, find_binding
 from granite_storage.orm.attachment import Attachment
@@ -86,12 +86,36 @@ def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
     history = state.get_history(slot.key, PassiveFlag.PASSIVE_NO_INITIALIZE)
     if state.key is None:
         value = state.dict.get(slot.key)
+        if value is None and slot.column.default is not None:
+            value = _default(state, slot)
         return None if value is None else Change(state, slot, _require_attachment(value, slot), None)
     if not history.has_changes():
         return None
     value = history.added[0] if history.added else None
     old = history.deleted[0] if history.deleted else UNKNOWN
     return Change(state, slot, _require_attachment(value, slot), old)
+
+
+def _default(state: InstanceState[Any], slot: Slot) -> Any:
+    """Give a new instance the default of its column, as the INSERT would."""
+    default: Any = slot.column.default
+    value = default.arg(_NoContext(slot.home.label))
+    if value is not None:
+        setattr(state.obj(), slot.key, value)
+    return value
+
+
+class _NoContext:
+    """Stands for the context of a statement, which there is none of yet: the file is uploaded before the INSERT."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConfigurationError(
+            f"the default of {self._label} asks for the statement that inserts the row, but a file is stored before that: make"
+            " the default a function without arguments"
+        )
 
 
 def _require_attachment(value: Any, slot: Slot) -> Attachment | None:

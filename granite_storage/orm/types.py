@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from sqlalchemy import JSON, Column, ColumnElement, Table, Text, and_, cast, false, func, literal_column, not_, or_, type_coerce
+from sqlalchemy import (
+    JSON,
+    Column,
+    ColumnElement,
+    Table,
+    Text,
+    and_,
+    cast,
+    false,
+    func,
+    literal_column,
+    not_,
+    or_,
+    type_coerce,
+)
 from sqlalchemy import column as named_column
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import DontWrapMixin
 from sqlalchemy.orm import MappedColumn, mapped_column
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
-from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
-from granite_storage.orm._registry import binding_for, find_binding
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, UnboundAttachmentError
+from granite_storage.orm._registry import binding_for, find_binding, unbound_message
 from granite_storage.orm.address import Address
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.indexed import location_column_name
@@ -25,7 +41,15 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["AttachmentType", "StoredObjectRefType", "attachment", "location_of", "portable_storage_ref_type", "value_in"]
+__all__ = [
+    "AttachmentType",
+    "StoredObjectRefType",
+    "attachment",
+    "location_of",
+    "portable_storage_ref_type",
+    "require_usable",
+    "value_in",
+]
 
 T = TypeVar("T")
 
@@ -167,6 +191,14 @@ class _RefJSON(TypeDecorator[T]):
         raise error
 
 
+class RefusedReferenceError(InvalidReferenceError, DontWrapMixin):
+    """An `InvalidReferenceError` that SQLAlchemy raises as it is, not inside of a `StatementError`."""
+
+
+class NotBoundError(UnboundAttachmentError, DontWrapMixin):
+    """An `UnboundAttachmentError` that SQLAlchemy raises as it is, not inside of a `StatementError`."""
+
+
 class StoredObjectRefType(_RefJSON[StoredObjectRef]):
     """A column of plain refs, the manual level: the application puts, keeps and deletes the objects itself.
 
@@ -179,12 +211,16 @@ class StoredObjectRefType(_RefJSON[StoredObjectRef]):
         match value:
             case None:
                 return None
+            case Attachment() if value.is_pending:
+                raise NotBoundError(
+                    "a column of refs takes no pending Attachment: await store(Document.file) first, and use its ref"
+                )
             case Attachment():
                 return value.ref.to_dict()
             case StoredObjectRef():
                 return value.to_dict()
             case _:
-                raise InvalidReferenceError(f"a column of refs takes a StoredObjectRef, not {type(value).__name__}")
+                raise RefusedReferenceError(f"a column of refs takes a StoredObjectRef or None, not {type(value).__name__}")
 
     def compare_values(self, x: Any, y: Any) -> bool:  # noqa: D102
         return bool(x == y)
@@ -259,12 +295,15 @@ class AttachmentType(_RefJSON[Attachment]):
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
         if value is None:
             return None
+        label = "an attachment column" if self._column is None else self.label
         if not isinstance(value, Attachment):
-            raise InvalidReferenceError(f"an attachment column takes an Attachment, not {type(value).__name__}")
+            raise RefusedReferenceError(f"{label} takes an Attachment or None, not {type(value).__name__}")
+        if self._column is not None and find_binding(self.table.metadata) is None:
+            raise NotBoundError(unbound_message(self.table.metadata, f"the attachment column {label}"))
         if not value._claimed:
-            raise InvalidReferenceError(
-                "an attachment reaches its row only by a flush of an AsyncSession whose base is bound with bind_storage;"
-                " bulk inserts, bulk updates and Core statements would write a ref that nobody owns"
+            raise RefusedReferenceError(
+                f"a statement may not write an Attachment to {label}: add or change an instance, and let the session flush it;"
+                " bulk and Core statements would write a ref whose object belongs to no row"
             )
         value._is_written = True
         return value.ref.to_dict()
@@ -308,7 +347,11 @@ def attachment(storage_key: str, *, entity_id: Callable[[Any], str] | None = Non
         storage_key: The policy that new objects are stored under.
         entity_id: Given the instance, returns the segment of the location that says which row it is. By default that is the
             primary key where it is known before the INSERT, else a fresh UUID.
-        **column_arguments: What `mapped_column` takes beside the type, such as `nullable`, `deferred`, `init` or `default`.
+        **column_arguments: What `mapped_column` takes beside the type, such as `nullable`, `deferred`, `init` or `default`. A
+            default is None or a function without arguments, which makes an attachment for each new row that has none.
+
+    Raises:
+        ConfigurationError: The storage key is none, or a default or the like would write what no session has stored.
 
     Example:
         ```python
@@ -318,4 +361,54 @@ def attachment(storage_key: str, *, entity_id: Callable[[Any], str] | None = Non
             file: Mapped[Attachment | None] = attachment("documents")
         ```
     """
-    return mapped_column(AttachmentType(storage_key, entity_id=entity_id), **column_arguments)
+    home = AttachmentType(storage_key, entity_id=entity_id)
+    for name, value in column_arguments.items():
+        if name in _DEFAULTS:
+            _require_callable(f"attachment({storage_key!r}, {name}=...)", value)
+        elif name in _WRITTEN_ELSEWHERE:
+            _require_null(f"attachment({storage_key!r}, {name}=...)", value)
+    return mapped_column(home, **column_arguments)
+
+
+_DEFAULTS = ("default", "insert_default")
+_EXAMPLE = "default=lambda: Attachment(b'...')"
+_WRITTEN_ELSEWHERE = ("onupdate", "server_default", "server_onupdate")
+
+
+def require_usable(column: Column[Any]) -> None:
+    """Refuse what would give an attachment column a value that the session's hooks do not see.
+
+    Raises:
+        ConfigurationError: Its default is not a function without arguments, or the database or an UPDATE would write it.
+    """
+    label = f"the attachment column {column.table.name}.{column.name}"
+    if column.default is not None and not column.default.is_callable:
+        raise ConfigurationError(f"the default of {label} must be a function that makes a new Attachment for each row")
+    for name in _WRITTEN_ELSEWHERE:
+        value = getattr(column, name)
+        _require_null(f"the {name} of {label}", getattr(value, "arg", value))
+    if column.computed is not None:
+        raise ConfigurationError(f"{label} is computed by the database, which cannot store a file: make it an ordinary column")
+
+
+def _require_callable(what: str, value: Any) -> None:
+    if value is not None and not (callable(value) and _takes_no_argument(value)):
+        raise ConfigurationError(
+            f"{what} must be None or a function without arguments that makes a new Attachment for each row, such as"
+            f" {_EXAMPLE}, not {value!r}"
+        )
+
+
+def _takes_no_argument(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    except ValueError:  # it is written in C and says nothing
+        return True
+    return True
+
+
+def _require_null(what: str, value: Any) -> None:
+    if value is not None and str(value).strip().upper() != "NULL":
+        raise ConfigurationError(f"{what} would write what no session has stored: leave it out, or use {_EXAMPLE}")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from sqlalchemy import bindparam, delete, exists, func, insert, null, select, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session, aliased
 
 from granite_storage.exceptions import InvalidReferenceError
@@ -274,9 +273,8 @@ class TestRefusals:
 
     async def refused(self, env: OrmEnvironment, statement: Any, parameters: Any = None) -> None:
         async with env.sessions() as session:
-            with pytest.raises((InvalidReferenceError, StatementError)) as caught:
+            with pytest.raises(InvalidReferenceError):
                 await session.execute(statement, parameters)
-            assert isinstance(getattr(caught.value, "orig", caught.value), InvalidReferenceError)
 
     async def test_ordered_values(self, env: OrmEnvironment, stored: Any) -> None:
         await self.refused(env, update(Doc).ordered_values((Doc.title, "x"), (Doc.file, Doc.other)))
@@ -331,17 +329,15 @@ class TestRefusals:
                 session.bulk_insert_mappings(Doc, [{"id": 2, "file": file("x")}])
 
         async with env.sessions() as session:
-            with pytest.raises(StatementError) as caught:
+            with pytest.raises(InvalidReferenceError):
                 await session.run_sync(work)
-        assert isinstance(caught.value.orig, InvalidReferenceError)
         await env.check()
 
     async def test_connection(self, env: OrmEnvironment, stored: Any) -> None:
         async with env.engine.connect() as connection:
             for value in (stored, stored.ref, file("x")):
-                with pytest.raises(StatementError) as caught:
+                with pytest.raises(InvalidReferenceError):
                     await connection.execute(insert(Doc.__table__).values(id=2, file=value))
-                assert isinstance(caught.value.orig, InvalidReferenceError)
         await env.check(file_1="a", other_1="b")
 
     async def test_what_a_flush_of_the_same_transaction_has_stored(self, env: OrmEnvironment, stored: Any) -> None:
@@ -350,9 +346,8 @@ class TestRefusals:
             session.add(doc)
             await session.flush()
             connection = await session.connection()
-            with pytest.raises(StatementError) as caught:
+            with pytest.raises(InvalidReferenceError):
                 await connection.execute(insert(Doc.__table__).values(id=3, file=doc.file))
-            assert isinstance(caught.value.orig, InvalidReferenceError)
         await env.check(file_1="a", other_1="b", file_2="c")
 
     async def test_nothing_of_it_is_refused(self, env: OrmEnvironment, stored: Any) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, event
-from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -77,9 +76,8 @@ async def test_refused(env: OrmEnvironment, name: str, begun: bool) -> None:
     async with env.sessions() as session:
         if begun:
             await session.get_one(Doc, 2)
-        with pytest.raises((InvalidReferenceError, StatementError)) as caught:
+        with pytest.raises(InvalidReferenceError):
             await session.run_sync(REFUSED[name])
-        assert isinstance(getattr(caught.value, "orig", caught.value), InvalidReferenceError)
         await session.rollback()
     await check(env)
 

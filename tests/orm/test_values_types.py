@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import pytest
 from sqlalchemy import Column, MetaData, Table, create_engine, func, select, text, type_coerce, union_all
 from sqlalchemy.dialects import mysql, postgresql
-from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, mapped_column
 from sqlalchemy.schema import CreateTable
 
@@ -86,9 +85,8 @@ async def test_a_plain_column_holds_a_ref(sessions: Sessions, manager: StorageMa
 
 @pytest.mark.parametrize("value", [{"location": "x"}, '{"location": "x"}', b"bytes", 3, Attachment(b"pending")], ids=str)
 async def test_a_plain_column_takes_refs_only(sessions: Sessions, value: Any) -> None:
-    with pytest.raises((StatementError, UnboundAttachmentError)) as caught:
+    with pytest.raises((InvalidReferenceError, UnboundAttachmentError)):
         await add(sessions, Receipt(ref=value))
-    assert isinstance(caught.value.__cause__ or caught.value, InvalidReferenceError | UnboundAttachmentError)
 
 
 @pytest.mark.case("REF-01")
@@ -224,9 +222,8 @@ async def test_equality_asks_where_the_object_is_not_how_the_json_is_written(ses
         assert await session.scalar(select(Document.id).where(Document.file == document.file)) == 1
 
 
-async def test_a_pending_attachment_equals_no_row(binding: StorageBinding) -> None:
-    with pytest.raises(UnboundAttachmentError, match="not stored yet"):
-        _ = Document.file == Attachment(b"")
+def test_a_pending_attachment_equals_no_row() -> None:
+    assert str(Document.file == Attachment(b"")) == "false"
 
 
 def test_equality_is_the_same_sql_on_every_database() -> None:

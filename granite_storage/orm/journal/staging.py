@@ -13,24 +13,20 @@ takes back one intent of an object, and which transactions are about to do so no
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage.exceptions import StaleAttachmentError
-from granite_storage.orm.held import find_held
 from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.journal.pool import JournalPool
+from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import STAGING, JournalTables, clock
 from granite_storage.refs import StoredObjectRef
-
-if TYPE_CHECKING:
-    from sqlalchemy import Column
 
 __all__ = ["Finished", "Staging"]
 
@@ -54,14 +50,14 @@ class Staging:
     Args:
         pool: The journal's own connections.
         tables: The journal's tables.
-        columns: Every column that may refer to a copy.
+        references: What tells which copies rows refer to.
         lease: How long a copy has until a row must have taken it.
     """
 
-    def __init__(self, pool: JournalPool, tables: JournalTables, columns: Sequence[Column[Any]], lease: timedelta) -> None:
+    def __init__(self, pool: JournalPool, tables: JournalTables, references: References, lease: timedelta) -> None:
         self._pool = pool
         self._intent = tables.intent
-        self._columns = columns
+        self._references = references
         self._lease = lease.total_seconds()
 
     async def begin(self, backend: str, location: str, lifetime: timedelta) -> UUID:
@@ -87,8 +83,10 @@ class Staging:
                 return Finished(None, None)
             published = json.loads(row.upload_id)
             ref = StoredObjectRef.from_dict(published["ref"])
-            there = await self._waits(connection, UUID(published["intent"])) or await self._is_held(connection, ref)
-            return Finished(ref if there else None, row.upload_id)
+            waits = await self._waits(connection, UUID(published["intent"]))
+        # A row refers to a copy from when its intent is gone, so it is asked for after the intent.
+        there = waits or ref.location in await self._references.find([ref.location])
+        return Finished(ref if there else None, row.upload_id)
 
     async def publish(self, staging_id: UUID, seen: Finished, intent_id: UUID, ref: StoredObjectRef) -> bool:
         """Commit, durably, which copy of a staging object counts; return whether that still was for the caller to say."""
@@ -109,7 +107,3 @@ class Staging:
             await connection.execute(update(self._intent).where(same).values(due=clock(self._lease)))
             return True
         return (await connection.execute(select(self._intent.c.id).where(same))).one_or_none() is not None
-
-    async def _is_held(self, connection: AsyncConnection, ref: StoredObjectRef) -> bool:
-        """Tell whether a row holds a copy; asked after its intent was seen gone, which it is from when a row has taken it."""
-        return (ref.backend, ref.location) in await find_held(connection, self._columns, [ref.location])

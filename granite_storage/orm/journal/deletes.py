@@ -64,13 +64,19 @@ class PendingDelete:
         return delete_id(self.backend, self.location)
 
 
-def nominate(connection: Connection, intent: Table, pending: Iterable[PendingDelete]) -> None:
+def nominate(connection: Connection, intent: Table, pending: Iterable[PendingDelete], options: dict[str, Any]) -> None:
     """Write down, in the transaction of a connection, that objects shall go; of several moments for one object the latest counts.
 
     The rows are written in the order of their ids, so that transactions that nominate the same objects do not deadlock.
+
+    Args:
+        connection: The connection.
+        intent: The journal's table of intents.
+        pending: The objects.
+        options: Execution options that say where the table is.
     """
     for batch in batches(_latest(pending), _AT_A_TIME):
-        connection.execute(_upsert(connection.dialect.name, intent, batch))
+        connection.execute(_upsert(connection.dialect.name, intent, batch), execution_options=options)
 
 
 def has_own_id(row: Row[Any]) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
@@ -28,11 +28,12 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.util import await_only
 
 from granite_storage._concurrency import CLEANUP_TIMEOUT, settle
-from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._batches import batches
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate, renumber
 from granite_storage.orm.journal.pool import JournalPool
+from granite_storage.orm.journal.schemas import effective
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, JournalTables, clock
 
 if TYPE_CHECKING:
@@ -128,12 +129,16 @@ class Intents:
         pool: The journal's own connections.
         tables: The journal's tables.
         commits: What gathers the intents of sessions that flush at the same time.
+        note_schemas: Is called with the connection of each transaction that writes into the journal.
     """
 
-    def __init__(self, pool: JournalPool, tables: JournalTables, commits: GroupCommit) -> None:
+    def __init__(
+        self, pool: JournalPool, tables: JournalTables, commits: GroupCommit, note_schemas: Callable[[Connection], None]
+    ) -> None:
         self._pool = pool
         self._tables = tables
         self._commits = commits
+        self._note_schemas = note_schemas
 
     async def record(self, places: Sequence[tuple[str, str]], lease: timedelta) -> list[UUID]:
         """Commit the intents of uploads, durably, before anything is uploaded; all of them at once.
@@ -174,23 +179,27 @@ class Intents:
             raise StaleAttachmentError("the upload took longer than its lease and was reclaimed; it may be tried again")
 
     def consume(self, connection: Connection, ids: Sequence[UUID]) -> None:
-        """Take intents back in the transaction that writes their refs into rows.
+        """Consume intents in the transaction that writes their refs into rows.
 
         It goes by the primary key alone: on MariaDB anything else would lock the intents of others.
 
         Raises:
             StaleAttachmentError: A worker has fenced one of them, and its object goes.
+            ConfigurationError: The transaction does not reach the tables that the journal has written them to.
         """
-        intent = self._tables.intent
+        self._note_schemas(connection)
+        intent, options = self._tables.intent, self._pool.options
         if self._pool.is_postgresql:
             missing = set(ids)
             for batch in batches(ids, _AT_A_TIME):
-                found = connection.execute(delete(intent).where(intent.c.id.in_(batch)).returning(intent.c.id))
-                missing.difference_update(found.scalars())
+                consumed = delete(intent).where(intent.c.id.in_(batch)).returning(intent.c.id)
+                missing.difference_update(connection.execute(consumed, execution_options=options).scalars())
         else:
             statement = delete(intent).where(intent.c.id == bindparam("intent"))
-            missing = {item for item in ids if connection.execute(statement, {"intent": item}).rowcount != 1}
-        if missing and not (self._pool.is_postgresql and self._decide(connection, missing)):
+            missing = {
+                item for item in ids if connection.execute(statement, {"intent": item}, execution_options=options).rowcount != 1
+            }
+        if missing and not self._claim(connection, missing):
             raise StaleAttachmentError(
                 "an object was reclaimed before its row could take it: it was stored longer ago than its lease, or was on its"
                 " way out already; the transaction may be tried again"
@@ -199,7 +208,9 @@ class Intents:
     def displace(self, connection: Connection, displaced: Iterable[tuple[StoredObjectRef, timedelta]]) -> None:
         """Note, in the transaction that takes refs out of their rows, that their objects shall go, each after its retention."""
         pending = [PendingDelete(ref.backend, ref.location, retention.total_seconds()) for ref, retention in displaced]
-        nominate(connection, self._tables.intent, pending)
+        if pending:
+            self._note_schemas(connection)
+            nominate(connection, self._tables.intent, pending, self._pool.options)
 
     async def note_delete(self, ref: StoredObjectRef) -> UUID:
         """Commit, durably, the intent to delete an object at once; return its id."""
@@ -244,14 +255,25 @@ class Intents:
             found = await connection.execute(select(reclaim.c.id).where(reclaim.c.location.in_(locations)).limit(1))
             return found.first() is not None
 
-    def _decide(self, connection: Connection, ids: set[UUID]) -> bool:
+    def _claim(self, connection: Connection, ids: set[UUID]) -> bool:
         """Claim uploads that the transaction's snapshot does not see; return whether it was in time for all of them."""
-        if connection.execute(_LEVEL).scalar_one() == "read committed":
+        if self._leads_elsewhere(connection, ids):
+            raise ConfigurationError(
+                f"the journal's table {self._tables.intent.fullname} is not where the session's transaction looks for it: either"
+                " the session is on another database than the journal's engine, or a search_path leads it to another table of"
+                " that name. One set of the journal's tables serves all schemas of a database: give it a schema of its own,"
+                " journal_tables(Base.metadata, schema=...), and each database a journal"
+            )
+        if not self._pool.is_postgresql or connection.execute(_LEVEL).scalar_one() == "read committed":
             return False
+        return self._decide(connection, ids) and await_only(self._are_there(ids))
+
+    def _decide(self, connection: Connection, ids: set[UUID]) -> bool:
+        """Decide on uploads that the transaction's snapshot does not see; return whether it was the first to do so for all."""
         decision = self._tables.decision
         rows = [{"id": item, "outcome": COMMIT} for item in sorted(ids)]
-        inserted = connection.execute(postgresql_insert(decision).values(rows).on_conflict_do_nothing().returning(decision.c.id))
-        return len(inserted.all()) == len(ids) and await_only(self._are_there(ids))
+        new = postgresql_insert(decision).values(rows).on_conflict_do_nothing().returning(decision.c.id)
+        return len(connection.execute(new, execution_options=self._pool.options).all()) == len(ids)
 
     async def _are_there(self, ids: set[UUID]) -> bool:
         intent = self._tables.intent
@@ -259,8 +281,27 @@ class Intents:
             found = await connection.execute(select(intent.c.id).where(intent.c.id.in_(ids), intent.c.kind == UPLOAD))
             return set(found.scalars()) == ids
 
+    def _leads_elsewhere(self, connection: Connection, ids: set[UUID]) -> bool:
+        """Tell whether a transaction that has not hit intents has another table for them than the journal has."""
+        if self._pool.is_postgresql:
+            return self._place(connection) != await_only(self._own_place())
+        return await_only(self._are_there(ids))  # a DELETE sees what is newer than its snapshot there
+
+    def _place(self, connection: Connection) -> tuple[Any, ...]:
+        """Return which table of which database a connection to PostgreSQL has for intents, whatever its snapshot."""
+        intent, quote = self._tables.intent, connection.dialect.identifier_preparer.quote
+        names = effective(intent.schema, self._pool.translate_map), intent.name
+        return tuple(connection.execute(_PLACE, {"name": ".".join(quote(name) for name in names if name)}).one())
+
+    async def _own_place(self) -> tuple[Any, ...]:
+        async with self._pool.reading() as connection:
+            return await connection.run_sync(self._place)
+
 
 _LEVEL = text("SELECT current_setting('transaction_isolation')")
+_PLACE = text(
+    "SELECT pg_postmaster_start_time(), (SELECT oid FROM pg_database WHERE datname = current_database()), to_regclass(:name)::oid"
+)
 
 
 def _after(delay: timedelta) -> clock:

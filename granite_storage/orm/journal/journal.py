@@ -18,13 +18,15 @@ from granite_storage.orm.journal.intents import GroupCommit, Intents
 from granite_storage.orm.journal.lease import Lease
 from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.recovery import Recovery
+from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.report import RecoveryReport
+from granite_storage.orm.journal.schemas import KnownSchemas
 from granite_storage.orm.journal.staging import Claim, Finished, Staging
 from granite_storage.orm.journal.tables import JournalTables, tables_of
 from granite_storage.orm.journal.worker import Alarm, at_work
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, MetaData
+    from sqlalchemy import Column, Connection, MetaData
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from granite_storage.manager import ObjectDraft, StorageManager
@@ -93,6 +95,7 @@ class StorageJournal:
         self._checked = False
         self._alarm = Alarm()
         self._commits = GroupCommit()
+        self._schemas = KnownSchemas(self._pool)
 
     @property
     def lease(self) -> timedelta:
@@ -109,6 +112,14 @@ class StorageJournal:
         if self._tables is None:
             raise ConfigurationError("the journal belongs to no base yet: pass it to bind_storage(Base, manager, journal=...)")
         return self._tables
+
+    @property
+    def execution_options(self) -> dict[str, Any]:
+        """The execution options with which a statement reaches its tables on any connection to their database.
+
+        The `schema_translate_map` of its own engine says where they are, and never that of a session.
+        """
+        return self._pool.options
 
     @property
     def manager(self) -> StorageManager:
@@ -140,10 +151,10 @@ class StorageJournal:
             ConfigurationError: As `check`.
         """
         await self._ensure_checked()
-        recovery, columns = self._recovery(), self._columns()
+        recovery = self._recovery()
         report = RecoveryReport()
         async with asyncio.TaskGroup() as group:
-            passes = [group.create_task(recovery.run(backend, columns)) for backend in self.manager.backends]
+            passes = [group.create_task(recovery.run(backend)) for backend in self.manager.backends]
         for done in passes:
             report.add(done.result())
         await recovery.count_waiting(report)
@@ -179,7 +190,7 @@ class StorageJournal:
 
         async def recover(backend: str) -> None:
             if backend in self.manager.backends:  # the base may have been bound to another manager meanwhile
-                await self._recovery().run(backend, self._columns())
+                await self._recovery().run(backend)
             await beat(self._pool, self.tables, within=interval)
 
         async with at_work(self.manager.backends, recover, interval, self._alarm):
@@ -214,7 +225,10 @@ class StorageJournal:
     @property
     def intents(self) -> Intents:
         """What transactions do to it; for the session hooks."""
-        return Intents(self._pool, self.tables, self._commits)
+        return Intents(self._pool, self.tables, self._commits, self._note_schemas)
+
+    def _note_schemas(self, connection: Connection) -> None:
+        self._schemas.make_known(connection, self.tables, self._columns())
 
     def retention_of(self, ref: StoredObjectRef) -> timedelta:
         """Return how long an object waits to be deleted: as its policy says, or the longest there is for one that is gone."""
@@ -251,7 +265,7 @@ class StorageJournal:
 
     async def settle(self, ids: Sequence[UUID]) -> None:
         """Delete at once what a transaction that was rolled back has stored; what is still locked is left to a worker."""
-        await self._recovery().settle(ids, self._columns())
+        await self._recovery().settle(ids)
 
     async def discard(self, ref: StoredObjectRef) -> None:
         """Delete an object that no row can ever take, though its intent may be gone: under one of its own, like any other."""
@@ -285,13 +299,18 @@ class StorageJournal:
 
     @property
     def _staging(self) -> Staging:
-        return Staging(self._pool, self.tables, self._columns(), self._lease)
+        return Staging(self._pool, self.tables, self._references, self._lease)
+
+    @property
+    def _references(self) -> References:
+        return References(self._pool, self.tables, self._columns())
 
     def _recovery(self) -> Recovery:
         return Recovery(
             self._pool,
             self.tables,
             self.manager,
+            self._references,
             lease=self._lease,
             max_attempts=self._max_attempts,
             timeout=_OPERATION_TIMEOUT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -12,7 +12,10 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
 
 from granite_storage.exceptions import ConfigurationError
 
-__all__ = ["JournalPool"]
+__all__ = ["TRANSLATE_MAP", "JournalPool"]
+
+TRANSLATE_MAP: Final = "schema_translate_map"
+"""The name of SQLAlchemy's option."""
 
 _ISOLATION: Final = "READ COMMITTED"
 
@@ -27,6 +30,9 @@ class JournalPool:
         engine: The application's engine.
         size: The most connections it opens.
 
+    Attributes:
+        translate_map: The engine's own `schema_translate_map`, which says where the journal's tables are.
+
     Raises:
         ConfigurationError: The engine's database or its pool cannot have a journal.
     """
@@ -34,12 +40,24 @@ class JournalPool:
     def __init__(self, engine: AsyncEngine, size: int) -> None:
         _require_able(engine)
         self._outer = engine.sync_engine
-        inner = Engine(_small_pool(self._outer.pool, size), self._outer.dialect, self._outer.url, hide_parameters=True)
+        self.translate_map: Mapping[str | None, str | None] = self._outer.get_execution_options().get(TRANSLATE_MAP) or {}
+        inner = Engine(
+            _small_pool(self._outer.pool, size),
+            self._outer.dialect,
+            self._outer.url,
+            hide_parameters=True,
+            execution_options=self.options,
+        )
         # The application's own events come along, such as one that sets a role; ours are those of its sessions.
         _copy_events(inner, self._outer.dispatch)
         event.listen(inner, "connect", self._on_connect)
         event.listen(self._outer, "engine_disposed", self._on_disposed)
         self._engine = AsyncEngine(inner)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of a statement on the journal's tables, whoever's connection executes it."""
+        return {TRANSLATE_MAP: self.translate_map or None}
 
     @property
     def dialect(self) -> str:

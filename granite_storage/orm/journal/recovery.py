@@ -30,19 +30,19 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Integer, Row, bindparam, delete, func, insert, null, select, union, union_all, update
+from sqlalchemy import ColumnElement, Integer, Row, bindparam, delete, func, insert, select, union, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage.orm.journal.deadlocks import again_after_deadlock, try_briefly
 from granite_storage.orm.journal.deletes import has_own_id, renumber
 from granite_storage.orm.journal.pool import JournalPool
-from granite_storage.orm.journal.references import locations_of
+from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.report import FailedReclaim, RecoveryReport
 from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, JournalTables, clock
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, Table
+    from sqlalchemy import Table
 
     from granite_storage.manager import StorageManager
 
@@ -80,6 +80,7 @@ class Recovery:
         pool: The journal's own connections.
         tables: The journal's tables.
         manager: Whose backends have the objects.
+        references: What tells which objects rows refer to.
         lease: How long the row of a deleted upload waits for what may still arrive.
         max_attempts: After how many failures, or deaths of workers that had nothing else in hand, an object is a dead letter.
         timeout: The longest that one delete may take, in seconds.
@@ -90,6 +91,7 @@ class Recovery:
         pool: JournalPool,
         tables: JournalTables,
         manager: StorageManager,
+        references: References,
         *,
         lease: timedelta,
         max_attempts: int,
@@ -98,33 +100,29 @@ class Recovery:
         self._pool = pool
         self._tables = tables
         self._manager = manager
+        self._references = references
         self._lease = lease.total_seconds()
         self._max_attempts = max_attempts
         self._timeout = timeout
         # How long a row is this worker's own; then another one may resume it.
         self._hold = min(self._lease, 4 * timeout)
 
-    async def run(self, backend: str, columns: Sequence[Column[Any]]) -> RecoveryReport:
-        """Do all that is due on one backend.
-
-        Args:
-            backend: The backend's key.
-            columns: Every column that may refer to an object.
-        """
+    async def run(self, backend: str) -> RecoveryReport:
+        """Do all that is due on one backend, named by its key."""
         report = RecoveryReport()
         while True:
             claimed, renumbered = await self._fence(self._is_due(backend))
             if len(claimed) < _BATCH:
                 claimed += await self._resume(backend, _BATCH - len(claimed))
             if claimed:
-                report.add(await self._process(claimed, columns))
+                report.add(await self._process(claimed))
             if len(claimed) < _BATCH and not renumbered:
                 break
         while suspects := await self._resume(backend, 1, suspected=True):
-            report.add(await self._process(suspects, columns))
+            report.add(await self._process(suspects))
         return report
 
-    async def settle(self, ids: Sequence[UUID], columns: Sequence[Column[Any]]) -> RecoveryReport:
+    async def settle(self, ids: Sequence[UUID]) -> RecoveryReport:
         """Do at once what the end of a transaction has made due: its own intents, by their ids, and no others.
 
         Deletes whose retention is not over stay, and so does what a transaction that has not really ended still locks.
@@ -135,7 +133,7 @@ class Recovery:
             among = intent.c.id.in_(ids[start : start + _BATCH])
             claimed, _ = await self._fence(among & ((intent.c.kind == UPLOAD) | (intent.c.due <= clock())))
             if claimed:
-                report.add(await self._process(claimed, columns))
+                report.add(await self._process(claimed))
         return report
 
     async def count_waiting(self, report: RecoveryReport) -> None:
@@ -278,12 +276,12 @@ class Recovery:
             for row in rows
         ]
 
-    async def _process(self, claimed: Sequence[_Reclaim], columns: Sequence[Column[Any]]) -> RecoveryReport:
+    async def _process(self, claimed: Sequence[_Reclaim]) -> RecoveryReport:
         deadly = [item for item in claimed if item.takeovers > _LEFT_IN_COMPANY + self._max_attempts]
         claimed = [item for item in claimed if item not in deadly]
         report = RecoveryReport(claimed=len(claimed), failed=[await self._bury(item) for item in deadly])
         try:
-            own, referenced = await self._check(claimed, columns)
+            own, referenced = await self._check(claimed)
         except Exception:
             # It is not the objects' fault, and nobody has died.
             await self._release(claimed)
@@ -303,26 +301,17 @@ class Recovery:
         report.deleted = len(removed) - report.confirmed
         return report
 
-    async def _check(self, claimed: Sequence[_Reclaim], columns: Sequence[Column[Any]]) -> tuple[set[UUID], set[str]]:
-        """Return which fenced rows are still this worker's own, and which locations a row refers to.
+    async def _check(self, claimed: Sequence[_Reclaim]) -> tuple[set[UUID], set[str]]:
+        """Return which fenced rows are still this worker's own, and which locations rows refer to.
 
-        It is one statement, whose snapshot is newer than the fence: where a row is still the worker's, its fence has stood from
+        Both are seen in one snapshot, which is newer than the fence: where a row is still the worker's, its fence has stood from
         then until now, and what no row refers to no row can take any more.
         """
         if not claimed:
             return set(), set()
-        reclaim = self._tables.reclaim
         taken = {item.id: (item.attempts, item.takeovers) for item in claimed}
-        fenced = select(reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers, reclaim.c.location).where(reclaim.c.id.in_(taken))
-        async with self._pool.reading() as connection:
-            locations = sorted({item.location for item in claimed})
-            referring = [
-                select(null(), null(), null(), location).select_from(column.table).where(location.in_(locations))
-                for column, location in zip(columns, await locations_of(connection, columns), strict=True)
-            ]
-            found = list(await connection.execute(union_all(fenced, *referring)))
-        own = {item for item, attempts, takeovers, _ in found if item is not None and taken[item] == (attempts, takeovers)}
-        return own, {location for item, *_, location in found if item is None}
+        fenced, referenced = await self._references.check(taken, [item.location for item in claimed])
+        return {row.id for row in fenced if taken[row.id] == (row.attempts, row.takeovers)}, referenced
 
     async def _remove(self, item: _Reclaim, places: asyncio.Semaphore) -> Exception | None:
         """Delete an object and what an unfinished upload has left; return what went wrong."""

@@ -19,10 +19,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 from uuid import UUID
 
 from sqlalchemy import insert, select, update
@@ -30,14 +30,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage._concurrency import finish, finished
 from granite_storage.exceptions import StaleAttachmentError
-from granite_storage.orm.held import find_held
 from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.journal.pool import JournalPool
+from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import STAGING, JournalTables, clock
 from granite_storage.refs import StoredObjectRef
-
-if TYPE_CHECKING:
-    from sqlalchemy import Column
 
 __all__ = ["Claim", "Finished", "Staging"]
 
@@ -70,14 +67,14 @@ class Staging:
     Args:
         pool: The journal's own connections.
         tables: The journal's tables.
-        columns: Every column that may refer to a copy.
+        references: What tells which copies rows refer to.
         lease: How long a copy has until a row must have taken it.
     """
 
-    def __init__(self, pool: JournalPool, tables: JournalTables, columns: Sequence[Column[Any]], lease: timedelta) -> None:
+    def __init__(self, pool: JournalPool, tables: JournalTables, references: References, lease: timedelta) -> None:
         self._pool = pool
         self._intent = tables.intent
-        self._columns = columns
+        self._references = references
         self._lease = lease.total_seconds()
 
     async def begin(self, backend: str, location: str, lifetime: timedelta) -> UUID:
@@ -107,8 +104,10 @@ class Staging:
             if "verdict" in said:
                 return Finished(None, row.upload_id, verdict=said["verdict"])
             ref = StoredObjectRef.from_dict(said["ref"])
-            there = await self._waits(connection, UUID(said["intent"])) or await self._is_held(connection, ref)
-            return Finished(ref if there else None, row.upload_id)
+            waits = await self._waits(connection, UUID(said["intent"]))
+        # A row refers to a copy from when its intent is gone, so it is asked for after the intent.
+        there = waits or ref.location in await self._references.find([ref.location])
+        return Finished(ref if there else None, row.upload_id)
 
     async def claim(self, staging_id: UUID, seen: Finished) -> Claim | None:
         """Claim a staging object, to make a copy of it; None where somebody else has been faster.
@@ -144,10 +143,6 @@ class Staging:
             await connection.execute(update(self._intent).where(same).values(due=clock(self._lease)))
             return True
         return (await connection.execute(select(self._intent.c.id).where(same))).one_or_none() is not None
-
-    async def _is_held(self, connection: AsyncConnection, ref: StoredObjectRef) -> bool:
-        """Tell whether a row holds a copy; asked after its intent was seen gone, which it is from when a row has taken it."""
-        return (ref.backend, ref.location) in await find_held(connection, self._columns, [ref.location])
 
 
 class Claim:

@@ -24,11 +24,10 @@ from sqlalchemy import case, select
 
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm import Attachment
-from granite_storage.orm.journal import deletes, recovery
+from granite_storage.orm.journal import deletes, recovery, references
 from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import DELETE
-from granite_storage.orm.types import location_of
 from tests.orm.environment import Doc, OrmEnvironment
 from tests.orm.journal.sharing import delete, make_due, restore, shared, steps_are_watched, worker
 from tests.orm.journal.test_recovery import retention
@@ -153,9 +152,9 @@ def leaving_alone_what_is_there(patch: pytest.MonkeyPatch) -> None:
     """An intent that is there is not written to, and so not locked."""
     original = deletes.nominate
 
-    def nominate(connection: Any, intent: Any, pending: Any) -> None:
+    def nominate(connection: Any, intent: Any, pending: Any, options: Any) -> None:
         known = set(connection.execute(select(intent.c.id)).scalars())
-        original(connection, intent, [item for item in pending if item.id not in known])
+        original(connection, intent, [item for item in pending if item.id not in known], options)
 
     patch.setattr("granite_storage.orm.journal.intents.nominate", nominate)
 
@@ -164,8 +163,8 @@ def without_ownership(patch: pytest.MonkeyPatch) -> None:
     """A worker does not see, with its check, whether another one has taken over what it has fenced."""
     original = Recovery._check
 
-    async def check(self: Recovery, claimed: Any, columns: Any) -> Any:
-        _, referenced = await original(self, claimed, columns)
+    async def check(self: Recovery, claimed: Any) -> Any:
+        _, referenced = await original(self, claimed)
         return {item.id for item in claimed}, referenced
 
     patch.setattr(Recovery, "_check", check)
@@ -194,12 +193,13 @@ def without_asking_what_is_fenced(patch: pytest.MonkeyPatch) -> None:
 
 def comparing_backends(patch: pytest.MonkeyPatch) -> None:
     """A row that names another backend's key does not refer to the object."""
+    original = references.location_of
 
-    async def locations_of(connection: Any, columns: Any) -> list[Any]:
-        refs = [location_of(column, connection.dialect.name) for column in columns]
-        return [case((backend == "store", location)) for backend, location in refs]
+    def of_store(*args: Any, **options: Any) -> Any:
+        backend, location = original(*args, **options)
+        return backend, case((backend == "store", location))
 
-    patch.setattr(recovery, "locations_of", locations_of)
+    patch.setattr(references, "location_of", of_store)
 
 
 VARIANTS: list[tuple[Scenario, Variant, str]] = [

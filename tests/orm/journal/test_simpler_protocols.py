@@ -225,8 +225,8 @@ def without_ownership(patch: pytest.MonkeyPatch) -> None:
     """A worker does not see whether what it has fenced is still its own."""
     original = Recovery._check
 
-    async def check(self: Recovery, claimed: Any, columns: Any) -> Any:
-        _, referenced = await original(self, claimed, columns)
+    async def check(self: Recovery, claimed: Any) -> Any:
+        _, referenced = await original(self, claimed)
         return {item.id for item in claimed}, referenced
 
     patch.setattr(Recovery, "_check", check)
@@ -236,9 +236,9 @@ def without_fence(patch: pytest.MonkeyPatch) -> None:
     """The worker locks, deletes and forgets in one transaction, which its death rolls back."""
     original = Recovery._process
 
-    async def process(self: Recovery, claimed: Any, columns: Any) -> Any:
+    async def process(self: Recovery, claimed: Any) -> Any:
         try:
-            return await original(self, claimed, columns)
+            return await original(self, claimed)
         except SystemError:
             intent = self._tables.intent
             rows = [

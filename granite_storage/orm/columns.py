@@ -10,7 +10,7 @@ from typing import Any, cast
 from sqlalchemy import Column, ForeignKeyConstraint, MetaData, Table
 from sqlalchemy.orm import InstanceState, Mapper
 
-from granite_storage.orm.types import AttachmentType
+from granite_storage.orm.types import AttachmentType, StoredObjectRefType
 
 __all__ = ["Slot", "Tables", "keys_of", "primary_key_of", "slots_of"]
 
@@ -80,6 +80,7 @@ class Tables:
         self._attachments: dict[str, tuple[Column[Any], ...]] = {}
         self._cascades: dict[str, list[ForeignKeyConstraint]] = {}
         self._leading: set[str] = set()
+        self._refs: list[Column[Any]] = []
         self._by_mapper: weakref.WeakKeyDictionary[Mapper[Any], tuple[Table, ...]] = weakref.WeakKeyDictionary()
 
     def find(self, table: Any) -> Table | None:
@@ -118,6 +119,11 @@ class Tables:
             )
         return found
 
+    def refs(self) -> list[Column[Any]]:
+        """Return every column that holds refs, managed and plain ones."""
+        self._refresh()
+        return self._refs
+
     def all_attachments(self) -> list[Column[Any]]:
         """Return every attachment column."""
         self._refresh()
@@ -130,10 +136,12 @@ class Tables:
             return
         self._attachments, self._cascades = {}, {}
         self._by_mapper.clear()
+        self._refs = []
         for name, table in tables.items():
             columns = tuple(column for column in table.columns if isinstance(column.type, AttachmentType))
             if columns:
                 self._attachments[name] = columns
+            self._refs += [column for column in table.columns if isinstance(column.type, AttachmentType | StoredObjectRefType)]
             for constraint in table.foreign_key_constraints:
                 if (constraint.ondelete or "").upper() == "CASCADE":
                     self._cascades.setdefault(_referred_name(constraint), []).append(constraint)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import bindparam, text
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column
+    from sqlalchemy import Column, Connection, Dialect
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 __all__ = [
     "LOCATION_COLUMN_PREFIX",
     "LOCATION_INDEX_PREFIX",
+    "find_location_columns",
     "location_column_name",
     "location_index_name",
     "with_location_column",
@@ -44,12 +45,21 @@ def location_column_name(column: str) -> str:
 
 async def with_location_column(connection: AsyncConnection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
     """Return which columns of refs have a generated column with their locations; only on MariaDB there are any."""
-    if connection.dialect.name not in ("mysql", "mariadb") or not columns:
+    return await connection.run_sync(find_location_columns, columns) if _may_have_some(connection.dialect, columns) else set()
+
+
+def find_location_columns(connection: Connection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
+    """Return which columns of refs have a generated column with their locations, as `with_location_column` does."""
+    if not _may_have_some(connection.dialect, columns):
         return set()
     names = [location_column_name(column.name) for column in columns]
-    rows = await connection.execute(_GENERATED, {"names": names})
+    rows = connection.execute(_GENERATED, {"names": names})
     found = {place for schema, table, name, is_default in rows for place in _places(schema, table, name, is_default)}
     return {column for column in columns if (column.table.schema, column.table.name, location_column_name(column.name)) in found}
+
+
+def _may_have_some(dialect: Dialect, columns: Collection[Column[Any]]) -> bool:
+    return dialect.name in ("mysql", "mariadb") and bool(columns)
 
 
 def _places(schema: str, table: str, name: str, is_default: bool) -> list[tuple[str | None, str, str]]:

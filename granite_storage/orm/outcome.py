@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm.greenlets import deferred_cancellation
 from granite_storage.orm.removal import remove_now
+from granite_storage.orm.sharing import find_shared
 from granite_storage.orm.unit import Frame, Outcome, StoredObject, UnitOfWork
 
 __all__ = [
@@ -96,6 +97,18 @@ class ConnectionWatch:
     def expect_answer(self, *, prepared: bool = False) -> None:
         """Note that a COMMIT is on its way; for one that was prepared not even a refusal means a rollback."""
         self.committing, self.refused, self.prepared = True, False, prepared
+
+    def keep_shared(self) -> None:
+        """Ask, before the COMMIT, which of the objects that it would displace other rows refer to."""
+        units = {unit: unit.displaced() for session in self.sessions if (unit := known_unit(session)) is not None}
+        for work in self.joined:
+            units[work.unit] = work.unit.displaced(work.frame)
+        objects = [stored for displaced in units.values() for stored in displaced]
+        connection = self.connection
+        if objects and connection is not None:
+            shared = find_shared(connection, objects)
+            for unit in units:
+                unit.shared |= shared
 
     def reset(self) -> None:
         """Forget the transaction that has ended."""
@@ -229,6 +242,7 @@ def _savepoints_made(connection: Connection) -> int:
 
 def _on_commit(connection: Connection, *_: Any) -> None:
     if (found := _watches.get(connection)) is not None:
+        found.keep_shared()
         found.expect_answer()
 
 

@@ -155,6 +155,8 @@ class UnitOfWork:
         self.doomed: list[StoredObject] = []
         self.flush: FlushUnderWay = FlushUnderWay()
         self.spans: dict[ConnectionWatch, SavepointSpan] = {}
+        # Locations of displaced objects that other rows refer to, as the database said before the COMMIT.
+        self.shared: set[str] = set()
 
     def frame(self, transaction: SessionTransaction) -> Frame:
         """Return the frame of a transaction or savepoint; made when something happens in it, with those around it."""
@@ -217,6 +219,18 @@ class UnitOfWork:
         self.frames.clear()
         return frame
 
+    def displaced(self, frame: Frame | None = None) -> list[StoredObject]:
+        """Return the objects that the hooks themselves would delete if the transaction were committed as it is.
+
+        Args:
+            frame: The frame of the outermost transaction, where it is closed already.
+        """
+        frames = [frame] if frame is not None else list(self.frames.values())
+        latest = _latest([entry for one in frames for entry in one.log])
+        dropped = [stored for stored, held in latest.values() if not held]
+        never_taken = [stored for one in frames for stored, _ in one.puts if stored.key not in latest]
+        return [stored for stored in (*dropped, *never_taken) if stored.intent is None]
+
     def end(self, frame: Frame, outcome: Outcome) -> list[StoredObject]:
         """Return the objects that are to be deleted now that the outermost transaction has ended."""
         latest = _latest(frame.log)
@@ -231,11 +245,16 @@ class UnitOfWork:
             case Outcome.COMMITTED:
                 dropped = [stored for stored, held in latest.values() if not held]
                 never_taken = [stored for stored, _ in frame.puts if stored.key not in latest]
-                return [*dropped, *never_taken, *self.doomed]
+                return [
+                    stored for stored in (*dropped, *never_taken, *self.doomed) if stored.intent or not self._is_shared(stored)
+                ]
             case Outcome.ROLLED_BACK:
                 return [*(stored for stored, _ in frame.puts), *self.doomed]
             case Outcome.UNKNOWN:
                 return []
+
+    def _is_shared(self, stored: StoredObject) -> bool:
+        return stored.ref.location in self.shared
 
     def _forget_flush(self) -> None:
         for counted in self.flush.counted:

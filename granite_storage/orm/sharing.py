@@ -1,0 +1,122 @@
+"""Objects that several rows refer to, which only statements past the session bring about: an object stays while any row does.
+
+The transaction that displaces objects asks before its COMMIT, on its own connection: there it sees what it has written itself,
+in the schema and under the settings that its statements run with. A journal's worker asks by itself before it deletes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Column, Connection, Select, case, func, inspect, select, union_all
+from sqlalchemy.exc import DBAPIError
+
+from granite_storage.orm._batches import batches
+from granite_storage.orm._registry import active_bindings
+from granite_storage.orm.indexed import find_location_columns
+from granite_storage.orm.types import location_of
+
+if TYPE_CHECKING:
+    from granite_storage.orm.unit import StoredObject
+
+__all__ = ["find_referenced", "find_shared"]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+_MOST_PARAMETERS = 20_000
+
+
+def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[str]:
+    """Return the locations of the objects that a row refers to, or may refer to, though other rows have let them go.
+
+    An object counts as referred to where the database cannot say: an orphan is better than a file that is lost.
+    """
+    shared: set[str] = set()
+    for manager in {id(item.manager): item.manager for item in objects}.values():
+        columns = [column for binding in active_bindings() if binding.manager is manager for column in binding.tables.refs()]
+        locations = [item.ref.location for item in objects if item.manager is manager]
+        try:
+            found = find_referenced(connection, columns, locations)
+        except DBAPIError:
+            if connection.invalidated:
+                raise
+            logger.warning(
+                "it is unknown whether other rows refer to %d objects that were displaced; the garbage collector deletes orphans",
+                len(locations),
+                exc_info=True,
+            )
+            found = set(locations)
+        for location in found:
+            logger.info("the object %r stays: another row refers to it", location)
+        shared |= found
+    return shared
+
+
+def find_referenced(connection: Connection, columns: Sequence[Column[Any]], locations: Iterable[str]) -> set[str]:
+    """Return which of these locations rows refer to, as the connection's transaction sees them.
+
+    Tables that the database does not have are passed over: a base may have some in another one.
+
+    Raises:
+        DBAPIError: The database cannot say; its transaction goes on.
+    """
+    wanted = list(dict.fromkeys(locations))
+    if not columns or not wanted:
+        return set()
+    try:
+        with _savepoint(connection):
+            return _ask(connection, columns, wanted, is_guarded=False)
+    except DBAPIError:
+        if connection.invalidated:
+            raise
+        with _savepoint(connection):
+            return _ask(connection, _present(connection, columns), wanted, is_guarded=True)
+
+
+def _ask(connection: Connection, columns: Sequence[Column[Any]], locations: Sequence[str], *, is_guarded: bool) -> set[str]:
+    found: set[str] = set()
+    if not columns:
+        return found
+    generated = find_location_columns(connection, columns)
+    for batch in batches(locations, max(1, _MOST_PARAMETERS // len(columns))):
+        parts = [_referring(column, connection.dialect.name, batch, column in generated, is_guarded) for column in columns]
+        found |= set(connection.execute(union_all(*parts)).scalars())
+    return found
+
+
+def _referring(
+    column: Column[Any], dialect: str, locations: Sequence[str], is_generated: bool, is_guarded: bool
+) -> Select[tuple[str]]:
+    _, location = location_of(column, dialect, is_generated=is_generated)
+    if is_guarded and dialect == "sqlite":
+        # One row whose JSON is damaged would spoil the whole statement; an index has only sound ones.
+        location = case((func.json_valid(column) == 1, location))
+    return select(location.label("location")).where(location.in_(locations))
+
+
+def _present(connection: Connection, columns: Sequence[Column[Any]]) -> list[Column[Any]]:
+    inspector = inspect(connection)
+    tables = {column.table: inspector.has_table(column.table.name, schema=column.table.schema) for column in columns}
+    return [column for column in columns if tables[column.table]]
+
+
+@contextmanager
+def _savepoint(connection: Connection) -> Iterator[None]:
+    """Let an error take back nothing but the question; only PostgreSQL would take back the transaction.
+
+    It is none of SQLAlchemy's savepoints, whose events would tell of work that is undone.
+    """
+    if connection.dialect.name != "postgresql":
+        yield
+        return
+    connection.exec_driver_sql("SAVEPOINT granite_storage_question")
+    try:
+        yield
+    except DBAPIError:
+        if not connection.invalidated:
+            connection.exec_driver_sql("ROLLBACK TO SAVEPOINT granite_storage_question")
+        raise
+    connection.exec_driver_sql("RELEASE SAVEPOINT granite_storage_question")

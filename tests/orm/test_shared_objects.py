@@ -1,0 +1,251 @@
+"""Rows that SQL past the session has made share an object: it stays until the last of them lets it go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import delete, event, text, update
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage
+from tests.orm.environment import Doc, Node, OrmEnvironment, file
+from tests.orm.values import Sessions, add, locations, sqlite
+
+pytestmark = pytest.mark.case("RE-03")
+
+COPY = "INSERT INTO doc (id, title, file) SELECT id + 10, title, file FROM doc"
+TO_ANOTHER_TABLE = "INSERT INTO node (id, file) SELECT id, file FROM doc WHERE file IS NOT NULL"
+TO_ANOTHER_COLUMN = "UPDATE doc SET other = file"
+
+
+async def shared(env: OrmEnvironment, statement: str = COPY) -> set[str]:
+    await env.add(Doc(id=1, file=file("a")))
+    await env.sql(statement)
+    return await env.objects()
+
+
+async def contents(env: OrmEnvironment) -> list[bytes]:
+    """Return what the rows refer to, each readable."""
+    return sorted((await env.contents()).values())
+
+
+class TestFlush:
+    async def test_delete_one_after_the_other(self, env: OrmEnvironment) -> None:
+        before = await shared(env)
+        async with env.sessions.begin() as session:
+            await session.delete(await session.get_one(Doc, 1))
+        assert await contents(env) == [b"a"]
+        assert await env.objects() == before
+        async with env.sessions.begin() as session:
+            await session.delete(await session.get_one(Doc, 11))
+        assert await env.objects() == set()
+
+    async def test_delete_both(self, env: OrmEnvironment) -> None:
+        await shared(env)
+        async with env.sessions.begin() as session:
+            await session.delete(await session.get_one(Doc, 1))
+            await session.delete(await session.get_one(Doc, 11))
+        assert await env.objects() == set()
+
+    @pytest.mark.parametrize("statement", [COPY, TO_ANOTHER_TABLE, TO_ANOTHER_COLUMN])
+    async def test_replace(self, env: OrmEnvironment, statement: str) -> None:
+        await shared(env, statement)
+        async with env.sessions.begin() as session:
+            (await session.get_one(Doc, 1)).file = file("b")
+        assert await contents(env) == [b"a", b"b"]
+        assert len(await env.objects()) == 2
+        await env.check()
+
+    async def test_column_of_the_same_row(self, env: OrmEnvironment) -> None:
+        await shared(env, TO_ANOTHER_COLUMN)
+        async with env.sessions.begin() as session:
+            (await session.get_one(Doc, 1)).file = None
+        await env.check(other_1="a")
+
+    async def test_copied_in_the_same_transaction(self, env: OrmEnvironment) -> None:
+        async with env.sessions.begin() as session:
+            doc = Doc(id=1, file=file("a"))
+            session.add(doc)
+            await session.flush()
+            await session.execute(text(COPY))
+            await session.delete(doc)
+        await env.check(file_11="a")
+
+    @pytest.mark.parametrize("name", ["before_flush", "after_flush", "after_flush_postexec", "before_commit"])
+    async def test_copied_by_a_listener(self, env: OrmEnvironment, name: str) -> None:
+        """History is written by SQL, from a row as it was, in whatever event."""
+        await shared(env)
+        await env.sql("UPDATE doc SET code = 'history' WHERE id = 11")
+        copy = text("INSERT INTO doc (id, title, file) SELECT 20, title, file FROM doc WHERE code = 'history'")
+        async with env.sessions.begin() as session:
+
+            def remember(inner: Session, *_: Any) -> None:
+                inner.connection().execute(copy)
+                inner.connection().execute(text("DELETE FROM doc WHERE code = 'history'"))
+
+            event.listen(session.sync_session, name, remember, once=True)
+            (await session.get_one(Doc, 1)).file = file("b")
+        await env.check(file_1="b", file_20="a")
+
+    async def test_rolled_back(self, env: OrmEnvironment) -> None:
+        await shared(env)
+        async with env.sessions() as session:
+            (await session.get_one(Doc, 1)).file = file("b")
+            await session.flush()
+            await session.rollback()
+        assert await contents(env) == [b"a", b"a"]
+        await env.sql("DELETE FROM doc WHERE id = 11")
+
+    async def test_inside_a_savepoint(self, env: OrmEnvironment) -> None:
+        await shared(env)
+        async with env.sessions.begin() as session, session.begin_nested():
+            await session.delete(await session.get_one(Doc, 1))
+        await env.check(file_11="a")
+
+    async def test_joined_to_a_connections_transaction(self, env: OrmEnvironment) -> None:
+        await shared(env)
+        async with (
+            env.engine.begin() as connection,
+            AsyncSession(connection, join_transaction_mode="create_savepoint") as session,
+        ):
+            await session.delete(await session.get_one(Doc, 1))
+            await session.commit()
+        await env.check(file_11="a")
+
+
+class TestStatements:
+    async def test_delete(self, env: OrmEnvironment) -> None:
+        await shared(env)
+        async with env.sessions.begin() as session:
+            await session.execute(delete(Doc).where(Doc.id == 1))
+        await env.check(file_11="a")
+
+    async def test_update(self, env: OrmEnvironment) -> None:
+        await shared(env, TO_ANOTHER_TABLE)
+        async with env.sessions.begin() as session:
+            await session.execute(update(Doc).values(file=None))
+        assert await contents(env) == [b"a"]
+        async with env.sessions.begin() as session:
+            await session.execute(delete(Node))
+        assert await env.objects() == set()
+
+    async def test_many(self, env: OrmEnvironment) -> None:
+        await env.add(*(Doc(id=number, file=file(str(number))) for number in range(1, 300)))
+        await env.sql("INSERT INTO node (id, file) SELECT id, file FROM doc WHERE id > 297")
+        async with env.sessions.begin() as session:
+            await session.execute(delete(Doc))
+        assert await contents(env) == [b"298", b"299"]
+        await env.check()
+
+
+class TestDatabases:
+    """What the database cannot say counts as referred to."""
+
+    async def test_table_that_is_not_there(self, env: OrmEnvironment) -> None:
+        """A base has tables that this database has not: in another one, or only after the next migration."""
+        await shared(env)
+        await env.sql("ALTER TABLE note RENAME TO elsewhere")
+        try:
+            async with env.sessions.begin() as session:
+                await session.delete(await session.get_one(Doc, 1))
+            assert len(await env.objects()) == 1
+            async with env.sessions.begin() as session:
+                await session.delete(await session.get_one(Doc, 11))
+            assert await env.objects() == set()
+        finally:
+            await env.sql("ALTER TABLE elsewhere RENAME TO note")
+
+    async def test_question_that_fails(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+        """The rows are committed all the same, and the object is the garbage collector's."""
+        await env.add(Doc(id=1, file=file("a")))
+        (left,) = await env.objects()
+        await env.sql("ALTER TABLE note RENAME COLUMN scan_ref TO unknown")
+        try:
+            with caplog.at_level(logging.WARNING, "granite_storage"):
+                async with env.sessions.begin() as session:
+                    session.add(Doc(id=2))
+                    (await session.get_one(Doc, 1)).file = file("b")
+        finally:
+            await env.sql("ALTER TABLE note RENAME COLUMN unknown TO scan_ref")
+        assert "unknown whether other rows refer to 1 objects" in caplog.text
+        assert left in await env.objects()
+        await env.backend.delete(left)
+        await env.check(file_1="b")
+
+    @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+    async def test_damaged_row(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2))
+        await env.sql("UPDATE doc SET file = '{' WHERE id = 2")
+        async with env.sessions.begin() as session:
+            (await session.get_one(Doc, 1)).file = file("b")
+        assert len(await env.objects()) == 1
+        await env.sql("UPDATE doc SET file = NULL WHERE id = 2")
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Page(Base):
+    __tablename__ = "page"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(default="")
+    file: Mapped[Attachment | None] = attachment("pages")
+
+
+class PageVersion(Base):
+    """Remembers what a page was, and the object as long as it remembers it."""
+
+    __tablename__ = "page_version"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    file: Mapped[StoredObjectRef | None] = mapped_column(StoredObjectRefType)
+
+
+@pytest.fixture
+async def sessions(tmp_path: Path) -> AsyncIterator[Sessions]:
+    manager = StorageManager(backends={"memory": MemoryStorageBackend()}, policies={"pages": StoragePolicy("pages", "memory")})
+    binding = bind_storage(Base, manager)
+    async with sqlite(tmp_path, Base) as sessions:
+        yield sessions
+    binding.unbind()
+
+
+def write_versions(session: Session, *_: Any) -> None:
+    """Do what recipes for history tables do."""
+    for page in list(session.dirty):
+        if isinstance(page, Page):
+            old = session.connection().execute(text("SELECT title FROM page WHERE id = :id"), {"id": page.id}).scalar_one()
+            file = page.__dict__.get("file")
+            session.add(PageVersion(title=old, file=None if file is None or file.is_pending else file.ref))
+
+
+@pytest.mark.case("RB-17")
+async def test_history_in_a_column_of_plain_refs(sessions: Sessions) -> None:
+    """No version copies the object, and it stays as long as a version refers to it."""
+    file = Attachment(b"a")
+    await add(sessions, Page(id=1, title="1", file=file))
+    manager = file.manager
+    original = await locations(manager)
+    event.listen(Session, "before_flush", write_versions)
+    try:
+        for title in ("2", "3"):
+            async with sessions.begin() as session:
+                (await session.get_one(Page, 1)).title = title
+        assert await locations(manager) == original
+        async with sessions.begin() as session:
+            await session.delete(await session.get_one(Page, 1))
+        assert await locations(manager) == original
+        async with sessions() as session:
+            version = await session.get_one(PageVersion, 1)
+            assert version.file is not None
+            assert await manager.get(version.file) == b"a"
+    finally:
+        event.remove(Session, "before_flush", write_versions)

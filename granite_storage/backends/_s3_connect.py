@@ -86,7 +86,7 @@ class S3Clients:
         with self._preparing:
             if self._session is None:
                 self._session = _new_session()
-            if not _is_bare(self._session):
+            with contextlib.suppress(ImportError):  # a session of aiobotocore does without
                 importlib.import_module("aioboto3.s3.inject")
             _read_models(self._session)
             return self._session, client_config(self._settings)

@@ -191,7 +191,10 @@ def _repeated(items: Iterable[pytest.Item]) -> set[pytest.Item]:
 def _reason(item: pytest.Item, databases: set[str]) -> str | None:
     """Return why a case is left out of the default tier, None for one that is not."""
     if (mark := item.get_closest_marker("exhaustive")) is not None:
-        return str(mark.args[0])
+        reason = (*mark.args, mark.kwargs.get("reason"))[0]
+        if not reason:
+            raise pytest.UsageError(f"{item.nodeid} is exhaustive without a reason")
+        return str(reason)
     params = _params(item)
     for rule in REPETITIONS:
         if item.nodeid.startswith(rule.path) and rule.repeats(item, params):

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from examples.gallery.models import Note, sessions, storage
+from examples.gallery.models import WRITTEN_TO, Note, sessions, storage
 from granite_storage.orm import Attachment
 
 router = APIRouter()
@@ -67,7 +67,7 @@ async def state(session: AsyncSession) -> dict[str, Any]:
     """Read the rows as this transaction sees them, and list the storage itself: nothing here is remembered or worked out."""
     notes = await session.scalars(select(Note).order_by(Note.id).execution_options(populate_existing=True))
     rows = [{"id": one.id, "title": one.title, "file": name_of(one.file.location), "size": one.file.size} for one in notes]
-    found = [info async for info in storage.backends["files"].iter_objects("notes")]
+    found = [info async for info in storage.backends[WRITTEN_TO].iter_objects("notes")]
     return {"rows": rows, "files": [{"name": name_of(info.location), "size": info.size} for info in found]}
 
 

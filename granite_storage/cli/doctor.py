@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
+from itertools import combinations
 from typing import Any
 
 import click
@@ -17,13 +18,16 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage._concurrency import finish
+from granite_storage._identities import describe_mismatch, identities_of, may_overlap
 from granite_storage._runs import require_mounted
 from granite_storage.backends.base import StorageBackend
 from granite_storage.cli.options import JSON
 from granite_storage.cli.output import shown
 from granite_storage.cli.running import Desk, Exit, Settings, run
-from granite_storage.exceptions import BackendUnavailableError, StorageError
+from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StorageError
+from granite_storage.gc.database import DatabaseReferences
 from granite_storage.locations import make_location
+from granite_storage.manager import StorageManager
 from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.journal.tables import clock, tables_of
 from granite_storage.orm.types import AttachmentType
@@ -59,7 +63,7 @@ class Look:
 def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
     """Look for what is wrong with the set-up.
 
-    It looks at the configuration, the database with its tables, the journal and the backends.
+    It looks at the configuration, the database with its tables, what its rows refer to, the journal and the backends.
 
     On each backend that a policy writes to it stores a small object, reads it, lists it and deletes it, unless --read-only is
     given. The exit code is 1 where something is bad; what is only noted may be as you want it.
@@ -82,6 +86,8 @@ async def _looks(binding: StorageBinding, *, read_only: bool) -> AsyncIterator[L
     for look in _configuration(binding):
         yield look
     async for look in _database(binding):
+        yield look
+    async for look in _references(binding):
         yield look
     async for look in _journal(binding):
         yield look
@@ -133,6 +139,53 @@ async def _database(binding: StorageBinding) -> AsyncIterator[Look]:
         yield Look(
             Verdict.BAD, "database", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
         )
+
+
+async def _references(binding: StorageBinding) -> AsyncIterator[Look]:
+    """Look for rows that lead to another store than they did, and for what would stop the garbage collector."""
+    manager = binding.manager
+    if binding.sessions is None or not manager.backends or not binding.ref_columns():
+        return
+    source = DatabaseReferences(binding, binding.sessions, next(iter(manager.backends)))
+    looks: list[Look] = []
+    try:
+        async with asyncio.timeout(_TIMEOUT):
+            try:
+                await source.require_fit(accept_restore=False)
+            except CollectionRefusedError as error:
+                looks.append(Look(Verdict.NOTE, "garbage collection", f"would be refused: {error}"))
+            counted = await source.count_by_store()
+            misled = [await _misled(binding, *store, number) for store, number in sorted(counted.items(), key=str)]
+            looks += [look for look in misled if look is not None] + await _overlapping(manager)
+        if not looks:
+            looks.append(Look(Verdict.GOOD, "references", f"{counted.total()} lead to the stores that they were written to"))
+    except TimeoutError:
+        looks.append(Look(Verdict.NOTE, "references", f"could not be counted within {_TIMEOUT:.0f} s"))
+    except (StorageError, SQLAlchemyError, OSError) as error:
+        said = str(error).splitlines()[0] if str(error) else "no answer"
+        looks.append(Look(Verdict.BAD, "references", f"{type(error).__name__}: {said}"))
+    for look in looks:
+        yield look
+
+
+async def _misled(binding: StorageBinding, backend_key: str, identity: str | None, number: int) -> Look | None:
+    backend = binding.manager.backends.get(backend_key)
+    if backend is None:
+        known = ", ".join(sorted(binding.manager.backends))
+        said = f"{number} name the backend {backend_key!r}, which the manager does not have (there are: {known})"
+        return Look(Verdict.BAD, "references", said)
+    identities = None if identity is None else await identities_of(backend)
+    if identities is None or identity is None or identity in identities:
+        return None
+    mismatch = describe_mismatch(backend_key, identity, next(iter(identities), None))
+    return Look(Verdict.BAD, "references", f"{number} lead to another store than they did: {mismatch}")
+
+
+async def _overlapping(manager: StorageManager) -> list[Look]:
+    pairs = combinations(sorted(manager.backends), 2)
+    overlapping = [pair for pair in pairs if await may_overlap(manager.backends[pair[0]], manager.backends[pair[1]])]
+    said = "lead to the same objects: give the manager one backend for each place"
+    return [Look(Verdict.BAD, "backends", f"{one!r} and {other!r} {said}") for one, other in overlapping]
 
 
 async def _sqlite(connection: AsyncConnection) -> AsyncIterator[Look]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from granite_storage.gc.statements import (
     UNKNOWN_IDENTITY,
     RefColumn,
     all_locations,
+    counted_by_store,
     first_illegible,
     first_of,
 )
@@ -119,6 +121,16 @@ class DatabaseReferences:
                 journals = self._journals if number == 0 else []
                 held |= await find_held(connection, chunk, locations, journals=journals, extra=True)
         return held_among(locations, (location for _, location in held))
+
+    async def count_by_store(self) -> Counter[tuple[str, str | None]]:
+        """Return how many references of the binding's base name which backend and which identity of a store, None for none."""
+        counted: Counter[tuple[str, str | None]] = Counter()
+        for item in self._ref_columns:
+            if item.is_declared and self._backend in item.here:
+                async with self._connection() as connection:
+                    for backend, identity, number in await connection.execute(counted_by_store(item, connection.dialect.name)):
+                        counted[as_text(backend), as_text(identity) or None] += number
+        return counted
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
         """Accept: every column was read, whatever its policy."""

@@ -15,6 +15,7 @@ from sqlalchemy import (
     case,
     cast,
     collate,
+    func,
     literal_column,
     not_,
     null,
@@ -33,6 +34,7 @@ __all__ = [
     "UNKNOWN_IDENTITY",
     "RefColumn",
     "all_locations",
+    "counted_by_store",
     "first_illegible",
     "first_of",
 ]
@@ -89,6 +91,16 @@ def first_of(column: RefColumn, dialect: str, kind: int, identities: Sequence[st
     said = (location_of(ref, dialect)[0], value_in(ref, "identity", dialect))
     found = select(*ref.table.primary_key, *(selected_text(value, dialect) for value in said))
     return found.where(wanted).limit(1)
+
+
+def counted_by_store(column: RefColumn, dialect: str) -> Select[Any]:
+    """Select backend, identity and number of the references of a column."""
+    ref = column.column
+    backend, identity = location_of(ref, dialect)[0], value_in(ref, "identity", dialect)
+    if dialect == "sqlite":  # there a look into what is no JSON fails
+        backend, identity = (case((is_legible(ref, dialect), value)) for value in (backend, identity))
+    counted = select(selected_text(backend, dialect), selected_text(identity, dialect), func.count())
+    return counted.where(is_legible(ref, dialect)).group_by(backend, identity)
 
 
 def first_illegible(column: Column[Any], dialect: str) -> Select[Any]:

@@ -22,8 +22,9 @@ from granite_storage.orm.types import location_of
 if TYPE_CHECKING:
     from granite_storage.orm.columns import Tables
     from granite_storage.orm.unit import StoredObject
+    from granite_storage.refs import StoredObjectRef
 
-__all__ = ["find_referenced", "find_shared"]
+__all__ = ["find_referenced", "find_shared", "refers"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -83,6 +84,13 @@ def find_referenced(connection: Connection, tables: Tables, locations: Iterable[
             generated = frozenset(find_location_columns(connection, present))
             question = _question(present, dialect, generated, is_guarded=True) if present else None
             return _answers(connection, question, wanted, len(present)) if question is not None else set()
+
+
+def refers(connection: Connection, column: Column[Any], ref: StoredObjectRef) -> bool:
+    """Tell whether a row of one column refers to an object."""
+    backend, location = location_of(column, connection.dialect.name)
+    statement = select(func.count()).select_from(column.table).where(backend == ref.backend, location == ref.location)
+    return connection.execute(statement).scalar_one() > 0
 
 
 def _question(

@@ -9,7 +9,6 @@ from granite_storage.exceptions import UnboundAttachmentError
 from granite_storage.orm._registry import active_bindings
 
 if TYPE_CHECKING:
-    from granite_storage.manager import StorageManager
     from granite_storage.orm.types import AttachmentType
 
 __all__ = ["Address"]
@@ -24,8 +23,8 @@ class Address:
     column: str
     storage_key: str
 
-    def find(self) -> StorageManager:
-        """Return the manager of the base that has the column.
+    def find(self) -> AttachmentType:
+        """Return the type of the column, in the base that has it.
 
         Raises:
             UnboundAttachmentError: No base with that column is bound here, or more than one.
@@ -34,7 +33,7 @@ class Address:
         named = [binding for binding in found if binding.base_name == self.base]
         for candidates in (named, found):
             if len(candidates) == 1:
-                return candidates[0].manager
+                return candidates[0].attachment_type(self.table, self.column)
         raise UnboundAttachmentError(
             f"an attachment of {self.table}.{self.column} was unpickled, and {'no' if not found else 'more than one'}"
             f" base with that column is bound here"

@@ -13,13 +13,15 @@ from granite_storage.exceptions import (
     ConsumedSourceError,
     EmptyUploadError,
     InvalidReferenceError,
+    ObjectNotFoundError,
+    StaleAttachmentError,
     UnboundAttachmentError,
 )
 from granite_storage.locations import clean_filename, uuid7_hex
 from granite_storage.orm import shown
 from granite_storage.orm.address import Address
 from granite_storage.orm.uploads import Upload, require_fit, store
-from granite_storage.readers import OpeningReader
+from granite_storage.readers import OpeningReader, StoredObjectReader
 from granite_storage.refs import StoredObjectRef, read_only
 from granite_storage.streams import BytesLike, ByteSource, iter_chunks
 
@@ -283,6 +285,10 @@ class Attachment:
         Raises:
             UnboundAttachmentError: It belongs to no column yet, or `bind_storage` was not called for the column's base.
         """
+        return self._column_type.binding().manager
+
+    @property
+    def _column_type(self) -> AttachmentType:
         match self._home:
             case None:
                 raise UnboundAttachmentError(
@@ -292,15 +298,43 @@ class Attachment:
             case Address():
                 return self._home.find()
             case home:
-                return home.binding().manager
+                return home
 
     async def read(self) -> bytes:
-        """Return all bytes, verified; see `StorageManager.get`."""
-        return await self.manager.get(self.ref)
+        """Return all bytes, verified; see `StorageManager.get`.
+
+        Raises:
+            StaleAttachmentError: The object is gone because its row has been given another file since this attachment was read,
+                or has been deleted; known where `bind_storage` was given `sessions`. Load the row again.
+            StorageError: As `StorageManager.get`.
+        """
+        try:
+            return await self.manager.get(self.ref)
+        except ObjectNotFoundError as error:
+            await self._require_current(error)
+            raise
 
     def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
-        """Open it for streaming; see `StorageManager.open`."""
-        return self.manager.open(self.ref, offset=offset, length=length, verify=verify)
+        """Open it for streaming; see `StorageManager.open`. Raises as `read` does where the object is gone."""
+        opening = self.manager.open(self.ref, offset=offset, length=length, verify=verify)
+
+        async def start() -> StoredObjectReader:
+            try:
+                return await opening
+            except ObjectNotFoundError as error:
+                await self._require_current(error)
+                raise
+
+        return OpeningReader(start)
+
+    async def _require_current(self, missing: ObjectNotFoundError) -> None:
+        """Tell a row that has moved on from an object that is lost: ask whether any row of the column still refers to it."""
+        column_type = self._column_type
+        if await column_type.binding().is_referred_to(column_type.column, self.ref) is False:
+            raise StaleAttachmentError(
+                f"the object at {self.location!r} is gone, because its row has been given another file since this attachment was"
+                " read, or has been deleted: load the row again"
+            ) from missing
 
     async def exists(self) -> bool:
         """Tell whether its object is there; see `StorageManager.exists`."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, MetaData
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -13,12 +15,16 @@ from granite_storage.manager import StorageManager
 from granite_storage.orm import _registry, assignment, events
 from granite_storage.orm.columns import Tables
 from granite_storage.orm.journal.journal import StorageJournal
+from granite_storage.orm.sharing import refers
 from granite_storage.orm.types import AttachmentType, StoredObjectRefType, require_usable
+from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import async_sessionmaker
 
 __all__ = ["StorageBinding", "bind_storage"]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
 
 
 def bind_storage(
@@ -141,6 +147,25 @@ class StorageBinding:
         found = self.metadata.tables.get(table)
         home = None if found is None else next((item.type for item in found.columns if item.name == column), None)
         return home if isinstance(home, AttachmentType) else None
+
+    def attachment_type(self, table: str, column: str) -> AttachmentType:
+        """Return the type of an attachment column by its names; `LookupError` where there is no such column."""
+        found = self.column_type(table, column)
+        if found is None:
+            raise LookupError(f"{table}.{column} is no attachment column of {self.base_name}")
+        return found
+
+    async def is_referred_to(self, column: Column[Any], ref: StoredObjectRef) -> bool | None:
+        """Tell whether a row of a column refers to an object; None where that is unknown, as it is without sessions."""
+        if self.sessions is None:
+            return None
+        try:
+            async with self.sessions() as session:
+                connection = await session.connection(bind_arguments={"clause": column.table})
+                return await connection.run_sync(refers, column, ref)
+        except SQLAlchemyError:
+            logger.warning("it is unknown whether a row refers to the object %r", ref.location, exc_info=True)
+            return None
 
     def unbind(self) -> None:
         """Undo `bind_storage`; the last one leaves no listener behind. Idempotent."""

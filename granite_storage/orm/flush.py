@@ -13,7 +13,7 @@ from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
 from sqlalchemy.orm.unitofwork import UOWTransaction
 from sqlalchemy.util import await_only
 
-from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._registry import binding_for, find_binding
 from granite_storage.orm.attachment import Attachment
@@ -23,6 +23,7 @@ from granite_storage.orm.journal import entries
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.outcome import require_transactions, watch
 from granite_storage.orm.rows import CountedDeletes, HeldRef, cascaded, connection_of, lock_rows
+from granite_storage.orm.sharing import refers
 from granite_storage.orm.types import AttachmentType
 from granite_storage.orm.unit import Displacement, FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
 from granite_storage.orm.uploads import Upload, require_fit, store, stored_object
@@ -155,11 +156,11 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
     if not deletions and not any(change.old is UNKNOWN for change in changes):
         # Every row that gives something up is known, so what is certainly held elsewhere is copied before any row is locked.
         copied = [change for change in assigned if not _may_move(unit, change, given_up)]
-        _copy_all(unit, frame, copied)
+        _copy_all(session, unit, frame, copied)
         assigned = [change for change in assigned if change not in copied]
     displace(flush, _locked_refs(session, unit, changes, deletions))
     _require_async_for_files(flush)
-    _claim_or_copy(unit, frame, assigned, given_up)
+    _claim_or_copy(session, unit, frame, assigned, given_up)
     for change in changes:
         flush.handled[change.marker] = change.value
         if change.value is not None:
@@ -192,7 +193,7 @@ def revise(session: Session, unit: UnitOfWork) -> None:
         return
     kept = {entry.held.place for entry in flush.displaced if not _still_leaves(entry, context)}
     copied = [change for change in moved if change.is_pending and _place_of(change.attachment.ref) in kept]
-    _copy_all(unit, unit.frame(boundary(session)), copied)
+    _copy_all(session, unit, unit.frame(boundary(session)), copied)
     for change in copied:
         _claim(flush, change.attachment)
 
@@ -278,11 +279,34 @@ def _upload_new(unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> No
     _store_all(unit, frame, [(change, change.attachment) for change in uploads])
 
 
-def _copy_all(unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> None:
+def _copy_all(session: Session, unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> None:
+    """Store a copy of each change's attachment, and let its row take that.
+
+    Raises:
+        StaleAttachmentError: An object is gone because its row has been given another file since the attachment was read.
+        StorageError: One cannot be copied; nothing is left of the others.
+    """
     copies = [change.attachment._copy() for change in changes]
-    _store_all(unit, frame, list(zip(changes, copies, strict=True)))
+    try:
+        _store_all(unit, frame, list(zip(changes, copies, strict=True)))
+    except ObjectNotFoundError as error:
+        for change in changes:
+            if change.attachment.ref.location == error.location and not _is_referred_to(session, change):
+                raise StaleAttachmentError(
+                    f"the object at {error.location!r} cannot be copied to {change.slot.home.label}, because its row has been"
+                    " given another file since the attachment was read, or has been deleted: load the row again"
+                ) from error
+        raise
     for change, copy in zip(changes, copies, strict=True):
         change.replace(copy)
+
+
+def _is_referred_to(session: Session, change: Change) -> bool:
+    """Tell whether a row of the column that an attachment was read from still refers to its object."""
+    original = change.attachment._column_type
+    if original.table.metadata is not change.slot.home.table.metadata:
+        return True  # another base's, perhaps in another database: that is not known here
+    return refers(connection_of(session, change.state), original.column, change.attachment.ref)
 
 
 def _store_all(unit: UnitOfWork, frame: Frame, pending: Sequence[tuple[Change, Attachment]]) -> None:
@@ -405,7 +429,9 @@ def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> tuple[list[
     return [entry for entry in found if entry.column in rows.columns_by_key.get(entry.primary_key, ())], missing
 
 
-def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], given_up: set[StoredObjectRef]) -> None:
+def _claim_or_copy(
+    session: Session, unit: UnitOfWork, frame: Frame, changes: Sequence[Change], given_up: set[StoredObjectRef]
+) -> None:
     """Let rows take over objects that other rows have just given up; copy what is still held elsewhere.
 
     Raises:
@@ -437,7 +463,7 @@ def _claim_or_copy(unit: UnitOfWork, frame: Frame, changes: Sequence[Change], gi
                 f"the object at {stored.ref.location!r} was to move to another row, but its row does not hold it any more"
             )
         given._restored = False
-    _copy_all(unit, frame, copies)
+    _copy_all(session, unit, frame, copies)
 
 
 def concerned_tables(mapper: Mapper[Any]) -> Sequence[Table]:

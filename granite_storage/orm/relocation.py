@@ -22,8 +22,6 @@ from sqlalchemy import (
     Update,
     bindparam,
     cast,
-    func,
-    select,
     update,
 )
 from sqlalchemy.orm import Session
@@ -35,8 +33,9 @@ from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.journal.entries import write_displaced
 from granite_storage.orm.removal import remove
 from granite_storage.orm.rows import HeldRef, among
-from granite_storage.orm.scanning import HeldValue, as_stored, where_json
-from granite_storage.orm.types import AttachmentType, StoredObjectRefType, location_of
+from granite_storage.orm.scanning import HeldValue, as_stored
+from granite_storage.orm.sharing import refers
+from granite_storage.orm.types import AttachmentType, StoredObjectRefType
 from granite_storage.orm.unit import StoredObject
 from granite_storage.orm.uploads import Upload, store, stored_object
 from granite_storage.refs import StoredObjectRef
@@ -168,15 +167,7 @@ class _Swap:
     def _is_referred_to(self, connection: Connection) -> bool:
         """Tell whether another value still refers to the original, under whatever backend's key."""
         home: AttachmentType = self._held.column.type  # type: ignore[assignment]  # nothing else is relocated
-        return any(_refers(connection, column, self._original) for column in home.binding().ref_columns())
-
-
-def _refers(connection: Connection, column: Column[Any], ref: StoredObjectRef) -> bool:
-    location = location_of(column, connection.dialect.name)[1]
-    if connection.dialect.name == "sqlite":
-        location = where_json(column, location)
-    statement = select(func.count()).select_from(column.table).where(location == ref.location)
-    return connection.execute(statement).scalar_one() > 0
+        return any(refers(connection, column, self._original) for column in home.binding().ref_columns())
 
 
 def _compare_and_set(held: HeldValue, ref: StoredObjectRef, connection: Connection) -> Update:

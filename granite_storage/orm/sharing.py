@@ -11,18 +11,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Connection, Select, case, func, inspect, select, union_all
+from sqlalchemy import Column, CompoundSelect, Connection, Text, bindparam, func, inspect, select, union_all
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.orm._batches import batches
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm.indexed import find_location_columns
+from granite_storage.orm.scanning import where_json
 from granite_storage.orm.types import location_of
 
 if TYPE_CHECKING:
+    from granite_storage.orm.columns import Tables
     from granite_storage.orm.unit import StoredObject
+    from granite_storage.refs import StoredObjectRef
 
-__all__ = ["find_referenced", "find_shared"]
+__all__ = ["find_referenced", "find_shared", "refers"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -35,11 +38,10 @@ def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[
     An object counts as referred to where the database cannot say: an orphan is better than a file that is lost.
     """
     shared: set[str] = set()
-    for manager in {id(item.manager): item.manager for item in objects}.values():
-        columns = [column for binding in active_bindings() if binding.manager is manager for column in binding.tables.refs()]
-        locations = [item.ref.location for item in objects if item.manager is manager]
+    for binding in active_bindings():
+        locations = [item.ref.location for item in objects if item.manager is binding.manager]
         try:
-            found = find_referenced(connection, columns, locations)
+            found = find_referenced(connection, binding.tables, locations)
         except DBAPIError:
             if connection.invalidated:
                 raise
@@ -55,7 +57,7 @@ def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[
     return shared
 
 
-def find_referenced(connection: Connection, columns: Sequence[Column[Any]], locations: Iterable[str]) -> set[str]:
+def find_referenced(connection: Connection, tables: Tables, locations: Iterable[str]) -> set[str]:
     """Return which of these locations rows refer to, as the connection's transaction sees them.
 
     Tables that the database does not have are passed over: a base may have some in another one.
@@ -64,37 +66,55 @@ def find_referenced(connection: Connection, columns: Sequence[Column[Any]], loca
         DBAPIError: The database cannot say; its transaction goes on.
     """
     wanted = list(dict.fromkeys(locations))
+    columns = tables.refs()
     if not columns or not wanted:
         return set()
+    dialect = connection.dialect.name
     try:
         with _savepoint(connection):
-            return _ask(connection, columns, wanted, is_guarded=False)
+            generated = frozenset(find_location_columns(connection, columns))
+            question = tables.questions.get((dialect, generated))
+            if question is None:
+                question = tables.questions[dialect, generated] = _question(columns, dialect, generated)
+            return _answers(connection, question, wanted, len(columns))
     except DBAPIError:
         if connection.invalidated:
             raise
         with _savepoint(connection):
-            return _ask(connection, _present(connection, columns), wanted, is_guarded=True)
+            present = _present(connection, columns)
+            generated = frozenset(find_location_columns(connection, present))
+            question = _question(present, dialect, generated, is_guarded=True) if present else None
+            return _answers(connection, question, wanted, len(present)) if question is not None else set()
 
 
-def _ask(connection: Connection, columns: Sequence[Column[Any]], locations: Sequence[str], *, is_guarded: bool) -> set[str]:
+def refers(connection: Connection, column: Column[Any], ref: StoredObjectRef) -> bool:
+    """Tell whether a row of one column refers to an object, under whatever backend's key."""
+    location = location_of(column, connection.dialect.name)[1]
+    if connection.dialect.name == "sqlite":
+        location = where_json(column, location)
+    statement = select(func.count()).select_from(column.table).where(location == ref.location)
+    return connection.execute(statement).scalar_one() > 0
+
+
+def _question(
+    columns: Sequence[Column[Any]], dialect: str, generated: frozenset[Column[Any]], *, is_guarded: bool = False
+) -> CompoundSelect[Any]:
+    wanted = bindparam("locations", expanding=True, type_=Text())
+    parts = []
+    for column in columns:
+        _, location = location_of(column, dialect, is_generated=column in generated)
+        if is_guarded and dialect == "sqlite":
+            # One row whose JSON is damaged would spoil the whole statement; an index has only sound ones.
+            location = where_json(column, location)
+        parts.append(select(location.label("location")).select_from(column.table).where(location.in_(wanted)))
+    return union_all(*parts)
+
+
+def _answers(connection: Connection, question: CompoundSelect[Any], locations: Sequence[str], columns: int) -> set[str]:
     found: set[str] = set()
-    if not columns:
-        return found
-    generated = find_location_columns(connection, columns)
-    for batch in batches(locations, max(1, _MOST_PARAMETERS // len(columns))):
-        parts = [_referring(column, connection.dialect.name, batch, column in generated, is_guarded) for column in columns]
-        found |= set(connection.execute(union_all(*parts)).scalars())
+    for batch in batches(locations, max(1, _MOST_PARAMETERS // columns)):
+        found |= set(connection.execute(question, {"locations": batch}).scalars())
     return found
-
-
-def _referring(
-    column: Column[Any], dialect: str, locations: Sequence[str], is_generated: bool, is_guarded: bool
-) -> Select[tuple[str]]:
-    _, location = location_of(column, dialect, is_generated=is_generated)
-    if is_guarded and dialect == "sqlite":
-        # One row whose JSON is damaged would spoil the whole statement; an index has only sound ones.
-        location = case((func.json_valid(column) == 1, location))
-    return select(location.label("location")).where(location.in_(locations))
 
 
 def _present(connection: Connection, columns: Sequence[Column[Any]]) -> list[Column[Any]]:

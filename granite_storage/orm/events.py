@@ -10,7 +10,7 @@ from sqlalchemy.orm import EXT_CONTINUE, InstanceState, Mapper, Session, Session
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import ObjectDeletedError
 
-from granite_storage.orm import flush, outcome, statements
+from granite_storage.orm import flush, outcome, translated
 from granite_storage.orm.columns import slots_of
 from granite_storage.orm.greenlets import require_async
 
@@ -153,7 +153,7 @@ _LISTENERS: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (Session, "after_begin", _after_begin, {}),
     (Session, "after_commit", _after_commit, _FIRST),
     (Session, "after_transaction_end", _after_transaction_end, _FIRST),
-    (Session, "do_orm_execute", statements.on_execute, {}),
+    (Session, "do_orm_execute", translated.on_execute, {}),
     (Mapper, "before_insert", _before_insert, _RAW),
     (Mapper, "before_update", _before_write, _RAW),
     (Mapper, "before_delete", _before_delete, _RAW),

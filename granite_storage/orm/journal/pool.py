@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
 
 from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm._engines import dispatchers_of, root_engine
 
 __all__ = ["TRANSLATE_MAP", "JournalPool"]
 
@@ -49,9 +50,10 @@ class JournalPool:
             execution_options=self.options,
         )
         # The application's own events come along, such as one that sets a role; ours are those of its sessions.
-        inner.dispatch._update(self._outer.dispatch, only_propagate=False)
+        for dispatcher in dispatchers_of(self._outer):
+            inner.dispatch._update(dispatcher, only_propagate=False)
         event.listen(inner, "connect", self._on_connect)
-        event.listen(self._outer, "engine_disposed", self._on_disposed)
+        event.listen(root_engine(self._outer), "engine_disposed", self._on_disposed)
         self._engine = AsyncEngine(inner)
 
     @property

@@ -81,7 +81,7 @@ def nominate(connection: Connection, intent: Table, pending: Iterable[PendingDel
 
 def has_own_id(row: Row[Any]) -> bool:
     """Tell whether a delete intent has an id of its own, as earlier versions gave it."""
-    return row.kind == DELETE and row.id != delete_id(row.backend, row.location)
+    return bool(row.kind == DELETE and row.id != delete_id(row.backend, row.location))
 
 
 async def renumber(connection: AsyncConnection, intent: Table, rows: Sequence[Row[Any]]) -> bool:

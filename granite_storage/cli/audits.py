@@ -140,7 +140,7 @@ async def _tell_due(desk: Desk, journal: StorageJournal) -> None:
                 else func.sum(table.c.due <= clock())
             )
             statement = select(table.c.backend, table.c.kind, due, func.count()).group_by(table.c.backend, table.c.kind)
-            for backend, kind, number, of in await connection.execute(statement):
+            for backend, kind, number, of in await connection.execute(statement, execution_options=journal.execution_options):
                 rows.append({"backend": backend, "kind": kind, "state": state, "due": int(number or 0), "of": of})
     if desk.output.as_json:
         desk.output.record({"waiting": rows})

@@ -12,7 +12,7 @@ from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
-from granite_storage.orm import flush, legacy_bulk, outcome, statements
+from granite_storage.orm import flush, legacy_bulk, outcome, translated
 from granite_storage.orm.columns import slots_of
 
 __all__ = ["listen", "unlisten"]
@@ -212,7 +212,7 @@ _LISTENERS: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (Session, "after_transaction_create", _after_transaction_create, {}),
     (Session, "after_commit", _after_commit, _FIRST),
     (Session, "after_transaction_end", _after_transaction_end, _FIRST),
-    (Session, "do_orm_execute", statements.on_execute, {}),
+    (Session, "do_orm_execute", translated.on_execute, {}),
     (Mapper, "before_insert", _before_insert, _RAW),
     (Mapper, "before_update", _before_write, _RAW),
     (Mapper, "before_delete", _before_delete, _RAW),

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm._engines import root_engine
 from granite_storage.orm.greenlets import deferred_cancellation
 from granite_storage.orm.removal import remove_now
 from granite_storage.orm.sharing import find_shared
@@ -206,7 +207,8 @@ def conclude(session: Session, transaction: SessionTransaction) -> None:
 
 
 def listen_to(engine: Engine) -> None:
-    """Listen to an engine's transactions; once for each engine."""
+    """Listen to an engine's transactions, and to those of engines with other options; once for all of them."""
+    engine = root_engine(engine)
     if engine not in _engines:
         _engines.add(engine)
         for name, listener in _LISTENERS.items():

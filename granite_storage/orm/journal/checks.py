@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm.journal.heartbeat import insert_if_absent
 from granite_storage.orm.journal.pool import JournalPool
+from granite_storage.orm.journal.schemas import effective
 from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, JournalTables, clock
 
 __all__ = ["check_database"]
@@ -29,7 +30,8 @@ async def check_database(pool: JournalPool, tables: JournalTables, others: list[
     """
     async with pool.durable() as connection:
         if not pool.is_postgresql:
-            await _check_mariadb(connection, [*tables.all, *others])
+            names = [(effective(table.schema, pool.translate_map), table.name) for table in (*tables.all, *others)]
+            await _check_mariadb(connection, names)
     for table in tables.all:
         await _check_table(pool, table)
     await _check_version(pool, tables)
@@ -44,10 +46,13 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
             await connection.execute(nothing)
             await connection.execute(insert(table).from_select(list(table.c.keys()), select(table).where(text("1 = 0"))))
     except DBAPIError as error:
+        name = ".".join(part for part in (effective(table.schema, pool.translate_map), table.name) if part)
         raise ConfigurationError(
-            f"the journal's table {table.fullname} is missing, is of another version or may not be written to: {error.orig}."
+            f"the journal's table {name} is missing, is of another version or may not be written to: {error.orig}."
             " Create it with the models' own (Base.metadata.create_all or a migration) after journal_tables(Base.metadata),"
-            " and let the application's database user read and write it"
+            " and let the application's database user read and write it. Sessions with a schema_translate_map of their own share"
+            " one set of the journal's tables: it is where the engine that was passed to StorageJournal finds it, with that"
+            " engine's map if it has one, or in journal_tables(Base.metadata, schema=...)"
         ) from error
 
 
@@ -63,7 +68,7 @@ async def _check_version(pool: JournalPool, tables: JournalTables) -> None:
         )
 
 
-async def _check_mariadb(connection: AsyncConnection, tables: list[Table]) -> None:
+async def _check_mariadb(connection: AsyncConnection, tables: list[tuple[str | None, str]]) -> None:
     version = (await connection.execute(text("SELECT VERSION()"))).scalar_one()
     numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
     if "mariadb" not in version.lower():
@@ -80,17 +85,20 @@ async def _check_mariadb(connection: AsyncConnection, tables: list[Table]) -> No
     await _check_engines(connection, tables)
 
 
-async def _check_engines(connection: AsyncConnection, tables: list[Table]) -> None:
+async def _check_engines(connection: AsyncConnection, tables: list[tuple[str | None, str]]) -> None:
     """Refuse tables whose engine knows no transactions, such as MyISAM and Aria."""
-    names = [table.name for table in tables]
     found = await connection.execute(
         text(
-            "SELECT table_name, engine FROM information_schema.tables"
-            " WHERE table_schema = COALESCE(:schema, DATABASE()) AND table_name IN :names AND engine <> 'InnoDB'"
+            "SELECT table_schema, table_schema = DATABASE(), table_name, engine FROM information_schema.tables"
+            " WHERE table_name IN :names AND engine <> 'InnoDB'"
         ).bindparams(bindparam("names", expanding=True)),
-        {"schema": tables[0].schema, "names": names},
+        {"names": sorted({name for _, name in tables})},
     )
-    wrong = [f"{name} ({engine})" for name, engine in found]
+    wrong = [
+        f"{name} ({engine})"
+        for schema, is_default, name, engine in found
+        if (schema, name) in tables or (is_default and (None, name) in tables)
+    ]
     if wrong:
         raise ConfigurationError(
             f"the journal needs InnoDB, and these tables have another engine: {', '.join(wrong)};"

@@ -243,7 +243,8 @@ class Intents:
             StaleAttachmentError: A worker has taken one of the objects over.
         """
         locations = [intent.location for intent in intents]
-        if bool(locations) and await_only(self._fenced(locations)):
+        fenced: bool = bool(locations) and await_only(self._fenced(locations))
+        if fenced:
             raise StaleAttachmentError(
                 "an object that was to be restored is just being deleted, as another row had given it up before;"
                 " the transaction may be tried again"

@@ -54,17 +54,23 @@ class StorageJournal:
     It costs one commit per flush that stores something, on connections of its own, and a row per object that goes.
 
     Args:
-        engine: The application's engine, on PostgreSQL or MariaDB. The journal makes a small pool of its own from it, with the
-            same creator, arguments and events; disposing of the engine closes that as well.
+        engine: The application's engine, on PostgreSQL or MariaDB, or one that was made for the journal and leads to the same
+            database, such as one past a connection pooler. The journal makes a small pool of its own from it, with the same
+            creator, arguments, events and `schema_translate_map`; disposing of the engine closes that as well.
         lease: How long an upload may go without a sign of life before a worker takes it for dead. It is renewed while the upload
             goes on, so it need not be longer than any upload; an object stored by `Attachment.store` must be assigned to a row
             and flushed within it.
-        pool_size: The most connections that it opens.
+        pool_size: The most connections that it opens; in each event loop, where the engine has a `NullPool`.
+        timeout: How long a session waits for the journal before it uploads, at most. It may hold a connection of its own
+            meanwhile, so that many of them, and a pool or a server with no connection left, would wait for each other.
         max_attempts: How often a delete fails before its object becomes a dead letter, which is logged and left alone. A worker's
             death is no failure, unless as many workers in a row die of the same object.
 
     Raises:
         ConfigurationError: The database or the engine's pool cannot have a journal; the message says what to do instead.
+
+    What a session does with files raises `BackendUnavailableError` where the journal's database does not answer in time; nothing
+    was uploaded then, and the transaction may be tried again.
 
     Example:
         ```python
@@ -80,14 +86,18 @@ class StorageJournal:
         *,
         lease: timedelta = timedelta(minutes=15),
         pool_size: int = 5,
+        timeout: timedelta = timedelta(seconds=30),
         max_attempts: int = 12,
     ) -> None:
-        if not isinstance(lease, timedelta) or lease <= timedelta(0):
-            raise ConfigurationError(f"a journal's lease must be a timedelta above 0, not {lease!r}")
+        for argument, duration in (("lease", lease), ("timeout", timeout)):
+            if not isinstance(duration, timedelta) or duration <= timedelta(0):
+                raise ConfigurationError(f"a journal's {argument} must be a timedelta above 0, not {duration!r}")
         for argument, number in (("pool_size", pool_size), ("max_attempts", max_attempts)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ConfigurationError(f"a journal's {argument} must be a number of at least 1, not {number!r}")
         self._pool = JournalPool(engine, pool_size)
+        # For sessions, whose own transactions hold connections.
+        self._bounded = self._pool.within(timeout.total_seconds())
         self._lease = lease
         self._max_attempts = max_attempts
         self._bindings: list[StorageBinding] = []
@@ -95,7 +105,7 @@ class StorageJournal:
         self._checked = False
         self._alarm = Alarm()
         self._commits = GroupCommit()
-        self._schemas = KnownSchemas(self._pool)
+        self._schemas = KnownSchemas(self._bounded)
 
     @property
     def lease(self) -> timedelta:
@@ -137,7 +147,7 @@ class StorageJournal:
         Raises:
             ConfigurationError: Something is missing or unfit; the message says what to do.
         """
-        await check_database(self._pool, self.tables, sorted({column.table for column in self._columns()}, key=str))
+        await check_database(self._bounded, self.tables, sorted({column.table for column in self._columns()}, key=str))
         for backend in sorted(await self._recovery().unknown_backends()):
             logger.warning("the journal keeps rows of the backend %r, which the manager does not have: its objects stay", backend)
         self._checked = True
@@ -225,7 +235,7 @@ class StorageJournal:
     @property
     def intents(self) -> Intents:
         """What transactions do to it; for the session hooks."""
-        return Intents(self._pool, self.tables, self._commits, self._note_schemas)
+        return Intents(self._bounded, self.tables, self._commits, self._note_schemas)
 
     def _note_schemas(self, connection: Connection) -> None:
         self._schemas.make_known(connection, self.tables, self._columns())
@@ -299,18 +309,17 @@ class StorageJournal:
 
     @property
     def _staging(self) -> Staging:
-        return Staging(self._pool, self.tables, self._references, self._lease)
+        return Staging(self._bounded, self.tables, self._references_by(self._bounded), self._lease)
 
-    @property
-    def _references(self) -> References:
-        return References(self._pool, self.tables, self._columns())
+    def _references_by(self, pool: JournalPool) -> References:
+        return References(pool, self.tables, self._columns())
 
     def _recovery(self) -> Recovery:
         return Recovery(
             self._pool,
             self.tables,
             self.manager,
-            self._references,
+            self._references_by(self._pool),
             lease=self._lease,
             max_attempts=self._max_attempts,
             timeout=_OPERATION_TIMEOUT,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, Final
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final, Self
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
 
-from granite_storage.exceptions import ConfigurationError
+from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
+from granite_storage.orm._engines import dispatchers_of, root_engine
 
 __all__ = ["TRANSLATE_MAP", "JournalPool"]
 
@@ -27,8 +32,8 @@ class JournalPool:
     keep new intents waiting. Disposing of the engine disposes of it.
 
     Args:
-        engine: The application's engine.
-        size: The most connections it opens.
+        engine: The application's engine, or one that was made for the journal.
+        size: The most connections it opens; those of each event loop where the engine's pool keeps none.
 
     Attributes:
         translate_map: The engine's own `schema_translate_map`, which says where the journal's tables are.
@@ -49,10 +54,14 @@ class JournalPool:
             execution_options=self.options,
         )
         # The application's own events come along, such as one that sets a role; ours are those of its sessions.
-        _copy_events(inner, self._outer.dispatch)
+        for dispatcher in dispatchers_of(self._outer):
+            inner.dispatch._update(dispatcher, only_propagate=False)
         event.listen(inner, "connect", self._on_connect)
-        event.listen(self._outer, "engine_disposed", self._on_disposed)
+        event.listen(root_engine(self._outer), "engine_disposed", self._on_disposed)
         self._engine = AsyncEngine(inner)
+        self._size = size
+        self._timeout: float | None = None
+        self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -69,19 +78,51 @@ class JournalPool:
         """Whether it is PostgreSQL."""
         return self.dialect == "postgresql"
 
+    def within(self, seconds: float) -> Self:
+        """Return the same pool for callers that hold a connection already: whose transactions must not wait without end.
+
+        Raises:
+            BackendUnavailableError: From then on, by a transaction of it that has not ended in time.
+        """
+        bounded = copy.copy(self)
+        bounded._timeout = seconds
+        return bounded
+
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """Give a connection in a transaction whose commit nobody relies on."""
-        async with self._engine.begin() as connection:
+        async with self._in_time(), self._engine.begin() as connection:
             yield connection
 
     @asynccontextmanager
     async def durable(self) -> AsyncIterator[AsyncConnection]:
         """Give a connection in a transaction that, once it is committed, no crash of the database takes back."""
-        async with self._engine.begin() as connection:
+        async with self._in_time(), self._engine.begin() as connection:
             if self.is_postgresql:
                 await connection.execute(_SYNCHRONOUS)
             yield connection
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Bound a transaction: in time, where that is wanted, and in number, where the pool itself keeps no count."""
+        try:
+            async with asyncio.timeout(self._timeout), AsyncExitStack() as stack:
+                if isinstance(self._engine.sync_engine.pool, NullPool):
+                    loop = asyncio.get_running_loop()
+                    await stack.enter_async_context(self._places.setdefault(loop, asyncio.Semaphore(self._size)))
+                yield
+        except (TimeoutError, PoolTimeoutError) as error:
+            raise BackendUnavailableError(
+                f"the journal had no answer from the database within {self._timeout or self._pool_timeout:g} s, so that nothing"
+                " is stored. It needs a connection beside the one that the session's transaction holds: leave room for its"
+                " pool_size connections, in the database and in a connection pooler before it. Behind a pooler, pass"
+                " StorageJournal an engine of its own, whose URL leads to a pool of its own or past the pooler"
+            ) from error
+
+    @property
+    def _pool_timeout(self) -> float:
+        pool = self._engine.sync_engine.pool
+        return pool._timeout if isinstance(pool, QueuePool) else 0.0
 
     async def aclose(self) -> None:
         """Close the connections; idempotent, and a later call opens new ones."""
@@ -92,14 +133,6 @@ class JournalPool:
 
     def _on_disposed(self, _: Engine) -> None:
         self._engine.sync_engine.dispose()
-
-
-def _copy_events(engine: Engine, dispatch: Any) -> None:
-    """Give an engine the listeners of another; those of one with execution options are its own and its parent's."""
-    if (parent := getattr(dispatch, "parent", None)) is not None:
-        _copy_events(engine, parent)
-        dispatch = dispatch.local
-    engine.dispatch._update(dispatch, only_propagate=False)
 
 
 _SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")

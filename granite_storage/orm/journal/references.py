@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ColumnClause, Select, bindparam, column, null, select, table, text, union_all
+from sqlalchemy import JSON, Column, MetaData, Select, Table, bindparam, null, select, text, union_all
 
 from granite_storage.orm._batches import batches
 from granite_storage.orm.indexed import with_location_column
@@ -14,7 +14,7 @@ from granite_storage.orm.journal.schemas import effective, read_translations
 from granite_storage.orm.types import location_of
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, Row
+    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from granite_storage.orm.journal.tables import JournalTables
@@ -47,14 +47,12 @@ class References:
     async def check(self, fenced: Iterable[Any], locations: Iterable[str]) -> tuple[list[Row[Any]], set[str]]:
         """Return rows of `reclaim` by their ids, and those of the locations that rows refer to; all of it in one snapshot."""
         reclaim = self._tables.reclaim
-        kept = [
-            column(item.name, item.type) for item in (reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers, reclaim.c.location)
-        ]
-        own = table(reclaim.name, *kept, schema=effective(reclaim.schema, self._pool.translate_map))
+        seen = (reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers, reclaim.c.location)
+        own = _table(reclaim, *seen, schema=effective(reclaim.schema, self._pool.translate_map))
         rows = await self._rows([select(*own.c).where(own.c.id.in_(list(fenced)))], locations)
         return [row for row in rows if row.id is not None], {row.location for row in rows if row.id is None}
 
-    async def _rows(self, first: list[Select[Any]], locations: Iterable[str]) -> list[Row[Any]]:
+    async def _rows(self, first: list[Select[*tuple[Any, ...]]], locations: Iterable[str]) -> list[Row[Any]]:
         wanted = sorted(set(locations))
         selects = [*first, *(await self._selects(wanted) if wanted else [])]
         statements = list(batches(selects, max(1, _MOST_PARAMETERS // max(len(wanted), 1))))
@@ -67,11 +65,11 @@ class References:
                 rows += found
         return rows
 
-    async def _selects(self, locations: Sequence[str]) -> list[Select[Any]]:
+    async def _selects(self, locations: Sequence[str]) -> list[Select[*tuple[Any, ...]]]:
         async with self._pool.reading() as connection:
             columns = await self._places(connection)
             generated = await with_location_column(connection, columns)
-        selects = []
+        selects: list[Select[*tuple[Any, ...]]] = []
         for place in columns:
             _, location = location_of(place, self._pool.dialect, is_generated=place in generated)
             nothing = null().label("id"), null().label("attempts"), null().label("takeovers")
@@ -79,7 +77,7 @@ class References:
             selects.append(found)
         return selects
 
-    async def _places(self, connection: AsyncConnection) -> list[ColumnClause[Any]]:
+    async def _places(self, connection: AsyncConnection) -> list[Column[Any]]:
         """Return the columns as they stand in the database, once in each schema that any transaction has made known.
 
         A schema that has none of the tables was dropped, or is no schema at all, as the one of models that are only translated.
@@ -91,9 +89,9 @@ class References:
         used = [mapping for mapping in (own, *learned) if any(name in existing for name in self._names(mapping))]
         return self._translated(used or [own])
 
-    def _translated(self, mappings: Iterable[Mapping[str | None, str | None]]) -> list[ColumnClause[Any]]:
+    def _translated(self, mappings: Iterable[Mapping[str | None, str | None]]) -> list[Column[Any]]:
         places = dict.fromkeys((effective(item.table.schema, mapping), item) for mapping in mappings for item in self._columns)
-        return [table(item.table.name, column(item.name, item.type), schema=schema).c[item.name] for schema, item in places]
+        return [_table(item.table, Column(item.name, JSON()), schema=schema).c[item.name] for schema, item in places]
 
     def _names(self, mapping: Mapping[str | None, str | None]) -> set[tuple[str | None, str]]:
         return {(effective(item.table.schema, mapping), item.table.name) for item in self._columns}
@@ -106,3 +104,8 @@ class References:
         ).bindparams(bindparam("names", expanding=True))
         rows = await connection.execute(statement, {"names": sorted({item.table.name for item in self._columns})})
         return {place for schema, name, is_default in rows for place in ((schema, name), *([(None, name)] if is_default else []))}
+
+
+def _table(original: Table, *columns: Column[Any], schema: str | None) -> Table:
+    """Return a table as it stands in the database, with some of its columns; no map translates its schema again."""
+    return Table(original.name, MetaData(), *(Column(column.name, column.type) for column in columns), schema=schema)

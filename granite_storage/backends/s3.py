@@ -56,7 +56,8 @@ class S3StorageBackend:
     It goes on where a body was cut off, with the same version of the object or not at all. In a bucket with versions, `delete`
     leaves a delete marker, as S3 does.
 
-    The client opens with the first call on each event loop. Every write has the metadata entry `granite-write-id`.
+    The client opens with the first call on each event loop. Every write has the metadata entry `granite-write-id`. The object
+    `.granite-storage` below the prefix has the identity of the store; listings pass it over.
 
     The credentials need `s3:GetObject`, `s3:PutObject`, `s3:DeleteObject`, `s3:AbortMultipartUpload`,
     `s3:ListMultipartUploadParts`, `s3:ListBucketMultipartUploads` and `s3:ListBucket`; without the last one S3 answers

@@ -32,14 +32,17 @@ class StorageGarbageCollector:
 
     It is the one part of the library that deletes what it may not have put, so it keeps whatever is in doubt:
 
-    - an object counts as referenced if any reference leads to its backend and location, whatever the storage key, and if the
-      `extra` of a ref names its location;
+    - an object counts as referenced if any reference has its location, or another location with its generated id, whatever
+      backend and storage key it names, and if the `extra` of a ref names it;
+    - references are those of every bound base in the database, of tables of the same name in other schemas, and of columns that
+      only the database knows of;
     - only what lies below the policy's prefix, by whole segments, and not below another policy's, can be an orphan, and only if
       its name is of the form that the library gives;
     - only what is older than the grace period, by the backend's clock;
     - each batch is looked at once more right before it is deleted, in one statement over every column and the journal;
     - a run that would delete more than `max_deleted_share` of what it has scanned deletes nothing, and so does one that finds no
-      reference to anything there, a value that is not a reference, or a local folder without its marker.
+      reference to anything there, a value that is not a reference, one to an unknown backend or to another store than its
+      backend leads to, another backend of the manager on the same place, or a local folder without its marker.
 
     Memory stays the same however many objects there are; lists are kept on disk, where `tempfile` keeps its files.
 

@@ -128,7 +128,7 @@ class StoredObjectRef(_UnknownKeys):
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
         text, optional = {"type": "string"}, {"anyOf": [{"type": "string"}, {"type": "null"}]}
-        properties = dict.fromkeys(("storage_key", "backend", "location", "checksum"), text)
+        properties: dict[str, Any] = dict.fromkeys(("storage_key", "backend", "location", "checksum"), text)
         properties |= {"size": {"type": "integer", "minimum": 0}}
         properties |= dict.fromkeys(("content_type", "original_filename", "created_at"), optional)
         properties |= {"extra": {"anyOf": [{"type": "object"}, {"type": "null"}]}}

@@ -133,7 +133,7 @@ def _bind_arguments(state: ORMExecuteState, statement: Update | Delete) -> Itera
     if not isinstance(state.session, ShardedSession):
         yield given
         return
-    chosen = [option.shard_id for option in getattr(statement, "_with_options", ()) if isinstance(option, set_shard_id)]
+    chosen: list[Any] = [option.shard_id for option in getattr(statement, "_with_options", ()) if isinstance(option, set_shard_id)]
     chosen += [state.execution_options.get("identity_token"), state.execution_options.get("_sa_shard_id")]
     chosen.append(given.get("shard_id"))
     one = next((shard for shard in chosen if shard is not None), None)

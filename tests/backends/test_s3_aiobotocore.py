@@ -156,6 +156,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new_environment(tmp_path_factory.mktemp("plain") / "environment")
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.exhaustive(reason="it asks the package index, and installs")
 @pytest.mark.case("RB-04")
 class TestInstalling:
@@ -191,6 +192,7 @@ class TestInstalling:
         return {one["metadata"]["name"]: one["metadata"]["version"] for one in found}
 
 
+@pytest.mark.timeout(2400)
 @pytest.mark.exhaustive(reason="it installs the newest aiobotocore into an environment of its own")
 @pytest.mark.case("RB-04", "RB-05")
 def test_the_newest_aiobotocore_passes_the_tests_of_the_backend(tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_the_newest_aiobotocore_passes_the_tests_of_the_backend(tmp_path: Path) 
         text=True,
     )
     assert Version(version.stdout.strip()) >= Version("3")
-    files = ["test_s3.py", "test_s3_faults.py", "test_s3_servers.py", "test_s3_aiobotocore.py", "test_s3_conformance.py"]
+    files = ["test_s3.py", "test_s3_faults.py", "test_s3_servers.py", "test_s3_aiobotocore.py"]
     files = [f"tests/backends/{name}" for name in files]
     done = subprocess.run(
         [

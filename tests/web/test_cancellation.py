@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from granite_storage import StorageBackend
 from granite_storage.testing._cases.cancelling import Moment, cancel_at_every_await
-from granite_storage.web import UploadForm, stream_upload
+from granite_storage.web import FileList, UploadForm, stream_upload
 from tests.web.receiving import END, FORM, App, Document, part, stored_in
 
 FORM_BODY = [
@@ -32,7 +32,7 @@ async def test_a_form(backend: StorageBackend, receiving: App, moment: Moment) -
 
         headers = [(b"content-type", FORM["Content-Type"].encode())]
         request = Request({"type": "http", "method": "POST", "headers": headers}, receive)  # type: ignore[arg-type]
-        return await stream_upload(request, {"file": Document.file, "ref": receiving.ref_target})
+        return await stream_upload(request, {"file": FileList(Document.file, 2), "ref": receiving.ref_target})
 
     async for step, task, struck in cancel_at_every_await(call, moment):
         if not task.cancelled():

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from granite_storage import StorageBackend
 from granite_storage.backends.s3 import S3StorageBackend
-from granite_storage.web import FilePart, UploadLimits, stream_upload
+from granite_storage.web import FileList, FilePart, UploadLimits, stream_upload
 from tests.core.support import eventually
 from tests.web.receiving import BOUNDARY, CRLF, END, MIB, App, Document, part, served, stored_in
 
@@ -93,7 +93,7 @@ async def open_uploads(backend: StorageBackend) -> list[str]:
 async def test_a_client_that_goes_away(backend: StorageBackend, receiving: App, port: int, sending: str, leaving: str) -> None:
     """In the middle of its second file, when the first is stored and much of the second has been."""
     first = part("file", os.urandom(100_000), filename="first")
-    second = part("file", os.urandom(18 * MIB), filename="second")
+    second = part("ref", os.urandom(18 * MIB), filename="second")
     async with connected(port, sending) as raw:
         await raw.begin("POST /form", 10**9)
         await raw.send(first)
@@ -227,7 +227,7 @@ async def test_a_sibling_that_fails(backend: StorageBackend, receiving: App) -> 
 
     with pytest.raises(ExceptionGroup, match="unhandled"):
         async with asyncio.TaskGroup() as group:
-            group.create_task(stream_upload(request, {"file": Document.file, "ref": receiving.ref_target}))
+            group.create_task(stream_upload(request, {"file": FileList(Document.file, 2), "ref": receiving.ref_target}))
             group.create_task(fail())
     assert await stored_in(receiving.manager) == []
     assert await open_uploads(backend) == []

@@ -61,6 +61,12 @@ class PrefixedBackend(WrappedBackend):
         return location.removeprefix(f"{self.prefix}/")
 
     def _own_identity(self, identity: str) -> str:
+        """Return an identity of the inner store with the prefix; `X//prefix` in its marker says that `X` was what is below."""
+        other, is_given, below = identity.partition("//")
+        if is_given and below == self.prefix:
+            return other
+        if is_given and below.startswith(f"{self.prefix}/"):
+            return f"{other}//{below.removeprefix(f'{self.prefix}/')}"
         return f"{identity}/{self.prefix}"
 
     def _own_place(self, place: Place) -> Place:

@@ -197,6 +197,19 @@ async def test_a_prefix_is_a_store_of_its_own() -> None:
     assert await seven.identities() != await eight.identities()
 
 
+async def test_what_was_moved_below_a_prefix(tmp_path: Path) -> None:
+    """As by a bucket whose backend had the prefix itself before."""
+    (tmp_path / MARKER).write_text("this-store\nmoved-here//tenants/7\n")
+    backend = LocalStorageBackend(tmp_path)
+    for nested in (PrefixedBackend(backend, "tenants/7"), PrefixedBackend(PrefixedBackend(backend, "tenants"), "7")):
+        assert isinstance(nested, SupportsIdentity)
+        assert await nested.identities() == ("this-store/tenants/7", "moved-here")
+    other = PrefixedBackend(backend, "tenants/70")
+    assert isinstance(other, SupportsIdentity)
+    assert "moved-here" not in await other.identities()
+    await backend.aclose()
+
+
 async def places_of(backend: Any) -> frozenset[Place]:
     try:
         places: frozenset[Place] = await backend.places()

@@ -27,11 +27,12 @@ __all__ = ["StoreCases"]
 
 _TELL = """
 import asyncio, json
+from granite_storage.backends.base import SupportsIdentity, SupportsPlaces
 {make_backend}
 async def tell():
     try:
-        places = await backend.places() if hasattr(backend, "places") else ()
-        identities = await backend.identities(create=True) if hasattr(backend, "identities") else ()
+        places = await backend.places() if isinstance(backend, SupportsPlaces) else ()
+        identities = await backend.identities(create=True) if isinstance(backend, SupportsIdentity) else ()
     finally:
         await backend.aclose()
     print(json.dumps({{"places": [[place.store, place.path] for place in places], "identities": list(identities)}}))

@@ -294,6 +294,11 @@ class OrmEnvironment:
                 break
         return left
 
+    async def is_settled(self) -> bool:
+        """Tell whether the journal knows of nothing that is left to do."""
+        async with self.sessions() as session:
+            return not await self._journal_rows(session)
+
     async def _journal_rows(self, session: AsyncSession) -> list[Any]:
         """Return what the journal still knows of: the table, the location, and whether it is due."""
         assert self.journal is not None

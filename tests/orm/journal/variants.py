@@ -49,10 +49,12 @@ async def recover(env: OrmEnvironment) -> Any:
 
 
 async def violations(env: OrmEnvironment) -> set[str]:
-    """Return which invariants do not hold once nothing is under way any more."""
+    """Return which invariants do not hold once nothing is in progress any more."""
     for _ in range(3):
         await expire(env)
         await recover(env)
+        if await env.is_settled():
+            break
     references = (await env.references()).values()
     referenced, objects = {ref.location for ref in references}, await env.objects()
     wrong = [ref for ref in references if ref.location in objects and not await has_its_bytes(env, ref)]

@@ -69,7 +69,7 @@ MUTANTS = [
         path="granite_storage/orm/unit.py",
         old="case Outcome.COMMITTED:\n                dropped = [stored for stored, held in latest.values() if not held]",
         new="case Outcome.COMMITTED:\n                dropped = [stored for stored, held in frame.log if not held]",
-        tests=("tests/orm/test_scenarios.py::TestValues::test_move_to_another_column[sqlite-begin]",),
+        tests=("tests/orm/test_scenarios.py::TestValues::test_move_in_two_flushes[sqlite-begin]",),
     ),
     Mutant(
         name="sessions-copy-shares-its-object",
@@ -303,6 +303,6 @@ MUTANTS = [
         path="granite_storage/orm/statements.py",
         old="        remaining = still_held(connection, held)\n",
         new="        remaining: set[tuple[str, str]] = set()\n",
-        tests=("tests/orm/test_bulk.py::TestDelete::test_cascade_that_the_database_does_not_do[sqlite-begin]",),
+        tests=("tests/orm/test_bulk.py::TestDelete::test_file_that_a_cascade_has_left_is_copied[sqlite-begin]",),
     ),
 ]

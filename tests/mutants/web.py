@@ -27,6 +27,14 @@ MUTANTS = [
         path="granite_storage/web/_ranges.py",
         old="return joined if len(joined) <= MAX_RANGES else None",
         new="return joined",
+        tests=("tests/web/test_ranges.py::test_too_many_ranges_that_lie_apart_give_the_whole",),
+    ),
+    Mutant(
+        name="web-range-of-any-length",
+        rule="A header that lists too many ranges is ignored, however many are left once they are joined.",
+        path="granite_storage/web/_ranges.py",
+        old=' or specs.count(",") >= _MAX_SPECS',
+        new="",
         tests=("tests/web/test_ranges.py::test_too_many_ranges_give_the_whole",),
     ),
     Mutant(

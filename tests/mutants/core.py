@@ -41,8 +41,8 @@ MUTANTS = [
         name="core-short-stream-accepted",
         rule="A stream has the size that was declared, or is not published.",
         path="granite_storage/streams.py",
-        old="if self._declared_size is not None and self.size != self._declared_size:",
-        new="if self._declared_size is not None and self.size > self._declared_size:",
+        old="if self.declared_size is not None and self.size != self.declared_size:",
+        new="if self.declared_size is not None and self.size > self.declared_size:",
         tests=("tests/core/test_streams.py::TestDeclared::test_another_size_is_refused",),
     ),
     Mutant(

@@ -136,6 +136,18 @@ class TestDelete:
             await session.delete(await session.get_one(Node, 1))
         assert await env.contents() == {("node", 2, "file"): b"2"}
 
+    async def test_file_that_a_cascade_has_left_is_copied(self, env: OrmEnvironment) -> None:
+        """The row still holds its object, so that another row of the transaction cannot take it over."""
+        if not env.database.is_sqlite:
+            pytest.skip("only SQLite may be told to check no foreign keys")
+        await env.no_foreign_keys()
+        await env.add(Node(id=1, file=file("1")), Node(id=2, parent_id=1, file=file("2")))
+        async with env.sessions.begin() as session:
+            await session.execute(delete(Node).where(Node.id == 1))
+            session.add(Node(id=3, file=(await session.get_one(Node, 2)).file))
+        assert await env.contents() == {("node", 2, "file"): b"2", ("node", 3, "file"): b"2"}
+        await env.check()
+
     async def test_inheritance(self, env: OrmEnvironment) -> None:
         await env.add(
             Item(id=1, file=file("i")), Photo(id=2, file=file("p"), raw=file("w")), Report(id=3, file=file("r"), pdf=file("x"))

@@ -143,6 +143,19 @@ async def test_too_many_ranges_give_the_whole(manager: StorageManager, ref: Stor
         assert (response.status_code, response.content) == (200, HUNDRED)
 
 
+@pytest.mark.case("HTP-07")
+@pytest.mark.parametrize(("number", "status"), [(10, 206), (11, 200)])
+async def test_too_many_ranges_that_lie_apart_give_the_whole(manager: StorageManager, number: int, status: int) -> None:
+    content = bytes(4000)
+    ref = await stored(manager, content, "text/plain")
+    response = await ask(serving(manager, ref), range="bytes=" + ",".join(f"{300 * n}-{300 * n}" for n in range(number)))
+    assert response.status_code == status
+    if status == 200:
+        assert response.content == content
+    else:
+        assert len(parts_of(response)) == number
+
+
 @pytest.mark.case("HTP-14")
 async def test_several_ranges(manager: StorageManager) -> None:
     content = (b"\r\n--boundary--\r\nContent-Range: bytes 0-1/2\r\n\r\n" * 100)[:4000]

@@ -158,9 +158,10 @@ async def test_a_bucket_is_given_one_by_whoever_is_first(moto_server: S3Server, 
     # moto looks for the object first and stores it afterwards, so that the first answers may differ
     final = await backends[0].identities()
     assert {answer[0] for answer in answers} >= {final[0]}
-    assert (await moto_server.backend(bucket, prefix="app").identities(create=True))[0] == final[0]
-    assert await moto_server.backend(bucket).identities() == ()
-    for backend in backends:
+    late, above = moto_server.backend(bucket, prefix="app"), moto_server.backend(bucket)
+    assert (await late.identities(create=True))[0] == final[0]
+    assert await above.identities() == ()
+    for backend in (*backends, late, above):
         await backend.aclose()  # type: ignore[attr-defined]
 
 

@@ -249,14 +249,17 @@ async def test_a_cancel_scope_of_anyio(manager: StorageManager, backend: LocalSt
 
 @pytest.mark.case("CAN-04")
 async def test_a_source_that_swallows_the_cancellation_does_not_hang(manager: StorageManager, tmp_path: Path) -> None:
+    is_read = asyncio.Event()
+
     async def stubborn() -> AsyncIterator[bytes]:
+        is_read.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             yield b"all the same"
 
     task = asyncio.ensure_future(manager.put_stream(**SLOT, stream=stubborn()))
-    await asyncio.sleep(0.01)
+    await is_read.wait()
     task.cancel()
     ref = await asyncio.wait_for(task, 50)
     assert await manager.get(ref) == b"all the same"

@@ -111,18 +111,15 @@ async def stand_still(audit: Audit, pair: tuple[str, str], number: int, random: 
     await audit.check_everything()
 
 
-async def leave_something(audit: Audit, number: int) -> list[Attachment]:
-    """Leave what there is for a worker: uploads that no row took, and objects that rows have given up."""
+async def leave_something(audit: Audit, number: int) -> list[tuple[Attachment, str]]:
+    """Leave what there is for a worker: uploads that no row took, and objects that rows have released; return the uploads."""
     says = [f"{SEED}-{number}.{index}-{100 + index}" for index in range(6)]
-    attachments = [Attachment(content_of(words)) for words in says]
-    first, second, *stored = attachments
-    for attachment, words in zip(attachments, says, strict=True):
-        attachment.says = words
+    first, second, *stored = [(Attachment(content_of(words)), words) for words in says]
     sessions = audit.place.sessions
     async with sessions.begin() as session:
-        for index, attachment in ((10 * number, first), (10 * number + 1, second)):
-            session.add(Book(id=index, file=attachment, file_says=attachment.says))
-    for attachment in stored:
+        for index, (attachment, words) in ((10 * number, first), (10 * number + 1, second)):
+            session.add(Book(id=index, file=attachment, file_says=words))
+    for attachment, _ in stored:
         await attachment.store(Book.file)
     async with sessions.begin() as session:
         book = await session.get_one(Book, 10 * number)
@@ -131,11 +128,11 @@ async def leave_something(audit: Audit, number: int) -> list[Attachment]:
     return stored
 
 
-async def take(audit: Audit, stored: list[Attachment], number: int) -> None:
+async def take(audit: Audit, stored: list[tuple[Attachment, str]], number: int) -> None:
     """Let rows take what was stored, unless a worker was faster."""
     async with audit.place.sessions.begin() as session:
-        for index, attachment in enumerate(stored[:2]):
-            session.add(Book(id=10 * number + 5 + index, kept=attachment, kept_says=attachment.says))
+        for index, (attachment, words) in enumerate(stored[:2]):
+            session.add(Book(id=10 * number + 5 + index, kept=attachment, kept_says=words))
 
 
 @pytest.mark.case("CAN-07")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,7 +213,20 @@ def listen_to(engine: Engine) -> None:
     if engine not in _engines:
         _engines.add(engine)
         for name, listener in _LISTENERS.items():
+            _detach_iterations(engine, name)
             event.listen(engine, name, listener)
+
+
+def _detach_iterations(engine: Engine, name: str) -> None:
+    """Let calls of an event that are in progress go on over a list of their own.
+
+    A listener of the application's may await, such as one that emits BEGIN on SQLite; SQLAlchemy's list of listeners must not grow
+    while another session is in it.
+    """
+    for dispatch in (engine.dispatch, engine.pool.dispatch):
+        if (listeners := getattr(dispatch, name, None)) is not None:
+            modifiable = listeners.for_modify(dispatch)
+            modifiable.listeners = copy(modifiable.listeners)
 
 
 def unlisten_all() -> None:

@@ -51,7 +51,7 @@ class Traffic:
             if shelf is not None and shelf.file is not None:
                 try:
                     content = await shelf.file.read()
-                except ObjectNotFoundError:
+                except (ObjectNotFoundError, StaleAttachmentError):
                     async with self.env.sessions() as session:
                         now = await session.get(Shelf, shelf.id)
                     assert now is None or now.file is None or now.file.ref != shelf.file.ref, "a row's object was gone"

@@ -1,0 +1,39 @@
+"""Listeners of the library's own on engines, beside those of the application that await."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.util import await_only
+
+from granite_storage.orm import outcome
+from granite_storage.orm._engines import root_engine
+from tests.orm.environment import Doc, OrmEnvironment, file
+
+
+async def test_an_engine_is_first_used_while_another_session_begins(env: OrmEnvironment) -> None:
+    """The listener of the other one awaits, and so the list of listeners grows while it is gone through."""
+    env.database.spoil()
+    outcome.unlisten_all()
+    first_begins, may_begin = asyncio.Event(), asyncio.Event()
+
+    @event.listens_for(root_engine(env.engine.sync_engine), "begin")
+    def wait(_: Any) -> None:
+        if not first_begins.is_set():
+            first_begins.set()
+            await_only(may_begin.wait())
+
+    async def write(number: int) -> None:
+        async with env.sessions.begin() as session:
+            session.add(Doc(id=number, file=file("a")))
+
+    first = asyncio.create_task(write(1))
+    await first_begins.wait()
+    second = asyncio.create_task(write(2))
+    while not outcome._engines:
+        await asyncio.sleep(0)
+    may_begin.set()
+    await asyncio.gather(first, second)
+    await env.check(file_1="a", file_2="a")

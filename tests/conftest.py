@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import importlib
 import inspect
 import os
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,8 +155,9 @@ def azurite_server(_temporary_folder: Path) -> Iterator[AzureServer]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-async def _started_loop() -> None:
-    """Make the event loop that all tests share, so that what it opens is not taken for a test's."""
+async def _started_loop() -> asyncio.AbstractEventLoop:
+    """The event loop that all tests share; made before any of them, so that what it opens is not taken for a test's."""
+    return asyncio.get_running_loop()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -209,17 +212,22 @@ def _server(name: str, module: str) -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left(request: pytest.FixtureRequest, _temporary_folder: Path) -> Iterator[None]:
+def _nothing_left(
+    request: pytest.FixtureRequest, _temporary_folder: Path, _started_loop: asyncio.AbstractEventLoop
+) -> Iterator[None]:
     """Fail a test that leaves a thread, an open file or connection, or a temporary file behind."""
     for server in _servers_of(request):
         request.getfixturevalue(server)
     folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
     threads, files = set(threading.enumerate()), _temporary_files(_temporary_folder, None)
+    generators = weakref.WeakSet(_started_loop._asyncgens)  # type: ignore[attr-defined]
     descriptors = _descriptors(str(_temporary_folder))
     yield
-    _require_settled("threads", lambda: [thread.name for thread in _own_threads(threads)])
-    _require_settled("open files or connections", lambda: sorted(_descriptors(str(_temporary_folder)) - descriptors))
-    _require_settled("temporary files", lambda: sorted(_temporary_files(_temporary_folder, folder) - files))
+    turn = functools.partial(_turn, _started_loop)
+    _close_generators(_started_loop, generators)
+    _require_settled("threads", turn, lambda: [thread.name for thread in _own_threads(threads)])
+    _require_settled("open files or connections", turn, lambda: sorted(_descriptors(str(_temporary_folder)) - descriptors))
+    _require_settled("temporary files", turn, lambda: sorted(_temporary_files(_temporary_folder, folder) - files))
 
 
 @pytest.fixture(autouse=True)
@@ -279,7 +287,22 @@ def _temporary_files(folder: Path, own: Path | None) -> set[str]:
     return found
 
 
-def _require_settled(what: str, left: Callable[[], list[Any]]) -> None:
+def _close_generators(loop: asyncio.AbstractEventLoop, before: weakref.WeakSet[Any]) -> None:
+    """Close what a test's generators hold, as `asyncio.run` does at the end of a program: the loop of the tests goes on."""
+    for generator in [item for item in loop._asyncgens if item not in before]:  # type: ignore[attr-defined]
+        with contextlib.suppress(Exception):
+            loop.run_until_complete(generator.aclose())
+
+
+def _turn(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+    """Let the loop run: what is closed there, or was dropped, is gone only after another of its turns."""
+    if loop.is_closed():
+        time.sleep(seconds)
+    else:
+        loop.run_until_complete(asyncio.sleep(seconds))
+
+
+def _require_settled(what: str, turn: Callable[[float], None], left: Callable[[], list[Any]]) -> None:
     start = time.monotonic()
     while found := left():
         waited = time.monotonic() - start
@@ -287,4 +310,4 @@ def _require_settled(what: str, left: Callable[[], list[Any]]) -> None:
             pytest.fail(f"the test left {what} behind: {found}")
         if waited > 0.05:  # most of it ends by itself, and collecting takes longer than that
             gc.collect()
-        time.sleep(0.005)
+        turn(0.005)

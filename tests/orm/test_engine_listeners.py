@@ -32,7 +32,7 @@ async def test_an_engine_is_first_used_while_another_session_begins(env: OrmEnvi
     first = asyncio.create_task(write(1))
     await first_begins.wait()
     second = asyncio.create_task(write(2))
-    while not outcome._engines:
+    while not outcome._engines:  # noqa: ASYNC110  # nothing tells of it
         await asyncio.sleep(0)
     may_begin.set()
     await asyncio.gather(first, second)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,14 @@ import nox
 from nox.command import CommandFailed
 
 nox.needs_version = ">=2024.4.15"
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # a session that is ended so ends its program, as after Ctrl-C
 nox.options.sessions = ["lint", "types", "layers", "docs", "tests"]
 
 PARALLEL = ("--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal")
 """As many processes as the machine has processors; each starts the servers that its tests need."""
+
+STOPPING = {"interrupt_timeout": 2.0, "terminate_timeout": 60.0}
+"""How long a run that is ended may take, in seconds, until it is sent SIGTERM and until it is killed: it has servers to stop."""
 
 CONSTRAINTS = Path(".ci/constraints.txt")
 """The versions that CI installs: `PIP_CONSTRAINT` names it there."""
@@ -74,14 +79,14 @@ def exhaustive(session: nox.Session) -> None:
 
 def run_tests(session: nox.Session, *options: str) -> None:
     """Run tests in parallel processes, and afterwards alone those that have time bounds."""
-    session.install("-e", ".[alembic,cli,demo,obstore,s3,test]")
+    session.install("-e", ".[alembic,cli,demo,obstore,s3,test]", "nox")  # a test ends a run of nox
     if session.posargs:
-        session.run("python", "-m", "pytest", *options, *session.posargs)
+        session.run("python", "-m", "pytest", *options, *session.posargs, **STOPPING)
         return
     failed = False
     for chosen in (["-m", "not time_bound", *PARALLEL], ["-m", "time_bound"]):
         try:
-            session.run("python", "-m", "pytest", *options, *chosen)
+            session.run("python", "-m", "pytest", *options, *chosen, **STOPPING)
         except CommandFailed:
             failed = True
     if failed:

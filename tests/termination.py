@@ -26,14 +26,22 @@ def configure(config: pytest.Config) -> None:
 
 
 class _Terminable:
+    _is_ending = False
+
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         self._session = session
         self._before = signal.signal(signal.SIGTERM, self._terminate)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        self._is_ending = True
 
     def pytest_unconfigure(self) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
+        if self._is_ending:  # fixtures are finalized now, and are not to be interrupted
+            return
         self._session.shouldstop = "ended by SIGTERM"  # where a test swallows the interruption
         interrupt = signal.getsignal(signal.SIGINT)
         if not callable(interrupt):  # a shell's background jobs are started without

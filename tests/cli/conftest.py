@@ -83,6 +83,8 @@ class Shop:
         """Run a command in this process."""
         with program(self.folder, self.environment(**environment)):
             done = CliRunner(catch_exceptions=False).invoke(command_line, arguments, prog_name="granite-storage")
+        if done.exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise KeyboardInterrupt  # the command has had what was meant for the run of the tests
         return Answer(done.exit_code, done.stdout, done.stderr)
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:

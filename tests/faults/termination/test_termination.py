@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import psutil
 import pytest
 
 from tests.core.support import PROJECT
+from tests.services import unavailable
 from tests.watchdog import processes_of
 
 ENDLESS = "tests/faults/termination/endless.py"
@@ -36,6 +38,7 @@ class Run:
         code: The exit code.
         to_group: Whether the signal goes to all processes of the group, as a terminal sends it.
         workers: How many processes of pytest-xdist share the run; 0 for none.
+        through_nox: Whether nox starts the run, and gets the signal.
     """
 
     tests: str
@@ -44,6 +47,7 @@ class Run:
     code: int = int(pytest.ExitCode.INTERRUPTED)
     to_group: bool = False
     workers: int = 0
+    through_nox: bool = False
 
 
 _REPEATED = pytest.mark.exhaustive("the same signal as without workers, or as to one process of the group")
@@ -54,6 +58,7 @@ _REPEATED = pytest.mark.exhaustive("the same signal as without workers, or as to
     [
         pytest.param(Run("test_in_a_coroutine", "postgres seaweedfs moto", signal.SIGINT, to_group=True), id="Ctrl-C"),
         pytest.param(Run("test_in_a_call", "postgres seaweedfs", signal.SIGTERM), id="SIGTERM"),
+        pytest.param(Run("test_in_a_call", "postgres", signal.SIGTERM, 128 + signal.SIGINT, through_nox=True), id="SIGTERM-nox"),
         pytest.param(Run("test_that_swallows_its_cancellation test_after_it", "", signal.SIGTERM), id="SIGTERM-swallowed"),
         pytest.param(Run("test_in_a_call", "postgres seaweedfs", signal.SIGKILL, -signal.SIGKILL), id="SIGKILL"),
         pytest.param(Run("test_in_a_coroutine", "postgres", signal.SIGTERM, workers=2), id="SIGTERM-workers"),
@@ -70,6 +75,8 @@ _REPEATED = pytest.mark.exhaustive("the same signal as without workers, or as to
     ],
 )
 def test_nothing_is_left(run: Run, tmp_path: Path) -> None:
+    if run.through_nox and find_spec("nox") is None:
+        unavailable("nox is missing")
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         process = _start(run, temporary, tmp_path)
@@ -90,16 +97,15 @@ def test_nothing_is_left(run: Run, tmp_path: Path) -> None:
 
 
 def _start(run: Run, temporary: Path, folder: Path) -> subprocess.Popen[str]:
-    options = ["-q", "-p", "no:cacheprovider", f"--basetemp={folder / 'base'}"]
+    options = ["-q", "-p", "no:cacheprovider", f"--basetemp={folder / 'base'}", f"-n{run.workers}"]
+    program = ["nox", "--no-venv", "--no-install", "-s", "tests", "--"] if run.through_nox else ["pytest"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    own = {"TMPDIR": str(temporary), "GRANITE_STARTED": str(folder), "GRANITE_SERVERS": run.servers}
+    path = os.pathsep.join([os.path.dirname(sys.executable), *filter(None, [os.environ.get("PATH")])])
+    own = {"PATH": path, "TMPDIR": str(temporary), "GRANITE_STARTED": str(folder), "GRANITE_SERVERS": run.servers}
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored here would be ignored there as well
     try:
         return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "pytest", *options, f"-n{run.workers}"),
-                *(f"{ENDLESS}::{test}" for test in run.tests.split()),
-            ],
+            [sys.executable, "-m", *program, *options, *(f"{ENDLESS}::{test}" for test in run.tests.split())],
             cwd=PROJECT,
             env={**kept, **own},
             stdin=subprocess.DEVNULL,

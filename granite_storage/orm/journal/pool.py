@@ -131,8 +131,11 @@ class JournalPool:
     def _on_connect(self, connection: Any, _: Any) -> None:
         self._outer.dialect.set_isolation_level(connection, _ISOLATION)
 
-    def _on_disposed(self, _: Engine) -> None:
-        self._engine.sync_engine.dispose()
+    def _on_disposed(self, engine: Engine) -> None:
+        # The engines of journals that were made later have a copy of this listener, as of all others of the application's engine:
+        # to follow them, too, would take twice as long with each journal.
+        if engine is root_engine(self._outer):
+            self._engine.sync_engine.dispose()
 
 
 _SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")

@@ -97,7 +97,8 @@ def find_columns(connection: Connection, bases: Sequence[BoundBase], identities:
     Those are the columns of the bases; the columns of the same name in tables of the same name in other schemas, such as those
     of other tenants; and beside any of them the columns of JSON of which no model knows, where they hold references: of a model
     that was not imported, or of a table that was renamed or copied. Columns that no base has are passed over where all their
-    references say that they are of another store.
+    references say that they are of another store. Where none says that it is of this one, as those of earlier versions say
+    nothing, their references protect, and nothing that they hold stops the run.
 
     Args:
         connection: A connection of the application's sessions.
@@ -117,7 +118,10 @@ def find_columns(connection: Connection, bases: Sequence[BoundBase], identities:
                 for ref_column in some:
                     _add(target, ref_column)
     others = [ref_column for key, ref_column in namesakes.items() if key not in columns]
-    for ref_column in _with_refs(connection, others, identities, is_sample=False):
+    for ref_column in _with_refs(connection, others, identities, is_certain=True, is_sample=False):
+        _add(columns, ref_column)
+    doubtful = [replace(item, known=None, here=frozenset(), is_declared=False) for item in others if item not in columns.values()]
+    for ref_column in _with_refs(connection, doubtful, identities, is_sample=False):
         _add(columns, ref_column)
     schemas = {schema for schema, _, _ in columns}
     unknown = [
@@ -176,10 +180,16 @@ def _add(columns: dict[tuple[str, str, str], RefColumn], new: RefColumn) -> None
 
 
 def _with_refs(
-    connection: Connection, columns: Sequence[RefColumn], identities: Sequence[str] | None, *, is_sample: bool
+    connection: Connection,
+    columns: Sequence[RefColumn],
+    identities: Sequence[str] | None,
+    *,
+    is_certain: bool = False,
+    is_sample: bool,
 ) -> list[RefColumn]:
-    """Return those columns that have a reference which may lead to the store in question."""
-    found = set(find_with_refs(connection, [item.column for item in columns], identities, is_sample=is_sample))
+    """Return those columns that have a reference which may, or certainly does, lead to the store in question."""
+    wanted = [item.column for item in columns]
+    found = set(find_with_refs(connection, wanted, identities, is_certain=is_certain, is_sample=is_sample))
     return [item for item in columns if item.column in found]
 
 

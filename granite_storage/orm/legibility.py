@@ -34,20 +34,26 @@ _LOOKED_AT = 100
 
 
 def find_with_refs(
-    connection: Connection, columns: Sequence[Column[Any]], identities: Sequence[str] | None, *, is_sample: bool
+    connection: Connection,
+    columns: Sequence[Column[Any]],
+    identities: Sequence[str] | None,
+    *,
+    is_certain: bool = False,
+    is_sample: bool,
 ) -> list[Column[Any]]:
     """Return those of the columns that have a reference which may lead to a store; blocking.
 
     Args:
         connection: A connection.
         columns: Columns of tables that are named as the database names them.
-        identities: Those that the store answers to; a ref without one may lead there. None: every ref may.
+        identities: Those that the store answers to. None: every ref may lead there.
+        is_certain: Whether a ref without an identity does not count: it may be of any store.
         is_sample: Whether to look at the first hundred values of each only.
     """
     dialect, found = connection.dialect.name, list[Column[Any]]()
     for batch in batches(columns, _ASKED_AT_A_TIME):
         asked: list[Select[Any]] = [
-            select(literal_column(str(number))).where(exists(_refs_in(column, dialect, identities, is_sample)))
+            select(literal_column(str(number))).where(exists(_refs_in(column, dialect, identities, is_certain, is_sample)))
             for number, column in enumerate(batch)
         ]
         statement = union_all(*asked).execution_options(schema_translate_map={})
@@ -86,14 +92,18 @@ def _kind_on_mariadb(column: Column[Any], key: str) -> ColumnElement[Any]:
     return func.json_type(func.json_extract(column, literal_column(f"'$.{key}'")))
 
 
-def _refs_in(column: Column[Any], dialect: str, identities: Sequence[str] | None, is_sample: bool) -> Select[Any]:
+def _refs_in(
+    column: Column[Any], dialect: str, identities: Sequence[str] | None, is_certain: bool, is_sample: bool
+) -> Select[Any]:
     if is_sample:
         rows = select(column).where(column.is_not(None)).limit(_LOOKED_AT).subquery("looked_at")
         value: Column[Any] = rows.c[column.name]  # type: ignore[assignment]  # it is one of a subquery
     else:
         value = column
     identity = value_in(value, "identity", dialect)
-    here = true() if identities is None else or_(identity.is_(None), identity.in_(identities))
+    here: ColumnElement[bool] = true()
+    if identities is not None:
+        here = identity.in_(identities) if is_certain else or_(identity.is_(None), identity.in_(identities))
     return select(literal_column("1")).where(has_value(value, dialect), case((is_legible(value, dialect), here), else_=false()))
 
 

@@ -213,6 +213,24 @@ async def test_a_table_of_the_same_name_with_references_to_another_store(tenants
 
 
 @pytest.mark.case("RA-07")
+async def test_a_table_of_the_same_name_whose_references_are_of_an_earlier_version(tenants: Tenants) -> None:
+    """They do not say of which store they are: they protect, and what else the table holds may be another installation's."""
+    one, other = tenants.names
+    await tenants.add(Letter, one, 1)
+    live, gone = await tenants.orphan(), await tenants.orphan()
+    await tenants.memory.delete(gone.location)
+    for number, ref in enumerate((live, gone), 1):
+        await tenants.insert(other, "tenant_letter", number, json.dumps(ref.with_identity(None).to_dict()))
+    unknown = {**live.with_identity(None).to_dict(), "backend": "unknown", "location": "a/b/c/d"}
+    await tenants.insert(other, "tenant_letter", 3, json.dumps(unknown))
+    await tenants.insert(other, "tenant_letter", 4, "[]")
+    await tenants.orphan()
+    report = await tenants.collect(Base, one)
+    assert (report.referenced, report.deleted, report.dangling) == (2, 1, [])
+    assert live.location in await tenants.locations()
+
+
+@pytest.mark.case("RA-07")
 async def test_the_journal_of_another_tenant(tenants: Tenants) -> None:
     """What it is about to store, or keeps for a while, is referred to by no row."""
     one, other = tenants.names

@@ -136,17 +136,16 @@ async def test_a_database_that_fails_while_a_claim_is_kept(
             raise ConnectionError("the database went away")
         return result
 
-    env.backend.delay("copy", seconds=1.0)
+    env.backend.delay("copy", seconds=2.0)
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "write", broken)
         task = asyncio.create_task(processes[0].finish(upload.token, Doc.file))
         await eventually(lambda: env.backend.count("copy") == 1)
         failing = True
-        await asyncio.sleep(0.3)
+        await eventually(lambda: "could not be renewed" in caplog.text)
         failing = False
         with contextlib.suppress(ConnectionError):
             await task
-    assert "could not be renewed" in caplog.text
     file = await processes[1].finish(upload.token, Doc.file)
     await env.add(Doc(id=1, file=file))
     await env.recover()

@@ -220,8 +220,8 @@ def listen_to(engine: Engine) -> None:
 def _detach_iterations(engine: Engine, name: str) -> None:
     """Let calls of an event that are in progress go on over a list of their own.
 
-    A listener of the application's may await, such as one that emits BEGIN on SQLite; SQLAlchemy's list of listeners must not grow
-    while another session is in it.
+    A listener of the application's may await, such as one that emits BEGIN on SQLite; SQLAlchemy's list of listeners must not
+    grow while another session is in it.
     """
     for dispatch in (engine.dispatch, engine.pool.dispatch):
         if (listeners := getattr(dispatch, name, None)) is not None:

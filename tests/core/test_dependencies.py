@@ -15,6 +15,8 @@ from tests.core.support import PROJECT
 pytestmark = pytest.mark.case("RE-12")
 
 WITHOUT_ADVISORY = {
+    "advanced-alchemy",
+    "pytest-xdist",
     "aioboto3",
     "aiobotocore",
     "aiofiles",

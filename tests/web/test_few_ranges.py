@@ -81,11 +81,11 @@ async def test_on_s3(moto_server: S3Server) -> None:
         backend = moto_server.backend(bucket, prefix=uuid.uuid4().hex, endpoint_url=proxy.url)
         async with manager_on(backend) as manager:
             ref = await stored(manager, CONTENT)
-            app = serving(manager, ref)
+            app, before = serving(manager, ref), gets(proxy)
             assert (await ask(app, range=header(*range(0, 4 * MIB, 42 * KIB), length=1))).status_code == 200
-            assert gets(proxy) == 1
+            assert gets(proxy) == before + 1
             near = await ask(app, range=header(*range(0, MIB, 110 * KIB)))
-            assert (near.status_code, len(parts_of(near)), gets(proxy)) == (206, 10, 2)
+            assert (near.status_code, len(parts_of(near)), gets(proxy)) == (206, 10, before + 2)
             await manager.delete(ref)
 
 

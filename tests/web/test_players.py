@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium import webdriver
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Mount, Route
@@ -23,7 +24,8 @@ from granite_storage import StorageManager, StoragePolicy
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.signing import UrlSigner
 from granite_storage.web import SignedFiles, StoredObjectResponse
-from tests.gallery.browser import INSTALLING, Page, Programs, eventually, page, programs
+from tests.gallery.browser import INSTALLING, Page, eventually, page, programs
+from tests.gallery.browser import browser as started_browser
 from tests.services import service
 from tests.web.serving import server, stored
 
@@ -79,9 +81,9 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Programs]:
-    with service("Chromium", programs()) as found:
-        yield found
+def browser() -> Iterator[webdriver.Chrome]:
+    with service("Chromium", programs()) as found, started_browser(found) as driver:
+        yield driver
 
 
 @dataclass
@@ -94,9 +96,9 @@ class Seen:
     title: str
 
 
-def look(found: Programs, urls: dict[str, str], folder: Path) -> dict[str, Seen]:
+def look(driver: webdriver.Chrome, urls: dict[str, str], folder: Path) -> dict[str, Seen]:
     """Open each URL in a window of its own browser; what plays has a second for it."""
-    with page(found, "", folder) as window:
+    with page(driver, "", folder) as window:
         return {name: _seen(window, url, name in ("film", "sound")) for name, url in urls.items()}
 
 
@@ -115,7 +117,7 @@ def _seen(window: Page, url: str, plays: bool) -> Seen:
 
 @pytest.mark.case("RB-11")
 @pytest.mark.parametrize("signed", [False, True], ids=["StoredObjectResponse", "SignedFiles"])
-async def test_what_a_browser_shows(browser: Programs, tmp_path: Path, signed: bool) -> None:
+async def test_what_a_browser_shows(browser: webdriver.Chrome, tmp_path: Path, signed: bool) -> None:
     backends, policies = {"store": MemoryStorageBackend()}, {"files": StoragePolicy("files", "store")}
     async with StorageManager(backends=backends, policies=policies) as manager:
         refs = {name: await stored(manager, content, kind) for name, (kind, content) in FILES.items()}

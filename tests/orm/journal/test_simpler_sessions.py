@@ -237,7 +237,7 @@ def trusting_what_sessions_remember(patch: pytest.MonkeyPatch) -> None:
 def sharing_instead_of_copying(patch: pytest.MonkeyPatch) -> None:
     """A copy is the same object once more, and nothing keeps its row from giving it up meanwhile."""
 
-    def share(unit: UnitOfWork, _: Any, changes: Any) -> None:
+    def share(_: Any, unit: UnitOfWork, __: Any, changes: Any) -> None:
         unit.flush.log += [(StoredObject(change.attachment.manager, change.attachment.ref), True) for change in changes]
 
     patch.setattr(flush, "_copy_all", share)

@@ -50,7 +50,7 @@ import pytest
 from sqlalchemy import insert, select, text
 
 from granite_storage.exceptions import StaleAttachmentError
-from granite_storage.orm import Attachment
+from granite_storage.orm import Attachment, flush
 from granite_storage.orm.journal import entries
 from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
@@ -274,10 +274,19 @@ def without_tombstone(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_claim_of_an_undo(patch: pytest.MonkeyPatch) -> None:
-    def restore(unit: Any, _: Any, stored: Any) -> None:
-        unit.flush.log.append((stored, True))
+    original, consume, restored = entries.restore, Intents.consume, set[Any]()
+
+    def restore(unit: Any, column_type: Any, stored: Any) -> None:
+        original(unit, column_type, stored)
+        restored.add(unit.flush.restored[-1].id)
+
+    def consume_others(self: Intents, connection: Any, ids: list[Any]) -> None:
+        if left := [item for item in ids if item not in restored]:
+            consume(self, connection, left)
 
     patch.setattr(entries, "restore", restore)
+    patch.setattr(Intents, "consume", consume_others)
+    patch.setattr(Intents, "require_unfenced", lambda *_: None)
 
 
 def with_a_flag_that_survives_savepoints(patch: pytest.MonkeyPatch) -> None:
@@ -296,6 +305,7 @@ def with_a_flag_that_survives_savepoints(patch: pytest.MonkeyPatch) -> None:
 def without_net_difference(patch: pytest.MonkeyPatch) -> None:
     """Whatever was displaced at some time is deleted; and nobody looks for references."""
     patch.setattr(FlushUnderWay, "net", property(lambda self: list(self.log)))
+    patch.setattr(flush, "written_log", lambda _, unit, __: list(unit.flush.log))
     without_reference_check(patch)
 
 

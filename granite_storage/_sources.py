@@ -181,11 +181,11 @@ def upload_size(upload: object) -> int | None:
         return None
     try:
         position = tell()
-        end: int = seek(0, os.SEEK_END) or tell()
+        end: Any = seek(0, os.SEEK_END) or tell()
         seek(position)
     except (OSError, ValueError):
         return None
-    return end
+    return int(end)
 
 
 def _declared_size(file: object) -> int | None:

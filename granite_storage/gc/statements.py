@@ -66,7 +66,7 @@ class RefColumn:
         return f"{self.column.table.fullname}.{self.column.name}"
 
 
-def all_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[Any]:
+def all_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select location and kind of all references in the byte order of the locations, and NULL for what is no reference.
 
     It is one statement, so what moves from one column to another meanwhile is seen in one of them.
@@ -81,7 +81,7 @@ def all_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequen
     return select(location, found.c.kind).order_by(_in_byte_order(found.c.location, dialect))
 
 
-def first_of(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[Any]:
+def first_of(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select the primary key, the backend and the identity of a row whose reference is of a kind."""
     ref = column.column
     wanted = and_(
@@ -93,7 +93,7 @@ def first_of(column: RefColumn, dialect: str, kind: int, identities: Sequence[st
     return found.where(wanted).limit(1)
 
 
-def counted_by_store(column: RefColumn, dialect: str) -> Select[Any]:
+def counted_by_store(column: RefColumn, dialect: str) -> Select[*tuple[Any, ...]]:
     """Select backend, identity and number of the references of a column."""
     ref = column.column
     backend, identity = location_of(ref, dialect)[0], value_in(ref, "identity", dialect)
@@ -103,13 +103,13 @@ def counted_by_store(column: RefColumn, dialect: str) -> Select[Any]:
     return counted.where(is_legible(ref, dialect)).group_by(backend, identity)
 
 
-def first_illegible(column: Column[Any], dialect: str) -> Select[Any]:
+def first_illegible(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select the primary key of a row whose value is no reference."""
     wrong = and_(has_value(column, dialect), not_(is_legible(column, dialect)))
     return select(*column.table.primary_key, literal_column("1")).where(wrong).limit(1)
 
 
-def _locations(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> Select[Any]:
+def _locations(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     ref = column.column
     legible = is_legible(ref, dialect)
     kind = _kind(column, dialect, identities)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from starlette.exceptions import HTTPException
@@ -33,14 +34,15 @@ class RequestError(StorageError, HTTPException):
 
     def __init__(self, message: str = "") -> None:
         Exception.__init__(self, message)
-        self.status_code = self.status
-        self.detail = f"{message[:1].upper()}{message[1:]}."
-        self.headers = None
+        self.status_code: int = self.status
+        self.detail: str = f"{message[:1].upper()}{message[1:]}."
+        self.headers: Mapping[str, str] | None = None
 
     def __str__(self) -> str:
         return Exception.__str__(self)
 
-    __repr__ = Exception.__repr__
+    def __repr__(self) -> str:
+        return Exception.__repr__(self)
 
 
 class MalformedRequestError(RequestError):

@@ -96,15 +96,13 @@ async def _live(session: Any, config: Any, settings: S3Settings, traits: ServerT
     """Yield a client and close it. The generator knows nothing of who holds it: dropped, it is closed by its loop at once."""
     open_client = session.create_client if _is_bare(session) else session.client
     async with contextlib.AsyncExitStack() as clients:
-
-        async def opened(kwargs: Mapping[str, Any]) -> Any:
-            raw = await clients.enter_async_context(open_client("s3", **_with_verify(kwargs, config), config=config))
-            await asyncio.sleep(0)  # so that the first request's own set-up is another turn of the loop
-            return raw
-
-        raw = signer = await opened(settings.client_kwargs)
+        raw = signer = await clients.enter_async_context(
+            open_client("s3", **_with_verify(settings.client_kwargs, config), config=config)
+        )
+        await asyncio.sleep(0)  # so that the first request's own set-up is another turn of the loop
         if settings.presign_endpoint_url is not None:
-            signer = await opened({**settings.client_kwargs, "endpoint_url": settings.presign_endpoint_url})
+            kwargs = {**settings.client_kwargs, "endpoint_url": settings.presign_endpoint_url}
+            signer = await clients.enter_async_context(open_client("s3", **_with_verify(kwargs, config), config=config))
         elif "endpoint_url" not in settings.client_kwargs:
             _sign_for_the_region(raw, settings.bucket)
         client = S3Client(raw, session, settings, traits, signer=signer, pool_size=config.max_pool_connections)

@@ -36,40 +36,46 @@ def new_marker() -> bytes:
 class IdentityObject:
     """The marker of a store on a service, where it is an object beside the others.
 
-    Args:
-        read: Returns the object's first `MARKER_SIZE` bytes; raises `ObjectNotFoundError` where it is not there.
-        create: Creates the object; raises `ObjectExistsError` where it is there already.
+    It does not hold its backend: in a cycle, a backend that is dropped would not have its client closed.
     """
 
-    def __init__(self, read: Callable[[], Awaitable[bytes]], create: Callable[[bytes], Awaitable[object]]) -> None:
-        self._read = read
-        self._create = create
+    def __init__(self) -> None:
         self._known: tuple[str, ...] = ()
         self._locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
 
-    async def identities(self, *, create: bool) -> Sequence[str]:
-        """Return the identities; see `SupportsIdentity.identities`."""
+    async def identities(
+        self, read: Callable[[], Awaitable[bytes]], write: Callable[[bytes], Awaitable[object]], *, create: bool
+    ) -> Sequence[str]:
+        """Return the identities; see `SupportsIdentity.identities`.
+
+        Args:
+            read: Returns the object's first `MARKER_SIZE` bytes; raises `ObjectNotFoundError` where it is not there.
+            write: Creates the object; raises `ObjectExistsError` where it is there already.
+            create: Whether to create the object where it is not there.
+        """
         if not create:
-            return await self._found()
+            return await _found(read)
         if not self._known:
             async with self._locks.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
                 if not self._known:
-                    self._known = await self._found_or_created()
+                    self._known = await _found_or_created(read, write)
         return self._known
 
-    async def _found(self) -> tuple[str, ...]:
-        try:
-            return identities_in(await self._read())
-        except ObjectNotFoundError:
-            return ()
 
-    async def _found_or_created(self) -> tuple[str, ...]:
-        try:
-            found = await self._found()
-        except AccessDeniedError:  # S3 says so of what is not there, to those who may not list
-            found = ()
-        if found:
-            return found
-        with suppress(ObjectExistsError):  # another process was faster, or it is an object without an identity
-            await self._create(new_marker())
-        return await self._found()
+async def _found(read: Callable[[], Awaitable[bytes]]) -> tuple[str, ...]:
+    try:
+        return identities_in(await read())
+    except ObjectNotFoundError:
+        return ()
+
+
+async def _found_or_created(read: Callable[[], Awaitable[bytes]], write: Callable[[bytes], Awaitable[object]]) -> tuple[str, ...]:
+    try:
+        found = await _found(read)
+    except AccessDeniedError:  # S3 says so of what is not there, to those who may not list
+        found = ()
+    if found:
+        return found
+    with suppress(ObjectExistsError):  # another process was faster, or it is an object without an identity
+        await write(new_marker())
+    return await _found(read)

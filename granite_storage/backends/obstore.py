@@ -107,7 +107,7 @@ class ObjectStoreBackend:
         self._part_size = part_size
         self._part_concurrency = part_concurrency
         self._listing = Listing(self._client, list_by_folder)
-        self._identity = IdentityObject(self._read_marker, self._create_marker)
+        self._identity = IdentityObject()
 
     def __repr__(self) -> str:
         return f"ObjectStoreBackend({self._client.name!r})"
@@ -216,7 +216,7 @@ class ObjectStoreBackend:
 
     async def identities(self, *, create: bool = False) -> Sequence[str]:
         """Return the lines of the object `.granite-storage`; see `SupportsIdentity.identities`. Over HTTP none is created."""
-        return await self._identity.identities(create=create and self._client.kind.writes)
+        return await self._identity.identities(self._read_marker, self._create_marker, create=create and self._client.kind.writes)
 
     async def places(self) -> frozenset[Place]:
         """Return the server, bucket and prefix, or the folder; see `SupportsPlaces.places`."""

@@ -178,7 +178,7 @@ class S3StorageBackend:
         self._presigned_post = presigned_post
         self._clients = S3Clients(self._settings)
         self._page_size: int | None = None
-        self._identity = IdentityObject(self._read_marker, self._create_marker)
+        self._identity = IdentityObject()
 
     def __repr__(self) -> str:
         prefix = f", prefix={self.prefix!r}" if self.prefix else ""
@@ -370,7 +370,7 @@ class S3StorageBackend:
 
     async def identities(self, *, create: bool = False) -> Sequence[str]:
         """Return the lines of the object `.granite-storage` below the prefix; see `SupportsIdentity.identities`."""
-        return await self._identity.identities(create=create)
+        return await self._identity.identities(self._read_marker, self._create_marker, create=create)
 
     async def places(self) -> frozenset[Place]:
         """Return the server, bucket and prefix; see `SupportsPlaces.places`."""

@@ -217,7 +217,6 @@ class TestClients:
         gc.collect()
         assert len(backend._clients._loops) == 0
 
-    @pytest.mark.exhaustive("fails: a dropped client is part of a cycle since connections are leased")
     async def test_a_dropped_backend_closes_its_client(self, moto_server: S3Server) -> None:
         async with moto_server.bucket() as bucket:
             backend = moto_server.backend(bucket)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, Connection, MetaData, Table, union_all
@@ -246,14 +247,17 @@ def _journals_in(connection: Connection, bases: Sequence[BoundBase], columns: Se
     declared = [tables for tables in (tables_of(base.binding.metadata) for base in bases) if tables is not None]
     schemas = {str(column.table.schema) for column in columns}
     schemas |= {real[0] for tables in declared if (real := resolve(connection, tables.intent)) is not None}
-    template = journal_tables(MetaData())
+    template = _journal_in(None)
     needed = {template.intent.name, template.reclaim.name}
     found: dict[str, set[str]] = {}
     for schema, name in find_tables(connection, sorted(needed)):
         found.setdefault(schema, set()).add(name)
-    return [
-        journal_tables(MetaData(), schema=schema) for schema, has in sorted(found.items()) if schema in schemas and needed <= has
-    ]
+    return [_journal_in(schema) for schema, has in sorted(found.items()) if schema in schemas and needed <= has]
+
+
+@lru_cache(maxsize=1024)  # statements of the same tables are compiled once
+def _journal_in(schema: str | None) -> JournalTables:
+    return journal_tables(MetaData(), schema=schema)
 
 
 def _key(values: Sequence[Any]) -> str:

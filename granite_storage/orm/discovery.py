@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Column, Connection, MetaData, Table, bindparam, text
@@ -128,6 +129,11 @@ def as_found(schema: str, table: str, name: str, *, keys: Iterable[Column[Any]] 
         name: The column.
         keys: The columns of the table's primary key.
     """
+    return _as_found(schema, table, name, tuple(keys))
+
+
+@lru_cache(maxsize=1024)  # statements of the same table are compiled once
+def _as_found(schema: str, table: str, name: str, keys: tuple[Column[Any], ...]) -> Column[Any]:
     column: Column[Any] = Column(name, StoredObjectRefType())
     primary_key = [Column(key.name, key.type, primary_key=True) for key in keys if key.name != name]
     Table(table, MetaData(), *primary_key, column, schema=schema)

@@ -17,6 +17,8 @@ from sqlalchemy.exc import DBAPIError
 from granite_storage.orm._batches import batches
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm.indexed import find_location_columns
+from granite_storage.orm.journal.deadlocks import codes_of
+from granite_storage.orm.rows import among
 from granite_storage.orm.scanning import where_json
 from granite_storage.orm.types import location_of
 
@@ -30,6 +32,9 @@ __all__ = ["find_referenced", "find_shared", "refers"]
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _MOST_PARAMETERS = 20_000
+_MOST_ROWS = 200
+_ROLLED_BACK = (1020, 1205, 1213)
+"""Record changed, lock wait timeout, deadlock: https://mariadb.com/kb/en/mariadb-error-codes/"""
 
 
 def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[str]:
@@ -42,8 +47,8 @@ def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[
         locations = [item.ref.location for item in objects if item.manager is binding.manager]
         try:
             found = find_referenced(connection, binding.tables, locations)
-        except DBAPIError:
-            if connection.invalidated:
+        except DBAPIError as error:
+            if _ends_transaction(connection, error):
                 raise
             logger.warning(
                 "it is unknown whether other rows refer to %d objects that were displaced; the garbage collector deletes orphans",
@@ -60,10 +65,12 @@ def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[
 def find_referenced(connection: Connection, tables: Tables, locations: Iterable[str]) -> set[str]:
     """Return which of these locations rows refer to, as the connection's transaction sees them.
 
-    Tables that the database does not have are passed over: a base may have some in another one.
+    Tables that the database does not have are passed over: a base may have some in another one. MariaDB and MySQL answer from a
+    snapshot, in which an object may still be in the row that another transaction has moved it out of: the rows that are found
+    there are read once more under a lock.
 
     Raises:
-        DBAPIError: The database cannot say; its transaction goes on.
+        DBAPIError: The database cannot say; its transaction goes on, unless the error has ended it.
     """
     wanted = list(dict.fromkeys(locations))
     columns = tables.refs()
@@ -76,15 +83,18 @@ def find_referenced(connection: Connection, tables: Tables, locations: Iterable[
             question = tables.questions.get((dialect, generated))
             if question is None:
                 question = tables.questions[dialect, generated] = _question(columns, dialect, generated)
-            return _answers(connection, question, wanted, len(columns))
-    except DBAPIError:
-        if connection.invalidated:
+            found = _answers(connection, question, wanted, len(columns))
+    except DBAPIError as error:
+        if _ends_transaction(connection, error):
             raise
         with _savepoint(connection):
-            present = _present(connection, columns)
-            generated = frozenset(find_location_columns(connection, present))
-            question = _question(present, dialect, generated, is_guarded=True) if present else None
-            return _answers(connection, question, wanted, len(present)) if question is not None else set()
+            columns = _present(connection, columns)
+            generated = frozenset(find_location_columns(connection, columns))
+            question = _question(columns, dialect, generated, is_guarded=True) if columns else None
+            found = _answers(connection, question, wanted, len(columns)) if question is not None else set()
+    if found and dialect in ("mysql", "mariadb"):
+        return _confirmed(connection, columns, generated, found)
+    return found
 
 
 def refers(connection: Connection, column: Column[Any], ref: StoredObjectRef) -> bool:
@@ -115,6 +125,32 @@ def _answers(connection: Connection, question: CompoundSelect[Any], locations: S
     for batch in batches(locations, max(1, _MOST_PARAMETERS // columns)):
         found |= set(connection.execute(question, {"locations": batch}).scalars())
     return found
+
+
+def _confirmed(
+    connection: Connection, columns: Sequence[Column[Any]], generated: frozenset[Column[Any]], locations: set[str]
+) -> set[str]:
+    """Return which of these locations, all of them in the snapshot of the transaction, rows refer to now."""
+    confirmed: set[str] = set()
+    for column in columns:
+        table, keys = column.table, list(column.table.primary_key)
+        _, location = location_of(column, connection.dialect.name, is_generated=column in generated)
+        is_wanted = location.in_(sorted(locations))
+        if not keys:
+            confirmed |= set(connection.scalars(select(location).select_from(table).where(is_wanted)))
+            continue
+        rows = [tuple(row) for row in connection.execute(select(*keys).where(is_wanted).order_by(*keys))]
+        for batch in batches(rows, _MOST_ROWS):
+            locked = select(location).select_from(table).where(among(table, batch), is_wanted).with_for_update(read=True)
+            confirmed |= set(connection.scalars(locked))
+    return confirmed
+
+
+def _ends_transaction(connection: Connection, error: DBAPIError) -> bool:
+    """Tell whether the transaction may have ended with an error: MariaDB and MySQL roll back all of it after a deadlock."""
+    if connection.dialect.name in ("mysql", "mariadb") and not codes_of(error).isdisjoint(_ROLLED_BACK):
+        return True
+    return connection.invalidated
 
 
 def _present(connection: Connection, columns: Sequence[Column[Any]]) -> list[Column[Any]]:

@@ -151,11 +151,13 @@ class TestDefaults:
                 bind_storage(Own, manager)
         else:
             binding = bind_storage(Own, manager)
-            with pytest.raises((ConfigurationError, InvalidRequestError), match=r"row\.file"):
-                declare()
-                configure_mappers()
-            binding.unbind()
-            Own.registry.dispose()
+            try:
+                with pytest.raises((ConfigurationError, InvalidRequestError), match=r"row\.file"):
+                    declare()
+                    configure_mappers()
+            finally:
+                binding.unbind()
+                Own.registry.dispose()
 
     async def test_default_that_asks_for_the_statement(self, tmp_path: Path, manager: StorageManager) -> None:
         class Own(DeclarativeBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import delete, event, text, update
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -34,6 +36,16 @@ async def shared(env: OrmEnvironment, statement: str = COPY) -> set[str]:
 async def contents(env: OrmEnvironment) -> list[bytes]:
     """Return what the rows refer to, each readable."""
     return sorted((await env.contents()).values())
+
+
+async def move_and_commit(env: OrmEnvironment, *, delete_source: bool = False) -> None:
+    """Move the file of row 1 to row 2."""
+    async with env.sessions.begin() as session:
+        source, target = await session.get_one(Doc, 1), await session.get_one(Doc, 2)
+        target.file, source.file = source.file, None
+        if delete_source:
+            await session.flush()
+            await session.delete(source)
 
 
 class TestFlush:
@@ -178,6 +190,40 @@ class TestDatabases:
         assert left in await env.objects()
         await env.backend.delete(left)
         await env.check(file_1="b")
+
+    @pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
+    @pytest.mark.parametrize("source", ["kept", "deleted"])
+    async def test_object_that_another_transaction_has_moved(self, env: OrmEnvironment, source: str) -> None:
+        """The snapshot of MariaDB still shows it in the row that it was moved out of."""
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2))
+        async with env.sessions() as session:
+            row = await session.get_one(Doc, 2)
+            await move_and_commit(env, delete_source=source == "deleted")
+            await session.refresh(row, with_for_update=True)
+            row.file = file("b")
+            await session.commit()
+        await env.check(file_2="b")
+
+    @pytest.mark.parametrize("database", ["mariadb"], indirect=True)
+    async def test_deadlock_of_the_question(self, env: OrmEnvironment) -> None:
+        """A deadlock rolls the rows back, whoever's it is: nothing is deleted for a transaction that has not been committed."""
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2), *(Doc(id=number) for number in range(3, 9)))
+        async with env.sessions() as session, env.sessions() as other:
+            row = await session.get_one(Doc, 2)
+            await move_and_commit(env)
+            await session.refresh(row, with_for_update=True)
+            row.file = file("b")
+            await session.flush()
+            for number in (1, *range(3, 9)):  # the transaction that has changed more survives
+                await other.execute(update(Doc).where(Doc.id == number).values(title="changed"))
+            waiting = asyncio.create_task(other.execute(update(Doc).where(Doc.id == 2).values(title="changed")))
+            await asyncio.sleep(0.3)
+            with pytest.raises(OperationalError, match="Deadlock"):
+                await session.commit()
+            await waiting
+            await other.commit()
+            await session.rollback()
+        await env.check(file_2="a")
 
     @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
     async def test_damaged_row(self, env: OrmEnvironment) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import weakref
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final, Self
@@ -51,17 +52,19 @@ class JournalPool:
             self._outer.dialect,
             self._outer.url,
             hide_parameters=True,
-            execution_options=self.options,
+            # The same dialect compiles for both, so that what one has compiled serves the other.
+            execution_options={**self.options, "compiled_cache": self._outer._compiled_cache},
         )
         # The application's own events come along, such as one that sets a role; ours are those of its sessions.
         for dispatcher in dispatchers_of(self._outer):
             inner.dispatch._update(dispatcher, only_propagate=False)
         event.listen(inner, "connect", self._on_connect)
-        event.listen(root_engine(self._outer), "engine_disposed", self._on_disposed)
         self._engine = AsyncEngine(inner)
         self._size = size
         self._timeout: float | None = None
         self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._open_pools = _open_pools_of(root_engine(self._outer))
+        self._open_pools.add(self)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -126,19 +129,53 @@ class JournalPool:
 
     async def aclose(self) -> None:
         """Close the connections; idempotent, and a later call opens new ones."""
+        self._open_pools.discard(self)
         await self._engine.dispose()
 
-    def _on_connect(self, connection: Any, _: Any) -> None:
-        self._outer.dialect.set_isolation_level(connection, _ISOLATION)
+    def dispose(self) -> None:
+        """Close the connections from within an event of SQLAlchemy."""
+        self._engine.sync_engine.dispose()
 
-    def _on_disposed(self, engine: Engine) -> None:
-        # The engines of journals that were made later have a copy of this listener, as of all others of the application's engine:
-        # to follow them, too, would take twice as long with each journal.
-        if engine is root_engine(self._outer):
-            self._engine.sync_engine.dispose()
+    def _on_connect(self, connection: Any, _: Any) -> None:
+        self._open_pools.add(self)
+        self._outer.dialect.set_isolation_level(connection, _ISOLATION)
 
 
 _SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
+
+
+class _OpenPools:
+    """The pools beside an engine that are not closed: disposing of the engine disposes of them, whoever else holds them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = weakref.ref(engine)
+        self._pools: set[JournalPool] = set()
+        event.listen(engine, "engine_disposed", self._dispose)
+
+    def add(self, pool: JournalPool) -> None:
+        self._pools.add(pool)
+
+    def discard(self, pool: JournalPool) -> None:
+        self._pools.discard(pool)
+
+    def _dispose(self, engine: Engine) -> None:
+        # The engines of journals have a copy of this listener, as of all others of the application's engine.
+        if engine is self._engine():
+            for pool in list(self._pools):
+                pool.dispose()
+
+
+_open_pools: WeakKeyDictionary[Engine, weakref.ref[_OpenPools]] = WeakKeyDictionary()
+"""By engine; what is held here strongly would hold the engine."""
+
+
+def _open_pools_of(engine: Engine) -> _OpenPools:
+    reference = _open_pools.get(engine)
+    found = None if reference is None else reference()
+    if found is None:
+        found = _OpenPools(engine)  # its listener, and so the engine, keeps it alive
+        _open_pools[engine] = weakref.ref(found)
+    return found
 
 
 def _require_able(engine: AsyncEngine) -> None:

@@ -196,7 +196,6 @@ class Recovery:
                     "backend": item.backend,
                     "location": item.location,
                     "upload_id": item.upload_id,
-                    "due": clock(self._hold),
                     "attempts": 0,
                     "takeovers": 1,
                     "emptied": False,
@@ -204,7 +203,7 @@ class Recovery:
                 }
                 for item in claimed
             ]
-            await connection.execute(insert(reclaim).values(new))
+            await connection.execute(insert(reclaim).values(due=clock(self._hold)), new)
             await self._drop(connection, intent, [item.id for item in claimed])
         return claimed, renumbered
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import JSON, Column, MetaData, Select, Table, bindparam, null, select, text, union_all
+from sqlalchemy import JSON, Column, Select, Table, TableClause, bindparam, column, null, select, table, text, union_all
 
 from granite_storage.orm._batches import batches
 from granite_storage.orm.indexed import with_location_column
@@ -91,7 +91,8 @@ class References:
 
     def _translated(self, mappings: Iterable[Mapping[str | None, str | None]]) -> list[Column[Any]]:
         places = dict.fromkeys((effective(item.table.schema, mapping), item) for mapping in mappings for item in self._columns)
-        return [_table(item.table, Column(item.name, JSON()), schema=schema).c[item.name] for schema, item in places]
+        tables = ((_table(item.table, Column(item.name, JSON()), schema=schema), item.name) for schema, item in places)
+        return [cast(Column[Any], found.c[name]) for found, name in tables]
 
     def _names(self, mapping: Mapping[str | None, str | None]) -> set[tuple[str | None, str]]:
         return {(effective(item.table.schema, mapping), item.table.name) for item in self._columns}
@@ -106,6 +107,9 @@ class References:
         return {place for schema, name, is_default in rows for place in ((schema, name), *([(None, name)] if is_default else []))}
 
 
-def _table(original: Table, *columns: Column[Any], schema: str | None) -> Table:
-    """Return a table as it stands in the database, with some of its columns; no map translates its schema again."""
-    return Table(original.name, MetaData(), *(Column(column.name, column.type) for column in columns), schema=schema)
+def _table(original: Table, *columns: Column[Any], schema: str | None) -> TableClause:
+    """Return a table as it stands in the database, with some of its columns; no map translates its schema again.
+
+    Its statements are compiled once, since it goes by its name: a `Table` would be a new one each time.
+    """
+    return table(original.name, *(column(item.name, item.type) for item in columns), schema=schema)

@@ -82,7 +82,7 @@ class Staging:
         item = new_id()
         row = {"id": item, "kind": STAGING, "backend": backend, "location": location, "due": clock(lifetime.total_seconds())}
         async with self._pool.durable() as connection:
-            await connection.execute(insert(self._intent).values([row]))
+            await connection.execute(insert(self._intent).values(row))
         return item
 
     async def find(self, staging_id: UUID) -> Finished:

@@ -1,12 +1,16 @@
-"""Many journals on one engine, as tests of an application make them: disposing of it disposes of each journal's pool once."""
+"""Many journals on one engine, as tests of an application make them."""
 
 from __future__ import annotations
+
+import gc
+import weakref
 
 import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from granite_storage.orm import StorageJournal
+from tests.orm.databases import Database
 
 JOURNALS = 12
 
@@ -22,3 +26,27 @@ async def test_disposing_of_their_engine() -> None:
     assert len(disposed) == JOURNALS + 1
     assert len(set(map(id, disposed))) == JOURNALS + 1
     del journals
+
+
+async def test_a_closed_journal_is_not_kept() -> None:
+    engine = create_async_engine("postgresql+asyncpg://nobody@127.0.0.1:1/nothing")
+    journal = StorageJournal(engine)
+    pool = weakref.ref(journal._pool)
+    await journal.aclose()
+    del journal
+    gc.collect()
+    assert pool() is None
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("database", ["asyncpg"], indirect=True)
+async def test_a_journal_that_was_dropped_is_closed_with_its_engine(database: Database) -> None:
+    """A program may forget to close its journal, and SQLAlchemy says that disposing of an engine closes its connections."""
+    engine = database.engine()
+    journal = StorageJournal(engine)
+    async with journal._pool.reading() as connection:
+        opened = (await connection.get_raw_connection()).driver_connection
+    del connection, journal
+    gc.collect()
+    await engine.dispose()
+    assert opened.is_closed()

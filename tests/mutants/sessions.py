@@ -361,4 +361,12 @@ MUTANTS = [
         new="",
         tests=("tests/orm/test_limits_of_columns.py::test_move_to_another_column",),
     ),
+    Mutant(
+        name="sessions-synchronous-not-looked-at-again",
+        rule="A synchronous session is refused also where its flush itself moves a file below what it deletes.",
+        path="granite_storage/orm/flush.py",
+        old="for connection, reached in flush.cascading]\n    _require_async_for_files(flush)\n",
+        new="for connection, reached in flush.cascading]\n",
+        tests=("tests/orm/test_rows_without_files.py::test_file_that_a_flush_moves_below_what_it_deletes[psycopg]",),
+    ),
 ]

@@ -188,7 +188,7 @@ class Tree:
                 with suppress(FileNotFoundError):
                     os.unlink(temporary, dir_fd=directory)
             if found:
-                self.synchronise(directory)
+                self.synchronise_directory(directory, location)
         self.prune([*folder, name])
 
     def walk(self, prefix: str, start_after: str | None) -> Iterator[ObjectInfo]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ARRAY, Column, Connection, MetaData, Table
+from sqlalchemy import ARRAY, Column, Connection, MetaData, Table, inspect
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
@@ -106,7 +106,7 @@ def find_columns(connection: Connection, bases: Sequence[BoundBase], identities:
         identities: Those that the store of the objects answers to; None where it knows none.
 
     Raises:
-        CollectionRefusedError: The table of a model is nowhere, or one of the same name may not be read.
+        CollectionRefusedError: The table or the column of a model is nowhere, or a table of the same name may not be read.
     """
     found = find_json_columns(connection)
     columns: dict[tuple[str, str, str], RefColumn] = {}
@@ -161,11 +161,24 @@ def _find_column(
             f"the table {column.table.fullname} of a model is in no schema of the database: create it, or run the migrations"
         )
 
+    if real is not None and not _has_column(connection, *real, column.name, found):
+        raise CollectionRefusedError(
+            f"the table {column.table.fullname} has no column {column.name} in the database, though a model has it: run the"
+            " migrations"
+        )
+
     def ref_column(schema: str, table: str) -> RefColumn:
         return RefColumn(as_found(schema, table, column.name, keys=keys), known, base.here, is_declared=True)
 
     own = [] if real is None else [ref_column(*real)]
     return own, [ref_column(item.schema, item.table) for item in namesakes]
+
+
+def _has_column(connection: Connection, schema: str, table: str, name: str, found: Sequence[FoundColumn]) -> bool:
+    if any((item.schema, item.table, item.name) == (schema, table, name) for item in found):
+        return True
+    # It may be of another type there, such as TEXT, and its name may be spelled otherwise where case does not count.
+    return any(item["name"].casefold() == name.casefold() for item in inspect(connection).get_columns(table, schema=schema))
 
 
 def _add(columns: dict[tuple[str, str, str], RefColumn], new: RefColumn) -> None:

@@ -235,15 +235,7 @@ class DirectUploads:
         """
         wanted = self._home_of(attribute)
         ticket = self._to_finish.read(token)
-        if (
-            ticket is None
-            or ticket.owner != owner
-            or (ticket.table, ticket.column)
-            != (
-                wanted.table.fullname,
-                wanted.field_name,
-            )
-        ):
+        if ticket is None or ticket.owner != owner or (ticket.table, ticket.column) != (wanted.table.fullname, wanted.field_name):
             raise UploadTokenError(_INVALID)
         home = self._home_in(ticket)
         async with self._lock(ticket.location):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,25 @@ def test_a_value_that_is_no_json_beside_it(op: Operations, tmp_path: Path) -> No
     assert convert(op, storage, "thumb", PlainPath("local")) == (0, 1, 0)
 
 
+@contextlib.contextmanager
+def late_writer(pipe: Path) -> Iterator[list[Path]]:
+    """Open a pipe to write after some seconds, so that whoever waits for a writer is seen to, and does not hang."""
+    came: list[Path] = []
+
+    def come() -> None:
+        came.append(pipe)
+        with contextlib.suppress(OSError):
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+
+    timer = threading.Timer(10, come)
+    timer.start()
+    try:
+        yield came
+    finally:
+        timer.cancel()
+        timer.join()
+
+
 @pytest.mark.case("RE-15")
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
 def test_what_is_no_regular_file(op: Operations, tmp_path: Path, kind: str) -> None:
@@ -166,7 +187,8 @@ def test_what_is_no_regular_file(op: Operations, tmp_path: Path, kind: str) -> N
             server.bind(str(path))
     storage = storage_of(local=LocalStorageBackend(tmp_path / "store", fsync=False))
     insert(op, id=1, photo="odd")
-    with pytest.raises(ObjectNotFoundError, match="not a regular file"):
+    with late_writer(path) as came, pytest.raises(ObjectNotFoundError, match="not a regular file"):
         convert(op, storage, "photo", lambda _: CopyOf(path))
+    assert not came, "it was opened as if somebody wrote to it"
     assert convert(op, storage, "photo", lambda _: CopyOf(path), skip_missing=True) == (0, 0, 1)
     assert convert(op, storage, "photo", lambda _: InPlace("local", "odd"), skip_missing=True) == (0, 0, 1)

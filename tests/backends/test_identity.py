@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from granite_storage import ObjectNotFoundError, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage import ObjectExistsError, ObjectNotFoundError, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage.backends._identity import IdentityObject
 from granite_storage.backends.base import Place, StorageBackend, SupportsIdentity, overlap
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
@@ -165,6 +166,26 @@ async def test_a_bucket_is_given_one_by_whoever_is_first(moto_server: S3Server, 
         await backend.aclose()  # type: ignore[attr-defined]
 
 
+@pytest.mark.case("RA-03")
+async def test_whoever_comes_second_has_the_identity_of_the_first() -> None:
+    """The marker comes to be between a look for it and the write, which does not replace it."""
+    stored: list[bytes] = []
+
+    async def read() -> bytes:
+        if not stored:
+            raise ObjectNotFoundError("there is no marker yet")
+        return stored[0]
+
+    async def write(_: bytes) -> None:
+        stored.append(b"the-first-one\n")
+        raise ObjectExistsError("another process was faster")
+
+    marker = IdentityObject()
+    for _ in range(2):
+        assert await marker.identities(read, write, create=True) == ("the-first-one",)
+    assert stored == [b"the-first-one\n"]
+
+
 async def test_a_bucket_in_which_a_missing_object_is_forbidden(moto_server: S3Server, bucket: str) -> None:
     """S3 says so to those who may not list it."""
     with fault_proxy(moto_server.endpoint_url) as proxy:
@@ -224,8 +245,12 @@ async def test_names_of_one_folder(tmp_path: Path) -> None:
     (tmp_path / "real/inside").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "other").mkdir()
+    (tmp_path / "far/deep").mkdir(parents=True)
+    (tmp_path / "to deep").symlink_to(tmp_path / "far/deep")
+    (tmp_path / "far/real").symlink_to(tmp_path / "real")
+    (tmp_path / "too early").symlink_to(tmp_path / "real/not/there/yet")
     real = await places_of(LocalStorageBackend(tmp_path / "real"))
-    for same in ("link", "real/", "link/../link", "link/inside", "link/not/there/yet", "."):
+    for same in ("link", "real/", "link/../link", "link/inside", "link/not/there/yet", ".", "to deep/../real", "too early"):
         assert overlap(real, await places_of(LocalStorageBackend(f"{tmp_path}/{same}"))), same
     for same in ("link", "real", "real/inside"):
         assert overlap(real, await places_of(ObjectStoreBackend(f"file://{tmp_path}/{same}"))), same

@@ -22,6 +22,7 @@ import pytest
 
 from granite_storage import AccessDeniedError, BackendError, BackendUnavailableError, ConfigurationError, ObjectExistsError
 from granite_storage.backends import _exclusive, _tree_errors
+from granite_storage.backends._draft import Draft
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.locations import RESERVED_PREFIX
 from tests.core.support import PROJECT, files_below, many
@@ -202,6 +203,23 @@ async def test_a_volume_without_permissions_says_so_and_names_the_option(
     await backend.aclose()
 
 
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("write", ["put_bytes", "put_stream"])
+async def test_an_object_whose_permissions_cannot_be_set_is_refused_in_the_same_words(
+    code: int, write: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its root is in use already, so the object is what the volume refuses first."""
+    await LocalStorageBackend(tmp_path).put_bytes("a/marked", b"1")
+    monkeypatch.setattr(os, "fchmod", failing(code))
+    backend = LocalStorageBackend(tmp_path, file_mode=0o640)
+    with pytest.raises(BackendError, match=r"chmod.*file_mode=None") as raised:
+        await (backend.put_bytes("a/one", b"1") if write == "put_bytes" else backend.put_stream("a/one", many(b"1", 3)))
+    assert str(tmp_path) in str(raised.value)
+    assert "'a/one'" in str(raised.value)
+    assert files_below(tmp_path) == ["a/marked"]
+    await backend.aclose()
+
+
 @pytest.mark.parametrize("fsync", [True, False])
 async def test_permissions_that_are_left_alone_are_never_set(without_permissions: None, fsync: bool, tmp_path: Path) -> None:
     root = tmp_path / "new/root"
@@ -254,8 +272,42 @@ async def test_a_volume_that_cannot_synchronise_directories_is_written_to_with_o
     await backend.aclose()
 
 
-async def test_a_directory_that_fails_to_reach_the_disk_fails_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+def without_synchronising_directories(code: int) -> Callable[[int], None]:
+    """Return a `fsync` that fails for directories."""
+    fsync = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    return files_only
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+async def test_what_a_killed_write_left_is_removed_where_directories_cannot_be_synchronised(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await LocalStorageBackend(tmp_path).put_bytes("a/kept", b"1")
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "unlink", lambda path, **options: None)
+        killed.setattr(Draft, "publish", failing(errno.EIO))
+        with pytest.raises(OSError, match="Input/output"):
+            await LocalStorageBackend(tmp_path).put_bytes("a/one", b"1")
+    assert len(list((tmp_path / "a").iterdir())) == 2
+    monkeypatch.setattr(os, "fsync", without_synchronising_directories(code))
+    backend = LocalStorageBackend(tmp_path)
+    await backend.abort_upload("a/one", None)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
+    await backend.aclose()
+
+
+@pytest.mark.parametrize("only", ["directories", "everything"])
+async def test_a_directory_that_fails_to_reach_the_disk_fails_the_write(
+    only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = failing(errno.EIO) if only == "everything" else without_synchronising_directories(errno.EIO)
+    monkeypatch.setattr(os, "fsync", fsync)
     backend = LocalStorageBackend(tmp_path)
     with pytest.raises(BackendError, match=r"\(fsync\)") as raised:
         await backend.put_bytes("a/one", b"1")

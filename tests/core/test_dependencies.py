@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -101,3 +104,35 @@ def test_ci_pins_what_the_package_asks_for() -> None:
         name = canonicalize_name(requirement.name)
         for version in pinned[name]:
             assert version in requirement.specifier, name
+
+
+@pytest.mark.parametrize(
+    ("extra", "names"),
+    [
+        ("s3", {"aiohttp"}),
+        ("s3-aiobotocore", {"aiohttp"}),
+        ("web", {"anyio", "python-multipart", "starlette"}),
+    ],
+)
+def test_what_reads_from_the_network_has_a_floor_in_each_extra_that_brings_it(extra: str, names: set[str]) -> None:
+    """Also where it comes with another package, whose own floor may be older."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    found = {canonicalize_name(Requirement(text).name) for text in project["optional-dependencies"][extra]}
+    assert names <= found
+
+
+PYTHON = """#!/bin/sh
+case "$*" in
+  *" nox "*) echo "constraint: $PIP_CONSTRAINT" ;;
+esac
+"""
+
+
+def test_ci_installs_the_versions_that_are_pinned(tmp_path: Path) -> None:
+    """So a release of another project turns no run red by itself."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = subprocess.run([PROJECT / ".ci/run"], env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert f"constraint: {PROJECT / '.ci/constraints.txt'}" in said.splitlines()

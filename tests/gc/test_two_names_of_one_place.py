@@ -29,11 +29,12 @@ from granite_storage import (
     attachment,
     bind_storage,
 )
-from granite_storage.backends.base import ObjectInfo
+from granite_storage.backends.base import ObjectInfo, overlap
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.obstore import ObjectStoreBackend
 from granite_storage.backends.prefix import PrefixedBackend
+from tests.faults.s3_proxy import fault_proxy
 from tests.orm.databases import Database, sqlite
 from tests.servers import S3Server
 
@@ -170,6 +171,23 @@ async def test_two_keys_for_one_bucket(sessions: async_sessionmaker[AsyncSession
                 await collect(binding)
             assert await locations(first) == before
             assert set(before) >= set(live)
+
+
+@pytest.mark.case("RA-01")
+async def test_two_servers_that_have_one_bucket(sessions: async_sessionmaker[AsyncSession], moto_server: S3Server) -> None:
+    """Nobody can compare the names of a server and of a proxy before it: the store's own identity tells."""
+    async with moto_server.bucket() as bucket:
+        with fault_proxy(moto_server.endpoint_url) as proxy:
+            first = moto_server.backend(bucket)
+            second = moto_server.backend(bucket, endpoint_url=proxy.url)
+            assert not overlap(await first.places(), await second.places())
+            async with bound(sessions, {"first": first}, to="first") as binding:
+                live = [await add(binding, 1)]
+            async with bound(sessions, {"first": first, "second": second}, to="second") as binding:
+                live.append(await add(binding, 2))
+                with pytest.raises(CollectionRefusedError, match="lead to the same objects"):
+                    await collect(binding)
+                assert await locations(first) == sorted(live)
 
 
 class Untold:
@@ -344,3 +362,33 @@ async def test_another_base_of_the_same_database_may_use_another_key(sessions: a
                     if database is not None:
                         await bind.dispose()
     assert len(await locations(memory)) == 3
+
+
+@pytest.mark.case("RA-01")
+async def test_a_base_that_cannot_be_asked_and_a_backend_that_does_not_tell_its_place(
+    sessions: async_sessionmaker[AsyncSession],
+) -> None:
+    """It may have the same objects, and nobody can look at its rows."""
+
+    class Other(DeclarativeBase):
+        pass
+
+    class _Leaf(Other):
+        __tablename__ = "places_leaf"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        file: Mapped[Attachment | None] = attachment("leaves")
+
+    memory = MemoryStorageBackend()
+    policies = {"leaves": StoragePolicy("leaves", "leaves")}
+    async with bound(sessions, {"files": memory}, to="files") as binding:
+        live = await add(binding, 1)
+        await binding.manager.put_bytes(storage_key="docs", model_name="m", entity_id="1", field_name="f", content=b"a leaf")
+        untold: dict[str, StorageBackend] = {"leaves": Untold(memory)}  # type: ignore[dict-item]  # its methods are there
+        other = bind_storage(Other, StorageManager(backends=untold, policies=policies))
+        try:
+            with pytest.raises(CollectionRefusedError, match=r"may have the objects .* does not tell its places"):
+                await collect(binding)
+        finally:
+            other.unbind()
+        assert len(await locations(memory)) == 2
+        assert live in await locations(memory)

@@ -214,4 +214,28 @@ MUTANTS = [
         new="elif undo is not None and job.error is not None:",
         tests=("tests/core/test_threads.py::TestRun::test_a_cancelled_caller_waits_for_a_function_that_was_begun",),
     ),
+    Mutant(
+        name="core-ref-without-identity",
+        rule="A store is given an identity at its first use, and each new ref keeps it.",
+        path="granite_storage/_identities.py",
+        old="await backend.identities(create=True)), None)",
+        new="await backend.identities()), None)",
+        tests=("tests/backends/test_identity.py::test_a_ref_keeps_the_identity_of_its_store",),
+    ),
+    Mutant(
+        name="core-other-store-only-not-found",
+        rule="A read that finds nothing says that the backend's key leads to another store now.",
+        path="granite_storage/_identities.py",
+        old="    if ref.identity not in found:\n",
+        new="    if found and ref.identity not in found:\n",
+        tests=("tests/backends/test_identity.py::test_a_read_that_finds_nothing_says_that_the_key_leads_elsewhere",),
+    ),
+    Mutant(
+        name="core-copy-keeps-backend-keys",
+        rule="What a backend wrote into a ref of itself stays behind when the object is copied to another one.",
+        path="granite_storage/manager.py",
+        old="return backend.extra_keys if isinstance(backend, SupportsExtraKeys) else frozenset()",
+        new="return frozenset()",
+        tests=("tests/migration/test_backend_keys.py",),
+    ),
 ]

@@ -213,4 +213,28 @@ MUTANTS = [
         new="update(self._intent).where(self._is(staging_id))",
         tests=("tests/orm/journal/test_direct_uploads.py::test_finished_twice[asyncpg]",),
     ),
+    Mutant(
+        name="journal-schemas-unknown",
+        rule="Workers know the schemas of all tenants, where rows may refer to an object.",
+        path="granite_storage/orm/journal/schemas.py",
+        old="        await_only(self._write(tables, translation))\n",
+        new="",
+        tests=("tests/orm/journal/test_tenants.py::test_a_row_of_any_tenant_keeps_its_object[asyncpg-one statement]",),
+    ),
+    Mutant(
+        name="journal-in-the-schema-of-the-session",
+        rule="The journal's tables are where its own engine has them, whatever the map of a session.",
+        path="granite_storage/orm/journal/pool.py",
+        old="return {TRANSLATE_MAP: self.translate_map or None}",
+        new="return {}",
+        tests=("tests/orm/journal/test_tenants.py::test_wherever_the_map_is",),
+    ),
+    Mutant(
+        name="journal-map-of-a-statement-ignored",
+        rule="A bulk statement with a map of its own displaces what its own schemas hold.",
+        path="granite_storage/orm/translated.py",
+        old="    with _translating(connection, state.execution_options[_MAP]):\n        return",
+        new="    with _translating(connection, connection.get_execution_options().get(_MAP)):\n        return",
+        tests=("tests/orm/journal/test_tenants.py::test_a_map_on_one_statement",),
+    ),
 ]

@@ -152,4 +152,20 @@ MUTANTS = [
         new="return Problem.MISSING",
         tests=("tests/verification/test_verify.py::TestFindings::test_permission_denied_is_not_missing[sqlite-begin-False]",),
     ),
+    Mutant(
+        name="alembic-waits-for-a-pipe",
+        rule="A named pipe is opened without waiting for whoever writes to it.",
+        path="granite_storage/alembic/sources.py",
+        old='os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) |',
+        new="os.O_RDONLY |",
+        tests=("tests/alembic/test_one_owner.py::test_what_is_no_regular_file[pipe]",),
+    ),
+    Mutant(
+        name="alembic-reads-what-is-no-file",
+        rule="What is no regular file is not read: a device may have no end.",
+        path="granite_storage/alembic/sources.py",
+        old="        if not stat.S_ISREG(os.fstat(descriptor).st_mode):",
+        new="        if stat.S_ISDIR(os.fstat(descriptor).st_mode):",
+        tests=("tests/alembic/test_one_owner.py::test_what_is_no_regular_file[pipe]",),
+    ),
 ]

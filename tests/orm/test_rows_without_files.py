@@ -117,9 +117,10 @@ async def test_file_that_a_flush_moves_below_what_it_deletes(env: OrmEnvironment
     await rows(env)
 
     def work(session: Session) -> None:
-        child = session.get_one(Child, 2)
-        child.parent_id = 1
-        session.delete(session.get_one(Parent, 1))
+        parent, child = session.get_one(Parent, 1), session.get_one(Child, 2)
+        with session.no_autoflush:  # both are of one flush, which sees only the parent's own child before it begins
+            child.parent_id = 1
+            session.delete(parent)
 
     with pytest.raises(ConfigurationError, match="AsyncSession"):
         await synchronously(env, work)

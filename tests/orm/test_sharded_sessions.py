@@ -180,9 +180,12 @@ async def test_bulk_delete_on_one_shard(shards: Shards, how: str) -> None:
         arguments["shard_id"] = "at"
     else:
         options["_sa_shard_id"] = "at"
+    asked: list[str] = []
+    event.listen(shards.engines["ch"].sync_engine, "before_cursor_execute", lambda *given: asked.append(given[2]))
     async with shards.session() as session:
         await session.execute(statement, execution_options=options, bind_arguments=arguments)
         await session.commit()
+    assert asked == [], "the other shard's rows are none of its business"
     await shards.check(ch_2=2)
 
 

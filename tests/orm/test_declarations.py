@@ -142,19 +142,21 @@ class TestDefaults:
         class Own(DeclarativeBase):
             pass
 
-        def declare() -> None:
-            type("Row", (Own,), {"__tablename__": "row", "id": Column(type_=Shop.id.type, primary_key=True), "file": make()})
+        def declare() -> type:
+            columns = {"id": Column(type_=Shop.id.type, primary_key=True), "file": make()}
+            return type("Row", (Own,), {"__tablename__": "row", **columns})
 
         if bound == "after":
-            declare()
+            row = declare()
             with pytest.raises(ConfigurationError, match=r"row\.file"):
                 bind_storage(Own, manager)
         else:
             binding = bind_storage(Own, manager)
             try:
                 with pytest.raises((ConfigurationError, InvalidRequestError), match=r"row\.file"):
-                    declare()
+                    row = declare()
                     configure_mappers()
+                    del row  # until here: a class that nobody holds is not configured
             finally:
                 binding.unbind()
                 Own.registry.dispose()
@@ -248,8 +250,9 @@ class TestMessages:
                 "id": mapped_column(Shop.id.type, primary_key=True),
                 "file": attachment("documents"),
             }
-            type("Row", (Own,), attributes)
+            row = type("Row", (Own,), attributes)
             configure_mappers()
+            del row  # until here: a class that nobody holds is not configured
 
         binding = bind_storage(Own, manager)
         with pytest.raises((ConfigurationError, InvalidRequestError), match=r"Row\.file is annotated as several"):

@@ -185,6 +185,7 @@ class TestDatabases:
                     session.add(Doc(id=2))
                     (await session.get_one(Doc, 1)).file = file("b")
         finally:
+            await env.engine.dispose()  # SQLite renames by the schema that a connection remembers
             await env.sql("ALTER TABLE note RENAME COLUMN unknown TO scan_ref")
         assert "unknown whether other rows refer to 1 objects" in caplog.text
         assert left in await env.objects()

@@ -2,8 +2,8 @@
 
 An application may keep refs as JSON of its own, an audit may note old rows, and a person may have copied a table. None of it
 can be read as a column of references, but what leads to an object has its generated id, 32 hex digits that no other object has,
-in whatever form. So every column that can hold text is asked for values of that form, once in a run, and what it mentions is
-kept.
+in whatever form. So every column that can hold text or bytes is asked for values of that form, once in a run, and what it
+mentions is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,22 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, ColumnElement, LargeBinary, MetaData, Select, Table, Text, and_, case, cast, func, or_, select
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    LargeBinary,
+    MetaData,
+    Select,
+    Table,
+    Text,
+    case,
+    cast,
+    false,
+    func,
+    literal_column,
+    or_,
+    select,
+)
 
 from granite_storage._concurrency import finished
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id
@@ -32,11 +47,17 @@ __all__ = ["Mention", "find_mentions"]
 
 _COLUMNS_AT_A_TIME = 100
 _ROWS_AT_A_TIME = 200
+_LONGEST_BYTES = 16 * 1024
+"""How long a value of bytes may be that is looked at: a longer one is hardly a note about an object."""
 _RUN = re.compile(rf"[0-9a-f]{{{GENERATED_ID_LENGTH},}}")
 _STEM = re.compile(rf"(?=({GENERATED_STEM}))")
 
 _TAIL_AS_GLOB = "*7" + "[0-9a-f]" * 3 + "[89ab]" + "[0-9a-f]" * 15 + "*"
-"""How a generated id goes on after its time. A literal character at the beginning makes SQLite several times as fast."""
+_TAIL_IN_HEX = "*37" + "[36][0-9]" * 3 + "[36][1289]" + "[36][0-9]" * 15 + "*"
+"""How a generated id goes on after its time, as text and as the digits of its bytes.
+
+A literal character at the beginning makes SQLite several times as fast.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,22 +129,36 @@ async def find_mentions(
 def _selected(columns: Sequence[FoundColumn], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select the values of columns of one table that mention anything, and NULL for the others of such a row."""
     first = columns[0]
-    table = Table(first.table, MetaData(), *(Column(item.name, Text()) for item in columns), schema=first.schema)
-    texts = [(_as_text(table.c[item.name], dialect), _mentions(table.c[item.name], dialect)) for item in columns]
+    table = Table(
+        first.table,
+        MetaData(),
+        *(Column(item.name, LargeBinary() if item.is_binary else Text()) for item in columns),
+        schema=first.schema,
+    )
+    texts = [(_value(table.c[item.name], item, dialect), _mentions(table.c[item.name], item, dialect)) for item in columns]
     found = select(*(case((is_one, text)).label(f"text_{number}") for number, (text, is_one) in enumerate(texts)))
     return found.where(or_(*(is_one for _, is_one in texts))).execution_options(yield_per=_ROWS_AT_A_TIME)
 
 
-def _as_text(column: Column[Any], dialect: str) -> ColumnElement[Any]:
+def _value(column: Column[Any], item: FoundColumn, dialect: str) -> ColumnElement[Any]:
+    if item.is_binary:
+        return column
     return cast(column, LargeBinary if dialect == "sqlite" else Text())
 
 
-def _mentions(column: Column[Any], dialect: str) -> ColumnElement[bool]:
-    if dialect == "postgresql":
-        return cast(column, Text()).op("~", is_comparison=True)(GENERATED_STEM)
+def _mentions(column: Column[Any], item: FoundColumn, dialect: str) -> ColumnElement[bool]:
     if dialect == "sqlite":
-        return and_(func.typeof(column).in_(("text", "blob")), column.op("GLOB", is_comparison=True)(_TAIL_AS_GLOB))
-    return column.op("REGEXP", is_comparison=True)(GENERATED_STEM)
+        as_text = column.op("GLOB", is_comparison=True)(_TAIL_AS_GLOB)  # of bytes, up to the first one that is zero
+        as_bytes = case((func.length(column) <= _LONGEST_BYTES, func.hex(column).op("GLOB")(_TAIL_IN_HEX)), else_=false())
+        kind = func.typeof(column)
+        return case((kind == "text", as_text), (kind == "blob", or_(as_text, as_bytes)), else_=false())
+    value: ColumnElement[Any] = column
+    if dialect == "postgresql":
+        value = func.encode(column, "escape") if item.is_binary else cast(column, Text())
+    elif item.is_binary:
+        value = func.convert(column.op("USING")(literal_column("latin1")))
+    is_one = value.op("~" if dialect == "postgresql" else "REGEXP", is_comparison=True)(GENERATED_STEM)
+    return case((func.octet_length(column) <= _LONGEST_BYTES, is_one), else_=false()) if item.is_binary else is_one
 
 
 def _mentioned_in(texts: Sequence[str | bytes], wanted: Collection[str], identities: Collection[str] | None) -> set[str]:

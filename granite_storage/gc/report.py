@@ -72,7 +72,7 @@ class GarbageCollectionReport:
         young: How many nothing refers to that are not older than the grace period.
         young_bytes: Their bytes.
         mentioned: How many no reference leads to, but a column that is not one of references has their generated id: in JSON at
-            any depth, or in text. They are never deleted.
+            any depth, in text, or in bytes. They are never deleted.
         mentioned_bytes: Their bytes.
         mentions: How many of them each column mentions, by its schema, table and name; the first thousand columns.
         unseen: The first thousand columns that could mention objects, and could not be looked at, or not in every row: those

@@ -23,6 +23,9 @@ _POSTGRESQL_COLUMNS = text("""
     WITH RECURSIVE documents(oid) AS (
         SELECT 'jsonb'::regtype::oid
         UNION SELECT t.oid FROM pg_type AS t JOIN documents AS d ON d.oid = t.typbasetype WHERE t.typtype = 'd'
+    ), bytes(oid) AS (
+        SELECT 'bytea'::regtype::oid
+        UNION SELECT t.oid FROM pg_type AS t JOIN bytes AS b ON b.oid = t.typbasetype WHERE t.typtype = 'd'
     ), texts(oid) AS (
         SELECT oid FROM pg_type
         WHERE typtype = 'c' OR typtype = 'b' AND (
@@ -33,9 +36,9 @@ _POSTGRESQL_COLUMNS = text("""
     )
     SELECT n.nspname, c.relname, a.attname,
         has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'), c.relkind = 'f',
-        a.atttypid IN (SELECT oid FROM documents), row_security_active(c.oid)
+        a.atttypid IN (SELECT oid FROM documents), row_security_active(c.oid), a.atttypid IN (SELECT oid FROM bytes)
     FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE a.atttypid IN (SELECT oid FROM texts) AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE (a.atttypid IN (SELECT oid FROM texts) OR a.atttypid IN (SELECT oid FROM bytes)) AND a.attnum > 0 AND NOT a.attisdropped
         AND NOT (a.atttypid IN ('varchar'::regtype, 'bpchar'::regtype) AND a.atttypmod BETWEEN 4 AND 3 + :shortest)
         AND c.relkind IN ('r', 'p', 'f', 'm') AND NOT c.relispartition AND c.relispopulated
         AND n.nspname <> 'information_schema' AND left(n.nspname, 3) <> 'pg_'
@@ -52,11 +55,13 @@ _POSTGRESQL_RESOLVED = text("""
     WHERE c.oid = to_regclass(:name)
 """)
 _MARIADB_COLUMNS = text("""
-    SELECT c.table_schema, c.table_name, c.column_name, c.privileges LIKE '%select%', 0, c.data_type IN ('json', 'longtext'), 0
+    SELECT c.table_schema, c.table_name, c.column_name, c.privileges LIKE '%select%', 0, c.data_type IN ('json', 'longtext'), 0,
+        c.data_type LIKE '%blob' OR c.data_type LIKE '%binary'
     FROM information_schema.columns AS c
     JOIN information_schema.tables AS t ON t.table_schema = c.table_schema AND t.table_name = c.table_name
     WHERE (c.data_type IN ('json', 'longtext', 'mediumtext', 'text', 'tinytext')
-            OR c.data_type IN ('varchar', 'char') AND c.character_maximum_length >= :shortest)
+            OR c.data_type IN ('blob', 'mediumblob', 'longblob', 'tinyblob')
+            OR c.data_type IN ('varchar', 'char', 'varbinary', 'binary') AND c.character_maximum_length >= :shortest)
         AND t.table_type IN ('BASE TABLE', 'SYSTEM VERSIONED')
         AND c.table_schema NOT IN ('information_schema', 'mysql', 'performance_schema', 'sys')
     ORDER BY 1, 2, 3
@@ -74,7 +79,7 @@ _MARIADB_RESOLVED = text("""
 
 @dataclass(frozen=True, slots=True)
 class FoundColumn:
-    """A column that the database has, of a type that can hold text.
+    """A column that the database has, of a type that can hold text or bytes.
 
     Attributes:
         schema: The schema, as the database calls it.
@@ -85,6 +90,7 @@ class FoundColumn:
         is_json: Whether it is of JSON into which SQL can look, whatever a value is. PostgreSQL's `json` is not: it holds texts
             that fail as `jsonb`.
         is_partial: Whether row-level security may hide rows from this role.
+        is_binary: Whether it is of bytes; on SQLite, where any column can hold some, it is false.
     """
 
     schema: str
@@ -94,6 +100,7 @@ class FoundColumn:
     is_foreign: bool = False
     is_json: bool = True
     is_partial: bool = False
+    is_binary: bool = False
 
     @property
     def label(self) -> str:
@@ -107,11 +114,11 @@ def find_json_columns(connection: Connection) -> list[FoundColumn]:
 
 
 def find_text_columns(connection: Connection) -> list[FoundColumn]:
-    """Return every column that can hold a generated id as text, JSON included, in the tables of every schema that is shown.
+    """Return every column that can hold a generated id as text, JSON and bytes included, in the tables of every schema.
 
-    Those are, on PostgreSQL, columns of text, JSON, XML and hstore, of arrays and composite types, and of domains over any of
-    them; on MariaDB those of text and JSON; on SQLite, where any column can hold a text, all but generated ones. Columns of text
-    that is too short are left out, and virtual tables of SQLite, which keep what they have in others.
+    Those are, on PostgreSQL, columns of text, JSON, XML and hstore, of arrays and composite types of them, of bytes, and of
+    domains over any of them; on MariaDB those of text, JSON and bytes; on SQLite, where any column can hold any of it, all but
+    generated ones. Columns that are too short are left out, and virtual tables of SQLite, which keep what they have in others.
     """
     shortest = {"shortest": GENERATED_ID_LENGTH}
     match connection.dialect.name:
@@ -193,7 +200,7 @@ def _sqlite_columns(connection: Connection, schema: str) -> list[tuple[Any, ...]
         ORDER BY 1, 2
     """  # noqa: S608  # quoted
     rows = connection.execute(text(statement), {"schema": schema})
-    return [(schema, table, name, True, False, is_json, False) for table, name, is_json in rows]
+    return [(schema, table, name, True, False, is_json, False, False) for table, name, is_json in rows]
 
 
 def _has_sqlite_table(connection: Connection, schema: str, name: str) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import pickle
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+from sqlalchemy import LargeBinary, bindparam, text
 
 from granite_storage import StoredObjectRef
 from granite_storage.backends.base import ObjectInfo
@@ -358,3 +360,32 @@ async def test_old_rows_that_mariadb_keeps_versions_of(noted: GcEnvironment) -> 
     ref = await noted.orphan()
     await add_note(noted, "TEXT", ref.location)
     await expect_kept(noted, ref, label(noted, "gc_note.note"))
+
+
+BYTES_TYPES = {"sqlite": ["BLOB"], "asyncpg": ["BYTEA", "gc_bytes"], "mariadb": ["BLOB", "LONGBLOB", "VARBINARY(4000)"]}
+
+
+@pytest.mark.case("RA-07")
+async def test_bytes(noted: GcEnvironment) -> None:
+    """Pickles, and JSON that was encoded; what is long is hardly a note about an object, and is left out."""
+    if noted.database.is_postgres:
+        await noted.sql("CREATE DOMAIN gc_bytes AS bytea")
+    try:
+        for kind in types_of(noted.database, BYTES_TYPES):
+            await noted.sql(f"CREATE TABLE gc_note (id INT, note {kind})")
+            insert = text("INSERT INTO gc_note VALUES (:id, :note)").bindparams(bindparam("note", type_=LargeBinary()))
+            for ref_as_bytes in (pickle.dumps, lambda ref: b"\xff\x00" + json.dumps(ref.to_dict()).encode()):
+                ref, other = await noted.orphan(), await noted.orphan()
+                async with noted.engine.begin() as connection:
+                    await connection.execute(insert, {"id": 1, "note": ref_as_bytes(ref)})
+                    if kind in ("BLOB", "LONGBLOB", "BYTEA") and not (kind == "BLOB" and noted.database.name == "mariadb"):
+                        long = b"\x00" * 70_000 + other.location.encode()
+                        await connection.execute(insert, {"id": 2, "note": long})
+                await noted.aged.delete(other.location)
+                await expect_kept(noted, ref, label(noted, "gc_note.note"))
+                await noted.aged.delete(ref.location)
+            await drop(noted, "gc_note")
+    finally:
+        if noted.database.is_postgres:
+            await drop(noted, "gc_note")
+            await noted.sql("DROP DOMAIN gc_bytes")

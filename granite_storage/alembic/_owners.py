@@ -39,7 +39,7 @@ class Owners:
         self._manager = manager
         found = [item for item in find_json_columns(connection) if item.is_readable and not item.is_foreign]
         columns = [as_found(item.schema, item.table, item.name) for item in found]
-        self._columns = [target, *find_with_refs(connection, columns, None, is_sample=True)]
+        self._columns = [target, *find_with_refs(connection, columns, None, is_sample=False)]
         self._keys: dict[str, frozenset[str]] = {}
         self._identities: dict[str, tuple[str, ...] | None] = {}
 

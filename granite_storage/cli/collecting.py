@@ -17,7 +17,7 @@ from granite_storage.gc import CollectedObject, Collection, Fate, GarbageCollect
 __all__ = ["gc_command"]
 
 _MOST_SHOWN = 20
-_COUNTED = ("scanned", "referenced", "foreign", "young", "kept", "orphaned", "deleted")
+_COUNTED = ("scanned", "referenced", "foreign", "young", "mentioned", "kept", "orphaned", "deleted")
 
 
 @click.command("gc")
@@ -140,6 +140,10 @@ def _tell_person(desk: Desk, report: GarbageCollectionReport) -> None:
     if report.dry_run and report.orphaned > _MOST_SHOWN:
         desk.output.line(f"... and {report.orphaned - _MOST_SHOWN:,} more; --json names all")
     desk.output.facts(facts)
+    for column, number in list(report.mentions.items())[:_MOST_SHOWN]:
+        desk.output.line(f"kept: {column} mentions {number:,} of them, and is no column of references", "yellow")
+    for column in report.unseen[:_MOST_SHOWN]:
+        desk.output.line(f"not looked at, or not in every row: {column}", "yellow")
     for found in report.dangling[:_MOST_SHOWN]:
         desk.output.line(f"dangling: {found.backend}:{found.location}: {found.message}", "red")
     if len(report.dangling) > _MOST_SHOWN:

@@ -1,16 +1,17 @@
 """One collection of one policy's objects.
 
 List first, and read the references afterwards: an object that was listed and whose row came to be meanwhile is then seen with
-its reference. The join of both only nominates. Before anything is deleted, each batch of nominees is looked at again, in one
-statement over the journal and every column; what a transaction takes back between two statements, or puts from one place into
-another, would otherwise be deleted under a row that refers to it. Then a durable commit: what the look has seen gone, a crash of
-the database must not bring back. Only then storage is touched.
+its reference. The join of both only nominates. Then the rest of the database is looked at, once: what anything mentions is no
+longer nominated. Before anything is deleted, each batch of nominees is looked at again, in one statement over the journal and
+every column; what a transaction takes back between two statements, or puts from one place into another, would otherwise be
+deleted under a row that refers to it. Then a durable commit: what the look has seen gone, a crash of the database must not bring
+back. Only then storage is touched.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
@@ -35,6 +36,9 @@ Listed: TypeAlias = "tuple[str, int, bool]"
 """Location, size, and whether it is older than the grace period."""
 
 _MOST_MISSING = 10 * MOST_KEPT
+_MOST_SAID = 10
+_LOOKED_FOR_AT_ONCE = 50_000
+"""How many nominees one look at the rest of the database is for: so many are in memory."""
 
 
 class Collection(Run[CollectedObject, GarbageCollectionReport]):
@@ -78,7 +82,9 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
                 return
             await self._nominate(listed, nominees)
             await self._require_mounted()
-            orphans = self._look_only(nominees) if self.report.dry_run else self._delete(nominees)
+            unmentioned = Spool(await stack.enter_async_context(temporary_file()))
+            await self._keep_mentioned(nominees, unmentioned)
+            orphans = self._look_only(unmentioned) if self.report.dry_run else self._delete(unmentioned)
             async with aclosing(orphans):
                 async for item in orphans:
                     yield item
@@ -137,6 +143,61 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
         await nominees.write(page)
         if self._territory.sharing:
             self._source.require_complete(self._territory.sharing)
+
+    async def _keep_mentioned(self, nominees: Spool, unmentioned: Spool) -> None:
+        """Take out of the nominees what anything mentions that is not known to hold references."""
+        waiting: list[tuple[str, int]] = []
+        async for page in nominees.pages():
+            waiting += page
+            if len(waiting) >= _LOOKED_FOR_AT_ONCE:
+                await self._look_for(waiting, unmentioned)
+                waiting = []
+            if self._stopped:
+                return
+        if waiting:
+            await self._look_for(waiting, unmentioned)
+        self._tell_mentions()
+
+    async def _look_for(self, nominees: Sequence[tuple[str, int]], unmentioned: Spool) -> None:
+        by_column: dict[str, set[str]] = {}
+        unseen: list[str] = []
+        async with aclosing(self._source.find_mentions([location for location, _ in nominees])) as mentions:
+            async for mention in mentions:
+                if not mention.is_seen:
+                    unseen.append(mention.column)
+                if mention.locations:
+                    by_column.setdefault(mention.column, set()).update(mention.locations)
+                if self._stopped:
+                    return
+        mentioned = set[str]().union(*by_column.values())
+        kept = [size for location, size in nominees if location in mentioned]
+        self.report.mentioned += len(kept)
+        self.report.mentioned_bytes += sum(kept)
+        self._note_mentions(by_column)
+        self.report.unseen = sorted(unseen)[:MOST_KEPT]
+        rest = [(location, size) for location, size in nominees if location not in mentioned]
+        for start in range(0, len(rest), PAGE):
+            await unmentioned.write(rest[start : start + PAGE])
+
+    def _note_mentions(self, by_column: Mapping[str, set[str]]) -> None:
+        said = self.report.mentions
+        for column, locations in by_column.items():
+            if column in said or len(said) < MOST_KEPT:
+                said[column] = said.get(column, 0) + len(locations)
+
+    def _tell_mentions(self) -> None:
+        report = self.report
+        for column, number in report.mentions.items():
+            logger.warning(
+                "%s mentions %d objects of %r that no reference leads to: they are kept", column, number, report.storage_key
+            )
+        if report.unseen:
+            logger.warning(
+                "columns that could mention objects of %r cannot be looked at, or not in every row: %s%s",
+                report.storage_key,
+                ", ".join(report.unseen[:_MOST_SAID]),
+                ", ..." if len(report.unseen) > _MOST_SAID else "",
+            )
 
     async def _seen(self, references: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
         async for page in references:

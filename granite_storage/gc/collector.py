@@ -36,6 +36,8 @@ class StorageGarbageCollector:
       backend and storage key it names, and if the `extra` of a ref names it;
     - references are those of every bound base in the database, of tables of the same name in other schemas, and of columns that
       only the database knows of;
+    - an object stays, too, if its generated id is anywhere in a column of JSON, text or bytes that the role can read; the report
+      says in which;
     - only what lies below the policy's prefix, by whole segments, and not below another policy's, can be an orphan, and only if
       its name is of the form that the library gives;
     - only what is older than the grace period, by the backend's clock;

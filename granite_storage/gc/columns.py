@@ -15,7 +15,7 @@ from granite_storage._identities import may_overlap
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc.statements import RefColumn
 from granite_storage.orm._registry import active_bindings
-from granite_storage.orm.discovery import FoundColumn, as_found, find_json_columns, resolve
+from granite_storage.orm.discovery import FoundColumn, as_found, find_text_columns, resolve
 from granite_storage.orm.legibility import find_with_refs
 from granite_storage.orm.types import AttachmentType, StoredObjectRefType
 
@@ -96,9 +96,10 @@ def find_columns(connection: Connection, bases: Sequence[BoundBase], identities:
 
     Those are the columns of the bases; the columns of the same name in tables of the same name in other schemas, such as those
     of other tenants; and beside any of them the columns of JSON of which no model knows, where they hold references: of a model
-    that was not imported, or of a table that was renamed or copied. Columns that no base has are passed over where all their
-    references say that they are of another store. Where none says that it is of this one, as those of earlier versions say
-    nothing, their references protect, and nothing that they hold stops the run.
+    that was not imported, or of a table that was renamed or copied. Of these a sample is looked at: what it does not show is
+    found as mentions (`granite_storage.gc.mentions`), right before anything is deleted. Columns that no base has are passed over
+    where all their references say that they are of another store. Where none says that it is of this one, as those of earlier
+    versions say nothing, their references protect, and nothing that they hold stops the run.
 
     Args:
         connection: A connection of the application's sessions.
@@ -108,7 +109,7 @@ def find_columns(connection: Connection, bases: Sequence[BoundBase], identities:
     Raises:
         CollectionRefusedError: The table or the column of a model is nowhere, or a table of the same name may not be read.
     """
-    found = find_json_columns(connection)
+    found = find_text_columns(connection)
     columns: dict[tuple[str, str, str], RefColumn] = {}
     namesakes: dict[tuple[str, str, str], RefColumn] = {}
     for base in bases:
@@ -127,7 +128,8 @@ def find_columns(connection: Connection, bases: Sequence[BoundBase], identities:
     unknown = [
         RefColumn(as_found(item.schema, item.table, item.name), None, frozenset(), is_declared=False)
         for item in found
-        if item.schema in schemas
+        if item.is_json
+        and item.schema in schemas
         and item.is_readable
         and not item.is_foreign
         and (item.schema, item.table, item.name) not in columns.keys() | namesakes.keys()
@@ -151,6 +153,7 @@ def _find_column(
         if (item.table, item.name) == (column.table.name, column.name) and item.schema != (real or [None])[0]
     ]
     hidden = [f"{item.schema}.{item.table}" for item in namesakes if not item.is_readable]
+    namesakes = [item for item in namesakes if item.is_json]
     if hidden:
         raise CollectionRefusedError(
             f"this role may not read {', '.join(hidden)}, which may refer to objects as {column.table.fullname} does: grant it"

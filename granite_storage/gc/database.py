@@ -17,6 +17,7 @@ from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks, durability
 from granite_storage.gc.columns import BoundBase, bound_bases, find_columns, require_one_database
 from granite_storage.gc.join import Reference, in_byte_order, merged
+from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.spool import PAGE, SortedSpool, temporary_file
 from granite_storage.gc.statements import (
     HERE,
@@ -123,6 +124,23 @@ class DatabaseReferences:
                 held |= await find_held(connection, chunk, locations, journals=journals, extra=True)
         return held_among(locations, (location for _, location in held))
 
+    async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
+        """Yield what mentions one of the locations outside of the references of models, in one snapshot of the database.
+
+        It reads every table that this role may read once. A table that the journal has, and columns of references of models, are
+        left to `find_held`.
+        """
+        references = [item.column for item in self._ref_columns if item.is_declared]
+        journals = [table for tables in self._journals for table in (tables.intent, tables.reclaim)]
+        try:
+            async with self._snapshot(compiled_cache=None) as connection:  # no statement comes twice
+                found = find_mentions(connection, locations, self._identities, references=references, journals=journals)
+                async with aclosing(found):
+                    async for mention in found:
+                        yield mention
+        except DBAPIError as error:
+            raise _unreadable(error) from error
+
     async def count_by_store(self) -> Counter[tuple[str, str | None]]:
         """Return how many references of the binding's base name which backend and which identity of a store, None for none."""
         counted: Counter[tuple[str, str | None]] = Counter()
@@ -220,13 +238,13 @@ class DatabaseReferences:
         )
 
     @asynccontextmanager
-    async def _snapshot(self) -> AsyncIterator[AsyncConnection]:
+    async def _snapshot(self, **options: Any) -> AsyncIterator[AsyncConnection]:
         """Give a connection on which several statements see the same moment."""
         if self._dialect != "sqlite":
-            async with self._connection(isolation_level="REPEATABLE READ") as connection:
+            async with self._connection(isolation_level="REPEATABLE READ", **options) as connection:
                 yield connection
             return
-        async with self._connection() as connection:
+        async with self._connection(**options) as connection:
             driver: Any = (await connection.get_raw_connection()).driver_connection
             if not driver.in_transaction:  # Python's driver begins none to read
                 await connection.exec_driver_sql("BEGIN")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from granite_storage.gc.join import Reference
+from granite_storage.gc.mentions import Mention
 
 __all__ = ["ReferenceSource"]
 
@@ -32,6 +33,16 @@ class ReferenceSource(Protocol):
 
         Raises:
             CollectionRefusedError: While they are read: something is no reference, or names a backend or a store that is unknown.
+        """
+        ...
+
+    def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
+        """Yield what mentions one of the locations, or could and cannot be looked at, by one look at everything else there is.
+
+        What comes to be mentioned afterwards is not seen, unless it becomes a reference. One may come several times.
+
+        Raises:
+            CollectionRefusedError: Something could not be read.
         """
         ...
 

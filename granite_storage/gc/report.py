@@ -57,7 +57,7 @@ class DanglingReference:
 class GarbageCollectionReport:
     """What a collection has looked at and done, in objects and in bytes.
 
-    Every object scanned is referenced, foreign, young, kept, or an orphan.
+    Every object scanned is referenced, foreign, young, mentioned, kept, or an orphan.
 
     Attributes:
         storage_key: Whose objects.
@@ -71,6 +71,12 @@ class GarbageCollectionReport:
         foreign_bytes: Their bytes.
         young: How many nothing refers to that are not older than the grace period.
         young_bytes: Their bytes.
+        mentioned: How many no reference leads to, but a column that is not one of references has their generated id: in JSON at
+            any depth, in text, or in bytes. They are never deleted.
+        mentioned_bytes: Their bytes.
+        mentions: How many of them each column mentions, by its schema, table and name; the first thousand columns.
+        unseen: The first thousand columns that could mention objects, and could not be looked at, or not in every row: those
+            that this role may not read, those of other servers, and those whose rows row-level security may hide.
         kept: How many nothing referred to at first, but a second look, just before deleting, found a row or an entry of the
             journal that holds them.
         kept_bytes: Their bytes.
@@ -98,6 +104,10 @@ class GarbageCollectionReport:
     foreign_bytes: int = 0
     young: int = 0
     young_bytes: int = 0
+    mentioned: int = 0
+    mentioned_bytes: int = 0
+    mentions: dict[str, int] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
     kept: int = 0
     kept_bytes: int = 0
     orphaned: int = 0

@@ -1,4 +1,4 @@
-"""What a database has itself, whatever the models say: which tables they mean, and which other columns hold JSON.
+"""What a database has itself, whatever the models say: which tables they mean, and which other columns hold JSON or text.
 
 A model says a table's name and perhaps a schema. Which table that is depends on the schema that a connection translates to and on
 the database's own search path; tables of the same name stand in the schemas of other tenants; and a model that was not imported
@@ -14,16 +14,33 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, MetaData, Table, bindparam, text
 
+from granite_storage.locations import GENERATED_ID_LENGTH
 from granite_storage.orm.types import StoredObjectRefType
 
-__all__ = ["FoundColumn", "as_found", "find_json_columns", "find_tables", "resolve"]
+__all__ = ["FoundColumn", "as_found", "find_json_columns", "find_tables", "find_text_columns", "resolve"]
 
 _POSTGRESQL_COLUMNS = text("""
+    WITH RECURSIVE documents(oid) AS (
+        SELECT 'jsonb'::regtype::oid
+        UNION SELECT t.oid FROM pg_type AS t JOIN documents AS d ON d.oid = t.typbasetype WHERE t.typtype = 'd'
+    ), bytes(oid) AS (
+        SELECT 'bytea'::regtype::oid
+        UNION SELECT t.oid FROM pg_type AS t JOIN bytes AS b ON b.oid = t.typbasetype WHERE t.typtype = 'd'
+    ), texts(oid) AS (
+        SELECT oid FROM pg_type
+        WHERE typtype = 'c' OR typtype = 'b' AND (
+            typcategory = 'S' AND typlen = -1 OR typname IN ('json', 'jsonb', 'jsonpath', 'xml', 'hstore')
+        )
+        UNION SELECT t.oid FROM pg_type AS t JOIN texts AS x
+        ON x.oid = CASE WHEN t.typtype = 'd' THEN t.typbasetype WHEN t.typcategory = 'A' THEN t.typelem END
+    )
     SELECT n.nspname, c.relname, a.attname,
-        has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'), c.relkind = 'f'
+        has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'), c.relkind = 'f',
+        a.atttypid IN (SELECT oid FROM documents), row_security_active(c.oid), a.atttypid IN (SELECT oid FROM bytes)
     FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE a.atttypid = 'jsonb'::regtype AND a.attnum > 0 AND NOT a.attisdropped
-        AND c.relkind IN ('r', 'p', 'f', 'm') AND NOT c.relispartition
+    WHERE (a.atttypid IN (SELECT oid FROM texts) OR a.atttypid IN (SELECT oid FROM bytes)) AND a.attnum > 0 AND NOT a.attisdropped
+        AND NOT (a.atttypid IN ('varchar'::regtype, 'bpchar'::regtype) AND a.atttypmod BETWEEN 4 AND 3 + :shortest)
+        AND c.relkind IN ('r', 'p', 'f', 'm') AND NOT c.relispartition AND c.relispopulated
         AND n.nspname <> 'information_schema' AND left(n.nspname, 3) <> 'pg_'
     ORDER BY 1, 2, 3
 """)
@@ -38,15 +55,20 @@ _POSTGRESQL_RESOLVED = text("""
     WHERE c.oid = to_regclass(:name)
 """)
 _MARIADB_COLUMNS = text("""
-    SELECT c.table_schema, c.table_name, c.column_name, c.privileges LIKE '%select%', 0
+    SELECT c.table_schema, c.table_name, c.column_name, c.privileges LIKE '%select%', 0, c.data_type IN ('json', 'longtext'), 0,
+        c.data_type LIKE '%blob' OR c.data_type LIKE '%binary'
     FROM information_schema.columns AS c
     JOIN information_schema.tables AS t ON t.table_schema = c.table_schema AND t.table_name = c.table_name
-    WHERE c.data_type IN ('json', 'longtext') AND t.table_type = 'BASE TABLE'
+    WHERE (c.data_type IN ('json', 'longtext', 'mediumtext', 'text', 'tinytext')
+            OR c.data_type IN ('blob', 'mediumblob', 'longblob', 'tinyblob')
+            OR c.data_type IN ('varchar', 'char', 'varbinary', 'binary') AND c.character_maximum_length >= :shortest)
+        AND t.table_type IN ('BASE TABLE', 'SYSTEM VERSIONED')
         AND c.table_schema NOT IN ('information_schema', 'mysql', 'performance_schema', 'sys')
     ORDER BY 1, 2, 3
 """)
 _MARIADB_TABLES = text("""
-    SELECT table_schema, table_name FROM information_schema.tables WHERE table_name IN :names AND table_type = 'BASE TABLE'
+    SELECT table_schema, table_name FROM information_schema.tables
+    WHERE table_name IN :names AND table_type IN ('BASE TABLE', 'SYSTEM VERSIONED')
     ORDER BY 1, 2
 """).bindparams(bindparam("names", expanding=True))
 _MARIADB_RESOLVED = text("""
@@ -57,7 +79,7 @@ _MARIADB_RESOLVED = text("""
 
 @dataclass(frozen=True, slots=True)
 class FoundColumn:
-    """A column of JSON that the database has.
+    """A column that the database has, of a type that can hold text or bytes.
 
     Attributes:
         schema: The schema, as the database calls it.
@@ -65,6 +87,10 @@ class FoundColumn:
         name: The column.
         is_readable: Whether this role may read it.
         is_foreign: Whether its rows are on another server.
+        is_json: Whether it is of JSON into which SQL can look, whatever a value is. PostgreSQL's `json` is not: it holds texts
+            that fail as `jsonb`.
+        is_partial: Whether row-level security may hide rows from this role.
+        is_binary: Whether it is of bytes; on SQLite, where any column can hold some, it is false.
     """
 
     schema: str
@@ -72,18 +98,37 @@ class FoundColumn:
     name: str
     is_readable: bool = True
     is_foreign: bool = False
+    is_json: bool = True
+    is_partial: bool = False
+    is_binary: bool = False
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        return f"{self.schema}.{self.table}.{self.name}"
 
 
 def find_json_columns(connection: Connection) -> list[FoundColumn]:
     """Return every column of JSON in the tables of every schema that the database shows this role, but its own ones."""
+    return [column for column in find_text_columns(connection) if column.is_json]
+
+
+def find_text_columns(connection: Connection) -> list[FoundColumn]:
+    """Return every column that can hold a generated id as text, JSON and bytes included, in the tables of every schema.
+
+    Those are, on PostgreSQL, columns of text, JSON, XML and hstore, of arrays and composite types of them, of bytes, and of
+    domains over any of them; on MariaDB those of text, JSON and bytes; on SQLite, where any column can hold any of it, all but
+    generated ones. Columns that are too short are left out, and virtual tables of SQLite, which keep what they have in others.
+    """
+    shortest = {"shortest": GENERATED_ID_LENGTH}
     match connection.dialect.name:
         case "postgresql":
-            rows: Iterable[Any] = connection.execute(_POSTGRESQL_COLUMNS)
+            rows: Iterable[Any] = connection.execute(_POSTGRESQL_COLUMNS, shortest)
         case "sqlite":
             rows = [row for schema in _attached(connection) for row in _sqlite_columns(connection, schema)]
         case _:
-            rows = connection.execute(_MARIADB_COLUMNS)
-    return [FoundColumn(schema, table, name, bool(readable), bool(foreign)) for schema, table, name, readable, foreign in rows]
+            rows = connection.execute(_MARIADB_COLUMNS, shortest)
+    return [FoundColumn(schema, table, name, *map(bool, facts)) for schema, table, name, *facts in rows]
 
 
 def find_tables(connection: Connection, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -146,13 +191,16 @@ def _attached(connection: Connection) -> list[str]:
     return sorted(names, key=lambda name: name != "temp")
 
 
-def _sqlite_columns(connection: Connection, schema: str) -> list[tuple[str, str, str, bool, bool]]:
+def _sqlite_columns(connection: Connection, schema: str) -> list[tuple[Any, ...]]:
     quoted = connection.dialect.identifier_preparer.quote(schema)
-    statement = (
-        f"SELECT m.name, c.name FROM {quoted}.sqlite_master AS m, pragma_table_info(m.name, :schema) AS c"  # noqa: S608  # quoted
-        " WHERE m.type = 'table' AND upper(c.type) LIKE '%JSON%' ORDER BY 1, 2"
-    )
-    return [(schema, *row, True, False) for row in connection.execute(text(statement), {"schema": schema})]
+    statement = f"""
+        SELECT m.name, c.name, upper(c.type) LIKE '%JSON%'
+        FROM {quoted}.sqlite_master AS m, pragma_table_info(m.name, :schema) AS c
+        WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite~_%' ESCAPE '~' AND m.sql NOT LIKE 'CREATE VIRTUAL TABLE%'
+        ORDER BY 1, 2
+    """  # noqa: S608  # quoted
+    rows = connection.execute(text(statement), {"schema": schema})
+    return [(schema, table, name, True, False, is_json, False, False) for table, name, is_json in rows]
 
 
 def _has_sqlite_table(connection: Connection, schema: str, name: str) -> bool:

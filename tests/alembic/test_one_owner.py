@@ -111,6 +111,23 @@ def test_the_second_column_gets_a_copy(op: Operations, tmp_path: Path) -> None:
     assert locations(op, "photo_file") == ["cat.png"] != locations(op, "thumb_file")
 
 
+@pytest.mark.case("RE-03", "RA-07")
+def test_the_owner_comes_after_a_hundred_values_that_are_none(op: Operations, tmp_path: Path) -> None:
+    """A table that no model has owns an object, and nothing among its first rows shows that it holds references."""
+    (tmp_path / "cat.png").write_bytes(b"cat")
+    storage = storage_of(local=LocalStorageBackend(tmp_path, fsync=False))
+    insert(op, id=1, photo="cat.png")
+    assert convert(op, storage, "photo", PlainPath("local")) == (1, 0, 0)
+    connection = op.get_bind()
+    connection.execute(sa.text("CREATE TABLE audit (id INT, old JSON)"))
+    connection.execute(sa.text("INSERT INTO audit VALUES (:id, '{}')"), [{"id": number} for number in range(150)])
+    connection.execute(sa.text("INSERT INTO audit SELECT 1000, photo_file FROM page"))
+    connection.execute(sa.text("UPDATE page SET photo_file = NULL, photo = NULL, thumb = 'cat.png'"))
+    connection.commit()
+    assert convert(op, storage, "thumb", PlainPath("local")) == (0, 1, 0)
+    assert locations(op, "thumb_file") != ["cat.png"]
+
+
 @pytest.mark.case("RE-03", "RA-01")
 def test_two_keys_for_one_place_have_one_owner(op: Operations, tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(b"cat")

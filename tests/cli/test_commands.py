@@ -5,9 +5,11 @@ Commands run in this process; those that a signal ends, and one whose reader goe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import time
 from pathlib import Path
 
@@ -194,6 +196,18 @@ class TestGc:
         assert len(shop.files("old")) == 3
         assert shop.run("verify").code == 0
         assert shop.run("gc", "--yes").code == 0
+
+    def test_what_is_only_mentioned(self, plain_shop: Shop) -> None:
+        plain_shop.fill(3)
+        with contextlib.closing(sqlite3.connect(plain_shop.folder / "shop.db")) as connection:
+            connection.execute("CREATE TABLE note AS SELECT file AS text FROM shop_document WHERE id = 1")
+            connection.execute("DELETE FROM shop_document WHERE id = 1")
+            connection.commit()
+        answer = plain_shop.run("gc", "--yes", "--grace", "0s", "--max-share", "1")
+        assert answer.code == 0, answer.err
+        assert "mentioned   1" in answer.out
+        assert "kept: main.note.text mentions 1 of them" in answer.out
+        assert len(plain_shop.files("old")) == 3
 
     def test_young_ones_stay(self, plain_shop: Shop) -> None:
         plain_shop.fill(3)

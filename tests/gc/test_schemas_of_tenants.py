@@ -385,3 +385,32 @@ async def test_a_schema_that_the_role_may_not_read(postgres_only: Database) -> N
             await tenants.sql(f"DROP SCHEMA IF EXISTS {name} CASCADE")
         await tenants.sql(f"DROP ROLE IF EXISTS {role}")
         await engine.dispose()
+
+
+@pytest.mark.case("RA-07")
+@pytest.mark.parametrize("table", ["tenant_letter_old", "old_letters"])
+async def test_a_copy_in_a_schema_without_a_table_of_a_model(tenants: Tenants, table: str) -> None:
+    """A tenant's table was renamed, or rows were put away elsewhere."""
+    one, other = tenants.names
+    await tenants.add(Letter, one, 1)
+    location = await tenants.add(Letter, one, 2)
+    await tenants.sql(f"DROP TABLE {other}.tenant_letter")
+    await tenants.sql(f"DROP TABLE {other}.tenant_stamp")
+    await tenants.sql(f"CREATE TABLE {other}.{table} AS SELECT * FROM {one}.tenant_letter WHERE id = 2")  # noqa: S608
+    await tenants.sql(f"DELETE FROM {one}.tenant_letter WHERE id = 2")  # noqa: S608
+    orphan = await tenants.orphan()
+    report = await tenants.collect(Base, one)
+    assert location in await tenants.locations()
+    assert orphan.location not in await tenants.locations()
+    assert (report.mentions, report.deleted) == ({f"{other}.{table}.file": 1}, 1)
+
+
+@pytest.mark.case("RA-07")
+async def test_a_table_of_the_same_name_that_nests_references(tenants: Tenants) -> None:
+    """It is another application's, or of an earlier version: no value of it is a reference as it is."""
+    one, other = tenants.names
+    await tenants.add(Letter, one, 1)
+    live = await tenants.orphan()
+    await tenants.insert(other, "tenant_letter", 1, json.dumps({"files": [live.to_dict()]}))
+    report = await tenants.collect(Base, one)
+    assert (report.mentions, report.deleted) == ({f"{other}.tenant_letter.file": 1}, 0)

@@ -1,0 +1,202 @@
+"""Objects that something mentions which is not known to hold references: JSON that nests them, text, a copy of a table.
+
+An application may keep refs as JSON of its own, an audit may note old rows, and a person may have copied a table. None of it
+can be read as a column of references, but what leads to an object has its generated id, 32 hex digits that no other object has,
+in whatever form. So every column that can hold text or bytes is asked for values of that form, once in a run, and what it
+mentions is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    LargeBinary,
+    MetaData,
+    Select,
+    Table,
+    Text,
+    case,
+    cast,
+    false,
+    func,
+    literal_column,
+    or_,
+    select,
+)
+
+from granite_storage._concurrency import finished
+from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id
+from granite_storage.orm._batches import batches
+from granite_storage.orm.discovery import FoundColumn, find_text_columns
+from granite_storage.orm.held import as_text
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+__all__ = ["Mention", "find_mentions"]
+
+_COLUMNS_AT_A_TIME = 100
+_ROWS_AT_A_TIME = 200
+_LONGEST_BYTES = 16 * 1024
+"""How long a value of bytes may be that is looked at: a longer one is hardly a note about an object."""
+_RUN = re.compile(rf"[0-9a-f]{{{GENERATED_ID_LENGTH},}}")
+_STEM = re.compile(rf"(?=({GENERATED_STEM}))")
+
+_TAIL_AS_GLOB = "*7" + "[0-9a-f]" * 3 + "[89ab]" + "[0-9a-f]" * 15 + "*"
+_TAIL_IN_HEX = "*37" + "[36][0-9]" * 3 + "[36][1289]" + "[36][0-9]" * 15 + "*"
+"""How a generated id goes on after its time, as text and as the digits of its bytes.
+
+A literal character at the beginning makes SQLite several times as fast.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """What was seen in a column.
+
+    Attributes:
+        column: Its schema, its table and its name.
+        locations: Those of the objects in question that it mentions.
+        is_seen: Whether every row of it could be looked at.
+    """
+
+    column: str
+    locations: frozenset[str] = frozenset()
+    is_seen: bool = True
+
+
+async def find_mentions(
+    connection: AsyncConnection,
+    locations: Sequence[str],
+    identities: Sequence[str] | None,
+    *,
+    references: Sequence[Column[Any]],
+    journals: Sequence[Table],
+) -> AsyncGenerator[Mention, None]:
+    """Yield what the columns of a database mention, and, with nothing, each that was looked at, so that a caller can stop.
+
+    Args:
+        connection: A connection, all of whose statements see the same moment.
+        locations: The objects in question. One without a generated id is not found: its name is not the library's.
+        identities: Those that the store of the objects answers to; None where it knows none.
+        references: Columns of references, which are left out. In tables of the same name in other schemas, such as those of
+            another installation, references that say that they are of another store are passed over.
+        journals: Tables that are left out.
+    """
+    wanted: dict[str, list[str]] = {}
+    for location in locations:
+        if (found := generated_id(location)) is not None:
+            wanted.setdefault(found, []).append(location)
+    left_out = {(str(column.table.schema), column.table.name, column.name) for column in references}
+    names = {(table, name) for _, table, name in left_out}
+    tables_left_out = {(str(table.schema), table.name) for table in journals}
+    columns = [
+        item
+        for item in await connection.run_sync(find_text_columns)
+        if (item.schema, item.table) not in tables_left_out and (item.schema, item.table, item.name) not in left_out
+    ]
+    for item in columns:
+        if item.is_partial or item.is_foreign or not item.is_readable:
+            yield Mention(item.label, is_seen=False)
+    readable = [item for item in columns if item.is_readable and not item.is_foreign]
+    for _, of_table in groupby(readable, key=lambda item: (item.schema, item.table)):
+        for some in batches(list(of_table), _COLUMNS_AT_A_TIME):
+            async with _let_go_of(connection):
+                result = await connection.stream(_selected(some, connection.dialect.name))
+                try:
+                    async for page in result.partitions():
+                        for number, item in enumerate(some):
+                            stated = identities if (item.table, item.name) in names else None
+                            texts = [row[number] for row in page if row[number] is not None]
+                            ids = await finished(asyncio.to_thread(_mentioned_in, texts, wanted.keys(), stated))
+                            if ids:
+                                yield Mention(item.label, frozenset(place for found in ids for place in wanted[found]))
+                finally:
+                    await result.close()
+            yield Mention(some[0].label)
+
+
+def _selected(columns: Sequence[FoundColumn], dialect: str) -> Select[*tuple[Any, ...]]:
+    """Select the values of columns of one table that mention anything, and NULL for the others of such a row."""
+    first = columns[0]
+    table = Table(
+        first.table,
+        MetaData(),
+        *(Column(item.name, LargeBinary() if item.is_binary else Text()) for item in columns),
+        schema=first.schema,
+    )
+    texts = [(_value(table.c[item.name], item, dialect), _mentions(table.c[item.name], item, dialect)) for item in columns]
+    found = select(*(case((is_one, text)).label(f"text_{number}") for number, (text, is_one) in enumerate(texts)))
+    return found.where(or_(*(is_one for _, is_one in texts))).execution_options(yield_per=_ROWS_AT_A_TIME)
+
+
+def _value(column: Column[Any], item: FoundColumn, dialect: str) -> ColumnElement[Any]:
+    if item.is_binary:
+        return column
+    return cast(column, LargeBinary if dialect == "sqlite" else Text())
+
+
+def _mentions(column: Column[Any], item: FoundColumn, dialect: str) -> ColumnElement[bool]:
+    if dialect == "sqlite":
+        as_text = column.op("GLOB", is_comparison=True)(_TAIL_AS_GLOB)  # of bytes, up to the first one that is zero
+        as_bytes = case((func.length(column) <= _LONGEST_BYTES, func.hex(column).op("GLOB")(_TAIL_IN_HEX)), else_=false())
+        kind = func.typeof(column)
+        return case((kind == "text", as_text), (kind == "blob", or_(as_text, as_bytes)), else_=false())
+    value: ColumnElement[Any] = column
+    if dialect == "postgresql":
+        value = func.encode(column, "escape") if item.is_binary else cast(column, Text())
+    elif item.is_binary:
+        value = func.convert(column.op("USING")(literal_column("latin1")))
+    is_one = value.op("~" if dialect == "postgresql" else "REGEXP", is_comparison=True)(GENERATED_STEM)
+    return case((func.octet_length(column) <= _LONGEST_BYTES, is_one), else_=false()) if item.is_binary else is_one
+
+
+def _mentioned_in(texts: Sequence[str | bytes], wanted: Collection[str], identities: Collection[str] | None) -> set[str]:
+    """Return which of the ids the texts mention, apart from references to another store than that of the identities, if any."""
+    found: set[str] = set()
+    for text in map(as_text, texts):
+        ids = {one for one in _ids_in(text) if one in wanted}
+        if ids and (identities is None or not _is_elsewhere(text, identities)):
+            found |= ids
+    return found
+
+
+def _ids_in(text: str) -> Iterator[str]:
+    """Yield what has the form of a generated id, also within more hex digits, as after an escaped slash."""
+    for run in _RUN.findall(text):
+        yield from _STEM.findall(run)
+
+
+def _is_elsewhere(text: str, identities: Collection[str]) -> bool:
+    """Tell whether a value is a reference that says that it is of another store."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(value, dict) or not isinstance(value.get("location"), str):
+        return False
+    identity = value.get("identity")
+    return isinstance(identity, str) and identity not in identities
+
+
+@asynccontextmanager
+async def _let_go_of(connection: AsyncConnection) -> AsyncIterator[None]:
+    """Give up the lock of a table once it was read: PostgreSQL has a bounded number of those, and ALTER TABLE waits."""
+    if connection.dialect.name == "sqlite":
+        yield
+        return
+    nested = await connection.begin_nested()
+    try:
+        yield
+    finally:
+        await nested.rollback()

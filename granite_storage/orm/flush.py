@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from sqlalchemy import Column, Connection, Table
 from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
+from sqlalchemy.orm.attributes import NO_VALUE
 from sqlalchemy.orm.unitofwork import UOWTransaction
 from sqlalchemy.util import await_only
 
@@ -70,7 +71,7 @@ class Change:
 
     def replace(self, value: Attachment) -> None:
         """Give the instance another value than the one that was assigned."""
-        setattr(self.state.obj(), self.slot.key, value)
+        _put(self.state, self.slot.key, value)
         self.value = value
 
 
@@ -97,12 +98,23 @@ def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
     return Change(state, slot, _require_attachment(value, slot), old)
 
 
+def _put(state: InstanceState[Any], key: str, value: Any) -> None:
+    """Give an instance a value that a statement of the flush is to write, and that the application has not assigned.
+
+    It is in the history of the attribute like any other. Validators and listeners of the application do not see it: they could
+    refuse it, or put another value in its place, and they were asked for the value that it stands for.
+    """
+    # What an assignment does, but for its events; the public functions lose the history, or call the listeners.
+    state._modified_event(state.dict, state.manager[key].impl, state.dict.get(key, NO_VALUE))
+    state.dict[key] = value
+
+
 def _default(state: InstanceState[Any], slot: Slot) -> Any:
     """Give a new instance the default of its column, as the INSERT would."""
     default: Any = slot.column.default
     value = default.arg(_NoContext(slot.home.label))
     if value is not None:
-        setattr(state.obj(), slot.key, value)
+        _put(state, slot.key, value)
     return value
 
 
@@ -135,7 +147,7 @@ def vacate(state: InstanceState[Any]) -> None:
     """
     for slot in slots_of(state.mapper):
         if slot.key not in state.dict:
-            setattr(state.obj(), slot.key, None)
+            _put(state, slot.key, None)
 
 
 def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletions: Sequence[InstanceState[Any]]) -> None:
@@ -205,13 +217,18 @@ def _place_of(ref: StoredObjectRef) -> tuple[str, str]:
 def _still_leaves(displaced: Displacement, context: UOWTransaction) -> bool:
     """Tell whether a flush is still about to take a ref out of its row, by the state of the row's instance."""
     state = displaced.state
-    if state is None or state not in context.states:
+    if state is None or state not in context.states or not _is_of_row(state, displaced.held):
         return False
     is_deleted, is_listed_only = context.states[state]
     if is_deleted:
         return not is_listed_only
     keys = [slot.key for slot in slots_of(state.mapper) if slot.column is displaced.held.column]
     return any(_has_left(state, key, displaced.held.ref) for key in keys)
+
+
+def _is_of_row(state: InstanceState[Any], held: HeldRef) -> bool:
+    """Tell whether an instance still stands for the row that held a ref: a listener may have made another row of it."""
+    return state.key is not None and primary_key_of(state, held.table) == held.primary_key
 
 
 def _has_left(state: InstanceState[Any], key: str, ref: StoredObjectRef) -> bool:
@@ -503,7 +520,7 @@ def _primary_key_value(state: InstanceState[Any], column: Any) -> Any:
         except Exception:  # noqa: BLE001  # a default that needs the statement's context is computed by the INSERT
             return None
     if value is not None:
-        setattr(state.obj(), key, value)
+        _put(state, key, value)
     return value
 
 

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select
+from sqlalchemy import delete, event, insert, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session, make_transient, sessionmaker
+from sqlalchemy.orm import ORMExecuteState, Session, make_transient, sessionmaker
 from sqlalchemy.orm.attributes import get_history
 
-from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.exceptions import InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import Attachment
-from tests.orm.environment import Child, Doc, Note, OrmEnvironment, Parent, file
+from tests.orm.environment import Child, Doc, Note, OrmEnvironment, Parent, Person, file
 
 
 class OwnSession(Session):
@@ -461,6 +461,82 @@ class TestAttributes:
                 session.add(Doc(id=1, file=file("c")))
         assert not seen
         await env.check(file_1="c")
+
+
+Rewriting = Callable[[Any], Any]
+
+# What a listener may make of a bulk statement on one class: one on other rows, or on another class.
+REWRITINGS: dict[str, Rewriting] = {
+    "other rows": lambda _: delete(Doc).where(Doc.id == 2),
+    "more rows": lambda _: delete(Doc).where(Doc.id < 3),
+    "an update of the rows": lambda _: update(Doc).where(Doc.id == 2).values(file=None),
+    "an update of another class": lambda _: update(Note).where(Note.id == 1).values(scan=None),
+    "a table": lambda _: delete(Doc.__table__).where(Doc.__table__.c.id == 2),
+}
+
+
+class TestBulkStatements:
+    @everywhere
+    @pytest.mark.parametrize("given", ["delete", "update", "insert", "another class"])
+    @pytest.mark.parametrize("rewriting", REWRITINGS)
+    async def test_statement_replaced(self, env: OrmEnvironment, where: str, given: str, rewriting: str) -> None:
+        def replace(state: ORMExecuteState) -> None:
+            if state.is_insert or state.is_update or state.is_delete:
+                state.statement = REWRITINGS[rewriting](state.statement)
+
+        statements: dict[str, Any] = {
+            "delete": delete(Doc).where(Doc.id == 1),
+            "update": update(Doc).where(Doc.id == 1).values(file=None),
+            "insert": insert(Doc).values(id=3),
+            "another class": delete(Person).where(Person.id == 1),
+        }
+        await env.add(*(Doc(id=number, file=file(str(number))) for number in (1, 2)), Note(id=1, scan=file("n")))
+        async with session_with(env, where, replace, "do_orm_execute") as session:
+            await session.execute(statements[given])
+        left = {("doc", 1, "file"): b"1", ("doc", 2, "file"): b"2", ("note", 1, "scan_ref"): b"n"}
+        if rewriting == "an update of another class":
+            del left[("note", 1, "scan_ref")]
+        else:
+            del left[("doc", 2, "file")]
+        if rewriting == "more rows":
+            del left[("doc", 1, "file")]
+        await env.check()
+        assert await env.contents() == left
+
+    @everywhere
+    async def test_statement_invoked_by_the_listener(self, env: OrmEnvironment, where: str) -> None:
+        def invoke(state: ORMExecuteState) -> Any:
+            if not state.is_delete:
+                return None
+            state.invoke_statement(delete(Note).where(Note.id == 1))
+            return state.invoke_statement(delete(Doc).where(Doc.id == 2))
+
+        await env.add(*(Doc(id=number, file=file(str(number))) for number in (1, 2)), Note(id=1, scan=file("n")))
+        async with session_with(env, where, invoke, "do_orm_execute") as session:
+            await session.execute(delete(Doc).where(Doc.id == 1))
+        await env.check(file_1="1")
+
+    @everywhere
+    async def test_listener_is_called_once(self, env: OrmEnvironment, where: str) -> None:
+        seen: list[Any] = []
+        await env.add(Doc(id=1, file=file("a")))
+        async with session_with(env, where, lambda state: seen.append(state.is_delete), "do_orm_execute") as session:
+            result = await session.execute(delete(Doc).where(Doc.id == 1).returning(Doc.id))
+            assert result.scalars().all() == [1]
+        assert seen == [True]
+        await env.check()
+
+    @everywhere
+    async def test_forbidden_statement_in_the_place_of_another(self, env: OrmEnvironment, where: str) -> None:
+        def replace(state: ORMExecuteState) -> None:
+            if state.is_delete:
+                state.statement = update(Doc).values(file=Doc.other)
+
+        await env.add(Doc(id=1, file=file("a"), other=file("b")))
+        with pytest.raises(InvalidReferenceError, match="None only"):
+            async with session_with(env, where, replace, "do_orm_execute") as session:
+                await session.execute(delete(Person))
+        await env.check(file_1="a", other_1="b")
 
 
 KEEPING = {

@@ -17,6 +17,7 @@ from sqlalchemy.util import await_only
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._registry import binding_for, find_binding
+from granite_storage.orm.assignment import require_sound
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Slot, primary_key_of, slots_of
 from granite_storage.orm.greenlets import require_async
@@ -81,7 +82,11 @@ UNKNOWN = object()
 
 def changes_of(states: Iterable[InstanceState[Any]]) -> list[Change]:
     """Return the attachment attributes of new and changed instances that a flush will write."""
-    return [change for state in states for slot in slots_of(state.mapper) if (change := _change(state, slot)) is not None]
+    changes = [change for state in states for slot in slots_of(state.mapper) if (change := _change(state, slot)) is not None]
+    for change in changes:
+        if change.value is not None:
+            require_sound(change.state.mapper)
+    return changes
 
 
 def _change(state: InstanceState[Any], slot: Slot) -> Change | None:

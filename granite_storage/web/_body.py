@@ -42,6 +42,10 @@ _PARAMETER = re.compile(
     rb"))?[ \t]*(?=;|\Z)",
     re.DOTALL,
 )
+# A token, and a quoted string, of RFC 9110, section 5.6; neither goes back over what it has taken.
+_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+_QUOTED = r'"(?:[ !#-\[\]-~]|\\[ -~])*+"'
+_MEDIA_TYPE = re.compile(rf"{_WORD}/{_WORD}(?:[ \t]*;[ \t]*(?:{_WORD}=(?:{_WORD}|{_QUOTED}))?)*+")
 _LINE_ENDS = ((b"%0D", b"\r"), (b"%0d", b"\r"), (b"%0A", b"\n"), (b"%0a", b"\n"))
 
 
@@ -96,11 +100,19 @@ def media_type_of(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
 
 
 def content_type_to_keep(given: str) -> str | None:
-    """Return the media type that a client gives a file, as it will be kept; None where it gives none."""
+    """Return the media type that a client gives a file, as it will be kept; None where it gives none.
+
+    Raises:
+        MalformedRequestError: It is not one media type (RFC 9110, section 8.3.1), or is too long to be kept.
+    """
     given = given.strip(" \t")
-    if not (given.isascii() and given.isprintable() and len(given) <= _LONGEST_KEPT):
-        raise MalformedRequestError("the Content-Type of a file is not a media type")
-    return given or None
+    if not given:
+        return None
+    if len(given) > _LONGEST_KEPT or not given.isprintable() or _MEDIA_TYPE.fullmatch(given) is None:
+        raise MalformedRequestError(
+            f"the Content-Type of a file is not a media type, such as 'image/png' or 'text/plain; charset=utf-8': {given!r:.80}"
+        )
+    return given
 
 
 def parse_parameters(header: bytes, *, is_of_form: bool = False) -> tuple[bytes, dict[bytes, bytes]]:

@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 from sqlalchemy import Column, Connection, Table
-from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
-from sqlalchemy.orm.attributes import NO_VALUE
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper, PassiveFlag, Session
 from sqlalchemy.orm.unitofwork import UOWTransaction
 from sqlalchemy.util import await_only
 
@@ -110,7 +109,7 @@ def _put(state: InstanceState[Any], key: str, value: Any) -> None:
     refuse it, or put another value in its place, and they were asked for the value that it stands for.
     """
     # What an assignment does, but for its events; the public functions lose the history, or call the listeners.
-    state._modified_event(state.dict, state.manager[key].impl, state.dict.get(key, NO_VALUE))
+    state._modified_event(state.dict, state.manager[key].impl, state.dict.get(key, LoaderCallableStatus.NO_VALUE))
     state.dict[key] = value
 
 

@@ -10,6 +10,7 @@ from contextlib import aclosing
 
 from starlette.requests import Request
 
+from granite_storage.drafts import is_media_type
 from granite_storage.web.exceptions import MalformedRequestError, UnsupportedRequestError
 from granite_storage.web.limits import UploadLimits
 
@@ -27,7 +28,6 @@ __all__ = [
 _PIECE = 64 * 1024
 _TURN_SECONDS = 0.005
 _LONGEST_CONTENT_TYPE = 1024
-_LONGEST_KEPT = 255
 _MOST_PARAMETERS = 16
 _MOST_ESCAPES = 256  # the longest file name has fewer characters
 
@@ -42,10 +42,6 @@ _PARAMETER = re.compile(
     rb"))?[ \t]*(?=;|\Z)",
     re.DOTALL,
 )
-# A token, and a quoted string, of RFC 9110, section 5.6; neither goes back over what it has taken.
-_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
-_QUOTED = r'"(?:[ !#-\[\]-~]|\\[ -~])*+"'
-_MEDIA_TYPE = re.compile(rf"{_WORD}/{_WORD}(?:[ \t]*;[ \t]*(?:{_WORD}=(?:{_WORD}|{_QUOTED}))?)*+")
 _LINE_ENDS = ((b"%0D", b"\r"), (b"%0d", b"\r"), (b"%0A", b"\n"), (b"%0a", b"\n"))
 
 
@@ -108,7 +104,7 @@ def content_type_to_keep(given: str) -> str | None:
     given = given.strip(" \t")
     if not given:
         return None
-    if len(given) > _LONGEST_KEPT or not given.isprintable() or _MEDIA_TYPE.fullmatch(given) is None:
+    if not is_media_type(given):
         raise MalformedRequestError(
             f"the Content-Type of a file is not a media type, such as 'image/png' or 'text/plain; charset=utf-8': {given!r:.80}"
         )

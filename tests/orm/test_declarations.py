@@ -143,7 +143,10 @@ class TestDefaults:
             pass
 
         def declare() -> None:
-            type("Row", (Own,), {"__tablename__": "row", "id": Column(type_=Shop.id.type, primary_key=True), "file": make()})
+            attributes = {"__tablename__": "row", "id": Column(type_=Shop.id.type, primary_key=True), "file": make()}
+            declared.append(type("Row", (Own,), attributes))
+
+        declared: list[type] = []  # or the class could be gone before its mapper is configured
 
         if bound == "after":
             declare()
@@ -248,9 +251,10 @@ class TestMessages:
                 "id": mapped_column(Shop.id.type, primary_key=True),
                 "file": attachment("documents"),
             }
-            type("Row", (Own,), attributes)
+            declared.append(type("Row", (Own,), attributes))
             configure_mappers()
 
+        declared: list[type] = []  # or the class could be gone before its mapper is configured
         binding = bind_storage(Own, manager)
         with pytest.raises((ConfigurationError, InvalidRequestError), match=r"Row\.file is annotated as several"):
             declare()

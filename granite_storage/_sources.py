@@ -8,9 +8,10 @@ import inspect
 import io
 import logging
 import os
+import re
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping, Set
 from contextlib import aclosing, asynccontextmanager
 from contextvars import copy_context
 from typing import Any, Protocol, TypeAlias, TypeGuard
@@ -57,6 +58,7 @@ class SupportsAsyncRead(Protocol):
 ByteSource: TypeAlias = SupportsRead | SupportsAsyncRead | AsyncIterable[BytesLike] | Iterable[BytesLike] | BytesLike
 """Anything that bytes can be streamed from."""
 
+_ONLY_WRITTEN = re.compile(r"[wax][bt]?|[bt][wax]")
 _TURN_SECONDS = 0.01
 _PATIENCE = 5.0
 
@@ -74,21 +76,57 @@ def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
             or bytes. A chunk may be a buffer that the producer uses again once the next chunk is asked for.
 
     Raises:
-        TypeError: It is none of these, or a text stream; raised later when it yields something other than bytes.
+        TypeError: It is none of these, a text stream, a file that is only written, or a set or mapping, whose order says nothing;
+            raised later when it yields something other than bytes.
     """
     if isinstance(source, bytes | bytearray):
         return _only(source)
     if isinstance(source, str | io.TextIOBase):
         raise TypeError(f"a stream must be binary, but {type(source).__name__} is text; open the file with mode 'rb'")
     if is_file(source):
+        _require_readable(source)
         return WholeFile(source).chunks() if hasattr(source, "filename") else _read(source)
     if isinstance(source, AsyncIterable):
         return _iterate_async(source)
     if _is_buffer(source):
         return _only(memoryview(source))
+    if isinstance(source, Set | Mapping):
+        raise TypeError(f"a stream has an order, but {type(source).__name__} has none: give a list of its chunks")
     if isinstance(source, Iterable):
         return _iterate_in_thread(source)
     raise TypeError(f"a stream must have read() or be an iterable of bytes, but is {type(source).__name__}")
+
+
+def _require_readable(file: Any) -> None:
+    """Refuse what has a `read` that cannot give a stream, before anything is read."""
+    kind = type(file).__name__
+    if _is_only_written(file):
+        raise TypeError(f"a stream is read, but {kind} is open for writing and cannot be read: open the file with mode 'rb'")
+    if not _takes_size(file.read):
+        raise TypeError(
+            f"a stream is read in pieces, but read() of {kind} takes no size: give what yields its bytes, such as"
+            " response.aiter_bytes() of httpx or response.content of aiohttp"
+        )
+
+
+def _is_only_written(file: Any) -> bool:
+    if isinstance(file, io.IOBase) and not file.closed:
+        # One that says nothing of itself is neither readable nor writable.
+        return file.writable() and not file.readable()
+    mode = getattr(file, "mode", None)
+    return isinstance(mode, str) and _ONLY_WRITTEN.fullmatch(mode) is not None
+
+
+def _takes_size(read: Callable[..., Any]) -> bool:
+    try:
+        signature = inspect.signature(read)
+    except (TypeError, ValueError):  # not everything that is written in C has one
+        return True
+    try:
+        signature.bind(CHUNK_SIZE)
+    except TypeError:
+        return False
+    return True
 
 
 async def _only(content: BytesLike) -> AsyncGenerator[BytesLike, None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,9 +13,13 @@ from granite_storage.locations import clean_filename, make_location
 from granite_storage.policies import StoragePolicy
 from granite_storage.refs import ReadOnlyDict, StoredObjectRef, canonical_timestamp, read_only
 
-__all__ = ["ObjectDraft", "upload_names"]
+__all__ = ["ObjectDraft", "is_media_type", "upload_names"]
 
 _LONGEST_CONTENT_TYPE = 255
+# A token, and a quoted string, of RFC 9110, section 5.6; neither goes back over what it has taken.
+_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+_QUOTED = r'"(?:[ !#-\[\]-~]|\\[ -~])*+"'
+_MEDIA_TYPE = re.compile(rf"{_WORD}/{_WORD}(?:[ \t]*;[ \t]*(?:{_WORD}=(?:{_WORD}|{_QUOTED}))?)*+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,7 @@ class ObjectDraft:
 def upload_names(source: object) -> tuple[str | None, str | None]:
     """Return the file name and the media type that an upload says of itself, None for what it does not say.
 
-    A client may send anything as a media type: what cannot be kept is as good as none.
+    A client may send anything as a media type: what is none, or cannot be kept, is left out.
     """
     content_type = getattr(source, "content_type", None)
     is_named = hasattr(source, "filename")
@@ -96,14 +101,19 @@ def upload_names(source: object) -> tuple[str | None, str | None]:
     filename = getattr(source, "filename" if is_named else "name", None) if is_named or hasattr(source, "content_type") else None
     return (
         filename if isinstance(filename, str) and filename else None,
-        content_type if isinstance(content_type, str) and _is_media_type(content_type) else None,
+        content_type if isinstance(content_type, str) and is_media_type(content_type) else None,
     )
 
 
-def _is_media_type(content_type: str) -> bool:
+def is_media_type(content_type: str) -> bool:
+    """Tell whether a text that comes from a client is one media type (RFC 9110, section 8.3.1) that can be kept."""
+    return _can_be_kept(content_type) and _MEDIA_TYPE.fullmatch(content_type) is not None
+
+
+def _can_be_kept(content_type: str) -> bool:
     return 0 < len(content_type) <= _LONGEST_CONTENT_TYPE and content_type.isascii() and content_type.isprintable()
 
 
 def _require_content_type(content_type: object) -> None:
-    if content_type is not None and not (isinstance(content_type, str) and _is_media_type(content_type)):
+    if content_type is not None and not (isinstance(content_type, str) and _can_be_kept(content_type)):
         raise InvalidReferenceError(f"content_type must be a media type in printable ASCII, not {content_type!r:.120}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
 
@@ -238,7 +239,13 @@ def require_recorded_size(ref: StoredObjectRef, size: int) -> None:
 
 
 class OpeningReader:
-    """What `StorageManager.open` returns: await it for a reader to close yourself, or enter it with `async with`."""
+    """What `StorageManager.open` returns: await it for a reader to close yourself, or enter it with `async with`.
+
+    Iterating it with `async for` opens a reader, yields its bytes in chunks and closes it. Nothing is opened before.
+    """
+
+    # Slots, so that what walks through `vars(...)` finds no private state.
+    __slots__ = ("__weakref__", "_reader", "_start")
 
     def __init__(self, start: Callable[[], Awaitable[StoredObjectReader]]) -> None:
         self._start = start
@@ -254,3 +261,23 @@ class OpeningReader:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._reader is not None:
             await self._reader.aclose()
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        """Open it, and yield its bytes."""
+        reader = await self._start()
+        async with reader, aclosing(aiter(reader)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what `vars` gives, to encoders
+        raise TypeError(
+            "what open() returns is neither a reader nor data: await it, or enter it with 'async with', and read from what that"
+            " gives; to answer a request with a file, return a StoredObjectResponse"
+        )
+
+    def __dir__(self) -> list[str]:
+        return dir(type(self))
+
+    def __repr__(self) -> str:
+        return "<OpeningReader: await it, or enter it with 'async with'>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import re
 import sys
 import threading
 import time
@@ -38,6 +39,34 @@ _DEFAULT_RETRY_CONFIG: dict[str, Any] = {
     "retry_timeout": timedelta(seconds=60),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
+
+# What obstore calls options of the HTTP client; in the config of a store they make it panic.
+_CLIENT_OPTIONS = frozenset(
+    {
+        "allow_http",
+        "allow_invalid_certificates",
+        "connect_timeout",
+        "default_content_type",
+        "default_headers",
+        "http1_only",
+        "http2_keep_alive_interval",
+        "http2_keep_alive_timeout",
+        "http2_keep_alive_while_idle",
+        "http2_max_frame_size",
+        "http2_only",
+        "pool_idle_timeout",
+        "pool_max_idle_per_host",
+        "proxy_ca_certificate",
+        "proxy_excludes",
+        "proxy_url",
+        "randomize_addresses",
+        "read_timeout",
+        "root_certificate",
+        "timeout",
+        "user_agent",
+    }
+)
+_PREFIX = re.compile(r"^(?:aws|azure|google)_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +166,31 @@ def _builder(url: str, given: dict[str, Any]) -> Callable[[], Any]:
         unknown = given["retry_config"].keys() - _DEFAULT_RETRY_CONFIG.keys()
         if unknown:  # obstore would ignore it
             raise ConfigurationError(f"retry_config has no {', '.join(sorted(unknown))}")
+        _require_options_of_store(given.get("config", {}))
 
     def build() -> Any:
         from obstore.store import from_url
 
         try:
             return from_url(url, **given)
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             message = f"no store can be made of {plain_name(url)!r} with this config, client_options and retry_config"
             raise ConfigurationError(f"{message}: {type(error).__name__}") from error
 
     return build
+
+
+def _require_options_of_store(config: Mapping[str, Any]) -> None:
+    """Refuse options of the HTTP client among those of the store, by their names: the values may be secrets."""
+    misplaced = {key: _PREFIX.sub("", key.lower()) for key in config if isinstance(key, str)}
+    misplaced = {key: name for key, name in misplaced.items() if name in _CLIENT_OPTIONS}
+    if misplaced:
+        raise ConfigurationError(
+            f"config has {', '.join(sorted(misplaced))}, which the HTTP client takes and not the store: write"
+            f" client_options={{{', '.join(f'{name!r}: ...' for name in sorted(misplaced.values()))}}}"
+        )
 
 
 class StoreClient:

@@ -59,7 +59,8 @@ class ObjectStoreBackend:
     Args:
         store: A store of `obstore.store`, which stays yours, or a URL such as `s3://bucket/prefix`, `gs://bucket`,
             `az://container`, `https://host/folder`, `memory:///` or `file:///folder`.
-        config: The store's own options, for a URL, as obstore has them, such as `{"region": "eu-central-1"}`.
+        config: The store's own options, for a URL, as obstore has them, such as `{"region": "eu-central-1"}`; those of the HTTP
+            client are refused here.
         client_options: Of the HTTP client, for a URL: timeouts, proxies, `{"allow_http": True}`. Beside what is given, a
             connection is waited for 10 seconds, and bytes for 60.
         retry_config: For a URL: which failures are tried again, and how. Beside what is given, 4 times within 60 seconds.

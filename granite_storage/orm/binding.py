@@ -67,12 +67,17 @@ def bind_storage(
         require_usable(column)
         if isinstance(column.type, AttachmentType):
             binding.manager_for(column.type)
+    assignment.require_single(base)
     if journal is not None:
         journal.bind(binding)
     if _registry.add(binding):
         events.listen()
         assignment.listen()
-    assignment.guard_base(base)
+    try:
+        assignment.guard_base(base)
+    except BaseException:
+        binding.unbind()
+        raise
     return binding
 
 

@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any, cast
 
 from sqlalchemy import Column, Connection, Table
-from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper, PassiveFlag, Session
 from sqlalchemy.orm.unitofwork import UOWTransaction
 from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._registry import binding_for, find_binding
+from granite_storage.orm.assignment import require_sound
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Slot, primary_key_of, slots_of
 from granite_storage.orm.greenlets import require_async
@@ -70,7 +71,7 @@ class Change:
 
     def replace(self, value: Attachment) -> None:
         """Give the instance another value than the one that was assigned."""
-        setattr(self.state.obj(), self.slot.key, value)
+        _put(self.state, self.slot.key, value)
         self.value = value
 
 
@@ -80,7 +81,11 @@ UNKNOWN = object()
 
 def changes_of(states: Iterable[InstanceState[Any]]) -> list[Change]:
     """Return the attachment attributes of new and changed instances that a flush will write."""
-    return [change for state in states for slot in slots_of(state.mapper) if (change := _change(state, slot)) is not None]
+    changes = [change for state in states for slot in slots_of(state.mapper) if (change := _change(state, slot)) is not None]
+    for change in changes:
+        if change.value is not None:
+            require_sound(change.state.mapper)
+    return changes
 
 
 def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
@@ -97,12 +102,23 @@ def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
     return Change(state, slot, _require_attachment(value, slot), old)
 
 
+def _put(state: InstanceState[Any], key: str, value: Any) -> None:
+    """Give an instance a value that a statement of the flush is to write, and that the application has not assigned.
+
+    It is in the history of the attribute like any other. Validators and listeners of the application do not see it: they could
+    refuse it, or put another value in its place, and they were asked for the value that it stands for.
+    """
+    # What an assignment does, but for its events; the public functions lose the history, or call the listeners.
+    state._modified_event(state.dict, state.manager[key].impl, state.dict.get(key, LoaderCallableStatus.NO_VALUE))
+    state.dict[key] = value
+
+
 def _default(state: InstanceState[Any], slot: Slot) -> Any:
     """Give a new instance the default of its column, as the INSERT would."""
     default: Any = slot.column.default
     value = default.arg(_NoContext(slot.home.label))
     if value is not None:
-        setattr(state.obj(), slot.key, value)
+        _put(state, slot.key, value)
     return value
 
 
@@ -135,7 +151,7 @@ def vacate(state: InstanceState[Any]) -> None:
     """
     for slot in slots_of(state.mapper):
         if slot.key not in state.dict:
-            setattr(state.obj(), slot.key, None)
+            _put(state, slot.key, None)
 
 
 def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletions: Sequence[InstanceState[Any]]) -> None:
@@ -205,13 +221,18 @@ def _place_of(ref: StoredObjectRef) -> tuple[str, str]:
 def _still_leaves(displaced: Displacement, context: UOWTransaction) -> bool:
     """Tell whether a flush is still about to take a ref out of its row, by the state of the row's instance."""
     state = displaced.state
-    if state is None or state not in context.states:
+    if state is None or state not in context.states or not _is_of_row(state, displaced.held):
         return False
     is_deleted, is_listed_only = context.states[state]
     if is_deleted:
         return not is_listed_only
     keys = [slot.key for slot in slots_of(state.mapper) if slot.column is displaced.held.column]
     return any(_has_left(state, key, displaced.held.ref) for key in keys)
+
+
+def _is_of_row(state: InstanceState[Any], held: HeldRef) -> bool:
+    """Tell whether an instance still stands for the row that held a ref: a listener may have made another row of it."""
+    return state.key is not None and primary_key_of(state, held.table) == held.primary_key
 
 
 def _has_left(state: InstanceState[Any], key: str, ref: StoredObjectRef) -> bool:
@@ -503,7 +524,7 @@ def _primary_key_value(state: InstanceState[Any], column: Any) -> Any:
         except Exception:  # noqa: BLE001  # a default that needs the statement's context is computed by the INSERT
             return None
     if value is not None:
-        setattr(state.obj(), key, value)
+        _put(state, key, value)
     return value
 
 

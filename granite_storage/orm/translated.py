@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Delete, Result, Update
+from sqlalchemy import Connection, Delete, Insert, Result, Update
 from sqlalchemy.orm import ORMExecuteState
 
 from granite_storage.exceptions import ConfigurationError
@@ -21,10 +21,16 @@ _MAP = "schema_translate_map"
 def on_execute(state: ORMExecuteState) -> Result[Any] | None:
     """See a statement that a session executes, with the session's connection translating as the statement does.
 
+    Other listeners may put another statement in the place of one that writes: it is looked at when all of them were called.
+
     Raises:
         ConfigurationError: The session is a sharded one, so that the statement may have several connections.
     """
     statement = state.statement
+    if len(state._events_todo) > 1 and isinstance(statement, Insert | Update | Delete):
+        # This runs those that are still to be called, and then this one by itself, with a state of the statement that is left.
+        state._events_todo.append(on_execute)
+        return state.invoke_statement()
     if _MAP not in state.execution_options or not isinstance(statement, Update | Delete) or not _is_known(statement):
         return statements.on_execute(state)
     if getattr(state.session, "connection_callable", None) is not None:

@@ -10,6 +10,7 @@ from contextlib import aclosing
 
 from starlette.requests import Request
 
+from granite_storage.drafts import is_media_type
 from granite_storage.web.exceptions import MalformedRequestError, UnsupportedRequestError
 from granite_storage.web.limits import UploadLimits
 
@@ -27,7 +28,6 @@ __all__ = [
 _PIECE = 64 * 1024
 _TURN_SECONDS = 0.005
 _LONGEST_CONTENT_TYPE = 1024
-_LONGEST_KEPT = 255
 _MOST_PARAMETERS = 16
 _MOST_ESCAPES = 256  # the longest file name has fewer characters
 
@@ -96,11 +96,19 @@ def media_type_of(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
 
 
 def content_type_to_keep(given: str) -> str | None:
-    """Return the media type that a client gives a file, as it will be kept; None where it gives none."""
+    """Return the media type that a client gives a file, as it will be kept; None where it gives none.
+
+    Raises:
+        MalformedRequestError: It is not one media type (RFC 9110, section 8.3.1), or is too long to be kept.
+    """
     given = given.strip(" \t")
-    if not (given.isascii() and given.isprintable() and len(given) <= _LONGEST_KEPT):
-        raise MalformedRequestError("the Content-Type of a file is not a media type")
-    return given or None
+    if not given:
+        return None
+    if not is_media_type(given):
+        raise MalformedRequestError(
+            f"the Content-Type of a file is not a media type, such as 'image/png' or 'text/plain; charset=utf-8': {given!r:.80}"
+        )
+    return given
 
 
 def parse_parameters(header: bytes, *, is_of_form: bool = False) -> tuple[bytes, dict[bytes, bytes]]:

@@ -12,17 +12,23 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from granite_storage.drafts import ObjectDraft
-from granite_storage.exceptions import StorageError
+from granite_storage.exceptions import ObjectExistsError, StorageError
 from granite_storage.manager import StorageManager
 from granite_storage.web._body import body_of, declared_size, require_whole_body
 from granite_storage.web._paths import token_of
 from granite_storage.web._sending import send_departed, send_status
 from granite_storage.web._tickets import Ticket, Tickets
 from granite_storage.web.errors import problem_response
-from granite_storage.web.exceptions import UnsupportedRequestError, UploadMismatchError, UploadTokenError
+from granite_storage.web.exceptions import RequestError, UnsupportedRequestError, UploadMismatchError, UploadTokenError
 from granite_storage.web.limits import UploadLimits
 
 __all__ = ["UploadEndpoint"]
+
+
+class _ReceivedAlreadyError(RequestError):
+    """What the URL was signed for is there: nothing that is sent later is kept."""
+
+    status = 409
 
 
 class UploadEndpoint:
@@ -80,6 +86,9 @@ class UploadEndpoint:
         try:
             async with time_left, aclosing(body_of(request, limits)) as body, aclosing(_whole(body, ticket.min_size)) as content:
                 await self._manager.put_draft(draft, content)
+        except ObjectExistsError as error:
+            message = "the file was received already, so the upload is complete and this request was not needed: finish it"
+            raise _ReceivedAlreadyError(message) from error
         except TimeoutError as error:
             if not time_left.expired():
                 raise

@@ -25,6 +25,7 @@ _PARTS_OF_A_TURN = 64
 _NO_HEADER = "the body is not multipart/form-data: a part has a header that cannot be read"
 # What may follow a boundary: blanks and the end of the line, or two dashes for the last one; or the end of what has arrived.
 _AFTER_BOUNDARY = re.compile(rb"(?P<next>[ \t]{0,64}\r\n)|(?P<last>--[ \t]{0,64}\r?\n)|(?P<open>(?:-|(?:--)?[ \t]{0,64}\r?)\Z)")
+_LINE_FEED = 0x0A
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 _FOLD = re.compile(rb"\r\n[ \t]+")
 _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -131,6 +132,7 @@ class MultipartParser:
         self._position = 0
         self._has_ended = False
         self._next: Callable[[], _Event | None] = self._in_preamble
+        self._has_preamble = False
         self._padding = self._files = self._fields = 0
         self._headers: dict[bytes, bytes] = {}
 
@@ -148,21 +150,32 @@ class MultipartParser:
         return self._next()
 
     def _in_preamble(self) -> _Event | None:
-        """Pass over what comes before the first delimiter, at most `max_padding` bytes (RFC 2046, section 5.1.1)."""
+        """Pass over what comes before the first delimiter, at most `max_padding` bytes (RFC 2046, section 5.1.1).
+
+        Raises:
+            MalformedRequestError: There is no part after it: what was passed over may have been meant for one.
+        """
         buffer, start = self._buffer, self._position
         found = buffer.find(self._dashes, start)
         while found >= 0:
-            begins_line = buffer[found - 1] == 0x0A if found else not self._padding
+            begins_line = buffer[found - 1] == _LINE_FEED if found else not self._padding
             if begins_line and (after := self._after(found)) is not None:
                 self._require_padding(found - start)
                 if self._is_open(after):
-                    self._skip(max(start, found - 1))
+                    self._skip_preamble(max(start, found - 1))
                     return None
+                self._skip_preamble(found)
+                if self._has_preamble and self._is_last(after):
+                    raise MalformedRequestError("the form has no part, but something else before its last boundary")
                 return self._begin_next(after)
             found = buffer.find(self._dashes, found + 1)
         # The last bytes may belong to a delimiter, and the one before them tells whether a line begins there.
-        self._skip(max(start, len(buffer) - len(self._dashes)))
+        self._skip_preamble(max(start, len(buffer) - len(self._dashes)))
         return None
+
+    def _skip_preamble(self, end: int) -> None:
+        self._has_preamble = self._has_preamble or bool(self._buffer[self._position : end].strip())
+        self._skip(end)
 
     def _in_headers(self) -> _Event | None:
         buffer = self._buffer
@@ -235,6 +248,8 @@ class MultipartParser:
         after = _AFTER_BOUNDARY.match(self._buffer, position)
         if after is None and self._buffer[position] in b" \t":
             raise MalformedRequestError("a boundary is followed by blanks, and then by more than the end of its line")
+        if after is None and self._buffer[position] == _LINE_FEED:
+            raise MalformedRequestError("the line of a boundary ends with a line feed alone: lines of a form end with CR LF")
         return after
 
     def _is_open(self, after: re.Match[bytes]) -> bool:

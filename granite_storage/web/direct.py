@@ -143,7 +143,7 @@ class DirectUploads:
         attribute: InstrumentedAttribute[Any],
         *,
         filename: str | None = None,
-        content_type: str = "",
+        content_type: str | None = None,
         size: int | None = None,
         min_size: int = 1,
         max_size: int | None = None,
@@ -159,8 +159,8 @@ class DirectUploads:
         Args:
             attribute: The attachment attribute that the file is for, such as `Document.file`.
             filename: The name that the client gives it; made safe, never trusted.
-            content_type: The media type that it must be sent with; where it is empty, as a browser's for a file that it does not
-                know, `application/octet-stream`.
+            content_type: The media type that it must be sent with; where it is None or empty, as a browser's for a file that it
+                does not know, `application/octet-stream`.
             size: Exactly how many bytes it has, where the client says so.
             min_size: The fewest bytes, where `size` is not given; 0 lets an empty file pass.
             max_size: The most bytes, where `size` is not given; None for what the policy allows.
@@ -181,7 +181,7 @@ class DirectUploads:
         self._require_life(expires_in)
         _require_owner(owner)
         least, most = _sizes(home, policy, size, min_size, max_size)
-        content_type = content_type_to_keep(content_type) or _OPAQUE
+        content_type = _media_type(content_type)
         draft = self._draft(home, content_type)
         expires = int(time.time() + expires_in.total_seconds())
         ticket = Ticket(
@@ -370,6 +370,15 @@ def _sizes(home: AttachmentType, policy: StoragePolicy, size: int | None, min_si
     if not 0 <= min_size <= min(limits):
         raise ValueError(f"min_size must be from 0 to {min(limits)} bytes, not {min_size}")
     return min_size, min(limits)
+
+
+def _media_type(content_type: str | None) -> str:
+    """Return the media type that a file must be sent with; what a client says of it may be anything that JSON has."""
+    if content_type is None:
+        return _OPAQUE
+    if not isinstance(content_type, str):
+        raise MalformedRequestError(f"the Content-Type of a file is not a media type, but of type {type(content_type).__name__}")
+    return content_type_to_keep(content_type) or _OPAQUE
 
 
 def _announced_checksum(checksum: str | None) -> str | None:

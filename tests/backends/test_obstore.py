@@ -78,6 +78,35 @@ def test_what_cannot_work_is_refused_at_once(store: Any, options: dict[str, Any]
         ObjectStoreBackend(store, **options)
 
 
+@pytest.mark.case("POL-01")
+@pytest.mark.parametrize("key", ["allow_http", "TIMEOUT", "proxy_url", "{prefix}_allow_http", "user_agent"])
+@pytest.mark.parametrize(("url", "prefix"), [("s3://bucket", "aws"), ("az://container", "azure"), ("gs://bucket", "google")])
+def test_options_of_the_client_are_none_of_the_store(url: str, prefix: str, key: str) -> None:
+    given = key.format(prefix=prefix)
+    with pytest.raises(ConfigurationError, match=rf"config has {given}.*: write client_options=") as caught:
+        ObjectStoreBackend(url, config={given: SECRET})
+    assert SECRET not in str(caught.value)
+
+
+def test_a_panic_of_obstore_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import obstore.store
+
+    class PanicException(BaseException):  # it has the name of pyo3's
+        pass
+
+    def from_url(*_: Any, **__: Any) -> Any:
+        raise raised[0]
+
+    monkeypatch.setattr(obstore.store, "from_url", from_url)
+    raised: list[BaseException] = [PanicException(SECRET)]
+    with pytest.raises(ConfigurationError, match=r"no store can be made of 's3://bucket'.*PanicException") as caught:
+        ObjectStoreBackend("s3://bucket")
+    assert SECRET not in str(caught.value)
+    raised[0] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        ObjectStoreBackend("s3://bucket")
+
+
 def test_options_go_with_a_url() -> None:
     with pytest.raises(ConfigurationError, match="config: only with a URL"):
         ObjectStoreBackend(memory(), config={"region": "eu-central-1"})

@@ -362,6 +362,38 @@ class TestHandles:
         assert first.closed
         assert first is not second
 
+    async def test_iterating_it_opens_and_closes(self, manager: StorageManager, ref: StoredObjectRef, tmp_path: Path) -> None:
+        opening = manager.open(ref, offset=3)
+        for _ in range(2):
+            assert b"".join([chunk async for chunk in opening]) == CONTENT[3:]
+            assert open_files(path_of(tmp_path, ref)) == []
+
+    async def test_abandoning_its_iteration_closes(self, manager: StorageManager, ref: StoredObjectRef, tmp_path: Path) -> None:
+        iteration = aiter(manager.open(ref))
+        assert CONTENT.startswith(await anext(iteration))
+        await iteration.aclose()
+        assert open_files(path_of(tmp_path, ref)) == []
+
+    async def test_iterating_it_where_the_object_is_missing(self, manager: StorageManager, ref: StoredObjectRef) -> None:
+        await manager.delete(ref)
+        with pytest.raises(ObjectNotFoundError):
+            await anext(aiter(manager.open(ref)))
+
+    async def test_it_is_a_source(self, manager: StorageManager, ref: StoredObjectRef) -> None:
+        names = {"storage_key": ref.storage_key, "model_name": "copy", "entity_id": "1", "field_name": "file"}
+        copied = await manager.put_stream(stream=manager.open(ref), **names)
+        assert await manager.get(copied) == CONTENT
+
+    @pytest.mark.case("RB-01")
+    async def test_what_is_not_awaited_shows_nothing(self, manager: StorageManager, ref: StoredObjectRef) -> None:
+        with pytest.raises(TypeError, match="await it"):
+            vars(manager.open(ref))
+
+    async def test_debuggers_may_look_at_it(self, manager: StorageManager, ref: StoredObjectRef) -> None:
+        opening = manager.open(ref)
+        assert "__await__" in dir(opening)
+        assert "await it" in repr(opening)
+
     async def test_many_readers_of_ranges_side_by_side(self, manager: StorageManager, ref: StoredObjectRef) -> None:
         async def read(start: int) -> bytes:
             async with manager.open(ref, offset=start, length=50_000) as reader:

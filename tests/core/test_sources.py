@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextvars
+import gzip
 import hashlib
 import io
 import itertools
@@ -28,6 +29,7 @@ from starlette.datastructures import UploadFile
 from granite_storage import InvalidReferenceError, SizeLimitedStream, StorageManager, streams
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.orm import Attachment
 from granite_storage.streams import CHUNK_SIZE, MeasuredStream, iter_chunks
 from granite_storage.testing import FaultInjectingBackend
 from tests.core.support import MIB, SLOT, Lag, chunks_of, eventually, gathered, in_new_process, manager_on, many
@@ -244,6 +246,72 @@ class TestNoStreamOfBytes:
         with pytest.raises(TypeError, match="stream"):
             await manager.put_stream(**SLOT, stream=source)
         assert await listed(manager) == []
+
+    @pytest.mark.parametrize("source", [{b"a", b"b"}, frozenset({b"a"}), set(), {b"a": 1}, {b"a": 1}.keys()], ids=repr)
+    async def test_chunks_without_an_order_are_refused(self, manager: StorageManager, source: Any) -> None:
+        with pytest.raises(TypeError, match=rf"a stream has an order, but {type(source).__name__} has none.*list"):
+            await manager.put_stream(**SLOT, stream=source)
+        with pytest.raises(TypeError):
+            Attachment(source)
+        assert await listed(manager) == []
+
+    async def test_the_values_of_a_mapping_are_taken(self, manager: StorageManager) -> None:
+        assert (await manager.put_stream(**SLOT, stream={1: b"a", 2: b"b"}.values())).size == 2
+
+    @pytest.mark.parametrize("mode", ["wb", "ab", "xb"])
+    @pytest.mark.parametrize("buffering", [-1, 0])
+    async def test_files_that_are_only_written_are_refused(
+        self, manager: StorageManager, tmp_path: Path, mode: str, buffering: int
+    ) -> None:
+        file: Any
+        with (tmp_path / "x").open(mode, buffering=buffering) as file:
+            with pytest.raises(TypeError, match=r"cannot be read.*'rb'"):
+                await manager.put_stream(**SLOT, stream=file)
+            with pytest.raises(TypeError, match=r"cannot be read.*'rb'"):
+                Attachment(file)
+        with gzip.open(tmp_path / "z", "wb") as file, pytest.raises(TypeError, match=r"cannot be read.*'rb'"):
+            Attachment(file)
+        with tempfile.NamedTemporaryFile("wb") as temporary, pytest.raises(TypeError, match=r"cannot be read.*'rb'"):
+            Attachment(temporary)
+        async with aiofiles.open(tmp_path / "y", "wb") as handle:
+            with pytest.raises(TypeError, match=r"cannot be read.*'rb'"):
+                await manager.put_stream(**SLOT, stream=handle)
+        assert await listed(manager) == []
+
+    @pytest.mark.parametrize("mode", ["rb", "r+b", "w+b"])
+    @pytest.mark.parametrize("buffering", [-1, 0])
+    async def test_files_that_are_read_and_written_are_taken(
+        self, manager: StorageManager, tmp_path: Path, mode: str, buffering: int
+    ) -> None:
+        (tmp_path / "x").write_bytes(b"x")
+        file: Any
+        with (tmp_path / "x").open(mode, buffering=buffering) as file:
+            assert (await manager.put_stream(**SLOT, stream=file)).size == ("w" not in mode)
+
+    async def test_a_file_that_says_nothing_of_itself_is_taken(self, manager: StorageManager) -> None:
+        class Silent(io.IOBase):
+            content = b"a"
+
+            def read(self, size: int = -1) -> bytes:
+                content, self.content = self.content, b""
+                return content
+
+        assert (await manager.put_stream(**SLOT, stream=Silent())).size == 1
+
+    async def test_answers_of_http_clients_are_refused(self, manager: StorageManager) -> None:
+        class Response:
+            async def read(self) -> bytes:
+                return b"a"
+
+        for source in (httpx.Response(200, content=b"a"), Response()):
+            wrong: Any = source
+            with pytest.raises(TypeError, match=r"read\(\) of Response takes no size.*aiter_bytes\(\)"):
+                await manager.put_stream(**SLOT, stream=wrong)
+            with pytest.raises(TypeError, match=r"read\(\) of Response takes no size"):
+                Attachment(wrong)
+        assert await listed(manager) == []
+        ref = await manager.put_stream(**SLOT, stream=httpx.Response(200, content=b"a").aiter_bytes())
+        assert ref.size == 1
 
     async def test_text_files_are_refused(self, manager: StorageManager, tmp_path: Path) -> None:
         (tmp_path / "x").write_text("text")

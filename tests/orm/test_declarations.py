@@ -142,21 +142,22 @@ class TestDefaults:
         class Own(DeclarativeBase):
             pass
 
-        def declare() -> type:
-            columns = {"id": Column(type_=Shop.id.type, primary_key=True), "file": make()}
-            return type("Row", (Own,), {"__tablename__": "row", **columns})
+        def declare() -> None:
+            attributes = {"__tablename__": "row", "id": Column(type_=Shop.id.type, primary_key=True), "file": make()}
+            declared.append(type("Row", (Own,), attributes))
+
+        declared: list[type] = []  # or the class could be gone before its mapper is configured
 
         if bound == "after":
-            row = declare()
+            declare()
             with pytest.raises(ConfigurationError, match=r"row\.file"):
                 bind_storage(Own, manager)
         else:
             binding = bind_storage(Own, manager)
             try:
                 with pytest.raises((ConfigurationError, InvalidRequestError), match=r"row\.file"):
-                    row = declare()
+                    declare()
                     configure_mappers()
-                    del row  # until here: a class that nobody holds is not configured
             finally:
                 binding.unbind()
                 Own.registry.dispose()
@@ -250,13 +251,85 @@ class TestMessages:
                 "id": mapped_column(Shop.id.type, primary_key=True),
                 "file": attachment("documents"),
             }
-            row = type("Row", (Own,), attributes)
+            declared.append(type("Row", (Own,), attributes))
             configure_mappers()
-            del row  # until here: a class that nobody holds is not configured
 
+        declared: list[type] = []  # or the class could be gone before its mapper is configured
         binding = bind_storage(Own, manager)
         with pytest.raises((ConfigurationError, InvalidRequestError), match=r"Row\.file is annotated as several"):
             declare()
+        binding.unbind()
+        Own.registry.dispose()
+
+    @staticmethod
+    def declare_several(base: Any, name: str = "Row") -> Any:
+        attributes = {
+            "__tablename__": name.lower(),
+            "__module__": __name__,
+            "__annotations__": {"file": Mapped[list[Attachment]]},
+            "id": mapped_column(Shop.id.type, primary_key=True),
+            "file": attachment("documents", nullable=True),
+        }
+        return type(name, (base,), attributes)
+
+    @pytest.mark.parametrize("is_configured", [False, True])
+    async def test_several_in_one_column_before_the_binding(
+        self, manager: StorageManager, tmp_path: Path, is_configured: bool
+    ) -> None:
+        class Own(DeclarativeBase):
+            pass
+
+        row = self.declare_several(Own)
+        if is_configured:
+            configure_mappers()
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match=r"Row\.file is annotated as several"):
+                bind_storage(Own, manager)
+        async with sqlite(tmp_path, Own) as sessions:
+            with pytest.raises(UnboundAttachmentError):
+                await add(sessions, row(file=Attachment(b"abc")))
+        assert await locations(manager) == set()
+        Own.registry.dispose()
+
+    async def test_several_in_one_column_after_the_binding(self, manager: StorageManager, tmp_path: Path) -> None:
+        """The model is refused each time that it is used."""
+
+        class Own(DeclarativeBase):
+            pass
+
+        binding = bind_storage(Own, manager)
+        row = self.declare_several(Own)
+        below = type("Below", (row,), {"__module__": __name__, "__mapper_args__": {"polymorphic_identity": "below"}})
+        with pytest.raises(ConfigurationError, match=r"Row\.file is annotated as several"):
+            row()
+        for _ in range(2):
+            for kind in (row, below):
+                with pytest.raises((ConfigurationError, InvalidRequestError), match="is annotated as several"):
+                    kind(file=Attachment(b"abc"))
+        async with sqlite(tmp_path, Own) as sessions:
+            past_the_listeners = row()
+            vars(past_the_listeners)["file"] = Attachment(b"abc")
+            with pytest.raises(ConfigurationError, match="is annotated as several"):
+                await add(sessions, past_the_listeners)
+        assert await locations(manager) == set()
+        binding.unbind()
+        assert not [function for function in row.file.dispatch.set if function.__module__.startswith("granite_storage")]
+        Own.registry.dispose()
+
+    async def test_default_that_no_session_can_store_after_the_binding(self, manager: StorageManager) -> None:
+        class Own(DeclarativeBase):
+            pass
+
+        binding = bind_storage(Own, manager)
+
+        class Row(Own):
+            __tablename__ = "row"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            file: Mapped[Attachment | None] = mapped_column(AttachmentType("documents"), server_default=text("'x'"))
+
+        for _ in range(3):
+            with pytest.raises(ConfigurationError, match="server_default"):
+                Row(file=Attachment(b"abc"))
         binding.unbind()
         Own.registry.dispose()
 

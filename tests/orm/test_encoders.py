@@ -17,6 +17,7 @@ import orjson
 import pytest
 from fastapi import FastAPI
 from fastapi.encoders import jsonable_encoder
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import to_jsonable_python
 from sqlalchemy import Column
@@ -173,6 +174,41 @@ class TestRow:
             require_public((await client.get("/rows")).json()[0]["file"])
             for path in ("row", "file", "any", "dict", "model"):
                 require_public((await client.get(f"/{path}")).json()["file"])
+
+
+@pytest.mark.case("RB-01")
+class TestOpening:
+    """What `Attachment.open` returns, where `await` is forgotten: no private state, and words that say it."""
+
+    SAYING = ("vars", "jsonable_encoder", "json default vars", "json default __dict__", "walk")
+
+    @pytest.mark.parametrize("name", ENCODERS)
+    async def test_it_is_refused(self, document: Document, name: str) -> None:
+        with pytest.raises(Exception, match="await it" if name in self.SAYING else None) as caught:
+            ENCODERS[name](document.file.open())  # type: ignore[union-attr]
+        assert not [secret for secret in ("_start", "_reader", *SECRETS) if secret in str(caught.value)]
+
+    async def test_endpoints(self, document: Document) -> None:
+        app = FastAPI()
+
+        @app.get("/opening")
+        async def opening():  # type: ignore[no-untyped-def]
+            return document.file.open()  # type: ignore[union-attr]
+
+        @app.get("/any")
+        async def anything() -> Any:
+            return {"file": document.file.open()}  # type: ignore[union-attr]
+
+        @app.get("/stream")
+        async def stream() -> StreamingResponse:
+            return StreamingResponse(document.file.open())  # type: ignore[union-attr]
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            for path in ("opening", "any"):
+                with pytest.raises(Exception, match=r"await it|Unable to serialize"):
+                    await client.get(f"/{path}")
+            response = await client.get("/stream")
+            assert (response.status_code, response.content) == (200, b"secret bytes")
 
 
 class _Columns(DeclarativeBase):

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select
+from sqlalchemy import delete, event, insert, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import ORMExecuteState, Session, make_transient, sessionmaker
 from sqlalchemy.orm.attributes import get_history
 
-from granite_storage.exceptions import StaleAttachmentError
-from tests.orm.environment import Child, Doc, Note, OrmEnvironment, Parent, file
+from granite_storage.exceptions import InvalidReferenceError, StaleAttachmentError
+from granite_storage.orm import Attachment
+from tests.orm.environment import Child, Doc, Note, OrmEnvironment, Parent, Person, file
 
 
 class OwnSession(Session):
@@ -94,6 +95,15 @@ def archive(session: Session, *_: Any) -> None:
     for instance in list(session.deleted):
         if isinstance(instance, Doc) and instance.file is not None:
             session.add(Note(id=instance.id, scan=instance.file))
+
+
+def insert_versions(session: Session, *_: Any) -> None:
+    """Leave each changed row as it is, and insert what it was to become: SQLAlchemy's recipe of versioned rows."""
+    for instance in list(session.dirty):
+        if isinstance(instance, Doc) and session.is_modified(instance):
+            make_transient(instance)
+            instance.id += 10
+            session.add(instance)
 
 
 def archive_and_keep(session: Session, *_: Any) -> None:
@@ -263,6 +273,47 @@ class TestBeforeFlush:
                 raise ZeroDivisionError
         await env.check(file_1="a")
 
+    @everywhere
+    async def test_move_between_rows_that_become_versions(self, env: OrmEnvironment, where: str) -> None:
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2))
+        async with session_with(env, where, insert_versions) as session:
+            one, two = await get(session, 1), await get(session, 2)
+            two.file, one.file = one.file, None
+        await env.check(file_1="a", file_12="a")
+
+    @everywhere
+    async def test_swap_within_a_row_that_becomes_a_version(self, env: OrmEnvironment, where: str) -> None:
+        await env.add(Doc(id=1, file=file("a"), other=file("b")))
+        async with session_with(env, where, insert_versions) as session:
+            doc = await get(session)
+            doc.file, doc.other = doc.other, doc.file
+        await env.check(file_1="a", other_1="b", file_11="b", other_11="a")
+
+    @everywhere
+    async def test_replacement_that_becomes_a_version(self, env: OrmEnvironment, where: str) -> None:
+        await env.add(Doc(id=1, file=file("a"), other=file("b")))
+        async with session_with(env, where, insert_versions) as session:
+            (await get(session)).file = file("c")
+        await env.check(file_1="a", other_1="b", file_11="c", other_11="b")
+
+    @everywhere
+    async def test_deleted_row_that_becomes_another(self, env: OrmEnvironment, where: str) -> None:
+        """Its file was to move, and it is neither deleted nor what it was."""
+
+        def add_anew(session: Session, *_: Any) -> None:
+            for doc in list(session.deleted):
+                make_transient(doc)
+                doc.id += 10
+                session.add(doc)
+
+        await env.add(Doc(id=1, file=file("a")))
+        async with session_with(env, where, add_anew) as session:
+            doc = await get(session)
+            session.add(Note(id=1, scan=doc.file))
+            await session.delete(doc)
+        assert await env.contents() == dict.fromkeys([("note", 1, "scan_ref"), ("doc", 1, "file"), ("doc", 11, "file")], b"a")
+        await env.check()
+
     async def test_on_one_sessionmaker(self, env: OrmEnvironment) -> None:
         await env.add(Doc(id=1, file=file("a")))
         inner = sessionmaker()
@@ -343,6 +394,149 @@ class TestMappers:
         found = await env.contents()
         assert found[("note", 1, "scan_ref")] == b"n"
         assert found[("doc", 1, "file")] in (b"a", b"b")
+
+
+class TestAttributes:
+    """What the application listens to is what it assigns: that a flush puts a copy in the place of a file is none of it."""
+
+    @staticmethod
+    def given_once(doc: Doc, value: Any, old: Any, _: Any) -> Any:
+        if isinstance(old, Attachment) and value is not None:
+            raise AssertionError("a file is given once")
+        return value
+
+    @staticmethod
+    def keep_old(_: Doc, value: Any, old: Any, __: Any) -> Any:
+        return old if isinstance(old, Attachment) else value
+
+    async def test_copy_to_a_new_row(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        with listening(Doc.file, "set", self.given_once, retval=True):
+            async with env.sessions.begin() as session:
+                doc = await get(session)
+                session.add(Doc(id=2, file=doc.file))
+        await env.check(file_1="a", file_2="a")
+
+    async def test_copy_to_a_row_that_is_there(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2))
+        with listening(Doc.file, "set", self.given_once, retval=True):
+            async with env.sessions.begin() as session:
+                one, two = await get(session, 1), await get(session, 2)
+                two.file = one.file
+        await env.check(file_1="a", file_2="a")
+
+    async def test_copy_in_the_place_of_another_file(self, env: OrmEnvironment) -> None:
+        """What the row held before is known after the copy: its object goes."""
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        seen: list[Any] = []
+        with listening(Doc.file, "set", lambda _, value, old, __: seen.append((value, old))):
+            async with env.sessions.begin() as session:
+                one, two = await get(session, 1), await get(session, 2)
+                two.file = one.file
+                await session.flush()
+        assert [(type(value), type(old)) for value, old in seen] == [(Attachment, Attachment)]
+        await env.check(file_1="a", file_2="a")
+
+    async def test_one_file_for_two_rows(self, env: OrmEnvironment) -> None:
+        with listening(Doc.file, "set", self.given_once, retval=True):
+            given = file("a")
+            await env.add(Doc(id=1, file=given), Doc(id=2, file=given))
+        await env.check(file_1="a", file_2="a")
+
+    async def test_old_value_kept_that_was_to_move(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2))
+        with listening(Doc.file, "set", self.keep_old, retval=True):
+            async with env.sessions.begin() as session:
+                one, two = await get(session, 1), await get(session, 2)
+                two.file, one.file = one.file, None
+        await env.check(file_1="a", file_2="a")
+
+    async def test_row_taken_over(self, env: OrmEnvironment) -> None:
+        """A new instance empties what it does not set."""
+        await env.add(Doc(id=1, file=file("a"), other=file("b")))
+        seen: list[Any] = []
+        with listening(Doc.other, "set", lambda *arguments: seen.append(arguments)):
+            async with env.sessions.begin() as session:
+                await session.delete(await get(session))
+                session.add(Doc(id=1, file=file("c")))
+        assert not seen
+        await env.check(file_1="c")
+
+
+Rewriting = Callable[[Any], Any]
+
+# What a listener may make of a bulk statement on one class: one on other rows, or on another class.
+REWRITINGS: dict[str, Rewriting] = {
+    "other rows": lambda _: delete(Doc).where(Doc.id == 2),
+    "more rows": lambda _: delete(Doc).where(Doc.id < 3),
+    "an update of the rows": lambda _: update(Doc).where(Doc.id == 2).values(file=None),
+    "an update of another class": lambda _: update(Note).where(Note.id == 1).values(scan=None),
+    "a table": lambda _: delete(Doc.__table__).where(Doc.__table__.c.id == 2),
+}
+
+
+class TestBulkStatements:
+    @everywhere
+    @pytest.mark.parametrize("given", ["delete", "update", "insert", "another class"])
+    @pytest.mark.parametrize("rewriting", REWRITINGS)
+    async def test_statement_replaced(self, env: OrmEnvironment, where: str, given: str, rewriting: str) -> None:
+        def replace(state: ORMExecuteState) -> None:
+            if state.is_insert or state.is_update or state.is_delete:
+                state.statement = REWRITINGS[rewriting](state.statement)
+
+        statements: dict[str, Any] = {
+            "delete": delete(Doc).where(Doc.id == 1),
+            "update": update(Doc).where(Doc.id == 1).values(file=None),
+            "insert": insert(Doc).values(id=3),
+            "another class": delete(Person).where(Person.id == 1),
+        }
+        await env.add(*(Doc(id=number, file=file(str(number))) for number in (1, 2)), Note(id=1, scan=file("n")))
+        async with session_with(env, where, replace, "do_orm_execute") as session:
+            await session.execute(statements[given])
+        left = {("doc", 1, "file"): b"1", ("doc", 2, "file"): b"2", ("note", 1, "scan_ref"): b"n"}
+        if rewriting == "an update of another class":
+            del left[("note", 1, "scan_ref")]
+        else:
+            del left[("doc", 2, "file")]
+        if rewriting == "more rows":
+            del left[("doc", 1, "file")]
+        await env.check()
+        assert await env.contents() == left
+
+    @everywhere
+    async def test_statement_invoked_by_the_listener(self, env: OrmEnvironment, where: str) -> None:
+        def invoke(state: ORMExecuteState) -> Any:
+            if not state.is_delete:
+                return None
+            state.invoke_statement(delete(Note).where(Note.id == 1))
+            return state.invoke_statement(delete(Doc).where(Doc.id == 2))
+
+        await env.add(*(Doc(id=number, file=file(str(number))) for number in (1, 2)), Note(id=1, scan=file("n")))
+        async with session_with(env, where, invoke, "do_orm_execute") as session:
+            await session.execute(delete(Doc).where(Doc.id == 1))
+        await env.check(file_1="1")
+
+    @everywhere
+    async def test_listener_is_called_once(self, env: OrmEnvironment, where: str) -> None:
+        seen: list[Any] = []
+        await env.add(Doc(id=1, file=file("a")))
+        async with session_with(env, where, lambda state: seen.append(state.is_delete), "do_orm_execute") as session:
+            result = await session.execute(delete(Doc).where(Doc.id == 1).returning(Doc.id))
+            assert result.scalars().all() == [1]
+        assert seen == [True]
+        await env.check()
+
+    @everywhere
+    async def test_forbidden_statement_in_the_place_of_another(self, env: OrmEnvironment, where: str) -> None:
+        def replace(state: ORMExecuteState) -> None:
+            if state.is_delete:
+                state.statement = update(Doc).values(file=Doc.other)
+
+        await env.add(Doc(id=1, file=file("a"), other=file("b")))
+        with pytest.raises(InvalidReferenceError, match="None only"):
+            async with session_with(env, where, replace, "do_orm_execute") as session:
+                await session.execute(delete(Person))
+        await env.check(file_1="a", other_1="b")
 
 
 KEEPING = {

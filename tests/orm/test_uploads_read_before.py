@@ -344,7 +344,9 @@ class TestNames:
         assert (await document.file.read(), document.file.original_filename) == (CONTENT, "me.png")
 
     @pytest.mark.case("RE-15")
-    @pytest.mark.parametrize("given", ["", "x" * 300, "tëxt/plain", "text/plain\x01", "a\tb"])
+    @pytest.mark.parametrize(
+        "given", ["", "x" * 300, "tëxt/plain", "text/plain\x01", "a\tb", ";;;;", "text", "a/b, c/d", 'a/b; c="d']
+    )
     async def test_a_media_type_that_cannot_be_kept(self, sessions: Sessions, manager: StorageManager, given: str) -> None:
         upload = UploadFile(io.BytesIO(b"x"), filename="a", headers=Headers({"content-type": given}))
         document = await add(sessions, Document(file=Attachment.from_upload(upload)))

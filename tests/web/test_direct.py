@@ -25,6 +25,7 @@ from granite_storage.orm import Attachment, bind_storage
 from granite_storage.web import (
     DirectUpload,
     DirectUploads,
+    MalformedRequestError,
     UploadMismatchError,
     UploadMissingError,
     UploadTokenError,
@@ -271,6 +272,19 @@ async def test_cancelled_anywhere(direct: Direct) -> None:
     assert len(await direct.objects()) == 2
     await direct.add(file)
     assert await file.read() == PDF
+
+
+@pytest.mark.parametrize("given", [None, ""])
+async def test_a_file_of_no_media_type(direct: Direct, given: str | None) -> None:
+    upload = await direct.sent(b"anything", content_type=given)
+    file = await direct.uploads.finish(upload.token, Document.file)
+    assert file.content_type == "application/octet-stream"
+
+
+@pytest.mark.parametrize("given", [5, b"image/png", "image", "text/html, text/plain", "a/b\r\nX: y"])
+async def test_what_is_no_media_type_is_refused(direct: Direct, given: Any) -> None:
+    with pytest.raises(MalformedRequestError, match="not a media type"):
+        await direct.begin(content_type=given)
 
 
 @pytest.mark.case("SIG-07")

@@ -56,6 +56,8 @@ async def test_a_second_file_is_refused(place: Place) -> None:
     upload = await place.client.sent(await place.begin())
     answer = await place.client.send(upload, b"%PDF-another")
     assert (answer.status_code, answer.headers["content-type"]) == (409, "application/problem+json")
+    assert "received already" in answer.json()["detail"]
+    assert "again" not in answer.json()["detail"]
     assert await (await place.uploads.finish(upload.token, Document.file)).read() == PDF
 
 

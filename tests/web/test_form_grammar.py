@@ -14,7 +14,7 @@ import python_multipart
 from werkzeug.sansio import multipart as werkzeug
 
 from granite_storage.web import MalformedRequestError, RequestError, RequestTooLargeError, UploadLimits
-from granite_storage.web._body import parse_parameters
+from granite_storage.web._body import content_type_to_keep, parse_parameters
 from granite_storage.web._multipart import MultipartParser, PartHead, _End
 from tests.web.receiving import App, sliced, stored_in
 
@@ -44,6 +44,7 @@ FORMS: dict[str, tuple[bytes, list[Part]]] = {
         b"x--b\r\n--bb\r\n --b\r\n--\r\n--b\r\n" + A + b"\r\n1\r\n--b--\r\n",
         [("a", None, None, b"1")],
     ),
+    "blanks and line ends, and nothing": (b" \t\r\n\n\r\n--b--\r\n", []),
     "line ends before the first boundary": (b"\r\n\r\n\n\n--b\r\n" + A + b"\r\n1\r\n--b--\r\n", [("a", None, None, b"1")]),
     "dashes before the first boundary": (b"-\r\n--\r\n--b\r\n" + A + b"\r\n1\r\n--b--\r\n", [("a", None, None, b"1")]),
     "an epilogue": (b"--b\r\n" + A + b"\r\n1\r\n--b--\r\nmore\r\n--b\r\n", [("a", None, None, b"1")]),
@@ -106,6 +107,35 @@ ERRORS: dict[str, tuple[bytes, type[RequestError], str]] = {
     "a NUL in a header": (b"--b\r\nX: \0\r\n\r\n--b--\r\n", MalformedRequestError, "cannot be read"),
     "a header twice": (b"--b\r\n" + A + A + b"\r\n1\r\n--b--\r\n", MalformedRequestError, "twice"),
     "a parameter twice": (b"--b\r\n" + disposition("name=a; name=b") + b"\r\n\r\n--b--", MalformedRequestError, "twice"),
+    "line feeds alone": (b"--b\n" + A[:-2] + b"\n\n1\n--b--\n", MalformedRequestError, "line feed alone"),
+    "a first boundary that ends with a line feed alone": (
+        b"--b\n" + A + b"\r\n1\r\n--b--\r\n",
+        MalformedRequestError,
+        "line feed alone",
+    ),
+    "a boundary that ends with a line feed alone, before one that does not": (
+        b"--b\n" + A + b"\r\n1\r\n--b\r\n" + A + b"\r\n2\r\n--b--\r\n",
+        MalformedRequestError,
+        "line feed alone",
+    ),
+    "a boundary after a preamble that ends with a line feed alone": (
+        b"x\r\n--b\n" + A + b"\r\n1\r\n--b--\r\n",
+        MalformedRequestError,
+        "line feed alone",
+    ),
+    "a second boundary that ends with a line feed alone": (
+        b"--b\r\n" + A + b"\r\n1\r\n--b\n" + A + b"\r\n2\r\n--b--\r\n",
+        MalformedRequestError,
+        "line feed alone",
+    ),
+    "blanks and a line feed alone after a boundary": (b"--b \n" + A + b"\r\n1\r\n--b--\r\n", MalformedRequestError, "blanks"),
+    "a first boundary that ends with a carriage return alone": (
+        b"--b\r" + A[:15] + b"\r\n1\r\n--b--\r\n",
+        MalformedRequestError,
+        "no part",
+    ),
+    "a preamble and no part": (b"a preamble\r\n--b--\r\n", MalformedRequestError, "no part"),
+    "another boundary before the last one": (b"--c\r\nX: y\r\n--b--", MalformedRequestError, "no part"),
     "too much before the first boundary": (b"x" * 39 + b"\r\n--b--\r\n", RequestTooLargeError, "max_padding"),
     "much too much before the first boundary": (b"x" * 100, RequestTooLargeError, "max_padding"),
     "too much after the last boundary": (b"--b--\r\n" + b"x" * 41, RequestTooLargeError, "max_padding"),
@@ -278,6 +308,75 @@ def fastest(work: Callable[[], object]) -> float:
 def test_parameters(header: str, parameters: dict[str, str]) -> None:
     found = parse_parameters(header.encode(), is_of_form=True)
     assert found == (b"form-data", {name.encode(): value.encode() for name, value in parameters.items()})
+
+
+@pytest.mark.case("RD-07")
+@pytest.mark.parametrize(
+    "given",
+    [
+        "text/plain",
+        "application/vnd.oasis.opendocument.text",
+        "image/svg+xml",
+        "x-a!#$%&'*+.^_`|~/0",
+        "text/plain;charset=utf-8",
+        'text/plain ;  charset="utf-8" ; a=b',
+        r'text/plain; x="a\"b\\; c=d, e"',
+        'text/plain; x=""',
+        "text/plain;",
+        "text/plain;; ;a=b",
+    ],
+)
+def test_media_types_of_files(given: str) -> None:
+    assert content_type_to_keep(f" {given}\t") == given
+    assert read([file_of(given)], UploadLimits()) == [("f", "x", given, b"1")]
+
+
+@pytest.mark.parametrize("given", ["", " ", "\t "])
+def test_no_media_type_of_a_file(given: str) -> None:
+    assert content_type_to_keep(given) is None
+
+
+@pytest.mark.case("RD-07")
+@pytest.mark.parametrize(
+    "given",
+    [
+        ";;;;",
+        "text/html, text/plain",
+        "text/plain; a=b, text/html",
+        r'text/plain; x="a\"b',
+        'text/plain; x="a"b',
+        'text/plain; x="a\\',
+        'text/plain; x="\tb\x01"',
+        "text",
+        "text/",
+        "/plain",
+        "text/plain/more",
+        "text /plain",
+        "text/ plain",
+        "text/pl ain",
+        "text/plain a=b",
+        "text/plain; a",
+        "text/plain; a=",
+        "text/plain; a =b",
+        "text/plain; a= b",
+        "text/plain; =b",
+        "text/plain; a=b c",
+        "<text/plain>",
+        "text/plåin",
+        'text/plain; x="å"',
+        "text/" + "x" * 251,
+    ],
+)
+def test_media_types_of_files_that_are_refused(given: str) -> None:
+    with pytest.raises(MalformedRequestError, match="not a media type"):
+        content_type_to_keep(given)
+    with pytest.raises(MalformedRequestError, match="not a media type"):
+        read([file_of(given)], UploadLimits())
+
+
+def file_of(content_type: str) -> bytes:
+    headers = b"Content-Disposition: form-data; name=f; filename=x\r\nContent-Type:" + content_type.encode("latin-1")
+    return b"--b\r\n" + headers + b"\r\n\r\n1\r\n--b--"
 
 
 @pytest.mark.case("RE-11")

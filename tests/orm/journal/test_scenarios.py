@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tests.orm import test_bulk, test_scenarios
+from tests.orm import test_bulk, test_listeners, test_scenarios
 from tests.orm.test_random_cascades import test_random_cascades
 
 __all__ = ["test_random_cascades"]
 
-for module in (test_scenarios, test_bulk):
+for module in (test_scenarios, test_bulk, test_listeners):
     globals().update({name: value for name, value in vars(module).items() if name.startswith("Test")})

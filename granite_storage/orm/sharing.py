@@ -7,9 +7,9 @@ in the schema and under the settings that its statements run with. A journal's w
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, CompoundSelect, Connection, Text, bindparam, func, select, union_all
@@ -92,19 +92,25 @@ def find_referenced(
     wanted = list(dict.fromkeys(locations))
     if not columns or not wanted:
         return set()
+    look = partial(_places, connection, columns, required)
     try:
         with _savepoint(connection):
-            places = _places(connection, columns, required)
+            places = look()
             found = _answers(connection, tuple(places), wanted)
     except DBAPIError as error:
         if _ends_transaction(connection, error):
             raise
-        # A table was dropped after the catalogue had named it, or one row's JSON is damaged.
-        with _savepoint(connection):
-            places = _places(connection, columns, required)
-            found = _answers(connection, tuple(places), wanted, is_guarded=True)
+        # One of them was dropped after the catalogue had named it, or has a row whose JSON is damaged.
+        places = look()
+        found = set()
+        for place in places:
+            ask = partial(_answers, connection, (place,), wanted, is_guarded=True)
+            found |= _tolerantly(connection, place, ask, look)
     if found and connection.dialect.name in ("mysql", "mariadb"):
-        return _confirmed(connection, places, found)
+        confirmed: set[str] = set()
+        for place, key in places.items():
+            confirmed |= _tolerantly(connection, place, partial(_confirmed, connection, place, key, found), look)
+        return confirmed
     return found
 
 
@@ -167,23 +173,35 @@ def _answers(
     return found
 
 
-def _confirmed(connection: Connection, places: Mapping[Place, Sequence[Column[Any]]], locations: set[str]) -> set[str]:
-    """Return which of these locations, all of them in the snapshot of the transaction, rows refer to now."""
+def _tolerantly(
+    connection: Connection, place: Place, ask: Callable[[], set[str]], look: Callable[[], Collection[Place]]
+) -> set[str]:
+    """Return what one place is asked; nothing where a look at what places there are tells that it has been dropped meanwhile."""
+    try:
+        with _savepoint(connection):
+            return ask()
+    except DBAPIError as error:
+        if _ends_transaction(connection, error):
+            raise
+        if place not in look():
+            return set()
+        raise
+
+
+def _confirmed(connection: Connection, place: Place, primary_key: Sequence[Column[Any]], locations: set[str]) -> set[str]:
+    """Return which of these locations, all of them in the snapshot of the transaction, rows at a place refer to now."""
+    column = place.keyed(primary_key)
+    table, keys = column.table, list(column.table.primary_key)
+    _, location = location_of(column, connection.dialect.name, is_generated=place.is_generated)
+    is_wanted = location.in_(sorted(locations))
+    if not keys:
+        return set(connection.scalars(select(location).select_from(table).where(is_wanted), execution_options=_AS_NAMED))
+    unlocked = select(*keys).where(is_wanted).order_by(*keys)
+    rows = [tuple(row) for row in connection.execute(unlocked, execution_options=_AS_NAMED)]
     confirmed: set[str] = set()
-    for place, primary_key in places.items():
-        column = place.keyed(primary_key)
-        table, keys = column.table, list(column.table.primary_key)
-        _, location = location_of(column, connection.dialect.name, is_generated=place.is_generated)
-        is_wanted = location.in_(sorted(locations))
-        if not keys:
-            found = connection.scalars(select(location).select_from(table).where(is_wanted), execution_options=_AS_NAMED)
-            confirmed |= set(found)
-            continue
-        unlocked = select(*keys).where(is_wanted).order_by(*keys)
-        rows = [tuple(row) for row in connection.execute(unlocked, execution_options=_AS_NAMED)]
-        for batch in batches(rows, _MOST_ROWS):
-            locked = select(location).select_from(table).where(among(table, batch), is_wanted).with_for_update(read=True)
-            confirmed |= set(connection.scalars(locked, execution_options=_AS_NAMED))
+    for batch in batches(rows, _MOST_ROWS):
+        locked = select(location).select_from(table).where(among(table, batch), is_wanted).with_for_update(read=True)
+        confirmed |= set(connection.scalars(locked, execution_options=_AS_NAMED))
     return confirmed
 
 

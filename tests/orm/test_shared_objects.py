@@ -16,7 +16,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage
+from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage, sharing
+from granite_storage.orm.namesakes import read_catalogue
 from tests.orm.clones import bound_beside, cloned
 from tests.orm.environment import Doc, Node, OrmEnvironment, file
 from tests.orm.values import Sessions, add, locations, sqlite
@@ -301,6 +302,37 @@ class TestSchemas:
         async with env.sessions.begin() as session:
             await session.execute(delete(Doc))
         assert await env.objects() == set()
+
+    @pytest.mark.parametrize("database", ["mariadb"], indirect=True)
+    async def test_clone_that_is_newer_than_the_snapshot(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+        """The snapshot does not show what is in it: the object stays."""
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions() as session:
+            await session.get_one(Doc, 1)
+            async with cloned(env):
+                await delete_one(session)
+                with caplog.at_level(logging.WARNING, "granite_storage"):
+                    await session.commit()
+                (left,) = await env.objects()
+        assert left in caplog.text
+        await env.backend.delete(left)
+
+    async def test_clone_that_is_dropped_meanwhile(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The catalogue names it, and when it is asked it is not there any more."""
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        async with cloned(env), env.sessions() as session:
+            columns = env.binding.tables.refs()
+            old = await session.run_sync(lambda inner: read_catalogue(inner.connection(), columns))
+        answers = [old, old]
+
+        def read(connection: Any, columns: Any) -> Any:
+            return answers.pop() if answers else read_catalogue(connection, columns)
+
+        monkeypatch.setattr(sharing, "read_catalogue", read)
+        async with env.sessions.begin() as session:
+            await delete_one(session)
+        assert len(await env.objects()) == 1
+        assert not answers
 
     @pytest.mark.parametrize("database", ["asyncpg"], indirect=True)
     async def test_clone_that_may_not_be_read(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:

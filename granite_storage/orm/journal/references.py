@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, Select, Table, TableClause, column, null, select, table, text, union_all
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["References"]
 
 _MOST_PARAMETERS = 20_000
+_TRIES = 3
 _ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
 
@@ -59,11 +61,11 @@ class References:
 
     async def _rows(self, first: list[Select[*tuple[Any, ...]]], locations: Iterable[str]) -> list[Row[Any]]:
         wanted = sorted(set(locations))
-        try:
-            return await self._ask(first, wanted)
-        except DBAPIError:
-            # A table may have been dropped after the catalogue had named it; what fails twice fails.
-            return await self._ask(first, wanted)
+        for _ in range(_TRIES - 1):
+            # A table may have been dropped after the catalogue had named it.
+            with suppress(DBAPIError):
+                return await self._ask(first, wanted)
+        return await self._ask(first, wanted)
 
     async def _ask(self, first: list[Select[*tuple[Any, ...]]], locations: Sequence[str]) -> list[Row[Any]]:
         selects = [*first, *(await self._selects(locations) if locations else [])]

@@ -42,6 +42,7 @@ ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
     "tests/orm/test_disconnects_and_signals.py": ("",),
     "tests/orm/test_random_cascades.py": ("",),
     "tests/orm/test_shared_objects.py": ("TestDatabases", "TestSchemas"),
+    "tests/orm/test_triggers.py": ("",),
     "tests/orm/test_unknown_commit.py": ("",),
     "tests/orm/journal/test_database_faults.py": ("",),
     "tests/orm/journal/test_recovery.py": ("TestReports", "TestWorker"),

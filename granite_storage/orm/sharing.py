@@ -92,21 +92,22 @@ def find_referenced(
     wanted = list(dict.fromkeys(locations))
     if not columns or not wanted:
         return set()
-    look = partial(_places, connection, columns, required)
     try:
         with _savepoint(connection):
-            places = look()
+            places = _places(connection, columns, required)
             found = _answers(connection, tuple(places), wanted)
     except DBAPIError as error:
         if _ends_transaction(connection, error):
             raise
         # One of them was dropped after the catalogue had named it, or has a row whose JSON is damaged.
+        look = partial(_places_again, connection, columns, required)
         places = look()
         found = set()
         for place in places:
             ask = partial(_answers, connection, (place,), wanted, is_guarded=True)
             found |= _tolerantly(connection, place, ask, look)
     if found and connection.dialect.name in ("mysql", "mariadb"):
+        look = partial(_places_again, connection, columns, required)
         confirmed: set[str] = set()
         for place, key in places.items():
             confirmed |= _tolerantly(connection, place, partial(_confirmed, connection, place, key, found), look)
@@ -146,6 +147,13 @@ def _places(
         )
     # In one order, so that the statements are the same for all tenants.
     return dict(sorted(places.items(), key=lambda item: item[0].names))
+
+
+def _places_again(
+    connection: Connection, columns: Sequence[Column[Any]], required: Collection[Column[Any]]
+) -> dict[Place, Sequence[Column[Any]]]:
+    with _savepoint(connection):
+        return _places(connection, columns, required)
 
 
 @lru_cache(maxsize=256)  # by all that a statement says: none is made anew for each transaction

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import Column, CompoundSelect, ForeignKeyConstraint, MetaData, Table
+from sqlalchemy import Column, ForeignKeyConstraint, MetaData, Table
 from sqlalchemy.orm import InstanceState, Mapper
 
 from granite_storage.orm.types import AttachmentType, StoredObjectRefType
@@ -81,8 +81,6 @@ class Tables:
         self._cascades: dict[str, list[ForeignKeyConstraint]] = {}
         self._leading: set[str] = set()
         self._refs: list[Column[Any]] = []
-        # Statements that ask all columns of refs, by the database and by what is special about it there: see `sharing`.
-        self.questions: dict[tuple[str, frozenset[Column[Any]]], CompoundSelect[Any]] = {}
         self._by_mapper: weakref.WeakKeyDictionary[Mapper[Any], tuple[Table, ...]] = weakref.WeakKeyDictionary()
 
     def find(self, table: Any) -> Table | None:
@@ -139,7 +137,6 @@ class Tables:
         self._attachments, self._cascades = {}, {}
         self._by_mapper.clear()
         self._refs = []
-        self.questions.clear()
         for name, table in tables.items():
             columns = tuple(column for column in table.columns if isinstance(column.type, AttachmentType))
             if columns:

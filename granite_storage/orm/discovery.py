@@ -12,12 +12,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Column, Connection, MetaData, Table, bindparam, text
+from sqlalchemy import ARRAY, Column, Connection, MetaData, Table, Text, TextClause, bindparam, text
 
 from granite_storage.locations import GENERATED_ID_LENGTH
 from granite_storage.orm.types import StoredObjectRefType
 
-__all__ = ["FoundColumn", "as_found", "find_json_columns", "find_tables", "find_text_columns", "resolve"]
+__all__ = [
+    "FoundColumn",
+    "NamedColumn",
+    "as_found",
+    "find_json_columns",
+    "find_named_columns",
+    "find_tables",
+    "find_text_columns",
+    "resolve",
+]
 
 _POSTGRESQL_COLUMNS = text("""
     WITH RECURSIVE documents(oid) AS (
@@ -54,6 +63,25 @@ _POSTGRESQL_RESOLVED = text("""
     SELECT n.nspname, c.relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE c.oid = to_regclass(:name)
 """)
+_POSTGRESQL_NAMED = text("""
+    SELECT n.nspname, c.relname, a.attname, pg_table_is_visible(c.oid),
+        COALESCE(has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'), true),
+        a.atttypid IN ('jsonb'::regtype, 'json'::regtype) AND c.relkind IN ('r', 'p', 'f', 'm') AND NOT c.relispartition
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    LEFT JOIN pg_attribute AS a
+        ON a.attrelid = c.oid AND a.attname = ANY (:columns) AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE c.relname = ANY (:tables) AND c.relkind IN ('r', 'p', 'f', 'm', 'v')
+        AND n.nspname <> 'information_schema' AND (left(n.nspname, 3) <> 'pg_' OR n.oid = pg_my_temp_schema())
+    ORDER BY 1, 2, 3
+""").bindparams(bindparam("tables", type_=ARRAY(Text())), bindparam("columns", type_=ARRAY(Text())))
+_MARIADB_NAMED = text("""
+    SELECT table_schema, table_name, column_name, table_schema = DATABASE(), privileges LIKE '%select%',
+        data_type IN ('json', 'longtext')
+    FROM information_schema.columns
+    WHERE table_name IN :tables AND (column_name IN :columns OR ordinal_position = 1)
+        AND table_schema NOT IN ('information_schema', 'mysql', 'performance_schema', 'sys')
+    ORDER BY 1, 2, 3
+""").bindparams(bindparam("tables", expanding=True), bindparam("columns", expanding=True))
 _MARIADB_COLUMNS = text("""
     SELECT c.table_schema, c.table_name, c.column_name, c.privileges LIKE '%select%', 0, c.data_type IN ('json', 'longtext'), 0,
         c.data_type LIKE '%blob' OR c.data_type LIKE '%binary'
@@ -106,6 +134,46 @@ class FoundColumn:
     def label(self) -> str:
         """What a person calls it."""
         return f"{self.schema}.{self.table}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class NamedColumn:
+    """A column, or a table without one, that has the name of a model's.
+
+    Attributes:
+        schema: The schema, as the database calls it.
+        table: The table or view.
+        name: The column; None, or any other, where the table has none of those that were asked for.
+        is_default: Whether it is this table that its name means by itself, without a schema.
+        is_readable: Whether this role may read it.
+        may_hold_refs: Whether it is one of JSON, in a table that has rows of its own.
+    """
+
+    schema: str
+    table: str
+    name: str | None
+    is_default: bool
+    is_readable: bool
+    may_hold_refs: bool
+
+
+def find_named_columns(connection: Connection, tables: Sequence[str], columns: Sequence[str]) -> list[NamedColumn]:
+    """Return the columns of some names in tables of some names, in every schema that the database shows this role.
+
+    It is one question, of the catalogue alone, on all databases but SQLite: transactions ask it before they commit.
+    """
+    names = {"tables": list(tables), "columns": list(columns)}
+    match connection.dialect.name:
+        case "postgresql":
+            rows: Iterable[Any] = connection.execute(_POSTGRESQL_NAMED, names)
+        case "sqlite":
+            rows = _sqlite_named(connection, tables, columns)
+        case _:
+            rows = connection.execute(_MARIADB_NAMED, names)
+    return [
+        NamedColumn(schema, table, name, bool(is_default), bool(is_readable), bool(may_hold_refs))
+        for schema, table, name, is_default, is_readable, may_hold_refs in rows
+    ]
 
 
 def find_json_columns(connection: Connection) -> list[FoundColumn]:
@@ -201,6 +269,30 @@ def _sqlite_columns(connection: Connection, schema: str) -> list[tuple[Any, ...]
     """  # noqa: S608  # quoted
     rows = connection.execute(text(statement), {"schema": schema})
     return [(schema, table, name, True, False, is_json, False, False) for table, name, is_json in rows]
+
+
+def _sqlite_named(connection: Connection, tables: Sequence[str], columns: Sequence[str]) -> list[tuple[Any, ...]]:
+    schemas = _attached(connection)
+    quote = connection.dialect.identifier_preparer.quote
+    statement = _sqlite_question(tuple(map(quote, schemas)))
+    values = {f"schema_{number}": schema for number, schema in enumerate(schemas)}
+    default: dict[str, int] = {}
+    return [
+        (schemas[number], table, name, default.setdefault(table.lower(), number) == number, True, is_table)
+        for number, table, name, is_table in connection.execute(statement, {"tables": tables, "columns": columns, **values})
+    ]
+
+
+@lru_cache(maxsize=64)
+def _sqlite_question(schemas: tuple[str, ...]) -> TextClause:
+    parts = [
+        f"SELECT {number}, m.name, c.name, m.type = 'table' FROM {schema}.sqlite_master AS m"  # noqa: S608  # quoted
+        f" LEFT JOIN pragma_table_info(m.name, :schema_{number}) AS c ON c.name COLLATE NOCASE IN :columns"
+        " WHERE m.type IN ('table', 'view') AND m.name COLLATE NOCASE IN :tables"
+        for number, schema in enumerate(schemas)
+    ]
+    statement = text(f"{' UNION ALL '.join(parts)} ORDER BY 1, 2, 3")
+    return statement.bindparams(bindparam("tables", expanding=True), bindparam("columns", expanding=True))
 
 
 def _has_sqlite_table(connection: Connection, schema: str, name: str) -> bool:

@@ -186,6 +186,8 @@ def _after_commit(session: Session) -> None:
     transaction = session.get_nested_transaction() or session.get_transaction()
     if unit is not None and transaction is not None and transaction in unit.frames:
         unit.frames[transaction].committed = True
+        if transaction.parent is None:
+            outcome.expect_end(session, transaction)
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:

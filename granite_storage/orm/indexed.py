@@ -26,8 +26,8 @@ LOCATION_COLUMN_PREFIX = "granite_storage_location_"
 
 _GENERATED = text(
     "SELECT table_schema, table_name, column_name, table_schema = DATABASE() FROM information_schema.columns"
-    " WHERE column_name IN :names"
-).bindparams(bindparam("names", expanding=True))
+    " WHERE table_name IN :tables AND column_name IN :names"
+).bindparams(bindparam("tables", expanding=True), bindparam("names", expanding=True))
 
 _LONGEST_NAME = 63
 _DIGITS = 8
@@ -53,7 +53,8 @@ def find_location_columns(connection: Connection, columns: Collection[Column[Any
     if not _may_have_some(connection.dialect, columns):
         return set()
     names = [location_column_name(column.name) for column in columns]
-    rows = connection.execute(_GENERATED, {"names": names})
+    tables = sorted({column.table.name for column in columns})
+    rows = connection.execute(_GENERATED, {"tables": tables, "names": names})
     found = {place for schema, table, name, is_default in rows for place in _places(schema, table, name, is_default)}
     return {column for column in columns if (column.table.schema, column.table.name, location_column_name(column.name)) in found}
 

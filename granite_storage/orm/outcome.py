@@ -6,20 +6,23 @@ server refused it, and the end of an outer transaction that the session was join
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+from greenlet import getcurrent
 from sqlalchemy import Connection, Engine, Transaction, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util import greenlet_spawn
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._engines import root_engine
-from granite_storage.orm.greenlets import deferred_cancellation
+from granite_storage.orm.greenlets import deferred_cancellation, in_greenlet
 from granite_storage.orm.removal import remove_now
 from granite_storage.orm.sharing import find_shared
 from granite_storage.orm.unit import Frame, Outcome, StoredObject, UnitOfWork
@@ -29,6 +32,7 @@ __all__ = [
     "SavepointSpan",
     "begin",
     "conclude",
+    "expect_end",
     "known_unit",
     "listen_to",
     "require_transactions",
@@ -38,11 +42,14 @@ __all__ = [
 ]
 
 _INFO_KEY = "granite_storage.watch"
+_PAUSE = 0.05
+"""Seconds until a commit is looked at again that listeners of the application's hold up."""
 
 _units: weakref.WeakKeyDictionary[Session, UnitOfWork] = weakref.WeakKeyDictionary()
 _watches: weakref.WeakKeyDictionary[Connection, ConnectionWatch] = weakref.WeakKeyDictionary()
 _begun: weakref.WeakKeyDictionary[SessionTransaction, weakref.ref[Transaction]] = weakref.WeakKeyDictionary()
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_concluding: set[asyncio.Task[Any]] = set()
 
 
 @dataclass(slots=True)
@@ -184,9 +191,41 @@ def require_transactions(connection: Connection) -> None:
         )
 
 
+def expect_end(session: Session, transaction: SessionTransaction) -> None:
+    """Conclude a transaction that has committed, in case that its session never tells of its end.
+
+    A listener of the application's that raises after the commit leaves SQLAlchemy's transaction open, and `sessions.begin()`
+    does not close the session then.
+    """
+    unit = known_unit(session)
+    if unit is not None and in_greenlet():
+        loop = asyncio.get_running_loop()
+        unit.watchdog = loop.call_soon(_look_after, loop, session, transaction, unit, getcurrent())
+
+
+def _look_after(
+    loop: asyncio.AbstractEventLoop, session: Session, transaction: SessionTransaction, unit: UnitOfWork, committing: Any
+) -> None:
+    """Conclude a transaction whose commit is over, as its greenlet tells; look again later where it is not."""
+    unit.watchdog = None
+    if known_unit(session) is not unit:
+        return
+    if not committing.dead:
+        unit.watchdog = loop.call_later(_PAUSE, _look_after, loop, session, transaction, unit, committing)
+        return
+    task = loop.create_task(greenlet_spawn(conclude, session, transaction))
+    _concluding.add(task)
+    task.add_done_callback(_concluding.discard)
+
+
 def conclude(session: Session, transaction: SessionTransaction) -> None:
     """Act on the end of a session's outermost transaction, or leave that to the transaction it was joined to."""
-    unit = _units.pop(session)
+    unit = _units.pop(session, None)
+    if unit is None:
+        return
+    if unit.watchdog is not None:
+        unit.watchdog.cancel()
+        unit.watchdog = None
     unit.abandon_flush()
     frame = unit.close(transaction)
     spans, unit.spans = unit.spans, {}

@@ -37,6 +37,7 @@ __all__ = [
     "lock_rows",
     "lock_statement",
     "read_refs",
+    "read_rows",
     "still_held",
     "take_write_lock",
 ]
@@ -161,6 +162,16 @@ def read_refs(
     """Return the refs that rows hold now, read under their locks."""
     batched = batches(_in_order(primary_keys), _AT_A_TIME)
     return [held for keys in batched for held in _read(connection, table, columns, among(table, keys), deleting=False)]
+
+
+def read_rows(
+    connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]], columns: Sequence[Column[Any]]
+) -> dict[tuple[Any, ...], dict[Column[Any], Any]]:
+    """Return what is in columns of the rows that are there, by their primary keys, read under their locks."""
+    count = len(table.primary_key)
+    batched = batches(_in_order(primary_keys), _AT_A_TIME)
+    rows = (row for keys in batched for row in _rows(connection, table, columns, among(table, keys), deleting=False))
+    return {tuple(row[:count]): dict(zip(columns, row[count:], strict=True)) for row in rows}
 
 
 def still_held(connection: Connection, held: Sequence[HeldRef]) -> set[tuple[str, str]]:

@@ -7,23 +7,24 @@ in the schema and under the settings that its statements run with. A journal's w
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, CompoundSelect, Connection, Text, bindparam, func, inspect, select, union_all
+from sqlalchemy import Column, CompoundSelect, Connection, Text, bindparam, func, select, union_all
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.orm._batches import batches
 from granite_storage.orm._registry import active_bindings
-from granite_storage.orm.indexed import find_location_columns
 from granite_storage.orm.journal.deadlocks import codes_of
+from granite_storage.orm.journal.pool import TRANSLATE_MAP
+from granite_storage.orm.namesakes import Place, read_catalogue
 from granite_storage.orm.rows import among
 from granite_storage.orm.scanning import where_json
 from granite_storage.orm.types import location_of
 
 if TYPE_CHECKING:
-    from granite_storage.orm.columns import Tables
     from granite_storage.orm.unit import StoredObject
     from granite_storage.refs import StoredObjectRef
 
@@ -31,7 +32,10 @@ __all__ = ["find_referenced", "find_shared", "refers"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
+_AS_NAMED = {TRANSLATE_MAP: None}
 _MOST_PARAMETERS = 20_000
+_MOST_COLUMNS = 50
+"""Of one statement: PostgreSQL starts workers for one that looks expensive, which takes longer than the statement itself."""
 _MOST_ROWS = 200
 _ROLLED_BACK = (1020, 1205, 1213)
 """Record changed, lock wait timeout, deadlock: https://mariadb.com/kb/en/mariadb-error-codes/"""
@@ -40,60 +44,74 @@ _ROLLED_BACK = (1020, 1205, 1213)
 def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[str]:
     """Return the locations of the objects that a row refers to, or may refer to, though other rows have let them go.
 
-    An object counts as referred to where the database cannot say: an orphan is better than a file that is lost.
+    Every base is asked about every object, whatever manager it is bound to: two of them may lead to the same place. An object
+    counts as referred to where the database cannot say: an orphan is better than a file that is lost.
     """
-    shared: set[str] = set()
-    for binding in active_bindings():
-        locations = [item.ref.location for item in objects if item.manager is binding.manager]
-        try:
-            found = find_referenced(connection, binding.tables, locations)
-        except DBAPIError as error:
-            if _ends_transaction(connection, error):
-                raise
-            logger.warning(
-                "it is unknown whether other rows refer to %d objects that were displaced; the garbage collector deletes orphans",
-                len(locations),
-                exc_info=True,
-            )
-            found = set(locations)
-        for location in found:
-            logger.info("the object %r stays: another row refers to it", location)
-        shared |= found
+    bindings = active_bindings()
+    columns = list(dict.fromkeys(column for binding in bindings for column in binding.tables.refs()))
+    managers = [item.manager for item in objects]
+    required = {column for binding in bindings if binding.manager in managers for column in binding.tables.refs()}
+    locations = list(dict.fromkeys(item.ref.location for item in objects))
+    try:
+        shared = find_referenced(connection, columns, locations, required=required)
+    except (DBAPIError, LookupError) as error:
+        if isinstance(error, DBAPIError) and _ends_transaction(connection, error):
+            raise
+        logger.warning(
+            "it is unknown whether other rows refer to %d objects that were displaced; they stay, for the garbage collector: %s",
+            len(locations),
+            ", ".join(map(repr, locations)),
+            exc_info=True,
+        )
+        return set(locations)
+    for location in shared:
+        logger.info("the object %r stays: another row refers to it", location)
     return shared
 
 
-def find_referenced(connection: Connection, tables: Tables, locations: Iterable[str]) -> set[str]:
+def find_referenced(
+    connection: Connection, columns: Sequence[Column[Any]], locations: Iterable[str], *, required: Collection[Column[Any]] = ()
+) -> set[str]:
     """Return which of these locations rows refer to, as the connection's transaction sees them.
 
-    Tables that the database does not have are passed over: a base may have some in another one. MariaDB and MySQL answer from a
-    snapshot, in which an object may still be in the row that another transaction has moved it out of: the rows that are found
-    there are read once more under a lock.
+    The columns are asked where the connection leads to, and those of the same name in every other schema. Tables that the
+    database does not have are passed over: a base may have some in another one. MariaDB and MySQL answer from a snapshot, in
+    which an object may still be in the row that another transaction has moved it out of: the rows that are found there are read
+    once more under a lock.
+
+    Args:
+        connection: The connection.
+        columns: Columns of refs.
+        locations: The locations.
+        required: Those of the columns that tables of their name may not lack.
 
     Raises:
         DBAPIError: The database cannot say; its transaction goes on, unless the error has ended it.
+        LookupError: A table lacks a column, or this role may not read it.
     """
     wanted = list(dict.fromkeys(locations))
-    columns = tables.refs()
     if not columns or not wanted:
         return set()
-    dialect = connection.dialect.name
     try:
         with _savepoint(connection):
-            generated = frozenset(find_location_columns(connection, columns))
-            question = tables.questions.get((dialect, generated))
-            if question is None:
-                question = tables.questions[dialect, generated] = _question(columns, dialect, generated)
-            found = _answers(connection, question, wanted, len(columns))
+            places = _places(connection, columns, required)
+            found = _answers(connection, tuple(places), wanted)
     except DBAPIError as error:
         if _ends_transaction(connection, error):
             raise
-        with _savepoint(connection):
-            columns = _present(connection, columns)
-            generated = frozenset(find_location_columns(connection, columns))
-            question = _question(columns, dialect, generated, is_guarded=True) if columns else None
-            found = _answers(connection, question, wanted, len(columns)) if question is not None else set()
-    if found and dialect in ("mysql", "mariadb"):
-        return _confirmed(connection, columns, generated, found)
+        # One of them was dropped after the catalogue had named it, or has a row whose JSON is damaged.
+        look = partial(_places_again, connection, columns, required)
+        places = look()
+        found = set()
+        for place in places:
+            ask = partial(_answers, connection, (place,), wanted, is_guarded=True)
+            found |= _tolerantly(connection, place, ask, look)
+    if found and connection.dialect.name in ("mysql", "mariadb"):
+        look = partial(_places_again, connection, columns, required)
+        confirmed: set[str] = set()
+        for place, key in places.items():
+            confirmed |= _tolerantly(connection, place, partial(_confirmed, connection, place, key, found), look)
+        return confirmed
     return found
 
 
@@ -106,13 +124,45 @@ def refers(connection: Connection, column: Column[Any], ref: StoredObjectRef) ->
     return connection.execute(statement).scalar_one() > 0
 
 
-def _question(
-    columns: Sequence[Column[Any]], dialect: str, generated: frozenset[Column[Any]], *, is_guarded: bool = False
-) -> CompoundSelect[Any]:
+def _places(
+    connection: Connection, columns: Sequence[Column[Any]], required: Collection[Column[Any]]
+) -> dict[Place, Sequence[Column[Any]]]:
+    """Return where the columns are, in every schema, each with the primary key that its table has by the models."""
+    catalogue = read_catalogue(connection, columns)
+    translated = connection.get_execution_options().get(TRANSLATE_MAP) or {}
+    places: dict[Place, Sequence[Column[Any]]] = {}
+    for column in columns:
+        schema = translated.get(column.table.schema, column.table.schema)
+        place = catalogue.place(schema, column)
+        if place is not None:
+            places.setdefault(place, list(column.table.primary_key))
+        elif column in required and catalogue.has_table(schema, column.table.name):
+            raise LookupError(f"the table {column.table.fullname} has no column {column.name}")
+    for place, column in catalogue.namesakes().items():
+        places.setdefault(place, list(column.table.primary_key))
+    hidden = sorted({place.label for place in places if not place.is_readable})
+    if hidden:
+        raise LookupError(
+            f"this role may not read {', '.join(hidden)}, where rows may refer to the same objects: grant it SELECT"
+        )
+    # In one order, so that the statements are the same for all tenants.
+    return dict(sorted(places.items(), key=lambda item: item[0].names))
+
+
+def _places_again(
+    connection: Connection, columns: Sequence[Column[Any]], required: Collection[Column[Any]]
+) -> dict[Place, Sequence[Column[Any]]]:
+    with _savepoint(connection):
+        return _places(connection, columns, required)
+
+
+@lru_cache(maxsize=256)  # by all that a statement says: none is made anew for each transaction
+def _question(places: tuple[Place, ...], dialect: str, is_guarded: bool) -> CompoundSelect[Any]:
     wanted = bindparam("locations", expanding=True, type_=Text())
     parts = []
-    for column in columns:
-        _, location = location_of(column, dialect, is_generated=column in generated)
+    for place in places:
+        column = place.column
+        _, location = location_of(column, dialect, is_generated=place.is_generated)
         if is_guarded and dialect == "sqlite":
             # One row whose JSON is damaged would spoil the whole statement; an index has only sound ones.
             location = where_json(column, location)
@@ -120,29 +170,46 @@ def _question(
     return union_all(*parts)
 
 
-def _answers(connection: Connection, question: CompoundSelect[Any], locations: Sequence[str], columns: int) -> set[str]:
+def _answers(
+    connection: Connection, places: tuple[Place, ...], locations: Sequence[str], *, is_guarded: bool = False
+) -> set[str]:
     found: set[str] = set()
-    for batch in batches(locations, max(1, _MOST_PARAMETERS // columns)):
-        found |= set(connection.execute(question, {"locations": batch}).scalars())
+    for some in batches(places, _MOST_COLUMNS):
+        question = _question(tuple(some), connection.dialect.name, is_guarded)
+        for batch in batches(locations, max(1, _MOST_PARAMETERS // len(some))):
+            found |= set(connection.execute(question, {"locations": batch}, execution_options=_AS_NAMED).scalars())
     return found
 
 
-def _confirmed(
-    connection: Connection, columns: Sequence[Column[Any]], generated: frozenset[Column[Any]], locations: set[str]
+def _tolerantly(
+    connection: Connection, place: Place, ask: Callable[[], set[str]], look: Callable[[], Collection[Place]]
 ) -> set[str]:
-    """Return which of these locations, all of them in the snapshot of the transaction, rows refer to now."""
+    """Return what one place is asked; nothing where a look at what places there are tells that it has been dropped meanwhile."""
+    try:
+        with _savepoint(connection):
+            return ask()
+    except DBAPIError as error:
+        if _ends_transaction(connection, error):
+            raise
+        if place not in look():
+            return set()
+        raise
+
+
+def _confirmed(connection: Connection, place: Place, primary_key: Sequence[Column[Any]], locations: set[str]) -> set[str]:
+    """Return which of these locations, all of them in the snapshot of the transaction, rows at a place refer to now."""
+    column = place.keyed(primary_key)
+    table, keys = column.table, list(column.table.primary_key)
+    _, location = location_of(column, connection.dialect.name, is_generated=place.is_generated)
+    is_wanted = location.in_(sorted(locations))
+    if not keys:
+        return set(connection.scalars(select(location).select_from(table).where(is_wanted), execution_options=_AS_NAMED))
+    unlocked = select(*keys).where(is_wanted).order_by(*keys)
+    rows = [tuple(row) for row in connection.execute(unlocked, execution_options=_AS_NAMED)]
     confirmed: set[str] = set()
-    for column in columns:
-        table, keys = column.table, list(column.table.primary_key)
-        _, location = location_of(column, connection.dialect.name, is_generated=column in generated)
-        is_wanted = location.in_(sorted(locations))
-        if not keys:
-            confirmed |= set(connection.scalars(select(location).select_from(table).where(is_wanted)))
-            continue
-        rows = [tuple(row) for row in connection.execute(select(*keys).where(is_wanted).order_by(*keys))]
-        for batch in batches(rows, _MOST_ROWS):
-            locked = select(location).select_from(table).where(among(table, batch), is_wanted).with_for_update(read=True)
-            confirmed |= set(connection.scalars(locked))
+    for batch in batches(rows, _MOST_ROWS):
+        locked = select(location).select_from(table).where(among(table, batch), is_wanted).with_for_update(read=True)
+        confirmed |= set(connection.scalars(locked, execution_options=_AS_NAMED))
     return confirmed
 
 
@@ -151,12 +218,6 @@ def _ends_transaction(connection: Connection, error: DBAPIError) -> bool:
     if connection.dialect.name in ("mysql", "mariadb") and not codes_of(error).isdisjoint(_ROLLED_BACK):
         return True
     return connection.invalidated
-
-
-def _present(connection: Connection, columns: Sequence[Column[Any]]) -> list[Column[Any]]:
-    inspector = inspect(connection)
-    tables = {column.table: inspector.has_table(column.table.name, schema=column.table.schema) for column in columns}
-    return [column for column in columns if tables[column.table]]
 
 
 @contextmanager

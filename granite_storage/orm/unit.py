@@ -19,6 +19,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    import asyncio
     from uuid import UUID
 
     from sqlalchemy import Connection
@@ -157,6 +158,8 @@ class UnitOfWork:
         self.spans: dict[ConnectionWatch, SavepointSpan] = {}
         # Locations of displaced objects that other rows refer to, as the database said before the COMMIT.
         self.shared: set[str] = set()
+        # Looks after the transaction once it has committed, until it is concluded.
+        self.watchdog: asyncio.Handle | None = None
 
     def frame(self, transaction: SessionTransaction) -> Frame:
         """Return the frame of a transaction or savepoint; made when something happens in it, with those around it."""

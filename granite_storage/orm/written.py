@@ -8,18 +8,23 @@ where the row that held it has been looked at and holds it no more.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, Connection, Table
 from sqlalchemy.orm import Session
 
 from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import keys_of
-from granite_storage.orm.rows import connection_of, read_refs
+from granite_storage.orm.rows import connection_of, read_refs, read_rows
+from granite_storage.orm.triggers import has_triggers
 from granite_storage.orm.types import AttachmentType
 from granite_storage.orm.unit import Displacement, FlushUnderWay, LogEntry, ObjectKey, StoredObject, UnitOfWork
 from granite_storage.refs import StoredObjectRef
+
+if TYPE_CHECKING:
+    from granite_storage.orm.flush import Change
 
 __all__ = ["written_log"]
 
@@ -36,7 +41,7 @@ def written_log(session: Session, unit: UnitOfWork, planned: Iterable[StoredObje
         StaleAttachmentError: Two rows hold one object now, because the one that was to give it to the other still holds it.
     """
     flush = unit.flush
-    is_certain = {change.attachment.ref for change in flush.taken if change.attachment._is_written} if _is_plain(flush) else set()
+    is_certain = _certain(session, flush)
     holders = _read(session, flush, is_certain)
     puts = {stored.key: attachment for stored, attachment in flush.puts}
     taken = {stored.key: stored for stored, is_held in flush.log if is_held}
@@ -55,9 +60,45 @@ def written_log(session: Session, unit: UnitOfWork, planned: Iterable[StoredObje
     return log
 
 
-def _is_plain(flush: FlushUnderWay) -> bool:
-    """Tell whether nothing in the flush could take a file away again from a row that it was written to."""
-    return not flush.deletions and not flush.has_successors
+def _certain(session: Session, flush: FlushUnderWay) -> set[StoredObjectRef]:
+    """Return what the rows that it was written to hold for certain: nothing in the flush or in the database took it away again.
+
+    Only triggers could, where the flush neither deletes nor replaces rows: where their tables have some, the rows are looked at.
+    One that is not found, such as one that a policy hides, is believed to hold what was written.
+    """
+    if flush.deletions or flush.has_successors:
+        return set()
+    written = [change for change in flush.taken if change.attachment._is_written]
+    return {change.attachment.ref for change in written} - _taken_away(session, written)
+
+
+def _taken_away(session: Session, written: Sequence[Change]) -> set[StoredObjectRef]:
+    """Return the refs that rows were to hold, and are there without, because a trigger has put something else in their place."""
+    by_table: dict[tuple[Connection, Table], list[Change]] = {}
+    connections: dict[Any, Connection] = {}
+    for change in written:
+        if change.state.obj() is None:
+            continue
+        # Those of one class share a connection, but for a sharded session.
+        kind = change.state.mapper if session.connection_callable is None else change.state
+        connection = connections.get(kind) or connections.setdefault(kind, connection_of(session, change.state))
+        by_table.setdefault((connection, change.slot.column.table), []).append(change)
+    lost: set[StoredObjectRef] = set()
+    for (connection, table), changes in by_table.items():
+        if has_triggers(connection, table):
+            keys = {id(change): keys_of(change.state, table) for change in changes}
+            columns = list(dict.fromkeys(change.slot.column for change in changes))
+            rows = read_rows(connection, table, {key for some in keys.values() for key in some if None not in key}, columns)
+            for change in changes:
+                seen = [rows[key][change.slot.column] for key in keys[id(change)] if key in rows]
+                if seen and all(_is_another(value, change.attachment.ref) for value in seen):
+                    lost.add(change.attachment.ref)
+    return lost
+
+
+def _is_another(value: Any, ref: StoredObjectRef) -> bool:
+    """Tell whether a column holds nothing, or another object; what cannot be understood may be this one."""
+    return value is None or (isinstance(value, Attachment) and value._ref is not None and value._ref.location != ref.location)
 
 
 def _read(session: Session, flush: FlushUnderWay, certain: set[StoredObjectRef]) -> Counter[ObjectKey]:

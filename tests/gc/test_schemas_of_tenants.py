@@ -116,7 +116,9 @@ class Tenants:
 @pytest.fixture
 async def tenants(database: Database, tmp_path: Path) -> AsyncIterator[Tenants]:
     """Two schemas with the tables of both bases; on SQLite two databases that each connection attaches."""
-    names = [f"tenant_{letter}_{uuid.uuid4().hex[:8]}" for letter in "ab"]
+    # On MariaDB the role of the tests is shown only databases whose names begin like its own.
+    prefix = f"{database.url.database}_" if database.name == "mariadb" else ""
+    names = [f"{prefix}tenant_{letter}_{uuid.uuid4().hex[:8]}" for letter in "ab"]
     engine = database.engine()
     if database.is_sqlite:
         from sqlalchemy import event

@@ -213,9 +213,24 @@ def mariadb() -> Iterator[Database]:
     with contextlib.ExitStack() as stack:
         try:
             name = stack.enter_context(_made(url, f"granite_{uuid.uuid4().hex[:12]}"))
+            own = stack.enter_context(_role(url, name))
         except Exception as error:
             raise LookupError(f"MariaDB does not let the tests in: {error}") from error
-        yield Database("mariadb", url.set(database=name))
+        yield Database("mariadb", own.set(database=name))
+
+
+@contextlib.contextmanager
+def _role(admin: URL, name: str) -> Iterator[URL]:
+    """Make a role that is shown nothing but the databases whose names begin with one: those of other runs come and go."""
+    password = uuid.uuid4().hex
+    pattern = name.replace("_", r"\_") + "%"
+    asyncio.run(_execute(admin, f"CREATE USER {name} IDENTIFIED BY '{password}'"))
+    try:
+        asyncio.run(_execute(admin, f"GRANT SUPER, PROCESS, RELOAD ON *.* TO {name}"))
+        asyncio.run(_execute(admin, f"GRANT ALL PRIVILEGES ON `{pattern}`.* TO {name}"))
+        yield admin.set(username=name, password=password)
+    finally:
+        asyncio.run(_execute(admin, f"DROP USER {name}"))
 
 
 @contextlib.contextmanager

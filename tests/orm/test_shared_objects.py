@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage
+from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage, sharing
+from granite_storage.orm.namesakes import read_catalogue
+from tests.orm.clones import bound_beside, cloned
 from tests.orm.environment import Doc, Node, OrmEnvironment, file
 from tests.orm.values import Sessions, add, locations, sqlite
 
@@ -234,6 +236,174 @@ class TestDatabases:
             (await session.get_one(Doc, 1)).file = file("b")
         assert len(await env.objects()) == 1
         await env.sql("UPDATE doc SET file = NULL WHERE id = 2")
+
+
+async def delete_one(session: AsyncSession) -> None:
+    await session.delete(await session.get_one(Doc, 1))
+
+
+async def replace_one(session: AsyncSession) -> None:
+    (await session.get_one(Doc, 1)).file = None
+
+
+async def delete_by_statement(session: AsyncSession) -> None:
+    await session.execute(delete(Doc).where(Doc.id == 1))
+
+
+async def update_by_statement(session: AsyncSession) -> None:
+    await session.execute(update(Doc).where(Doc.id == 1).values(file=None))
+
+
+Way = Callable[[AsyncSession], Awaitable[None]]
+WAYS: list[Way] = [delete_one, replace_one, delete_by_statement, update_by_statement]
+
+
+class TestSchemas:
+    """A table that was cloned into another schema has rows that refer to the objects of the first, and no model knows."""
+
+    @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+    async def test_clone_keeps_the_object(self, env: OrmEnvironment, way: Way) -> None:
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        before = await env.objects()
+        async with cloned(env) as schema:
+            async with env.sessions.begin() as session:
+                await way(session)
+            assert await env.objects() == before
+            await env.sql(f"DELETE FROM {schema}.doc WHERE id = 2")  # noqa: S608
+            async with env.sessions.begin() as session:
+                await session.execute(delete(Doc).where(Doc.id == 2))
+            (left,) = await env.objects()
+        await env.backend.delete(left)
+
+    @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+    async def test_clone_lets_the_original_have_it(self, env: OrmEnvironment, way: Way) -> None:
+        """The session is translated to the clone."""
+        await env.add(Doc(id=1, file=file("a")))
+        async with cloned(env) as schema:
+            engine = env.engine.execution_options(schema_translate_map={None: schema})
+            async with AsyncSession(engine) as session:
+                await way(session)
+                await session.commit()
+            await env.check(file_1="a")
+
+    async def test_clone_of_the_same_transaction(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with cloned(env) as schema:
+            await env.sql(f"DELETE FROM {schema}.doc")  # noqa: S608
+            async with env.sessions.begin() as session:
+                await session.execute(text(f"INSERT INTO {schema}.doc SELECT * FROM doc"))  # noqa: S608
+                await delete_one(session)
+            (left,) = await env.objects()
+        await env.backend.delete(left)
+
+    async def test_clone_that_is_dropped_again(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        async with cloned(env), env.sessions.begin() as session:
+            await session.execute(update(Doc).where(Doc.id == 1).values(title="changed"))
+        async with env.sessions.begin() as session:
+            await session.execute(delete(Doc))
+        assert await env.objects() == set()
+
+    @pytest.mark.parametrize("database", ["mariadb"], indirect=True)
+    async def test_clone_that_is_newer_than_the_snapshot(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+        """The snapshot does not show what is in it: the object stays."""
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions() as session:
+            await session.get_one(Doc, 1)
+            async with cloned(env):
+                await delete_one(session)
+                with caplog.at_level(logging.WARNING, "granite_storage"):
+                    await session.commit()
+                (left,) = await env.objects()
+        assert left in caplog.text
+        await env.backend.delete(left)
+
+    async def test_clone_that_is_dropped_meanwhile(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The catalogue names it, and when it is asked it is not there any more."""
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        async with cloned(env), env.sessions() as session:
+            columns = env.binding.tables.refs()
+            old = await session.run_sync(lambda inner: read_catalogue(inner.connection(), columns))
+        answers = [old, old]
+
+        def read(connection: Any, columns: Any) -> Any:
+            return answers.pop() if answers else read_catalogue(connection, columns)
+
+        monkeypatch.setattr(sharing, "read_catalogue", read)
+        async with env.sessions.begin() as session:
+            await delete_one(session)
+        assert len(await env.objects()) == 1
+        assert not answers
+
+    @pytest.mark.parametrize("database", ["asyncpg"], indirect=True)
+    async def test_clone_that_may_not_be_read(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+        """What it refers to is unknown: the object stays, and the log says which table it is about."""
+        await env.add(Doc(id=1, file=file("a")))
+        await env.sql("CREATE ROLE tenant_role")
+        await env.sql("GRANT ALL ON ALL TABLES IN SCHEMA public TO tenant_role")
+        try:
+            async with cloned(env) as schema:
+                with caplog.at_level(logging.WARNING, "granite_storage"):
+                    async with env.sessions.begin() as session:
+                        await session.execute(text("SET LOCAL ROLE tenant_role"))
+                        await delete_one(session)
+                assert f"{schema}.doc" in caplog.text
+                (left,) = await env.objects()
+        finally:
+            await env.sql("DROP OWNED BY tenant_role")
+            await env.sql("DROP ROLE tenant_role")
+        assert left in caplog.text
+        await env.backend.delete(left)
+
+    @pytest.mark.parametrize("database", ["asyncpg"], indirect=True)
+    async def test_table_of_the_same_name_that_has_no_refs(self, env: OrmEnvironment) -> None:
+        """It belongs to another application, and holds up nothing."""
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        await env.sql("CREATE SCHEMA another")
+        try:
+            await env.sql("CREATE TABLE another.doc (id int, file text)")
+            await env.sql("CREATE TABLE another.node (id int)")
+            await env.sql("CREATE VIEW another.note AS SELECT 1 / 0 AS scan_ref")
+            async with env.sessions.begin() as session:
+                await session.execute(delete(Doc))
+        finally:
+            await env.sql("DROP SCHEMA another CASCADE")
+        assert await env.objects() == set()
+
+    @pytest.mark.parametrize("database", ["sqlite", "mariadb"], indirect=True)
+    async def test_names_are_the_same_in_whatever_case(self, env: OrmEnvironment) -> None:
+        await shared(env, TO_ANOTHER_COLUMN)
+        await env.sql("ALTER TABLE doc RENAME COLUMN other TO OTHER")
+        try:
+            async with env.sessions.begin() as session:
+                await session.execute(update(Doc).values(file=None))
+            await env.check(other_1="a")
+        finally:
+            await env.sql("ALTER TABLE doc RENAME COLUMN OTHER TO other")
+
+
+class TestBases:
+    """All bases of a process are asked, whatever manager they are bound to."""
+
+    @pytest.mark.parametrize("manager", ["same", "another"])
+    @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+    async def test_row_of_another_base(self, env: OrmEnvironment, way: Way, manager: str) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with bound_beside(env, is_same_manager=manager == "same"):
+            await env.sql("INSERT INTO paper (id, file) SELECT id, file FROM doc")
+            async with env.sessions.begin() as session:
+                await way(session)
+            (left,) = await env.objects()
+        await env.backend.delete(left)
+
+    async def test_base_that_is_in_another_database(self, env: OrmEnvironment) -> None:
+        """Its tables are not here, or others of the same name are."""
+        await env.add(Doc(id=1, file=file("a")))
+        async with bound_beside(env, is_same_manager=False):
+            await env.sql("ALTER TABLE paper RENAME COLUMN file TO content")
+            async with env.sessions.begin() as session:
+                await delete_one(session)
+        assert await env.objects() == set()
 
 
 class Base(DeclarativeBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import uuid
 from typing import Any
@@ -21,6 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, aliased, load_only, make_transient, make_transient_to_detached, undefer
+from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import StorageError
 from tests.orm.environment import Child, Contract, Doc, Item, Note, OrmEnvironment, Parent, Photo, Report, file
@@ -156,6 +158,49 @@ class TestSessions:
             with pytest.raises(ZeroDivisionError):
                 await session.commit()
         await env.check(file_1="b")
+
+    @pytest.mark.parametrize("pause", [0, 0.2])
+    async def test_error_after_the_commit_in_a_session_that_nobody_closes(self, env: OrmEnvironment, pause: float) -> None:
+        """`sessions.begin()` leaves it open: the displaced object goes all the same, though no transaction of it ever ends."""
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        sessions: list[AsyncSession] = []
+
+        def fails(*_: Any) -> None:
+            if pause:
+                await_only(asyncio.sleep(pause))
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            async with env.sessions.begin() as session:
+                sessions.append(session)
+                event.listen(session.sync_session, "after_commit", fails)
+                await session.delete(await session.get_one(Doc, 1))
+                (await session.get_one(Doc, 2)).file = file("c")
+        async with asyncio.timeout(10):
+            while len(await env.objects()) > 1:  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.01)
+        await session.close()
+        await env.check(file_2="c")
+
+    async def test_error_after_the_commit_in_a_joined_session(self, env: OrmEnvironment) -> None:
+        """Nothing goes before the outer transaction has committed."""
+        await env.add(Doc(id=1, file=file("a")))
+
+        def fails(*_: Any) -> None:
+            raise ZeroDivisionError
+
+        async with env.engine.connect() as connection:
+            outer = await connection.begin()
+            session = AsyncSession(connection, join_transaction_mode="create_savepoint")
+            event.listen(session.sync_session, "after_commit", fails)
+            await session.delete(await session.get_one(Doc, 1))
+            with pytest.raises(ZeroDivisionError):
+                await session.commit()
+            await asyncio.sleep(0.1)
+            assert len(await env.objects()) == 1
+            await outer.commit()
+        assert await env.objects() == set()
+        await session.close()
 
 
 class TestInstances:

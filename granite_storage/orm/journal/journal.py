@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
 from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm._registry import active_bindings
 from granite_storage.orm.journal.checks import check_database
 from granite_storage.orm.journal.heartbeat import accept_gap, beat
 from granite_storage.orm.journal.intents import GroupCommit, Intents
@@ -312,7 +313,9 @@ class StorageJournal:
         return Staging(self._bounded, self.tables, self._references_by(self._bounded), self._lease)
 
     def _references_by(self, pool: JournalPool) -> References:
-        return References(pool, self.tables, self._columns())
+        own = set(self._bindings)
+        others = [column for binding in active_bindings() if binding not in own for column in binding.ref_columns()]
+        return References(pool, self.tables, self._columns(), list(dict.fromkeys(others)))
 
     def _recovery(self) -> Recovery:
         return Recovery(

@@ -1,16 +1,19 @@
-"""Which objects rows refer to, as the worker asks before it deletes: in every schema that the application is known to use."""
+"""Which objects rows refer to, as the worker asks before it deletes: every base of the process, in every schema."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, Column, Select, Table, TableClause, bindparam, column, null, select, table, text, union_all
+from sqlalchemy import Column, Select, Table, TableClause, column, null, select, table, text, union_all
+from sqlalchemy.exc import DBAPIError
 
+from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._batches import batches
-from granite_storage.orm.indexed import with_location_column
 from granite_storage.orm.journal.pool import TRANSLATE_MAP, JournalPool
 from granite_storage.orm.journal.schemas import effective, read_translations
+from granite_storage.orm.namesakes import Place, read_catalogue
 from granite_storage.orm.types import location_of
 
 if TYPE_CHECKING:
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["References"]
 
 _MOST_PARAMETERS = 20_000
+_TRIES = 3
 _ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-_ON_PATH = {"postgresql": "table_schema = ANY (current_schemas(false))"}
 
 
 class References:
@@ -32,13 +35,17 @@ class References:
     Args:
         pool: The journal's own connections.
         tables: The journal's tables.
-        columns: Every column that may refer to an object.
+        columns: Every column of the journal's own bases that may refer to an object.
+        others: Those of all other bases, which may be in the same database or not.
     """
 
-    def __init__(self, pool: JournalPool, tables: JournalTables, columns: Sequence[Column[Any]]) -> None:
+    def __init__(
+        self, pool: JournalPool, tables: JournalTables, columns: Sequence[Column[Any]], others: Sequence[Column[Any]] = ()
+    ) -> None:
         self._pool = pool
         self._tables = tables
         self._columns = columns
+        self._others = others
 
     async def find(self, locations: Iterable[str]) -> set[str]:
         """Return those of the locations that rows refer to, whatever backend they name."""
@@ -54,8 +61,15 @@ class References:
 
     async def _rows(self, first: list[Select[*tuple[Any, ...]]], locations: Iterable[str]) -> list[Row[Any]]:
         wanted = sorted(set(locations))
-        selects = [*first, *(await self._selects(wanted) if wanted else [])]
-        statements = list(batches(selects, max(1, _MOST_PARAMETERS // max(len(wanted), 1))))
+        for _ in range(_TRIES - 1):
+            # A table may have been dropped after the catalogue had named it.
+            with suppress(DBAPIError):
+                return await self._ask(first, wanted)
+        return await self._ask(first, wanted)
+
+    async def _ask(self, first: list[Select[*tuple[Any, ...]]], locations: Sequence[str]) -> list[Row[Any]]:
+        selects = [*first, *(await self._selects(locations) if locations else [])]
+        statements = list(batches(selects, max(1, _MOST_PARAMETERS // max(len(locations), 1))))
         rows: list[Row[Any]] = []
         async with self._pool.reading() as connection:
             if len(statements) > 1:
@@ -67,44 +81,45 @@ class References:
 
     async def _selects(self, locations: Sequence[str]) -> list[Select[*tuple[Any, ...]]]:
         async with self._pool.reading() as connection:
-            columns = await self._places(connection)
-            generated = await with_location_column(connection, columns)
+            places = await self._places(connection)
         selects: list[Select[*tuple[Any, ...]]] = []
-        for place in columns:
-            _, location = location_of(place, self._pool.dialect, is_generated=place in generated)
+        for place in places:
+            column = place.column
+            _, location = location_of(column, self._pool.dialect, is_generated=place.is_generated)
             nothing = null().label("id"), null().label("attempts"), null().label("takeovers")
-            found = select(*nothing, location.label("location")).select_from(place.table).where(location.in_(locations))
+            found = select(*nothing, location.label("location")).select_from(column.table).where(location.in_(locations))
             selects.append(found)
         return selects
 
-    async def _places(self, connection: AsyncConnection) -> list[Column[Any]]:
-        """Return the columns as they stand in the database, once in each schema that any transaction has made known.
+    async def _places(self, connection: AsyncConnection) -> list[Place]:
+        """Return where the columns are: once in each schema that any transaction has made known, and in all others.
 
-        A schema that has none of the tables was dropped, or is no schema at all, as the one of models that are only translated.
+        A schema that was made known and has none of the tables was dropped, or is no schema at all, as the one of models that
+        are only translated. Of other bases and other schemas only what is there is asked.
+
+        Raises:
+            ConfigurationError: This role may not read one of them.
         """
         own, learned = self._pool.translate_map, await read_translations(connection, self._tables)
-        if not learned:
-            return self._translated([own])
-        existing = await self._existing(connection)
-        used = [mapping for mapping in (own, *learned) if any(name in existing for name in self._names(mapping))]
-        return self._translated(used or [own])
-
-    def _translated(self, mappings: Iterable[Mapping[str | None, str | None]]) -> list[Column[Any]]:
-        places = dict.fromkeys((effective(item.table.schema, mapping), item) for mapping in mappings for item in self._columns)
-        tables = ((_table(item.table, Column(item.name, JSON()), schema=schema), item.name) for schema, item in places)
-        return [cast(Column[Any], found.c[name]) for found, name in tables]
-
-    def _names(self, mapping: Mapping[str | None, str | None]) -> set[tuple[str | None, str]]:
-        return {(effective(item.table.schema, mapping), item.table.name) for item in self._columns}
-
-    async def _existing(self, connection: AsyncConnection) -> set[tuple[str | None, str]]:
-        """Return which tables of these names there are, by schema; None stands for where an unqualified name leads."""
-        statement = text(
-            f"SELECT table_schema, table_name, {_ON_PATH.get(self._pool.dialect, 'table_schema = DATABASE()')}"  # noqa: S608
-            " FROM information_schema.tables WHERE table_name IN :names"
-        ).bindparams(bindparam("names", expanding=True))
-        rows = await connection.execute(statement, {"names": sorted({item.table.name for item in self._columns})})
-        return {place for schema, name, is_default in rows for place in ((schema, name), *([(None, name)] if is_default else []))}
+        catalogue = await connection.run_sync(read_catalogue, list(dict.fromkeys((*self._columns, *self._others))))
+        used = [own]
+        if learned:
+            tables = {(column.table.schema, column.table.name) for column in self._columns}
+            maps = (own, *learned)
+            used = [one for one in maps if any(catalogue.has_table(effective(schema, one), name) for schema, name in tables)]
+        wanted = dict.fromkeys((effective(item.table.schema, one), item) for one in used or [own] for item in self._columns)
+        # One that is not there is asked all the same: its error keeps everything until the table is there.
+        places = [catalogue.place(schema, item) or Place(schema, item.table.name, item.name) for schema, item in wanted]
+        found = (catalogue.place(effective(item.table.schema, own), item) for item in self._others)
+        places += [place for place in found if place is not None]
+        places += catalogue.namesakes()
+        hidden = sorted({place.label for place in places if not place.is_readable})
+        if hidden:
+            raise ConfigurationError(
+                f"the journal's role may not read {', '.join(hidden)}, where rows may refer to the same objects as those of the"
+                " models do, so nothing is deleted: grant it SELECT there, or give StorageJournal an engine of a role that may"
+            )
+        return sorted(set(places), key=lambda place: place.names)
 
 
 def _table(original: Table, *columns: Column[Any], schema: str | None) -> TableClause:

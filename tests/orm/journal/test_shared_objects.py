@@ -12,18 +12,19 @@ from random import Random
 from typing import Any
 
 import pytest
-from sqlalchemy import Table, insert, select
+from sqlalchemy import Table, event, insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from granite_storage import StoredObjectRef
-from granite_storage.exceptions import StaleAttachmentError
-from granite_storage.orm import Attachment, StorageJournal
+from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
+from granite_storage.orm import Attachment, StorageJournal, bind_storage
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import DELETE, clock
 from tests.faults.crash.workload import EXPECTED
-from tests.orm.environment import Doc, OrmEnvironment, file
+from tests.orm.clones import bound_beside, cloned
+from tests.orm.environment import Base, Doc, OrmEnvironment, file
 from tests.orm.journal.sharing import copy_by_sql, delete, shared, steps_are_watched, worker
 from tests.orm.journal.test_recovery import expire, journal_of, retention, rows
 from tests.orm.journal.variants import expire as expire_unlocked
@@ -122,6 +123,75 @@ class TestOneIntent:
         await expire(env)
         await journal_of(env).recover()
         assert [await rows(env, name) for name in ("intent", "reclaim")] == [[], []]
+
+
+def become_worker_role(connection: Any, _: Any) -> None:
+    connection.cursor().execute("SET ROLE worker_role")
+    connection.commit()
+
+
+@pytest.mark.case("RE-03")
+class TestElsewhere:
+    """The worker asks tables that no session of the journal's has used: those of other schemas, and of other bases."""
+
+    async def test_clone_in_a_schema_that_is_not_known(self, env: OrmEnvironment) -> None:
+        await shared(env)
+        async with cloned(env) as schema:
+            await delete(env, 1)
+            report = await journal_of(env).recover()
+            assert (report.deleted, report.kept) == (0, 1)
+            (left,) = await env.objects()
+            await env.sql(f"DELETE FROM {schema}.doc")  # noqa: S608
+        await env.backend.delete(left)
+
+    async def test_clone_that_is_dropped_again(self, env: OrmEnvironment) -> None:
+        await shared(env)
+        async with cloned(env):
+            pass
+        await delete(env, 1)
+        assert (await journal_of(env).recover()).deleted == 1
+
+    async def test_clone_that_may_not_be_read(self, env: OrmEnvironment) -> None:
+        """Nothing is deleted, and nothing forgotten, before that is put right."""
+        if not env.database.is_postgres:
+            return  # MariaDB shows a role nothing that it may not read
+        await shared(env)
+        for statement in ("CREATE ROLE worker_role", "GRANT ALL ON ALL TABLES IN SCHEMA public TO worker_role"):
+            await env.sql(statement)
+        engine = env.database.engine()
+        event.listen(engine.sync_engine, "connect", become_worker_role)
+        env.binding.unbind()
+        binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=StorageJournal(engine))
+        assert binding.journal is not None
+        try:
+            async with cloned(env) as schema:
+                await delete(env, 1)
+                with pytest.raises(ExceptionGroup) as caught:
+                    await binding.journal.recover()
+                [error] = caught.value.exceptions
+                assert isinstance(error, ConfigurationError)
+                assert f"{schema}.doc" in str(error)
+                assert len(await env.objects()) == 1
+            await expire(env)
+            assert (await binding.journal.recover()).deleted == 1
+        finally:
+            binding.unbind()
+            await engine.dispose()
+            env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=env.journal)
+            for statement in ("DROP OWNED BY worker_role", "DROP ROLE worker_role"):
+                await env.sql(statement)
+
+    @pytest.mark.parametrize("manager", ["same", "another"])
+    @pytest.mark.parametrize("journal", ["none", "own"])
+    async def test_row_of_another_base(self, env: OrmEnvironment, journal: str, manager: str) -> None:
+        await shared(env)
+        async with bound_beside(env, is_same_manager=manager == "same", is_journaled=journal == "own"):
+            await env.sql("INSERT INTO paper (id, file) SELECT id, file FROM doc")
+            await delete(env, 1)
+            report = await journal_of(env).recover()
+            assert (report.deleted, report.kept) == (0, 1)
+            (left,) = await env.objects()
+        await env.backend.delete(left)
 
 
 @pytest.mark.case("RA-13")

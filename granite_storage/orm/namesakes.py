@@ -1,0 +1,141 @@
+"""Where the columns of refs are in a database: those that models mean, and those of the same names in every other schema.
+
+A table may have been cloned into another schema, with rows that refer to the same objects: of a tenant, of an archive, of a copy
+for tests. No model says so and no session need have been there, so the catalogue of the database is asked, anew each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from sqlalchemy import JSON, Column, Connection, column, table
+
+from granite_storage.orm.discovery import NamedColumn, as_found, find_named_columns
+from granite_storage.orm.indexed import location_column_name
+
+__all__ = ["Catalogue", "Place", "read_catalogue"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A column as it stands in the database.
+
+    Attributes:
+        schema: The schema; None for a table that is looked for where its name leads.
+        table: The table.
+        name: The column.
+        is_generated: Whether a generated column beside it has the locations; see `granite_storage.orm.indexed`.
+        is_readable: Whether this role may read it.
+    """
+
+    schema: str | None
+    table: str
+    name: str
+    is_generated: bool = False
+    is_readable: bool = True
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Its names, to sort by."""
+        return self.schema or "", self.table, self.name
+
+    @property
+    def label(self) -> str:
+        """The table, as messages name it."""
+        return f"{self.schema}.{self.table}" if self.schema else self.table
+
+    @property
+    def column(self) -> Column[Any]:
+        """The column for statements that translate no schema; they are compiled once, since its table goes by its name."""
+        found = table(self.table, column(self.name, JSON()), schema=self.schema)
+        return cast(Column[Any], found.c[self.name])
+
+    def keyed(self, keys: Iterable[Column[Any]]) -> Column[Any]:
+        """Return the column of a table with a primary key, for the same statements."""
+        return as_found(str(self.schema), self.table, self.name, keys=keys)
+
+
+class Catalogue:
+    """What a database has at a moment under the names of some columns.
+
+    Args:
+        connection: A connection, whose dialect tells which names are the same.
+        columns: The columns.
+        found: What it has.
+    """
+
+    def __init__(self, connection: Connection, columns: Iterable[Column[Any]], found: Iterable[NamedColumn]) -> None:
+        self._preparer = connection.dialect.identifier_preparer
+        self._is_postgresql = connection.dialect.name == "postgresql"
+        self._columns = list(columns)
+        self._tables: dict[tuple[str, str], dict[str, NamedColumn]] = {}
+        self._default: dict[str, str] = {}
+        for item in found:
+            schema, name = self._known(item.schema), self._known(item.table)
+            named = self._tables.setdefault((schema, name), {})
+            if item.name is not None:
+                named[self._known(item.name)] = item
+            if item.is_default:
+                self._default[name] = schema
+
+    def has_table(self, schema: str | None, name: str) -> bool:
+        """Tell whether there is a table, named as a model or a translation of its schema names it."""
+        return self._find(schema, name) is not None
+
+    def place(self, schema: str | None, wanted: Column[Any]) -> Place | None:
+        """Return where a model's column is, in a schema that the model names or one that stands for it; None where nowhere."""
+        named = self._find(schema, wanted.table.name)
+        return None if named is None else self._place(named, wanted)
+
+    def namesakes(self) -> dict[Place, Column[Any]]:
+        """Return all columns of JSON that have the names of a model's column and table, in all schemas, with the model's."""
+        places: dict[Place, Column[Any]] = {}
+        by_table: dict[str, list[Column[Any]]] = {}
+        for item in self._columns:
+            by_table.setdefault(self._folded(item.table.name), []).append(item)
+        for (_, name), named in self._tables.items():
+            for wanted in by_table.get(name, ()):
+                found = named.get(self._folded(wanted.name))
+                if found is not None and found.may_hold_refs and (place := self._place(named, wanted)) is not None:
+                    places.setdefault(place, wanted)
+        return places
+
+    def _find(self, schema: str | None, name: str) -> dict[str, NamedColumn] | None:
+        table_name = self._folded(name)
+        schema_name = self._default.get(table_name) if schema is None else self._folded(schema)
+        return None if schema_name is None else self._tables.get((schema_name, table_name))
+
+    def _place(self, named: Mapping[str, NamedColumn], wanted: Column[Any]) -> Place | None:
+        found = named.get(self._folded(wanted.name))
+        if found is None or found.name is None:
+            return None
+        is_generated = self._known(location_column_name(wanted.name)) in named
+        return Place(found.schema, found.table, found.name, is_generated, found.is_readable)
+
+    def _known(self, name: str) -> str:
+        """Return a name of the database, so that it can be compared."""
+        return name if self._is_postgresql else name.lower()
+
+    def _folded(self, name: str) -> str:
+        """Return a name of a model as the database has it: PostgreSQL folds one that is not quoted."""
+        if self._is_postgresql and self._preparer.quote(name) != name:
+            return str(name)
+        return name.lower()
+
+
+def read_catalogue(connection: Connection, columns: Sequence[Column[Any]]) -> Catalogue:
+    """Ask a database for all columns that have the names of some, and for the tables that lack them; blocking."""
+    tables = sorted({_spelled(connection, item.table.name) for item in columns})
+    names = {_spelled(connection, item.name) for item in columns}
+    if connection.dialect.name in ("mysql", "mariadb"):
+        names |= {location_column_name(item.name) for item in columns}
+    return Catalogue(connection, columns, find_named_columns(connection, tables, sorted(names)) if tables else [])
+
+
+def _spelled(connection: Connection, name: str) -> str:
+    """Return a name as the catalogue of the database spells it, which only PostgreSQL folds."""
+    if connection.dialect.name == "postgresql" and connection.dialect.identifier_preparer.quote(name) == name:
+        return name.lower()
+    return str(name)

@@ -251,7 +251,7 @@ class TestGc:
         assert plain_shop.run("gc", "--storage-key", "nothing").code == 3
 
     @pytest.mark.case("GCX-09")
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=_REPEATED), signal.SIGTERM, signal.SIGKILL])
     def test_stopped_and_run_again(self, plain_shop: Shop, number: signal.Signals) -> None:
         plain_shop.fill(3)
         self.orphans(plain_shop, 2500)

@@ -247,7 +247,7 @@ class TestNoStreamOfBytes:
             await manager.put_stream(**SLOT, stream=source)
         assert await listed(manager) == []
 
-    @pytest.mark.parametrize("source", [{b"a", b"b"}, frozenset({b"a"}), set(), {b"a": 1}, {b"a": 1}.keys()], ids=repr)
+    @pytest.mark.parametrize("source", [{b"a"}, frozenset({b"a"}), set(), {b"a": 1}, {b"a": 1}.keys()], ids=repr)
     async def test_chunks_without_an_order_are_refused(self, manager: StorageManager, source: Any) -> None:
         with pytest.raises(TypeError, match=rf"a stream has an order, but {type(source).__name__} has none.*list"):
             await manager.put_stream(**SLOT, stream=source)

@@ -225,8 +225,8 @@ MUTANTS = [
         name="gc-several-moments",
         rule="Where one statement is too little for all columns, several see the same moment.",
         path="granite_storage/gc/database.py",
-        old='self._connection(isolation_level="REPEATABLE READ")',
-        new="self._connection()",
+        old='self._connection(isolation_level="REPEATABLE READ", **options)',
+        new="self._connection(**options)",
         tests=("tests/gc/test_schemas_of_tenants.py::test_a_reference_that_moves_between_two_of_several_statements",),
     ),
     Mutant(

@@ -8,7 +8,7 @@ from tests.tiers import repetitions, seed
 
 __all__ = ["KILLS", "MANY", "SECOND_DRIVER", "SEED"]
 
-KILLS = repetitions("GRANITE_CRASH_KILLS", default=20, exhaustive=200)
+KILLS = repetitions("GRANITE_CRASH_KILLS", default=8, exhaustive=200)
 """How many kills there are, at the least: each setting has its share, and comes to each of its own points once."""
 
 MANY = 500

@@ -50,14 +50,14 @@ class Run:
     through_nox: bool = False
 
 
-_REPEATED = pytest.mark.exhaustive("the same signal as without workers, or as to one process of the group")
+_REPEATED = pytest.mark.exhaustive("the same signal as with workers or through nox, or as to the whole group")
 
 
 @pytest.mark.parametrize(
     "run",
     [
         pytest.param(Run("test_in_a_coroutine", "postgres seaweedfs moto", signal.SIGINT, to_group=True), id="Ctrl-C"),
-        pytest.param(Run("test_in_a_call", "postgres seaweedfs", signal.SIGTERM), id="SIGTERM"),
+        pytest.param(Run("test_in_a_call", "postgres seaweedfs", signal.SIGTERM), id="SIGTERM", marks=_REPEATED),
         pytest.param(Run("test_in_a_call", "postgres", signal.SIGTERM, 128 + signal.SIGINT, through_nox=True), id="SIGTERM-nox"),
         pytest.param(Run("test_that_swallows_its_cancellation test_after_it", "", signal.SIGTERM), id="SIGTERM-swallowed"),
         pytest.param(Run("test_in_a_call", "postgres seaweedfs", signal.SIGKILL, -signal.SIGKILL), id="SIGKILL"),

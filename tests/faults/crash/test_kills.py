@@ -16,17 +16,18 @@ from tests.faults.crash.children import Child, ChildProcesses
 from tests.faults.crash.models import Setting
 from tests.faults.crash.options import KILLS, SECOND_DRIVER
 from tests.faults.crash.points import POINTS, Point
+from tests.tiers import is_exhaustive
 
 LOCAL = [point for point in POINTS if "s3" not in point.needs]
 S3 = [point for point in POINTS if "s3" in point.needs]
 SETTINGS: dict[str, list[Point]] = {
-    "asyncpg-local": LOCAL,
+    "asyncpg-local": LOCAL if is_exhaustive() else LOCAL[::3],
     "psycopg-local": [],
-    "asyncpg-seaweedfs": S3,
+    "asyncpg-seaweedfs": S3 if is_exhaustive() else S3[::3],
     "psycopg-moto": S3[::3],
     "mariadb-local": [],
 }
-"""The databases and storages, each with the points that it comes to in turn before anything else."""
+"""The databases and storages, each with the points that it comes to in turn before anything else: all of them, or a third."""
 
 AT_ONCE = 2
 _LONGEST_LIFE = 0.8

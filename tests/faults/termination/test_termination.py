@@ -60,7 +60,11 @@ _REPEATED = pytest.mark.exhaustive("the same signal as with workers or through n
         pytest.param(Run("test_in_a_call", "postgres seaweedfs", signal.SIGTERM), id="SIGTERM", marks=_REPEATED),
         pytest.param(Run("test_in_a_call", "postgres", signal.SIGTERM, 128 + signal.SIGINT, through_nox=True), id="SIGTERM-nox"),
         pytest.param(Run("test_that_swallows_its_cancellation test_after_it", "", signal.SIGTERM), id="SIGTERM-swallowed"),
-        pytest.param(Run("test_in_a_call", "postgres seaweedfs", signal.SIGKILL, -signal.SIGKILL), id="SIGKILL"),
+        pytest.param(
+            Run("test_in_a_call", "postgres seaweedfs", signal.SIGKILL, -signal.SIGKILL),
+            id="SIGKILL",
+            marks=pytest.mark.exhaustive("nobody ends a run so without being told to; the watchdog is the same as after SIGTERM"),
+        ),
         pytest.param(Run("test_in_a_coroutine", "postgres", signal.SIGTERM, workers=2), id="SIGTERM-workers"),
         pytest.param(
             Run("test_in_a_coroutine", "postgres seaweedfs", signal.SIGINT, to_group=True, workers=2),

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, UploadFile
 
 from granite_storage import ConfigurationError, InvalidReferenceError, StorageManager, UnboundAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, attachment, bind_storage
-from tests.orm.values import Sessions, add, locations, make_manager, sqlite
+from tests.orm.values import Sessions, add, locations, sqlite
 
 
 class Base(DeclarativeBase):
@@ -52,11 +52,6 @@ class Stall(DataclassBase):
     id: Mapped[int] = mapped_column(primary_key=True, init=False)
     logo: Mapped[Attachment | None] = attachment("documents", insert_default=make_logo, init=False)
     sign: Mapped[Attachment | None] = attachment("documents", default_factory=make_logo)
-
-
-@pytest.fixture
-def manager() -> StorageManager:
-    return make_manager()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import gc
 import io
 import os
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from inspect import isawaitable
 from pathlib import Path
@@ -28,19 +28,16 @@ from granite_storage import (
     SizeMismatchError,
     StorageManager,
 )
-from granite_storage.orm import Attachment, StorageBinding
+from granite_storage.orm import Attachment
 from tests.core.support import SLOT
-from tests.orm.values import Document, Report, Sessions, add, locations, sqlite
+from tests.orm.values import Document, Report, Sessions, add, locations
 
 CONTENT = os.urandom(4000)
 PNG = Headers({"content-type": "image/png"})
 PLACE = {**SLOT, "storage_key": "documents"}
 
 
-@pytest.fixture
-async def sessions(tmp_path: Path, binding: StorageBinding) -> AsyncIterator[Sessions]:
-    async with sqlite(tmp_path) as sessions:
-        yield sessions
+pytestmark = pytest.mark.usefixtures("binding")
 
 
 def spooled(max_size: int = 1 << 20) -> Any:

@@ -20,7 +20,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 from granite_storage import InvalidReferenceError, StorageManager
 from granite_storage.orm import Attachment, AttachmentType, attachment, bind_storage
-from tests.orm.values import Base, Document, Sessions, add, locations, make_manager, sqlite, write_raw
+from tests.orm.values import Document, Sessions, add, locations, sqlite, write_raw
 
 SHOWN = {"size", "content_type", "original_filename", "checksum"}
 
@@ -41,17 +41,7 @@ class StrictOut(BaseModel):
     file: Attachment
 
 
-@pytest.fixture
-def manager() -> StorageManager:
-    return make_manager()
-
-
-@pytest.fixture
-async def sessions(tmp_path: Path, manager: StorageManager) -> AsyncIterator[Sessions]:
-    binding = bind_storage(Base, manager)
-    async with sqlite(tmp_path) as sessions:
-        yield sessions
-    binding.unbind()
+pytestmark = pytest.mark.usefixtures("binding")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""An application that receives files, on the backend of the test's choice."""
+"""A manager to serve files from, and an application that receives them, on the backend of the test's choice."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from granite_storage import StorageBackend, StorageManager
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import bind_storage
 from tests.web.receiving import App, Base, manager_of
+from tests.web.serving import memory_manager
+
+
+@pytest.fixture
+async def manager() -> AsyncIterator[StorageManager]:
+    async with memory_manager() as manager:
+        yield manager
 
 
 @pytest.fixture

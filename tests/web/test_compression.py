@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from granite_storage import StorageManager
 from granite_storage.web import StoredObjectResponse
-from tests.web.serving import ask, memory_manager, serving, stored
+from tests.web.serving import ask, serving, stored
 
 CONTENT = b"All is well. " * 1000
 
@@ -52,12 +52,6 @@ COMPRESSORS: dict[str, Callable[[ASGIApp], ASGIApp]] = {
     "starlette": lambda app: GZipMiddleware(app, minimum_size=0),
     "eager": EagerGZip,
 }
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[StorageManager]:
-    async with memory_manager() as manager:
-        yield manager
 
 
 def require_sound(response: httpx.Response, start: int, stop: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from urllib.parse import unquote
 
@@ -26,7 +25,7 @@ from granite_storage._delivery import INLINE_TYPES, content_disposition, served_
 from granite_storage.orm import Attachment, attachment, bind_storage
 from granite_storage.web import StoredObjectResponse
 from tests.core.support import manager_on
-from tests.web.serving import HUNDRED, ask, memory_manager, parts_of, serving, stored
+from tests.web.serving import HUNDRED, ask, parts_of, serving, stored
 
 
 class Base(DeclarativeBase):
@@ -40,12 +39,6 @@ class Document(Base):
 
 
 REQUEST = Request({"type": "http", "method": "GET", "headers": []})
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[StorageManager]:
-    async with memory_manager() as manager:
-        yield manager
 
 
 async def test_every_backend(backend: StorageBackend) -> None:

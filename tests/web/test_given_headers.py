@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -12,16 +11,10 @@ from starlette.requests import Request
 
 from granite_storage import StorageManager, StoredObjectRef
 from granite_storage.web import StoredObjectResponse
-from tests.web.serving import HUNDRED, ask, memory_manager, serving, stored
+from tests.web.serving import HUNDRED, ask, serving, stored
 
 REQUEST = Request({"type": "http", "method": "GET", "headers": []})
 LONG_AGO = "Sun, 06 Nov 1994 08:49:37 GMT"
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[StorageManager]:
-    async with memory_manager() as manager:
-        yield manager
 
 
 @pytest.fixture

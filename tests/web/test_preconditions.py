@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -10,7 +9,7 @@ import pytest
 
 from granite_storage import StorageManager, StoredObjectRef
 from granite_storage.web._preconditions import http_date
-from tests.web.serving import HUNDRED, ask, memory_manager, serving, stored
+from tests.web.serving import HUNDRED, ask, serving, stored
 
 STORED = "Sun, 06 Nov 1994 08:49:37 GMT"
 BEFORE = "Sun, 06 Nov 1994 08:49:36 GMT"
@@ -66,12 +65,6 @@ CASES = [
     ({"if_range": "garbage", "range": "bytes=0-0"}, 200),
     ({"if_range": ETAG}, 200),
 ]
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[StorageManager]:
-    async with memory_manager() as manager:
-        yield manager
 
 
 @pytest.fixture

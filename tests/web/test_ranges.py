@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 import tracemalloc
-from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -14,7 +13,7 @@ from granite_storage import StorageManager, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.web._ranges import requested_ranges
 from tests.core.support import MIB, manager_on, many
-from tests.web.serving import HUNDRED, ask, memory_manager, parts_of, server, serving, stored
+from tests.web.serving import HUNDRED, ask, parts_of, server, serving, stored
 
 SATISFIABLE = [
     ("bytes=0-0", 0, 1),
@@ -55,12 +54,6 @@ IGNORED = [
     "bytes=0-1;2-3",
 ]
 UNSATISFIABLE = ["bytes=-0", "bytes=100-", "bytes=100-200", "bytes=" + "9" * 5000 + "-", "bytes=100-,-0,200-300"]
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[StorageManager]:
-    async with memory_manager() as manager:
-        yield manager
 
 
 @pytest.fixture

@@ -9,7 +9,10 @@ from tests.tiers import repetitions, seed
 __all__ = ["KILLS", "MANY", "SECOND_DRIVER", "SEED"]
 
 KILLS = repetitions("GRANITE_CRASH_KILLS", default=8, exhaustive=200)
-"""How many kills there are, at the least: each setting has its share, and comes to each of its own points once, or to a third of them in the default tier."""
+"""How many kills there are, at the least.
+
+Each setting has its share, and comes to each of its own points once; in the default tier to a third of them.
+"""
 
 MANY = 500
 """From how many kills on everything else is tried everywhere, too, and not only at some points."""

@@ -1,4 +1,4 @@
-"""Many journals on one engine, as tests of an application make them."""
+"""The connections of journals beside those of an engine, on which tests of an application make many."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import weakref
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from granite_storage.orm import StorageJournal
@@ -50,3 +50,15 @@ async def test_a_journal_that_was_dropped_is_closed_with_its_engine(database: Da
     gc.collect()
     await engine.dispose()
     assert opened.is_closed()
+
+
+@pytest.mark.parametrize("database", ["asyncpg"], indirect=True)
+async def test_what_an_application_does_as_a_transaction_begins(database: Database) -> None:
+    """It may set a role or a tenant then, without which the journal's tables are not to be seen."""
+    engine = database.engine()
+    event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("SET LOCAL work_mem = '12345kB'"))
+    journal = StorageJournal(engine)
+    async with journal._pool.durable() as connection:
+        assert await connection.scalar(text("SHOW work_mem")) == "12345kB"
+    await journal.aclose()
+    await engine.dispose()

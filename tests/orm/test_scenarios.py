@@ -208,6 +208,7 @@ class TestOneRow:
         async with env.sessions.begin() as session:
             await session.delete(await get(session))
             session.add(Doc(id=1, title="new"))
+        assert await env.references() == {}
         await env.check()
 
     @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")

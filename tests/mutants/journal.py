@@ -106,9 +106,9 @@ MUTANTS = [
     Mutant(
         name="journal-delete-intent-inserted-twice",
         rule="An object that an earlier flush of the transaction displaced has one delete intent.",
-        path="granite_storage/orm/journal/entries.py",
-        old="elif stored.key not in put and unit.displacement(stored) is None:",
-        new="elif stored.key not in put:",
+        path="granite_storage/orm/journal/deletes.py",
+        old="    return UUID(bytes=digest[:_ID_BYTES], version=5)",
+        new="    return UUID(bytes=__import__('os').urandom(_ID_BYTES), version=5)",
         tests=("tests/orm/journal/test_cascaded_moves.py::test_a_file_that_was_given_up_before_has_one_intent[asyncpg]",),
     ),
     Mutant(
@@ -211,7 +211,7 @@ MUTANTS = [
         path="granite_storage/orm/journal/staging.py",
         old="update(self._intent).where(self._is(staging_id), as_seen)",
         new="update(self._intent).where(self._is(staging_id))",
-        tests=("tests/orm/journal/test_direct_uploads.py::test_finished_twice[asyncpg]",),
+        tests=("tests/orm/journal/test_direct_uploads.py::test_killed_after_it_was_published[asyncpg]",),
     ),
     Mutant(
         name="journal-schemas-unknown",
@@ -219,7 +219,7 @@ MUTANTS = [
         path="granite_storage/orm/journal/schemas.py",
         old="        await_only(self._write(tables, translation))\n",
         new="",
-        tests=("tests/orm/journal/test_tenants.py::test_a_row_of_any_tenant_keeps_its_object[asyncpg-one statement]",),
+        tests=("tests/orm/journal/test_tenants.py::test_models_with_a_schema_that_is_only_translated[asyncpg]",),
     ),
     Mutant(
         name="journal-in-the-schema-of-the-session",

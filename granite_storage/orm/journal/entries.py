@@ -35,7 +35,7 @@ def write(unit: UnitOfWork) -> None:
             intent = stored.intent if earlier is None else earlier.intent
             if intent is not None:
                 taken.setdefault(intent.journal, []).append(intent.id)
-        elif stored.key not in put and unit.displacement(stored) is None:
+        elif stored.key not in put:
             displaced.append(stored)
     for intent in flush.restored:
         taken.setdefault(intent.journal, []).append(intent.id)

@@ -263,7 +263,7 @@ MUTANTS = [
         path="granite_storage/web/_multipart.py",
         old='            self._limits.require("max_files", self._files, "there are too many files")\n',
         new="",
-        tests=("tests/web/test_uploads.py::test_too_much_of_something",),
+        tests=("tests/web/test_form_files.py::TestSeveralFilesOfOneField::test_all_fields_together_have_no_more_than_the_form",),
     ),
     Mutant(
         name="web-body-of-any-size",

@@ -85,6 +85,16 @@ class TestSeveralFilesOfOneField:
         assert (await post(client, *files)).status_code == 413
         assert taken == ["0"]
 
+    @pytest.mark.case("MPP-01")
+    @pytest.mark.parametrize("content", [b"x", b""], ids=["with content", "empty"])
+    async def test_all_fields_together_have_no_more_than_the_form(self, receiving: App, serve: Serve, content: bytes) -> None:
+        targets = {"file": FileList(Document.file, 10), "other": FileList(Document.file, 10)}
+        client = serve(endpoint_with(received_form(targets, limits=UploadLimits(max_files=3)), names))
+        files = [part(name, content, filename=name) for name in ("file", "other")] * 2
+        response = await post(client, *files)
+        assert (response.status_code, response.json()["limit"], response.json()["maximum"]) == (413, "max_files", 3)
+        assert await stored_in(receiving.manager) == []
+
     async def test_an_input_left_empty_does_not_count(self, receiving: App, serve: Serve) -> None:
         async def count(form: UploadForm) -> int:
             return len(form.files.multi_items())

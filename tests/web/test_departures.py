@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import bind_storage
@@ -197,3 +197,22 @@ async def test_a_direct_upload(middleware: int, caplog: pytest.LogCaptureFixture
         finally:
             binding.unbind()
     require_quiet(caplog, watched)
+
+
+async def test_an_end_of_the_body_that_is_repeated() -> None:
+    """A `receive` that something wraps may never wait: the answer is sent, and other tasks go on."""
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async with manager_on(MemoryStorageBackend()) as manager:
+        ref = await stored(manager, b"x" * MIB, "image/png")
+        scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
+        async with asyncio.timeout(10):
+            await StoredObjectResponse(ref, Request(scope), manager=manager)(scope, receive, send)
+    assert b"".join(message.get("body", b"") for message in sent) == b"x" * MIB

@@ -23,7 +23,7 @@ def service(name: str, context: AbstractContextManager[Service]) -> Iterator[Ser
         try:
             found = stack.enter_context(context)
         except (ImportError, LookupError, RuntimeError) as error:
-            unavailable(f"{name} is not to be had: {error}")
+            unavailable(f"{name} is unavailable: {error}")
         yield found
 
 

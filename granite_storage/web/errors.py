@@ -49,7 +49,7 @@ def install_error_handlers(app: Starlette, *, retry_after: int = _RETRY_AFTER) -
 
     Args:
         app: The application.
-        retry_after: When a client may try again where the storage is not to be had, in seconds.
+        retry_after: When a client may try again where the storage is unavailable, in seconds.
     """
 
     async def on_storage_error(_: Request, error: Exception) -> Response:

@@ -63,7 +63,7 @@ def watched(pytester: pytest.Pytester) -> pytest.Pytester:
 def test_a_missing_server_is_said(
     watched: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, ci: str, outcome: dict[str, int]
 ) -> None:
-    """A server that is not to be had skips what needs it, with the reason, and fails it in CI."""
+    """A server that is unavailable skips what needs it, with the reason, and fails it in CI."""
     monkeypatch.setenv("CI", ci)
     inner = watched.mkpydir("tests")
     for module in Path(__file__).parents[1].glob("*.py"):
@@ -73,7 +73,7 @@ def test_a_missing_server_is_said(
     watched.makepyfile("def test_server(moto_server): pass")
     result = watched.runpytest_subprocess("-rsE")
     result.assert_outcomes(**outcome)
-    result.stdout.fnmatch_lines(["*moto_s3 is not to be had: no such program*"])
+    result.stdout.fnmatch_lines(["*moto_s3 is unavailable: no such program*"])
 
 
 def test_leaks_fail(watched: pytest.Pytester) -> None:

@@ -92,7 +92,9 @@ class Parent(Base):
     __tablename__ = "parent"
     id: Mapped[int] = mapped_column(primary_key=True)
     file: Mapped[Attachment | None] = attachment("docs")
-    children: Mapped[list[Child]] = relationship(back_populates="parent", passive_deletes=True, cascade="all, delete-orphan")
+    children: Mapped[list[Child]] = relationship(
+        back_populates="parent", passive_deletes=True, cascade="all, delete-orphan", order_by="Child.id"
+    )
 
 
 class Child(Base):
@@ -103,7 +105,7 @@ class Child(Base):
     parent_id: Mapped[int | None] = mapped_column(ForeignKey("parent.id", ondelete="CASCADE"))
     file: Mapped[Attachment | None] = attachment("docs")
     parent: Mapped[Parent | None] = relationship(back_populates="children")
-    tags: Mapped[list[Tag]] = relationship(passive_deletes="all")
+    tags: Mapped[list[Tag]] = relationship(passive_deletes="all", order_by="Tag.id")
 
 
 class Tag(Base):
@@ -155,7 +157,7 @@ class Contract(Base):
     party: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=uuid.uuid4)
     number: Mapped[str] = mapped_column(String(20), primary_key=True)
     file: Mapped[Attachment | None] = attachment("docs")
-    pages: Mapped[list[Page]] = relationship(cascade="all, delete-orphan", back_populates="contract")
+    pages: Mapped[list[Page]] = relationship(cascade="all, delete-orphan", back_populates="contract", order_by="Page.id")
 
 
 class Page(Base):

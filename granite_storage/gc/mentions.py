@@ -21,17 +21,18 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     LargeBinary,
-    MetaData,
     Select,
     Table,
     Text,
     case,
     cast,
+    column,
     false,
     func,
     literal_column,
     or_,
     select,
+    table,
 )
 
 from granite_storage._concurrency import finished
@@ -97,9 +98,9 @@ async def find_mentions(
     for location in locations:
         if (found := generated_id(location)) is not None:
             wanted.setdefault(found, []).append(location)
-    left_out = {(str(column.table.schema), column.table.name, column.name) for column in references}
-    names = {(table, name) for _, table, name in left_out}
-    tables_left_out = {(str(table.schema), table.name) for table in journals}
+    left_out = {(str(item.table.schema), item.table.name, item.name) for item in references}
+    names = {(of_table, name) for _, of_table, name in left_out}
+    tables_left_out = {(str(item.schema), item.name) for item in journals}
     columns = [
         item
         for item in await connection.run_sync(find_text_columns)
@@ -129,24 +130,24 @@ async def find_mentions(
 def _selected(columns: Sequence[FoundColumn], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select the values of columns of one table that mention anything, and NULL for the others of such a row."""
     first = columns[0]
-    table = Table(
+    # It goes by its name, so that the statements of each run are compiled once.
+    named = table(
         first.table,
-        MetaData(),
-        *(Column(item.name, LargeBinary() if item.is_binary else Text()) for item in columns),
+        *(column(item.name, LargeBinary() if item.is_binary else Text()) for item in columns),
         schema=first.schema,
     )
-    texts = [(_value(table.c[item.name], item, dialect), _mentions(table.c[item.name], item, dialect)) for item in columns]
+    texts = [(_value(named.c[item.name], item, dialect), _mentions(named.c[item.name], item, dialect)) for item in columns]
     found = select(*(case((is_one, text)).label(f"text_{number}") for number, (text, is_one) in enumerate(texts)))
     return found.where(or_(*(is_one for _, is_one in texts))).execution_options(yield_per=_ROWS_AT_A_TIME)
 
 
-def _value(column: Column[Any], item: FoundColumn, dialect: str) -> ColumnElement[Any]:
+def _value(column: ColumnElement[Any], item: FoundColumn, dialect: str) -> ColumnElement[Any]:
     if item.is_binary:
         return column
     return cast(column, LargeBinary if dialect == "sqlite" else Text())
 
 
-def _mentions(column: Column[Any], item: FoundColumn, dialect: str) -> ColumnElement[bool]:
+def _mentions(column: ColumnElement[Any], item: FoundColumn, dialect: str) -> ColumnElement[bool]:
     if dialect == "sqlite":
         as_text = column.op("GLOB", is_comparison=True)(_TAIL_AS_GLOB)  # of bytes, up to the first one that is zero
         as_bytes = case((func.length(column) <= _LONGEST_BYTES, func.hex(column).op("GLOB")(_TAIL_IN_HEX)), else_=false())

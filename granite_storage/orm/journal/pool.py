@@ -58,7 +58,8 @@ class JournalPool:
         # The application's own events come along, such as one that sets a role; ours are those of its sessions.
         for dispatcher in dispatchers_of(self._outer):
             inner.dispatch._update(dispatcher, only_propagate=False)
-        inner._has_events = self._outer._has_events
+        if self._outer._has_events:  # else what listens to the class `Engine` later decides
+            inner._has_events = True
         event.listen(inner, "connect", self._on_connect)
         self._engine = AsyncEngine(inner)
         self._size = size

@@ -192,7 +192,7 @@ def _is_elsewhere(text: str, identities: Collection[str]) -> bool:
 
 @asynccontextmanager
 async def _let_go_of(connection: AsyncConnection) -> AsyncIterator[None]:
-    """Give up the lock of a table once it was read: PostgreSQL has a bounded number of those, and ALTER TABLE waits."""
+    """Release the lock of a table after reading it: PostgreSQL has a bounded number of locks, and ALTER TABLE waits."""
     if connection.dialect.name == "sqlite":
         yield
         return

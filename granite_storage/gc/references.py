@@ -39,7 +39,7 @@ class ReferenceSource(Protocol):
     def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
         """Yield what mentions one of the locations, or could and cannot be looked at, by one look at everything else there is.
 
-        What comes to be mentioned afterwards is not seen, unless it becomes a reference. One may come several times.
+        A later mention is not seen, unless it is a reference. A location may be yielded several times.
 
         Raises:
             CollectionRefusedError: Something could not be read.

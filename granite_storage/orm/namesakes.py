@@ -1,7 +1,7 @@
 """Where the columns of refs are in a database: those that models mean, and those of the same names in every other schema.
 
 A table may have been cloned into another schema, with rows that refer to the same objects: of a tenant, of an archive, of a copy
-for tests. No model says so and no session need have been there, so the catalogue of the database is asked, anew each time.
+for tests. No model declares such a table and no session need have used it, so each check asks the catalogue of the database.
 """
 
 from __future__ import annotations

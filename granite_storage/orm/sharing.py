@@ -156,7 +156,7 @@ def _places_again(
         return _places(connection, columns, required)
 
 
-@lru_cache(maxsize=256)  # by all that a statement says: none is made anew for each transaction
+@lru_cache(maxsize=256)  # transactions share the statements, and so their compiled forms
 def _question(places: tuple[Place, ...], dialect: str, is_guarded: bool) -> CompoundSelect[Any]:
     wanted = bindparam("locations", expanding=True, type_=Text())
     parts = []

@@ -147,7 +147,7 @@ _SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
 
 
 class _OpenPools:
-    """The pools beside an engine that are not closed: disposing of the engine disposes of them, whoever else holds them."""
+    """The open pools beside an engine: disposing of the engine disposes of them, even if the journal was dropped."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.ref(engine)

@@ -9,7 +9,8 @@ from sqlalchemy.dialects import mysql
 
 from granite_storage.alembic._steps import Op, columns_of
 from granite_storage.orm.indexed import location_column_name, location_index_name
-from granite_storage.orm.types import location_of, portable_storage_ref_type
+from granite_storage.orm.indexed import location_of
+from granite_storage.orm.types import portable_storage_ref_type
 
 __all__ = ["create_location_index", "drop_location_index"]
 

@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 from granite_storage.orm.held import selected_text
 from granite_storage.orm.legibility import has_value, is_legible
-from granite_storage.orm.types import location_of, value_in
+from granite_storage.orm.indexed import location_of, value_in
 
 __all__ = [
     "ELSEWHERE",

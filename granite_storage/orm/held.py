@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id, matches_generated_name
 from granite_storage.orm.indexed import with_location_column
-from granite_storage.orm.types import location_of
+from granite_storage.orm.indexed import location_of
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection

@@ -1,4 +1,4 @@
-"""What an index over the locations of a column of refs is called, and the generated column that it needs on MariaDB."""
+"""The locations of a column of refs in SQL, the index over them, and the generated column that it needs on MariaDB."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Collection
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, text
+from sqlalchemy import Text, bindparam, func, literal_column, text
+from sqlalchemy import column as named_column
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, Connection, Dialect
+    from sqlalchemy import Column, ColumnElement, Connection, Dialect
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "find_location_columns",
     "location_column_name",
     "location_index_name",
+    "location_of",
+    "value_in",
     "with_location_column",
 ]
 
@@ -41,6 +44,30 @@ def location_index_name(table: str, column: str) -> str:
 def location_column_name(column: str) -> str:
     """Return the name of the generated column that holds another column's locations, where no index can be on an expression."""
     return _fitting(LOCATION_COLUMN_PREFIX, column)
+
+
+def location_of(
+    column: Column[Any], dialect: str, *, is_generated: bool = False
+) -> tuple[ColumnElement[str], ColumnElement[str]]:
+    """Return the backend and the location of a column's refs in SQL, spelled as an index over them would be.
+
+    The keys are literals: a database uses an index on an expression only for the very same expression.
+
+    Args:
+        column: The column of refs.
+        dialect: The name of the database.
+        is_generated: Whether its table has a generated column with the locations.
+    """
+    generated: ColumnElement[str] = named_column(location_column_name(column.name), Text())
+    return value_in(column, "backend", dialect), generated if is_generated else value_in(column, "location", dialect)
+
+
+def value_in(column: Column[Any], key: str, dialect: str) -> ColumnElement[str]:
+    """Return a text that the refs of a column have under a key, in SQL; the key is trusted."""
+    if dialect == "postgresql":
+        return column.op("->>", return_type=Text())(literal_column(f"'{key}'"))
+    extract = func.json_extract if dialect == "sqlite" else func.json_value
+    return extract(column, literal_column(f"'$.{key}'"), type_=Text())
 
 
 async def with_location_column(connection: AsyncConnection, columns: Collection[Column[Any]]) -> set[Column[Any]]:

@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from granite_storage.orm._batches import batches
-from granite_storage.orm.types import location_of, value_in
+from granite_storage.orm.indexed import location_of, value_in
 
 __all__ = ["find_with_refs", "has_value", "is_legible"]
 

@@ -37,7 +37,8 @@ from sqlalchemy.exc import OperationalError
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm.rows import among
-from granite_storage.orm.types import AttachmentType, StoredObjectRefType, location_of
+from granite_storage.orm.indexed import location_of
+from granite_storage.orm.types import AttachmentType, StoredObjectRefType
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:

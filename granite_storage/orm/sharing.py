@@ -22,7 +22,7 @@ from granite_storage.orm.journal.pool import TRANSLATE_MAP
 from granite_storage.orm.namesakes import Place, read_catalogue
 from granite_storage.orm.rows import among
 from granite_storage.orm.scanning import where_json
-from granite_storage.orm.types import location_of
+from granite_storage.orm.indexed import location_of
 
 if TYPE_CHECKING:
     from granite_storage.orm.unit import StoredObject

@@ -16,13 +16,10 @@ from sqlalchemy import (
     and_,
     cast,
     false,
-    func,
-    literal_column,
     not_,
     or_,
     type_coerce,
 )
-from sqlalchemy import column as named_column
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DontWrapMixin
@@ -35,7 +32,6 @@ from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm._registry import binding_for, find_binding, unbound_message
 from granite_storage.orm.address import Address
 from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.indexed import location_column_name
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
@@ -45,10 +41,8 @@ __all__ = [
     "AttachmentType",
     "StoredObjectRefType",
     "attachment",
-    "location_of",
     "portable_storage_ref_type",
     "require_usable",
-    "value_in",
 ]
 
 T = TypeVar("T")
@@ -115,30 +109,6 @@ _MEMBERSHIPS: dict[Any, Callable[[ColumnElement[bool]], ColumnElement[bool]]] = 
     operators.in_op: _as_is,
     operators.not_in_op: not_,
 }
-
-
-def location_of(
-    column: Column[Any], dialect: str, *, is_generated: bool = False
-) -> tuple[ColumnElement[str], ColumnElement[str]]:
-    """Return the backend and the location of a column's refs in SQL, spelled as an index over them would be.
-
-    The keys are literals: a database uses an index on an expression only for the very same expression.
-
-    Args:
-        column: The column of refs.
-        dialect: The name of the database.
-        is_generated: Whether its table has a generated column with the locations; see `granite_storage.orm.indexed`.
-    """
-    generated: ColumnElement[str] = named_column(location_column_name(column.name), Text())
-    return value_in(column, "backend", dialect), generated if is_generated else value_in(column, "location", dialect)
-
-
-def value_in(column: Column[Any], key: str, dialect: str) -> ColumnElement[str]:
-    """Return a text that the refs of a column have under a key, in SQL; the key is trusted."""
-    if dialect == "postgresql":
-        return column.op("->>", return_type=Text())(literal_column(f"'{key}'"))
-    extract = func.json_extract if dialect == "sqlite" else func.json_value
-    return extract(column, literal_column(f"'$.{key}'"), type_=Text())
 
 
 class _RefJSON(TypeDecorator[T]):

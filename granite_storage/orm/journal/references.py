@@ -14,7 +14,7 @@ from granite_storage.orm._batches import batches
 from granite_storage.orm.journal.pool import TRANSLATE_MAP, JournalPool
 from granite_storage.orm.journal.schemas import effective, read_translations
 from granite_storage.orm.namesakes import Place, read_catalogue
-from granite_storage.orm.types import location_of
+from granite_storage.orm.indexed import location_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Row

@@ -42,6 +42,7 @@ _PARAMETER = re.compile(
     rb"))?[ \t]*(?=;|\Z)",
     re.DOTALL,
 )
+_NO_CODING = frozenset({b"", b"identity"})
 _LINE_ENDS = ((b"%0D", b"\r"), (b"%0d", b"\r"), (b"%0A", b"\n"), (b"%0a", b"\n"))
 
 
@@ -66,11 +67,11 @@ def require_whole_body(request: Request, limits: UploadLimits) -> None:
         UnsupportedRequestError: It has a Content-Encoding: what would be stored is not what the client means.
         MalformedRequestError: It has a Content-Range (RFC 9110, section 14.5), or two sizes.
     """
-    encodings = request.headers.getlist("content-encoding")
-    if encodings and {coding.strip().lower() for coding in ",".join(encodings).split(",")} - {"", "identity"}:
-        raise UnsupportedRequestError("the body has a Content-Encoding, which is not taken here")
-    if "content-range" in request.headers:
-        raise MalformedRequestError("the body is a range of a file, which is not taken here")
+    for name, value in request.headers.raw:  # one pass over the headers, of which a small form is a good part
+        if name == b"content-encoding" and not {coding.strip().lower() for coding in value.split(b",")} <= _NO_CODING:
+            raise UnsupportedRequestError("the body has a Content-Encoding, which is not taken here")
+        if name == b"content-range":
+            raise MalformedRequestError("the body is a range of a file, which is not taken here")
     declared = declared_size(request)
     if declared is not None:
         limits.require("max_size", declared, "the body is too large")
@@ -167,10 +168,11 @@ async def body_of(request: Request, limits: UploadLimits) -> AsyncGenerator[byte
 
 
 def _header(request: Request, name: str) -> str:
-    values = request.headers.getlist(name)
+    key = name.encode()
+    values = [value for given, value in request.headers.raw if given == key]
     if len(values) > 1:
         raise MalformedRequestError(f"the request has the header {name.title()} more than once")
-    return values[0] if values else ""
+    return values[0].decode("latin-1") if values else ""
 
 
 def _value_of(match: re.Match[bytes], is_of_form: bool) -> bytes:

@@ -35,7 +35,7 @@ nitpick_ignore = [
     ("py:class", "granite_storage._sources.SupportsAsyncRead"),
     ("py:class", "granite_storage._sources.SupportsRead"),
     ("py:class", "granite_storage.gc.references.ReferenceSource"),
-    ("py:class", "granite_storage.gc.territory.Territory"),
+    ("py:class", "granite_storage.gc.scope.Territory"),
     ("py:class", "granite_storage.orm.attachment.UploadFile"),
     ("py:class", "granite_storage.web.targets.Incoming"),
     ("py:class", "granite_storage.web.uploads.T"),

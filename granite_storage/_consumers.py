@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import ClassVar
 
-from granite_storage._concurrency import finished
+from granite_storage._tasks import finished
 from granite_storage._threads import ThreadPool
 
 __all__ = ["ThreadConsumer"]

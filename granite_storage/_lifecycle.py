@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from granite_storage._concurrency import CLEANUP_TIMEOUT, finish, settle
+from granite_storage._tasks import CLEANUP_TIMEOUT, finish, settle
 from granite_storage.exceptions import ConfigurationError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from contextlib import aclosing, asynccontextmanager
 from contextvars import copy_context
 from typing import Any, Protocol, TypeAlias, TypeGuard
 
-from granite_storage._concurrency import finish
+from granite_storage._tasks import finish
 from granite_storage._threads import ThreadPool
 from granite_storage.exceptions import ConsumedSourceError, EmptyUploadError, SizeMismatchError
 

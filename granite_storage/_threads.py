@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
-from granite_storage._concurrency import settle
+from granite_storage._tasks import settle
 from granite_storage.exceptions import StreamTimeoutError
 
 __all__ = ["ThreadPool"]

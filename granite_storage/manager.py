@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Self, cast
 
-from granite_storage._concurrency import finish
 from granite_storage._configuration import Configuration, require_positive, require_ref, require_seconds
-from granite_storage._delivery import Disposition
+from granite_storage._engine import DraftWriter
+from granite_storage._headers import Disposition
 from granite_storage._identities import explain_missing
 from granite_storage._lifecycle import Lifecycle
-from granite_storage._writing import DraftWriter
+from granite_storage._tasks import finish
 from granite_storage.backends.base import (
     ObjectInfo,
     ObjectReader,

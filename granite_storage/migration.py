@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from granite_storage._runs import Budget, Run, in_order, paced, patiently, places, require_mounted
+from granite_storage._jobs import Budget, Run, in_order, paced, patiently, places, require_mounted
 from granite_storage.exceptions import (
     BackendUnavailableError,
     ConfigurationError,

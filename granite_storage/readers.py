@@ -9,7 +9,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
 
-from granite_storage._concurrency import finish
+from granite_storage._tasks import finish
 from granite_storage.backends.base import ObjectInfo, ObjectReader
 from granite_storage.exceptions import BackendError, InvalidLocationError, SizeMismatchError
 from granite_storage.refs import StoredObjectRef

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from granite_storage._delivery import Disposition, content_disposition, require_disposition, served_type
+from granite_storage._headers import Disposition, content_disposition, require_disposition, served_type
 from granite_storage._tokens import TokenSigner
 from granite_storage.backends.base import StorageBackend, SupportsPresign
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from granite_storage._runs import Budget, Run, in_order, paced, patiently, places, require_mounted
+from granite_storage._jobs import Budget, Run, in_order, paced, patiently, places, require_mounted
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,

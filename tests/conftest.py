@@ -23,7 +23,7 @@ from hypothesis import settings
 from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.locations import RESERVED_PREFIX
 from granite_storage.orm._registry import active_bindings
 from granite_storage.testing import BackendConformance

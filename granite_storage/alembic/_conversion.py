@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import Column, ColumnElement, Connection, Table, and_, select, update
 
-from granite_storage.alembic._steps import Op, columns_of, count, key_pages, online, own_transactions, table_with
-from granite_storage.orm.rows import among
+from granite_storage.alembic._transactions import Op, columns_of, count, key_pages, online, own_transactions, table_with
+from granite_storage.orm.locking import among
 
 __all__ = ["ConversionReport", "Made", "Progress", "Row", "Work", "convert"]
 

@@ -15,9 +15,9 @@ from granite_storage.exceptions import BackendError
 from granite_storage.manager import StorageManager
 from granite_storage.orm.discovery import as_found, find_json_columns
 from granite_storage.orm.held import as_text, selected_text
+from granite_storage.orm.indexed import location_of, value_in
 from granite_storage.orm.legibility import find_with_refs
 from granite_storage.orm.scanning import is_text, where_json
-from granite_storage.orm.indexed import location_of, value_in
 
 __all__ = ["Owners"]
 

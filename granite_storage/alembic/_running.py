@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from sqlalchemy.util import await_only
 
 from granite_storage.manager import StorageManager
-from granite_storage.orm.greenlets import in_greenlet
+from granite_storage.orm._util import in_greenlet
 
 __all__ = ["StorageThread", "storage_thread"]
 

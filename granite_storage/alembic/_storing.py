@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from granite_storage._concurrency import finish
+from granite_storage._tasks import finish
 from granite_storage.exceptions import ChecksumMismatchError, InvalidLocationError
 from granite_storage.locations import check_segment, uuid7_hex
 from granite_storage.manager import StorageManager

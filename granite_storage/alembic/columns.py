@@ -9,13 +9,13 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, Table, and_, select
 
-from granite_storage._runs import places
+from granite_storage._jobs import places
 from granite_storage.alembic._running import storage_thread
-from granite_storage.alembic._steps import Op, columns_of, count, key_pages, online, table_with
 from granite_storage.alembic._storing import read_whole
+from granite_storage.alembic._transactions import Op, columns_of, count, key_pages, online, table_with
 from granite_storage.exceptions import ContentError
 from granite_storage.manager import StorageManager
-from granite_storage.orm.rows import among
+from granite_storage.orm.locking import among
 from granite_storage.orm.types import portable_storage_ref_type
 from granite_storage.refs import StoredObjectRef
 

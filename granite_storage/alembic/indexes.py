@@ -7,9 +7,8 @@ from contextlib import nullcontext
 from sqlalchemy import Column, Index, MetaData, Table
 from sqlalchemy.dialects import mysql
 
-from granite_storage.alembic._steps import Op, columns_of
-from granite_storage.orm.indexed import location_column_name, location_index_name
-from granite_storage.orm.indexed import location_of
+from granite_storage.alembic._transactions import Op, columns_of
+from granite_storage.orm.indexed import location_column_name, location_index_name, location_of
 from granite_storage.orm.types import portable_storage_ref_type
 
 __all__ = ["create_location_index", "drop_location_index"]

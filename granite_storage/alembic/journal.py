@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, MetaData, func, insert, inspect, select, update
 
-from granite_storage.alembic._steps import Op, count, online
+from granite_storage.alembic._transactions import Op, count, online
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, JournalTables, clock, journal_tables
 

@@ -8,13 +8,13 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, Table
 
-from granite_storage._runs import places
+from granite_storage._jobs import places
 from granite_storage.alembic._conversion import Conversion, ConversionReport, Made, Progress, Row, Work, convert
 from granite_storage.alembic._owners import Owners
 from granite_storage.alembic._running import StorageThread, storage_thread
-from granite_storage.alembic._steps import Op
 from granite_storage.alembic._storing import Place, Stored, all_or_none, removed, stored_bytes
 from granite_storage.alembic._storing import Work as StoreWork
+from granite_storage.alembic._transactions import Op
 from granite_storage.alembic.sources import CopyOf, InPlace, adopted, copied, copied_content
 from granite_storage.exceptions import ObjectNotFoundError
 from granite_storage.manager import StorageManager

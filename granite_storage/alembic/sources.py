@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from granite_storage._concurrency import finished
+from granite_storage._tasks import finished
 from granite_storage.alembic._storing import Place, Stored, kept_if_readable
 from granite_storage.exceptions import InvalidLocationError, ObjectNotFoundError
 from granite_storage.locations import check_location

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from granite_storage._concurrency import finished, settle
+from granite_storage._tasks import finished, settle
 from granite_storage.backends._obstore_errors import ObjectStoreConfigurationError, translate
 from granite_storage.backends._places import bucket_place, folder_places, web_place
 from granite_storage.backends.base import ObjectInfo, Place

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from granite_storage._concurrency import finish
+from granite_storage._tasks import finish
 from granite_storage.backends._obstore_client import PATIENCE, StoreClient
-from granite_storage.backends._service_reader import Opened
+from granite_storage.backends._remote import Opened
 from granite_storage.backends.base import ByteRange, ObjectInfo
 from granite_storage.exceptions import BackendError
 

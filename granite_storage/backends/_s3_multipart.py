@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
-from granite_storage._concurrency import settle
+from granite_storage._tasks import settle
 from granite_storage.backends._s3_body import Body, PartSource, base64_text
 from granite_storage.backends._s3_client import S3Client, backoff, threads
 from granite_storage.backends._s3_errors import MissingUploadError

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from granite_storage._concurrency import finish
+from granite_storage._tasks import finish
 from granite_storage.backends._s3_body import Body
 from granite_storage.backends._s3_client import S3Client
 from granite_storage.backends._s3_multipart import checksum_header

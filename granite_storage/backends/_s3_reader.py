@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from granite_storage.backends._remote import Opened
 from granite_storage.backends._s3_client import S3Client, version_of
 from granite_storage.backends._s3_pool import Lease
 from granite_storage.backends._service_errors import ConnectionTakenError
-from granite_storage.backends._service_reader import Opened
 from granite_storage.backends.base import ByteRange, ObjectInfo
 
 __all__ = ["S3Service", "info_of"]

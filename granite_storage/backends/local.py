@@ -14,12 +14,12 @@ from pathlib import Path
 from aiofiles.threadpool import wrap
 from aiofiles.threadpool.binary import AsyncFileIO
 
-from granite_storage._concurrency import finish, finished
 from granite_storage._consumers import ThreadConsumer
+from granite_storage._tasks import finish, finished
 from granite_storage._threads import ThreadPool
-from granite_storage.backends._draft import Draft, FileWriter
+from granite_storage.backends._local_tree import Tree
+from granite_storage.backends._local_write import Draft, FileWriter
 from granite_storage.backends._places import folder_places
-from granite_storage.backends._tree import Tree
 from granite_storage.backends._tree_errors import translated
 from granite_storage.backends.base import ObjectInfo, ObjectReader, Place, byte_range, check_range
 from granite_storage.exceptions import BackendError, ConfigurationError

@@ -14,8 +14,8 @@ from granite_storage.backends._obstore_client import connected
 from granite_storage.backends._obstore_errors import ObjectStoreConfigurationError
 from granite_storage.backends._obstore_listing import Listing
 from granite_storage.backends._obstore_reader import StoreService
-from granite_storage.backends._obstore_writer import ObjectWriter, slices
-from granite_storage.backends._service_reader import open_reader
+from granite_storage.backends._obstore_upload import ObjectWriter, slices
+from granite_storage.backends._remote import open_reader
 from granite_storage.backends.base import ObjectInfo, ObjectReader, Place
 from granite_storage.exceptions import (
     BackendError,

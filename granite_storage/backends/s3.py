@@ -10,19 +10,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
+from granite_storage.backends._listing import list_keys
 from granite_storage.backends._places import bucket_place
+from granite_storage.backends._remote import open_reader
 from granite_storage.backends._s3_body import BytesSource, PartSource, StreamSource
 from granite_storage.backends._s3_client import S3Client, S3Settings, version_of
 from granite_storage.backends._s3_connect import S3Clients, is_installed
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
-from granite_storage.backends._s3_listing import list_keys
 from granite_storage.backends._s3_multipart import abort_upload, abort_uploads, date_of
 from granite_storage.backends._s3_presign import presigned_form, presigned_put, require_presignable, warn_of_early_end
 from granite_storage.backends._s3_probes import PROBE_PREFIX, remove_probes
 from granite_storage.backends._s3_reader import S3Service, info_of
-from granite_storage.backends._s3_writer import ObjectWriter
+from granite_storage.backends._s3_upload import ObjectWriter
 from granite_storage.backends._service_errors import error_at
-from granite_storage.backends._service_reader import open_reader
 from granite_storage.backends.base import ObjectInfo, ObjectReader, Place, UploadRequest
 from granite_storage.exceptions import (
     BackendError,

@@ -11,7 +11,7 @@ import click
 
 from granite_storage.cli.options import DRY_RUN, JSON, YES, Duration
 from granite_storage.cli.output import Bar, shown_size
-from granite_storage.cli.running import Desk, Exit, Settings, run
+from granite_storage.cli.runtime import Desk, Exit, Settings, run
 from granite_storage.gc import CollectedObject, Collection, Fate, GarbageCollectionReport, StorageGarbageCollector
 
 __all__ = ["gc_command"]

@@ -17,13 +17,13 @@ from sqlalchemy import Connection, inspect, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage._concurrency import finish
 from granite_storage._identities import describe_mismatch, identities_of, may_overlap
-from granite_storage._runs import require_mounted
+from granite_storage._jobs import require_mounted
+from granite_storage._tasks import finish
 from granite_storage.backends.base import StorageBackend
 from granite_storage.cli.options import JSON
 from granite_storage.cli.output import shown
-from granite_storage.cli.running import Desk, Exit, Settings, run
+from granite_storage.cli.runtime import Desk, Exit, Settings, run
 from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StorageError
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.locations import make_location

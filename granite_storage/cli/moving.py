@@ -8,7 +8,7 @@ import click
 
 from granite_storage.cli.options import AFTER, AT_A_TIME, DRY_RUN, JSON, RATE, YES
 from granite_storage.cli.output import shown_size
-from granite_storage.cli.running import Desk, Exit, Settings, run
+from granite_storage.cli.runtime import Desk, Exit, Settings, run
 from granite_storage.migration import Migration, Moved, Verdict, migrate
 
 __all__ = ["migrate_command"]

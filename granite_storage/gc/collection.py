@@ -16,16 +16,16 @@ from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
-from granite_storage._runs import Run, require_mounted
+from granite_storage._jobs import Run, require_mounted
 from granite_storage.backends.base import ObjectInfo, SupportsClock, close_listing
 from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError
 from granite_storage.gc.dangling import find_dangling
-from granite_storage.gc.join import Reference, joined
+from granite_storage.gc.merge import Reference, joined
 from granite_storage.gc.references import ReferenceSource
 from granite_storage.gc.removal import Removal
 from granite_storage.gc.report import MOST_KEPT, CollectedObject, Fate, GarbageCollectionReport
+from granite_storage.gc.scope import Territory, is_valid, require_one_key
 from granite_storage.gc.spool import PAGE, Spool, temporary_file
-from granite_storage.gc.territory import Territory, is_valid, require_one_key
 from granite_storage.manager import StorageManager
 
 __all__ = ["Collection"]

@@ -16,7 +16,7 @@ from granite_storage.gc.leader import Leadership
 from granite_storage.gc.periodic import at_work
 from granite_storage.gc.references import ReferenceSource
 from granite_storage.gc.report import GarbageCollectionReport
-from granite_storage.gc.territory import Territory
+from granite_storage.gc.scope import Territory
 from granite_storage.manager import StorageManager
 
 if TYPE_CHECKING:

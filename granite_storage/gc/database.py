@@ -16,8 +16,8 @@ from granite_storage._identities import describe_mismatch, identities_of
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks, durability
 from granite_storage.gc.columns import BoundBase, bound_bases, find_columns, require_one_database
-from granite_storage.gc.join import Reference, in_byte_order, merged
 from granite_storage.gc.mentions import Mention, find_mentions
+from granite_storage.gc.merge import Reference, in_byte_order, merged
 from granite_storage.gc.spool import PAGE, SortedSpool, temporary_file
 from granite_storage.gc.statements import (
     HERE,

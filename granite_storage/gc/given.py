@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 from itertools import islice
 from typing import Any, TypeAlias
 
-from granite_storage._concurrency import finished
 from granite_storage._identities import describe_mismatch, identities_of
+from granite_storage._tasks import finished
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
-from granite_storage.gc.join import Reference
 from granite_storage.gc.mentions import Mention
+from granite_storage.gc.merge import Reference
 from granite_storage.gc.spool import PAGE, SortedSpool, temporary_file
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, NullPool, TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from granite_storage._concurrency import finish
+from granite_storage._tasks import finish
 
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding

@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from granite_storage.gc.join import Reference
 from granite_storage.gc.mentions import Mention
+from granite_storage.gc.merge import Reference
 
 __all__ = ["ReferenceSource"]
 

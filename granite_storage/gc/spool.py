@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from itertools import islice
 from typing import IO, Any, TypeAlias
 
-from granite_storage._concurrency import finished
+from granite_storage._tasks import finished
 
 __all__ = ["PAGE", "Page", "SortedSpool", "Spool", "temporary_file"]
 

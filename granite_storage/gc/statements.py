@@ -24,8 +24,8 @@ from sqlalchemy import (
 )
 
 from granite_storage.orm.held import selected_text
-from granite_storage.orm.legibility import has_value, is_legible
 from granite_storage.orm.indexed import location_of, value_in
+from granite_storage.orm.legibility import has_value, is_legible
 
 __all__ = [
     "ELSEWHERE",

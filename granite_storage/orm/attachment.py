@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from granite_storage.manager import ObjectDraft, StorageManager
     from granite_storage.orm.types import AttachmentType
-    from granite_storage.orm.unit import Intent
+    from granite_storage.orm.unit_of_work import Intent
 
 __all__ = ["Attachment"]
 

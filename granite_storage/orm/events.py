@@ -12,7 +12,7 @@ from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
-from granite_storage.orm import flush, legacy_bulk, outcome, translated
+from granite_storage.orm import flush, legacy_bulk, transactions, translated
 from granite_storage.orm.columns import slots_of
 
 __all__ = ["listen", "unlisten"]
@@ -34,12 +34,12 @@ def unlisten() -> None:
                 event.remove(mapper, name, _before_write_of_class)
     _followed.clear()
     legacy_bulk.unlisten_all()
-    outcome.unlisten_all()
+    transactions.unlisten_all()
 
 
 def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
     legacy_bulk.note_flush(session, context)
-    unit = outcome.known_unit(session)
+    unit = transactions.known_unit(session)
     if unit is not None:
         # A flush that failed before its first statement ended nothing.
         unit.abandon_flush()
@@ -89,7 +89,7 @@ def _save(
     context: weakref.ref[UOWTransaction] | None = None,
 ) -> None:
     if changes or deletions:
-        unit = outcome.unit_of(session)
+        unit = transactions.unit_of(session)
         unit.flush.context = unit.flush.context or context
         flush.save(session, unit, changes, deletions)
 
@@ -110,7 +110,7 @@ def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any])
     if session is not None:
         if id(mapper) not in _last and slots_of(mapper):
             _stay_last(mapper)  # of a row that a listener has added
-        unit = outcome.known_unit(session)
+        unit = transactions.known_unit(session)
         if unit is not None:
             unit.flush.has_written = True
         changes = flush.changes_of([state])
@@ -121,7 +121,7 @@ def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any])
 
 
 def _revise(session: Session) -> None:
-    unit = outcome.known_unit(session)
+    unit = transactions.known_unit(session)
     if unit is not None:
         flush.revise(session, unit)
 
@@ -140,7 +140,7 @@ def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceS
         if replaced is not None and _has_same_key(mapper, replaced, instance):
             _before_delete(mapper, connection, instance_state(replaced))
             flush.vacate(state)
-            outcome.unit_of(session).flush.has_successors = True
+            transactions.unit_of(session).flush.has_successors = True
     return _before_write(mapper, connection, state)
 
 
@@ -157,7 +157,7 @@ def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]
     session = state.session if id(mapper) not in _idle and flush.concerned_tables(mapper) else None
     if session is not None:
         _revise(session)
-        unit = outcome.known_unit(session)
+        unit = transactions.known_unit(session)
         if unit is None or id(state) not in unit.flush.deletions:
             _save(session, [], [state])
         elif unit.flush.has_written:
@@ -166,13 +166,13 @@ def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]
 
 
 def _after_flush(session: Session, _: Any) -> None:
-    unit = outcome.known_unit(session)
+    unit = transactions.known_unit(session)
     if unit is not None:
         flush.end(session, unit)
 
 
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    outcome.begin(transaction, connection)
+    transactions.begin(transaction, connection)
     legacy_bulk.begin_connection(session, connection)
 
 
@@ -182,21 +182,21 @@ def _after_transaction_create(session: Session, transaction: SessionTransaction)
 
 
 def _after_commit(session: Session) -> None:
-    unit = outcome.known_unit(session)
+    unit = transactions.known_unit(session)
     transaction = session.get_nested_transaction() or session.get_transaction()
     if unit is not None and transaction is not None and transaction in unit.frames:
         unit.frames[transaction].committed = True
         if transaction.parent is None:
-            outcome.expect_end(session, transaction)
+            transactions.expect_end(session, transaction)
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
     legacy_bulk.end_transaction(session, transaction)
-    unit = outcome.known_unit(session)
+    unit = transactions.known_unit(session)
     if unit is None:
         return
     if transaction.parent is None:
-        outcome.conclude(session, transaction)
+        transactions.conclude(session, transaction)
     elif transaction in unit.frames:
         unit.abandon_flush()
         unit.end_savepoint(transaction)

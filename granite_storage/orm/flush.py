@@ -16,17 +16,17 @@ from sqlalchemy.util import await_only
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._registry import binding_for, find_binding
+from granite_storage.orm._util import require_async
 from granite_storage.orm.assignment import require_sound
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Slot, primary_key_of, slots_of
-from granite_storage.orm.greenlets import require_async
 from granite_storage.orm.journal import entries
 from granite_storage.orm.journal.deletes import delete_id
-from granite_storage.orm.outcome import require_transactions, watch
-from granite_storage.orm.rows import CountedDeletes, HeldRef, cascaded, connection_of, lock_rows
+from granite_storage.orm.locking import CountedDeletes, HeldRef, cascaded, connection_of, lock_rows
 from granite_storage.orm.sharing import refers
+from granite_storage.orm.transactions import require_transactions, watch
 from granite_storage.orm.types import AttachmentType
-from granite_storage.orm.unit import Displacement, FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
+from granite_storage.orm.unit_of_work import Displacement, FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
 from granite_storage.orm.uploads import Upload, require_fit, store, stored_object
 from granite_storage.orm.written import written_log
 from granite_storage.refs import StoredObjectRef

@@ -30,8 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id, matches_generated_name
-from granite_storage.orm.indexed import with_location_column
-from granite_storage.orm.indexed import location_of
+from granite_storage.orm.indexed import location_of, with_location_column
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection

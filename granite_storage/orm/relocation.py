@@ -26,17 +26,17 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from granite_storage._concurrency import finish
+from granite_storage._tasks import finish
 from granite_storage.locations import matches_generated_name, uuid7_hex
-from granite_storage.orm import flush, outcome
+from granite_storage.orm import flush, transactions
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.journal.entries import write_displaced
+from granite_storage.orm.locking import HeldRef, among
 from granite_storage.orm.removal import remove
-from granite_storage.orm.rows import HeldRef, among
 from granite_storage.orm.scanning import HeldValue, as_stored
 from granite_storage.orm.sharing import refers
 from granite_storage.orm.types import AttachmentType, StoredObjectRefType
-from granite_storage.orm.unit import StoredObject
+from granite_storage.orm.unit_of_work import StoredObject
 from granite_storage.orm.uploads import Upload, store, stored_object
 from granite_storage.refs import StoredObjectRef
 
@@ -145,9 +145,9 @@ class _Swap:
     def __call__(self, session: Session) -> bool:
         held = self._held
         connection = session.connection(bind_arguments={"clause": held.table})
-        outcome.require_transactions(connection)
-        outcome.watch(session, connection)
-        frame = outcome.unit_of(session).frame(flush.boundary(session))
+        transactions.require_transactions(connection)
+        transactions.watch(session, connection)
+        frame = transactions.unit_of(session).frame(flush.boundary(session))
         stored = stored_object(self._copy)
         frame.puts.append((stored, self._copy))
         self.is_told = True

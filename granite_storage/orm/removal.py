@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.util import await_only
 
-from granite_storage._concurrency import finish
-from granite_storage.orm.greenlets import in_greenlet
-from granite_storage.orm.unit import Intent, StoredObject
+from granite_storage._tasks import finish
+from granite_storage.orm._util import in_greenlet
+from granite_storage.orm.unit_of_work import Intent, StoredObject
 
 if TYPE_CHECKING:
     from uuid import UUID

@@ -36,8 +36,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
-from granite_storage.orm.rows import among
 from granite_storage.orm.indexed import location_of
+from granite_storage.orm.locking import among
 from granite_storage.orm.types import AttachmentType, StoredObjectRefType
 from granite_storage.refs import StoredObjectRef
 

@@ -17,15 +17,15 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage.orm._batches import batches
 from granite_storage.orm._registry import active_bindings
-from granite_storage.orm.journal.deadlocks import codes_of
-from granite_storage.orm.journal.pool import TRANSLATE_MAP
-from granite_storage.orm.namesakes import Place, read_catalogue
-from granite_storage.orm.rows import among
-from granite_storage.orm.scanning import where_json
+from granite_storage.orm.catalogue import Place, read_catalogue
 from granite_storage.orm.indexed import location_of
+from granite_storage.orm.journal.database import TRANSLATE_MAP
+from granite_storage.orm.journal.deadlocks import codes_of
+from granite_storage.orm.locking import among
+from granite_storage.orm.scanning import where_json
 
 if TYPE_CHECKING:
-    from granite_storage.orm.unit import StoredObject
+    from granite_storage.orm.unit_of_work import StoredObject
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["find_referenced", "find_shared", "refers"]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from granite_storage._concurrency import finish
+from granite_storage._tasks import finish
 from granite_storage.exceptions import ContentTooLargeError, StaleAttachmentError
 from granite_storage.orm.removal import remove
-from granite_storage.orm.unit import Intent, StoredObject
+from granite_storage.orm.unit_of_work import Intent, StoredObject
 
 if TYPE_CHECKING:
     from granite_storage.manager import ObjectDraft

@@ -1,6 +1,6 @@
 """Serving and receiving files over HTTP, on Starlette and so on FastAPI; the extra `web` brings what it needs."""
 
-from granite_storage._delivery import INLINE_TYPES
+from granite_storage._headers import INLINE_TYPES
 from granite_storage.exceptions import MissingDependencyError
 
 try:

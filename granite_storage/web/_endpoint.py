@@ -17,7 +17,7 @@ from granite_storage.manager import StorageManager
 from granite_storage.web._body import body_of, declared_size, require_whole_body
 from granite_storage.web._paths import token_of
 from granite_storage.web._sending import send_departed, send_status
-from granite_storage.web._tickets import Ticket, Tickets
+from granite_storage.web._upload_tokens import Ticket, Tickets
 from granite_storage.web.errors import problem_response
 from granite_storage.web.exceptions import RequestError, UnsupportedRequestError, UploadMismatchError, UploadTokenError
 from granite_storage.web.limits import UploadLimits

@@ -12,7 +12,7 @@ from granite_storage.manager import StorageManager
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import MeasuredStream, require_size
 from granite_storage.web._media import HEAD_SIZE, contradicts, is_known
-from granite_storage.web._tickets import Ticket
+from granite_storage.web._upload_tokens import Ticket
 from granite_storage.web.exceptions import UploadMismatchError, UploadMissingError
 
 __all__ = ["Staged", "find_staged", "inspect", "require_beginning"]

@@ -14,7 +14,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Send
 
-from granite_storage._concurrency import finish
+from granite_storage._tasks import finish
 from granite_storage.backends.base import ByteRange
 from granite_storage.exceptions import BackendError
 from granite_storage.readers import StoredObjectReader

@@ -27,10 +27,10 @@ from granite_storage.refs import canonical_checksum
 from granite_storage.signing import require_base_url
 from granite_storage.streams import require_declared_size, require_size
 from granite_storage.web._body import content_type_to_keep
+from granite_storage.web._direct_state import Finishes, Found, JournaledFinishes, RememberedFinishes
 from granite_storage.web._endpoint import UploadEndpoint
-from granite_storage.web._finishes import Finishes, Found, JournaledFinishes, RememberedFinishes
 from granite_storage.web._inspection import Staged, find_staged, inspect, require_beginning
-from granite_storage.web._tickets import Ticket, Tickets
+from granite_storage.web._upload_tokens import Ticket, Tickets
 from granite_storage.web.exceptions import MalformedRequestError, UploadMismatchError, UploadTokenError
 
 __all__ = ["DirectUpload", "DirectUploads"]

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from granite_storage._configuration import require_ref
-from granite_storage._delivery import (
+from granite_storage._headers import (
     INLINE_TYPES,
     Disposition,
     content_disposition,
@@ -30,7 +30,7 @@ from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
 from granite_storage.refs import StoredObjectRef
-from granite_storage.web._preconditions import (
+from granite_storage.web._conditional import (
     Validators,
     failed_precondition,
     format_date,

@@ -13,7 +13,7 @@ from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.removal import remove
 from granite_storage.orm.types import AttachmentType
-from granite_storage.orm.unit import StoredObject
+from granite_storage.orm.unit_of_work import StoredObject
 from granite_storage.orm.uploads import discard
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import BytesLike

@@ -13,7 +13,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
 
-from granite_storage._concurrency import finish
+from granite_storage._tasks import finish
 from granite_storage.orm.attachment import Attachment
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import BytesLike, require_size
@@ -25,7 +25,7 @@ from granite_storage.web._body import (
     media_type_of,
     require_whole_body,
 )
-from granite_storage.web._multipart import MultipartReader, PartHead
+from granite_storage.web._requests import MultipartReader, PartHead
 from granite_storage.web._urlencoded import read_fields
 from granite_storage.web.exceptions import (
     MalformedRequestError,

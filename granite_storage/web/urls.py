@@ -8,7 +8,7 @@ from collections.abc import Collection
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from granite_storage._delivery import INLINE_TYPES, require_inline_types
+from granite_storage._headers import INLINE_TYPES, require_inline_types
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidLocationError, UnknownBackendError
 from granite_storage.manager import StorageManager
 from granite_storage.signing import SignedObject

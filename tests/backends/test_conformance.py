@@ -18,7 +18,7 @@ from granite_storage.backends import local, memory
 from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.testing import BackendConformance, FaultInjectingBackend
 
 PREFIX = "tenants/7"
@@ -153,7 +153,7 @@ class TestLocal(Rigged):
     def elsewhere(self, backend: Any) -> str:
         lines = [
             "from granite_storage.backends.local import LocalStorageBackend",
-            "from granite_storage.backends.prefix import PrefixedBackend",
+            "from granite_storage.backends.wrappers import PrefixedBackend",
             f"backend = LocalStorageBackend({str(self.root)!r})",
         ]
         if isinstance(backend, PrefixedBackend):

@@ -18,7 +18,7 @@ from granite_storage.backends.base import Place, StorageBackend, SupportsIdentit
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.obstore import ObjectStoreBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.exceptions import AccessDeniedError
 from granite_storage.testing import FaultInjectingBackend
 from tests.faults.s3_proxy import answer, fault_proxy

@@ -22,7 +22,7 @@ import pytest
 
 from granite_storage import AccessDeniedError, BackendError, BackendUnavailableError, ConfigurationError, ObjectExistsError
 from granite_storage.backends import _exclusive, _tree_errors
-from granite_storage.backends._draft import Draft
+from granite_storage.backends._local_write import Draft
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.locations import RESERVED_PREFIX
 from tests.core.support import PROJECT, files_below, many

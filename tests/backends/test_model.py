@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from granite_storage.backends.base import StorageBackend, SupportsCopy
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.exceptions import ObjectExistsError, ObjectNotFoundError, StorageFullError
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from granite_storage.backends import _obstore_writer, obstore
+from granite_storage.backends import _obstore_upload, obstore
 from granite_storage.backends._obstore_client import _DEFAULT_CLIENT_OPTIONS, _DEFAULT_RETRY_CONFIG
 from granite_storage.backends._obstore_errors import translate
 from granite_storage.backends.base import SupportsBatchDelete, SupportsCopy, SupportsPresign
@@ -269,7 +269,7 @@ async def test_names_that_obstore_needs_on_a_disk_are_refused(tmp_path: Path, lo
 
 
 async def test_a_stream_of_too_many_parts_is_refused_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_obstore_writer, "MAX_PARTS", 2)
+    monkeypatch.setattr(_obstore_upload, "MAX_PARTS", 2)
     backend = ObjectStoreBackend("memory:///", part_size=5 * MIB)
     await backend.put_bytes("just/enough", bytes(10 * MIB))
     with pytest.raises(BackendError, match="larger part_size"):

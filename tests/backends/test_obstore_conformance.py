@@ -15,7 +15,7 @@ import pytest
 
 from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.obstore import ObjectStoreBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.testing import BackendConformance
 from tests.azurite import CLIENT_OPTIONS, AzureServer
 from tests.faults.s3_proxy import Fault, FaultProxy, Request, answer, fault_proxy, lose_answer

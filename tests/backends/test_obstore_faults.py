@@ -21,7 +21,7 @@ import obstore
 import pytest
 from aiohttp import web
 
-from granite_storage.backends import _obstore_client, _obstore_reader, _obstore_writer
+from granite_storage.backends import _obstore_client, _obstore_reader, _obstore_upload
 from granite_storage.backends.obstore import ObjectStoreBackend, ObjectStoreConfigurationError
 from granite_storage.exceptions import (
     AccessDeniedError,
@@ -207,7 +207,7 @@ class TestParts:
         self, place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Only obstore knows the upload's id, so that may stay at the server, and the log says so."""
-        monkeypatch.setattr(_obstore_writer, "ANSWER_TIMEOUT", 0.3)
+        monkeypatch.setattr(_obstore_upload, "ANSWER_TIMEOUT", 0.3)
         gate = Gate()
         place.proxy.on("CompleteMultipartUpload", wait_for(gate))
         task = asyncio.ensure_future(place.backend.put_stream("object", stream(LONG)))

@@ -11,7 +11,7 @@ import pytest
 from granite_storage.backends.base import SupportsCleanup, SupportsCopy, SupportsPresign
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,

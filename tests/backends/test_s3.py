@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moto.s3.models import s3_backends
 
-from granite_storage.backends import _s3_multipart, _s3_writer
+from granite_storage.backends import _s3_multipart, _s3_upload
 from granite_storage.backends._s3_body import BytesSource, PartSource, StreamSource
 from granite_storage.backends._s3_connect import client_config
 from granite_storage.backends._s3_multipart import MAX_PARTS, part_size_of
@@ -450,7 +450,7 @@ class TestWrites:
         assert len(await content_of(weed, "a")) == size
 
     async def test_a_copy_in_parts(self, weed: S3StorageBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_s3_writer, "_COPIED_AT_A_TIME", 5 * MIB)
+        monkeypatch.setattr(_s3_upload, "_COPIED_AT_A_TIME", 5 * MIB)
         await weed.put_stream("a", chunks(*(MIB,) * 12), content_type="text/plain")
         await weed.copy("a", "b")
         assert await content_of(weed, "b") == await content_of(weed, "a")

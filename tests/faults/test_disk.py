@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from granite_storage import AccessDeniedError, BackendError, BackendUnavailableError, StorageFullError
-from granite_storage.backends import _tree
+from granite_storage.backends import _local_tree
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.locations import RESERVED_PREFIX
 from tests.core.support import (
@@ -291,7 +291,7 @@ async def test_a_slow_disk_blocks_neither_the_loop_nor_other_users_of_threads(
         return write(descriptor, data)
 
     await backend.put_bytes("a/warm", b"1")
-    monkeypatch.setattr(f"{_tree.__name__}.os.write", slow_write)
+    monkeypatch.setattr(f"{_local_tree.__name__}.os.write", slow_write)
     uploads = asyncio.gather(*(backend.put_bytes(f"a/{number}", b"1") for number in range(20)))
     for _ in range(8):
         await eventually(lambda: stuck.acquire(blocking=False))
@@ -397,7 +397,7 @@ async def test_an_error_of_any_step_is_the_librarys_and_leaves_nothing(
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"granite_storage.backends._tree.os.{step}", failing)
+        patch.setattr(f"granite_storage.backends._local_tree.os.{step}", failing)
         with pytest.raises(kind) as raised:
             await backend.put_bytes("a/b/new", b"2")
     assert failed

@@ -32,7 +32,7 @@ from granite_storage._identities import may_overlap
 from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from tests.gc.environment import POLICIES, Base, Crate, GcEnvironment, file, gc_environment
 from tests.orm.databases import Database, sqlite
 

@@ -33,7 +33,7 @@ from granite_storage.backends.base import ObjectInfo, overlap
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.obstore import ObjectStoreBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from tests.faults.s3_proxy import fault_proxy
 from tests.orm.databases import Database, sqlite
 from tests.servers import S3Server

@@ -218,7 +218,7 @@ class TestFailures:
     async def test_a_backend_out_of_reach_is_tried_again_and_then_ends_the_run(
         self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("granite_storage._runs._PAUSES", (0.01, 0.01))
+        monkeypatch.setattr("granite_storage._jobs._PAUSES", (0.01, 0.01))
         await env.add(Shelf(id=1, file=file("a")))
         env.new.fail("put_stream", times=2, error=BackendUnavailableError("down"))
         assert (await migrate(env.write_to("new"), storage_key="docs", to_backend="new")).moved == 1

@@ -16,7 +16,7 @@ MUTANTS = [
     Mutant(
         name="local-file-not-synchronised",
         rule="The bytes of a file are on the disk before it gets its name.",
-        path="granite_storage/backends/_draft.py",
+        path="granite_storage/backends/_local_write.py",
         old="            self._tree.synchronise(self.file, self._location)\n            self._give_name(self._segments[-1])\n",
         new="            self._give_name(self._segments[-1])\n            self._tree.synchronise(self.file, self._location)\n",
         tests=("tests/faults/test_power_loss.py",),
@@ -24,7 +24,7 @@ MUTANTS = [
     Mutant(
         name="local-name-not-synchronised",
         rule="The directory that holds a new name is synchronised before the write returns.",
-        path="granite_storage/backends/_draft.py",
+        path="granite_storage/backends/_local_write.py",
         old="                self._tree.synchronise_directory(self._directory, self._location)\n",
         new="                pass\n",
         tests=("tests/faults/test_disk.py::test_nothing_that_a_power_loss_can_take_is_left_when_a_write_returns",),
@@ -32,7 +32,7 @@ MUTANTS = [
     Mutant(
         name="local-new-directory-not-synchronised",
         rule="The entry of each directory that was made is on the disk before the write returns.",
-        path="granite_storage/backends/_tree.py",
+        path="granite_storage/backends/_local_tree.py",
         old="            self.synchronise_directory(parent)\n            if len(",
         new="            if len(",
         tests=("tests/faults/test_disk.py::test_nothing_that_a_power_loss_can_take_is_left_when_a_write_returns",),
@@ -48,7 +48,7 @@ MUTANTS = [
     Mutant(
         name="local-takes-another-root",
         rule="A root that was replaced, as by a disk that is not mounted, is refused.",
-        path="granite_storage/backends/_tree.py",
+        path="granite_storage/backends/_local_tree.py",
         old="if self._known_root not in {None, identity}:",
         new="if self._known_root is identity:",
         tests=("tests/backends/test_local.py::test_a_root_that_was_removed_and_made_again_is_not_taken_for_the_same",),
@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant(
         name="local-writes-below-an-unmounted-disk",
         rule="With create_root=False nothing is written where no disk is mounted.",
-        path="granite_storage/backends/_tree.py",
+        path="granite_storage/backends/_local_tree.py",
         old='if not self.create_root and os.stat("..", dir_fd=descriptor).st_dev == found.st_dev:',
         new='if not self.create_root and os.stat("..", dir_fd=descriptor).st_dev != found.st_dev:',
         tests=("tests/faults/test_disk.py::test_a_root_that_is_missing_or_not_mounted_is_a_clear_error",),
@@ -104,7 +104,7 @@ MUTANTS = [
     Mutant(
         name="prefix-by-characters",
         rule="A prefix is whole segments: `a` never sees what is under `ab`.",
-        path="granite_storage/backends/prefix.py",
+        path="granite_storage/backends/wrappers.py",
         old='        return f"{self.prefix}/{text}"\n',
         new='        return f"{self.prefix}/{text}" if text else self.prefix\n',
         tests=("tests/backends/test_prefix.py::test_whole_segments",),
@@ -112,7 +112,7 @@ MUTANTS = [
     Mutant(
         name="prefix-unchecked-location",
         rule="A wrapper checks a location before it is put behind the prefix.",
-        path="granite_storage/backends/prefix.py",
+        path="granite_storage/backends/wrappers.py",
         old="        check_location(location)\n        return self._listed(location)\n",
         new="        return self._listed(location)\n",
         tests=("tests/backends/test_prefix.py::test_nothing_leads_out", "tests/backends/test_prefix.py"),
@@ -136,7 +136,7 @@ MUTANTS = [
     Mutant(
         name="s3-overwrites",
         rule="An object is created on the condition that none is there.",
-        path="granite_storage/backends/_s3_writer.py",
+        path="granite_storage/backends/_s3_upload.py",
         old='return {"IfNoneMatch": "*"} if self._traits.sends_conditions else {}',
         new="return {}",
         tests=("tests/backends/test_s3.py::TestWrites::test_small_is_one_verified_exclusive_request",),
@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant(
         name="s3-takes-anothers-object-for-its-own",
         rule="Where an answer was lost, an object is this write's own only if it carries the write's id.",
-        path="granite_storage/backends/_s3_writer.py",
+        path="granite_storage/backends/_s3_upload.py",
         old='if same and head.get("Metadata", {}).get(_WRITE_ID) == self._id:',
         new="if same:",
         tests=("tests/backends/test_s3_same_content.py",),
@@ -160,7 +160,7 @@ MUTANTS = [
     Mutant(
         name="s3-deletes-anothers-object",
         rule="The clean-up of a write removes its own object, and no other's.",
-        path="granite_storage/backends/_s3_writer.py",
+        path="granite_storage/backends/_s3_upload.py",
         old='if head.get("Metadata", {}).get(_WRITE_ID) == self._id:\n            await self._client.call("delete',
         new='if head:\n            await self._client.call("delete',
         tests=("tests/backends/test_s3_faults.py::TestCancellation::test_somebody_elses_object_survives[small bytes]",),
@@ -168,7 +168,7 @@ MUTANTS = [
     Mutant(
         name="s3-cancelled-write-stays",
         rule="A cancelled write leaves no object.",
-        path="granite_storage/backends/_s3_writer.py",
+        path="granite_storage/backends/_s3_upload.py",
         old="            if body.sent:\n                await self._withdraw()\n",
         new="",
         tests=("tests/backends/test_s3_faults.py::TestCancellation::test_the_publishing_request[small bytes]",),
@@ -176,7 +176,7 @@ MUTANTS = [
     Mutant(
         name="s3-failed-upload-not-aborted",
         rule="A multipart upload that fails is aborted.",
-        path="granite_storage/backends/_s3_writer.py",
+        path="granite_storage/backends/_s3_upload.py",
         old="                await upload.abort()\n",
         new="                pass\n",
         tests=("tests/backends/test_s3_faults.py::TestRetries::test_a_failing_part_stops_the_stream",),
@@ -200,7 +200,7 @@ MUTANTS = [
     Mutant(
         name="reader-takes-any-range",
         rule="A body that was cut off goes on where it stopped, or not at all.",
-        path="granite_storage/backends/_service_reader.py",
+        path="granite_storage/backends/_remote.py",
         old="if opened.range != ByteRange(self._position, self._stop) or not self._is_same(opened.info):",
         new="if not self._is_same(opened.info):",
         tests=("tests/backends/test_s3_resumed_reads.py",),
@@ -208,7 +208,7 @@ MUTANTS = [
     Mutant(
         name="reader-resumes-another-version",
         rule="A body that was cut off goes on with the same version of the object, or not at all.",
-        path="granite_storage/backends/_service_reader.py",
+        path="granite_storage/backends/_remote.py",
         old="or not self._is_same(opened.info):",
         new="or opened.info.size != self.info.size:",
         tests=("tests/backends/test_obstore_faults.py::TestReadingFromAPoorService",),
@@ -216,7 +216,7 @@ MUTANTS = [
     Mutant(
         name="obstore-takes-anothers-object-for-its-own",
         rule="Where an answer was lost, an object is this write's own only if it carries the write's id.",
-        path="granite_storage/backends/_obstore_writer.py",
+        path="granite_storage/backends/_obstore_upload.py",
         old="return {} if owner == self._id and size in (None, info.size) else None",
         new="return {} if size in (None, info.size) else None",
         tests=("tests/backends/test_obstore_faults.py::TestOneRequest::test_a_lost_answer_is_never_taken_for_anothers_object",),
@@ -224,7 +224,7 @@ MUTANTS = [
     Mutant(
         name="obstore-cancelled-write-stays",
         rule="A cancelled write leaves no object.",
-        path="granite_storage/backends/_obstore_writer.py",
+        path="granite_storage/backends/_obstore_upload.py",
         old='            await finish(self._withdraw(unique), f"the clean-up of a write of {self._location!r}")\n',
         new="",
         tests=("tests/backends/test_obstore_faults.py::TestOneRequest::test_cancelled_while_the_server_has_it",),
@@ -272,7 +272,7 @@ MUTANTS = [
     Mutant(
         name="local-permissions-set-all-the-same",
         rule="With file_mode=None no file is given permissions.",
-        path="granite_storage/backends/_draft.py",
+        path="granite_storage/backends/_local_write.py",
         old="        if mode is None:\n            return\n        with self._tree",
         new="        mode = 0o644 if mode is None else mode\n        with self._tree",
         tests=("tests/backends/test_local_volumes.py::test_permissions_that_are_left_alone_are_never_set",),
@@ -280,7 +280,7 @@ MUTANTS = [
     Mutant(
         name="local-directories-must-be-synchronised",
         rule="A volume that can synchronise files only is written to.",
-        path="granite_storage/backends/_tree.py",
+        path="granite_storage/backends/_local_tree.py",
         old="                if error.errno not in UNSUPPORTED:\n                    raise\n",
         new="                raise\n",
         tests=(
@@ -290,7 +290,7 @@ MUTANTS = [
     Mutant(
         name="local-directory-lost-without-a-word",
         rule="A directory that fails to reach the disk fails the write.",
-        path="granite_storage/backends/_tree.py",
+        path="granite_storage/backends/_local_tree.py",
         old="                if error.errno not in UNSUPPORTED:\n                    raise\n",
         new="",
         tests=("tests/backends/test_local_volumes.py::test_a_directory_that_fails_to_reach_the_disk_fails_the_write",),
@@ -298,7 +298,7 @@ MUTANTS = [
     Mutant(
         name="local-abort-must-synchronise-directories",
         rule="What a killed write has left is removed also where directories cannot be synchronised.",
-        path="granite_storage/backends/_tree.py",
+        path="granite_storage/backends/_local_tree.py",
         old="            if found:\n                self.synchronise_directory(directory, location)\n",
         new="            if found:\n                self.synchronise(directory)\n",
         tests=(

@@ -24,7 +24,7 @@ MUTANTS = [
     Mutant(
         name="core-content-in-memory-unlimited",
         rule="Content in memory is under the policy's limit, too.",
-        path="granite_storage/_writing.py",
+        path="granite_storage/_engine.py",
         old="        require_size(size_of(content), draft.policy.max_size)\n",
         new="",
         tests=("tests/core/test_streams.py::TestLimit::test_content_in_memory",),
@@ -81,7 +81,7 @@ MUTANTS = [
     Mutant(
         name="core-copy-unverified",
         rule="Bytes that are copied through the program are verified on their way.",
-        path="granite_storage/_writing.py",
+        path="granite_storage/_engine.py",
         old="MeasuredStream(aiter(reader), size=ref.size, checksum=ref.checksum or None)",
         new="MeasuredStream(aiter(reader), size=ref.size)",
         tests=("tests/core/test_manager.py::TestCopies::test_wrong_bytes_are_not_copied_through_the_program",),
@@ -89,7 +89,7 @@ MUTANTS = [
     Mutant(
         name="core-half-read-stream-accepted",
         rule="A backend that returns before the stream has ended gets no receipt, and its object is removed.",
-        path="granite_storage/_writing.py",
+        path="granite_storage/_engine.py",
         old="        if content.checksum is None:\n            await content.aclose()\n            await self._withdraw(draft)\n",
         new="        if content.checksum is None:\n            await content.aclose()\n",
         tests=("tests/core/test_manager.py::TestBackendsThatErr::test_one_that_returns_early_leaves_nothing",),
@@ -97,7 +97,7 @@ MUTANTS = [
     Mutant(
         name="core-object-without-receipt-stays",
         rule="An object whose receipt cannot be made is removed.",
-        path="granite_storage/_writing.py",
+        path="granite_storage/_engine.py",
         old="        except Exception:\n            await self._withdraw(draft)\n            raise\n",
         new="        except Exception:\n            raise\n",
         tests=("tests/core/test_manager.py::TestReceipts::test_an_object_without_a_receipt_does_not_stay",),
@@ -185,7 +185,7 @@ MUTANTS = [
     Mutant(
         name="core-cancelled-cleanup-abandoned",
         rule="A clean-up runs to its end, whatever happens to the caller, and the cancellation goes on afterwards.",
-        path="granite_storage/_concurrency.py",
+        path="granite_storage/_tasks.py",
         old="    cancellation = await _outlast(task, timeout)\n    if not task.done():",
         new="    cancellation = None\n    await asyncio.wait([task], timeout=timeout)\n    if not task.done():",
         tests=("tests/core/test_threads.py::TestCleanUp::test_it_ends_before_the_cancellation_goes_on",),
@@ -193,7 +193,7 @@ MUTANTS = [
     Mutant(
         name="core-cancellation-swallowed",
         rule="A cancellation that arrives during a clean-up is raised when that has ended.",
-        path="granite_storage/_concurrency.py",
+        path="granite_storage/_tasks.py",
         old="    if cancellation is not None:\n        raise cancellation\n",
         new="",
         tests=("tests/core/test_threads.py::TestCleanUp",),

@@ -48,7 +48,7 @@ MUTANTS = [
     Mutant(
         name="gc-prefix-by-characters",
         rule="A policy's prefix is whole segments.",
-        path="granite_storage/gc/territory.py",
+        path="granite_storage/gc/scope.py",
         old='return f"{prefix}/" if prefix else ""',
         new='return prefix or ""',
         tests=("tests/gc/test_collect.py::test_segments_and_the_places_of_other_policies[sqlite-begin]",),
@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant(
         name="gc-takes-other-policies-objects",
         rule="What lies below another policy's prefix is not collected.",
-        path="granite_storage/gc/territory.py",
+        path="granite_storage/gc/scope.py",
         old="return location.startswith(self.prefix) and not location.startswith(self.others)",
         new="return location.startswith(self.prefix)",
         tests=("tests/gc/test_collect.py::test_segments_and_the_places_of_other_policies[sqlite-begin]",),
@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant(
         name="gc-nominates-by-backend-key",
         rule="A reference protects its object whatever backend it names: when the nominees are chosen.",
-        path="granite_storage/gc/join.py",
+        path="granite_storage/gc/merge.py",
         old="found = set(map(_location, refs))",
         new="found = {location for location, is_here in refs if is_here}",
         tests=("tests/gc/test_two_names_of_one_place.py::test_two_keys_of_which_nobody_can_tell",),

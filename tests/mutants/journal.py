@@ -48,7 +48,7 @@ MUTANTS = [
     Mutant(
         name="journal-durable-is-not-synchronous",
         rule="A durable transaction is synchronous, whatever the database's default is.",
-        path="granite_storage/orm/journal/pool.py",
+        path="granite_storage/orm/journal/database.py",
         old="            if self.is_postgresql:\n                await connection.execute(_SYNCHRONOUS)\n",
         new="",
         tests=("tests/orm/journal/test_simpler_protocols.py::test_durable_means_synchronous[asyncpg]",),
@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant(
         name="journal-pool-at-the-default-isolation",
         rule="The journal's own connections read what is committed, whatever the application's isolation level is.",
-        path="granite_storage/orm/journal/pool.py",
+        path="granite_storage/orm/journal/database.py",
         old="self._outer.dialect.set_isolation_level(connection, _ISOLATION)",
         new="pass",
         tests=("tests/orm/journal/test_refusals.py::test_the_journals_own_connections_read_what_is_committed[asyncpg]",),
@@ -64,7 +64,7 @@ MUTANTS = [
     Mutant(
         name="journal-accepts-shared-connection",
         rule="An engine whose pool shares one connection is refused: the journal's commits would be the application's.",
-        path="granite_storage/orm/journal/pool.py",
+        path="granite_storage/orm/journal/database.py",
         old="if not isinstance(pool, QueuePool | NullPool):",
         new="if not isinstance(pool, Pool):",
         tests=("tests/orm/journal/test_refusals.py::test_a_pool_of_one_shared_connection[asyncpg]",),
@@ -200,7 +200,7 @@ MUTANTS = [
     Mutant(
         name="journal-bulk-delete-unrecorded",
         rule="What a bulk statement displaces has a delete intent like everything else.",
-        path="granite_storage/orm/statements.py",
+        path="granite_storage/orm/bulk.py",
         old="    write_displaced(connection, displaced)\n",
         new="",
         tests=("tests/orm/journal/test_recovery.py::TestRetention::test_bulk_deletes_wait_too[asyncpg]",),
@@ -208,7 +208,7 @@ MUTANTS = [
     Mutant(
         name="journal-staged-copy-published-twice",
         rule="Of several copies of a direct upload one is published: by an UPDATE that finds what its writer has seen.",
-        path="granite_storage/orm/journal/staging.py",
+        path="granite_storage/orm/journal/direct_uploads.py",
         old="update(self._intent).where(self._is(staging_id), as_seen)",
         new="update(self._intent).where(self._is(staging_id))",
         tests=("tests/orm/journal/test_direct_uploads.py::test_killed_after_it_was_published[asyncpg]",),
@@ -224,7 +224,7 @@ MUTANTS = [
     Mutant(
         name="journal-in-the-schema-of-the-session",
         rule="The journal's tables are where its own engine has them, whatever the map of a session.",
-        path="granite_storage/orm/journal/pool.py",
+        path="granite_storage/orm/journal/database.py",
         old="return {TRANSLATE_MAP: self.translate_map or None}",
         new="return {}",
         tests=("tests/orm/journal/test_tenants.py::test_wherever_the_map_is",),

@@ -8,7 +8,7 @@ MUTANTS = [
     Mutant(
         name="sessions-unknown-commit-deletes",
         rule="A COMMIT whose outcome is unknown deletes nothing.",
-        path="granite_storage/orm/unit.py",
+        path="granite_storage/orm/unit_of_work.py",
         old="case Outcome.UNKNOWN:\n                return []",
         new="case Outcome.UNKNOWN:\n                return [stored for stored, _ in frame.puts]",
         tests=(
@@ -18,7 +18,7 @@ MUTANTS = [
     Mutant(
         name="sessions-silence-means-rollback",
         rule="A COMMIT that was sent and not answered is in doubt, not rolled back.",
-        path="granite_storage/orm/outcome.py",
+        path="granite_storage/orm/transactions.py",
         old="return self.committing and not self.refused",
         new="return False",
         tests=(
@@ -28,7 +28,7 @@ MUTANTS = [
     Mutant(
         name="sessions-refused-commit-in-doubt",
         rule="A COMMIT that the database refused is a rollback, and its objects go.",
-        path="granite_storage/orm/outcome.py",
+        path="granite_storage/orm/transactions.py",
         old="connection.dialect.do_rollback(connection.connection)\n        found.refused = True",
         new="connection.dialect.do_rollback(connection.connection)\n        found.refused = False",
         tests=("tests/orm/test_scenarios.py::TestRollback::test_refused_commit[sqlite-begin]",),
@@ -36,7 +36,7 @@ MUTANTS = [
     Mutant(
         name="sessions-released-savepoint-forgotten",
         rule="The log of a released savepoint is added to its parent's.",
-        path="granite_storage/orm/unit.py",
+        path="granite_storage/orm/unit_of_work.py",
         old="            self.frame(outer).merge(frame)\n",
         new="",
         tests=(
@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant(
         name="sessions-rolled-back-savepoint-merged",
         rule="What happened in a savepoint that is rolled back leaves nothing but the objects it put.",
-        path="granite_storage/orm/unit.py",
+        path="granite_storage/orm/unit_of_work.py",
         old="if frame.committed and outer is not None:",
         new="if outer is not None:",
         tests=(
@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant(
         name="sessions-savepoint-puts-leak",
         rule="Objects that a rolled-back savepoint put go with the commit of the transaction around it.",
-        path="granite_storage/orm/unit.py",
+        path="granite_storage/orm/unit_of_work.py",
         old="for stored in (*dropped, *never_taken, *self.doomed) if",
         new="for stored in (*dropped, *never_taken) if",
         tests=("tests/orm/test_scenarios.py::TestSavepoints::test_integrity_error_caught[sqlite-begin]",),
@@ -66,7 +66,7 @@ MUTANTS = [
     Mutant(
         name="sessions-moved-object-deleted",
         rule="An object is displaced only if no row holds it at the end of the transaction.",
-        path="granite_storage/orm/unit.py",
+        path="granite_storage/orm/unit_of_work.py",
         old="case Outcome.COMMITTED:\n                dropped = [stored for stored, held in latest.values() if not held]",
         new="case Outcome.COMMITTED:\n                dropped = [stored for stored, held in frame.log if not held]",
         tests=("tests/orm/test_scenarios.py::TestValues::test_move_in_two_flushes[sqlite-begin]",),
@@ -83,7 +83,7 @@ MUTANTS = [
     Mutant(
         name="sessions-rows-not-locked",
         rule="What a row holds is read under its lock before it is displaced.",
-        path="granite_storage/orm/rows.py",
+        path="granite_storage/orm/locking.py",
         old="return statement.order_by(*keys).with_for_update(key_share=not deleting, of=_lockable(connection, table))",
         new="return statement.order_by(*keys)",
         tests=("tests/orm/test_concurrency.py::TestSameRow::test_two_replace_with_stale_identity_maps[asyncpg]",),
@@ -91,7 +91,7 @@ MUTANTS = [
     Mutant(
         name="sessions-replacement-locks-too-much",
         rule="A replacement takes the weaker lock, which lets children be inserted at the same time.",
-        path="granite_storage/orm/rows.py",
+        path="granite_storage/orm/locking.py",
         old="with_for_update(key_share=not deleting,",
         new="with_for_update(key_share=False,",
         tests=("tests/orm/test_concurrency.py::TestLocks::test_children_and_their_parents_replacement[asyncpg]",),
@@ -99,7 +99,7 @@ MUTANTS = [
     Mutant(
         name="sessions-sqlite-reads-before-its-write-lock",
         rule="On SQLite the write lock is taken before anything is read.",
-        path="granite_storage/orm/rows.py",
+        path="granite_storage/orm/locking.py",
         old='if connection.dialect.name == "sqlite":\n        quote',
         new='if connection.dialect.name == "mssql":\n        quote',
         tests=("tests/orm/test_sqlite_write_lock.py",),
@@ -107,7 +107,7 @@ MUTANTS = [
     Mutant(
         name="sessions-batches-in-any-order",
         rule="More rows than one statement locks are locked in the order of their primary keys, too.",
-        path="granite_storage/orm/rows.py",
+        path="granite_storage/orm/locking.py",
         old="return sorted(unique)\n",
         new="return list(unique)\n",
         tests=("tests/orm/test_lock_order.py::test_two_bulk_updates_of_many_rows_in_opposite_order",),
@@ -115,7 +115,7 @@ MUTANTS = [
     Mutant(
         name="sessions-rows-in-any-order",
         rule="Rows are locked in the order of their primary keys.",
-        path="granite_storage/orm/rows.py",
+        path="granite_storage/orm/locking.py",
         old="return statement.order_by(*keys).with_for_update(key_share=not deleting,",
         new="return statement.with_for_update(key_share=not deleting,",
         tests=("tests/orm/test_lock_order.py::test_each_statement_locks_in_order",),
@@ -123,7 +123,7 @@ MUTANTS = [
     Mutant(
         name="sessions-recreated-row-not-read-again",
         rule="On PostgreSQL a row that was not found is looked for once more: another transaction may have inserted it anew.",
-        path="granite_storage/orm/rows.py",
+        path="granite_storage/orm/locking.py",
         old='return 2 if connection.dialect.name == "postgresql" else 1',
         new="return 1",
         tests=("tests/orm/test_concurrent_commits.py::test_row_is_deleted_and_inserted_anew_meanwhile[False-asyncpg]",),
@@ -139,7 +139,7 @@ MUTANTS = [
     Mutant(
         name="sessions-cascade-stops-at-children",
         rule="A cascade is followed to its end.",
-        path="granite_storage/orm/rows.py",
+        path="granite_storage/orm/locking.py",
         old="                waiting.append((child, reached))\n",
         new="                pass\n",
         tests=("tests/orm/test_bulk.py::TestDelete::test_cascade_into_itself[sqlite-begin]",),
@@ -187,7 +187,7 @@ MUTANTS = [
     Mutant(
         name="sessions-unseen-deletes-accepted",
         rule="A flush that deletes more rows than it has locked raises StaleAttachmentError.",
-        path="granite_storage/orm/rows.py",
+        path="granite_storage/orm/locking.py",
         old="return self._deleted > self._known",
         new="return False",
         tests=("tests/orm/test_concurrent_commits.py::test_row_is_inserted_anew_after_a_flush_has_looked[deleting-asyncpg]",),
@@ -195,7 +195,7 @@ MUTANTS = [
     Mutant(
         name="sessions-bulk-hits-unseen-rows",
         rule="A bulk statement that hits rows which were not read raises StaleAttachmentError.",
-        path="granite_storage/orm/statements.py",
+        path="granite_storage/orm/bulk.py",
         old='if len(parameters) == 1 and getattr(result, "rowcount", -1) > known:',
         new="if not parameters:",
         tests=("tests/orm/test_concurrent_commits.py::test_row_is_inserted_after_a_bulk_statement_has_looked[update-asyncpg]",),
@@ -227,7 +227,7 @@ MUTANTS = [
     Mutant(
         name="sessions-outer-rollback-ignored",
         rule="A session that joined an outer transaction ends with it: its rollback undoes what the session has stored.",
-        path="granite_storage/orm/outcome.py",
+        path="granite_storage/orm/transactions.py",
         old='    "rollback": _on_rollback,\n',
         new="",
         tests=(
@@ -238,7 +238,7 @@ MUTANTS = [
     Mutant(
         name="sessions-outer-savepoint-ignored",
         rule="A savepoint around a joined session that is rolled back takes the session's work with it.",
-        path="granite_storage/orm/outcome.py",
+        path="granite_storage/orm/transactions.py",
         old='    "rollback_savepoint": _on_rollback_savepoint,\n',
         new="",
         tests=(
@@ -249,7 +249,7 @@ MUTANTS = [
     Mutant(
         name="sessions-work-before-a-savepoint-deleted",
         rule="Of work that was done partly before a savepoint that is rolled back nothing is deleted.",
-        path="granite_storage/orm/outcome.py",
+        path="granite_storage/orm/transactions.py",
         old="undone = Outcome.ROLLED_BACK if number <= work.span.first else Outcome.UNKNOWN",
         new="undone = Outcome.ROLLED_BACK",
         tests=("tests/orm/test_outer_savepoints.py",),
@@ -257,7 +257,7 @@ MUTANTS = [
     Mutant(
         name="sessions-autocommit-accepted",
         rule="A connection in autocommit mode is refused: a rollback would not bring rows back.",
-        path="granite_storage/orm/outcome.py",
+        path="granite_storage/orm/transactions.py",
         old='if level == "AUTOCOMMIT":',
         new='if level == "autocommit":',
         tests=("tests/orm/test_concurrency.py::TestRefusals::test_autocommit[sqlite-begin]",),
@@ -273,7 +273,7 @@ MUTANTS = [
     Mutant(
         name="sessions-claim-outlives-its-flush",
         rule="A claim ends with its flush: no later statement may bind the ref.",
-        path="granite_storage/orm/unit.py",
+        path="granite_storage/orm/unit_of_work.py",
         old="            attachment._forget_claim()\n",
         new="            pass\n",
         tests=("tests/orm/test_bulk.py::TestRefusals::test_what_a_flush_of_the_same_transaction_has_stored[sqlite-begin]",),
@@ -281,7 +281,7 @@ MUTANTS = [
     Mutant(
         name="sessions-bulk-writes-refs",
         rule="A bulk statement may set an attachment to None only.",
-        path="granite_storage/orm/statements.py",
+        path="granite_storage/orm/bulk.py",
         old="if names & copied or any(",
         new="if names & copied and any(",
         tests=(
@@ -292,7 +292,7 @@ MUTANTS = [
     Mutant(
         name="sessions-upsert-overwrites",
         rule="An upsert may not set an attachment: the row in its way may hold an object that nothing would delete.",
-        path="granite_storage/orm/statements.py",
+        path="granite_storage/orm/bulk.py",
         old="if names & overwritten:",
         new="if names & overwritten & copied:",
         tests=("tests/orm/test_bulk.py::TestRefusals::test_upsert[asyncpg-none]",),
@@ -300,7 +300,7 @@ MUTANTS = [
     Mutant(
         name="sessions-bulk-displaces-kept-files",
         rule="A bulk statement displaces only what its rows hold no more.",
-        path="granite_storage/orm/statements.py",
+        path="granite_storage/orm/bulk.py",
         old="        remaining = still_held(connection, held)\n",
         new="        remaining: set[tuple[str, str]] = set()\n",
         tests=("tests/orm/test_bulk.py::TestDelete::test_file_that_a_cascade_has_left_is_copied[sqlite-begin]",),
@@ -316,7 +316,7 @@ MUTANTS = [
     Mutant(
         name="sessions-bulk-without-files-refused",
         rule="A bulk statement of a synchronous session that hits no file is none of the library's business.",
-        path="granite_storage/orm/statements.py",
+        path="granite_storage/orm/bulk.py",
         old="        if held:\n            require_async",
         new="        if held is not None:\n            require_async",
         tests=("tests/orm/test_rows_without_files.py::test_synchronous_session[bulk delete that hits nothing-psycopg]",),
@@ -324,7 +324,7 @@ MUTANTS = [
     Mutant(
         name="sessions-shard-chosen-without-the-row",
         rule="A sharded session chooses the shard by the row.",
-        path="granite_storage/orm/rows.py",
+        path="granite_storage/orm/locking.py",
         old="session.connection_callable(state.mapper, state.obj())",
         new="session.connection_callable(state.mapper, None)",
         tests=("tests/orm/test_sharded_sessions.py::test_insert",),

@@ -8,7 +8,7 @@ MUTANTS = [
     Mutant(
         name="cli-deletes-without-asking",
         rule="Nothing is deleted where there is neither --yes nor a terminal to ask at.",
-        path="granite_storage/cli/running.py",
+        path="granite_storage/cli/runtime.py",
         old="        if yes:\n            return True\n",
         new="        if yes or not sys.stdin.isatty():\n            return True\n",
         tests=("tests/cli/test_commands.py::TestMigrate::test_nothing_happens_without_a_word[sqlite]",),
@@ -16,7 +16,7 @@ MUTANTS = [
     Mutant(
         name="cli-dry-run-recovers",
         rule="recover --dry-run changes nothing.",
-        path="granite_storage/cli/audits.py",
+        path="granite_storage/cli/maintenance.py",
         old='if dry_run or not desk.confirm("Delete what is due',
         new='if not desk.confirm("Delete what is due',
         tests=("tests/cli/test_commands.py::TestRecover::test_it_shows_and_asks_and_deletes",),
@@ -32,7 +32,7 @@ MUTANTS = [
     Mutant(
         name="cli-verify-always-succeeds",
         rule="verify exits with 1 where something is wrong.",
-        path="granite_storage/cli/audits.py",
+        path="granite_storage/cli/maintenance.py",
         old="return Exit.FOUND if verification.report.problems else None",
         new="return None",
         tests=("tests/cli/test_commands.py::TestVerify::test_a_missing_object[sqlite]",),
@@ -96,7 +96,7 @@ MUTANTS = [
     Mutant(
         name="alembic-commits-outer-transaction",
         rule="A transaction that the caller began is not committed.",
-        path="granite_storage/alembic/_steps.py",
+        path="granite_storage/alembic/_transactions.py",
         old="if context._in_external_transaction:",
         new="if context._in_external_transaction is None:",
         tests=("tests/alembic/test_migration_contexts.py::test_somebody_elses_transaction_is_not_committed",),

@@ -48,7 +48,7 @@ MUTANTS = [
     Mutant(
         name="web-if-unmodified-since-beside-if-match",
         rule="If-Unmodified-Since is ignored where there is an If-Match (RFC 9110, section 13.2.2).",
-        path="granite_storage/web/_preconditions.py",
+        path="granite_storage/web/_conditional.py",
         old="elif (date := http_date(",
         new="if (date := http_date(",
         tests=("tests/web/test_preconditions.py::test_condition",),
@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant(
         name="web-if-none-match-strong",
         rule="If-None-Match compares weakly.",
-        path="granite_storage/web/_preconditions.py",
+        path="granite_storage/web/_conditional.py",
         old="strong=False) else None",
         new="strong=True) else None",
         tests=("tests/web/test_preconditions.py",),
@@ -64,7 +64,7 @@ MUTANTS = [
     Mutant(
         name="web-if-match-weak",
         rule="If-Match never matches a weak entity tag.",
-        path="granite_storage/web/_preconditions.py",
+        path="granite_storage/web/_conditional.py",
         old='return etag in tags and not etag.startswith("W/")',
         new="return etag in tags",
         tests=("tests/web/test_preconditions.py::test_an_object_without_checksum_has_a_weak_etag",),
@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant(
         name="web-if-range-with-a-date-of-this-second",
         rule="A date in If-Range counts only where it is a second old: within one second there may have been two objects.",
-        path="granite_storage/web/_preconditions.py",
+        path="granite_storage/web/_conditional.py",
         old=" and now - validators.modified >= timedelta(seconds=1)",
         new="",
         tests=("tests/web/test_preconditions.py::test_a_date_of_this_second_validates_no_range",),
@@ -96,7 +96,7 @@ MUTANTS = [
     Mutant(
         name="web-names-in-headers-unchecked",
         rule="The client's file name is cleaned before it goes into a header.",
-        path="granite_storage/_delivery.py",
+        path="granite_storage/_headers.py",
         old="name = clean_filename(filename)",
         new="name = filename",
         tests=("tests/web/test_delivery.py::test_names",),
@@ -104,7 +104,7 @@ MUTANTS = [
     Mutant(
         name="web-quotes-in-headers",
         rule="What cannot stand in a quoted string is replaced in Content-Disposition.",
-        path="granite_storage/_delivery.py",
+        path="granite_storage/_headers.py",
         old='plain = _NOT_QUOTABLE.sub("_", name)',
         new='plain = name.encode("ascii", "replace").decode()',
         tests=("tests/web/test_delivery.py::test_names",),
@@ -112,7 +112,7 @@ MUTANTS = [
     Mutant(
         name="web-active-content-served",
         rule="What a page could run is served as application/octet-stream.",
-        path="granite_storage/_delivery.py",
+        path="granite_storage/_headers.py",
         old=" or _is_active(_essence(content_type))",
         new="",
         tests=("tests/web/test_delivery.py::test_what_a_browser_could_run_is_only_bytes",),
@@ -120,7 +120,7 @@ MUTANTS = [
     Mutant(
         name="web-everything-inline",
         rule="Only media types that are listed are shown inline.",
-        path="granite_storage/_delivery.py",
+        path="granite_storage/_headers.py",
         old=" and _essence(served_type(content_type)) in inline_types",
         new="",
         tests=("tests/web/test_delivery.py::test_what_is_not_listed_is_an_attachment",),
@@ -260,7 +260,7 @@ MUTANTS = [
     Mutant(
         name="web-form-of-any-number-of-files",
         rule="A form has no more files than allowed.",
-        path="granite_storage/web/_multipart.py",
+        path="granite_storage/web/_requests.py",
         old='            self._limits.require("max_files", self._files, "there are too many files")\n',
         new="",
         tests=("tests/web/test_form_files.py::TestSeveralFilesOfOneField::test_all_fields_together_have_no_more_than_the_form",),
@@ -276,7 +276,7 @@ MUTANTS = [
     Mutant(
         name="web-cut-form-accepted",
         rule="A form that is cut off is refused.",
-        path="granite_storage/web/_multipart.py",
+        path="granite_storage/web/_requests.py",
         old='raise MalformedRequestError("the form is cut off: its last boundary is missing")',
         new="return _End.FORM",
         tests=("tests/web/test_uploads.py::test_what_is_no_form",),

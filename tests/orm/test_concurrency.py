@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import Session
 
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
-from granite_storage.orm import Attachment, bind_storage, outcome
+from granite_storage.orm import Attachment, bind_storage, transactions
 from tests.orm.databases import Database
 from tests.orm.environment import Base, Child, Doc, OrmEnvironment, Parent, file, orm_environment
 
@@ -296,20 +296,20 @@ class TestRemovals:
     async def test_nothing_is_kept_after_a_transaction(self, env: OrmEnvironment) -> None:
         content = b"x" * 100_000
         doc = Doc(id=1, file=file(content))
-        before = len(outcome._units)
+        before = len(transactions._units)
         async with env.sessions() as session:
             session.add(doc)
             await session.commit()
-            assert len(outcome._units) == before
+            assert len(transactions._units) == before
             assert doc.file is not None
             assert doc.file._source is None
             await session.execute(text("SELECT 1"))
-        assert len(outcome._units) == before
+        assert len(transactions._units) == before
 
     async def test_listeners_leave_with_the_last_binding(self, env: OrmEnvironment) -> None:
         await env.add(Doc(id=1, file=file("a")))
         env.binding.unbind()
-        assert not outcome._engines
+        assert not transactions._engines
         async with env.sessions.begin() as session:
             session.add(Doc(id=2))
         env.binding = bind_storage(Base, env.manager)

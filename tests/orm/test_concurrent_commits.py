@@ -14,7 +14,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import StaleAttachmentError
-from granite_storage.orm import flush, statements
+from granite_storage.orm import bulk, flush
 from tests.orm.environment import Doc, OrmEnvironment, file
 
 
@@ -61,7 +61,7 @@ async def test_row_is_deleted_and_inserted_anew_meanwhile(env: OrmEnvironment, b
 async def test_row_is_inserted_after_a_bulk_statement_has_looked(
     env: OrmEnvironment, statement: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original: Callable[..., Any] = statements.lock_statement
+    original: Callable[..., Any] = bulk.lock_statement
 
     def look(*args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
@@ -71,7 +71,7 @@ async def test_row_is_inserted_after_a_bulk_statement_has_looked(
     async with env.sessions() as session:
         await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
         with monkeypatch.context() as patch, pytest.raises(StaleAttachmentError):
-            patch.setattr(statements, "lock_statement", look)
+            patch.setattr(bulk, "lock_statement", look)
             await session.execute(statement)
     await env.check(file_1="a")
 
@@ -141,7 +141,7 @@ async def test_row_that_is_gone_takes_nothing(env: OrmEnvironment) -> None:
 
 @pytest.mark.parametrize("database", ["asyncpg", "psycopg", "mariadb"], indirect=True)
 async def test_row_is_inserted_after_an_update_by_keys_has_looked(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-    original: Callable[..., Any] = statements.lock_rows
+    original: Callable[..., Any] = bulk.lock_rows
 
     def look(*args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
@@ -151,6 +151,6 @@ async def test_row_is_inserted_after_an_update_by_keys_has_looked(env: OrmEnviro
     async with env.sessions() as session:
         await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
         with monkeypatch.context() as patch, pytest.raises(StaleAttachmentError):
-            patch.setattr(statements, "lock_rows", look)
+            patch.setattr(bulk, "lock_rows", look)
             await session.execute(update(Doc), [{"id": 1, "file": None}])
     await env.check(file_1="a")

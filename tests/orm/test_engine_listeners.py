@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.util import await_only
 
-from granite_storage.orm import outcome
+from granite_storage.orm import transactions
 from granite_storage.orm._engines import root_engine
 from tests.orm.environment import Doc, OrmEnvironment, file
 
@@ -16,7 +16,7 @@ from tests.orm.environment import Doc, OrmEnvironment, file
 async def test_an_engine_is_first_used_while_another_session_begins(env: OrmEnvironment) -> None:
     """The listener of the other one awaits, and so the list of listeners grows while it is gone through."""
     env.database.spoil()
-    outcome.unlisten_all()
+    transactions.unlisten_all()
     first_begins, may_begin = asyncio.Event(), asyncio.Event()
 
     @event.listens_for(root_engine(env.engine.sync_engine), "begin")
@@ -32,7 +32,7 @@ async def test_an_engine_is_first_used_while_another_session_begins(env: OrmEnvi
     first = asyncio.create_task(write(1))
     await first_begins.wait()
     second = asyncio.create_task(write(2))
-    while not outcome._engines:  # noqa: ASYNC110  # nothing tells of it
+    while not transactions._engines:  # noqa: ASYNC110  # nothing tells of it
         await asyncio.sleep(0)
     may_begin.set()
     await asyncio.gather(first, second)

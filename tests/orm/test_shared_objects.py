@@ -17,7 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage, sharing
-from granite_storage.orm.namesakes import read_catalogue
+from granite_storage.orm.catalogue import read_catalogue
 from tests.orm.clones import bound_beside, cloned
 from tests.orm.environment import Doc, Node, OrmEnvironment, file
 from tests.orm.values import Sessions, add, locations, sqlite

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from granite_storage.orm.outcome import ConnectionWatch
+from granite_storage.orm.transactions import ConnectionWatch
 from tests.orm.commit_proxy import Cut, behind_proxy
 from tests.orm.databases import Database
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment

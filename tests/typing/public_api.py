@@ -35,7 +35,7 @@ from granite_storage.backends.base import (
 )
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.streams import ByteSource
 
 assert_type(granite_storage.__version__, str)

@@ -37,7 +37,7 @@ from granite_storage import (
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.orm import scanning
 from granite_storage.orm.scanning import Scan
 from tests.migration.environment import Base, MigrationEnvironment, Parcel, Shelf, file, hide_deleted
@@ -180,7 +180,7 @@ class TestFindings:
 
 class TestNothingIsMissingThatCouldNotBeLookedFor:
     async def test_a_backend_out_of_reach_ends_the_run(self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("granite_storage._runs._PAUSES", (0.01, 0.01))
+        monkeypatch.setattr("granite_storage._jobs._PAUSES", (0.01, 0.01))
         await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 30)))
         env.old.fail("stat", nth=20, times=1000, error=BackendUnavailableError("down"))
         run = verify(env.binding, at_a_time=2)
@@ -190,7 +190,7 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
         assert run.report.rows == 19
 
     async def test_a_short_outage_is_waited_for(self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("granite_storage._runs._PAUSES", (0.01, 0.01))
+        monkeypatch.setattr("granite_storage._jobs._PAUSES", (0.01, 0.01))
         await one_ref(env)
         env.old.fail("stat", times=2, error=BackendUnavailableError("down"))
         assert (await verify(env.binding)).problems == 0

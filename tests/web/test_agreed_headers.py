@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from granite_storage.backends.base import StorageBackend
-from granite_storage.backends.prefix import PrefixedBackend
 from granite_storage.backends.s3 import S3ConfigurationError, S3StorageBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm import Attachment, bind_storage
 from granite_storage.web import DirectUpload, DirectUploads, UploadMismatchError, problem_response

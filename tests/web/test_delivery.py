@@ -21,7 +21,7 @@ from granite_storage import (
     StoredObjectRef,
     UnboundAttachmentError,
 )
-from granite_storage._delivery import INLINE_TYPES, content_disposition, served_type
+from granite_storage._headers import INLINE_TYPES, content_disposition, served_type
 from granite_storage.orm import Attachment, attachment, bind_storage
 from granite_storage.web import StoredObjectResponse
 from tests.core.support import manager_on

@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from granite_storage import ConsumedSourceError, ContentTooLargeError, InvalidLocationError, StorageManager
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.locations import GENERATED_STEM, uuid7_hex
 from granite_storage.orm import Attachment, bind_storage

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from granite_storage import StorageManager, StoredObjectRef
-from granite_storage.web._preconditions import http_date
+from granite_storage.web._conditional import http_date
 from tests.web.serving import HUNDRED, ask, serving, stored
 
 STORED = "Sun, 06 Nov 1994 08:49:37 GMT"

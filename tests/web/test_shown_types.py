@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from granite_storage._delivery import INLINE_TYPES, content_disposition, content_security_policy, served_type
+from granite_storage._headers import INLINE_TYPES, content_disposition, content_security_policy, served_type
 from tests.web.serving import ask, memory_manager, parts_of, serving, stored
 
 

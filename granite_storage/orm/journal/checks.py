@@ -7,8 +7,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.heartbeat import insert_if_absent
-from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.schemas import effective
 from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, JournalTables, clock
 

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
-from granite_storage.orm.unit import Intent, StoredObject, UnitOfWork
+from granite_storage.orm.unit_of_work import Intent, StoredObject, UnitOfWork
 
 if TYPE_CHECKING:
     from granite_storage.orm.journal.journal import StorageJournal

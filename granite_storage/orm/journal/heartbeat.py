@@ -14,7 +14,7 @@ from sqlalchemy import Row, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage.orm.journal.pool import JournalPool
+from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.tables import JournalTables, clock
 
 __all__ = ["accept_gap", "beat", "find_gap", "insert_if_absent"]

@@ -27,17 +27,17 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, text, upda
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.util import await_only
 
-from granite_storage._concurrency import CLEANUP_TIMEOUT, settle
+from granite_storage._tasks import CLEANUP_TIMEOUT, settle
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._batches import batches
+from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate, renumber
-from granite_storage.orm.journal.pool import JournalPool
 from granite_storage.orm.journal.schemas import effective
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, JournalTables, clock
 
 if TYPE_CHECKING:
-    from granite_storage.orm.unit import Intent
+    from granite_storage.orm.unit_of_work import Intent
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["GroupCommit", "Intents", "new_id"]

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sqlalchemy import select
 from sqlalchemy.util import await_only
 
+from granite_storage.orm.journal.database import TRANSLATE_MAP, JournalPool
 from granite_storage.orm.journal.heartbeat import insert_if_absent
-from granite_storage.orm.journal.pool import TRANSLATE_MAP, JournalPool
 from granite_storage.orm.journal.tables import JournalTables, clock
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from granite_storage import StorageManager
-from granite_storage.backends import _draft, _s3_multipart, _s3_writer
+from granite_storage.backends import _local_write, _s3_multipart, _s3_upload
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
-from granite_storage.orm.unit import UnitOfWork
+from granite_storage.orm.unit_of_work import UnitOfWork
 
 __all__ = ["MIDDLE", "POINTS", "RECOVERY", "Point", "Trap", "points_for"]
 
@@ -87,11 +87,11 @@ UPLOADER = [
     Step("the renewal of a lease", Intents, "renew", commits=True, most=1),
     Step("an upload", Attachment, "_put"),
     Step("a copy", StorageManager, "copy_draft", most=3),
-    Step("the publication of a file", _draft.Draft, "publish", needs=_needs("local")),
+    Step("the publication of a file", _local_write.Draft, "publish", needs=_needs("local")),
     Step("the creation of an upload in parts", _s3_multipart.MultipartUpload, "create", needs=_needs("s3"), most=2),
     Step("the note of an upload id", Intents, "note_upload_id", commits=True, needs=_needs("s3"), most=2),
     Step("a part", _s3_multipart.MultipartUpload, "_send_part", needs=_needs("s3"), most=3),
-    Step("the request that makes an object", _s3_writer.ObjectWriter, "_published", needs=_needs("s3")),
+    Step("the request that makes an object", _s3_upload.ObjectWriter, "_published", needs=_needs("s3")),
     Step("taking the intents back", Intents, "consume"),
     Step("a decision", Intents, "_decide", needs=_needs("postgres", "snapshots"), most=2),
     Step("the intents to delete", Intents, "displace"),

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from granite_storage import StorageManager, StoragePolicy
 from granite_storage.backends.local import LocalStorageBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.orm import Attachment, StorageJournal, bind_storage
 from tests.orm.environment import Base, Doc
 

@@ -16,9 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-from granite_storage.orm import outcome
+from granite_storage.orm import transactions
 from granite_storage.orm.journal.recovery import Recovery
-from granite_storage.orm.unit import StoredObject
+from granite_storage.orm.unit_of_work import StoredObject
 from tests.orm.databases import Database, crash_postgres, postgres, postgres_database
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 from tests.orm.journal.test_recovery import eventually_true, expire, journal_of, retention, rows
@@ -239,7 +239,7 @@ async def test_a_crash_that_forgets_what_was_acknowledged(
         async with env.journal._pool.durable() as connection:  # by which all until here is written down
             await connection.execute(text("UPDATE doc SET title = 'kept'"))
         if at_once:
-            monkeypatch.setattr(outcome, "remove_now", delete_at_once)
+            monkeypatch.setattr(transactions, "remove_now", delete_at_once)
         async with env.sessions.begin() as session:
             (await session.get_one(Doc, 1)).file = None
         await env.engine.dispose()

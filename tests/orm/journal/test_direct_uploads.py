@@ -17,7 +17,7 @@ from granite_storage import BackendUnavailableError, StaleAttachmentError, Stora
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm import Attachment, bind_storage
-from granite_storage.orm.journal.staging import Staging
+from granite_storage.orm.journal.direct_uploads import Staging
 from granite_storage.orm.journal.tables import STAGING, clock
 from granite_storage.testing import Operation
 from granite_storage.web import DirectUpload, DirectUploads, UploadMismatchError

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from granite_storage.orm.journal import staging
-from granite_storage.orm.journal.staging import Staging
+from granite_storage.orm.journal import direct_uploads
+from granite_storage.orm.journal.direct_uploads import Staging
 from granite_storage.web import DirectUpload, DirectUploads, UploadMismatchError
 from tests.core.support import eventually
 from tests.orm.environment import Doc, OrmEnvironment
@@ -69,8 +69,8 @@ async def test_a_verdict_is_remembered_by_all(env: OrmEnvironment, processes: li
 async def test_a_claim_is_renewed(
     env: OrmEnvironment, processes: list[DirectUploads], client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "_CLAIM_SECONDS", 1.5)
-    monkeypatch.setattr(staging, "_RENEWAL_SECONDS", 0.2)
+    monkeypatch.setattr(direct_uploads, "_CLAIM_SECONDS", 1.5)
+    monkeypatch.setattr(direct_uploads, "_RENEWAL_SECONDS", 0.2)
     upload = await sent(processes, client)
     env.backend.delay("copy", seconds=3)
     files = await asyncio.gather(*(process.finish(upload.token, Doc.file) for process in processes))
@@ -84,7 +84,7 @@ async def test_the_claim_of_a_dead_process_lapses(
     env: OrmEnvironment, processes: list[DirectUploads], client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that stands still for so long finds in the end that another has been faster, and leaves nothing."""
-    monkeypatch.setattr(staging, "_CLAIM_SECONDS", 0.5)
+    monkeypatch.setattr(direct_uploads, "_CLAIM_SECONDS", 0.5)
     upload = await sent(processes, client)
     env.backend.delay("copy", seconds=2)
     late = asyncio.create_task(processes[0].finish(upload.token, Doc.file))
@@ -125,8 +125,8 @@ async def test_a_database_that_fails_while_a_claim_is_kept(
     writes: bool,
 ) -> None:
     """What cannot be renewed is lost, and another process may make a copy of its own: nothing worse."""
-    monkeypatch.setattr(staging, "_RENEWAL_SECONDS", 0.1)
-    monkeypatch.setattr(staging, "_CLAIM_SECONDS", 1.0)
+    monkeypatch.setattr(direct_uploads, "_RENEWAL_SECONDS", 0.1)
+    monkeypatch.setattr(direct_uploads, "_CLAIM_SECONDS", 1.0)
     upload = await sent(processes, client)
     write, failing = Staging.write, False
 

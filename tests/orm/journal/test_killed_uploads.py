@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from granite_storage.backends.local import LocalStorageBackend
-from granite_storage.backends.prefix import PrefixedBackend
+from granite_storage.backends.wrappers import PrefixedBackend
 from tests.core.support import PROJECT
 from tests.orm.databases import Database
 from tests.orm.environment import OrmEnvironment, orm_environment

@@ -55,7 +55,7 @@ from granite_storage.orm.journal import entries
 from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
-from granite_storage.orm.unit import FlushUnderWay
+from granite_storage.orm.unit_of_work import FlushUnderWay
 from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.variants import (
     Scenario,
@@ -310,7 +310,7 @@ def without_net_difference(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_undoing_what_an_earlier_flush_noted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("granite_storage.orm.unit.UnitOfWork.displacement", lambda *_: None)
+    patch.setattr("granite_storage.orm.unit_of_work.UnitOfWork.displacement", lambda *_: None)
     without_reference_check(patch)
 
 

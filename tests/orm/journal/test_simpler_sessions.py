@@ -12,9 +12,9 @@ from sqlalchemy.util import await_only
 
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import InvalidReferenceError
-from granite_storage.orm import Attachment, StorageJournal, flush, statements, uploads
+from granite_storage.orm import Attachment, StorageJournal, bulk, flush, uploads
 from granite_storage.orm.journal import entries
-from granite_storage.orm.unit import StoredObject, UnitOfWork
+from granite_storage.orm.unit_of_work import StoredObject, UnitOfWork
 from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.variants import (
     Scenario,
@@ -252,12 +252,12 @@ def writing_past_the_hooks(patch: pytest.MonkeyPatch) -> None:
     """A bulk statement may write any ref."""
 
     def accept(state: Any, statement: Any, _: Any) -> None:
-        for _name, value in statements._values(statement, state.parameters):
+        for _name, value in bulk._values(statement, state.parameters):
             value = getattr(value, "value", value)
             if isinstance(value, Attachment):
                 value._claimed = True
 
-    patch.setattr(statements, "_refuse_values", accept)
+    patch.setattr(bulk, "_refuse_values", accept)
 
 
 def writing_past_the_hooks_and_not_looking(patch: pytest.MonkeyPatch) -> None:

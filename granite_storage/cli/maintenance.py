@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 
 from granite_storage.cli.options import AFTER, AT_A_TIME, DRY_RUN, JSON, RATE, YES
 from granite_storage.cli.output import shown_size
-from granite_storage.cli.running import Desk, Exit, Settings, run
+from granite_storage.cli.runtime import Desk, Exit, Settings, run
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.journal.report import RecoveryReport

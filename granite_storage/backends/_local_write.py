@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 
 from granite_storage.backends._descriptors import CREATE, TEMPORARY_SUFFIX, temporary_stem
 from granite_storage.backends._exclusive import REFUSED_LINKS, ExclusiveNames
-from granite_storage.backends._tree import MOST_ATTEMPTS, Tree
+from granite_storage.backends._local_tree import MOST_ATTEMPTS, Tree
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError
 
 __all__ = ["Draft", "FileWriter"]

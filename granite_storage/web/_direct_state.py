@@ -11,11 +11,11 @@ from uuid import UUID
 
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.journal import staging
+from granite_storage.orm.journal import direct_uploads
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.types import AttachmentType
 from granite_storage.orm.uploads import stored_object
-from granite_storage.web._tickets import Ticket
+from granite_storage.web._upload_tokens import Ticket
 
 __all__ = ["Claim", "Finishes", "Found", "JournaledFinishes", "RememberedFinishes"]
 
@@ -84,7 +84,7 @@ class JournaledFinishes:
 
 
 class _JournaledClaim:
-    def __init__(self, claim: staging.Claim) -> None:
+    def __init__(self, claim: direct_uploads.Claim) -> None:
         self._claim = claim
 
     async def publish(self, attachment: Attachment) -> bool:

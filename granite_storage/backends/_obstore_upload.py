@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from typing import Any, TypeAlias, TypeVar
 
-from granite_storage._concurrency import finish, settle
+from granite_storage._tasks import finish, settle
 from granite_storage.backends._obstore_client import OWNER, StoreClient
 from granite_storage.backends._service_errors import error_at
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError

@@ -11,12 +11,12 @@ from sqlalchemy.orm import Mapper, ORMExecuteState
 from sqlalchemy.sql.elements import BindParameter
 
 from granite_storage.exceptions import InvalidReferenceError, StaleAttachmentError
-from granite_storage.orm import flush, outcome
+from granite_storage.orm import flush, transactions
 from granite_storage.orm._registry import active_bindings
+from granite_storage.orm._util import require_async
 from granite_storage.orm.columns import Tables, slots_of
-from granite_storage.orm.greenlets import require_async
 from granite_storage.orm.journal.entries import write_displaced
-from granite_storage.orm.rows import HeldRef, are_there, cascaded, lock_rows, lock_statement, still_held
+from granite_storage.orm.locking import HeldRef, are_there, cascaded, lock_rows, lock_statement, still_held
 
 __all__ = ["on_execute"]
 
@@ -90,9 +90,9 @@ def _displacing(state: ORMExecuteState, reached: Sequence[tuple[Connection, list
     for connection, held in reached:
         if held:
             require_async(_BULK)
-            outcome.require_transactions(connection)
+            transactions.require_transactions(connection)
     result = state.invoke_statement()
-    frame = outcome.unit_of(state.session).frame(flush.boundary(state.session))
+    frame = transactions.unit_of(state.session).frame(flush.boundary(state.session))
     for connection, held in reached:
         remaining = still_held(connection, held)
         displaced = flush.displace(frame, [entry for entry in held if entry.place not in remaining])
@@ -123,7 +123,7 @@ def _connections(state: ORMExecuteState, statement: Update | Delete) -> Iterator
         session._autoflush()
     for arguments in _bind_arguments(state, statement):
         connection = session.connection(bind_arguments=arguments)
-        outcome.watch(session, connection)
+        transactions.watch(session, connection)
         yield connection
 
 

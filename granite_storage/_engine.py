@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from granite_storage._concurrency import finish
 from granite_storage._configuration import Configuration
 from granite_storage._identities import Identities
 from granite_storage._lifecycle import Lifecycle
+from granite_storage._tasks import finish
 from granite_storage.backends.base import SupportsCopy
 from granite_storage.drafts import ObjectDraft
 from granite_storage.exceptions import BackendError

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from granite_storage.orm.attachment import Attachment
     from granite_storage.orm.flush import Change
     from granite_storage.orm.journal.journal import StorageJournal
-    from granite_storage.orm.outcome import ConnectionWatch, SavepointSpan
-    from granite_storage.orm.rows import CountedDeletes, HeldRef
+    from granite_storage.orm.locking import CountedDeletes, HeldRef
+    from granite_storage.orm.transactions import ConnectionWatch, SavepointSpan
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["Displacement", "FlushUnderWay", "Frame", "Intent", "LogEntry", "ObjectKey", "Outcome", "StoredObject", "UnitOfWork"]

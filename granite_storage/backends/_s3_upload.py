@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from granite_storage._concurrency import finish, settle
+from granite_storage._tasks import finish, settle
 from granite_storage.backends._s3_body import Body, PartSource, base64_text
 from granite_storage.backends._s3_client import S3Client, version_of
 from granite_storage.backends._s3_errors import MissingUploadError

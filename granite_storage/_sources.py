@@ -59,7 +59,7 @@ ByteSource: TypeAlias = SupportsRead | SupportsAsyncRead | AsyncIterable[BytesLi
 """Anything that bytes can be streamed from."""
 
 _ONLY_WRITTEN = re.compile(r"[wax][bt]?|[bt][wax]")
-_TURN_SECONDS = 0.01
+_FILE_TURN_SECONDS = 0.01
 _PATIENCE = 5.0
 
 _threads = ThreadPool("granite-source", 32, max_stuck=480)
@@ -364,7 +364,7 @@ def _take(iterator: Iterator[Any]) -> _Batch:
     """Take chunks for a moment; one in a buffer that may be used again is copied, or ends the batch where it is large."""
     batch = _Batch()
     held = 0
-    turn_ends = time.monotonic() + _TURN_SECONDS
+    turn_ends = time.monotonic() + _FILE_TURN_SECONDS
     try:
         while held < CHUNK_SIZE and time.monotonic() < turn_ends:
             chunk = _bytes_like(next(iterator))

@@ -18,8 +18,8 @@ from granite_storage.exceptions import (
     UnboundAttachmentError,
 )
 from granite_storage.locations import clean_filename, uuid7_hex
-from granite_storage.orm import shown
 from granite_storage.orm.address import Address
+from granite_storage.orm.shown import LazySerializer, core_schema_of, fields_schema
 from granite_storage.orm.uploads import Upload, require_fit, store
 from granite_storage.readers import OpeningReader, StoredObjectReader
 from granite_storage.refs import StoredObjectRef, read_only
@@ -115,7 +115,7 @@ class Attachment:
     # True once it was removed because no row had taken it.
     _discarded: bool
 
-    __pydantic_serializer__: ClassVar[Any] = shown.LazySerializer()
+    __pydantic_serializer__: ClassVar[Any] = LazySerializer()
 
     def __new__(cls, *_: Any, **__: Any) -> Self:  # noqa: D102
         self = super().__new__(cls)
@@ -549,11 +549,11 @@ class Attachment:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
-        return shown.core_schema_of(cls)
+        return core_schema_of(cls)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(shown.fields_schema()), "title": "Attachment"}
+        return {**handler(fields_schema()), "title": "Attachment"}
 
 
 def _is_left_empty(upload: object) -> bool:

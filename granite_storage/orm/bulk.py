@@ -18,12 +18,12 @@ from granite_storage.orm.columns import Tables, slots_of
 from granite_storage.orm.journal.entries import write_displaced
 from granite_storage.orm.locking import HeldRef, are_there, cascaded, lock_rows, lock_statement, still_held
 
-__all__ = ["on_execute"]
+__all__ = ["execute_bulk"]
 
 _BULK = "a bulk statement on rows that hold files"
 
 
-def on_execute(state: ORMExecuteState) -> Result[Any] | None:
+def execute_bulk(state: ORMExecuteState) -> Result[Any] | None:
     """See a statement that a session executes; act where it inserts, updates or deletes rows that have to do with attachments."""
     statement = state.statement
     for inner in _written_within(statement):

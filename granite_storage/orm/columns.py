@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Column, ForeignKeyConstraint, MetaData, Table
 from sqlalchemy.orm import InstanceState, Mapper
@@ -54,7 +54,8 @@ def primary_key_of(state: InstanceState[Any], table: Table) -> tuple[Any, ...]:
     A row that was inserted by the flush that is under way has the one that its instance says.
     """
     mapper: Mapper[Any] = state.mapper
-    identity = state.identity or mapper.primary_key_from_instance(cast(object, state.obj()))
+    instance: Any = state.obj()
+    identity = state.identity or mapper.primary_key_from_instance(instance)
     by_attribute = {
         mapper.get_property_by_column(column).key: value for column, value in zip(mapper.primary_key, identity, strict=True)
     }

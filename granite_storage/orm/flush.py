@@ -20,8 +20,8 @@ from granite_storage.orm._util import require_async
 from granite_storage.orm.assignment import require_sound
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Slot, primary_key_of, slots_of
-from granite_storage.orm.journal import entries
 from granite_storage.orm.journal.deletes import delete_id
+from granite_storage.orm.journal.entries import restore_deleted, write_entries
 from granite_storage.orm.locking import CountedDeletes, HeldRef, cascaded, connection_of, lock_rows
 from granite_storage.orm.sharing import refers
 from granite_storage.orm.transactions import require_transactions, watch
@@ -261,7 +261,7 @@ def end(session: Session, unit: UnitOfWork) -> None:
     for key, intent in flush.restored_by.items():
         if key not in held:
             flush.restored.remove(intent)
-    entries.write(unit)
+    write_entries(unit)
     unit.end_flush(unit.frame(boundary(session)))
 
 
@@ -475,7 +475,7 @@ def _claim_or_copy(
             unit.flush.log.append((stored, True))
             unit.flush.moved.append(change)
         elif given._restored:
-            entries.restore(unit, change.slot.home, stored)
+            restore_deleted(unit, change.slot.home, stored)
             unit.flush.restored_by[stored.key] = unit.flush.restored[-1]
         elif unit.is_known(stored):
             copies.append(change)

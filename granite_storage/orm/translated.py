@@ -10,8 +10,8 @@ from sqlalchemy import Connection, Delete, Insert, Result, Update
 from sqlalchemy.orm import ORMExecuteState
 
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm import bulk
 from granite_storage.orm._registry import active_bindings
+from granite_storage.orm.bulk import execute_bulk
 
 __all__ = ["on_execute"]
 
@@ -32,7 +32,7 @@ def on_execute(state: ORMExecuteState) -> Result[Any] | None:
         state._events_todo.append(on_execute)
         return state.invoke_statement()
     if _MAP not in state.execution_options or not isinstance(statement, Update | Delete) or not _is_known(statement):
-        return bulk.on_execute(state)
+        return execute_bulk(state)
     if getattr(state.session, "connection_callable", None) is not None:
         raise ConfigurationError(
             "a bulk statement on rows with attachments cannot have a schema_translate_map of its own in a sharded session:"
@@ -43,7 +43,7 @@ def on_execute(state: ORMExecuteState) -> Result[Any] | None:
         state.session._autoflush()
     connection = state.session.connection(bind_arguments={"clause": statement, **state.bind_arguments})
     with _translating(connection, state.execution_options[_MAP]):
-        return bulk.on_execute(state)
+        return execute_bulk(state)
 
 
 def _is_known(statement: Update | Delete) -> bool:

@@ -123,7 +123,7 @@ MUTANTS = [
         name="journal-upload-ignores-lease",
         rule="An uploader whose lease is over sends nothing, and what it has published is discarded.",
         path="granite_storage/orm/journal/lease.py",
-        old="if self._remaining() <= 0:\n            raise _over()",
+        old="if self._remaining() <= 0:\n            raise _expired()",
         new="return",
         tests=(
             "tests/orm/journal/test_recovery.py::TestLeases::test_nothing_is_sent_when_the_lease_is_over_already[asyncpg]",

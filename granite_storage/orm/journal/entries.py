@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from granite_storage.orm.journal.journal import StorageJournal
     from granite_storage.orm.types import AttachmentType
 
-__all__ = ["restore", "write", "write_displaced"]
+__all__ = ["restore_deleted", "write_displaced", "write_entries"]
 
 
-def write(unit: UnitOfWork) -> None:
+def write_entries(unit: UnitOfWork) -> None:
     """Take back the intents of what rows have taken, and note what they have given up; at the end of a flush.
 
     The rows are written already, which changes nothing: either all of the transaction comes to be or nothing of it. An error here
@@ -56,7 +56,7 @@ def write_displaced(connection: Connection, displaced: Iterable[StoredObject]) -
         journal.intents.displace(connection, [(item.ref, journal.retention_of(item.ref)) for item in items])
 
 
-def restore(unit: UnitOfWork, home: AttachmentType, stored: StoredObject) -> None:
+def restore_deleted(unit: UnitOfWork, home: AttachmentType, stored: StoredObject) -> None:
     """Let a row take an object that waits to be deleted, by taking that delete back."""
     journal = home.binding().journal
     if journal is None:

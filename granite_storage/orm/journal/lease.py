@@ -58,7 +58,7 @@ class Lease:
     def require(self) -> None:
         """Raise `StaleAttachmentError` where the lease is over for the uploader: a worker may have been there."""
         if self._remaining() <= 0:
-            raise _over()
+            raise _expired()
 
     async def hold(self) -> None:
         """Renew it until cancelled; raise `StaleAttachmentError` where that fails for too long."""
@@ -76,12 +76,12 @@ class Lease:
             logger.warning("the lease of an upload could not be renewed and is tried again: %s", error)
             return
         if not there:
-            raise _over()
+            raise _expired()
         self._begun = asked
 
     def _remaining(self) -> float:
         return self._begun + self._duration.total_seconds() * _SAFE_SHARE - time.monotonic()
 
 
-def _over() -> StaleAttachmentError:
+def _expired() -> StaleAttachmentError:
     return StaleAttachmentError("an upload's lease is over before the upload was; the transaction may be tried again")

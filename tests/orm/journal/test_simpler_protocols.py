@@ -51,7 +51,6 @@ from sqlalchemy import insert, select, text
 
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm import Attachment, flush
-from granite_storage.orm.journal import entries
 from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
@@ -274,7 +273,7 @@ def without_tombstone(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_claim_of_an_undo(patch: pytest.MonkeyPatch) -> None:
-    original, consume, restored = entries.restore, Intents.consume, set[Any]()
+    original, consume, restored = flush.restore_deleted, Intents.consume, set[Any]()
 
     def restore(unit: Any, column_type: Any, stored: Any) -> None:
         original(unit, column_type, stored)
@@ -284,7 +283,7 @@ def without_claim_of_an_undo(patch: pytest.MonkeyPatch) -> None:
         if left := [item for item in ids if item not in restored]:
             consume(self, connection, left)
 
-    patch.setattr(entries, "restore", restore)
+    patch.setattr(flush, "restore_deleted", restore)
     patch.setattr(Intents, "consume", consume_others)
     patch.setattr(Intents, "require_unfenced", lambda *_: None)
 

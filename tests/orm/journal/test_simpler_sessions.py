@@ -13,7 +13,6 @@ from sqlalchemy.util import await_only
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.orm import Attachment, StorageJournal, bulk, flush, uploads
-from granite_storage.orm.journal import entries
 from granite_storage.orm.unit_of_work import StoredObject, UnitOfWork
 from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.variants import (
@@ -178,7 +177,7 @@ def deleting_where_a_savepoint_is_released(patch: pytest.MonkeyPatch) -> None:
 
 
 def deleting_at_the_flush(patch: pytest.MonkeyPatch) -> None:
-    original = entries.write
+    original = flush.write_entries
 
     def write(unit: UnitOfWork) -> None:
         for stored, held in unit.flush.net:
@@ -186,7 +185,7 @@ def deleting_at_the_flush(patch: pytest.MonkeyPatch) -> None:
                 delete_at_once(stored)
         original(unit)
 
-    patch.setattr(entries, "write", write)
+    patch.setattr(flush, "write_entries", write)
 
 
 def delete_at_once(stored: StoredObject) -> None:

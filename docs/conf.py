@@ -32,8 +32,8 @@ napoleon_use_rtype = False
 # Names of other projects are not linked, so that the build needs no network; every name of this one must resolve.
 nitpick_ignore_regex = [(r"py:.*", r"(?!granite_storage\.).*")]
 nitpick_ignore = [
-    ("py:class", "granite_storage._sources.SupportsAsyncRead"),
-    ("py:class", "granite_storage._sources.SupportsRead"),
+    ("py:class", "granite_storage.streams.SupportsAsyncRead"),
+    ("py:class", "granite_storage.streams.SupportsRead"),
     ("py:class", "granite_storage.gc.references.ReferenceSource"),
     ("py:class", "granite_storage.gc.scope.Territory"),
     ("py:class", "granite_storage.orm.attachment.UploadFile"),

@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Self, cast
 
-from granite_storage._configuration import Configuration, require_positive, require_ref, require_seconds
-from granite_storage._engine import DraftWriter
+from granite_storage._engine import (
+    Configuration,
+    DraftWriter,
+    Lifecycle,
+    ObjectDraft,
+    explain_missing,
+    require_positive,
+    require_ref,
+    require_seconds,
+    upload_names,
+)
 from granite_storage._headers import Disposition
-from granite_storage._identities import explain_missing
-from granite_storage._lifecycle import Lifecycle
 from granite_storage._tasks import finish
 from granite_storage.backends.base import (
     ObjectInfo,
@@ -21,7 +28,6 @@ from granite_storage.backends.base import (
     SupportsPresignedUpload,
     UploadRequest,
 )
-from granite_storage.drafts import ObjectDraft, upload_names
 from granite_storage.exceptions import ObjectNotFoundError
 from granite_storage.locations import check_location
 from granite_storage.policies import StoragePolicy

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Column, Connection, select
 from sqlalchemy.exc import OperationalError
 
-from granite_storage._identities import identities_of, may_overlap
+from granite_storage._engine import identities_of, may_overlap
 from granite_storage.alembic._running import StorageThread
 from granite_storage.alembic.sources import InPlace
 from granite_storage.exceptions import BackendError

@@ -14,9 +14,8 @@ from pathlib import Path
 from aiofiles.threadpool import wrap
 from aiofiles.threadpool.binary import AsyncFileIO
 
-from granite_storage._consumers import ThreadConsumer
 from granite_storage._tasks import finish, finished
-from granite_storage._threads import ThreadPool
+from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.backends._local_tree import Tree
 from granite_storage.backends._local_write import Draft, FileWriter
 from granite_storage.backends._places import folder_places

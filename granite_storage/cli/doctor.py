@@ -17,7 +17,7 @@ from sqlalchemy import Connection, inspect, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage._identities import describe_mismatch, identities_of, may_overlap
+from granite_storage._engine import describe_mismatch, identities_of, may_overlap
 from granite_storage._jobs import require_mounted
 from granite_storage._tasks import finish
 from granite_storage.backends.base import StorageBackend

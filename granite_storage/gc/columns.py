@@ -11,7 +11,7 @@ from sqlalchemy import ARRAY, Column, Connection, MetaData, Table, inspect
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
-from granite_storage._identities import may_overlap
+from granite_storage._engine import may_overlap
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc.statements import RefColumn
 from granite_storage.orm._registry import active_bindings

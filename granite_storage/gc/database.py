@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Column, Connection, MetaData, Table, union_all
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
-from granite_storage._identities import describe_mismatch, identities_of
+from granite_storage._engine import describe_mismatch, identities_of
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks, durability
 from granite_storage.gc.columns import BoundBase, bound_bases, find_columns, require_one_database

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from itertools import islice
 from typing import Any, TypeAlias
 
-from granite_storage._identities import describe_mismatch, identities_of
+from granite_storage._engine import describe_mismatch, identities_of
 from granite_storage._tasks import finished
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from granite_storage._identities import may_overlap
+from granite_storage._engine import may_overlap
 from granite_storage.exceptions import CollectionRefusedError, InvalidLocationError
 from granite_storage.locations import check_location, matches_generated_name
 from granite_storage.manager import StorageManager

@@ -7,8 +7,7 @@ import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
-from granite_storage._sources import SupportsAsyncRead, SupportsRead, WholeFile, is_file, upload_size
-from granite_storage.drafts import upload_names
+from granite_storage._engine import upload_names
 from granite_storage.exceptions import (
     ConsumedSourceError,
     EmptyUploadError,
@@ -23,7 +22,16 @@ from granite_storage.orm.shown import LazySerializer, core_schema_of, fields_sch
 from granite_storage.orm.uploads import Upload, require_fit, store
 from granite_storage.readers import OpeningReader, StoredObjectReader
 from granite_storage.refs import StoredObjectRef, read_only
-from granite_storage.streams import BytesLike, ByteSource, iter_chunks
+from granite_storage.streams import (
+    BytesLike,
+    ByteSource,
+    SupportsAsyncRead,
+    SupportsRead,
+    WholeFile,
+    is_file,
+    iter_chunks,
+    upload_size,
+)
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler

@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 from starlette.requests import Request
 
-from granite_storage.drafts import is_media_type
+from granite_storage._engine import is_media_type
 from granite_storage.web.exceptions import MalformedRequestError, UnsupportedRequestError
 from granite_storage.web.limits import UploadLimits
 

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from granite_storage.drafts import ObjectDraft
+from granite_storage._engine import ObjectDraft
 from granite_storage.exceptions import ObjectExistsError, StorageError
 from granite_storage.manager import StorageManager
 from granite_storage.web._body import body_of, declared_size, require_whole_body

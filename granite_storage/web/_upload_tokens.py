@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, Self
 from uuid import UUID
 
-from granite_storage._tokens import TokenSigner
+from granite_storage.signing import TokenSigner
 
 __all__ = ["Ticket", "Tickets"]
 

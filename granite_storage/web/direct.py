@@ -14,8 +14,8 @@ from weakref import WeakValueDictionary
 from sqlalchemy.orm import InstrumentedAttribute
 from starlette.types import Receive, Scope, Send
 
+from granite_storage._engine import ObjectDraft
 from granite_storage.backends.base import UploadRequest
-from granite_storage.drafts import ObjectDraft
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, SizeMismatchError, StaleAttachmentError
 from granite_storage.locations import GENERATED_STEM, clean_filename, safe_name, uuid7_hex
 from granite_storage.orm.attachment import Attachment

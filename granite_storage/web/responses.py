@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from granite_storage._configuration import require_ref
+from granite_storage._engine import require_ref
 from granite_storage._headers import (
     INLINE_TYPES,
     Disposition,

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self, TypeAlias
 
 from sqlalchemy.orm import InstrumentedAttribute
 
-from granite_storage._configuration import require_positive
+from granite_storage._engine import require_positive
 from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.removal import remove

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from granite_storage import _threads
-from granite_storage._consumers import ThreadConsumer
 from granite_storage._tasks import finish, finished, settle
-from granite_storage._threads import ThreadPool, _pools
+from granite_storage._threads import ThreadConsumer, ThreadPool, _pools
 from tests.core.support import eventually, in_new_process
 
 

@@ -28,7 +28,7 @@ from granite_storage import (
     attachment,
     bind_storage,
 )
-from granite_storage._identities import may_overlap
+from granite_storage._engine import may_overlap
 from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend

@@ -20,8 +20,8 @@ from granite_storage import (
     UnknownPolicyError,
     Verdict,
     migrate,
+    migration,
 )
-from granite_storage.orm import relocation
 from granite_storage.orm.scanning import Scan
 from tests.migration.environment import MigrationEnvironment, Parcel, Shelf, file
 
@@ -230,10 +230,10 @@ class TestFailures:
     async def test_a_writer_that_is_faster_wins(self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
         await env.add(Shelf(id=1, file=file("a")), Shelf(id=2, file=file("b")), Shelf(id=3, file=file("c"), title="c"))
         binding = env.write_to("new")
-        stored = relocation.store
+        stored = migration.store
         done: set[str] = set()
 
-        async def store_and_wait(uploads: list[relocation.Upload]) -> None:
+        async def store_and_wait(uploads: list[migration.Upload]) -> None:
             await stored(uploads)
             entity = uploads[0].attachment.location.split("/")[1]
             if entity in done:
@@ -248,7 +248,7 @@ class TestFailures:
                 else:
                     shelf.file, shelf.other = None, shelf.file  # a move of the very object that was copied
 
-        monkeypatch.setattr(relocation, "store", store_and_wait)
+        monkeypatch.setattr(migration, "store", store_and_wait)
         report = await migrate(binding, storage_key="docs", to_backend="new", at_a_time=1)
         assert (report.failed, report.changed, report.moved) == (0, 3, 1)
         await env.check()
@@ -260,7 +260,7 @@ class TestFailures:
         self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         await env.add(Shelf(id=1, file=file("a")))
-        real, calls = relocation._compare_and_set, []
+        real, calls = migration._compare_and_set, []
 
         def refusing(*arguments: object) -> object:
             calls.append(arguments)
@@ -268,7 +268,7 @@ class TestFailures:
                 raise OperationalError("UPDATE", {}, Exception("deadlock detected"))
             return real(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(relocation, "_compare_and_set", refusing)
+        monkeypatch.setattr(migration, "_compare_and_set", refusing)
         report = await migrate(env.write_to("new"), storage_key="docs", to_backend="new")
         assert (report.moved, report.failed) == (1, 0)
         await env.check()

@@ -217,7 +217,7 @@ MUTANTS = [
     Mutant(
         name="core-ref-without-identity",
         rule="A store is given an identity at its first use, and each new ref keeps it.",
-        path="granite_storage/_identities.py",
+        path="granite_storage/_engine.py",
         old="await backend.identities(create=True)), None)",
         new="await backend.identities()), None)",
         tests=("tests/backends/test_identity.py::test_a_ref_keeps_the_identity_of_its_store",),
@@ -225,7 +225,7 @@ MUTANTS = [
     Mutant(
         name="core-other-store-only-not-found",
         rule="A read that finds nothing says that the backend's key leads to another store now.",
-        path="granite_storage/_identities.py",
+        path="granite_storage/_engine.py",
         old="    if ref.identity not in found:\n",
         new="    if found and ref.identity not in found:\n",
         tests=("tests/backends/test_identity.py::test_a_read_that_finds_nothing_says_that_the_key_leads_elsewhere",),

@@ -168,7 +168,7 @@ MUTANTS = [
     Mutant(
         name="gc-identity-is-no-name-of-a-place",
         rule="The identity of a store is one of the names by which two backends on one place are noticed.",
-        path="granite_storage/_identities.py",
+        path="granite_storage/_engine.py",
         old='        places.add(Place(f"identity {store}", tuple(filter(None, prefix.split("/")))))\n',
         new="        del store, prefix\n",
         tests=("tests/gc/test_two_names_of_one_place.py::test_two_servers_that_have_one_bucket",),

@@ -104,7 +104,7 @@ MUTANTS = [
     Mutant(
         name="migration-without-compare-and-set",
         rule="A row takes the copy only if it still holds what was copied.",
-        path="granite_storage/orm/relocation.py",
+        path="granite_storage/migration.py",
         old="where(among(table, [held.primary_key]), _still_holds(held, connection))",
         new="where(among(table, [held.primary_key]))",
         tests=("tests/migration/test_migrate.py::TestFailures::test_a_writer_that_is_faster_wins[sqlite-begin-plain]",),
@@ -112,7 +112,7 @@ MUTANTS = [
     Mutant(
         name="migration-moves-wrong-bytes",
         rule="What is moved is verified on its way.",
-        path="granite_storage/orm/relocation.py",
+        path="granite_storage/migration.py",
         old="manager.open(self._original, verify=True)",
         new="manager.open(self._original)",
         tests=("tests/migration/test_migrate.py::TestFailures::test_wrong_bytes_are_not_moved[sqlite-begin-plain]",),
@@ -120,7 +120,7 @@ MUTANTS = [
     Mutant(
         name="migration-deletes-shared-object",
         rule="An object that another value refers to stays until the last one is moved.",
-        path="granite_storage/orm/relocation.py",
+        path="granite_storage/migration.py",
         old="if not (self._is_shared and self._is_referred_to(connection)):",
         new="if not self._is_shared or self._is_referred_to(connection):",
         tests=("tests/migration/test_migrate.py::TestMoving::test_two_columns_that_share_an_object[sqlite-begin-plain]",),
@@ -128,7 +128,7 @@ MUTANTS = [
     Mutant(
         name="migration-touches-changed-at",
         rule="A migration changes no other column of a row.",
-        path="granite_storage/orm/relocation.py",
+        path="granite_storage/migration.py",
         old="return statement.values({held.column: bindparam(None, ref, type_=StoredObjectRefType()), **kept})",
         new="return statement.values({held.column: bindparam(None, ref, type_=StoredObjectRefType())})",
         tests=("tests/migration/test_migrate.py::TestMoving::test_nobody_is_told_that_the_row_has_changed[sqlite-begin-plain]",),

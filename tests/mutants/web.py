@@ -136,7 +136,7 @@ MUTANTS = [
     Mutant(
         name="web-one-key-for-every-purpose",
         rule="A token is worth nothing for another purpose than its own.",
-        path="granite_storage/_tokens.py",
+        path="granite_storage/signing.py",
         old='return hmac.digest(material, purpose.encode(), "sha256")',
         new='return hmac.digest(material, b"", "sha256")',
         tests=(
@@ -147,7 +147,7 @@ MUTANTS = [
     Mutant(
         name="web-token-in-two-forms",
         rule="A token has exactly one form.",
-        path="granite_storage/_tokens.py",
+        path="granite_storage/signing.py",
         old=" and _canonical(claims) == content",
         new="",
         tests=("tests/web/test_urls.py::test_one_form", "tests/web/test_direct_tokens.py::test_one_form"),
@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant(
         name="web-audience-unsigned",
         rule="The base URL is signed with every URL.",
-        path="granite_storage/_tokens.py",
+        path="granite_storage/signing.py",
         old='f"{self._audience}\\n{text}"',
         new='f"\\n{text}"',
         tests=("tests/web/test_urls.py", "tests/web/test_direct_tokens.py"),

@@ -7,16 +7,17 @@ try:
 except ImportError as _error:
     raise MissingDependencyError("granite_storage.alembic needs Alembic: pip install 'granite-storage[alembic]'") from _error
 
-from granite_storage.alembic._conversion import ConversionReport
 from granite_storage.alembic.columns import (
     add_column_once,
     add_storage_column,
+    create_location_index,
     drop_converted_column,
+    drop_location_index,
     drop_restored_column,
 )
-from granite_storage.alembic.indexes import create_location_index, drop_location_index
 from granite_storage.alembic.journal import create_journal_tables, drop_journal_tables, upgrade_journal_tables
 from granite_storage.alembic.operations import (
+    ConversionReport,
     blob_to_storage,
     paths_to_storage,
     storage_to_blob,

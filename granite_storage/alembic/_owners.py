@@ -9,7 +9,7 @@ from sqlalchemy import Column, Connection, select
 from sqlalchemy.exc import OperationalError
 
 from granite_storage._engine import identities_of, may_overlap
-from granite_storage.alembic._running import StorageThread
+from granite_storage.alembic._transactions import StorageThread
 from granite_storage.alembic.sources import InPlace
 from granite_storage.exceptions import BackendError
 from granite_storage.manager import StorageManager

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from alembic.operations import Operations
 from sqlalchemy import Column, ColumnElement, Connection, MetaData, Table, func, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import ConfigurationError
+from granite_storage.manager import StorageManager
+from granite_storage.orm._util import in_greenlet
 from granite_storage.orm.scanning import following
 from granite_storage.orm.types import portable_storage_ref_type
 
-__all__ = ["Op", "Step", "columns_of", "count", "key_pages", "online", "own_transactions", "table_with"]
+__all__ = [
+    "Op",
+    "Step",
+    "StorageThread",
+    "columns_of",
+    "count",
+    "key_pages",
+    "online",
+    "own_transactions",
+    "storage_thread",
+    "table_with",
+]
 
 # `from alembic import op` gives a module that looks like an `Operations` and is none.
 Op: TypeAlias = Operations | Any
@@ -118,3 +134,62 @@ def key_pages(connection: Connection, table: Table, where: ColumnElement[bool], 
         if len(page) < _KEYS_AT_A_TIME:
             return
         after = page[-1]
+
+
+# Awaiting the manager from a migration, which is synchronous code.
+#
+# The manager runs on an event loop of its own, in a thread of its own. It makes no difference whether the migration runs in
+# a plain program, below `run_sync` of an asynchronous `env.py`, or in a synchronous call inside of a coroutine: nobody
+# waits for a loop that waits for him, and what the manager opens for this loop is closed with it.
+
+
+T = TypeVar("T")
+
+
+class StorageThread:
+    """The thread's event loop, as the migration sees it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine to its end; an interruption of the caller cancels it, and waits until it has ended."""
+        return _outcome(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+
+@contextmanager
+def storage_thread(manager: StorageManager) -> Iterator[StorageThread]:
+    """Give an event loop on which the manager is open; its clients are closed afterwards."""
+    ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+    executor = ThreadPoolExecutor(1, thread_name_prefix="granite-alembic")
+    ended = executor.submit(asyncio.run, _serve(manager, ready))
+    executor.shutdown(wait=False)
+    loop, stop = _outcome(ready)
+    try:
+        yield StorageThread(loop)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        _outcome(ended)
+
+
+async def _serve(manager: StorageManager, ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
+    stop = asyncio.Event()
+    try:
+        async with manager:
+            ready.set_result((asyncio.get_running_loop(), stop))
+            await stop.wait()
+    except BaseException as error:
+        if not ready.done():
+            ready.set_exception(error)
+        raise
+
+
+def _outcome(future: Future[T]) -> T:
+    """Wait for a result: through the greenlet where there is one, so that its loop goes on meanwhile."""
+    try:
+        if in_greenlet():
+            return await_only(asyncio.wrap_future(future))
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise

@@ -6,8 +6,7 @@ import pytest
 
 from granite_storage import ChecksumMismatchError, StorageManager, StoragePolicy
 from granite_storage.alembic import CopyOf
-from granite_storage.alembic._storing import Place
-from granite_storage.alembic.sources import copied_content
+from granite_storage.alembic.sources import Place, copied_content
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.testing import FaultInjectingBackend
 

@@ -48,7 +48,7 @@ MUTANTS = [
     Mutant(
         name="alembic-converts-again",
         rule="A row whose new column is set is done: a conversion goes on where it was broken off.",
-        path="granite_storage/alembic/_conversion.py",
+        path="granite_storage/alembic/operations.py",
         old="waiting = and_(source.is_not(None), target.is_(None))",
         new="waiting = and_(source.is_not(None))",
         tests=("tests/alembic/test_conversions.py::test_text_becomes_files_through_a_crash_and_comes_back[sqlite]",),
@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant(
         name="alembic-unwritten-objects-stay",
         rule="Objects of a step whose rows could not be written are removed.",
-        path="granite_storage/alembic/_conversion.py",
+        path="granite_storage/alembic/operations.py",
         old="                unwritten.undo()\n",
         new="",
         tests=("tests/alembic/test_migration_contexts.py::test_a_row_that_cannot_be_written_leaves_no_object",),
@@ -64,7 +64,7 @@ MUTANTS = [
     Mutant(
         name="alembic-objects-not-read-back",
         rule="An object is read back before a row refers to it.",
-        path="granite_storage/alembic/_storing.py",
+        path="granite_storage/alembic/sources.py",
         old="return await _kept_if(manager, ref, _comes_back(manager, ref, content))",
         new="return Stored(ref)",
         tests=("tests/alembic/test_paths.py::test_wrong_bytes_are_noticed_as_they_are_stored",),
@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant(
         name="alembic-copies-not-read-back",
         rule="A copy of content from elsewhere is read back before a row refers to it.",
-        path="granite_storage/alembic/_storing.py",
+        path="granite_storage/alembic/sources.py",
         old="return await _kept_if(manager, ref, read_whole(manager, ref))",
         new="return Stored(ref)",
         tests=("tests/alembic/test_copies.py",),

@@ -8,13 +8,19 @@ takes a request for each folder of more than a page.
 from __future__ import annotations
 
 import heapq
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+from granite_storage.backends._obstore_client import ObjectStoreConfigurationError, StoreClient, info_of
 from granite_storage.backends._s3_client import S3Client
 from granite_storage.backends._s3_errors import S3ConfigurationError
+from granite_storage.backends.base import ObjectInfo
+from granite_storage.exceptions import InvalidLocationError
+from granite_storage.locations import check_location
 
-__all__ = ["list_keys"]
+__all__ = ["Listing", "list_keys"]
 
 _TREE_SERVERS = ("seaweedfs",)
 
@@ -117,3 +123,124 @@ async def _children(pages: _Pages, prefix: str) -> AsyncIterator[Mapping[str, An
                 heapq.heappush(waiting, key)
     while waiting:
         yield entries.pop(heapq.heappop(waiting))
+
+
+# Listing an object store in the byte order of UTF-8, also where the store lists in an order of its own, or in none.
+#
+# S3, Google and Azure list in byte order, but SeaweedFS and Azure's hierarchical namespaces list folder by folder, and a
+# local disk as it likes. What is short is sorted in memory, whatever its order; what is long is taken as it comes where
+# that is in order, and walked folder by folder otherwise.
+
+
+_PAGE = 1000
+_SORTED_AT_A_TIME = 10_000
+
+Entry = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """One way to list a store.
+
+    Attributes:
+        client: The store.
+        by_folder: Whether to walk folder by folder; None finds out, False trusts the store's order and has it begin where asked.
+        page_size: How many entries to take at a time.
+        sorted_at_a_time: Up to how many entries are sorted in memory.
+    """
+
+    client: StoreClient
+    by_folder: bool | None
+    page_size: int = _PAGE
+    sorted_at_a_time: int = _SORTED_AT_A_TIME
+
+    async def objects(self, prefix: str, start_after: str | None) -> AsyncIterator[ObjectInfo]:
+        """Yield the objects whose location begins with a prefix, in the byte order of UTF-8.
+
+        Raises:
+            ObjectStoreConfigurationError: The store lists in another order, which began too late to be noticed in time.
+        """
+        folder = prefix.rpartition("/")[0]
+        after = (start_after or "").encode()
+        if folder and not _is_location(folder):
+            return
+        entries = self._in_order(folder, prefix, after) if self._trusts_order() else self._walk(folder, prefix, after)
+        async for entry in entries:
+            location: str = entry["path"]
+            if location.startswith(prefix) and location.encode() > after:
+                yield info_of(location, entry)
+
+    def _trusts_order(self) -> bool:
+        return self.client.kind.lists_in_order is True if self.by_folder is None else not self.by_folder
+
+    async def _in_order(self, folder: str, prefix: str, after: bytes) -> AsyncIterator[Entry]:
+        offset = after.decode() if _is_location(after.decode()) else None
+        async for entry in _checked(self._pages(folder, offset)):
+            yield entry
+
+    async def _walk(self, folder: str, prefix: str, after: bytes) -> AsyncIterator[Entry]:
+        """Yield what is in a folder: sorted where it is short, as it comes where that is in order, else folder by folder."""
+        pages = self._pages(folder, None)
+        first: list[Entry] = []
+        async for page in pages:
+            first.extend(page)
+            if len(first) > self.sorted_at_a_time:
+                break
+        else:
+            for entry in sorted(first, key=_key):
+                yield entry
+            return
+        if self.by_folder is None and self.client.kind.lists_in_order is None and _is_sorted(first):
+            async for entry in _checked(pages, first):
+                yield entry
+            return
+        del first
+        for name, child in await self._children(folder):
+            if child is not None:
+                yield child
+            elif name >= after[: len(name)] and (name.startswith(prefix.encode()) or prefix.encode().startswith(name)):
+                async for inner in self._walk(name.decode().rstrip("/"), prefix, after):
+                    yield inner
+
+    async def _pages(self, folder: str, offset: str | None) -> AsyncIterator[list[Entry]]:
+        store = await self.client.store()
+        stream = store.list(folder or None, offset=offset, chunk_size=self.page_size)
+        while page := await self.client.call("list", None, lambda _: anext(stream, None)):
+            yield page
+
+    async def _children(self, folder: str) -> list[tuple[bytes, Entry | None]]:
+        """Return the objects and folders that are directly in a folder, in byte order; a folder ends in a slash."""
+        found = await self.client.call("list", None, lambda store: store.list_with_delimiter_async(folder or None))
+        folders = [(f"{name}/".encode(), None) for name in found["common_prefixes"]]
+        return sorted([*folders, *((_key(entry), entry) for entry in found["objects"])], key=lambda child: child[0])
+
+
+async def _checked(pages: AsyncIterator[list[Entry]], first: Iterable[Entry] = ()) -> AsyncIterator[Entry]:
+    previous = b""
+    for entry in first:
+        previous = _key(entry)
+        yield entry
+    async for page in pages:
+        for entry in page:
+            if _key(entry) <= previous:
+                raise ObjectStoreConfigurationError("the store does not list in byte order: give list_by_folder=True")
+            previous = _key(entry)
+            yield entry
+
+
+def _key(entry: Entry) -> bytes:
+    path: str = entry["path"]
+    return path.encode()
+
+
+def _is_sorted(entries: list[Entry]) -> bool:
+    keys = [_key(entry) for entry in entries]
+    return all(one < other for one, other in pairwise(keys))
+
+
+def _is_location(text: str) -> bool:
+    try:
+        check_location(text, windows=False)
+    except InvalidLocationError:
+        return False
+    return True

@@ -8,40 +8,352 @@ and no link planted below the root leads out of it.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
+import hashlib
 import logging
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from granite_storage.backends._descriptors import (
-    CREATE,
-    DIRECTORY,
-    NO_LINK,
-    READ,
-    TEMPORARY_SUFFIX,
-    info_of,
-    opened,
-    temporary_stem,
-)
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, identities_in, new_marker
-from granite_storage.backends._tree_errors import UNSUPPORTED, translated
-from granite_storage.backends._tree_walk import swept, walked
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,
     BackendUnavailableError,
     InvalidLocationError,
+    ObjectExistsError,
     ObjectNotFoundError,
+    StorageFullError,
 )
-from granite_storage.locations import RESERVED_PREFIX, check_location, uuid7_hex
+from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check_location, uuid7_hex
 
-__all__ = ["MOST_ATTEMPTS", "Tree"]
+__all__ = [
+    "CREATE",
+    "DIRECTORY",
+    "MOST_ATTEMPTS",
+    "NO_LINK",
+    "READ",
+    "REFUSED_LINKS",
+    "TEMPORARY_SUFFIX",
+    "UNSUPPORTED",
+    "ExclusiveNames",
+    "Tree",
+    "info_of",
+    "opened",
+    "swept",
+    "temporary_stem",
+    "translated",
+    "walked",
+]
+
+
+# Opening what lies in a directory that is open already, and what is known of a file.
+
+
+DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
+"""How a directory is opened."""
+
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""Lets nothing be opened through a link."""
+
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK | getattr(os, "O_CLOEXEC", 0)
+"""How a file is made that is not there yet."""
+
+READ = os.O_RDONLY | NO_LINK | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+"""How a file is opened that may be a device instead."""
+
+TEMPORARY_SUFFIX = ".tmp"
+"""How the name of an unfinished file ends."""
+
+
+_STEM_DIGITS = 32
+
+
+def temporary_stem(name: str) -> str:
+    """Return how the names of all temporary files begin that are made for a file beside them.
+
+    Some volumes tell neither case nor the composition of letters apart, so the names of one file there have one stem.
+    """
+    folded = unicodedata.normalize("NFC", name).casefold()
+    return f"{RESERVED_PREFIX}{hashlib.sha256(folded.encode('utf-8', 'surrogatepass')).hexdigest()[:_STEM_DIGITS]}"
+
+
+@contextmanager
+def opened(path: str | Path, parent: int | None = None) -> Iterator[int]:
+    """Open a directory: one in an open directory by its name there, and not through a link."""
+    descriptor = os.open(path, DIRECTORY | (NO_LINK if parent is not None else 0), dir_fd=parent)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def info_of(location: str, found: os.stat_result) -> ObjectInfo:
+    """Return what is known of an object by what the file system says of its file."""
+    etag = f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+    return ObjectInfo(location, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC), etag)
+
+
+# Going through all that lies below a directory: listing the objects, and removing what unfinished writes have left.
+
+
+_VANISHED = (FileNotFoundError, NotADirectoryError)
+_SURELY_FITS = MAX_LOCATION_BYTES // 4  # characters, of four bytes each at the most
+
+
+def walked(top: int, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
+    """Yield the regular files below an open directory whose location begins with `prefix`, in the byte order of UTF-8.
+
+    It goes depth first: one generator for all levels, or each object would have to pass through one for each of them.
+
+    Args:
+        top: The directory.
+        folder: Its own location, which is empty for the root and else ends in a slash.
+        prefix: What locations begin with.
+        start_after: The location after which it begins.
+    """
+    levels = [(top, iter(_entries(top, folder)))]
+    try:
+        while levels:
+            directory, entries = levels[-1]
+            for path, name in entries:
+                if path[-1] != "/":
+                    if path > start_after and path.startswith(prefix):
+                        try:
+                            found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                        except FileNotFoundError:
+                            continue
+                        if stat.S_ISREG(found.st_mode):
+                            yield info_of(path, found)
+                # A directory sorts as its contents do, so `t-/x` comes before `t/x`.
+                elif path.startswith(prefix) and (path > start_after or start_after.startswith(path)):
+                    with suppress(*_VANISHED):
+                        levels.append(_level(path, name, directory))
+                        break
+            else:
+                levels.pop()
+                if levels:
+                    os.close(directory)
+    finally:
+        for directory, _ in levels[1:]:
+            os.close(directory)
+
+
+def swept(top: int, before: float) -> int:
+    """Remove the temporary files below an open directory that were last written to before a time; return how many.
+
+    The directories that this leaves empty go too. It goes depth first, with no call in another for each level: folders may be
+    nested as deeply as a location is long.
+
+    Args:
+        top: The directory.
+        before: The time, in seconds since the epoch.
+    """
+    removed, folders = _swept_files(top, before)
+    levels = [_Level(top, "", MAX_LOCATION_BYTES, iter(folders), removed)]
+    try:
+        while True:
+            level = levels[-1]
+            name = next(level.folders, None)
+            if name is not None:
+                room = level.room - len(os.fsencode(name)) - 1  # deeper directories are none of ours
+                if room > 0 and _is_segment(name):
+                    with suppress(*_VANISHED):
+                        levels.append(_opened_level(name, level.directory, room, before))
+                continue
+            levels.pop()
+            if not levels:
+                return level.removed
+            os.close(level.directory)
+            levels[-1].removed += level.removed
+            if level.removed:
+                with suppress(OSError):
+                    os.rmdir(level.name, dir_fd=levels[-1].directory)
+    finally:
+        for level in levels[1:]:
+            os.close(level.directory)
+
+
+@dataclass(slots=True)
+class _Level:
+    """A directory that a sweep is in."""
+
+    directory: int
+    name: str
+    room: int
+    folders: Iterator[str]
+    removed: int
+
+
+def _opened_level(name: str, parent: int, room: int, before: float) -> _Level:
+    directory = os.open(name, DIRECTORY | NO_LINK, dir_fd=parent)
+    try:
+        removed, folders = _swept_files(directory, before)
+    except BaseException:
+        os.close(directory)
+        raise
+    return _Level(directory, name, room, iter(folders), removed)
+
+
+def _swept_files(directory: int, before: float) -> tuple[int, list[str]]:
+    """Remove what is old in a directory itself; return how many files that were, and which directories are in it."""
+    removed, folders = 0, list[str]()
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
+            elif _is_temporary(entry.name):
+                with suppress(FileNotFoundError):
+                    if os.stat(entry.name, dir_fd=directory, follow_symlinks=False).st_mtime < before:
+                        os.unlink(entry.name, dir_fd=directory)
+                        removed += 1
+    return removed, folders
+
+
+def _level(path: str, name: str, parent: int) -> tuple[int, Iterator[tuple[str, str]]]:
+    """Open a directory, and read it."""
+    directory = os.open(name, DIRECTORY | NO_LINK, dir_fd=parent)
+    try:
+        return directory, iter(_entries(directory, path))
+    except BaseException:
+        os.close(directory)
+        raise
+
+
+def _entries(directory: int, folder: str) -> list[tuple[str, str]]:
+    """Return the paths and names of what may be an object, or have some below, in order; a directory's path ends in a slash."""
+    found = []
+    with os.scandir(directory) as scanned:
+        entries = list(scanned)
+        names = {entry.name for entry in entries if not entry.name.isascii()}
+        for entry in entries:
+            name = entry.name if entry.name not in names else _composed(entry, directory, names)
+            path = folder + name
+            if not _is_segment(name) or (len(path) > _SURELY_FITS and len(os.fsencode(path)) > MAX_LOCATION_BYTES):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                found.append((f"{path}/", name))
+            elif entry.is_file(follow_symlinks=False):
+                found.append((path, name))
+    found.sort()
+    return found
+
+
+def _composed(entry: os.DirEntry[str], directory: int, names: set[str]) -> str:
+    """Return the name by which a file was stored, where the file system lists another one for it.
+
+    HFS+, and what a Mac shares, decompose letters: `é` is listed as `e` and U+0301, and found under either spelling.
+    """
+    composed = unicodedata.normalize("NFC", entry.name)
+    if composed in names:  # nothing to compose, or both spellings are files of their own
+        return entry.name
+    try:
+        found = os.stat(composed, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return entry.name
+    return composed if found.st_ino == entry.inode() else entry.name
+
+
+def _is_segment(name: str) -> bool:
+    """Tell whether a name in a directory can be part of a location; others' files and our temporary ones may lie there too."""
+    if name.isascii() and name[0] != ".":
+        return name.isprintable() and "\\" not in name
+    try:
+        check_location(name)
+    except InvalidLocationError:
+        return False
+    return True
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(RESERVED_PREFIX) and name.endswith(TEMPORARY_SUFFIX)
+
+
+# The file system's errors in the library's words.
+
+
+_ERRORS: dict[int, tuple[type[BackendError], str]] = {
+    errno.ENOENT: (ObjectNotFoundError, "there is no object"),
+    errno.EEXIST: (ObjectExistsError, "there is something already"),
+    errno.EACCES: (AccessDeniedError, "the file system refused permission"),
+    errno.EPERM: (AccessDeniedError, "the file system refused permission"),
+    errno.EROFS: (AccessDeniedError, "the file system is read-only"),
+    errno.ENOSPC: (StorageFullError, "the disk is full"),
+    errno.EDQUOT: (StorageFullError, "the disk quota is used up"),
+    errno.EFBIG: (StorageFullError, "the file is larger than the system allows"),
+    errno.EMFILE: (BackendUnavailableError, "the process has too many open files"),
+    errno.ENFILE: (BackendUnavailableError, "the system has too many open files"),
+    errno.ESTALE: (BackendUnavailableError, "the network file system lost the file"),
+    errno.ETIMEDOUT: (BackendUnavailableError, "the network file system did not answer"),
+}
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG})
+
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
+"""How file systems say that they do not know a call."""
+
+_STEPS: dict[str, tuple[str, frozenset[int], str]] = {
+    "chmod": (
+        "its permissions could not be set (chmod)",
+        UNSUPPORTED | {errno.EPERM, errno.EACCES},
+        "give file_mode=None and dir_mode=None where a volume keeps no permissions of its own",
+    ),
+    "fsync": (
+        "it could not be written through to the disk (fsync)",
+        UNSUPPORTED,
+        "give fsync=False where a volume cannot do that; a power loss may then lose or empty an object",
+    ),
+    "link": ("the finished file could not be given its name (link, renameat2 and rename)", frozenset(), ""),
+    "mkdir": ("the directory could not be made (mkdir)", frozenset(), ""),
+}
+"""For each step that is named in messages: its words, and what to advise at which errors."""
+
+
+@contextmanager
+def translated(
+    location: str | None, *, reading: bool = False, root: Path | None = None, step: str | None = None
+) -> Iterator[None]:
+    """Turn the system's errors into the library's, which are no `OSError`.
+
+    Args:
+        location: What the call is about; None for the store as a whole.
+        reading: Whether a part of the path that is no directory, or a link, means that there is no object.
+        root: The root directory, for the message; its owner is looked up, so not on an event loop.
+        step: One of the steps that messages tell apart: `chmod`, `fsync`, `link` or `mkdir`.
+    """
+    try:
+        yield
+    except OSError as error:
+        code = errno.ENOENT if reading and error.errno in _NOT_THERE else error.errno
+        kind, words = _ERRORS.get(code or 0, (BackendError, "the file system failed"))
+        where = "" if location is None else f" at {location!r}"
+        below = "" if root is None else f" below {str(root)!r}"
+        doing, advised, advice = _STEPS[step] if step else ("", frozenset[int](), "")
+        message = f"{words}{where}{below}: {doing}{': ' if doing else ''}{error.strerror}"
+        if kind is AccessDeniedError and root is not None:
+            message += f"; {_parties(root)}"
+        if code in advised:
+            message += f"; {advice}"
+        raise kind(message, location=location) from error
+
+
+def _parties(root: Path) -> str:
+    """Say who asked, and whose the root is."""
+    running = f"the process runs as uid {os.geteuid()}"
+    try:
+        found = os.stat(root)
+    except OSError:
+        return running
+    return f"{running}, and the root belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):#o}"
+
 
 logger = logging.getLogger("granite_storage")
 
@@ -441,3 +753,104 @@ def _info_of_regular(location: str, found: os.stat_result) -> ObjectInfo:
     if not stat.S_ISREG(found.st_mode):
         raise ObjectNotFoundError(f"what is at {location!r} is not a regular file", location=location)
     return info_of(location, found)
+
+
+# Giving a finished file its name, exclusively, on whatever file system: blocking calls, for threads.
+#
+# `link` fails where the name exists, and so does `renameat2` with `RENAME_NOREPLACE`. Volumes that know neither (exFAT,
+# many FUSE and network mounts) have exclusive creation at least: there a writer claims the name by a file beside it, and
+# renames meanwhile.
+
+
+REFUSED_LINKS = UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV}
+"""What `link` fails with where a volume has no hard links, or the system allows none of this file."""
+
+_RENAME_NOREPLACE = 1
+_CLAIM_ATTEMPTS = 200
+_CLAIM_PAUSE = 0.01
+
+Way = Callable[[str, str, int], None]
+
+
+class ExclusiveNames:
+    """Names files in the first of three ways that a file system knows, and remembers which."""
+
+    def __init__(self) -> None:
+        self._ways: list[Way] = [_link, _rename, _claim]
+
+    def give(self, temporary: str, name: str, directory: int) -> bool:
+        """Give a file its name beside its temporary one; return whether the temporary name is gone.
+
+        Raises:
+            FileExistsError: Something has the name.
+            FileNotFoundError: The temporary file is not there.
+            BackendUnavailableError: Another writer has claimed the name and neither used nor released it.
+        """
+        ways = self._ways
+        for position, way in enumerate(ways, 1):
+            try:
+                way(temporary, name, directory)
+            except OSError as error:
+                if error.errno not in REFUSED_LINKS or position == len(ways):
+                    raise
+            else:
+                self._ways = ways[position - 1 :]
+                return way is not _link
+        raise AssertionError("the last way returns or raises")
+
+
+def _link(temporary: str, name: str, directory: int) -> None:
+    os.link(temporary, name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
+
+
+def _rename(temporary: str, name: str, directory: int) -> None:
+    function = _renameat2()
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), name)
+    if function(directory, os.fsencode(temporary), directory, os.fsencode(name), _RENAME_NOREPLACE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), name)
+
+
+@functools.cache
+def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
+    """Return the C library's function, None where it has none; Python has no name for it."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    function.restype = ctypes.c_int
+    found: Callable[[int, bytes, int, bytes, int], int] = function
+    return found
+
+
+def _claim(temporary: str, name: str, directory: int) -> None:
+    """Rename while a file beside it, which only one writer can create, holds the name; a sweep finds one that a crash left."""
+    folded = unicodedata.normalize("NFC", name).casefold()  # such volumes often do not tell case or composition apart
+    claim = f"{RESERVED_PREFIX}{hashlib.sha256(folded.encode()).hexdigest()[:32]}{TEMPORARY_SUFFIX}"
+    _take(claim, name, directory)
+    try:
+        # unlike a look-up, which a network volume may answer from its memory, mkdir fails where anything has the name
+        os.mkdir(name, 0o700, dir_fd=directory)
+        os.rmdir(name, dir_fd=directory)
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    finally:
+        try:
+            os.unlink(claim, dir_fd=directory)
+        except OSError:
+            logger.warning("the claim %r of a write could not be removed; abort_unfinished removes it later", claim)
+
+
+def _take(claim: str, name: str, directory: int) -> None:
+    for _ in range(_CLAIM_ATTEMPTS):
+        try:
+            os.close(os.open(claim, CREATE, 0o600, dir_fd=directory))
+        except FileExistsError:
+            time.sleep(_CLAIM_PAUSE)
+        else:
+            return
+    raise BackendUnavailableError(
+        f"another write of the name {name!r} has been in progress for {_CLAIM_ATTEMPTS * _CLAIM_PAUSE:g} s, or was killed: "
+        "abort_unfinished removes what it left"
+    )

@@ -15,9 +15,15 @@ import secrets
 import stat
 from contextlib import ExitStack, suppress
 
-from granite_storage.backends._descriptors import CREATE, TEMPORARY_SUFFIX, temporary_stem
-from granite_storage.backends._exclusive import REFUSED_LINKS, ExclusiveNames
-from granite_storage.backends._local_tree import MOST_ATTEMPTS, Tree
+from granite_storage.backends._local_tree import (
+    CREATE,
+    MOST_ATTEMPTS,
+    REFUSED_LINKS,
+    TEMPORARY_SUFFIX,
+    ExclusiveNames,
+    Tree,
+    temporary_stem,
+)
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError
 
 __all__ = ["Draft", "FileWriter"]

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from granite_storage._tasks import finish, settle
 from granite_storage.backends._obstore_client import OWNER, StoreClient
-from granite_storage.backends._service_errors import error_at
+from granite_storage.backends._remote import error_at
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
 
 __all__ = ["ObjectWriter", "Piece", "slices"]

@@ -6,15 +6,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from granite_storage.backends._service_errors import (
-    ConnectionTakenError,
-    PreconditionFailedError,
-    RangeNotSatisfiableError,
-)
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
 from granite_storage.exceptions import BackendError, BackendUnavailableError
 
-__all__ = ["Body", "Opened", "Service", "ServiceReader", "open_reader"]
+__all__ = [
+    "Body",
+    "ConnectionTakenError",
+    "Opened",
+    "PreconditionFailedError",
+    "RangeNotSatisfiableError",
+    "Service",
+    "ServiceReader",
+    "error_at",
+    "open_reader",
+]
+
+
+# What backends on a network service say to themselves of its answers, before callers see an error.
+
+
+class ConnectionTakenError(BackendError):
+    """The connection of a reader that was not being read was given to another call; what is left may be asked for again."""
+
+
+class PreconditionFailedError(BackendError):
+    """A condition of the request did not hold; nothing was changed."""
+
+
+class RangeNotSatisfiableError(BackendError):
+    """The range begins at the end of the object or after it."""
+
+
+def error_at(location: str, error: BackendError) -> BackendError:
+    """Return the same error for one of several locations."""
+    one = type(error)(str(error), location=location)
+    one.__cause__ = error.__cause__
+    return one
 
 
 class Body(Protocol):

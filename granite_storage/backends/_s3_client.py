@@ -7,19 +7,245 @@ errors. Nothing else in the backend retries a request or sees an error of the SD
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib
+import importlib.util
+import logging
 import random
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from granite_storage._threads import ThreadPool
 from granite_storage.backends._s3_errors import ExpiredCredentialsError, S3ConfigurationError, translate
-from granite_storage.backends._s3_pool import ConnectionPool, Lease
-from granite_storage.backends._s3_traits import ServerTraits
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError, StorageError
 
-__all__ = ["S3Client", "S3Settings", "backoff", "threads", "version_of"]
+__all__ = [
+    "ConnectionPool",
+    "Lease",
+    "S3Client",
+    "S3Clients",
+    "S3Settings",
+    "ServerTraits",
+    "backoff",
+    "client_config",
+    "is_installed",
+    "threads",
+    "version_of",
+]
+
+
+# The connections to an S3 server that may be in use at a time, and who uses them.
+#
+# A reader holds a connection for as long as it is open, but uses it only while it is read. Clients that do not read would
+# so hold up every other call. So a call that waits takes the connection of a reader that is not being read: the reader goes
+# on with another request where it was.
+
+
+# How long a reader is not read before its connection is taken for a call that waits.
+_IDLE_SECONDS = 1.0
+# How long a call waits before it takes the connection of a reader between two reads, however short the time between them.
+_OVERDUE_SECONDS = 1.0
+_CHECK_SECONDS = 0.05
+
+
+class Lease:
+    """One of the connections that may be in use at a time, with the body that is read from it.
+
+    Attributes:
+        body: The body, where there is one.
+        idle_since: Since when a reader that holds it has not been reading, by the loop's clock; None while it is in use.
+    """
+
+    __slots__ = ("__weakref__", "_loop", "_pool", "body", "idle_since")
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self.body: Any = None
+        self.idle_since: float | None = None
+        self._pool: ConnectionPool | None = pool
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def is_released(self) -> bool:
+        """Whether it is over: the connection may be another call's."""
+        return self._pool is None
+
+    def lend(self) -> None:
+        """Say that a reader holds it: a call that waits may take the connection, except during `reading`."""
+        if self._pool is not None:
+            self.idle_since = self._loop.time()
+            self._pool.readers.add(self)
+
+    @contextmanager
+    def reading(self) -> Iterator[Any]:
+        """Give the body to read from."""
+        self.idle_since = None
+        try:
+            yield self.body
+        finally:
+            if self._pool is not None:
+                self.idle_since = self._loop.time()
+                self._pool.serve_overdue()
+
+    def release(self) -> None:
+        """Let the next one have it, a new one where bytes are still to come on it; idempotent."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            self.idle_since = None
+            pool.end(self.body)
+            self.body = None
+
+    def __del__(self) -> None:
+        if self._pool is not None and not self._loop.is_closed():
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._pool.end, self.body)
+
+
+class ConnectionPool:
+    """Lets so many calls at a time have a connection, and the others wait for one, in the order in which they came.
+
+    Args:
+        size: How many.
+        timeout: The longest wait, in seconds.
+        bucket: The bucket's name, for messages.
+
+    Attributes:
+        readers: The leases that readers hold.
+    """
+
+    def __init__(self, size: int, *, timeout: float, bucket: str) -> None:
+        self.readers: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._free = size
+        self._timeout = timeout
+        self._bucket = bucket
+        self._waiting: deque[_Waiter] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def lease(self) -> Lease:
+        """Wait for a connection.
+
+        Raises:
+            BackendUnavailableError: None became free in time.
+        """
+        if self._free:
+            self._free -= 1
+            return Lease(self)
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(loop.create_future(), loop.time())
+        self._waiting.append(waiter)
+        if self._timer is None:
+            self._take_idle()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await waiter.turn
+        except BaseException as error:
+            self._leave(waiter)
+            if not isinstance(error, TimeoutError):
+                raise
+            raise BackendUnavailableError(
+                f"none of the connections to bucket {self._bucket!r} became free within {self._timeout:g} s: "
+                "raise max_pool_connections"
+            ) from error
+        return Lease(self)
+
+    def end(self, body: Any) -> None:
+        """Close what is left of a body, and let the next call have its connection."""
+        if body is not None:
+            body.close()
+        while self._waiting:
+            turn = self._waiting.popleft().turn
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+    def serve_overdue(self) -> None:
+        """Take the connection of a reader that has just been read, where a call has waited for too long."""
+        if self._waiting and asyncio.get_running_loop().time() - self._waiting[0].began >= _OVERDUE_SECONDS:
+            self._take_idle()
+
+    def _take_idle(self) -> None:
+        """Take connections of readers that are not being read, one for each call that waits; look again while one waits."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        idle = sorted((lease.idle_since, id(lease), lease) for lease in self.readers if lease.idle_since is not None)
+        for since, _, lease in idle:
+            if not self._waiting:
+                break
+            if now - since < _IDLE_SECONDS and now - self._waiting[0].began < _OVERDUE_SECONDS:
+                break
+            lease.release()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_later(_CHECK_SECONDS, self._take_idle) if self._waiting else None
+
+    def _leave(self, waiter: _Waiter) -> None:
+        """Wait no more, and pass on the connection that came at the same moment."""
+        if waiter in self._waiting:
+            self._waiting.remove(waiter)
+        elif not waiter.turn.cancelled():
+            self.end(None)
+
+
+class _Waiter(NamedTuple):
+    """A call that waits for a connection.
+
+    Attributes:
+        turn: Done when it has one.
+        began: Since when it has waited, by the loop's clock.
+    """
+
+    turn: asyncio.Future[None]
+    began: float
+
+
+# What is known of a server that does not do all that S3 promises: some ignore a condition or a checksum without a word.
+
+
+logger = logging.getLogger("granite_storage")
+
+
+class ServerTraits:
+    """What is known of the server behind a backend.
+
+    Args:
+        bucket: The bucket's name, for the log.
+        conditional_writes: What the backend was told; None to find it out.
+
+    Attributes:
+        bucket: The bucket's name.
+        sends_conditions: Whether writes have a condition.
+        checks_completions: Whether the server looks at the condition of a CompleteMultipartUpload; None while that is not known.
+        asking: Whether that is being found out.
+        warned_of_end: The end of the temporary credentials of which the log has warned last.
+    """
+
+    def __init__(self, bucket: str, conditional_writes: bool | None) -> None:
+        self.bucket = bucket
+        self.sends_conditions: bool = conditional_writes is not False
+        self.checks_completions: bool | None = conditional_writes
+        self.asking = False
+        self.warned_of_end: datetime | None = None
+        self._confirms_checksums = True
+
+    def note_checksum(self, answer: Mapping[str, Any]) -> None:
+        """Say so once where an answer to a write does not confirm the SHA-256 that was sent."""
+        if self._confirms_checksums and not answer.get("ChecksumSHA256"):
+            self._confirms_checksums = False
+            logger.warning(
+                "the S3 server of bucket %r does not confirm the SHA-256 of what is written, and may not have verified it: with "
+                "checksums=False it is sent Content-MD5, which older servers verify; the checksum in each ref is not affected",
+                self.bucket,
+            )
+
 
 threads = ThreadPool("granite-s3", 4)
 
@@ -242,3 +468,187 @@ def version_of(answer: Mapping[str, Any]) -> dict[str, str]:
     """Return the parameter that names the version that an answer speaks of, nothing in a bucket without versions."""
     version = answer.get("VersionId")
     return {"VersionId": version} if version and version != "null" else {}
+
+
+# The S3 client of each event loop: opened when first needed, off the loop where possible, and shared by every call.
+
+
+_PATIENCE = 5.0
+_AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
+_SDKS = ("aioboto3", "aiobotocore")
+_MODELS = ("service-2", "endpoint-rule-set-1")
+_TABLES = ("_retry", "endpoints", "partitions", "sdk-default-configuration")
+
+
+class S3Clients:
+    """Opens a client for each event loop that calls, and closes it with the loop or before.
+
+    A client lives in an asynchronous generator, which the loop closes when `asyncio.run` ends; so one that nobody closed
+    leaves no connection behind.
+    """
+
+    def __init__(self, settings: S3Settings) -> None:
+        self._settings = settings
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self._preparing = threading.Lock()
+        self._session = settings.session
+        self._traits = ServerTraits(settings.bucket, settings.conditional_writes)
+
+    async def get(self) -> S3Client:
+        """Return the running loop's client; the first of several calls at once opens it."""
+        state = self._here()
+        client = state.client
+        if client is None or client.closed:
+            async with state.opening:
+                client = state.client
+                if client is None or client.closed:
+                    client = await self._open(state)
+        return client
+
+    async def aclose(self) -> None:
+        """Close the running loop's client, and let go of those whose loops are closed."""
+        state = self._here()
+        async with state.opening:
+            state.client = None
+            if state.life is not None:
+                life, state.life = state.life, None
+                await life.aclose()
+
+    def _here(self) -> _LoopState:
+        loop = asyncio.get_running_loop()
+        state = self._loops.get(loop)
+        if state is None:
+            with self._lock:
+                for closed in [other for other in self._loops if other.is_closed()]:
+                    self._loops.pop(closed).discard()
+                state = self._loops.setdefault(loop, _LoopState())
+        return state
+
+    async def _open(self, state: _LoopState) -> S3Client:
+        try:
+            session, config = await threads.run(self._prepare, patience=_PATIENCE)
+            state.life = _live(session, config, self._settings, self._traits)
+            state.client = await anext(state.life)
+        except Exception as error:
+            raise translate(error, "open", bucket=self._settings.bucket) from error
+        return state.client
+
+    def _prepare(self) -> tuple[Any, Any]:
+        """Do what takes long, once for all loops: import the SDK and read its models, which it keeps."""
+        with self._preparing:
+            if self._session is None:
+                self._session = _new_session()
+            with contextlib.suppress(ImportError):  # a session of aiobotocore does without
+                importlib.import_module("aioboto3.s3.inject")
+            _read_models(self._session)
+            return self._session, client_config(self._settings)
+
+
+async def _live(session: Any, config: Any, settings: S3Settings, traits: ServerTraits) -> AsyncGenerator[S3Client, None]:
+    """Yield a client and close it. The generator knows nothing of who holds it: dropped, it is closed by its loop at once."""
+    open_client = session.create_client if _is_bare(session) else session.client
+    async with contextlib.AsyncExitStack() as clients:
+        raw = signer = await clients.enter_async_context(
+            open_client("s3", **_with_verify(settings.client_kwargs, config), config=config)
+        )
+        await asyncio.sleep(0)  # so that the first request's own set-up is another turn of the loop
+        if settings.presign_endpoint_url is not None:
+            kwargs = {**settings.client_kwargs, "endpoint_url": settings.presign_endpoint_url}
+            signer = await clients.enter_async_context(open_client("s3", **_with_verify(kwargs, config), config=config))
+        elif "endpoint_url" not in settings.client_kwargs:
+            _sign_for_the_region(raw, settings.bucket)
+        client = S3Client(raw, session, settings, traits, signer=signer, pool_size=config.max_pool_connections)
+        try:
+            yield client
+        finally:
+            client.closed = True
+
+
+def _sign_for_the_region(raw: Any, bucket: str) -> None:
+    """Have Amazon's URLs presigned for the bucket's own host in its region.
+
+    The SDK signs them for `bucket.s3.amazonaws.com`, which answers 307 for buckets of other regions: a browser's preflight may
+    not follow that, and newer regions refuse the signature. A name with a dot has no host of its own that TLS would accept.
+    """
+    host = urlsplit(raw.meta.endpoint_url).hostname or ""
+    given = raw.meta.config.s3 or {}
+    if host.endswith(_AMAZON) and "." not in bucket and "addressing_style" not in given:
+        raw.meta.config.s3 = {**given, "addressing_style": "virtual"}
+
+
+class _LoopState:
+    def __init__(self) -> None:
+        self.opening = asyncio.Lock()
+        self.client: S3Client | None = None
+        self.life: AsyncGenerator[S3Client, None] | None = None
+
+    def discard(self) -> None:
+        """Let go of a client whose loop was closed without a word to its generators: nothing can be awaited any more."""
+        if self.client is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                for session in self.client.http_sessions():
+                    session.detach()
+            self.client = self.life = None
+
+
+def is_installed() -> bool:
+    """Tell whether there is an SDK."""
+    return any(importlib.util.find_spec(name) is not None for name in _SDKS)
+
+
+def _new_session() -> Any:
+    """Return a session of aioboto3 where that is installed, else one of aiobotocore."""
+    if importlib.util.find_spec(_SDKS[0]) is not None:
+        return importlib.import_module(_SDKS[0]).Session()
+    return importlib.import_module("aiobotocore.session").get_session()
+
+
+def _is_bare(session: Any) -> bool:
+    """Tell whether a session is one of aiobotocore itself, and not of aioboto3, which has one inside."""
+    return hasattr(session, "create_client")
+
+
+def _with_verify(client_kwargs: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Spare a plain HTTP endpoint the reading of all the certificates, which takes 50 ms of the loop and verifies nothing."""
+    plain = str(client_kwargs.get("endpoint_url") or "").startswith("http://")
+    if plain and not config.proxies and not getproxies():
+        return {"verify": False, **client_kwargs}
+    return dict(client_kwargs)
+
+
+def _read_models(session: Any) -> None:
+    """Have a session read ahead what making a client reads; an SDK that keeps it elsewhere reads it later, on the loop."""
+    with contextlib.suppress(Exception):
+        botocore_session = session if _is_bare(session) else session._session
+        loader = botocore_session.get_component("data_loader")
+        for model in _MODELS:
+            loader.load_service_model("s3", model, api_version=None)
+        for table in _TABLES:
+            loader.load_data(table)
+        botocore_session.get_scoped_config()
+
+
+def client_config(settings: S3Settings) -> Any:
+    """Return the client's configuration: what the caller gave, over what the backend needs."""
+    config_class = importlib.import_module("aiobotocore.config").AioConfig
+    given = settings.config
+    ours = config_class(
+        connect_timeout=settings.connect_timeout,
+        max_pool_connections=settings.max_pool_connections,
+        read_timeout=settings.read_timeout,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        retries={"mode": "standard", "total_max_attempts": 1},
+        s3={"payload_signing_enabled": False, "us_east_1_regional_endpoint": "regional"},
+        signature_version="s3v4",
+    )
+    if given is None:
+        return ours
+    merged = ours.merge(given)
+    merged.s3 = {**(given.s3 or ours.s3), "payload_signing_enabled": False}
+    for name in ("connector_args", "http_session_cls"):
+        if hasattr(given, name):
+            setattr(merged, name, getattr(given, name))
+    return merged

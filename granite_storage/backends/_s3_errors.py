@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from granite_storage.backends._service_errors import PreconditionFailedError, RangeNotSatisfiableError
+from granite_storage.backends._remote import PreconditionFailedError, RangeNotSatisfiableError
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,

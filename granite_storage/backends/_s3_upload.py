@@ -3,20 +3,680 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import logging
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from granite_storage._tasks import finish, settle
-from granite_storage.backends._s3_body import Body, PartSource, base64_text
-from granite_storage.backends._s3_client import S3Client, version_of
+from granite_storage.backends._remote import PreconditionFailedError
+from granite_storage.backends._s3_client import S3Client, backoff, threads, version_of
 from granite_storage.backends._s3_errors import MissingUploadError
-from granite_storage.backends._s3_multipart import ANSWER_TIMEOUT, MAX_PARTS, MultipartUpload, checksum_header
-from granite_storage.backends._s3_probes import find_out
-from granite_storage.backends._service_errors import PreconditionFailedError
-from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
+from granite_storage.backends.base import upload_begun
+from granite_storage.exceptions import (
+    AccessDeniedError,
+    BackendError,
+    BackendUnavailableError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+)
+from granite_storage.locations import RESERVED_PREFIX
 
-__all__ = ["ObjectWriter"]
+__all__ = [
+    "ANSWER_TIMEOUT",
+    "MAX_PARTS",
+    "PROBE_PREFIX",
+    "Body",
+    "BytesSource",
+    "MultipartUpload",
+    "ObjectWriter",
+    "PartSource",
+    "StreamSource",
+    "abort_upload",
+    "abort_uploads",
+    "base64_text",
+    "checksum_header",
+    "date_of",
+    "find_out",
+    "part_size_of",
+    "remove_probes",
+]
+
+
+# Bytes on their way to S3: cut into parts without being joined, hashed off the loop.
+
+
+Piece = bytes | memoryview
+
+SMALL = 256 * 1024
+"""Up to this size a body is sent as plain `bytes`, and larger ones in slices of it."""
+
+UNRESERVED = 1024 * 1024
+"""What a stream may hold in memory without a reservation, in bytes: small objects never wait for large ones."""
+
+_SLIVER = 64 * 1024
+
+
+class Body:
+    """The bytes of one request: any number of pieces, which are never joined, and can be sent again.
+
+    The SDK takes it for a file of known length; the HTTP client under it iterates it.
+
+    Attributes:
+        pieces: The bytes.
+        sent: Whether all of them may have reached the server, in this attempt or an earlier one; before, it can have stored
+            nothing.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], room: asyncio.Semaphore | None = None) -> None:
+        self.pieces = pieces
+        self.sent = False
+        self._room = room
+        self._size = sum(map(len, pieces))
+        self._deadline: asyncio.Timeout | None = None
+        self._patience = 0.0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, size: int = -1, /) -> NoReturn:
+        """Exist, so that the SDK takes this for a file; it is never called."""
+        raise TypeError("the body is iterated, not read")
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Do nothing: every iteration begins at the start."""
+        return 0
+
+    def drop(self, _: object = None) -> None:
+        """Let go of the bytes, and of the room in memory that was reserved for them; idempotent, and fit for a callback."""
+        self.pieces = ()
+        room, self._room = self._room, None
+        if room is not None:
+            room.release()
+
+    def payload(self) -> Any:
+        """Return what to give to the SDK: the bytes themselves where they are few, which is faster."""
+        if len(self) > SMALL:
+            return self
+        self.sent = True
+        return b"".join(self.pieces)
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        left = len(self)
+        for piece in self.pieces:
+            view = memoryview(piece)
+            for start in range(0, len(view), SMALL):
+                part = view[start : start + SMALL]
+                left -= len(part)
+                self.sent = self.sent or not left
+                self._postpone()
+                yield part
+                await asyncio.sleep(0)  # a fast server would otherwise keep the loop to itself
+
+    @asynccontextmanager
+    async def watched(self, patience: float) -> AsyncIterator[None]:
+        """Raise `TimeoutError` where neither the body nor the answer has moved for so many seconds."""
+        self._patience = patience
+        try:
+            async with asyncio.timeout(patience) as self._deadline:
+                yield
+        finally:
+            self._deadline = None
+
+    def _postpone(self) -> None:
+        if self._deadline is not None:
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._patience)
+
+    def digest(self, algorithm: str) -> bytes:
+        """Return the hash of the bytes; slow where they are many."""
+        digest = hashlib.new(algorithm, usedforsecurity=False)
+        for piece in self.pieces:
+            digest.update(piece)
+        return digest.digest()
+
+
+def base64_text(digest: bytes) -> str:
+    """Return a digest as S3's headers have it."""
+    return base64.b64encode(digest).decode()
+
+
+class PartSource(Protocol):
+    """Where the parts of an object come from, in order.
+
+    Attributes:
+        size: How many bytes there will be, None where that is not known.
+    """
+
+    size: int | None
+
+    async def take(self, size: int) -> Body:
+        """Return the next `size` bytes, fewer only where they end; who takes them drops them."""
+        ...
+
+    async def ended(self) -> bool:
+        """Tell whether nothing is left."""
+        ...
+
+    def give_back(self, body: Body) -> None:
+        """Have what was taken last taken again."""
+        ...
+
+    def close(self) -> None:
+        """Drop what was given back; idempotent."""
+        ...
+
+
+class BytesSource:
+    """Parts of bytes in memory, none of which is copied."""
+
+    def __init__(self, content: bytes) -> None:
+        self.size: int | None = len(content)
+        self._content = content
+        self._position = 0
+
+    async def take(self, size: int) -> Body:
+        """Return the next bytes; see `PartSource`."""
+        start = self._position
+        self._position = min(start + size, len(self._content))
+        return Body([memoryview(self._content)[start : self._position]])
+
+    async def ended(self) -> bool:
+        """Tell whether nothing is left."""
+        return self._position == len(self._content)
+
+    def give_back(self, body: Body) -> None:
+        """Have the last bytes taken again; see `PartSource`."""
+        self._position -= len(body)
+
+    def close(self) -> None:
+        """Do nothing: the bytes are the caller's."""
+
+
+class StreamSource:
+    """Parts of a stream; all have the size that is asked for, to the byte, since some servers want them equal.
+
+    Args:
+        stream: The stream.
+        room: How many parts of all streams may be in memory; one that is larger than `UNRESERVED` waits for its place.
+        size: How many bytes the stream will yield, None where that is not known.
+    """
+
+    def __init__(self, stream: AsyncIterator[bytes], room: asyncio.Semaphore, size: int | None = None) -> None:
+        self.size = size
+        self._stream = stream
+        self._room = room
+        self._rest: Piece = b""
+        self._over = False
+        self._returned: Body | None = None
+
+    async def take(self, size: int) -> Body:
+        """Return the next bytes; see `PartSource`."""
+        if self._returned is not None:
+            body, self._returned = self._returned, None
+            return body
+        pieces = _Pieces()
+        room: asyncio.Semaphore | None = None
+        try:
+            while len(pieces) < size and not await self.ended():
+                if room is None and len(pieces) >= UNRESERVED:
+                    await self._room.acquire()
+                    room = self._room
+                pieces.add(self._cut(size - len(pieces)))
+        except BaseException:
+            if room is not None:
+                room.release()
+            raise
+        return Body(pieces.finish(), room)
+
+    async def ended(self) -> bool:
+        """Tell whether nothing is left, which the stream itself must have said."""
+        while not (self._rest or self._over or self._returned):
+            try:
+                self._rest = await anext(self._stream)
+            except StopAsyncIteration:
+                self._over = True
+        return not self._rest and self._returned is None
+
+    def give_back(self, body: Body) -> None:
+        """Have a whole part taken again; see `PartSource`."""
+        if len(body):
+            self._returned = body
+
+    def close(self) -> None:
+        """Drop what was given back; see `PartSource`."""
+        if self._returned is not None:
+            self._returned.drop()
+            self._returned = None
+
+    def _cut(self, size: int) -> Piece:
+        piece, rest = self._rest, self._rest[:0]
+        if len(piece) > size:
+            piece, rest = memoryview(piece)[:size], memoryview(piece)[size:]
+        self._rest = rest
+        return piece
+
+
+class _Pieces:
+    """Collects pieces, and joins those that are so small that a list of them would be larger than they are."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Piece] = []
+        self._slivers: list[Piece] = []
+        self._pending = 0
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, piece: Piece) -> None:
+        self._size += len(piece)
+        if len(piece) >= _SLIVER and not self._slivers:
+            self._pieces.append(piece)
+            return
+        self._slivers.append(piece)
+        self._pending += len(piece)
+        if self._pending >= SMALL:
+            self._join()
+
+    def finish(self) -> list[Piece]:
+        self._join()
+        return self._pieces
+
+    def _join(self) -> None:
+        if self._slivers:
+            self._pieces.append(self._slivers[0] if len(self._slivers) == 1 else b"".join(self._slivers))
+            self._slivers = []
+            self._pending = 0
+
+
+# A multipart upload: parts in flight side by side in bounded memory, and nothing left of it when it is aborted.
+
+
+ANSWER_TIMEOUT = 10.0
+"""How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
+
+MAX_PARTS = 10_000
+"""The most parts of an object that S3 takes."""
+
+_LARGEST_PART = 5 * 1024**3
+_EQUAL_PARTS = 4_500
+_PARTS_UNTIL_DOUBLED = 500
+_INLINE_HASH = 8 * 1024
+_ABORTS = 8
+
+T = TypeVar("T")
+
+
+def part_size_of(number: int, part_size: int, size: int | None = None) -> int:
+    """Return how large a part is to be, in bytes: all are equal where the size of the whole is known, as R2 wants them.
+
+    Where it is not, the first 4,500 are equal, then the size doubles every 500. So a stream of unknown length can have 5 TiB,
+    which is more than S3 takes of an object, in 10,000 parts.
+
+    Args:
+        number: The part's number, from 1.
+        part_size: The size of the first one, at the least.
+        size: The size of the whole, None where it is not known.
+    """
+    if size is not None:
+        return max(part_size, -(-size // MAX_PARTS))
+    doublings = max(0, (number - 1 - _EQUAL_PARTS) // _PARTS_UNTIL_DOUBLED + 1)
+    return min(part_size << doublings, _LARGEST_PART)
+
+
+async def checksum_header(body: Body, *, sha256: bool) -> tuple[dict[str, str], bytes]:
+    """Return the parameter with which the server verifies the bytes, and their hash; a thread computes it."""
+    algorithm, parameter = ("sha256", "ChecksumSHA256") if sha256 else ("md5", "ContentMD5")
+    digest = await _unhurried(len(body), body.digest, algorithm)
+    return {parameter: base64_text(digest)}, digest
+
+
+async def _unhurried(size: int, digest: Callable[[T], bytes], argument: T) -> bytes:
+    """Hash so many bytes, in a thread where they are many."""
+    return digest(argument) if size <= _INLINE_HASH else await threads.run(digest, argument)
+
+
+def _sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+@asynccontextmanager
+async def _side_by_side() -> AsyncIterator[asyncio.TaskGroup]:
+    """Give a task group that raises the first failure itself, not a group of them."""
+    failure: BaseException | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as failures:
+        failure = failures.exceptions[0]
+    try:
+        if failure is not None:
+            raise failure
+    finally:
+        del failure  # or it would hold this frame, and the frame it
+
+
+class MultipartUpload:
+    """An upload in parts, from its creation to the moment before it is completed.
+
+    Args:
+        client: The event loop's client.
+        location: The object's location.
+        parameters: What else the creation is told, such as the content type.
+    """
+
+    def __init__(self, client: S3Client, location: str, parameters: Mapping[str, Any]) -> None:
+        self._client = client
+        self._location = location
+        self._parameters = parameters
+        self._creating: asyncio.Task[dict[str, Any]] | None = None
+        self._id: str | None = None
+        self._parts: dict[int, dict[str, Any]] = {}
+        self._digests: dict[int, bytes] = {}
+        self.size = 0
+
+    async def create(self) -> None:
+        """Create the upload at the server."""
+        self._creating = asyncio.ensure_future(
+            self._client.call("create_multipart_upload", location=self._location, **self._parameters)
+        )
+        answer = await asyncio.shield(self._creating)
+        self._id = answer["UploadId"]
+        if answer["ResponseMetadata"]["RetryAttempts"]:
+            await self._abort_strays()
+        if (tell := upload_begun.get()) is not None:
+            await tell(answer["UploadId"])
+
+    async def send(self, source: PartSource) -> None:
+        """Send all that a source has.
+
+        At most `part_concurrency` parts are in memory, the one that is being filled included.
+
+        Raises:
+            BackendError: A part could not be sent.
+            Exception: What the source raised, unchanged.
+        """
+        settings = self._client.settings
+        room = asyncio.Semaphore(settings.part_concurrency)
+        async with _side_by_side() as group:
+            number = 1
+            while not await source.ended():
+                await room.acquire()
+                body = await source.take(part_size_of(number, settings.part_size, source.size))
+                self.size += len(body)
+                task = group.create_task(self._send_part(number, body, room))
+                task.add_done_callback(body.drop)  # of one that is cancelled before it has begun, too
+                del body, task  # or the memory would be held while the next part is filled
+                number += 1
+
+    async def _send_part(self, number: int, body: Body, room: asyncio.Semaphore) -> None:
+        try:
+            checksums = self._client.settings.checksums
+            header, digest = await checksum_header(body, sha256=checksums)
+            answer = await self._client.call(
+                "upload_part", location=self._location, UploadId=self._id, PartNumber=number, Body=body, **header
+            )
+            self._parts[number] = {"PartNumber": number, "ETag": answer["ETag"], **(header if checksums else {})}
+            self._digests[number] = digest
+            if checksums:
+                self._client.traits.note_checksum(answer)
+        finally:
+            body.drop()  # first, or the next part would be filled while this one is still in memory
+            room.release()
+
+    async def copy(self, copy_source: Mapping[str, Any], size: int, part_size: int) -> None:
+        """Have the server copy another object's bytes into the parts.
+
+        Args:
+            copy_source: The parameters that name the object.
+            size: Its size in bytes.
+            part_size: The size of the parts.
+        """
+        room = asyncio.Semaphore(self._client.settings.part_concurrency)
+        self.size = size
+        async with _side_by_side() as group:
+            for number, start in enumerate(range(0, size, part_size), 1):
+                part = {"CopySourceRange": f"bytes={start}-{min(start + part_size, size) - 1}"} if size > part_size else {}
+                group.create_task(self._copy_part(number, {**copy_source, **part}, room))
+
+    async def _copy_part(self, number: int, copy_source: Mapping[str, Any], room: asyncio.Semaphore) -> None:
+        async with room:
+            answer = await self._client.call(
+                "upload_part_copy", location=self._location, UploadId=self._id, PartNumber=number, **copy_source
+            )
+        self._parts[number] = {"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]}
+
+    def completion(self) -> dict[str, Any]:
+        """Return the parameters of the request that turns the parts into an object."""
+        return {"UploadId": self._id, "MultipartUpload": {"Parts": [self._parts[number] for number in sorted(self._parts)]}}
+
+    async def checksum(self) -> str | None:
+        """Return S3's checksum of the whole, the hash of the parts' hashes; None where the parts were not hashed here."""
+        if not self._digests:
+            return None
+        joined = b"".join(self._digests[number] for number in sorted(self._digests))
+        return base64_text(await _unhurried(len(joined), _sha256, joined))
+
+    async def abort(self) -> None:
+        """Leave nothing of the upload behind, also where its creation was cut off before its answer came."""
+        if self._creating is None:
+            return
+        if not await settle(self._creating, ANSWER_TIMEOUT):
+            self._creating.cancel()
+            await settle(self._creating)
+        if self._creating.cancelled():
+            await self._abort_strays()
+        elif self._creating.exception() is None:
+            await self._abort(self._creating.result()["UploadId"])
+        elif isinstance(self._creating.exception(), BackendUnavailableError):
+            await self._abort_strays()
+
+    async def _abort(self, upload_id: str) -> None:
+        key = self._client.settings.key(self._location)
+        await _abort(self._client, key, upload_id)
+
+    async def _abort_strays(self) -> None:
+        """Abort the uploads of our key whose creation the server may have made without our hearing of it."""
+        await _abort_all(self._client, self._client.settings.key(self._location), but=self._id)
+
+
+async def abort_uploads(client: S3Client, *, older_than: timedelta) -> int:
+    """Abort the uploads under the prefix of which nothing has arrived since, by the server's clock; return how many."""
+    position: dict[str, str] = {}
+    count = 0
+    while True:
+        page = await client.call("list_multipart_uploads", Prefix=client.settings.prefix, **position)
+        oldest = _now(page) - older_than
+        for upload in page.get("Uploads", ()):
+            key, upload_id = upload["Key"], upload["UploadId"]
+            if upload["Initiated"] < oldest and await _last_arrival(client, key, upload_id, upload["Initiated"]) < oldest:
+                await _abort(client, key, upload_id)
+                count += 1
+        if not page.get("IsTruncated"):
+            return count
+        position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+
+def date_of(answer: Mapping[str, Any]) -> datetime:
+    """Return the time of an answer by the server's clock, in whole seconds; by this machine's where the server does not say."""
+    date = answer["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
+    return parsedate_to_datetime(date) if date else datetime.now(UTC)
+
+
+async def abort_upload(client: S3Client, location: str, upload_id: str | None) -> None:
+    """Abort one upload of a location, or all of them."""
+    key = client.settings.key(location)
+    if upload_id is None:
+        await _abort_all(client, key)
+    else:
+        await _abort(client, key, upload_id)
+
+
+async def _abort_all(client: S3Client, key: str, *, but: str | None = None) -> None:
+    answer = await client.call("list_multipart_uploads", Prefix=key)
+    for upload in answer.get("Uploads", ()):
+        if upload["Key"] == key and upload["UploadId"] != but:
+            await _abort(client, key, upload["UploadId"])
+
+
+def _now(answer: Mapping[str, Any]) -> datetime:
+    """Return the time by the server's clock, whose answers have it in whole seconds, rounded up."""
+    return date_of(answer) + timedelta(seconds=1)
+
+
+async def _last_arrival(client: S3Client, key: str, upload_id: str, initiated: datetime) -> datetime:
+    latest, position = initiated, 0
+    while True:
+        try:
+            page = await client.call("list_parts", Key=key, UploadId=upload_id, PartNumberMarker=position)
+        except MissingUploadError:
+            return datetime.max.replace(tzinfo=UTC)
+        for part in page.get("Parts", ()):
+            latest = max(latest, part["LastModified"])
+        if not page.get("IsTruncated"):
+            return latest
+        position = page["NextPartNumberMarker"]
+
+
+async def _abort(client: S3Client, key: str, upload_id: str) -> None:
+    """Abort an upload until no part is left: one that is in flight may still arrive."""
+    for attempt in range(1, _ABORTS + 1):
+        try:
+            await client.call("abort_multipart_upload", Key=key, UploadId=upload_id)
+        except MissingUploadError:
+            return
+        if not await _has_parts(client, key, upload_id):
+            return
+        await asyncio.sleep(backoff(attempt))
+    raise BackendError(f"the parts of an aborted upload of {key!r} remain")
+
+
+async def _has_parts(client: S3Client, key: str, upload_id: str) -> bool:
+    try:
+        answer = await client.call("list_parts", Key=key, UploadId=upload_id, MaxParts=1)
+    except BackendUnavailableError:
+        return True
+    except BackendError:
+        return False
+    return bool(answer.get("Parts"))
+
+
+# Finding out, once for a backend, whether its server looks at the condition of the request that ends a multipart upload.
+#
+# A server that refuses a header says so. One that does not know it stores all the same: Ceph 16 ignores `If-None-Match: *`
+# of a CompleteMultipartUpload, and would write over an object. So a HEAD precedes the end of a multipart upload until the
+# server has shown on an object made for that purpose that it looks at the condition, and where it does not, ever after.
+
+
+logger = logging.getLogger("granite_storage")
+
+PROBE_PREFIX = f"{RESERVED_PREFIX}probe-"
+"""How the locations of objects begin that are made to find something out; they are in no listing."""
+
+_KNOWN_SERVERS = ("AmazonS3",)
+"""The names of servers that are known to look at the conditions of every write."""
+
+
+async def find_out(client: S3Client, answer: Mapping[str, Any]) -> None:
+    """Find out what the server does with the condition of a CompleteMultipartUpload, unless that is known.
+
+    Args:
+        client: The event loop's client.
+        answer: The answer to such a request, by whose headers some servers are known.
+    """
+    traits = client.traits
+    if traits.checks_completions is not None or traits.asking:
+        return
+    if answer["ResponseMetadata"].get("HTTPHeaders", {}).get("server", "") in _KNOWN_SERVERS:
+        traits.checks_completions = True
+        return
+    traits.asking = True
+    try:
+        await finish(_ask(client), f"finding out whether the S3 server of bucket {traits.bucket!r} looks at conditions")
+    finally:
+        traits.asking = False
+
+
+async def remove_probes(client: S3Client, before: datetime) -> int:
+    """Remove the objects that a crash left of this, if they are from before a time; return how many."""
+    answer = await client.call("list_objects_v2", Prefix=client.settings.key(PROBE_PREFIX))
+    old = [entry["Key"] for entry in answer.get("Contents", ()) if entry["LastModified"] < before]
+    for key in old:
+        await client.call("delete_object", Key=key)
+    return len(old)
+
+
+async def _ask(client: S3Client) -> None:
+    traits = client.traits
+    try:
+        traits.checks_completions = await _checks_completions(client)
+    except BackendUnavailableError:
+        return  # the next multipart upload asks again
+    except BackendError as error:
+        traits.checks_completions = False
+        logger.warning(
+            "it could not be found out whether the S3 server of bucket %r looks at If-None-Match of CompleteMultipartUpload "
+            "(%s): the backend looks for an object before the end of each multipart upload and copy; conditional_writes=True "
+            "says that the server does",
+            traits.bucket,
+            error,
+        )
+        return
+    if not traits.checks_completions:
+        logger.warning(
+            "the S3 server of bucket %r ignores If-None-Match of CompleteMultipartUpload: the backend looks for an object "
+            "before the end of each multipart upload and copy, and of two writers of one location at the same moment the later "
+            "one wins; conditional_writes=False says that this is known",
+            traits.bucket,
+        )
+
+
+async def _checks_completions(client: S3Client) -> bool:
+    """Upload onto an object made for this, on the condition that there is none; return whether the server refuses."""
+    key = client.settings.key(f"{PROBE_PREFIX}{uuid.uuid4().hex}")
+    made: list[dict[str, Any]] = []
+    upload_id: str | None = None
+    content = Body([b"probe"])
+    header, _ = await checksum_header(content, sha256=client.settings.checksums)
+    try:
+        made.append(await client.call("put_object", Key=key, Body=content, **header, **_extra(client, "put_object")))
+        upload_id = (await client.call("create_multipart_upload", Key=key, **_extra(client, "create_multipart_upload")))[
+            "UploadId"
+        ]
+        part = await client.call("upload_part", Key=key, UploadId=upload_id, PartNumber=1, Body=content, **header)
+        parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+        request: dict[str, Any] = {"Key": key, "UploadId": upload_id, "MultipartUpload": parts, "IfNoneMatch": "*"}
+        made.append(await client.call("complete_multipart_upload", **request))
+    except PreconditionFailedError:
+        return True
+    else:
+        upload_id = None
+        return False
+    finally:
+        await finish(_remove(client, key, upload_id, made), f"removing the probe {key!r}")
+
+
+def _extra(client: S3Client, operation: str) -> dict[str, Any]:
+    """Return what the bucket may demand of every write, such as encryption; no lock, which would keep the probe."""
+    given = client.settings.extra_put_kwargs.items()
+    return {name: value for name, value in given if client.supports(operation, name) and not name.startswith("ObjectLock")}
+
+
+async def _remove(client: S3Client, key: str, upload_id: str | None, made: list[dict[str, Any]]) -> None:
+    if upload_id is not None:
+        await client.call("abort_multipart_upload", Key=key, UploadId=upload_id)
+    for version in {answer.get("VersionId") for answer in made}:
+        named = {"VersionId": version} if version and version != "null" else {}
+        try:
+            await client.call("delete_object", Key=key, **named)
+        except AccessDeniedError:  # a version needs a permission of its own
+            await client.call("delete_object", Key=key)
+
 
 _WRITE_ID = "granite-write-id"
 _COPIED_AT_A_TIME = 512 * 1024**2

@@ -16,10 +16,9 @@ from aiofiles.threadpool.binary import AsyncFileIO
 
 from granite_storage._tasks import finish, finished
 from granite_storage._threads import ThreadConsumer, ThreadPool
-from granite_storage.backends._local_tree import Tree
+from granite_storage.backends._identity import folder_places
+from granite_storage.backends._local_tree import Tree, translated
 from granite_storage.backends._local_write import Draft, FileWriter
-from granite_storage.backends._places import folder_places
-from granite_storage.backends._tree_errors import translated
 from granite_storage.backends.base import ObjectInfo, ObjectReader, Place, byte_range, check_range
 from granite_storage.exceptions import BackendError, ConfigurationError
 from granite_storage.locations import check_location

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
+from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject, bucket_place
 from granite_storage.backends._listing import list_keys
-from granite_storage.backends._places import bucket_place
-from granite_storage.backends._remote import open_reader
-from granite_storage.backends._s3_body import BytesSource, PartSource, StreamSource
-from granite_storage.backends._s3_client import S3Client, S3Settings, version_of
-from granite_storage.backends._s3_connect import S3Clients, is_installed
+from granite_storage.backends._remote import ConnectionTakenError, Opened, error_at, open_reader
+from granite_storage.backends._s3_client import Lease, S3Client, S3Clients, S3Settings, is_installed, version_of
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
-from granite_storage.backends._s3_multipart import abort_upload, abort_uploads, date_of
-from granite_storage.backends._s3_presign import presigned_form, presigned_put, require_presignable, warn_of_early_end
-from granite_storage.backends._s3_probes import PROBE_PREFIX, remove_probes
-from granite_storage.backends._s3_reader import S3Service, info_of
-from granite_storage.backends._s3_upload import ObjectWriter
-from granite_storage.backends._service_errors import error_at
-from granite_storage.backends.base import ObjectInfo, ObjectReader, Place, UploadRequest
+from granite_storage.backends._s3_upload import (
+    PROBE_PREFIX,
+    BytesSource,
+    ObjectWriter,
+    PartSource,
+    StreamSource,
+    abort_upload,
+    abort_uploads,
+    date_of,
+    remove_probes,
+)
+from granite_storage.backends.base import ByteRange, ObjectInfo, ObjectReader, Place, UploadRequest
 from granite_storage.exceptions import (
     BackendError,
     ConfigurationError,
@@ -34,7 +37,176 @@ from granite_storage.exceptions import (
 from granite_storage.locations import MAX_LOCATION_BYTES, check_location, check_segment
 from granite_storage.streams import MeasuredStream, require_size
 
-__all__ = ["S3ConfigurationError", "S3StorageBackend"]
+__all__ = [
+    "S3ConfigurationError",
+    "S3Service",
+    "S3StorageBackend",
+    "info_of",
+    "presigned_form",
+    "presigned_put",
+    "require_presignable",
+    "warn_of_early_end",
+]
+
+
+# Requests that clients make of an S3 server by themselves, signed so that nothing of them can be changed.
+
+
+logger = logging.getLogger("granite_storage")
+
+_HEADERS = {
+    "ACL": "x-amz-acl",
+    "BucketKeyEnabled": "x-amz-server-side-encryption-bucket-key-enabled",
+    "SSEKMSEncryptionContext": "x-amz-server-side-encryption-context",
+    "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
+    "ServerSideEncryption": "x-amz-server-side-encryption",
+    "StorageClass": "x-amz-storage-class",
+}
+"""The parameters that decide how the bytes are kept; the others are for the copy that is made of what a client has stored."""
+
+_FIELDS = _HEADERS | {"ACL": "acl"}
+_ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")
+
+
+def require_presignable(settings: S3Settings) -> None:
+    """Refuse the parameters with which no client can store, or nothing could be made of what it has stored.
+
+    Raises:
+        S3ConfigurationError: There are some.
+    """
+    extra = settings.extra_put_kwargs
+    if any(name.startswith("SSECustomer") for name in extra):
+        raise S3ConfigurationError("extra_put_kwargs encrypts with a key of your own, which a client would have to be given")
+    if extra.get("StorageClass") in _ARCHIVES:
+        raise S3ConfigurationError(
+            f"extra_put_kwargs has the storage class {extra['StorageClass']!r}, from which no direct upload could be read"
+        )
+
+
+async def presigned_form(
+    client: S3Client, location: str, expires_in: int, content_type: str, min_size: int, max_size: int
+) -> UploadRequest:
+    """Return a form that stores an object: every condition of its policy names one value, but for the size.
+
+    Source: Amazon S3 API reference, "Creating an HTML form (using AWS signature version 4)".
+    """
+    key = client.settings.key(location)
+    fields = {"Content-Type": content_type, **_named(client.settings.extra_put_kwargs, _FIELDS)}
+    form = await client.signer.generate_presigned_post(
+        client.settings.bucket,
+        key,
+        Fields=dict(fields),
+        Conditions=[
+            ["eq", "$key", key],
+            *(["eq", f"${name}", value] for name, value in fields.items()),
+            ["content-length-range", min_size, max_size],
+        ],
+        ExpiresIn=expires_in,
+    )
+    return UploadRequest("POST", form["url"], fields=form["fields"])
+
+
+async def presigned_put(client: S3Client, location: str, expires_in: int, content_type: str, _: int, size: int) -> UploadRequest:
+    """Return a PUT that stores an object of one size, which is signed as its Content-Length."""
+    extra = client.settings.extra_put_kwargs
+    parameters = {
+        **{name: extra[name] for name in _HEADERS if name in extra},
+        "Bucket": client.settings.bucket,
+        "Key": client.settings.key(location),
+        "ContentType": content_type,
+        "ContentLength": size,
+    }
+    url = await client.signer.generate_presigned_url("put_object", Params=parameters, ExpiresIn=expires_in)
+    return UploadRequest("PUT", url, headers={"Content-Type": content_type, **_named(extra, _HEADERS)})
+
+
+def _named(extra: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+    """Return parameters of the SDK as a client sends them."""
+    values = {name: extra[parameter] for parameter, name in names.items() if parameter in extra}
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
+
+
+def warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
+    """Log that what was just signed ends with the temporary credentials that signed it, once for each set of these."""
+    end = client.end_of_credentials()
+    if end is None or end == client.traits.warned_of_end:
+        return
+    left = end - datetime.now(UTC)
+    if left < expires_in:
+        client.traits.warned_of_end = end
+        logger.warning(
+            "what is presigned for bucket %r was asked to work for %s, but ends after %s with the temporary credentials that "
+            "sign it: presign for less, or sign with credentials that last",
+            client.settings.bucket,
+            expires_in,
+            timedelta(seconds=max(0, int(left.total_seconds()))),
+        )
+
+
+# Objects that S3 sends.
+
+
+def info_of(location: str, answer: Mapping[str, Any], size: int) -> ObjectInfo:
+    """Return what an answer of the SDK says of an object."""
+    modified: datetime = answer["LastModified"]
+    etag = str(answer.get("ETag") or "").strip('"') or None
+    content_type, encoding = answer.get("ContentType"), answer.get("ContentEncoding") or None
+    return ObjectInfo(location, size, modified.astimezone(UTC), etag, content_type, encoding)
+
+
+class S3Service:
+    """A bucket, as a reader asks it; see `Service`."""
+
+    def __init__(self, client: S3Client) -> None:
+        self.attempts = client.settings.max_attempts
+        self._client = client
+
+    async def get(self, location: str, start: int, stop: int | None, same: Mapping[str, Any] | None = None, /) -> Opened:
+        """Ask for a range; see `Service.get`."""
+        wanted = dict(same or {})
+        if start or stop is not None:
+            wanted["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        answer, lease = await self._client.start("get_object", location=location, **wanted)
+        try:
+            size, sent = _size_and_range(answer)
+            this = {**({"IfMatch": answer["ETag"]} if "ETag" in answer else {}), **version_of(answer)}
+            return Opened(info_of(location, answer, size), sent, _LeasedBody(lease), this)
+        except BaseException:
+            lease.release()
+            raise
+
+    async def head(self, location: str, /) -> ObjectInfo:
+        """Ask what is known of an object; see `Service.head`."""
+        head = await self._client.head(location)
+        return info_of(location, head, head["ContentLength"])
+
+
+class _LeasedBody:
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+        lease.lend()
+
+    async def read(self, size: int, /) -> bytes:
+        if self._lease.is_released:
+            raise ConnectionTakenError
+        with self._lease.reading() as body:
+            chunk: bytes = await body.read(size)
+        return chunk
+
+    async def aclose(self) -> None:
+        self._lease.release()
+
+
+def _size_and_range(answer: Mapping[str, Any]) -> tuple[int, ByteRange]:
+    """Return the size of the whole object, and which of its bytes the answer has."""
+    content_range: str | None = answer.get("ContentRange")
+    if not content_range:
+        size = int(answer["ContentLength"])
+        return size, ByteRange(0, size)
+    sent, _, size_text = content_range.removeprefix("bytes ").partition("/")
+    start, _, last = sent.partition("-")
+    return int(size_text), ByteRange(int(start), int(last) + 1)
+
 
 _MIB = 1024 * 1024
 _SMALLEST_PART = 5 * _MIB

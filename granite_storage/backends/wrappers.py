@@ -2,12 +2,275 @@
 
 from __future__ import annotations
 
-from granite_storage.backends._wrapper import WrappedBackend
-from granite_storage.backends.base import Place, StorageBackend
-from granite_storage.exceptions import ConfigurationError, InvalidLocationError
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any, Self, TypeVar, cast
+
+from granite_storage.backends.base import (
+    ObjectInfo,
+    ObjectReader,
+    Place,
+    StorageBackend,
+    SupportsAbort,
+    SupportsBatchDelete,
+    SupportsCleanup,
+    SupportsClock,
+    SupportsCopy,
+    SupportsExtraKeys,
+    SupportsIdentity,
+    SupportsMountCheck,
+    SupportsPlaces,
+    SupportsPresign,
+    SupportsPresignedUpload,
+    UploadRequest,
+    close_listing,
+)
+from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError
 from granite_storage.locations import check_location, check_segment
 
-__all__ = ["PrefixedBackend"]
+__all__ = ["PrefixedBackend", "WrappedBackend"]
+
+
+# What backends around a backend have in common: each call passed on, each ability kept, and none pretended.
+
+
+T = TypeVar("T")
+
+
+class WrappedBackend:
+    """Passes every call on to an inner backend, under another name for each location where a subclass says so.
+
+    An instance is of a class made for the abilities of its inner backend, so that `isinstance(wrapped, SupportsCopy)` and the
+    like tell the truth about it.
+
+    Args:
+        inner: The backend behind; closing the wrapper closes it.
+
+    Attributes:
+        inner: The backend behind.
+    """
+
+    def __new__(cls, inner: StorageBackend, *_: Any, **__: Any) -> Self:
+        return super().__new__(cast(type[Self], _class_around(cls, inner)))
+
+    def __init__(self, inner: StorageBackend) -> None:
+        self.inner = inner
+
+    async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any] | None:
+        """Store `content`."""
+        inside = self._inside(location)
+        return await self._call("put_bytes", [location], lambda: self.inner.put_bytes(inside, content, content_type=content_type))
+
+    async def put_stream(
+        self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None
+    ) -> Mapping[str, Any] | None:
+        """Store what `stream` yields."""
+        inside = self._inside(location)
+        return await self._call(
+            "put_stream", [location], lambda: self.inner.put_stream(inside, stream, content_type=content_type)
+        )
+
+    async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
+        """Open a range for reading."""
+        inside = self._inside(location)
+        reader = await self._call("open", [location], lambda: self.inner.open(inside, offset=offset, length=length))
+        return _WrappedReader(reader, location, self._call)
+
+    async def stat(self, location: str) -> ObjectInfo:
+        """Tell what is known of an object."""
+        inside = self._inside(location)
+        return replace(await self._call("stat", [location], lambda: self.inner.stat(inside)), location=location)
+
+    async def exists(self, location: str) -> bool:
+        """Tell whether an object is at the location."""
+        inside = self._inside(location)
+        return await self._call("exists", [location], lambda: self.inner.exists(inside))
+
+    async def delete(self, location: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        inside = self._inside(location)
+        await self._call("delete", [location], lambda: self.inner.delete(inside))
+
+    async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
+        """Yield the objects whose location begins with `prefix`, in the byte order of UTF-8."""
+        after = self._listed(start_after) if start_after else None
+        objects = self.inner.iter_objects(self._listed(prefix), start_after=after)
+        try:
+            async for info in objects:
+                yield replace(info, location=self._outside(info.location))
+        finally:
+            await close_listing(objects)
+
+    async def aclose(self) -> None:
+        """Close the inner backend."""
+        await self._call("aclose", [], self.inner.aclose)
+
+    def _inside(self, location: str) -> str:
+        """The inner backend's name for a location, which is checked."""
+        return location
+
+    def _listed(self, text: str) -> str:
+        """The inner backend's name for the beginning of a location, which is taken literally."""
+        return text
+
+    def _outside(self, location: str) -> str:
+        """Our name for a location of the inner backend."""
+        return location
+
+    def _own_identity(self, identity: str) -> str:
+        """Our identity, for one of the inner backend."""
+        return identity
+
+    def _own_place(self, place: Place) -> Place:
+        """Our place, for one of the inner backend."""
+        return place
+
+    async def _call(self, operation: str, locations: Iterable[str], call: Callable[[], Awaitable[T]]) -> T:
+        """Make one call of the inner backend; an error about one of our locations says our name for it."""
+        try:
+            return await call()
+        except BackendError as error:
+            for location in locations:
+                if error.location == self._inside(location):
+                    error.location = location
+            raise
+
+
+class _Copies(WrappedBackend):
+    async def copy(self, source: str, target: str) -> Mapping[str, Any] | None:
+        """Copy bytes and content type."""
+        inner = cast(SupportsCopy, self.inner)
+        inside = self._inside(source), self._inside(target)
+        return await self._call("copy", [source, target], lambda: inner.copy(*inside))
+
+
+class _DeletesMany(WrappedBackend):
+    async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
+        """Delete all; return the ones that could not be, each with its error."""
+        inner = cast(SupportsBatchDelete, self.inner)
+        inside = {self._inside(location): location for location in locations}
+        failures = await self._call("delete_many", locations, lambda: inner.delete_many(list(inside)))
+        for location, error in failures.items():
+            error.location = inside[location]
+        return {inside[location]: error for location, error in failures.items()}
+
+
+class _CleansUp(WrappedBackend):
+    async def abort_unfinished(self, *, older_than: timedelta) -> int:
+        """Remove what unfinished writes left behind, in the whole inner backend."""
+        inner = cast(SupportsCleanup, self.inner)
+        return await self._call("abort_unfinished", [], lambda: inner.abort_unfinished(older_than=older_than))
+
+
+class _TellsTime(WrappedBackend):
+    async def now(self) -> datetime:
+        """Return the time by the inner backend's clock."""
+        inner = cast(SupportsClock, self.inner)
+        return await self._call("now", [], inner.now)
+
+
+class _AddsExtra(WrappedBackend):
+    @property
+    def extra_keys(self) -> frozenset[str]:
+        """The keys that the inner backend adds to a ref's `extra`."""
+        return cast(SupportsExtraKeys, self.inner).extra_keys
+
+
+class _ChecksMount(WrappedBackend):
+    async def is_mounted(self) -> bool:
+        """Tell whether the inner backend's store is there and was written to before."""
+        inner = cast(SupportsMountCheck, self.inner)
+        return await self._call("is_mounted", [], inner.is_mounted)
+
+
+class _Identifies(WrappedBackend):
+    async def identities(self, *, create: bool = False) -> Sequence[str]:
+        """Return every identity that the inner backend's store answers to, as those of the part of it that is seen here."""
+        inner = cast(SupportsIdentity, self.inner)
+        found = await self._call("identities", [], lambda: inner.identities(create=create))
+        return tuple(map(self._own_identity, found))
+
+
+class _TellsPlaces(WrappedBackend):
+    async def places(self) -> frozenset[Place]:
+        """Return every name of the part of the inner backend's place that is seen here."""
+        inner = cast(SupportsPlaces, self.inner)
+        return frozenset(map(self._own_place, await self._call("places", [], inner.places)))
+
+
+class _Aborts(WrappedBackend):
+    async def abort_upload(self, location: str, upload_id: str | None) -> None:
+        """Abort an unfinished upload until no part of it is left."""
+        inner = cast(SupportsAbort, self.inner)
+        inside = self._inside(location)
+        await self._call("abort_upload", [location], lambda: inner.abort_upload(inside, upload_id))
+
+
+class _Presigns(WrappedBackend):
+    async def presign_get(
+        self, location: str, *, expires_in: timedelta, content_type: str | None = None, disposition: str | None = None
+    ) -> str:
+        """Return a URL that serves a GET of the object until it expires."""
+        inner = cast(SupportsPresign, self.inner)
+        inside = self._inside(location)
+        return await self._call(
+            "presign_get",
+            [location],
+            lambda: inner.presign_get(inside, expires_in=expires_in, content_type=content_type, disposition=disposition),
+        )
+
+
+class _PresignsUploads(WrappedBackend):
+    async def presign_upload(
+        self, location: str, *, expires_in: timedelta, content_type: str, min_size: int, max_size: int
+    ) -> UploadRequest:
+        """Return a request that stores an object at exactly this location."""
+        inner = cast(SupportsPresignedUpload, self.inner)
+        inside = self._inside(location)
+        return await self._call(
+            "presign_upload",
+            [location],
+            lambda: inner.presign_upload(
+                inside, expires_in=expires_in, content_type=content_type, min_size=min_size, max_size=max_size
+            ),
+        )
+
+
+_ABILITIES: dict[type, type[WrappedBackend]] = {
+    SupportsCopy: _Copies,
+    SupportsBatchDelete: _DeletesMany,
+    SupportsCleanup: _CleansUp,
+    SupportsClock: _TellsTime,
+    SupportsExtraKeys: _AddsExtra,
+    SupportsMountCheck: _ChecksMount,
+    SupportsIdentity: _Identifies,
+    SupportsPlaces: _TellsPlaces,
+    SupportsAbort: _Aborts,
+    SupportsPresign: _Presigns,
+    SupportsPresignedUpload: _PresignsUploads,
+}
+
+
+def _class_around(cls: type[WrappedBackend], inner: StorageBackend) -> type[WrappedBackend]:
+    abilities = [ability for protocol, ability in _ABILITIES.items() if isinstance(inner, protocol)]
+    return type(cls.__name__, (cls, *abilities), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+class _WrappedReader:
+    def __init__(self, inner: ObjectReader, location: str, call: Callable[..., Awaitable[bytes]]) -> None:
+        self.info = replace(inner.info, location=location)
+        self._inner = inner
+        self._location = location
+        self._call = call
+
+    async def read(self, size: int = -1, /) -> bytes:
+        """Return up to `size` bytes, all that is left where negative."""
+        return await self._call("read", [self._location], lambda: self._inner.read(size))
+
+    async def aclose(self) -> None:
+        """Let go of what the reader holds."""
+        await self._inner.aclose()
 
 
 class PrefixedBackend(WrappedBackend):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from granite_storage.backends._wrapper import WrappedBackend
 from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, close_listing
+from granite_storage.backends.wrappers import WrappedBackend
 from granite_storage.exceptions import BackendUnavailableError
 
 __all__ = ["FaultInjectingBackend", "Operation", "RecordedCall"]

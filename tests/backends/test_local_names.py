@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from granite_storage.backends import _tree_walk
+from granite_storage.backends import _local_tree
 from granite_storage.backends.local import LocalStorageBackend
 
 
@@ -45,7 +45,7 @@ async def test_a_listing_has_names_as_they_were_stored(tmp_path: Path, monkeypat
     assert any(unicodedata.normalize("NFD", location) != location for location in stored)
     for location in stored:
         await backend.put_bytes(location, b"...")
-    monkeypatch.setattr(_tree_walk, "os", DecomposingSystem())
+    monkeypatch.setattr(_local_tree, "os", DecomposingSystem())
     assert [info.location async for info in backend.iter_objects()] == stored
     assert [info.location async for info in backend.iter_objects("Müller/")] == stored[:2]
     assert [info.location async for info in backend.iter_objects(start_after=stored[1])] == stored[2:]

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from granite_storage import AccessDeniedError, BackendError, BackendUnavailableError, ConfigurationError, ObjectExistsError
-from granite_storage.backends import _exclusive, _tree_errors
+from granite_storage.backends import _local_tree
 from granite_storage.backends._local_write import Draft
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.locations import RESERVED_PREFIX
@@ -54,7 +54,7 @@ def without_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def without_exclusive_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that renames only over what is there, too, as every FUSE mount with libfuse 2 does."""
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
-    monkeypatch.setattr(_exclusive, "_renameat2", lambda: unknown_flag)
+    monkeypatch.setattr(_local_tree, "_renameat2", lambda: unknown_flag)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_processes_that_claim_one_name_never_both_have_it(tmp_path: Path) -> Non
 async def test_a_claim_that_a_crash_left_refuses_its_name_until_it_is_swept(
     without_exclusive_names: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_exclusive, "_CLAIM_ATTEMPTS", 3)
+    monkeypatch.setattr(_local_tree, "_CLAIM_ATTEMPTS", 3)
     monkeypatch.setattr(os, "unlink", lambda path, **options: None)  # as for a process that is killed before it removes the claim
     backend = LocalStorageBackend(tmp_path)
     await backend.put_bytes("a/one", b"1")
@@ -180,8 +180,8 @@ async def test_a_claim_that_a_crash_left_refuses_its_name_until_it_is_swept(
     os.utime(claim, (0, 0))
 
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
-    monkeypatch.setattr(_exclusive, "_renameat2", lambda: None)
-    monkeypatch.setattr(_exclusive, "_CLAIM_ATTEMPTS", 3)
+    monkeypatch.setattr(_local_tree, "_renameat2", lambda: None)
+    monkeypatch.setattr(_local_tree, "_CLAIM_ATTEMPTS", 3)
     with pytest.raises(BackendUnavailableError, match="abort_unfinished") as raised:
         await backend.put_bytes("a/one", b"2")
     assert raised.value.location == "a/one"
@@ -332,7 +332,7 @@ async def test_a_refusal_names_the_root_who_asks_and_whose_the_root_is(tmp_path:
     root.mkdir(0o755)
     os.chown(root, 4321, 4321)
     monkeypatch.setattr(os, "mkdir", failing(errno.EACCES))
-    monkeypatch.setattr(_tree_errors.os, "geteuid", lambda: 1234)
+    monkeypatch.setattr(_local_tree.os, "geteuid", lambda: 1234)
     backend = LocalStorageBackend(root)
     with pytest.raises(AccessDeniedError) as raised:
         await backend.put_bytes("a/one", b"1")

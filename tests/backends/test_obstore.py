@@ -16,8 +16,7 @@ import pytest
 from aiohttp import web
 
 from granite_storage.backends import _obstore_upload, obstore
-from granite_storage.backends._obstore_client import _DEFAULT_CLIENT_OPTIONS, _DEFAULT_RETRY_CONFIG
-from granite_storage.backends._obstore_errors import translate
+from granite_storage.backends._obstore_client import _DEFAULT_CLIENT_OPTIONS, _DEFAULT_RETRY_CONFIG, translate
 from granite_storage.backends.base import SupportsBatchDelete, SupportsCopy, SupportsPresign
 from granite_storage.backends.obstore import ObjectStoreBackend, ObjectStoreConfigurationError
 from granite_storage.exceptions import (

@@ -22,10 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moto.s3.models import s3_backends
 
-from granite_storage.backends import _s3_multipart, _s3_upload
-from granite_storage.backends._s3_body import BytesSource, PartSource, StreamSource
-from granite_storage.backends._s3_connect import client_config
-from granite_storage.backends._s3_multipart import MAX_PARTS, part_size_of
+from granite_storage.backends import _s3_upload
+from granite_storage.backends._s3_client import client_config
+from granite_storage.backends._s3_upload import MAX_PARTS, BytesSource, PartSource, StreamSource, part_size_of
 from granite_storage.backends.s3 import S3ConfigurationError, S3StorageBackend
 from granite_storage.exceptions import (
     AccessDeniedError,
@@ -247,7 +246,7 @@ class TestWrites:
         expected = hashlib.sha256(await content_of(moto, "a/b")).digest()
         assert request.operation == "PutObject"
         assert request.headers["if-none-match"] == "*"
-        assert request.headers["x-amz-checksum-sha256"] == _s3_multipart.base64_text(expected)
+        assert request.headers["x-amz-checksum-sha256"] == _s3_upload.base64_text(expected)
         assert request.headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD"
         assert "x-amz-checksum-sha256" in request.headers["authorization"]
 

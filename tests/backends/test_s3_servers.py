@@ -22,9 +22,8 @@ from granite_storage import (
     StorageManager,
     StoragePolicy,
 )
-from granite_storage.backends import _s3_multipart
-from granite_storage.backends._s3_multipart import MAX_PARTS, part_size_of
-from granite_storage.backends._s3_probes import PROBE_PREFIX
+from granite_storage.backends import _s3_upload
+from granite_storage.backends._s3_upload import MAX_PARTS, PROBE_PREFIX, part_size_of
 from granite_storage.backends.s3 import S3StorageBackend
 from tests.core.support import many
 from tests.faults.s3_proxy import (
@@ -438,8 +437,8 @@ class TestPartSizes:
         assert one * MAX_PARTS >= size
 
     async def test_a_declared_size_reaches_the_parts(self, moto_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_s3_multipart, "_EQUAL_PARTS", 1)
-        monkeypatch.setattr(_s3_multipart, "_PARTS_UNTIL_DOUBLED", 1)
+        monkeypatch.setattr(_s3_upload, "_EQUAL_PARTS", 1)
+        monkeypatch.setattr(_s3_upload, "_PARTS_UNTIL_DOUBLED", 1)
         content = bytes(26 * MIB)
         for declared, parts in ((len(content), [5, 5, 5, 5, 5, 1]), (None, [5, 10, 11])):
             async with behind_proxy(moto_server, conditional_writes=True) as (proxy, backend):

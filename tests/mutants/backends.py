@@ -8,7 +8,7 @@ MUTANTS = [
     Mutant(
         name="local-overwrites",
         rule="A file gets its name by a link, which fails where the name exists.",
-        path="granite_storage/backends/_exclusive.py",
+        path="granite_storage/backends/_local_tree.py",
         old="os.link(temporary, name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)",
         new="os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)",
         tests=("tests/backends/test_local.py::test_one_of_many_writers_of_a_location_wins",),
@@ -40,7 +40,7 @@ MUTANTS = [
     Mutant(
         name="local-follows-links",
         rule="No link below the root is followed.",
-        path="granite_storage/backends/_descriptors.py",
+        path="granite_storage/backends/_local_tree.py",
         old='NO_LINK = getattr(os, "O_NOFOLLOW", 0)',
         new="NO_LINK = 0",
         tests=("tests/backends/test_local.py::test_a_link_below_the_root_is_never_followed",),
@@ -80,7 +80,7 @@ MUTANTS = [
     Mutant(
         name="local-sweeps-young-files",
         rule="A temporary file is removed only once it is old: its writer may go on.",
-        path="granite_storage/backends/_tree_walk.py",
+        path="granite_storage/backends/_local_tree.py",
         old=".st_mtime < before:",
         new=".st_mtime > 0:",
         tests=("tests/backends/test_local.py::test_stale_temporary_files_are_swept_and_others_stay",),
@@ -88,7 +88,7 @@ MUTANTS = [
     Mutant(
         name="local-lists-in-any-order",
         rule="Objects are listed in the byte order of UTF-8.",
-        path="granite_storage/backends/_tree_walk.py",
+        path="granite_storage/backends/_local_tree.py",
         old="    found.sort()\n",
         new="    found.sort(key=lambda entry: entry[1])\n",
         tests=("tests/backends/test_conformance.py::TestLocal::test_byte_order",),
@@ -120,7 +120,7 @@ MUTANTS = [
     Mutant(
         name="wrapper-pretends-abilities",
         rule="A wrapper has the abilities of its inner backend, and no others.",
-        path="granite_storage/backends/_wrapper.py",
+        path="granite_storage/backends/wrappers.py",
         old="abilities = [ability for protocol, ability in _ABILITIES.items() if isinstance(inner, protocol)]",
         new="abilities = list(_ABILITIES.values())",
         tests=("tests/testing/test_faults.py::test_has_the_abilities_of_its_inner_backend",),
@@ -128,7 +128,7 @@ MUTANTS = [
     Mutant(
         name="wrapper-errors-in-the-inner-name",
         rule="The errors of a batch say our names of the locations.",
-        path="granite_storage/backends/_wrapper.py",
+        path="granite_storage/backends/wrappers.py",
         old="            error.location = inside[location]\n",
         new="            pass\n",
         tests=("tests/backends/test_prefix.py::test_batch_failures_say_our_name",),
@@ -144,7 +144,7 @@ MUTANTS = [
     Mutant(
         name="s3-body-without-checksum",
         rule="The server verifies the bytes that it gets.",
-        path="granite_storage/backends/_s3_multipart.py",
+        path="granite_storage/backends/_s3_upload.py",
         old="return {parameter: base64_text(digest)}, digest",
         new="return {}, digest",
         tests=("tests/backends/test_s3_faults.py::TestRetries::test_bytes_that_change_on_their_way",),
@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant(
         name="s3-late-part-stays",
         rule="An upload is aborted until no part is left: one in flight may still arrive.",
-        path="granite_storage/backends/_s3_multipart.py",
+        path="granite_storage/backends/_s3_upload.py",
         old="        if not await _has_parts(client, key, upload_id):\n            return\n",
         new="        return\n",
         tests=("tests/backends/test_s3_faults.py::TestCancellation::test_a_part_that_arrives_after_the_abort",),
@@ -232,7 +232,7 @@ MUTANTS = [
     Mutant(
         name="places-without-inodes",
         rule="A folder is known by its inode and those of the folders above: a bind mount has another path.",
-        path="granite_storage/backends/_places.py",
+        path="granite_storage/backends/_identity.py",
         old="for above in (real, *real.parents):",
         new="for above in (real,):",
         tests=("tests/backends/test_identity.py::test_a_folder_is_known_by_its_inode",),
@@ -256,7 +256,7 @@ MUTANTS = [
     Mutant(
         name="s3-form-for-the-address-of-the-calls",
         rule="Forms are signed for the address by which browsers reach the server.",
-        path="granite_storage/backends/_s3_presign.py",
+        path="granite_storage/backends/s3.py",
         old="await client.signer.generate_presigned_post(",
         new="await client.raw.generate_presigned_post(",
         tests=("tests/backends/test_s3_servers.py::TestPublicAddress::test_urls_and_forms_are_for_the_address_of_browsers",),
@@ -264,7 +264,7 @@ MUTANTS = [
     Mutant(
         name="s3-form-without-the-parameters-of-writes",
         rule="A direct upload is encrypted and kept as every other write.",
-        path="granite_storage/backends/_s3_presign.py",
+        path="granite_storage/backends/s3.py",
         old='{"Content-Type": content_type, **_named(client.settings.extra_put_kwargs, _FIELDS)}',
         new='{"Content-Type": content_type}',
         tests=("tests/web/test_agreed_headers.py::test_the_parameters_of_every_write[True]",),

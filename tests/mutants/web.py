@@ -243,7 +243,7 @@ MUTANTS = [
     Mutant(
         name="web-direct-upload-of-any-size",
         rule="The form that S3 is given names the smallest and the largest size.",
-        path="granite_storage/backends/_s3_presign.py",
+        path="granite_storage/backends/s3.py",
         old='            ["content-length-range", min_size, max_size],\n',
         new="",
         tests=("tests/web/test_direct.py::test_what_s3_is_told",),

@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from granite_storage import StorageManager
-from granite_storage.backends import _local_write, _s3_multipart, _s3_upload
+from granite_storage.backends import _local_write, _s3_upload
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
@@ -88,9 +88,9 @@ UPLOADER = [
     Step("an upload", Attachment, "_put"),
     Step("a copy", StorageManager, "copy_draft", most=3),
     Step("the publication of a file", _local_write.Draft, "publish", needs=_needs("local")),
-    Step("the creation of an upload in parts", _s3_multipart.MultipartUpload, "create", needs=_needs("s3"), most=2),
+    Step("the creation of an upload in parts", _s3_upload.MultipartUpload, "create", needs=_needs("s3"), most=2),
     Step("the note of an upload id", Intents, "note_upload_id", commits=True, needs=_needs("s3"), most=2),
-    Step("a part", _s3_multipart.MultipartUpload, "_send_part", needs=_needs("s3"), most=3),
+    Step("a part", _s3_upload.MultipartUpload, "_send_part", needs=_needs("s3"), most=3),
     Step("the request that makes an object", _s3_upload.ObjectWriter, "_published", needs=_needs("s3")),
     Step("taking the intents back", Intents, "consume"),
     Step("a decision", Intents, "_decide", needs=_needs("postgres", "snapshots"), most=2),

@@ -7,10 +7,8 @@ from pathlib import Path
 import click
 
 from granite_storage import __version__
-from granite_storage.cli.collecting import gc_command
 from granite_storage.cli.doctor import doctor_command
-from granite_storage.cli.maintenance import recover_command, verify_command
-from granite_storage.cli.moving import migrate_command
+from granite_storage.cli.maintenance import gc_command, migrate_command, recover_command, verify_command
 from granite_storage.cli.objects import cp_command, ls_command, stat_command
 from granite_storage.cli.runtime import Settings
 

@@ -21,9 +21,8 @@ from granite_storage._engine import describe_mismatch, identities_of, may_overla
 from granite_storage._jobs import require_mounted
 from granite_storage._tasks import finish
 from granite_storage.backends.base import StorageBackend
-from granite_storage.cli.options import JSON
 from granite_storage.cli.output import shown
-from granite_storage.cli.runtime import Desk, Exit, Settings, run
+from granite_storage.cli.runtime import JSON, Desk, Exit, Settings, run
 from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StorageError
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.locations import make_location

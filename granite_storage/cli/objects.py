@@ -15,9 +15,8 @@ import click
 
 from granite_storage._tasks import finish, finished
 from granite_storage.backends.base import ObjectInfo, ObjectReader
-from granite_storage.cli.options import JSON
 from granite_storage.cli.output import shown_size
-from granite_storage.cli.runtime import Desk, Exit, Settings, run
+from granite_storage.cli.runtime import JSON, Desk, Exit, Settings, run
 from granite_storage.exceptions import BackendError, ObjectNotFoundError
 from granite_storage.locations import check_location, uuid7_hex
 from granite_storage.manager import StorageManager

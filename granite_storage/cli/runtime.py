@@ -4,26 +4,104 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import inspect
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import click
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from granite_storage.cli.loading import load_binding
 from granite_storage.cli.output import Output
-from granite_storage.exceptions import StorageError
+from granite_storage.exceptions import ConfigurationError, StorageError
 from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["Desk", "Exit", "Settings", "run"]
+__all__ = [
+    "AFTER",
+    "AT_A_TIME",
+    "DRY_RUN",
+    "JSON",
+    "RATE",
+    "YES",
+    "ByteCount",
+    "Desk",
+    "Duration",
+    "Exit",
+    "Settings",
+    "load_binding",
+    "run",
+]
+
+
+# Finding the application's binding by the name that the user gives.
+
+
+async def load_binding(name: str) -> StorageBinding:
+    """Import what `module:attribute` names and return it, or what it returns where it is a callable, sync or async.
+
+    Args:
+        name: The name.
+
+    Raises:
+        ConfigurationError: It cannot be imported, or is no binding; the message says where, the cause is the error itself.
+    """
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigurationError(f"--app must be module:attribute, such as myapp.storage:binding, not {name!r}")
+    found = _attribute(_imported(module), attribute, name)
+    if not isinstance(found, StorageBinding) and callable(found):
+        found = await _returned(found, name)
+    if not isinstance(found, StorageBinding):
+        raise ConfigurationError(
+            f"{name} is a {type(found).__name__}, and --app needs what bind_storage() returns, or a callable that returns it"
+        )
+    return found
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            raise ConfigurationError(f"there is no module {error.name!r} here; --app-dir says where to look") from error
+        raise _failed(f"importing {module!r}", error) from error
+    except Exception as error:
+        raise _failed(f"importing {module!r}", error) from error
+
+
+def _attribute(found: Any, attribute: str, name: str) -> Any:
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            raise ConfigurationError(f"{name!r} names nothing: there is no {part!r} in {name.partition(':')[0]!r}") from error
+    return found
+
+
+async def _returned(factory: Any, name: str) -> Any:
+    try:
+        found = factory()
+        return await found if inspect.isawaitable(found) else found
+    except Exception as error:
+        raise _failed(f"calling {name!r}", error) from error
+
+
+def _failed(what: str, error: Exception) -> ConfigurationError:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename.startswith(f"{sys.path[0]}{os.sep}")]
+    place = f" ({(own or frames)[-1].filename}, line {(own or frames)[-1].lineno})"
+    return ConfigurationError(f"{what} failed: {type(error).__name__}: {error}{place}")
 
 
 class Exit(IntEnum):
@@ -179,3 +257,47 @@ async def _closed_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
         if isinstance(engine, AsyncEngine):
             with contextlib.suppress(SQLAlchemyError):
                 await engine.dispose()
+
+
+# Options that several commands have.
+
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(?:/s)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_FACTORS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+class ByteCount(click.ParamType[float]):
+    """A number of bytes, such as `10MB` or `512KiB`."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a number and its unit; what has none counts bytes."""
+        found = _COUNT.fullmatch(str(value).strip())
+        if found is None or not float(found[1]):
+            self.fail(f"{value!r} is not a number of bytes above 0, such as 10MB", param, ctx)
+        factor: int = (1024 if found[3] else 1000) ** _FACTORS[found[2].lower()]
+        return float(found[1]) * factor
+
+
+class Duration(click.ParamType[timedelta]):
+    """A time, such as `24h`, `90m` or `7d`."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        """Read a number and its unit."""
+        found = _DURATION.fullmatch(str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is not a time, such as 24h, 90m or 7d", param, ctx)
+        return timedelta(seconds=float(found[1]) * _SECONDS[found[2]])
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Answer for a program: one JSON object on each line.")
+YES = click.option("--yes", is_flag=True, help="Do not ask.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+AFTER = click.option("--after", metavar="KEY", help="Go on after this key, which an earlier run has told.")
+AT_A_TIME = click.option("--at-a-time", type=click.IntRange(min=1), metavar="N", help="How many rows at a time.")
+RATE = click.option("--rate", type=ByteCount(), metavar="BYTES", help="The most bytes in a second, such as 10MB.")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from granite_storage.cli.options import ByteCount
 from granite_storage.cli.output import shown, shown_size
+from granite_storage.cli.runtime import ByteCount
 from tests.cli.conftest import ROOT, Shop
 
 HOSTILE = "a\u202egnp.exe\x1b[2J\x07.txt"

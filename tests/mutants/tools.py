@@ -24,7 +24,7 @@ MUTANTS = [
     Mutant(
         name="cli-dry-run-collects",
         rule="gc --dry-run changes nothing.",
-        path="granite_storage/cli/collecting.py",
+        path="granite_storage/cli/maintenance.py",
         old="if desk.stopped_by or dry_run or not _may_delete(desk, looked.report):",
         new="if desk.stopped_by or not _may_delete(desk, looked.report):",
         tests=("tests/cli/test_commands.py::TestGc::test_it_shows_and_asks_and_deletes[sqlite]",),

@@ -12,7 +12,7 @@ from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.orm.journal.heartbeat import find_gap
 from granite_storage.orm.journal.tables import JournalTables
 
-__all__ = ["require_fit", "require_heartbeat"]
+__all__ = ["barrier", "require_fit", "require_heartbeat"]
 
 _BEGUN = text("SELECT transaction_timestamp()")
 
@@ -82,3 +82,23 @@ async def _require_fit_mariadb(connection: AsyncConnection) -> None:
             "with innodb_flush_log_at_trx_commit other than 1 a crash takes back what was committed, and a row may come back"
             " whose object is gone: set it to 1"
         )
+
+
+# A commit that no crash of the database takes back, and with it all commits before it.
+
+
+_SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
+_WRITE = text("SELECT pg_logical_emit_message(true, 'granite_storage', 'barrier')")
+
+
+async def barrier(connection: AsyncConnection) -> None:
+    """Return once what other transactions have committed, and this program has seen, is durable.
+
+    With `synchronous_commit = off` PostgreSQL acknowledges commits that a crash may take back; one that is synchronous, and has
+    written something itself, takes all before it along. MariaDB is durable at each commit, as `checks` has made sure of; SQLite
+    is what its `PRAGMA synchronous` makes it.
+    """
+    if connection.dialect.name == "postgresql":
+        await connection.execute(_SYNCHRONOUS)
+        await connection.execute(_WRITE)
+    await connection.commit()

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import islice
+from typing import Any, Protocol, TypeAlias
 
+from granite_storage._engine import describe_mismatch, identities_of
+from granite_storage._tasks import finished
+from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention
-from granite_storage.gc.merge import Reference
+from granite_storage.gc.merge import PAGE, Reference, SortedSpool, temporary_file
+from granite_storage.locations import generated_id
+from granite_storage.manager import StorageManager
+from granite_storage.orm.held import held_among, named_in
+from granite_storage.refs import StoredObjectRef
 
-__all__ = ["ReferenceSource"]
+__all__ = ["GivenReferences", "IterReferences", "ReferenceSource", "require_callable"]
 
 
 class ReferenceSource(Protocol):
@@ -64,3 +74,128 @@ class ReferenceSource(Protocol):
     async def settle(self) -> None:
         """Return once all that `find_held` has seen can no longer be undone, by a crash of the database either."""
         ...
+
+
+# References that the caller gives, for applications without attachment columns.
+
+
+IterReferences: TypeAlias = Callable[
+    [], Iterable[StoredObjectRef | None] | AsyncIterable[StoredObjectRef | None] | Awaitable[Iterable[StoredObjectRef | None]]
+]
+"""Returns all references there are at that moment; it is called several times in a collection."""
+
+
+class GivenReferences:
+    """What a callable of the caller gives.
+
+    Args:
+        manager: The manager, which has to have every backend that the refs name.
+        iter_references: Returns an iterable or an async iterable of refs; None among them is passed over.
+    """
+
+    def __init__(self, manager: StorageManager, iter_references: IterReferences) -> None:
+        self._manager = manager
+        self._iter_references = iter_references
+        self._storage_keys: set[str] = set()
+
+    @property
+    def at_a_time(self) -> int:
+        """How many locations `find_held` takes: each call reads all references."""
+        return 10_000
+
+    async def require_fit(self, *, accept_restore: bool) -> None:
+        """Accept: nothing is known of where they come from."""
+
+    @asynccontextmanager
+    async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
+        """Give the locations of all references, sorted on disk."""
+        self._storage_keys.clear()
+        identities = await identities_of(self._manager.backend(backend))
+        async with temporary_file() as file:
+            spool = SortedSpool(file)
+            async for ref in self._refs():
+                is_here = ref.backend == backend
+                self._require_understood(ref, identities if is_here else None)
+                if is_here:
+                    self._storage_keys.add(ref.storage_key)
+                for location in _locations(ref):
+                    await spool.add(location, is_here)
+            yield spool.pages()
+
+    async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
+        """Yield nothing: it is not known where else to look."""
+        for none in tuple[Mention, ...]():
+            yield none
+
+    async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
+        """Return which of the locations something refers to now, by reading all references anew."""
+        wanted = {*locations, *filter(None, map(generated_id, locations))}
+        held: set[str] = set()
+        async for ref in self._refs():
+            held.update(found for found in _locations(ref) if found in wanted or generated_id(found) in wanted)
+        return held_among(locations, held)
+
+    def require_complete(self, storage_keys: Sequence[str]) -> None:
+        """Refuse where policies share a place and the references of one of them were not given."""
+        missing = sorted(set(storage_keys) - self._storage_keys)
+        if missing:
+            raise CollectionRefusedError(
+                f"iter_references gave no reference of the policies {', '.join(missing)}, whose objects are in the same place:"
+                " give all references there are, or give each policy a key_prefix of its own"
+            )
+
+    async def settle(self) -> None:
+        """Do nothing: whoever gives references has committed them."""
+
+    def _require_understood(self, ref: StoredObjectRef, identities: Sequence[str] | None) -> None:
+        if ref.backend not in self._manager.backends:
+            known = ", ".join(sorted(self._manager.backends))
+            raise CollectionRefusedError(
+                f"iter_references gave a reference to {ref.location[:120]!r} on the backend {ref.backend[:120]!r}, which the"
+                f" manager does not have (there are: {known}), so it is unknown which object it means"
+            )
+        if identities is not None and ref.identity is not None and ref.identity not in identities:
+            mismatch = describe_mismatch(ref.backend, ref.identity, next(iter(identities), None))
+            raise CollectionRefusedError(
+                f"iter_references gave a reference to {ref.location[:120]!r} in another store: {mismatch}"
+            )
+
+    async def _refs(self) -> AsyncIterator[StoredObjectRef]:
+        given: Any = self._iter_references()
+        if inspect.isawaitable(given):
+            given = await given
+        if isinstance(given, AsyncIterable):
+            async for ref in given:
+                if ref is not None:
+                    yield _require_ref(ref)
+            return
+        # An ordinary iterator may read from a database or a file, and so may block.
+        items = iter(given)
+        while page := await finished(asyncio.to_thread(_take, items)):
+            for ref in page:
+                if ref is not None:
+                    yield _require_ref(ref)
+
+
+def require_callable(iter_references: object) -> None:
+    """Refuse an iterable in the place of what returns one."""
+    if not callable(iter_references):
+        raise ConfigurationError(
+            "iter_references must be a callable that returns the refs anew each time, not"
+            f" {type(iter_references).__name__}: what was read once is out of date when an object is deleted"
+        )
+
+
+def _take(items: Iterator[Any]) -> list[Any]:
+    return list(islice(items, PAGE))
+
+
+def _locations(ref: StoredObjectRef) -> Iterator[str]:
+    yield ref.location
+    yield from named_in(ref.extra)
+
+
+def _require_ref(ref: object) -> StoredObjectRef:
+    if not isinstance(ref, StoredObjectRef):
+        raise CollectionRefusedError(f"iter_references gave a {type(ref).__name__}, which is not a StoredObjectRef")
+    return ref

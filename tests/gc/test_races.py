@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage import Attachment, CollectionRefusedError, StoragePolicy, StoredObjectRef
-from granite_storage.gc import durability
+from granite_storage.gc import checks
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.orm import held
 from granite_storage.orm.journal.tables import clock
@@ -255,7 +255,7 @@ def test_a_delete_that_a_crash_of_the_database_takes_back(with_barrier: bool, mo
         await connection.commit()
 
     if not with_barrier:
-        monkeypatch.setattr(durability, "barrier", nothing)
+        monkeypatch.setattr(checks, "barrier", nothing)
     settings = ("synchronous_commit = off", "wal_writer_delay = '10s'", "wal_writer_flush_after = 1000", "autovacuum = off")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granite-")))

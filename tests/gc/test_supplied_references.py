@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from granite_storage import CollectionRefusedError, StorageGarbageCollector, StorageManager, StoragePolicy, StoredObjectRef
-from granite_storage.gc import spool
-from granite_storage.gc.spool import SortedSpool, temporary_file
+from granite_storage.gc import merge
+from granite_storage.gc.merge import SortedSpool, temporary_file
 from granite_storage.orm import iter_model_storage_refs
 from tests.gc.environment import POLICIES, AgedBackend, Crate, GcEnvironment, file
 
@@ -158,9 +158,9 @@ async def test_with_the_references_of_models(plain_env: GcEnvironment) -> None:
 
 
 async def test_sorting_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "_IN_MEMORY", 10)
-    monkeypatch.setattr(spool, "_RUN_PAGE", 3)
-    monkeypatch.setattr(spool, "PAGE", 7)
+    monkeypatch.setattr(merge, "_IN_MEMORY", 10)
+    monkeypatch.setattr(merge, "_RUN_PAGE", 3)
+    monkeypatch.setattr(merge, "PAGE", 7)
     texts = [f"{number * 7919 % 101:03}\U0001f600" for number in range(101)] + ["\ud800", "a\nb", ""]
     items = [(text, number % 3 == 0) for number, text in enumerate(texts)]
     async with temporary_file() as file_:

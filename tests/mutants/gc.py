@@ -176,7 +176,7 @@ MUTANTS = [
     Mutant(
         name="gc-renamed-backend-accepted",
         rule="A row that names a backend which the manager does not have stops the run.",
-        path="granite_storage/gc/statements.py",
+        path="granite_storage/gc/database.py",
         old="    if column.known is not None:\n        kinds",
         new="    if column.known is None:\n        kinds",
         tests=("tests/gc/test_two_names_of_one_place.py::test_a_backend_whose_key_was_renamed[file]",),
@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant(
         name="gc-rows-of-another-store-accepted",
         rule="A row that refers to another store than its backend leads to stops the run.",
-        path="granite_storage/gc/statements.py",
+        path="granite_storage/gc/database.py",
         old="    if identities is not None:\n        kinds",
         new="    if identities is None:\n        kinds",
         tests=("tests/gc/test_two_names_of_one_place.py::test_one_key_for_two_places[True]",),
@@ -192,7 +192,7 @@ MUTANTS = [
     Mutant(
         name="gc-schemas-of-other-tenants-ignored",
         rule="Tables of the same name in other schemas protect the objects that their rows refer to.",
-        path="granite_storage/gc/columns.py",
+        path="granite_storage/gc/database.py",
         old="for target, some in ((columns, own), (namesakes, others)):",
         new="for target, some in ((columns, own),):",
         tests=("tests/gc/test_schemas_of_tenants.py::test_a_collector_that_looks_at_one_tenant_keeps_the_files_of_all",),
@@ -208,7 +208,7 @@ MUTANTS = [
     Mutant(
         name="gc-hidden-schema-accepted",
         rule="A table of the same name that the role may not read is refused.",
-        path="granite_storage/gc/columns.py",
+        path="granite_storage/gc/database.py",
         old="    if hidden:\n",
         new="    if hidden and real is None:\n",
         tests=("tests/gc/test_schemas_of_tenants.py::test_a_schema_that_the_role_may_not_read",),
@@ -232,7 +232,7 @@ MUTANTS = [
     Mutant(
         name="gc-missing-column-raw",
         rule="A database that has not the column of a model yet is refused, with the words for what to do.",
-        path="granite_storage/gc/columns.py",
+        path="granite_storage/gc/database.py",
         old="    if real is not None and not _has_column(",
         new="    if real is None and not _has_column(",
         tests=("tests/gc/test_schemas_of_tenants.py::test_a_column_that_is_nowhere",),

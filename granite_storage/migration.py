@@ -29,14 +29,13 @@ from granite_storage.locations import matches_generated_name, uuid7_hex
 from granite_storage.orm import flush, transactions
 from granite_storage.orm._registry import find_binding
 from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.journal.entries import write_displaced
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
+from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import HeldRef, among
-from granite_storage.orm.removal import remove
-from granite_storage.orm.scanning import HeldValue, RefRow, Scan, as_stored
+from granite_storage.orm.references import HeldValue, RefRow, Scan, as_stored
 from granite_storage.orm.sharing import refers
-from granite_storage.orm.types import AttachmentType, StoredObjectRefType
 from granite_storage.orm.unit_of_work import StoredObject
-from granite_storage.orm.uploads import Upload, store, stored_object
+from granite_storage.orm.uploads import Upload, remove, store, stored_object
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from granite_storage.exceptions import (
     StorageError,
     UnknownBackendError,
 )
-from granite_storage.orm.scanning import HeldValue, RefRow, Scan
+from granite_storage.orm.references import HeldValue, RefRow, Scan
 from granite_storage.readers import require_recorded_size
 from granite_storage.refs import StoredObjectRef
 

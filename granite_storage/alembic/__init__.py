@@ -27,7 +27,7 @@ from granite_storage.alembic.operations import (
 )
 from granite_storage.alembic.rendering import include_storage, render_storage
 from granite_storage.alembic.sources import CopyOf, InPlace, PlainPath
-from granite_storage.orm.types import portable_storage_ref_type
+from granite_storage.orm.columns import portable_storage_ref_type
 
 __all__ = [
     "ConversionReport",

@@ -13,11 +13,8 @@ from granite_storage.alembic._transactions import StorageThread
 from granite_storage.alembic.sources import InPlace
 from granite_storage.exceptions import BackendError
 from granite_storage.manager import StorageManager
-from granite_storage.orm.discovery import as_found, find_json_columns
-from granite_storage.orm.held import as_text, selected_text
-from granite_storage.orm.indexed import location_of, value_in
-from granite_storage.orm.legibility import find_with_refs
-from granite_storage.orm.scanning import is_text, where_json
+from granite_storage.orm.discovery import as_found, find_json_columns, find_with_refs
+from granite_storage.orm.references import as_text, is_text, location_of, selected_text, value_in, where_json
 
 __all__ = ["Owners"]
 

@@ -16,8 +16,8 @@ from sqlalchemy.util import await_only
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.manager import StorageManager
 from granite_storage.orm._util import in_greenlet
-from granite_storage.orm.scanning import following
-from granite_storage.orm.types import portable_storage_ref_type
+from granite_storage.orm.columns import portable_storage_ref_type
+from granite_storage.orm.references import following
 
 __all__ = [
     "Op",

@@ -28,8 +28,8 @@ from granite_storage.gc.database import DatabaseReferences
 from granite_storage.locations import make_location
 from granite_storage.manager import StorageManager
 from granite_storage.orm.binding import StorageBinding
+from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.tables import clock, tables_of
-from granite_storage.orm.types import AttachmentType
 
 __all__ = ["doctor_command"]
 

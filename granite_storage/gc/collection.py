@@ -31,8 +31,8 @@ from granite_storage.gc.references import ReferenceSource
 from granite_storage.gc.report import MOST_KEPT, CollectedObject, DanglingReference, Fate, GarbageCollectionReport
 from granite_storage.gc.scope import Territory, is_valid, require_one_key
 from granite_storage.manager import StorageManager
-from granite_storage.orm._batches import batches
-from granite_storage.orm.scanning import is_text
+from granite_storage.orm._util import batches
+from granite_storage.orm.references import is_text
 
 __all__ = ["Collection", "Removal", "find_dangling"]
 

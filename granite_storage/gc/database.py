@@ -41,14 +41,31 @@ from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks
 from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, in_byte_order, merged, temporary_file
-from granite_storage.orm._batches import batches
 from granite_storage.orm._registry import active_bindings
-from granite_storage.orm.discovery import FoundColumn, as_found, find_tables, find_text_columns, resolve
-from granite_storage.orm.held import as_text, find_held, held_among, most_at_once, named_in, selected_extra, selected_text
-from granite_storage.orm.indexed import location_of, value_in
+from granite_storage.orm._util import batches
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
+from granite_storage.orm.discovery import (
+    FoundColumn,
+    as_found,
+    find_tables,
+    find_text_columns,
+    find_with_refs,
+    has_value,
+    is_legible,
+    resolve,
+)
 from granite_storage.orm.journal.tables import JournalTables, journal_tables, tables_of
-from granite_storage.orm.legibility import find_with_refs, has_value, is_legible
-from granite_storage.orm.types import AttachmentType, StoredObjectRefType
+from granite_storage.orm.references import (
+    as_text,
+    find_held,
+    held_among,
+    location_of,
+    most_at_once,
+    named_in,
+    selected_extra,
+    selected_text,
+    value_in,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker

@@ -37,9 +37,9 @@ from sqlalchemy import (
 
 from granite_storage._tasks import finished
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id
-from granite_storage.orm._batches import batches
+from granite_storage.orm._util import batches
 from granite_storage.orm.discovery import FoundColumn, find_text_columns
-from granite_storage.orm.held import as_text
+from granite_storage.orm.references import as_text
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection

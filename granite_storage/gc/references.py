@@ -16,7 +16,7 @@ from granite_storage.gc.mentions import Mention
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, temporary_file
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager
-from granite_storage.orm.held import held_among, named_in
+from granite_storage.orm.references import held_among, named_in
 from granite_storage.refs import StoredObjectRef
 
 __all__ = ["GivenReferences", "IterReferences", "ReferenceSource", "require_callable"]

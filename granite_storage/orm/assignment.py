@@ -12,8 +12,7 @@ from sqlalchemy.orm import Mapper, registry
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm._registry import find_binding
 from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.columns import slots_of
-from granite_storage.orm.types import AttachmentType, require_usable
+from granite_storage.orm.columns import AttachmentType, require_usable, slots_of
 
 __all__ = ["guard_base", "listen", "release", "require_attachment", "require_single", "require_sound", "unlisten"]
 

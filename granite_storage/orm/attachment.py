@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from granite_storage._engine import upload_names
@@ -17,8 +19,7 @@ from granite_storage.exceptions import (
     UnboundAttachmentError,
 )
 from granite_storage.locations import clean_filename, uuid7_hex
-from granite_storage.orm.address import Address
-from granite_storage.orm.shown import LazySerializer, core_schema_of, fields_schema
+from granite_storage.orm._registry import active_bindings
 from granite_storage.orm.uploads import Upload, require_fit, store
 from granite_storage.readers import OpeningReader, StoredObjectReader
 from granite_storage.refs import StoredObjectRef, read_only
@@ -35,14 +36,105 @@ from granite_storage.streams import (
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-    from pydantic_core import CoreSchema
+    from pydantic_core import CoreSchema, SchemaSerializer
     from sqlalchemy.orm import InstanceState, InstrumentedAttribute
 
     from granite_storage.manager import ObjectDraft, StorageManager
-    from granite_storage.orm.types import AttachmentType
+    from granite_storage.orm.columns import AttachmentType
     from granite_storage.orm.unit_of_work import Intent
 
-__all__ = ["Attachment"]
+__all__ = ["Address", "Attachment", "LazySerializer", "core_schema_of", "fields_schema"]
+
+
+# How an attachment that was pickled finds its column, and so its manager, in another process.
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Says in a pickle which column an attachment belongs to."""
+
+    base: str
+    table: str
+    column: str
+    storage_key: str
+
+    def find(self) -> AttachmentType:
+        """Return the type of the column, in the base that has it.
+
+        Raises:
+            UnboundAttachmentError: No base with that column is bound here, or more than one.
+        """
+        found = [binding for binding in active_bindings() if self._fits(binding.column_type(self.table, self.column))]
+        named = [binding for binding in found if binding.base_name == self.base]
+        for candidates in (named, found):
+            if len(candidates) == 1:
+                return candidates[0].attachment_type(self.table, self.column)
+        raise UnboundAttachmentError(
+            f"an attachment of {self.table}.{self.column} was unpickled, and {'no' if not found else 'more than one'}"
+            f" base with that column is bound here"
+        )
+
+    def _fits(self, home: AttachmentType | None) -> bool:
+        return home is not None and home.storage_key == self.storage_key
+
+
+# What a response model shows of an attachment: size, media type, name and checksum, never where the bytes lie.
+
+
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+
+def core_schema_of(attachment: type[Attachment]) -> CoreSchema:
+    """Return how pydantic checks and shows attachments.
+
+    In Python they stay what they are, so that `Model(**schema.model_dump())` assigns them; in JSON they are shown. One whose row
+    holds no ref that can be read is shown as null and logged: one bad row must not take down a list. The JSON schema offers no
+    null for it, for a client need not reckon with a damaged database.
+    """
+    from pydantic_core import core_schema
+
+    shown = core_schema.nullable_schema(fields_schema())
+    serialization = core_schema.plain_serializer_function_ser_schema(_fields, return_schema=shown, when_used="json")
+    return core_schema.is_instance_schema(attachment, serialization=serialization)
+
+
+class LazySerializer:
+    """Lets pydantic show an attachment where no field says that there is one, as in an endpoint that returns a plain dict."""
+
+    def __get__(self, instance: object, owner: type[Attachment]) -> SchemaSerializer:
+        try:
+            from pydantic_core import SchemaSerializer
+        except ImportError:
+            raise AttributeError("__pydantic_serializer__") from None
+        serializer = SchemaSerializer(core_schema_of(owner))
+        owner.__pydantic_serializer__ = serializer
+        return serializer
+
+
+def fields_schema() -> CoreSchema:
+    """Return the schema of what is shown."""
+    from pydantic_core import core_schema
+
+    text, field = core_schema.str_schema(), core_schema.typed_dict_field
+    optional = core_schema.nullable_schema(text)
+    return core_schema.typed_dict_schema(
+        {
+            "size": field(core_schema.int_schema(ge=0)),
+            "content_type": field(optional),
+            "original_filename": field(optional),
+            "checksum": field(text),
+        }
+    )
+
+
+def _fields(value: Attachment) -> dict[str, Any] | None:
+    if value._error is not None:
+        logger.warning("an attachment is shown as null, because its row holds no ref that can be read: %s", value._error)
+        return None
+    if value.is_pending:
+        raise UnboundAttachmentError("the attachment is not stored yet; flush the session before it is shown")
+    return value.describe()
+
 
 # What a pickle keeps; the rest belongs to a transaction.
 _KEPT = ("_content_type", "_error", "_extra", "_filename", "_home", "_ref", "_restored", "_reusable", "_source")

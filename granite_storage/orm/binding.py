@@ -13,10 +13,9 @@ from sqlalchemy.orm import Session
 from granite_storage.exceptions import ConfigurationError, UnknownPolicyError
 from granite_storage.manager import StorageManager
 from granite_storage.orm import _registry, assignment, events
-from granite_storage.orm.columns import Tables
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, Tables, require_usable
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.sharing import refers
-from granite_storage.orm.types import AttachmentType, StoredObjectRefType, require_usable
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:

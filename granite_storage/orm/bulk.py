@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import CTE, Column, Connection, Delete, Insert, Null, Result, Table, Update
+from sqlalchemy import CTE, Column, Connection, Delete, Insert, Null, Result, Table, Update, event
 from sqlalchemy.ext.horizontal_shard import ShardedSession, set_shard_id
-from sqlalchemy.orm import Mapper, ORMExecuteState
+from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
+from sqlalchemy.orm.unitofwork import UOWTransaction
 from sqlalchemy.sql.elements import BindParameter
 
-from granite_storage.exceptions import InvalidReferenceError, StaleAttachmentError
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import flush, transactions
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm._util import require_async
 from granite_storage.orm.columns import Tables, slots_of
-from granite_storage.orm.journal.entries import write_displaced
+from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import HeldRef, are_there, cascaded, lock_rows, lock_statement, still_held
 
-__all__ = ["execute_bulk"]
+__all__ = ["begin_connection", "begin_transaction", "end_transaction", "execute_bulk", "note_flush", "on_execute", "unlisten_all"]
 
 _BULK = "a bulk statement on rows that hold files"
 
@@ -236,3 +240,158 @@ def _is_null(value: Any) -> bool:
     if isinstance(value, BindParameter):
         return value.value is None
     return value is None or isinstance(value, Null)
+
+
+# Legacy bulk operations, `Session.bulk_update_mappings` and its like: no event tells of them, but of the transaction they
+# begin.
+#
+# While one is in progress, the statements of its session are looked at. An UPDATE of an attachment would displace an object
+# that nothing would ever delete, so it is refused; an INSERT with a file is refused by the column's type, as everywhere.
+
+
+@dataclass(slots=True, eq=False)
+class _Observed:
+    """What is known of a session: its newest flush, the connections it works on, and its bulk operations in progress."""
+
+    flush: weakref.ref[UOWTransaction] | None = None
+    connections: weakref.WeakSet[Connection] = field(default_factory=weakref.WeakSet)
+    guards: weakref.WeakKeyDictionary[SessionTransaction, _Guard] = field(default_factory=weakref.WeakKeyDictionary)
+
+    def begins_flush(self) -> bool:
+        """Tell whether the part of the transaction that has just begun is that of a flush."""
+        context = None if self.flush is None else self.flush()
+        return context is not None and context.has_work and getattr(context, "transaction", None) is None
+
+
+_sessions: weakref.WeakKeyDictionary[Session, _Observed] = weakref.WeakKeyDictionary()
+
+
+def note_flush(session: Session, context: UOWTransaction) -> None:
+    """Remember the flush of a session that is about to begin its own part of the transaction."""
+    _observed(session).flush = weakref.ref(context)
+
+
+def begin_connection(session: Session, connection: Connection) -> None:
+    """Remember a connection that a session works on."""
+    observed = _observed(session)
+    observed.connections.add(connection)
+    for guard in observed.guards.values():
+        guard.listen(connection)
+
+
+def begin_transaction(session: Session, transaction: SessionTransaction) -> None:
+    """Look at the statements of a part of a transaction that is no flush's, so that it must be a bulk operation's."""
+    observed = _observed(session)
+    if not observed.begins_flush():
+        observed.guards[transaction] = guard = _Guard()
+        for connection in observed.connections:
+            guard.listen(connection)
+
+
+def end_transaction(session: Session, transaction: SessionTransaction) -> None:
+    """Look at the statements no longer."""
+    observed = _sessions.get(session)
+    guard = None if observed is None else observed.guards.pop(transaction, None)
+    if guard is not None:
+        guard.close()
+    if transaction.parent is None:
+        _sessions.pop(session, None)
+
+
+def unlisten_all() -> None:
+    """Look at nothing any more."""
+    for observed in list(_sessions.values()):
+        for guard in observed.guards.values():
+            guard.close()
+    _sessions.clear()
+
+
+def _observed(session: Session) -> _Observed:
+    found = _sessions.get(session)
+    if found is None:
+        found = _sessions[session] = _Observed()
+    return found
+
+
+class _Guard:
+    """Refuses statements of one bulk operation."""
+
+    def __init__(self) -> None:
+        self._listening: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+    def listen(self, connection: Connection) -> None:
+        if connection not in self._listening:
+            self._listening.add(connection)
+            event.listen(connection, "before_execute", self._check)
+
+    def close(self) -> None:
+        for connection in self._listening:
+            event.remove(connection, "before_execute", self._check)
+        self._listening.clear()
+
+    def _check(self, _: Connection, statement: Any, several: Any, one: Any, __: Any) -> None:
+        if not isinstance(statement, Update):
+            return
+        written = {name for parameters in [*(several or ()), one or {}] for name in parameters}
+        for binding in active_bindings():
+            table = binding.tables.find(statement.table)
+            columns = () if table is None else binding.tables.attachments(table)
+            for column in columns:
+                if column.key in written:
+                    raise _refusal(f"{column.table.name}.{column.name}")
+
+
+def _refusal(label: str) -> InvalidReferenceError:
+    return InvalidReferenceError(
+        f"a legacy bulk operation must not write the attachment {label}, because nothing would delete the object that its row"
+        " holds: leave the attribute out, assign to an instance and flush it, or set None by session.execute() and an update()"
+    )
+
+
+# Bulk statements with a `schema_translate_map` of their own: what they displace is in other schemas than the session's.
+
+
+_MAP = "schema_translate_map"
+
+
+def on_execute(state: ORMExecuteState) -> Result[Any] | None:
+    """See a statement that a session executes, with the session's connection translating as the statement does.
+
+    Other listeners may put another statement in the place of one that writes: it is looked at when all of them were called.
+
+    Raises:
+        ConfigurationError: The session is a sharded one, so that the statement may have several connections.
+    """
+    statement = state.statement
+    if len(state._events_todo) > 1 and isinstance(statement, Insert | Update | Delete):
+        # This runs those that are still to be called, and then this one by itself, with a state of the statement that is left.
+        state._events_todo.append(on_execute)
+        return state.invoke_statement()
+    if _MAP not in state.execution_options or not isinstance(statement, Update | Delete) or not _is_known(statement):
+        return execute_bulk(state)
+    if getattr(state.session, "connection_callable", None) is not None:
+        raise ConfigurationError(
+            "a bulk statement on rows with attachments cannot have a schema_translate_map of its own in a sharded session:"
+            " set it on the shards' engines"
+        )
+    if state.is_orm_statement and state.execution_options.get("autoflush", True):
+        # The statement would flush before it runs, and the flush has the session's map.
+        state.session._autoflush()
+    connection = state.session.connection(bind_arguments={"clause": statement, **state.bind_arguments})
+    with _translating(connection, state.execution_options[_MAP]):
+        return execute_bulk(state)
+
+
+def _is_known(statement: Update | Delete) -> bool:
+    name = getattr(statement.table, "name", None)
+    return any(table.name == name for binding in active_bindings() for table in binding.metadata.tables.values())
+
+
+@contextmanager
+def _translating(connection: Connection, mapping: Any) -> Iterator[None]:
+    usual = connection.get_execution_options().get(_MAP)
+    connection.execution_options(schema_translate_map=mapping)
+    try:
+        yield
+    finally:
+        connection.execution_options(schema_translate_map=usual)

@@ -2,17 +2,398 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from sqlalchemy import Column, ForeignKeyConstraint, MetaData, Table
-from sqlalchemy.orm import InstanceState, Mapper
+from sqlalchemy import (
+    JSON,
+    Column,
+    ColumnElement,
+    ForeignKeyConstraint,
+    MetaData,
+    Table,
+    Text,
+    and_,
+    cast,
+    false,
+    not_,
+    or_,
+    type_coerce,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import DontWrapMixin
+from sqlalchemy.orm import InstanceState, MappedColumn, Mapper, mapped_column
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.type_api import TypeEngine
+from sqlalchemy.types import TypeDecorator
 
-from granite_storage.orm.types import AttachmentType, StoredObjectRefType
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, UnboundAttachmentError
+from granite_storage.orm._registry import binding_for, find_binding, unbound_message
+from granite_storage.orm.attachment import Address, Attachment
+from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Slot", "Tables", "keys_of", "primary_key_of", "slots_of"]
+if TYPE_CHECKING:
+    from granite_storage.orm.binding import StorageBinding
+
+__all__ = [
+    "AttachmentType",
+    "Slot",
+    "StoredObjectRefType",
+    "Tables",
+    "attachment",
+    "keys_of",
+    "portable_storage_ref_type",
+    "primary_key_of",
+    "require_usable",
+    "slots_of",
+]
+
+
+# Column types: a ref as JSON, and an attachment, which is the same in the database.
+
+
+T = TypeVar("T")
+
+
+def portable_storage_ref_type() -> TypeEngine[Any]:
+    """Return the type that a column of refs has in the database, for migrations: JSON, and JSONB on PostgreSQL.
+
+    It is that of `attachment()` and `StoredObjectRefType` columns, and knows no policy and no manager, so a migration that names
+    it stays valid whatever becomes of the models.
+
+    Example:
+        >>> from sqlalchemy.dialects import postgresql
+        >>> portable_storage_ref_type().compile(postgresql.dialect())
+        'JSONB'
+    """
+    return JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+class _RefComparator(TypeDecorator.Comparator[Any], JSON.Comparator[Any]):
+    """What a column of refs can be asked in SQL: a ref is the same where it leads to the same object.
+
+    JSON text is equal only where its keys stand in the same order, and some databases compare JSON as text.
+    """
+
+    __slots__ = ()
+
+    def __getitem__(self, index: Any) -> ColumnElement[Any]:
+        # Python iterates by numbers over what it can index: an encoder that walks into a column would never come to its end.
+        if isinstance(index, int | slice):
+            raise TypeError("the fields of a ref have names: index the column by a string, such as Document.file['size']")
+        return type_coerce(self.expr, JSON())[index]
+
+    def operate(self, op: Any, *other: Any, **kwargs: Any) -> Any:
+        if op is operators.ne and _is_pending(other[0]):
+            return self.expr.is_not(None)  # as it is with any other file: a row without one is neither equal nor unequal
+        if op in _EQUALITIES and _is_ref(other[0]):
+            return _EQUALITIES[op](self._leads_to(other[0]))
+        if op in _MEMBERSHIPS and isinstance(other[0], list | tuple | set | frozenset) and all(map(_is_ref, other[0])):
+            return _MEMBERSHIPS[op](or_(false(), *map(self._leads_to, other[0])))
+        return super().operate(op, *other, **kwargs)
+
+    def _leads_to(self, value: StoredObjectRef | Attachment) -> ColumnElement[bool]:
+        if _is_pending(value):
+            return false()  # it is in no row yet
+        ref = value.ref if isinstance(value, Attachment) else value
+        return and_(self["backend"].as_string() == ref.backend, self["location"].as_string() == ref.location)
+
+
+def _is_ref(value: object) -> bool:
+    return isinstance(value, StoredObjectRef | Attachment)
+
+
+def _is_pending(value: object) -> bool:
+    return isinstance(value, Attachment) and value.is_pending
+
+
+def _as_is(criterion: ColumnElement[bool]) -> ColumnElement[bool]:
+    return criterion
+
+
+_EQUALITIES: dict[Any, Callable[[ColumnElement[bool]], ColumnElement[bool]]] = {operators.eq: _as_is, operators.ne: not_}
+_MEMBERSHIPS: dict[Any, Callable[[ColumnElement[bool]], ColumnElement[bool]]] = {
+    operators.in_op: _as_is,
+    operators.not_in_op: not_,
+}
+
+
+class _RefJSON(TypeDecorator[T]):
+    """JSON, JSONB on PostgreSQL; None is SQL NULL."""
+
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = JSON
+    cache_ok: bool | None = True
+    comparator_factory = _RefComparator  # pyright: ignore[reportAssignmentType]  # there it is a property
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        kind = JSONB if dialect.name == "postgresql" else JSON
+        return dialect.type_descriptor(kind(none_as_null=True))
+
+    def coerce_compared_value(self, op: Any, value: Any) -> TypeEngine[Any]:
+        if _is_ref(value):
+            return StoredObjectRefType()
+        return self.impl_instance.coerce_compared_value(op, value)
+
+    def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
+        # PostgreSQL's drivers decode JSON as they fetch, where one value that is nested too deeply would spoil every row.
+        if isinstance(self.impl_instance, JSONB):
+            return type_coerce(cast(column, Text), self)
+        return column
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Any:
+        """Turn what the dialect's own processor cannot decode into the library's error too."""
+        inner = self.impl_instance.result_processor(dialect, coltype)
+        loads = getattr(dialect, "_json_deserializer", None) or json.loads
+
+        def process(value: Any) -> T | None:
+            if value is None:
+                return None
+            try:
+                decoded = inner(value) if inner is not None else loads(value) if isinstance(value, str) else value
+                ref = None if decoded is None else StoredObjectRef.from_dict(decoded)
+            except InvalidReferenceError as error:
+                return self._broken(error)
+            except (ValueError, TypeError, RecursionError) as error:
+                problem = InvalidReferenceError(f"the column does not hold JSON that can be read: {error}")
+                problem.__cause__ = error
+                return self._broken(problem)
+            return None if ref is None else self._loaded(ref)
+
+        return process
+
+    def _loaded(self, ref: StoredObjectRef) -> T:
+        raise NotImplementedError
+
+    def _broken(self, error: InvalidReferenceError) -> T:
+        raise error
+
+
+class RefusedReferenceError(InvalidReferenceError, DontWrapMixin):
+    """An `InvalidReferenceError` that SQLAlchemy raises as it is, not inside of a `StatementError`."""
+
+
+class NotBoundError(UnboundAttachmentError, DontWrapMixin):
+    """An `UnboundAttachmentError` that SQLAlchemy raises as it is, not inside of a `StatementError`."""
+
+
+class StoredObjectRefType(_RefJSON[StoredObjectRef]):
+    """A column of plain refs, the manual level: the application puts, keeps and deletes the objects itself.
+
+    A value that is not a ref raises `InvalidReferenceError` where it is loaded.
+    """
+
+    cache_ok: bool | None = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
+        match value:
+            case None:
+                return None
+            case Attachment() if value.is_pending:
+                raise NotBoundError(
+                    "a column of refs takes no pending Attachment: await store(Document.file) first, and use its ref"
+                )
+            case Attachment():
+                return value.ref.to_dict()
+            case StoredObjectRef():
+                return value.to_dict()
+            case _:
+                raise RefusedReferenceError(f"a column of refs takes a StoredObjectRef or None, not {type(value).__name__}")
+
+    def compare_values(self, x: Any, y: Any) -> bool:  # noqa: D102
+        return bool(x == y)
+
+    def _loaded(self, ref: StoredObjectRef) -> StoredObjectRef:
+        return ref
+
+
+class AttachmentType(_RefJSON[Attachment]):
+    """A column of attachments, the managed level: the session's hooks own the life of the objects.
+
+    Args:
+        storage_key: The policy that new objects are stored under.
+        entity_id: Given the instance, returns the segment of the location that says which row it is; None for the primary key.
+    """
+
+    cache_ok: bool | None = True
+
+    # How many columns were ever declared, by which what is remembered of classes and tables is known to be out of date.
+    declared: ClassVar[int] = 0
+
+    def __init__(self, storage_key: str, *, entity_id: Callable[[Any], str] | None = None) -> None:
+        if not isinstance(storage_key, str) or not storage_key:
+            raise ConfigurationError(f"an attachment column needs the storage key of a policy, not {storage_key!r}")
+        super().__init__()
+        self.storage_key = storage_key
+        self.entity_id = entity_id
+        self._column: Column[Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"AttachmentType({self.storage_key!r})"
+
+    @property
+    def column(self) -> Column[Any]:
+        """The column that has this type."""
+        if self._column is None:
+            raise ConfigurationError(f"{self!r} belongs to no column")
+        return self._column
+
+    @property
+    def table(self) -> Table:
+        """The table of that column."""
+        return self.column.table
+
+    @property
+    def model_name(self) -> str:
+        """The segment of locations that says what kind of row it is: the table's name."""
+        return str(self.table.name)
+
+    @property
+    def field_name(self) -> str:
+        """The segment of locations that says which of the row's files it is: the column's name."""
+        return str(self.column.name)
+
+    @property
+    def label(self) -> str:
+        """What messages call the column."""
+        return f"{self.model_name}.{self.field_name}"
+
+    def binding(self) -> StorageBinding:
+        """Return the binding of the column's metadata, or raise `UnboundAttachmentError`."""
+        metadata = self.column.table.metadata
+        # It is asked several times for each file, and the words for an error take longer than the answer.
+        return find_binding(metadata) or binding_for(metadata, f"the attachment column {self.label}")
+
+    def address(self) -> Address:
+        """Return what finds this column again in another process."""
+        binding = find_binding(self.table.metadata)
+        base = "" if binding is None else binding.base_name
+        return Address(base, self.table.fullname, self.field_name, self.storage_key)
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
+        if value is None:
+            return None
+        label = "an attachment column" if self._column is None else self.label
+        if not isinstance(value, Attachment):
+            raise RefusedReferenceError(f"{label} takes an Attachment or None, not {type(value).__name__}")
+        if self._column is not None and find_binding(self.table.metadata) is None:
+            raise NotBoundError(unbound_message(self.table.metadata, f"the attachment column {label}"))
+        if not value._claimed:
+            raise RefusedReferenceError(
+                f"a statement may not write an Attachment to {label}: add or change an instance, and let the session flush it;"
+                " bulk and Core statements would write a ref whose object belongs to no row"
+            )
+        value._is_written = True
+        return value.ref.to_dict()
+
+    def compare_values(self, x: Any, y: Any) -> bool:  # noqa: D102
+        if x is y:
+            return True
+        refs = [value._ref if isinstance(value, Attachment) else None for value in (x, y)]
+        return refs[0] is not None and refs[0] == refs[1]
+
+    @property
+    def _static_cache_key(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # there it is a property too
+        # Statements that differ in nothing but the column they read must not share what makes the attachments: it knows the
+        # column, and so the manager.
+        return super()._static_cache_key, self._column
+
+    def _set_parent(self, parent: Any, outer: bool = False, **kw: Any) -> None:
+        # The type learns its column here, and from it the metadata and so the manager, however a value is loaded.
+        if isinstance(parent, Column):
+            if self._column is not None and self._column is not parent and self._column.type is self:
+                # One type object was given to two columns, as by a `type_annotation_map`; each needs its own.
+                parent.type = own = self.copy()
+                own._set_parent(parent, outer=outer, **kw)
+                return
+            self._column = parent
+            AttachmentType.declared += 1
+        super()._set_parent(parent, outer=outer, **kw)
+
+    def _loaded(self, ref: StoredObjectRef) -> Attachment:
+        return Attachment._of(ref, self)
+
+    def _broken(self, error: InvalidReferenceError) -> Attachment:
+        """One bad row must not take down a list: the attachment raises when it is used."""
+        return Attachment._broken(error, self)
+
+
+def attachment(storage_key: str, *, entity_id: Callable[[Any], str] | None = None, **column_arguments: Any) -> MappedColumn[Any]:
+    """Declare an attachment attribute of a model.
+
+    Args:
+        storage_key: The policy that new objects are stored under.
+        entity_id: Given the instance, returns the segment of the location that says which row it is. By default that is the
+            primary key where it is known before the INSERT, else a fresh UUID.
+        **column_arguments: What `mapped_column` takes beside the type, such as `nullable`, `deferred`, `init` or `default`. A
+            default is None or a function without arguments, which makes an attachment for each new row that has none.
+
+    Raises:
+        ConfigurationError: The storage key is none, or a default or the like would write what no session has stored.
+
+    Example:
+        ```python
+        class Document(Base):
+            __tablename__ = "document"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            file: Mapped[Attachment | None] = attachment("documents")
+        ```
+    """
+    home = AttachmentType(storage_key, entity_id=entity_id)
+    for name, value in column_arguments.items():
+        if name in _DEFAULTS:
+            _require_callable(f"attachment({storage_key!r}, {name}=...)", value)
+        elif name in _WRITTEN_ELSEWHERE:
+            _require_null(f"attachment({storage_key!r}, {name}=...)", value)
+    return mapped_column(home, **column_arguments)
+
+
+_DEFAULTS = ("default", "insert_default")
+_EXAMPLE = "default=lambda: Attachment(b'...')"
+_WRITTEN_ELSEWHERE = ("onupdate", "server_default", "server_onupdate")
+
+
+def require_usable(column: Column[Any]) -> None:
+    """Refuse what would give an attachment column a value that the session's hooks do not see.
+
+    Raises:
+        ConfigurationError: Its default is not a function without arguments, or the database or an UPDATE would write it.
+    """
+    label = f"the attachment column {column.table.name}.{column.name}"
+    if column.default is not None and not column.default.is_callable:
+        raise ConfigurationError(f"the default of {label} must be a function that makes a new Attachment for each row")
+    for name in _WRITTEN_ELSEWHERE:
+        value = getattr(column, name)
+        _require_null(f"the {name} of {label}", getattr(value, "arg", value))
+    if column.computed is not None:
+        raise ConfigurationError(f"{label} is computed by the database, which cannot store a file: make it an ordinary column")
+
+
+def _require_callable(what: str, value: Any) -> None:
+    if value is not None and not (callable(value) and _takes_no_argument(value)):
+        raise ConfigurationError(
+            f"{what} must be None or a function without arguments that makes a new Attachment for each row, such as"
+            f" {_EXAMPLE}, not {value!r}"
+        )
+
+
+def _takes_no_argument(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    except ValueError:  # it is written in C and says nothing
+        return True
+    return True
+
+
+def _require_null(what: str, value: Any) -> None:
+    if value is not None and str(value).strip().upper() != "NULL":
+        raise ConfigurationError(f"{what} would write what no session has stored: leave it out, or use {_EXAMPLE}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

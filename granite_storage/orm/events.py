@@ -12,7 +12,7 @@ from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
-from granite_storage.orm import flush, legacy_bulk, transactions, translated
+from granite_storage.orm import bulk, flush, transactions
 from granite_storage.orm.columns import slots_of
 
 __all__ = ["listen", "unlisten"]
@@ -33,12 +33,12 @@ def unlisten() -> None:
             if event.contains(mapper, name, _before_write_of_class):
                 event.remove(mapper, name, _before_write_of_class)
     _followed.clear()
-    legacy_bulk.unlisten_all()
+    bulk.unlisten_all()
     transactions.unlisten_all()
 
 
 def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
-    legacy_bulk.note_flush(session, context)
+    bulk.note_flush(session, context)
     unit = transactions.known_unit(session)
     if unit is not None:
         # A flush that failed before its first statement ended nothing.
@@ -173,12 +173,12 @@ def _after_flush(session: Session, _: Any) -> None:
 
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     transactions.begin(transaction, connection)
-    legacy_bulk.begin_connection(session, connection)
+    bulk.begin_connection(session, connection)
 
 
 def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is not None and not transaction.nested:
-        legacy_bulk.begin_transaction(session, transaction)
+        bulk.begin_transaction(session, transaction)
 
 
 def _after_commit(session: Session) -> None:
@@ -191,7 +191,7 @@ def _after_commit(session: Session) -> None:
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    legacy_bulk.end_transaction(session, transaction)
+    bulk.end_transaction(session, transaction)
     unit = transactions.known_unit(session)
     if unit is None:
         return
@@ -214,7 +214,7 @@ _LISTENERS: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (Session, "after_transaction_create", _after_transaction_create, {}),
     (Session, "after_commit", _after_commit, _FIRST),
     (Session, "after_transaction_end", _after_transaction_end, _FIRST),
-    (Session, "do_orm_execute", translated.on_execute, {}),
+    (Session, "do_orm_execute", bulk.on_execute, {}),
     (Mapper, "before_insert", _before_insert, _RAW),
     (Mapper, "before_update", _before_write, _RAW),
     (Mapper, "before_delete", _before_delete, _RAW),

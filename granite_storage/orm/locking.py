@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import InstanceState, Session
 
-from granite_storage.orm._batches import batches
+from granite_storage.orm._util import batches
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import Tables
 from granite_storage.refs import StoredObjectRef

@@ -2,19 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import json
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from decimal import Decimal
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
-from sqlalchemy import inspect, select, type_coerce
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Dialect,
+    LargeBinary,
+    Select,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    inspect,
+    literal_column,
+    null,
+    or_,
+    select,
+    text,
+    type_coerce,
+    union_all,
+)
+from sqlalchemy import column as named_column
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import OperationalError
 
-from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm.types import AttachmentType, StoredObjectRefType
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
+from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id, matches_generated_name
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
+from granite_storage.orm.locking import among
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-__all__ = ["iter_model_storage_refs"]
+    from granite_storage.orm.binding import StorageBinding
+    from granite_storage.orm.journal.tables import JournalTables
+
+__all__ = [
+    "LOCATION_COLUMN_PREFIX",
+    "LOCATION_INDEX_PREFIX",
+    "HeldValue",
+    "RefRow",
+    "Scan",
+    "as_stored",
+    "as_text",
+    "find_held",
+    "find_location_columns",
+    "following",
+    "held_among",
+    "is_text",
+    "iter_model_storage_refs",
+    "location_column_name",
+    "location_index_name",
+    "location_of",
+    "most_at_once",
+    "named_in",
+    "selected_extra",
+    "selected_text",
+    "value_in",
+    "where_json",
+    "with_location_column",
+]
 
 _AT_A_TIME = 500
 
@@ -46,3 +108,502 @@ async def iter_model_storage_refs(session: AsyncSession, model: type[Any], colum
                 yield ref
     finally:
         await result.close()
+
+
+# The locations of a column of refs in SQL, the index over them, and the generated column that it needs on MariaDB.
+
+
+LOCATION_INDEX_PREFIX = "ix_granite_storage_location_"
+LOCATION_COLUMN_PREFIX = "granite_storage_location_"
+
+_GENERATED = text(
+    "SELECT table_schema, table_name, column_name, table_schema = DATABASE() FROM information_schema.columns"
+    " WHERE table_name IN :tables AND column_name IN :names"
+).bindparams(bindparam("tables", expanding=True), bindparam("names", expanding=True))
+
+_LONGEST_NAME = 63
+_DIGITS = 8
+
+
+def location_index_name(table: str, column: str) -> str:
+    """Return the name of the index over a column's locations; it fits every database."""
+    return _fitting(LOCATION_INDEX_PREFIX, f"{table}_{column}")
+
+
+def location_column_name(column: str) -> str:
+    """Return the name of the generated column that holds another column's locations, where no index can be on an expression."""
+    return _fitting(LOCATION_COLUMN_PREFIX, column)
+
+
+def location_of(
+    column: Column[Any], dialect: str, *, is_generated: bool = False
+) -> tuple[ColumnElement[str], ColumnElement[str]]:
+    """Return the backend and the location of a column's refs in SQL, spelled as an index over them would be.
+
+    The keys are literals: a database uses an index on an expression only for the very same expression.
+
+    Args:
+        column: The column of refs.
+        dialect: The name of the database.
+        is_generated: Whether its table has a generated column with the locations.
+    """
+    generated: ColumnElement[str] = named_column(location_column_name(column.name), Text())
+    return value_in(column, "backend", dialect), generated if is_generated else value_in(column, "location", dialect)
+
+
+def value_in(column: Column[Any], key: str, dialect: str) -> ColumnElement[str]:
+    """Return a text that the refs of a column have under a key, in SQL; the key is trusted."""
+    if dialect == "postgresql":
+        return column.op("->>", return_type=Text())(literal_column(f"'{key}'"))
+    extract = func.json_extract if dialect == "sqlite" else func.json_value
+    return extract(column, literal_column(f"'$.{key}'"), type_=Text())
+
+
+async def with_location_column(connection: AsyncConnection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
+    """Return which columns of refs have a generated column with their locations; only on MariaDB there are any."""
+    return await connection.run_sync(find_location_columns, columns) if _may_have_some(connection.dialect, columns) else set()
+
+
+def find_location_columns(connection: Connection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
+    """Return which columns of refs have a generated column with their locations, as `with_location_column` does."""
+    if not _may_have_some(connection.dialect, columns):
+        return set()
+    names = [location_column_name(column.name) for column in columns]
+    tables = sorted({column.table.name for column in columns})
+    rows = connection.execute(_GENERATED, {"tables": tables, "names": names})
+    found = {place for schema, table, name, is_default in rows for place in _places(schema, table, name, is_default)}
+    return {column for column in columns if (column.table.schema, column.table.name, location_column_name(column.name)) in found}
+
+
+def _may_have_some(dialect: Dialect, columns: Collection[Column[Any]]) -> bool:
+    return dialect.name in ("mysql", "mariadb") and bool(columns)
+
+
+def _places(schema: str, table: str, name: str, is_default: bool) -> list[tuple[str | None, str, str]]:
+    return [(schema, table, name), *([(None, table, name)] if is_default else [])]
+
+
+def _fitting(prefix: str, rest: str) -> str:
+    """Cut a name that is too long, and let digits tell it from others that begin alike."""
+    if len(f"{prefix}{rest}".encode()) <= _LONGEST_NAME:
+        return f"{prefix}{rest}"
+    digits = sha256(rest.encode()).hexdigest()[:_DIGITS]
+    room = _LONGEST_NAME - len(prefix) - _DIGITS - 1
+    return f"{prefix}{rest.encode()[:room].decode(errors='ignore')}_{digits}"
+
+
+# Reading every ref of a base, row by row, as the database has it: in the order of primary keys, a page at a time.
+#
+# The statements are Core ones, on connections of the application's own sessions: no loader criteria and no filter for soft-
+# deleted rows hides anything. Each page is a transaction of its own, so a scan of any length holds no snapshot and no
+# cursor, and memory is that of one page.
+
+
+@dataclass(frozen=True, slots=True)
+class HeldValue:
+    """What one column of one row holds.
+
+    Attributes:
+        table: The table.
+        primary_key: The row's primary key, in the order of the table's columns.
+        column: The column.
+        raw: The value as the database has it; text, where nobody has put anything else there.
+        ref: The ref, where it is one.
+        error: Why it is none.
+    """
+
+    table: Table
+    primary_key: tuple[Any, ...]
+    column: Column[Any]
+    raw: Any
+    ref: StoredObjectRef | None = None
+    error: InvalidReferenceError | None = None
+
+    @property
+    def is_managed(self) -> bool:
+        """Whether it is in an attachment column, whose objects the library looks after."""
+        return isinstance(self.column.type, AttachmentType)
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        return f"{self.table.fullname}.{self.column.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class RefRow:
+    """A row, what its columns of refs hold, and the text by which a later scan goes on after it."""
+
+    key: str
+    values: tuple[HeldValue, ...]
+
+
+class Scan:
+    """Every row with refs of a binding's base.
+
+    Args:
+        binding: What `bind_storage(..., sessions=...)` returned.
+
+    Raises:
+        ConfigurationError: The binding has no sessions, or a table has no primary key to read it by.
+    """
+
+    def __init__(self, binding: StorageBinding) -> None:
+        if binding.sessions is None:
+            raise ConfigurationError(
+                "reading the rows needs sessions: bind_storage(Base, manager, sessions=async_sessionmaker(...))"
+            )
+        self._sessions = binding.sessions
+        self._columns: dict[Table, list[Column[Any]]] = {}
+        for column in sorted(binding.ref_columns(), key=lambda column: column.table.fullname):
+            self._columns.setdefault(column.table, []).append(column)
+        for table in self._columns:
+            if not len(table.primary_key):
+                raise ConfigurationError(f"the table {table.fullname} has no primary key, so its rows cannot be told apart")
+
+    async def rows(self, *, after: str | None = None) -> AsyncGenerator[RefRow, None]:
+        """Yield the rows that hold something in a column of refs, table by table.
+
+        Args:
+            after: The key of the last row that was dealt with; None for all rows.
+
+        Raises:
+            ConfigurationError: The key is none of this base's.
+        """
+        table, primary_key = (None, None) if after is None else self._place(after)
+        for found in self._columns:
+            if table is None or found.fullname > table.fullname:
+                pages = self._pages(found, None)
+            elif found is table:
+                pages = self._pages(found, primary_key)
+            else:
+                continue
+            async for page in pages:
+                for row in page:
+                    yield row
+
+    async def count(self) -> int:
+        """Return how many rows there are."""
+        total = 0
+        for table, columns in self._columns.items():
+            async with self._connection(table) as connection:
+                total += (await connection.execute(select(func.count()).select_from(table).where(_any(columns)))).scalar_one()
+        return total
+
+    async def read_again(self, held: HeldValue) -> HeldValue | None:
+        """Return what a column holds now; None where it holds nothing, or the row is gone."""
+        async with self._connection(held.table) as connection:
+            statement = select(_selected(held.column, connection.dialect)).where(among(held.table, [held.primary_key]))
+            found = (await connection.execute(statement)).first()
+            return (
+                None
+                if found is None
+                else _value(held.table, held.primary_key, held.column, found[0], _reader(connection.dialect))
+            )
+
+    async def shared(self, refs: Sequence[StoredObjectRef]) -> set[str]:
+        """Return the locations that more than one value refers to, under whatever backend's key."""
+        counted: Counter[str] = Counter()
+        wanted = sorted({ref.location for ref in refs if is_text(ref.location)})
+        for table, columns in self._columns.items():
+            for column in columns:
+                counted.update(await self._found(table, column, wanted))
+        return {location for location, number in counted.items() if number > 1}
+
+    async def _found(self, table: Table, column: Column[Any], wanted: Sequence[str]) -> list[str]:
+        """Return which of the locations a column refers to, as often as it does."""
+        async with self._connection(table) as connection:
+            location = location_of(column, connection.dialect.name)[1]
+            try:
+                return list((await connection.execute(select(location).where(location.in_(wanted)))).scalars())
+            except OperationalError:  # on SQLite one value that is no JSON spoils every look into the column
+                if connection.dialect.name != "sqlite":
+                    raise
+                location = where_json(column, location)
+                return list((await connection.execute(select(location).where(location.in_(wanted)))).scalars())
+
+    async def _pages(self, table: Table, after: tuple[Any, ...] | None) -> AsyncIterator[list[RefRow]]:
+        while True:
+            page, last = await self._page(table, after)
+            yield page
+            if last is None:
+                return
+            after = last
+
+    async def _page(self, table: Table, after: tuple[Any, ...] | None) -> tuple[list[RefRow], tuple[Any, ...] | None]:
+        """Return a page, and the primary key that the next one begins after; None where there is no next one."""
+        columns, keys = self._columns[table], list(table.primary_key)
+        async with self._connection(table) as connection:
+            read = _reader(connection.dialect)
+            statement = select(*keys, *(_selected(column, connection.dialect) for column in columns)).where(_any(columns))
+            rows = list(await connection.execute(following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)))
+        page: list[RefRow] = []
+        for row in rows:
+            primary_key = tuple(row[: len(keys)])
+            held = (_value(table, primary_key, column, raw, read) for column, raw in zip(columns, row[len(keys) :], strict=True))
+            page.append(RefRow(_text_of(table, primary_key), tuple(value for value in held if value is not None)))
+        return page, tuple(rows[-1][: len(keys)]) if len(rows) == _AT_A_TIME else None
+
+    @asynccontextmanager
+    async def _connection(self, table: Table) -> AsyncIterator[AsyncConnection]:
+        session: AsyncSession
+        async with self._sessions() as session:
+            yield await session.connection(bind_arguments={"clause": table})
+
+    def _place(self, key: str) -> tuple[Table, tuple[Any, ...]]:
+        try:
+            name, *values = json.loads(key)
+            table = next(table for table in self._columns if table.fullname == name)
+            return table, tuple(_revived(column, value) for column, value in zip(table.primary_key, values, strict=True))
+        except (ValueError, TypeError, StopIteration, ArithmeticError) as error:
+            raise ConfigurationError(f"{key[:120]!r} is not the key of a row of this base") from error
+
+
+def as_stored(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
+    """Return a column as text, undecoded: what cannot be decoded is to be seen too."""
+    return cast(column, Text) if dialect.name == "postgresql" else type_coerce(column, Text())
+
+
+def _selected(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
+    """Return a column as it can be selected whatever it holds: a text that is none in UTF-8 would spoil every row of SQLite."""
+    return cast(column, LargeBinary) if dialect.name == "sqlite" else as_stored(column, dialect)
+
+
+def where_json(column: Column[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return what SQLite finds in a column's JSON, and NULL where that is none, instead of an error."""
+    return case((func.json_valid(column) == 1, value))
+
+
+def is_text(value: str) -> bool:
+    """Tell whether a database can be asked for a string: one with a lone surrogate has no bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _any(columns: Sequence[Column[Any]]) -> ColumnElement[bool]:
+    return or_(*(column.is_not(None) for column in columns))
+
+
+def following(statement: Select[Any], keys: Sequence[Column[Any]], after: tuple[Any, ...] | None) -> Select[Any]:
+    """Let a statement begin after a primary key; the first condition, implied by the second, is the one that an index serves."""
+    if after is None:
+        return statement
+    ways = [
+        and_(*(column == value for column, value in zip(keys[:count], after[:count], strict=True)), keys[count] > after[count])
+        for count in range(len(keys))
+    ]
+    return statement.where(keys[0] >= after[0], or_(*ways))
+
+
+def _reader(dialect: Dialect) -> Callable[[Any], Any]:
+    read: Callable[[Any], Any] = StoredObjectRefType().dialect_impl(dialect).result_processor(dialect, None)  # type: ignore[assignment]  # it has one
+    return read
+
+
+def _value(
+    table: Table, primary_key: tuple[Any, ...], column: Column[Any], raw: Any, read: Callable[[Any], Any]
+) -> HeldValue | None:
+    if raw is None:
+        return None
+    try:
+        raw = raw.decode() if isinstance(raw, bytes) else raw
+        ref = read(raw)
+    except UnicodeDecodeError as error:
+        problem = InvalidReferenceError(f"the column does not hold text in UTF-8: {error.reason}")
+        return HeldValue(table, primary_key, column, raw, error=problem)
+    except InvalidReferenceError as error:
+        return HeldValue(table, primary_key, column, raw, error=error)
+    return None if ref is None else HeldValue(table, primary_key, column, raw, ref)
+
+
+def _text_of(table: Table, primary_key: tuple[Any, ...]) -> str:
+    return json.dumps([table.fullname, *map(_plain, primary_key)], ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case bytes():
+            return value.hex()
+        case datetime() | date() | time():
+            return value.isoformat()
+        case _:
+            return str(value)
+
+
+def _revived(column: Column[Any], value: Any) -> Any:
+    """Return a part of a primary key from its text."""
+    try:
+        kind = column.type.python_type
+    except NotImplementedError:
+        return value
+    if not isinstance(value, str) or kind is str:
+        return value
+    if kind in (datetime, date, time):
+        return kind.fromisoformat(value)
+    if kind is bytes:
+        return bytes.fromhex(value)
+    return kind(value) if kind in (UUID, Decimal, int) else value
+
+
+# Who holds an object: the rows that refer to it, and the journal's entries about it.
+#
+# The worker and the garbage collector ask here before they delete. All of it is one statement, and so one snapshot: between
+# two statements a transaction can take an object out of the one place and put it into the other, and both looks would miss
+# it.
+
+
+_MOST_PARAMETERS = 20_000
+_MOST_LOCATIONS = 1000
+_COUNTS_FROM_THE_END = (14,)
+"""The version of PostgreSQL since which `split_part` does."""
+
+_STEM_AS_GLOB = "[0-9a-f]" * 12 + "7" + "[0-9a-f]" * 3 + "[89ab]" + "[0-9a-f]" * 15
+
+
+def most_at_once(columns: Sequence[Column[Any]], journals: Sequence[JournalTables] = ()) -> int:
+    """Return how many locations one statement can ask for: each stands in it twice for every column and table."""
+    return max(1, min(_MOST_LOCATIONS, _MOST_PARAMETERS // (2 * (len(columns) + 2 * len(journals) + 1))))
+
+
+async def find_held(
+    connection: AsyncConnection,
+    columns: Sequence[Column[Any]],
+    locations: Sequence[str],
+    *,
+    journals: Sequence[JournalTables] = (),
+    extra: bool = False,
+) -> set[tuple[str, str]]:
+    """Return which objects are held, as (backend, location), by one statement: whatever backend is named.
+
+    Args:
+        connection: A connection in a transaction that has read nothing yet, at READ COMMITTED or stronger.
+        columns: Every column that may refer to an object.
+        locations: The objects in question; of others nothing is said, unless an `extra` names them.
+        journals: The journals whose entries hold an object, too.
+        extra: Whether to read every row for references that say the object otherwise: by another location with the same
+            generated id, or in their `extra`.
+    """
+    dialect = connection.dialect
+    ids = sorted({found for found in map(generated_id, locations) if found is not None}) if extra else []
+    # What it reads is the database's dictionary: that some column is there says nothing of any row.
+    generated = await with_location_column(connection, columns)
+    parts = [_referring(column, dialect, locations, ids, is_generated=column in generated) for column in columns]
+    parts += [_noted(table, dialect, locations, ids) for journal in journals for table in (journal.intent, journal.reclaim)]
+    if extra:
+        parts += [selected_extra(column, dialect.name) for column in columns]
+    if not parts:
+        return set()
+    held: set[tuple[str, str]] = set()
+    wanted = {*locations, *ids}
+    for backend, location, names in await connection.execute(union_all(*parts)):
+        if names is None:
+            held.add((as_text(backend), as_text(location)))
+        else:
+            found = ((as_text(backend), name) for name in named_in(json.loads(names)))
+            held.update((of, name) for of, name in found if name in wanted or generated_id(name) in wanted)
+    return held
+
+
+def held_among(locations: Sequence[str], held: Iterable[str]) -> set[str]:
+    """Return which locations are among those that are held, or have the generated id of one: then it is the same object."""
+    found = set(held)
+    ids = {generated_id(location) for location in found} - {None}
+    return {location for location in locations if location in found or generated_id(location) in ids}
+
+
+def named_in(extra: Any) -> Iterator[str]:
+    """Yield what a ref's `extra` names at any depth that has the form of a location, such as a derived object's."""
+    match extra:
+        case str():
+            if "/" in extra and matches_generated_name(extra):
+                yield extra
+        case dict():
+            for value in extra.values():
+                yield from named_in(value)
+        case list():
+            for value in extra:
+                yield from named_in(value)
+
+
+def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
+    """Select backend, nothing, and `extra` as JSON text, of the refs whose `extra` may name an object."""
+    text, names_one = _extra_of(column, dialect)
+    backend, _ = location_of(column, dialect)
+    found: Select[*tuple[Any, ...]] = select(
+        selected_text(backend, dialect).label("backend"),
+        cast(null(), LargeBinary if dialect == "sqlite" else Text()).label("location"),
+        text.label("extra"),
+    )
+    return found.where(names_one)
+
+
+def as_text(value: str | bytes | None) -> str:
+    """Return a text as it was selected: SQLite gives bytes, among which a lone surrogate may be."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    try:
+        return value.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return value.decode("utf-8", "surrogateescape")
+
+
+def _referring(
+    column: Column[Any], dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, is_generated: bool
+) -> Select[*tuple[Any, ...]]:
+    backend, location = location_of(column, dialect.name, is_generated=is_generated)
+    if ids and dialect.name == "sqlite":  # there a look into what is no JSON fails
+        location = case((func.json_valid(column) == 1, location))
+    return _among(backend, location, dialect, locations, ids)
+
+
+def _noted(table: Table, dialect: Dialect, locations: Sequence[str], ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
+    return _among(table.c.backend, table.c.location, dialect, locations, ids)
+
+
+def _among(
+    backend: ColumnElement[str], location: ColumnElement[str], dialect: Dialect, locations: Sequence[str], ids: Sequence[str]
+) -> Select[*tuple[Any, ...]]:
+    """Select backend, location and nothing, of what is at one of the locations or has one of the generated ids."""
+    wanted: ColumnElement[bool] = location.in_(locations)
+    if ids:
+        wanted = or_(wanted, _id_in(location, dialect).in_(ids))
+    found: Select[*tuple[Any, ...]] = select(
+        selected_text(backend, dialect.name).label("backend"),
+        selected_text(location, dialect.name).label("location"),
+        cast(null(), Text()).label("extra"),
+    )
+    return found.where(wanted)
+
+
+def selected_text(value: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
+    """Return a text as it can be selected, whatever it is; `as_text` reads it."""
+    return cast(value, LargeBinary) if dialect == "sqlite" else value
+
+
+def _id_in(location: ColumnElement[str], dialect: Dialect) -> ColumnElement[Any]:
+    """Return the first characters of the last segment."""
+    if dialect.name == "sqlite":
+        folder = func.rtrim(location, func.replace(location, "/", ""))
+        return func.substr(location, func.length(folder) + 1, GENERATED_ID_LENGTH)
+    if dialect.name != "postgresql":
+        return func.left(func.substring_index(location, "/", -1), GENERATED_ID_LENGTH)
+    if (dialect.server_version_info or ()) >= _COUNTS_FROM_THE_END:
+        return func.left(func.split_part(location, "/", -1), GENERATED_ID_LENGTH)
+    return func.left(func.substring(location, "[^/]*$"), GENERATED_ID_LENGTH)
+
+
+def _extra_of(column: Column[Any], dialect: str) -> tuple[ColumnElement[Any], ColumnElement[bool]]:
+    """Return `extra` as JSON text, and whether it has something of the form of a generated name; its digits are never escaped."""
+    if dialect == "postgresql":
+        text: ColumnElement[Any] = cast(cast(column, JSONB).op("->", return_type=JSONB())(literal_column("'extra'")), Text())
+        return text, text.op("~", is_comparison=True)(f"{GENERATED_STEM}-")
+    text = func.json_extract(column, literal_column("'$.extra'"), type_=Text())
+    if dialect == "sqlite":
+        text = case((func.json_valid(column) == 1, text))
+        return text, text.op("GLOB", is_comparison=True)(f"*{_STEM_AS_GLOB}-*")
+    return text, text.op("REGEXP", is_comparison=True)(f"{GENERATED_STEM}-")

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Column, CompoundSelect, Connection, Text, bindparam, func, select, union_all
 from sqlalchemy.exc import DBAPIError
 
-from granite_storage.orm._batches import batches
 from granite_storage.orm._registry import active_bindings
+from granite_storage.orm._util import batches, codes_of
 from granite_storage.orm.catalogue import Place, read_catalogue
-from granite_storage.orm.indexed import location_of
 from granite_storage.orm.journal.database import TRANSLATE_MAP
-from granite_storage.orm.journal.deadlocks import codes_of
 from granite_storage.orm.locking import among
-from granite_storage.orm.scanning import where_json
+from granite_storage.orm.references import location_of, where_json
 
 if TYPE_CHECKING:
     from granite_storage.orm.unit_of_work import StoredObject

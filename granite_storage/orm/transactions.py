@@ -21,11 +21,10 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._engines import root_engine
-from granite_storage.orm._util import deferred_cancellation, in_greenlet
-from granite_storage.orm.removal import remove_now
+from granite_storage.orm._util import deferred_cancellation, in_greenlet, root_engine
 from granite_storage.orm.sharing import find_shared
 from granite_storage.orm.unit_of_work import Frame, Outcome, StoredObject, UnitOfWork
+from granite_storage.orm.uploads import remove_now
 
 __all__ = [
     "ConnectionWatch",

@@ -16,10 +16,9 @@ from sqlalchemy.orm import Session
 
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.columns import keys_of
+from granite_storage.orm.catalogue import has_triggers
+from granite_storage.orm.columns import AttachmentType, keys_of
 from granite_storage.orm.locking import connection_of, read_refs, read_rows
-from granite_storage.orm.triggers import has_triggers
-from granite_storage.orm.types import AttachmentType
 from granite_storage.orm.unit_of_work import Displacement, FlushUnderWay, LogEntry, ObjectKey, StoredObject, UnitOfWork
 from granite_storage.refs import StoredObjectRef
 

@@ -11,9 +11,9 @@ from uuid import UUID
 
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal import direct_uploads
 from granite_storage.orm.journal.journal import StorageJournal
-from granite_storage.orm.types import AttachmentType
 from granite_storage.orm.uploads import stored_object
 from granite_storage.web._upload_tokens import Ticket
 

@@ -20,7 +20,7 @@ from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.locations import GENERATED_STEM, clean_filename, safe_name, uuid7_hex
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.binding import StorageBinding
-from granite_storage.orm.types import AttachmentType
+from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.uploads import discard
 from granite_storage.policies import StoragePolicy
 from granite_storage.refs import canonical_checksum

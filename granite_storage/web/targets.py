@@ -11,10 +11,9 @@ from sqlalchemy.orm import InstrumentedAttribute
 from granite_storage._engine import require_positive
 from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.removal import remove
-from granite_storage.orm.types import AttachmentType
+from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.unit_of_work import StoredObject
-from granite_storage.orm.uploads import discard
+from granite_storage.orm.uploads import discard, remove
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import BytesLike
 

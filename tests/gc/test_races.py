@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from granite_storage import Attachment, CollectionRefusedError, StoragePolicy, StoredObjectRef
 from granite_storage.gc import checks
 from granite_storage.gc.database import DatabaseReferences
-from granite_storage.orm import held
+from granite_storage.orm import references
 from granite_storage.orm.journal.tables import clock
 from tests.gc.environment import AgedBackend, Crate, GcEnvironment, file, gc_environment
 from tests.orm.databases import Database, crash_postgres, postgres, postgres_database
@@ -175,7 +175,7 @@ async def _in_two_statements(connection: AsyncConnection, undo: Step, journals: 
     in_journal = {(row.backend, row.location) for row in found}
     await connection.rollback()
     await undo()
-    return in_journal | await held.find_held(connection, columns, locations)
+    return in_journal | await references.find_held(connection, columns, locations)
 
 
 @pytest.mark.parametrize("simpler", [False, True])
@@ -202,7 +202,7 @@ async def test_an_undo_while_the_collector_looks(postgres_only: Database, monkey
             await undo()
             if simpler:
                 return await _in_two_statements(connection, displace, journals, columns, locations)
-            return await held.find_held(connection, columns, locations, journals=journals, extra=extra)
+            return await references.find_held(connection, columns, locations, journals=journals, extra=extra)
 
         await displace()
         with monkeypatch.context() as patch:

@@ -22,7 +22,7 @@ from granite_storage import (
     migrate,
     migration,
 )
-from granite_storage.orm.scanning import Scan
+from granite_storage.orm.references import Scan
 from tests.migration.environment import MigrationEnvironment, Parcel, Shelf, file
 
 

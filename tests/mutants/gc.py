@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant(
         name="gc-ignores-the-journal",
         rule="What the journal knows of is the worker's to delete.",
-        path="granite_storage/orm/held.py",
+        path="granite_storage/orm/references.py",
         old="for journal in journals for table in (journal.intent, journal.reclaim)]",
         new="for journal in journals[:0] for table in (journal.intent, journal.reclaim)]",
         tests=("tests/gc/test_races.py::test_what_the_journal_knows_of_is_the_workers[intent]",),

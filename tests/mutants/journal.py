@@ -98,7 +98,7 @@ MUTANTS = [
     Mutant(
         name="journal-restore-claims-nothing",
         rule="Restoring an object consumes its pending delete in the row's transaction.",
-        path="granite_storage/orm/journal/entries.py",
+        path="granite_storage/orm/flush.py",
         old="    for intent in flush.restored:\n        taken.setdefault(intent.journal, []).append(intent.id)\n",
         new="",
         tests=("tests/orm/journal/test_simpler_protocols.py::test_the_protocol_holds[asyncpg-undone_delete]",),
@@ -189,7 +189,7 @@ MUTANTS = [
     Mutant(
         name="journal-cancelled-transaction-cleans-up-itself",
         rule="A transaction that is cancelled after its flush leaves its objects to the journal.",
-        path="granite_storage/orm/removal.py",
+        path="granite_storage/orm/uploads.py",
         old="return task is not None and task.cancelling() > 0",
         new="return False",
         tests=(
@@ -232,7 +232,7 @@ MUTANTS = [
     Mutant(
         name="journal-map-of-a-statement-ignored",
         rule="A bulk statement with a map of its own displaces what its own schemas hold.",
-        path="granite_storage/orm/translated.py",
+        path="granite_storage/orm/bulk.py",
         old="    with _translating(connection, state.execution_options[_MAP]):\n        return",
         new="    with _translating(connection, connection.get_execution_options().get(_MAP)):\n        return",
         tests=("tests/orm/journal/test_tenants.py::test_a_map_on_one_statement",),

@@ -219,7 +219,7 @@ MUTANTS = [
     Mutant(
         name="sessions-cancelled-removal-stops",
         rule="Objects of an ended transaction are deleted to the end, though the task is cancelled meanwhile.",
-        path="granite_storage/orm/removal.py",
+        path="granite_storage/orm/uploads.py",
         old='await_only(finish(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction"))',
         new="await_only(remove(plain, intents))",
         tests=("tests/orm/test_cancelled_removal.py",),
@@ -265,7 +265,7 @@ MUTANTS = [
     Mutant(
         name="sessions-unclaimed-ref-bound",
         rule="The column type binds only a ref that a flush has claimed.",
-        path="granite_storage/orm/types.py",
+        path="granite_storage/orm/columns.py",
         old="if not value._claimed:",
         new="if value.is_pending:",
         tests=("tests/orm/test_bulk.py::TestRefusals::test_connection[sqlite-begin]",),
@@ -332,7 +332,7 @@ MUTANTS = [
     Mutant(
         name="sessions-pending-cannot-be-compared",
         rule="A pending attachment is in no row: a comparison with it in SQL is false.",
-        path="granite_storage/orm/types.py",
+        path="granite_storage/orm/columns.py",
         old="            return false()  # it is in no row yet",
         new='            return self["location"].as_string() == value.ref.location',
         tests=("tests/orm/test_comparing_attachments.py::test_in_sql[asyncpg]",),

@@ -9,7 +9,7 @@ from sqlalchemy import event
 from sqlalchemy.util import await_only
 
 from granite_storage.orm import transactions
-from granite_storage.orm._engines import root_engine
+from granite_storage.orm._util import root_engine
 from tests.orm.environment import Doc, OrmEnvironment, file
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
 
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
-from granite_storage.orm._engines import dispatchers_of, root_engine
+from granite_storage.orm._util import dispatchers_of, root_engine
 
 __all__ = ["TRANSLATE_MAP", "JournalPool"]
 

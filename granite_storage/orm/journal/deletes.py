@@ -24,8 +24,7 @@ from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage.orm._batches import batches
-from granite_storage.orm.journal.deadlocks import try_briefly
+from granite_storage.orm._util import batches, try_briefly
 from granite_storage.orm.journal.tables import DELETE, clock
 
 __all__ = ["PendingDelete", "delete_id", "has_own_id", "nominate", "renumber"]

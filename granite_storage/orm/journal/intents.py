@@ -30,7 +30,7 @@ from sqlalchemy.util import await_only
 from granite_storage._tasks import CLEANUP_TIMEOUT, settle
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._batches import batches
+from granite_storage.orm._util import batches
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate, renumber
 from granite_storage.orm.journal.schemas import effective

@@ -10,11 +10,11 @@ from sqlalchemy import Column, Select, Table, TableClause, column, null, select,
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._batches import batches
+from granite_storage.orm._util import batches
 from granite_storage.orm.catalogue import Place, read_catalogue
-from granite_storage.orm.indexed import location_of
 from granite_storage.orm.journal.database import TRANSLATE_MAP, JournalPool
 from granite_storage.orm.journal.schemas import effective, read_translations
+from granite_storage.orm.references import location_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Row

@@ -16,8 +16,7 @@ from granite_storage.exceptions import ConfigurationError
 from granite_storage.gc import CollectedObject, Collection, Fate, GarbageCollectionReport, StorageGarbageCollector
 from granite_storage.migration import Migration, Moved, Verdict, migrate
 from granite_storage.orm.journal.journal import StorageJournal
-from granite_storage.orm.journal.report import RecoveryReport
-from granite_storage.orm.journal.tables import clock
+from granite_storage.orm.journal.tables import RecoveryReport, clock
 from granite_storage.verification import Finding, Verification, verify
 
 __all__ = ["gc_command", "migrate_command", "recover_command", "verify_command"]

@@ -4,8 +4,7 @@ from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.binding import StorageBinding, bind_storage
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment, portable_storage_ref_type
 from granite_storage.orm.journal.journal import StorageJournal
-from granite_storage.orm.journal.report import FailedReclaim, RecoveryReport
-from granite_storage.orm.journal.tables import JournalTables, journal_tables
+from granite_storage.orm.journal.tables import FailedReclaim, JournalTables, RecoveryReport, journal_tables
 from granite_storage.orm.mixin import StoredContentMixin
 from granite_storage.orm.references import iter_model_storage_refs
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from granite_storage.manager import ObjectDraft
     from granite_storage.orm.attachment import Attachment
     from granite_storage.orm.columns import AttachmentType
+    from granite_storage.orm.journal.intents import Lease
     from granite_storage.orm.journal.journal import StorageJournal
-    from granite_storage.orm.journal.lease import Lease
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["Upload", "discard", "remove", "remove_now", "require_fit", "store", "stored_object"]

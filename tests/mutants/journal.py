@@ -122,7 +122,7 @@ MUTANTS = [
     Mutant(
         name="journal-upload-ignores-lease",
         rule="An uploader whose lease is over sends nothing, and what it has published is discarded.",
-        path="granite_storage/orm/journal/lease.py",
+        path="granite_storage/orm/journal/intents.py",
         old="if self._remaining() <= 0:\n            raise _expired()",
         new="return",
         tests=(
@@ -133,7 +133,7 @@ MUTANTS = [
     Mutant(
         name="journal-lease-not-renewed",
         rule="A lease is renewed while its upload goes on.",
-        path="granite_storage/orm/journal/lease.py",
+        path="granite_storage/orm/journal/intents.py",
         old="self.require()\n            await self._renew()",
         new="self.require()",
         tests=("tests/orm/journal/test_recovery.py::TestLeases::test_an_upload_is_renewed_while_it_goes_on[asyncpg]",),
@@ -216,7 +216,7 @@ MUTANTS = [
     Mutant(
         name="journal-schemas-unknown",
         rule="Workers know the schemas of all tenants, where rows may refer to an object.",
-        path="granite_storage/orm/journal/schemas.py",
+        path="granite_storage/orm/journal/database.py",
         old="        await_only(self._write(tables, translation))\n",
         new="",
         tests=("tests/orm/journal/test_tenants.py::test_models_with_a_schema_that_is_only_translated[asyncpg]",),

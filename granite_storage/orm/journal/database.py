@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Final, Self
+from datetime import datetime, timedelta
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, Row, Table, bindparam, event, insert, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
+from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
 from granite_storage.orm._util import dispatchers_of, root_engine
+from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, JournalTables, clock
 
-__all__ = ["TRANSLATE_MAP", "JournalPool"]
+if TYPE_CHECKING:
+    from sqlalchemy import Column, Connection
+
+__all__ = [
+    "TRANSLATE_MAP",
+    "JournalPool",
+    "KnownSchemas",
+    "Translation",
+    "accept_gap",
+    "beat",
+    "check_database",
+    "effective",
+    "find_gap",
+    "insert_if_absent",
+    "read_translations",
+]
 
 TRANSLATE_MAP: Final = "schema_translate_map"
 """The name of SQLAlchemy's option."""
@@ -213,3 +234,240 @@ def _small_pool(pool: Pool, size: int) -> Pool:
         _dispatch=pool.dispatch,
         dialect=pool._dialect,
     )
+
+
+# The heartbeat of the workers, in the journal's table `granite_storage_meta`, and the gaps in it.
+#
+# A database that was restored from a backup has the heartbeat of the backup, and so has one that was out of use. Whoever
+# beats first after such a silence notes it, and the note stays until a person has said that all is well: meanwhile the
+# garbage collector deletes nothing, for what it would take for orphans may be the files of a database that is about to be
+# restored once more.
+
+
+_HEARTBEAT = "heartbeat"
+_GAP = "heartbeat gap"
+_SHORTEST_GAP = timedelta(hours=1)
+_MISSED = 4
+
+
+async def beat(pool: JournalPool, tables: JournalTables, *, within: timedelta) -> None:
+    """Note that a worker is at work, and that none was where the last beat is long overdue.
+
+    Args:
+        pool: The journal's connections.
+        tables: The journal's tables.
+        within: When the next beat is to be expected.
+    """
+    meta = tables.meta
+    async with pool.reading() as connection:
+        last = await _last_beat(connection, tables)
+        new = {"value": f"{within.total_seconds():.0f}", "changed": clock()}
+        if last is None:
+            await insert_if_absent(connection, tables, {"name": _HEARTBEAT, **new})
+            return
+        silence = _silence(last)
+        if silence is not None:
+            said = {"name": _GAP, "value": f"{silence.total_seconds():.0f}", "changed": clock()}
+            await insert_if_absent(connection, tables, said)
+        await connection.execute(meta.update().where(meta.c.name == _HEARTBEAT).values(new))
+
+
+async def find_gap(connection: AsyncConnection, tables: JournalTables) -> timedelta | None:
+    """Return for how long no worker was at work, where that is noted or going on; None where all is well or none ever was."""
+    meta = tables.meta
+    noted = (await connection.execute(select(meta.c.value).where(meta.c.name == _GAP))).scalar_one_or_none()
+    if noted is not None:
+        return timedelta(seconds=float(noted))
+    last = await _last_beat(connection, tables)
+    return None if last is None else _silence(last)
+
+
+async def accept_gap(pool: JournalPool, tables: JournalTables, *, within: timedelta) -> None:
+    """Forget a gap: a person has said that this is the right database."""
+    await beat(pool, tables, within=within)
+    meta = tables.meta
+    async with pool.durable() as connection:
+        await connection.execute(meta.delete().where(meta.c.name == _GAP))
+
+
+async def insert_if_absent(connection: AsyncConnection, tables: JournalTables, values: dict[str, Any]) -> None:
+    """Insert a row of `granite_storage_meta`, unless there is one of its name."""
+    try:
+        async with connection.begin_nested():
+            await connection.execute(insert(tables.meta).values(values))
+    except IntegrityError:
+        return
+
+
+async def _last_beat(connection: AsyncConnection, tables: JournalTables) -> Row[Any, Any, Any] | None:
+    meta = tables.meta
+    found = await connection.execute(select(meta.c.value, meta.c.changed, clock().label("now")).where(meta.c.name == _HEARTBEAT))
+    return found.first()
+
+
+def _silence(last: Row[Any, Any, Any]) -> timedelta | None:
+    """Return for how long there was no beat, where one is overdue, by the database's clock alone."""
+    silence = _naive(last.now) - _naive(last.changed)
+    expected = timedelta(seconds=float(last.value)) if last.value.isdigit() else timedelta(0)
+    return silence if silence > max(_SHORTEST_GAP, _MISSED * expected) else None
+
+
+def _naive(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=None)
+
+
+# The schemas that an application's tables are in, where a `schema_translate_map` says so.
+#
+# The journal's own tables are in one place, whatever the map of a session: its statements go there by their own options.
+# The tables that have attachments are wherever the connection of a session has them, another schema for each tenant
+# perhaps; and the worker asks all of them before it deletes. So a transaction that writes into the journal first makes
+# known, in the table `granite_storage_meta`, to which schemas its connection leads, once for each process. From then on
+# every worker knows.
+
+
+Translation: TypeAlias = tuple[tuple[str | None, str | None], ...]
+"""The schemas that the models name, each with the one that it stands for."""
+
+_PREFIX = "schemas:"
+_DIGITS = 32
+
+
+class KnownSchemas:
+    """What this process knows to be known to all.
+
+    Args:
+        pool: The journal's own connections.
+    """
+
+    def __init__(self, pool: JournalPool) -> None:
+        self._pool = pool
+        self._known: set[Translation] = set()
+
+    def make_known(self, connection: Connection, tables: JournalTables, columns: Sequence[Column[Any]]) -> None:
+        """Make known to workers where the tables are that a session's connection leads to; durably, before it commits."""
+        mapping = connection.get_execution_options().get(TRANSLATE_MAP) or {}
+        if mapping == self._pool.translate_map:
+            return
+        named = {column.table.schema for column in columns}
+        translation = _translation(named, mapping)
+        if translation == _translation(named, self._pool.translate_map) or translation in self._known:
+            return
+        await_only(self._write(tables, translation))
+        self._known.add(translation)
+
+    async def _write(self, tables: JournalTables, translation: Translation) -> None:
+        value = json.dumps(translation)
+        name = f"{_PREFIX}{sha256(value.encode()).hexdigest()[:_DIGITS]}"
+        async with self._pool.durable() as connection:
+            await insert_if_absent(connection, tables, {"name": name, "value": value, "changed": clock()})
+
+
+async def read_translations(connection: AsyncConnection, tables: JournalTables) -> list[Mapping[str | None, str | None]]:
+    """Return every translation that a transaction has made known."""
+    meta = tables.meta
+    found = await connection.execute(select(meta.c.value).where(meta.c.name.startswith(_PREFIX)).order_by(meta.c.name))
+    return [dict(json.loads(value)) for value in found.scalars()]
+
+
+def effective(schema: str | None, mapping: Mapping[str | None, str | None]) -> str | None:
+    """Return the schema that one named in a model stands for."""
+    return mapping.get(schema, schema)
+
+
+def _translation(named: Iterable[str | None], mapping: Mapping[str | None, str | None]) -> Translation:
+    return tuple((schema, effective(schema, mapping)) for schema in sorted(named, key=str))
+
+
+# Refusing at start-up what could not keep the promise.
+
+
+_OLDEST_MARIADB = (10, 6)
+
+
+async def check_database(pool: JournalPool, tables: JournalTables, others: list[Table]) -> None:
+    """Refuse tables, storage engines and settings of the database with which the journal could not keep its promise.
+
+    Args:
+        pool: The journal's own connections.
+        tables: The journal's tables.
+        others: The tables of the application that have attachments.
+
+    Raises:
+        ConfigurationError: The message says what to do.
+    """
+    async with pool.durable() as connection:
+        if not pool.is_postgresql:
+            names = [(effective(table.schema, pool.translate_map), table.name) for table in (*tables.all, *others)]
+            await _check_mariadb(connection, names)
+    for table in tables.all:
+        await _check_table(pool, table)
+    await _check_version(pool, tables)
+
+
+async def _check_table(pool: JournalPool, table: Table) -> None:
+    """See that a table is there with its columns, and may be written to."""
+    nothing = table.delete().where(text("1 = 0"))
+    try:
+        async with pool.reading() as connection:
+            await connection.execute(select(table).limit(0))
+            await connection.execute(nothing)
+            await connection.execute(insert(table).from_select(list(table.c.keys()), select(table).where(text("1 = 0"))))
+    except DBAPIError as error:
+        name = ".".join(part for part in (effective(table.schema, pool.translate_map), table.name) if part)
+        raise ConfigurationError(
+            f"the journal's table {name} is missing, is of another version or may not be written to: {error.orig}."
+            " Create it with the models' own (Base.metadata.create_all or a migration) after journal_tables(Base.metadata),"
+            " and let the application's database user read and write it. Sessions with a schema_translate_map of their own share"
+            " one set of the journal's tables: it is where the engine that was passed to StorageJournal finds it, with that"
+            " engine's map if it has one, or in journal_tables(Base.metadata, schema=...)"
+        ) from error
+
+
+async def _check_version(pool: JournalPool, tables: JournalTables) -> None:
+    meta = tables.meta
+    async with pool.durable() as connection:
+        await insert_if_absent(connection, tables, {"name": VERSION_NAME, "value": str(SCHEMA_VERSION), "changed": clock()})
+        found = (await connection.execute(select(meta.c.value).where(meta.c.name == VERSION_NAME))).scalar_one()
+    if found != str(SCHEMA_VERSION):
+        raise ConfigurationError(
+            f"the journal's tables are of version {found}, and this library works with version {SCHEMA_VERSION}:"
+            " run the migrations of the library's version, or install the version of the library that made them"
+        )
+
+
+async def _check_mariadb(connection: AsyncConnection, tables: list[tuple[str | None, str]]) -> None:
+    version = (await connection.execute(text("SELECT VERSION()"))).scalar_one()
+    numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
+    if "mariadb" not in version.lower():
+        raise ConfigurationError(f"the journal was proved on MariaDB, and this is MySQL {version}: leave journal=... out")
+    if numbers < _OLDEST_MARIADB:
+        raise ConfigurationError(f"the journal needs MariaDB 10.6 or newer, where SKIP LOCKED is, and this is {version}")
+    if (await connection.execute(text("SELECT @@innodb_flush_log_at_trx_commit"))).scalar_one() != 1:
+        raise ConfigurationError(
+            "with innodb_flush_log_at_trx_commit other than 1 a crash takes back what was committed: set it to 1"
+        )
+    level = (await connection.execute(text("SELECT @@global.tx_isolation"))).scalar_one()
+    if level == "READ-UNCOMMITTED":
+        raise ConfigurationError("at READ UNCOMMITTED the journal's rows are not where they are looked for: set another level")
+    await _check_engines(connection, tables)
+
+
+async def _check_engines(connection: AsyncConnection, tables: list[tuple[str | None, str]]) -> None:
+    """Refuse tables whose engine knows no transactions, such as MyISAM and Aria."""
+    found = await connection.execute(
+        text(
+            "SELECT table_schema, table_schema = DATABASE(), table_name, engine FROM information_schema.tables"
+            " WHERE table_name IN :names AND engine <> 'InnoDB'"
+        ).bindparams(bindparam("names", expanding=True)),
+        {"names": sorted({name for _, name in tables})},
+    )
+    wrong = [
+        f"{name} ({engine})"
+        for schema, is_default, name, engine in found
+        if (schema, name) in tables or (is_default and (None, name) in tables)
+    ]
+    if wrong:
+        raise ConfigurationError(
+            f"the journal needs InnoDB, and these tables have another engine: {', '.join(wrong)};"
+            " change them with ALTER TABLE ... ENGINE=InnoDB"
+        )

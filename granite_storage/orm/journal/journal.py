@@ -13,17 +13,12 @@ from uuid import UUID
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._registry import active_bindings
-from granite_storage.orm.journal.checks import check_database
-from granite_storage.orm.journal.database import JournalPool
+from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
-from granite_storage.orm.journal.heartbeat import accept_gap, beat
-from granite_storage.orm.journal.intents import GroupCommit, Intents
-from granite_storage.orm.journal.lease import Lease
+from granite_storage.orm.journal.intents import GroupCommit, Intents, Lease
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
-from granite_storage.orm.journal.report import RecoveryReport
-from granite_storage.orm.journal.schemas import KnownSchemas
-from granite_storage.orm.journal.tables import JournalTables, tables_of
+from granite_storage.orm.journal.tables import JournalTables, RecoveryReport, tables_of
 from granite_storage.orm.journal.worker import Alarm, at_work
 
 if TYPE_CHECKING:

@@ -38,8 +38,7 @@ from granite_storage.orm._util import again_after_deadlock, try_briefly
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import has_own_id, renumber
 from granite_storage.orm.journal.references import References
-from granite_storage.orm.journal.report import FailedReclaim, RecoveryReport
-from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, JournalTables, clock
+from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, FailedReclaim, JournalTables, RecoveryReport, clock
 
 if TYPE_CHECKING:
     from sqlalchemy import Table

@@ -12,8 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._util import batches
 from granite_storage.orm.catalogue import Place, read_catalogue
-from granite_storage.orm.journal.database import TRANSLATE_MAP, JournalPool
-from granite_storage.orm.journal.schemas import effective, read_translations
+from granite_storage.orm.journal.database import TRANSLATE_MAP, JournalPool, effective, read_translations
 from granite_storage.orm.references import location_of
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ nitpick_ignore = [
     ("py:class", "granite_storage.gc.references.ReferenceSource"),
     ("py:class", "granite_storage.gc.scope.Territory"),
     ("py:class", "granite_storage.orm.attachment.UploadFile"),
-    ("py:class", "granite_storage.web.targets.Incoming"),
+    ("py:class", "granite_storage.web.uploads.Incoming"),
     ("py:class", "granite_storage.web.uploads.T"),
 ]
 

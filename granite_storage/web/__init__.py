@@ -8,10 +8,9 @@ try:
 except ImportError as _error:
     raise MissingDependencyError("granite_storage.web needs Starlette: pip install 'granite-storage[web]'") from _error
 
-from granite_storage.web.dependencies import UploadDependency, received_body, received_form
+from granite_storage.web._requests import UploadLimits
 from granite_storage.web.direct import DirectUpload, DirectUploads
-from granite_storage.web.errors import install_error_handlers, problem_response
-from granite_storage.web.exceptions import (
+from granite_storage.web.errors import (
     MalformedRequestError,
     MissingFieldError,
     RequestError,
@@ -20,11 +19,25 @@ from granite_storage.web.exceptions import (
     UploadMismatchError,
     UploadMissingError,
     UploadTokenError,
+    install_error_handlers,
+    problem_response,
 )
-from granite_storage.web.limits import UploadLimits
 from granite_storage.web.responses import StoredObjectResponse
-from granite_storage.web.targets import FileList, FileTarget, PolicyTarget, Target
-from granite_storage.web.uploads import FilePart, FormFields, FormFiles, UploadForm, stream_body, stream_upload
+from granite_storage.web.uploads import (
+    FileList,
+    FilePart,
+    FileTarget,
+    FormFields,
+    FormFiles,
+    PolicyTarget,
+    Target,
+    UploadDependency,
+    UploadForm,
+    received_body,
+    received_form,
+    stream_body,
+    stream_upload,
+)
 from granite_storage.web.urls import SignedFiles
 
 __all__ = [

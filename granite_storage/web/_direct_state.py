@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 from uuid import UUID
 
-from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.backends.base import ObjectInfo
+from granite_storage.exceptions import ChecksumMismatchError, ObjectNotFoundError, StaleAttachmentError
+from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal import direct_uploads
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.uploads import stored_object
+from granite_storage.refs import StoredObjectRef
+from granite_storage.streams import MeasuredStream, require_size
 from granite_storage.web._upload_tokens import Ticket
+from granite_storage.web.errors import UploadMismatchError, UploadMissingError
 
-__all__ = ["Claim", "Finishes", "Found", "JournaledFinishes", "RememberedFinishes"]
+__all__ = [
+    "HEAD_SIZE",
+    "Claim",
+    "Finishes",
+    "Found",
+    "JournaledFinishes",
+    "RememberedFinishes",
+    "Staged",
+    "contradicts",
+    "find_staged",
+    "inspect",
+    "is_known",
+    "require_beginning",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,3 +175,171 @@ def _staging_id(ticket: Ticket) -> UUID:
     if ticket.staging_id is None:
         raise StaleAttachmentError("the direct upload was begun before there was a journal; it may be begun again")
     return ticket.staging_id
+
+
+# How files of common media types begin: bytes that claim to be an image, and are a page, are told by it.
+
+
+HEAD_SIZE = 1024
+"""How many of the first bytes are looked at."""
+
+_BLANK = rb"(?:\xef\xbb\xbf)?[\x00\t\n\x0c\r ]*"
+# QuickTime files, which are older than the box `ftyp`, begin with any of the others; so do the segments of a stream.
+_ISO_MEDIA = rb"....(?:ftyp|free|mdat|moof|moov|pnot|sidx|skip|styp|wide)"
+_MP3 = rb"\x00*(?:ID3|\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff])"
+_OGG = rb"OggS"
+_WAVE = rb"(?:RIFF|RF64|BW64)....WAVE"
+_BEGINNINGS: dict[str, re.Pattern[bytes]] = {
+    media_type: re.compile(pattern, re.DOTALL)
+    for media_type, pattern in {
+        "application/gzip": rb"\x1f\x8b",
+        "application/pdf": _BLANK + rb"%PDF-",
+        "application/zip": rb"PK(?:\x03\x04|\x05\x06|\x07\x08)",
+        "audio/flac": rb"fLaC|ID3",
+        "audio/mp3": _MP3,
+        "audio/mp4": _ISO_MEDIA,
+        "audio/mpeg": _MP3,
+        "audio/ogg": _OGG,
+        "audio/wav": _WAVE,
+        "audio/wave": _WAVE,
+        "audio/webm": rb"\x1a\x45\xdf\xa3",
+        "audio/x-m4a": _ISO_MEDIA,
+        "audio/x-wav": _WAVE,
+        "image/avif": rb"....ftyp(?:avif|avis|mif1|msf1)",
+        "image/bmp": rb"BM",
+        "image/gif": rb"GIF8[79]a",
+        "image/heic": rb"....ftyp",
+        "image/heif": rb"....ftyp",
+        "image/jpeg": rb"\xff\xd8\xff",
+        "image/png": rb"\x89PNG\r\n\x1a\n",
+        "image/tiff": rb"II[\x2a\x2b]\x00|MM\x00[\x2a\x2b]",
+        "image/webp": rb"RIFF....WEBP",
+        "video/mp4": _ISO_MEDIA,
+        "video/ogg": _OGG,
+        "video/quicktime": _ISO_MEDIA,
+        "video/webm": rb"\x1a\x45\xdf\xa3",
+    }.items()
+}
+
+
+def contradicts(head: bytes, content_type: str) -> bool:
+    """Tell whether a file that begins like this cannot be of a media type; of types that are not known it never says so.
+
+    Source: the WHATWG's MIME Sniffing Standard, section 6, and the formats' own specifications.
+
+    Args:
+        head: Its first `HEAD_SIZE` bytes, or all where it has fewer.
+        content_type: The media type, with or without parameters.
+    """
+    beginning = _beginning_of(content_type)
+    return beginning is not None and beginning.match(head) is None
+
+
+def is_known(content_type: str) -> bool:
+    """Tell whether it is known how files of a media type begin."""
+    return _beginning_of(content_type) is not None
+
+
+def _beginning_of(content_type: str) -> re.Pattern[bytes] | None:
+    return _BEGINNINGS.get(content_type.partition(";")[0].strip().lower())
+
+
+# What a client has stored by itself, compared with what it had announced.
+
+
+_WRONG_TYPE = "the file is not of the media type that was announced"
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What a client has stored by itself.
+
+    Attributes:
+        ref: Where it is; nothing but the number of its bytes is known of it.
+        identity: What tells it from what the client may store there later.
+    """
+
+    ref: StoredObjectRef
+    identity: str
+
+    def verdict(self, error: UploadMismatchError) -> dict[str, str]:
+        """Return what is to be remembered where it is refused."""
+        return {"identity": self.identity, "why": str(error)}
+
+    def require_not_refused(self, verdict: Mapping[str, Any] | None) -> None:
+        """Raise `UploadMismatchError` where just this object was refused before."""
+        if verdict is not None and verdict["identity"] == self.identity:
+            raise UploadMismatchError(verdict["why"])
+
+
+async def find_staged(manager: StorageManager, storage_key: str, ticket: Ticket) -> Staged:
+    """Return what a client has stored, if nothing that can be told without reading it speaks against it.
+
+    Raises:
+        UploadMissingError: There is nothing.
+        ContentTooLargeError: There are more bytes than may be.
+        UploadMismatchError: There are fewer; or it was sent with a header that was not agreed, and that changes what it is.
+    """
+    place = StoredObjectRef(
+        storage_key=storage_key,
+        backend=ticket.backend,
+        location=ticket.location,
+        size=0,
+        checksum="",
+        content_type=ticket.content_type,
+        original_filename=ticket.filename,
+    )
+    try:
+        info = await manager.stat(place)
+    except ObjectNotFoundError as error:
+        raise UploadMissingError("nothing was uploaded yet") from error
+    require_size(info.size, ticket.max_size)
+    if info.size < ticket.min_size:
+        raise UploadMismatchError("the file is smaller than was announced")
+    _require_headers(info, ticket)
+    return Staged(replace(place, size=info.size), f"{info.size} {info.modified.isoformat()} {info.etag}")
+
+
+async def require_beginning(manager: StorageManager, ref: StoredObjectRef, ticket: Ticket) -> None:
+    """Read the first bytes of what a client has stored, before anything is copied.
+
+    Raises:
+        SizeMismatchError: It was replaced meanwhile.
+        UploadMismatchError: It does not begin like its media type.
+    """
+    if is_known(ticket.content_type):
+        async with manager.open(ref, length=HEAD_SIZE) as reader:
+            head = await reader.read()
+        if contradicts(head, ticket.content_type):
+            raise UploadMismatchError(_WRONG_TYPE)
+
+
+async def inspect(manager: StorageManager, ref: StoredObjectRef, ticket: Ticket) -> StoredObjectRef:
+    """Read the copy of what a client has stored, and return its ref with the checksum of what was read.
+
+    Raises:
+        SizeMismatchError: It has not the size that was copied.
+        UploadMismatchError: It is not what was announced.
+    """
+    async with manager.open(ref) as reader:
+        _require_headers(reader.info, ticket)
+        content = MeasuredStream(aiter(reader), checksum=ticket.checksum)
+        head = b""
+        try:
+            async for chunk in content:
+                head += chunk[: HEAD_SIZE - len(head)]
+        except ChecksumMismatchError as error:
+            raise UploadMismatchError("the file has not the checksum that was announced") from error
+        finally:
+            await content.aclose()
+    if contradicts(head, ticket.content_type):
+        raise UploadMismatchError(_WRONG_TYPE)
+    return replace(ref, checksum=content.checksum or "")
+
+
+def _require_headers(info: ObjectInfo, ticket: Ticket) -> None:
+    """Refuse what a browser would be sent as another file than the one that was announced."""
+    if info.content_type not in (None, ticket.content_type):
+        raise UploadMismatchError("the file has not the Content-Type that was announced")
+    if (info.content_encoding or "identity").lower() != "identity":
+        raise UploadMismatchError("the file was sent with a Content-Encoding, which was not agreed")

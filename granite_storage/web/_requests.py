@@ -6,18 +6,266 @@ decision needs, and it holds back no more than a header line or a delimiter.
 
 from __future__ import annotations
 
+import asyncio
+import binascii
 import re
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, fields
 from enum import Enum, auto
 from typing import NamedTuple, TypeAlias
 from urllib.parse import unquote_to_bytes
 
-from granite_storage.streams import BytesLike
-from granite_storage.web._body import Turn, content_type_to_keep, parse_parameters
-from granite_storage.web.exceptions import MalformedRequestError
-from granite_storage.web.limits import UploadLimits
+from starlette.requests import Request
 
-__all__ = ["MultipartParser", "MultipartReader", "PartHead"]
+from granite_storage._engine import is_media_type
+from granite_storage.exceptions import ConfigurationError
+from granite_storage.streams import BytesLike
+from granite_storage.web.errors import MalformedRequestError, RequestTooLargeError, UnsupportedRequestError
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "MultipartParser",
+    "MultipartReader",
+    "PartHead",
+    "Turn",
+    "UploadLimits",
+    "body_of",
+    "content_type_of",
+    "content_type_to_keep",
+    "declared_size",
+    "media_type_of",
+    "parse_parameters",
+    "read_fields",
+    "require_whole_body",
+]
+
+
+# What a request may bring.
+
+
+_MAY_BE_NONE = frozenset({"max_size", "max_file_size"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadLimits:
+    """What a request may bring; the first byte or part beyond a limit ends it, whatever its Content-Length says.
+
+    Files are limited by the policy that they are stored under as well, whichever is less.
+
+    Attributes:
+        max_size: The most bytes of the whole body, 1 GiB; None for as much as the other limits let pass.
+        max_file_size: The most bytes of one file; None for the policy's limit alone.
+        max_files: The most files, in all fields together.
+        max_fields: The most fields that are not files.
+        max_field_size: The most bytes of one field; in a URL-encoded body, with its name and before it is decoded.
+        max_fields_size: The most bytes of all fields together, which are kept in memory; of a URL-encoded body, all of it.
+        max_headers: The most headers of one part.
+        max_header_size: The most bytes of one header of a part.
+        max_padding: The most bytes before the first boundary, and after the last one.
+
+    Raises:
+        ConfigurationError: A limit is not a number, or is negative.
+    """
+
+    max_size: int | None = 1 << 30
+    max_file_size: int | None = None
+    max_files: int = 100
+    max_fields: int = 1000
+    max_field_size: int = 1 << 20
+    max_fields_size: int = 4 << 20
+    max_headers: int = 8
+    max_header_size: int = 4224
+    max_padding: int = 65536
+
+    def __post_init__(self) -> None:
+        for name in (item.name for item in fields(self)):
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigurationError(f"{name} must be a number that is not negative, not {value!r}")
+
+    def require(self, limit: str, actual: int, what: str) -> None:
+        """Raise `RequestTooLargeError` where there is more of something than a limit allows."""
+        maximum = getattr(self, limit)
+        if maximum is not None and actual > maximum:
+            raise RequestTooLargeError(f"{what} (at most {maximum})", limit=limit, maximum=maximum)
+
+
+DEFAULT_LIMITS = UploadLimits()
+
+
+# The body of a request as it arrives, what its headers promise of it, and the grammar of headers with parameters.
+
+
+_PIECE = 64 * 1024
+_TURN_SECONDS = 0.005
+_LONGEST_CONTENT_TYPE = 1024
+_MOST_PARAMETERS = 16
+_MOST_ESCAPES = 256  # the longest file name has fewer characters
+
+# A quoted value may have backslashes before quotes and backslashes (RFC 9110, section 5.6.4). Browsers write a backslash as it
+# is: the second form takes what is no such value, up to the last quote before a semicolon.
+_PARAMETER = re.compile(
+    rb";[ \t]*(?:(?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*=[ \t]*"
+    rb"(?:"
+    rb'"(?P<quoted>[^"\\]*+(?:\\.[^"\\]*+)*+)"(?=[ \t]*(?:;|\Z))'
+    rb'|"(?P<written>[^;]*)"(?=[ \t]*(?:;|\Z))'
+    rb'|(?P<token>(?:[^";][^;]*)?)'
+    rb"))?[ \t]*(?=;|\Z)",
+    re.DOTALL,
+)
+_NO_CODING = frozenset({b"", b"identity"})
+_LINE_ENDS = ((b"%0D", b"\r"), (b"%0d", b"\r"), (b"%0A", b"\n"), (b"%0a", b"\n"))
+
+
+class Turn:
+    """Lets other tasks run, from time to time, in work that never waits."""
+
+    def __init__(self) -> None:
+        self._ends = time.monotonic() + _TURN_SECONDS
+
+    async def end_if_due(self) -> None:
+        """Let other tasks run if this one has run for long enough."""
+        if time.monotonic() > self._ends:
+            await asyncio.sleep(0)
+            self._ends = time.monotonic() + _TURN_SECONDS
+
+
+def require_whole_body(request: Request, limits: UploadLimits) -> None:
+    """Refuse, before the first byte is read, a body that is too large by its own account, encoded, or a range of one.
+
+    Raises:
+        RequestTooLargeError: Its Content-Length is over the limit.
+        UnsupportedRequestError: It has a Content-Encoding: what would be stored is not what the client means.
+        MalformedRequestError: It has a Content-Range (RFC 9110, section 14.5), or two sizes.
+    """
+    for name, value in request.headers.raw:  # one pass over the headers, of which a small form is a good part
+        if name == b"content-encoding" and not {coding.strip().lower() for coding in value.split(b",")} <= _NO_CODING:
+            raise UnsupportedRequestError("the body has a Content-Encoding, which is not taken here")
+        if name == b"content-range":
+            raise MalformedRequestError("the body is a range of a file, which is not taken here")
+    declared = declared_size(request)
+    if declared is not None:
+        limits.require("max_size", declared, "the body is too large")
+
+
+def declared_size(request: Request) -> int | None:
+    """Return the Content-Length, where there is a sound one; the server sees to it that the body has no more."""
+    declared = _header(request, "content-length")
+    return int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else None
+
+
+def content_type_of(request: Request) -> str:
+    """Return the Content-Type of the body, empty where it has none."""
+    return _header(request, "content-type")
+
+
+def media_type_of(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
+    """Return the media type of the body and its parameters."""
+    given = content_type_of(request)
+    if len(given) > _LONGEST_CONTENT_TYPE:
+        raise MalformedRequestError("the Content-Type is too long")
+    return parse_parameters(given.encode("latin-1"))
+
+
+def content_type_to_keep(given: str) -> str | None:
+    """Return the media type that a client gives a file, as it will be kept; None where it gives none.
+
+    Raises:
+        MalformedRequestError: It is not one media type (RFC 9110, section 8.3.1), or is too long to be kept.
+    """
+    given = given.strip(" \t")
+    if not given:
+        return None
+    if not is_media_type(given):
+        raise MalformedRequestError(
+            f"the Content-Type of a file is not a media type, such as 'image/png' or 'text/plain; charset=utf-8': {given!r:.80}"
+        )
+    return given
+
+
+def parse_parameters(header: bytes, *, is_of_form: bool = False) -> tuple[bytes, dict[bytes, bytes]]:
+    """Return the first part of a header in lower case, and the parameters that follow it by their names in lower case.
+
+    The numbers of parameters and of escapes are bounded.
+
+    Args:
+        header: The header's value.
+        is_of_form: Whether `%22`, `%0D` and `%0A` in quoted values are decoded: browsers write quotes and the ends of lines so
+            in names of fields and files (HTML, section "Multipart form data").
+
+    Raises:
+        MalformedRequestError: It is not a list of parameters, has too many of them, or has one twice.
+    """
+    if header.count(b"\\") > _MOST_ESCAPES:
+        raise MalformedRequestError(f"a header has too many backslashes (at most {_MOST_ESCAPES})")
+    value, parameters = header.partition(b";")[0], dict[bytes, bytes]()
+    position = len(value)
+    for _ in range(_MOST_PARAMETERS):
+        if position == len(header):
+            return value.strip(b" \t").lower(), parameters
+        match = _PARAMETER.match(header, position)
+        if match is None:
+            raise MalformedRequestError("a header has parameters that cannot be read")
+        position = match.end()
+        if match["name"] is not None:
+            name = match["name"].lower()
+            if name in parameters:
+                raise MalformedRequestError("a header has a parameter twice")
+            parameters[name] = _value_of(match, is_of_form)
+    if position == len(header):
+        return value.strip(b" \t").lower(), parameters
+    raise MalformedRequestError(f"a header has too many parameters (at most {_MOST_PARAMETERS})")
+
+
+async def body_of(request: Request, limits: UploadLimits) -> AsyncGenerator[bytes, None]:
+    """Yield the body in pieces that are looked through in a moment, however much the server hands over at a time.
+
+    Raises:
+        RequestTooLargeError: It has more bytes than allowed; those that are allowed were yielded.
+        ClientDisconnect: The client went away before its end.
+    """
+    size = 0
+    turn = Turn()
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            size += len(chunk)
+            is_too_large = limits.max_size is not None and size > limits.max_size
+            allowed = chunk[: limits.max_size - size] if limits.max_size is not None and is_too_large else chunk
+            for start in range(0, len(allowed), _PIECE):
+                yield allowed[start : start + _PIECE]  # which is the chunk itself where it is no longer
+                await turn.end_if_due()
+            if is_too_large:
+                limits.require("max_size", size, "the body is too large")
+
+
+def _header(request: Request, name: str) -> str:
+    key = name.encode()
+    values = [value for given, value in request.headers.raw if given == key]
+    if len(values) > 1:
+        raise MalformedRequestError(f"the request has the header {name.title()} more than once")
+    return values[0].decode("latin-1") if values else ""
+
+
+def _value_of(match: re.Match[bytes], is_of_form: bool) -> bytes:
+    token: bytes | None = match["token"]
+    if token is not None:
+        return token.rstrip(b" \t")
+    value: bytes = match["written"] if match["quoted"] is None else match["quoted"]
+    if b"\\" in value:
+        value = value.replace(b"\\\\", b"\0").replace(b'\\"', b'"').replace(b"\0", b"\\")  # no header has a NUL
+    if is_of_form and b"%" in value:
+        if value.count(b"%") > _MOST_ESCAPES:
+            raise MalformedRequestError(f"a name in a form has too many percent signs (at most {_MOST_ESCAPES})")
+        value = value.replace(b"%22", b'"')
+        if b"%0" in value:
+            for escape, character in _LINE_ENDS:
+                value = value.replace(escape, character)
+    return value
+
 
 _LONGEST_BOUNDARY = 256
 _MOST_FOLDS = 16
@@ -353,3 +601,93 @@ def _decoded(name: bytes) -> str:
         return name.decode()
     except UnicodeDecodeError as error:
         raise MalformedRequestError("the name of a field is not UTF-8") from error
+
+
+# application/x-www-form-urlencoded bodies as they arrive.
+
+
+_SLICE = 16 * 1024
+_BLANKS = bytes.maketrans(b"+", b" ")
+_NO_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+
+async def read_fields(body: AsyncIterator[bytes], limits: UploadLimits) -> list[tuple[str, str]]:
+    """Return the fields of a body; each is limited as it is sent, before anything of it is decoded.
+
+    Raises:
+        MalformedRequestError: A field is not UTF-8.
+        RequestTooLargeError: There are too many fields, or too large ones.
+    """
+    fields: list[tuple[str, str]] = []
+    turn = Turn()
+    size, count, begun = 0, 1, _Begun()
+    async for piece in body:
+        size += len(piece)
+        limits.require("max_fields_size", size, "the fields are too large together")
+        *complete, last = piece.split(b"&", limits.max_fields) if b"&" in piece else [piece]
+        count += len(complete)
+        limits.require("max_fields", count, "there are too many fields")
+        for raw in complete:
+            await _add_field(fields, begun.ended(raw), limits, turn)
+        begun.add(last)
+        limits.require("max_field_size", begun.size, "a field is too large")
+    await _add_field(fields, begun.ended(b""), limits, turn)
+    return fields
+
+
+class _Begun:
+    """A field whose end has not arrived yet."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._pieces: list[bytes] = []
+
+    def add(self, piece: bytes) -> None:
+        self.size += len(piece)
+        self._pieces.append(piece)
+
+    def ended(self, last: bytes) -> bytes:
+        """Return the field, and begin another."""
+        if not self.size:
+            return last
+        pieces, self._pieces, self.size = [*self._pieces, last], [], 0
+        return b"".join(pieces)
+
+
+async def _add_field(fields: list[tuple[str, str]], raw: bytes, limits: UploadLimits, turn: Turn) -> None:
+    if not raw:
+        return
+    limits.require("max_field_size", len(raw), "a field is too large")
+    name, _, value = (raw.translate(_BLANKS) if b"+" in raw else raw).partition(b"=")
+    try:
+        if b"%" not in raw:
+            fields.append((name.decode(), value.decode()))
+        elif len(raw) <= _SLICE:
+            fields.append((_unquoted(name).decode(), _unquoted(value).decode()))
+        else:
+            fields.append(((await _unquoted_in_slices(name, turn)).decode(), (await _unquoted_in_slices(value, turn)).decode()))
+    except UnicodeDecodeError as error:
+        raise MalformedRequestError("a field is not UTF-8") from error
+    if len(raw) > _SLICE or not len(fields) % 64:
+        await turn.end_if_due()
+
+
+async def _unquoted_in_slices(raw: bytes, turn: Turn) -> bytes:
+    """Decode percent-encoding, and let other tasks run from time to time."""
+    decoded: list[bytes] = []
+    start = 0
+    while start < len(raw):
+        end = start + _SLICE
+        cut = raw.rfind(b"%", end - 2, end) if end < len(raw) else -1  # an escape there may go on in the next slice
+        end = cut if cut >= 0 else end
+        decoded.append(_unquoted(raw[start:end]))
+        start = end
+        await turn.end_if_due()
+    return b"".join(decoded)
+
+
+def _unquoted(raw: bytes) -> bytes:
+    """Decode percent-encoding as quoted-printable, which has `=` for `%` and is decoded in C whatever it holds."""
+    if b"%" not in raw:
+        return raw
+    return binascii.a2b_qp(_NO_ESCAPE.sub(b"=25", raw.replace(b"=", b"=3D")).replace(b"%", b"="))

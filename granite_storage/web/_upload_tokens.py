@@ -10,9 +10,11 @@ from datetime import timedelta
 from typing import Any, Self
 from uuid import UUID
 
+from starlette.types import Scope
+
 from granite_storage.signing import TokenSigner
 
-__all__ = ["Ticket", "Tickets"]
+__all__ = ["Ticket", "Tickets", "token_of"]
 
 _ID = re.compile("[0-9a-f]{32}")
 
@@ -104,3 +106,20 @@ class Tickets:
 
     def __repr__(self) -> str:
         return f"keys={self._tokens.key_ids}"
+
+
+# URLs that end in a token, read in the one way that they are written in.
+
+
+def token_of(scope: Scope) -> str | None:
+    """Return the only segment below where the application is mounted, if the URL is written in the one way it was signed in."""
+    path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    if root and path.startswith(f"{root}/"):
+        path = path[len(root) :]
+    raw: bytes = scope.get("raw_path") or path.encode()
+    token: str = path.removeprefix("/")
+    if not raw.endswith(b"/"):
+        token = token.removesuffix("/")  # Litestar ends every path that it hands on in a slash
+    if scope.get("query_string") or not token.isascii() or not raw.endswith(f"/{token}".encode()):
+        return None
+    return token

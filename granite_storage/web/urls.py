@@ -12,9 +12,8 @@ from granite_storage._headers import INLINE_TYPES, require_inline_types
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidLocationError, UnknownBackendError
 from granite_storage.manager import StorageManager
 from granite_storage.signing import SignedObject
-from granite_storage.web._paths import token_of
-from granite_storage.web._sending import send_status
-from granite_storage.web.responses import StoredObjectResponse
+from granite_storage.web._upload_tokens import token_of
+from granite_storage.web.responses import StoredObjectResponse, send_status
 
 __all__ = ["SignedFiles"]
 

@@ -8,7 +8,7 @@ MUTANTS = [
     Mutant(
         name="web-range-end-excluded",
         rule="The last position of a range is part of it (RFC 9110, section 14.1.2).",
-        path="granite_storage/web/_ranges.py",
+        path="granite_storage/web/_conditional.py",
         old="min(_number(last) + 1, size)",
         new="min(_number(last), size)",
         tests=("tests/web/test_ranges.py::test_one_range",),
@@ -16,7 +16,7 @@ MUTANTS = [
     Mutant(
         name="web-suffix-longer-than-object",
         rule="A suffix longer than the object is the whole object.",
-        path="granite_storage/web/_ranges.py",
+        path="granite_storage/web/_conditional.py",
         old="max(0, size - _number(last))",
         new="size - _number(last)",
         tests=("tests/web/test_ranges.py::test_one_range",),
@@ -24,7 +24,7 @@ MUTANTS = [
     Mutant(
         name="web-any-number-of-ranges",
         rule="A header that asks for too many ranges is ignored.",
-        path="granite_storage/web/_ranges.py",
+        path="granite_storage/web/_conditional.py",
         old="return joined if len(joined) <= MAX_RANGES else None",
         new="return joined",
         tests=("tests/web/test_ranges.py::test_too_many_ranges_that_lie_apart_give_the_whole",),
@@ -32,7 +32,7 @@ MUTANTS = [
     Mutant(
         name="web-range-of-any-length",
         rule="A header that lists too many ranges is ignored, however many are left once they are joined.",
-        path="granite_storage/web/_ranges.py",
+        path="granite_storage/web/_conditional.py",
         old=' or specs.count(",") >= _MAX_SPECS',
         new="",
         tests=("tests/web/test_ranges.py::test_too_many_ranges_give_the_whole",),
@@ -40,7 +40,7 @@ MUTANTS = [
     Mutant(
         name="web-overlapping-ranges-sent-twice",
         rule="Ranges that overlap are joined.",
-        path="granite_storage/web/_ranges.py",
+        path="granite_storage/web/_conditional.py",
         old="if joined and start <= joined[-1][1] + _PART_OVERHEAD:",
         new="if joined and start == joined[-1][1]:",
         tests=("tests/web/test_ranges.py::test_what_overlaps_is_sent_once",),
@@ -187,7 +187,7 @@ MUTANTS = [
     Mutant(
         name="web-url-with-a-query",
         rule="A signed URL takes no query.",
-        path="granite_storage/web/_paths.py",
+        path="granite_storage/web/_upload_tokens.py",
         old='if scope.get("query_string") or not token.isascii()',
         new="if not token.isascii()",
         tests=("tests/web/test_urls.py::test_one_form",),
@@ -195,7 +195,7 @@ MUTANTS = [
     Mutant(
         name="web-send-token-never-expires",
         rule="A client must begin to send before its URL expires.",
-        path="granite_storage/web/_endpoint.py",
+        path="granite_storage/web/direct.py",
         old="if ticket is None or ticket.expires <= time.time():",
         new="if ticket is None:",
         tests=("tests/web/test_direct_tokens.py::test_expiry",),
@@ -203,7 +203,7 @@ MUTANTS = [
     Mutant(
         name="web-send-url-for-every-method",
         rule="The URL of a direct upload is for PUT.",
-        path="granite_storage/web/_endpoint.py",
+        path="granite_storage/web/direct.py",
         old='if scope["method"] != "PUT":',
         new='if scope["method"] == "GET":',
         tests=("tests/web/test_direct_endpoint.py::test_it_is_for_sending",),
@@ -235,7 +235,7 @@ MUTANTS = [
     Mutant(
         name="web-direct-upload-not-verified",
         rule="The checksum that a client announced is compared with its bytes.",
-        path="granite_storage/web/_inspection.py",
+        path="granite_storage/web/_direct_state.py",
         old="MeasuredStream(aiter(reader), checksum=ticket.checksum)",
         new="MeasuredStream(aiter(reader))",
         tests=("tests/web/test_direct.py::test_what_is_not_as_announced_is_refused",),
@@ -268,7 +268,7 @@ MUTANTS = [
     Mutant(
         name="web-body-of-any-size",
         rule="The first byte over the limit ends a body, whatever its Content-Length says.",
-        path="granite_storage/web/_body.py",
+        path="granite_storage/web/_requests.py",
         old='                limits.require("max_size", size, "the body is too large")\n',
         new="                pass\n",
         tests=("tests/web/test_uploads.py::test_more_than_the_limit_is_not_even_read",),
@@ -292,7 +292,7 @@ MUTANTS = [
     Mutant(
         name="web-encoded-body-stored",
         rule="A body with a Content-Encoding is refused.",
-        path="granite_storage/web/_body.py",
+        path="granite_storage/web/_requests.py",
         old='- {"", "identity"}:',
         new='& {"compress"}:',
         tests=("tests/web/test_uploads.py::test_refused_before_it_is_read",),

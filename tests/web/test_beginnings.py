@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from granite_storage.web._media import HEAD_SIZE, contradicts
+from granite_storage.web._direct_state import HEAD_SIZE, contradicts
 
 PROGRAM = b"MZ\x90\x00\x03\x00\x00\x00\x04\x00\x00\x00\xff\xff\x00\x00".ljust(HEAD_SIZE, b"\x00")
 PAGE = b"<!doctype html><script>alert(1)</script>"

@@ -31,7 +31,7 @@ from granite_storage.web import (
     UploadTokenError,
     problem_response,
 )
-from granite_storage.web._media import HEAD_SIZE, contradicts
+from granite_storage.web._direct_state import HEAD_SIZE, contradicts
 from tests.servers import S3Server
 from tests.web.direct_uploads import PDF, Client, client_of, uploads_of
 from tests.web.receiving import Base, Document, manager_of, stored_in

@@ -14,8 +14,7 @@ import python_multipart
 from werkzeug.sansio import multipart as werkzeug
 
 from granite_storage.web import MalformedRequestError, RequestError, RequestTooLargeError, UploadLimits
-from granite_storage.web._body import content_type_to_keep, parse_parameters
-from granite_storage.web._requests import MultipartParser, PartHead, _End
+from granite_storage.web._requests import MultipartParser, PartHead, _End, content_type_to_keep, parse_parameters
 from tests.web.receiving import App, sliced, stored_in
 
 HEADERS = {"Content-Type": "multipart/form-data; boundary=b"}

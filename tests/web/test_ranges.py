@@ -11,7 +11,7 @@ import pytest
 
 from granite_storage import StorageManager, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.web._ranges import requested_ranges
+from granite_storage.web._conditional import requested_ranges
 from tests.core.support import MIB, manager_on, many
 from tests.web.serving import HUNDRED, ask, parts_of, server, serving, stored
 

@@ -13,7 +13,7 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from granite_storage import StorageManager, StoredObjectRef
-from granite_storage.web import _sending
+from granite_storage.web import responses
 from tests.core.support import MIB, eventually, local_manager, manager_on, open_files
 from tests.servers import S3Server
 from tests.web.serving import server, serving, stored
@@ -23,7 +23,7 @@ CONTENT = os.urandom(MIB) * 16  # more than the buffers of two sockets hold
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sending, "_STALL_SECONDS", 0.3)
+    monkeypatch.setattr(responses, "_STALL_SECONDS", 0.3)
 
 
 @contextlib.asynccontextmanager

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granite_storage.web import MalformedRequestError, RequestTooLargeError, UploadLimits
-from granite_storage.web._urlencoded import read_fields
+from granite_storage.web._requests import read_fields
 from tests.web.receiving import MIB, App, streamed
 
 HEADERS = {"Content-Type": "application/x-www-form-urlencoded"}

@@ -77,13 +77,17 @@ BytesLike: TypeAlias = bytes | bytearray | memoryview
 class SupportsRead(Protocol):
     """A binary file object."""
 
-    def read(self, size: int, /) -> BytesLike: ...
+    def read(self, size: int, /) -> BytesLike:
+        """Return at most `size` bytes, none at the end."""
+        ...
 
 
 class SupportsAsyncRead(Protocol):
     """An object with an async `read`: an aiofiles handle, a Starlette `UploadFile`, an aiohttp body."""
 
-    def read(self, size: int, /) -> Awaitable[BytesLike]: ...
+    def read(self, size: int, /) -> Awaitable[BytesLike]:
+        """Return at most `size` bytes, none at the end."""
+        ...
 
 
 ByteSource: TypeAlias = SupportsRead | SupportsAsyncRead | AsyncIterable[BytesLike] | Iterable[BytesLike] | BytesLike

@@ -52,6 +52,7 @@ class WrappedBackend:
     """
 
     def __new__(cls, inner: StorageBackend, *_: Any, **__: Any) -> Self:
+        """Make an instance of the class that has the inner backend's abilities."""
         return super().__new__(cast(type[Self], _class_around(cls, inner)))
 
     def __init__(self, inner: StorageBackend) -> None:

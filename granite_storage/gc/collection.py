@@ -169,8 +169,6 @@ async def _missing(manager: StorageManager, backend_key: str, locations: Sequenc
     return missing
 
 
-logger: logging.Logger = logging.getLogger("granite_storage")
-
 Listed: TypeAlias = "tuple[str, int, bool]"
 """Location, size, and whether it is older than the grace period."""
 

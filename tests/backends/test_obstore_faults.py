@@ -21,7 +21,8 @@ import obstore
 import pytest
 from aiohttp import web
 
-from granite_storage.backends import _obstore_client, _obstore_upload, obstore
+from granite_storage.backends import _obstore_client, _obstore_upload
+from granite_storage.backends import obstore as obstore_backend
 from granite_storage.backends.obstore import ObjectStoreBackend, ObjectStoreConfigurationError
 from granite_storage.exceptions import (
     AccessDeniedError,
@@ -471,7 +472,7 @@ class TestReadingFromAPoorService:
     async def test_a_reader_that_is_closed_lets_go_soon(
         self, poor: tuple[PoorService, ObjectStoreBackend], cancelled: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(obstore, "PATIENCE", 0.2)
+        monkeypatch.setattr(obstore_backend, "PATIENCE", 0.2)
         service, backend = poor
         reader = await backend.open("object")
         with pytest.raises(TimeoutError):

@@ -95,9 +95,13 @@ def test_an_interrupt_leaves_nothing_running(project: Path, tmp_path: Path) -> N
     runner = Runner(project, folder)
     runner.copy()
     interrupt = threading.Timer(2, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
-    with pytest.raises(KeyboardInterrupt), closing(runner.run([ENDLESS, ENDLESS], 2)) as results:
-        interrupt.start()
-        list(results)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt), closing(runner.run([ENDLESS, ENDLESS], 2)) as results:
+            interrupt.start()
+            list(results)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert [process for process in psutil.process_iter(["cmdline"]) if str(folder) in str(process.info["cmdline"])] == []
     assert [path.name for path in folder.iterdir()] == ["original"]
 

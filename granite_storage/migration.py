@@ -27,6 +27,7 @@ from granite_storage.exceptions import (
 )
 from granite_storage.locations import matches_generated_name, uuid7_hex
 from granite_storage.orm import flush, transactions
+from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm._registry import find_binding
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
@@ -34,7 +35,6 @@ from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import HeldRef, among
 from granite_storage.orm.references import HeldValue, RefRow, Scan, as_stored
 from granite_storage.orm.sharing import refers
-from granite_storage.orm.unit_of_work import StoredObject
 from granite_storage.orm.uploads import Upload, remove, store, stored_object
 from granite_storage.refs import StoredObjectRef
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from granite_storage.manager import ObjectDraft
+    from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.binding import StorageBinding
     from granite_storage.readers import StoredObjectReader
 
@@ -112,12 +113,12 @@ class _Relocated(Attachment):
         self._held = held
         self._paced = paced
 
-    def _draft(self, home: AttachmentType, entity_id: str) -> ObjectDraft:
+    def _draft(self, home: ColumnType, entity_id: str) -> ObjectDraft:
         """Decide where the copy will be: below the same names, and whatever its size, for it was let in once."""
         draft = home.binding().manager.draft_copy(self._original, **_names_of(self._held, self._original))
         return replace(draft, policy=replace(draft.policy, max_size=None))
 
-    async def _put(self, home: AttachmentType, draft: ObjectDraft) -> None:
+    async def _put(self, home: ColumnType, draft: ObjectDraft) -> None:
         manager = home.binding().manager
         async with manager.open(self._original, verify=True) as reader, aclosing(self._paced(reader)) as chunks:
             copy = await manager.put_draft(draft, chunks)

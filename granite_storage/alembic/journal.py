@@ -9,7 +9,8 @@ from sqlalchemy import Connection, MetaData, func, insert, inspect, select, upda
 
 from granite_storage.alembic._transactions import Op, count, online
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, JournalTables, clock, journal_tables
+from granite_storage.orm._interfaces import JournalTables
+from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clock, journal_tables
 
 __all__ = ["create_journal_tables", "drop_journal_tables", "upgrade_journal_tables"]
 

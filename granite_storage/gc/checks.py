@@ -9,8 +9,8 @@ from sqlalchemy import Column, func, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage.exceptions import CollectionRefusedError
+from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm.journal.database import find_gap
-from granite_storage.orm.journal.tables import JournalTables
 
 __all__ = ["barrier", "require_fit", "require_heartbeat"]
 

@@ -41,6 +41,7 @@ from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks
 from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, in_byte_order, merged, temporary_file
+from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm._util import batches
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
@@ -54,7 +55,7 @@ from granite_storage.orm.discovery import (
     is_legible,
     resolve,
 )
-from granite_storage.orm.journal.tables import JournalTables, journal_tables, tables_of
+from granite_storage.orm.journal.tables import journal_tables, tables_of
 from granite_storage.orm.references import (
     as_text,
     find_held,
@@ -70,6 +71,7 @@ from granite_storage.orm.references import (
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 
+    from granite_storage.orm._interfaces import Binding
     from granite_storage.orm.binding import StorageBinding
 
 __all__ = [
@@ -214,7 +216,7 @@ class BoundBase:
         here: The keys under which its manager has the very place of those objects.
     """
 
-    binding: StorageBinding
+    binding: Binding
     here: frozenset[str]
 
     @property
@@ -414,7 +416,7 @@ def _has_refs(kind: TypeEngine[Any]) -> bool:
     return any(map(_has_refs, inside))
 
 
-def _refusal(other: StorageBinding, key: str, backend: str, *, is_certain: bool) -> str:
+def _refusal(other: Binding, key: str, backend: str, *, is_certain: bool) -> str:
     has = "has" if is_certain else "may have"
     places = "" if is_certain else ", because one of the two backends does not tell its places (SupportsPlaces)"
     what = f"{other!r} {has} the objects of the backend {backend!r} under the key {key!r}{places}"

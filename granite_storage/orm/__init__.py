@@ -1,10 +1,11 @@
 """Files that commit and roll back with the rows of SQLAlchemy's ORM."""
 
+from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.binding import StorageBinding, bind_storage
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment, portable_storage_ref_type
 from granite_storage.orm.journal.journal import StorageJournal
-from granite_storage.orm.journal.tables import FailedReclaim, JournalTables, RecoveryReport, journal_tables
+from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, journal_tables
 from granite_storage.orm.mixin import StoredContentMixin
 from granite_storage.orm.references import iter_model_storage_refs
 

@@ -9,20 +9,20 @@ from granite_storage.exceptions import UnboundAttachmentError
 if TYPE_CHECKING:
     from sqlalchemy import MetaData
 
-    from granite_storage.orm.binding import StorageBinding
+    from granite_storage.orm._interfaces import Binding
 
 __all__ = ["active_bindings", "add", "binding_for", "find_binding", "remove", "unbound_message"]
 
-_bindings: list[StorageBinding] = []
+_bindings: list[Binding] = []
 
 
-def add(binding: StorageBinding) -> bool:
+def add(binding: Binding) -> bool:
     """Enter a binding, before older ones of the same metadata; return whether it is the only one."""
     _bindings.append(binding)
     return len(_bindings) == 1
 
 
-def remove(binding: StorageBinding) -> bool:
+def remove(binding: Binding) -> bool:
     """Take a binding out, which brings an older one of the same metadata back; return whether it was the last one."""
     if binding not in _bindings:
         return False
@@ -30,13 +30,13 @@ def remove(binding: StorageBinding) -> bool:
     return not _bindings
 
 
-def active_bindings() -> list[StorageBinding]:
+def active_bindings() -> list[Binding]:
     """Return the bindings in force: for each metadata the newest."""
     newest = {id(binding.metadata): binding for binding in _bindings}
     return list(newest.values())
 
 
-def find_binding(metadata: MetaData) -> StorageBinding | None:
+def find_binding(metadata: MetaData) -> Binding | None:
     """Return the newest binding of a metadata, or None."""
     for binding in reversed(_bindings):
         if binding.metadata is metadata:
@@ -44,7 +44,7 @@ def find_binding(metadata: MetaData) -> StorageBinding | None:
     return None
 
 
-def binding_for(metadata: MetaData, what: str) -> StorageBinding:
+def binding_for(metadata: MetaData, what: str) -> Binding:
     """Return the newest binding of a metadata.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Whether an event of a session may await."""
+"""Helpers around SQLAlchemy: greenlets, engines with options, batches, and what is done again after a deadlock."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from itertools import islice
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 from greenlet import getcurrent
 from sqlalchemy import CursorResult, Engine, Executable, text
@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from granite_storage.exceptions import ConfigurationError
 
 __all__ = [
+    "TRANSLATE_MAP",
     "again_after_deadlock",
     "batches",
     "codes_of",
@@ -28,6 +29,10 @@ __all__ = [
     "root_engine",
     "try_briefly",
 ]
+
+
+TRANSLATE_MAP: Final = "schema_translate_map"
+"""The name of SQLAlchemy's option."""
 
 
 def in_greenlet() -> bool:

@@ -18,9 +18,8 @@ from granite_storage.exceptions import (
     StaleAttachmentError,
     UnboundAttachmentError,
 )
-from granite_storage.locations import clean_filename, uuid7_hex
-from granite_storage.orm._registry import active_bindings
-from granite_storage.orm.uploads import Upload, require_fit, store
+from granite_storage.locations import clean_filename
+from granite_storage.orm._registry import active_bindings, find_binding
 from granite_storage.readers import OpeningReader, StoredObjectReader
 from granite_storage.refs import StoredObjectRef, read_only
 from granite_storage.streams import (
@@ -40,8 +39,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState, InstrumentedAttribute
 
     from granite_storage.manager import ObjectDraft, StorageManager
-    from granite_storage.orm.columns import AttachmentType
-    from granite_storage.orm.unit_of_work import Intent
+    from granite_storage.orm._interfaces import ColumnType, Intent
 
 __all__ = ["Address", "Attachment", "LazySerializer", "core_schema_of", "fields_schema"]
 
@@ -58,24 +56,32 @@ class Address:
     column: str
     storage_key: str
 
-    def find(self) -> AttachmentType:
+    @classmethod
+    def of(cls, column_type: ColumnType) -> Self:
+        """Return what finds a column again in another process."""
+        binding = find_binding(column_type.table.metadata)
+        base = "" if binding is None else binding.base_name
+        return cls(base, column_type.table.fullname, column_type.field_name, column_type.storage_key)
+
+    def find(self) -> ColumnType:
         """Return the type of the column, in the base that has it.
 
         Raises:
             UnboundAttachmentError: No base with that column is bound here, or more than one.
         """
-        found = [binding for binding in active_bindings() if self._fits(binding.column_type(self.table, self.column))]
-        named = [binding for binding in found if binding.base_name == self.base]
+        found = [
+            (binding.base_name, column_type)
+            for binding in active_bindings()
+            if (column_type := binding.column_type(self.table, self.column)) and column_type.storage_key == self.storage_key
+        ]
+        named = [(base, column_type) for base, column_type in found if base == self.base]
         for candidates in (named, found):
             if len(candidates) == 1:
-                return candidates[0].attachment_type(self.table, self.column)
+                return candidates[0][1]
         raise UnboundAttachmentError(
             f"an attachment of {self.table}.{self.column} was unpickled, and {'no' if not found else 'more than one'}"
             f" base with that column is bound here"
         )
-
-    def _fits(self, home: AttachmentType | None) -> bool:
-        return home is not None and home.storage_key == self.storage_key
 
 
 # What a response model shows of an attachment: size, media type, name and checksum, never where the bytes lie.
@@ -199,7 +205,7 @@ class Attachment:
     _extra: Mapping[str, Any] | None
     _ref: StoredObjectRef | None
     _error: InvalidReferenceError | None
-    _home: AttachmentType | Address | None
+    _home: ColumnType | Address | None
     # True while a flush writes the ref into the row that owns it: the column type binds no other.
     _claimed: bool
     # True once a statement of that flush has written it.
@@ -317,7 +323,7 @@ class Attachment:
         return self
 
     @classmethod
-    def _of(cls, ref: StoredObjectRef, home: AttachmentType) -> Self:
+    def _of(cls, ref: StoredObjectRef, home: ColumnType) -> Self:
         """Make the stored attachment that a row holds; once per row that is read, so nothing is done twice."""
         self = cls.__new__(cls)
         self._ref = ref
@@ -325,7 +331,7 @@ class Attachment:
         return self
 
     @classmethod
-    def _broken(cls, error: InvalidReferenceError, home: AttachmentType) -> Self:
+    def _broken(cls, error: InvalidReferenceError, home: ColumnType) -> Self:
         """Make the attachment of a row whose value is not a ref."""
         self = cls.__new__(cls)
         self._error = error
@@ -388,7 +394,7 @@ class Attachment:
         return self._column_type.binding().manager
 
     @property
-    def _column_type(self) -> AttachmentType:
+    def _column_type(self) -> ColumnType:
         match self._home:
             case None:
                 raise UnboundAttachmentError(
@@ -455,27 +461,27 @@ class Attachment:
         """
         home = _home_of(column)
         if self.is_pending:
-            await store([Upload(self, home, uuid7_hex())])
+            await home.binding().upload(self, home)
             self._unowned = True
         else:
-            require_fit(home, self.ref)
+            home.require_fit(self.ref)
         return self
 
     @classmethod
     async def _adopt(
-        cls, staged: StoredObjectRef, home: AttachmentType, verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]]
+        cls, staged: StoredObjectRef, home: ColumnType, verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]]
     ) -> Attachment:
         """Copy what a client has stored by itself to where no client can, verify the copy, and let a row take it.
 
         It cannot be stored a second time: what the client has stored may have changed by then.
         """
         adopted = cls._of(staged, home)._copy()
-        await store([Upload(adopted, home, uuid7_hex(), verify)])
+        await home.binding().upload(adopted, home, verify=verify)
         adopted._source, adopted._reusable = None, False
         adopted._unowned = True
         return adopted
 
-    def _draft(self, home: AttachmentType, entity_id: str) -> ObjectDraft:
+    def _draft(self, home: ColumnType, entity_id: str) -> ObjectDraft:
         """Decide where it will be stored, for a column."""
         manager = home.binding().manager_for(home)
         names = _names_of(home, entity_id)
@@ -493,7 +499,7 @@ class Attachment:
             given = {"content_type": ref.content_type, "original_filename": ref.original_filename, "extra": ref.extra}
         return manager.draft(**names, **given)
 
-    async def _put(self, home: AttachmentType, draft: ObjectDraft) -> None:
+    async def _put(self, home: ColumnType, draft: ObjectDraft) -> None:
         """Upload to where a draft says, and become stored."""
         manager = home.binding().manager
         source = self._take_origin()
@@ -634,7 +640,7 @@ class Attachment:
                 raise TypeError("an attachment made of a stream cannot be pickled before it is stored")
             state["_source"] = bytes(self._source)
         if self._home is not None and not isinstance(self._home, Address):
-            state["_home"] = self._home.address()
+            state["_home"] = Address.of(self._home)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -661,7 +667,7 @@ def _is_left_empty(upload: object) -> bool:
     return is_file(upload) and not getattr(upload, "filename", True) and upload_size(upload) == 0
 
 
-def _names_of(home: AttachmentType, entity_id: str) -> dict[str, Any]:
+def _names_of(home: ColumnType, entity_id: str) -> dict[str, Any]:
     return {
         "storage_key": home.storage_key,
         "model_name": home.model_name,
@@ -691,8 +697,8 @@ def _texts(value: Any) -> Iterator[str]:
                 yield from _texts(item)
 
 
-def _home_of(column: InstrumentedAttribute[Any]) -> AttachmentType:
-    home: AttachmentType | None = getattr(column, "type", None)
+def _home_of(column: InstrumentedAttribute[Any]) -> ColumnType:
+    home: ColumnType | None = getattr(column, "type", None)
     if home is None or not hasattr(home, "storage_key"):
         raise TypeError(f"store() takes an attachment attribute of a model, such as Document.file, not {column!r}")
     return home

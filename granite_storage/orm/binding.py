@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, MetaData
@@ -11,15 +12,20 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from granite_storage.exceptions import ConfigurationError, UnknownPolicyError
+from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
 from granite_storage.orm import _registry, assignment, events
-from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, Tables, require_usable
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment_tables, require_usable
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.sharing import refers
+from granite_storage.orm.uploads import Upload, store
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import async_sessionmaker
+
+    from granite_storage.orm._interfaces import ColumnType
+    from granite_storage.orm.attachment import Attachment
 
 __all__ = ["StorageBinding", "bind_storage"]
 
@@ -62,7 +68,7 @@ def bind_storage(
         raise ConfigurationError(f"bind_storage needs a StorageJournal, not {type(journal).__name__}")
     _require_sessions(sessions)
     binding = StorageBinding(base, metadata, manager, sessions, journal)
-    for column in binding.tables.all_attachments():
+    for column in attachment_tables(metadata).all_attachments():
         require_usable(column)
         if isinstance(column.type, AttachmentType):
             binding.manager_for(column.type)
@@ -115,14 +121,13 @@ class StorageBinding:
         self.manager = manager
         self.sessions = sessions
         self.journal = journal
-        self.tables: Tables = Tables(metadata)
 
     @property
     def base_name(self) -> str:
         """The base's full name, by which a pickled attachment finds it again."""
         return f"{getattr(self.base, '__module__', '')}.{getattr(self.base, '__qualname__', type(self.base).__qualname__)}"
 
-    def manager_for(self, home: AttachmentType) -> StorageManager:
+    def manager_for(self, home: ColumnType) -> StorageManager:
         """Return the manager, once it is sure that it has the policy of a column.
 
         Raises:
@@ -152,12 +157,15 @@ class StorageBinding:
         home = None if found is None else next((item.type for item in found.columns if item.name == column), None)
         return home if isinstance(home, AttachmentType) else None
 
-    def attachment_type(self, table: str, column: str) -> AttachmentType:
-        """Return the type of an attachment column by its names; `LookupError` where there is no such column."""
-        found = self.column_type(table, column)
-        if found is None:
-            raise LookupError(f"{table}.{column} is no attachment column of {self.base_name}")
-        return found
+    async def upload(
+        self,
+        attachment: Attachment,
+        home: ColumnType,
+        *,
+        verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]] | None = None,
+    ) -> None:
+        """Store one pending attachment before any transaction; `verify` reads what was stored and returns its ref."""
+        await store([Upload(attachment, home, uuid7_hex(), verify)])
 
     async def is_referred_to(self, column: Column[Any], ref: StoredObjectRef) -> bool | None:
         """Tell whether a row of a column refers to an object; None where that is unknown, as it is without sessions."""

@@ -18,7 +18,7 @@ from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm import flush, transactions
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm._util import require_async
-from granite_storage.orm.columns import Tables, slots_of
+from granite_storage.orm.columns import Tables, attachment_tables, slots_of
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import HeldRef, are_there, cascaded, lock_rows, lock_statement, still_held
 
@@ -152,7 +152,11 @@ def _parameter_sets(state: ORMExecuteState) -> list[Any]:
 
 
 def _known(target: Any) -> Iterator[Tables]:
-    return (binding.tables for binding in active_bindings() if binding.tables.find(_table(target)) is not None)
+    return (
+        tables
+        for binding in active_bindings()
+        if (tables := attachment_tables(binding.metadata)).find(_table(target)) is not None
+    )
 
 
 def _table(target: Any) -> Any:
@@ -334,8 +338,9 @@ class _Guard:
             return
         written = {name for parameters in [*(several or ()), one or {}] for name in parameters}
         for binding in active_bindings():
-            table = binding.tables.find(statement.table)
-            columns = () if table is None else binding.tables.attachments(table)
+            tables = attachment_tables(binding.metadata)
+            table = tables.find(statement.table)
+            columns = () if table is None else tables.attachments(table)
             for column in columns:
                 if column.key in written:
                     raise _refusal(f"{column.table.name}.{column.name}")

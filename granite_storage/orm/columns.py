@@ -32,13 +32,13 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
-from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, UnboundAttachmentError
+from granite_storage.exceptions import ConfigurationError, ContentTooLargeError, InvalidReferenceError, UnboundAttachmentError
 from granite_storage.orm._registry import binding_for, find_binding, unbound_message
-from granite_storage.orm.attachment import Address, Attachment
+from granite_storage.orm.attachment import Attachment
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
-    from granite_storage.orm.binding import StorageBinding
+    from granite_storage.orm._interfaces import Binding
 
 __all__ = [
     "AttachmentType",
@@ -46,6 +46,7 @@ __all__ = [
     "StoredObjectRefType",
     "Tables",
     "attachment",
+    "attachment_tables",
     "keys_of",
     "portable_storage_ref_type",
     "primary_key_of",
@@ -262,17 +263,25 @@ class AttachmentType(_RefJSON[Attachment]):
         """What messages call the column."""
         return f"{self.model_name}.{self.field_name}"
 
-    def binding(self) -> StorageBinding:
+    def binding(self) -> Binding:
         """Return the binding of the column's metadata, or raise `UnboundAttachmentError`."""
         metadata = self.column.table.metadata
         # It is asked several times for each file, and the words for an error take longer than the answer.
         return find_binding(metadata) or binding_for(metadata, f"the attachment column {self.label}")
 
-    def address(self) -> Address:
-        """Return what finds this column again in another process."""
-        binding = find_binding(self.table.metadata)
-        base = "" if binding is None else binding.base_name
-        return Address(base, self.table.fullname, self.field_name, self.storage_key)
+    def require_fit(self, ref: StoredObjectRef) -> None:
+        """Refuse an object for the column whose limit it exceeds; one of the column's own policy was let in once.
+
+        Raises:
+            ContentTooLargeError: It was stored under another policy, and is larger than that of the column allows.
+        """
+        limit = self.binding().manager_for(self).policy(self.storage_key).max_size
+        if ref.storage_key != self.storage_key and limit is not None and ref.size > limit:
+            raise ContentTooLargeError(
+                f"the file has {ref.size} bytes, and {self.label} takes at most {limit} (policy {self.storage_key!r}); it was"
+                f" stored under the policy {ref.storage_key!r}",
+                max_size=limit,
+            )
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
         if value is None:
@@ -453,8 +462,11 @@ def keys_of(state: InstanceState[Any], table: Table) -> set[tuple[Any, ...]]:
     return {current} if state.identity is None else {current, primary_key_of(state, table)}
 
 
+_TABLES_KEY = "granite_storage.tables"
+
+
 class Tables:
-    """What a metadata's tables have to do with attachments; made once per binding, refreshed as any are added."""
+    """What a metadata's tables have to do with attachments; made once per metadata, refreshed as any are added."""
 
     def __init__(self, metadata: MetaData) -> None:
         self._metadata = metadata
@@ -542,6 +554,14 @@ class Tables:
             if found <= leading:
                 return leading
             leading |= found
+
+
+def attachment_tables(metadata: MetaData) -> Tables:
+    """Return what the tables of a metadata have to do with attachments."""
+    found: Tables | None = metadata.info.get(_TABLES_KEY)
+    if found is None:
+        found = metadata.info[_TABLES_KEY] = Tables(metadata)
+    return found
 
 
 def _referred_name(constraint: ForeignKeyConstraint) -> str:

@@ -14,6 +14,7 @@ from sqlalchemy.orm.unitofwork import UOWTransaction
 
 from granite_storage.orm import bulk, flush, transactions
 from granite_storage.orm.columns import slots_of
+from granite_storage.orm.unit_of_work import Change
 
 __all__ = ["listen", "unlisten"]
 
@@ -84,7 +85,7 @@ def _concerned(
 
 def _save(
     session: Session,
-    changes: list[flush.Change],
+    changes: list[Change],
     deletions: list[InstanceState[Any]],
     context: weakref.ref[UOWTransaction] | None = None,
 ) -> None:

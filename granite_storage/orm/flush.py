@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import Column, Connection, Table
-from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper, PassiveFlag, Session
+from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
 from sqlalchemy.orm.unitofwork import UOWTransaction
 from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
+from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._registry import binding_for, find_binding
 from granite_storage.orm._util import require_async
 from granite_storage.orm.assignment import require_sound
 from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.columns import AttachmentType, Slot, primary_key_of, slots_of
-from granite_storage.orm.journal.deletes import delete_id
+from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, primary_key_of, slots_of
 from granite_storage.orm.locking import CountedDeletes, HeldRef, cascaded, connection_of, lock_rows
 from granite_storage.orm.sharing import refers
 from granite_storage.orm.transactions import require_transactions, watch
-from granite_storage.orm.unit_of_work import Displacement, FlushUnderWay, Frame, Intent, StoredObject, UnitOfWork
-from granite_storage.orm.uploads import Upload, require_fit, store, stored_object
+from granite_storage.orm.unit_of_work import UNKNOWN, Change, Displacement, FlushUnderWay, Frame, UnitOfWork, put_value
+from granite_storage.orm.uploads import Upload, store, stored_object
 from granite_storage.orm.written import written_log
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
-    from granite_storage.orm.journal.journal import StorageJournal
+    from granite_storage.orm._interfaces import Journal
 
 __all__ = [
-    "Change",
     "boundary",
     "changes_of",
     "concerned_tables",
@@ -60,7 +58,7 @@ def write_entries(unit: UnitOfWork) -> None:
     rolls the flush back, and with it what it took back: the next flush that lets a row take the object does it again.
     """
     flush = unit.flush
-    taken: dict[StorageJournal, list[UUID]] = {}
+    taken: dict[Journal, list[UUID]] = {}
     displaced: list[StoredObject] = []
     put = {stored.key for stored, _ in flush.puts}
     for stored, held in flush.net:
@@ -82,7 +80,7 @@ def write_entries(unit: UnitOfWork) -> None:
 
 def write_displaced(connection: Connection, displaced: Iterable[StoredObject]) -> None:
     """Note, in the transaction of a connection, that objects shall go."""
-    by_journal: dict[StorageJournal, list[StoredObject]] = {}
+    by_journal: dict[Journal, list[StoredObject]] = {}
     for stored in displaced:
         if stored.intent is not None:
             by_journal.setdefault(stored.intent.journal, []).append(stored)
@@ -109,47 +107,6 @@ _ENTITY_BYTES = 100
 _STORING = "storing, replacing or deleting a file"
 
 
-@dataclass(slots=True, eq=False)
-class Change:
-    """An attachment attribute whose value a flush will write.
-
-    Attributes:
-        state: The instance.
-        slot: The attribute.
-        value: What it shall hold.
-        old: What it held, as far as the session knows: None for nothing, a value, or `UNKNOWN`.
-    """
-
-    state: InstanceState[Any]
-    slot: Slot
-    value: Attachment | None
-    old: Any
-
-    @property
-    def marker(self) -> tuple[int, str]:
-        """What makes it the same change when it is seen a second time in one flush."""
-        return id(self.state), self.slot.key
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether the instance is still there and holds the value: a listener may have dropped it, or put another one there."""
-        return self.state.obj() is not None and self.state.dict.get(self.slot.key) is self.value
-
-    @property
-    def attachment(self) -> Attachment:
-        """The value, where it is not None."""
-        return cast(Attachment, self.value)
-
-    def replace(self, value: Attachment) -> None:
-        """Give the instance another value than the one that was assigned."""
-        _put(self.state, self.slot.key, value)
-        self.value = value
-
-
-UNKNOWN = object()
-"""Stands for an old value that the session has not loaded."""
-
-
 def changes_of(states: Iterable[InstanceState[Any]]) -> list[Change]:
     """Return the attachment attributes of new and changed instances that a flush will write."""
     changes = [change for state in states for slot in slots_of(state.mapper) if (change := _change(state, slot)) is not None]
@@ -173,23 +130,12 @@ def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
     return Change(state, slot, _require_attachment(value, slot), old)
 
 
-def _put(state: InstanceState[Any], key: str, value: Any) -> None:
-    """Give an instance a value that a statement of the flush is to write, and that the application has not assigned.
-
-    It is in the history of the attribute like any other. Validators and listeners of the application do not see it: they could
-    refuse it, or put another value in its place, and they were asked for the value that it stands for.
-    """
-    # What an assignment does, but for its events; the public functions lose the history, or call the listeners.
-    state._modified_event(state.dict, state.manager[key].impl, state.dict.get(key, LoaderCallableStatus.NO_VALUE))
-    state.dict[key] = value
-
-
 def _default(state: InstanceState[Any], slot: Slot) -> Any:
     """Give a new instance the default of its column, as the INSERT would."""
     default: Any = slot.column.default
     value = default.arg(_NoContext(slot.home.label))
     if value is not None:
-        _put(state, slot.key, value)
+        put_value(state, slot.key, value)
     return value
 
 
@@ -222,7 +168,7 @@ def vacate(state: InstanceState[Any]) -> None:
     """
     for slot in slots_of(state.mapper):
         if slot.key not in state.dict:
-            _put(state, slot.key, None)
+            put_value(state, slot.key, None)
 
 
 def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletions: Sequence[InstanceState[Any]]) -> None:
@@ -357,7 +303,7 @@ def displace(log: Frame | FlushUnderWay, held: Iterable[HeldRef]) -> list[Stored
 def _stored(entry: HeldRef) -> StoredObject:
     home: AttachmentType = entry.column.type  # type: ignore[assignment]  # only attachment columns are read under locks
     binding = home.binding()
-    intent = None if binding.journal is None else Intent(binding.journal, delete_id(*entry.place), deletes=True)
+    intent = None if binding.journal is None else binding.journal.delete_intent(*entry.place)
     return StoredObject(binding.manager, entry.ref, intent)
 
 
@@ -448,7 +394,7 @@ def _locked_refs(
     for state in deletions:
         for table in concerned_tables(state.mapper):
             rows = wanted.setdefault((table.fullname, True, connections.of(state)), _Rows(table))
-            rows.add(state, set(binding_for(table.metadata, f"the table {table.name}").tables.attachments(table)))
+            rows.add(state, set(attachment_tables(table.metadata).attachments(table)))
     held: list[HeldRef] = []
     for (_, deleting, connection), rows in sorted(wanted.items(), key=lambda item: item[0][:2]):
         watch(session, connection)
@@ -469,7 +415,7 @@ def _locked_refs(
             elif missing:
                 unit.flush.has_missed_rows = True
             if deleting:
-                reached = partial(cascaded, connection, binding.tables, rows.table, rows.columns_by_key)
+                reached = partial(cascaded, connection, attachment_tables(rows.table.metadata), rows.table, rows.columns_by_key)
                 cascading = reached()
                 if cascading:
                     require_transactions(connection)
@@ -539,7 +485,7 @@ def _claim_or_copy(
         if not _may_move(unit, change, given_up):
             copies.append(change)
             continue
-        require_fit(change.slot.home, given.ref)
+        change.slot.home.require_fit(given.ref)
         if given._unowned:
             _take(unit, frame, given)
         elif unit.is_free(stored):
@@ -563,7 +509,7 @@ def concerned_tables(mapper: Mapper[Any]) -> Sequence[Table]:
     # A class may be mapped to a join of tables.
     table = next((table for table in mapper.tables if isinstance(table, Table)), None)
     binding = None if table is None else find_binding(table.metadata)
-    return () if binding is None else binding.tables.concerned(mapper)
+    return () if binding is None else attachment_tables(binding.metadata).concerned(mapper)
 
 
 def _entity_id(change: Change) -> str:
@@ -595,7 +541,7 @@ def _primary_key_value(state: InstanceState[Any], column: Any) -> Any:
         except Exception:  # noqa: BLE001  # a default that needs the statement's context is computed by the INSERT
             return None
     if value is not None:
-        _put(state, key, value)
+        put_value(state, key, value)
     return value
 
 

@@ -49,8 +49,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-    from granite_storage.orm.binding import StorageBinding
-    from granite_storage.orm.journal.tables import JournalTables
+    from granite_storage.orm._interfaces import Binding, JournalTables
 
 __all__ = [
     "LOCATION_COLUMN_PREFIX",
@@ -248,7 +247,7 @@ class Scan:
         ConfigurationError: The binding has no sessions, or a table has no primary key to read it by.
     """
 
-    def __init__(self, binding: StorageBinding) -> None:
+    def __init__(self, binding: Binding) -> None:
         if binding.sessions is None:
             raise ConfigurationError(
                 "reading the rows needs sessions: bind_storage(Base, manager, sessions=async_sessionmaker(...))"

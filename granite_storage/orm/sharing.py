@@ -16,14 +16,14 @@ from sqlalchemy import Column, CompoundSelect, Connection, Text, bindparam, func
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.orm._registry import active_bindings
-from granite_storage.orm._util import batches, codes_of
+from granite_storage.orm._util import TRANSLATE_MAP, batches, codes_of
 from granite_storage.orm.catalogue import Place, read_catalogue
-from granite_storage.orm.journal.database import TRANSLATE_MAP
+from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.locking import among
 from granite_storage.orm.references import location_of, where_json
 
 if TYPE_CHECKING:
-    from granite_storage.orm.unit_of_work import StoredObject
+    from granite_storage.orm._interfaces import StoredObject
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["find_referenced", "find_shared", "refers"]
@@ -46,9 +46,11 @@ def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[
     counts as referred to where the database cannot say: an orphan is better than a file that is lost.
     """
     bindings = active_bindings()
-    columns = list(dict.fromkeys(column for binding in bindings for column in binding.tables.refs()))
+    columns = list(dict.fromkeys(column for binding in bindings for column in attachment_tables(binding.metadata).refs()))
     managers = [item.manager for item in objects]
-    required = {column for binding in bindings if binding.manager in managers for column in binding.tables.refs()}
+    required = {
+        column for binding in bindings if binding.manager in managers for column in attachment_tables(binding.metadata).refs()
+    }
     locations = list(dict.fromkeys(item.ref.location for item in objects))
     try:
         shared = find_referenced(connection, columns, locations, required=required)

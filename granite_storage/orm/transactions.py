@@ -21,9 +21,10 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
 from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm._util import deferred_cancellation, in_greenlet, root_engine
 from granite_storage.orm.sharing import find_shared
-from granite_storage.orm.unit_of_work import Frame, Outcome, StoredObject, UnitOfWork
+from granite_storage.orm.unit_of_work import Frame, Outcome, UnitOfWork
 from granite_storage.orm.uploads import remove_now
 
 __all__ = [
@@ -44,7 +45,7 @@ _INFO_KEY = "granite_storage.watch"
 _PAUSE = 0.05
 """Seconds until a commit is looked at again that listeners of the application's hold up."""
 
-_units: weakref.WeakKeyDictionary[Session, UnitOfWork] = weakref.WeakKeyDictionary()
+_units: weakref.WeakKeyDictionary[Session, SessionWork] = weakref.WeakKeyDictionary()
 _watches: weakref.WeakKeyDictionary[Connection, ConnectionWatch] = weakref.WeakKeyDictionary()
 _begun: weakref.WeakKeyDictionary[SessionTransaction, weakref.ref[Transaction]] = weakref.WeakKeyDictionary()
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -57,6 +58,20 @@ class SavepointSpan:
 
     first: int
     last: int
+
+
+class SessionWork(UnitOfWork):
+    """The unit of work of one session, and the connections that it goes through.
+
+    Attributes:
+        spans: The savepoints of each connection that it has worked in.
+        watchdog: Looks after the transaction once it has committed, until it is concluded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans: dict[ConnectionWatch, SavepointSpan] = {}
+        self.watchdog: asyncio.Handle | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -108,15 +123,17 @@ class ConnectionWatch:
 
     def keep_shared(self) -> None:
         """Ask, before the COMMIT, which of the objects that it would displace other rows refer to."""
-        units = {unit: unit.displaced() for session in self.sessions if (unit := known_unit(session)) is not None}
+        units: dict[UnitOfWork, list[StoredObject]] = {
+            unit: unit.displaced() for session in self.sessions if (unit := known_unit(session)) is not None
+        }
         for work in self.joined:
             units[work.unit] = work.unit.displaced(work.frame)
         objects = [stored for displaced in units.values() for stored in displaced]
         connection = self.connection
         if objects and connection is not None:
             shared = find_shared(connection, objects)
-            for unit in units:
-                unit.shared |= shared
+            for concerned in units:
+                concerned.shared |= shared
 
     def reset(self) -> None:
         """Forget the transaction that has ended."""
@@ -140,15 +157,15 @@ class ConnectionWatch:
         remove_now(undone)
 
 
-def unit_of(session: Session) -> UnitOfWork:
+def unit_of(session: Session) -> SessionWork:
     """Return the unit of work of a session's transaction; made when it first has to do with attachments."""
     unit = _units.get(session)
     if unit is None:
-        unit = _units[session] = UnitOfWork()
+        unit = _units[session] = SessionWork()
     return unit
 
 
-def known_unit(session: Session) -> UnitOfWork | None:
+def known_unit(session: Session) -> SessionWork | None:
     """Return the unit of work of a session's transaction if it has one."""
     return _units.get(session)
 
@@ -203,7 +220,7 @@ def expect_end(session: Session, transaction: SessionTransaction) -> None:
 
 
 def _look_after(
-    loop: asyncio.AbstractEventLoop, session: Session, transaction: SessionTransaction, unit: UnitOfWork, committing: Any
+    loop: asyncio.AbstractEventLoop, session: Session, transaction: SessionTransaction, unit: SessionWork, committing: Any
 ) -> None:
     """Conclude a transaction whose commit is over, as its greenlet tells; look again later where it is not."""
     unit.watchdog = None

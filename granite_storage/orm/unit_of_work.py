@@ -16,27 +16,24 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from sqlalchemy.orm import LoaderCallableStatus
+
+from granite_storage.orm._interfaces import Intent, ObjectKey, StoredObject
 
 if TYPE_CHECKING:
-    import asyncio
-    from uuid import UUID
-
     from sqlalchemy import Connection
     from sqlalchemy.orm import InstanceState, SessionTransaction
     from sqlalchemy.orm.unitofwork import UOWTransaction
 
-    from granite_storage.manager import StorageManager
+    from granite_storage.orm._interfaces import Journal
     from granite_storage.orm.attachment import Attachment
-    from granite_storage.orm.flush import Change
-    from granite_storage.orm.journal.journal import StorageJournal
+    from granite_storage.orm.columns import Slot
     from granite_storage.orm.locking import CountedDeletes, HeldRef
-    from granite_storage.orm.transactions import ConnectionWatch, SavepointSpan
-    from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Displacement", "FlushUnderWay", "Frame", "Intent", "LogEntry", "ObjectKey", "Outcome", "StoredObject", "UnitOfWork"]
+__all__ = ["UNKNOWN", "Change", "Displacement", "FlushUnderWay", "Frame", "LogEntry", "Outcome", "UnitOfWork", "put_value"]
 
-ObjectKey: TypeAlias = tuple[int, str, str]
 LogEntry: TypeAlias = "tuple[StoredObject, bool]"
 
 
@@ -48,28 +45,56 @@ class Outcome(Enum):
     UNKNOWN = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Intent:
-    """What a journal has written down about an object: that it is being stored, or that it shall go."""
+@dataclass(slots=True, eq=False)
+class Change:
+    """An attachment attribute whose value a flush will write.
 
-    journal: StorageJournal
-    id: UUID
-    deletes: bool = False
-    location: str | None = None
+    Attributes:
+        state: The instance.
+        slot: The attribute.
+        value: What it shall hold.
+        old: What it held, as far as the session knows: None for nothing, a value, or `UNKNOWN`.
+    """
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StoredObject:
-    """An object, the manager that can delete it, and the intent that stands for it where a journal is kept."""
-
-    manager: StorageManager
-    ref: StoredObjectRef
-    intent: Intent | None = None
+    state: InstanceState[Any]
+    slot: Slot
+    value: Attachment | None
+    old: Any
 
     @property
-    def key(self) -> ObjectKey:
-        """What makes it the same object as another."""
-        return id(self.manager), self.ref.backend, self.ref.location
+    def marker(self) -> tuple[int, str]:
+        """What makes it the same change when it is seen a second time in one flush."""
+        return id(self.state), self.slot.key
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the instance is still there and holds the value: a listener may have dropped it, or put another one there."""
+        return self.state.obj() is not None and self.state.dict.get(self.slot.key) is self.value
+
+    @property
+    def attachment(self) -> Attachment:
+        """The value, where it is not None."""
+        return cast(Attachment, self.value)
+
+    def replace(self, value: Attachment) -> None:
+        """Give the instance another value than the one that was assigned."""
+        put_value(self.state, self.slot.key, value)
+        self.value = value
+
+
+UNKNOWN = object()
+"""Stands for an old value that the session has not loaded."""
+
+
+def put_value(state: InstanceState[Any], key: str, value: Any) -> None:
+    """Give an instance a value that a statement of the flush is to write, and that the application has not assigned.
+
+    It is in the history of the attribute like any other. Validators and listeners of the application do not see it: they could
+    refuse it, or put another value in its place, and they were asked for the value that it stands for.
+    """
+    # What an assignment does, but for its events; the public functions lose the history, or call the listeners.
+    state._modified_event(state.dict, state.manager[key].impl, state.dict.get(key, LoaderCallableStatus.NO_VALUE))
+    state.dict[key] = value
 
 
 @dataclass(slots=True, eq=False)
@@ -135,7 +160,7 @@ class FlushUnderWay:
     # Undone deletes, by the intents that the transaction takes back, and where each journal's tables are written to.
     restored: list[Intent] = field(default_factory=list)
     restored_by: dict[ObjectKey, Intent] = field(default_factory=dict)
-    connections: dict[StorageJournal, Connection] = field(default_factory=dict)
+    connections: dict[Journal, Connection] = field(default_factory=dict)
 
     def has_handled(self, marker: tuple[int, str], value: Attachment | None) -> bool:
         """Tell whether the flush has dealt with this change."""
@@ -155,11 +180,8 @@ class UnitOfWork:
         self.frames: weakref.WeakKeyDictionary[SessionTransaction, Frame] = weakref.WeakKeyDictionary()
         self.doomed: list[StoredObject] = []
         self.flush: FlushUnderWay = FlushUnderWay()
-        self.spans: dict[ConnectionWatch, SavepointSpan] = {}
         # Locations of displaced objects that other rows refer to, as the database said before the COMMIT.
         self.shared: set[str] = set()
-        # Looks after the transaction once it has committed, until it is concluded.
-        self.watchdog: asyncio.Handle | None = None
 
     def frame(self, transaction: SessionTransaction) -> Frame:
         """Return the frame of a transaction or savepoint; made when something happens in it, with those around it."""

@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING
 from sqlalchemy.util import await_only
 
 from granite_storage._tasks import finish
-from granite_storage.exceptions import ContentTooLargeError, StaleAttachmentError
+from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._util import in_greenlet
-from granite_storage.orm.unit_of_work import Intent, StoredObject
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from granite_storage.manager import ObjectDraft
+    from granite_storage.orm._interfaces import ColumnType, Journal, UploadLease
     from granite_storage.orm.attachment import Attachment
-    from granite_storage.orm.columns import AttachmentType
-    from granite_storage.orm.journal.intents import Lease
-    from granite_storage.orm.journal.journal import StorageJournal
     from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Upload", "discard", "remove", "remove_now", "require_fit", "store", "stored_object"]
+__all__ = ["Upload", "discard", "remove", "remove_now", "store", "stored_object"]
 
 
 # Deleting what a transaction left to nobody: never an error to the caller.
@@ -63,7 +61,7 @@ def remove_now(stored: Iterable[StoredObject]) -> None:
 async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> None:
     """Delete objects side by side, and let journals delete theirs; a failure is logged and stops nothing."""
     places = asyncio.Semaphore(_AT_A_TIME)
-    by_journal: dict[StorageJournal, list[UUID]] = {}
+    by_journal: dict[Journal, list[UUID]] = {}
     for intent in intents:
         by_journal.setdefault(intent.journal, []).append(intent.id)
     await asyncio.gather(
@@ -83,7 +81,7 @@ async def _delete(item: StoredObject, places: asyncio.Semaphore) -> None:
             )
 
 
-async def _settle(journal: StorageJournal, ids: list[UUID]) -> None:
+async def _settle(journal: Journal, ids: list[UUID]) -> None:
     try:
         await journal.settle(ids)
     except Exception:
@@ -110,7 +108,7 @@ class Upload:
     """
 
     attachment: Attachment
-    home: AttachmentType
+    home: ColumnType
     entity_id: str
     verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]] | None = None
 
@@ -118,21 +116,6 @@ class Upload:
 def stored_object(attachment: Attachment) -> StoredObject:
     """Return the object of a stored attachment, with the intent that stands for it until a row has taken it."""
     return StoredObject(attachment.manager, attachment.ref, attachment._intent)
-
-
-def require_fit(home: AttachmentType, ref: StoredObjectRef) -> None:
-    """Refuse an object for a column whose limit it exceeds; one of the column's own policy was let in once.
-
-    Raises:
-        ContentTooLargeError: It was stored under another policy, and is larger than that of the column allows.
-    """
-    limit = home.binding().manager_for(home).policy(home.storage_key).max_size
-    if ref.storage_key != home.storage_key and limit is not None and ref.size > limit:
-        raise ContentTooLargeError(
-            f"the file has {ref.size} bytes, and {home.label} takes at most {limit} (policy {home.storage_key!r}); it was stored"
-            f" under the policy {ref.storage_key!r}",
-            max_size=limit,
-        )
 
 
 async def store(uploads: Sequence[Upload]) -> None:
@@ -168,9 +151,9 @@ async def discard(attachments: Iterable[Attachment], *, cancelled: bool = False)
     await _undo(unowned, cancelled)
 
 
-async def _begin(uploads: Sequence[Upload], drafts: Sequence[ObjectDraft]) -> dict[StorageJournal | None, Lease]:
+async def _begin(uploads: Sequence[Upload], drafts: Sequence[ObjectDraft]) -> dict[Journal | None, UploadLease]:
     """Write down what is about to be stored, in each journal that is concerned; one, as a rule."""
-    leases: dict[StorageJournal | None, Lease] = {}
+    leases: dict[Journal | None, UploadLease] = {}
     for journal in {journal for upload in uploads if (journal := upload.home.binding().journal) is not None}:
         concerned = [
             (upload, draft) for upload, draft in zip(uploads, drafts, strict=True) if upload.home.binding().journal is journal
@@ -181,7 +164,7 @@ async def _begin(uploads: Sequence[Upload], drafts: Sequence[ObjectDraft]) -> di
     return leases
 
 
-async def _put(upload: Upload, draft: ObjectDraft, lease: Lease | None) -> None:
+async def _put(upload: Upload, draft: ObjectDraft, lease: UploadLease | None) -> None:
     intent = upload.attachment._intent
     if lease is None or intent is None:
         await _put_verified(upload, draft)
@@ -202,7 +185,7 @@ async def _put_verified(upload: Upload, draft: ObjectDraft) -> None:
         upload.attachment._ref = await upload.verify(upload.attachment.ref)
 
 
-async def _side_by_side(work: Sequence[Callable[[], Awaitable[None]]], leases: Sequence[Lease]) -> None:
+async def _side_by_side(work: Sequence[Callable[[], Awaitable[None]]], leases: Sequence[UploadLease]) -> None:
     if len(work) == 1 and not leases:
         await work[0]()
         return

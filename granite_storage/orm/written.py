@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Column, Connection, Table
 from sqlalchemy.orm import Session
 
 from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.orm._interfaces import ObjectKey, StoredObject
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.catalogue import has_triggers
 from granite_storage.orm.columns import AttachmentType, keys_of
 from granite_storage.orm.locking import connection_of, read_refs, read_rows
-from granite_storage.orm.unit_of_work import Displacement, FlushUnderWay, LogEntry, ObjectKey, StoredObject, UnitOfWork
+from granite_storage.orm.unit_of_work import Change, Displacement, FlushUnderWay, LogEntry, UnitOfWork
 from granite_storage.refs import StoredObjectRef
-
-if TYPE_CHECKING:
-    from granite_storage.orm.flush import Change
 
 __all__ = ["written_log"]
 

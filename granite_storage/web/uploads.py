@@ -17,9 +17,9 @@ from starlette.requests import Request
 from granite_storage._engine import require_positive
 from granite_storage._tasks import finish
 from granite_storage.manager import StorageManager
+from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType
-from granite_storage.orm.unit_of_work import StoredObject
 from granite_storage.orm.uploads import discard, remove
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import BytesLike, require_size

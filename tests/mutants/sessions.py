@@ -357,7 +357,7 @@ MUTANTS = [
         name="sessions-limit-of-the-column-ignored",
         rule="A file that was stored for another column comes into this one only within its limit.",
         path="granite_storage/orm/flush.py",
-        old="        require_fit(change.slot.home, given.ref)\n",
+        old="        change.slot.home.require_fit(given.ref)\n",
         new="",
         tests=("tests/orm/test_limits_of_columns.py::test_move_to_another_column",),
     ),

@@ -18,6 +18,7 @@ from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage, sharing
 from granite_storage.orm.catalogue import read_catalogue
+from granite_storage.orm.columns import attachment_tables
 from tests.orm.clones import bound_beside, cloned
 from tests.orm.environment import Doc, Node, OrmEnvironment, file
 from tests.orm.values import Sessions, add, locations, sqlite
@@ -322,7 +323,7 @@ class TestSchemas:
         """The catalogue names it, and when it is asked it is not there any more."""
         await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
         async with cloned(env), env.sessions() as session:
-            columns = env.binding.tables.refs()
+            columns = attachment_tables(env.binding.metadata).refs()
             old = await session.run_sync(lambda inner: read_catalogue(inner.connection(), columns))
         answers = [old, old]
 

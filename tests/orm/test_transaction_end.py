@@ -11,9 +11,10 @@ from sqlalchemy.orm import SessionTransaction
 
 from granite_storage import StorageManager
 from granite_storage.orm import Attachment, AttachmentType
+from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm._util import deferred_cancellation
 from granite_storage.orm.columns import Tables
-from granite_storage.orm.unit_of_work import Outcome, StoredObject, UnitOfWork
+from granite_storage.orm.unit_of_work import Outcome, UnitOfWork
 from granite_storage.refs import StoredObjectRef
 
 

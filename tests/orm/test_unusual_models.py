@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, column_property, ma
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import Attachment, attachment
-from granite_storage.orm.unit_of_work import StoredObject
+from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.uploads import remove
 from tests.orm.environment import file
 from tests.orm.test_models import app_of

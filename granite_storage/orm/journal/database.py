@@ -21,14 +21,14 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
 from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
-from granite_storage.orm._util import dispatchers_of, root_engine
-from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, JournalTables, clock
+from granite_storage.orm._interfaces import JournalTables
+from granite_storage.orm._util import TRANSLATE_MAP, dispatchers_of, root_engine
+from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clock
 
 if TYPE_CHECKING:
     from sqlalchemy import Column, Connection
 
 __all__ = [
-    "TRANSLATE_MAP",
     "JournalPool",
     "KnownSchemas",
     "Translation",
@@ -40,9 +40,6 @@ __all__ = [
     "insert_if_absent",
     "read_translations",
 ]
-
-TRANSLATE_MAP: Final = "schema_translate_map"
-"""The name of SQLAlchemy's option."""
 
 _ISOLATION: Final = "READ COMMITTED"
 

@@ -30,10 +30,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage._tasks import finish, finished
 from granite_storage.exceptions import StaleAttachmentError
+from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.journal.references import References
-from granite_storage.orm.journal.tables import STAGING, JournalTables, clock
+from granite_storage.orm.journal.tables import STAGING, clock
 from granite_storage.refs import StoredObjectRef
 
 __all__ = ["Claim", "Finished", "Staging"]

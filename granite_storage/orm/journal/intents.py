@@ -33,13 +33,14 @@ from granite_storage._tasks import CLEANUP_TIMEOUT, settle
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
+from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import batches
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate, renumber
-from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, JournalTables, clock
+from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
 
 if TYPE_CHECKING:
-    from granite_storage.orm.unit_of_work import Intent
+    from granite_storage.orm._interfaces import Intent
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["GroupCommit", "Intents", "Lease", "new_id"]

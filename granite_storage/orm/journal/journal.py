@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
 from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm._interfaces import Intent, JournalTables
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database
+from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
 from granite_storage.orm.journal.intents import GroupCommit, Intents, Lease
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
-from granite_storage.orm.journal.tables import JournalTables, RecoveryReport, tables_of
+from granite_storage.orm.journal.tables import RecoveryReport, tables_of
 from granite_storage.orm.journal.worker import Alarm, at_work
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from granite_storage.manager import ObjectDraft, StorageManager
-    from granite_storage.orm.binding import StorageBinding
+    from granite_storage.orm._interfaces import Binding
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["StorageJournal"]
@@ -96,7 +98,7 @@ class StorageJournal:
         self._bounded = self._pool.within(timeout.total_seconds())
         self._lease = lease
         self._max_attempts = max_attempts
-        self._bindings: list[StorageBinding] = []
+        self._bindings: list[Binding] = []
         self._tables: JournalTables | None = None
         self._checked = False
         self._alarm = Alarm()
@@ -265,6 +267,10 @@ class StorageJournal:
         """Claim such an object, to make a copy of it; see `Staging.claim`."""
         return await self._staging.claim(staging_id, seen)
 
+    def delete_intent(self, backend: str, location: str) -> Intent:
+        """Return the intent by which an object that a row gives up waits to be deleted; two rows that share it make one."""
+        return Intent(self, delete_id(backend, location), deletes=True)
+
     def wake_workers(self) -> None:
         """Let the workers of this process look soon: a transaction has ended that left them something."""
         self._alarm.ring()
@@ -277,7 +283,7 @@ class StorageJournal:
         """Delete an object that no row can ever take, though its intent may be gone: under one of its own, like any other."""
         await self.settle([await self.intents.note_delete(ref)])
 
-    def bind(self, binding: StorageBinding) -> None:
+    def bind(self, binding: Binding) -> None:
         """Serve a binding; several bases may share a journal, if they share the manager and the tables.
 
         Raises:
@@ -290,7 +296,7 @@ class StorageJournal:
         self._tables = tables
         self._checked = False
 
-    def release(self, binding: StorageBinding) -> None:
+    def release(self, binding: Binding) -> None:
         """Serve a binding no more."""
         if binding in self._bindings:
             self._bindings.remove(binding)

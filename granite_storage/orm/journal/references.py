@@ -10,16 +10,16 @@ from sqlalchemy import Column, Select, Table, TableClause, column, null, select,
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._util import batches
+from granite_storage.orm._util import TRANSLATE_MAP, batches
 from granite_storage.orm.catalogue import Place, read_catalogue
-from granite_storage.orm.journal.database import TRANSLATE_MAP, JournalPool, effective, read_translations
+from granite_storage.orm.journal.database import JournalPool, effective, read_translations
 from granite_storage.orm.references import location_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from granite_storage.orm.journal.tables import JournalTables
+    from granite_storage.orm._interfaces import JournalTables
 
 __all__ = ["References"]
 

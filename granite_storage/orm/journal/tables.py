@@ -13,6 +13,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.type_api import TypeEngine
 
 from granite_storage.exceptions import ConfigurationError
+from granite_storage.orm._interfaces import JournalTables
 
 __all__ = [
     "ABORT",
@@ -23,7 +24,6 @@ __all__ = [
     "UPLOAD",
     "VERSION_NAME",
     "FailedReclaim",
-    "JournalTables",
     "RecoveryReport",
     "clock",
     "journal_tables",
@@ -50,28 +50,6 @@ _Exact = String(_LONGEST_LOCATION).with_variant(
     mysql.VARCHAR(_LONGEST_LOCATION, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
 )
 _Key = String(255).with_variant(mysql.VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb")
-
-
-@dataclass(frozen=True, slots=True)
-class JournalTables:
-    """The tables of a journal.
-
-    Attributes:
-        intent: Objects that are being stored, until a row takes them, and objects that a row has given up, until they go.
-        reclaim: Intents that a worker has taken over; no transaction can take them back.
-        decision: Who was first to decide on an upload, for transactions that read from a snapshot older than its intent.
-        meta: The version of the tables, and when a worker was last at work.
-    """
-
-    intent: Table
-    reclaim: Table
-    decision: Table
-    meta: Table
-
-    @property
-    def all(self) -> tuple[Table, ...]:
-        """All of them."""
-        return self.intent, self.reclaim, self.decision, self.meta
 
 
 def journal_tables(metadata: MetaData, *, schema: str | None = None) -> JournalTables:

@@ -17,8 +17,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from granite_storage.orm import transactions
+from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.journal.recovery import Recovery
-from granite_storage.orm.unit_of_work import StoredObject
 from tests.orm.databases import Database, crash_postgres, postgres, postgres_database
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 from tests.orm.journal.test_recovery import eventually_true, expire, journal_of, retention, rows

@@ -13,7 +13,8 @@ from sqlalchemy.util import await_only
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.orm import Attachment, StorageJournal, bulk, flush, uploads
-from granite_storage.orm.unit_of_work import StoredObject, UnitOfWork
+from granite_storage.orm._interfaces import StoredObject
+from granite_storage.orm.unit_of_work import UnitOfWork
 from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.variants import (
     Scenario,

@@ -1,0 +1,254 @@
+"""What the modules of this package know of each other: a binding, its journal, a column, and the records that they exchange.
+
+An attachment finds its manager through its column and the column's binding, and the binding knows columns, sessions and the
+journal. These protocols are the side of each that the others use, so that no module imports one that imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+    from uuid import UUID
+
+    from sqlalchemy import Column, Connection, MetaData, Table
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+    from granite_storage.manager import ObjectDraft, StorageManager
+    from granite_storage.refs import StoredObjectRef
+
+__all__ = [
+    "Binding",
+    "ColumnType",
+    "Intent",
+    "Journal",
+    "JournalIntents",
+    "JournalTables",
+    "ObjectKey",
+    "StoredObject",
+    "UploadLease",
+]
+
+ObjectKey: TypeAlias = tuple[int, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalTables:
+    """The tables of a journal.
+
+    Attributes:
+        intent: Objects that are being stored, until a row takes them, and objects that a row has given up, until they go.
+        reclaim: Intents that a worker has taken over; no transaction can take them back.
+        decision: Who was first to decide on an upload, for transactions that read from a snapshot older than its intent.
+        meta: The version of the tables, and when a worker was last at work.
+    """
+
+    intent: Table
+    reclaim: Table
+    decision: Table
+    meta: Table
+
+    @property
+    def all(self) -> tuple[Table, ...]:
+        """All of them."""
+        return self.intent, self.reclaim, self.decision, self.meta
+
+
+class ColumnType(Protocol):
+    """The type of an attachment column, which knows its column and its policy."""
+
+    storage_key: str
+
+    @property
+    def column(self) -> Column[Any]:
+        """The column that has this type."""
+        ...
+
+    @property
+    def table(self) -> Table:
+        """The table of that column."""
+        ...
+
+    @property
+    def model_name(self) -> str:
+        """The segment of locations that says what kind of row it is."""
+        ...
+
+    @property
+    def field_name(self) -> str:
+        """The segment of locations that says which of the row's files it is."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """What messages call the column."""
+        ...
+
+    def binding(self) -> Binding:
+        """Return the binding of the column's metadata, or raise `UnboundAttachmentError`."""
+        ...
+
+    def require_fit(self, ref: StoredObjectRef) -> None:
+        """Refuse an object that is larger than the column's policy allows."""
+        ...
+
+
+class Binding(Protocol):
+    """What `bind_storage` returns, as far as the modules below it use it."""
+
+    @property
+    def metadata(self) -> MetaData:
+        """The metadata of the base."""
+        ...
+
+    @property
+    def manager(self) -> StorageManager:
+        """The manager that stores the attachments of the base."""
+        ...
+
+    @property
+    def sessions(self) -> async_sessionmaker[AsyncSession] | None:
+        """The application's session maker, or None."""
+        ...
+
+    @property
+    def journal(self) -> Journal | None:
+        """The journal, or None."""
+        ...
+
+    @property
+    def base_name(self) -> str:
+        """The base's full name, by which a pickled attachment finds it again."""
+        ...
+
+    def manager_for(self, home: ColumnType) -> StorageManager:
+        """Return the manager, once it is sure that it has the policy of a column."""
+        ...
+
+    def ref_columns(self) -> list[Column[Any]]:
+        """Return every column of the metadata that holds refs."""
+        ...
+
+    def column_type(self, table: str, column: str) -> ColumnType | None:
+        """Return the type of an attachment column by its names, or None if there is no such column."""
+        ...
+
+    async def is_referred_to(self, column: Column[Any], ref: StoredObjectRef) -> bool | None:
+        """Tell whether a row of a column refers to an object; None where that is unknown."""
+        ...
+
+    async def upload(
+        self,
+        attachment: Any,
+        home: ColumnType,
+        *,
+        verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]] | None = None,
+    ) -> None:
+        """Store one pending attachment before any transaction."""
+        ...
+
+
+class UploadLease(Protocol):
+    """The intents of uploads that have begun, and for how long workers leave them alone."""
+
+    @property
+    def ids(self) -> Sequence[UUID]:
+        """The intents, in the order of the drafts."""
+        ...
+
+    def begin(self, intent_id: UUID) -> None:
+        """Raise `StaleAttachmentError` where an upload would begin too late."""
+        ...
+
+    def require(self) -> None:
+        """Raise `StaleAttachmentError` where the lease is over for the uploader."""
+        ...
+
+    async def hold(self) -> None:
+        """Renew it until cancelled."""
+        ...
+
+
+class JournalIntents(Protocol):
+    """What a transaction does to the journal's intents."""
+
+    def consume(self, connection: Connection, ids: Sequence[UUID]) -> None:
+        """Remove intents in the transaction whose rows have taken their objects."""
+        ...
+
+    def displace(self, connection: Connection, displaced: Iterable[tuple[StoredObjectRef, timedelta]]) -> None:
+        """Note, in a transaction, objects that shall go once it is committed."""
+        ...
+
+    def require_unfenced(self, intents: Iterable[Intent]) -> None:
+        """Raise `StaleAttachmentError` where a worker is about to delete what a transaction restores."""
+        ...
+
+    async def find_delete(self, ref: StoredObjectRef) -> UUID | None:
+        """Return the intent by which an object waits to be deleted."""
+        ...
+
+
+class Journal(Protocol):
+    """What sessions and the garbage collector ask of a `StorageJournal`."""
+
+    @property
+    def tables(self) -> JournalTables:
+        """Its tables."""
+        ...
+
+    @property
+    def intents(self) -> JournalIntents:
+        """What transactions do to it."""
+        ...
+
+    def retention_of(self, ref: StoredObjectRef) -> timedelta:
+        """Return how long an object stays after its row has given it up."""
+        ...
+
+    async def begin_uploads(self, drafts: Sequence[ObjectDraft]) -> UploadLease:
+        """Write down, durably, which objects are about to be stored."""
+        ...
+
+    def delete_intent(self, backend: str, location: str) -> Intent:
+        """Return the intent by which an object that a row gives up waits to be deleted."""
+        ...
+
+    def wake_workers(self) -> None:
+        """Let workers of this process look for work now."""
+        ...
+
+    async def settle(self, ids: Sequence[UUID]) -> None:
+        """Delete now what no row has taken."""
+        ...
+
+    async def discard(self, ref: StoredObjectRef) -> None:
+        """Delete an object that was published after its lease was over."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What a journal has written down about an object: that it is being stored, or that it shall go."""
+
+    journal: Journal
+    id: UUID
+    deletes: bool = False
+    location: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredObject:
+    """An object, the manager that can delete it, and the intent that stands for it where a journal is kept."""
+
+    manager: StorageManager
+    ref: StoredObjectRef
+    intent: Intent | None = None
+
+    @property
+    def key(self) -> ObjectKey:
+        """What makes it the same object as another."""
+        return id(self.manager), self.ref.backend, self.ref.location

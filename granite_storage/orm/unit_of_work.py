@@ -74,7 +74,7 @@ class Change:
     @property
     def attachment(self) -> Attachment:
         """The value, where it is not None."""
-        return cast(Attachment, self.value)
+        return cast("Attachment", self.value)
 
     def replace(self, value: Attachment) -> None:
         """Give the instance another value than the one that was assigned."""

@@ -115,14 +115,14 @@ async def test_an_unnamed_file_that_cannot_be_linked_keeps_its_bytes_and_mode(wi
 RACE = """
 import asyncio, errno, os, sys
 from granite_storage import ObjectExistsError
-from granite_storage.backends import _exclusive
+from granite_storage.backends import _local_tree
 from granite_storage.backends.local import LocalStorageBackend
 
 def refuse(*_, **__):
     raise PermissionError(errno.EPERM, "no links")
 
 os.link = refuse
-_exclusive._renameat2 = lambda: None
+_local_tree._renameat2 = lambda: None
 
 async def main():
     backend = LocalStorageBackend(sys.argv[1], fsync=False)

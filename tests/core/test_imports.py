@@ -47,7 +47,7 @@ def test_neither_the_command_nor_the_web_is_loaded_with_what_applications_use() 
 
 
 def test_the_backends_load_only_what_they_need() -> None:
-    assert foreign(imported("from granite_storage.backends import base, memory, prefix")) == set()
+    assert foreign(imported("from granite_storage.backends import base, memory, wrappers")) == set()
     assert foreign(imported("from granite_storage.backends import local")) == {"aiofiles"}
     assert foreign(imported("from granite_storage.backends.s3 import S3StorageBackend")) == set()
     assert foreign(imported("from granite_storage.backends.obstore import ObjectStoreBackend")) == set()

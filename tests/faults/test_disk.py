@@ -73,7 +73,7 @@ async def test_a_full_disk_leaves_nothing_and_the_next_small_upload_works(small_
 
 KILLED = """
 import asyncio, os, signal, sys
-from granite_storage.backends import _tree
+from granite_storage.backends import _local_tree
 from granite_storage.backends.local import LocalStorageBackend
 
 root, fsync, fatal = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3])
@@ -93,7 +93,7 @@ async def main():
     backend = LocalStorageBackend(root, fsync=fsync)
     await backend.put_bytes("a/first", b"first")
     for name in ("open", "write", "fchmod", "fsync", "link", "unlink", "mkdir", "close"):
-        setattr(_tree.os, name, dying(name))
+        setattr(_local_tree.os, name, dying(name))
     await backend.put_bytes("a/b/second", b"second" * 1000)
     print("stored", flush=True)
     os._exit(0)
@@ -139,7 +139,7 @@ async def _check_after_kill(root: Path, *, finished: bool) -> None:
 
 RECORDED = """
 import asyncio, json, os, sys
-from granite_storage.backends import _tree
+from granite_storage.backends import _local_tree
 from granite_storage.backends.local import LocalStorageBackend
 
 effects, names = [], {}
@@ -158,10 +158,10 @@ def recording(name, note):
 async def main():
     root = sys.argv[1]
     backend = LocalStorageBackend(root)
-    _tree.os.mkdir = recording("mkdir", lambda a, o: ["entry", name_of(o["dir_fd"]), a[0]])
-    _tree.os.link = recording("link", lambda a, o: ["entry", name_of(o["dst_dir_fd"]), a[1]])
-    _tree.os.write = recording("write", lambda a, o: ["data", name_of(a[0])])
-    _tree.os.fsync = recording("fsync", lambda a, o: ["fsync", name_of(a[0])])
+    _local_tree.os.mkdir = recording("mkdir", lambda a, o: ["entry", name_of(o["dir_fd"]), a[0]])
+    _local_tree.os.link = recording("link", lambda a, o: ["entry", name_of(o["dst_dir_fd"]), a[1]])
+    _local_tree.os.write = recording("write", lambda a, o: ["data", name_of(a[0])])
+    _local_tree.os.fsync = recording("fsync", lambda a, o: ["fsync", name_of(a[0])])
     for location in sys.argv[2:]:
         await backend.put_bytes(location, b"content")
         effects.append(["returned", location])

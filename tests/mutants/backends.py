@@ -249,8 +249,8 @@ MUTANTS = [
         name="s3-url-for-the-address-of-the-calls",
         rule="URLs are signed for the address by which browsers reach the server.",
         path="granite_storage/backends/s3.py",
-        old="await client.signer.generate_presigned_url(",
-        new="await client.raw.generate_presigned_url(",
+        old="url: str = await client.signer.generate_presigned_url(",
+        new="url: str = await client.raw.generate_presigned_url(",
         tests=("tests/backends/test_s3_servers.py::TestPublicAddress::test_urls_and_forms_are_for_the_address_of_browsers",),
     ),
     Mutant(

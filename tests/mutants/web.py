@@ -293,8 +293,8 @@ MUTANTS = [
         name="web-encoded-body-stored",
         rule="A body with a Content-Encoding is refused.",
         path="granite_storage/web/_requests.py",
-        old='- {"", "identity"}:',
-        new='& {"compress"}:',
+        old='if name == b"content-encoding" and not',
+        new='if name == b"content-coding" and not',
         tests=("tests/web/test_uploads.py::test_refused_before_it_is_read",),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Clean-up under cancellation: what every part that awaits needs.
+"""Work side by side, and clean-up under cancellation: what every part that awaits needs.
 
 A cancelled task that has work under way waits for it before it lets the cancellation through; otherwise that work could publish
 what the task has already cleaned up. No cancellation is lost on the way.
@@ -8,17 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
-__all__ = ["CLEANUP_TIMEOUT", "finish", "finished", "settle"]
+__all__ = ["CLEANUP_TIMEOUT", "finish", "finished", "run_bounded", "settle"]
 
 logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 CLEANUP_TIMEOUT = 30.0
 """The longest that a clean-up holds up the error or cancellation that made it necessary, in seconds."""
+
+
+async def run_bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], limit: int) -> list[R]:
+    """Run work on each item, at most `limit` at a time, and return the results in the order of the items.
+
+    The first error cancels the rest, and is raised when all of it has ended. So does a cancellation of the caller.
+    """
+    places = asyncio.Semaphore(limit)
+
+    async def run(item: T) -> R:
+        async with places:
+            return await work(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run(item)) for item in items]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def settle(future: asyncio.Future[Any], timeout: float | None = None) -> bool:

@@ -19,17 +19,23 @@ from granite_storage.backends.base import ByteRange, ObjectInfo, ObjectReader, P
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError, MissingDependencyError
 from granite_storage.locations import MAX_LOCATION_BYTES, check_location
 
-__all__ = ["ObjectStoreBackend", "ObjectStoreConfigurationError", "StoreService"]
-
-
-# Objects that a store of obstore's sends.
-
+__all__ = ["ObjectStoreBackend", "ObjectStoreConfigurationError"]
 
 _LARGEST = (1 << 63) - 1
 _ATTEMPTS = 5
+_MIB = 1024 * 1024
+_SMALLEST_PART = 5 * _MIB
+_LARGEST_COPY = 5 * 1024 * _MIB
+_LONGEST_SIGNATURE = timedelta(days=7)
+_DELETED_AT_A_TIME = 1000
+_DELETES_SIDE_BY_SIDE = 16
+_COPY_STEP = _MIB
+# On a local disk obstore writes to a file whose name has "#" and a number at its end, which must fit too.
+_LONGEST_LOCAL_SEGMENT = 245
+_LOCAL_TEMPORARY = re.compile(r"#\d+$")
 
 
-class StoreService:
+class _Service:
     """A store, as a reader asks it; see `Service`."""
 
     attempts = _ATTEMPTS
@@ -109,18 +115,6 @@ class _StreamBody:
             self._coming = self._stream.__anext__()
 
 
-_MIB = 1024 * 1024
-_SMALLEST_PART = 5 * _MIB
-_LARGEST_COPY = 5 * 1024 * _MIB
-_LONGEST_SIGNATURE = timedelta(days=7)
-_DELETED_AT_A_TIME = 1000
-_DELETES_SIDE_BY_SIDE = 16
-_COPY_STEP = _MIB
-# On a local disk obstore writes to a file whose name has "#" and a number at its end, which must fit too.
-_LONGEST_LOCAL_SEGMENT = 245
-_LOCAL_TEMPORARY = re.compile(r"#\d+$")
-
-
 class ObjectStoreBackend:
     """Keeps each object under one key of a store of obstore's.
 
@@ -186,7 +180,7 @@ class ObjectStoreBackend:
             "credential_provider": credential_provider,
         }
         self._client = connected(store, options)
-        self._service = StoreService(self._client)
+        self._service = _Service(self._client)
         self._part_size = part_size
         self._part_concurrency = part_concurrency
         self._listing = Listing(self._client, list_by_folder)

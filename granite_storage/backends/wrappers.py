@@ -1,4 +1,4 @@
-"""A folder of another backend, as a backend."""
+"""Backends around a backend: each call is passed on, each ability kept, and none pretended."""
 
 from __future__ import annotations
 
@@ -30,10 +30,6 @@ from granite_storage.exceptions import BackendError, ConfigurationError, Invalid
 from granite_storage.locations import check_location, check_segment
 
 __all__ = ["PrefixedBackend", "WrappedBackend"]
-
-
-# What backends around a backend have in common: each call passed on, each ability kept, and none pretended.
-
 
 T = TypeVar("T")
 

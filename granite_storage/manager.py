@@ -298,7 +298,7 @@ class StorageManager:
             BackendError: It could not be opened.
         """
 
-        async def open_range(start: int, count: int) -> ObjectReader:
+        async def open_range(start: int, count: int | None) -> ObjectReader:
             with self._lifecycle.call(), self._configuration.at(ref) as backend:
                 return await backend.open(ref.location, offset=start, length=count)
 

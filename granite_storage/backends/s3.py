@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject, bucket_place
 from granite_storage.backends._listing import list_keys
-from granite_storage.backends._remote import ConnectionTakenError, Opened, error_at, open_reader
+from granite_storage.backends._remote import Opened, error_at, open_reader, read_beginning
+from granite_storage.backends._resuming import ConnectionTakenError
 from granite_storage.backends._s3_client import Lease, S3Client, S3Clients, S3Settings, is_installed, version_of
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
 from granite_storage.backends._s3_upload import (
@@ -154,16 +155,17 @@ def _info_of(location: str, answer: Mapping[str, Any], size: int) -> ObjectInfo:
 class _Service:
     """A bucket, as a reader asks it; see `Service`."""
 
-    def __init__(self, client: S3Client) -> None:
-        self.attempts = client.settings.max_attempts
-        self._client = client
+    def __init__(self, clients: S3Clients, attempts: int) -> None:
+        self.attempts = attempts
+        self._clients = clients
 
     async def get(self, location: str, start: int, stop: int | None, same: Mapping[str, Any] | None = None, /) -> Opened:
         """Ask for a range; see `Service.get`."""
         wanted = dict(same or {})
         if start or stop is not None:
             wanted["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-        answer, lease = await self._client.start("get_object", location=location, **wanted)
+        client = await self._clients.get()
+        answer, lease = await client.start("get_object", location=location, **wanted)
         try:
             size, sent = _size_and_range(answer)
             this = {**({"IfMatch": answer["ETag"]} if "ETag" in answer else {}), **version_of(answer)}
@@ -174,7 +176,7 @@ class _Service:
 
     async def head(self, location: str, /) -> ObjectInfo:
         """Ask what is known of an object; see `Service.head`."""
-        head = await self._client.head(location)
+        head = await (await self._clients.get()).head(location)
         return _info_of(location, head, head["ContentLength"])
 
 
@@ -214,8 +216,8 @@ class S3StorageBackend:
     cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
 
     A reader holds a connection until it is closed or read to its end, or until another call waits for one while it is not read.
-    It goes on where a body was cut off, with the same version of the object or not at all. In a bucket with versions, `delete`
-    leaves a delete marker, as S3 does.
+    What is cut off, or lost its connection, is opened again by `StoredObjectReader`, with the same version of the object or not
+    at all. In a bucket with versions, `delete` leaves a delete marker, as S3 does.
 
     The client opens with the first call on each event loop. Every write has the metadata entry `granite-write-id`. The object
     `.granite-storage` below the prefix has the identity of the store; listings pass it over.
@@ -338,6 +340,7 @@ class S3StorageBackend:
         )
         self._presigned_post = presigned_post
         self._clients = S3Clients(self._settings)
+        self._service = _Service(self._clients, max_attempts)
         self._page_size: int | None = None
         self._identity = IdentityObject()
 
@@ -389,14 +392,12 @@ class S3StorageBackend:
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range; see `StorageBackend.open`."""
         self._check(location)
-        return await open_reader(_Service(await self._clients.get()), location, offset=offset, length=length)
+        return await open_reader(self._service, location, offset=offset, length=length)
 
     async def stat(self, location: str) -> ObjectInfo:
         """Tell what is known of an object; see `StorageBackend.stat`."""
         self._check(location)
-        client = await self._clients.get()
-        head = await client.head(location)
-        return _info_of(location, head, head["ContentLength"])
+        return await self._service.head(location)
 
     async def exists(self, location: str) -> bool:
         """Tell whether an object is there; see `StorageBackend.exists`."""
@@ -543,11 +544,7 @@ class S3StorageBackend:
         await self._clients.aclose()
 
     async def _read_marker(self) -> bytes:
-        reader = await open_reader(_Service(await self._clients.get()), MARKER, offset=0, length=MARKER_SIZE)
-        try:
-            return await reader.read()
-        finally:
-            await reader.aclose()
+        return await read_beginning(self._service, MARKER, MARKER_SIZE)
 
     async def _create_marker(self, content: bytes) -> None:
         await self._write(await self._clients.get(), MARKER, BytesSource(content), "text/plain")

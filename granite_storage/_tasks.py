@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-__all__ = ["CLEANUP_TIMEOUT", "finish", "finished", "run_bounded", "settle"]
+__all__ = ["CLEANUP_TIMEOUT", "finish", "finished", "run_bounded", "settle", "task_group", "wait_or_cancel"]
 
 logger = logging.getLogger("granite_storage")
 
@@ -33,12 +34,25 @@ async def run_bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], lim
         async with places:
             return await work(item)
 
+    async with task_group() as group:
+        tasks = [group.create_task(run(item)) for item in items]
+    return [task.result() for task in tasks]
+
+
+@asynccontextmanager
+async def task_group() -> AsyncGenerator[asyncio.TaskGroup, None]:
+    """Give a task group that raises the first error itself, with its cause, and not a group of errors."""
+    first: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(run(item)) for item in items]
+            yield group
     except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+        first = errors.exceptions[0]
+    try:
+        if first is not None:
+            raise first
+    finally:
+        del first  # or it would hold this frame, and the frame it
 
 
 async def settle(future: asyncio.Future[Any], timeout: float | None = None) -> bool:
@@ -55,21 +69,35 @@ async def settle(future: asyncio.Future[Any], timeout: float | None = None) -> b
     return future.done()
 
 
-async def finished(work: Awaitable[T], *, undo: Callable[[T], Awaitable[object]] | None = None) -> T:
+async def wait_or_cancel(future: asyncio.Future[Any], timeout: float | None) -> bool:
+    """Wait until a future is done, as `settle` does, and cancel it when time is up; return whether it ended by itself."""
+    if await settle(future, timeout):
+        return True
+    future.cancel()
+    await settle(future)
+    return False
+
+
+async def finished(
+    work: Awaitable[T], *, undo: Callable[[T], Awaitable[object]] | None = None, timeout: float | None = None
+) -> T:
     """Await work that must not be left behind: a cancelled caller waits for it before the cancellation goes on.
 
     Args:
         work: The work.
         undo: What to do then with its result, such as to close a file that the caller will not hear of.
+        timeout: The longest that a cancelled caller waits, in seconds, None for no limit; the work is cancelled then.
     """
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await settle(task)
+        await wait_or_cancel(task, timeout)
         if undo is not None and not task.cancelled() and task.exception() is None:
             await finish(undo(task.result()), "undoing what a cancelled caller does not hear of")
         raise
+    finally:
+        del task  # or its error would hold this frame, and the frame the error
 
 
 async def finish(cleanup: Awaitable[object], what: str, *, timeout: float = CLEANUP_TIMEOUT) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from granite_storage._tasks import finished, settle
+from granite_storage._tasks import finished
 from granite_storage.backends._identity import bucket_place, folder_places, web_place
 from granite_storage.backends._remote import PreconditionFailedError, RangeNotSatisfiableError
 from granite_storage.backends.base import ObjectInfo, Place
@@ -615,16 +615,7 @@ async def answered(request: Awaitable[T]) -> T:
     An answer that has come when its await is cancelled would be lost in obstore's future, with the file or connection that it
     holds; and one that is still to come when the program ends could abort it.
     """
-    answer = asyncio.ensure_future(request)
-    try:
-        return await asyncio.shield(answer)
-    except asyncio.CancelledError:
-        if not await settle(answer, PATIENCE):
-            answer.cancel()
-            await settle(answer)
-        raise
-    finally:
-        del answer  # or its error would hold this frame, and the frame the error
+    return await finished(request, timeout=PATIENCE)
 
 
 def _require_threads_of_obstore() -> None:

@@ -17,8 +17,8 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from granite_storage._tasks import finish, settle
-from granite_storage.backends._remote import PreconditionFailedError
+from granite_storage._tasks import finish, run_bounded, task_group, wait_or_cancel
+from granite_storage.backends._remote import ANSWER_TIMEOUT, Found, PreconditionFailedError, RemoteWriter
 from granite_storage.backends._s3_client import S3Client, backoff, threads, version_of
 from granite_storage.backends._s3_errors import MissingUploadError
 from granite_storage.backends.base import upload_begun
@@ -32,7 +32,6 @@ from granite_storage.exceptions import (
 from granite_storage.locations import RESERVED_PREFIX
 
 __all__ = [
-    "ANSWER_TIMEOUT",
     "MAX_PARTS",
     "PROBE_PREFIX",
     "Body",
@@ -63,9 +62,6 @@ UNRESERVED = 1024 * 1024
 """What a stream may hold in memory without a reservation, in bytes: small objects never wait for large ones."""
 
 _SLIVER = 64 * 1024
-ANSWER_TIMEOUT = 10.0
-"""How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
-
 MAX_PARTS = 10_000
 """The most parts of an object that S3 takes."""
 
@@ -324,22 +320,6 @@ def _sha256(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-@asynccontextmanager
-async def _side_by_side() -> AsyncIterator[asyncio.TaskGroup]:
-    """Give a task group that raises the first failure itself, not a group of them."""
-    failure: BaseException | None = None
-    try:
-        async with asyncio.TaskGroup() as group:
-            yield group
-    except BaseExceptionGroup as failures:
-        failure = failures.exceptions[0]
-    try:
-        if failure is not None:
-            raise failure
-    finally:
-        del failure  # or it would hold this frame, and the frame it
-
-
 class MultipartUpload:
     """An upload in parts, from its creation to the moment before it is completed.
 
@@ -384,7 +364,7 @@ class MultipartUpload:
         settings = self._client.settings
         room = asyncio.Semaphore(settings.part_concurrency)
         await room.acquire()
-        async with _side_by_side() as group:
+        async with task_group() as group:
             self._start_part(group, 1, first, room)
             number = 1
             while not await source.ended():
@@ -421,19 +401,18 @@ class MultipartUpload:
             size: Its size in bytes.
             part_size: The size of the parts.
         """
-        room = asyncio.Semaphore(self._client.settings.part_concurrency)
         self.size = size
-        async with _side_by_side() as group:
-            for number, start in enumerate(range(0, size, part_size), 1):
-                part = {"CopySourceRange": f"bytes={start}-{min(start + part_size, size) - 1}"} if size > part_size else {}
-                group.create_task(self._copy_part(number, {**copy_source, **part}, room))
+        starts = list(enumerate(range(0, size, part_size), 1))
 
-    async def _copy_part(self, number: int, copy_source: Mapping[str, Any], room: asyncio.Semaphore) -> None:
-        async with room:
+        async def copy_part(part: tuple[int, int]) -> None:
+            number, start = part
+            span = {"CopySourceRange": f"bytes={start}-{min(start + part_size, size) - 1}"} if len(starts) > 1 else {}
             answer = await self._client.call(
-                "upload_part_copy", location=self._location, UploadId=self._id, PartNumber=number, **copy_source
+                "upload_part_copy", location=self._location, UploadId=self._id, PartNumber=number, **copy_source, **span
             )
-        self._parts[number] = {"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]}
+            self._parts[number] = {"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]}
+
+        await run_bounded(starts, copy_part, self._client.settings.part_concurrency)
 
     def completion(self) -> dict[str, Any]:
         """Return the parameters of the request that turns the parts into an object."""
@@ -450,9 +429,7 @@ class MultipartUpload:
         """Leave nothing of the upload behind, also where its creation was cut off before its answer came."""
         if self._creating is None:
             return
-        if not await settle(self._creating, ANSWER_TIMEOUT):
-            self._creating.cancel()
-            await settle(self._creating)
+        await wait_or_cancel(self._creating, ANSWER_TIMEOUT)
         if self._creating.cancelled():
             await self._abort_strays()
         elif self._creating.exception() is None:
@@ -653,12 +630,8 @@ async def _remove(client: S3Client, key: str, upload_id: str | None, made: list[
             await client.call("delete_object", Key=key)
 
 
-class ObjectWriter:
-    """One write of one object.
-
-    The object carries an id of the write in its metadata. So where an answer was lost, and the same request made again is
-    refused because the object exists, a HEAD tells whether it is this write's own. ETags are never compared: they are an MD5 of
-    the bytes only sometimes.
+class ObjectWriter(RemoteWriter):
+    """One write of one object; see `RemoteWriter`.
 
     Args:
         client: The event loop's client.
@@ -667,14 +640,13 @@ class ObjectWriter:
     """
 
     def __init__(self, client: S3Client, location: str, content: Mapping[str, Any]) -> None:
+        super().__init__(location)
         self._client = client
         self._settings = client.settings
         self._traits = client.traits
-        self._location = location
         self._content = content
-        self._id = uuid.uuid4().hex
 
-    async def write(self, source: PartSource) -> dict[str, Any]:
+    async def write(self, source: PartSource) -> Mapping[str, Any]:
         """Store all that a source has: by a single PUT where it fits in a part, else by a multipart upload.
 
         Returns:
@@ -691,7 +663,7 @@ class ObjectWriter:
         finally:
             first.drop()
 
-    async def copy(self, source: str, info: Mapping[str, Any]) -> dict[str, Any]:
+    async def copy(self, source: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
         """Copy another object inside the server.
 
         It is copied in parts, also where one suffices: many servers ignore `If-None-Match` for CopyObject, and would overwrite.
@@ -713,13 +685,10 @@ class ObjectWriter:
 
     async def require_absent(self) -> None:
         """Raise `ObjectExistsError` where an object is at the location."""
-        try:
-            await self._client.head(self._location)
-        except ObjectNotFoundError:
-            return
-        raise self._exists()
+        if await self._find() is not None:
+            raise self._exists()
 
-    async def _put(self, body: Body) -> dict[str, Any]:
+    async def _put(self, body: Body) -> Mapping[str, Any]:
         try:
             header, digest = await checksum_header(body, sha256=self._settings.checksums)
             request = {**self._parameters("put_object"), **self._only_if_absent(), **header, "Body": body}
@@ -730,10 +699,10 @@ class ObjectWriter:
             return answer
         except asyncio.CancelledError:
             if body.sent:
-                await self._withdraw()
+                await self._clean_up(None, published=True)
             raise
 
-    async def _in_parts(self, upload: MultipartUpload, fill: Callable[[], Any]) -> dict[str, Any]:
+    async def _in_parts(self, upload: MultipartUpload, fill: Callable[[], Any]) -> Mapping[str, Any]:
         completing = False
         try:
             await upload.create()
@@ -748,7 +717,7 @@ class ObjectWriter:
             return answer
         except BaseException as error:
             ours = completing and not isinstance(error, ObjectExistsError)
-            await self._withdraw(upload, published=ours)
+            await self._clean_up(upload, published=ours)
             raise
 
     async def _published(
@@ -759,7 +728,7 @@ class ObjectWriter:
         size: int,
         checksum: str | None = None,
         landed: Callable[[], bool] = lambda: True,
-    ) -> dict[str, Any]:
+    ) -> Mapping[str, Any]:
         """Make the request that creates the object, and learn what became of it, also for a caller that is cancelled.
 
         Args:
@@ -767,26 +736,15 @@ class ObjectWriter:
             request: Its parameters.
             size: The object's size in bytes.
             checksum: The SHA-256 that the server will have of it, None where it has none.
-            landed: Tells whether the server may have acted on the request; before that, a cancellation need not wait.
+            landed: See `_answered`.
         """
-        task = asyncio.ensure_future(self._request(operation, request, size, checksum))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if not landed():
-                task.cancel()
-            if not await settle(task, ANSWER_TIMEOUT):
-                task.cancel()
-                await settle(task)
-            raise
-        finally:
-            del task  # or its error would hold this frame, and the frame the error
+        return await self._answered(self._request(operation, request, size, checksum), landed=landed)
 
-    async def _request(self, operation: str, request: Mapping[str, Any], size: int, checksum: str | None) -> dict[str, Any]:
+    async def _request(self, operation: str, request: Mapping[str, Any], size: int, checksum: str | None) -> Mapping[str, Any]:
         try:
             return await self._client.call(operation, location=self._location, **request)
         except _DOUBTFUL as doubt:
-            found = await self._find(size, checksum, doubt)
+            found = await self._outcome(doubt, size, checksum)
             if found is not None:
                 return found
             if isinstance(doubt, PreconditionFailedError):
@@ -797,41 +755,29 @@ class ObjectWriter:
                 ) from doubt.__cause__
             raise
 
-    async def _find(self, size: int, checksum: str | None, doubt: BackendError) -> dict[str, Any] | None:
-        """Return the headers of the object if this write has created it, None if nobody has created one.
-
-        Raises:
-            ObjectExistsError: Somebody else has.
-        """
-        mode = {"ChecksumMode": "ENABLED"} if self._settings.checksums else {}
+    async def _find(self, *, with_checksum: bool = False) -> Found | None:
+        mode = {"ChecksumMode": "ENABLED"} if with_checksum and self._settings.checksums else {}
         try:
             head = await self._client.head(self._location, **mode)
         except ObjectNotFoundError:
             return None
-        reported = str(head.get("ChecksumSHA256") or "").partition("-")[0]
-        same = head["ContentLength"] == size and (not reported or checksum is None or reported == checksum)
-        if same and head.get("Metadata", {}).get(_WRITE_ID) == self._id:
-            return head
-        raise self._exists() from doubt.__cause__
+        checksum = str(head.get("ChecksumSHA256") or "").partition("-")[0] or None
+        return Found(head.get("Metadata", {}).get(_WRITE_ID), head["ContentLength"], head, checksum)
 
-    async def _withdraw(self, upload: MultipartUpload | None = None, *, published: bool = True) -> None:
+    async def _remove(self, found: Found | None) -> None:
+        version = version_of(found.receipt) if found is not None else {}
+        await self._client.call("delete_object", location=self._location, **version)
+
+    async def _clean_up(self, upload: MultipartUpload | None, *, published: bool) -> None:
         """Remove what the write has made, parts or an object; nobody else's."""
 
         async def remove() -> None:
             if upload is not None:
                 await upload.abort()
             if published:
-                await self._delete_own()
+                await self._withdraw()
 
         await finish(remove(), f"the clean-up of a write of {self._location!r}")
-
-    async def _delete_own(self) -> None:
-        try:
-            head = await self._client.head(self._location)
-        except ObjectNotFoundError:
-            return
-        if head.get("Metadata", {}).get(_WRITE_ID) == self._id:
-            await self._client.call("delete_object", location=self._location, **version_of(head))
 
     def _parameters(self, operation: str) -> dict[str, Any]:
         extra = self._settings.extra_put_kwargs
@@ -854,6 +800,3 @@ class ObjectWriter:
         extra = self._settings.extra_put_kwargs
         keys = {f"CopySource{name}": value for name, value in extra.items() if name.startswith("SSECustomer")}
         return {"CopySource": source, "CopySourceIfMatch": info["ETag"], **keys}
-
-    def _exists(self) -> ObjectExistsError:
-        return ObjectExistsError(f"an object is at {self._location!r} already", location=self._location)

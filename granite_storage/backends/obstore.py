@@ -14,7 +14,7 @@ from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObje
 from granite_storage.backends._listing import Listing
 from granite_storage.backends._obstore_client import PATIENCE, ObjectStoreConfigurationError, StoreClient, connected
 from granite_storage.backends._obstore_upload import ObjectWriter, slices
-from granite_storage.backends._remote import Opened, open_reader, read_beginning
+from granite_storage.backends._remote import Opened, delete_each, delete_in_batches, open_reader, read_beginning
 from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ByteRange, ObjectInfo, ObjectReader, Place
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError, MissingDependencyError
@@ -28,8 +28,6 @@ _MIB = 1024 * 1024
 _SMALLEST_PART = 5 * _MIB
 _LARGEST_COPY = 5 * 1024 * _MIB
 _LONGEST_SIGNATURE = timedelta(days=7)
-_DELETED_AT_A_TIME = 1000
-_DELETES_SIDE_BY_SIDE = 16
 _COPY_STEP = _MIB
 # On a local disk obstore writes to a file whose name has "#" and a number at its end, which must fit too.
 _LONGEST_LOCAL_SEGMENT = 245
@@ -249,11 +247,7 @@ class ObjectStoreBackend:
         for location in locations:
             self._check(location)
         self._require_writable()
-        different = list(dict.fromkeys(locations))
-        failures: dict[str, BackendError] = {}
-        for start in range(0, len(different), _DELETED_AT_A_TIME):
-            failures |= await self._delete_batch(different[start : start + _DELETED_AT_A_TIME])
-        return failures
+        return await delete_in_batches(locations, self._delete_batch)
 
     async def signed_url(self, location: str, *, expires_in: timedelta) -> str:
         """Return a URL that serves a GET of the object, with its stored content type, until it expires.
@@ -312,18 +306,7 @@ class ObjectStoreBackend:
                 pass
             else:
                 return {}
-        places = asyncio.Semaphore(_DELETES_SIDE_BY_SIDE)
-
-        async def delete(location: str) -> BackendError | None:
-            async with places:
-                try:
-                    await self._client.delete(location)
-                except BackendError as error:
-                    return error
-            return None
-
-        results = await asyncio.gather(*map(delete, locations))
-        return {location: error for location, error in zip(locations, results, strict=True) if error is not None}
+        return await delete_each(locations, self._client.delete)
 
     async def _bytes_of(self, location: str) -> AsyncIterator[bytes]:
         reader = await open_resuming(self, location)

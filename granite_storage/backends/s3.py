@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -12,7 +11,7 @@ from urllib.parse import urlsplit
 
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject, bucket_place
 from granite_storage.backends._listing import list_keys
-from granite_storage.backends._remote import Opened, error_at, open_reader, read_beginning
+from granite_storage.backends._remote import Opened, delete_each, delete_in_batches, error_at, open_reader, read_beginning
 from granite_storage.backends._resuming import ConnectionTakenError
 from granite_storage.backends._s3_client import Lease, S3Client, S3Clients, S3Settings, is_installed, version_of
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
@@ -45,7 +44,6 @@ logger = logging.getLogger("granite_storage")
 _MIB = 1024 * 1024
 _SMALLEST_PART = 5 * _MIB
 _LARGEST_PART = 5 * 1024 * _MIB
-_DELETED_AT_A_TIME = 1000
 _LONGEST_PRESIGN = timedelta(days=7)
 _OURS = frozenset({"Body", "Bucket", "ContentLength", "ContentMD5", "IfMatch", "IfNoneMatch", "Key"})
 
@@ -410,18 +408,13 @@ class S3StorageBackend:
     async def delete(self, location: str) -> None:
         """Remove an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
         self._check(location)
-        await self._delete(await self._clients.get(), location)
+        await self._delete(location)
 
     async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
         """Remove objects, a thousand by one request; see `SupportsBatchDelete.delete_many`."""
         for location in locations:
             self._check(location)
-        client = await self._clients.get()
-        different = list(dict.fromkeys(locations))
-        failures: dict[str, BackendError] = {}
-        for start in range(0, len(different), _DELETED_AT_A_TIME):
-            failures |= await self._delete_batch(client, different[start : start + _DELETED_AT_A_TIME])
-        return failures
+        return await delete_in_batches(locations, self._delete_batch)
 
     async def copy(self, source: str, target: str) -> Mapping[str, Any]:
         """Copy an object inside the server, with its content type; see `SupportsCopy.copy`.
@@ -562,19 +555,21 @@ class S3StorageBackend:
         version = version_of(answer)
         return {"bucket": self.bucket, **({"version_id": version["VersionId"]} if version else {})}
 
-    async def _delete(self, client: S3Client, location: str) -> None:
+    async def _delete(self, location: str) -> None:
+        client = await self._clients.get()
         try:
             await client.call("delete_object", location=location)
         except ObjectNotFoundError:  # some servers say so
             return
 
-    async def _delete_batch(self, client: S3Client, locations: Sequence[str]) -> dict[str, BackendError]:
+    async def _delete_batch(self, locations: Sequence[str]) -> dict[str, BackendError]:
+        client = await self._clients.get()
         keys = {self._settings.key(location): location for location in locations}
         try:
             answer = await client.call("delete_objects", Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True})
         except BackendError as error:
             if type(error) is BackendError:  # the server does not know the request, or wants other checksums of it
-                return await self._delete_each(client, locations)
+                return await delete_each(locations, self._delete)
             return {location: error_at(location, error) for location in locations}
         failures: dict[str, BackendError] = {}
         for entry in answer.get("Errors", ()):
@@ -582,16 +577,6 @@ class S3StorageBackend:
             failure = answered({"Error": entry}, "delete_objects", bucket=self.bucket, location=location)
             if not isinstance(failure, ObjectNotFoundError):
                 failures[location] = failure
-        return failures
-
-    async def _delete_each(self, client: S3Client, locations: Sequence[str]) -> dict[str, BackendError]:
-        results = await asyncio.gather(*(self._delete(client, location) for location in locations), return_exceptions=True)
-        failures = {}
-        for location, result in zip(locations, results, strict=True):
-            if isinstance(result, BackendError):
-                failures[location] = result
-            elif result is not None:
-                raise result
         return failures
 
 

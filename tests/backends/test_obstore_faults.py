@@ -21,7 +21,7 @@ import obstore
 import pytest
 from aiohttp import web
 
-from granite_storage.backends import _obstore_client, _obstore_upload
+from granite_storage.backends import _obstore_client, _remote
 from granite_storage.backends import obstore as obstore_backend
 from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.obstore import ObjectStoreBackend, ObjectStoreConfigurationError
@@ -209,7 +209,7 @@ class TestParts:
         self, place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Only obstore knows the upload's id, so that may stay at the server, and the log says so."""
-        monkeypatch.setattr(_obstore_upload, "ANSWER_TIMEOUT", 0.3)
+        monkeypatch.setattr(_remote, "ANSWER_TIMEOUT", 0.3)
         gate = Gate()
         place.proxy.on("CompleteMultipartUpload", wait_for(gate))
         task = asyncio.ensure_future(place.backend.put_stream("object", stream(LONG)))
@@ -218,7 +218,7 @@ class TestParts:
         done, _ = await asyncio.wait([task], timeout=10)
         assert done
         assert task.cancelled()
-        assert "a write of 'object' was given up" in caplog.text
+        assert "a write of 'object' was abandoned" in caplog.text
         assert not await place.direct.exists("object")
 
 

@@ -116,7 +116,7 @@ async def finish(cleanup: Awaitable[object], what: str, *, timeout: float = CLEA
     if not task.done():
         task.cancel()
         cancellation = await _outlast(task, 1.0) or cancellation
-        logger.error("%s did not end within %s s and was given up", what, timeout)
+        logger.error("%s did not end within %s s and was abandoned", what, timeout)
     elif task.cancelled() or task.exception() is not None:
         logger.error("%s failed", what, exc_info=None if task.cancelled() else task.exception())
     if cancellation is not None:

@@ -109,10 +109,10 @@ class StoredObjectReader:
             base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.size}[whence]
             position = base + offset
             if position < 0:
-                raise ValueError(f"cannot seek to {position}, before the start")
+                raise ValueError(f"position {position} is before the start")
             if position != self.tell():
                 if self._sha256 is not None:
-                    raise ValueError("a reader that verifies reads once, from start to end")
+                    raise ValueError("a reader that verifies cannot seek: it reads once, from start to end")
                 await self._move(self._start + position)
             return position
 

@@ -127,7 +127,7 @@ def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
     if isinstance(source, bytes | bytearray):
         return _only(source)
     if isinstance(source, str | io.TextIOBase):
-        raise TypeError(f"a stream must be binary, but {type(source).__name__} is text; open the file with mode 'rb'")
+        raise TypeError(f"a stream must be binary, but {type(source).__name__} is text: open the file with mode 'rb'")
     if is_file(source):
         _require_readable(source)
         return WholeFile(source).chunks() if hasattr(source, "filename") else _read(source)
@@ -136,7 +136,7 @@ def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
     if _is_buffer(source):
         return _only(memoryview(source))
     if isinstance(source, Set | Mapping):
-        raise TypeError(f"a stream has an order, but {type(source).__name__} has none: give a list of its chunks")
+        raise TypeError(f"a stream has an order, but {type(source).__name__} has none: pass a list of its chunks")
     if isinstance(source, Iterable):
         return _iterate_in_thread(source)
     raise TypeError(f"a stream must have read() or be an iterable of bytes, but is {type(source).__name__}")
@@ -149,7 +149,7 @@ def _require_readable(file: Any) -> None:
         raise TypeError(f"a stream is read, but {kind} is open for writing and cannot be read: open the file with mode 'rb'")
     if not _takes_size(file.read):
         raise TypeError(
-            f"a stream is read in pieces, but read() of {kind} takes no size: give what yields its bytes, such as"
+            f"a stream is read in pieces, but read() of {kind} takes no size: pass what yields its bytes, such as"
             " response.aiter_bytes() of httpx or response.content of aiohttp"
         )
 
@@ -225,7 +225,7 @@ class WholeFile:
         if self.can_rewind:
             return None
         if self._begun:
-            raise ConsumedSourceError(f"the stream was read already, and {type(self._file).__name__} cannot seek")
+            raise ConsumedSourceError(f"the stream was read already, and {type(self._file).__name__} cannot seek: pass a new one")
         self._begun = True
         return _declared_size(self._file)
 
@@ -291,7 +291,7 @@ async def _sought(file: Any) -> bool:
             return False
         raise
     except ValueError as error:
-        raise ConsumedSourceError(f"the file cannot be read from its beginning any more: {error}") from error
+        raise ConsumedSourceError(f"the file cannot be read from its beginning again: {error}") from error
     return True
 
 

@@ -70,7 +70,7 @@ async def _checked(pages: AsyncIterator[list[Item]], first: list[Item], error: t
     async for page in pages:
         for item in page:
             if item[0] <= previous and previous:
-                raise error("the store does not list in byte order: give list_by_folder=True")
+                raise error("the store does not list in byte order: pass list_by_folder=True")
             previous = item[0]
             yield item
 

@@ -665,7 +665,7 @@ class Tree:
             raise self._unavailable("is not a directory") from error
 
     def _unavailable(self, problem: str) -> BackendUnavailableError:
-        return BackendUnavailableError(f"the root directory {str(self.root)!r} {problem}; is its disk mounted?")
+        return BackendUnavailableError(f"the root directory {str(self.root)!r} {problem}: check whether its disk is mounted")
 
     def _create_root(self) -> None:
         missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
@@ -694,7 +694,7 @@ class Tree:
             os.stat(MARKER, dir_fd=descriptor, follow_symlinks=False)
         except FileNotFoundError as error:
             if self._known_root not in {None, identity}:
-                raise self._unavailable("is not the one it was") from error
+                raise self._unavailable("is not the directory that it was") from error
             if not self.create_root and os.stat("..", dir_fd=descriptor).st_dev == found.st_dev:
                 raise self._unavailable(f"is no mount point and has no file {MARKER!r} that says it is in use") from error
             if not writing:
@@ -737,7 +737,7 @@ def _dated_now(directory: int) -> datetime:
 
 def _info_of_regular(location: str, found: os.stat_result) -> ObjectInfo:
     if not stat.S_ISREG(found.st_mode):
-        raise ObjectNotFoundError(f"what is at {location!r} is not a regular file", location=location)
+        raise ObjectNotFoundError(f"{location!r} is not a regular file", location=location)
     return _info_of(location, found)
 
 
@@ -829,5 +829,5 @@ def _take(claim: str, name: str, directory: int) -> None:
             return
     raise BackendUnavailableError(
         f"another write of the name {name!r} has been in progress for {_CLAIM_ATTEMPTS * _CLAIM_PAUSE:g} s, or was killed: "
-        "abort_unfinished removes what it left"
+        "abort_unfinished removes what a killed write left"
     )

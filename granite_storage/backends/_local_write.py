@@ -143,7 +143,7 @@ class Draft:
     def file(self) -> int:
         """The descriptor to write to."""
         if self._file is None:
-            raise ValueError("the draft is closed")
+            raise ValueError("the file is closed")
         return self._file
 
     def write(self, content: bytes) -> None:
@@ -188,13 +188,13 @@ class Draft:
         if self._temporary is None and self._link_unnamed(name):
             return
         if self._temporary is None or self._directory is None:
-            raise ValueError("the draft is closed")
+            raise ValueError("the file is closed")
         try:
             with self._tree.translated(self._location, step="link"):
                 if self._writer.names.give(self._temporary, name, self._directory):
                     self._temporary = None
         except ObjectNotFoundError as error:
-            message = f"the temporary file of {self._location!r} was removed while it was written"
+            message = f"the temporary file of {self._location!r} was removed while it was written, by another program"
             raise BackendUnavailableError(message, location=self._location) from error.__cause__
         except BackendUnavailableError as error:
             error.location = self._location

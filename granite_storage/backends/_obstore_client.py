@@ -371,20 +371,22 @@ def connected(store: Any, options: Mapping[str, Any]) -> StoreClient:
     if isinstance(store, str):
         return StoreClient(plain_name(store), _builder(store, given))
     if given:
-        raise ConfigurationError(f"{', '.join(given)}: only with a URL; a ready-made store has its own")
+        raise ConfigurationError(f"{', '.join(given)} can be passed only with a URL: a ready-made store has its own")
     return StoreClient(plain_name(store), lambda: store, ours=False)
 
 
 def _builder(url: str, given: dict[str, Any]) -> Callable[[], Any]:
     if urlsplit(url).scheme in _LOCAL_SCHEMES:
         if given:
-            raise ConfigurationError(f"{', '.join(given)}: not with {plain_name(url)!r}, which has no connections")
+            raise ConfigurationError(f"{', '.join(given)} cannot be passed with {plain_name(url)!r}, which has no connections")
     else:
         given["client_options"] = {**_DEFAULT_CLIENT_OPTIONS, **given.get("client_options", {})}
         given["retry_config"] = {**_DEFAULT_RETRY_CONFIG, **given.get("retry_config", {})}
         unknown = given["retry_config"].keys() - _DEFAULT_RETRY_CONFIG.keys()
         if unknown:  # obstore would ignore it
-            raise ConfigurationError(f"retry_config has no {', '.join(sorted(unknown))}")
+            raise ConfigurationError(
+                f"retry_config knows {', '.join(sorted(_DEFAULT_RETRY_CONFIG))}, but not {', '.join(sorted(unknown))}"
+            )
         _require_options_of_store(given.get("config", {}))
 
     def build() -> Any:
@@ -395,7 +397,7 @@ def _builder(url: str, given: dict[str, Any]) -> Callable[[], Any]:
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            message = f"no store can be made of {plain_name(url)!r} with this config, client_options and retry_config"
+            message = f"obstore cannot make a store from {plain_name(url)!r} with this config, client_options and retry_config"
             raise ConfigurationError(f"{message}: {type(error).__name__}") from error
 
     return build
@@ -407,7 +409,7 @@ def _require_options_of_store(config: Mapping[str, Any]) -> None:
     misplaced = {key: name for key, name in misplaced.items() if name in _CLIENT_OPTIONS}
     if misplaced:
         raise ConfigurationError(
-            f"config has {', '.join(sorted(misplaced))}, which the HTTP client takes and not the store: write"
+            f"config has {', '.join(sorted(misplaced))}, which are options of the HTTP client, not of the store: pass"
             f" client_options={{{', '.join(f'{name!r}: ...' for name in sorted(misplaced.values()))}}}"
         )
 
@@ -524,7 +526,7 @@ class StoreClient:
         except Exception as error:  # noqa: BLE001  # translate tells what it is
             problem = self.translated(error, "list", None)
             if isinstance(problem, ObjectStoreConfigurationError | ObjectNotFoundError):
-                message = f"{self.name} is not there: check the bucket or container, its region and the endpoint"
+                message = f"{self.name} does not exist: check the bucket or container, its region and the endpoint"
                 raise ObjectStoreConfigurationError(message) from error.with_traceback(None)
             if isinstance(problem, BackendUnavailableError):
                 return
@@ -575,7 +577,7 @@ class StoreClient:
 
         url = await self.call("sign", location, lambda store: sign_async(store, "GET", location, expires_in))
         if self.kind.signs_plain_names_only and "%" in urlsplit(url).path:
-            message = f"obstore signs no URL for {location!r} that {self.kind.name} would take: a character of it is escaped"
+            message = f"obstore cannot sign a URL for {location!r} on {self.kind.name}: a character of it is escaped in URLs"
             raise ObjectStoreConfigurationError(message, location=location)
         return url
 
@@ -626,7 +628,7 @@ def _require_threads_of_obstore() -> None:
     elif _process_of_threads != process:
         raise ObjectStoreConfigurationError(
             f"obstore was used in process {_process_of_threads} before it forked this one, {process}, and its threads stayed "
-            "there: each call would wait for ever. Make the first call after the fork, or start workers by 'spawn'"
+            "there: each call would hang. Make the first call after the fork, or start workers by 'spawn'"
         )
 
 

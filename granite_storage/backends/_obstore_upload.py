@@ -124,13 +124,15 @@ class ObjectWriter(RemoteWriter):
         return await self._published("put", request, size)
 
     async def _send(self, writer: Any, first: list[Piece], rest: AsyncIterator[Piece]) -> int:
-        size = 0
+        size, part_size = 0, self._part_size
         for piece in first:
             size += await self._request("put", _writing(writer, piece))
         first.clear()
         async for piece in rest:
-            if size + len(piece) > MAX_PARTS * self._part_size:
-                message = f"{self._location!r} would have more than {MAX_PARTS} parts: give a larger part_size"
+            if size + len(piece) > MAX_PARTS * part_size:
+                message = (
+                    f"{self._location!r} would have more than {MAX_PARTS} parts of {part_size} bytes: pass a larger part_size"
+                )
                 raise BackendError(message, location=self._location)
             size += await self._request("put", _writing(writer, piece))
         return size

@@ -157,7 +157,9 @@ async def open_reader(
         return await _open_empty(service, location, offset)
     try:
         if opened.range != byte_range(offset, length, opened.info.size):
-            raise BackendError(f"the service sent another range of {location!r} than was asked for", location=location)
+            sent = f"bytes {opened.range.start} to {opened.range.stop}"
+            message = f"the service sent another range of {location!r} than was requested from {offset}: {sent}"
+            raise BackendError(message, location=location)
     except BaseException:
         await opened.body.aclose()
         raise
@@ -223,7 +225,9 @@ class RemoteReader:
         except ConnectionTakenError:
             await self._release()
             location = self.info.location
-            message = f"the connection of the reader of {location!r} was given to another call at byte {self._position}"
+            message = (
+                f"another call took the connection of the idle reader of {location!r}: open it again at byte {self._position}"
+            )
             raise ConnectionTakenError(message, location=location) from None
         except Exception as error:  # noqa: BLE001  # whatever it is, the body is over
             await self._release()
@@ -242,7 +246,9 @@ class RemoteReader:
         try:
             return await open_reader(self._service, location, offset=offset, length=length, same=self._same)
         except PreconditionFailedError as error:
-            raise BackendError(f"{location!r} was replaced while it was read", location=location) from error.__cause__
+            raise BackendError(
+                f"the object at {location!r} was replaced while it was read", location=location
+            ) from error.__cause__
 
     async def aclose(self) -> None:
         """Let go of the connection; idempotent."""

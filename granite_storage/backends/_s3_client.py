@@ -164,7 +164,7 @@ class ConnectionPool:
                 raise
             raise BackendUnavailableError(
                 f"none of the connections to bucket {self._bucket!r} became free within {self._timeout:g} s: "
-                "raise max_pool_connections"
+                "raise max_pool_connections or pool_timeout"
             ) from error
         return Lease(self)
 
@@ -247,8 +247,8 @@ class ServerTraits:
         if self._confirms_checksums and not answer.get("ChecksumSHA256"):
             self._confirms_checksums = False
             logger.warning(
-                "the S3 server of bucket %r does not confirm the SHA-256 of what is written, and may not have verified it: with "
-                "checksums=False it is sent Content-MD5, which older servers verify; the checksum in each ref is not affected",
+                "the S3 server of bucket %r does not confirm the SHA-256 of what is written, and may not have verified it: pass "
+                "checksums=False to send Content-MD5, which older servers verify; the checksum in each ref is not affected",
                 self.bucket,
             )
 

@@ -514,7 +514,9 @@ async def _abort(client: S3Client, key: str, upload_id: str) -> None:
         if not await _has_parts(client, key, upload_id):
             return
         await asyncio.sleep(backoff(attempt))
-    raise BackendError(f"the parts of an aborted upload of {key!r} remain")
+    raise BackendError(
+        f"the aborted multipart upload of {key!r} still has parts: abort_unfinished, or a lifecycle rule, removes them"
+    )
 
 
 async def _has_parts(client: S3Client, key: str, upload_id: str) -> bool:
@@ -549,7 +551,7 @@ async def find_out(client: S3Client, answer: Mapping[str, Any]) -> None:
         return
     traits.asking = True
     try:
-        await finish(_ask(client), f"finding out whether the S3 server of bucket {traits.bucket!r} looks at conditions")
+        await finish(_ask(client), f"finding out whether the S3 server of bucket {traits.bucket!r} honours conditions")
     finally:
         traits.asking = False
 
@@ -572,18 +574,18 @@ async def _ask(client: S3Client) -> None:
     except BackendError as error:
         traits.checks_completions = False
         logger.warning(
-            "it could not be found out whether the S3 server of bucket %r looks at If-None-Match of CompleteMultipartUpload "
-            "(%s): the backend looks for an object before the end of each multipart upload and copy; conditional_writes=True "
-            "says that the server does",
+            "it is unknown whether the S3 server of bucket %r honours If-None-Match of CompleteMultipartUpload (%s): the backend "
+            "checks for an existing object before it completes each multipart upload or copy; pass conditional_writes=True if "
+            "the server honours it",
             traits.bucket,
             error,
         )
         return
     if not traits.checks_completions:
         logger.warning(
-            "the S3 server of bucket %r ignores If-None-Match of CompleteMultipartUpload: the backend looks for an object "
-            "before the end of each multipart upload and copy, and of two writers of one location at the same moment the later "
-            "one wins; conditional_writes=False says that this is known",
+            "the S3 server of bucket %r ignores If-None-Match of CompleteMultipartUpload: the backend checks for an "
+            "existing object before it completes each multipart upload or copy, and of two concurrent writers of one location "
+            "the later one wins; pass conditional_writes=False to accept that without this warning",
             traits.bucket,
         )
 
@@ -749,8 +751,8 @@ class ObjectWriter(RemoteWriter):
                 return found
             if isinstance(doubt, PreconditionFailedError):
                 raise BackendUnavailableError(
-                    f"the server refused {self._location!r} as taken, and then had nothing there: another write was undone "
-                    "meanwhile, or the server keeps a folder of this name",
+                    f"the server refused to create {self._location!r} because it exists, but no object is there: another write "
+                    "was undone meanwhile, or the server has a folder of this name; try again",
                     location=self._location,
                 ) from doubt.__cause__
             raise

@@ -106,7 +106,7 @@ class _StreamBody:
         self._coming = None
         self._left -= len(chunk)
         if self._left < 0:
-            raise BackendError(f"the service sent more of {self._location!r} than was asked for", location=self._location)
+            raise BackendError(f"the service sent more bytes of {self._location!r} than were requested", location=self._location)
         return chunk
 
     def _ask_ahead(self) -> None:
@@ -171,7 +171,7 @@ class ObjectStoreBackend:
         if part_size < _SMALLEST_PART:
             raise ConfigurationError(f"part_size must be at least 5 MiB, as S3 demands, not {part_size} bytes")
         if part_concurrency < 1:
-            raise ConfigurationError(f"part_concurrency must be greater than 0, not {part_concurrency!r}")
+            raise ConfigurationError(f"part_concurrency must be at least 1, not {part_concurrency!r}")
         options = {
             "config": config,
             "client_options": client_options,
@@ -268,7 +268,9 @@ class ObjectStoreBackend:
         if not timedelta(seconds=1) <= expires_in <= _LONGEST_SIGNATURE:
             raise ValueError(f"expires_in must be from one second to seven days, not {expires_in}")
         if not self._client.kind.signs:
-            raise ObjectStoreConfigurationError(f"{self._client.name} signs no URLs", location=location)
+            raise ObjectStoreConfigurationError(
+                f"{self._client.name} signs no URLs: only S3, Google Cloud Storage and Azure do", location=location
+            )
         return await self._client.signed(location, expires_in)
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
@@ -336,21 +338,23 @@ class ObjectStoreBackend:
         check_location(location, windows=False)
         prefix = self._client.prefix
         if prefix and len(f"{prefix}/{location}".encode()) > MAX_LOCATION_BYTES:
-            raise InvalidLocationError(f"the location is longer than {MAX_LOCATION_BYTES} bytes with its prefix")
+            raise InvalidLocationError(
+                f"location {location[:80]!r} is longer than {MAX_LOCATION_BYTES} bytes together with its prefix"
+            )
         if self._client.kind.names_temporary_files:
             _check_local(location)
 
     def _require_writable(self) -> None:
         if not self._client.kind.writes:
-            raise ObjectStoreConfigurationError(f"{self._client.name} can only be read: HTTP has no exclusive write")
+            raise ObjectStoreConfigurationError(f"{self._client.name} can only be read: HTTP cannot create an object exclusively")
 
 
 def _check_local(location: str) -> None:
     for segment in location.split("/"):
         if len(segment.encode()) > _LONGEST_LOCAL_SEGMENT or _LOCAL_TEMPORARY.search(segment):
             raise InvalidLocationError(
-                f"obstore keeps no file of this name on a local disk: it is longer than {_LONGEST_LOCAL_SEGMENT} bytes, "
-                f"or ends in '#' and a number: {segment[:80]!r}"
+                f"obstore cannot store {segment[:80]!r} on a local disk: the name is longer than {_LONGEST_LOCAL_SEGMENT} bytes, "
+                "or ends in '#' and a number"
             )
 
 

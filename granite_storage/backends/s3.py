@@ -72,10 +72,13 @@ def _require_presignable(settings: S3Settings) -> None:
     """
     extra = settings.extra_put_kwargs
     if any(name.startswith("SSECustomer") for name in extra):
-        raise S3ConfigurationError("extra_put_kwargs encrypts with a key of your own, which a client would have to be given")
+        raise S3ConfigurationError(
+            "a client cannot store directly with a key of your own (SSECustomerKey in extra_put_kwargs): it would have to know it"
+        )
     if extra.get("StorageClass") in _ARCHIVES:
         raise S3ConfigurationError(
-            f"extra_put_kwargs has the storage class {extra['StorageClass']!r}, from which no direct upload could be read"
+            f"a client cannot store directly with the storage class {extra['StorageClass']!r} of extra_put_kwargs: nothing there "
+            "can be read at once"
         )
 
 
@@ -131,8 +134,8 @@ def _warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
     if left < expires_in:
         client.traits.warned_of_end = end
         logger.warning(
-            "what is presigned for bucket %r was asked to work for %s, but ends after %s with the temporary credentials that "
-            "sign it: presign for less, or sign with credentials that last",
+            "what is presigned for bucket %r is to be valid for %s, but expires after %s with the temporary credentials that "
+            "sign it: presign for a shorter time, or sign with credentials that last longer",
             client.settings.bucket,
             expires_in,
             timedelta(seconds=max(0, int(left.total_seconds()))),
@@ -467,13 +470,17 @@ class S3StorageBackend:
         self._check(location)
         _require_life(expires_in)
         if "${filename}" in self._settings.key(location):
-            raise InvalidLocationError(f"a form would put the client's own name of the file into {location!r}")
+            raise InvalidLocationError(
+                f"location {location!r} contains ${{filename}}, in whose place an S3 form puts the client's file name"
+            )
         if not 0 <= min_size <= max_size:
-            raise ValueError(f"no file has from {min_size} to {max_size} bytes")
+            raise ValueError(f"min_size must be from 0 to max_size, but they are {min_size} and {max_size}")
         require_size(min_size, _LARGEST_PART)
         _require_presignable(self._settings)
         if not self._presigned_post and min_size != max_size:
-            raise ValueError("the server takes no form, and a PUT is signed for one size: say the exact size")
+            raise ValueError(
+                f"presigned_post=False signs a PUT of one size: pass equal min_size and max_size, not {min_size} and {max_size}"
+            )
         client = await self._clients.get()
         sign = _presigned_form if self._presigned_post else _presigned_put
         try:
@@ -545,7 +552,9 @@ class S3StorageBackend:
     def _check(self, location: str) -> None:
         check_location(location, windows=False)
         if len(self._settings.key(location).encode()) > MAX_LOCATION_BYTES:
-            raise InvalidLocationError(f"the location is longer than {MAX_LOCATION_BYTES} bytes with its prefix")
+            raise InvalidLocationError(
+                f"location {location[:80]!r} is longer than {MAX_LOCATION_BYTES} bytes together with its prefix"
+            )
 
     async def _write(self, client: S3Client, location: str, source: PartSource, content_type: str | None) -> Mapping[str, Any]:
         content = {} if content_type is None else {"ContentType": content_type}
@@ -589,7 +598,7 @@ def _checked_prefix(prefix: str) -> str:
         try:
             check_segment(segment, windows=False)
         except InvalidLocationError as error:
-            raise ConfigurationError(f"the prefix is not safe: {error}") from error
+            raise ConfigurationError(f"prefix {prefix!r} cannot be used: {error}") from error
     return f"{bare}/"
 
 

@@ -324,7 +324,7 @@ class PrefixedBackend(WrappedBackend):
             for segment in prefix.split("/"):
                 check_segment(segment)
         except InvalidLocationError as error:
-            raise ConfigurationError(f"the prefix is not safe: {error}") from error
+            raise ConfigurationError(f"prefix {prefix!r} cannot be used: {error}") from error
         self.prefix = prefix
 
     def __repr__(self) -> str:

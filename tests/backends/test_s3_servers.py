@@ -155,7 +155,7 @@ class TestConditions:
             with caplog.at_level(logging.WARNING, "granite_storage"):
                 for name in ("one", "two"):
                     await backend.put_stream(name, stream())
-            assert [record.getMessage() for record in caplog.records if "could not be found out" in record.getMessage()]
+            assert [record.getMessage() for record in caplog.records if "is unknown whether" in record.getMessage()]
             assert proxy.count()["PutObject"] == 1
             assert proxy.count()["HeadObject"] == 2
 

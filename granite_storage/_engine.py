@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Self, TypeAlias
 
-from granite_storage._tasks import CLEANUP_TIMEOUT, finish, settle
+from granite_storage._tasks import CLEANUP_TIMEOUT, shielded_cleanup, wait_uncancelled
 from granite_storage.backends.base import Place, StorageBackend, SupportsCopy, SupportsIdentity, SupportsPlaces, overlap
 from granite_storage.exceptions import (
     AccessDeniedError,
@@ -350,7 +350,7 @@ class Lifecycle:
             await asyncio.shield(state.closing)
         except asyncio.CancelledError:
             state.cancel_calls()
-            await settle(state.closing)
+            await wait_uncancelled(state.closing)
             raise
 
     def _here(self) -> _LoopState:
@@ -394,7 +394,7 @@ class _LoopState:
                 self.cancel_calls()
                 await self._wait_until_idle(CLEANUP_TIMEOUT)
             for reader in list(self.readers):
-                await finish(reader.aclose(), f"closing the reader of {reader.ref.location!r}")
+                await shielded_cleanup(reader.aclose(), f"closing the reader of {reader.ref.location!r}")
         finally:
             self._closers.clear()
             await release()
@@ -596,7 +596,7 @@ class DraftWriter:
     async def _withdraw(self, draft: ObjectDraft) -> None:
         """Remove an object that nobody will get a receipt of."""
         backend = self._configuration.backends[draft.policy.backend_key]
-        await finish(backend.delete(draft.location), f"deleting the object {draft.location!r}, which has no receipt")
+        await shielded_cleanup(backend.delete(draft.location), f"deleting the object {draft.location!r}, which has no receipt")
 
     async def _copy_in_place(self, ref: StoredObjectRef, backend: SupportsCopy, draft: ObjectDraft) -> StoredObjectRef:
         with self._lifecycle.call(), self._configuration.at(ref) as storage:

@@ -1,6 +1,6 @@
 """Work side by side, and clean-up under cancellation: what every part that awaits needs.
 
-A cancelled task that has work under way waits for it before it lets the cancellation through; otherwise that work could publish
+A cancelled task that has work in progress waits for it before it lets the cancellation through; otherwise that work could publish
 what the task has already cleaned up. No cancellation is lost on the way.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-__all__ = ["CLEANUP_TIMEOUT", "finish", "finished", "run_bounded", "settle", "task_group", "wait_or_cancel"]
+__all__ = ["CLEANUP_TIMEOUT", "run_bounded", "shielded", "shielded_cleanup", "task_group", "wait_or_cancel", "wait_uncancelled"]
 
 logger = logging.getLogger("granite_storage")
 
@@ -55,7 +55,7 @@ async def task_group() -> AsyncGenerator[asyncio.TaskGroup, None]:
         del first  # or it would hold this frame, and the frame it
 
 
-async def settle(future: asyncio.Future[Any], timeout: float | None = None) -> bool:
+async def wait_uncancelled(future: asyncio.Future[Any], timeout: float | None = None) -> bool:
     """Wait until a future is done, however often the caller is cancelled meanwhile; return whether it is done.
 
     For `except asyncio.CancelledError` only: the caller goes on to raise the cancellation that brought it there, so none is lost.
@@ -70,15 +70,15 @@ async def settle(future: asyncio.Future[Any], timeout: float | None = None) -> b
 
 
 async def wait_or_cancel(future: asyncio.Future[Any], timeout: float | None) -> bool:
-    """Wait until a future is done, as `settle` does, and cancel it when time is up; return whether it ended by itself."""
-    if await settle(future, timeout):
+    """Do as `wait_uncancelled` does, and cancel the future when time is up; return whether it ended by itself."""
+    if await wait_uncancelled(future, timeout):
         return True
     future.cancel()
-    await settle(future)
+    await wait_uncancelled(future)
     return False
 
 
-async def finished(
+async def shielded(
     work: Awaitable[T], *, undo: Callable[[T], Awaitable[object]] | None = None, timeout: float | None = None
 ) -> T:
     """Await work that must not be left behind: a cancelled caller waits for it before the cancellation goes on.
@@ -94,13 +94,13 @@ async def finished(
     except asyncio.CancelledError:
         await wait_or_cancel(task, timeout)
         if undo is not None and not task.cancelled() and task.exception() is None:
-            await finish(undo(task.result()), "undoing what a cancelled caller does not hear of")
+            await shielded_cleanup(undo(task.result()), "undoing what a cancelled caller does not hear of")
         raise
     finally:
         del task  # or its error would hold this frame, and the frame the error
 
 
-async def finish(cleanup: Awaitable[object], what: str, *, timeout: float = CLEANUP_TIMEOUT) -> None:
+async def shielded_cleanup(cleanup: Awaitable[object], what: str, *, timeout: float = CLEANUP_TIMEOUT) -> None:
     """Run a clean-up to its end, whatever happens to the caller, bounded in time; log its failure instead of raising it.
 
     It is for `except` and `finally` blocks: the error under way is the caller's to know, not this one. A cancellation that

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, ClassVar, Generic, TypeVar
 
-from granite_storage._tasks import finished, settle
+from granite_storage._tasks import shielded, wait_uncancelled
 from granite_storage.exceptions import StreamTimeoutError
 
 __all__ = ["ThreadConsumer", "ThreadPool"]
@@ -111,12 +111,12 @@ class ThreadPool:
             raise
 
     async def _outlive(self, job: _Result[T], undo: Callable[[T], object] | None, patience: float | None) -> None:
-        if not await settle(job.watch(), patience):
+        if not await wait_uncancelled(job.watch(), patience):
             logger.warning("a thread that serves a cancelled call has not ended after %s s: %r", patience, job.function)
         elif undo is not None and job.error is None:
             undoing: _Result[object] = _Result(undo, (job.result,), self._mailbox())
             self._submit(undoing)
-            await settle(undoing.future)
+            await wait_uncancelled(undoing.future)
             if undoing.error is not None:
                 logger.error("undoing a cancelled call failed: %r", job.function, exc_info=undoing.error)
 
@@ -424,7 +424,7 @@ class ThreadConsumer:
             idle = self._is_at(0)
         self._pool.count(-dropped)
         if not idle:
-            await finished(self._wait_for(0))
+            await shielded(self._wait_for(0))
 
     async def _wait_for(self, level: int) -> None:
         with self._lock:

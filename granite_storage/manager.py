@@ -18,7 +18,7 @@ from granite_storage._engine import (
     upload_names,
 )
 from granite_storage._headers import Disposition
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends.base import (
     ObjectInfo,
     ObjectReader,
@@ -497,7 +497,7 @@ class StorageManager:
 
     async def _close_backends(self) -> None:
         for key, backend in self.backends.items():
-            await finish(backend.aclose(), f"closing the backend {key!r}")
+            await shielded_cleanup(backend.aclose(), f"closing the backend {key!r}")
 
     async def __aenter__(self) -> Self:
         await self._lifecycle.open()

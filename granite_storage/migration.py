@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from granite_storage._jobs import Budget, Run, in_order, paced, patiently, places, require_mounted
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import (
     BackendUnavailableError,
     ConfigurationError,
@@ -89,7 +89,7 @@ async def relocate(binding: StorageBinding, held: HeldValue, *, paced: Paced, is
             return await _committed(session, swap)
     finally:
         if not swap.is_told:
-            await finish(_abandoned(copy), "deleting a copy that its row could not be told of")
+            await shielded_cleanup(_abandoned(copy), "deleting a copy that its row could not be told of")
 
 
 async def _committed(session: AsyncSession, swap: _Swap) -> bool:

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
 
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._resuming import ResumingReader
 from granite_storage.backends.base import ObjectInfo, ObjectReader
 from granite_storage.exceptions import BackendError, InvalidLocationError, SizeMismatchError
@@ -215,7 +215,7 @@ class StoredObjectReader:
                 await self._sha256.stop()
 
     async def _finish(self, release: Coroutine[Any, Any, None]) -> None:
-        await finish(release, f"closing the reader of {self.ref.location!r}")
+        await shielded_cleanup(release, f"closing the reader of {self.ref.location!r}")
 
 
 def require_recorded_size(ref: StoredObjectRef, size: int) -> None:

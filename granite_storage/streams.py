@@ -28,7 +28,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeAlias, TypeGuard
 
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.exceptions import (
     ChecksumMismatchError,
@@ -393,7 +393,7 @@ async def _iterate_in_thread(source: Iterable[Any]) -> AsyncGenerator[BytesLike,
                 return
     finally:
         if iterator is not source and hasattr(iterator, "close"):
-            await finish(_threads.run(close, iterator), "closing the iterator of a stream", timeout=_PATIENCE)
+            await shielded_cleanup(_threads.run(close, iterator), "closing the iterator of a stream", timeout=_PATIENCE)
 
 
 class _Batch:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from granite_storage._tasks import finish, finished
+from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.exceptions import ChecksumMismatchError, InvalidLocationError, ObjectNotFoundError
 from granite_storage.locations import check_location, check_segment, uuid7_hex
 from granite_storage.manager import StorageManager
@@ -104,7 +104,7 @@ async def kept_if_readable(manager: StorageManager, ref: StoredObjectRef) -> Sto
 
 async def removed(manager: StorageManager, ref: StoredObjectRef) -> None:
     """Remove an object that no row refers to; a failure is logged."""
-    await finish(manager.delete(ref), f"deleting the object {ref.location!r}, which no row refers to")
+    await shielded_cleanup(manager.delete(ref), f"deleting the object {ref.location!r}, which no row refers to")
 
 
 async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]], at_a_time: int) -> list[Stored | None]:
@@ -123,7 +123,7 @@ async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:
-        await finish(_withdrawn(manager, tasks), "removing the objects of a step that failed")
+        await shielded_cleanup(_withdrawn(manager, tasks), "removing the objects of a step that failed")
         raise
 
 
@@ -261,11 +261,11 @@ async def _put(
     manager: StorageManager, place: Place, content: Any, content_type: str | None, filename: str | None
 ) -> StoredObjectRef:
     if isinstance(content, Path):
-        opened = await finished(asyncio.to_thread(_opened, content), undo=_closed)
+        opened = await shielded(asyncio.to_thread(_opened, content), undo=_closed)
         try:
             return await _put(manager, place, opened, content_type, filename)
         finally:
-            await finished(_closed(opened))
+            await shielded(_closed(opened))
     draft = manager.draft(**place.arguments(), content_type=content_type, original_filename=filename)
     return await manager.put_draft(draft, content)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from granite_storage._tasks import finished
+from granite_storage._tasks import shielded
 from granite_storage.backends._identity import bucket_place, folder_places, web_place
 from granite_storage.backends._remote import PreconditionFailedError, RangeNotSatisfiableError
 from granite_storage.backends.base import ObjectInfo, Place
@@ -449,7 +449,7 @@ class StoreClient:
         """
         _require_threads_of_obstore()
         if self._store is None:
-            self._store = await finished(asyncio.to_thread(self._build))
+            self._store = await shielded(asyncio.to_thread(self._build))
         return self._store
 
     async def places(self) -> frozenset[Place]:
@@ -459,7 +459,7 @@ class StoreClient:
             case "memory":
                 return frozenset({Place(f"memory {id(store)}")})
             case "local disk":
-                return await finished(asyncio.to_thread(folder_places, Path(store.prefix or "/")))
+                return await shielded(asyncio.to_thread(folder_places, Path(store.prefix or "/")))
             case "HTTP":
                 return frozenset({web_place(store.url)})
             case "S3":
@@ -617,7 +617,7 @@ async def answered(request: Awaitable[T]) -> T:
     An answer that has come when its await is cancelled would be lost in obstore's future, with the file or connection that it
     holds; and one that is still to come when the program ends could abort it.
     """
-    return await finished(request, timeout=PATIENCE)
+    return await shielded(request, timeout=PATIENCE)
 
 
 def _require_threads_of_obstore() -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from typing import Any, TypeAlias, TypeVar
 
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._obstore_client import OWNER, StoreClient
 from granite_storage.backends._remote import Found, RemoteWriter, error_at
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
@@ -115,7 +115,7 @@ class ObjectWriter(RemoteWriter):
             size = await self._send(writer, first, rest)
             await self._require_absent()
         except BaseException as error:
-            await finish(_abort(writer, error), f"the clean-up of a write of {self._location!r}")
+            await shielded_cleanup(_abort(writer, error), f"the clean-up of a write of {self._location!r}")
             raise
 
         async def request(_: Any) -> Receipt:
@@ -169,7 +169,7 @@ class ObjectWriter(RemoteWriter):
         try:
             return await self._make(operation, request, size, attempts, unique=unique)
         except asyncio.CancelledError:
-            await finish(self._withdraw(unique=unique), f"the clean-up of a write of {self._location!r}")
+            await shielded_cleanup(self._withdraw(unique=unique), f"the clean-up of a write of {self._location!r}")
             raise
 
     async def _make(

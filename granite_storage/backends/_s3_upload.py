@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from granite_storage._tasks import finish, run_bounded, task_group, wait_or_cancel
+from granite_storage._tasks import run_bounded, shielded_cleanup, task_group, wait_or_cancel
 from granite_storage.backends._remote import ANSWER_TIMEOUT, Found, PreconditionFailedError, RemoteWriter
 from granite_storage.backends._s3_client import S3Client, backoff, threads, version_of
 from granite_storage.backends._s3_errors import MissingUploadError
@@ -235,7 +235,7 @@ class StreamSource:
             if room is not None:
                 room.release()
             raise
-        return Body(pieces.finish(), room)
+        return Body(pieces.joined(), room)
 
     async def ended(self) -> bool:
         """Tell whether nothing is left, which the stream itself must have said."""
@@ -276,7 +276,7 @@ class _Pieces:
         if self._pending >= SMALL:
             self._join()
 
-    def finish(self) -> list[Piece]:
+    def joined(self) -> list[Piece]:
         self._join()
         return self._pieces
 
@@ -551,7 +551,7 @@ async def find_out(client: S3Client, answer: Mapping[str, Any]) -> None:
         return
     traits.asking = True
     try:
-        await finish(_ask(client), f"finding out whether the S3 server of bucket {traits.bucket!r} honours conditions")
+        await shielded_cleanup(_ask(client), f"finding out whether the S3 server of bucket {traits.bucket!r} honours conditions")
     finally:
         traits.asking = False
 
@@ -612,7 +612,7 @@ async def _checks_completions(client: S3Client) -> bool:
         upload_id = None
         return False
     finally:
-        await finish(_remove(client, key, upload_id, made), f"removing the probe {key!r}")
+        await shielded_cleanup(_remove(client, key, upload_id, made), f"removing the probe {key!r}")
 
 
 def _extra(client: S3Client, operation: str) -> dict[str, Any]:
@@ -779,7 +779,7 @@ class ObjectWriter(RemoteWriter):
             if published:
                 await self._withdraw()
 
-        await finish(remove(), f"the clean-up of a write of {self._location!r}")
+        await shielded_cleanup(remove(), f"the clean-up of a write of {self._location!r}")
 
     def _parameters(self, operation: str) -> dict[str, Any]:
         extra = self._settings.extra_put_kwargs

@@ -14,7 +14,7 @@ from pathlib import Path
 from aiofiles.threadpool import wrap
 from aiofiles.threadpool.binary import AsyncFileIO
 
-from granite_storage._tasks import finish, finished
+from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.backends._identity import folder_places
 from granite_storage.backends._local_tree import Tree, translated
@@ -145,7 +145,7 @@ class LocalStorageBackend:
                 while await self._threads.run(_copy_some, reader.descriptor, draft, target):
                     pass
             finally:
-                await finish(reader.aclose(), f"closing {source!r}")
+                await shielded_cleanup(reader.aclose(), f"closing {source!r}")
             await self._threads.run(_require_whole_copy, reader.info, draft, target)
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
@@ -156,7 +156,7 @@ class LocalStorageBackend:
                 for info in batch:
                     yield info
         except BaseException:
-            await finish(self._threads.run(_close, objects), "closing a listing")
+            await shielded_cleanup(self._threads.run(_close, objects), "closing a listing")
             raise
 
     async def abort_unfinished(self, *, older_than: timedelta) -> int:
@@ -198,7 +198,7 @@ class LocalStorageBackend:
             yield draft
             await self._threads.run(draft.publish)
         except BaseException:
-            await finish(self._threads.run(draft.discard), f"removing the unfinished file of {location!r}")
+            await shielded_cleanup(self._threads.run(draft.discard), f"removing the unfinished file of {location!r}")
             raise
 
     async def _write(self, draft: Draft, begun: deque[bytes], rest: AsyncIterator[bytes]) -> None:
@@ -242,7 +242,7 @@ class _LocalReader:
         wanted = self._left if size < 0 else min(size, self._left)
         handle = self._handle = self._handle or wrap(self._file, executor=self._threads.executor)
         with translated(self.info.location):
-            chunk = await finished(handle.read(wanted))
+            chunk = await shielded(handle.read(wanted))
         if wanted and not chunk:
             message = f"the file at {self.info.location!r} ended {self._left} bytes early"
             raise BackendError(message, location=self.info.location)
@@ -251,7 +251,7 @@ class _LocalReader:
 
     async def aclose(self) -> None:
         if not self._file.closed:
-            await finished(self._threads.run(self.close))
+            await shielded(self._threads.run(self.close))
 
     def close(self) -> None:
         self._file.close()

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
 from granite_storage.backends._listing import Listing
 from granite_storage.backends._obstore_client import PATIENCE, ObjectStoreConfigurationError, StoreClient, connected
@@ -91,7 +91,7 @@ class _StreamBody:
             return
         try:
             if not coming.done():
-                await finish(asyncio.wait([coming], timeout=PATIENCE), f"closing a reader of {self._location!r}")
+                await shielded_cleanup(asyncio.wait([coming], timeout=PATIENCE), f"closing a reader of {self._location!r}")
         finally:
             if not coming.cancel() and not coming.cancelled():
                 coming.exception()  # nobody else will look at it

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
 from granite_storage._engine import describe_mismatch, identities_of
-from granite_storage._tasks import finished
+from granite_storage._tasks import shielded
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, temporary_file
@@ -171,7 +171,7 @@ class GivenReferences:
             return
         # An ordinary iterator may read from a database or a file, and so may block.
         items = iter(given)
-        while page := await finished(asyncio.to_thread(_take, items)):
+        while page := await shielded(asyncio.to_thread(_take, items)):
             for ref in page:
                 if ref is not None:
                     yield _require_ref(ref)

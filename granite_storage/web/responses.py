@@ -29,7 +29,7 @@ from granite_storage._headers import (
     require_inline_types,
     served_type,
 )
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends.base import ByteRange
 from granite_storage.exceptions import BackendError, ConfigurationError, ObjectNotFoundError
 from granite_storage.manager import StorageManager
@@ -200,7 +200,7 @@ async def _send_patiently(send: Send, chunk: bytes, reader: StoredObjectReader) 
     finally:
         timer.cancel()
         for release in releases:
-            await finish(release, f"releasing the reader of {reader.ref.location!r}")
+            await shielded_cleanup(release, f"releasing the reader of {reader.ref.location!r}")
 
 
 async def while_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], receive: Receive, send: Send) -> None:
@@ -224,7 +224,7 @@ async def while_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], r
     try:
         await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
     finally:
-        await finish(_ended(task, watch), "ending a response")
+        await shielded_cleanup(_ended(task, watch), "ending a response")
     if not task.cancelled():
         try:
             task.result()

@@ -65,7 +65,8 @@ MUTANTS = [
         name="local-unfinished-file-stays",
         rule="A write that fails or is cancelled leaves no file.",
         path="granite_storage/backends/local.py",
-        old='            await finish(self._threads.run(draft.discard), f"removing the unfinished file of {location!r}")\n',
+        old="            await shielded_cleanup(self._threads.run(draft.discard), "
+        'f"removing the unfinished file of {location!r}")\n',
         new="",
         tests=("tests/backends/test_conformance.py::TestLocal::test_source_raises",),
     ),
@@ -225,7 +226,8 @@ MUTANTS = [
         name="obstore-cancelled-write-stays",
         rule="A cancelled write leaves no object.",
         path="granite_storage/backends/_obstore_upload.py",
-        old='            await finish(self._withdraw(unique=unique), f"the clean-up of a write of {self._location!r}")\n',
+        old="            await shielded_cleanup(self._withdraw(unique=unique), "
+        'f"the clean-up of a write of {self._location!r}")\n',
         new="",
         tests=("tests/backends/test_obstore_faults.py::TestOneRequest::test_cancelled_while_the_server_has_it",),
     ),

@@ -92,7 +92,7 @@ class SQLiteStorageBackend:
     """Keeps objects in one SQLite file, each as the chunks it arrived in.
 
     An upload writes its chunks under an id that no object has yet, and one INSERT publishes them. What a crash leaves unpublished
-    is invisible; `abort_unfinished` removes it.
+    is invisible; `cleanup_incomplete` removes it.
 
     Args:
         path: The database file; it is made when it is first needed, in a folder that exists.
@@ -204,7 +204,7 @@ class SQLiteStorageBackend:
         async with self._upload(target) as new:
             await self._run(target, partial(copy_object, info=info, old=old, location=target, new=new))
 
-    async def abort_unfinished(self, *, older_than: timedelta) -> int:
+    async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
         """Remove the chunks of uploads that never ended."""
         query = (
             "DELETE FROM chunk WHERE upload IN (SELECT upload FROM chunk WHERE upload NOT IN (SELECT upload FROM object)"

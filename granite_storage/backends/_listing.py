@@ -25,7 +25,7 @@ __all__ = ["Listing", "list_keys"]
 
 _TREE_SERVERS = ("seaweedfs",)
 _PAGE = 1000
-_SORTED_AT_A_TIME = 10_000
+_MAX_SORTED = 10_000
 
 Entry = Mapping[str, Any]
 Item = tuple[bytes, Entry | None]
@@ -177,13 +177,13 @@ class Listing:
         client: The store.
         by_folder: Whether to walk folder by folder; None finds out, False trusts the store's order and has it begin where asked.
         page_size: How many entries to take at a time.
-        sorted_at_a_time: Up to how many entries are sorted in memory.
+        max_sorted: Up to how many entries are sorted in memory.
     """
 
     client: StoreClient
     by_folder: bool | None
     page_size: int = _PAGE
-    sorted_at_a_time: int = _SORTED_AT_A_TIME
+    max_sorted: int = _MAX_SORTED
 
     async def objects(self, prefix: str, start_after: str | None) -> AsyncIterator[ObjectInfo]:
         """Yield the objects whose location begins with a prefix, in the byte order of UTF-8.
@@ -214,7 +214,7 @@ class Listing:
         first: list[Item] = []
         async for page in pages:
             first.extend(page)
-            if len(first) > self.sorted_at_a_time:
+            if len(first) > self.max_sorted:
                 break
         else:
             return _sorted(first)

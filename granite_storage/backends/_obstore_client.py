@@ -48,7 +48,7 @@ T = TypeVar("T")
 OWNER = "granitewriteid"
 """The metadata entry that tells which write an object is of; a name that is good on S3, Google and Azure alike."""
 
-PATIENCE = 1.0
+CANCEL_TIMEOUT = 1.0
 """How long a cancelled caller waits for the answer that it will not hear of, in seconds."""
 
 _CHUNK = 1 << 19  # what comes is up to half as much more: not over the 1 MiB that readers ask for, so that it is never cut
@@ -617,7 +617,7 @@ async def answered(request: Awaitable[T]) -> T:
     An answer that has come when its await is cancelled would be lost in obstore's future, with the file or connection that it
     holds; and one that is still to come when the program ends could abort it.
     """
-    return await shielded(request, timeout=PATIENCE)
+    return await shielded(request, timeout=CANCEL_TIMEOUT)
 
 
 def _require_threads_of_obstore() -> None:

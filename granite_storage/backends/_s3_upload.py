@@ -78,7 +78,7 @@ _KNOWN_SERVERS = ("AmazonS3",)
 """The names of servers that are known to look at the conditions of every write."""
 
 _WRITE_ID = "granite-write-id"
-_COPIED_AT_A_TIME = 512 * 1024**2
+_COPY_PART_SIZE = 512 * 1024**2
 _DOUBTFUL = (BackendUnavailableError, MissingUploadError, PreconditionFailedError)
 
 
@@ -102,7 +102,7 @@ class Body:
         self._room = room
         self._size = sum(map(len, pieces))
         self._deadline: asyncio.Timeout | None = None
-        self._patience = 0.0
+        self._timeout = 0.0
 
     def __len__(self) -> int:
         return self._size
@@ -142,18 +142,18 @@ class Body:
                 await asyncio.sleep(0)  # a fast server would otherwise keep the loop to itself
 
     @asynccontextmanager
-    async def watched(self, patience: float) -> AsyncIterator[None]:
+    async def watched(self, timeout: float) -> AsyncIterator[None]:
         """Raise `TimeoutError` where neither the body nor the answer has moved for so many seconds."""
-        self._patience = patience
+        self._timeout = timeout
         try:
-            async with asyncio.timeout(patience) as self._deadline:
+            async with asyncio.timeout(timeout) as self._deadline:
                 yield
         finally:
             self._deadline = None
 
     def _postpone(self) -> None:
         if self._deadline is not None:
-            self._deadline.reschedule(asyncio.get_running_loop().time() + self._patience)
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._timeout)
 
     def digest(self, algorithm: str) -> bytes:
         """Return the hash of the bytes; slow where they are many."""
@@ -515,7 +515,7 @@ async def _abort(client: S3Client, key: str, upload_id: str) -> None:
             return
         await asyncio.sleep(backoff(attempt))
     raise BackendError(
-        f"the aborted multipart upload of {key!r} still has parts: abort_unfinished, or a lifecycle rule, removes them"
+        f"the aborted multipart upload of {key!r} still has parts: cleanup_incomplete, or a lifecycle rule, removes them"
     )
 
 
@@ -682,7 +682,7 @@ class ObjectWriter(RemoteWriter):
         if not size:
             return await self._put(Body([]))
         upload = MultipartUpload(self._client, self._location, self._parameters("create_multipart_upload"))
-        part_size = max(_COPIED_AT_A_TIME, -(-size // MAX_PARTS))
+        part_size = max(_COPY_PART_SIZE, -(-size // MAX_PARTS))
         return await self._in_parts(upload, lambda: upload.copy(self._copy_source(source, info), size, part_size))
 
     async def require_absent(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
 from granite_storage.backends._listing import Listing
-from granite_storage.backends._obstore_client import PATIENCE, ObjectStoreConfigurationError, StoreClient, connected
+from granite_storage.backends._obstore_client import CANCEL_TIMEOUT, ObjectStoreConfigurationError, StoreClient, connected
 from granite_storage.backends._obstore_upload import ObjectWriter, slices
 from granite_storage.backends._remote import Opened, delete_each, delete_in_batches, open_reader, read_beginning
 from granite_storage.backends._resuming import open_resuming
@@ -91,7 +91,7 @@ class _StreamBody:
             return
         try:
             if not coming.done():
-                await shielded_cleanup(asyncio.wait([coming], timeout=PATIENCE), f"closing a reader of {self._location!r}")
+                await shielded_cleanup(asyncio.wait([coming], timeout=CANCEL_TIMEOUT), f"closing a reader of {self._location!r}")
         finally:
             if not coming.cancel() and not coming.cancelled():
                 coming.exception()  # nobody else will look at it

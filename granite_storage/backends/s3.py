@@ -226,7 +226,7 @@ class S3StorageBackend:
     The credentials need `s3:GetObject`, `s3:PutObject`, `s3:DeleteObject`, `s3:AbortMultipartUpload`,
     `s3:ListMultipartUploadParts`, `s3:ListBucketMultipartUploads` and `s3:ListBucket`; without the last one S3 answers
     "forbidden" for what is not there, and so does this backend. Give the bucket a lifecycle rule for incomplete multipart
-    uploads, or call `abort_unfinished` now and then: a killed process cannot clean up.
+    uploads, or call `cleanup_incomplete` now and then: a killed process cannot clean up.
 
     Args:
         bucket: The bucket's name; it must exist.
@@ -506,8 +506,8 @@ class S3StorageBackend:
             if location and location != MARKER and not location.startswith(PROBE_PREFIX):
                 yield _info_of(location, entry, entry["Size"])
 
-    async def abort_unfinished(self, *, older_than: timedelta) -> int:
-        """Abort the multipart uploads under the prefix; see `SupportsCleanup.abort_unfinished`.
+    async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
+        """Abort the multipart uploads under the prefix; see `SupportsCleanup.cleanup_incomplete`.
 
         An upload is old when it began, and its last part arrived, so long ago. Those of other programs are aborted too.
         """

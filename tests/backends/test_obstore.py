@@ -365,7 +365,7 @@ class TestListing:
     async def backend(order: bool | None, by_folder: bool | None = None, **options: Any) -> ObjectStoreBackend:
         backend = ObjectStoreBackend("memory:///", list_by_folder=by_folder)
         backend._client.kind = replace(backend._client.kind, lists_in_order=order)
-        backend._listing = replace(backend._listing, page_size=2, sorted_at_a_time=2, **options)
+        backend._listing = replace(backend._listing, page_size=2, max_sorted=2, **options)
         return backend
 
     async def test_what_is_in_order_is_taken_as_it_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +380,7 @@ class TestListing:
         """SeaweedFS lists `t/` before `t-/`."""
         async with seaweedfs_server.bucket() as bucket:
             backend = ObjectStoreBackend(f"s3://{bucket}", **seaweedfs_server.obstore_options())
-            backend._listing = replace(backend._listing, page_size=2, sorted_at_a_time=2)
+            backend._listing = replace(backend._listing, page_size=2, max_sorted=2)
             for location in ("t/1", "t-/1", "u/1", "u/2"):
                 await backend.put_bytes(location, b"...")
             assert await locations(backend) == ["t-/1", "t/1", "u/1", "u/2"]
@@ -393,13 +393,13 @@ class TestListing:
         async with seaweedfs_server.bucket() as bucket:
             options = seaweedfs_server.obstore_options()
             backend = ObjectStoreBackend(f"s3://{bucket}", list_by_folder=by_folder, **options)
-            backend._listing = replace(backend._listing, page_size=2, sorted_at_a_time=2)
+            backend._listing = replace(backend._listing, page_size=2, max_sorted=2)
             for location in ("a", "b", "c", "t/1", "t-/1"):
                 await backend.put_bytes(location, b"...")
             with pytest.raises(ObjectStoreConfigurationError, match="list_by_folder=True"):
                 await locations(backend)
             walking = ObjectStoreBackend(f"s3://{bucket}", list_by_folder=True, **options)
-            walking._listing = replace(walking._listing, page_size=2, sorted_at_a_time=2)
+            walking._listing = replace(walking._listing, page_size=2, max_sorted=2)
             assert await locations(walking) == ["a", "b", "c", "t-/1", "t/1"]
             await backend.aclose()
             await walking.aclose()

@@ -435,7 +435,7 @@ class TestReadingFromAPoorService:
         assert await reader.read(4096) == LONG[:4096]
         started = asyncio.get_running_loop().time()
         await reader.aclose()
-        assert asyncio.get_running_loop().time() - started < _obstore_client.PATIENCE / 2
+        assert asyncio.get_running_loop().time() - started < _obstore_client.CANCEL_TIMEOUT / 2
 
     @pytest.mark.parametrize("first", [0, 4 * MIB])
     async def test_a_read_that_is_cancelled_goes_on_in_the_same_answer(
@@ -473,7 +473,7 @@ class TestReadingFromAPoorService:
     async def test_a_reader_that_is_closed_lets_go_soon(
         self, poor: tuple[PoorService, ObjectStoreBackend], cancelled: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(obstore_backend, "PATIENCE", 0.2)
+        monkeypatch.setattr(obstore_backend, "CANCEL_TIMEOUT", 0.2)
         service, backend = poor
         reader = await backend.open("object")
         with pytest.raises(TimeoutError):
@@ -568,7 +568,7 @@ class TestWhatObstoreHolds:
 
     @pytest.mark.case("CAN-03")
     async def test_a_reader_that_is_cancelled_does_not_wait_long(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_obstore_client, "PATIENCE", 0.1)
+        monkeypatch.setattr(_obstore_client, "CANCEL_TIMEOUT", 0.1)
         gate = Gate()
         place.proxy.on("HeadObject", wait_for(gate))
         with pytest.raises(TimeoutError):

@@ -193,8 +193,8 @@ class TestConditions:
                 await client.put_object(Bucket=bucket, Key=f"app/{PROBE_PREFIX}left", Body=b"probe")
             await backend.put_bytes("one", b"1")
             assert [info.location async for info in backend.iter_objects()] == ["one"]
-            assert await backend.abort_unfinished(older_than=timedelta(days=1)) == 0
-            assert await backend.abort_unfinished(older_than=timedelta(days=-1)) == 1
+            assert await backend.cleanup_incomplete(older_than=timedelta(days=1)) == 0
+            assert await backend.cleanup_incomplete(older_than=timedelta(days=-1)) == 1
             assert await keys_in(backend) == ["app/one"]
             await backend.aclose()
 

@@ -141,7 +141,7 @@ class TestRun:
 
     async def test_patience_has_an_end(self, pool: ThreadPool, caplog: pytest.LogCaptureFixture) -> None:
         gate = Gate()
-        task = asyncio.ensure_future(pool.run(gate, patience=0.01))
+        task = asyncio.ensure_future(pool.run(gate, cancel_timeout=0.01))
         await gate.begun()
         task.cancel()
         assert await cancelled(task)
@@ -283,7 +283,7 @@ class TestConsumer:
         await consumer.drain()
 
     async def test_all_consumers_together_are_bounded(self, pool: ThreadPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("granite_storage._threads._MOST_PENDING", 100)
+        monkeypatch.setattr("granite_storage._threads._MAX_PENDING", 100)
         gate = Gate()
         consumers = [ThreadConsumer(pool, lambda _: gate(), max_pending=1000) for _ in range(30)]
         feeding = [asyncio.ensure_future(consumer.feed(bytes(10))) for consumer in consumers]

@@ -17,8 +17,8 @@ MUTANTS = [
         name="local-file-not-synchronised",
         rule="The bytes of a file are on the disk before it gets its name.",
         path="granite_storage/backends/_local_write.py",
-        old="            self._tree.synchronise(self.file, self._location)\n            self._give_name(self._segments[-1])\n",
-        new="            self._give_name(self._segments[-1])\n            self._tree.synchronise(self.file, self._location)\n",
+        old="self._tree.synchronise(self.descriptor, self._location)\n            self._give_name(self._segments[-1])\n",
+        new="self._give_name(self._segments[-1])\n            self._tree.synchronise(self.descriptor, self._location)\n",
         tests=("tests/faults/test_power_loss.py",),
     ),
     Mutant(
@@ -65,7 +65,7 @@ MUTANTS = [
         name="local-unfinished-file-stays",
         rule="A write that fails or is cancelled leaves no file.",
         path="granite_storage/backends/local.py",
-        old="            await shielded_cleanup(self._threads.run(draft.discard), "
+        old="            await shielded_cleanup(self._threads.run(file.discard), "
         'f"removing the unfinished file of {location!r}")\n',
         new="",
         tests=("tests/backends/test_conformance.py::TestLocal::test_source_raises",),

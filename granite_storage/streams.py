@@ -42,6 +42,7 @@ from granite_storage.refs import canonical_checksum
 
 __all__ = [
     "CHUNK_SIZE",
+    "INLINE_HASH",
     "ByteSource",
     "BytesLike",
     "MeasuredStream",
@@ -66,6 +67,9 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 
 CHUNK_SIZE = 1 << 20
 """The size of a read from a source, and the longest piece that a backend receives, in bytes."""
+
+INLINE_HASH = 8 * 1024
+"""Up to this size content is hashed on the event loop, in bytes: a thread would take longer."""
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
@@ -93,7 +97,6 @@ _ONLY_WRITTEN = re.compile(r"[wax][bt]?|[bt][wax]")
 _FILE_TURN_SECONDS = 0.01
 _CANCEL_TIMEOUT = 5.0
 
-_INLINE_HASH = 8 * 1024
 _HELD_LOCK = 2047
 _SHORT = 128 * 1024
 _MAX_PENDING = 8 * CHUNK_SIZE
@@ -672,7 +675,7 @@ class Sha256:
     async def update(self, piece: bytes) -> None:
         """Add bytes; wait while several MiB are still to be hashed."""
         if self._consumer is None:
-            if len(piece) <= _INLINE_HASH:
+            if len(piece) <= INLINE_HASH:
                 _update_inline(self._hash, piece)
                 return
             self._consumer = ThreadConsumer(
@@ -709,7 +712,7 @@ def size_of(content: BytesLike) -> int:
 
 async def fingerprint(content: BytesLike) -> tuple[bytes, str]:
     """Return content as bytes of its own, with its checksum; off the event loop unless it is small."""
-    if size_of(content) <= _INLINE_HASH:
+    if size_of(content) <= INLINE_HASH:
         data = bytes(content)
         sha256 = hashlib.sha256()
         _update_inline(sha256, data)

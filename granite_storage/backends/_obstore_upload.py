@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._obstore_client import OWNER, StoreClient
-from granite_storage.backends._remote import Found, RemoteWriter, error_at
+from granite_storage.backends._remote import MAX_PARTS, Found, RemoteWriter, error_at
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
 
 __all__ = ["ObjectWriter", "Piece", "slices"]
@@ -21,9 +21,6 @@ __all__ = ["ObjectWriter", "Piece", "slices"]
 T = TypeVar("T")
 Piece: TypeAlias = bytes | memoryview
 Receipt: TypeAlias = Mapping[str, Any]
-
-MAX_PARTS = 10_000
-"""The most parts that S3 and Google take of an object."""
 
 _PUTS = 3
 _SLIVER = 256 * 1024

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 from granite_storage._tasks import run_bounded, wait_or_cancel
 from granite_storage.backends._resuming import ConnectionTakenError, ResumingReader
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
-from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError
+from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidLocationError, ObjectExistsError
+from granite_storage.locations import MAX_LOCATION_BYTES, check_location
 
 __all__ = [
     "ANSWER_TIMEOUT",
+    "MAX_PARTS",
     "Body",
     "Found",
     "Opened",
@@ -24,11 +27,13 @@ __all__ = [
     "RemoteReader",
     "RemoteWriter",
     "Service",
+    "check_key",
     "delete_each",
     "delete_in_batches",
     "error_at",
     "open_reader",
     "read_beginning",
+    "require_expiry",
 ]
 
 logger = logging.getLogger("granite_storage")
@@ -38,7 +43,11 @@ T = TypeVar("T")
 ANSWER_TIMEOUT = 10.0
 """How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
 
+MAX_PARTS = 10_000
+"""The most parts that S3 and Google take of an object."""
+
 _BATCH = 1000
+_MAX_EXPIRY = timedelta(days=7)
 _DELETE_CONCURRENCY = 16
 
 
@@ -55,6 +64,23 @@ def error_at(location: str, error: BackendError) -> BackendError:
     one = type(error)(str(error), location=location)
     one.__cause__ = error.__cause__
     return one
+
+
+# What is asked for.
+
+
+def check_key(location: str, prefix: str) -> None:
+    """Refuse a location that is not safe, or is too long with the prefix before it."""
+    check_location(location, windows=False)
+    if prefix and len(f"{prefix}{location}".encode()) > MAX_LOCATION_BYTES:
+        message = f"location {location[:80]!r} is longer than {MAX_LOCATION_BYTES} bytes together with its prefix"
+        raise InvalidLocationError(message)
+
+
+def require_expiry(expires_in: timedelta) -> None:
+    """Refuse a life of a signature that no service grants."""
+    if not timedelta(seconds=1) <= expires_in <= _MAX_EXPIRY:
+        raise ValueError(f"expires_in must be from one second to seven days, not {expires_in}")
 
 
 # Deletions.
@@ -305,7 +331,7 @@ class RemoteWriter:
 
     def __init__(self, location: str, *, has_metadata: bool = True) -> None:
         self._location = location
-        self._id = uuid.uuid4().hex if has_metadata else None
+        self._id = os.urandom(16).hex() if has_metadata else None
         self._created = False  # whether an answer that a cancelled caller did not see says that the object is there
 
     async def _find(self, *, with_checksum: bool = False) -> Found | None:

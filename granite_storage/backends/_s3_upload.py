@@ -18,7 +18,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from granite_storage._tasks import run_bounded, shielded_cleanup, task_group, wait_or_cancel
-from granite_storage.backends._remote import ANSWER_TIMEOUT, Found, PreconditionFailedError, RemoteWriter
+from granite_storage.backends._remote import ANSWER_TIMEOUT, MAX_PARTS, Found, PreconditionFailedError, RemoteWriter
 from granite_storage.backends._s3_client import S3Client, backoff, threads, version_of
 from granite_storage.backends._s3_errors import MissingUploadError
 from granite_storage.backends.base import upload_begun
@@ -30,9 +30,10 @@ from granite_storage.exceptions import (
     ObjectNotFoundError,
 )
 from granite_storage.locations import RESERVED_PREFIX
+from granite_storage.streams import INLINE_HASH
 
 __all__ = [
-    "MAX_PARTS",
+    "LARGEST_PART",
     "PROBE_PREFIX",
     "Body",
     "BytesSource",
@@ -62,13 +63,11 @@ UNRESERVED = 1024 * 1024
 """What a stream may hold in memory without a reservation, in bytes: small objects never wait for large ones."""
 
 _SLIVER = 64 * 1024
-MAX_PARTS = 10_000
-"""The most parts of an object that S3 takes."""
+LARGEST_PART = 5 * 1024**3
+"""The most bytes of a part, or of an object that one request stores."""
 
-_LARGEST_PART = 5 * 1024**3
 _EQUAL_PARTS = 4_500
 _PARTS_UNTIL_DOUBLED = 500
-_INLINE_HASH = 8 * 1024
 _ABORTS = 8
 
 PROBE_PREFIX = f"{RESERVED_PREFIX}probe-"
@@ -301,7 +300,7 @@ def part_size_of(number: int, part_size: int, size: int | None = None) -> int:
     if size is not None:
         return max(part_size, -(-size // MAX_PARTS))
     doublings = max(0, (number - 1 - _EQUAL_PARTS) // _PARTS_UNTIL_DOUBLED + 1)
-    return min(part_size << doublings, _LARGEST_PART)
+    return min(part_size << doublings, LARGEST_PART)
 
 
 async def checksum_header(body: Body, *, sha256: bool) -> tuple[dict[str, str], bytes]:
@@ -313,7 +312,7 @@ async def checksum_header(body: Body, *, sha256: bool) -> tuple[dict[str, str], 
 
 async def _unhurried(size: int, digest: Callable[[T], bytes], argument: T) -> bytes:
     """Hash so many bytes, in a thread where they are many."""
-    return digest(argument) if size <= _INLINE_HASH else await threads.run(digest, argument)
+    return digest(argument) if size <= INLINE_HASH else await threads.run(digest, argument)
 
 
 def _sha256(content: bytes) -> bytes:

@@ -14,11 +14,18 @@ from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObje
 from granite_storage.backends._listing import Listing
 from granite_storage.backends._obstore_client import CANCEL_TIMEOUT, ObjectStoreConfigurationError, StoreClient, connected
 from granite_storage.backends._obstore_upload import ObjectWriter, slices
-from granite_storage.backends._remote import Opened, delete_each, delete_in_batches, open_reader, read_beginning
+from granite_storage.backends._remote import (
+    Opened,
+    check_key,
+    delete_each,
+    delete_in_batches,
+    open_reader,
+    read_beginning,
+    require_expiry,
+)
 from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ByteRange, ObjectInfo, ObjectReader, Place
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError, MissingDependencyError
-from granite_storage.locations import MAX_LOCATION_BYTES, check_location
 
 __all__ = ["ObjectStoreBackend", "ObjectStoreConfigurationError"]
 
@@ -27,7 +34,6 @@ _ATTEMPTS = 5
 _MIB = 1024 * 1024
 _SMALLEST_PART = 5 * _MIB
 _LARGEST_COPY = 5 * 1024 * _MIB
-_LONGEST_SIGNATURE = timedelta(days=7)
 _COPY_STEP = _MIB
 # On a local disk obstore writes to a file whose name has "#" and a number at its end, which must fit too.
 _LONGEST_LOCAL_SEGMENT = 245
@@ -267,8 +273,7 @@ class ObjectStoreBackend:
             ValueError: `expires_in` is too short or too long.
         """
         self._check(location)
-        if not timedelta(seconds=1) <= expires_in <= _LONGEST_SIGNATURE:
-            raise ValueError(f"expires_in must be from one second to seven days, not {expires_in}")
+        require_expiry(expires_in)
         if not self._client.kind.signs:
             raise ObjectStoreConfigurationError(
                 f"{self._client.name} signs no URLs: only S3, Google Cloud Storage and Azure do", location=location
@@ -337,12 +342,8 @@ class ObjectStoreBackend:
         )
 
     def _check(self, location: str) -> None:
-        check_location(location, windows=False)
         prefix = self._client.prefix
-        if prefix and len(f"{prefix}/{location}".encode()) > MAX_LOCATION_BYTES:
-            raise InvalidLocationError(
-                f"location {location[:80]!r} is longer than {MAX_LOCATION_BYTES} bytes together with its prefix"
-            )
+        check_key(location, f"{prefix}/" if prefix else "")
         if self._client.kind.names_temporary_files:
             _check_local(location)
 

@@ -11,11 +11,21 @@ from urllib.parse import urlsplit
 
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject, bucket_place
 from granite_storage.backends._listing import list_keys
-from granite_storage.backends._remote import Opened, delete_each, delete_in_batches, error_at, open_reader, read_beginning
+from granite_storage.backends._remote import (
+    Opened,
+    check_key,
+    delete_each,
+    delete_in_batches,
+    error_at,
+    open_reader,
+    read_beginning,
+    require_expiry,
+)
 from granite_storage.backends._resuming import ConnectionTakenError
 from granite_storage.backends._s3_client import Lease, S3Client, S3Clients, S3Settings, is_installed, version_of
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
 from granite_storage.backends._s3_upload import (
+    LARGEST_PART,
     PROBE_PREFIX,
     BytesSource,
     ObjectWriter,
@@ -34,7 +44,7 @@ from granite_storage.exceptions import (
     MissingDependencyError,
     ObjectNotFoundError,
 )
-from granite_storage.locations import MAX_LOCATION_BYTES, check_location, check_segment
+from granite_storage.locations import check_segment
 from granite_storage.streams import MeasuredStream, require_size
 
 __all__ = ["S3ConfigurationError", "S3StorageBackend"]
@@ -43,8 +53,6 @@ logger = logging.getLogger("granite_storage")
 
 _MIB = 1024 * 1024
 _SMALLEST_PART = 5 * _MIB
-_LARGEST_PART = 5 * 1024 * _MIB
-_LONGEST_PRESIGN = timedelta(days=7)
 _OURS = frozenset({"Body", "Bucket", "ContentLength", "ContentMD5", "IfMatch", "IfNoneMatch", "Key"})
 
 _HEADERS = {
@@ -303,7 +311,7 @@ class S3StorageBackend:
             )
         if not bucket:
             raise ConfigurationError("bucket must not be empty")
-        if not _SMALLEST_PART <= part_size <= _LARGEST_PART:
+        if not _SMALLEST_PART <= part_size <= LARGEST_PART:
             raise ConfigurationError(f"part_size must be from 5 MiB to 5 GiB, as S3 demands, not {part_size} bytes")
         _require_positive(
             part_concurrency=part_concurrency,
@@ -439,7 +447,7 @@ class S3StorageBackend:
         temporary and end sooner; the log warns of that once for each of them.
         """
         self._check(location)
-        _require_life(expires_in)
+        require_expiry(expires_in)
         parameters = {"Bucket": self.bucket, "Key": self._settings.key(location)}
         if content_type is not None:
             parameters["ResponseContentType"] = content_type
@@ -468,14 +476,14 @@ class S3StorageBackend:
                 storage class from which nothing can be read.
         """
         self._check(location)
-        _require_life(expires_in)
+        require_expiry(expires_in)
         if "${filename}" in self._settings.key(location):
             raise InvalidLocationError(
                 f"location {location!r} contains ${{filename}}, in whose place an S3 form puts the client's file name"
             )
         if not 0 <= min_size <= max_size:
             raise ValueError(f"min_size must be from 0 to max_size, but they are {min_size} and {max_size}")
-        require_size(min_size, _LARGEST_PART)
+        require_size(min_size, LARGEST_PART)
         _require_presignable(self._settings)
         if not self._presigned_post and min_size != max_size:
             raise ValueError(
@@ -550,11 +558,7 @@ class S3StorageBackend:
         await self._write(await self._clients.get(), MARKER, BytesSource(content), "text/plain")
 
     def _check(self, location: str) -> None:
-        check_location(location, windows=False)
-        if len(self._settings.key(location).encode()) > MAX_LOCATION_BYTES:
-            raise InvalidLocationError(
-                f"location {location[:80]!r} is longer than {MAX_LOCATION_BYTES} bytes together with its prefix"
-            )
+        check_key(location, self._settings.prefix)
 
     async def _write(self, client: S3Client, location: str, source: PartSource, content_type: str | None) -> Mapping[str, Any]:
         content = {} if content_type is None else {"ContentType": content_type}
@@ -619,11 +623,6 @@ def _checked(argument: str, given: dict[str, Any], *, reserved: frozenset[str] |
         if name in reserved or name.startswith("Checksum"):
             raise ConfigurationError(f"{argument} must not contain {name!r}: the backend sets it")
     return given
-
-
-def _require_life(expires_in: timedelta) -> None:
-    if not timedelta(seconds=1) <= expires_in <= _LONGEST_PRESIGN:
-        raise ValueError(f"expires_in must be from one second to seven days, not {expires_in}")
 
 
 def _require_positive(**numbers: float) -> None:

@@ -41,7 +41,7 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from granite_storage.manager import ObjectDraft
+    from granite_storage._engine import PreparedUpload
     from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.binding import StorageBinding
     from granite_storage.readers import StoredObjectReader
@@ -113,15 +113,15 @@ class _Relocated(Attachment):
         self._held = held
         self._paced = paced
 
-    def _draft(self, home: ColumnType, entity_id: str) -> ObjectDraft:
+    def _prepare(self, home: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where the copy will be: below the same names, and whatever its size, for it was let in once."""
-        draft = home.binding().manager.draft_copy(self._original, **_names_of(self._held, self._original))
-        return replace(draft, policy=replace(draft.policy, max_size=None))
+        prepared = home.binding().manager._engine.prepare_copy(self._original, **_names_of(self._held, self._original))
+        return replace(prepared, policy=replace(prepared.policy, max_size=None))
 
-    async def _put(self, home: ColumnType, draft: ObjectDraft) -> None:
+    async def _put(self, home: ColumnType, prepared: PreparedUpload) -> None:
         manager = home.binding().manager
         async with manager.open(self._original, verify=True) as reader, aclosing(self._paced(reader)) as chunks:
-            copy = await manager.put_draft(draft, chunks)
+            copy = await manager._engine.put(prepared, chunks)
         self._ref, self._home = _with_history_of(self._original, copy), home
 
 

@@ -266,8 +266,8 @@ async def _put(
             return await _put(manager, place, opened, content_type, filename)
         finally:
             await finished(_closed(opened))
-    draft = manager.draft(**place.arguments(), content_type=content_type, original_filename=filename)
-    return await manager.put_draft(draft, content)
+    prepared = manager._engine.prepare(**place.arguments(), content_type=content_type, original_filename=filename)
+    return await manager._engine.put(prepared, content)
 
 
 def _opened(path: Path) -> IO[bytes]:

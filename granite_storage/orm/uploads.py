@@ -19,7 +19,7 @@ from granite_storage.orm._util import in_greenlet
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from granite_storage.manager import ObjectDraft
+    from granite_storage._engine import PreparedUpload
     from granite_storage.orm._interfaces import ColumnType, Journal, UploadLease
     from granite_storage.orm.attachment import Attachment
     from granite_storage.refs import StoredObjectRef
@@ -126,11 +126,11 @@ async def store(uploads: Sequence[Upload]) -> None:
     """
     if not uploads:
         return
-    drafts = [upload.attachment._draft(upload.home, upload.entity_id) for upload in uploads]
-    leases = await _begin(uploads, drafts)
+    prepared = [upload.attachment._prepare(upload.home, upload.entity_id) for upload in uploads]
+    leases = await _begin(uploads, prepared)
     work = [
-        partial(_put, upload, draft, leases.get(upload.home.binding().journal))
-        for upload, draft in zip(uploads, drafts, strict=True)
+        partial(_put, upload, item, leases.get(upload.home.binding().journal))
+        for upload, item in zip(uploads, prepared, strict=True)
     ]
     try:
         await _side_by_side(work, list(leases.values()))
@@ -151,26 +151,26 @@ async def discard(attachments: Iterable[Attachment], *, cancelled: bool = False)
     await _undo(unowned, cancelled)
 
 
-async def _begin(uploads: Sequence[Upload], drafts: Sequence[ObjectDraft]) -> dict[Journal | None, UploadLease]:
+async def _begin(uploads: Sequence[Upload], prepared: Sequence[PreparedUpload]) -> dict[Journal | None, UploadLease]:
     """Write down what is about to be stored, in each journal that is concerned; one, as a rule."""
     leases: dict[Journal | None, UploadLease] = {}
     for journal in {journal for upload in uploads if (journal := upload.home.binding().journal) is not None}:
         concerned = [
-            (upload, draft) for upload, draft in zip(uploads, drafts, strict=True) if upload.home.binding().journal is journal
+            (upload, item) for upload, item in zip(uploads, prepared, strict=True) if upload.home.binding().journal is journal
         ]
-        leases[journal] = lease = await journal.begin_uploads([draft for _, draft in concerned])
+        leases[journal] = lease = await journal.begin_uploads([item for _, item in concerned])
         for (upload, _), intent_id in zip(concerned, lease.ids, strict=True):
             upload.attachment._intent = Intent(journal, intent_id)
     return leases
 
 
-async def _put(upload: Upload, draft: ObjectDraft, lease: UploadLease | None) -> None:
+async def _put(upload: Upload, prepared: PreparedUpload, lease: UploadLease | None) -> None:
     intent = upload.attachment._intent
     if lease is None or intent is None:
-        await _put_verified(upload, draft)
+        await _put_verified(upload, prepared)
         return
     lease.begin(intent.id)
-    await _put_verified(upload, draft)
+    await _put_verified(upload, prepared)
     try:
         lease.require()
     except StaleAttachmentError:
@@ -179,8 +179,8 @@ async def _put(upload: Upload, draft: ObjectDraft, lease: UploadLease | None) ->
         raise
 
 
-async def _put_verified(upload: Upload, draft: ObjectDraft) -> None:
-    await upload.attachment._put(upload.home, draft)
+async def _put_verified(upload: Upload, prepared: PreparedUpload) -> None:
+    await upload.attachment._put(upload.home, prepared)
     if upload.verify is not None:
         upload.attachment._ref = await upload.verify(upload.attachment.ref)
 

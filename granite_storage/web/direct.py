@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from granite_storage._engine import ObjectDraft
+from granite_storage._engine import PreparedUpload
 from granite_storage.backends.base import UploadRequest
 from granite_storage.exceptions import (
     ConfigurationError,
@@ -80,7 +80,7 @@ class UploadEndpoint:
         draft_of: Says what a ticket lets a client store; raises `UploadTokenError` where nothing.
     """
 
-    def __init__(self, manager: StorageManager, tickets: Tickets, draft_of: Callable[[Ticket], ObjectDraft]) -> None:
+    def __init__(self, manager: StorageManager, tickets: Tickets, draft_of: Callable[[Ticket], PreparedUpload]) -> None:
         self._manager = manager
         self._tickets = tickets
         self._draft_of = draft_of
@@ -125,7 +125,7 @@ class UploadEndpoint:
         time_left = asyncio.timeout(ticket.ends - time.time())
         try:
             async with time_left, aclosing(body_of(request, limits)) as body, aclosing(_whole(body, ticket.min_size)) as content:
-                await self._manager.put_draft(draft, content)
+                await self._manager._engine.put(draft, content)
         except ObjectExistsError as error:
             message = "the file was received already, so the upload is complete and this request was not needed: finish it"
             raise _ReceivedAlreadyError(message) from error
@@ -314,7 +314,7 @@ class DirectUploads:
             expires=expires,
             ends=expires + int(self._finish_within.total_seconds()),
         )
-        request = await self._manager.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
+        request = await self._manager._engine.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
         if request is None:
             request = self._signed_request(ticket)
         token = self._to_finish.sign(await self._noted(ticket, expires_in))
@@ -442,16 +442,16 @@ class DirectUploads:
             raise UploadTokenError(_INVALID)
         return home
 
-    def _staging_draft(self, ticket: Ticket) -> ObjectDraft:
+    def _staging_draft(self, ticket: Ticket) -> PreparedUpload:
         """Return what a client may store by itself."""
         policy = self._manager.policy(self._home_in(ticket).storage_key)
         if policy.backend_key != ticket.backend:
             raise UploadTokenError("the URL is not valid, or has expired")
-        return ObjectDraft(policy, ticket.location, ticket.content_type, None, None)
+        return PreparedUpload(policy, ticket.location, ticket.content_type, None, None)
 
-    def _draft(self, home: AttachmentType, content_type: str) -> ObjectDraft:
+    def _draft(self, home: AttachmentType, content_type: str) -> PreparedUpload:
         """Choose where a client stores by itself: the location tells nothing of the file, and is the collector's to recognise."""
-        return self._manager.draft(
+        return self._manager._engine.prepare(
             storage_key=home.storage_key,
             model_name=home.model_name,
             entity_id=uuid7_hex(),

@@ -421,6 +421,21 @@ class TestRetention:
             await env.add(Doc(id=2, file=Attachment.restore(doc.file.ref)))
         await env.check(file_1="a")
 
+    async def test_two_rows_that_restore_one_object(self, env: OrmEnvironment) -> None:
+        """One takes it back, and the other gets a copy."""
+        await env.add(Doc(id=1, file=file("a")))
+        with retention(timedelta(days=7)):
+            async with env.sessions.begin() as session:
+                doc = await session.get_one(Doc, 1)
+                assert doc.file is not None
+                ref, doc.file = doc.file.ref, None
+            async with env.sessions.begin() as session:
+                session.add_all([Doc(id=number, file=Attachment.restore(ref)) for number in (2, 3)])
+            async with env.sessions.begin() as session:
+                await session.delete(await session.get_one(Doc, 2))
+        await env.recover()
+        await env.check(file_3="a")
+
     async def test_an_undo_that_is_rolled_back_waits_on(self, env: OrmEnvironment) -> None:
         await env.add(Doc(id=1, file=file("a")))
         with retention(timedelta(days=7)):

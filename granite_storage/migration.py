@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from granite_storage._engine import PreparedUpload
+    from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.binding import StorageBinding
     from granite_storage.readers import StoredObjectReader
@@ -113,13 +114,12 @@ class _Relocated(Attachment):
         self._held = held
         self._paced = paced
 
-    def _prepare(self, home: ColumnType, entity_id: str) -> PreparedUpload:
+    def _prepare(self, manager: StorageManager, home: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where the copy will be: below the same names, and whatever its size, for it was let in once."""
-        prepared = home.binding().manager._engine.prepare_copy(self._original, **_names_of(self._held, self._original))
+        prepared = manager._engine.prepare_copy(self._original, **_names_of(self._held, self._original))
         return replace(prepared, policy=replace(prepared.policy, max_size=None))
 
-    async def _put(self, home: ColumnType, prepared: PreparedUpload) -> None:
-        manager = home.binding().manager
+    async def _put(self, manager: StorageManager, home: ColumnType, prepared: PreparedUpload) -> None:
         async with manager.open(self._original, verify=True) as reader, aclosing(self._paced(reader)) as chunks:
             copy = await manager._engine.put(prepared, chunks)
         self._ref, self._home = _with_history_of(self._original, copy), home

@@ -482,9 +482,8 @@ class Attachment:
         adopted._unowned = True
         return adopted
 
-    def _prepare(self, home: ColumnType, entity_id: str) -> PreparedUpload:
+    def _prepare(self, manager: StorageManager, home: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where it will be stored, for a column."""
-        manager = home.binding().manager_for(home)
         names = _names_of(home, entity_id)
         original = self._origin()
         if not isinstance(original, Attachment):
@@ -500,9 +499,8 @@ class Attachment:
             given = {"content_type": ref.content_type, "original_filename": ref.original_filename, "extra": ref.extra}
         return manager._engine.prepare(**names, **given)
 
-    async def _put(self, home: ColumnType, prepared: PreparedUpload) -> None:
+    async def _put(self, manager: StorageManager, home: ColumnType, prepared: PreparedUpload) -> None:
         """Upload to the prepared location, and become stored."""
-        manager = home.binding().manager
         engine = manager._engine
         source = self._take_origin()
         if not isinstance(source, Attachment):

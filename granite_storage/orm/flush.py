@@ -17,11 +17,11 @@ from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._registry import binding_for, find_binding
-from granite_storage.orm._util import require_async
+from granite_storage.orm._util import connection_of, require_async
 from granite_storage.orm.assignment import require_sound
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, primary_key_of, slots_of
-from granite_storage.orm.locking import CountedDeletes, HeldRef, cascaded, connection_of, lock_rows
+from granite_storage.orm.locking import CountedDeletes, HeldRef, cascaded, lock_rows
 from granite_storage.orm.plan import Assigned, FlushPlan, plan_flush, plan_uploads
 from granite_storage.orm.sharing import refers
 from granite_storage.orm.transactions import require_transactions, watch
@@ -123,12 +123,12 @@ def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
         value = state.dict.get(slot.key)
         if value is None and slot.column.default is not None:
             value = _default(state, slot)
-        return None if value is None else Change(state, slot, _require_attachment(value, slot), None)
+        return None if value is None else Change(state, slot, _require_attachment(value, slot), None, slot.home.binding())
     if not history.has_changes():
         return None
     value = history.added[0] if history.added else None
     old = history.deleted[0] if history.deleted else UNKNOWN
-    return Change(state, slot, _require_attachment(value, slot), old)
+    return Change(state, slot, _require_attachment(value, slot), old, slot.home.binding())
 
 
 def _default(state: InstanceState[Any], slot: Slot) -> Any:
@@ -368,14 +368,15 @@ def _assigned(change: Change, replaced: set[StoredObjectRef]) -> Assigned[Change
     given = change.attachment
     if given.is_pending:
         return Assigned(change, id(given), None)
-    manager = change.slot.home.binding().manager if given._restored else given.manager
+    ours = change.binding.manager
+    manager = ours if given._restored or given._home is change.slot.home else given.manager
     return Assigned(
         change,
         id(given),
         StoredObject(manager, given.ref).key,
         is_unowned=given._unowned,
         is_restored=given._restored,
-        is_of_another_manager=manager is not change.slot.home.binding().manager,
+        is_of_another_manager=manager is not ours,
         is_replaced=given.ref in replaced,
     )
 

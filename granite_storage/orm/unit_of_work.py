@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState, SessionTransaction
     from sqlalchemy.orm.unitofwork import UOWTransaction
 
-    from granite_storage.orm._interfaces import Journal
+    from granite_storage.orm._interfaces import Binding, Journal
     from granite_storage.orm.attachment import Attachment
     from granite_storage.orm.columns import Slot
     from granite_storage.orm.locking import CountedDeletes, HeldRef
@@ -54,12 +54,14 @@ class Change:
         slot: The attribute.
         value: What it shall hold.
         old: What it held, as far as the session knows: None for nothing, a value, or `UNKNOWN`.
+        binding: The binding of its column, which each step of the flush needs.
     """
 
     state: InstanceState[Any]
     slot: Slot
     value: Attachment | None
     old: Any
+    binding: Binding
 
     @property
     def marker(self) -> tuple[int, str]:

@@ -324,7 +324,7 @@ MUTANTS = [
     Mutant(
         name="sessions-shard-chosen-without-the-row",
         rule="A sharded session chooses the shard by the row.",
-        path="granite_storage/orm/locking.py",
+        path="granite_storage/orm/_util.py",
         old="session.connection_callable(state.mapper, state.obj())",
         new="session.connection_callable(state.mapper, None)",
         tests=("tests/orm/test_sharded_sessions.py::test_insert",),

@@ -18,16 +18,9 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from granite_storage import (
-    AccessDeniedError,
-    BackendError,
-    BackendUnavailableError,
-    ObjectExistsError,
-    ObjectInfo,
-    ObjectNotFoundError,
-    StorageFullError,
-)
+from granite_storage import BackendUnavailableError, ObjectInfo, ObjectNotFoundError
 from granite_storage.backends.base import byte_range
+from granite_storage.exceptions import AccessDeniedError, BackendError, ObjectExistsError, StorageFullError
 from granite_storage.locations import check_location
 
 T = TypeVar("T")

@@ -13,24 +13,26 @@ from typing import Any
 import pytest
 
 from granite_storage import (
-    BackendError,
     BackendUnavailableError,
     ChecksumMismatchError,
     ConfigurationError,
     ContentTooLargeError,
-    InvalidLocationError,
-    InvalidReferenceError,
     ObjectNotFoundError,
-    SizeMismatchError,
     StorageManager,
     StoragePolicy,
     StoredObjectRef,
-    UnknownBackendError,
-    UnknownPolicyError,
 )
 from granite_storage.backends.base import SupportsBatchDelete, SupportsCopy
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import (
+    BackendError,
+    InvalidLocationError,
+    InvalidReferenceError,
+    SizeMismatchError,
+    UnknownBackendError,
+    UnknownPolicyError,
+)
 from granite_storage.testing import FaultInjectingBackend
 from tests.core.support import MIB, SLOT, eventually, left_below, local_manager, manager_on
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from granite_storage import AccessDeniedError, BackendUnavailableError, CollectionRefusedError, ConfigurationError, Fate
+from granite_storage import BackendUnavailableError, ConfigurationError
 from granite_storage.backends.base import StorageBackend, SupportsBatchDelete, SupportsClock
 from granite_storage.backends.local import LocalStorageBackend
-from granite_storage.gc import database
+from granite_storage.exceptions import AccessDeniedError, CollectionRefusedError
+from granite_storage.gc import Fate, database
 from tests.gc.environment import Crate, GcEnvironment, file, gc_environment
 from tests.orm.databases import Database
 

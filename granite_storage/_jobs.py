@@ -13,11 +13,14 @@ from granite_storage.backends.base import StorageBackend, SupportsMountCheck
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
 from granite_storage.readers import StoredObjectReader
 
-__all__ = ["Budget", "Run", "in_order", "paced", "patiently", "places", "require_mounted"]
+__all__ = ["MOST_KEPT", "Budget", "Run", "in_order", "paced", "patiently", "places", "require_mounted"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = TypeVar("Report")
+
+MOST_KEPT = 1000
+"""How many single things a report holds, so that its size is bounded."""
 
 _AHEAD = 4
 _PAUSES = (0.5, 2.0)

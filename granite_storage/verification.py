@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from granite_storage._jobs import Budget, Run, in_order, paced, patiently, places, require_mounted
+from granite_storage._jobs import MOST_KEPT, Budget, Run, in_order, paced, patiently, places, require_mounted
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,
@@ -33,7 +33,6 @@ __all__ = ["Finding", "Problem", "Verification", "VerificationReport", "verify"]
 
 _AT_A_TIME = 16
 _LOOKS = 3
-_MOST_KEPT = 1000
 
 
 class Problem(StrEnum):
@@ -130,7 +129,7 @@ class Verification(Run[Finding, VerificationReport]):
             async for row, findings in results:
                 for finding in findings:
                     report.counts[finding.problem] += 1
-                    if len(report.findings) < _MOST_KEPT:
+                    if len(report.findings) < MOST_KEPT:
                         report.findings.append(finding)
                     yield finding
                 report.rows += 1

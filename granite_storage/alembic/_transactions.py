@@ -1,4 +1,4 @@
-"""The transactions of a conversion, each of some rows, and the rows themselves."""
+"""What a conversion runs on: transactions of some rows each, and a thread in which the manager is awaited."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ __all__ = [
     "storage_thread",
     "table_with",
 ]
+
+T = TypeVar("T")
 
 # `from alembic import op` gives a module that looks like an `Operations` and is none.
 Op: TypeAlias = Operations | Any
@@ -141,9 +143,6 @@ def key_pages(connection: Connection, table: Table, where: ColumnElement[bool], 
 # The manager runs on an event loop of its own, in a thread of its own. It makes no difference whether the migration runs in
 # a plain program, below `run_sync` of an asynchronous `env.py`, or in a synchronous call inside of a coroutine: nobody
 # waits for a loop that waits for him, and what the manager opens for this loop is closed with it.
-
-
-T = TypeVar("T")
 
 
 class StorageThread:

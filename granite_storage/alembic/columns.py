@@ -1,4 +1,4 @@
-"""Adding columns of files, and dropping what they have replaced."""
+"""Columns of files in migrations: adding them, indexing their locations, and dropping what they have replaced."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ __all__ = [
     "drop_location_index",
     "drop_restored_column",
 ]
+
+_LONGEST_LOCATION = 1024
+_INDEXED = 255
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -138,10 +141,6 @@ async def _verified(manager: StorageManager, refs: Sequence[StoredObjectRef]) ->
 
 
 # Indexes over the locations of a column of refs, for whoever asks which row refers to an object.
-
-
-_LONGEST_LOCATION = 1024
-_INDEXED = 255
 
 
 def create_location_index(op: Op, table: str, column: str, *, schema: str | None = None, concurrently: bool = False) -> None:

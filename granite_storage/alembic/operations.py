@@ -56,17 +56,17 @@ __all__ = [
     "text_to_storage",
 ]
 
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+Row: TypeAlias = Mapping[str, Any]
+Of: TypeAlias = "str | Callable[[Row], str | None] | None"
+_ROWS_OF_PATHS = 100
 
 # Filling one column from another, some rows at a time: what all conversions have in common.
 #
 # Each step is a transaction: it locks some rows, has their new values made, and writes them. A row whose new column is set
 # is done, so a conversion that was broken off goes on where it stood. Objects of a step whose transaction has not begun to
 # commit are removed again; of a program that was killed, the objects of one step at most are left without a row.
-
-
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-Row: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +224,7 @@ def _tell(report: ConversionReport, progress: Progress | None) -> None:
         progress(report)
 
 
-Of: TypeAlias = "str | Callable[[Row], str | None] | None"
-_ROWS_OF_PATHS = 100
+# The operations that migrations call.
 
 
 def text_to_storage(

@@ -1,4 +1,4 @@
-"""What another library's path or URL leads to."""
+"""The objects of a conversion: where they come from, and how they are stored and read back before a row refers to them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ __all__ = [
     "stored_bytes",
 ]
 
+_HOW = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 # Storing the objects of some rows side by side, each read back before its row may refer to it.
 
@@ -149,7 +150,7 @@ async def _comes_back(manager: StorageManager, ref: StoredObjectRef, content: by
         raise ChecksumMismatchError(f"the object at {ref.location!r} is not what was stored", expected=ref.checksum)
 
 
-_HOW = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+# What another library's path or URL leads to.
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`verify` and `recover`."""
+"""The commands that look after all objects: `verify`, `recover`, `gc` and `migrate`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ from granite_storage.orm.journal.tables import RecoveryReport, clock
 from granite_storage.verification import Finding, Verification, verify
 
 __all__ = ["gc_command", "migrate_command", "recover_command", "verify_command"]
+
+_MOST_SHOWN = 20
+_COUNTED = ("scanned", "referenced", "foreign", "young", "mentioned", "kept", "orphaned", "deleted")
+
+# verify
 
 
 @click.command("verify")
@@ -96,6 +101,9 @@ def _tell_verification(desk: Desk, verification: Verification) -> None:
         desk.output.facts(facts)
     if not report.complete and report.key is not None:
         desk.output.note(f"not complete; go on with: --after '{report.key}'")
+
+
+# recover
 
 
 @click.command("recover")
@@ -177,11 +185,7 @@ def _tell_recovery(desk: Desk, report: RecoveryReport) -> None:
         desk.output.line(f"failed: {item['backend']}:{item['location']}: {item['error']} ({later})", "red")
 
 
-# `gc`.
-
-
-_MOST_SHOWN = 20
-_COUNTED = ("scanned", "referenced", "foreign", "young", "mentioned", "kept", "orphaned", "deleted")
+# gc
 
 
 @click.command("gc")
@@ -318,7 +322,7 @@ def _tell_person(desk: Desk, report: GarbageCollectionReport) -> None:
         desk.output.line(f"nothing would be deleted: {report.refusal}", "yellow")
 
 
-# `migrate`.
+# migrate
 
 
 @click.command("migrate")

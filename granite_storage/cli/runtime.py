@@ -43,8 +43,12 @@ __all__ = [
     "run",
 ]
 
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(?:/s)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_FACTORS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
-# Finding the application's binding by the name that the user gives.
+# Finding the application's binding.
 
 
 async def load_binding(name: str) -> StorageBinding:
@@ -102,6 +106,9 @@ def _failed(what: str, error: Exception) -> ConfigurationError:
     own = [frame for frame in frames if frame.filename.startswith(f"{sys.path[0]}{os.sep}")]
     place = f" ({(own or frames)[-1].filename}, line {(own or frames)[-1].lineno})"
     return ConfigurationError(f"{what} failed: {type(error).__name__}: {error}{place}")
+
+
+# Running a command.
 
 
 class Exit(IntEnum):
@@ -260,12 +267,6 @@ async def _closed_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
 
 
 # Options that several commands have.
-
-
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(?:/s)?", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_FACTORS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class ByteCount(click.ParamType[float]):

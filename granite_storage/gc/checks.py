@@ -14,6 +14,8 @@ from granite_storage.orm.journal.database import find_gap
 
 __all__ = ["barrier", "require_fit", "require_heartbeat"]
 
+_SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
+_WRITE = text("SELECT pg_logical_emit_message(true, 'granite_storage', 'barrier')")
 _BEGUN = text("SELECT transaction_timestamp()")
 
 
@@ -85,10 +87,6 @@ async def _require_fit_mariadb(connection: AsyncConnection) -> None:
 
 
 # A commit that no crash of the database takes back, and with it all commits before it.
-
-
-_SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
-_WRITE = text("SELECT pg_logical_emit_message(true, 'granite_storage', 'barrier')")
 
 
 async def barrier(connection: AsyncConnection) -> None:

@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
-from granite_storage._jobs import Run, require_mounted
+from granite_storage._jobs import MOST_KEPT, Run, require_mounted
 from granite_storage.backends.base import ObjectInfo, SupportsBatchDelete, SupportsCleanup, SupportsClock, close_listing
 from granite_storage.exceptions import (
     BackendError,
@@ -28,7 +28,7 @@ from granite_storage.exceptions import (
 )
 from granite_storage.gc.merge import PAGE, Reference, Spool, joined, temporary_file
 from granite_storage.gc.references import ReferenceSource
-from granite_storage.gc.report import MOST_KEPT, CollectedObject, DanglingReference, Fate, GarbageCollectionReport
+from granite_storage.gc.report import CollectedObject, DanglingReference, Fate, GarbageCollectionReport
 from granite_storage.gc.scope import Territory, is_valid, require_one_key
 from granite_storage.manager import StorageManager
 from granite_storage.orm._util import batches
@@ -37,141 +37,13 @@ from granite_storage.orm.references import is_text
 __all__ = ["Collection", "Removal", "find_dangling"]
 
 
-# Deleting orphans, many at a time, and telling of each that stays.
-
-
 logger: logging.Logger = logging.getLogger("granite_storage")
-
-_AT_A_TIME = 16
-
-
-class Removal:
-    """Deletes objects of one backend, and notes in a report what became of each.
-
-    Args:
-        manager: The manager.
-        report: The report, which names the backend.
-    """
-
-    def __init__(self, manager: StorageManager, report: GarbageCollectionReport) -> None:
-        self._backend = manager.backend(report.backend)
-        self._report = report
-
-    async def remove(self, orphans: Sequence[tuple[str, int]]) -> list[CollectedObject]:
-        """Delete orphans, each a location and a size; one that cannot be deleted stops no other.
-
-        Raises:
-            BackendUnavailableError: Not one could be deleted because the backend is out of reach.
-        """
-        failures = await self._delete([location for location, _ in orphans])
-        collected = [self._collected(location, size, failures.get(location)) for location, size in orphans]
-        for item in collected:
-            self._note(item)
-        if len(failures) == len(orphans):
-            first = next(iter(failures.values()))
-            if isinstance(first, BackendUnavailableError):
-                raise first
-        return collected
-
-    async def remove_unfinished(self, older_than: timedelta) -> None:
-        """Remove what unfinished writes have left on the whole backend, longer ago than `older_than`."""
-        if not isinstance(self._backend, SupportsCleanup):
-            return
-        try:
-            self._report.unfinished = await self._backend.abort_unfinished(older_than=older_than)
-        except BackendError as error:
-            self._report.unfinished_error = f"{type(error).__name__}: {error}"
-            logger.warning("what unfinished writes left on the backend %r stays: %s", self._report.backend, error)
-
-    async def _delete(self, locations: Sequence[str]) -> Mapping[str, StorageError]:
-        if not isinstance(self._backend, SupportsBatchDelete):
-            return await self._delete_each(locations)
-        try:
-            return await self._backend.delete_many(locations)
-        except StorageError as error:
-            return dict.fromkeys(locations, error)
-
-    async def _delete_each(self, locations: Sequence[str]) -> dict[str, StorageError]:
-        places, failures = asyncio.Semaphore(_AT_A_TIME), dict[str, StorageError]()
-
-        async def delete(location: str) -> None:
-            async with places:
-                try:
-                    await self._backend.delete(location)
-                except StorageError as error:
-                    failures[location] = error
-
-        async with asyncio.TaskGroup() as group:
-            for location in locations:
-                group.create_task(delete(location))
-        return failures
-
-    def _collected(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
-        fate = Fate.DELETED if error is None else Fate.FAILED
-        said = "" if error is None else f"{type(error).__name__}: {error}"
-        return CollectedObject(fate, self._report.backend, location, size, said)
-
-    def _note(self, item: CollectedObject) -> None:
-        report = self._report
-        if item.fate is Fate.DELETED:
-            report.deleted += 1
-            report.deleted_bytes += item.size
-            return
-        report.failed += 1
-        if len(report.failures) < MOST_KEPT:
-            report.failures.append(item)
-        logger.warning("could not delete the orphan %r of the backend %r: %s", item.location, item.backend, item.error)
-
-
-# References whose objects are not there, as a collection comes across them.
-
-
-_BATCH = 500
-
-
-async def find_dangling(
-    manager: StorageManager, source: ReferenceSource, backend: str, locations: Sequence[str]
-) -> list[DanglingReference]:
-    """Return which of the locations something refers to and no object is at, a thousand at the most.
-
-    They were not listed, which proves nothing: an object may have been stored since, and its row too; or a row that was there
-    has given its object up. So each is looked for now, and of what is missing is asked whether it is still referred to.
-    """
-    found: list[DanglingReference] = []
-    for batch in batches(locations, min(_BATCH, source.at_a_time)):
-        missing = await _missing(manager, backend, batch)
-        odd = {location for location in missing if not is_text(location)}  # no database can be asked for it
-        asked = [location for location in missing if location not in odd]
-        held = odd | (await source.find_held(backend, asked) if asked else set())
-        found += [DanglingReference(backend, location, said) for location, said in missing.items() if location in held]
-        if len(found) >= MOST_KEPT:
-            break
-    return found[:MOST_KEPT]
-
-
-async def _missing(manager: StorageManager, backend_key: str, locations: Sequence[str]) -> dict[str, str]:
-    """Return what is wrong at the locations at which there is no object; what cannot be looked at is not wrong."""
-    backend, places, missing = manager.backend(backend_key), asyncio.Semaphore(_AT_A_TIME), dict[str, str]()
-
-    async def look(location: str) -> None:
-        async with places:
-            try:
-                if not await backend.exists(location):
-                    missing[location] = "no object is there"
-            except InvalidLocationError as error:
-                missing[location] = str(error)
-            except BackendError:
-                return
-
-    async with asyncio.TaskGroup() as group:
-        for location in locations:
-            group.create_task(look(location))
-    return missing
-
 
 Listed: TypeAlias = "tuple[str, int, bool]"
 """Location, size, and whether it is older than the grace period."""
 
+_AT_A_TIME = 16
+_BATCH = 500
 _MOST_MISSING = 10 * MOST_KEPT
 _MOST_SAID = 10
 _LOOKED_FOR_AT_ONCE = 50_000
@@ -447,3 +319,127 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
     async def _now(self) -> datetime:
         """Return the time by the clock that the objects are dated by."""
         return await self._backend.now() if isinstance(self._backend, SupportsClock) else datetime.now(UTC)
+
+
+# Deleting orphans.
+
+
+class Removal:
+    """Deletes objects of one backend, and notes in a report what became of each.
+
+    Args:
+        manager: The manager.
+        report: The report, which names the backend.
+    """
+
+    def __init__(self, manager: StorageManager, report: GarbageCollectionReport) -> None:
+        self._backend = manager.backend(report.backend)
+        self._report = report
+
+    async def remove(self, orphans: Sequence[tuple[str, int]]) -> list[CollectedObject]:
+        """Delete orphans, each a location and a size; one that cannot be deleted stops no other.
+
+        Raises:
+            BackendUnavailableError: Not one could be deleted because the backend is out of reach.
+        """
+        failures = await self._delete([location for location, _ in orphans])
+        collected = [self._collected(location, size, failures.get(location)) for location, size in orphans]
+        for item in collected:
+            self._note(item)
+        if len(failures) == len(orphans):
+            first = next(iter(failures.values()))
+            if isinstance(first, BackendUnavailableError):
+                raise first
+        return collected
+
+    async def remove_unfinished(self, older_than: timedelta) -> None:
+        """Remove what unfinished writes have left on the whole backend, longer ago than `older_than`."""
+        if not isinstance(self._backend, SupportsCleanup):
+            return
+        try:
+            self._report.unfinished = await self._backend.abort_unfinished(older_than=older_than)
+        except BackendError as error:
+            self._report.unfinished_error = f"{type(error).__name__}: {error}"
+            logger.warning("what unfinished writes left on the backend %r stays: %s", self._report.backend, error)
+
+    async def _delete(self, locations: Sequence[str]) -> Mapping[str, StorageError]:
+        if not isinstance(self._backend, SupportsBatchDelete):
+            return await self._delete_each(locations)
+        try:
+            return await self._backend.delete_many(locations)
+        except StorageError as error:
+            return dict.fromkeys(locations, error)
+
+    async def _delete_each(self, locations: Sequence[str]) -> dict[str, StorageError]:
+        places, failures = asyncio.Semaphore(_AT_A_TIME), dict[str, StorageError]()
+
+        async def delete(location: str) -> None:
+            async with places:
+                try:
+                    await self._backend.delete(location)
+                except StorageError as error:
+                    failures[location] = error
+
+        async with asyncio.TaskGroup() as group:
+            for location in locations:
+                group.create_task(delete(location))
+        return failures
+
+    def _collected(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
+        fate = Fate.DELETED if error is None else Fate.FAILED
+        said = "" if error is None else f"{type(error).__name__}: {error}"
+        return CollectedObject(fate, self._report.backend, location, size, said)
+
+    def _note(self, item: CollectedObject) -> None:
+        report = self._report
+        if item.fate is Fate.DELETED:
+            report.deleted += 1
+            report.deleted_bytes += item.size
+            return
+        report.failed += 1
+        if len(report.failures) < MOST_KEPT:
+            report.failures.append(item)
+        logger.warning("could not delete the orphan %r of the backend %r: %s", item.location, item.backend, item.error)
+
+
+# References whose objects are missing.
+
+
+async def find_dangling(
+    manager: StorageManager, source: ReferenceSource, backend: str, locations: Sequence[str]
+) -> list[DanglingReference]:
+    """Return which of the locations something refers to and no object is at, a thousand at the most.
+
+    They were not listed, which proves nothing: an object may have been stored since, and its row too; or a row that was there
+    has given its object up. So each is looked for now, and of what is missing is asked whether it is still referred to.
+    """
+    found: list[DanglingReference] = []
+    for batch in batches(locations, min(_BATCH, source.at_a_time)):
+        missing = await _missing(manager, backend, batch)
+        odd = {location for location in missing if not is_text(location)}  # no database can be asked for it
+        asked = [location for location in missing if location not in odd]
+        held = odd | (await source.find_held(backend, asked) if asked else set())
+        found += [DanglingReference(backend, location, said) for location, said in missing.items() if location in held]
+        if len(found) >= MOST_KEPT:
+            break
+    return found[:MOST_KEPT]
+
+
+async def _missing(manager: StorageManager, backend_key: str, locations: Sequence[str]) -> dict[str, str]:
+    """Return what is wrong at the locations at which there is no object; what cannot be looked at is not wrong."""
+    backend, places, missing = manager.backend(backend_key), asyncio.Semaphore(_AT_A_TIME), dict[str, str]()
+
+    async def look(location: str) -> None:
+        async with places:
+            try:
+                if not await backend.exists(location):
+                    missing[location] = "no object is there"
+            except InvalidLocationError as error:
+                missing[location] = str(error)
+            except BackendError:
+                return
+
+    async with asyncio.TaskGroup() as group:
+        for location in locations:
+            group.create_task(look(location))
+    return missing

@@ -1,4 +1,4 @@
-"""The garbage collector, as applications use it."""
+"""The garbage collector as applications use it: one collection at a time, or again and again in one process of many."""
 
 from __future__ import annotations
 
@@ -30,148 +30,17 @@ if TYPE_CHECKING:
 __all__ = ["Leadership", "StorageGarbageCollector", "at_work"]
 
 
-# One collector among many processes: who has the database's advisory lock.
-#
-# It saves work and makes nothing safe: two collectors at once are harmless, so a lock that is lost with its connection, or
-# that a connection pooler gives to two, does no harm.
+logger: logging.Logger = logging.getLogger("granite_storage")
 
-
+_GRACE_PERIOD = timedelta(hours=24)
+_JITTER = 0.1
+_LONGEST_FIRST_PAUSE = 60.0
 _LOCKS: dict[str, TextClause] = {
     "postgresql": text("SELECT pg_try_advisory_lock(hashtext('granite_storage'), hashtext('gc'))"),
     "mysql": text("SELECT GET_LOCK(CONCAT('granite_storage.gc.', MD5(DATABASE())), 0)"),
     "mariadb": text("SELECT GET_LOCK(CONCAT('granite_storage.gc.', MD5(DATABASE())), 0)"),
 }
 _PING = text("SELECT 1")
-
-
-class Leadership:
-    """The lock of one process, once it has it, on a connection of its own.
-
-    Args:
-        binding: Whose database; None where there is none, and every process leads.
-    """
-
-    def __init__(self, binding: StorageBinding | None) -> None:
-        self._binding = binding
-        self._connection: AsyncConnection | None = None
-
-    async def has_it(self) -> bool:
-        """Tell whether this process is the leader, and let it be if nobody else is."""
-        engine = None if self._binding is None else _engine_of(self._binding)
-        lock = None if engine is None else _LOCKS.get(engine.dialect.name)
-        if engine is None or lock is None:
-            return True
-        if self._connection is not None and await _answers(self._connection):
-            return True
-        await self.give_up()
-        return await self._try(engine, lock)
-
-    async def give_up(self) -> None:
-        """Let another process lead; idempotent."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await finish(connection.close(), "closing the connection of the garbage collector's lock")
-
-    async def _try(self, engine: AsyncEngine, lock: TextClause) -> bool:
-        connection = await engine.connect()
-        try:
-            has_it = bool((await connection.execute(lock)).scalar_one())
-            await connection.commit()
-            if has_it:
-                self._connection = connection
-        finally:
-            if self._connection is not connection:
-                await finish(connection.close(), "closing a connection that has no lock")
-        return has_it
-
-
-def _engine_of(binding: StorageBinding) -> AsyncEngine | None:
-    table = next(iter(binding.metadata.tables.values()), None)
-    if binding.sessions is None or table is None:
-        return None
-    return AsyncEngine(_without_pool(binding.sessions().get_bind(clause=table).engine))
-
-
-def _without_pool(engine: Engine) -> Engine:
-    """Return an engine that connects as another does, and keeps no connection: the lock's must not be one of a small pool's."""
-    pool = engine.pool
-    alone = NullPool(pool._creator, _dispatch=pool.dispatch, dialect=pool._dialect)
-    return Engine(alone, engine.dialect, engine.url, hide_parameters=True)
-
-
-async def _answers(connection: AsyncConnection) -> bool:
-    try:
-        await connection.execute(_PING)
-        await connection.commit()
-    except SQLAlchemyError:
-        return False
-    return True
-
-
-# The task that collects for as long as an application runs.
-
-
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-_JITTER = 0.1
-_FIRST = 60.0
-
-
-@asynccontextmanager
-async def at_work(
-    storage_keys: Sequence[str],
-    collect: Callable[[str], Awaitable[GarbageCollectionReport]],
-    interval: timedelta,
-    leadership: Leadership,
-) -> AsyncIterator[None]:
-    """Collect every policy again and again in a task; what is under way is cancelled when the block ends."""
-    task = asyncio.create_task(_collect_forever(storage_keys, collect, interval.total_seconds(), leadership))
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def _collect_forever(
-    storage_keys: Sequence[str],
-    collect: Callable[[str], Awaitable[GarbageCollectionReport]],
-    seconds: float,
-    leadership: Leadership,
-) -> None:
-    # Processes that began together would all begin to collect together.
-    await asyncio.sleep(random.uniform(0, min(seconds, _FIRST)))  # noqa: S311  # not a secret
-    try:
-        while True:
-            try:
-                if await leadership.has_it():
-                    await _collect_all(storage_keys, collect)
-            except Exception:
-                logger.exception("whether this process is to collect garbage could not be found out; it is tried again")
-            await asyncio.sleep(seconds * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311  # not a secret
-    finally:
-        await leadership.give_up()
-
-
-async def _collect_all(storage_keys: Sequence[str], collect: Callable[[str], Awaitable[GarbageCollectionReport]]) -> None:
-    for storage_key in storage_keys:
-        try:
-            report = await collect(storage_key)
-        except Exception:
-            logger.exception("collecting the garbage of %r failed and is tried again", storage_key)
-            continue
-        logger.info(
-            "garbage of %r: %d objects scanned, %d orphans, %d deleted, %d failed, %d dangling references",
-            storage_key,
-            report.scanned,
-            report.orphaned,
-            report.deleted,
-            report.failed,
-            len(report.dangling),
-        )
-
-
-_GRACE_PERIOD = timedelta(hours=24)
 
 
 class StorageGarbageCollector:
@@ -342,3 +211,130 @@ def _require_limits(grace_period: object, max_deleted_share: object) -> None:
         raise ConfigurationError(f"a grace period must be a timedelta that is not negative, not {grace_period!r}")
     if isinstance(max_deleted_share, bool) or not isinstance(max_deleted_share, int | float) or not 0 <= max_deleted_share <= 1:
         raise ConfigurationError(f"max_deleted_share must be a number from 0 to 1, not {max_deleted_share!r}")
+
+
+# Collecting again and again, for as long as an application runs.
+
+
+@asynccontextmanager
+async def at_work(
+    storage_keys: Sequence[str],
+    collect: Callable[[str], Awaitable[GarbageCollectionReport]],
+    interval: timedelta,
+    leadership: Leadership,
+) -> AsyncIterator[None]:
+    """Collect every policy again and again in a task; what is under way is cancelled when the block ends."""
+    task = asyncio.create_task(_collect_forever(storage_keys, collect, interval.total_seconds(), leadership))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _collect_forever(
+    storage_keys: Sequence[str],
+    collect: Callable[[str], Awaitable[GarbageCollectionReport]],
+    seconds: float,
+    leadership: Leadership,
+) -> None:
+    # Processes that began together would all begin to collect together.
+    await asyncio.sleep(random.uniform(0, min(seconds, _LONGEST_FIRST_PAUSE)))  # noqa: S311  # not a secret
+    try:
+        while True:
+            try:
+                if await leadership.has_it():
+                    await _collect_all(storage_keys, collect)
+            except Exception:
+                logger.exception("whether this process is to collect garbage could not be found out; it is tried again")
+            await asyncio.sleep(seconds * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311  # not a secret
+    finally:
+        await leadership.give_up()
+
+
+async def _collect_all(storage_keys: Sequence[str], collect: Callable[[str], Awaitable[GarbageCollectionReport]]) -> None:
+    for storage_key in storage_keys:
+        try:
+            report = await collect(storage_key)
+        except Exception:
+            logger.exception("collecting the garbage of %r failed and is tried again", storage_key)
+            continue
+        logger.info(
+            "garbage of %r: %d objects scanned, %d orphans, %d deleted, %d failed, %d dangling references",
+            storage_key,
+            report.scanned,
+            report.orphaned,
+            report.deleted,
+            report.failed,
+            len(report.dangling),
+        )
+
+
+# One collector among many processes: who has the database's advisory lock.
+#
+# It saves work and makes nothing safe: two collectors at once are harmless, so a lock that is lost with its connection, or
+# that a connection pooler gives to two, does no harm.
+
+
+class Leadership:
+    """The lock of one process, once it has it, on a connection of its own.
+
+    Args:
+        binding: Whose database; None where there is none, and every process leads.
+    """
+
+    def __init__(self, binding: StorageBinding | None) -> None:
+        self._binding = binding
+        self._connection: AsyncConnection | None = None
+
+    async def has_it(self) -> bool:
+        """Tell whether this process is the leader, and let it be if nobody else is."""
+        engine = None if self._binding is None else _engine_of(self._binding)
+        lock = None if engine is None else _LOCKS.get(engine.dialect.name)
+        if engine is None or lock is None:
+            return True
+        if self._connection is not None and await _answers(self._connection):
+            return True
+        await self.give_up()
+        return await self._try(engine, lock)
+
+    async def give_up(self) -> None:
+        """Let another process lead; idempotent."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await finish(connection.close(), "closing the connection of the garbage collector's lock")
+
+    async def _try(self, engine: AsyncEngine, lock: TextClause) -> bool:
+        connection = await engine.connect()
+        try:
+            has_it = bool((await connection.execute(lock)).scalar_one())
+            await connection.commit()
+            if has_it:
+                self._connection = connection
+        finally:
+            if self._connection is not connection:
+                await finish(connection.close(), "closing a connection that has no lock")
+        return has_it
+
+
+def _engine_of(binding: StorageBinding) -> AsyncEngine | None:
+    table = next(iter(binding.metadata.tables.values()), None)
+    if binding.sessions is None or table is None:
+        return None
+    return AsyncEngine(_without_pool(binding.sessions().get_bind(clause=table).engine))
+
+
+def _without_pool(engine: Engine) -> Engine:
+    """Return an engine that connects as another does, and keeps no connection: the lock's must not be one of a small pool's."""
+    pool = engine.pool
+    alone = NullPool(pool._creator, _dispatch=pool.dispatch, dialect=pool._dialect)
+    return Engine(alone, engine.dialect, engine.url, hide_parameters=True)
+
+
+async def _answers(connection: AsyncConnection) -> bool:
+    try:
+        await connection.execute(_PING)
+        await connection.commit()
+    except SQLAlchemyError:
+        return False
+    return True

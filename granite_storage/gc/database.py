@@ -91,13 +91,15 @@ __all__ = [
     "require_one_database",
 ]
 
+logger: logging.Logger = logging.getLogger("granite_storage")
 
-# Every reference of an application in SQL: in the byte order of its location, and what cannot be read as one.
-
-
+_KINDS = (AttachmentType, StoredObjectRefType)
+_COLUMNS_IN_A_STATEMENT = 100
 ELSEWHERE, HERE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY = range(4)
 """What a reference is: to an object of another backend; to one in question; of a backend that no manager has; to one in another
 store than the one that its backend leads to."""
+
+# The statements: every reference in the byte order of its location, and the first value that is none.
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +201,7 @@ def _in_byte_order(location: ColumnElement[str], dialect: str) -> ColumnElement[
     return location if dialect == "sqlite" else cast(location, LargeBinary())
 
 
-# Which columns may refer to an object: those of every base in the same database, and those that only the database knows of.
-
-
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-_KINDS = (AttachmentType, StoredObjectRefType)
+# Which columns may refer to an object.
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +427,7 @@ def _home(sessions: async_sessionmaker[AsyncSession] | None) -> object:
     return None if bind is None else bind.engine.url
 
 
-_COLUMNS_IN_A_STATEMENT = 100
+# The source of references for a collection.
 
 
 class DatabaseReferences:

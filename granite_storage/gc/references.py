@@ -6,14 +6,13 @@ import asyncio
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
 from granite_storage._engine import describe_mismatch, identities_of
 from granite_storage._tasks import finished
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention
-from granite_storage.gc.merge import PAGE, Reference, SortedSpool, temporary_file
+from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager
 from granite_storage.orm.references import held_among, named_in
@@ -171,7 +170,7 @@ class GivenReferences:
             return
         # An ordinary iterator may read from a database or a file, and so may block.
         items = iter(given)
-        while page := await finished(asyncio.to_thread(_take, items)):
+        while page := await finished(asyncio.to_thread(take_page, items)):
             for ref in page:
                 if ref is not None:
                     yield _require_ref(ref)
@@ -184,10 +183,6 @@ def require_callable(iter_references: object) -> None:
             "iter_references must be a callable that returns the refs anew each time, not"
             f" {type(iter_references).__name__}: what was read once is out of date when an object is deleted"
         )
-
-
-def _take(items: Iterator[Any]) -> list[Any]:
-    return list(islice(items, PAGE))
 
 
 def _locations(ref: StoredObjectRef) -> Iterator[str]:

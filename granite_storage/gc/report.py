@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-__all__ = ["MOST_KEPT", "CollectedObject", "DanglingReference", "Fate", "GarbageCollectionReport"]
-
-MOST_KEPT = 1000
-"""How many single things a report holds, so that its size is bounded."""
+__all__ = ["CollectedObject", "DanglingReference", "Fate", "GarbageCollectionReport"]
 
 
 class Fate(StrEnum):

@@ -1,4 +1,4 @@
-"""What direct uploads were finished as: finishing one again gives the same, and one that was refused is not read again."""
+"""The state of a direct upload: what the client has stored, whether it is what was announced, and what it was finished as."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ __all__ = [
     "is_known",
     "require_beginning",
 ]
+
+
+# What uploads were finished as: finishing one again gives the same, and one that was refused is not read again.
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a direct upload may be, as the tokens say that stand for it."""
+"""The tokens of direct uploads, and the URLs that end in one."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Tickets:
         return f"keys={self._tokens.key_ids}"
 
 
-# URLs that end in a token, read in the one way that they are written in.
+# URLs that end in a token.
 
 
 def token_of(scope: Scope) -> str | None:

@@ -57,12 +57,18 @@ from granite_storage.web.errors import (
     UploadTokenError,
     problem_response,
 )
-from granite_storage.web.responses import send_departed, send_status
+from granite_storage.web.responses import is_request, send_departed
 
 __all__ = ["DirectUpload", "DirectUploads", "UploadEndpoint"]
 
+_LONGEST_OWNER = 255
+_OPAQUE = "application/octet-stream"
+_INVALID = "the upload's token is not valid, or has expired"
+_ATTEMPTS = 5
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 2.0
 
-# Where clients send direct uploads to, for backends that sign no requests of their own.
+# The endpoint that clients send to, for backends that sign no requests of their own.
 
 
 class _ReceivedAlreadyError(RequestError):
@@ -87,13 +93,7 @@ class UploadEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
-            return
-        if scope["type"] != "http":
-            raise ValueError(f"DirectUploads serves HTTP, not {scope['type']!r}")
-        if scope["method"] != "PUT":
-            await send_status(send, 405, [("allow", "PUT")])
+        if not await is_request(scope, send, ("PUT",), "DirectUploads"):
             return
         response = await self._answer(Request(scope, receive))
         if response is None:
@@ -149,12 +149,7 @@ def _require_least(size: int | None, min_size: int) -> None:
         raise UploadMismatchError("the file is smaller than was announced")
 
 
-_LONGEST_OWNER = 255
-_OPAQUE = "application/octet-stream"
-_INVALID = "the upload's token is not valid, or has expired"
-_ATTEMPTS = 5
-_FIRST_PAUSE = 0.1
-_LONGEST_PAUSE = 2.0
+# Beginning and finishing a direct upload.
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,9 @@ __all__ = [
     "stream_upload",
 ]
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+_FILE: Mapping[str, Any] = {"type": "string", "format": "binary"}
 
 # Where a file that arrives is stored, and what becomes of it when its request ends.
 
@@ -202,7 +205,7 @@ class Received:
         )
 
 
-T = TypeVar("T")
+# Forms and bodies.
 
 
 class FilePart:
@@ -503,11 +506,6 @@ async def _receive(form: _MultipartForm) -> UploadForm:
 
 
 # What FastAPI's `Depends` takes to receive files.
-
-
-T_co = TypeVar("T_co", covariant=True)
-
-_FILE: Mapping[str, Any] = {"type": "string", "format": "binary"}
 
 
 class UploadDependency(Protocol[T_co]):

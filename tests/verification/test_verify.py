@@ -348,7 +348,7 @@ class TestRuns:
             verify(env.binding, storage_key="dosc")
 
     async def test_findings_that_are_kept_are_bounded(self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("granite_storage.verification._MOST_KEPT", 3)
+        monkeypatch.setattr("granite_storage.verification.MOST_KEPT", 3)
         await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 10)))
         for ref in await env.refs():
             await env.old.delete(ref.location)

@@ -15,7 +15,7 @@ from sqlalchemy import Engine, NullPool, TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from granite_storage._tasks import finish
+from granite_storage._tasks import background, finish, repeat
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.gc.collection import Collection
 from granite_storage.gc.database import DatabaseReferences
@@ -27,7 +27,7 @@ from granite_storage.manager import StorageManager
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["Leadership", "StorageGarbageCollector", "at_work"]
+__all__ = ["Leadership", "StorageGarbageCollector"]
 
 
 logger: logging.Logger = logging.getLogger("granite_storage")
@@ -183,7 +183,7 @@ class StorageGarbageCollector:
         async def collect(storage_key: str) -> GarbageCollectionReport:
             return await self.collect(storage_key=storage_key, dry_run=dry_run)
 
-        async with at_work(keys, collect, interval, Leadership(self._binding)):
+        async with background(_collect_forever(keys, collect, interval.total_seconds(), Leadership(self._binding))):
             yield
 
     def __repr__(self) -> str:
@@ -216,38 +216,20 @@ def _require_limits(grace_period: object, max_deleted_share: object) -> None:
 # Collecting again and again, for as long as an application runs.
 
 
-@asynccontextmanager
-async def at_work(
-    storage_keys: Sequence[str],
-    collect: Callable[[str], Awaitable[GarbageCollectionReport]],
-    interval: timedelta,
-    leadership: Leadership,
-) -> AsyncIterator[None]:
-    """Collect every policy again and again in a task; what is under way is cancelled when the block ends."""
-    task = asyncio.create_task(_collect_forever(storage_keys, collect, interval.total_seconds(), leadership))
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
 async def _collect_forever(
     storage_keys: Sequence[str],
     collect: Callable[[str], Awaitable[GarbageCollectionReport]],
     seconds: float,
     leadership: Leadership,
 ) -> None:
+    async def collect_as_leader() -> None:
+        if await leadership.has_it():
+            await _collect_all(storage_keys, collect)
+
     # Processes that began together would all begin to collect together.
     await asyncio.sleep(random.uniform(0, min(seconds, _LONGEST_FIRST_PAUSE)))  # noqa: S311  # not a secret
     try:
-        while True:
-            try:
-                if await leadership.has_it():
-                    await _collect_all(storage_keys, collect)
-            except Exception:
-                logger.exception("whether this process is to collect garbage could not be found out; it is tried again")
-            await asyncio.sleep(seconds * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311  # not a secret
+        await repeat(collect_as_leader, seconds, "finding out whether this process is to collect garbage", jitter=_JITTER)
     finally:
         await leadership.give_up()
 

@@ -180,8 +180,8 @@ MUTANTS = [
         name="web-url-for-every-method",
         rule="A signed URL is for GET and HEAD.",
         path="granite_storage/web/urls.py",
-        old='if scope["method"] not in ("GET", "HEAD"):',
-        new='if scope["method"] == "DELETE":',
+        old='("GET", "HEAD"), "SignedFiles")',
+        new='("GET", "HEAD", "POST", "PUT"), "SignedFiles")',
         tests=("tests/web/test_urls.py::test_it_is_for_reading",),
     ),
     Mutant(
@@ -204,8 +204,8 @@ MUTANTS = [
         name="web-send-url-for-every-method",
         rule="The URL of a direct upload is for PUT.",
         path="granite_storage/web/direct.py",
-        old='if scope["method"] != "PUT":',
-        new='if scope["method"] == "GET":',
+        old='("PUT",), "DirectUploads")',
+        new='("PUT", "POST"), "DirectUploads")',
         tests=("tests/web/test_direct_endpoint.py::test_it_is_for_sending",),
     ),
     Mutant(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ from sqlalchemy import Column, Connection, Index, MetaData, Table, and_, select
 from sqlalchemy.dialects import mysql
 
 from granite_storage._jobs import places
+from granite_storage._tasks import run_bounded
 from granite_storage.alembic._transactions import Op, columns_of, count, key_pages, online, storage_thread, table_with
 from granite_storage.alembic.sources import read_whole
 from granite_storage.exceptions import ContentError
@@ -88,7 +88,7 @@ def drop_converted_column(
     found = table_with(connection, table, schema, refs=target, others=[source])
     with storage_thread(manager) as thread:
         for keys in key_pages(connection, found, found.c[target].is_not(None), at_a_time):
-            thread.run(_verified(manager, _refs(connection, found, found.c[target], keys)))
+            thread.run(_verify(manager, _refs(connection, found, found.c[target], keys)))
     _require_done(connection, found, found.c[source], found.c[target], empty)
     op.drop_column(table, source, schema=schema)
 
@@ -132,12 +132,15 @@ def _refs(connection: Connection, table: Table, column: Column[Any], keys: list[
     return [StoredObjectRef.from_dict(value) for value in found]
 
 
-async def _verified(manager: StorageManager, refs: Sequence[StoredObjectRef]) -> None:
-    found = await asyncio.gather(*(read_whole(manager, ref) for ref in refs), return_exceptions=True)
-    for ref, error in zip(refs, found, strict=True):
-        if error is not None:
+async def _verify(manager: StorageManager, refs: Sequence[StoredObjectRef]) -> None:
+    async def read(ref: StoredObjectRef) -> None:
+        try:
+            await read_whole(manager, ref)
+        except Exception as error:
             error.add_note(f"while verifying {ref.location!r} in {ref.backend!r}; nothing was dropped")
-            raise error
+            raise
+
+    await run_bounded(refs, read, len(refs))
 
 
 # Indexes over the locations of a column of refs, for whoever asks which row refers to an object.

@@ -10,7 +10,6 @@ back. Only then storage is touched.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -18,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
 from granite_storage._jobs import MOST_KEPT, Run, require_mounted
+from granite_storage._tasks import run_bounded
 from granite_storage.backends.base import ObjectInfo, SupportsBatchDelete, SupportsCleanup, SupportsClock, close_listing
 from granite_storage.exceptions import (
     BackendError,
@@ -371,18 +371,15 @@ class Removal:
             return dict.fromkeys(locations, error)
 
     async def _delete_each(self, locations: Sequence[str]) -> dict[str, StorageError]:
-        places, failures = asyncio.Semaphore(_AT_A_TIME), dict[str, StorageError]()
+        failures: dict[str, StorageError] = {}
 
         async def delete(location: str) -> None:
-            async with places:
-                try:
-                    await self._backend.delete(location)
-                except StorageError as error:
-                    failures[location] = error
+            try:
+                await self._backend.delete(location)
+            except StorageError as error:
+                failures[location] = error
 
-        async with asyncio.TaskGroup() as group:
-            for location in locations:
-                group.create_task(delete(location))
+        await run_bounded(locations, delete, _AT_A_TIME)
         return failures
 
     def _collected(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
@@ -427,19 +424,16 @@ async def find_dangling(
 
 async def _missing(manager: StorageManager, backend_key: str, locations: Sequence[str]) -> dict[str, str]:
     """Return what is wrong at the locations at which there is no object; what cannot be looked at is not wrong."""
-    backend, places, missing = manager.backend(backend_key), asyncio.Semaphore(_AT_A_TIME), dict[str, str]()
+    backend, missing = manager.backend(backend_key), dict[str, str]()
 
     async def look(location: str) -> None:
-        async with places:
-            try:
-                if not await backend.exists(location):
-                    missing[location] = "no object is there"
-            except InvalidLocationError as error:
-                missing[location] = str(error)
-            except BackendError:
-                return
+        try:
+            if not await backend.exists(location):
+                missing[location] = "no object is there"
+        except InvalidLocationError as error:
+            missing[location] = str(error)
+        except BackendError:
+            return
 
-    async with asyncio.TaskGroup() as group:
-        for location in locations:
-            group.create_task(look(location))
+    await run_bounded(locations, look, _AT_A_TIME)
     return missing

@@ -14,7 +14,16 @@ from sqlalchemy import Column, ColumnElement, Connection, LargeBinary, Text, Upd
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from granite_storage._jobs import MOST_KEPT, Budget, Run, in_order, paced, patiently, places, require_mounted
+from granite_storage._jobs import (
+    MOST_KEPT,
+    Budget,
+    Run,
+    in_order,
+    rate_limited,
+    require_concurrency,
+    require_mounted,
+    retry_unavailable,
+)
 from granite_storage._tasks import finish
 from granite_storage.exceptions import (
     BackendUnavailableError,
@@ -46,19 +55,19 @@ if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
     from granite_storage.readers import StoredObjectReader
 
-__all__ = ["Migration", "MigrationReport", "Moved", "Paced", "Verdict", "migrate", "relocate"]
+__all__ = ["MigratedObject", "Migration", "MigrationReport", "MigrationStatus", "RateLimited", "migrate", "relocate"]
 
 
-Paced = Callable[["StoredObjectReader"], AsyncGenerator[bytes, None]]
+RateLimited = Callable[["StoredObjectReader"], AsyncGenerator[bytes, None]]
 """What the bytes of an object pass through on their way."""
 
-_AT_A_TIME = 8
+_CONCURRENCY = 8
 _BATCH = 500
 _TRIES = 5
 _MOST_PASSES = 20
 
 
-class Verdict(StrEnum):
+class MigrationStatus(StrEnum):
     """What became of a reference to an object on another backend."""
 
     MOVED = "moved"
@@ -68,11 +77,11 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class MigratedObject:
     """A reference that a migration has dealt with.
 
     Attributes:
-        verdict: What became of it.
+        status: What became of it.
         table: The table's name, with its schema where it has one.
         primary_key: The row's primary key.
         column: The column's name.
@@ -80,7 +89,7 @@ class Moved:
         message: Why it was not moved.
     """
 
-    verdict: Verdict
+    status: MigrationStatus
     table: str
     primary_key: tuple[Any, ...]
     column: str
@@ -112,24 +121,24 @@ class MigrationReport:
     changed: int = 0
     manual: int = 0
     failed: int = 0
-    failures: list[Moved] = field(default_factory=list)
+    failures: list[MigratedObject] = field(default_factory=list)
     key: str | None = None
     complete: bool = False
 
 
-class Migration(Run[Moved, MigrationReport]):
+class Migration(Run[MigratedObject, MigrationReport]):
     """What `migrate` returns: iterate over it for what it deals with, or await it for the report."""
 
     def __init__(
-        self, binding: StorageBinding, storage_key: str, to_backend: str, at_a_time: int, after: str | None, budget: Budget
+        self, binding: StorageBinding, storage_key: str, to_backend: str, concurrency: int, after: str | None, budget: Budget
     ) -> None:
         super().__init__(MigrationReport(key=after))
         self._binding = binding
         self._scan = Scan(binding)
         self._storage_key = storage_key
         self._to_backend = to_backend
-        self._at_a_time = at_a_time
-        self._paced = partial(paced, budget=budget)
+        self._concurrency = concurrency
+        self._rate_limited = partial(rate_limited, budget=budget)
         self._one_by_one = asyncio.Lock()
         self._given_up: set[tuple[str, tuple[Any, ...], Any]] = set()
         self._first_whole_pass = 1 if after is None else 2
@@ -149,7 +158,7 @@ class Migration(Run[Moved, MigrationReport]):
                         found[held.ref.backend] = number + 1, size + held.ref.size
         return found
 
-    async def _items(self) -> AsyncGenerator[Moved, None]:
+    async def _items(self) -> AsyncGenerator[MigratedObject, None]:
         """Pass over the rows until there is nothing left to do: rows exchange their files behind a pass's back."""
         report = self.report
         while not (report.complete or self._stopped or report.passes == _MOST_PASSES):
@@ -161,8 +170,8 @@ class Migration(Run[Moved, MigrationReport]):
                     yield moved
             report.complete = is_whole and not self._stopped and report.moved + report.changed == before
 
-    async def _pass(self, after: str | None) -> AsyncGenerator[Moved, None]:
-        results = in_order(self._batches(after), self._move_row, at_a_time=self._at_a_time, is_stopped=lambda: self._stopped)
+    async def _pass(self, after: str | None) -> AsyncGenerator[MigratedObject, None]:
+        results = in_order(self._batches(after), self._move_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
         async with aclosing(results):
             async for (row, _), dealt_with in results:
                 for moved in dealt_with:
@@ -170,19 +179,19 @@ class Migration(Run[Moved, MigrationReport]):
                     yield moved
                 self.report.rows += 1
                 self.report.key = row.key
-                self._notice()
+                self._on_progress()
 
-    def _note(self, moved: Moved) -> None:
+    def _note(self, moved: MigratedObject) -> None:
         report = self.report
-        match moved.verdict:
-            case Verdict.MOVED:
+        match moved.status:
+            case MigrationStatus.MOVED:
                 report.moved += 1
                 report.bytes_moved += moved.ref.size if moved.ref is not None else 0
-            case Verdict.CHANGED:
+            case MigrationStatus.CHANGED:
                 report.changed += 1
-            case Verdict.MANUAL:
+            case MigrationStatus.MANUAL:
                 report.manual += 1
-            case Verdict.FAILED:
+            case MigrationStatus.FAILED:
                 report.failed += 1
                 if len(report.failures) < MOST_KEPT:
                     report.failures.append(moved)
@@ -217,28 +226,28 @@ class Migration(Run[Moved, MigrationReport]):
             return True
         return held.ref.storage_key == self._storage_key and held.ref.backend != self._to_backend
 
-    async def _move_row(self, item: tuple[RefRow, set[str]]) -> list[Moved]:
+    async def _move_row(self, item: tuple[RefRow, set[str]]) -> list[MigratedObject]:
         row, shared = item
         return [await self._deal_with(held, shared) for held in row.values if self._concerns(held)]
 
-    async def _deal_with(self, held: HeldValue, shared: set[str]) -> Moved:
+    async def _deal_with(self, held: HeldValue, shared: set[str]) -> MigratedObject:
         dealt_with = await self._try_to_move(held, shared)
-        if dealt_with.verdict is Verdict.FAILED:
+        if dealt_with.status is MigrationStatus.FAILED:
             self._given_up.add((held.label, held.primary_key, held.raw))
         return dealt_with
 
-    async def _try_to_move(self, held: HeldValue, shared: set[str]) -> Moved:
+    async def _try_to_move(self, held: HeldValue, shared: set[str]) -> MigratedObject:
         """Move what a column holds; where a writer was faster, what it holds then, unless that is where it should be."""
         if not held.is_managed:
-            return _moved(Verdict.MANUAL, held, "a plain column of refs is the application's to change")
+            return _moved(MigrationStatus.MANUAL, held, "a plain column of refs is the application's to change")
         error: Exception | None = None
         for _ in range(_TRIES):
             if held.ref is None:
-                return _moved(Verdict.FAILED, held, held.error)
+                return _moved(MigrationStatus.FAILED, held, held.error)
             error = None
             try:
-                if await patiently(partial(self._relocate, held, held.ref, shared)):
-                    return _moved(Verdict.MOVED, held)
+                if await retry_unavailable(partial(self._relocate, held, held.ref, shared)):
+                    return _moved(MigrationStatus.MOVED, held)
             except (BackendUnavailableError, StorageFullError):
                 raise
             except UnknownBackendError as problem:
@@ -249,19 +258,19 @@ class Migration(Run[Moved, MigrationReport]):
                 error = problem
             found = await self._scan.read_again(held)
             if found is None or not self._concerns(found):
-                return _moved(Verdict.CHANGED, held, "a writer was faster")
+                return _moved(MigrationStatus.CHANGED, held, "a writer was faster")
             if error is not None and found.raw == held.raw and not _may_pass(error):
                 if isinstance(error, ObjectNotFoundError):
                     await require_mounted(held.ref.backend, self._binding.manager.backend(held.ref.backend))
-                return _moved(Verdict.FAILED, held, error)
+                return _moved(MigrationStatus.FAILED, held, error)
             held = found
-        return _moved(Verdict.CHANGED, held, error or "a writer was faster, again and again")
+        return _moved(MigrationStatus.CHANGED, held, error or "a writer was faster, again and again")
 
     async def _relocate(self, held: HeldValue, ref: StoredObjectRef, shared: set[str]) -> bool:
         if ref.location not in shared:
-            return await relocate(self._binding, held, paced=self._paced, is_shared=False)
+            return await relocate(self._binding, held, rate_limited=self._rate_limited, is_shared=False)
         async with self._one_by_one:
-            return await relocate(self._binding, held, paced=self._paced, is_shared=True)
+            return await relocate(self._binding, held, rate_limited=self._rate_limited, is_shared=True)
 
 
 def migrate(
@@ -269,7 +278,7 @@ def migrate(
     *,
     storage_key: str,
     to_backend: str,
-    at_a_time: int = _AT_A_TIME,
+    concurrency: int = _CONCURRENCY,
     after: str | None = None,
     bytes_per_second: float | None = None,
 ) -> Migration:
@@ -289,8 +298,8 @@ def migrate(
         binding: What `bind_storage(..., sessions=...)` returned; it must be in force.
         storage_key: Whose objects.
         to_backend: The key of the backend that they shall be on.
-        at_a_time: How many rows are dealt with side by side.
-        after: The `report.key` of an earlier run, to go on behind it; the rows before it are looked at once more at the end.
+        concurrency: How many rows are dealt with side by side.
+        after: The `report.key` of an earlier run, to go on behind it; the rows before it are re-checked at the end.
         bytes_per_second: The most bytes that are copied in a second; None for any number.
 
     Returns:
@@ -311,7 +320,7 @@ def migrate(
         )
     if find_binding(binding.metadata) is not binding:
         raise ConfigurationError("the binding is not in force: it was unbound, or its base was bound again since")
-    return Migration(binding, storage_key, to_backend, places(at_a_time), after, Budget(bytes_per_second))
+    return Migration(binding, storage_key, to_backend, require_concurrency(concurrency), after, Budget(bytes_per_second))
 
 
 def _may_pass(error: Exception) -> bool:
@@ -319,8 +328,8 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, SQLAlchemyError | StaleAttachmentError)
 
 
-def _moved(verdict: Verdict, held: HeldValue, message: object = "") -> Moved:
-    return Moved(verdict, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))
+def _moved(status: MigrationStatus, held: HeldValue, message: object = "") -> MigratedObject:
+    return MigratedObject(status, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))
 
 
 # Moving one object: copy, swap, and only then let go.
@@ -331,13 +340,13 @@ def _moved(verdict: Verdict, held: HeldValue, message: object = "") -> Moved:
 # rolled back, or the row no longer what it was, the copy; unknown, neither.
 
 
-async def relocate(binding: StorageBinding, held: HeldValue, *, paced: Paced, is_shared: bool) -> bool:
+async def relocate(binding: StorageBinding, held: HeldValue, *, rate_limited: RateLimited, is_shared: bool) -> bool:
     """Copy the object of an attachment column to where its policy writes now, and let the row refer to the copy.
 
     Args:
         binding: The binding in force for the base.
         held: What the column holds.
-        paced: What the bytes pass through on their way.
+        rate_limited: What the bytes pass through on their way.
         is_shared: Whether another value refers to the same object, as only SQL past the library can bring about; then the object
             goes with the last one.
 
@@ -352,7 +361,7 @@ async def relocate(binding: StorageBinding, held: HeldValue, *, paced: Paced, is
     home = held.column.type
     if binding.sessions is None or not isinstance(home, AttachmentType) or held.ref is None:
         raise TypeError("only what an attachment column holds can be relocated, through a binding with sessions")
-    copy = _Relocated(held.ref, held, paced)
+    copy = _Relocated(held.ref, held, rate_limited)
     await store([Upload(copy, home, "")])
     swap = _Swap(held, held.ref, copy, is_shared=is_shared)
     try:
@@ -379,10 +388,10 @@ async def _abandoned(copy: _Relocated) -> None:
 class _Relocated(Attachment):
     """A pending attachment that becomes a copy of what a row holds, on the backend that its policy names now."""
 
-    def __init__(self, original: StoredObjectRef, held: HeldValue, paced: Paced) -> None:
+    def __init__(self, original: StoredObjectRef, held: HeldValue, rate_limited: RateLimited) -> None:
         self._original = original
         self._held = held
-        self._paced = paced
+        self._rate_limited = rate_limited
 
     def _draft(self, home: ColumnType, entity_id: str) -> ObjectDraft:
         """Decide where the copy will be: below the same names, and whatever its size, for it was let in once."""
@@ -391,7 +400,7 @@ class _Relocated(Attachment):
 
     async def _put(self, home: ColumnType, draft: ObjectDraft) -> None:
         manager = home.binding().manager
-        async with manager.open(self._original, verify=True) as reader, aclosing(self._paced(reader)) as chunks:
+        async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
             copy = await manager.put_draft(draft, chunks)
         self._ref, self._home = _with_history_of(self._original, copy), home
 

@@ -38,7 +38,7 @@ T = TypeVar("T")
 Op: TypeAlias = Operations | Any
 Step: TypeAlias = Callable[[], AbstractContextManager[None]]
 
-_KEYS_AT_A_TIME = 500
+_KEYS_PER_PAGE = 500
 
 
 def online(op: Op, what: str) -> Connection:
@@ -129,11 +129,11 @@ def key_pages(connection: Connection, table: Table, where: ColumnElement[bool], 
     keys = list(table.primary_key)
     after: tuple[Any, ...] | None = None
     while True:
-        statement = following(select(*keys).where(where), keys, after).order_by(*keys).limit(_KEYS_AT_A_TIME)
+        statement = following(select(*keys).where(where), keys, after).order_by(*keys).limit(_KEYS_PER_PAGE)
         page = [tuple(row) for row in connection.execute(statement)]
         for start in range(0, len(page), size):
             yield page[start : start + size]
-        if len(page) < _KEYS_AT_A_TIME:
+        if len(page) < _KEYS_PER_PAGE:
             return
         after = page[-1]
 

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Column, Connection, Index, MetaData, Table, and_, select
 from sqlalchemy.dialects import mysql
 
-from granite_storage._jobs import places
+from granite_storage._jobs import require_concurrency
 from granite_storage._tasks import run_bounded
 from granite_storage.alembic._transactions import Op, columns_of, count, key_pages, online, storage_thread, table_with
 from granite_storage.alembic.sources import read_whole
@@ -60,7 +60,7 @@ def drop_converted_column(
     *,
     empty: Sequence[object] = (),
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
 ) -> None:
     """Drop a column that was converted, once every object that has replaced it was read and found right.
 
@@ -75,19 +75,19 @@ def drop_converted_column(
         target: The column of refs that replaces it.
         empty: Values of the source that stand for no file, such as `""`, and need no ref.
         schema: The table's schema.
-        at_a_time: How many objects are read side by side.
+        concurrency: How many objects are read side by side.
 
     Raises:
         ContentError: A row was not converted; an object has another size or checksum than its ref says.
         ObjectNotFoundError: An object is not there.
     """
     connection = online(op, "verifying a conversion")
-    places(at_a_time)
+    require_concurrency(concurrency)
     if source not in columns_of(connection, table, schema):
         return
     found = table_with(connection, table, schema, refs=target, others=[source])
     with storage_thread(manager) as thread:
-        for keys in key_pages(connection, found, found.c[target].is_not(None), at_a_time):
+        for keys in key_pages(connection, found, found.c[target].is_not(None), concurrency):
             thread.run(_verify(manager, _refs(connection, found, found.c[target], keys)))
     _require_done(connection, found, found.c[source], found.c[target], empty)
     op.drop_column(table, source, schema=schema)

@@ -108,7 +108,7 @@ async def removed(manager: StorageManager, ref: StoredObjectRef) -> None:
     await finish(manager.delete(ref), f"deleting the object {ref.location!r}, which no row refers to")
 
 
-async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]], at_a_time: int) -> list[Stored | None]:
+async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]], concurrency: int) -> list[Stored | None]:
     """Do all of it side by side; where one fails, remove what the others have stored, and raise its error with its row's name."""
     own: list[StoredObjectRef] = []
 
@@ -124,7 +124,7 @@ async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]]
         return stored
 
     try:
-        return await run_bounded(works, store, at_a_time)
+        return await run_bounded(works, store, concurrency)
     except BaseException:
         await finish(_remove_all(manager, own), "removing the objects of a step that failed")
         raise

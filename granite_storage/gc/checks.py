@@ -49,14 +49,14 @@ async def require_heartbeat(connection: AsyncConnection, tables: JournalTables) 
     """Refuse a database in which no worker was at work for long: it may have been restored from a backup.
 
     Raises:
-        CollectionRefusedError: It may; `accept_restore=True` says that it is the right one.
+        CollectionRefusedError: It may; `allow_restored_database=True` says that it is the right one.
     """
     gap = await find_gap(connection, tables)
     if gap is not None:
         raise CollectionRefusedError(
             f"no worker of the journal was at work for {gap}: the database may have been restored from a backup, and objects"
             " that its rows do not refer to may be those of rows that are yet to come back. Once you are sure that it is the"
-            " right one, collect with accept_restore=True"
+            " right one, collect with allow_restored_database=True"
         )
 
 

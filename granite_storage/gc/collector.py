@@ -17,11 +17,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from granite_storage._tasks import background, finish, repeat
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.gc.collection import Collection
+from granite_storage.gc.collection import CollectionRun
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.gc.references import GivenReferences, IterReferences, ReferenceSource, require_callable
 from granite_storage.gc.report import GarbageCollectionReport
-from granite_storage.gc.scope import Territory
+from granite_storage.gc.scope import CollectionScope
 from granite_storage.manager import StorageManager
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class StorageGarbageCollector:
     - only what lies below the policy's prefix, by whole segments, and not below another policy's, can be an orphan, and only if
       its name is of the form that the library gives;
     - only what is older than the grace period, by the backend's clock;
-    - each batch is looked at once more right before it is deleted, in one statement over every column and the journal;
+    - each batch is checked once more right before it is deleted, in one statement over every column and the journal;
     - a run that would delete more than `max_deleted_share` of what it has scanned deletes nothing, and so does one that finds no
       reference to anything there, a value that is not a reference, one to an unknown backend or to another store than its
       backend leads to, another backend of the manager on the same place, or a local folder without its marker.
@@ -104,7 +104,7 @@ class StorageGarbageCollector:
         self._max_deleted_share = float(max_deleted_share)
 
     async def collect(
-        self, *, storage_key: str, dry_run: bool = True, accept_restore: bool = False, accept_empty: bool = False
+        self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
     ) -> GarbageCollectionReport:
         """Collect once.
 
@@ -114,9 +114,9 @@ class StorageGarbageCollector:
         Args:
             storage_key: The policy whose objects are looked at.
             dry_run: Whether orphans are only counted; `report.refusal` then says whether another run would go ahead.
-            accept_restore: Whether a gap in the heartbeat of the journal's workers is no reason to stop: a person knows that the
+            allow_restored_database: Go on despite a gap in the heartbeat of the journal's workers, once you know that the
                 database is the right one.
-            accept_empty: Whether it is no reason to stop that nothing refers to any of the objects.
+            allow_no_references: Go on where nothing refers to any of the objects.
 
         Returns:
             What was found and done.
@@ -127,26 +127,29 @@ class StorageGarbageCollector:
             BackendError: The backend could not be listed, or is out of reach; what was deleted until then is gone.
         """
         return await self.collection(
-            storage_key=storage_key, dry_run=dry_run, accept_restore=accept_restore, accept_empty=accept_empty
+            storage_key=storage_key,
+            dry_run=dry_run,
+            allow_restored_database=allow_restored_database,
+            allow_no_references=allow_no_references,
         )
 
     def collection(
-        self, *, storage_key: str, dry_run: bool = True, accept_restore: bool = False, accept_empty: bool = False
-    ) -> Collection:
+        self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
+    ) -> CollectionRun:
         """Return a run that does what `collect` does, for who wants to see each orphan, follow its report, or stop it.
 
         Arguments and errors are those of `collect`.
         """
-        territory = Territory.of(self._manager, storage_key)
-        return Collection(
+        scope = CollectionScope.of(self._manager, storage_key)
+        return CollectionRun(
             self._manager,
-            territory,
-            self._source(territory.backend),
+            scope,
+            self._source(scope.backend),
             grace_period=self._grace_period,
             max_deleted_share=self._max_deleted_share,
             dry_run=dry_run,
-            accept_restore=accept_restore,
-            accept_empty=accept_empty,
+            allow_restored_database=allow_restored_database,
+            allow_no_references=allow_no_references,
         )
 
     @asynccontextmanager

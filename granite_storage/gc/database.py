@@ -453,11 +453,11 @@ class DatabaseReferences:
         self._journals: list[JournalTables] = []
 
     @property
-    def at_a_time(self) -> int:
-        """How many locations `find_held` takes."""
+    def batch_size(self) -> int:
+        """The most locations that `find_held` takes."""
         return most_at_once(self._columns[:_COLUMNS_IN_A_STATEMENT], self._journals)
 
-    async def require_fit(self, *, accept_restore: bool) -> None:
+    async def require_fit(self, *, allow_restored_database: bool) -> None:
         """Refuse a database that could hide references or forget what it has committed, and one that may have been restored."""
         bases = await bound_bases(self._binding, self._backend)
         declared = [column for base in bases for column in base.columns]
@@ -469,8 +469,8 @@ class DatabaseReferences:
         require_one_database(self._sessions, [*(column.table for column in declared), *of_journals])
         self._identities = await identities_of(self._binding.manager.backend(self._backend))
         await self._look_at_the_database(bases)
-        if accept_restore and self._binding.journal is not None:
-            await self._binding.journal.accept_restore()
+        if allow_restored_database and self._binding.journal is not None:
+            await self._binding.journal.allow_restored_database()
         for base in bases:
             if base.binding.journal is not None:
                 async with self._connection(translated=True) as connection:

@@ -25,11 +25,11 @@ class ReferenceSource(Protocol):
     """All references there are, whatever their storage key."""
 
     @property
-    def at_a_time(self) -> int:
-        """How many locations `find_held` takes."""
+    def batch_size(self) -> int:
+        """The most locations that `find_held` takes."""
         ...
 
-    async def require_fit(self, *, accept_restore: bool) -> None:
+    async def require_fit(self, *, allow_restored_database: bool) -> None:
         """Refuse what could not be relied on.
 
         Raises:
@@ -98,11 +98,11 @@ class GivenReferences:
         self._storage_keys: set[str] = set()
 
     @property
-    def at_a_time(self) -> int:
-        """How many locations `find_held` takes: each call reads all references."""
+    def batch_size(self) -> int:
+        """The most locations that `find_held` takes: each call reads all references."""
         return 10_000
 
-    async def require_fit(self, *, accept_restore: bool) -> None:
+    async def require_fit(self, *, allow_restored_database: bool) -> None:
         """Accept: nothing is known of where they come from."""
 
     @asynccontextmanager

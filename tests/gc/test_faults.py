@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from granite_storage import AccessDeniedError, BackendUnavailableError, CollectionRefusedError, ConfigurationError, Fate
+from granite_storage import AccessDeniedError, BackendUnavailableError, CollectionRefusedError, ConfigurationError, OrphanStatus
 from granite_storage.backends.base import StorageBackend, SupportsBatchDelete, SupportsClock
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.gc import database
@@ -48,7 +48,7 @@ async def test_a_listing_that_ends_early_and_tells_nobody(plain_env: GcEnvironme
     """What was not listed is not deleted, and its references are not taken for dangling."""
     await fill(plain_env, 9)
     plain_env.store.cut("iter_objects", after=2, silently=True)
-    report = await plain_env.collector().collect(storage_key="docs", dry_run=False, accept_empty=True)
+    report = await plain_env.collector().collect(storage_key="docs", dry_run=False, allow_no_references=True)
     assert report.dangling == []
     assert report.deleted == 2 - report.referenced
 
@@ -81,8 +81,8 @@ async def test_some_cannot_be_deleted(
     monkeypatch.setattr(plain_env.aged, "delete_many", some)
     report = await plain_env.collect()
     assert (report.orphaned, report.deleted, report.failed) == (9, 6, 3)
-    assert {(item.fate, item.location, item.error) for item in report.failures} == {
-        (Fate.FAILED, location, "AccessDeniedError: held") for location in stubborn
+    assert {(item.status, item.location, item.error) for item in report.failures} == {
+        (OrphanStatus.FAILED, location, "AccessDeniedError: held") for location in stubborn
     }
     assert sum("could not delete the orphan" in record.message for record in caplog.records) == 3
     monkeypatch.undo()

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from granite_storage import CollectionRefusedError, StorageGarbageCollector, migrate, verify
-from granite_storage.migration import Verdict
+from granite_storage.migration import MigrationStatus
 from granite_storage.verification import Problem
 from tests.migration.environment import MigrationEnvironment, Shelf, file
 
@@ -36,7 +36,7 @@ async def test_a_lone_surrogate(env: MigrationEnvironment, changes: dict[str, st
         assert (report.moved, report.failed) == (2, 0)  # it is another policy's
     else:
         assert (report.moved, report.failed) == (2, 1)
-        assert [(item.verdict, item.primary_key) for item in report.failures] == [(Verdict.FAILED, (2,))]
+        assert [(item.status, item.primary_key) for item in report.failures] == [(MigrationStatus.FAILED, (2,))]
     found = await verify(env.binding)
     assert found.rows == 3
     assert {finding.primary_key for finding in found.findings} <= {(2,)}

@@ -205,12 +205,12 @@ class StorageJournal:
         async with at_work(self.manager.backends, recover, interval, self._alarm):
             yield
 
-    async def revive_dead_letters(self) -> int:
+    async def retry_dead_letters(self) -> int:
         """Let the deletes that were given up be tried again by the next pass; return how many there are."""
         await self._ensure_checked()
-        return await self._recovery().revive()
+        return await self._recovery().retry_dead_letters()
 
-    async def accept_restore(self) -> None:
+    async def allow_restored_database(self) -> None:
         """Say that this is the right database, though no worker was at work in it for long, as in one restored from a backup.
 
         Until then the garbage collector deletes nothing.

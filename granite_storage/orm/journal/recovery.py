@@ -162,7 +162,7 @@ class Recovery:
         async with self._pool.reading() as connection:
             return set((await connection.execute(union(*named))).scalars()) - set(self._manager.backends)
 
-    async def revive(self) -> int:
+    async def retry_dead_letters(self) -> int:
         """Let dead letters be tried again; return how many there were."""
         reclaim = self._tables.reclaim
         async with self._pool.durable() as connection:

@@ -79,7 +79,7 @@ async def test_an_object_that_kills_its_workers_is_a_dead_letter(
     assert "none has come to an end" in failed.error
     assert poison.location in caplog.text
     assert [await other.exists() for other in others] == [False] * len(others)
-    assert await journal_of(env).revive_dead_letters() == 1
+    assert await journal_of(env).retry_dead_letters() == 1
     assert (await journal_of(env).recover()).deleted == 1
     await env.recover()
 

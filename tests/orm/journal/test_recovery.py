@@ -154,7 +154,7 @@ class TestReports:
         assert (failed.attempts, failed.next_attempt) == (2, None)
         assert [record.levelno for record in caplog.records if "could not delete" in record.message][-1] == logging.ERROR
         assert await stored.exists()
-        assert await journal.revive_dead_letters() == 1
+        assert await journal.retry_dead_letters() == 1
         assert (await journal.recover()).deleted == 1
 
     @pytest.mark.parametrize("fenced", [False, True], ids=["intent", "fenced"])

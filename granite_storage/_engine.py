@@ -558,7 +558,7 @@ class Engine:
     def open(self, ref: StoredObjectRef, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
         """Return what opens an object, or a range of one, when it is awaited or entered."""
 
-        async def open_range(start: int, count: int) -> ObjectReader:
+        async def open_range(start: int, count: int | None) -> ObjectReader:
             with self._lifecycle.call(), self._at(ref) as backend:
                 return await backend.open(ref.location, offset=start, length=count)
 

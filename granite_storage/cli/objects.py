@@ -14,6 +14,7 @@ from typing import IO, Any
 import click
 
 from granite_storage._tasks import finish, finished
+from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ObjectInfo, ObjectReader
 from granite_storage.cli.output import shown_size
 from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
@@ -172,7 +173,7 @@ def cp_command(
 
 
 async def _copy_out(context: CommandContext, key: str, location: str, target: str, *, force: bool) -> None:
-    reader = await context.binding.manager.backend(key).open(location)
+    reader = await open_resuming(context.binding.manager.backend(key), location)
     try:
         if target == "-":
             await _pump(context, reader, context.output.raw)

@@ -308,8 +308,8 @@ class TestCopies:
 
     async def test_an_error_says_on_which_side_it_was(self, manager: StorageManager, backends: dict[str, Any]) -> None:
         ref = await manager.put_bytes(**SLOT, content=bytes(3 * MIB))
-        backends["here"].cut("open", after=MIB)
-        with pytest.raises(BackendUnavailableError) as caught:
+        backends["here"].cut("open", after=MIB, error=BackendError("broken"))
+        with pytest.raises(BackendError, match="broken") as caught:
             await manager.copy(ref, **COPY, storage_key="others")
         assert caught.value.backend == "here"
         backends["there"].cut("put_stream", after=MIB)

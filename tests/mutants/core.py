@@ -64,18 +64,17 @@ MUTANTS = [
     Mutant(
         name="core-body-ends-early",
         rule="A reader never ends short: where bytes are missing it raises.",
-        path="granite_storage/readers.py",
-        old="        if not chunk:\n            raise BackendError(",
-        new="        if not chunk:\n            self._position = self.size\n            return b''\n"
-        "            raise BackendError(",
+        path="granite_storage/backends/_resuming.py",
+        old="        if not chunk:\n            location, left",
+        new="        if not chunk:\n            self.position = self._stop\n            return b''\n            location, left",
         tests=("tests/core/test_readers.py::TestWrongObjects::test_a_body_that_ends_early_raises",),
     ),
     Mutant(
         name="core-two-objects-in-one-read",
         rule="A reader that opens its object again gets the same one or raises.",
-        path="granite_storage/readers.py",
-        old="if (self._source.info.size, self._source.info.etag) != (self.info.size, self.info.etag):",
-        new="if self._source.info.size != self.info.size:",
+        path="granite_storage/backends/_resuming.py",
+        old="return (info.size, info.etag) == (self.info.size, self.info.etag) and (",
+        new="return info.size == self.info.size or (",
         tests=("tests/core/test_readers.py::TestWrongObjects::test_an_object_that_is_replaced_while_it_is_read_raises",),
     ),
     Mutant(

@@ -25,7 +25,7 @@ from granite_storage import (
     bind_storage,
     iter_model_storage_refs,
 )
-from granite_storage.gc import CollectedObject, DanglingReference, GarbageCollectionReport
+from granite_storage.gc import CollectedObject, DanglingReference, GarbageCollectionReport, OrphanStatus
 
 
 class Base(DeclarativeBase):

@@ -464,8 +464,10 @@ class _MultipartForm(_Form):
         while (chunk := await self._reader.next_chunk(head)) is not None:
             chunks.append(chunk)
             size += len(chunk)
-            self._limits.require("max_field_size", size, "a field is too large")
-            self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
+            if size > self._limits.max_field_size:
+                self._limits.require("max_field_size", size, "a field is too large")
+            if self._fields_size + size > self._limits.max_fields_size:
+                self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
         self._fields_size += size
         try:
             return b"".join(chunks).decode()

@@ -7,17 +7,29 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from granite_storage.backends.base import StorageBackend, SupportsMountCheck
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
 from granite_storage.readers import StoredObjectReader
 
-__all__ = ["Budget", "Run", "in_order", "paced", "patiently", "places", "require_mounted"]
+__all__ = [
+    "MOST_KEPT",
+    "Budget",
+    "Run",
+    "in_order",
+    "rate_limited",
+    "require_concurrency",
+    "require_mounted",
+    "retry_unavailable",
+]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = TypeVar("Report")
+
+MOST_KEPT = 1000
+"""How many single things a report holds, so that its size is bounded."""
 
 _AHEAD = 4
 _PAUSES = (0.5, 2.0)
@@ -37,18 +49,16 @@ class Run(ABC, Generic[Item, Report]):
         self.report = report
         self._stopped = False
         self._begun = False
-        self._notice: Callable[[], None] = lambda: None
+        self._on_progress: Callable[[], None] = lambda: None
 
     def stop(self) -> None:
         """Begin nothing more; what is under way is done to its end, and then the run ends."""
         self._stopped = True
 
-    async def noticed(self, notice: Callable[[], None]) -> AsyncGenerator[Item, None]:
-        """Yield what iterating yields, and call `notice` each time that the report has grown."""
-        self._notice = notice
-        async with aclosing(aiter(self)) as items:
-            async for item in items:
-                yield item
+    def on_progress(self, callback: Callable[[], None]) -> Self:
+        """Call a function each time that the report has grown; return the run, to iterate over it or to await it."""
+        self._on_progress = callback
+        return self
 
     def __aiter__(self) -> AsyncGenerator[Item, None]:
         if self._begun:
@@ -74,25 +84,25 @@ async def in_order(
     items: AsyncGenerator[Item, None],
     work: Callable[[Item], Awaitable[Result]],
     *,
-    at_a_time: int,
+    concurrency: int,
     is_stopped: Callable[[], bool],
 ) -> AsyncGenerator[tuple[Item, Result], None]:
-    """Do work on items, several at a time, and yield the results in the items' order: so each one ends all before it.
+    """Do work on items, several at a time, and yield the results in the items' order: a result says that all before it are done.
 
-    An error ends it; work under way is cancelled and waited for. Memory is that of a few times `at_a_time` items.
+    An error ends it; work under way is cancelled and waited for. Memory is that of a few times `concurrency` items.
     """
-    places = asyncio.Semaphore(at_a_time)
+    slots = asyncio.Semaphore(concurrency)
     tasks: deque[asyncio.Task[tuple[Item, Result] | None]] = deque()
 
     async def one(item: Item) -> tuple[Item, Result] | None:
-        async with places:
+        async with slots:
             return None if is_stopped() else (item, await work(item))
 
     try:
         async with aclosing(items):
             async for item in items:
                 tasks.append(asyncio.create_task(one(item)))
-                while tasks and (tasks[0].done() or len(tasks) >= _AHEAD * at_a_time):
+                while tasks and (tasks[0].done() or len(tasks) >= _AHEAD * concurrency):
                     done = await tasks[0]
                     tasks.popleft()
                     if done is None:
@@ -116,11 +126,11 @@ async def _without_errors(tasks: deque[asyncio.Task[Result]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def places(at_a_time: object) -> int:
-    """Return how many things are done side by side, once it is a number of things."""
-    if isinstance(at_a_time, bool) or not isinstance(at_a_time, int) or at_a_time < 1:
-        raise ConfigurationError(f"at_a_time must be a number of at least 1, not {at_a_time!r}")
-    return at_a_time
+def require_concurrency(concurrency: object) -> int:
+    """Return a concurrency, once it is known to be a number of at least 1."""
+    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+        raise ConfigurationError(f"concurrency must be an integer of at least 1, not {concurrency!r}")
+    return concurrency
 
 
 class Budget:
@@ -145,14 +155,14 @@ class Budget:
         await asyncio.sleep(self._free - now)
 
 
-async def paced(reader: StoredObjectReader, budget: Budget) -> AsyncGenerator[bytes, None]:
+async def rate_limited(reader: StoredObjectReader, budget: Budget) -> AsyncGenerator[bytes, None]:
     """Yield an object's chunks, no faster than a budget allows."""
     async for chunk in reader:
         yield chunk
         await budget.spend(len(chunk))
 
 
-async def patiently(call: Callable[[], Awaitable[Result]]) -> Result:
+async def retry_unavailable(call: Callable[[], Awaitable[Result]]) -> Result:
     """Make a call, and again after a while where the backend was out of reach; then its error says that it really is."""
     for pause in _PAUSES:
         try:

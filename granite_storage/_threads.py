@@ -352,9 +352,6 @@ class _Mailbox:
             result.deliver()
 
 
-# Chunks on their way to a thread, in order and bounded.
-
-
 class ThreadConsumer:
     """Hands chunks, in order, to a function in a thread, and holds a bounded number of bytes meanwhile.
 

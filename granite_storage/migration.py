@@ -14,7 +14,16 @@ from sqlalchemy import Column, ColumnElement, Connection, LargeBinary, Text, Upd
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from granite_storage._jobs import Budget, Run, in_order, paced, patiently, places, require_mounted
+from granite_storage._jobs import (
+    MOST_KEPT,
+    Budget,
+    Run,
+    in_order,
+    rate_limited,
+    require_concurrency,
+    require_mounted,
+    retry_unavailable,
+)
 from granite_storage._tasks import finish
 from granite_storage.exceptions import (
     BackendUnavailableError,
@@ -41,15 +50,290 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from granite_storage.manager import ObjectDraft
+    from granite_storage._engine import PreparedUpload
+    from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.binding import StorageBinding
     from granite_storage.readers import StoredObjectReader
 
-__all__ = ["Migration", "MigrationReport", "Moved", "Paced", "Verdict", "migrate", "relocate"]
+__all__ = ["MigratedObject", "Migration", "MigrationReport", "MigrationStatus", "RateLimited", "migrate", "relocate"]
 
 
-# Moving the object that a row holds to another backend, while the application goes on: copy, swap, and only then let go.
+RateLimited = Callable[["StoredObjectReader"], AsyncGenerator[bytes, None]]
+"""What the bytes of an object pass through on their way."""
+
+_CONCURRENCY = 8
+_BATCH = 500
+_TRIES = 5
+_MOST_PASSES = 20
+
+
+class MigrationStatus(StrEnum):
+    """What became of a reference to an object on another backend."""
+
+    MOVED = "moved"
+    CHANGED = "changed meanwhile"
+    FAILED = "failed"
+    MANUAL = "left to the application"
+
+
+@dataclass(frozen=True, slots=True)
+class MigratedObject:
+    """A reference that a migration has dealt with.
+
+    Attributes:
+        status: What became of it.
+        table: The table's name, with its schema where it has one.
+        primary_key: The row's primary key.
+        column: The column's name.
+        ref: What the column held, where that was a ref.
+        message: Why it was not moved.
+    """
+
+    status: MigrationStatus
+    table: str
+    primary_key: tuple[Any, ...]
+    column: str
+    ref: StoredObjectRef | None
+    message: str = ""
+
+
+@dataclass(slots=True)
+class MigrationReport:
+    """What a migration has done.
+
+    Attributes:
+        rows: How many rows were read, in all passes.
+        passes: How many passes were begun.
+        moved: How many objects were moved.
+        bytes_moved: How many bytes they have.
+        changed: How many references a writer replaced or removed before their object could be moved.
+        manual: How many references are in plain columns of refs, which are the application's to change.
+        failed: How many could not be moved.
+        failures: The first thousand of those.
+        key: The key of the last row of this pass up to which all is done, for `migrate(..., after=key)`; None before the first.
+        complete: Whether it has come to its end: a whole pass found nothing more that could be moved.
+    """
+
+    rows: int = 0
+    passes: int = 0
+    moved: int = 0
+    bytes_moved: int = 0
+    changed: int = 0
+    manual: int = 0
+    failed: int = 0
+    failures: list[MigratedObject] = field(default_factory=list)
+    key: str | None = None
+    complete: bool = False
+
+
+class Migration(Run[MigratedObject, MigrationReport]):
+    """What `migrate` returns: iterate over it for what it deals with, or await it for the report."""
+
+    def __init__(
+        self, binding: StorageBinding, storage_key: str, to_backend: str, concurrency: int, after: str | None, budget: Budget
+    ) -> None:
+        super().__init__(MigrationReport(key=after))
+        self._binding = binding
+        self._scan = Scan(binding)
+        self._storage_key = storage_key
+        self._to_backend = to_backend
+        self._concurrency = concurrency
+        self._rate_limited = partial(rate_limited, budget=budget)
+        self._one_by_one = asyncio.Lock()
+        self._given_up: set[tuple[str, tuple[Any, ...], Any]] = set()
+        self._first_whole_pass = 1 if after is None else 2
+
+    async def count(self) -> int:
+        """Return how many rows there are to read in a pass, for who wants to show how far it is."""
+        return await self._scan.count()
+
+    async def waiting(self) -> dict[str, tuple[int, int]]:
+        """Return what there is to move: by the backend that it is on, how many objects and bytes. Nothing is changed."""
+        found: dict[str, tuple[int, int]] = {}
+        async with aclosing(self._scan.rows(after=self.report.key)) as rows:
+            async for row in rows:
+                for held in row.values:
+                    if held.is_managed and held.ref is not None and self._concerns(held):
+                        number, size = found.get(held.ref.backend, (0, 0))
+                        found[held.ref.backend] = number + 1, size + held.ref.size
+        return found
+
+    async def _items(self) -> AsyncGenerator[MigratedObject, None]:
+        """Pass over the rows until there is nothing left to do: rows exchange their files behind a pass's back."""
+        report = self.report
+        while not (report.complete or self._stopped or report.passes == _MOST_PASSES):
+            before = report.moved + report.changed
+            report.passes += 1
+            is_whole = report.passes >= self._first_whole_pass
+            async with aclosing(self._pass(None if is_whole else report.key)) as dealt_with:
+                async for moved in dealt_with:
+                    yield moved
+            report.complete = is_whole and not self._stopped and report.moved + report.changed == before
+
+    async def _pass(self, after: str | None) -> AsyncGenerator[MigratedObject, None]:
+        results = in_order(self._batches(after), self._move_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
+        async with aclosing(results):
+            async for (row, _), dealt_with in results:
+                for moved in dealt_with:
+                    self._note(moved)
+                    yield moved
+                self.report.rows += 1
+                self.report.key = row.key
+                self._on_progress()
+
+    def _note(self, moved: MigratedObject) -> None:
+        report = self.report
+        match moved.status:
+            case MigrationStatus.MOVED:
+                report.moved += 1
+                report.bytes_moved += moved.ref.size if moved.ref is not None else 0
+            case MigrationStatus.CHANGED:
+                report.changed += 1
+            case MigrationStatus.MANUAL:
+                report.manual += 1
+            case MigrationStatus.FAILED:
+                report.failed += 1
+                if len(report.failures) < MOST_KEPT:
+                    report.failures.append(moved)
+
+    async def _batches(self, after: str | None) -> AsyncGenerator[tuple[RefRow, set[str]], None]:
+        """Yield the rows, each with the locations that more than one value of its batch refers to."""
+        batch: list[RefRow] = []
+        async with aclosing(self._scan.rows(after=after)) as rows:
+            async for row in rows:
+                batch.append(row)
+                if len(batch) == _BATCH:
+                    for item in await self._with_shared(batch):
+                        yield item
+                    batch = []
+        for item in await self._with_shared(batch):
+            yield item
+
+    async def _with_shared(self, batch: Sequence[RefRow]) -> list[tuple[RefRow, set[str]]]:
+        refs = [
+            held.ref for row in batch for held in row.values if held.ref is not None and held.is_managed and self._concerns(held)
+        ]
+        shared = await self._scan.shared(refs) if refs else set()
+        return [(row, shared) for row in batch]
+
+    def _concerns(self, held: HeldValue) -> bool:
+        """Tell whether a value is to be moved, or cannot be read, which is to be seen; what was given up stays so."""
+        if (held.label, held.primary_key, held.raw) in self._given_up:
+            return False
+        if not held.is_managed and self.report.passes != self._first_whole_pass:
+            return False  # each is told of once
+        if held.ref is None:
+            return True
+        return held.ref.storage_key == self._storage_key and held.ref.backend != self._to_backend
+
+    async def _move_row(self, item: tuple[RefRow, set[str]]) -> list[MigratedObject]:
+        row, shared = item
+        return [await self._deal_with(held, shared) for held in row.values if self._concerns(held)]
+
+    async def _deal_with(self, held: HeldValue, shared: set[str]) -> MigratedObject:
+        dealt_with = await self._try_to_move(held, shared)
+        if dealt_with.status is MigrationStatus.FAILED:
+            self._given_up.add((held.label, held.primary_key, held.raw))
+        return dealt_with
+
+    async def _try_to_move(self, held: HeldValue, shared: set[str]) -> MigratedObject:
+        """Move what a column holds; where a writer was faster, what it holds then, unless that is where it should be."""
+        if not held.is_managed:
+            return _moved(MigrationStatus.MANUAL, held, "a plain column of refs is the application's to change")
+        error: Exception | None = None
+        for _ in range(_TRIES):
+            if held.ref is None:
+                return _moved(MigrationStatus.FAILED, held, held.error)
+            error = None
+            try:
+                if await retry_unavailable(partial(self._relocate, held, held.ref, shared)):
+                    return _moved(MigrationStatus.MOVED, held)
+            except (BackendUnavailableError, StorageFullError):
+                raise
+            except UnknownBackendError as problem:
+                error = problem
+            except ConfigurationError:
+                raise
+            except (StorageError, SQLAlchemyError) as problem:
+                error = problem
+            found = await self._scan.read_again(held)
+            if found is None or not self._concerns(found):
+                return _moved(MigrationStatus.CHANGED, held, "a writer was faster")
+            if error is not None and found.raw == held.raw and not _may_pass(error):
+                if isinstance(error, ObjectNotFoundError):
+                    await require_mounted(held.ref.backend, self._binding.manager.backend(held.ref.backend))
+                return _moved(MigrationStatus.FAILED, held, error)
+            held = found
+        return _moved(MigrationStatus.CHANGED, held, error or "a writer was faster, again and again")
+
+    async def _relocate(self, held: HeldValue, ref: StoredObjectRef, shared: set[str]) -> bool:
+        if ref.location not in shared:
+            return await relocate(self._binding, held, rate_limited=self._rate_limited, is_shared=False)
+        async with self._one_by_one:
+            return await relocate(self._binding, held, rate_limited=self._rate_limited, is_shared=True)
+
+
+def migrate(
+    binding: StorageBinding,
+    *,
+    storage_key: str,
+    to_backend: str,
+    concurrency: int = _CONCURRENCY,
+    after: str | None = None,
+    bytes_per_second: float | None = None,
+) -> Migration:
+    """Move the objects of a storage key to another backend, while the application goes on reading and writing.
+
+    The policy must write to the new backend already, in every process, or new files would keep coming to the old one. Then each
+    object on any other backend is copied, its checksum verified on the way; its row takes the copy's ref in a compare-and-set;
+    and the old object goes as one that was replaced: after the commit, or with a journal after its retention. A writer that
+    replaces or deletes the file meanwhile wins, and the copy goes. At every moment each row refers to an object that is there.
+    The location, the backend and its keys in `extra` change; name, media type, age and the application's own keys stay.
+
+    It may be stopped, cancelled or killed at any time and be run again, and does then what is left to do. To go back, let the
+    policy write to the old backend again and migrate to that. Plain columns of refs are left to the application, which alone
+    knows who else keeps the ref.
+
+    Args:
+        binding: What `bind_storage(..., sessions=...)` returned; it must be in force.
+        storage_key: Whose objects.
+        to_backend: The key of the backend that they shall be on.
+        concurrency: How many rows are dealt with side by side.
+        after: The `report.key` of an earlier run, to go on behind it; the rows before it are re-checked at the end.
+        bytes_per_second: The most bytes that are copied in a second; None for any number.
+
+    Returns:
+        A run: `async for moved in migrate(...)` tells of each object as it is dealt with, `await migrate(...)` gives the report.
+
+    Raises:
+        UnknownPolicyError: There is no such policy.
+        ConfigurationError: The policy writes to another backend, the binding has no sessions or is not in force, a table has no
+            primary key, or `after` is no key of it.
+        BackendUnavailableError: While it runs: a backend is out of reach, or a local folder does not carry its marker.
+        StorageFullError: While it runs: the new backend has no room left.
+    """
+    policy = binding.manager.policy(storage_key)
+    if policy.backend_key != to_backend:
+        raise ConfigurationError(
+            f"the policy {storage_key!r} writes to the backend {policy.backend_key!r}, so new files would keep coming there:"
+            f" let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all is moved"
+        )
+    if find_binding(binding.metadata) is not binding:
+        raise ConfigurationError("the binding is not in force: it was unbound, or its base was bound again since")
+    return Migration(binding, storage_key, to_backend, require_concurrency(concurrency), after, Budget(bytes_per_second))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Tell whether trying again may help though the row has not changed: a lock, a deadlock, a lease that was too short."""
+    return isinstance(error, SQLAlchemyError | StaleAttachmentError)
+
+
+def _moved(status: MigrationStatus, held: HeldValue, message: object = "") -> MigratedObject:
+    return MigratedObject(status, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))
+
+
+# Moving one object: copy, swap, and only then let go.
 #
 # The copy is an upload like any other, with an intent where there is a journal. The swap is one transaction: an UPDATE that
 # hits only where the column still holds, to the letter, what was copied; the copy's intent taken back; and the old object
@@ -57,16 +341,13 @@ __all__ = ["Migration", "MigrationReport", "Moved", "Paced", "Verdict", "migrate
 # rolled back, or the row no longer what it was, the copy; unknown, neither.
 
 
-Paced = Callable[["StoredObjectReader"], AsyncGenerator[bytes, None]]
-
-
-async def relocate(binding: StorageBinding, held: HeldValue, *, paced: Paced, is_shared: bool) -> bool:
+async def relocate(binding: StorageBinding, held: HeldValue, *, rate_limited: RateLimited, is_shared: bool) -> bool:
     """Copy the object of an attachment column to where its policy writes now, and let the row refer to the copy.
 
     Args:
         binding: The binding in force for the base.
         held: What the column holds.
-        paced: What the bytes pass through on their way.
+        rate_limited: What the bytes pass through on their way.
         is_shared: Whether another value refers to the same object, as only SQL past the library can bring about; then the object
             goes with the last one.
 
@@ -81,7 +362,7 @@ async def relocate(binding: StorageBinding, held: HeldValue, *, paced: Paced, is
     home = held.column.type
     if binding.sessions is None or not isinstance(home, AttachmentType) or held.ref is None:
         raise TypeError("only what an attachment column holds can be relocated, through a binding with sessions")
-    copy = _Relocated(held.ref, held, paced)
+    copy = _Relocated(held.ref, held, rate_limited)
     await store([Upload(copy, home, "")])
     swap = _Swap(held, held.ref, copy, is_shared=is_shared)
     try:
@@ -108,20 +389,19 @@ async def _abandoned(copy: _Relocated) -> None:
 class _Relocated(Attachment):
     """A pending attachment that becomes a copy of what a row holds, on the backend that its policy names now."""
 
-    def __init__(self, original: StoredObjectRef, held: HeldValue, paced: Paced) -> None:
+    def __init__(self, original: StoredObjectRef, held: HeldValue, rate_limited: RateLimited) -> None:
         self._original = original
         self._held = held
-        self._paced = paced
+        self._rate_limited = rate_limited
 
-    def _draft(self, home: ColumnType, entity_id: str) -> ObjectDraft:
+    def _prepare(self, manager: StorageManager, home: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where the copy will be: below the same names, and whatever its size, for it was let in once."""
-        draft = home.binding().manager.draft_copy(self._original, **_names_of(self._held, self._original))
-        return replace(draft, policy=replace(draft.policy, max_size=None))
+        prepared = manager._engine.prepare_copy(self._original, **_names_of(self._held, self._original))
+        return replace(prepared, policy=replace(prepared.policy, max_size=None))
 
-    async def _put(self, home: ColumnType, draft: ObjectDraft) -> None:
-        manager = home.binding().manager
-        async with manager.open(self._original, verify=True) as reader, aclosing(self._paced(reader)) as chunks:
-            copy = await manager.put_draft(draft, chunks)
+    async def _put(self, manager: StorageManager, home: ColumnType, prepared: PreparedUpload) -> None:
+        async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
+            copy = await manager._engine.put(prepared, chunks)
         self._ref, self._home = _with_history_of(self._original, copy), home
 
 
@@ -196,275 +476,3 @@ def _still_holds(held: HeldValue, connection: Connection) -> ColumnElement[bool]
     if connection.dialect.name in ("postgresql", "sqlite"):
         return stored == read
     return cast(stored, LargeBinary) == cast(read, LargeBinary)
-
-
-_AT_A_TIME = 8
-_BATCH = 500
-_TRIES = 5
-_MOST_PASSES = 20
-_MOST_KEPT = 1000
-
-
-class Verdict(StrEnum):
-    """What became of a reference to an object on another backend."""
-
-    MOVED = "moved"
-    CHANGED = "changed meanwhile"
-    FAILED = "failed"
-    MANUAL = "left to the application"
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """A reference that a migration has dealt with.
-
-    Attributes:
-        verdict: What became of it.
-        table: The table's name, with its schema where it has one.
-        primary_key: The row's primary key.
-        column: The column's name.
-        ref: What the column held, where that was a ref.
-        message: Why it was not moved.
-    """
-
-    verdict: Verdict
-    table: str
-    primary_key: tuple[Any, ...]
-    column: str
-    ref: StoredObjectRef | None
-    message: str = ""
-
-
-@dataclass(slots=True)
-class MigrationReport:
-    """What a migration has done.
-
-    Attributes:
-        rows: How many rows were read, in all passes.
-        passes: How many passes were begun.
-        moved: How many objects were moved.
-        bytes_moved: How many bytes they have.
-        changed: How many references a writer replaced or removed before their object could be moved.
-        manual: How many references are in plain columns of refs, which are the application's to change.
-        failed: How many could not be moved.
-        failures: The first thousand of those.
-        key: The key of the last row of this pass up to which all is done, for `migrate(..., after=key)`; None before the first.
-        complete: Whether it has come to its end: a whole pass found nothing more that could be moved.
-    """
-
-    rows: int = 0
-    passes: int = 0
-    moved: int = 0
-    bytes_moved: int = 0
-    changed: int = 0
-    manual: int = 0
-    failed: int = 0
-    failures: list[Moved] = field(default_factory=list)
-    key: str | None = None
-    complete: bool = False
-
-
-class Migration(Run[Moved, MigrationReport]):
-    """What `migrate` returns: iterate over it for what it deals with, or await it for the report."""
-
-    def __init__(
-        self, binding: StorageBinding, storage_key: str, to_backend: str, at_a_time: int, after: str | None, budget: Budget
-    ) -> None:
-        super().__init__(MigrationReport(key=after))
-        self._binding = binding
-        self._scan = Scan(binding)
-        self._storage_key = storage_key
-        self._to_backend = to_backend
-        self._at_a_time = at_a_time
-        self._paced = partial(paced, budget=budget)
-        self._one_by_one = asyncio.Lock()
-        self._given_up: set[tuple[str, tuple[Any, ...], Any]] = set()
-        self._first_whole_pass = 1 if after is None else 2
-
-    async def count(self) -> int:
-        """Return how many rows there are to read in a pass, for who wants to show how far it is."""
-        return await self._scan.count()
-
-    async def waiting(self) -> dict[str, tuple[int, int]]:
-        """Return what there is to move: by the backend that it is on, how many objects and bytes. Nothing is changed."""
-        found: dict[str, tuple[int, int]] = {}
-        async with aclosing(self._scan.rows(after=self.report.key)) as rows:
-            async for row in rows:
-                for held in row.values:
-                    if held.is_managed and held.ref is not None and self._concerns(held):
-                        number, size = found.get(held.ref.backend, (0, 0))
-                        found[held.ref.backend] = number + 1, size + held.ref.size
-        return found
-
-    async def _items(self) -> AsyncGenerator[Moved, None]:
-        """Pass over the rows until there is nothing left to do: rows exchange their files behind a pass's back."""
-        report = self.report
-        while not (report.complete or self._stopped or report.passes == _MOST_PASSES):
-            before = report.moved + report.changed
-            report.passes += 1
-            is_whole = report.passes >= self._first_whole_pass
-            async with aclosing(self._pass(None if is_whole else report.key)) as dealt_with:
-                async for moved in dealt_with:
-                    yield moved
-            report.complete = is_whole and not self._stopped and report.moved + report.changed == before
-
-    async def _pass(self, after: str | None) -> AsyncGenerator[Moved, None]:
-        results = in_order(self._batches(after), self._move_row, at_a_time=self._at_a_time, is_stopped=lambda: self._stopped)
-        async with aclosing(results):
-            async for (row, _), dealt_with in results:
-                for moved in dealt_with:
-                    self._note(moved)
-                    yield moved
-                self.report.rows += 1
-                self.report.key = row.key
-                self._notice()
-
-    def _note(self, moved: Moved) -> None:
-        report = self.report
-        match moved.verdict:
-            case Verdict.MOVED:
-                report.moved += 1
-                report.bytes_moved += moved.ref.size if moved.ref is not None else 0
-            case Verdict.CHANGED:
-                report.changed += 1
-            case Verdict.MANUAL:
-                report.manual += 1
-            case Verdict.FAILED:
-                report.failed += 1
-                if len(report.failures) < _MOST_KEPT:
-                    report.failures.append(moved)
-
-    async def _batches(self, after: str | None) -> AsyncGenerator[tuple[RefRow, set[str]], None]:
-        """Yield the rows, each with the locations that more than one value of its batch refers to."""
-        batch: list[RefRow] = []
-        async with aclosing(self._scan.rows(after=after)) as rows:
-            async for row in rows:
-                batch.append(row)
-                if len(batch) == _BATCH:
-                    for item in await self._with_shared(batch):
-                        yield item
-                    batch = []
-        for item in await self._with_shared(batch):
-            yield item
-
-    async def _with_shared(self, batch: Sequence[RefRow]) -> list[tuple[RefRow, set[str]]]:
-        refs = [
-            held.ref for row in batch for held in row.values if held.ref is not None and held.is_managed and self._concerns(held)
-        ]
-        shared = await self._scan.shared(refs) if refs else set()
-        return [(row, shared) for row in batch]
-
-    def _concerns(self, held: HeldValue) -> bool:
-        """Tell whether a value is to be moved, or cannot be read, which is to be seen; what was given up stays so."""
-        if (held.label, held.primary_key, held.raw) in self._given_up:
-            return False
-        if not held.is_managed and self.report.passes != self._first_whole_pass:
-            return False  # each is told of once
-        if held.ref is None:
-            return True
-        return held.ref.storage_key == self._storage_key and held.ref.backend != self._to_backend
-
-    async def _move_row(self, item: tuple[RefRow, set[str]]) -> list[Moved]:
-        row, shared = item
-        return [await self._deal_with(held, shared) for held in row.values if self._concerns(held)]
-
-    async def _deal_with(self, held: HeldValue, shared: set[str]) -> Moved:
-        dealt_with = await self._try_to_move(held, shared)
-        if dealt_with.verdict is Verdict.FAILED:
-            self._given_up.add((held.label, held.primary_key, held.raw))
-        return dealt_with
-
-    async def _try_to_move(self, held: HeldValue, shared: set[str]) -> Moved:
-        """Move what a column holds; where a writer was faster, what it holds then, unless that is where it should be."""
-        if not held.is_managed:
-            return _moved(Verdict.MANUAL, held, "a plain column of refs is the application's to change")
-        error: Exception | None = None
-        for _ in range(_TRIES):
-            if held.ref is None:
-                return _moved(Verdict.FAILED, held, held.error)
-            error = None
-            try:
-                if await patiently(partial(self._relocate, held, held.ref, shared)):
-                    return _moved(Verdict.MOVED, held)
-            except (BackendUnavailableError, StorageFullError):
-                raise
-            except UnknownBackendError as problem:
-                error = problem
-            except ConfigurationError:
-                raise
-            except (StorageError, SQLAlchemyError) as problem:
-                error = problem
-            found = await self._scan.read_again(held)
-            if found is None or not self._concerns(found):
-                return _moved(Verdict.CHANGED, held, "a writer was faster")
-            if error is not None and found.raw == held.raw and not _may_pass(error):
-                if isinstance(error, ObjectNotFoundError):
-                    await require_mounted(held.ref.backend, self._binding.manager.backend(held.ref.backend))
-                return _moved(Verdict.FAILED, held, error)
-            held = found
-        return _moved(Verdict.CHANGED, held, error or "a writer was faster, again and again")
-
-    async def _relocate(self, held: HeldValue, ref: StoredObjectRef, shared: set[str]) -> bool:
-        if ref.location not in shared:
-            return await relocate(self._binding, held, paced=self._paced, is_shared=False)
-        async with self._one_by_one:
-            return await relocate(self._binding, held, paced=self._paced, is_shared=True)
-
-
-def migrate(
-    binding: StorageBinding,
-    *,
-    storage_key: str,
-    to_backend: str,
-    at_a_time: int = _AT_A_TIME,
-    after: str | None = None,
-    bytes_per_second: float | None = None,
-) -> Migration:
-    """Move the objects of a storage key to another backend, while the application goes on reading and writing.
-
-    The policy must write to the new backend already, in every process, or new files would keep coming to the old one. Then each
-    object on any other backend is copied, its checksum verified on the way; its row takes the copy's ref in a compare-and-set;
-    and the old object goes as one that was replaced: after the commit, or with a journal after its retention. A writer that
-    replaces or deletes the file meanwhile wins, and the copy goes. At every moment each row refers to an object that is there.
-    The location, the backend and its keys in `extra` change; name, media type, age and the application's own keys stay.
-
-    It may be stopped, cancelled or killed at any time and be run again, and does then what is left to do. To go back, let the
-    policy write to the old backend again and migrate to that. Plain columns of refs are left to the application, which alone
-    knows who else keeps the ref.
-
-    Args:
-        binding: What `bind_storage(..., sessions=...)` returned; it must be in force.
-        storage_key: Whose objects.
-        to_backend: The key of the backend that they shall be on.
-        at_a_time: How many rows are dealt with side by side.
-        after: The `report.key` of an earlier run, to go on behind it; the rows before it are looked at once more at the end.
-        bytes_per_second: The most bytes that are copied in a second; None for any number.
-
-    Returns:
-        A run: `async for moved in migrate(...)` tells of each object as it is dealt with, `await migrate(...)` gives the report.
-
-    Raises:
-        UnknownPolicyError: There is no such policy.
-        ConfigurationError: The policy writes to another backend, the binding has no sessions or is not in force, a table has no
-            primary key, or `after` is no key of it.
-        BackendUnavailableError: While it runs: a backend is out of reach, or a local folder does not carry its marker.
-        StorageFullError: While it runs: the new backend has no room left.
-    """
-    policy = binding.manager.policy(storage_key)
-    if policy.backend_key != to_backend:
-        raise ConfigurationError(
-            f"the policy {storage_key!r} writes to the backend {policy.backend_key!r}, so new files would keep coming there:"
-            f" let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all is moved"
-        )
-    if find_binding(binding.metadata) is not binding:
-        raise ConfigurationError("the binding is not in force: it was unbound, or its base was bound again since")
-    return Migration(binding, storage_key, to_backend, places(at_a_time), after, Budget(bytes_per_second))
-
-
-def _may_pass(error: Exception) -> bool:
-    """Tell whether trying again may help though the row has not changed: a lock, a deadlock, a lease that was too short."""
-    return isinstance(error, SQLAlchemyError | StaleAttachmentError)
-
-
-def _moved(verdict: Verdict, held: HeldValue, message: object = "") -> Moved:
-    return Moved(verdict, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))

@@ -62,10 +62,6 @@ __all__ = [
     "upload_size",
 ]
 
-
-# What a program streams from: one adapter for every kind of source, and nothing else in the library asks what one is.
-
-
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 CHUNK_SIZE = 1 << 20
@@ -97,7 +93,21 @@ _ONLY_WRITTEN = re.compile(r"[wax][bt]?|[bt][wax]")
 _FILE_TURN_SECONDS = 0.01
 _PATIENCE = 5.0
 
+_INLINE_HASH = 8 * 1024
+_HELD_LOCK = 2047
+_SHORT = 128 * 1024
+_MOST_PENDING = 8 * CHUNK_SIZE
+_LARGE_ENOUGH = CHUNK_SIZE // 16
+_MOST_GROUPED = 1024
+_MOST_HELD = 64 * CHUNK_SIZE
+_TURN_SECONDS = 0.002
+_RATE_COUNTS_FROM = 10.0
+
+_hash_threads = ThreadPool("granite-hash", (os.cpu_count() or 1) + 2)
 _threads = ThreadPool("granite-source", 32, max_stuck=480)
+
+
+# What a program streams from: nothing else in the library asks what a source is.
 
 
 def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
@@ -435,17 +445,7 @@ def _is_buffer(source: Any) -> TypeGuard[memoryview]:
     return True
 
 
-_INLINE_HASH = 8 * 1024
-_HELD_LOCK = 2047
-_SHORT = 128 * 1024
-_MOST_PENDING = 8 * CHUNK_SIZE
-_LARGE_ENOUGH = CHUNK_SIZE // 16
-_MOST_GROUPED = 1024
-_MOST_HELD = 64 * CHUNK_SIZE
-_TURN_SECONDS = 0.002
-_RATE_COUNTS_FROM = 10.0
-
-_hash_threads = ThreadPool("granite-hash", (os.cpu_count() or 1) + 2)
+# The stages of a write.
 
 
 class SizeLimitedStream:

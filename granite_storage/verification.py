@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from granite_storage._jobs import Budget, Run, in_order, paced, patiently, places, require_mounted
+from granite_storage._jobs import (
+    MOST_KEPT,
+    Budget,
+    Run,
+    in_order,
+    rate_limited,
+    require_concurrency,
+    require_mounted,
+    retry_unavailable,
+)
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,
@@ -31,9 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Problem", "Verification", "VerificationReport", "verify"]
 
-_AT_A_TIME = 16
+_CONCURRENCY = 16
 _LOOKS = 3
-_MOST_KEPT = 1000
 
 
 class Problem(StrEnum):
@@ -107,14 +115,14 @@ class Verification(Run[Finding, VerificationReport]):
     """What `verify` returns: iterate over it for the findings, or await it for the report."""
 
     def __init__(
-        self, binding: StorageBinding, storage_key: str | None, deep: bool, at_a_time: int, after: str | None, budget: Budget
+        self, binding: StorageBinding, storage_key: str | None, deep: bool, concurrency: int, after: str | None, budget: Budget
     ):
         super().__init__(VerificationReport(key=after))
         self._manager = binding.manager
         self._scan = Scan(binding)
         self._storage_key = storage_key
         self._deep = deep
-        self._at_a_time = at_a_time
+        self._concurrency = concurrency
         self._budget = budget
         self._mounted: set[str] = set()
 
@@ -125,17 +133,17 @@ class Verification(Run[Finding, VerificationReport]):
     async def _items(self) -> AsyncGenerator[Finding, None]:
         report = self.report
         rows = self._scan.rows(after=report.key)
-        results = in_order(rows, self._look_at_row, at_a_time=self._at_a_time, is_stopped=lambda: self._stopped)
+        results = in_order(rows, self._look_at_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
         async with aclosing(results):
             async for row, findings in results:
                 for finding in findings:
                     report.counts[finding.problem] += 1
-                    if len(report.findings) < _MOST_KEPT:
+                    if len(report.findings) < MOST_KEPT:
                         report.findings.append(finding)
                     yield finding
                 report.rows += 1
                 report.key = row.key
-                self._notice()
+                self._on_progress()
         report.complete = not self._stopped
 
     async def _look_at_row(self, row: RefRow) -> Sequence[Finding]:
@@ -167,7 +175,7 @@ class Verification(Run[Finding, VerificationReport]):
             return _finding(Problem.UNDECODABLE, held, held.error)
         try:
             await self._require_mounted(ref)
-            await patiently(lambda: self._require_object(ref))
+            await retry_unavailable(lambda: self._require_object(ref))
         except BackendUnavailableError:
             raise
         except StorageError as error:
@@ -182,7 +190,7 @@ class Verification(Run[Finding, VerificationReport]):
         if not self._deep:
             require_recorded_size(ref, (await self._manager.stat(ref)).size)
             return
-        async with self._manager.open(ref, verify=True) as reader, aclosing(paced(reader, self._budget)) as chunks:
+        async with self._manager.open(ref, verify=True) as reader, aclosing(rate_limited(reader, self._budget)) as chunks:
             async for chunk in chunks:
                 self.report.bytes_read += len(chunk)
 
@@ -197,21 +205,21 @@ def verify(
     *,
     storage_key: str | None = None,
     deep: bool = False,
-    at_a_time: int = _AT_A_TIME,
+    concurrency: int = _CONCURRENCY,
     after: str | None = None,
     bytes_per_second: float | None = None,
 ) -> Verification:
     """Compare every reference with its object; nothing is changed, neither a row nor an object.
 
     Every attachment column and every plain column of refs is read, all rows of them, in the order of the primary keys. What a
-    writer replaces meanwhile is looked at again before it is reported. A backend that is out of reach ends the run with its
+    writer replaces meanwhile is re-checked before it is reported. A backend that is out of reach ends the run with its
     error: nothing is reported as missing that could not be looked for, and neither is what may not be read.
 
     Args:
         binding: What `bind_storage(..., sessions=...)` returned.
         storage_key: Whose references; None for all, those of policies that are gone included.
         deep: Whether to read all bytes and compare their checksums too, instead of the sizes only.
-        at_a_time: How many rows are looked at side by side.
+        concurrency: How many rows are looked at side by side.
         after: The `report.key` of an earlier run, to go on behind it.
         bytes_per_second: The most bytes that a deep run reads in a second; None for any number.
 
@@ -225,7 +233,7 @@ def verify(
     """
     if storage_key is not None:
         binding.manager.policy(storage_key)
-    return Verification(binding, storage_key, deep, places(at_a_time), after, Budget(bytes_per_second))
+    return Verification(binding, storage_key, deep, require_concurrency(concurrency), after, Budget(bytes_per_second))
 
 
 def _problem(error: StorageError) -> Problem:

@@ -1,4 +1,4 @@
-"""The transactions of a conversion, each of some rows, and the rows themselves."""
+"""What a conversion runs on: transactions of some rows each, and a thread in which the manager is awaited."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ __all__ = [
     "table_with",
 ]
 
+T = TypeVar("T")
+
 # `from alembic import op` gives a module that looks like an `Operations` and is none.
 Op: TypeAlias = Operations | Any
 Step: TypeAlias = Callable[[], AbstractContextManager[None]]
 
-_KEYS_AT_A_TIME = 500
+_KEYS_PER_PAGE = 500
 
 
 def online(op: Op, what: str) -> Connection:
@@ -127,11 +129,11 @@ def key_pages(connection: Connection, table: Table, where: ColumnElement[bool], 
     keys = list(table.primary_key)
     after: tuple[Any, ...] | None = None
     while True:
-        statement = following(select(*keys).where(where), keys, after).order_by(*keys).limit(_KEYS_AT_A_TIME)
+        statement = following(select(*keys).where(where), keys, after).order_by(*keys).limit(_KEYS_PER_PAGE)
         page = [tuple(row) for row in connection.execute(statement)]
         for start in range(0, len(page), size):
             yield page[start : start + size]
-        if len(page) < _KEYS_AT_A_TIME:
+        if len(page) < _KEYS_PER_PAGE:
             return
         after = page[-1]
 
@@ -141,9 +143,6 @@ def key_pages(connection: Connection, table: Table, where: ColumnElement[bool], 
 # The manager runs on an event loop of its own, in a thread of its own. It makes no difference whether the migration runs in
 # a plain program, below `run_sync` of an asynchronous `env.py`, or in a synchronous call inside of a coroutine: nobody
 # waits for a loop that waits for him, and what the manager opens for this loop is closed with it.
-
-
-T = TypeVar("T")
 
 
 class StorageThread:

@@ -1,8 +1,7 @@
-"""Adding columns of files, and dropping what they have replaced."""
+"""Columns of files in migrations: adding them, indexing their locations, and dropping what they have replaced."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,7 +10,8 @@ from typing import Any
 from sqlalchemy import Column, Connection, Index, MetaData, Table, and_, select
 from sqlalchemy.dialects import mysql
 
-from granite_storage._jobs import places
+from granite_storage._jobs import require_concurrency
+from granite_storage._tasks import run_bounded
 from granite_storage.alembic._transactions import Op, columns_of, count, key_pages, online, storage_thread, table_with
 from granite_storage.alembic.sources import read_whole
 from granite_storage.exceptions import ContentError
@@ -29,6 +29,9 @@ __all__ = [
     "drop_location_index",
     "drop_restored_column",
 ]
+
+_LONGEST_LOCATION = 1024
+_INDEXED = 255
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -57,7 +60,7 @@ def drop_converted_column(
     *,
     empty: Sequence[object] = (),
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
 ) -> None:
     """Drop a column that was converted, once every object that has replaced it was read and found right.
 
@@ -72,20 +75,20 @@ def drop_converted_column(
         target: The column of refs that replaces it.
         empty: Values of the source that stand for no file, such as `""`, and need no ref.
         schema: The table's schema.
-        at_a_time: How many objects are read side by side.
+        concurrency: How many objects are read side by side.
 
     Raises:
         ContentError: A row was not converted; an object has another size or checksum than its ref says.
         ObjectNotFoundError: An object is not there.
     """
     connection = online(op, "verifying a conversion")
-    places(at_a_time)
+    require_concurrency(concurrency)
     if source not in columns_of(connection, table, schema):
         return
     found = table_with(connection, table, schema, refs=target, others=[source])
     with storage_thread(manager) as thread:
-        for keys in key_pages(connection, found, found.c[target].is_not(None), at_a_time):
-            thread.run(_verified(manager, _refs(connection, found, found.c[target], keys)))
+        for keys in key_pages(connection, found, found.c[target].is_not(None), concurrency):
+            thread.run(_verify(manager, _refs(connection, found, found.c[target], keys)))
     _require_done(connection, found, found.c[source], found.c[target], empty)
     op.drop_column(table, source, schema=schema)
 
@@ -129,19 +132,18 @@ def _refs(connection: Connection, table: Table, column: Column[Any], keys: list[
     return [StoredObjectRef.from_dict(value) for value in found]
 
 
-async def _verified(manager: StorageManager, refs: Sequence[StoredObjectRef]) -> None:
-    found = await asyncio.gather(*(read_whole(manager, ref) for ref in refs), return_exceptions=True)
-    for ref, error in zip(refs, found, strict=True):
-        if error is not None:
+async def _verify(manager: StorageManager, refs: Sequence[StoredObjectRef]) -> None:
+    async def read(ref: StoredObjectRef) -> None:
+        try:
+            await read_whole(manager, ref)
+        except Exception as error:
             error.add_note(f"while verifying {ref.location!r} in {ref.backend!r}; nothing was dropped")
-            raise error
+            raise
+
+    await run_bounded(refs, read, len(refs))
 
 
 # Indexes over the locations of a column of refs, for whoever asks which row refers to an object.
-
-
-_LONGEST_LOCATION = 1024
-_INDEXED = 255
 
 
 def create_location_index(op: Op, table: str, column: str, *, schema: str | None = None, concurrently: bool = False) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import Column, ColumnElement, Connection, Table, and_, select, update
 
-from granite_storage._jobs import places
+from granite_storage._jobs import require_concurrency
 from granite_storage.alembic._owners import Owners
 from granite_storage.alembic._transactions import (
     Op,
@@ -56,17 +56,17 @@ __all__ = [
     "text_to_storage",
 ]
 
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+Row: TypeAlias = Mapping[str, Any]
+Of: TypeAlias = "str | Callable[[Row], str | None] | None"
+_ROWS_OF_PATHS = 100
 
 # Filling one column from another, some rows at a time: what all conversions have in common.
 #
 # Each step is a transaction: it locks some rows, has their new values made, and writes them. A row whose new column is set
 # is done, so a conversion that was broken off goes on where it stood. Objects of a step whose transaction has not begun to
 # commit are removed again; of a program that was killed, the objects of one step at most are left without a row.
-
-
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-Row: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class Conversion:
         schema: The table's schema.
         refs: Which of both holds refs.
         also_read: Other columns that the work needs.
-        at_a_time: How many rows a step takes.
+        rows_per_step: How many rows a step takes.
     """
 
     table: str
@@ -138,7 +138,7 @@ class Conversion:
     schema: str | None
     refs: str
     also_read: Sequence[str]
-    at_a_time: int
+    rows_per_step: int
 
 
 def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> ConversionReport:
@@ -153,7 +153,7 @@ def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> 
     with own_transactions(op) as step:
         connection = op.get_bind()
         report = ConversionReport(what.table, what.source, what.target, count(connection, table, waiting))
-        for keys in key_pages(connection, table, waiting, what.at_a_time):
+        for keys in key_pages(connection, table, waiting, what.rows_per_step):
             made: Sequence[Made] = []
             unwritten: _UnwrittenError | None = None
             try:
@@ -224,8 +224,7 @@ def _tell(report: ConversionReport, progress: Progress | None) -> None:
         progress(report)
 
 
-Of: TypeAlias = "str | Callable[[Row], str | None] | None"
-_ROWS_OF_PATHS = 100
+# The operations that migrations call.
 
 
 def text_to_storage(
@@ -241,13 +240,13 @@ def text_to_storage(
     filename: Of = None,
     also_read: Sequence[str] = (),
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Store each text of a column as an object, and let another column refer to it. NULL stays NULL.
 
     Rows are locked, stored, read back and written some at a time, each time in a transaction of its own, so memory is that of
-    `at_a_time` values. A row whose target is set is left alone: a conversion that was broken off is run again and goes on. What
+    `concurrency` values. A row whose target is set is left alone: a conversion that was broken off is run again and goes on. What
     the migration has done before is committed when it begins. Nothing of the source changes.
 
     Args:
@@ -262,7 +261,7 @@ def text_to_storage(
         filename: The file's name, or such a function.
         also_read: Columns that those functions need, beside the primary key.
         schema: The table's schema.
-        at_a_time: How many rows are done side by side; a program that is killed leaves as many objects without a row at most.
+        concurrency: How many rows are done side by side; a program that is killed leaves as many objects without a row at most.
         progress: Is given a report after each step; the log gets one too.
 
     Returns:
@@ -277,8 +276,8 @@ def text_to_storage(
     def encoded(value: Any) -> bytes:
         return str(value).encode(encoding)
 
-    contents = _Contents(manager, source, target, storage_key, encoded, content_type, filename, places(at_a_time))
-    conversion = Conversion(table, source, target, schema, target, also_read, at_a_time)
+    contents = _Contents(manager, source, target, storage_key, encoded, content_type, filename, require_concurrency(concurrency))
+    conversion = Conversion(table, source, target, schema, target, also_read, concurrency)
     return _converted(op, manager, conversion, contents.work, progress)
 
 
@@ -294,12 +293,12 @@ def blob_to_storage(
     filename: Of = None,
     also_read: Sequence[str] = (),
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Store each value of a binary column as an object; otherwise as `text_to_storage`."""
-    contents = _Contents(manager, source, target, storage_key, bytes, content_type, filename, places(at_a_time))
-    conversion = Conversion(table, source, target, schema, target, also_read, at_a_time)
+    contents = _Contents(manager, source, target, storage_key, bytes, content_type, filename, require_concurrency(concurrency))
+    conversion = Conversion(table, source, target, schema, target, also_read, concurrency)
     return _converted(op, manager, conversion, contents.work, progress)
 
 
@@ -314,7 +313,7 @@ def paths_to_storage(
     mapping: Callable[[Any], InPlace | CopyOf | None],
     skip_missing: bool = False,
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Turn what another library wrote, such as paths, keys or URLs, into refs; otherwise as `text_to_storage`.
@@ -334,14 +333,14 @@ def paths_to_storage(
         mapping: Is given the value, and returns an `InPlace`, a `CopyOf`, or None where there is no file; `PlainPath` is one.
         skip_missing: Whether a path without an object leaves its row without a ref, and is counted; otherwise it is an error.
         schema: The table's schema.
-        at_a_time: How many objects are read or stored side by side.
+        concurrency: How many objects are read or stored side by side.
         progress: Is given a report after each step.
 
     Raises:
         InvalidLocationError: A location is not one that the library would ever use.
         ObjectNotFoundError: There is no object where a path leads.
     """
-    paths = _Paths(manager, source, target, storage_key, mapping, skip_missing, places(at_a_time))
+    paths = _Paths(manager, source, target, storage_key, mapping, skip_missing, require_concurrency(concurrency))
     return _converted(op, manager, Conversion(table, source, target, schema, target, (), _ROWS_OF_PATHS), paths.work, progress)
 
 
@@ -354,7 +353,7 @@ def storage_to_text(
     *,
     encoding: str = "utf-8",
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Bring the content of a column of refs back into a text column, for a downgrade; verified, in steps, resumable.
@@ -371,7 +370,8 @@ def storage_to_text(
     async def read(ref: StoredObjectRef) -> Any:
         return (await manager.get(ref)).decode(encoding)
 
-    return _restored(op, manager, Conversion(table, source, target, schema, source, (), places(at_a_time)), read, progress)
+    conversion = Conversion(table, source, target, schema, source, (), require_concurrency(concurrency))
+    return _restored(op, manager, conversion, read, progress)
 
 
 def storage_to_blob(
@@ -382,11 +382,12 @@ def storage_to_blob(
     target: str,
     *,
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Bring the content of a column of refs back into a binary column; otherwise as `storage_to_text`."""
-    return _restored(op, manager, Conversion(table, source, target, schema, source, (), places(at_a_time)), manager.get, progress)
+    conversion = Conversion(table, source, target, schema, source, (), require_concurrency(concurrency))
+    return _restored(op, manager, conversion, manager.get, progress)
 
 
 def storage_to_paths(
@@ -443,13 +444,13 @@ def _restored(
 class _Storing:
     """What has objects stored for rows."""
 
-    def __init__(self, manager: StorageManager, source: str, target: str, storage_key: str, at_a_time: int) -> None:
+    def __init__(self, manager: StorageManager, source: str, target: str, storage_key: str, concurrency: int) -> None:
         manager.policy(storage_key)
         self._manager = manager
         self._source = source
         self._target = target
         self._storage_key = storage_key
-        self._at_a_time = at_a_time
+        self._concurrency = concurrency
 
     def _place(self, table: Table, row: Row) -> Place:
         key = tuple(row[column.name] for column in table.primary_key)
@@ -457,7 +458,7 @@ class _Storing:
 
     def _made(self, thread: StorageThread, works: Sequence[tuple[Place, StoreWork]]) -> list[Made]:
         named = [(f"{place.table} {place.primary_key}", work) for place, work in works]
-        return [self._of(thread, stored) for stored in thread.run(all_or_none(self._manager, named, self._at_a_time))]
+        return [self._of(thread, stored) for stored in thread.run(all_or_none(self._manager, named, self._concurrency))]
 
     def _of(self, thread: StorageThread, stored: Stored | None) -> Made:
         if stored is None:
@@ -479,9 +480,9 @@ class _Contents(_Storing):
         encoded: Callable[[Any], bytes],
         content_type: Of,
         filename: Of,
-        at_a_time: int,
+        concurrency: int,
     ) -> None:
-        super().__init__(manager, source, target, storage_key, at_a_time)
+        super().__init__(manager, source, target, storage_key, concurrency)
         self._encoded = encoded
         self._content_type = content_type
         self._filename = filename
@@ -509,9 +510,9 @@ class _Paths(_Storing):
         storage_key: str,
         mapping: Callable[[Any], InPlace | CopyOf | None],
         skip_missing: bool,
-        at_a_time: int,
+        concurrency: int,
     ) -> None:
-        super().__init__(manager, source, target, storage_key, at_a_time)
+        super().__init__(manager, source, target, storage_key, concurrency)
         self._mapping = mapping
         self._skip_missing = skip_missing
         self._owners: Owners | None = None

@@ -1,4 +1,4 @@
-"""What another library's path or URL leads to."""
+"""The objects of a conversion: where they come from, and how they are stored and read back before a row refers to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from granite_storage._tasks import finish, finished
+from granite_storage._tasks import finish, finished, run_bounded
 from granite_storage.exceptions import ChecksumMismatchError, InvalidLocationError, ObjectNotFoundError
 from granite_storage.locations import check_location, check_segment, uuid7_hex
 from granite_storage.manager import StorageManager
@@ -36,6 +36,7 @@ __all__ = [
     "stored_bytes",
 ]
 
+_HOW = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 # Storing the objects of some rows side by side, each read back before its row may refer to it.
 
@@ -107,32 +108,31 @@ async def removed(manager: StorageManager, ref: StoredObjectRef) -> None:
     await finish(manager.delete(ref), f"deleting the object {ref.location!r}, which no row refers to")
 
 
-async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]], at_a_time: int) -> list[Stored | None]:
+async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]], concurrency: int) -> list[Stored | None]:
     """Do all of it side by side; where one fails, remove what the others have stored, and raise its error with its row's name."""
-    places = asyncio.Semaphore(at_a_time)
+    own: list[StoredObjectRef] = []
 
-    async def one(label: str, work: Work) -> Stored | None:
+    async def store(labelled: tuple[str, Work]) -> Stored | None:
+        label, work = labelled
         try:
-            async with places:
-                return await work()
+            stored = await work()
         except Exception as error:
             error.add_note(f"while converting {label}")
             raise
+        if stored is not None and stored.is_own:
+            own.append(stored.ref)
+        return stored
 
-    tasks = [asyncio.ensure_future(one(label, work)) for label, work in works]
     try:
-        return list(await asyncio.gather(*tasks))
+        return await run_bounded(works, store, concurrency)
     except BaseException:
-        await finish(_withdrawn(manager, tasks), "removing the objects of a step that failed")
+        await finish(_remove_all(manager, own), "removing the objects of a step that failed")
         raise
 
 
-async def _withdrawn(manager: StorageManager, tasks: Sequence[asyncio.Future[Stored | None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    for done in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(done, Stored) and done.is_own:
-            await removed(manager, done.ref)
+async def _remove_all(manager: StorageManager, refs: Sequence[StoredObjectRef]) -> None:
+    for ref in refs:
+        await removed(manager, ref)
 
 
 async def _kept_if(manager: StorageManager, ref: StoredObjectRef, check: Coroutine[Any, Any, None]) -> Stored:
@@ -149,7 +149,7 @@ async def _comes_back(manager: StorageManager, ref: StoredObjectRef, content: by
         raise ChecksumMismatchError(f"the object at {ref.location!r} is not what was stored", expected=ref.checksum)
 
 
-_HOW = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+# What another library's path or URL leads to.
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +266,8 @@ async def _put(
             return await _put(manager, place, opened, content_type, filename)
         finally:
             await finished(_closed(opened))
-    draft = manager.draft(**place.arguments(), content_type=content_type, original_filename=filename)
-    return await manager.put_draft(draft, content)
+    prepared = manager._engine.prepare(**place.arguments(), content_type=content_type, original_filename=filename)
+    return await manager._engine.put(prepared, content)
 
 
 def _opened(path: Path) -> IO[bytes]:

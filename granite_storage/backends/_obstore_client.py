@@ -43,8 +43,20 @@ __all__ = [
     "translate",
 ]
 
+T = TypeVar("T")
 
-# What went wrong in an object store, in the library's own words: the one place that reads obstore's errors.
+OWNER = "granitewriteid"
+"""The metadata entry that tells which write an object is of; a name that is good on S3, Google and Azure alike."""
+
+PATIENCE = 1.0
+"""How long a cancelled caller waits for the answer that it will not hear of, in seconds."""
+
+_CHUNK = 1 << 19  # what comes is up to half as much more: not over the 1 MiB that readers ask for, so that it is never cut
+_DELETES = 3
+_LAST_WAIT = 1.0
+
+
+# The errors of obstore, translated.
 #
 # obstore has a class for some of them. For the rest only its text tells what the service answered, and that quotes names of
 # objects and what the service said. So the text is read by its structure, never searched for words, and no message repeats
@@ -239,10 +251,8 @@ def _unescaped(text: str) -> str:
     return text.replace('\\"', '"').replace("\\r", "\r").replace("\\n", "\n").replace("\\t", "\t").replace("\\u{feff}", "\ufeff")
 
 
-T = TypeVar("T")
+# The kinds of stores, and how one is made from a URL.
 
-OWNER = "granitewriteid"
-"""The metadata entry that tells which write an object is of; a name that is good on S3, Google and Azure alike."""
 
 _DEFAULT_CLIENT_OPTIONS: dict[str, Any] = {
     "connect_timeout": timedelta(seconds=10),
@@ -332,12 +342,6 @@ KINDS = {
     ),
     "MemoryStore": Kind("memory", over_network=False, has_bucket=False, lists_in_order=True),
 }
-PATIENCE = 1.0
-"""How long a cancelled caller waits for the answer that it will not hear of, in seconds."""
-
-_CHUNK = 1 << 19  # what comes is up to half as much more: not over the 1 MiB that readers ask for, so that it is never cut
-_DELETES = 3
-_LAST_WAIT = 1.0
 _LOCAL_SCHEMES = ("file", "memory")
 _NO_SUCH_FOLDER = ".granite-no-such-folder"
 _SAYS_NOTHING = frozenset({"delete", "sign"})

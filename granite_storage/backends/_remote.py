@@ -1,4 +1,4 @@
-"""Bytes on their way out of a network service: never fewer than there are, never of two versions of an object."""
+"""What backends on a network service share: its readers, and the answers that callers never see."""
 
 from __future__ import annotations
 
@@ -6,27 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from granite_storage.backends._resuming import ConnectionTakenError, ResumingReader
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
 from granite_storage.exceptions import BackendError, BackendUnavailableError
 
 __all__ = [
     "Body",
-    "ConnectionTakenError",
     "Opened",
     "PreconditionFailedError",
     "RangeNotSatisfiableError",
+    "RemoteReader",
     "Service",
-    "ServiceReader",
     "error_at",
     "open_reader",
+    "read_beginning",
 ]
-
-
-# What backends on a network service say to themselves of its answers, before callers see an error.
-
-
-class ConnectionTakenError(BackendError):
-    """The connection of a reader that was not being read was given to another call; what is left may be asked for again."""
 
 
 class PreconditionFailedError(BackendError):
@@ -100,61 +94,110 @@ class Service(Protocol):
         ...
 
 
-async def open_reader(service: Service, location: str, *, offset: int, length: int | None) -> ServiceReader:
-    """Open a range of an object, by one request wherever there is a byte to read."""
+async def open_reader(
+    service: Service, location: str, *, offset: int, length: int | None, same: Mapping[str, Any] | None = None
+) -> RemoteReader:
+    """Open a range of an object, by one request wherever there is a byte to read; of one version only where `same` says which."""
     check_range(offset, length)
     if length == 0:
         return await _open_empty(service, location, offset)
     try:
-        opened = await service.get(location, offset, None if length is None else offset + length)
+        opened = await service.get(location, offset, None if length is None else offset + length, same)
     except RangeNotSatisfiableError:
         return await _open_empty(service, location, offset)
-    if opened.range != byte_range(offset, length, opened.info.size):
+    try:
+        if opened.range != byte_range(offset, length, opened.info.size):
+            raise BackendError(f"the service sent another range of {location!r} than was asked for", location=location)
+    except BaseException:
         await opened.body.aclose()
-        raise BackendError(f"the service sent another range of {location!r} than was asked for", location=location)
-    return ServiceReader(service, opened.info, opened.range, opened)
+        raise
+    return RemoteReader(service, opened.info, opened.range, opened)
 
 
-async def _open_empty(service: Service, location: str, offset: int) -> ServiceReader:
+async def _open_empty(service: Service, location: str, offset: int) -> RemoteReader:
     info = await service.head(location)
-    return ServiceReader(service, info, byte_range(offset, 0, info.size), None)
+    return RemoteReader(service, info, byte_range(offset, 0, info.size), None)
 
 
-class ServiceReader:
-    """A range of an object; where its body is cut off, the rest is asked for again, of the same version only.
+async def read_beginning(service: Service, location: str, size: int) -> bytes:
+    """Return the first bytes of an object, at most so many."""
+
+    async def open_range(offset: int, length: int | None) -> RemoteReader:
+        return await open_reader(service, location, offset=offset, length=length)
+
+    reader = await ResumingReader(open_range, length=size).start()
+    try:
+        return await reader.read()
+    finally:
+        await reader.aclose()
+
+
+class RemoteReader:
+    """A range of an object, as one answer of a service has it; see `SupportsReopen`.
 
     It holds a connection until it is read to its end or closed, or until another call needs it while this one is not being read.
+
+    Attributes:
+        info: The whole object.
+        max_attempts: See `SupportsReopen.max_attempts`.
     """
 
     def __init__(self, service: Service, info: ObjectInfo, wanted: ByteRange, opened: Opened | None) -> None:
         self.info = info
+        self.max_attempts = service.attempts
         self._service = service
         self._position = wanted.start
         self._stop = wanted.stop
         self._body = opened.body if opened else None
-        self._same = opened.same if opened else {}
+        self._same = opened.same if opened else None
         self._closed = False
-        self._cuts = 0
 
     async def read(self, size: int = -1, /) -> bytes:
         """Return up to `size` bytes, all that is left where negative, and nothing only at the end of the range.
 
         Raises:
-            BackendUnavailableError: The body was cut off again and again.
-            BackendError: The object was replaced meanwhile, or the reader is closed.
+            BackendUnavailableError: The body was cut off, or another call has got the connection.
+            BackendError: The reader is closed.
         """
         if size < 0:
             return await self._read_all()
-        while self._position < self._stop and size:
-            chunk = await self._read_some(min(size, self._stop - self._position))
-            if chunk:
-                return chunk
-        return b""
+        wanted = min(size, self._stop - self._position)
+        if not wanted:
+            return b""
+        if self._closed:
+            raise BackendError(f"the reader of {self.info.location!r} is closed", location=self.info.location)
+        if self._body is None:
+            raise self._cut()
+        try:
+            chunk = await self._body.read(wanted)
+        except ConnectionTakenError:
+            await self._release()
+            location = self.info.location
+            message = f"the connection of the reader of {location!r} was given to another call at byte {self._position}"
+            raise ConnectionTakenError(message, location=location) from None
+        except Exception as error:  # noqa: BLE001  # whatever it is, the body is over
+            await self._release()
+            raise self._cut() from error.with_traceback(None)  # its frames would hold the body
+        if not chunk:
+            await self._release()
+            raise self._cut()
+        self._position += len(chunk)
+        if self._position == self._stop:
+            await self._release()
+        return chunk
+
+    async def reopen(self, offset: int, length: int, /) -> RemoteReader:
+        """Open a range of the same version of the object; see `SupportsReopen.reopen`."""
+        location = self.info.location
+        try:
+            return await open_reader(self._service, location, offset=offset, length=length, same=self._same)
+        except PreconditionFailedError as error:
+            raise BackendError(f"{location!r} was replaced while it was read", location=location) from error.__cause__
 
     async def aclose(self) -> None:
         """Let go of the connection; idempotent."""
         self._closed = True
-        await self._let_go()
+        await self._release()
 
     async def _read_all(self) -> bytes:
         chunks = []
@@ -162,59 +205,11 @@ class ServiceReader:
             chunks.append(await self.read(self._stop - self._position))
         return b"".join(chunks)
 
-    async def _read_some(self, size: int) -> bytes:
-        """Return the next bytes of the body; none where it was cut off and has been opened again."""
-        if self._closed:
-            raise BackendError(f"the reader of {self.info.location!r} is closed", location=self.info.location)
-        if self._body is None:  # a read was cancelled while it opened the body again
-            await self._go_on()
-            return b""
-        try:
-            chunk = await self._body.read(size)
-        except ConnectionTakenError:
-            await self._go_on()
-            return b""
-        except Exception as error:  # noqa: BLE001  # whatever it is, the body is over
-            await self._reopen(error.with_traceback(None))  # its frames would hold the body
-            return b""
-        if not chunk:
-            await self._reopen(None)
-            return b""
-        self._cuts = 0
-        self._position += len(chunk)
-        if self._position == self._stop:
-            await self._let_go()
-        return chunk
-
-    async def _reopen(self, cut: Exception | None) -> None:
+    def _cut(self) -> BackendUnavailableError:
         location = self.info.location
-        await self._let_go()
-        self._cuts += 1
-        if self._cuts >= self._service.attempts:
-            message = f"the body of {location!r} was cut off {self._cuts} times at byte {self._position}"
-            raise BackendUnavailableError(message, location=location) from cut
-        await self._go_on()
+        return BackendUnavailableError(f"the body of {location!r} was cut off at byte {self._position}", location=location)
 
-    async def _go_on(self) -> None:
-        """Ask for what is left, of the same version."""
-        location = self.info.location
-        await self._let_go()
-        try:
-            opened = await self._service.get(location, self._position, self._stop, self._same)
-        except PreconditionFailedError as error:
-            raise BackendError(f"{location!r} was replaced while it was read", location=location) from error.__cause__
-        if opened.range != ByteRange(self._position, self._stop) or not self._is_same(opened.info):
-            await opened.body.aclose()
-            raise BackendError(f"the service does not go on with {location!r} where it was cut off", location=location)
-        self._body = opened.body
-
-    def _is_same(self, info: ObjectInfo) -> bool:
-        """Tell whether it is the same version, as far as the service has said: not all of them know conditions."""
-        return (info.size, info.etag) == (self.info.size, self.info.etag) and (
-            info.etag is not None or info.modified == self.info.modified
-        )
-
-    async def _let_go(self) -> None:
+    async def _release(self) -> None:
         body, self._body = self._body, None
         if body is not None:
             await body.aclose()

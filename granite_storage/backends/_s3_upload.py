@@ -1,4 +1,8 @@
-"""How an object comes to be: all at once, exclusively, and known to be there or not when its write returns."""
+"""Writing an object to S3: all at once, exclusively, and known to be there or not when the write returns.
+
+What fits in one part is a single PUT. More is a multipart upload, whose parts are in flight side by side in bounded memory, and
+of which nothing is left when it is aborted.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +51,9 @@ __all__ = [
     "remove_probes",
 ]
 
+logger = logging.getLogger("granite_storage")
 
-# Bytes on their way to S3: cut into parts without being joined, hashed off the loop.
-
-
+T = TypeVar("T")
 Piece = bytes | memoryview
 
 SMALL = 256 * 1024
@@ -60,6 +63,30 @@ UNRESERVED = 1024 * 1024
 """What a stream may hold in memory without a reservation, in bytes: small objects never wait for large ones."""
 
 _SLIVER = 64 * 1024
+ANSWER_TIMEOUT = 10.0
+"""How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
+
+MAX_PARTS = 10_000
+"""The most parts of an object that S3 takes."""
+
+_LARGEST_PART = 5 * 1024**3
+_EQUAL_PARTS = 4_500
+_PARTS_UNTIL_DOUBLED = 500
+_INLINE_HASH = 8 * 1024
+_ABORTS = 8
+
+PROBE_PREFIX = f"{RESERVED_PREFIX}probe-"
+"""How the locations of objects begin that are made to find something out; they are in no listing."""
+
+_KNOWN_SERVERS = ("AmazonS3",)
+"""The names of servers that are known to look at the conditions of every write."""
+
+_WRITE_ID = "granite-write-id"
+_COPIED_AT_A_TIME = 512 * 1024**2
+_DOUBTFUL = (BackendUnavailableError, MissingUploadError, PreconditionFailedError)
+
+
+# Parts: cut from bytes or a stream without being joined, and hashed off the loop.
 
 
 class Body:
@@ -162,14 +189,6 @@ class PartSource(Protocol):
         """Tell whether nothing is left."""
         ...
 
-    def give_back(self, body: Body) -> None:
-        """Have what was taken last taken again."""
-        ...
-
-    def close(self) -> None:
-        """Drop what was given back; idempotent."""
-        ...
-
 
 class BytesSource:
     """Parts of bytes in memory, none of which is copied."""
@@ -189,13 +208,6 @@ class BytesSource:
         """Tell whether nothing is left."""
         return self._position == len(self._content)
 
-    def give_back(self, body: Body) -> None:
-        """Have the last bytes taken again; see `PartSource`."""
-        self._position -= len(body)
-
-    def close(self) -> None:
-        """Do nothing: the bytes are the caller's."""
-
 
 class StreamSource:
     """Parts of a stream; all have the size that is asked for, to the byte, since some servers want them equal.
@@ -212,13 +224,9 @@ class StreamSource:
         self._room = room
         self._rest: Piece = b""
         self._over = False
-        self._returned: Body | None = None
 
     async def take(self, size: int) -> Body:
         """Return the next bytes; see `PartSource`."""
-        if self._returned is not None:
-            body, self._returned = self._returned, None
-            return body
         pieces = _Pieces()
         room: asyncio.Semaphore | None = None
         try:
@@ -235,23 +243,12 @@ class StreamSource:
 
     async def ended(self) -> bool:
         """Tell whether nothing is left, which the stream itself must have said."""
-        while not (self._rest or self._over or self._returned):
+        while not (self._rest or self._over):
             try:
                 self._rest = await anext(self._stream)
             except StopAsyncIteration:
                 self._over = True
-        return not self._rest and self._returned is None
-
-    def give_back(self, body: Body) -> None:
-        """Have a whole part taken again; see `PartSource`."""
-        if len(body):
-            self._returned = body
-
-    def close(self) -> None:
-        """Drop what was given back; see `PartSource`."""
-        if self._returned is not None:
-            self._returned.drop()
-            self._returned = None
+        return not self._rest
 
     def _cut(self, size: int) -> Piece:
         piece, rest = self._rest, self._rest[:0]
@@ -292,24 +289,6 @@ class _Pieces:
             self._pieces.append(self._slivers[0] if len(self._slivers) == 1 else b"".join(self._slivers))
             self._slivers = []
             self._pending = 0
-
-
-# A multipart upload: parts in flight side by side in bounded memory, and nothing left of it when it is aborted.
-
-
-ANSWER_TIMEOUT = 10.0
-"""How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
-
-MAX_PARTS = 10_000
-"""The most parts of an object that S3 takes."""
-
-_LARGEST_PART = 5 * 1024**3
-_EQUAL_PARTS = 4_500
-_PARTS_UNTIL_DOUBLED = 500
-_INLINE_HASH = 8 * 1024
-_ABORTS = 8
-
-T = TypeVar("T")
 
 
 def part_size_of(number: int, part_size: int, size: int | None = None) -> int:
@@ -392,10 +371,11 @@ class MultipartUpload:
         if (tell := upload_begun.get()) is not None:
             await tell(answer["UploadId"])
 
-    async def send(self, source: PartSource) -> None:
-        """Send all that a source has.
+    async def send(self, first: Body, source: PartSource) -> None:
+        """Send the first part, and all that its source has left.
 
-        At most `part_concurrency` parts are in memory, the one that is being filled included.
+        At most `part_concurrency` parts are in memory, the one that is being filled included. A part that is in flight waits for
+        no room of another one, so what it holds is free again whatever the others do.
 
         Raises:
             BackendError: A part could not be sent.
@@ -403,16 +383,20 @@ class MultipartUpload:
         """
         settings = self._client.settings
         room = asyncio.Semaphore(settings.part_concurrency)
+        await room.acquire()
         async with _side_by_side() as group:
+            self._start_part(group, 1, first, room)
             number = 1
             while not await source.ended():
-                await room.acquire()
-                body = await source.take(part_size_of(number, settings.part_size, source.size))
-                self.size += len(body)
-                task = group.create_task(self._send_part(number, body, room))
-                task.add_done_callback(body.drop)  # of one that is cancelled before it has begun, too
-                del body, task  # or the memory would be held while the next part is filled
                 number += 1
+                await room.acquire()
+                part_size = part_size_of(number, settings.part_size, source.size)
+                self._start_part(group, number, await source.take(part_size), room)
+
+    def _start_part(self, group: asyncio.TaskGroup, number: int, body: Body, room: asyncio.Semaphore) -> None:
+        self.size += len(body)
+        task = group.create_task(self._send_part(number, body, room))
+        task.add_done_callback(body.drop)  # of one that is cancelled before it has begun, too
 
     async def _send_part(self, number: int, body: Body, room: asyncio.Semaphore) -> None:
         try:
@@ -573,15 +557,6 @@ async def _has_parts(client: S3Client, key: str, upload_id: str) -> bool:
 # server has shown on an object made for that purpose that it looks at the condition, and where it does not, ever after.
 
 
-logger = logging.getLogger("granite_storage")
-
-PROBE_PREFIX = f"{RESERVED_PREFIX}probe-"
-"""How the locations of objects begin that are made to find something out; they are in no listing."""
-
-_KNOWN_SERVERS = ("AmazonS3",)
-"""The names of servers that are known to look at the conditions of every write."""
-
-
 async def find_out(client: S3Client, answer: Mapping[str, Any]) -> None:
     """Find out what the server does with the condition of a CompleteMultipartUpload, unless that is known.
 
@@ -678,11 +653,6 @@ async def _remove(client: S3Client, key: str, upload_id: str | None, made: list[
             await client.call("delete_object", Key=key)
 
 
-_WRITE_ID = "granite-write-id"
-_COPIED_AT_A_TIME = 512 * 1024**2
-_DOUBTFUL = (BackendUnavailableError, MissingUploadError, PreconditionFailedError)
-
-
 class ObjectWriter:
     """One write of one object.
 
@@ -705,21 +675,21 @@ class ObjectWriter:
         self._id = uuid.uuid4().hex
 
     async def write(self, source: PartSource) -> dict[str, Any]:
-        """Store all that a source has: by one request where it fits in a part, in parts otherwise.
+        """Store all that a source has: by a single PUT where it fits in a part, else by a multipart upload.
 
         Returns:
             The SDK's answer to the request that created the object, or to the HEAD that found it created.
         """
+        if not self._traits.sends_conditions:
+            await self.require_absent()
+        first = await source.take(part_size_of(1, self._settings.part_size, source.size))
         try:
-            if not self._traits.sends_conditions:
-                await self.require_absent()
-            body = await self._only_part(source)
-            if body is not None:
-                return await self._put(body)
+            if await source.ended():
+                return await self._put(first)
             upload = MultipartUpload(self._client, self._location, self._multipart_parameters())
-            return await self._in_parts(upload, lambda: upload.send(source))
+            return await self._in_parts(upload, lambda: upload.send(first, source))
         finally:
-            source.close()
+            first.drop()
 
     async def copy(self, source: str, info: Mapping[str, Any]) -> dict[str, Any]:
         """Copy another object inside the server.
@@ -749,18 +719,6 @@ class ObjectWriter:
             return
         raise self._exists()
 
-    async def _only_part(self, source: PartSource) -> Body | None:
-        """Return all that a source has if it fits in a part; None, with nothing taken, if it does not."""
-        body = await source.take(self._settings.part_size)
-        try:
-            if await source.ended():
-                return body
-        except BaseException:
-            body.drop()
-            raise
-        source.give_back(body)
-        return None
-
     async def _put(self, body: Body) -> dict[str, Any]:
         try:
             header, digest = await checksum_header(body, sha256=self._settings.checksums)
@@ -774,8 +732,6 @@ class ObjectWriter:
             if body.sent:
                 await self._withdraw()
             raise
-        finally:
-            body.drop()
 
     async def _in_parts(self, upload: MultipartUpload, fill: Callable[[], Any]) -> dict[str, Any]:
         completing = False

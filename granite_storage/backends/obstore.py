@@ -14,22 +14,29 @@ from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObje
 from granite_storage.backends._listing import Listing
 from granite_storage.backends._obstore_client import PATIENCE, ObjectStoreConfigurationError, StoreClient, connected
 from granite_storage.backends._obstore_upload import ObjectWriter, slices
-from granite_storage.backends._remote import Opened, open_reader
+from granite_storage.backends._remote import Opened, open_reader, read_beginning
+from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ByteRange, ObjectInfo, ObjectReader, Place
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError, MissingDependencyError
 from granite_storage.locations import MAX_LOCATION_BYTES, check_location
 
-__all__ = ["ObjectStoreBackend", "ObjectStoreConfigurationError", "StoreService"]
-
-
-# Objects that a store of obstore's sends.
-
+__all__ = ["ObjectStoreBackend", "ObjectStoreConfigurationError"]
 
 _LARGEST = (1 << 63) - 1
 _ATTEMPTS = 5
+_MIB = 1024 * 1024
+_SMALLEST_PART = 5 * _MIB
+_LARGEST_COPY = 5 * 1024 * _MIB
+_LONGEST_SIGNATURE = timedelta(days=7)
+_DELETED_AT_A_TIME = 1000
+_DELETES_SIDE_BY_SIDE = 16
+_COPY_STEP = _MIB
+# On a local disk obstore writes to a file whose name has "#" and a number at its end, which must fit too.
+_LONGEST_LOCAL_SEGMENT = 245
+_LOCAL_TEMPORARY = re.compile(r"#\d+$")
 
 
-class StoreService:
+class _Service:
     """A store, as a reader asks it; see `Service`."""
 
     attempts = _ATTEMPTS
@@ -109,18 +116,6 @@ class _StreamBody:
             self._coming = self._stream.__anext__()
 
 
-_MIB = 1024 * 1024
-_SMALLEST_PART = 5 * _MIB
-_LARGEST_COPY = 5 * 1024 * _MIB
-_LONGEST_SIGNATURE = timedelta(days=7)
-_DELETED_AT_A_TIME = 1000
-_DELETES_SIDE_BY_SIDE = 16
-_COPY_STEP = _MIB
-# On a local disk obstore writes to a file whose name has "#" and a number at its end, which must fit too.
-_LONGEST_LOCAL_SEGMENT = 245
-_LOCAL_TEMPORARY = re.compile(r"#\d+$")
-
-
 class ObjectStoreBackend:
     """Keeps each object under one key of a store of obstore's.
 
@@ -130,8 +125,8 @@ class ObjectStoreBackend:
     meet there. Where an answer was lost, a HEAD tells what became of the write, by an id in the object's metadata. A write that
     fails or is cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
 
-    A reader holds a connection until it is closed or read to its end, and goes on where a body was cut off, with the same version
-    of the object or not at all.
+    A reader holds a connection until it is closed or read to its end. What is cut off is opened again by `StoredObjectReader`,
+    with the same version of the object or not at all.
 
     A killed process cannot abort its upload, nor can anybody who does not know its id: give an S3 or Google bucket a lifecycle
     rule for incomplete multipart uploads. Azure drops parts that were never joined after a week.
@@ -186,7 +181,7 @@ class ObjectStoreBackend:
             "credential_provider": credential_provider,
         }
         self._client = connected(store, options)
-        self._service = StoreService(self._client)
+        self._service = _Service(self._client)
         self._part_size = part_size
         self._part_concurrency = part_concurrency
         self._listing = Listing(self._client, list_by_folder)
@@ -331,7 +326,7 @@ class ObjectStoreBackend:
         return {location: error for location, error in zip(locations, results, strict=True) if error is not None}
 
     async def _bytes_of(self, location: str) -> AsyncIterator[bytes]:
-        reader = await self.open(location)
+        reader = await open_resuming(self, location)
         try:
             while chunk := await reader.read(_COPY_STEP):
                 yield chunk
@@ -339,11 +334,7 @@ class ObjectStoreBackend:
             await reader.aclose()
 
     async def _read_marker(self) -> bytes:
-        reader = await open_reader(self._service, MARKER, offset=0, length=MARKER_SIZE)
-        try:
-            return await reader.read()
-        finally:
-            await reader.aclose()
+        return await read_beginning(self._service, MARKER, MARKER_SIZE)
 
     async def _create_marker(self, content: bytes) -> None:
         writer = ObjectWriter(

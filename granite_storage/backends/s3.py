@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject, bucket_place
 from granite_storage.backends._listing import list_keys
-from granite_storage.backends._remote import ConnectionTakenError, Opened, error_at, open_reader
+from granite_storage.backends._remote import Opened, error_at, open_reader, read_beginning
+from granite_storage.backends._resuming import ConnectionTakenError
 from granite_storage.backends._s3_client import Lease, S3Client, S3Clients, S3Settings, is_installed, version_of
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
 from granite_storage.backends._s3_upload import (
@@ -37,22 +38,16 @@ from granite_storage.exceptions import (
 from granite_storage.locations import MAX_LOCATION_BYTES, check_location, check_segment
 from granite_storage.streams import MeasuredStream, require_size
 
-__all__ = [
-    "S3ConfigurationError",
-    "S3Service",
-    "S3StorageBackend",
-    "info_of",
-    "presigned_form",
-    "presigned_put",
-    "require_presignable",
-    "warn_of_early_end",
-]
-
-
-# Requests that clients make of an S3 server by themselves, signed so that nothing of them can be changed.
-
+__all__ = ["S3ConfigurationError", "S3StorageBackend"]
 
 logger = logging.getLogger("granite_storage")
+
+_MIB = 1024 * 1024
+_SMALLEST_PART = 5 * _MIB
+_LARGEST_PART = 5 * 1024 * _MIB
+_DELETED_AT_A_TIME = 1000
+_LONGEST_PRESIGN = timedelta(days=7)
+_OURS = frozenset({"Body", "Bucket", "ContentLength", "ContentMD5", "IfMatch", "IfNoneMatch", "Key"})
 
 _HEADERS = {
     "ACL": "x-amz-acl",
@@ -68,7 +63,10 @@ _FIELDS = _HEADERS | {"ACL": "acl"}
 _ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")
 
 
-def require_presignable(settings: S3Settings) -> None:
+# Presigned requests: nothing of them can be changed by the client that makes them.
+
+
+def _require_presignable(settings: S3Settings) -> None:
     """Refuse the parameters with which no client can store, or nothing could be made of what it has stored.
 
     Raises:
@@ -83,7 +81,7 @@ def require_presignable(settings: S3Settings) -> None:
         )
 
 
-async def presigned_form(
+async def _presigned_form(
     client: S3Client, location: str, expires_in: int, content_type: str, min_size: int, max_size: int
 ) -> UploadRequest:
     """Return a form that stores an object: every condition of its policy names one value, but for the size.
@@ -106,7 +104,7 @@ async def presigned_form(
     return UploadRequest("POST", form["url"], fields=form["fields"])
 
 
-async def presigned_put(client: S3Client, location: str, expires_in: int, content_type: str, _: int, size: int) -> UploadRequest:
+async def _presigned_put(client: S3Client, location: str, expires_in: int, content_type: str, _: int, size: int) -> UploadRequest:
     """Return a PUT that stores an object of one size, which is signed as its Content-Length."""
     extra = client.settings.extra_put_kwargs
     parameters = {
@@ -126,7 +124,7 @@ def _named(extra: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]
     return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
 
 
-def warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
+def _warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
     """Log that what was just signed ends with the temporary credentials that signed it, once for each set of these."""
     end = client.end_of_credentials()
     if end is None or end == client.traits.warned_of_end:
@@ -143,10 +141,10 @@ def warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
         )
 
 
-# Objects that S3 sends.
+# Downloads.
 
 
-def info_of(location: str, answer: Mapping[str, Any], size: int) -> ObjectInfo:
+def _info_of(location: str, answer: Mapping[str, Any], size: int) -> ObjectInfo:
     """Return what an answer of the SDK says of an object."""
     modified: datetime = answer["LastModified"]
     etag = str(answer.get("ETag") or "").strip('"') or None
@@ -154,31 +152,32 @@ def info_of(location: str, answer: Mapping[str, Any], size: int) -> ObjectInfo:
     return ObjectInfo(location, size, modified.astimezone(UTC), etag, content_type, encoding)
 
 
-class S3Service:
+class _Service:
     """A bucket, as a reader asks it; see `Service`."""
 
-    def __init__(self, client: S3Client) -> None:
-        self.attempts = client.settings.max_attempts
-        self._client = client
+    def __init__(self, clients: S3Clients, attempts: int) -> None:
+        self.attempts = attempts
+        self._clients = clients
 
     async def get(self, location: str, start: int, stop: int | None, same: Mapping[str, Any] | None = None, /) -> Opened:
         """Ask for a range; see `Service.get`."""
         wanted = dict(same or {})
         if start or stop is not None:
             wanted["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-        answer, lease = await self._client.start("get_object", location=location, **wanted)
+        client = await self._clients.get()
+        answer, lease = await client.start("get_object", location=location, **wanted)
         try:
             size, sent = _size_and_range(answer)
             this = {**({"IfMatch": answer["ETag"]} if "ETag" in answer else {}), **version_of(answer)}
-            return Opened(info_of(location, answer, size), sent, _LeasedBody(lease), this)
+            return Opened(_info_of(location, answer, size), sent, _LeasedBody(lease), this)
         except BaseException:
             lease.release()
             raise
 
     async def head(self, location: str, /) -> ObjectInfo:
         """Ask what is known of an object; see `Service.head`."""
-        head = await self._client.head(location)
-        return info_of(location, head, head["ContentLength"])
+        head = await (await self._clients.get()).head(location)
+        return _info_of(location, head, head["ContentLength"])
 
 
 class _LeasedBody:
@@ -208,14 +207,6 @@ def _size_and_range(answer: Mapping[str, Any]) -> tuple[int, ByteRange]:
     return int(size_text), ByteRange(int(start), int(last) + 1)
 
 
-_MIB = 1024 * 1024
-_SMALLEST_PART = 5 * _MIB
-_LARGEST_PART = 5 * 1024 * _MIB
-_DELETED_AT_A_TIME = 1000
-_LONGEST_PRESIGN = timedelta(days=7)
-_OURS = frozenset({"Body", "Bucket", "ContentLength", "ContentMD5", "IfMatch", "IfNoneMatch", "Key"})
-
-
 class S3StorageBackend:
     """Keeps each object under one key of a bucket.
 
@@ -225,8 +216,8 @@ class S3StorageBackend:
     cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
 
     A reader holds a connection until it is closed or read to its end, or until another call waits for one while it is not read.
-    It goes on where a body was cut off, with the same version of the object or not at all. In a bucket with versions, `delete`
-    leaves a delete marker, as S3 does.
+    What is cut off, or lost its connection, is opened again by `StoredObjectReader`, with the same version of the object or not
+    at all. In a bucket with versions, `delete` leaves a delete marker, as S3 does.
 
     The client opens with the first call on each event loop. Every write has the metadata entry `granite-write-id`. The object
     `.granite-storage` below the prefix has the identity of the store; listings pass it over.
@@ -349,6 +340,7 @@ class S3StorageBackend:
         )
         self._presigned_post = presigned_post
         self._clients = S3Clients(self._settings)
+        self._service = _Service(self._clients, max_attempts)
         self._page_size: int | None = None
         self._identity = IdentityObject()
 
@@ -400,14 +392,12 @@ class S3StorageBackend:
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range; see `StorageBackend.open`."""
         self._check(location)
-        return await open_reader(S3Service(await self._clients.get()), location, offset=offset, length=length)
+        return await open_reader(self._service, location, offset=offset, length=length)
 
     async def stat(self, location: str) -> ObjectInfo:
         """Tell what is known of an object; see `StorageBackend.stat`."""
         self._check(location)
-        client = await self._clients.get()
-        head = await client.head(location)
-        return info_of(location, head, head["ContentLength"])
+        return await self._service.head(location)
 
     async def exists(self, location: str) -> bool:
         """Tell whether an object is there; see `StorageBackend.exists`."""
@@ -466,7 +456,7 @@ class S3StorageBackend:
             )
         except Exception as error:
             raise translate(error, "presign_get", bucket=self.bucket, location=location) from error
-        warn_of_early_end(client, expires_in)
+        _warn_of_early_end(client, expires_in)
         return url
 
     async def presign_upload(
@@ -488,16 +478,16 @@ class S3StorageBackend:
         if not 0 <= min_size <= max_size:
             raise ValueError(f"no file has from {min_size} to {max_size} bytes")
         require_size(min_size, _LARGEST_PART)
-        require_presignable(self._settings)
+        _require_presignable(self._settings)
         if not self._presigned_post and min_size != max_size:
             raise ValueError("the server takes no form, and a PUT is signed for one size: say the exact size")
         client = await self._clients.get()
-        sign = presigned_form if self._presigned_post else presigned_put
+        sign = _presigned_form if self._presigned_post else _presigned_put
         try:
             request = await sign(client, location, int(expires_in.total_seconds()), content_type, min_size, max_size)
         except Exception as error:
             raise translate(error, "presign_upload", bucket=self.bucket, location=location) from error
-        warn_of_early_end(client, expires_in)
+        _warn_of_early_end(client, expires_in)
         return request
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
@@ -514,7 +504,7 @@ class S3StorageBackend:
         async for entry in list_keys(client, settings.key(prefix), start_after=after, page_size=self._page_size):
             location = entry["Key"].removeprefix(settings.prefix)
             if location and location != MARKER and not location.startswith(PROBE_PREFIX):
-                yield info_of(location, entry, entry["Size"])
+                yield _info_of(location, entry, entry["Size"])
 
     async def abort_unfinished(self, *, older_than: timedelta) -> int:
         """Abort the multipart uploads under the prefix; see `SupportsCleanup.abort_unfinished`.
@@ -554,11 +544,7 @@ class S3StorageBackend:
         await self._clients.aclose()
 
     async def _read_marker(self) -> bytes:
-        reader = await open_reader(S3Service(await self._clients.get()), MARKER, offset=0, length=MARKER_SIZE)
-        try:
-            return await reader.read()
-        finally:
-            await reader.aclose()
+        return await read_beginning(self._service, MARKER, MARKER_SIZE)
 
     async def _create_marker(self, content: bytes) -> None:
         await self._write(await self._clients.get(), MARKER, BytesSource(content), "text/plain")

@@ -29,13 +29,13 @@ from granite_storage.orm.binding import StorageBinding
 
 __all__ = [
     "AFTER",
-    "AT_A_TIME",
+    "CONCURRENCY",
     "DRY_RUN",
     "JSON",
     "RATE",
     "YES",
     "ByteCount",
-    "Desk",
+    "CommandContext",
     "Duration",
     "Exit",
     "Settings",
@@ -43,8 +43,12 @@ __all__ = [
     "run",
 ]
 
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(?:/s)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_FACTORS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
-# Finding the application's binding by the name that the user gives.
+# Finding the application's binding.
 
 
 async def load_binding(name: str) -> StorageBinding:
@@ -104,6 +108,9 @@ def _failed(what: str, error: Exception) -> ConfigurationError:
     return ConfigurationError(f"{what} failed: {type(error).__name__}: {error}{place}")
 
 
+# Running a command.
+
+
 class Exit(IntEnum):
     """What the exit codes mean; 128 and a signal's number for a command that a signal has ended."""
 
@@ -129,7 +136,7 @@ class Settings:
 
 
 @dataclass
-class Desk:
+class CommandContext:
     """What a command works with.
 
     Attributes:
@@ -186,7 +193,7 @@ class Desk:
             self._task.cancel()
 
 
-Work = Callable[[Desk], Awaitable["Exit | None"]]
+Work = Callable[[CommandContext], Awaitable["Exit | None"]]
 
 
 def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
@@ -198,7 +205,7 @@ def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
     try:
         # What the application prints or logs is not the answer.
         with contextlib.redirect_stdout(sys.stderr):
-            code = asyncio.run(_at_desk(settings.app, work, output))
+            code = asyncio.run(_run_command(settings.app, work, output))
     except (click.ClickException, click.exceptions.Exit):
         raise
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -227,21 +234,21 @@ def _tell(error: Exception, output: Output, *, debug: bool) -> None:
         output.note("this was not foreseen; --debug shows where it comes from")
 
 
-async def _at_desk(app: str, work: Work, output: Output) -> int:
+async def _run_command(app: str, work: Work, output: Output) -> int:
     binding = await load_binding(app)
     async with _closed_afterwards(binding):
-        desk = Desk(binding, output)
+        context = CommandContext(binding, output)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, desk.on_signal, number)
+            loop.add_signal_handler(number, context.on_signal, number)
         try:
-            code = await work(desk)
+            code = await work(context)
         except asyncio.CancelledError:
-            if desk.stopped_by is None:
+            if context.stopped_by is None:
                 raise
             output.note("broken off")
             code = None
-    return 128 + desk.stopped_by if desk.stopped_by is not None else code or Exit.DONE
+    return 128 + context.stopped_by if context.stopped_by is not None else code or Exit.DONE
 
 
 @asynccontextmanager
@@ -260,12 +267,6 @@ async def _closed_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
 
 
 # Options that several commands have.
-
-
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(?:/s)?", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_FACTORS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class ByteCount(click.ParamType[float]):
@@ -299,5 +300,5 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Answer for a progra
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 AFTER = click.option("--after", metavar="KEY", help="Go on after this key, which an earlier run has told.")
-AT_A_TIME = click.option("--at-a-time", type=click.IntRange(min=1), metavar="N", help="How many rows at a time.")
+CONCURRENCY = click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="How many rows at a time.")
 RATE = click.option("--rate", type=ByteCount(), metavar="BYTES", help="The most bytes in a second, such as 10MB.")

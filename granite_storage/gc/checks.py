@@ -14,6 +14,8 @@ from granite_storage.orm.journal.database import find_gap
 
 __all__ = ["barrier", "require_fit", "require_heartbeat"]
 
+_SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
+_WRITE = text("SELECT pg_logical_emit_message(true, 'granite_storage', 'barrier')")
 _BEGUN = text("SELECT transaction_timestamp()")
 
 
@@ -47,14 +49,14 @@ async def require_heartbeat(connection: AsyncConnection, tables: JournalTables) 
     """Refuse a database in which no worker was at work for long: it may have been restored from a backup.
 
     Raises:
-        CollectionRefusedError: It may; `accept_restore=True` says that it is the right one.
+        CollectionRefusedError: It may; `allow_restored_database=True` says that it is the right one.
     """
     gap = await find_gap(connection, tables)
     if gap is not None:
         raise CollectionRefusedError(
             f"no worker of the journal was at work for {gap}: the database may have been restored from a backup, and objects"
             " that its rows do not refer to may be those of rows that are yet to come back. Once you are sure that it is the"
-            " right one, collect with accept_restore=True"
+            " right one, collect with allow_restored_database=True"
         )
 
 
@@ -85,10 +87,6 @@ async def _require_fit_mariadb(connection: AsyncConnection) -> None:
 
 
 # A commit that no crash of the database takes back, and with it all commits before it.
-
-
-_SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
-_WRITE = text("SELECT pg_logical_emit_message(true, 'granite_storage', 'barrier')")
 
 
 async def barrier(connection: AsyncConnection) -> None:

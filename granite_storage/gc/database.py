@@ -91,13 +91,15 @@ __all__ = [
     "require_one_database",
 ]
 
+logger: logging.Logger = logging.getLogger("granite_storage")
 
-# Every reference of an application in SQL: in the byte order of its location, and what cannot be read as one.
-
-
+_KINDS = (AttachmentType, StoredObjectRefType)
+_COLUMNS_IN_A_STATEMENT = 100
 ELSEWHERE, HERE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY = range(4)
 """What a reference is: to an object of another backend; to one in question; of a backend that no manager has; to one in another
 store than the one that its backend leads to."""
+
+# The statements: every reference in the byte order of its location, and the first value that is none.
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +201,7 @@ def _in_byte_order(location: ColumnElement[str], dialect: str) -> ColumnElement[
     return location if dialect == "sqlite" else cast(location, LargeBinary())
 
 
-# Which columns may refer to an object: those of every base in the same database, and those that only the database knows of.
-
-
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-_KINDS = (AttachmentType, StoredObjectRefType)
+# Which columns may refer to an object.
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +427,7 @@ def _home(sessions: async_sessionmaker[AsyncSession] | None) -> object:
     return None if bind is None else bind.engine.url
 
 
-_COLUMNS_IN_A_STATEMENT = 100
+# The source of references for a collection.
 
 
 class DatabaseReferences:
@@ -456,11 +453,11 @@ class DatabaseReferences:
         self._journals: list[JournalTables] = []
 
     @property
-    def at_a_time(self) -> int:
-        """How many locations `find_held` takes."""
+    def batch_size(self) -> int:
+        """The most locations that `find_held` takes."""
         return most_at_once(self._columns[:_COLUMNS_IN_A_STATEMENT], self._journals)
 
-    async def require_fit(self, *, accept_restore: bool) -> None:
+    async def require_fit(self, *, allow_restored_database: bool) -> None:
         """Refuse a database that could hide references or forget what it has committed, and one that may have been restored."""
         bases = await bound_bases(self._binding, self._backend)
         declared = [column for base in bases for column in base.columns]
@@ -472,8 +469,8 @@ class DatabaseReferences:
         require_one_database(self._sessions, [*(column.table for column in declared), *of_journals])
         self._identities = await identities_of(self._binding.manager.backend(self._backend))
         await self._look_at_the_database(bases)
-        if accept_restore and self._binding.journal is not None:
-            await self._binding.journal.accept_restore()
+        if allow_restored_database and self._binding.journal is not None:
+            await self._binding.journal.allow_restored_database()
         for base in bases:
             if base.binding.journal is not None:
                 async with self._connection(translated=True) as connection:

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Mention", "find_mentions"]
 
-_COLUMNS_AT_A_TIME = 100
-_ROWS_AT_A_TIME = 200
+_COLUMNS_PER_STATEMENT = 100
+_ROWS_PER_PAGE = 200
 _LONGEST_BYTES = 16 * 1024
 """How long a value of bytes may be that is looked at: a longer one is hardly a note about an object."""
 _RUN = re.compile(rf"[0-9a-f]{{{GENERATED_ID_LENGTH},}}")
@@ -111,7 +111,7 @@ async def find_mentions(
             yield Mention(item.label, is_seen=False)
     readable = [item for item in columns if item.is_readable and not item.is_foreign]
     for _, of_table in groupby(readable, key=lambda item: (item.schema, item.table)):
-        for some in batches(list(of_table), _COLUMNS_AT_A_TIME):
+        for some in batches(list(of_table), _COLUMNS_PER_STATEMENT):
             async with _let_go_of(connection):
                 result = await connection.stream(_selected(some, connection.dialect.name))
                 try:
@@ -138,7 +138,7 @@ def _selected(columns: Sequence[FoundColumn], dialect: str) -> Select[*tuple[Any
     )
     texts = [(_value(named.c[item.name], item, dialect), _mentions(named.c[item.name], item, dialect)) for item in columns]
     found = select(*(case((is_one, text)).label(f"text_{number}") for number, (text, is_one) in enumerate(texts)))
-    return found.where(or_(*(is_one for _, is_one in texts))).execution_options(yield_per=_ROWS_AT_A_TIME)
+    return found.where(or_(*(is_one for _, is_one in texts))).execution_options(yield_per=_ROWS_PER_PAGE)
 
 
 def _value(column: ColumnElement[Any], item: FoundColumn, dialect: str) -> ColumnElement[Any]:

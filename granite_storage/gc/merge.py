@@ -17,19 +17,33 @@ from typing import IO, Any, TypeAlias
 from granite_storage._tasks import finished
 from granite_storage.exceptions import CollectionRefusedError
 
-__all__ = ["PAGE", "Joined", "Page", "Reference", "SortedSpool", "Spool", "in_byte_order", "joined", "merged", "temporary_file"]
-
-
-# Lists of any length on disk, so that memory stays the same however many objects there are.
-
-
-Page: TypeAlias = list[Any]
+__all__ = [
+    "PAGE",
+    "Joined",
+    "Page",
+    "Reference",
+    "SortedSpool",
+    "Spool",
+    "in_byte_order",
+    "joined",
+    "merged",
+    "take_page",
+    "temporary_file",
+]
 
 PAGE = 2000
 """How many items are written, read and compared together."""
 
 _IN_MEMORY = 50_000
 _RUN_PAGE = 200
+Page: TypeAlias = list[Any]
+
+Reference: TypeAlias = tuple[str, bool]
+"""The location that something refers to, and whether it names a backend that leads to the objects in question."""
+
+_location = itemgetter(0)
+
+# Lists on disk.
 
 
 @asynccontextmanager
@@ -97,7 +111,7 @@ class SortedSpool:
         """Yield all strings in order, each with its mark; nothing may be added any more."""
         await self._write_run()
         merged = heapq.merge(*(_marked(self._file, start, stop) for start, stop in self._runs))
-        while page := await finished(asyncio.to_thread(_take, merged)):
+        while page := await finished(asyncio.to_thread(take_page, merged)):
             yield page
 
     async def _write_run(self) -> None:
@@ -131,14 +145,12 @@ def _marked(file: IO[bytes], start: int, stop: int) -> Iterator[tuple[str, bool]
         yield from ((item, mark) for item, mark in page or ())
 
 
-def _take(items: Iterator[tuple[str, bool]]) -> list[tuple[str, bool]]:
+def take_page(items: Iterator[Any]) -> Page:
+    """Take the next items, at most a page of them; blocking where the iterator is."""
     return list(islice(items, PAGE))
 
 
-Reference: TypeAlias = tuple[str, bool]
-"""The location that something refers to, and whether it names a backend that leads to the objects in question."""
-
-_location = itemgetter(0)
+# Joining and merging pages.
 
 
 @dataclass(slots=True)

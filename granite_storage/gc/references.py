@@ -6,14 +6,13 @@ import asyncio
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
 from granite_storage._engine import describe_mismatch, identities_of
 from granite_storage._tasks import finished
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention
-from granite_storage.gc.merge import PAGE, Reference, SortedSpool, temporary_file
+from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager
 from granite_storage.orm.references import held_among, named_in
@@ -26,11 +25,11 @@ class ReferenceSource(Protocol):
     """All references there are, whatever their storage key."""
 
     @property
-    def at_a_time(self) -> int:
-        """How many locations `find_held` takes."""
+    def batch_size(self) -> int:
+        """The most locations that `find_held` takes."""
         ...
 
-    async def require_fit(self, *, accept_restore: bool) -> None:
+    async def require_fit(self, *, allow_restored_database: bool) -> None:
         """Refuse what could not be relied on.
 
         Raises:
@@ -99,11 +98,11 @@ class GivenReferences:
         self._storage_keys: set[str] = set()
 
     @property
-    def at_a_time(self) -> int:
-        """How many locations `find_held` takes: each call reads all references."""
+    def batch_size(self) -> int:
+        """The most locations that `find_held` takes: each call reads all references."""
         return 10_000
 
-    async def require_fit(self, *, accept_restore: bool) -> None:
+    async def require_fit(self, *, allow_restored_database: bool) -> None:
         """Accept: nothing is known of where they come from."""
 
     @asynccontextmanager
@@ -171,7 +170,7 @@ class GivenReferences:
             return
         # An ordinary iterator may read from a database or a file, and so may block.
         items = iter(given)
-        while page := await finished(asyncio.to_thread(_take, items)):
+        while page := await finished(asyncio.to_thread(take_page, items)):
             for ref in page:
                 if ref is not None:
                     yield _require_ref(ref)
@@ -184,10 +183,6 @@ def require_callable(iter_references: object) -> None:
             "iter_references must be a callable that returns the refs anew each time, not"
             f" {type(iter_references).__name__}: what was read once is out of date when an object is deleted"
         )
-
-
-def _take(items: Iterator[Any]) -> list[Any]:
-    return list(islice(items, PAGE))
 
 
 def _locations(ref: StoredObjectRef) -> Iterator[str]:

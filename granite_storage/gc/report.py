@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-__all__ = ["MOST_KEPT", "CollectedObject", "DanglingReference", "Fate", "GarbageCollectionReport"]
-
-MOST_KEPT = 1000
-"""How many single things a report holds, so that its size is bounded."""
+__all__ = ["CollectedObject", "DanglingReference", "GarbageCollectionReport", "OrphanStatus"]
 
 
-class Fate(StrEnum):
+class OrphanStatus(StrEnum):
     """What became of an object that nothing refers to."""
 
     ORPHANED = "orphan"
@@ -24,14 +21,14 @@ class CollectedObject:
     """An object that a collection has dealt with.
 
     Attributes:
-        fate: What became of it.
+        status: What became of it.
         backend: Its backend's key.
         location: Its address there.
         size: Its size in bytes.
         error: Why it could not be deleted.
     """
 
-    fate: Fate
+    status: OrphanStatus
     backend: str
     location: str
     size: int
@@ -57,7 +54,7 @@ class DanglingReference:
 class GarbageCollectionReport:
     """What a collection has looked at and done, in objects and in bytes.
 
-    Every object scanned is referenced, foreign, young, mentioned, kept, or an orphan.
+    Every object scanned is referenced, unmanaged, within the grace period, mentioned, referenced on the re-check, or an orphan.
 
     Attributes:
         storage_key: Whose objects.
@@ -67,19 +64,19 @@ class GarbageCollectionReport:
         scanned_bytes: Their bytes.
         referenced: How many of them something refers to.
         referenced_bytes: Their bytes.
-        foreign: How many have a name that this library does not give, and nothing refers to them; they are never touched.
-        foreign_bytes: Their bytes.
-        young: How many nothing refers to that are not older than the grace period.
-        young_bytes: Their bytes.
+        unmanaged: How many have a name that this library does not give, and nothing refers to them; they are never touched.
+        unmanaged_bytes: Their bytes.
+        within_grace_period: How many nothing refers to that are not older than the grace period.
+        within_grace_period_bytes: Their bytes.
         mentioned: How many no reference leads to, but a column that is not one of references has their generated id: in JSON at
             any depth, in text, or in bytes. They are never deleted.
         mentioned_bytes: Their bytes.
         mentions: How many of them each column mentions, by its schema, table and name; the first thousand columns.
         unseen: The first thousand columns that could mention objects, and could not be looked at, or not in every row: those
             that this role may not read, those of other servers, and those whose rows row-level security may hide.
-        kept: How many nothing referred to at first, but a second look, just before deleting, found a row or an entry of the
-            journal that holds them.
-        kept_bytes: Their bytes.
+        referenced_on_recheck: How many nothing referred to at first, but the re-check right before deleting found a row or an
+            entry of the journal that does.
+        referenced_on_recheck_bytes: Their bytes.
         orphaned: How many orphans there were.
         orphaned_bytes: Their bytes.
         deleted: How many of them were deleted.
@@ -100,16 +97,16 @@ class GarbageCollectionReport:
     scanned_bytes: int = 0
     referenced: int = 0
     referenced_bytes: int = 0
-    foreign: int = 0
-    foreign_bytes: int = 0
-    young: int = 0
-    young_bytes: int = 0
+    unmanaged: int = 0
+    unmanaged_bytes: int = 0
+    within_grace_period: int = 0
+    within_grace_period_bytes: int = 0
     mentioned: int = 0
     mentioned_bytes: int = 0
     mentions: dict[str, int] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
-    kept: int = 0
-    kept_bytes: int = 0
+    referenced_on_recheck: int = 0
+    referenced_on_recheck_bytes: int = 0
     orphaned: int = 0
     orphaned_bytes: int = 0
     deleted: int = 0

@@ -13,14 +13,14 @@ from granite_storage.exceptions import CollectionRefusedError, InvalidLocationEr
 from granite_storage.locations import check_location, matches_generated_name
 from granite_storage.manager import StorageManager
 
-__all__ = ["Territory", "is_valid", "require_one_key"]
+__all__ = ["CollectionScope", "is_valid", "require_one_key"]
 
 _SLASHES_OF_OURS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Territory:
-    """The part of a backend that a policy's objects are in.
+class CollectionScope:
+    """What a collection may touch: the part of a backend that a policy's objects are in.
 
     Attributes:
         storage_key: The policy.
@@ -38,8 +38,8 @@ class Territory:
     sharing: tuple[str, ...]
 
     @classmethod
-    def of(cls, manager: StorageManager, storage_key: str) -> Territory:
-        """Return the territory of a policy; `UnknownPolicyError` where there is none."""
+    def of(cls, manager: StorageManager, storage_key: str) -> CollectionScope:
+        """Return the scope of a policy; `UnknownPolicyError` where there is none."""
         policy = manager.policy(storage_key)
         prefix = _begin(policy.key_prefix)
         begins = {key: _begin(other.key_prefix) for key, other in manager.policies.items() if key != storage_key}

@@ -37,6 +37,8 @@ from granite_storage.web.uploads import (
     received_form,
     stream_body,
     stream_upload,
+    upload_body,
+    upload_form,
 )
 from granite_storage.web.urls import SignedFiles
 
@@ -70,6 +72,8 @@ __all__ = [
     "received_form",
     "stream_body",
     "stream_upload",
+    "upload_body",
+    "upload_form",
 ]
 
 del _starlette

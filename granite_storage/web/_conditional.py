@@ -1,6 +1,6 @@
-"""Whether a conditional request is answered with the object.
+"""Conditional requests and ranges: whether a request is answered with the object, and with which bytes of it.
 
-Source: RFC 9110, section 13.
+Source: RFC 9110, sections 13 and 14.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ __all__ = [
     "requested_ranges",
 ]
 
+MAX_RANGES = 10
+"""The most ranges that are sent, once those that lie close together are joined: each may be a request to the storage."""
+_MAX_SPECS = 100
+_PART_OVERHEAD = 100
+_SPEC = re.compile(r"([0-9]*)-([0-9]*)")
+_LARGEST = 10**20
 _TAG = re.compile(r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _MONTH = rf"(?P<month>{'|'.join(_MONTHS)})"
@@ -146,15 +152,6 @@ def _tags(header: str) -> list[str]:
 #
 # Source: RFC 9110, section 14. What is malformed, of another unit, or asks for too much in too many pieces is ignored, as
 # the RFC allows: the answer is then the whole object.
-
-
-MAX_RANGES = 10
-"""The most ranges that are sent, once those that lie close together are joined: each may be a request to the storage."""
-
-_MAX_SPECS = 100
-_PART_OVERHEAD = 100
-_SPEC = re.compile(r"([0-9]*)-([0-9]*)")
-_LARGEST = 10**20
 
 
 def requested_ranges(header: str, size: int) -> list[ByteRange] | None:

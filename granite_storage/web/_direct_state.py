@@ -1,4 +1,4 @@
-"""What direct uploads were finished as: finishing one again gives the same, and one that was refused is not read again."""
+"""The state of a direct upload: what the client has stored, whether it is what was announced, and what it was finished as."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.uploads import stored_object
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import MeasuredStream, require_size
-from granite_storage.web._upload_tokens import Ticket
+from granite_storage.web._upload_tokens import UploadToken
 from granite_storage.web.errors import UploadMismatchError, UploadMissingError
 
 __all__ = [
     "HEAD_SIZE",
     "Claim",
-    "Finishes",
+    "CompletionStore",
     "Found",
-    "JournaledFinishes",
-    "RememberedFinishes",
+    "JournalCompletionStore",
+    "MemoryCompletionStore",
     "Staged",
     "contradicts",
     "find_staged",
@@ -39,13 +39,16 @@ __all__ = [
 ]
 
 
+# What uploads were finished as: finishing one again gives the same, and one that was refused is not read again.
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What an upload was finished as.
 
     Attributes:
         attachment: The attachment, where its object is there, or None.
-        seen: What is known of it, by which `Finishes.claim` tells whether that has changed.
+        seen: What is known of it, by which `CompletionStore.claim` tells whether that has changed.
         is_claimed: Whether another process finishes it just now.
         verdict: Why it was refused, where it was.
     """
@@ -68,19 +71,19 @@ class Claim(Protocol):
         ...
 
 
-class Finishes(Protocol):
+class CompletionStore(Protocol):
     """Where it is written down."""
 
-    async def find(self, ticket: Ticket, home: AttachmentType) -> Found:
+    async def find(self, upload_token: UploadToken, home: AttachmentType) -> Found:
         """Return what an upload was finished as."""
         ...
 
-    async def claim(self, ticket: Ticket, found: Found) -> AbstractAsyncContextManager[Claim] | None:
+    async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
         """Return the right to finish it; None where somebody else has got it since it was looked for."""
         ...
 
 
-class JournaledFinishes:
+class JournalCompletionStore:
     """Keeps it in the journal, for every process.
 
     Args:
@@ -90,15 +93,15 @@ class JournaledFinishes:
     def __init__(self, journal: StorageJournal) -> None:
         self._journal = journal
 
-    async def find(self, ticket: Ticket, home: AttachmentType) -> Found:
+    async def find(self, upload_token: UploadToken, home: AttachmentType) -> Found:
         """Return what an upload was finished as: no row may take it but by a copy, for another row may be taking it now."""
-        finished = await self._journal.find_finished(_staging_id(ticket))
+        finished = await self._journal.find_finished(_staging_id(upload_token))
         attachment = None if finished.ref is None else Attachment._of(finished.ref, home)
         return Found(attachment, finished, finished.is_claimed, finished.verdict)
 
-    async def claim(self, ticket: Ticket, found: Found) -> AbstractAsyncContextManager[Claim] | None:
+    async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
         """Return the right to finish it, of all processes."""
-        claim = await self._journal.claim_staging(_staging_id(ticket), found.seen)
+        claim = await self._journal.claim_staging(_staging_id(upload_token), found.seen)
         return None if claim is None else _JournaledClaim(claim)
 
 
@@ -125,45 +128,47 @@ class _JournaledClaim:
         await self._claim.__aexit__(*error)
 
 
-class RememberedFinishes:
+class MemoryCompletionStore:
     """Keeps it in this process, as long as the upload can be finished."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Attachment | Mapping[str, Any], int]] = {}
 
-    async def find(self, ticket: Ticket, home: AttachmentType) -> Found:
+    async def find(self, upload_token: UploadToken, home: AttachmentType) -> Found:
         """Return what an upload was finished as: the same attachment, which a row takes once and others copy."""
         now = time.time()
         for location in [location for location, (_, ends) in self._known.items() if ends <= now]:
             del self._known[location]
-        known, _ = self._known.get(ticket.location, (None, 0))
+        known, _ = self._known.get(upload_token.location, (None, 0))
         if not isinstance(known, Attachment):
             return Found(None, known, verdict=known)
         there = not known.is_pending and await known.exists()
         return Found(known if there else None, known)
 
-    async def claim(self, ticket: Ticket, found: Found) -> AbstractAsyncContextManager[Claim] | None:
+    async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
         """Return the right to finish it, which whoever finishes it alone in this process has."""
-        return _RememberedClaim(self._known, ticket, found.seen)
+        return _RememberedClaim(self._known, upload_token, found.seen)
 
 
 class _RememberedClaim:
-    def __init__(self, known: dict[str, tuple[Attachment | Mapping[str, Any], int]], ticket: Ticket, seen: Any) -> None:
+    def __init__(
+        self, known: dict[str, tuple[Attachment | Mapping[str, Any], int]], upload_token: UploadToken, seen: Any
+    ) -> None:
         self._known = known
-        self._ticket = ticket
+        self._upload_token = upload_token
         self._seen = seen
 
     async def publish(self, attachment: Attachment) -> bool:
         """Remember what it is finished as."""
-        known, _ = self._known.get(self._ticket.location, (None, 0))
+        known, _ = self._known.get(self._upload_token.location, (None, 0))
         if known is not self._seen:  # another event loop of this process was faster
             return False
-        self._known[self._ticket.location] = attachment, self._ticket.ends
+        self._known[self._upload_token.location] = attachment, self._upload_token.ends
         return True
 
     async def refuse(self, verdict: Mapping[str, Any]) -> None:
         """Remember why it is refused."""
-        self._known[self._ticket.location] = verdict, self._ticket.ends
+        self._known[self._upload_token.location] = verdict, self._upload_token.ends
 
     async def __aenter__(self) -> Self:
         return self
@@ -171,10 +176,10 @@ class _RememberedClaim:
     async def __aexit__(self, *_: object) -> None: ...
 
 
-def _staging_id(ticket: Ticket) -> UUID:
-    if ticket.staging_id is None:
+def _staging_id(upload_token: UploadToken) -> UUID:
+    if upload_token.staging_id is None:
         raise StaleAttachmentError("the direct upload was begun before there was a journal; it may be begun again")
-    return ticket.staging_id
+    return upload_token.staging_id
 
 
 # How files of common media types begin: bytes that claim to be an image, and are a page, are told by it.
@@ -272,7 +277,7 @@ class Staged:
             raise UploadMismatchError(verdict["why"])
 
 
-async def find_staged(manager: StorageManager, storage_key: str, ticket: Ticket) -> Staged:
+async def find_staged(manager: StorageManager, storage_key: str, upload_token: UploadToken) -> Staged:
     """Return what a client has stored, if nothing that can be told without reading it speaks against it.
 
     Raises:
@@ -282,39 +287,39 @@ async def find_staged(manager: StorageManager, storage_key: str, ticket: Ticket)
     """
     place = StoredObjectRef(
         storage_key=storage_key,
-        backend=ticket.backend,
-        location=ticket.location,
+        backend=upload_token.backend,
+        location=upload_token.location,
         size=0,
         checksum="",
-        content_type=ticket.content_type,
-        original_filename=ticket.filename,
+        content_type=upload_token.content_type,
+        original_filename=upload_token.filename,
     )
     try:
         info = await manager.stat(place)
     except ObjectNotFoundError as error:
         raise UploadMissingError("nothing was uploaded yet") from error
-    require_size(info.size, ticket.max_size)
-    if info.size < ticket.min_size:
+    require_size(info.size, upload_token.max_size)
+    if info.size < upload_token.min_size:
         raise UploadMismatchError("the file is smaller than was announced")
-    _require_headers(info, ticket)
+    _require_headers(info, upload_token)
     return Staged(replace(place, size=info.size), f"{info.size} {info.modified.isoformat()} {info.etag}")
 
 
-async def require_beginning(manager: StorageManager, ref: StoredObjectRef, ticket: Ticket) -> None:
+async def require_beginning(manager: StorageManager, ref: StoredObjectRef, upload_token: UploadToken) -> None:
     """Read the first bytes of what a client has stored, before anything is copied.
 
     Raises:
         SizeMismatchError: It was replaced meanwhile.
         UploadMismatchError: It does not begin like its media type.
     """
-    if is_known(ticket.content_type):
+    if is_known(upload_token.content_type):
         async with manager.open(ref, length=HEAD_SIZE) as reader:
             head = await reader.read()
-        if contradicts(head, ticket.content_type):
+        if contradicts(head, upload_token.content_type):
             raise UploadMismatchError(_WRONG_TYPE)
 
 
-async def inspect(manager: StorageManager, ref: StoredObjectRef, ticket: Ticket) -> StoredObjectRef:
+async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: UploadToken) -> StoredObjectRef:
     """Read the copy of what a client has stored, and return its ref with the checksum of what was read.
 
     Raises:
@@ -322,8 +327,8 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, ticket: Ticket)
         UploadMismatchError: It is not what was announced.
     """
     async with manager.open(ref) as reader:
-        _require_headers(reader.info, ticket)
-        content = MeasuredStream(aiter(reader), checksum=ticket.checksum)
+        _require_headers(reader.info, upload_token)
+        content = MeasuredStream(aiter(reader), checksum=upload_token.checksum)
         head = b""
         try:
             async for chunk in content:
@@ -332,14 +337,14 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, ticket: Ticket)
             raise UploadMismatchError("the file has not the checksum that was announced") from error
         finally:
             await content.aclose()
-    if contradicts(head, ticket.content_type):
+    if contradicts(head, upload_token.content_type):
         raise UploadMismatchError(_WRONG_TYPE)
     return replace(ref, checksum=content.checksum or "")
 
 
-def _require_headers(info: ObjectInfo, ticket: Ticket) -> None:
+def _require_headers(info: ObjectInfo, upload_token: UploadToken) -> None:
     """Refuse what a browser would be sent as another file than the one that was announced."""
-    if info.content_type not in (None, ticket.content_type):
+    if info.content_type not in (None, upload_token.content_type):
         raise UploadMismatchError("the file has not the Content-Type that was announced")
     if (info.content_encoding or "identity").lower() != "identity":
         raise UploadMismatchError("the file was sent with a Content-Encoding, which was not agreed")

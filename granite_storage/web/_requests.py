@@ -1,8 +1,4 @@
-"""multipart/form-data (RFC 7578, RFC 2046) as it arrives: heads of parts and their data, in order, never more than was received.
-
-What is read does not depend on how the network cuts the body: the parser decides nothing before it has all the bytes that the
-decision needs, and it holds back no more than a header line or a delimiter.
-"""
+"""The bodies of requests as they arrive: their limits, their headers, multipart/form-data, and URL-encoded forms."""
 
 from __future__ import annotations
 
@@ -97,7 +93,7 @@ class UploadLimits:
 DEFAULT_LIMITS = UploadLimits()
 
 
-# The body of a request as it arrives, what its headers promise of it, and the grammar of headers with parameters.
+# The headers and the bytes of a body.
 
 
 _PIECE = 64 * 1024
@@ -265,6 +261,12 @@ def _value_of(match: re.Match[bytes], is_of_form: bool) -> bytes:
             for escape, character in _LINE_ENDS:
                 value = value.replace(escape, character)
     return value
+
+
+# multipart/form-data (RFC 7578, RFC 2046): heads of parts and their data, in order, never more than was received.
+#
+# What is read does not depend on how the network cuts the body: the parser decides nothing before it has all the bytes that
+# the decision needs, and it holds back no more than a header line or a delimiter.
 
 
 _LONGEST_BOUNDARY = 256
@@ -603,7 +605,7 @@ def _decoded(name: bytes) -> str:
         raise MalformedRequestError("the name of a field is not UTF-8") from error
 
 
-# application/x-www-form-urlencoded bodies as they arrive.
+# application/x-www-form-urlencoded
 
 
 _SLICE = 16 * 1024

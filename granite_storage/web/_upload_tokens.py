@@ -1,4 +1,4 @@
-"""What a direct upload may be, as the tokens say that stand for it."""
+"""The tokens of direct uploads, and the URLs that end in one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from starlette.types import Scope
 
 from granite_storage.signing import TokenSigner
 
-__all__ = ["Ticket", "Tickets", "token_of"]
+__all__ = ["UploadToken", "UploadTokenSigner", "token_of"]
 
 _ID = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class UploadToken:
     """One direct upload.
 
     Attributes:
@@ -57,7 +57,7 @@ class Ticket:
 
     @classmethod
     def of(cls, claims: Mapping[str, Any]) -> Self | None:
-        """Return the ticket that claims make, None where they make none."""
+        """Return the token that claims make, None where they make none."""
         if claims.keys() != {item.name for item in fields(cls)}:
             return None
         texts = ("audience", "table", "column", "backend", "location", "content_type")
@@ -78,37 +78,37 @@ class Ticket:
         return None if self.intent is None else UUID(self.intent)
 
 
-class Tickets:
-    """Signs and reads tickets for one purpose.
+class UploadTokenSigner:
+    """Signs and reads tokens for one purpose.
 
     Args:
         purpose: What for.
         keys: The secrets by their ids.
         audience: What else is signed.
-        longest: The longest that a ticket may last.
+        longest: The longest that an upload token may last.
     """
 
     def __init__(self, purpose: str, keys: Mapping[str, str | bytes], *, audience: str = "", longest: timedelta) -> None:
         self._tokens = TokenSigner(f"granite-storage: {purpose}, version 1", keys, audience=audience)
         self._longest = longest.total_seconds()
 
-    def sign(self, ticket: Ticket) -> str:
-        """Return the token of a ticket."""
-        return self._tokens.sign(asdict(ticket))
+    def sign(self, upload_token: UploadToken) -> str:
+        """Return the signed text of a token."""
+        return self._tokens.sign(asdict(upload_token))
 
-    def read(self, token: object) -> Ticket | None:
-        """Return the ticket of a token; None where it is changed, over, or not ours."""
+    def read(self, token: object) -> UploadToken | None:
+        """Return what a token stands for; None where it is changed, over, or not ours."""
         claims = self._tokens.read(token) if isinstance(token, str) else None
-        ticket = None if claims is None else Ticket.of(claims)
-        if ticket is None or not 0 < ticket.ends - time.time() <= self._longest:
+        upload_token = None if claims is None else UploadToken.of(claims)
+        if upload_token is None or not 0 < upload_token.ends - time.time() <= self._longest:
             return None
-        return ticket
+        return upload_token
 
     def __repr__(self) -> str:
         return f"keys={self._tokens.key_ids}"
 
 
-# URLs that end in a token, read in the one way that they are written in.
+# URLs that end in a token.
 
 
 def token_of(scope: Scope) -> str | None:

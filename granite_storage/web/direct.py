@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from granite_storage._engine import ObjectDraft
+from granite_storage._engine import PreparedUpload
 from granite_storage.backends.base import UploadRequest
 from granite_storage.exceptions import (
     ConfigurationError,
@@ -38,17 +38,17 @@ from granite_storage.refs import canonical_checksum
 from granite_storage.signing import require_base_url
 from granite_storage.streams import require_declared_size, require_size
 from granite_storage.web._direct_state import (
-    Finishes,
+    CompletionStore,
     Found,
-    JournaledFinishes,
-    RememberedFinishes,
+    JournalCompletionStore,
+    MemoryCompletionStore,
     Staged,
     find_staged,
     inspect,
     require_beginning,
 )
 from granite_storage.web._requests import UploadLimits, body_of, content_type_to_keep, declared_size, require_whole_body
-from granite_storage.web._upload_tokens import Ticket, Tickets, token_of
+from granite_storage.web._upload_tokens import UploadToken, UploadTokenSigner, token_of
 from granite_storage.web.errors import (
     MalformedRequestError,
     RequestError,
@@ -57,12 +57,18 @@ from granite_storage.web.errors import (
     UploadTokenError,
     problem_response,
 )
-from granite_storage.web.responses import send_departed, send_status
+from granite_storage.web.responses import is_request, send_departed
 
 __all__ = ["DirectUpload", "DirectUploads", "UploadEndpoint"]
 
+_LONGEST_OWNER = 255
+_OPAQUE = "application/octet-stream"
+_INVALID = "the upload's token is not valid, or has expired"
+_ATTEMPTS = 5
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 2.0
 
-# Where clients send direct uploads to, for backends that sign no requests of their own.
+# The endpoint that clients send to, for backends that sign no requests of their own.
 
 
 class _ReceivedAlreadyError(RequestError):
@@ -76,24 +82,20 @@ class UploadEndpoint:
 
     Args:
         manager: Who stores it.
-        tickets: What the URLs are signed with.
-        draft_of: Says what a ticket lets a client store; raises `UploadTokenError` where nothing.
+        tokens: What the URLs are signed with.
+        draft_of: Says what an upload token lets a client store; raises `UploadTokenError` where nothing.
     """
 
-    def __init__(self, manager: StorageManager, tickets: Tickets, draft_of: Callable[[Ticket], ObjectDraft]) -> None:
+    def __init__(
+        self, manager: StorageManager, tokens: UploadTokenSigner, draft_of: Callable[[UploadToken], PreparedUpload]
+    ) -> None:
         self._manager = manager
-        self._tickets = tickets
+        self._tokens = tokens
         self._draft_of = draft_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
-            return
-        if scope["type"] != "http":
-            raise ValueError(f"DirectUploads serves HTTP, not {scope['type']!r}")
-        if scope["method"] != "PUT":
-            await send_status(send, 405, [("allow", "PUT")])
+        if not await is_request(scope, send, ("PUT",), "DirectUploads"):
             return
         response = await self._answer(Request(scope, receive))
         if response is None:
@@ -105,27 +107,31 @@ class UploadEndpoint:
         """Store what the request brings, and return the answer; None where the client has gone away."""
         try:
             token = token_of(request.scope)
-            ticket = None if token is None else self._tickets.read(token)
-            if ticket is None or ticket.expires <= time.time():
+            upload_token = None if token is None else self._tokens.read(token)
+            if upload_token is None or upload_token.expires <= time.time():
                 raise UploadTokenError("the URL is not valid, or has expired")
-            await self._store(request, ticket)
+            await self._store(request, upload_token)
         except ClientDisconnect:
             return None
         except StorageError as error:
             return problem_response(error)
         return Response(status_code=204, headers={"Cache-Control": "no-store"})
 
-    async def _store(self, request: Request, ticket: Ticket) -> None:
+    async def _store(self, request: Request, upload_token: UploadToken) -> None:
         """Store a body as it arrives, if it is what was announced and has arrived before it could no longer be finished."""
-        draft, limits = self._draft_of(ticket), UploadLimits(max_size=ticket.max_size)
-        if request.headers.get("content-type") != ticket.content_type:
+        draft, limits = self._draft_of(upload_token), UploadLimits(max_size=upload_token.max_size)
+        if request.headers.get("content-type") != upload_token.content_type:
             raise UnsupportedRequestError("the Content-Type is not the one that was announced")
         require_whole_body(request, limits)
-        _require_least(declared_size(request), ticket.min_size)
-        time_left = asyncio.timeout(ticket.ends - time.time())
+        _require_least(declared_size(request), upload_token.min_size)
+        time_left = asyncio.timeout(upload_token.ends - time.time())
         try:
-            async with time_left, aclosing(body_of(request, limits)) as body, aclosing(_whole(body, ticket.min_size)) as content:
-                await self._manager.put_draft(draft, content)
+            async with (
+                time_left,
+                aclosing(body_of(request, limits)) as body,
+                aclosing(_whole(body, upload_token.min_size)) as content,
+            ):
+                await self._manager._engine.put(draft, content)
         except ObjectExistsError as error:
             message = "the file was received already, so the upload is complete and this request was not needed: finish it"
             raise _ReceivedAlreadyError(message) from error
@@ -149,12 +155,7 @@ def _require_least(size: int | None, min_size: int) -> None:
         raise UploadMismatchError("the file is smaller than was announced")
 
 
-_LONGEST_OWNER = 255
-_OPAQUE = "application/octet-stream"
-_INVALID = "the upload's token is not valid, or has expired"
-_ATTEMPTS = 5
-_FIRST_PAUSE = 0.1
-_LONGEST_PAUSE = 2.0
+# Beginning and finishing a direct upload.
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +248,11 @@ class DirectUploads:
         self._finish_within = finish_within
         self._audience = binding.base_name if audience is None else audience
         self._locks: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock] = WeakValueDictionary()
-        self._to_finish = Tickets("a direct upload to finish", keys, longest=longest)
-        self._to_send = Tickets("a direct upload to send", keys, audience=self.base_url or "", longest=longest)
-        self._finishes: Finishes = RememberedFinishes() if binding.journal is None else JournaledFinishes(binding.journal)
+        self._to_finish = UploadTokenSigner("a direct upload to finish", keys, longest=longest)
+        self._to_send = UploadTokenSigner("a direct upload to send", keys, audience=self.base_url or "", longest=longest)
+        self._completions: CompletionStore = (
+            MemoryCompletionStore() if binding.journal is None else JournalCompletionStore(binding.journal)
+        )
         self._endpoint = UploadEndpoint(self._manager, self._to_send, self._staging_draft)
 
     async def begin(
@@ -298,7 +301,7 @@ class DirectUploads:
         content_type = _media_type(content_type)
         draft = self._draft(home, content_type)
         expires = int(time.time() + expires_in.total_seconds())
-        ticket = Ticket(
+        upload_token = UploadToken(
             audience=self._audience,
             table=home.table.fullname,
             column=home.field_name,
@@ -314,10 +317,10 @@ class DirectUploads:
             expires=expires,
             ends=expires + int(self._finish_within.total_seconds()),
         )
-        request = await self._manager.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
+        request = await self._manager._engine.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
         if request is None:
-            request = self._signed_request(ticket)
-        token = self._to_finish.sign(await self._noted(ticket, expires_in))
+            request = self._signed_request(upload_token)
+        token = self._to_finish.sign(await self._noted(upload_token, expires_in))
         expires_at = datetime.fromtimestamp(expires, UTC)
         return DirectUpload(request.method, request.url, request.fields, request.headers, token, expires_at)
 
@@ -348,13 +351,17 @@ class DirectUploads:
             BackendError: The storage could not copy or read it.
         """
         wanted = self._home_of(attribute)
-        ticket = self._to_finish.read(token)
-        if ticket is None or ticket.owner != owner or (ticket.table, ticket.column) != (wanted.table.fullname, wanted.field_name):
+        upload_token = self._to_finish.read(token)
+        if (
+            upload_token is None
+            or upload_token.owner != owner
+            or (upload_token.table, upload_token.column) != (wanted.table.fullname, wanted.field_name)
+        ):
             raise UploadTokenError(_INVALID)
-        home = self._home_in(ticket)
-        async with self._lock(ticket.location):
+        home = self._home_in(upload_token)
+        async with self._lock(upload_token.location):
             for _ in range(_ATTEMPTS):
-                attachment = await self._finished(ticket, home)
+                attachment = await self._finished(upload_token, home)
                 if attachment is not None:
                     return attachment
         raise StaleAttachmentError("the direct upload was finished by others, and undone, again and again; it may be tried again")
@@ -363,19 +370,19 @@ class DirectUploads:
         """Serve one request to a URL of `begin`."""
         await self._endpoint(scope, receive, send)
 
-    async def _finished(self, ticket: Ticket, home: AttachmentType) -> Attachment | None:
+    async def _finished(self, upload_token: UploadToken, home: AttachmentType) -> Attachment | None:
         """Return what the upload is finished as; None where another process has changed that meanwhile."""
-        found = await self._unclaimed(ticket, home)
+        found = await self._unclaimed(upload_token, home)
         if found.attachment is not None:
             return found.attachment
-        staged = await find_staged(self._manager, home.storage_key, ticket)
+        staged = await find_staged(self._manager, home.storage_key, upload_token)
         staged.require_not_refused(found.verdict)
-        claim = await self._finishes.claim(ticket, found)
+        claim = await self._completions.claim(upload_token, found)
         if claim is None:
             return None
         async with claim as claimed:
             try:
-                attachment = await self._adopted(ticket, home, staged)
+                attachment = await self._adopted(upload_token, home, staged)
             except UploadMismatchError as error:
                 await claimed.refuse(staged.verdict(error))
                 raise
@@ -390,37 +397,37 @@ class DirectUploads:
             await discard([attachment])
         return None
 
-    async def _unclaimed(self, ticket: Ticket, home: AttachmentType) -> Found:
+    async def _unclaimed(self, upload_token: UploadToken, home: AttachmentType) -> Found:
         """Return what is known of the upload, once no other process finishes it."""
         pause = _FIRST_PAUSE
-        while (found := await self._finishes.find(ticket, home)).is_claimed:
+        while (found := await self._completions.find(upload_token, home)).is_claimed:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE)
         return found
 
-    async def _adopted(self, ticket: Ticket, home: AttachmentType, staged: Staged) -> Attachment:
-        await require_beginning(self._manager, staged.ref, ticket)
-        return await Attachment._adopt(staged.ref, home, lambda ref: inspect(self._manager, ref, ticket))
+    async def _adopted(self, upload_token: UploadToken, home: AttachmentType, staged: Staged) -> Attachment:
+        await require_beginning(self._manager, staged.ref, upload_token)
+        return await Attachment._adopt(staged.ref, home, lambda ref: inspect(self._manager, ref, upload_token))
 
     def _lock(self, location: str) -> asyncio.Lock:
         """Return what lets one task of this event loop at a time finish an upload."""
         return self._locks.setdefault((asyncio.get_running_loop(), location), asyncio.Lock())
 
-    async def _noted(self, ticket: Ticket, expires_in: timedelta) -> Ticket:
+    async def _noted(self, upload_token: UploadToken, expires_in: timedelta) -> UploadToken:
         """Let the journal, where there is one, know of what may be stored, before anybody can store it."""
         if self._binding.journal is None:
-            return ticket
+            return upload_token
         lifetime = expires_in + self._finish_within
-        intent = await self._binding.journal.begin_staging(ticket.backend, ticket.location, lifetime=lifetime)
-        return replace(ticket, intent=intent.hex)
+        intent = await self._binding.journal.begin_staging(upload_token.backend, upload_token.location, lifetime=lifetime)
+        return replace(upload_token, intent=intent.hex)
 
-    def _signed_request(self, ticket: Ticket) -> UploadRequest:
+    def _signed_request(self, upload_token: UploadToken) -> UploadRequest:
         if self.base_url is None:
             raise ConfigurationError(
-                f"the backend {ticket.backend!r} signs no requests: make DirectUploads with base_url=, and mount it there"
+                f"the backend {upload_token.backend!r} signs no requests: make DirectUploads with base_url=, and mount it there"
             )
-        token = self._to_send.sign(replace(ticket, filename=None, owner=None))
-        return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": ticket.content_type})
+        token = self._to_send.sign(replace(upload_token, filename=None, owner=None))
+        return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": upload_token.content_type})
 
     def _home_of(self, attribute: object) -> AttachmentType:
         home = getattr(attribute, "type", None)
@@ -430,28 +437,28 @@ class DirectUploads:
             )
         return home
 
-    def _home_in(self, ticket: Ticket) -> AttachmentType:
-        """Return the column of a ticket, if that is where its location belongs: who shares a key may say anything."""
-        home = self._binding.column_type(ticket.table, ticket.column)
+    def _home_in(self, upload_token: UploadToken) -> AttachmentType:
+        """Return the column of an upload token, if that is where its location belongs: who shares a key may say anything."""
+        home = self._binding.column_type(upload_token.table, upload_token.column)
         if (
-            ticket.audience != self._audience
-            or ticket.backend not in self._manager.backends
+            upload_token.audience != self._audience
+            or upload_token.backend not in self._manager.backends
             or home is None
-            or not _is_of(ticket.location, home, self._binding.manager_for(home).policy(home.storage_key))
+            or not _is_of(upload_token.location, home, self._binding.manager_for(home).policy(home.storage_key))
         ):
             raise UploadTokenError(_INVALID)
         return home
 
-    def _staging_draft(self, ticket: Ticket) -> ObjectDraft:
+    def _staging_draft(self, upload_token: UploadToken) -> PreparedUpload:
         """Return what a client may store by itself."""
-        policy = self._manager.policy(self._home_in(ticket).storage_key)
-        if policy.backend_key != ticket.backend:
+        policy = self._manager.policy(self._home_in(upload_token).storage_key)
+        if policy.backend_key != upload_token.backend:
             raise UploadTokenError("the URL is not valid, or has expired")
-        return ObjectDraft(policy, ticket.location, ticket.content_type, None, None)
+        return PreparedUpload(policy, upload_token.location, upload_token.content_type, None, None)
 
-    def _draft(self, home: AttachmentType, content_type: str) -> ObjectDraft:
+    def _draft(self, home: AttachmentType, content_type: str) -> PreparedUpload:
         """Choose where a client stores by itself: the location tells nothing of the file, and is the collector's to recognise."""
-        return self._manager.draft(
+        return self._manager._engine.prepare(
             storage_key=home.storage_key,
             model_name=home.model_name,
             entity_id=uuid7_hex(),

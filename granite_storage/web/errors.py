@@ -27,6 +27,7 @@ from granite_storage.exceptions import (
 )
 
 __all__ = [
+    "RETRY_AFTER",
     "MalformedRequestError",
     "MissingFieldError",
     "RequestError",
@@ -39,6 +40,12 @@ __all__ = [
     "problem_response",
 ]
 
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+RETRY_AFTER = 5
+"""When a client may try again where the storage is unavailable, in seconds."""
+
+_TITLES = {413: "Content Too Large"}
 
 # What is wrong with a request. The messages are meant for the client: they name nothing of the server.
 
@@ -117,10 +124,7 @@ class UploadMismatchError(RequestError):
     status = 422
 
 
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-_RETRY_AFTER = 5
-_TITLES = {413: "Content Too Large"}
+# The responses.
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,7 @@ class _Problem:
     retry: bool = False
 
 
-def install_error_handlers(app: Starlette, *, retry_after: int = _RETRY_AFTER) -> None:
+def install_error_handlers(app: Starlette, *, retry_after: int = RETRY_AFTER) -> None:
     """Let a Starlette or FastAPI application answer the library's errors with problem details.
 
     Errors of the server's own (5xx) are logged with what the client is not told. A client that went away while it sent is no
@@ -153,7 +157,7 @@ def install_error_handlers(app: Starlette, *, retry_after: int = _RETRY_AFTER) -
     app.add_exception_handler(ClientDisconnect, on_disconnect)
 
 
-def problem_response(error: StorageError, *, retry_after: int = _RETRY_AFTER) -> Response:
+def problem_response(error: StorageError, *, retry_after: int = RETRY_AFTER) -> Response:
     """Return the response to an error of the library, as `application/problem+json`.
 
     400, 408, 413, 415 and 422 for what is wrong with the request, 403 for an invalid token of a direct upload, 404 for a missing

@@ -52,6 +52,7 @@ __all__ = [
     "Part",
     "Request",
     "StoredObjectResponse",
+    "is_request",
     "multipart",
     "reads_of",
     "send_chunk",
@@ -62,9 +63,7 @@ __all__ = [
     "while_connected",
 ]
 
-
-# Bytes on their way to a client: never a whole answer made of half an object, and nothing read for a client that is gone.
-
+logger: logging.Logger = logging.getLogger("granite_storage")
 
 # One visit to a thread each: fewer would cost speed, larger ones memory with every slow client.
 _CHUNK_SIZE = 128 * 1024
@@ -74,6 +73,22 @@ _LARGEST_GAP = _CHUNK_SIZE
 _STALL_SECONDS = 5.0
 # What nginx logs for it; the client does not see it.
 _CLIENT_CLOSED_REQUEST = 499
+_COMPUTED = frozenset({"accept-ranges", "content-length", "content-range", "transfer-encoding"})
+_OF_THE_OBJECT = _COMPUTED | {
+    "cache-control",
+    "content-disposition",
+    "content-encoding",
+    "content-language",
+    "content-type",
+    "etag",
+    "expires",
+    "last-modified",
+}
+_REVALIDATED = "private, no-cache"
+_UNCACHED = {"cache-control": "no-store"}
+_IMMUTABLE = "private, max-age=31536000, immutable"
+
+# Bytes on their way to a client: never a whole answer made of half an object, and nothing read for a client that is gone.
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +138,23 @@ def reads_of(parts: Sequence[Part]) -> list[list[Part]]:
         else:
             reads.append([part])
     return reads
+
+
+async def is_request(scope: Scope, send: Send, methods: Sequence[str], server: str) -> bool:
+    """Tell whether an ASGI application is called for a request of one of its methods; anything else is refused here.
+
+    Raises:
+        ValueError: It is neither HTTP nor a websocket.
+    """
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close"})
+        return False
+    if scope["type"] != "http":
+        raise ValueError(f"{server} serves HTTP, not {scope['type']!r}")
+    if scope["method"] not in methods:
+        await send_status(send, 405, [("allow", ", ".join(methods))])
+        return False
+    return True
 
 
 async def send_status(send: Send, status: int, more_headers: Iterable[tuple[str, str]] = ()) -> None:
@@ -247,22 +279,7 @@ async def _departure(receive: Receive) -> None:
         await asyncio.sleep(0)  # what wraps `receive` may repeat the end of the body for ever, without a wait
 
 
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-_COMPUTED = frozenset({"accept-ranges", "content-length", "content-range", "transfer-encoding"})
-_OF_THE_OBJECT = _COMPUTED | {
-    "cache-control",
-    "content-disposition",
-    "content-encoding",
-    "content-language",
-    "content-type",
-    "etag",
-    "expires",
-    "last-modified",
-}
-_REVALIDATED = "private, no-cache"
-_UNCACHED = {"cache-control": "no-store"}
-_IMMUTABLE = "private, max-age=31536000, immutable"
+# The response.
 
 
 class Request(Protocol):

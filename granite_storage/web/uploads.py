@@ -44,25 +44,30 @@ __all__ = [
     "FileTarget",
     "FormFields",
     "FormFiles",
-    "Incoming",
     "PolicyTarget",
     "Received",
     "Target",
     "UploadDependency",
     "UploadForm",
+    "UploadSource",
     "max_size_of",
     "received_body",
     "received_form",
     "require_target",
     "stream_body",
     "stream_upload",
+    "upload_body",
+    "upload_form",
 ]
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+_FILE: Mapping[str, Any] = {"type": "string", "format": "binary"}
 
 # Where a file that arrives is stored, and what becomes of it when its request ends.
 
 
-class Incoming(Protocol):
+class UploadSource(Protocol):
     """A file on its way in: its name and media type, and its bytes by `async for`."""
 
     filename: str | None
@@ -91,7 +96,7 @@ class PolicyTarget:
     field_name: str
     extra: Mapping[str, Any] | None = None
 
-    async def put(self, file: Incoming) -> StoredObjectRef:
+    async def put(self, file: UploadSource) -> StoredObjectRef:
         """Store a file as it arrives; see `StorageManager.put_stream`."""
         return await self.manager.put_stream(
             storage_key=self.storage_key,
@@ -168,7 +173,7 @@ class Received:
     def __bool__(self) -> bool:
         return bool(self.attachments or self.refs)
 
-    async def store(self, file: Incoming, target: Target) -> Any:
+    async def store(self, file: UploadSource, target: Target) -> Any:
         """Store a file where it shall go, as it arrives."""
         if isinstance(target, PolicyTarget):
             ref = await target.put(file)
@@ -202,7 +207,7 @@ class Received:
         )
 
 
-T = TypeVar("T")
+# Forms and bodies.
 
 
 class FilePart:
@@ -505,11 +510,6 @@ async def _receive(form: _MultipartForm) -> UploadForm:
 # What FastAPI's `Depends` takes to receive files.
 
 
-T_co = TypeVar("T_co", covariant=True)
-
-_FILE: Mapping[str, Any] = {"type": "string", "format": "binary"}
-
-
 class UploadDependency(Protocol[T_co]):
     """A dependency that receives files.
 
@@ -524,8 +524,8 @@ class UploadDependency(Protocol[T_co]):
         ...
 
 
-def received_form(files: Mapping[str, FileTarget], *, limits: UploadLimits = DEFAULT_LIMITS) -> UploadDependency[UploadForm]:
-    """Return a dependency that receives a form: `Annotated[UploadForm, Depends(received_form({"file": Document.file}))]`.
+def upload_form(files: Mapping[str, FileTarget], *, limits: UploadLimits = DEFAULT_LIMITS) -> UploadDependency[UploadForm]:
+    """Return a dependency that receives a form: `Annotated[UploadForm, Depends(upload_form({"file": Document.file}))]`.
 
     When the request ends, well or not, the attachments are removed that no row has taken; where it ends well, those stay that an
     instance holds whose row is yet to be flushed. Arguments and errors are those of `stream_upload`. The endpoint must have no
@@ -544,12 +544,12 @@ def received_form(files: Mapping[str, FileTarget], *, limits: UploadLimits = DEF
     return cast(UploadDependency[UploadForm], _described(form, "multipart/form-data", schema))
 
 
-def received_body(
+def upload_body(
     target: Target, *, filename: Callable[[Request], str | None] | None = None, limits: UploadLimits = DEFAULT_LIMITS
 ) -> UploadDependency[Any]:
-    """Return a dependency that receives the body as one file: `Annotated[Attachment, Depends(received_body(Document.file))]`.
+    """Return a dependency that receives the body as one file: `Annotated[Attachment, Depends(upload_body(Document.file))]`.
 
-    What becomes of an attachment that no row has taken is that of `received_form`. Arguments and errors are those of
+    What becomes of an attachment that no row has taken is that of `upload_form`. Arguments and errors are those of
     `stream_body`.
 
     Args:
@@ -565,6 +565,9 @@ def received_body(
             yield stored
 
     return cast(UploadDependency[Any], _described(body, "application/octet-stream", _FILE))
+
+
+received_form, received_body = upload_form, upload_body  # until the documents and the examples follow
 
 
 def _described(dependency: Any, media_type: str, schema: Mapping[str, Any]) -> Any:

@@ -13,13 +13,12 @@ from granite_storage.exceptions import BackendUnavailableError, ConfigurationErr
 from granite_storage.manager import StorageManager
 from granite_storage.signing import SignedObject
 from granite_storage.web._upload_tokens import token_of
-from granite_storage.web.responses import StoredObjectResponse, send_status
+from granite_storage.web.errors import RETRY_AFTER
+from granite_storage.web.responses import StoredObjectResponse, is_request, send_status
 
 __all__ = ["SignedFiles"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
-
-_RETRY_AFTER = [("retry-after", "5")]
 
 
 class SignedFiles:
@@ -50,13 +49,7 @@ class SignedFiles:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
-            return
-        if scope["type"] != "http":
-            raise ValueError(f"SignedFiles serves HTTP, not {scope['type']!r}")
-        if scope["method"] not in ("GET", "HEAD"):
-            await send_status(send, 405, [("allow", "GET, HEAD")])
+        if not await is_request(scope, send, ("GET", "HEAD"), "SignedFiles"):
             return
         token = token_of(scope)
         signed = None if token is None else self._signer.verify(token)
@@ -94,7 +87,7 @@ class SignedFiles:
 def _refusal(error: BackendUnavailableError | InvalidLocationError | UnknownBackendError) -> tuple[int, list[tuple[str, str]]]:
     match error:
         case BackendUnavailableError():
-            return 503, _RETRY_AFTER
+            return 503, [("retry-after", str(RETRY_AFTER))]
         case UnknownBackendError():
             return 404, []
         case _:

@@ -35,6 +35,7 @@ from granite_storage.exceptions import (
     ObjectExistsError,
     ObjectNotFoundError,
 )
+from granite_storage.streams import MeasuredStream
 from tests.faults.s3_proxy import Gate, answer, fault_proxy, wait_for
 from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server, new_client, new_session
 
@@ -366,6 +367,20 @@ class TestWrites:
         await backend.aclose()
         assert 10 < most <= 3 * 5 + 2
 
+    async def test_all_parts_of_a_known_size_are_equal(self, moto: S3StorageBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The first one too, although it is taken before it is known whether there is a second: R2 wants them equal."""
+        sizes: list[int] = []
+        send_part = _s3_upload.MultipartUpload._send_part
+
+        async def counted(self: _s3_upload.MultipartUpload, number: int, body: _s3_upload.Body, room: asyncio.Semaphore) -> None:
+            sizes.append(len(body))
+            await send_part(self, number, body, room)
+
+        monkeypatch.setattr(_s3_upload, "MAX_PARTS", 2)
+        monkeypatch.setattr(_s3_upload.MultipartUpload, "_send_part", counted)
+        await moto.put_stream("a", MeasuredStream(chunks(*(MIB,) * 20), size=20 * MIB))
+        assert sizes == [10 * MIB] * 2
+
     @settings(deadline=None, max_examples=30)
     @given(st.integers(5 * MIB, 5 << 30))
     def test_parts_never_run_out(self, part_size: int) -> None:
@@ -379,12 +394,12 @@ class TestWrites:
     @given(st.lists(st.integers(1, 200_000), max_size=10), st.integers(1, 300_000))
     def test_cutting_a_stream(self, sizes: list[int], part_size: int) -> None:
         async def cut(source: PartSource) -> list[bytes]:
-            source.give_back(await source.take(part_size))
             parts = []
-            while not await source.ended():
-                body = await source.take(part_size)
+            while body := await source.take(part_size):
                 parts.append(b"".join(body.pieces))
                 body.drop()
+                assert await source.ended() is (sum(map(len, parts)) == sum(sizes))
+            assert await source.ended()
             return parts
 
         async def check() -> None:

@@ -9,7 +9,7 @@ from tests.cli.conftest import Shop
 
 def verdicts(shop: Shop, **environment: str) -> tuple[int, list[tuple[str, str]]]:
     answer = shop.run("doctor", "--json", "--read-only", **environment)
-    found = [(record["verdict"], record["message"]) for record in answer.records if record["what"] in ("references", "backends")]
+    found = [(record["result"], record["message"]) for record in answer.records if record["what"] in ("references", "backends")]
     return answer.code, found
 
 

@@ -24,5 +24,5 @@ async def test_an_object_that_is_named_after_the_nomination_stays(
 
     with before(monkeypatch, DatabaseReferences, "find_held", name_it):
         report = await env.collect()
-    assert (report.kept, report.deleted) == (1, 0)
+    assert (report.referenced_on_recheck, report.deleted) == (1, 0)
     assert thumbnail.location in await env.locations()

@@ -62,7 +62,7 @@ async def test_an_empty_database(env: GcEnvironment) -> None:
     with pytest.raises(CollectionRefusedError, match="empty or the wrong one"):
         await env.collect()
     assert len(await env.locations()) == 2
-    assert (await env.collect(accept_empty=True)).deleted == 2
+    assert (await env.collect(allow_no_references=True)).deleted == 2
 
 
 async def test_the_wrong_database(env: GcEnvironment) -> None:
@@ -99,7 +99,7 @@ async def test_a_disk_of_something_else(disk: GcEnvironment, tmp_path: Path) -> 
     await disk.orphan()
     (tmp_path / "store" / ".granite-storage").unlink()
     with pytest.raises(CollectionRefusedError, match="marker"):
-        await disk.collector(grace_period=timedelta(0)).collect(storage_key="docs", dry_run=False, accept_empty=True)
+        await disk.collector(grace_period=timedelta(0)).collect(storage_key="docs", dry_run=False, allow_no_references=True)
     assert len(list((tmp_path / "store").rglob("*-o.txt"))) == 1
 
 
@@ -112,7 +112,7 @@ async def test_local_disk_and_its_clock(disk: GcEnvironment, tmp_path: Path) -> 
     await disk.add(Crate(id=1, file=file("a")))
     await disk.orphan()
     collector = disk.collector(grace_period=timedelta(hours=1))
-    assert (await collector.collect(storage_key="docs", dry_run=False)).young == 1
+    assert (await collector.collect(storage_key="docs", dry_run=False)).within_grace_period == 1
     assert (await disk.collector(grace_period=timedelta(0)).collect(storage_key="docs", dry_run=False)).orphaned <= 1
     shutil.rmtree(tmp_path / "store")
 

@@ -87,7 +87,7 @@ async def test_they_are_read_anew_before_anything_is_deleted() -> None:
         return [*shed.refs, late] if shed.reads > 2 else shed.refs
 
     report = await shed.collect(given)
-    assert (report.deleted, report.kept) == (0, 1)
+    assert (report.deleted, report.referenced_on_recheck) == (0, 1)
     assert late.location in await shed.locations()
 
 

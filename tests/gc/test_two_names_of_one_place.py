@@ -82,7 +82,7 @@ async def add(binding: StorageBinding, number: int) -> str:
 
 async def collect(binding: StorageBinding, **options: Any) -> GarbageCollectionReport:
     collector = StorageGarbageCollector(binding.manager, binding=binding, grace_period=timedelta(0), max_deleted_share=1.0)
-    return await collector.collect(storage_key="docs", dry_run=False, accept_empty=True, **options)
+    return await collector.collect(storage_key="docs", dry_run=False, allow_no_references=True, **options)
 
 
 async def locations(backend: StorageBackend) -> list[str]:
@@ -217,7 +217,7 @@ async def test_two_keys_of_which_nobody_can_tell(sessions: async_sessionmaker[As
             storage_key="docs", model_name="m", entity_id="1", field_name="f", content=b"orphan"
         )
         report = await collect(binding)
-        assert (report.referenced, report.kept, report.deleted) == (2, 1, 1)
+        assert (report.referenced, report.referenced_on_recheck, report.deleted) == (2, 1, 1)
     assert sorted(live) == await locations(memory)
     assert orphan.location not in live
     async with bound(sessions, backends, to="below") as binding:
@@ -262,7 +262,7 @@ async def test_supplied_references_to_a_backend_whose_key_was_renamed() -> None:
         # the same object by the name that a prefix gives it
         other = replace(ref, location=f"tenants/7/{ref.location}")
         collector = StorageGarbageCollector(manager, lambda: [other], grace_period=timedelta(0), max_deleted_share=1.0)
-        assert (await collector.collect(storage_key="docs", dry_run=False, accept_empty=True)).kept == 1
+        assert (await collector.collect(storage_key="docs", dry_run=False, allow_no_references=True)).referenced_on_recheck == 1
         assert await manager.exists(ref)
 
 
@@ -318,7 +318,7 @@ async def test_names_that_a_file_system_spells_otherwise(sessions: async_session
         live = await add(binding, 1)
         assert live != unicodedata.normalize("NFD", live)
         report = await collect(binding)
-    assert (report.kept, report.deleted, report.dangling) == (1, 0, [])
+    assert (report.referenced_on_recheck, report.deleted, report.dangling) == (1, 0, [])
     assert await backend.exists(live)
 
 

@@ -124,7 +124,7 @@ async def test_objects_are_those_that_rows_refer_to(env: MigrationEnvironment, s
             group.create_task(traffic.write(number))
         group.create_task(traffic.read())
         await asyncio.sleep(0.05)
-        report = await migrate(binding, storage_key="docs", to_backend="new", at_a_time=3)
+        report = await migrate(binding, storage_key="docs", to_backend="new", concurrency=3)
         await asyncio.sleep(0.05)
         traffic.stopping = True
     assert report.moved > ROWS // 4, traffic.done

@@ -180,7 +180,7 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
         monkeypatch.setattr("granite_storage._jobs._PAUSES", (0.01, 0.01))
         await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 30)))
         env.old.fail("stat", nth=20, times=1000, error=BackendUnavailableError("down"))
-        run = verify(env.binding, at_a_time=2)
+        run = verify(env.binding, concurrency=2)
         with pytest.raises(BackendUnavailableError):
             await run
         assert (run.report.problems, run.report.complete) == (0, False)
@@ -230,7 +230,7 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
             async with sessions() as session:
                 first = await session.get_one(Shelf, 1)
             await manager.delete(first.file.ref)
-            run = verify(binding, at_a_time=1)
+            run = verify(binding, concurrency=1)
             with pytest.raises(BackendUnavailableError, match="mounted"):
                 async for finding in run:
                     assert finding.primary_key == (1,)
@@ -295,7 +295,7 @@ class TestRuns:
         seen: list[Any] = []
         after = None
         for _ in range(100):
-            run = verify(env.binding, after=after, at_a_time=3)
+            run = verify(env.binding, after=after, concurrency=3)
             async for finding in run:
                 seen.append((finding.table, finding.primary_key))
                 if run.report.rows >= 10:
@@ -327,7 +327,7 @@ class TestRuns:
             return await real(location)
 
         env.old.stat = stat  # type: ignore[method-assign]
-        await verify(env.binding, at_a_time=5)
+        await verify(env.binding, concurrency=5)
         assert most == 5
 
     async def test_a_budget_slows_it_down(self, env: MigrationEnvironment) -> None:
@@ -345,7 +345,7 @@ class TestRuns:
             verify(env.binding, storage_key="dosc")
 
     async def test_findings_that_are_kept_are_bounded(self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("granite_storage.verification._MOST_KEPT", 3)
+        monkeypatch.setattr("granite_storage.verification.MOST_KEPT", 3)
         await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 10)))
         for ref in await env.refs():
             await env.old.delete(ref.location)

@@ -430,7 +430,7 @@ async def test_the_collector_leaves_alone_what_may_still_be_finished(
     collector = StorageGarbageCollector(
         env.manager, binding=env.binding, grace_period=timedelta(microseconds=1), max_deleted_share=1.0
     )
-    report = await collector.collect(storage_key="docs", dry_run=False, accept_restore=True)
+    report = await collector.collect(storage_key="docs", dry_run=False, allow_restored_database=True)
     assert (report.scanned, report.deleted) == (2, 0)
     await env.add(Doc(id=1, file=await uploads.finish(upload.token, Doc.file)))
     await env.recover()

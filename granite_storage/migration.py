@@ -239,7 +239,7 @@ class Migration(Run[MigratedObject, MigrationReport]):
     async def _try_to_move(self, held: HeldValue, shared: set[str]) -> MigratedObject:
         """Move what a column holds; where a writer was faster, what it holds then, unless that is where it should be."""
         if not held.is_managed:
-            return _moved(MigrationStatus.MANUAL, held, "a plain column of refs is the application's to change")
+            return _moved(MigrationStatus.MANUAL, held, "only the application may change a plain column of refs")
         error: Exception | None = None
         for _ in range(_TRIES):
             if held.ref is None:
@@ -258,13 +258,13 @@ class Migration(Run[MigratedObject, MigrationReport]):
                 error = problem
             found = await self._scan.read_again(held)
             if found is None or not self._concerns(found):
-                return _moved(MigrationStatus.CHANGED, held, "a writer was faster")
+                return _moved(MigrationStatus.CHANGED, held, "a writer changed it first")
             if error is not None and found.raw == held.raw and not _may_pass(error):
                 if isinstance(error, ObjectNotFoundError):
                     await require_mounted(held.ref.backend, self._binding.manager.backend(held.ref.backend))
                 return _moved(MigrationStatus.FAILED, held, error)
             held = found
-        return _moved(MigrationStatus.CHANGED, held, error or "a writer was faster, again and again")
+        return _moved(MigrationStatus.CHANGED, held, error or f"writers changed it first, {_TRIES} times")
 
     async def _relocate(self, held: HeldValue, ref: StoredObjectRef, shared: set[str]) -> bool:
         if ref.location not in shared:
@@ -315,11 +315,13 @@ def migrate(
     policy = binding.manager.policy(storage_key)
     if policy.backend_key != to_backend:
         raise ConfigurationError(
-            f"the policy {storage_key!r} writes to the backend {policy.backend_key!r}, so new files would keep coming there:"
-            f" let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all is moved"
+            f"the policy {storage_key!r} writes to the backend {policy.backend_key!r}, so new files would keep arriving"
+            f" there: let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all are moved"
         )
     if find_binding(binding.metadata) is not binding:
-        raise ConfigurationError("the binding is not in force: it was unbound, or its base was bound again since")
+        raise ConfigurationError(
+            "the binding is not in force, because it was unbound or its base was bound again: pass the current one"
+        )
     return Migration(binding, storage_key, to_backend, require_concurrency(concurrency), after, Budget(bytes_per_second))
 
 

@@ -184,7 +184,7 @@ class Verification(Run[Finding, VerificationReport]):
                 self._mounted.discard(ref.backend)
                 await self._require_mounted(ref)
             return _finding(_problem(error), held, error)
-        return None if ref.checksum else _finding(Problem.UNKNOWN_CHECKSUM, held, "the ref has no checksum")
+        return None if ref.checksum else _finding(Problem.UNKNOWN_CHECKSUM, held, "the ref has no checksum to compare with")
 
     async def _require_object(self, ref: StoredObjectRef) -> None:
         if not self._deep:

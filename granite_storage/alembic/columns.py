@@ -112,7 +112,7 @@ def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema
     found = table_with(connection, table, schema, refs=source, others=[target])
     _require_done(connection, found, found.c[source], found.c[target], ())
     kept = count(connection, found, found.c[source].is_not(None))
-    logger.warning("%d objects of %s.%s stay in the storage, and no row refers to them any longer", kept, table, source)
+    logger.warning("%d objects of %s.%s remain in storage, and no row refers to them any more", kept, table, source)
     op.drop_column(table, source, schema=schema)
 
 
@@ -123,7 +123,8 @@ def _require_done(
     number = count(connection, table, left)
     if number:
         raise ContentError(
-            f"{number} rows of {table.name} have something in {source.name} and nothing in {target.name}: nothing was dropped"
+            f"{number} rows of {table.name} have a value in {source.name} and none in {target.name}: convert them first;"
+            " nothing was dropped"
         )
 
 

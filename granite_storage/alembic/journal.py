@@ -52,8 +52,8 @@ def upgrade_journal_tables(op: Op, *, schema: str | None = None) -> None:
     version = _version(connection, tables) or SCHEMA_VERSION
     if version > SCHEMA_VERSION:
         raise ConfigurationError(
-            f"the journal's tables are of version {version}, and this library works with version {SCHEMA_VERSION}:"
-            " install the version of the library that made them"
+            f"the journal's tables have version {version}, and this version of the library supports {SCHEMA_VERSION} at most:"
+            " install the version that created them"
         )
     for step in range(version, SCHEMA_VERSION):
         STEPS[step](op, tables)
@@ -96,6 +96,6 @@ def _require_nothing_pending(connection: Connection, tables: JournalTables) -> N
     pending = sum(count(connection, table, table.c.id.is_not(None)) for table in (tables.intent, tables.reclaim))
     if pending:
         raise ConfigurationError(
-            f"the journal still knows of {pending} objects that are to be removed or settled: let its worker finish,"
-            " or pass discard_pending=True and leave them as orphans"
+            f"the journal still has {pending} objects to delete or to check: let its worker finish, or pass"
+            " discard_pending=True to leave them as orphans"
         )

@@ -174,7 +174,7 @@ def _is_over(connection: Connection, what: Conversion) -> bool:
     found = columns_of(connection, what.table, what.schema)
     if what.source in found or what.target not in found:
         return False
-    logger.warning("%s.%s is not there, so %s is taken as converted already", what.table, what.source, what.target)
+    logger.warning("%s.%s does not exist, so %s is treated as converted already", what.table, what.source, what.target)
     return True
 
 

@@ -146,7 +146,9 @@ async def _kept_if(manager: StorageManager, ref: StoredObjectRef, check: Corouti
 
 async def _comes_back(manager: StorageManager, ref: StoredObjectRef, content: bytes) -> None:
     if await manager.get(ref) != content:
-        raise ChecksumMismatchError(f"the object at {ref.location!r} is not what was stored", expected=ref.checksum)
+        raise ChecksumMismatchError(
+            f"the object at {ref.location!r} was read back with other content than was stored", expected=ref.checksum
+        )
 
 
 # What another library's path or URL leads to.
@@ -230,11 +232,15 @@ class PlainPath:
 
     def _inside(self, rest: str) -> Path:
         if self.folder is None:
-            raise InvalidLocationError(f"{rest[:120]!r} cannot be adopted, and there is no folder to copy it from")
+            raise InvalidLocationError(
+                f"{rest[:120]!r} is no valid location, and there is no folder to copy the file from: pass folder= to PlainPath"
+            )
         folder = Path(self.folder).resolve()
         found = (folder / rest).resolve()
         if not found.is_relative_to(folder):
-            raise InvalidLocationError(f"{rest[:120]!r} leads out of the folder of the files")
+            raise InvalidLocationError(
+                f"{rest[:120]!r} leads out of the folder {str(folder)[:120]!r}: only files inside of it are copied"
+            )
         return found
 
 
@@ -272,7 +278,7 @@ async def _put(
 
 def _opened(path: Path) -> IO[bytes]:
     """Open a regular file; opening a named pipe would wait for whoever writes to it, and reading a device may never end."""
-    irregular = ObjectNotFoundError(f"what is at {str(path)[:200]!r} is not a regular file")
+    irregular = ObjectNotFoundError(f"{str(path)[:200]!r} is not a regular file, and nothing else can be stored")
     try:
         descriptor = os.open(path, _HOW)
     except OSError as error:

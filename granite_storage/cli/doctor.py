@@ -107,7 +107,7 @@ def _configuration(binding: StorageBinding) -> list[Check]:
         )
     ]
     if not columns:
-        checks = [Check(CheckResult.NOTE, "models", "no model has a column of refs: were all of them imported?")]
+        checks = [Check(CheckResult.NOTE, "models", "no model has a column of refs: check that every model is imported")]
     for home in managed:
         try:
             binding.manager_for(home)
@@ -121,7 +121,7 @@ def _configuration(binding: StorageBinding) -> list[Check]:
 
 async def _database(binding: StorageBinding) -> AsyncIterator[Check]:
     if binding.sessions is None:
-        yield Check(CheckResult.BAD, "database", "the binding has no sessions: bind_storage(Base, manager, sessions=...)")
+        yield Check(CheckResult.BAD, "database", "the binding has no sessions: pass sessions= to bind_storage()")
         return
     begun = time.monotonic()
     try:
@@ -162,7 +162,7 @@ async def _references(binding: StorageBinding) -> AsyncIterator[Check]:
             checks += [check for check in misled if check is not None] + await _overlapping(manager)
         if not checks:
             checks.append(
-                Check(CheckResult.GOOD, "references", f"{counted.total()} lead to the stores that they were written to")
+                Check(CheckResult.GOOD, "references", f"all {counted.total()} lead to the store that they were written to")
             )
     except TimeoutError:
         checks.append(Check(CheckResult.NOTE, "references", f"could not be counted within {_TIMEOUT:.0f} s"))
@@ -177,13 +177,13 @@ async def _misled(binding: StorageBinding, backend_key: str, identity: str | Non
     backend = binding.manager.backends.get(backend_key)
     if backend is None:
         known = ", ".join(sorted(binding.manager.backends))
-        said = f"{number} name the backend {backend_key!r}, which the manager does not have (there are: {known})"
+        said = f"{number} references name the backend {backend_key!r}, which the manager does not have (there are: {known})"
         return Check(CheckResult.BAD, "references", said)
     identities = None if identity is None else await identities_of(backend)
     if identities is None or identity is None or identity in identities:
         return None
     mismatch = describe_mismatch(backend_key, identity, next(iter(identities), None))
-    return Check(CheckResult.BAD, "references", f"{number} lead to another store than they did: {mismatch}")
+    return Check(CheckResult.BAD, "references", f"{number} references lead to another store than before: {mismatch}")
 
 
 async def _overlapping(manager: StorageManager) -> list[Check]:
@@ -201,7 +201,7 @@ async def _sqlite(connection: AsyncConnection) -> AsyncIterator[Check]:
         yield Check(
             CheckResult.NOTE,
             "SQLite transactions",
-            "the driver begins none before the first write, so reads are outside of them; savepoints are real all the same."
+            "the driver begins none before the first write, so reads are outside of them; savepoints work all the same."
             " SQLAlchemy's BEGIN recipe changes that",
         )
     if not (await connection.execute(text("PRAGMA foreign_keys"))).scalar_one():
@@ -220,18 +220,20 @@ def _tables(connection: Connection, binding: StorageBinding) -> Check:
         and column.name not in {found["name"] for found in inspector.get_columns(column.table.name, schema=column.table.schema)}
     ]
     if missing or lacking:
-        return Check(CheckResult.BAD, "tables", f"missing: {', '.join([*missing, *lacking])}; create them, or run the migrations")
-    return Check(CheckResult.GOOD, "tables", f"all {len(tables)} are there")
+        return Check(CheckResult.BAD, "tables", f"missing: {', '.join([*missing, *lacking])}: create them, or run the migrations")
+    return Check(CheckResult.GOOD, "tables", f"all {len(tables)} exist")
 
 
 async def _journal(binding: StorageBinding) -> AsyncIterator[Check]:
     if binding.journal is None:
-        yield Check(CheckResult.NOTE, "journal", "none: what a crash leaves behind is the garbage collector's")
+        yield Check(CheckResult.NOTE, "journal", "none: the garbage collector has to delete what a crash leaves behind")
         return
     try:
         async with asyncio.timeout(_TIMEOUT):
             await binding.journal.check()
-        yield Check(CheckResult.GOOD, "journal", f"can keep its promise; leases of {binding.journal.lease}")
+        yield Check(
+            CheckResult.GOOD, "journal", f"the database can keep the journal's promise; leases of {binding.journal.lease}"
+        )
     except (StorageError, SQLAlchemyError, OSError, TimeoutError) as error:
         yield Check(CheckResult.BAD, "journal", f"{type(error).__name__}: {error}")
 
@@ -271,7 +273,7 @@ async def _backend(key: str, backend: StorageBackend, prefix: str | None) -> Asy
         yield Check(CheckResult.BAD, what, f"{doing} failed: {type(error).__name__}: {error}")
         return
     if content != _CONTENT or listed != [location] or not gone:
-        yield Check(CheckResult.BAD, what, "a probe was not read, listed or deleted as it should be")
+        yield Check(CheckResult.BAD, what, "the probe was not read, listed or deleted correctly")
         return
     yield Check(CheckResult.GOOD, what, f"stores, reads, lists and deletes ({time.monotonic() - begun:.2f} s)")
     yield _skew(f"clock of {key}", modified)
@@ -281,7 +283,9 @@ async def _untouched(what: str, key: str, backend: StorageBackend, begun: float)
     try:
         await require_mounted(key, backend)
     except BackendUnavailableError:
-        return Check(CheckResult.NOTE, what, "its folder has no marker file: it was never written to, or its disk is not mounted")
+        return Check(
+            CheckResult.NOTE, what, "its folder has no marker file: nothing was written to it yet, or its disk is not mounted"
+        )
     return Check(CheckResult.GOOD, what, f"answers within {time.monotonic() - begun:.2f} s; nothing was written")
 
 

@@ -67,7 +67,7 @@ def verify_command(
 ) -> None:
     """Compare every reference with its object.
 
-    Nothing is changed. The exit code is 1 where something is wrong; a checksum that is unknown is told, and is not wrong.
+    Nothing is changed. The exit code is 1 where something is wrong; an unknown checksum is reported, and is not wrong.
     """
     more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
 
@@ -121,14 +121,14 @@ def _tell_verification(context: CommandContext, verification: Verification) -> N
             facts["bytes read"] = shown_size(report.bytes_read)
         context.output.facts(facts)
     if not report.complete and report.key is not None:
-        context.output.note(f"not complete; go on with: --after '{report.key}'")
+        context.output.note(f"not complete; to continue, pass --after '{report.key}'")
 
 
 # recover
 
 
 @click.command("recover")
-@click.option("--retry-dead-letters", is_flag=True, help="Try the deletes again that were given up.")
+@click.option("--retry-dead-letters", is_flag=True, help="Try the deletes again that have become dead letters.")
 @YES
 @DRY_RUN
 @JSON
@@ -136,19 +136,20 @@ def _tell_verification(context: CommandContext, verification: Verification) -> N
 def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Let the journal do all that is due.
 
-    It deletes what no transaction has taken and what rows have given up. Without --yes it shows what is due, and asks.
+    It deletes uploads that no transaction has kept, and objects that rows have released. Without --yes it shows what is due, and
+    asks.
     """
 
     async def work(context: CommandContext) -> Exit | None:
         journal = context.binding.journal
         if journal is None:
-            raise ConfigurationError("the application has no journal: bind_storage(..., journal=StorageJournal(engine))")
+            raise ConfigurationError("the application has no journal: pass journal=StorageJournal(engine) to bind_storage()")
         if dry_run or not yes:
             await _tell_due(context, journal)
         if dry_run or not context.confirm("Delete what is due and no row refers to?", yes=yes):
             return None
         if retry_dead_letters:
-            context.output.note(f"{await journal.retry_dead_letters():,} deletes that were given up are tried again")
+            context.output.note(f"{await journal.retry_dead_letters():,} dead letters are tried again")
         report = await journal.recover()
         _tell_recovery(context, report)
         return Exit.FOUND if report.failed or report.unknown_backends else None
@@ -162,10 +163,10 @@ async def _tell_due(context: CommandContext, journal: StorageJournal) -> None:
     rows: list[dict[str, Any]] = []
     sessions = context.binding.sessions
     if sessions is None:
-        raise ConfigurationError("the binding has no sessions: bind_storage(Base, manager, sessions=...)")
+        raise ConfigurationError("the binding has no sessions: pass sessions= to bind_storage()")
     async with sessions() as session:
         connection = await session.connection(bind_arguments={"clause": intent})
-        for state, table in (("written down", intent), ("taken over", reclaim)):
+        for state, table in (("recorded", intent), ("claimed", reclaim)):
             due = (
                 func.count().filter(table.c.due <= clock())
                 if connection.dialect.name == "postgresql"
@@ -179,7 +180,7 @@ async def _tell_due(context: CommandContext, journal: StorageJournal) -> None:
     elif rows:
         context.output.table(["backend", "kind", "state", "due", "of"], [list(row.values()) for row in rows])
     else:
-        context.output.line("nothing waits")
+        context.output.line("nothing is waiting")
 
 
 def _tell_recovery(context: CommandContext, report: RecoveryReport) -> None:
@@ -202,7 +203,7 @@ def _tell_recovery(context: CommandContext, report: RecoveryReport) -> None:
         facts["unknown backends"] = ", ".join(sorted(report.unknown_backends))
     context.output.facts({**facts, "failed": len(failed)})
     for item in failed:
-        later = "given up" if item["next"] is None else f"again at {item['next']:%Y-%m-%d %H:%M:%S} UTC"
+        later = "a dead letter" if item["next"] is None else f"again at {item['next']:%Y-%m-%d %H:%M:%S} UTC"
         context.output.line(f"failed: {item['backend']}:{item['location']}: {item['error']} ({later})", "red")
 
 
@@ -221,9 +222,11 @@ def _tell_recovery(context: CommandContext, report: RecoveryReport) -> None:
     help="Delete nothing where more than this part of the objects are orphans.",
 )
 @click.option(
-    "--allow-restored-database", is_flag=True, help="This is the right database, though no worker was at work for long."
+    "--allow-restored-database", is_flag=True, help="The database is the right one, though no worker was running for long."
 )
-@click.option("--allow-no-references", is_flag=True, help="This is the right database, though it refers to none of the objects.")
+@click.option(
+    "--allow-no-references", is_flag=True, help="The database is the right one, though it refers to none of the objects."
+)
 @YES
 @DRY_RUN
 @JSON
@@ -241,9 +244,9 @@ def gc_command(
 ) -> None:
     """Delete the objects that nothing refers to.
 
-    The application may go on. Without --yes it looks, shows what it has found, and asks; --dry-run ends there. The exit code is 1
-    where something could not be deleted, a reference leads to no object, or nothing would be deleted because what was found can
-    hardly be true.
+    The application may keep running. Without --yes the command shows what it has found, and asks; --dry-run ends there. The exit
+    code is 1 where something could not be deleted, a reference leads to no object, or the run is refused because what was found
+    can hardly be true.
     """
     accepted = {"allow_restored_database": allow_restored_database, "allow_no_references": allow_no_references}
 
@@ -315,7 +318,7 @@ def _tell_report(context: CommandContext, report: GarbageCollectionReport) -> No
     else:
         _tell_person(context, report)
     if not report.complete:
-        context.output.note("not complete; nothing that is referred to was deleted. Go on with the same command")
+        context.output.note("not complete; no referenced object was deleted. To continue, run the same command")
 
 
 def _tell_person(context: CommandContext, report: GarbageCollectionReport) -> None:
@@ -332,9 +335,9 @@ def _tell_person(context: CommandContext, report: GarbageCollectionReport) -> No
         context.output.line(f"... and {report.orphaned - _MOST_SHOWN:,} more; --json names all")
     context.output.facts(facts)
     for column, number in list(report.mentions.items())[:_MOST_SHOWN]:
-        context.output.line(f"kept: {column} mentions {number:,} of them, and is no column of references", "yellow")
+        context.output.line(f"kept: {column} mentions {number:,} of them, and is not a column of refs", "yellow")
     for column in report.unseen[:_MOST_SHOWN]:
-        context.output.line(f"not looked at, or not in every row: {column}", "yellow")
+        context.output.line(f"not searched, or not in every row: {column}", "yellow")
     for found in report.dangling[:_MOST_SHOWN]:
         context.output.line(f"dangling: {found.backend}:{found.location}: {found.message}", "red")
     if len(report.dangling) > _MOST_SHOWN:
@@ -350,7 +353,7 @@ def _tell_person(context: CommandContext, report: GarbageCollectionReport) -> No
 
 @click.command("migrate")
 @click.option("--storage-key", required=True, metavar="KEY", help="Whose objects.")
-@click.option("--to", "to_backend", required=True, metavar="BACKEND", help="The backend that they shall be on.")
+@click.option("--to", "to_backend", required=True, metavar="BACKEND", help="The backend to move them to.")
 @AFTER
 @CONCURRENCY
 @RATE
@@ -371,8 +374,9 @@ def migrate_command(
 ) -> None:
     """Move the objects of a policy to another backend.
 
-    The application may go on; its policy must write to the new backend already. Each object is copied and verified, its row is
-    changed, and the old object is deleted as one that was replaced. Without --yes it shows what there is to move, and asks.
+    The application may keep running; its policy must write to the new backend already. Each object is copied and verified, its
+    row is changed, and the old object is deleted as one that was replaced. Without --yes the command shows what there is to move,
+    and asks.
     """
     more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
 
@@ -446,4 +450,4 @@ def _tell_migration(context: CommandContext, migration: Migration) -> None:
         context.output.facts(facts)
     if not report.complete:
         onward = "" if report.key is None else f" and --after '{report.key}'"
-        context.output.note(f"not complete; every row refers to an object that is there. Go on with the same command{onward}")
+        context.output.note(f"not complete; every row refers to an existing object. To continue, run the same command{onward}")

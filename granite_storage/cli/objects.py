@@ -164,7 +164,7 @@ def cp_command(
             await _copy_in(context, Path(source), target.partition(":")[0], content_type, names)
         else:
             raise click.UsageError(
-                f"one of both must be an object: BACKEND:LOCATION to copy from ({', '.join(sorted(manager.backends))}),"
+                f"SOURCE or TARGET must be an object: BACKEND:LOCATION to copy from ({', '.join(sorted(manager.backends))}),"
                 f" or POLICY: to copy to ({', '.join(sorted(manager.policies))})"
             )
 
@@ -188,7 +188,7 @@ async def _copy_out(context: CommandContext, key: str, location: str, target: st
 async def _copy_to_file(context: CommandContext, reader: ObjectReader, path: Path, *, force: bool) -> None:
     """Write beside the target and give it its name at the end; a failure leaves nothing, and the target as it was."""
     if not force and await asyncio.to_thread(os.path.lexists, path):
-        raise click.ClickException(f"{path} is there already; --force overwrites it")
+        raise click.ClickException(f"{path} already exists: pass --force to overwrite it")
     file = await finished(asyncio.to_thread(_beside, path), undo=_discard)
     try:
         await _pump(context, reader, file)
@@ -207,7 +207,7 @@ async def _pump(context: CommandContext, reader: ObjectReader, file: IO[bytes]) 
             bar.reach(done)
     await asyncio.to_thread(file.flush)
     if done != size:
-        raise BackendError(f"only {done} of {size} bytes of {reader.info.location!r} could be read")
+        raise BackendError(f"only {done} of the {size} bytes of {reader.info.location!r} could be read: run the command again")
 
 
 def _beside(path: Path) -> IO[bytes]:
@@ -225,7 +225,7 @@ def _publish(file: IO[bytes], path: Path, force: bool) -> None:
     try:
         os.link(file.name, path)
     except FileExistsError:
-        raise click.ClickException(f"{path} is there already; --force overwrites it") from None
+        raise click.ClickException(f"{path} already exists: pass --force to overwrite it") from None
 
 
 async def _discard(file: IO[bytes]) -> None:
@@ -247,7 +247,7 @@ async def _copy_in(
         await asyncio.to_thread(file.close)
     context.output.record(ref.to_dict())
     context.output.note(
-        "no row refers to it yet: write this ref into one, or the garbage collector takes it after its grace period"
+        "no row refers to it yet: store this ref in one, or the garbage collector deletes the object after its grace period"
     )
 
 
@@ -265,6 +265,6 @@ def _address(address: str, manager: StorageManager) -> tuple[str, str]:
 def _object_address(address: str, manager: StorageManager) -> tuple[str, str]:
     key, location = _address(address, manager)
     if not location:
-        raise click.UsageError(f"{address!r} names no object: BACKEND:LOCATION")
+        raise click.UsageError(f"{address!r} has no location: write BACKEND:LOCATION")
     check_location(location)
     return key, location

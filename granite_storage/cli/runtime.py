@@ -68,7 +68,7 @@ async def load_binding(name: str) -> StorageBinding:
         found = await _returned(found, name)
     if not isinstance(found, StorageBinding):
         raise ConfigurationError(
-            f"{name} is a {type(found).__name__}, and --app needs what bind_storage() returns, or a callable that returns it"
+            f"--app {name} is a {type(found).__name__}: name what bind_storage() returned, or a callable that returns it"
         )
     return found
 
@@ -78,7 +78,9 @@ def _imported(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            raise ConfigurationError(f"there is no module {error.name!r} here; --app-dir says where to look") from error
+            raise ConfigurationError(
+                f"there is no module {error.name!r} here: pass --app-dir with the folder that contains it"
+            ) from error
         raise _failed(f"importing {module!r}", error) from error
     except Exception as error:
         raise _failed(f"importing {module!r}", error) from error
@@ -89,7 +91,9 @@ def _attribute(found: Any, attribute: str, name: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError as error:
-            raise ConfigurationError(f"{name!r} names nothing: there is no {part!r} in {name.partition(':')[0]!r}") from error
+            raise ConfigurationError(
+                f"--app {name} does not exist: there is no {part!r} in {name.partition(':')[0]!r}"
+            ) from error
     return found
 
 
@@ -166,7 +170,7 @@ class CommandContext:
             return True
         if not sys.stdin.isatty():
             raise click.UsageError(
-                "this deletes something, and there is no terminal to ask at: say --yes, or --dry-run to look only"
+                "the command deletes something, and there is no terminal to ask on: pass --yes, or --dry-run to delete nothing"
             )
         loop = asyncio.get_running_loop()
         loop.remove_signal_handler(signal.SIGINT)
@@ -187,7 +191,7 @@ class CommandContext:
         """Stop: well at the first time, where the command knows how to, and at once at the second."""
         first, self.stopped_by = self.stopped_by is None, received
         if first and self._stop is not None:
-            self.output.note("stopping: what is under way is done to its end (once more to break it off)")
+            self.output.note("stopping once the work in progress is done; interrupt again to cancel it")
             self._stop()
         elif self._task is not None:
             self._task.cancel()
@@ -199,7 +203,7 @@ Work = Callable[[CommandContext], Awaitable["Exit | None"]]
 def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
     """Do the work of a command with the application's binding, and leave the program with its exit code."""
     if settings.app is None:
-        raise click.UsageError("say where the application's binding is: --app module:attribute, or GRANITE_STORAGE_APP")
+        raise click.UsageError("no application is given: pass --app module:attribute, or set GRANITE_STORAGE_APP")
     output = Output(as_json=as_json)
     sys.path.insert(0, os.path.abspath(settings.app_dir))
     try:
@@ -231,7 +235,7 @@ def _tell(error: Exception, output: Output, *, debug: bool) -> None:
     said = str(error).split("\n(Background on this error", 1)[0]
     output.note(f"error: {type(error).__name__}: {said}", "red")
     if not debug and not isinstance(error, SQLAlchemyError | OSError):
-        output.note("this was not foreseen; --debug shows where it comes from")
+        output.note("this error is unexpected: pass --debug to see its traceback")
 
 
 async def _run_command(app: str, work: Work, output: Output) -> int:
@@ -246,7 +250,7 @@ async def _run_command(app: str, work: Work, output: Output) -> int:
         except asyncio.CancelledError:
             if context.stopped_by is None:
                 raise
-            output.note("broken off")
+            output.note("cancelled")
             code = None
     return 128 + context.stopped_by if context.stopped_by is not None else code or Exit.DONE
 

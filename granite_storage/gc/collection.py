@@ -123,8 +123,8 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             async for info in objects:
                 if info.location <= last and last:
                     raise CollectionRefusedError(
-                        f"the backend {self.report.backend!r} does not list in the byte order of UTF-8, so its objects cannot be"
-                        " compared with the references"
+                        f"the backend {self.report.backend!r} lists {info.location[:120]!r} after {last[:120]!r}, which is not"
+                        " the byte order of UTF-8: correct its iter_objects()"
                     )
                 last = info.location
                 yield info
@@ -198,11 +198,11 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         report = self.report
         for column, number in report.mentions.items():
             logger.warning(
-                "%s mentions %d objects of %r that no reference leads to: they are kept", column, number, report.storage_key
+                "%s mentions %d objects of %r that no reference leads to; they are kept", column, number, report.storage_key
             )
         if report.unseen:
             logger.warning(
-                "columns that could mention objects of %r cannot be looked at, or not in every row: %s%s",
+                "columns that may mention objects of %r could not be searched, or not in every row: %s%s",
                 report.storage_key,
                 ", ".join(report.unseen[:_MOST_SAID]),
                 ", ..." if len(report.unseen) > _MOST_SAID else "",
@@ -296,13 +296,13 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         if not report.referenced and not self._allow_no_references:
             return (
                 f"no reference leads to any of the {report.scanned} objects of {report.storage_key!r}: the database is empty or"
-                " the wrong one. If it is the right one, collect with allow_no_references=True"
+                " the wrong one. If it is the right one, pass allow_no_references=True"
             )
         if report.share > self._max_deleted_share:
             return (
                 f"{report.orphaned} of the {report.scanned} objects of {report.storage_key!r} ({report.share:.0%}) are orphans,"
-                f" more than the {self._max_deleted_share:.0%} that may be deleted in one run. Look at a dry run, and if that is"
-                " how it should be, raise max_deleted_share"
+                f" more than the {self._max_deleted_share:.0%} that one run may delete. Check the orphans of a dry run; if they"
+                " may go, raise max_deleted_share"
             )
         return None
 
@@ -360,7 +360,9 @@ class Removal:
             self._report.unfinished = await self._backend.abort_unfinished(older_than=older_than)
         except BackendError as error:
             self._report.unfinished_error = f"{type(error).__name__}: {error}"
-            logger.warning("what unfinished writes left on the backend %r stays: %s", self._report.backend, error)
+            logger.warning(
+                "the remains of unfinished writes on the backend %r could not be removed: %s", self._report.backend, error
+            )
 
     async def _delete(self, locations: Sequence[str]) -> Mapping[str, StorageError]:
         if not isinstance(self._backend, SupportsBatchDelete):

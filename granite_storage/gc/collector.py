@@ -93,9 +93,9 @@ class StorageGarbageCollector:
         max_deleted_share: float = 0.25,
     ) -> None:
         if not isinstance(manager, StorageManager):
-            raise ConfigurationError(f"the garbage collector needs a StorageManager, not {type(manager).__name__}")
+            raise ConfigurationError(f"manager must be a StorageManager, not {type(manager).__name__}")
         if binding is not None and binding.manager is not manager:
-            raise ConfigurationError("the binding is of another manager than the garbage collector's")
+            raise ConfigurationError("the binding has another manager than the garbage collector: pass binding.manager")
         _require_limits(grace_period, max_deleted_share)
         self._manager = manager
         self._binding = binding
@@ -178,7 +178,7 @@ class StorageGarbageCollector:
             ```
         """
         if not isinstance(interval, timedelta) or interval <= timedelta(0):
-            raise ConfigurationError(f"an interval must be a timedelta above 0, not {interval!r}")
+            raise ConfigurationError(f"interval must be a timedelta above 0, not {interval!r}")
         keys = [
             self._manager.policy(key).storage_key for key in (self._manager.policies if storage_keys is None else storage_keys)
         ]
@@ -201,17 +201,18 @@ def _source(
         require_callable(iter_references)
         return lambda _: GivenReferences(manager, iter_references)
     if binding is None or iter_references is not None:
-        raise ConfigurationError("the garbage collector needs to know the references: give either iter_references or binding")
+        given = "neither" if binding is None else "both"
+        raise ConfigurationError(f"the garbage collector needs either binding or iter_references, and {given} is given")
     if binding.sessions is None:
         raise ConfigurationError(
-            "the garbage collector needs sessions: bind_storage(Base, manager, sessions=async_sessionmaker(...))"
+            "the binding has no sessions to read its references with: pass sessions=async_sessionmaker(...) to bind_storage()"
         )
     return partial(DatabaseReferences, binding, binding.sessions)
 
 
 def _require_limits(grace_period: object, max_deleted_share: object) -> None:
     if not isinstance(grace_period, timedelta) or grace_period < timedelta(0):
-        raise ConfigurationError(f"a grace period must be a timedelta that is not negative, not {grace_period!r}")
+        raise ConfigurationError(f"grace_period must be a timedelta of at least 0, not {grace_period!r}")
     if isinstance(max_deleted_share, bool) or not isinstance(max_deleted_share, int | float) or not 0 <= max_deleted_share <= 1:
         raise ConfigurationError(f"max_deleted_share must be a number from 0 to 1, not {max_deleted_share!r}")
 

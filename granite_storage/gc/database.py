@@ -259,8 +259,8 @@ def require_one_database(sessions: async_sessionmaker[AsyncSession], tables: Ite
     if len({home.engine.url for home in homes.values()}) > 1:
         names = ", ".join(sorted(table.fullname for table in homes))
         raise CollectionRefusedError(
-            f"the tables {names} are in several databases, which cannot be looked at in one moment: collect with"
-            " iter_references, which reads them all"
+            f"the tables {names} are in several databases, which cannot be read in one snapshot: pass iter_references, which"
+            " reads them all"
         )
 
 
@@ -308,7 +308,7 @@ def find_columns(connection: Connection, bases: Sequence[BoundBase], identities:
         and (item.schema, item.table, item.name) not in columns.keys() | namesakes.keys()
     ]
     for ref_column in _with_refs(connection, unknown, identities, is_sample=True):
-        logger.warning("%s holds references, and no model of a bound base has it: their objects are kept", ref_column.label)
+        logger.warning("%s contains references and belongs to no model of a bound base; their objects are kept", ref_column.label)
         _add(columns, ref_column)
     return list(columns.values())
 
@@ -330,7 +330,7 @@ def _find_column(
     if hidden:
         raise CollectionRefusedError(
             f"this role may not read {', '.join(hidden)}, which may refer to objects as {column.table.fullname} does: grant it"
-            " SELECT there, or give the binding sessions of a role that may"
+            " SELECT, or give the binding sessions of a role that has it"
         )
     if real is None and not namesakes:
         raise CollectionRefusedError(
@@ -388,7 +388,7 @@ def _readable(metadata: MetaData) -> list[Column[Any]]:
         if not isinstance(column.type, _KINDS):
             raise CollectionRefusedError(
                 f"the column {column.table.fullname}.{column.name} holds refs inside of {column.type!r}, where the garbage"
-                " collector cannot look for them: use StoredObjectRefType itself, or collect with iter_references"
+                " collector cannot read them: use StoredObjectRefType itself, or pass iter_references"
             )
     return columns
 
@@ -418,8 +418,8 @@ def _refusal(other: Binding, key: str, backend: str, *, is_certain: bool) -> str
     places = "" if is_certain else ", because one of the two backends does not tell its places (SupportsPlaces)"
     what = f"{other!r} {has} the objects of the backend {backend!r} under the key {key!r}{places}"
     if other.sessions is None:
-        return f"{what}, and it has no sessions to read its references with: bind_storage(Base, manager, sessions=...)"
-    return f"{what}, in another database, which cannot be looked at in one moment: collect with iter_references, which reads both"
+        return f"{what}, and it has no sessions to read its references with: pass sessions= to bind_storage()"
+    return f"{what}, in another database, which cannot be read in the same snapshot: pass iter_references, which reads both"
 
 
 def _home(sessions: async_sessionmaker[AsyncSession] | None) -> object:
@@ -462,7 +462,9 @@ class DatabaseReferences:
         bases = await bound_bases(self._binding, self._backend)
         declared = [column for base in bases for column in base.columns]
         if not declared:
-            raise CollectionRefusedError("no model has a column of refs: were all of them imported before bind_storage?")
+            raise CollectionRefusedError(
+                "no model has a column of refs: make sure that every model is imported before bind_storage() is called"
+            )
         self._clause = declared[0].table
         journals = [tables for tables in (tables_of(base.binding.metadata) for base in bases) if tables is not None]
         of_journals = [table for tables in journals for table in (tables.intent, tables.reclaim)]
@@ -611,7 +613,7 @@ class DatabaseReferences:
                     *key, backend, identity = found
                     where = f"{item.label} of the row {_key(key)}"
                     raise CollectionRefusedError(self._misunderstood(kind, where, as_text(backend), as_text(identity or "")))
-        raise CollectionRefusedError(_illegible("a row that has changed meanwhile"))
+        raise CollectionRefusedError(_illegible("a row that has changed since"))
 
     def _misunderstood(self, kind: int, where: str, backend: str, identity: str) -> str:
         if kind == UNKNOWN_IDENTITY:
@@ -620,7 +622,7 @@ class DatabaseReferences:
         known = ", ".join(sorted(self._binding.manager.backends))
         return (
             f"{where} names the backend {backend!r}, which the manager does not have (there are: {known}), so it is unknown which"
-            " objects it means: give the manager that backend, or let the rows name the one that its key has become"
+            " object it refers to: give the manager that backend, or update the rows to the key that it has now"
         )
 
     @asynccontextmanager
@@ -670,8 +672,8 @@ def _key(values: Sequence[Any]) -> str:
 
 def _illegible(where: str) -> str:
     return (
-        f"{where} holds something that is not a reference, so it is unknown which object it means: nothing is deleted before that"
-        " is put right; granite_storage.verify finds all of them"
+        f"{where} contains a value that is not a reference, so it is unknown which object it refers to: correct it; verify()"
+        " finds all such values, and nothing is deleted until then"
     )
 
 

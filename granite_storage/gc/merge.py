@@ -195,7 +195,9 @@ async def in_byte_order(pages: AsyncIterator[list[Reference]], what: str) -> Asy
     async for page in pages:
         locations = list(map(_location, page))
         if locations and (locations[0] < last or locations != sorted(locations)):
-            raise CollectionRefusedError(f"{what} do not come in the byte order of UTF-8, so they cannot be compared")
+            raise CollectionRefusedError(
+                f"{what} are not in the byte order of UTF-8, so they cannot be compared with the objects"
+            )
         last = locations[-1] if locations else last
         yield page
 

@@ -82,8 +82,8 @@ async def require_one_key(manager: StorageManager, backend_key: str) -> None:
     for key, other in manager.backends.items():
         if key != backend_key and await may_overlap(backend, other):
             raise CollectionRefusedError(
-                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row means:"
-                " give the manager one backend for each place, with policies that have prefixes, and let all rows name that one"
+                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row refers"
+                " to: give the manager one backend for each place, each policy a prefix, and all rows the key of that backend"
             )
 
 

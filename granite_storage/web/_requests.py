@@ -81,7 +81,9 @@ class UploadLimits:
             if value is None and name in _MAY_BE_NONE:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ConfigurationError(f"{name} must be a number that is not negative, not {value!r}")
+                raise ConfigurationError(
+                    f"{name} must be an integer of at least 0{' or None' if name in _MAY_BE_NONE else ''}, not {value!r}"
+                )
 
     def require(self, limit: str, actual: int, what: str) -> None:
         """Raise `RequestTooLargeError` where there is more of something than a limit allows."""
@@ -140,9 +142,11 @@ def require_whole_body(request: Request, limits: UploadLimits) -> None:
     """
     for name, value in request.headers.raw:  # one pass over the headers, of which a small form is a good part
         if name == b"content-encoding" and not {coding.strip().lower() for coding in value.split(b",")} <= _NO_CODING:
-            raise UnsupportedRequestError("the body has a Content-Encoding, which is not taken here")
+            raise UnsupportedRequestError(
+                f"the Content-Encoding {value.decode('latin-1')!r:.80} is not supported; send the body without one"
+            )
         if name == b"content-range":
-            raise MalformedRequestError("the body is a range of a file, which is not taken here")
+            raise MalformedRequestError("a body with a Content-Range is not supported; send the whole file")
     declared = declared_size(request)
     if declared is not None:
         limits.require("max_size", declared, "the body is too large")
@@ -163,7 +167,7 @@ def media_type_of(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
     """Return the media type of the body and its parameters."""
     given = content_type_of(request)
     if len(given) > _LONGEST_CONTENT_TYPE:
-        raise MalformedRequestError("the Content-Type is too long")
+        raise MalformedRequestError(f"the Content-Type is longer than {_LONGEST_CONTENT_TYPE} characters")
     return parse_parameters(given.encode("latin-1"))
 
 
@@ -372,9 +376,11 @@ class MultipartParser:
 
     def __init__(self, boundary: bytes, limits: UploadLimits) -> None:
         if not boundary:
-            raise MalformedRequestError("the Content-Type has no boundary")
+            raise MalformedRequestError("the Content-Type multipart/form-data has no boundary")
         if len(boundary) > _LONGEST_BOUNDARY or _CONTROL.search(boundary):
-            raise MalformedRequestError("the boundary in the Content-Type is too long, or has control characters")
+            raise MalformedRequestError(
+                f"the boundary in the Content-Type is longer than {_LONGEST_BOUNDARY} bytes, or has control characters"
+            )
         self._dashes = b"--" + boundary
         self._delimiter = b"\r\n" + self._dashes
         self._limits = limits
@@ -416,7 +422,7 @@ class MultipartParser:
                     return None
                 self._skip_preamble(found)
                 if self._has_preamble and self._is_last(after):
-                    raise MalformedRequestError("the form has no part, but something else before its last boundary")
+                    raise MalformedRequestError("the form has no part, but other data before its last boundary")
                 return self._begin_next(after)
             found = buffer.find(self._dashes, found + 1)
         # The last bytes may belong to a delimiter, and the one before them tells whether a line begins there.
@@ -458,7 +464,7 @@ class MultipartParser:
                 return end
             folds += 1
             if folds > _MOST_FOLDS:
-                raise MalformedRequestError(f"a header of a part goes on over too many lines (at most {_MOST_FOLDS})")
+                raise MalformedRequestError(f"a header of a part is folded over too many lines (at most {_MOST_FOLDS})")
             end = buffer.find(b"\r", end + 2)
         return -1
 
@@ -497,9 +503,9 @@ class MultipartParser:
         position = dashes + len(self._dashes)
         after = _AFTER_BOUNDARY.match(self._buffer, position)
         if after is None and self._buffer[position] in b" \t":
-            raise MalformedRequestError("a boundary is followed by blanks, and then by more than the end of its line")
+            raise MalformedRequestError("a boundary is followed by blanks and then by other characters than the end of its line")
         if after is None and self._buffer[position] == _LINE_FEED:
-            raise MalformedRequestError("the line of a boundary ends with a line feed alone: lines of a form end with CR LF")
+            raise MalformedRequestError("the line of a boundary ends with a line feed alone; lines of a form end with CR LF")
         return after
 
     def _is_open(self, after: re.Match[bytes]) -> bool:

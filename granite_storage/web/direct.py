@@ -63,7 +63,8 @@ __all__ = ["DirectUpload", "DirectUploads", "UploadEndpoint"]
 
 _LONGEST_OWNER = 255
 _OPAQUE = "application/octet-stream"
-_INVALID = "the upload's token is not valid, or has expired"
+_INVALID = "the upload's token is invalid or has expired"
+_INVALID_URL = "the URL is invalid or has expired"
 _ATTEMPTS = 5
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
@@ -109,7 +110,7 @@ class UploadEndpoint:
             token = token_of(request.scope)
             upload_token = None if token is None else self._tokens.read(token)
             if upload_token is None or upload_token.expires <= time.time():
-                raise UploadTokenError("the URL is not valid, or has expired")
+                raise UploadTokenError(_INVALID_URL)
             await self._store(request, upload_token)
         except ClientDisconnect:
             return None
@@ -121,7 +122,7 @@ class UploadEndpoint:
         """Store a body as it arrives, if it is what was announced and has arrived before it could no longer be finished."""
         draft, limits = self._draft_of(upload_token), UploadLimits(max_size=upload_token.max_size)
         if request.headers.get("content-type") != upload_token.content_type:
-            raise UnsupportedRequestError("the Content-Type is not the one that was announced")
+            raise UnsupportedRequestError(f"the Content-Type must be the announced {upload_token.content_type!r:.80}")
         require_whole_body(request, limits)
         _require_least(declared_size(request), upload_token.min_size)
         time_left = asyncio.timeout(upload_token.ends - time.time())
@@ -133,12 +134,12 @@ class UploadEndpoint:
             ):
                 await self._manager.put_draft(draft, content)
         except ObjectExistsError as error:
-            message = "the file was received already, so the upload is complete and this request was not needed: finish it"
+            message = "the file was received already, so the upload is complete; finish it"
             raise _ReceivedAlreadyError(message) from error
         except TimeoutError as error:
             if not time_left.expired():
                 raise
-            raise UploadTokenError("the time for this upload is over") from error
+            raise UploadTokenError("the time for this upload is over; begin a new one") from error
 
 
 async def _whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[bytes, None]:
@@ -152,7 +153,7 @@ async def _whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[by
 
 def _require_least(size: int | None, min_size: int) -> None:
     if size is not None and size < min_size:
-        raise UploadMismatchError("the file is smaller than was announced")
+        raise UploadMismatchError(f"the file has {size} bytes, fewer than the announced {min_size}")
 
 
 # Beginning and finishing a direct upload.
@@ -233,7 +234,7 @@ class DirectUploads:
         audience: str | None = None,
     ) -> None:
         if not isinstance(binding, StorageBinding):
-            raise ConfigurationError(f"DirectUploads needs what bind_storage returns, not {type(binding).__name__}")
+            raise ConfigurationError(f"binding must be what bind_storage() returned, not {type(binding).__name__}")
         for argument, duration in (("max_expires_in", max_expires_in), ("finish_within", finish_within)):
             if not isinstance(duration, timedelta) or duration < timedelta(seconds=1):
                 raise ConfigurationError(f"{argument} must be a timedelta of at least one second, not {duration!r}")
@@ -364,7 +365,7 @@ class DirectUploads:
                 attachment = await self._finished(upload_token, home)
                 if attachment is not None:
                     return attachment
-        raise StaleAttachmentError("the direct upload was finished by others, and undone, again and again; it may be tried again")
+        raise StaleAttachmentError(f"the direct upload was finished elsewhere and undone {_ATTEMPTS} times; finish it again")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to a URL of `begin`."""
@@ -387,7 +388,7 @@ class DirectUploads:
                 await claimed.refuse(staged.verdict(error))
                 raise
             except SizeMismatchError as error:
-                raise StaleAttachmentError("the file was replaced while it was finished; it may be tried again") from error
+                raise StaleAttachmentError("the file was replaced while the upload was finished; finish it again") from error
             try:
                 if await claimed.publish(attachment):
                     return attachment
@@ -424,7 +425,7 @@ class DirectUploads:
     def _signed_request(self, upload_token: UploadToken) -> UploadRequest:
         if self.base_url is None:
             raise ConfigurationError(
-                f"the backend {upload_token.backend!r} signs no requests: make DirectUploads with base_url=, and mount it there"
+                f"the backend {upload_token.backend!r} signs no requests: pass base_url= to DirectUploads, and mount it there"
             )
         token = self._to_send.sign(replace(upload_token, filename=None, owner=None))
         return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": upload_token.content_type})
@@ -432,9 +433,7 @@ class DirectUploads:
     def _home_of(self, attribute: object) -> AttachmentType:
         home = getattr(attribute, "type", None)
         if not isinstance(home, AttachmentType) or home.table.metadata is not self._binding.metadata:
-            raise ConfigurationError(
-                f"a direct upload is for an attachment attribute of {self._binding.base_name}, not {attribute!r}"
-            )
+            raise ConfigurationError(f"attribute must be an attachment attribute of {self._binding.base_name}, not {attribute!r}")
         return home
 
     def _home_in(self, upload_token: UploadToken) -> AttachmentType:
@@ -453,7 +452,7 @@ class DirectUploads:
         """Return what a client may store by itself."""
         policy = self._manager.policy(self._home_in(upload_token).storage_key)
         if policy.backend_key != upload_token.backend:
-            raise UploadTokenError("the URL is not valid, or has expired")
+            raise UploadTokenError(_INVALID_URL)
         return ObjectDraft(policy, upload_token.location, upload_token.content_type, None, None)
 
     def _draft(self, home: AttachmentType, content_type: str) -> ObjectDraft:
@@ -480,13 +479,13 @@ def _sizes(home: AttachmentType, policy: StoragePolicy, size: int | None, min_si
         try:
             require_declared_size(size)
         except ValueError as error:
-            raise MalformedRequestError("the size of the file is not a number of bytes") from error
+            raise MalformedRequestError(f"the size of the file is not a number of bytes: {size!r:.40}") from error
         require_size(size, policy.max_size)
         return size, size
     limits = [limit for limit in (policy.max_size, max_size) if limit is not None]
     if not limits:
         raise ConfigurationError(
-            f"the policy {policy.storage_key!r} of {home.label} has no max_size: give begin() one, or a size"
+            f"the policy {policy.storage_key!r} of {home.label} has no max_size: pass max_size= or size= to begin()"
         )
     if not 0 <= min_size <= min(limits):
         raise ValueError(f"min_size must be from 0 to {min(limits)} bytes, not {min_size}")
@@ -498,7 +497,7 @@ def _media_type(content_type: str | None) -> str:
     if content_type is None:
         return _OPAQUE
     if not isinstance(content_type, str):
-        raise MalformedRequestError(f"the Content-Type of a file is not a media type, but of type {type(content_type).__name__}")
+        raise MalformedRequestError(f"the Content-Type of a file is not a media type, but a {type(content_type).__name__}")
     return content_type_to_keep(content_type) or _OPAQUE
 
 
@@ -506,7 +505,7 @@ def _announced_checksum(checksum: str | None) -> str | None:
     try:
         return None if checksum is None else canonical_checksum(checksum)
     except InvalidReferenceError as error:
-        raise MalformedRequestError("the checksum of the file is not 'sha256:' and 64 hex digits") from error
+        raise MalformedRequestError(f"the checksum of the file is not 'sha256:' and 64 hex digits: {checksum!r:.80}") from error
 
 
 def _require_owner(owner: object) -> None:

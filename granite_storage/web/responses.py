@@ -150,7 +150,7 @@ async def is_request(scope: Scope, send: Send, methods: Sequence[str], server: s
         await send({"type": "websocket.close"})
         return False
     if scope["type"] != "http":
-        raise ValueError(f"{server} serves HTTP, not {scope['type']!r}")
+        raise ValueError(f"{server} serves HTTP, not the ASGI scope {scope['type']!r}")
     if scope["method"] not in methods:
         await send_status(send, 405, [("allow", ", ".join(methods))])
         return False
@@ -392,7 +392,7 @@ class StoredObjectResponse(Response):
             reads = reads_of(body.parts)
             first = await self._open(reads[0], whole=status == 200)
         except ObjectNotFoundError as error:
-            logger.error("a ref leads to an object that is missing: %s", error)
+            logger.error("a response was 404, because the object of its ref is missing: %s", error)
             kept = [(name, value) for name, value in headers.items() if name not in _OF_THE_OBJECT]
             await send_status(send, 404, kept)
             return
@@ -420,7 +420,7 @@ class StoredObjectResponse(Response):
             raise
         except Exception:
             # The headers are sent, so the server can only cut the connection; it does where this goes on.
-            logger.exception("the body of the object at %r of %r broke off", self._ref.location, self._ref.backend)
+            logger.exception("sending the object at %r of %r failed half-way", self._ref.location, self._ref.backend)
             raise
         await send_chunk(send, body.end, more=False)
 
@@ -471,7 +471,7 @@ def _found(stored: Attachment | StoredObjectRef, manager: StorageManager | None)
         return stored.ref, manager or stored.manager
     require_ref(stored)
     if manager is None:
-        raise ConfigurationError("a ref does not know its manager: pass manager=")
+        raise ConfigurationError("a ref has no manager of its own: pass manager=")
     return stored, manager
 
 
@@ -479,11 +479,13 @@ def _require_headers(headers: Mapping[str, str]) -> None:
     """Refuse headers that would be untrue of what is sent."""
     for name in _COMPUTED:
         if name in headers:
-            raise ValueError(f"headers must not contain {name!r}: the response computes it")
+            raise ValueError(f"headers must not contain {name!r}, which the response computes: leave it out")
     if "etag" in headers and not is_entity_tag(headers["etag"]):
         raise ValueError(f"the ETag must be quoted, as in '\"v1\"' or 'W/\"v1\"', not {headers['etag']!r}")
     if "last-modified" in headers and http_date(headers["last-modified"]) is None:
-        raise ValueError(f"Last-Modified must be a date of HTTP, not {headers['last-modified']!r}")
+        raise ValueError(
+            f"Last-Modified must be an HTTP date, such as 'Sun, 06 Nov 1994 08:49:37 GMT', not {headers['last-modified']!r}"
+        )
 
 
 def _takes_codings(asked: Headers) -> bool:

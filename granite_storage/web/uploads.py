@@ -142,7 +142,7 @@ def require_target(target: object) -> None:
     """Refuse what nothing can be stored in, before a body is read."""
     if isinstance(target, PolicyTarget) or _home_of(target) is not None or (callable(target) and not isinstance(target, type)):
         return
-    raise TypeError(f"a file is stored in an attachment attribute, a PolicyTarget or a coroutine function, not in {target!r}")
+    raise TypeError(f"a file can be stored in an attachment attribute, a PolicyTarget or a coroutine function, not in {target!r}")
 
 
 def max_size_of(target: Target) -> int | None:
@@ -374,7 +374,7 @@ async def stream_upload(
             form = _Form(files)
             form.fields = await read_fields(body, limits)
             return form.received()
-    raise UnsupportedRequestError("the body must be multipart/form-data")
+    raise UnsupportedRequestError("the body must be multipart/form-data or application/x-www-form-urlencoded")
 
 
 @overload
@@ -488,11 +488,13 @@ class _MultipartForm(_Form):
         """Return where the next file of a field goes."""
         target = self._targets.get(name)
         if target is None:
-            raise MalformedRequestError("the form has a file in a field where none is expected")
+            raise MalformedRequestError(f"the form has a file in the field {name!r:.80}, where none is expected")
         self._counts[name] += 1
         most, target = (target.max_files, target.target) if isinstance(target, FileList) else (1, target)
         if self._counts[name] > most:
-            raise RequestTooLargeError(f"there are too many files in one field (at most {most})", limit="max_files", maximum=most)
+            raise RequestTooLargeError(
+                f"there are too many files in the field {name!r:.80} (at most {most})", limit="max_files", maximum=most
+            )
         return target
 
 

@@ -17,11 +17,11 @@ __all__ = [
     "MOST_KEPT",
     "Budget",
     "Run",
-    "in_order",
     "rate_limited",
     "require_concurrency",
     "require_mounted",
     "retry_unavailable",
+    "run_in_order",
 ]
 
 Item = TypeVar("Item")
@@ -69,9 +69,9 @@ class Run(ABC, Generic[Item, Report]):
         return self._items()
 
     def __await__(self) -> Generator[Any, None, Report]:
-        return self._to_end().__await__()
+        return self._run_to_end().__await__()
 
-    async def _to_end(self) -> Report:
+    async def _run_to_end(self) -> Report:
         async with aclosing(aiter(self)) as items:
             async for _ in items:
                 pass
@@ -82,7 +82,7 @@ class Run(ABC, Generic[Item, Report]):
         """Do the work, and yield what there is to say of it as it comes."""
 
 
-async def in_order(
+async def run_in_order(
     items: AsyncGenerator[Item, None],
     work: Callable[[Item], Awaitable[Result]],
     *,
@@ -118,13 +118,13 @@ async def in_order(
             yield done
     finally:
         if is_stopped():
-            await _without_errors(tasks)
+            await _wait_ended(tasks)
         for task in tasks:
             task.cancel()
-        await _without_errors(tasks)
+        await _wait_ended(tasks)
 
 
-async def _without_errors(tasks: deque[asyncio.Task[Result]]) -> None:
+async def _wait_ended(tasks: deque[asyncio.Task[Result]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 

@@ -26,10 +26,10 @@ __all__ = [
     "columns_of",
     "count",
     "key_pages",
-    "online",
     "own_transactions",
+    "reflect_table",
+    "require_online",
     "storage_thread",
-    "table_with",
 ]
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ Step: TypeAlias = Callable[[], AbstractContextManager[None]]
 _KEYS_PER_PAGE = 500
 
 
-def online(op: Op, what: str) -> Connection:
+def require_online(op: Op, what: str) -> Connection:
     """Return the migration's connection.
 
     Raises:
@@ -100,7 +100,7 @@ def columns_of(connection: Connection, table: str, schema: str | None) -> dict[s
     return {column["name"]: column["type"] for column in inspect(connection).get_columns(table, schema=schema)}
 
 
-def table_with(connection: Connection, name: str, schema: str | None, *, refs: str, others: Sequence[str]) -> Table:
+def reflect_table(connection: Connection, name: str, schema: str | None, *, refs: str, others: Sequence[str]) -> Table:
     """Return a table with its primary key, a column of refs and other columns.
 
     Raises:

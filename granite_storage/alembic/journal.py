@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, MetaData, func, insert, inspect, select, update
 
-from granite_storage.alembic._transactions import Op, count, online
+from granite_storage.alembic._transactions import Op, count, require_online
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clock, journal_tables
@@ -47,7 +47,7 @@ def upgrade_journal_tables(op: Op, *, schema: str | None = None) -> None:
     Raises:
         ConfigurationError: They are newer than the library, or there is no database to look at (`--sql`).
     """
-    connection = online(op, "upgrading the journal's tables")
+    connection = require_online(op, "upgrading the journal's tables")
     tables = _tables(schema)
     version = _version(connection, tables) or SCHEMA_VERSION
     if version > SCHEMA_VERSION:
@@ -74,7 +74,7 @@ def drop_journal_tables(op: Op, *, schema: str | None = None, discard_pending: b
     """
     context, tables = op.get_context(), _tables(schema)
     if not discard_pending:
-        _require_nothing_pending(online(op, "looking for what the journal has left to do"), tables)
+        _require_nothing_pending(require_online(op, "looking for what the journal has left to do"), tables)
     for table in reversed(tables.all):
         context.impl.drop_table(table)
 

@@ -21,7 +21,7 @@ from granite_storage._engine import describe_mismatch, identities_of, may_overla
 from granite_storage._jobs import require_mounted
 from granite_storage._tasks import finish
 from granite_storage.backends.base import StorageBackend
-from granite_storage.cli.output import shown
+from granite_storage.cli.output import escape_text
 from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
 from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StorageError
 from granite_storage.gc.database import DatabaseReferences
@@ -69,13 +69,14 @@ def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
     """
 
     async def work(context: CommandContext) -> Exit | None:
-        checks = [check async for check in _checks(context.binding, read_only=read_only)]
+        checks = [check async for check in _run_checks(context.binding, read_only=read_only)]
         if as_json:
             for check in checks:
                 context.output.record({"result": check.result.value[0], "what": check.what, "message": check.message})
         else:
             rows = [
-                (Text(check.result.value[0], style=check.result.value[1]), check.what, shown(check.message)) for check in checks
+                (Text(check.result.value[0], style=check.result.value[1]), check.what, escape_text(check.message))
+                for check in checks
             ]
             context.output.table(["", "what", "found"], rows)
         return Exit.FOUND if any(check.result is CheckResult.BAD for check in checks) else None
@@ -83,22 +84,22 @@ def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
     run(settings, work, as_json=as_json)
 
 
-async def _checks(binding: StorageBinding, *, read_only: bool) -> AsyncIterator[Check]:
-    for check in _configuration(binding):
+async def _run_checks(binding: StorageBinding, *, read_only: bool) -> AsyncIterator[Check]:
+    for check in _check_configuration(binding):
         yield check
-    async for check in _database(binding):
+    async for check in _check_database(binding):
         yield check
-    async for check in _references(binding):
+    async for check in _check_references(binding):
         yield check
-    async for check in _journal(binding):
+    async for check in _check_journal(binding):
         yield check
     for key, backend in binding.manager.backends.items():
         prefixes = [policy.key_prefix for policy in binding.manager.policies.values() if policy.backend_key == key]
-        async for check in _backend(key, backend, None if read_only or not prefixes else prefixes[0] or ""):
+        async for check in _check_backend(key, backend, None if read_only or not prefixes else prefixes[0] or ""):
             yield check
 
 
-def _configuration(binding: StorageBinding) -> list[Check]:
+def _check_configuration(binding: StorageBinding) -> list[Check]:
     columns = binding.ref_columns()
     managed = [column.type for column in columns if isinstance(column.type, AttachmentType)]
     checks = [
@@ -108,18 +109,18 @@ def _configuration(binding: StorageBinding) -> list[Check]:
     ]
     if not columns:
         checks = [Check(CheckResult.NOTE, "models", "no model has a column of refs: check that every model is imported")]
-    for home in managed:
+    for column_type in managed:
         try:
-            binding.manager_for(home)
+            binding.manager_for(column_type)
         except StorageError as error:
-            checks.append(Check(CheckResult.BAD, f"column {home.label}", str(error)))
-    unused = sorted(set(binding.manager.policies) - {home.storage_key for home in managed})
+            checks.append(Check(CheckResult.BAD, f"column {column_type.label}", str(error)))
+    unused = sorted(set(binding.manager.policies) - {column_type.storage_key for column_type in managed})
     if unused:
         checks.append(Check(CheckResult.NOTE, "policies", f"no attachment column uses {', '.join(unused)}"))
     return checks
 
 
-async def _database(binding: StorageBinding) -> AsyncIterator[Check]:
+async def _check_database(binding: StorageBinding) -> AsyncIterator[Check]:
     if binding.sessions is None:
         yield Check(CheckResult.BAD, "database", "the binding has no sessions: pass sessions= to bind_storage()")
         return
@@ -132,19 +133,19 @@ async def _database(binding: StorageBinding) -> AsyncIterator[Check]:
             name = connection.dialect.name
             yield Check(CheckResult.GOOD, "database", f"{name} answers within {time.monotonic() - begun:.2f} s")
             if name == "sqlite":
-                async for check in _sqlite(connection):
+                async for check in _check_sqlite(connection):
                     yield check
             else:
                 now = (await connection.execute(select(clock()))).scalar_one()
-                yield _skew("the database's clock", now)
-            yield await connection.run_sync(_tables, binding)
+                yield _check_clock("the database's clock", now)
+            yield await connection.run_sync(_check_tables, binding)
     except (SQLAlchemyError, OSError, TimeoutError) as error:
         yield Check(
             CheckResult.BAD, "database", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
         )
 
 
-async def _references(binding: StorageBinding) -> AsyncIterator[Check]:
+async def _check_references(binding: StorageBinding) -> AsyncIterator[Check]:
     """Look for rows that lead to another store than they did, and for what would stop the garbage collector."""
     manager = binding.manager
     if binding.sessions is None or not manager.backends or not binding.ref_columns():
@@ -158,8 +159,8 @@ async def _references(binding: StorageBinding) -> AsyncIterator[Check]:
             except CollectionRefusedError as error:
                 checks.append(Check(CheckResult.NOTE, "garbage collection", f"would be refused: {error}"))
             counted = await source.count_by_store()
-            misled = [await _misled(binding, *store, number) for store, number in sorted(counted.items(), key=str)]
-            checks += [check for check in misled if check is not None] + await _overlapping(manager)
+            misled = [await _check_store(binding, *store, number) for store, number in sorted(counted.items(), key=str)]
+            checks += [check for check in misled if check is not None] + await _find_overlaps(manager)
         if not checks:
             checks.append(
                 Check(CheckResult.GOOD, "references", f"all {counted.total()} lead to the store that they were written to")
@@ -173,7 +174,7 @@ async def _references(binding: StorageBinding) -> AsyncIterator[Check]:
         yield check
 
 
-async def _misled(binding: StorageBinding, backend_key: str, identity: str | None, number: int) -> Check | None:
+async def _check_store(binding: StorageBinding, backend_key: str, identity: str | None, number: int) -> Check | None:
     backend = binding.manager.backends.get(backend_key)
     if backend is None:
         known = ", ".join(sorted(binding.manager.backends))
@@ -186,14 +187,14 @@ async def _misled(binding: StorageBinding, backend_key: str, identity: str | Non
     return Check(CheckResult.BAD, "references", f"{number} references lead to another store than before: {mismatch}")
 
 
-async def _overlapping(manager: StorageManager) -> list[Check]:
+async def _find_overlaps(manager: StorageManager) -> list[Check]:
     pairs = combinations(sorted(manager.backends), 2)
     overlapping = [pair for pair in pairs if await may_overlap(manager.backends[pair[0]], manager.backends[pair[1]])]
     said = "lead to the same objects: give the manager one backend for each place"
     return [Check(CheckResult.BAD, "backends", f"{one!r} and {other!r} {said}") for one, other in overlapping]
 
 
-async def _sqlite(connection: AsyncConnection) -> AsyncIterator[Check]:
+async def _check_sqlite(connection: AsyncConnection) -> AsyncIterator[Check]:
     driver: Any = (await connection.get_raw_connection()).driver_connection
     if driver.in_transaction:
         yield Check(CheckResult.GOOD, "SQLite transactions", "SQLAlchemy begins them itself, so reads and savepoints are in them")
@@ -208,7 +209,7 @@ async def _sqlite(connection: AsyncConnection) -> AsyncIterator[Check]:
         yield Check(CheckResult.NOTE, "SQLite foreign keys", "not enforced: ON DELETE CASCADE deletes nothing")
 
 
-def _tables(connection: Connection, binding: StorageBinding) -> Check:
+def _check_tables(connection: Connection, binding: StorageBinding) -> Check:
     inspector = inspect(connection)
     journal = tables_of(binding.metadata) if binding.journal is not None else None
     tables = dict.fromkeys([*(column.table for column in binding.ref_columns()), *(() if journal is None else journal.all)])
@@ -224,7 +225,7 @@ def _tables(connection: Connection, binding: StorageBinding) -> Check:
     return Check(CheckResult.GOOD, "tables", f"all {len(tables)} exist")
 
 
-async def _journal(binding: StorageBinding) -> AsyncIterator[Check]:
+async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
     if binding.journal is None:
         yield Check(CheckResult.NOTE, "journal", "none: the garbage collector has to delete what a crash leaves behind")
         return
@@ -238,7 +239,7 @@ async def _journal(binding: StorageBinding) -> AsyncIterator[Check]:
         yield Check(CheckResult.BAD, "journal", f"{type(error).__name__}: {error}")
 
 
-async def _backend(key: str, backend: StorageBackend, prefix: str | None) -> AsyncIterator[Check]:
+async def _check_backend(key: str, backend: StorageBackend, prefix: str | None) -> AsyncIterator[Check]:
     """Look at a backend; with a prefix to write below, at all that it may."""
     what = f"backend {key}"
     begun = time.monotonic()
@@ -250,7 +251,7 @@ async def _backend(key: str, backend: StorageBackend, prefix: str | None) -> Asy
         async with asyncio.timeout(_TIMEOUT):
             await backend.exists(location)
             if prefix is None:
-                yield await _untouched(what, key, backend, begun)
+                yield await _check_unwritten(what, key, backend, begun)
                 return
             try:
                 doing = "storing a probe"
@@ -276,10 +277,10 @@ async def _backend(key: str, backend: StorageBackend, prefix: str | None) -> Asy
         yield Check(CheckResult.BAD, what, "the probe was not read, listed or deleted correctly")
         return
     yield Check(CheckResult.GOOD, what, f"stores, reads, lists and deletes ({time.monotonic() - begun:.2f} s)")
-    yield _skew(f"clock of {key}", modified)
+    yield _check_clock(f"clock of {key}", modified)
 
 
-async def _untouched(what: str, key: str, backend: StorageBackend, begun: float) -> Check:
+async def _check_unwritten(what: str, key: str, backend: StorageBackend, begun: float) -> Check:
     try:
         await require_mounted(key, backend)
     except BackendUnavailableError:
@@ -289,7 +290,7 @@ async def _untouched(what: str, key: str, backend: StorageBackend, begun: float)
     return Check(CheckResult.GOOD, what, f"answers within {time.monotonic() - begun:.2f} s; nothing was written")
 
 
-def _skew(what: str, then: datetime) -> Check:
+def _check_clock(what: str, then: datetime) -> Check:
     aware = then if then.tzinfo is not None else then.replace(tzinfo=UTC)
     seconds = (datetime.now(UTC) - aware).total_seconds()
     if abs(seconds) <= _SKEW:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from sqlalchemy import func, select
 
-from granite_storage.cli.output import Bar, shown_size
+from granite_storage.cli.output import Bar, format_size
 from granite_storage.cli.runtime import (
     AFTER,
     CONCURRENCY,
@@ -76,7 +76,7 @@ def verify_command(
         try:
             await _verify(context, verification)
         finally:
-            _tell_verification(context, verification)
+            _show_verification(context, verification)
         return Exit.FOUND if verification.report.problems else None
 
     run(settings, work, as_json=as_json)
@@ -87,10 +87,10 @@ async def _verify(context: CommandContext, verification: Verification) -> None:
     total = await verification.count()
     with context.stoppable(verification.stop), context.output.progress("verifying", total) as bar:
         async for finding in verification.on_progress(lambda: bar.reach(report.rows, report.bytes_read)):
-            _tell_finding(context, finding)
+            _show_finding(context, finding)
 
 
-def _tell_finding(context: CommandContext, finding: Finding) -> None:
+def _show_finding(context: CommandContext, finding: Finding) -> None:
     if context.output.as_json:
         context.output.record(
             {
@@ -108,7 +108,7 @@ def _tell_finding(context: CommandContext, finding: Finding) -> None:
     context.output.line(f"{finding.problem.value}: {finding.table} {row} {finding.column}: {finding.message}", style)
 
 
-def _tell_verification(context: CommandContext, verification: Verification) -> None:
+def _show_verification(context: CommandContext, verification: Verification) -> None:
     report = verification.report
     if context.output.as_json:
         counts = {problem.value: number for problem, number in report.counts.items()}
@@ -118,7 +118,7 @@ def _tell_verification(context: CommandContext, verification: Verification) -> N
         facts = {"references checked": f"{report.checked:,}", "problems": f"{report.problems:,}"}
         facts |= {f"  {problem.value}": f"{number:,}" for problem, number in sorted(report.counts.items())}
         if report.bytes_read:
-            facts["bytes read"] = shown_size(report.bytes_read)
+            facts["bytes read"] = format_size(report.bytes_read)
         context.output.facts(facts)
     if not report.complete and report.key is not None:
         context.output.note(f"not complete; to continue, pass --after '{report.key}'")
@@ -145,19 +145,19 @@ def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry
         if journal is None:
             raise ConfigurationError("the application has no journal: pass journal=StorageJournal(engine) to bind_storage()")
         if dry_run or not yes:
-            await _tell_due(context, journal)
+            await _show_due(context, journal)
         if dry_run or not context.confirm("Delete what is due and no row refers to?", yes=yes):
             return None
         if retry_dead_letters:
             context.output.note(f"{await journal.retry_dead_letters():,} dead letters are tried again")
         report = await journal.recover()
-        _tell_recovery(context, report)
+        _show_recovery(context, report)
         return Exit.FOUND if report.failed or report.unknown_backends else None
 
     run(settings, work, as_json=as_json)
 
 
-async def _tell_due(context: CommandContext, journal: StorageJournal) -> None:
+async def _show_due(context: CommandContext, journal: StorageJournal) -> None:
     await journal.check()
     intent, reclaim = journal.tables.intent, journal.tables.reclaim
     rows: list[dict[str, Any]] = []
@@ -183,7 +183,7 @@ async def _tell_due(context: CommandContext, journal: StorageJournal) -> None:
         context.output.line("nothing is waiting")
 
 
-def _tell_recovery(context: CommandContext, report: RecoveryReport) -> None:
+def _show_recovery(context: CommandContext, report: RecoveryReport) -> None:
     failed = [
         {
             "backend": item.backend,
@@ -281,9 +281,9 @@ async def _collect(context: CommandContext, collection: CollectionRun) -> None:
             async for item in collection.on_progress(lambda: _reach(bar, report)):
                 shown += 1
                 if context.output.as_json or item.status is OrphanStatus.FAILED or (report.dry_run and shown <= _MOST_SHOWN):
-                    _tell_object(context, item)
+                    _show_object(context, item)
     finally:
-        _tell_report(context, report)
+        _show_report(context, report)
 
 
 def _reach(bar: Bar, report: GarbageCollectionReport) -> None:
@@ -293,7 +293,7 @@ def _reach(bar: Bar, report: GarbageCollectionReport) -> None:
 def _may_delete(context: CommandContext, report: GarbageCollectionReport) -> bool:
     if report.refusal is not None or not report.orphaned:
         return False
-    question = f"Delete {report.orphaned:,} orphans of {report.storage_key!r} ({shown_size(report.orphaned_bytes)})?"
+    question = f"Delete {report.orphaned:,} orphans of {report.storage_key!r} ({format_size(report.orphaned_bytes)})?"
     return context.confirm(question, yes=False)
 
 
@@ -301,32 +301,32 @@ def _is_wrong(report: GarbageCollectionReport) -> bool:
     return bool(report.failed or report.dangling or report.refusal or report.unfinished_error)
 
 
-def _tell_object(context: CommandContext, item: CollectedObject) -> None:
+def _show_object(context: CommandContext, item: CollectedObject) -> None:
     if context.output.as_json:
         said = {"object": item.status.value, "backend": item.backend, "location": item.location, "size": item.size}
         context.output.record({**said, **({"error": item.error} if item.error else {})})
         return
     error = f": {item.error}" if item.error else ""
     style = "red" if item.status is OrphanStatus.FAILED else None
-    context.output.line(f"{item.status.value}: {item.backend}:{item.location} ({shown_size(item.size)}){error}", style)
+    context.output.line(f"{item.status.value}: {item.backend}:{item.location} ({format_size(item.size)}){error}", style)
 
 
-def _tell_report(context: CommandContext, report: GarbageCollectionReport) -> None:
+def _show_report(context: CommandContext, report: GarbageCollectionReport) -> None:
     if context.output.as_json:
         failures = [{"location": item.location, "error": item.error} for item in report.failures]
         context.output.record({"report": {**asdict(report), "failures": failures}})
     else:
-        _tell_person(context, report)
+        _show_facts(context, report)
     if not report.complete:
         context.output.note("not complete; no referenced object was deleted. To continue, run the same command")
 
 
-def _tell_person(context: CommandContext, report: GarbageCollectionReport) -> None:
+def _show_facts(context: CommandContext, report: GarbageCollectionReport) -> None:
     facts: dict[str, Any] = {"policy": f"{report.storage_key} on {report.backend}"}
     for name in _COUNTED:
         number, size = getattr(report, name), getattr(report, f"{name}_bytes")
         if number or name in ("scanned", "referenced", "orphaned"):
-            facts[name] = f"{number:,} ({shown_size(size)})"
+            facts[name] = f"{number:,} ({format_size(size)})"
     if report.failed:
         facts["failed"] = f"{report.failed:,}"
     if report.unfinished:
@@ -385,24 +385,24 @@ def migrate_command(
             context.binding, storage_key=storage_key, to_backend=to_backend, after=after, bytes_per_second=rate, **more
         )
         if dry_run or not yes:
-            count = await _tell_plan(context, migration)
+            count = await _show_plan(context, migration)
             if dry_run or not count or not context.confirm(f"Move them to {to_backend!r}, and delete the old objects?", yes=yes):
                 return None
         try:
             await _move(context, migration)
         finally:
-            _tell_migration(context, migration)
+            _show_migration(context, migration)
         return None if migration.report.complete and not migration.report.failed else Exit.FOUND
 
     run(settings, work, as_json=as_json)
 
 
-async def _tell_plan(context: CommandContext, migration: Migration) -> int:
+async def _show_plan(context: CommandContext, migration: Migration) -> int:
     waiting = await migration.waiting()
     if context.output.as_json:
         context.output.record({"waiting": [{"backend": key, "objects": n, "bytes": size} for key, (n, size) in waiting.items()]})
     elif waiting:
-        rows = [(key, number, shown_size(size)) for key, (number, size) in sorted(waiting.items())]
+        rows = [(key, number, format_size(size)) for key, (number, size) in sorted(waiting.items())]
         context.output.table(["on backend", "objects", "bytes"], rows)
     else:
         context.output.line("nothing is left to move")
@@ -424,10 +424,10 @@ async def _move(context: CommandContext, migration: Migration) -> None:
 
         async for moved in migration.on_progress(show):
             if context.output.as_json or moved.status is MigrationStatus.FAILED:
-                _tell_moved(context, moved)
+                _show_moved(context, moved)
 
 
-def _tell_moved(context: CommandContext, moved: MigratedObject) -> None:
+def _show_moved(context: CommandContext, moved: MigratedObject) -> None:
     if context.output.as_json:
         what = {"table": moved.table, "primary_key": moved.primary_key, "column": moved.column, "message": moved.message}
         context.output.record({"object": moved.status.value, **what})
@@ -436,13 +436,13 @@ def _tell_moved(context: CommandContext, moved: MigratedObject) -> None:
     context.output.line(f"{moved.status.value}: {moved.table} {row} {moved.column}: {moved.message}", "red")
 
 
-def _tell_migration(context: CommandContext, migration: Migration) -> None:
+def _show_migration(context: CommandContext, migration: Migration) -> None:
     report = migration.report
     counts = {name: getattr(report, name) for name in ("moved", "bytes_moved", "changed", "manual", "failed")}
     if context.output.as_json:
         context.output.record({"report": {**counts, "key": report.key, "complete": report.complete}})
     else:
-        facts = {"moved": f"{report.moved:,} ({shown_size(report.bytes_moved)})", "failed": f"{report.failed:,}"}
+        facts = {"moved": f"{report.moved:,} ({format_size(report.bytes_moved)})", "failed": f"{report.failed:,}"}
         if report.changed:
             facts["changed meanwhile"] = f"{report.changed:,}"
         if report.manual:

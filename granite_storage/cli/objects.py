@@ -15,7 +15,7 @@ import click
 
 from granite_storage._tasks import finish, finished
 from granite_storage.backends.base import ObjectInfo, ObjectReader
-from granite_storage.cli.output import shown_size
+from granite_storage.cli.output import format_size
 from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
 from granite_storage.exceptions import BackendError, ObjectNotFoundError
 from granite_storage.locations import check_location, uuid7_hex
@@ -46,7 +46,7 @@ def ls_command(settings: Settings, address: str | None, limit: int | None, as_js
         number = 0
         async with _closing(context.binding.manager.backend(key).iter_objects(prefix)) as objects:
             async for info in objects:
-                _tell_object(context, info)
+                _show_object(context, info)
                 number += 1
                 if number == limit:
                     return
@@ -77,11 +77,11 @@ def _list_policies(context: CommandContext) -> None:
     context.output.table(["policy", "backend", "prefix"], [*rows, *(("-", backend, "") for backend in unused)])
 
 
-def _tell_object(context: CommandContext, info: ObjectInfo) -> None:
+def _show_object(context: CommandContext, info: ObjectInfo) -> None:
     if context.output.as_json:
         context.output.record(_facts(info))
     else:
-        context.output.line(f"{shown_size(info.size):>9}  {info.modified:%Y-%m-%d %H:%M:%S}  {info.location}")
+        context.output.line(f"{format_size(info.size):>9}  {info.modified:%Y-%m-%d %H:%M:%S}  {info.location}")
 
 
 def _facts(info: ObjectInfo) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def stat_command(settings: Settings, address: str, as_json: bool) -> None:
             context.output.record({"backend": key, **_facts(info)})
         else:
             facts = {name.replace("_", " "): value for name, value in _facts(info).items() if value is not None}
-            context.output.facts({"backend": key, **facts, "size": f"{info.size:,} bytes ({shown_size(info.size)})"})
+            context.output.facts({"backend": key, **facts, "size": f"{info.size:,} bytes ({format_size(info.size)})"})
         return None
 
     run(settings, work, as_json=as_json)
@@ -189,13 +189,13 @@ async def _copy_to_file(context: CommandContext, reader: ObjectReader, path: Pat
     """Write beside the target and give it its name at the end; a failure leaves nothing, and the target as it was."""
     if not force and await asyncio.to_thread(os.path.lexists, path):
         raise click.ClickException(f"{path} already exists: pass --force to overwrite it")
-    file = await finished(asyncio.to_thread(_beside, path), undo=_discard)
+    file = await finished(asyncio.to_thread(_open_beside, path), undo=_discard)
     try:
         await _pump(context, reader, file)
         await finished(asyncio.to_thread(_publish, file, path, force))
     finally:
         await finish(_discard(file), f"removing {file.name}")
-    context.output.note(f"{shown_size(reader.info.size)} written to {path}")
+    context.output.note(f"{format_size(reader.info.size)} written to {path}")
 
 
 async def _pump(context: CommandContext, reader: ObjectReader, file: IO[bytes]) -> None:
@@ -210,7 +210,7 @@ async def _pump(context: CommandContext, reader: ObjectReader, file: IO[bytes]) 
         raise BackendError(f"only {done} of the {size} bytes of {reader.info.location!r} could be read: run the command again")
 
 
-def _beside(path: Path) -> IO[bytes]:
+def _open_beside(path: Path) -> IO[bytes]:
     return tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", delete=False)
 
 

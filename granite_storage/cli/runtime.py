@@ -63,9 +63,9 @@ async def load_binding(name: str) -> StorageBinding:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigurationError(f"--app must be module:attribute, such as myapp.storage:binding, not {name!r}")
-    found = _attribute(_imported(module), attribute, name)
+    found = _get_attribute(_import_module(module), attribute, name)
     if not isinstance(found, StorageBinding) and callable(found):
-        found = await _returned(found, name)
+        found = await _call_factory(found, name)
     if not isinstance(found, StorageBinding):
         raise ConfigurationError(
             f"--app {name} is a {type(found).__name__}: name what bind_storage() returned, or a callable that returns it"
@@ -73,7 +73,7 @@ async def load_binding(name: str) -> StorageBinding:
     return found
 
 
-def _imported(module: str) -> Any:
+def _import_module(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -81,12 +81,12 @@ def _imported(module: str) -> Any:
             raise ConfigurationError(
                 f"there is no module {error.name!r} here: pass --app-dir with the folder that contains it"
             ) from error
-        raise _failed(f"importing {module!r}", error) from error
+        raise _wrap_failure(f"importing {module!r}", error) from error
     except Exception as error:
-        raise _failed(f"importing {module!r}", error) from error
+        raise _wrap_failure(f"importing {module!r}", error) from error
 
 
-def _attribute(found: Any, attribute: str, name: str) -> Any:
+def _get_attribute(found: Any, attribute: str, name: str) -> Any:
     for part in attribute.split("."):
         try:
             found = getattr(found, part)
@@ -97,15 +97,15 @@ def _attribute(found: Any, attribute: str, name: str) -> Any:
     return found
 
 
-async def _returned(factory: Any, name: str) -> Any:
+async def _call_factory(factory: Any, name: str) -> Any:
     try:
         found = factory()
         return await found if inspect.isawaitable(found) else found
     except Exception as error:
-        raise _failed(f"calling {name!r}", error) from error
+        raise _wrap_failure(f"calling {name!r}", error) from error
 
 
-def _failed(what: str, error: Exception) -> ConfigurationError:
+def _wrap_failure(what: str, error: Exception) -> ConfigurationError:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename.startswith(f"{sys.path[0]}{os.sep}")]
     place = f" ({(own or frames)[-1].filename}, line {(own or frames)[-1].lineno})"
@@ -219,12 +219,12 @@ def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = Exit.DONE
     except Exception as error:  # noqa: BLE001  # a program's last resort: it says what went wrong, and how to see more
-        _tell(error, output, debug=settings.debug)
+        _show_error(error, output, debug=settings.debug)
         code = Exit.FAILED
     sys.exit(code)
 
 
-def _tell(error: Exception, output: Output, *, debug: bool) -> None:
+def _show_error(error: Exception, output: Output, *, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
@@ -240,7 +240,7 @@ def _tell(error: Exception, output: Output, *, debug: bool) -> None:
 
 async def _run_command(app: str, work: Work, output: Output) -> int:
     binding = await load_binding(app)
-    async with _closed_afterwards(binding):
+    async with _close_afterwards(binding):
         context = CommandContext(binding, output)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -256,7 +256,7 @@ async def _run_command(app: str, work: Work, output: Output) -> int:
 
 
 @asynccontextmanager
-async def _closed_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
+async def _close_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
     """Close what the application opened: nothing but this command runs in the process."""
     try:
         async with binding.manager:

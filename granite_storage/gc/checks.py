@@ -12,7 +12,7 @@ from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm.journal.database import find_gap
 
-__all__ = ["barrier", "require_fit", "require_heartbeat"]
+__all__ = ["commit_durably", "require_fit", "require_heartbeat"]
 
 _SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
 _WRITE = text("SELECT pg_logical_emit_message(true, 'granite_storage', 'barrier')")
@@ -95,7 +95,7 @@ async def _require_fit_mariadb(connection: AsyncConnection) -> None:
 # A commit that no crash of the database takes back, and with it all commits before it.
 
 
-async def barrier(connection: AsyncConnection) -> None:
+async def commit_durably(connection: AsyncConnection) -> None:
     """Return once what other transactions have committed, and this program has seen, is durable.
 
     With `synchronous_commit = off` PostgreSQL acknowledges commits that a crash may take back; one that is synchronous, and has

@@ -70,7 +70,7 @@ class ReferenceSource(Protocol):
         """
         ...
 
-    async def settle(self) -> None:
+    async def make_durable(self) -> None:
         """Return once all that `find_held` has seen can no longer be undone, by a crash of the database either."""
         ...
 
@@ -143,7 +143,7 @@ class GivenReferences:
                 " place: return all references, or give each policy a key_prefix of its own"
             )
 
-    async def settle(self) -> None:
+    async def make_durable(self) -> None:
         """Do nothing: whoever gives references has committed them."""
 
     def _require_understood(self, ref: StoredObjectRef, identities: Sequence[str] | None) -> None:

@@ -74,7 +74,7 @@ class Claim(Protocol):
 class CompletionStore(Protocol):
     """Where it is written down."""
 
-    async def find(self, upload_token: UploadToken, home: AttachmentType) -> Found:
+    async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
         """Return what an upload was finished as."""
         ...
 
@@ -93,10 +93,10 @@ class JournalCompletionStore:
     def __init__(self, journal: StorageJournal) -> None:
         self._journal = journal
 
-    async def find(self, upload_token: UploadToken, home: AttachmentType) -> Found:
+    async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
         """Return what an upload was finished as: no row may take it but by a copy, for another row may be taking it now."""
         finished = await self._journal.find_finished(_staging_id(upload_token))
-        attachment = None if finished.ref is None else Attachment._of(finished.ref, home)
+        attachment = None if finished.ref is None else Attachment._of(finished.ref, column_type)
         return Found(attachment, finished, finished.is_claimed, finished.verdict)
 
     async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
@@ -136,7 +136,7 @@ class MemoryCompletionStore:
     def __init__(self) -> None:
         self._known: dict[str, tuple[Attachment | Mapping[str, Any], int]] = {}
 
-    async def find(self, upload_token: UploadToken, home: AttachmentType) -> Found:
+    async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
         """Return what an upload was finished as: the same attachment, which a row takes once and others copy."""
         now = time.time()
         for location in [location for location, (_, ends) in self._known.items() if ends <= now]:

@@ -215,7 +215,7 @@ def parse_parameters(header: bytes, *, is_of_form: bool = False) -> tuple[bytes,
             name = match["name"].lower()
             if name in parameters:
                 raise MalformedRequestError("a header has a parameter twice")
-            parameters[name] = _value_of(match, is_of_form)
+            parameters[name] = _parse_value(match, is_of_form)
     if position == len(header):
         return value.strip(b" \t").lower(), parameters
     raise MalformedRequestError(f"a header has too many parameters (at most {_MOST_PARAMETERS})")
@@ -250,7 +250,7 @@ def _header(request: Request, name: str) -> str:
     return values[0].decode("latin-1") if values else ""
 
 
-def _value_of(match: re.Match[bytes], is_of_form: bool) -> bytes:
+def _parse_value(match: re.Match[bytes], is_of_form: bool) -> bytes:
     token: bytes | None = match["token"]
     if token is not None:
         return token.rstrip(b" \t")
@@ -532,7 +532,7 @@ class MultipartParser:
         return _End.PART
 
     def _begin_data(self) -> PartHead:
-        head = _head_of(self._headers)
+        head = _parse_head(self._headers)
         if head.filename is None:
             self._fields += 1
             self._limits.require("max_fields", self._fields, "there are too many fields")
@@ -577,7 +577,7 @@ class MultipartParser:
         self._limits.require("max_padding", self._padding + more, "there is too much outside of the boundaries")
 
 
-def _head_of(headers: dict[bytes, bytes]) -> PartHead:
+def _parse_head(headers: dict[bytes, bytes]) -> PartHead:
     """Return what the headers of a part say; Content-Transfer-Encoding says nothing in a form (RFC 7578, section 4.7)."""
     given = headers.get(b"content-disposition", b"")
     usual = _USUAL_DISPOSITION.fullmatch(given)
@@ -587,16 +587,16 @@ def _head_of(headers: dict[bytes, bytes]) -> PartHead:
         disposition, parameters = parse_parameters(given, is_of_form=True)
         if disposition != b"form-data" or b"name" not in parameters:
             raise MalformedRequestError("a part has no Content-Disposition: form-data with a name")
-        name, filename = parameters[b"name"], _filename_of(parameters)
+        name, filename = parameters[b"name"], _find_filename(parameters)
     content_type = headers.get(b"content-type")
     return PartHead(
-        _decoded(name),
+        _decode_name(name),
         None if filename is None else filename.decode("utf-8", "replace"),
         None if content_type is None else content_type_to_keep(content_type.decode("latin-1")),
     )
 
 
-def _filename_of(parameters: dict[bytes, bytes]) -> bytes | None:
+def _find_filename(parameters: dict[bytes, bytes]) -> bytes | None:
     """Return the file name; `filename*`, which no form should have (RFC 7578, section 4.2), counts where it is the only one."""
     filename = parameters.get(b"filename")
     if filename is None and (extended := parameters.get(b"filename*")) is not None:
@@ -604,7 +604,7 @@ def _filename_of(parameters: dict[bytes, bytes]) -> bytes | None:
     return filename
 
 
-def _decoded(name: bytes) -> str:
+def _decode_name(name: bytes) -> str:
     try:
         return name.decode()
     except UnicodeDecodeError as error:
@@ -628,7 +628,7 @@ async def read_fields(body: AsyncIterator[bytes], limits: UploadLimits) -> list[
     """
     fields: list[tuple[str, str]] = []
     turn = Turn()
-    size, count, begun = 0, 1, _Begun()
+    size, count, begun = 0, 1, _PartialField()
     async for piece in body:
         size += len(piece)
         limits.require("max_fields_size", size, "the fields are too large together")
@@ -636,14 +636,14 @@ async def read_fields(body: AsyncIterator[bytes], limits: UploadLimits) -> list[
         count += len(complete)
         limits.require("max_fields", count, "there are too many fields")
         for raw in complete:
-            await _add_field(fields, begun.ended(raw), limits, turn)
+            await _add_field(fields, begun.complete(raw), limits, turn)
         begun.add(last)
         limits.require("max_field_size", begun.size, "a field is too large")
-    await _add_field(fields, begun.ended(b""), limits, turn)
+    await _add_field(fields, begun.complete(b""), limits, turn)
     return fields
 
 
-class _Begun:
+class _PartialField:
     """A field whose end has not arrived yet."""
 
     def __init__(self) -> None:
@@ -654,7 +654,7 @@ class _Begun:
         self.size += len(piece)
         self._pieces.append(piece)
 
-    def ended(self, last: bytes) -> bytes:
+    def complete(self, last: bytes) -> bytes:
         """Return the field, and begin another."""
         if not self.size:
             return last
@@ -671,16 +671,16 @@ async def _add_field(fields: list[tuple[str, str]], raw: bytes, limits: UploadLi
         if b"%" not in raw:
             fields.append((name.decode(), value.decode()))
         elif len(raw) <= _SLICE:
-            fields.append((_unquoted(name).decode(), _unquoted(value).decode()))
+            fields.append((_unquote(name).decode(), _unquote(value).decode()))
         else:
-            fields.append(((await _unquoted_in_slices(name, turn)).decode(), (await _unquoted_in_slices(value, turn)).decode()))
+            fields.append(((await _unquote_in_slices(name, turn)).decode(), (await _unquote_in_slices(value, turn)).decode()))
     except UnicodeDecodeError as error:
         raise MalformedRequestError("a field is not UTF-8") from error
     if len(raw) > _SLICE or not len(fields) % 64:
         await turn.end_if_due()
 
 
-async def _unquoted_in_slices(raw: bytes, turn: Turn) -> bytes:
+async def _unquote_in_slices(raw: bytes, turn: Turn) -> bytes:
     """Decode percent-encoding, and let other tasks run from time to time."""
     decoded: list[bytes] = []
     start = 0
@@ -688,13 +688,13 @@ async def _unquoted_in_slices(raw: bytes, turn: Turn) -> bytes:
         end = start + _SLICE
         cut = raw.rfind(b"%", end - 2, end) if end < len(raw) else -1  # an escape there may go on in the next slice
         end = cut if cut >= 0 else end
-        decoded.append(_unquoted(raw[start:end]))
+        decoded.append(_unquote(raw[start:end]))
         start = end
         await turn.end_if_due()
     return b"".join(decoded)
 
 
-def _unquoted(raw: bytes) -> bytes:
+def _unquote(raw: bytes) -> bytes:
     """Decode percent-encoding as quoted-printable, which has `=` for `%` and is decoded in C whatever it holds."""
     if b"%" not in raw:
         return raw

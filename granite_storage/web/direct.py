@@ -130,7 +130,7 @@ class UploadEndpoint:
             async with (
                 time_left,
                 aclosing(body_of(request, limits)) as body,
-                aclosing(_whole(body, upload_token.min_size)) as content,
+                aclosing(_require_whole(body, upload_token.min_size)) as content,
             ):
                 await self._manager.put_draft(draft, content)
         except ObjectExistsError as error:
@@ -142,7 +142,7 @@ class UploadEndpoint:
             raise UploadTokenError("the time for this upload is over; begin a new one") from error
 
 
-async def _whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[bytes, None]:
+async def _require_whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[bytes, None]:
     """Pass a body on, and raise at its end where there is too little of it: nothing is kept of it then."""
     size = 0
     async for chunk in body:
@@ -294,18 +294,18 @@ class DirectUploads:
             ValueError: Another argument is out of bounds, or the backend needs the exact `size`.
             BackendError: The backend could not sign.
         """
-        home = self._home_of(attribute)
-        policy = self._binding.manager_for(home).policy(home.storage_key)
+        column_type = self._column_type_of(attribute)
+        policy = self._binding.manager_for(column_type).policy(column_type.storage_key)
         self._require_life(expires_in)
         _require_owner(owner)
-        least, most = _sizes(home, policy, size, min_size, max_size)
+        least, most = _resolve_sizes(column_type, policy, size, min_size, max_size)
         content_type = _media_type(content_type)
-        draft = self._draft(home, content_type)
+        draft = self._draft(column_type, content_type)
         expires = int(time.time() + expires_in.total_seconds())
         upload_token = UploadToken(
             audience=self._audience,
-            table=home.table.fullname,
-            column=home.field_name,
+            table=column_type.table.fullname,
+            column=column_type.field_name,
             backend=policy.backend_key,
             location=draft.location,
             content_type=content_type,
@@ -321,7 +321,7 @@ class DirectUploads:
         request = await self._manager.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
         if request is None:
             request = self._signed_request(upload_token)
-        token = self._to_finish.sign(await self._noted(upload_token, expires_in))
+        token = self._to_finish.sign(await self._record_intent(upload_token, expires_in))
         expires_at = datetime.fromtimestamp(expires, UTC)
         return DirectUpload(request.method, request.url, request.fields, request.headers, token, expires_at)
 
@@ -351,7 +351,7 @@ class DirectUploads:
             ConfigurationError: The attribute is no attachment of this binding.
             BackendError: The storage could not copy or read it.
         """
-        wanted = self._home_of(attribute)
+        wanted = self._column_type_of(attribute)
         upload_token = self._to_finish.read(token)
         if (
             upload_token is None
@@ -359,10 +359,10 @@ class DirectUploads:
             or (upload_token.table, upload_token.column) != (wanted.table.fullname, wanted.field_name)
         ):
             raise UploadTokenError(_INVALID)
-        home = self._home_in(upload_token)
+        column_type = self._column_type_in(upload_token)
         async with self._lock(upload_token.location):
             for _ in range(_ATTEMPTS):
-                attachment = await self._finished(upload_token, home)
+                attachment = await self._try_finish(upload_token, column_type)
                 if attachment is not None:
                     return attachment
         raise StaleAttachmentError(f"the direct upload was finished elsewhere and undone {_ATTEMPTS} times; finish it again")
@@ -371,19 +371,19 @@ class DirectUploads:
         """Serve one request to a URL of `begin`."""
         await self._endpoint(scope, receive, send)
 
-    async def _finished(self, upload_token: UploadToken, home: AttachmentType) -> Attachment | None:
+    async def _try_finish(self, upload_token: UploadToken, column_type: AttachmentType) -> Attachment | None:
         """Return what the upload is finished as; None where another process has changed that meanwhile."""
-        found = await self._unclaimed(upload_token, home)
+        found = await self._wait_unclaimed(upload_token, column_type)
         if found.attachment is not None:
             return found.attachment
-        staged = await find_staged(self._manager, home.storage_key, upload_token)
+        staged = await find_staged(self._manager, column_type.storage_key, upload_token)
         staged.require_not_refused(found.verdict)
         claim = await self._completions.claim(upload_token, found)
         if claim is None:
             return None
         async with claim as claimed:
             try:
-                attachment = await self._adopted(upload_token, home, staged)
+                attachment = await self._adopt_staged(upload_token, column_type, staged)
             except UploadMismatchError as error:
                 await claimed.refuse(staged.verdict(error))
                 raise
@@ -398,23 +398,23 @@ class DirectUploads:
             await discard([attachment])
         return None
 
-    async def _unclaimed(self, upload_token: UploadToken, home: AttachmentType) -> Found:
+    async def _wait_unclaimed(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
         """Return what is known of the upload, once no other process finishes it."""
         pause = _FIRST_PAUSE
-        while (found := await self._completions.find(upload_token, home)).is_claimed:
+        while (found := await self._completions.find(upload_token, column_type)).is_claimed:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE)
         return found
 
-    async def _adopted(self, upload_token: UploadToken, home: AttachmentType, staged: Staged) -> Attachment:
+    async def _adopt_staged(self, upload_token: UploadToken, column_type: AttachmentType, staged: Staged) -> Attachment:
         await require_beginning(self._manager, staged.ref, upload_token)
-        return await Attachment._adopt(staged.ref, home, lambda ref: inspect(self._manager, ref, upload_token))
+        return await Attachment._adopt(staged.ref, column_type, lambda ref: inspect(self._manager, ref, upload_token))
 
     def _lock(self, location: str) -> asyncio.Lock:
         """Return what lets one task of this event loop at a time finish an upload."""
         return self._locks.setdefault((asyncio.get_running_loop(), location), asyncio.Lock())
 
-    async def _noted(self, upload_token: UploadToken, expires_in: timedelta) -> UploadToken:
+    async def _record_intent(self, upload_token: UploadToken, expires_in: timedelta) -> UploadToken:
         """Let the journal, where there is one, know of what may be stored, before anybody can store it."""
         if self._binding.journal is None:
             return upload_token
@@ -430,38 +430,40 @@ class DirectUploads:
         token = self._to_send.sign(replace(upload_token, filename=None, owner=None))
         return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": upload_token.content_type})
 
-    def _home_of(self, attribute: object) -> AttachmentType:
-        home = getattr(attribute, "type", None)
-        if not isinstance(home, AttachmentType) or home.table.metadata is not self._binding.metadata:
+    def _column_type_of(self, attribute: object) -> AttachmentType:
+        column_type = getattr(attribute, "type", None)
+        if not isinstance(column_type, AttachmentType) or column_type.table.metadata is not self._binding.metadata:
             raise ConfigurationError(f"attribute must be an attachment attribute of {self._binding.base_name}, not {attribute!r}")
-        return home
+        return column_type
 
-    def _home_in(self, upload_token: UploadToken) -> AttachmentType:
+    def _column_type_in(self, upload_token: UploadToken) -> AttachmentType:
         """Return the column of an upload token, if that is where its location belongs: who shares a key may say anything."""
-        home = self._binding.column_type(upload_token.table, upload_token.column)
+        column_type = self._binding.column_type(upload_token.table, upload_token.column)
         if (
             upload_token.audience != self._audience
             or upload_token.backend not in self._manager.backends
-            or home is None
-            or not _is_of(upload_token.location, home, self._binding.manager_for(home).policy(home.storage_key))
+            or column_type is None
+            or not _is_of(
+                upload_token.location, column_type, self._binding.manager_for(column_type).policy(column_type.storage_key)
+            )
         ):
             raise UploadTokenError(_INVALID)
-        return home
+        return column_type
 
     def _staging_draft(self, upload_token: UploadToken) -> ObjectDraft:
         """Return what a client may store by itself."""
-        policy = self._manager.policy(self._home_in(upload_token).storage_key)
+        policy = self._manager.policy(self._column_type_in(upload_token).storage_key)
         if policy.backend_key != upload_token.backend:
             raise UploadTokenError(_INVALID_URL)
         return ObjectDraft(policy, upload_token.location, upload_token.content_type, None, None)
 
-    def _draft(self, home: AttachmentType, content_type: str) -> ObjectDraft:
+    def _draft(self, column_type: AttachmentType, content_type: str) -> ObjectDraft:
         """Choose where a client stores by itself: the location tells nothing of the file, and is the collector's to recognise."""
         return self._manager.draft(
-            storage_key=home.storage_key,
-            model_name=home.model_name,
+            storage_key=column_type.storage_key,
+            model_name=column_type.model_name,
             entity_id=uuid7_hex(),
-            field_name=home.field_name,
+            field_name=column_type.field_name,
             content_type=content_type,
         )
 
@@ -473,7 +475,9 @@ class DirectUploads:
         return f"<DirectUploads of {self._binding.base_name} {self._to_finish!r}>"
 
 
-def _sizes(home: AttachmentType, policy: StoragePolicy, size: int | None, min_size: int, max_size: int | None) -> tuple[int, int]:
+def _resolve_sizes(
+    column_type: AttachmentType, policy: StoragePolicy, size: int | None, min_size: int, max_size: int | None
+) -> tuple[int, int]:
     """Return the fewest and the most bytes that a client may send."""
     if size is not None:
         try:
@@ -485,7 +489,7 @@ def _sizes(home: AttachmentType, policy: StoragePolicy, size: int | None, min_si
     limits = [limit for limit in (policy.max_size, max_size) if limit is not None]
     if not limits:
         raise ConfigurationError(
-            f"the policy {policy.storage_key!r} of {home.label} has no max_size: pass max_size= or size= to begin()"
+            f"the policy {policy.storage_key!r} of {column_type.label} has no max_size: pass max_size= or size= to begin()"
         )
     if not 0 <= min_size <= min(limits):
         raise ValueError(f"min_size must be from 0 to {min(limits)} bytes, not {min_size}")
@@ -513,8 +517,13 @@ def _require_owner(owner: object) -> None:
         raise ValueError(f"owner must be a string of 1 to {_LONGEST_OWNER} characters, not {owner!r:.40}")
 
 
-def _is_of(location: str, home: AttachmentType, policy: StoragePolicy) -> bool:
+def _is_of(location: str, column_type: AttachmentType, policy: StoragePolicy) -> bool:
     """Tell whether a location is one that `begin` could have chosen for a column."""
     prefix = f"{policy.key_prefix}/" if policy.key_prefix else ""
-    names = re.escape(home.model_name), GENERATED_STEM, re.escape(home.field_name), f"{GENERATED_STEM}-{safe_name(None)}"
+    names = (
+        re.escape(column_type.model_name),
+        GENERATED_STEM,
+        re.escape(column_type.field_name),
+        f"{GENERATED_STEM}-{safe_name(None)}",
+    )
     return re.fullmatch(re.escape(prefix) + "/".join(names), location) is not None

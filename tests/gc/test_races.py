@@ -255,7 +255,7 @@ def test_a_delete_that_a_crash_of_the_database_takes_back(with_barrier: bool, mo
         await connection.commit()
 
     if not with_barrier:
-        monkeypatch.setattr(checks, "barrier", nothing)
+        monkeypatch.setattr(checks, "commit_durably", nothing)
     settings = ("synchronous_commit = off", "wal_writer_delay = '10s'", "wal_writer_flush_after = 1000", "autovacuum = off")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granite-")))

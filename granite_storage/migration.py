@@ -24,7 +24,7 @@ from granite_storage._jobs import (
     retry_unavailable,
     run_in_order,
 )
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import (
     BackendUnavailableError,
     ConfigurationError,
@@ -374,7 +374,7 @@ async def relocate(binding: StorageBinding, held: HeldValue, *, rate_limited: Ra
             return await _commit(session, swap)
     finally:
         if not swap.is_told:
-            await finish(_discard_copy(copy), "deleting a copy that its row could not be told of")
+            await shielded_cleanup(_discard_copy(copy), "deleting a copy that its row could not be told of")
 
 
 async def _commit(session: AsyncSession, swap: _Swap) -> bool:

@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import click
 
-from granite_storage._tasks import finish, finished
 from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ObjectInfo, ObjectReader
 from granite_storage.cli.output import format_size
@@ -190,12 +189,12 @@ async def _copy_to_file(context: CommandContext, reader: ObjectReader, path: Pat
     """Write beside the target and give it its name at the end; a failure leaves nothing, and the target as it was."""
     if not force and await asyncio.to_thread(os.path.lexists, path):
         raise click.ClickException(f"{path} already exists: pass --force to overwrite it")
-    file = await finished(asyncio.to_thread(_open_beside, path), undo=_discard)
+    file = await shielded(asyncio.to_thread(_open_beside, path), undo=_discard)
     try:
         await _pump(context, reader, file)
-        await finished(asyncio.to_thread(_publish, file, path, force))
+        await shielded(asyncio.to_thread(_publish, file, path, force))
     finally:
-        await finish(_discard(file), f"removing {file.name}")
+        await shielded_cleanup(_discard(file), f"removing {file.name}")
     context.output.note(f"{format_size(reader.info.size)} written to {path}")
 
 

@@ -15,7 +15,6 @@ from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
 
 from granite_storage._engine import require_positive
-from granite_storage._tasks import finish
 from granite_storage.manager import StorageManager
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.attachment import Attachment
@@ -512,7 +511,7 @@ async def _receive(form: _MultipartForm) -> UploadForm:
     except BaseException as error:
         if form.stored:
             cancelled = isinstance(error, asyncio.CancelledError)
-            await finish(form.stored.remove_all(cancelled=cancelled), "removing what a failed request has stored")
+            await shielded_cleanup(form.stored.remove_all(cancelled=cancelled), "removing what a failed request has stored")
         raise
     return form.result()
 

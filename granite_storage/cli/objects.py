@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import click
 
+from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ObjectInfo, ObjectReader
 from granite_storage.cli.output import format_size

@@ -35,6 +35,7 @@ from sqlalchemy import (
     table,
 )
 
+from granite_storage._tasks import shielded
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id
 from granite_storage.orm._util import batches
 from granite_storage.orm.discovery import FoundColumn, find_text_columns

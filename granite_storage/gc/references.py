@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol, TypeAlias
 
 from granite_storage._engine import describe_mismatch, identities_of
+from granite_storage._tasks import shielded
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention
 from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file

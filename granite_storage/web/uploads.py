@@ -15,6 +15,7 @@ from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
 
 from granite_storage._engine import require_positive
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.manager import StorageManager
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.attachment import Attachment

@@ -1,4 +1,4 @@
-"""What long runs over all references have in common: so many at a time, a budget of bytes, and a place to go on from."""
+"""What the long-running jobs share: progress, a bound on concurrency and bytes per second, and a key to resume from."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _PAUSES = (0.5, 2.0)
 
 
 class Run(ABC, Generic[Item, Report]):
-    """A long run: iterate over it for what it has to say, as it comes, or await it for the report at its end.
+    """A long-running job: iterate over it for its items as they come, or await it for the report at its end.
 
-    It runs once. It begins with the first item that is asked for, and goes on only as items are asked for. `stop` lets it end
-    early and well; a cancellation ends it at once.
+    It runs once. It starts when the first item is asked for, and continues only as items are asked for. `stop` ends it early and
+    cleanly; a cancellation ends it at once.
 
     Attributes:
-        report: What was done so far; it grows while the run goes on, and stays readable when it fails.
+        report: What was done so far. It grows while the job runs, and remains readable after an error.
     """
 
     def __init__(self, report: Report) -> None:
@@ -52,11 +52,11 @@ class Run(ABC, Generic[Item, Report]):
         self._on_progress: Callable[[], None] = lambda: None
 
     def stop(self) -> None:
-        """Begin nothing more; what is under way is done to its end, and then the run ends."""
+        """End the job once the work in progress is done; nothing more is started."""
         self._stopped = True
 
     def on_progress(self, callback: Callable[[], None]) -> Self:
-        """Call a function each time that the report has grown; return the run, to iterate over it or to await it."""
+        """Call a function each time that the report has grown; return the job, to iterate over it or to await it."""
         self._on_progress = callback
         return self
 
@@ -79,7 +79,7 @@ class Run(ABC, Generic[Item, Report]):
 
     @abstractmethod
     def _items(self) -> AsyncGenerator[Item, None]:
-        """Do the work, and yield what there is to say of it as it comes."""
+        """Do the work, and yield its items as they come."""
 
 
 async def run_in_order(
@@ -91,7 +91,7 @@ async def run_in_order(
 ) -> AsyncGenerator[tuple[Item, Result], None]:
     """Do work on items, several at a time, and yield the results in the items' order: a result says that all before it are done.
 
-    An error ends it; work under way is cancelled and waited for. Memory is that of a few times `concurrency` items.
+    An error ends it, once the work in progress was cancelled and has ended. Memory is that of a few times `concurrency` items.
     """
     slots = asyncio.Semaphore(concurrency)
     tasks: deque[asyncio.Task[tuple[Item, Result] | None]] = deque()
@@ -136,10 +136,10 @@ def require_concurrency(concurrency: object) -> int:
 
 
 class Budget:
-    """Lets so many bytes pass in a second, over all that share it.
+    """Limits the bytes per second of all readers that share it.
 
     Args:
-        bytes_per_second: How many; None for any number.
+        bytes_per_second: The limit; None for no limit.
     """
 
     def __init__(self, bytes_per_second: float | None) -> None:
@@ -149,7 +149,7 @@ class Budget:
         self._free = 0.0
 
     async def spend(self, count: int) -> None:
-        """Wait until bytes that have just passed are paid for."""
+        """Wait as long as bytes that were just read take at the limit."""
         if self._rate is None:
             return
         now = asyncio.get_running_loop().time()
@@ -165,7 +165,7 @@ async def rate_limited(reader: StoredObjectReader, budget: Budget) -> AsyncGener
 
 
 async def retry_unavailable(call: Callable[[], Awaitable[Result]]) -> Result:
-    """Make a call, and again after a while where the backend was out of reach; then its error says that it really is."""
+    """Make a call, and repeat it after a pause while the backend is unavailable; the error of the last attempt is raised."""
     for pause in _PAUSES:
         try:
             return await call()
@@ -175,7 +175,7 @@ async def retry_unavailable(call: Callable[[], Awaitable[Result]]) -> Result:
 
 
 async def require_mounted(key: str, backend: StorageBackend) -> None:
-    """Refuse a local folder without its marker: an unmounted disk shows an empty one, in which everything seems to be missing.
+    """Refuse a local folder without its marker: where a disk is not mounted, every object seems to be missing.
 
     Raises:
         BackendUnavailableError: It has none.

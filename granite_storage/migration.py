@@ -1,4 +1,4 @@
-"""Moving objects from one backend to another while the application goes on."""
+"""Moving objects from one backend to another while the application keeps running."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ class MigrationStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MigratedObject:
-    """A reference that a migration has dealt with.
+    """A reference that a migration has processed.
 
     Attributes:
         status: What became of it.
         table: The table's name, with its schema where it has one.
         primary_key: The row's primary key.
         column: The column's name.
-        ref: What the column held, where that was a ref.
-        message: Why it was not moved.
+        ref: What the column contained, where that was a ref.
+        message: Why the object was not moved.
     """
 
     status: MigrationStatus
@@ -104,15 +104,16 @@ class MigrationReport:
 
     Attributes:
         rows: How many rows were read, in all passes.
-        passes: How many passes were begun.
+        passes: How many passes were started.
         moved: How many objects were moved.
         bytes_moved: How many bytes they have.
         changed: How many references a writer replaced or removed before their object could be moved.
-        manual: How many references are in plain columns of refs, which are the application's to change.
+        manual: How many references are in plain columns of refs, which only the application may change.
         failed: How many could not be moved.
         failures: The first thousand of those.
-        key: The key of the last row of this pass up to which all is done, for `migrate(..., after=key)`; None before the first.
-        complete: Whether it has come to its end: a whole pass found nothing more that could be moved.
+        key: The key of the last row of this pass up to which every row is done, for `migrate(..., after=key)`; None before the
+            first.
+        complete: Whether it has ended: a whole pass found nothing more that could be moved.
     """
 
     rows: int = 0
@@ -128,7 +129,7 @@ class MigrationReport:
 
 
 class Migration(Run[MigratedObject, MigrationReport]):
-    """What `migrate` returns: iterate over it for what it deals with, or await it for the report."""
+    """What `migrate` returns: iterate over it for the objects that it processes, or await it for the report."""
 
     def __init__(
         self, binding: StorageBinding, storage_key: str, to_backend: str, concurrency: int, after: str | None, budget: Budget
@@ -145,11 +146,11 @@ class Migration(Run[MigratedObject, MigrationReport]):
         self._first_whole_pass = 1 if after is None else 2
 
     async def count(self) -> int:
-        """Return how many rows there are to read in a pass, for who wants to show how far it is."""
+        """Return how many rows a pass reads, to show progress."""
         return await self._scan.count()
 
     async def waiting(self) -> dict[str, tuple[int, int]]:
-        """Return what there is to move: by the backend that it is on, how many objects and bytes. Nothing is changed."""
+        """Return the number of objects to move and their bytes, by the backend that they are on. Nothing is changed."""
         found: dict[str, tuple[int, int]] = {}
         async with aclosing(self._scan.rows(after=self.report.key)) as rows:
             async for row in rows:
@@ -160,7 +161,7 @@ class Migration(Run[MigratedObject, MigrationReport]):
         return found
 
     async def _items(self) -> AsyncGenerator[MigratedObject, None]:
-        """Pass over the rows until there is nothing left to do: rows exchange their files behind a pass's back."""
+        """Pass over the rows until nothing is left to do: rows may exchange their files behind a pass."""
         report = self.report
         while not (report.complete or self._stopped or report.passes == _MOST_PASSES):
             before = report.moved + report.changed
@@ -220,11 +221,11 @@ class Migration(Run[MigratedObject, MigrationReport]):
         return [(row, shared) for row in batch]
 
     def _concerns(self, held: RowValue) -> bool:
-        """Tell whether a value is to be moved, or cannot be read, which is to be seen; what was given up stays so."""
+        """Tell whether a value is to be moved, or to be reported because it cannot be read; not again where it has failed."""
         if (held.label, held.primary_key, held.raw) in self._failed:
             return False
         if not held.is_managed and self.report.passes != self._first_whole_pass:
-            return False  # each is told of once
+            return False  # each is reported once
         if held.ref is None:
             return True
         return held.ref.storage_key == self._storage_key and held.ref.backend != self._to_backend
@@ -240,7 +241,7 @@ class Migration(Run[MigratedObject, MigrationReport]):
         return dealt_with
 
     async def _try_to_move(self, held: RowValue, shared: set[str]) -> MigratedObject:
-        """Move what a column holds; where a writer was faster, what it holds then, unless that is where it should be."""
+        """Move what a column contains; where a writer has changed it, what it contains then, unless that needs no move."""
         if not held.is_managed:
             return _to_migrated(MigrationStatus.MANUAL, held, "only the application may change a plain column of refs")
         error: Exception | None = None
@@ -285,35 +286,35 @@ def migrate(
     after: str | None = None,
     bytes_per_second: float | None = None,
 ) -> Migration:
-    """Move the objects of a storage key to another backend, while the application goes on reading and writing.
+    """Move the objects of a storage key to another backend, while the application keeps reading and writing.
 
-    The policy must write to the new backend already, in every process, or new files would keep coming to the old one. Then each
-    object on any other backend is copied, its checksum verified on the way; its row takes the copy's ref in a compare-and-set;
-    and the old object goes as one that was replaced: after the commit, or with a journal after its retention. A writer that
-    replaces or deletes the file meanwhile wins, and the copy goes. At every moment each row refers to an object that is there.
-    The location, the backend and its keys in `extra` change; name, media type, age and the application's own keys stay.
+    The policy must already write to the new backend in every process, or new files would keep arriving on the old one. Each
+    object on any other backend is copied, and its checksum verified on the way; its row gets the copy's ref by a compare-and-set;
+    and the old object is deleted like one that was replaced: after the commit, or with a journal after its retention. A writer
+    that replaces or deletes the file meanwhile wins, and the copy is deleted. At every moment each row refers to an existing
+    object. The location, the backend and its keys in `extra` change; name, media type, age and the application's own keys stay.
 
-    It may be stopped, cancelled or killed at any time and be run again, and does then what is left to do. To go back, let the
-    policy write to the old backend again and migrate to that. Plain columns of refs are left to the application, which alone
-    knows who else keeps the ref.
+    It may be stopped, cancelled or killed at any time; another run does what is left. To go back, let the policy write to the old
+    backend again, and migrate to that. Plain columns of refs are left to the application, which alone knows where else it keeps
+    the ref.
 
     Args:
         binding: What `bind_storage(..., session_factory=...)` returned; it must be in force.
-        storage_key: Whose objects.
-        to_backend: The key of the backend that they shall be on.
-        concurrency: How many rows are dealt with side by side.
-        after: The `report.key` of an earlier run, to go on behind it; the rows before it are re-checked at the end.
-        bytes_per_second: The most bytes that are copied in a second; None for any number.
+        storage_key: The policy whose objects are moved.
+        to_backend: The key of the backend to move them to.
+        concurrency: How many rows are processed at a time.
+        after: The `report.key` of an earlier run, to continue after it; the rows before it are re-checked at the end.
+        bytes_per_second: The most bytes that are copied per second; None for no limit.
 
     Returns:
-        A run: `async for moved in migrate(...)` tells of each object as it is dealt with, `await migrate(...)` gives the report.
+        A job: `async for moved in migrate(...)` yields each object as it is processed, `await migrate(...)` returns the report.
 
     Raises:
         UnknownPolicyError: There is no such policy.
         ConfigurationError: The policy writes to another backend, the binding has no sessions or is not in force, a table has no
             primary key, or `after` is no key of it.
-        BackendUnavailableError: While it runs: a backend is out of reach, or a local folder does not carry its marker.
-        StorageFullError: While it runs: the new backend has no room left.
+        BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
+        StorageFullError: While it runs: the new backend is full.
     """
     policy = binding.manager.policy(storage_key)
     if policy.backend_key != to_backend:
@@ -329,7 +330,7 @@ def migrate(
 
 
 def _is_transient(error: Exception) -> bool:
-    """Tell whether trying again may help though the row has not changed: a lock, a deadlock, a lease that was too short."""
+    """Tell whether another attempt may succeed though the row has not changed: after a lock, a deadlock, a short lease."""
     return isinstance(error, SQLAlchemyError | StaleAttachmentError)
 
 
@@ -337,12 +338,12 @@ def _to_migrated(status: MigrationStatus, held: RowValue, message: object = "") 
     return MigratedObject(status, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))
 
 
-# Moving one object: copy, swap, and only then let go.
+# Moving one object: copy, swap, and only then delete the original.
 #
 # The copy is an upload like any other, with an intent where there is a journal. The swap is one transaction: an UPDATE that
-# hits only where the column still holds, to the letter, what was copied; the copy's intent taken back; and the old object
-# displaced, as by a replacement. How the transaction ends decides what goes, by the same hooks: committed, the old object;
-# rolled back, or the row no longer what it was, the copy; unknown, neither.
+# hits only where the column still contains exactly what was copied; the copy's intent is consumed; and the old object is
+# displaced, as by a replacement. The end of the transaction decides what the same hooks delete: committed, the old object;
+# rolled back, or where the row has changed, the copy; unknown, neither.
 
 
 async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: RateLimited, is_shared: bool) -> bool:
@@ -360,7 +361,7 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
 
     Raises:
         StorageError: The object could not be copied, or is not what its ref says; nothing is left of the copy.
-        SQLAlchemyError: The database refused the swap; nothing is left of the copy, except where nobody knows whether it has
+        SQLAlchemyError: The database refused the swap; nothing is left of the copy, except where it is unknown whether it has
             committed: then both objects stay, for the journal or the garbage collector.
     """
     column_type = held.column.type
@@ -417,7 +418,7 @@ def _keep_metadata(original: StoredObjectRef, copy: StoredObjectRef) -> StoredOb
 
 
 def _names_of(held: RowValue, ref: StoredObjectRef) -> dict[str, Any]:
-    """Return the segments of the copy's location: those of the original, where they are of our own making."""
+    """Return the segments of the copy's location: those of the original, where the library has generated them."""
     segments = ref.location.split("/")
     if matches_generated_name(ref.location) and len(segments) > 3:
         return dict(zip(("model_name", "entity_id", "field_name"), segments[-4:-1], strict=True))
@@ -463,7 +464,7 @@ class _Swap:
 
 
 def _compare_and_set(held: RowValue, ref: StoredObjectRef, connection: Connection) -> Update:
-    """Return an UPDATE that hits only what still holds the very same value; nobody's "changed at" is told of it."""
+    """Return an UPDATE that hits only a row with exactly the same value; columns with `onupdate` keep their values."""
     table = held.table
     kept = {column: column for column in table.columns if _has_onupdate(column) and column is not held.column}
     statement = update(table).where(among(table, [held.primary_key]), _still_holds(held, connection))

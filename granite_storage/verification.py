@@ -59,14 +59,14 @@ class Problem(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A reference with something to say about.
+    """What is wrong, or unknown, about a reference.
 
     Attributes:
-        problem: What it is.
+        problem: The kind of problem.
         table: The table's name, with its schema where it has one.
         primary_key: The row's primary key.
         column: The column's name.
-        ref: The ref, where the column holds one.
+        ref: The ref, where the column contains one.
         message: What exactly was found.
     """
 
@@ -79,21 +79,21 @@ class Finding:
 
     @property
     def is_harmless(self) -> bool:
-        """Whether the object may well be whole: nobody knows what its checksum should be."""
+        """Whether the object may be intact: it is unknown what its checksum should be."""
         return self.problem is Problem.UNKNOWN_CHECKSUM
 
 
 @dataclass(slots=True)
 class VerificationReport:
-    """What a verification has looked at.
+    """What a verification has checked.
 
     Attributes:
         rows: How many rows were read.
         checked: How many references were compared with their objects.
         bytes_read: How many bytes of objects were read; 0 where it is not deep.
-        counts: How many findings there are of each kind.
+        counts: The number of findings of each kind.
         findings: The first thousand of them.
-        key: The key of the last row up to which all is done, for `verify(..., after=key)`; None before the first.
+        key: The key of the last row up to which every row is checked, for `verify(..., after=key)`; None before the first.
         complete: Whether it has come to its end.
     """
 
@@ -127,7 +127,7 @@ class Verification(Run[Finding, VerificationReport]):
         self._mounted: set[str] = set()
 
     async def count(self) -> int:
-        """Return how many rows there are to read, for who wants to show how far it is."""
+        """Return how many rows there are to read, to show progress."""
         return await self._scan.count()
 
     async def _items(self) -> AsyncGenerator[Finding, None]:
@@ -151,11 +151,11 @@ class Verification(Run[Finding, VerificationReport]):
         return [finding for finding in findings if finding is not None]
 
     def _concerns(self, held: RowValue) -> bool:
-        """Tell whether a value is of the storage key; what cannot be decoded may well be."""
+        """Tell whether a value has the storage key; a value that cannot be decoded may have it."""
         return self._storage_key is None or held.ref is None or held.ref.storage_key == self._storage_key
 
     async def _verify_value(self, held: RowValue) -> Finding | None:
-        """Compare; where something is wrong, see that the row still says so: it may have been replaced meanwhile."""
+        """Compare a value; where something is wrong, re-check the row, whose file may have been replaced meanwhile."""
         self.report.checked += 1
         for _ in range(_ATTEMPTS):
             finding = await self._compare(held)
@@ -167,7 +167,7 @@ class Verification(Run[Finding, VerificationReport]):
             if found.raw == held.raw:
                 return finding
             held = found
-        return None  # it is replaced faster than it can be looked at
+        return None  # it is replaced faster than it can be checked
 
     async def _compare(self, held: RowValue) -> Finding | None:
         ref = held.ref
@@ -180,7 +180,7 @@ class Verification(Run[Finding, VerificationReport]):
             raise
         except StorageError as error:
             if isinstance(error, ObjectNotFoundError):
-                # Its disk may have been taken away since the last look.
+                # Its disk may have been unmounted since the last check.
                 self._mounted.discard(ref.backend)
                 await self._require_mounted(ref)
             return _finding(_problem(error), held, error)
@@ -212,24 +212,24 @@ def verify(
     """Compare every reference with its object; nothing is changed, neither a row nor an object.
 
     Every attachment column and every plain column of refs is read, all rows of them, in the order of the primary keys. What a
-    writer replaces meanwhile is re-checked before it is reported. A backend that is out of reach ends the run with its
-    error: nothing is reported as missing that could not be looked for, and neither is what may not be read.
+    writer replaces meanwhile is re-checked before it is reported. An unavailable backend ends the run with its error:
+    nothing is reported as missing that could not be looked for, or may not be read.
 
     Args:
         binding: What `bind_storage(..., session_factory=...)` returned.
         storage_key: Whose references; None for all, those of policies that are gone included.
         deep: Whether to read all bytes and compare their checksums too, instead of the sizes only.
-        concurrency: How many rows are looked at side by side.
-        after: The `report.key` of an earlier run, to go on behind it.
-        bytes_per_second: The most bytes that a deep run reads in a second; None for any number.
+        concurrency: How many rows are checked at a time.
+        after: The `report.key` of an earlier run, to continue after it.
+        bytes_per_second: The most bytes that a deep run reads per second; None for no limit.
 
     Returns:
-        A run: `async for finding in verify(...)` gives the findings as they come, `await verify(...)` the report.
+        A job: `async for finding in verify(...)` yields the findings as they come, `await verify(...)` returns the report.
 
     Raises:
         UnknownPolicyError: There is no such policy.
         ConfigurationError: The binding has no sessions, a table has no primary key, or `after` is no key of it.
-        BackendUnavailableError: While it runs: a backend is out of reach, or a local folder does not carry its marker.
+        BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
     """
     if storage_key is not None:
         binding.manager.policy(storage_key)

@@ -1,4 +1,4 @@
-"""Who has an object already: every column of references in the database is asked before an object is adopted."""
+"""Which objects have an owner already: every column of refs in the database is asked before an object is adopted."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Address = tuple[str, str]
 
 
 class Owners:
-    """The rows that have objects already, in whatever table and schema.
+    """The rows that own objects already, in any table and schema.
 
     Args:
         connection: The migration's connection.
-        thread: Where the backends are asked.
+        thread: The thread on which backends are called.
         manager: The manager.
         target: The column that is being filled; it is asked though it may be empty now.
     """
@@ -89,7 +89,7 @@ def _find_rows(connection: Connection, column: Column[Any], wanted: Sequence[str
     dialect = connection.dialect.name
     try:
         rows = _select(connection, column, wanted, is_safe=False)
-    except OperationalError:  # on SQLite one value that is no JSON spoils every look into the column
+    except OperationalError:  # on SQLite one value that is no JSON fails the whole statement
         if dialect != "sqlite":
             raise
         rows = _select(connection, column, wanted, is_safe=True)

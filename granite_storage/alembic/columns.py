@@ -39,7 +39,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 def add_storage_column(op: Op, table: str, column: str, *, schema: str | None = None) -> None:
     """Add a column for refs to a table, empty and nullable; nothing happens where it is there already.
 
-    A conversion commits what came before it, so the migration that it belongs to must be able to run again after a crash.
+    A conversion commits what the migration did before it, so the migration must be able to run again after a crash.
     """
     add_column_once(op, table, Column(column, portable_storage_ref_type(), nullable=True), schema=schema)
 
@@ -62,9 +62,9 @@ def drop_converted_column(
     schema: str | None = None,
     concurrency: int = 8,
 ) -> None:
-    """Drop a column that was converted, once every object that has replaced it was read and found right.
+    """Drop a column that was converted, once every object that has replaced it was read and verified.
 
-    Nothing is dropped where one is missing or wrong, or a row holds something that was never converted. It does nothing where
+    Nothing is dropped where an object is missing or wrong, or a row has a value that was never converted. Nothing happens where
     the column is gone already.
 
     Args:
@@ -73,13 +73,13 @@ def drop_converted_column(
         table: The table.
         source: The column to drop.
         target: The column of refs that replaces it.
-        empty: Values of the source that stand for no file, such as `""`, and need no ref.
+        empty: Values of the source that mean no file, such as `""`, and need no ref.
         schema: The table's schema.
-        concurrency: How many objects are read side by side.
+        concurrency: How many objects are read at a time.
 
     Raises:
         ContentError: A row was not converted; an object has another size or checksum than its ref says.
-        ObjectNotFoundError: An object is not there.
+        ObjectNotFoundError: An object is missing.
     """
     connection = require_online(op, "verifying a conversion")
     require_concurrency(concurrency)
@@ -94,17 +94,17 @@ def drop_converted_column(
 
 
 def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema: str | None = None) -> None:
-    """Drop a column of refs, once every row has got its old value back; its objects stay where they are.
+    """Drop a column of refs, once every row has its old value back; the objects stay where they are.
 
     Args:
         op: Alembic's `op`.
         table: The table.
         source: The column of refs.
-        target: The column that the values were brought back to.
+        target: The column with the restored values.
         schema: The table's schema.
 
     Raises:
-        ContentError: A row has got nothing back.
+        ContentError: A row has no restored value.
     """
     connection = require_online(op, "dropping a column of refs")
     if source not in columns_of(connection, table, schema):
@@ -144,7 +144,7 @@ async def _verify(manager: StorageManager, refs: Sequence[StoredObjectRef]) -> N
     await run_bounded(refs, read, len(refs))
 
 
-# Indexes over the locations of a column of refs, for whoever asks which row refers to an object.
+# Indexes over the locations of a column of refs, by which the rows that refer to an object are found.
 
 
 def create_location_index(op: Op, table: str, column: str, *, schema: str | None = None, concurrently: bool = False) -> None:
@@ -153,15 +153,15 @@ def create_location_index(op: Op, table: str, column: str, *, schema: str | None
     The journal's worker, `migrate` and `paths_to_storage` ask which rows refer to an object; without the index each question
     reads the whole table. On PostgreSQL and SQLite it is an index on an expression, on MariaDB one on a generated column that
     `SELECT *` does not show. Autogenerate leaves it alone with `include_storage`. Batch operations of SQLite that rebuild the
-    table lose it, and it is to be created again after them.
+    table drop it; create it again after them.
 
     Args:
         op: Alembic's `op`.
         table: The table.
         column: The column of refs.
         schema: The table's schema.
-        concurrently: Whether PostgreSQL builds it without locking writers out; what the migration has done before is committed
-            then. Other databases take no notice.
+        concurrently: Whether PostgreSQL builds it without locking out writers; what the migration did before is committed then.
+            Other databases ignore it.
     """
     context = op.get_context()
     concurrently = concurrently and context.dialect.name == "postgresql"
@@ -173,7 +173,7 @@ def create_location_index(op: Op, table: str, column: str, *, schema: str | None
 
 
 def drop_location_index(op: Op, table: str, column: str, *, schema: str | None = None) -> None:
-    """Drop what `create_location_index` has created; what is gone already is no error."""
+    """Drop what `create_location_index` created; nothing happens where it is gone already."""
     op.drop_index(location_index_name(table, column), table_name=table, schema=schema, if_exists=True)
     if op.get_context().dialect.name in ("mysql", "mariadb") and _has_generated_column(op, table, column, schema):
         op.drop_column(table, location_column_name(column), schema=schema)
@@ -197,7 +197,7 @@ def _add_generated_column(op: Op, table: str, column: str, schema: str | None) -
         return
     preparer = context.dialect.identifier_preparer
     qualified = preparer.format_table(Table(table, MetaData(), schema=schema))
-    # The library's comparisons are exact, whatever the table's own collation; and no `SELECT *` of the application shall see it.
+    # The library compares exactly, whatever the table's collation; and a `SELECT *` of the application must not see the column.
     op.execute(
         f"ALTER TABLE {qualified} ADD COLUMN {preparer.quote(name)} VARCHAR({_LONGEST_LOCATION})"
         f" CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"

@@ -62,24 +62,24 @@ Row: TypeAlias = Mapping[str, Any]
 Of: TypeAlias = "str | Callable[[Row], str | None] | None"
 _ROWS_OF_PATHS = 100
 
-# Filling one column from another, some rows at a time: what all conversions have in common.
+# Filling one column from another, some rows at a time.
 #
-# Each step is a transaction: it locks some rows, has their new values made, and writes them. A row whose new column is set
-# is done, so a conversion that was broken off goes on where it stood. Objects of a step whose transaction has not begun to
-# commit are removed again; of a program that was killed, the objects of one step at most are left without a row.
+# Each step is a transaction: it locks some rows, makes their new values, and writes them. A row whose new column is set is
+# done, so an interrupted conversion continues where it was. The objects of a step are removed again where its transaction has
+# not started to commit; a killed program leaves at most the objects of one step without a row.
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """How far a conversion has come; what rows were done in an earlier run is not counted.
+    """The progress of a conversion; rows that an earlier run has done are not counted.
 
     Attributes:
         table: The table.
         source: The column that is read.
         target: The column that is written.
-        total: How many rows were to be done when it began.
-        stored: How many objects were stored, or how many values were brought back.
-        adopted: How many objects were adopted where they lie.
+        total: How many rows were to be converted when it started.
+        stored: How many objects were stored, or values restored.
+        adopted: How many objects were adopted where they are.
         skipped: How many rows have nothing to convert, and keep an empty target.
     """
 
@@ -93,7 +93,7 @@ class ConversionReport:
 
     @property
     def done(self) -> int:
-        """How many rows were looked at."""
+        """How many rows were processed."""
         return self.stored + self.adopted + self.skipped
 
 
@@ -127,7 +127,7 @@ class Conversion:
         source: The column that is read.
         target: The column that is written.
         schema: The table's schema.
-        refs: Which of both holds refs.
+        refs: Which of the two contains refs.
         also_read: Other columns that the work needs.
         rows_per_step: How many rows a step takes.
     """
@@ -142,7 +142,7 @@ class Conversion:
 
 
 def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> ConversionReport:
-    """Convert every row that is not done yet."""
+    """Convert every row that is not converted yet."""
     connection = require_online(op, "converting a column")
     if _is_finished(connection, what):
         return ConversionReport(what.table, what.source, what.target, 0)
@@ -163,14 +163,14 @@ def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> 
                 unwritten = error
             if unwritten is not None:
                 unwritten.undo()
-                raise unwritten.cause  # out here it keeps the causes of its own
+                raise unwritten.cause  # outside of the except block it keeps its own cause
             report = _add_counts(report, made)
             _report_progress(report, progress)
     return report
 
 
 def _is_finished(connection: Connection, what: Conversion) -> bool:
-    """Tell whether a later step of the same migration has dropped the source in a run that was broken off afterwards."""
+    """Tell whether an earlier, interrupted run of the same migration has dropped the source already."""
     found = columns_of(connection, what.table, what.schema)
     if what.source in found or what.target not in found:
         return False
@@ -194,7 +194,7 @@ def _step(connection: Connection, table: Table, target: Column[Any], where: Colu
 
 
 class _UnwrittenError(Exception):
-    """The rows of a step could not be written, so its objects have no use."""
+    """The rows of a step could not be written, so its objects are not needed."""
 
     def __init__(self, made: Sequence[Made], cause: BaseException) -> None:
         super().__init__(made, cause)
@@ -246,31 +246,31 @@ def text_to_storage(
     """Store each text of a column as an object, and let another column refer to it. NULL stays NULL.
 
     Rows are locked, stored, read back and written some at a time, each time in a transaction of its own, so memory is that of
-    `concurrency` values. A row whose target is set is left alone: a conversion that was broken off is run again and goes on. What
-    the migration has done before is committed when it begins. Nothing of the source changes.
+    `concurrency` values. A row whose target is set is left alone: run an interrupted conversion again to continue it. What the
+    migration did before is committed when it starts. Nothing of the source changes.
 
     Args:
         op: Alembic's `op`.
         manager: The manager; it is opened and closed on an event loop of its own.
         table: The table.
         source: The column with the text.
-        target: The column of refs, which is there already; see `add_storage_column`.
+        target: The column of refs, which must exist; see `add_storage_column`.
         storage_key: The policy to store under.
         encoding: How the text becomes bytes.
-        content_type: The media type, or a function that is given the row as a mapping.
+        content_type: The media type, or a function that takes the row as a mapping.
         filename: The file's name, or such a function.
         also_read: Columns that those functions need, beside the primary key.
         schema: The table's schema.
-        concurrency: How many rows are done side by side; a program that is killed leaves as many objects without a row at most.
-        progress: Is given a report after each step; the log gets one too.
+        concurrency: How many rows are converted at a time; a killed program leaves at most as many objects without a row.
+        progress: Called with a report after each step, which is also logged.
 
     Returns:
-        What was done in this run.
+        The report of this run.
 
     Raises:
-        ConfigurationError: There is no such column, no primary key, or no database (`--sql`).
-        ChecksumMismatchError: What was stored does not come back.
-        StorageError: An object could not be stored. Every error carries the row's name as a note; rows done earlier stay done.
+        ConfigurationError: A column or the primary key is missing, or there is no database (`--sql`).
+        ChecksumMismatchError: An object was read back with other content than was stored.
+        StorageError: An object could not be stored. Every error names the row in a note; rows converted before stay converted.
     """
 
     def encode(value: Any) -> bytes:
@@ -318,10 +318,10 @@ def paths_to_storage(
 ) -> ConversionReport:
     """Turn what another library wrote, such as paths, keys or URLs, into refs; otherwise as `text_to_storage`.
 
-    An object that lies in one of the manager's backends is adopted where it lies: it is read once for its size and checksum, and
-    not moved. One that another row refers to already is copied, because an object has one owner: every column of references in
-    the database is asked, whatever its table and schema and whatever key of the manager leads to the object. Anything else that
-    the mapping gives is copied in; what is no regular file is `ObjectNotFoundError`.
+    An object in one of the manager's backends is adopted where it is: it is read once for its size and checksum, and not moved.
+    One that another row refers to already is copied, because an object has one owner: every column of refs in the database is
+    asked, in any table and schema, by every key of the manager that leads to the object. Anything else that the mapping returns
+    is copied in; anything but a regular file is `ObjectNotFoundError`.
 
     Args:
         op: Alembic's `op`.
@@ -330,15 +330,15 @@ def paths_to_storage(
         source: The column with the paths.
         target: The column of refs.
         storage_key: The policy that the refs belong to, and that copies are stored under.
-        mapping: Is given the value, and returns an `InPlace`, a `CopyOf`, or None where there is no file; `PlainPath` is one.
-        skip_missing: Whether a path without an object leaves its row without a ref, and is counted; otherwise it is an error.
+        mapping: Takes the value, and returns an `InPlace`, a `CopyOf`, or None for no file; `PlainPath` is one.
+        skip_missing: Whether a row whose object is missing keeps no ref, and is counted as skipped; otherwise it is an error.
         schema: The table's schema.
-        concurrency: How many objects are read or stored side by side.
-        progress: Is given a report after each step.
+        concurrency: How many objects are read or stored at a time.
+        progress: Called with a report after each step.
 
     Raises:
-        InvalidLocationError: A location is not one that the library would ever use.
-        ObjectNotFoundError: There is no object where a path leads.
+        InvalidLocationError: A location is not valid in the library.
+        ObjectNotFoundError: The object of a path is missing.
     """
     paths = _Paths(manager, source, target, storage_key, mapping, skip_missing, require_concurrency(concurrency))
     return _convert_on_thread(
@@ -358,15 +358,15 @@ def storage_to_text(
     concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Bring the content of a column of refs back into a text column, for a downgrade; verified, in steps, resumable.
+    """Restore the content of a column of refs to a text column, for a downgrade; verified, in steps, resumable.
 
-    The objects stay where they are: nobody can know yet whether the migration will commit. Those that nothing refers to
-    afterwards are orphans.
+    The objects stay where they are, because it is unknown whether the migration will commit. Those without a reference afterwards
+    are orphans.
 
     Raises:
-        ObjectNotFoundError: An object is not there.
-        ChecksumMismatchError: Its bytes are not what its ref says.
-        UnicodeDecodeError: It is no text in this encoding.
+        ObjectNotFoundError: An object is missing.
+        ChecksumMismatchError: Its bytes do not have the checksum of its ref.
+        UnicodeDecodeError: It is not text in this encoding.
     """
 
     async def read(ref: StoredObjectRef) -> Any:
@@ -387,7 +387,7 @@ def storage_to_blob(
     concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Bring the content of a column of refs back into a binary column; otherwise as `storage_to_text`."""
+    """Restore the content of a column of refs to a binary column; otherwise as `storage_to_text`."""
     conversion = Conversion(table, source, target, schema, source, (), require_concurrency(concurrency))
     return _restore(op, manager, conversion, manager.get, progress)
 
@@ -402,16 +402,16 @@ def storage_to_paths(
     schema: str | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Write for each ref the path, key or URL that another library knows it by, for a downgrade; no object is touched.
+    """Write the path, key or URL by which another library knows each object, for a downgrade; no object is touched.
 
     Args:
         op: Alembic's `op`.
         table: The table.
         source: The column of refs.
         target: The column of paths.
-        mapping: Returns what is to be written; `PlainPath.back` is one.
+        mapping: Returns the value to write; `PlainPath.back` is one.
         schema: The table's schema.
-        progress: Is given a report after each step.
+        progress: Called with a report after each step.
     """
 
     def work(_: Connection, __: Table, rows: Sequence[Row]) -> list[Made]:
@@ -444,7 +444,7 @@ def _restore(
 
 
 class _Storing:
-    """What has objects stored for rows."""
+    """Stores objects for rows."""
 
     def __init__(self, manager: StorageManager, source: str, target: str, storage_key: str, concurrency: int) -> None:
         manager.policy(storage_key)

@@ -1,4 +1,4 @@
-"""Autogenerate that knows files: what it writes for columns of refs, and what it leaves alone."""
+"""Autogenerate: what it renders for columns of refs, and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _registered = False
 
 
 def include_storage(context: object = None) -> None:
-    """Let autogenerate understand columns of refs; called once in `env.py`, anywhere before `context.run_migrations()`.
+    """Let autogenerate render columns of refs; call it once in `env.py`, before `context.run_migrations()`.
 
     Columns of `attachment()` and `StoredObjectRefType` are rendered as `portable_storage_ref_type()`, with its import. Indexes
-    that `create_location_index` made are left alone, though no model declares them. Whatever else `context.configure` was given
-    goes on to work: a `render_item` of your own is asked first.
+    that `create_location_index` made are left alone, though no model declares them. All other arguments of `context.configure`
+    keep working: a `render_item` of your own is called first.
 
     Args:
-        context: Alembic's context, as `env.py` has it; nothing of it is used, and it may be left out.
+        context: Alembic's context, as `env.py` has it; it is not used, and may be left out.
 
     Example:
         ```python
@@ -66,7 +66,7 @@ def _prepare(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps, _: ob
 
 
 class _Composed:
-    """Asks the project's own `render_item` first."""
+    """Calls the project's own `render_item` first."""
 
     def __init__(self, own: RenderItem | None) -> None:
         self._own = own

@@ -38,7 +38,7 @@ __all__ = [
 
 _HOW = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
-# Storing the objects of some rows side by side, each read back before its row may refer to it.
+# Storing the objects of some rows, each read back before its row may refer to it.
 
 
 Work: TypeAlias = "Callable[[], Coroutine[Any, Any, Stored | None]]"
@@ -61,7 +61,7 @@ class Place:
     column: str
 
     def arguments(self) -> dict[str, Any]:
-        """Return what the manager's calls take."""
+        """Return the arguments for the manager."""
         entity = "-".join(map(str, self.primary_key))
         try:
             check_segment(entity)
@@ -86,7 +86,7 @@ class Stored:
 async def store_bytes(
     manager: StorageManager, place: Place, content: bytes, content_type: str | None, filename: str | None
 ) -> Stored:
-    """Store content, and see that it comes back; nothing is left where it does not."""
+    """Store content and read it back; nothing is left where it differs."""
     ref = await manager.put_bytes(**place.arguments(), content=content, content_type=content_type, original_filename=filename)
     return await _keep_if(manager, ref, _require_content(manager, ref, content))
 
@@ -99,7 +99,7 @@ async def read_whole(manager: StorageManager, ref: StoredObjectRef) -> None:
 
 
 async def keep_if_readable(manager: StorageManager, ref: StoredObjectRef) -> Stored:
-    """Read a new object to its end; it is removed where that fails."""
+    """Read a new object to its end, and remove it where that fails."""
     return await _keep_if(manager, ref, read_whole(manager, ref))
 
 
@@ -109,7 +109,7 @@ async def remove(manager: StorageManager, ref: StoredObjectRef) -> None:
 
 
 async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]], concurrency: int) -> list[Stored | None]:
-    """Do all of it side by side; where one fails, remove what the others have stored, and raise its error with its row's name."""
+    """Store all objects; where one fails, remove what the others have stored, and raise its error with the row in a note."""
     own: list[StoredObjectRef] = []
 
     async def store(labelled: tuple[str, Work]) -> Stored | None:
@@ -156,12 +156,12 @@ async def _require_content(manager: StorageManager, ref: StoredObjectRef, conten
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """An object that lies in one of the manager's backends, where it may stay.
+    """An object in one of the manager's backends, where it may stay.
 
     Attributes:
         backend: The backend's key in the manager.
         location: Its address there.
-        content_type: Its media type; None for the backend's word, or a guess by the name.
+        content_type: Its media type; None for the backend's, or a guess by the name.
         filename: The name to keep; None for the last part of the location.
     """
 
@@ -195,14 +195,14 @@ class CopyOf:
 class PlainPath:
     """The mapping for columns of plain paths or keys, such as those of Django's `FileField`.
 
-    A path whose location the library would refuse, such as one with `..`, is copied from `folder` where it lies inside of it, and
-    refused otherwise. An empty path is no file.
+    A path without a valid location, such as one with `..`, is copied from `folder` if it is inside of it, and refused otherwise.
+    An empty path is no file.
 
     Args:
-        backend: The key of the backend in which the files lie.
-        strip: What the paths begin with that is not part of the location, such as `/media/` or `https://cdn.example.com/`.
-        prefix: What the location begins with that is not part of the path.
-        folder: Where the files lie on this machine, for the ones that cannot be adopted.
+        backend: The key of the backend that has the files.
+        strip: The beginning of the paths that is not part of the location, such as `/media/` or `https://cdn.example.com/`.
+        prefix: The beginning of the locations that is not part of the path.
+        folder: The folder of the files on this machine, for those that cannot be adopted.
 
     Example:
         >>> PlainPath("local", strip="/media/", prefix="uploads/")("/media/2020/cat.png")
@@ -245,7 +245,7 @@ class PlainPath:
 
 
 async def adopt(manager: StorageManager, place: Place, item: InPlace) -> Stored:
-    """Return a ref of an object that is there, once it was read for its checksum."""
+    """Return a ref of an existing object, once it was read for its checksum."""
     return Stored(await _ref_of(manager, place, item), is_own=False)
 
 
@@ -277,12 +277,12 @@ async def _put(
 
 
 def _open_regular(path: Path) -> IO[bytes]:
-    """Open a regular file; opening a named pipe would wait for whoever writes to it, and reading a device may never end."""
+    """Open a regular file; opening a named pipe would wait for a writer, and reading a device may never end."""
     irregular = ObjectNotFoundError(f"{str(path)[:200]!r} is not a regular file, and nothing else can be stored")
     try:
         descriptor = os.open(path, _HOW)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # so a socket answers
+        if error.errno == errno.ENXIO:  # what a socket returns
             raise irregular from error
         raise
     try:

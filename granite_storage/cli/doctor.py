@@ -1,4 +1,4 @@
-"""`doctor`: what is wrong with a configuration, before an upload finds out."""
+"""`doctor`: checks of the configuration, the database, the journal and the backends."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class Check:
 @JSON
 @click.pass_obj
 def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
-    """Look for what is wrong with the set-up.
+    """Check the set-up.
 
     It checks the configuration, the database with its tables, what its rows refer to, the journal and the backends.
 
-    On each backend that a policy writes to it stores a small object, reads it, lists it and deletes it, unless --read-only is
-    given. The exit code is 1 where something is bad; what is only noted may be as you want it.
+    On each backend that a policy writes to, it stores, reads, lists and deletes a small object, unless --read-only is given. The
+    exit code is 1 where something is bad; a note may be as you want it.
     """
 
     async def work(context: CommandContext) -> Exit | None:
@@ -146,7 +146,7 @@ async def _check_database(binding: StorageBinding) -> AsyncIterator[Check]:
 
 
 async def _check_references(binding: StorageBinding) -> AsyncIterator[Check]:
-    """Look for rows that lead to another store than they did, and for what would stop the garbage collector."""
+    """Check for rows that lead to another store than before, and for what would stop the garbage collector."""
     manager = binding.manager
     if binding.session_factory is None or not manager.backends or not binding.ref_columns():
         return
@@ -240,7 +240,7 @@ async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
 
 
 async def _check_backend(key: str, backend: StorageBackend, prefix: str | None) -> AsyncIterator[Check]:
-    """Look at a backend; with a prefix to write below, at all that it may."""
+    """Check a backend; with a prefix to write below, also that it stores, lists and deletes."""
     what = f"backend {key}"
     begun = time.monotonic()
     location = make_location(

@@ -1,4 +1,4 @@
-"""The commands that look after all objects: `verify`, `recover`, `gc` and `migrate`."""
+"""The commands that maintain all objects: `verify`, `recover`, `gc` and `migrate`."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _show_verification(context: CommandContext, verification: Verification) -> N
 @JSON
 @click.pass_obj
 def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Let the journal do all that is due.
+    """Let the journal delete everything that is due.
 
     It deletes uploads that no transaction has kept, and objects that rows have released. Without --yes it shows what is due, and
     asks.

@@ -1,4 +1,4 @@
-"""`ls`, `stat` and `cp`: what a backend holds, past the rows."""
+"""`ls`, `stat` and `cp`: the objects of a backend, without the rows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ls_command(settings: Settings, address: str | None, limit: int | None, as_js
 
 @asynccontextmanager
 async def _closing(objects: AsyncIterator[ObjectInfo]) -> AsyncIterator[AsyncIterator[ObjectInfo]]:
-    """Close a listing that is left before its end, where it is a generator."""
+    """Close a listing that is left early, where it is a generator."""
     try:
         yield objects
     finally:
@@ -100,9 +100,9 @@ def _facts(info: ObjectInfo) -> dict[str, Any]:
 @JSON
 @click.pass_obj
 def stat_command(settings: Settings, address: str, as_json: bool) -> None:
-    """Tell what a backend knows of an object.
+    """Show what a backend knows of an object.
 
-    ADDRESS is BACKEND:LOCATION. The exit code is 1 where nothing is there.
+    ADDRESS is BACKEND:LOCATION. The exit code is 1 where there is no object.
     """
 
     async def work(context: CommandContext) -> Exit | None:
@@ -149,8 +149,8 @@ def cp_command(
 
     Out: SOURCE is BACKEND:LOCATION, TARGET a file, a folder, or - for the standard output. The file appears when it is complete.
 
-    In: TARGET is the name of a policy and a colon. The new object's ref is printed as JSON. No row refers to it: write the ref
-    into a plain column of refs, or the garbage collector takes the object after its grace period.
+    In: TARGET is the name of a policy and a colon. The new object's ref is printed as JSON. No row refers to it: store the ref
+    in a plain column of refs, or the garbage collector deletes the object after its grace period.
 
     A file whose name has a colon is written as ./a:b.
     """  # noqa: D301  # click wants the backspace
@@ -187,7 +187,7 @@ async def _copy_out(context: CommandContext, key: str, location: str, target: st
 
 
 async def _copy_to_file(context: CommandContext, reader: ObjectReader, path: Path, *, force: bool) -> None:
-    """Write beside the target and give it its name at the end; a failure leaves nothing, and the target as it was."""
+    """Write beside the target and rename it at the end; an error leaves nothing, and the target as it was."""
     if not force and await asyncio.to_thread(os.path.lexists, path):
         raise click.ClickException(f"{path} already exists: pass --force to overwrite it")
     file = await shielded(asyncio.to_thread(_open_beside, path), undo=_discard)

@@ -1,4 +1,4 @@
-"""What the command says: the answer on the standard output, everything else on the standard error."""
+"""The output of commands: results on the standard output, everything else on the standard error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def escape_text(text: object) -> str:
-    """Return text without what a terminal would obey or be deceived by: controls, bidirectional overrides, lone surrogates."""
+    """Escape what a terminal would execute or misrender: control characters, bidirectional overrides, lone surrogates."""
     return "".join(character if unicodedata.category(character) not in _UNSAFE else _escape(character) for character in str(text))
 
 
@@ -40,10 +40,10 @@ def _escape(character: str) -> str:
 
 
 class Output:
-    """Writes answers for a person or for a program, and notes and progress beside them.
+    """Writes results for a person or for a program, and notes and progress beside them.
 
     Args:
-        as_json: Whether the answer is for a program: one JSON object on each line.
+        as_json: Whether the result is for a program: one JSON object per line.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -92,13 +92,13 @@ class Output:
             self._console.print(Text.assemble((f"{name:<{width}}", "bold"), "  ", escape_text(value)), soft_wrap=True)
 
     def note(self, text: str, style: str | None = None) -> None:
-        """Tell a person something that is not the answer."""
+        """Write a note for a person, on the standard error."""
         for line in text.split("\n"):
             self._errors.print(Text(escape_text(line), style=style or ""), soft_wrap=True)
 
     @contextmanager
     def progress(self, what: str, total: int | None, unit: str = "rows") -> Iterator[Bar]:
-        """Show how far a long work is, with its rate and the time that is left, where somebody looks."""
+        """Show the progress of a long job with its rate and remaining time, on a terminal."""
         columns: list[ProgressColumn] = [
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -123,11 +123,11 @@ class Bar:
         self._task = task
 
     def reach(self, number: int, size: int = 0) -> None:
-        """Show that so much is done."""
+        """Show how much is done."""
         self._progress.update(self._task, completed=number, size=size)
 
     def restart(self, what: str) -> None:
-        """Begin anew, for another pass."""
+        """Start again, for another pass."""
         self._progress.reset(self._task, description=what)
 
 

@@ -116,7 +116,7 @@ def _wrap_failure(what: str, error: Exception) -> ConfigurationError:
 
 
 class Exit(IntEnum):
-    """What the exit codes mean; 128 and a signal's number for a command that a signal has ended."""
+    """The exit codes; a command that a signal has ended exits with 128 and the signal's number."""
 
     DONE = 0
     FOUND = 1
@@ -126,7 +126,7 @@ class Exit(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the user said of the application and of how to speak.
+    """The options of the command line.
 
     Attributes:
         app: `module:attribute`.
@@ -144,9 +144,9 @@ class CommandContext:
     """What a command works with.
 
     Attributes:
-        binding: The application's.
-        output: What it says its answer through.
-        stopped_by: The signal that asked it to stop, if one did.
+        binding: The application's binding.
+        output: Where it writes its result.
+        stopped_by: The signal that asked it to stop, if any.
     """
 
     binding: StorageBinding
@@ -157,7 +157,7 @@ class CommandContext:
 
     @contextmanager
     def stoppable(self, stop: Callable[[], None]) -> Iterator[None]:
-        """Let the first signal end the work inside well, instead of breaking it off."""
+        """Let the first signal stop the work in the block, instead of cancelling it."""
         self._stop = stop
         try:
             yield
@@ -165,7 +165,7 @@ class CommandContext:
             self._stop = None
 
     def confirm(self, question: str, *, yes: bool) -> bool:
-        """Ask before something is deleted; refuse where nobody can be asked."""
+        """Ask before something is deleted; refuse where there is no terminal to ask on."""
         if yes:
             return True
         if not sys.stdin.isatty():
@@ -178,7 +178,7 @@ class CommandContext:
         try:
             agreed = click.confirm(question, err=True)
         except click.Abort:
-            # The loop has seen the signal as well, and would act on it if it were told of it again.
+            # The loop has seen the signal as well, and would handle it once its handler were added again.
             self.output.note("\nnothing was done")
             self.stopped_by = signal.SIGINT
             return False
@@ -188,7 +188,7 @@ class CommandContext:
         return agreed
 
     def on_signal(self, received: signal.Signals) -> None:
-        """Stop: well at the first time, where the command knows how to, and at once at the second."""
+        """Stop the command: in an orderly way at the first signal, where it can, and at once at the second."""
         first, self.stopped_by = self.stopped_by is None, received
         if first and self._stop is not None:
             self.output.note("stopping once the work in progress is done; interrupt again to cancel it")
@@ -201,13 +201,13 @@ Work = Callable[[CommandContext], Awaitable["Exit | None"]]
 
 
 def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
-    """Do the work of a command with the application's binding, and leave the program with its exit code."""
+    """Run a command with the application's binding, and exit with its code."""
     if settings.app is None:
         raise click.UsageError("no application is given: pass --app module:attribute, or set GRANITE_STORAGE_APP")
     output = Output(as_json=as_json)
     sys.path.insert(0, os.path.abspath(settings.app_dir))
     try:
-        # What the application prints or logs is not the answer.
+        # What the application prints or logs is not part of the result.
         with contextlib.redirect_stdout(sys.stderr):
             code = asyncio.run(_run_command(settings.app, work, output))
     except (click.ClickException, click.exceptions.Exit):
@@ -215,7 +215,7 @@ def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
     except (KeyboardInterrupt, asyncio.CancelledError):
         code = 128 + signal.SIGINT
     except BrokenPipeError:
-        # Whoever read the answer has seen enough; nothing is to be written at the interpreter's end either.
+        # The reader of the result has closed the pipe; nothing must be written at the interpreter's exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = Exit.DONE
     except Exception as error:  # noqa: BLE001  # a program's last resort: it says what went wrong, and how to see more
@@ -300,9 +300,9 @@ class Duration(click.ParamType[timedelta]):
         return timedelta(seconds=float(found[1]) * _SECONDS[found[2]])
 
 
-JSON = click.option("--json", "as_json", is_flag=True, help="Answer for a program: one JSON object on each line.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Write JSON for a program: one object per line.")
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
-AFTER = click.option("--after", metavar="KEY", help="Go on after this key, which an earlier run has told.")
-CONCURRENCY = click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="How many rows at a time.")
-RATE = click.option("--rate", type=ByteCount(), metavar="BYTES", help="The most bytes in a second, such as 10MB.")
+AFTER = click.option("--after", metavar="KEY", help="Continue after this key, which an earlier run has printed.")
+CONCURRENCY = click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="How many rows to process at a time.")
+RATE = click.option("--rate", type=ByteCount(), metavar="BYTES", help="The most bytes per second, such as 10MB.")

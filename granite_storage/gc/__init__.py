@@ -1,4 +1,4 @@
-"""The garbage collector: it finds the objects that no row refers to, and deletes them when it is told to."""
+"""The garbage collector: it finds the objects that no row refers to, and deletes them on request."""
 
 from granite_storage.gc.collection import CollectionRun
 from granite_storage.gc.collector import StorageGarbageCollector

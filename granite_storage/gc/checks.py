@@ -1,4 +1,4 @@
-"""Refusing to collect by a database that could hide references, or forget what it has committed."""
+"""Refuse databases that may hide references, or forget what they have committed."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]
 
 
 async def require_heartbeat(connection: AsyncConnection, tables: JournalTables) -> None:
-    """Refuse a database in which no worker was at work for long: it may have been restored from a backup.
+    """Refuse a database in which no worker was running for long: it may have been restored from a backup.
 
     Raises:
-        CollectionRefusedError: It may; `allow_restored_database=True` says that it is the right one.
+        CollectionRefusedError: There is such a gap; `allow_restored_database=True` removes it.
     """
     gap = await find_gap(connection, tables)
     if gap is not None:
@@ -92,15 +92,15 @@ async def _require_fit_mariadb(connection: AsyncConnection) -> None:
         )
 
 
-# A commit that no crash of the database takes back, and with it all commits before it.
+# A commit that no crash of the database can undo, nor any commit before it.
 
 
 async def commit_durably(connection: AsyncConnection) -> None:
-    """Return once what other transactions have committed, and this program has seen, is durable.
+    """Return once everything that other transactions have committed, and this program has seen, is durable.
 
-    With `synchronous_commit = off` PostgreSQL acknowledges commits that a crash may take back; one that is synchronous, and has
-    written something itself, takes all before it along. MariaDB is durable at each commit, as `checks` has made sure of; SQLite
-    is what its `PRAGMA synchronous` makes it.
+    With `synchronous_commit = off` PostgreSQL acknowledges commits that a crash may undo; a synchronous commit that has written
+    something makes all commits before it durable. MariaDB is durable at each commit, as `require_fit` has checked; SQLite
+    follows its `PRAGMA synchronous`.
     """
     if connection.dialect.name == "postgresql":
         await connection.execute(_SYNCHRONOUS)

@@ -1,11 +1,11 @@
 """One collection of one policy's objects.
 
-List first, and read the references afterwards: an object that was listed and whose row came to be meanwhile is then seen with
-its reference. The join of both only nominates. Then the rest of the database is looked at, once: what anything mentions is no
-longer nominated. Before anything is deleted, each batch of nominees is checked again, in one statement over the journal and
-every column; what a transaction takes back between two statements, or puts from one place into another, would otherwise be
-deleted under a row that refers to it. Then a durable commit: what the look has seen gone, a crash of the database must not bring
-back. Only then storage is touched.
+The objects are listed first, and the references read afterwards, so that an object whose row was inserted meanwhile is seen with
+its reference. The join of both only nominates. Then the rest of the database is searched, once: an object that anything mentions
+is no longer nominated. Before anything is deleted, each batch of nominees is re-checked, in one statement over the journal and
+every column; otherwise an object could be deleted under a row to which a transaction has moved or restored its reference between
+two statements. A durable commit follows: a crash of the database must not bring back a reference that the re-check did not find.
+Only then storage is touched.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _BATCH = 500
 _MOST_MISSING = 10 * MOST_KEPT
 _MOST_SAID = 10
 _LOOKED_FOR_AT_ONCE = 50_000
-"""How many nominees one look at the rest of the database is for: so many are in memory."""
+"""How many nominees one search of the rest of the database is for; they are in memory."""
 
 
 class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
@@ -154,7 +154,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             self._source.require_complete(self._scope.sharing)
 
     async def _keep_mentioned(self, nominees: Spool, unmentioned: Spool) -> None:
-        """Take out of the nominees what anything mentions that is not known to hold references."""
+        """Remove from the nominees what a column mentions that is not known to contain references."""
         waiting: list[tuple[str, int]] = []
         async for page in nominees.pages():
             waiting += page
@@ -214,7 +214,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             yield page
 
     def _select_nominees(self, unreferenced: Sequence[Listed]) -> list[tuple[str, int]]:
-        """Return what may be an orphan, and count what is none: names of others, and what is within the grace period."""
+        """Return what may be an orphan; count objects with names of others, and those within the grace period."""
         report, nominees = self.report, []
         for location, size, old in unreferenced:
             if not self._scope.manages(location):
@@ -234,7 +234,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             self._missing += concerned[:room]
 
     async def _require_mounted(self) -> None:
-        """Refuse a local folder without its marker, unless nothing was ever stored: then it is not there yet."""
+        """Refuse a local folder without its marker, unless nothing was ever stored in it."""
         if not self.report.scanned and not self._has_references:
             return
         try:
@@ -243,7 +243,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             raise CollectionRefusedError(str(error), report=self.report) from error
 
     async def _find_orphans(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
-        """Yield the orphans among the nominees, and tell whether a run that is not dry would go ahead."""
+        """Yield the orphans among the nominees, and set why a run that deletes would be refused."""
         async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
             for location, size in orphans:
@@ -251,7 +251,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         self.report.refusal = self._refusal()
 
     async def _delete(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
-        """Delete the orphans, once it is known how many there are; yield each."""
+        """Delete the orphans once their number is known, and yield each."""
         async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
         self.report.refusal = self._refusal()
@@ -271,7 +271,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         logger.info("deleted %d of %d orphans of %r", self.report.deleted, before, self.report.storage_key)
 
     async def _recheck(self, nominees: Spool) -> AsyncIterator[list[tuple[str, int]]]:
-        """Yield what nothing holds at the moment of yielding, batch by batch."""
+        """Yield the nominees that nothing refers to at the moment of yielding, batch by batch."""
         async for page in nominees.pages():
             for start in range(0, len(page), self._source.batch_size):
                 if self._stopped:
@@ -289,7 +289,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         self._on_progress()
 
     def _refusal(self) -> str | None:
-        """Return why nothing should be deleted, because what was seen can hardly be true."""
+        """Return why nothing should be deleted, where what was found can hardly be true."""
         report = self.report
         if not report.orphaned:
             return None
@@ -307,7 +307,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         return None
 
     async def _find_dangling_references(self) -> None:
-        """Report what is missing, unless all is because the disk was taken away meanwhile."""
+        """Report missing objects, unless they are missing because the disk was unmounted meanwhile."""
         dangling = await find_dangling(self._manager, self._source, self.report.backend, self._missing)
         if dangling:
             await self._require_mounted()
@@ -317,7 +317,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         await Removal(self._manager, self.report).remove_unfinished(self._grace_period)
 
     async def _now(self) -> datetime:
-        """Return the time by the clock that the objects are dated by."""
+        """Return the time by the clock that dates the objects."""
         return await self._backend.now() if isinstance(self._backend, SupportsClock) else datetime.now(UTC)
 
 
@@ -325,7 +325,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
 
 
 class Removal:
-    """Deletes objects of one backend, and notes in a report what became of each.
+    """Deletes objects of one backend, and records the result of each in a report.
 
     Args:
         manager: The manager.
@@ -340,7 +340,7 @@ class Removal:
         """Delete orphans, each a location and a size; one that cannot be deleted stops no other.
 
         Raises:
-            BackendUnavailableError: Not one could be deleted because the backend is out of reach.
+            BackendUnavailableError: None could be deleted, because the backend is unavailable.
         """
         failures = await self._delete([location for location, _ in orphans])
         collected = [self._to_collected(location, size, failures.get(location)) for location, size in orphans]
@@ -353,7 +353,7 @@ class Removal:
         return collected
 
     async def remove_unfinished(self, older_than: timedelta) -> None:
-        """Remove what unfinished writes have left on the whole backend, longer ago than `older_than`."""
+        """Remove what unfinished writes left on the whole backend more than `older_than` ago."""
         if not isinstance(self._backend, SupportsCleanup):
             return
         try:
@@ -407,10 +407,10 @@ class Removal:
 async def find_dangling(
     manager: StorageManager, source: ReferenceSource, backend: str, locations: Sequence[str]
 ) -> list[DanglingReference]:
-    """Return which of the locations something refers to and no object is at, a thousand at the most.
+    """Return the referenced locations without an object, at most a thousand.
 
-    They were not listed, which proves nothing: an object may have been stored since, and its row too; or a row that was there
-    has given its object up. So each is looked for now, and of what is missing is asked whether it is still referred to.
+    That they were not listed proves nothing: the object and its row may have been stored since, or the row has released its
+    object. So each object is looked for now, and the references to the missing ones are checked again.
     """
     found: list[DanglingReference] = []
     for batch in batches(locations, min(_BATCH, source.batch_size)):
@@ -425,7 +425,7 @@ async def find_dangling(
 
 
 async def _missing(manager: StorageManager, backend_key: str, locations: Sequence[str]) -> dict[str, str]:
-    """Return what is wrong at the locations at which there is no object; what cannot be looked at is not wrong."""
+    """Return what is wrong at the locations without an object; one that cannot be read is not reported."""
     backend, missing = manager.backend(backend_key), dict[str, str]()
 
     async def look(location: str) -> None:

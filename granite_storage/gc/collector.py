@@ -44,34 +44,34 @@ _PING = text("SELECT 1")
 
 
 class StorageGarbageCollector:
-    """Finds the objects of a policy that nothing refers to, and deletes them when it is told to.
+    """Finds the objects of a policy that nothing refers to, and deletes them on request.
 
-    It is the one part of the library that deletes what it may not have put, so it keeps whatever is in doubt:
+    It is the one part of the library that may delete what it has not stored, so it keeps whatever is in doubt:
 
     - an object counts as referenced if any reference has its location, or another location with its generated id, whatever
       backend and storage key it names, and if the `extra` of a ref names it;
     - references are those of every bound base in the database, of tables of the same name in other schemas, and of columns that
       only the database knows of;
-    - an object stays, too, if its generated id is anywhere in a column of JSON, text or bytes that the role can read; the report
-      says in which;
+    - an object also stays if its generated id is anywhere in a column of JSON, text or bytes that the role can read; the report
+      names the column;
     - only what lies below the policy's prefix, by whole segments, and not below another policy's, can be an orphan, and only if
       its name is of the form that the library gives;
-    - only what is older than the grace period, by the backend's clock;
+    - only an object older than the grace period, by the backend's clock, can be an orphan;
     - each batch is checked once more right before it is deleted, in one statement over every column and the journal;
     - a run that would delete more than `max_deleted_share` of what it has scanned deletes nothing, and so does one that finds no
       reference to anything there, a value that is not a reference, one to an unknown backend or to another store than its
       backend leads to, another backend of the manager on the same place, or a local folder without its marker.
 
-    Memory stays the same however many objects there are; lists are kept on disk, where `tempfile` keeps its files.
+    Memory does not grow with the number of objects; lists are kept on disk, where `tempfile` keeps its files.
 
     Args:
         manager: The manager, whose backends have the objects.
-        iter_references: A callable that returns an iterable or an async iterable of all references there are, anew each time;
-            None among them is passed over. For applications without attachment columns.
-        binding: What `bind_storage(..., session_factory=...)` returned; every column of refs is found by itself. One of
-            `binding` and `iter_references` is given.
-        grace_period: How old an object must be. It must be longer than any upload with its transaction where there is no journal.
-        max_deleted_share: Which part of the scanned objects one run may delete at the most, from 0 to 1.
+        iter_references: A callable that returns an iterable or an async iterable of all references, read again on each call;
+            None among them is skipped. For applications without attachment columns.
+        binding: What `bind_storage(..., session_factory=...)` returned; every column of refs is found by itself. Pass
+            either `binding` or `iter_references`.
+        grace_period: The age that an object must have. Without a journal it must be longer than any upload with its transaction.
+        max_deleted_share: The largest part of the scanned objects that one run may delete, from 0 to 1.
 
     Raises:
         ConfigurationError: The arguments cannot work.
@@ -108,12 +108,12 @@ class StorageGarbageCollector:
     ) -> GarbageCollectionReport:
         """Collect once.
 
-        Any number of processes may do so at the same time, while the application goes on. What was deleted stays deleted, and
-        nothing else is changed, wherever it is cancelled, killed or fails; the next run goes on.
+        Any number of processes may do so at the same time, while the application keeps running. Where a run is cancelled, killed
+        or fails, what was deleted stays deleted, and nothing else is changed; the next run continues.
 
         Args:
-            storage_key: The policy whose objects are looked at.
-            dry_run: Whether orphans are only counted; `report.refusal` then says whether another run would go ahead.
+            storage_key: The policy whose objects are collected.
+            dry_run: Whether orphans are only counted; `report.refusal` then says why a run that deletes would be refused.
             allow_restored_database: Go on despite a gap in the heartbeat of the journal's workers, once you know that the
                 database is the right one.
             allow_no_references: Go on where nothing refers to any of the objects.
@@ -123,8 +123,8 @@ class StorageGarbageCollector:
 
         Raises:
             UnknownPolicyError: There is no such policy.
-            CollectionRefusedError: Nothing was deleted, because something can hardly be true or cannot be relied on.
-            BackendError: The backend could not be listed, or is out of reach; what was deleted until then is gone.
+            CollectionRefusedError: Nothing was deleted, because what was found can hardly be true or cannot be relied on.
+            BackendError: The backend could not be listed, or is unavailable; what was deleted until then is gone.
         """
         return await self.collection(
             storage_key=storage_key,
@@ -136,7 +136,7 @@ class StorageGarbageCollector:
     def collection(
         self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
     ) -> CollectionRun:
-        """Return a run that does what `collect` does, for who wants to see each orphan, follow its report, or stop it.
+        """Return a job that does what `collect` does, to iterate over its orphans, follow its report, or stop it.
 
         Arguments and errors are those of `collect`.
         """
@@ -156,16 +156,16 @@ class StorageGarbageCollector:
     async def run_every(
         self, interval: timedelta, *, storage_keys: Sequence[str] | None = None, dry_run: bool = False
     ) -> AsyncIterator[None]:
-        """Collect again and again while the block runs, as the task of an application's lifespan.
+        """Collect at an interval while the block runs, as a task of the application's lifespan.
 
-        Of many processes on one PostgreSQL or MariaDB one is the leader, by an advisory lock on a connection of its own, and the
-        others take over when it is gone; elsewhere each collects, which is harmless. Failures are logged and survived. The task
-        ends with the block, promptly.
+        Of many processes on one PostgreSQL or MariaDB, one is the leader, by an advisory lock on a connection of its own, and
+        another takes over when it ends; elsewhere each process collects, which is harmless. Errors are logged, and the next run
+        follows. The task ends promptly with the block.
 
         Args:
-            interval: The time from one collection to the next, give or take a tenth; the first one begins within a minute.
-            storage_keys: Whose objects; None for every policy.
-            dry_run: Whether orphans are only counted, and logged.
+            interval: The time from one collection to the next, within a tenth; the first one starts within a minute.
+            storage_keys: The policies whose objects are collected; None for every policy.
+            dry_run: Whether orphans are only counted and logged.
 
         Raises:
             UnknownPolicyError: There is no such policy.
@@ -196,7 +196,7 @@ class StorageGarbageCollector:
 def _source(
     manager: StorageManager, iter_references: IterReferences | None, binding: StorageBinding | None
 ) -> Callable[[str], ReferenceSource]:
-    """Return what makes the source of the references to a backend, anew for each collection."""
+    """Return a factory of reference sources: each collection has its own."""
     if binding is None and iter_references is not None:
         require_callable(iter_references)
         return lambda _: GivenReferences(manager, iter_references)
@@ -266,7 +266,7 @@ class Leadership:
     """The lock of one process, once it has it, on a connection of its own.
 
     Args:
-        binding: Whose database; None where there is none, and every process leads.
+        binding: The binding whose database has the lock; None where every process is a leader.
     """
 
     def __init__(self, binding: StorageBinding | None) -> None:
@@ -274,7 +274,7 @@ class Leadership:
         self._connection: AsyncConnection | None = None
 
     async def acquire(self) -> bool:
-        """Tell whether this process is the leader, and let it be if nobody else is."""
+        """Tell whether this process is the leader; become it where no other process is."""
         engine = None if self._binding is None else _engine_of(self._binding)
         lock = None if engine is None else _LOCKS.get(engine.dialect.name)
         if engine is None or lock is None:
@@ -285,7 +285,7 @@ class Leadership:
         return await self._try(engine, lock)
 
     async def release(self) -> None:
-        """Let another process lead; idempotent."""
+        """Let another process become the leader; idempotent."""
         connection, self._connection = self._connection, None
         if connection is not None:
             await shielded_cleanup(connection.close(), "closing the connection of the garbage collector's lock")
@@ -311,7 +311,7 @@ def _engine_of(binding: StorageBinding) -> AsyncEngine | None:
 
 
 def _with_null_pool(engine: Engine) -> Engine:
-    """Return an engine that connects as another does, and keeps no connection: the lock's must not be one of a small pool's."""
+    """Return an engine that connects like another one, without a pool: the lock must not take a connection of a small one."""
     pool = engine.pool
     alone = NullPool(pool._creator, _dispatch=pool.dispatch, dialect=pool._dialect)
     return Engine(alone, engine.dialect, engine.url, hide_parameters=True)

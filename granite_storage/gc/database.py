@@ -1,4 +1,4 @@
-"""References in the application's own database: every column of every base in it, and those that only the database knows of."""
+"""References in the application's database: every column of every base in it, and columns of which no model knows."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 _KINDS = (AttachmentType, StoredObjectRefType)
 _COLUMNS_IN_A_STATEMENT = 100
 ELSEWHERE, HERE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY = range(4)
-"""What a reference is: to an object of another backend; to one in question; of a backend that no manager has; to one in another
-store than the one that its backend leads to."""
+"""What a reference leads to: an object of another backend; one of the collected backend; a backend that no manager has; another
+store than its backend leads to now."""
 
 # The statements: every reference in the byte order of its location, and the first value that is none.
 
@@ -120,14 +120,14 @@ class RefColumn:
 
     @property
     def label(self) -> str:
-        """What a person calls it."""
+        """Its name in messages."""
         return f"{self.column.table.fullname}.{self.column.name}"
 
 
 def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select location and kind of all references in the byte order of the locations, and NULL for what is no reference.
 
-    It is one statement, so what moves from one column to another meanwhile is seen in one of them.
+    It is one statement, so a reference that moves from one column to another meanwhile is seen in one of them.
 
     Args:
         columns: Every column that may refer to objects.
@@ -155,7 +155,7 @@ def select_counts(column: RefColumn, dialect: str) -> Select[*tuple[Any, ...]]:
     """Select backend, identity and number of the references of a column."""
     ref = column.column
     backend, identity = location_of(ref, dialect)[0], value_in(ref, "identity", dialect)
-    if dialect == "sqlite":  # there a look into what is no JSON fails
+    if dialect == "sqlite":  # reading a value that is no JSON fails there
         backend, identity = (case((is_legible(ref, dialect), value)) for value in (backend, identity))
     counted = select(selected_text(backend, dialect), selected_text(identity, dialect), func.count())
     return counted.where(is_legible(ref, dialect)).group_by(backend, identity)
@@ -253,7 +253,7 @@ async def bound_bases(binding: StorageBinding, backend: str) -> list[BoundBase]:
 
 
 def require_one_database(sessions: async_sessionmaker[AsyncSession], tables: Iterable[Table]) -> None:
-    """Refuse tables in several databases: they cannot be looked at in one statement, and so not at one moment.
+    """Refuse tables in several databases, which no statement can read at one moment.
 
     Raises:
         CollectionRefusedError: They are.
@@ -362,7 +362,7 @@ def _has_column(connection: Connection, schema: str, table: str, name: str, foun
 
 
 def _add(columns: dict[tuple[str, str, str], RefColumn], new: RefColumn) -> None:
-    """Add a column; what two bases say of the same one is put together."""
+    """Add a column; what two bases say about the same one is merged."""
     table = new.column.table
     key = (str(table.schema), table.name, new.column.name)
     before = columns.get(key)
@@ -435,15 +435,15 @@ def _database_url(sessions: async_sessionmaker[AsyncSession] | None) -> object:
 
 
 class DatabaseReferences:
-    """What the rows of a database refer to, and what the journals in it know of.
+    """What the rows of a database refer to, and the objects that its journals know of.
 
-    The statements are Core ones, on connections of the application's own sessions: no loader criteria and no filter for
-    soft-deleted rows hides anything, and no translation of schemas leads them astray. Each is a transaction of its own.
+    The statements are Core ones, on connections of the application's sessions: no loader criteria or filter for soft-deleted
+    rows hides anything, and no translation of schemas redirects them. Each is a transaction of its own.
 
     Args:
         binding: What `bind_storage(..., session_factory=...)` returned.
         sessions: Its sessions.
-        backend: The key of the backend whose objects are in question.
+        backend: The key of the backend whose objects are collected.
     """
 
     def __init__(self, binding: StorageBinding, sessions: async_sessionmaker[AsyncSession], backend: str) -> None:
@@ -462,7 +462,7 @@ class DatabaseReferences:
         return most_at_once(self._columns[:_COLUMNS_IN_A_STATEMENT], self._journals)
 
     async def require_fit(self, *, allow_restored_database: bool) -> None:
-        """Refuse a database that could hide references or forget what it has committed, and one that may have been restored."""
+        """Refuse a database that may hide references, forget what it has committed, or have been restored from a backup."""
         bases = await bound_bases(self._binding, self._backend)
         declared = [column for base in bases for column in base.columns]
         if not declared:
@@ -484,7 +484,7 @@ class DatabaseReferences:
 
     @asynccontextmanager
     async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
-        """Give the locations of all references: streamed in order, and those of `extra` sorted on disk."""
+        """Yield the locations of all references: streamed in order, and those of `extra` sorted on disk."""
         async with temporary_file() as file, AsyncExitStack() as stack:
             named = SortedSpool(file)
             async with aclosing(self._iter_named()) as locations:
@@ -503,7 +503,7 @@ class DatabaseReferences:
             yield merge_pages(require_byte_order(referred, "the database's references"), named.pages())
 
     async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
-        """Return which of the locations are held, or have the generated id of what is, in a snapshot of this moment."""
+        """Return the locations that are referenced, or whose generated id is, in a snapshot of this moment."""
         chunks = list(batches(self._columns, _COLUMNS_IN_A_STATEMENT))
         if len(chunks) == 1:
             async with self._connection() as connection:
@@ -517,10 +517,10 @@ class DatabaseReferences:
         return references_among(locations, (location for _, location in held))
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
-        """Yield what mentions one of the locations outside of the references of models, in one snapshot of the database.
+        """Yield what mentions one of the locations outside of the models' columns of refs, in one snapshot of the database.
 
-        It reads every table that this role may read once. A table that the journal has, and columns of references of models, are
-        left to `find_references`.
+        It reads every table that this role may read, once. The tables of a journal and the models' columns of refs are left to
+        `find_references`.
         """
         references = [item.column for item in self._ref_columns if item.is_declared]
         journals = [table for tables in self._journals for table in (tables.intent, tables.reclaim)]
@@ -534,7 +534,7 @@ class DatabaseReferences:
             raise _refuse_unreadable(error) from error
 
     async def count_by_store(self) -> Counter[tuple[str, str | None]]:
-        """Return how many references of the binding's base name which backend and which identity of a store, None for none."""
+        """Count the references of the binding's base by the backend and the store's identity that they name, None for none."""
         counted: Counter[tuple[str, str | None]] = Counter()
         for item in self._ref_columns:
             if item.is_declared and self._backend in item.here:
@@ -547,7 +547,7 @@ class DatabaseReferences:
         """Accept: every column was read, whatever its policy."""
 
     async def make_durable(self) -> None:
-        """Commit durably: what was committed before, and seen, is durable then as well."""
+        """Commit durably, which makes every commit that was seen before durable as well."""
         async with self._connection() as connection:
             await checks.commit_durably(connection)
 
@@ -556,7 +556,7 @@ class DatabaseReferences:
         return [item.column for item in self._ref_columns]
 
     async def _inspect_database(self, bases: Sequence[BoundBase]) -> None:
-        """Find out which tables there are, and refuse a database that cannot be relied on."""
+        """Find the columns and journals of the database, and refuse one that cannot be relied on."""
         try:
             async with self._connection(translated=True) as connection:
                 self._dialect = connection.dialect.name
@@ -601,7 +601,7 @@ class DatabaseReferences:
                     await result.close()
 
     async def _refuse(self, kind: int) -> None:
-        """Say which row it is that has no reference, or one that cannot be understood."""
+        """Raise an error that names a row whose value is not a reference, or leads to an unknown place."""
         async with self._connection() as connection:
             dialect = connection.dialect.name
             for item in self._ref_columns:
@@ -631,7 +631,7 @@ class DatabaseReferences:
 
     @asynccontextmanager
     async def _snapshot(self, **options: Any) -> AsyncIterator[AsyncConnection]:
-        """Give a connection on which several statements see the same moment."""
+        """Open a connection on which several statements see the same moment."""
         if self._dialect != "sqlite":
             async with self._connection(isolation_level="REPEATABLE READ", **options) as connection:
                 yield connection
@@ -644,7 +644,7 @@ class DatabaseReferences:
 
     @asynccontextmanager
     async def _connection(self, *, translated: bool = False, **options: Any) -> AsyncIterator[AsyncConnection]:
-        """Give a connection of the sessions; the tables of its statements are named in full, unless it is to be `translated`."""
+        """Open a connection of the sessions; it translates no schemas, unless it is to be `translated`."""
         session: AsyncSession
         if not translated:
             options["schema_translate_map"] = {}
@@ -653,7 +653,7 @@ class DatabaseReferences:
 
 
 def _journals_in(connection: Connection, bases: Sequence[BoundBase], columns: Sequence[Column[Any]]) -> list[JournalTables]:
-    """Return the tables of every journal beside the columns, whoever uses it: each tenant may have its own."""
+    """Return the tables of every journal in the schemas of the columns: each tenant may have its own."""
     declared = [tables for tables in (tables_of(base.binding.metadata) for base in bases) if tables is not None]
     schemas = {str(column.table.schema) for column in columns}
     schemas |= {real[0] for tables in declared if (real := resolve(connection, tables.intent)) is not None}

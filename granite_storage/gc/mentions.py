@@ -1,9 +1,9 @@
-"""Objects that something mentions which is not known to hold references: JSON that nests them, text, a copy of a table.
+"""Objects that are mentioned outside of columns of refs: in JSON that nests refs, in text, in a copy of a table.
 
-An application may keep refs as JSON of its own, an audit may note old rows, and a person may have copied a table. None of it
-can be read as a column of references, but what leads to an object has its generated id, 32 hex digits that no other object has,
-in whatever form. So every column that can hold text or bytes is asked for values of that form, once in a run, and what it
-mentions is kept.
+An application may keep refs in JSON of its own, an audit may record old rows, and someone may have copied a table. None of these
+can be read as a column of refs, but whatever leads to an object contains its generated id, 32 hex digits that no other object
+has. So every column of text or bytes is searched for values of that form, once in a run, and the objects that it mentions are
+kept.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = ["Mention", "find_mentions"]
 _COLUMNS_PER_STATEMENT = 100
 _ROWS_PER_PAGE = 200
 _LONGEST_BYTES = 16 * 1024
-"""How long a value of bytes may be that is looked at: a longer one is hardly a note about an object."""
+"""The longest value of bytes that is searched: a longer one hardly mentions an object."""
 _RUN = re.compile(rf"[0-9a-f]{{{GENERATED_ID_LENGTH},}}")
 _STEM = re.compile(rf"(?=({GENERATED_STEM}))")
 
@@ -67,8 +67,8 @@ class Mention:
 
     Attributes:
         column: Its schema, its table and its name.
-        locations: Those of the objects in question that it mentions.
-        is_seen: Whether every row of it could be looked at.
+        locations: The objects that it mentions.
+        is_seen: Whether every row of it could be searched.
     """
 
     column: str
@@ -84,11 +84,11 @@ async def find_mentions(
     references: Sequence[Column[Any]],
     journals: Sequence[Table],
 ) -> AsyncGenerator[Mention, None]:
-    """Yield what the columns of a database mention, and, with nothing, each that was looked at, so that a caller can stop.
+    """Yield what the columns of a database mention; each searched one also without locations, so that a caller can stop.
 
     Args:
         connection: A connection, all of whose statements see the same moment.
-        locations: The objects in question. One without a generated id is not found: its name is not the library's.
+        locations: The objects to search for. One without a generated id is not found: the library has not named it.
         identities: Those that the store of the objects answers to; None where it knows none.
         references: Columns of references, which are left out. In tables of the same name in other schemas, such as those of
             another installation, references that say that they are of another store are passed over.
@@ -192,7 +192,7 @@ def _is_elsewhere(text: str, identities: Collection[str]) -> bool:
 
 @asynccontextmanager
 async def _release_locks(connection: AsyncConnection) -> AsyncIterator[None]:
-    """Release the lock of a table after reading it: PostgreSQL has a bounded number of locks, and ALTER TABLE waits."""
+    """Release the lock of a table after reading it: PostgreSQL has a limited number of locks, and ALTER TABLE waits."""
     if connection.dialect.name == "sqlite":
         yield
         return

@@ -1,4 +1,4 @@
-"""Objects beside the references to them, both in byte order: a page of each at a time, however many there are."""
+"""Joining objects with the references to them, both in byte order, a page of each at a time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _location = itemgetter(0)
 
 @asynccontextmanager
 async def temporary_file() -> AsyncIterator[IO[bytes]]:
-    """Give a file that has no name and is gone when it is closed."""
+    """Open a file that has no name and is deleted when it is closed."""
     file = await shielded(asyncio.to_thread(_open), undo=_close)
     try:
         yield file
@@ -155,12 +155,12 @@ def take_page(items: Iterator[Any]) -> Page:
 
 @dataclass(slots=True)
 class Joined:
-    """What a stretch of locations has.
+    """The result of the join for a range of locations.
 
     Attributes:
-        referenced: The objects that something refers to.
-        unreferenced: The objects that nothing refers to.
-        missing: The locations without an object of references that lead here, none twice.
+        referenced: The objects with a reference.
+        unreferenced: The objects without one.
+        missing: The locations of references that lead here and have no object, none twice.
     """
 
     referenced: Page
@@ -171,10 +171,10 @@ class Joined:
 async def join_pages(objects: AsyncIterator[Page], references: AsyncIterator[list[Reference]]) -> AsyncIterator[Joined]:
     """Join pages of objects, of which each begins with its location, with pages of references to locations.
 
-    A reference counts whatever backend it names: a place may have two keys, or its key may have been another one.
+    A reference counts whatever backend it names: a place may have two keys, or have had another one.
 
-    An object is decided on only when every reference to what comes before it, and to itself, was seen. Nothing may come twice
-    among the objects; among the references it may.
+    An object is decided on once every reference to it, and to what comes before it, was read. No object may come twice; a
+    reference may.
     """
     last = ""
     async for bound, items, refs in _stretches(_Pages(objects), _Pages(references)):
@@ -190,7 +190,7 @@ async def join_pages(objects: AsyncIterator[Page], references: AsyncIterator[lis
 
 
 async def require_byte_order(pages: AsyncIterator[list[Reference]], what: str) -> AsyncIterator[list[Reference]]:
-    """Pass pages on, and refuse them where they are not in order: an object would be taken for one that nothing refers to."""
+    """Yield pages, and refuse them out of order: an object with a reference would be taken for an orphan."""
     last = ""
     async for page in pages:
         locations = list(map(_location, page))
@@ -222,7 +222,7 @@ class _Pages:
         return str(_location(self.page[-1]))
 
     async def fill(self) -> None:
-        """See that something is there, as long as there is anything."""
+        """Read the next page, unless something of the current one is left."""
         while not self.page:
             try:
                 self.page = await anext(self._pages)
@@ -230,14 +230,14 @@ class _Pages:
                 return
 
     def take(self, bound: str | None) -> Page:
-        """Take what is not after a location; all there is for None."""
+        """Take everything up to a location, and all of the page for None."""
         cut = len(self.page) if bound is None else bisect_right(self.page, bound, key=_location)
         taken, self.page = list(self.page[:cut]), self.page[cut:]
         return taken
 
 
 async def _stretches(left: _Pages, right: _Pages) -> AsyncIterator[tuple[str | None, Page, Page]]:
-    """Yield what both sides have up to a location up to which both are known; it is None where one of them is at its end."""
+    """Yield what both sides have up to a location to which both were read; it is None once one side has ended."""
     while True:
         await left.fill()
         await right.fill()

@@ -1,4 +1,4 @@
-"""Where references come from: what a collection asks of the database, or of what the caller gave."""
+"""Where a collection reads references: the protocol, and the references that a callable returns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["GivenReferences", "IterReferences", "ReferenceSource", "require_call
 
 
 class ReferenceSource(Protocol):
-    """All references there are, whatever their storage key."""
+    """All references, whatever their storage key."""
 
     @property
     def batch_size(self) -> int:
@@ -38,7 +38,7 @@ class ReferenceSource(Protocol):
         ...
 
     def in_order(self, backend: str) -> AbstractAsyncContextManager[AsyncIterator[list[Reference]]]:
-        """Give all references, whatever backend they name, in the byte order of their locations, in pages; one may come twice.
+        """Yield pages of all references, whatever backend they name, in the byte order of their locations; one may come twice.
 
         Raises:
             CollectionRefusedError: While they are read: something is no reference, or names a backend or a store that is unknown.
@@ -46,7 +46,7 @@ class ReferenceSource(Protocol):
         ...
 
     def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
-        """Yield what mentions one of the locations, or could and cannot be looked at, by one look at everything else there is.
+        """Search everything else once; yield what mentions one of the locations, or may and cannot be searched.
 
         A later mention is not seen, unless it is a reference. A location may be yielded several times.
 
@@ -56,9 +56,9 @@ class ReferenceSource(Protocol):
         ...
 
     async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
-        """Return which of the locations something refers to, or is about to, or a journal knows of; read at this moment.
+        """Return the locations that are referenced at this moment, or are known to a journal, in one snapshot.
 
-        A location is held, too, where something refers to another one with its generated id: that is another name of its place.
+        A location also counts as referenced by a reference to another one with its generated id, which is another name for it.
         """
         ...
 
@@ -71,25 +71,25 @@ class ReferenceSource(Protocol):
         ...
 
     async def make_durable(self) -> None:
-        """Return once all that `find_references` has seen can no longer be undone, by a crash of the database either."""
+        """Return once nothing that `find_references` has seen can be undone, not even by a crash of the database."""
         ...
 
 
-# References that the caller gives, for applications without attachment columns.
+# The references of applications without attachment columns.
 
 
 IterReferences: TypeAlias = Callable[
     [], Iterable[StoredObjectRef | None] | AsyncIterable[StoredObjectRef | None] | Awaitable[Iterable[StoredObjectRef | None]]
 ]
-"""Returns all references there are at that moment; it is called several times in a collection."""
+"""Returns all references at that moment; it is called several times in a collection."""
 
 
 class GivenReferences:
-    """What a callable of the caller gives.
+    """The references that a callable returns.
 
     Args:
-        manager: The manager, which has to have every backend that the refs name.
-        iter_references: Returns an iterable or an async iterable of refs; None among them is passed over.
+        manager: The manager, which must have every backend that the refs name.
+        iter_references: Returns an iterable or an async iterable of refs; None among them is skipped.
     """
 
     def __init__(self, manager: StorageManager, iter_references: IterReferences) -> None:
@@ -103,11 +103,11 @@ class GivenReferences:
         return 10_000
 
     async def require_fit(self, *, allow_restored_database: bool) -> None:
-        """Accept: nothing is known of where they come from."""
+        """Accept: it is unknown where the references come from."""
 
     @asynccontextmanager
     async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
-        """Give the locations of all references, sorted on disk."""
+        """Yield the locations of all references, sorted on disk."""
         self._storage_keys.clear()
         identities = await identities_of(self._manager.backend(backend))
         async with temporary_file() as file:
@@ -122,12 +122,12 @@ class GivenReferences:
             yield spool.pages()
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
-        """Yield nothing: it is not known where else to look."""
+        """Yield nothing: it is unknown what else to search."""
         for none in tuple[Mention, ...]():
             yield none
 
     async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
-        """Return which of the locations something refers to now, by reading all references anew."""
+        """Return the locations that are referenced now, by reading all references again."""
         wanted = {*locations, *filter(None, map(generated_id, locations))}
         held: set[str] = set()
         async for ref in self._refs():
@@ -135,7 +135,7 @@ class GivenReferences:
         return references_among(locations, held)
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
-        """Refuse where policies share a place and the references of one of them were not given."""
+        """Refuse policies that share a place, where the references of one of them are missing."""
         missing = sorted(set(storage_keys) - self._storage_keys)
         if missing:
             raise CollectionRefusedError(
@@ -144,7 +144,7 @@ class GivenReferences:
             )
 
     async def make_durable(self) -> None:
-        """Do nothing: whoever gives references has committed them."""
+        """Do nothing: the application has committed the references."""
 
     def _require_understood(self, ref: StoredObjectRef, identities: Sequence[str] | None) -> None:
         if ref.backend not in self._manager.backends:
@@ -177,7 +177,7 @@ class GivenReferences:
 
 
 def require_callable(iter_references: object) -> None:
-    """Refuse an iterable in the place of what returns one."""
+    """Refuse an iterable instead of a callable that returns one."""
     if not callable(iter_references):
         raise ConfigurationError(
             "iter_references must be a callable that returns the refs anew on each call, not a"

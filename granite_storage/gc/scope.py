@@ -1,7 +1,7 @@
-"""Which objects a policy may collect: those below its prefix, by whole segments, that are not below another policy's.
+"""Which objects a collection may touch: those below the policy's prefix, by whole segments, and not below another policy's.
 
-And where they are: two backends on one place are refused, by every name of it that is known, though a reference protects its
-object under whatever backend it names.
+Two backends of a manager on one place are refused, by every name of it that is known, though a reference protects its object
+whatever backend it names.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ class CollectionScope:
         storage_key: The policy.
         backend: The key of the backend that it writes to.
         prefix: What its locations begin with: empty, or whole segments and a slash.
-        others: What the locations of other policies begin with that lie inside; wherever those write now, their old objects may
-            still be here.
-        sharing: The policies that write to the very same place.
+        others: The prefixes of other policies inside of it; wherever those write now, their old objects may still be here.
+        sharing: The policies that write to the same place.
     """
 
     storage_key: str
@@ -39,7 +38,7 @@ class CollectionScope:
 
     @classmethod
     def of(cls, manager: StorageManager, storage_key: str) -> CollectionScope:
-        """Return the scope of a policy; `UnknownPolicyError` where there is none."""
+        """Return the scope of a policy; raise `UnknownPolicyError` for an unknown one."""
         policy = manager.policy(storage_key)
         prefix = _as_prefix(policy.key_prefix)
         begins = {key: _as_prefix(other.key_prefix) for key, other in manager.policies.items() if key != storage_key}
@@ -54,9 +53,9 @@ class CollectionScope:
         return location.startswith(self.prefix) and not location.startswith(self.others)
 
     def manages(self, location: str) -> bool:
-        """Tell whether a location in it has the form that this library gives: model, entity, field and a generated name.
+        """Tell whether a location in it has the form that this library generates: model, entity, field and a generated name.
 
-        What lies deeper may be of another program that shares the store and has a prefix of its own.
+        A deeper location may belong to another program that shares the store and has a prefix of its own.
         """
         return (
             location.count("/", len(self.prefix)) == _SLASHES_OF_OURS and matches_generated_name(location) and is_valid(location)
@@ -73,10 +72,10 @@ def is_valid(location: str) -> bool:
 
 
 async def require_one_key(manager: StorageManager, backend_key: str) -> None:
-    """Refuse a backend whose objects another backend of the manager has, too.
+    """Refuse a backend that shares its objects with another backend of the manager.
 
     Raises:
-        CollectionRefusedError: There is one.
+        CollectionRefusedError: Another backend leads to the same objects.
     """
     backend = manager.backend(backend_key)
     for key, other in manager.backends.items():

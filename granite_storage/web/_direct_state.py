@@ -44,12 +44,12 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What an upload was finished as.
+    """The result of finishing an upload, so far.
 
     Attributes:
-        attachment: The attachment, where its object is there, or None.
-        seen: What is known of it, by which `CompletionStore.claim` tells whether that has changed.
-        is_claimed: Whether another process finishes it just now.
+        attachment: The attachment, where its object exists, or None.
+        seen: The state that was read, by which `CompletionStore.claim` tells whether it has changed.
+        is_claimed: Whether another process is finishing it.
         verdict: Why it was refused, where it was.
     """
 
@@ -63,28 +63,28 @@ class Claim(Protocol):
     """The right to finish an upload, for as long as it is entered."""
 
     async def publish(self, attachment: Attachment) -> bool:
-        """Write down what it is finished as, unless somebody else has done so meanwhile; return whether."""
+        """Record the attachment, unless another process has recorded one meanwhile; return whether it was recorded."""
         ...
 
     async def refuse(self, verdict: Mapping[str, Any]) -> None:
-        """Write down why it is refused."""
+        """Record why it is refused."""
         ...
 
 
 class CompletionStore(Protocol):
-    """Where it is written down."""
+    """Where the results of finished uploads are recorded."""
 
     async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
-        """Return what an upload was finished as."""
+        """Return the result of an upload."""
         ...
 
     async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
-        """Return the right to finish it; None where somebody else has got it since it was looked for."""
+        """Return the right to finish an upload; None where another process has claimed it since `find`."""
         ...
 
 
 class JournalCompletionStore:
-    """Keeps it in the journal, for every process.
+    """Keeps the results in the journal, for every process.
 
     Args:
         journal: The journal.
@@ -94,13 +94,13 @@ class JournalCompletionStore:
         self._journal = journal
 
     async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
-        """Return what an upload was finished as: no row may take it but by a copy, for another row may be taking it now."""
+        """Return the result of an upload: rows may only take a copy of it, because another row may be taking it now."""
         finished = await self._journal.find_finished(_staging_id(upload_token))
         attachment = None if finished.ref is None else Attachment._of(finished.ref, column_type)
         return Found(attachment, finished, finished.is_claimed, finished.verdict)
 
     async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
-        """Return the right to finish it, of all processes."""
+        """Return the right to finish it, which one of all processes has."""
         claim = await self._journal.claim_staging(_staging_id(upload_token), found.seen)
         return None if claim is None else _JournaledClaim(claim)
 
@@ -110,7 +110,7 @@ class _JournaledClaim:
         self._claim = claim
 
     async def publish(self, attachment: Attachment) -> bool:
-        """Write down what it is finished as."""
+        """Record the attachment."""
         stored = stored_object(attachment)
         if stored.intent is None:
             raise StaleAttachmentError(
@@ -119,7 +119,7 @@ class _JournaledClaim:
         return await self._claim.publish(stored.intent.id, stored.ref)
 
     async def refuse(self, verdict: Mapping[str, Any]) -> None:
-        """Write down why it is refused."""
+        """Record why it is refused."""
         await self._claim.refuse(verdict)
 
     async def __aenter__(self) -> Self:
@@ -131,13 +131,13 @@ class _JournaledClaim:
 
 
 class MemoryCompletionStore:
-    """Keeps it in this process, as long as the upload can be finished."""
+    """Keeps the results in this process, as long as the upload can be finished."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Attachment | Mapping[str, Any], int]] = {}
 
     async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
-        """Return what an upload was finished as: the same attachment, which a row takes once and others copy."""
+        """Return the result of an upload: the same attachment, which one row takes and others copy."""
         now = time.time()
         for location in [location for location, (_, ends) in self._known.items() if ends <= now]:
             del self._known[location]
@@ -148,7 +148,7 @@ class MemoryCompletionStore:
         return Found(known if there else None, known)
 
     async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
-        """Return the right to finish it, which whoever finishes it alone in this process has."""
+        """Return the right to finish it; within this process a lock has granted it already."""
         return _RememberedClaim(self._known, upload_token, found.seen)
 
 
@@ -161,7 +161,7 @@ class _RememberedClaim:
         self._seen = seen
 
     async def publish(self, attachment: Attachment) -> bool:
-        """Remember what it is finished as."""
+        """Remember the attachment."""
         known, _ = self._known.get(self._upload_token.location, (None, 0))
         if known is not self._seen:  # another event loop of this process was faster
             return False
@@ -184,11 +184,11 @@ def _staging_id(upload_token: UploadToken) -> UUID:
     return upload_token.staging_id
 
 
-# How files of common media types begin: bytes that claim to be an image, and are a page, are told by it.
+# The first bytes of common media types, by which an HTML page that claims to be an image is recognised.
 
 
 HEAD_SIZE = 1024
-"""How many of the first bytes are looked at."""
+"""How many of the first bytes are checked."""
 
 _BLANK = rb"(?:\xef\xbb\xbf)?[\x00\t\n\x0c\r ]*"
 # QuickTime files, which are older than the box `ftyp`, begin with any of the others; so do the segments of a stream.
@@ -230,7 +230,7 @@ _BEGINNINGS: dict[str, re.Pattern[bytes]] = {
 
 
 def contradicts(head: bytes, content_type: str) -> bool:
-    """Tell whether a file that begins like this cannot be of a media type; of types that are not known it never says so.
+    """Tell whether a file that begins like this cannot be of a media type; False for types that are not known.
 
     Source: the WHATWG's MIME Sniffing Standard, section 6, and the formats' own specifications.
 
@@ -251,7 +251,7 @@ def _beginning_of(content_type: str) -> re.Pattern[bytes] | None:
     return _BEGINNINGS.get(content_type.partition(";")[0].strip().lower())
 
 
-# What a client has stored by itself, compared with what it had announced.
+# What a client has uploaded, compared with what it announced.
 
 
 _WRONG_TYPE = "the file is not of the announced media type"
@@ -259,33 +259,33 @@ _WRONG_TYPE = "the file is not of the announced media type"
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """What a client has stored by itself.
+    """What a client has uploaded.
 
     Attributes:
-        ref: Where it is; nothing but the number of its bytes is known of it.
-        identity: What tells it from what the client may store there later.
+        ref: Where it is; only its size is known.
+        identity: What distinguishes it from what the client may upload there later.
     """
 
     ref: StoredObjectRef
     identity: str
 
     def verdict(self, error: UploadMismatchError) -> dict[str, str]:
-        """Return what is to be remembered where it is refused."""
+        """Return what to remember about a refusal."""
         return {"identity": self.identity, "why": str(error)}
 
     def require_not_refused(self, verdict: Mapping[str, Any] | None) -> None:
-        """Raise `UploadMismatchError` where just this object was refused before."""
+        """Raise `UploadMismatchError` where this same object was refused before."""
         if verdict is not None and verdict["identity"] == self.identity:
             raise UploadMismatchError(verdict["why"])
 
 
 async def find_staged(manager: StorageManager, storage_key: str, upload_token: UploadToken) -> Staged:
-    """Return what a client has stored, if nothing that can be told without reading it speaks against it.
+    """Return what a client has uploaded, once its size and headers are checked.
 
     Raises:
-        UploadMissingError: There is nothing.
-        ContentTooLargeError: There are more bytes than may be.
-        UploadMismatchError: There are fewer; or it was sent with a header that was not agreed, and that changes what it is.
+        UploadMissingError: Nothing was uploaded.
+        ContentTooLargeError: It has more bytes than allowed.
+        UploadMismatchError: It has fewer; or it was sent with a header that was not agreed and changes its meaning.
     """
     place = StoredObjectRef(
         storage_key=storage_key,
@@ -308,11 +308,11 @@ async def find_staged(manager: StorageManager, storage_key: str, upload_token: U
 
 
 async def require_beginning(manager: StorageManager, ref: StoredObjectRef, upload_token: UploadToken) -> None:
-    """Read the first bytes of what a client has stored, before anything is copied.
+    """Read the first bytes of what a client has uploaded, before anything is copied.
 
     Raises:
         SizeMismatchError: It was replaced meanwhile.
-        UploadMismatchError: It does not begin like its media type.
+        UploadMismatchError: Its first bytes contradict its media type.
     """
     if is_known(upload_token.content_type):
         async with manager.open(ref, length=HEAD_SIZE) as reader:
@@ -322,10 +322,10 @@ async def require_beginning(manager: StorageManager, ref: StoredObjectRef, uploa
 
 
 async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: UploadToken) -> StoredObjectRef:
-    """Read the copy of what a client has stored, and return its ref with the checksum of what was read.
+    """Read the copy of what a client has uploaded, and return its ref with the checksum of what was read.
 
     Raises:
-        SizeMismatchError: It has not the size that was copied.
+        SizeMismatchError: It does not have the size that was copied.
         UploadMismatchError: It is not what was announced.
     """
     async with manager.open(ref) as reader:
@@ -345,7 +345,7 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
 
 
 def _require_headers(info: ObjectInfo, upload_token: UploadToken) -> None:
-    """Refuse what a browser would be sent as another file than the announced one."""
+    """Refuse headers with which a browser would get another file than the announced one."""
     if info.content_type not in (None, upload_token.content_type):
         raise UploadMismatchError(f"the file does not have the announced Content-Type {upload_token.content_type!r:.80}")
     if (info.content_encoding or "identity").lower() != "identity":

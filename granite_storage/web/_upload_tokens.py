@@ -21,19 +21,19 @@ _ID = re.compile("[0-9a-f]{32}")
 
 @dataclass(frozen=True, slots=True)
 class UploadToken:
-    """One direct upload.
+    """What a token of a direct upload says.
 
     Attributes:
         audience: The application that it is for.
         table: The table of the column that it is for.
         column: That column.
-        backend: The key of the backend where the client stores.
-        location: Where the client stores.
-        content_type: The media type that it announced.
-        filename: The name that it announced, cleaned.
+        backend: The key of the backend that the client uploads to.
+        location: Where the client uploads to.
+        content_type: The announced media type.
+        filename: The announced name, cleaned.
         min_size: The fewest bytes.
         max_size: The most bytes.
-        checksum: The checksum that it announced, or None.
+        checksum: The announced checksum, or None.
         owner: Who may finish it, or None.
         intent: The id of the journal's intent, or None where there is no journal.
         expires: When the client may no longer begin to send, in seconds since 1970.
@@ -57,7 +57,7 @@ class UploadToken:
 
     @classmethod
     def of(cls, claims: Mapping[str, Any]) -> Self | None:
-        """Return the token that claims make, None where they make none."""
+        """Return the token of decoded claims; None where they are not valid."""
         if claims.keys() != {item.name for item in fields(cls)}:
             return None
         texts = ("audience", "table", "column", "backend", "location", "content_type")
@@ -82,7 +82,7 @@ class UploadTokenSigner:
     """Signs and reads tokens for one purpose.
 
     Args:
-        purpose: What for.
+        purpose: The purpose, which is signed too.
         keys: The secrets by their ids.
         audience: What else is signed.
         longest: The longest that an upload token may last.
@@ -97,7 +97,7 @@ class UploadTokenSigner:
         return self._tokens.sign(asdict(upload_token))
 
     def read(self, token: object) -> UploadToken | None:
-        """Return what a token stands for; None where it is changed, over, or not ours."""
+        """Return what a token says; None where it is changed, expired, or signed by another key."""
         claims = self._tokens.read(token) if isinstance(token, str) else None
         upload_token = None if claims is None else UploadToken.of(claims)
         if upload_token is None or not 0 < upload_token.ends - time.time() <= self._longest:
@@ -112,7 +112,7 @@ class UploadTokenSigner:
 
 
 def token_of(scope: Scope) -> str | None:
-    """Return the only segment below where the application is mounted, if the URL is written in the one way it was signed in."""
+    """Return the only segment below the mount point; None where the URL is written otherwise than it was signed."""
     path, root = scope["path"], scope.get("root_path", "").rstrip("/")
     if root and path.startswith(f"{root}/"):
         path = path[len(root) :]

@@ -1,4 +1,4 @@
-"""Direct uploads: bytes that go from the browser to the storage without passing through the application."""
+"""Direct uploads: bytes that go from the browser to the storage, and not through the application."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _LONGEST_PAUSE = 2.0
 
 
 class _ReceivedAlreadyError(RequestError):
-    """What the URL was signed for is there: nothing that is sent later is kept."""
+    """The file of the URL has arrived already: nothing that is sent later is kept."""
 
     status = 409
 
@@ -82,9 +82,9 @@ class UploadEndpoint:
     """An ASGI application that stores what clients send to the URLs that were signed for them.
 
     Args:
-        manager: Who stores it.
+        manager: The manager that stores it.
         tokens: What the URLs are signed with.
-        draft_of: Says what an upload token lets a client store; raises `UploadTokenError` where nothing.
+        draft_of: Returns what an upload token allows to store, or raises `UploadTokenError`.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class UploadEndpoint:
             await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response | None:
-        """Store what the request brings, and return the answer; None where the client has gone away."""
+        """Store the body of a request, and return the answer; None where the client has disconnected."""
         try:
             token = token_of(request.scope)
             upload_token = None if token is None else self._tokens.read(token)
@@ -119,7 +119,7 @@ class UploadEndpoint:
         return Response(status_code=204, headers={"Cache-Control": "no-store"})
 
     async def _store(self, request: Request, upload_token: UploadToken) -> None:
-        """Store a body as it arrives, if it is what was announced and has arrived before it could no longer be finished."""
+        """Store a body as it arrives, if it is what was announced and arrives while the upload can be finished."""
         draft, limits = self._draft_of(upload_token), UploadLimits(max_size=upload_token.max_size)
         if request.headers.get("content-type") != upload_token.content_type:
             raise UnsupportedRequestError(f"the Content-Type must be the announced {upload_token.content_type!r:.80}")
@@ -143,7 +143,7 @@ class UploadEndpoint:
 
 
 async def _require_whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[bytes, None]:
-    """Pass a body on, and raise at its end where there is too little of it: nothing is kept of it then."""
+    """Yield a body, and raise at its end where it is too short, so that nothing of it is kept."""
     size = 0
     async for chunk in body:
         size += len(chunk)
@@ -161,16 +161,16 @@ def _require_least(size: int | None, min_size: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DirectUpload:
-    """What a client needs to send one file, as `DirectUploads.begin` gives it. Whoever has it can send the file: do not log it.
+    """What a client needs to send one file, as `DirectUploads.begin` returns it. Any holder can send the file: do not log it.
 
     Attributes:
         method: `POST`: a form (multipart/form-data) of the fields, in their order, and after them the file in a field `file`.
             `PUT`: the file as the body, with the headers.
-        url: Where to.
+        url: The URL to send it to.
         fields: The fields of the form.
         headers: The headers of the request. A browser sets Content-Length by itself.
-        token: What `DirectUploads.finish` takes once the file is there.
-        expires_at: When the client must have begun to send.
+        token: What `DirectUploads.finish` takes once the file has arrived.
+        expires_at: When the client must have started to send.
     """
 
     method: str
@@ -193,28 +193,28 @@ class DirectUpload:
 
 
 class DirectUploads:
-    """Lets clients store files directly in the storage, and hands them to rows once they are what was announced.
+    """Lets clients upload files directly to the storage, and checks them before a row takes them.
 
-    `begin` gives a signed request for one file. The client sends it: to S3 by itself, to any other backend through this object,
+    `begin` returns a signed request for one file. The client sends it: to S3 itself, to any other backend through this object,
     which is an ASGI application for that. `finish` copies what has arrived to where no client can write, checks the copy, and
-    returns an attachment for a row to take. What is sent again later changes nothing that a row refers to.
+    returns an attachment for a row to take. Sending the file again later changes nothing that a row refers to.
 
-    With a journal, what was never finished is deleted by it, and so is what arrives late. Without one it is left to the garbage
-    collector, whose grace period must be longer than `max_expires_in` and `finish_within` together; what an upload was finished
-    as is then known in this process only, and in another one it is finished anew, as an object of its own.
+    With a journal, uploads that are never finished or arrive late are deleted by it. Without one they are left to the garbage
+    collector, whose grace period must be longer than `max_expires_in` and `finish_within` together; the result of finishing an
+    upload is then known in this process only, and another one finishes it again, as an object of its own.
 
     Args:
-        binding: What `bind_storage` has returned.
+        binding: What `bind_storage` returned.
         secret: What tokens are signed with, of at least 32 bytes; or several by their ids, of which the first one signs and all
-            are accepted. To rotate, put a new one first, and remove the old one when its tokens are over.
+            are accepted. To rotate, put a new one first, and remove the old one once its tokens have expired.
         base_url: Where this is mounted, as clients see it, such as `https://example.com/uploads`, for backends that sign no
-            requests of their own. URLs are built from it alone, never from what a request says of its host.
-        max_expires_in: The longest that a client may have until it begins to send.
+            requests of their own. URLs are built from it alone, never from the host that a request names.
+        max_expires_in: The longest time that a client may have to start sending.
         finish_within: How long after that the file may take to arrive and be finished.
-        audience: What tells this application from others that sign with the same secret; None for the name of the base.
+        audience: What distinguishes this application from others that sign with the same secret; None for the name of the base.
 
     Raises:
-        ConfigurationError: An argument cannot work; no message shows a secret.
+        ConfigurationError: An argument is invalid; no message shows a secret.
 
     Example:
         ```python
@@ -271,12 +271,12 @@ class DirectUploads:
     ) -> DirectUpload:
         """Return what a client needs to send one file of this name, type and size.
 
-        What is allowed at all is for the application to decide before it calls this. With a journal, the file is known to it
-        before this returns.
+        The application decides whether the upload is allowed before it calls this. With a journal, the file is recorded before
+        this returns.
 
         Args:
             attribute: The attachment attribute that the file is for, such as `Document.file`.
-            filename: The name that the client gives it; made safe, never trusted.
+            filename: The client's file name; made safe, never trusted.
             content_type: The media type that it must be sent with; where it is None or empty, as a browser's for a file that it
                 does not know, `application/octet-stream`.
             size: Exactly how many bytes it has, where the client says so.
@@ -284,13 +284,13 @@ class DirectUploads:
             max_size: The most bytes, where `size` is not given; None for what the policy allows.
             checksum: `sha256:<hex>`, where the client says so.
             owner: Who may finish it, such as the id of a user; kept in the token, where it can be read.
-            expires_in: How long the client has until it begins to send.
+            expires_in: The time that the client has to start sending.
 
         Raises:
             ContentTooLargeError: `size` is more than the policy allows, or than the backend takes in one request (413).
-            MalformedRequestError: `size`, `checksum` or `content_type` are none (400).
-            ConfigurationError: The attribute is no attachment of this binding, its policy has no `max_size` and there is none
-                here, or its backend signs no requests and there is no `base_url`.
+            MalformedRequestError: `size`, `checksum` or `content_type` is not valid (400).
+            ConfigurationError: The attribute is no attachment of this binding, neither its policy nor this call has a
+                `max_size`, or its backend signs no requests and there is no `base_url`.
             ValueError: Another argument is out of bounds, or the backend needs the exact `size`.
             BackendError: The backend could not sign.
         """
@@ -330,23 +330,23 @@ class DirectUploads:
 
         Size and headers are checked first, and then the first bytes. Only then the file is copied to where the client cannot
         write, by the storage itself where it can, and read there once: size, checksum and media type are those of the copy. One
-        copy of an upload is made at a time, and concurrent calls wait for it. Where this fails or is cancelled, nothing is left
+        copy of an upload is made at a time, and concurrent calls wait for it. After an error or a cancellation nothing is left
         of the copy, or the journal removes it; the file stays, and may be finished again until its time is over.
 
-        Finishing it again gives the same ref, whether or not a row has taken it; only the first time a row takes the object
-        itself, and after that a copy. Where a rollback has removed the object, there is a new one. A file that was refused is
-        refused again without being read. An object that no row takes is removed as that of `Attachment.store`.
+        Finishing it again returns the same ref, whether or not a row has taken it; the first row takes the object itself, and
+        others a copy. Where a rollback has removed the object, a new one is made. A file that was refused is refused again
+        without being read. An object that no row takes is removed like that of `Attachment.store`.
 
         Args:
-            token: The token that `begin` has given.
-            attribute: The attribute that the file is for, as `begin` was told.
-            owner: Who finishes it: the one that `begin` was told.
+            token: The token that `begin` returned.
+            attribute: The attribute that the file is for, as passed to `begin`.
+            owner: Who finishes it, as passed to `begin`.
 
         Raises:
-            UploadTokenError: The token is changed, over, or another owner's, attribute's or application's (403).
-            UploadMissingError: Nothing was uploaded yet (409).
+            UploadTokenError: The token is changed, expired, or of another owner, attribute or application (403).
+            UploadMissingError: No file was uploaded yet (409).
             UploadMismatchError: It is not what was announced (422).
-            ContentTooLargeError: It has more bytes than were announced, or than the policy allows by now (413).
+            ContentTooLargeError: It has more bytes than announced, or than the policy allows now (413).
             StaleAttachmentError: It was not finished in time, or was replaced meanwhile (409).
             ConfigurationError: The attribute is no attachment of this binding.
             BackendError: The storage could not copy or read it.
@@ -372,7 +372,7 @@ class DirectUploads:
         await self._endpoint(scope, receive, send)
 
     async def _try_finish(self, upload_token: UploadToken, column_type: AttachmentType) -> Attachment | None:
-        """Return what the upload is finished as; None where another process has changed that meanwhile."""
+        """Return the attachment of an upload; None where another process has changed its state meanwhile."""
         found = await self._wait_unclaimed(upload_token, column_type)
         if found.attachment is not None:
             return found.attachment
@@ -399,7 +399,7 @@ class DirectUploads:
         return None
 
     async def _wait_unclaimed(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
-        """Return what is known of the upload, once no other process finishes it."""
+        """Return the state of an upload once no other process is finishing it."""
         pause = _FIRST_PAUSE
         while (found := await self._completions.find(upload_token, column_type)).is_claimed:
             await asyncio.sleep(pause)
@@ -415,7 +415,7 @@ class DirectUploads:
         return self._locks.setdefault((asyncio.get_running_loop(), location), asyncio.Lock())
 
     async def _record_intent(self, upload_token: UploadToken, expires_in: timedelta) -> UploadToken:
-        """Let the journal, where there is one, know of what may be stored, before anybody can store it."""
+        """Record what may be uploaded in the journal, if any, before the client can upload it."""
         if self._binding.journal is None:
             return upload_token
         lifetime = expires_in + self._finish_within
@@ -437,7 +437,7 @@ class DirectUploads:
         return column_type
 
     def _column_type_in(self, upload_token: UploadToken) -> AttachmentType:
-        """Return the column of an upload token, if that is where its location belongs: who shares a key may say anything."""
+        """Return the column of an upload token, if its location belongs there: another holder of the key may claim anything."""
         column_type = self._binding.column_type(upload_token.table, upload_token.column)
         if (
             upload_token.audience != self._audience
@@ -451,14 +451,14 @@ class DirectUploads:
         return column_type
 
     def _staging_draft(self, upload_token: UploadToken) -> PreparedUpload:
-        """Return what a client may store by itself."""
+        """Return what a client may upload."""
         policy = self._manager.policy(self._column_type_in(upload_token).storage_key)
         if policy.backend_key != upload_token.backend:
             raise UploadTokenError(_INVALID_URL)
         return PreparedUpload(policy, upload_token.location, upload_token.content_type, None, None)
 
     def _draft(self, column_type: AttachmentType, content_type: str) -> PreparedUpload:
-        """Choose where a client stores by itself: the location tells nothing of the file, and is the collector's to recognise."""
+        """Choose where a client uploads to: the location says nothing of the file, and the garbage collector recognises it."""
         return self._manager._engine.prepare(
             storage_key=column_type.storage_key,
             model_name=column_type.model_name,
@@ -497,7 +497,7 @@ def _resolve_sizes(
 
 
 def _media_type(content_type: str | None) -> str:
-    """Return the media type that a file must be sent with; what a client says of it may be anything that JSON has."""
+    """Return the media type that a file must be sent with; the client's value may be anything that JSON has."""
     if content_type is None:
         return _OPAQUE
     if not isinstance(content_type, str):

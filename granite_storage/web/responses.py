@@ -69,7 +69,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 _CHUNK_SIZE = 128 * 1024
 # Bytes between two ranges that are read and dropped: it costs less than another request to the storage.
 _LARGEST_GAP = _CHUNK_SIZE
-# How long a client may take no bytes before what is held for it in the storage, such as a connection, is released, in seconds.
+# How long a client may take no bytes before what the storage holds for it, such as a connection, is released, in seconds.
 _STALL_SECONDS = 5.0
 # What nginx logs for it; the client does not see it.
 _CLIENT_CLOSED_REQUEST = 499
@@ -88,7 +88,7 @@ _REVALIDATED = "private, no-cache"
 _UNCACHED = {"cache-control": "no-store"}
 _IMMUTABLE = "private, max-age=31536000, immutable"
 
-# Bytes on their way to a client: never a whole answer made of half an object, and nothing read for a client that is gone.
+# Sending bytes: an answer is never complete without the whole object, and nothing is read for a client that has disconnected.
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ async def is_request(scope: Scope, send: Send, methods: Sequence[str], server: s
 
 
 async def send_status(send: Send, status: int, more_headers: Iterable[tuple[str, str]] = ()) -> None:
-    """Send an answer that says nothing but its status."""
+    """Send an answer with nothing but its status."""
     text = HTTPStatus(status).phrase.encode()
     headers = MutableHeaders(
         {"content-type": "text/plain; charset=utf-8", "content-length": str(len(text)), "cache-control": "no-store"}
@@ -171,7 +171,7 @@ async def send_status(send: Send, status: int, more_headers: Iterable[tuple[str,
 
 
 async def send_departed(send: Send, *, begun: bool = False) -> None:
-    """Answer a client that has gone away: a middleware that waits for an answer would report that there is none."""
+    """Answer a client that has disconnected: a middleware that waits for an answer would report a missing one."""
     with contextlib.suppress(OSError):
         if begun:
             await send_chunk(send, b"", more=False)
@@ -193,13 +193,13 @@ async def send_chunk(send: Send, chunk: bytes, *, more: bool = True) -> None:
 
 
 async def send_part(send: Send, reader: StoredObjectReader, part: Part, start: int) -> None:
-    """Send one part; an `OSError` of a backend does not pass for one of the connection.
+    """Send one part; an `OSError` of a backend is not taken for one of the connection.
 
     Args:
-        send: Where to.
-        reader: What its bytes are read from; it goes on where the part before has ended.
+        send: The ASGI callable.
+        reader: The reader of its bytes, which stands where the part before has ended.
         part: The part.
-        start: Which byte of the object is the reader's first.
+        start: The position in the object of the reader's first byte.
 
     Raises:
         BackendError: The bytes could not be read.
@@ -222,7 +222,7 @@ async def _read(reader: StoredObjectReader, count: int) -> bytes:
 
 
 async def _send_or_release(send: Send, chunk: bytes, reader: StoredObjectReader) -> None:
-    """Send a chunk; while the client does not take it, nothing is held for it in the storage."""
+    """Send a chunk; release what the reader holds in the storage while the client does not take it."""
     releases: list[asyncio.Task[None]] = []
     timer = asyncio.get_running_loop().call_later(
         _STALL_SECONDS, lambda: releases.append(asyncio.ensure_future(reader.release()))
@@ -236,10 +236,10 @@ async def _send_or_release(send: Send, chunk: bytes, reader: StoredObjectReader)
 
 
 async def serve_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], receive: Receive, send: Send) -> None:
-    """Answer until it is done or the client is gone; the answer is then cancelled, and has cleaned up when this returns.
+    """Answer until it is done or the client disconnects; the answer is then cancelled, and has cleaned up when this returns.
 
-    Servers only tell of a client that went away to whoever asks: uvicorn lets everything be sent to nobody. One that goes away
-    before the first byte is sent an empty body, so that a middleware that waits for an answer has something to pass on.
+    A server reports a disconnect only to `receive`: uvicorn accepts everything that is sent to a client that is gone. A client
+    that disconnects before the first byte is sent an empty body, so that a middleware that waits for an answer gets one.
     """
     sent = 0
 
@@ -248,7 +248,7 @@ async def serve_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], r
         sent += 1
         try:
             await send(message)
-        except OSError as error:  # which is how a server tells it, and not to be mistaken for a failure of the storage
+        except OSError as error:  # how a server reports a disconnect, not to be mistaken for an error of the storage
             raise ClientDisconnect from error
 
     task = asyncio.ensure_future(answer(noting))
@@ -275,7 +275,7 @@ async def _cancel_all(*tasks: asyncio.Task[None]) -> None:
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":  # noqa: ASYNC110  # nothing else tells of it
+    while (await receive())["type"] != "http.disconnect":  # noqa: ASYNC110  # nothing else reports it
         await asyncio.sleep(0)  # what wraps `receive` may repeat the end of the body for ever, without a wait
 
 
@@ -283,7 +283,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 class Request(Protocol):
-    """What is needed of a request, whatever framework it is from."""
+    """What a response needs of a request, of any framework."""
 
     @property
     def scope(self) -> Any:
@@ -294,40 +294,40 @@ class Request(Protocol):
 class StoredObjectResponse(Response):
     """Streams a stored object, whole or in ranges, from any backend.
 
-    Ranges, preconditions, If-Range and HEAD are those of RFC 9110, and the ETag is a strong one made of the checksum. Memory is
-    bounded per response, and a client that goes away or does not read stops the reading. A missing object is answered with 404
-    and logged as an error. Once the first byte is sent, an answer is whole or broken: a body that goes wrong is logged, and the
+    Ranges, preconditions, If-Range and HEAD follow RFC 9110, and the ETag is a strong one made of the checksum. Memory is bounded
+    per response, and a client that disconnects or does not read stops the reading. A missing object is answered with 404 and
+    logged as an error. Once the first byte is sent, an answer is whole or broken: an error in the body is logged, and the
     connection is cut.
 
     A browser runs nothing of it: `nosniff`, a Content-Security-Policy that allows a player for audio and video and nothing for
-    all else, and a download unless the media type is one of `inline_types`. Scripts, HTML, SVG and XML are served as
+    other types, and a download unless the media type is one of `inline_types`. Scripts, HTML, SVG and XML are served as
     `application/octet-stream`.
 
-    No middleware compresses it, for a range of a compressed body is none of the object: where a client takes compressed bodies,
-    it says `Content-Encoding: identity`, which compressors leave alone.
+    No middleware compresses it, because a range of a compressed body is not a range of the object: to a client that accepts
+    compressed bodies it sends `Content-Encoding: identity`, which compressors leave alone.
 
     It is a response of Starlette and FastAPI, and an ASGI application that Litestar returns as well.
 
     Args:
         stored: A stored attachment, or a ref with its `manager`.
         request: The request; its method and headers are read.
-        manager: The manager of a ref; an attachment knows its own.
+        manager: The manager of a ref; an attachment has its own.
         disposition: `inline` lets a browser show it in its window where that is safe.
-        filename: The name it is saved under; None for the one it was uploaded with.
+        filename: The name to save it under; None for the one it was uploaded with.
         inline_types: The exact media types that may be shown inline; never what a browser would run.
         immutable: Whether the URL will never have other content, so that clients need not ask again for a year.
-        cache_control: The Cache-Control in place of `private, no-cache`, which lets clients keep it and ask whether it changed.
-        verify: Whether a whole body is checked against the checksum as it passes, and broken off before its end where it is
-            wrong. It costs the hashing.
-        headers: More headers, which win over our own: a Content-Type stands in each part of several ranges, too, and conditions
-            are compared with an ETag and a Last-Modified. What describes the object is left out where the object is missing.
-        background: What Starlette is to do afterwards.
+        cache_control: The Cache-Control instead of `private, no-cache`, with which clients keep it and ask whether it changed.
+        verify: Whether a whole body is checked against the checksum as it is sent, and cut before its end where it is wrong. It
+            costs the hashing.
+        headers: More headers, which override the response's own: a Content-Type is also used in each part of several ranges, and
+            conditions are compared with an ETag and a Last-Modified. Headers that describe the object are left out of a 404.
+        background: A task that Starlette runs afterwards.
 
     Raises:
         UnboundAttachmentError: The attachment is not stored yet.
         ConfigurationError: A ref has no manager, or `inline_types` has one that must not be shown.
-        ValueError: The disposition is not known, or `headers` has one that the response computes, or an ETag or Last-Modified
-            that is none.
+        ValueError: The disposition is not known, or `headers` has one that the response computes, or an invalid ETag or
+            Last-Modified.
     """
 
     def __init__(
@@ -378,7 +378,7 @@ class StoredObjectResponse(Response):
             await self.background()
 
     async def _answer(self, send: Send) -> None:
-        """Find out what to send while nothing is sent yet, and send it."""
+        """Decide what to send before anything is sent, and send it."""
         headers = MutableHeaders(raw=list(self.raw_headers))
         try:
             validators = await self._validators(headers)
@@ -419,7 +419,7 @@ class StoredObjectResponse(Response):
         except ClientDisconnect:
             raise
         except Exception:
-            # The headers are sent, so the server can only cut the connection; it does where this goes on.
+            # The headers are sent, so the server can only cut the connection, which it does where the error propagates.
             logger.exception("sending the object at %r of %r failed half-way", self._ref.location, self._ref.backend)
             raise
         await send_chunk(send, body.end, more=False)
@@ -454,7 +454,7 @@ class StoredObjectResponse(Response):
         return headers
 
     async def _validators(self, headers: MutableHeaders) -> Validators:
-        """Return what tells this object from others: what the application says, or what is known of the object."""
+        """Return what distinguishes this object from others: the application's own headers, or the ref's."""
         _require_headers(headers)
         etag, modified = headers.get("etag"), http_date(headers.get("last-modified"))
         if modified is None:
@@ -476,7 +476,7 @@ def _resolve(stored: Attachment | StoredObjectRef, manager: StorageManager | Non
 
 
 def _require_headers(headers: Mapping[str, str]) -> None:
-    """Refuse headers that would be untrue of what is sent."""
+    """Refuse headers that would contradict what is sent."""
     for name in _COMPUTED:
         if name in headers:
             raise ValueError(f"headers must not contain {name!r}, which the response computes: leave it out")
@@ -493,7 +493,7 @@ def _accepts_codings(asked: Headers) -> bool:
 
 
 def _is_compressed(scope: Any, asked: Headers) -> bool:
-    """Tell whether Litestar compresses what is sent: it asks neither for the status nor for a Content-Encoding."""
+    """Tell whether Litestar compresses the response: it checks neither the status nor a Content-Encoding."""
     config = getattr(scope.get("litestar_app"), "compression_config", None)
     if config is None or not _accepts_codings(asked):
         return False
@@ -537,7 +537,7 @@ def _entity_tag(ref: StoredObjectRef, modified: datetime) -> str:
 
 
 def _parse_created_at(created_at: str | None) -> datetime | None:
-    """Read when an object was stored; None where a ref of other origin does not say it, or not so that it can be read."""
+    """Return when an object was stored; None where a ref of another origin does not say it in a readable form."""
     try:
         moment = datetime.fromisoformat(created_at or "")
     except ValueError:

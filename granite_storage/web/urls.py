@@ -1,4 +1,4 @@
-"""Signed URLs, served."""
+"""Serving signed URLs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 class SignedFiles:
     """An ASGI application that serves the URLs that `StorageManager.url` signs; mount it at the signer's base URL.
 
-    Whatever is wrong with a URL is answered with 403, before any storage is touched: expired, changed, cut, written in another
-    way, with a query, or signed with a key that is gone. Otherwise it answers as `StoredObjectResponse` does.
+    An invalid URL is answered with 403 before any storage is touched, whether it is expired, changed, cut, written otherwise,
+    has a query, or was signed with a key that is gone. A valid one is answered as by `StoredObjectResponse`.
 
     Args:
         manager: The manager; it must have a `url_signer`.

@@ -210,7 +210,7 @@ MUTANTS = [
     ),
     Mutant(
         name="sessions-failed-upload-keeps-the-others",
-        rule="Where one upload of a flush fails, the others are undone.",
+        rule="Where one upload of a flush fails, the others are to_delete_after_rollback.",
         path="granite_storage/orm/uploads.py",
         old="        await _undo([upload.attachment for upload in uploads], isinstance(error, asyncio.CancelledError))\n",
         new="        del error\n",

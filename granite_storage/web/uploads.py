@@ -51,8 +51,6 @@ __all__ = [
     "UploadForm",
     "UploadSource",
     "max_size_of",
-    "received_body",
-    "received_form",
     "require_target",
     "stream_body",
     "stream_upload",
@@ -567,7 +565,6 @@ def upload_body(
     return cast(UploadDependency[Any], _described(body, "application/octet-stream", _FILE))
 
 
-received_form, received_body = upload_form, upload_body  # until the documents and the examples follow
 
 
 def _described(dependency: Any, media_type: str, schema: Mapping[str, Any]) -> Any:

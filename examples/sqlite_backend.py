@@ -85,7 +85,7 @@ class SQLiteStorageBackend:
     """Stores objects in one SQLite file, each as the chunks in which it arrived.
 
     An upload writes its chunks under an id that no object has yet, and one INSERT publishes them. Chunks that a crash left
-    unpublished are invisible; `abort_unfinished` removes them.
+    unpublished are invisible; `cleanup_incomplete` removes them.
 
     Args:
         path: The database file; it is created on first use, in an existing folder.
@@ -197,7 +197,7 @@ class SQLiteStorageBackend:
         async with self._upload(target) as new:
             await self._run(target, partial(copy_object, info=info, old=old, location=target, new=new))
 
-    async def abort_unfinished(self, *, older_than: timedelta) -> int:
+    async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
         """Remove the chunks of uploads that never completed."""
         query = (
             "DELETE FROM chunk WHERE upload IN (SELECT upload FROM chunk WHERE upload NOT IN (SELECT upload FROM object)"

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from granite_storage._headers import Disposition
-from granite_storage._tasks import CLEANUP_TIMEOUT, finish, run_bounded, settle
+from granite_storage._tasks import CLEANUP_TIMEOUT, run_bounded, shielded_cleanup, wait_uncancelled
 from granite_storage.backends.base import (
     ObjectInfo,
     ObjectReader,
@@ -246,7 +246,7 @@ class Lifecycle:
             await asyncio.shield(state.closing)
         except asyncio.CancelledError:
             state.cancel_calls()
-            await settle(state.closing)
+            await wait_uncancelled(state.closing)
             raise
 
     def _here(self) -> _LoopState:
@@ -290,7 +290,7 @@ class _LoopState:
                 self.cancel_calls()
                 await self._wait_until_idle(CLEANUP_TIMEOUT)
             for reader in list(self.readers):
-                await finish(reader.aclose(), f"closing the reader of {reader.ref.location!r}")
+                await shielded_cleanup(reader.aclose(), f"closing the reader of {reader.ref.location!r}")
         finally:
             self._closers.clear()
             await release()
@@ -683,7 +683,7 @@ class Engine:
     async def close_backends(self) -> None:
         """Close what the backends have opened on this event loop."""
         for key, backend in self.backends.items():
-            await finish(backend.aclose(), f"closing the backend {key!r}")
+            await shielded_cleanup(backend.aclose(), f"closing the backend {key!r}")
 
     @contextmanager
     def _at(self, ref: StoredObjectRef) -> Iterator[StorageBackend]:
@@ -743,7 +743,9 @@ class Engine:
     async def _withdraw(self, prepared: PreparedUpload) -> None:
         """Delete an object that nobody will get a receipt of."""
         backend = self.backends[prepared.policy.backend_key]
-        await finish(backend.delete(prepared.location), f"deleting the object {prepared.location!r}, which has no receipt")
+        await shielded_cleanup(
+            backend.delete(prepared.location), f"deleting the object {prepared.location!r}, which has no receipt"
+        )
 
     async def _copy_on_server(self, ref: StoredObjectRef, backend: SupportsCopy, prepared: PreparedUpload) -> StoredObjectRef:
         with self._lifecycle.call(), self._at(ref) as storage:

@@ -17,11 +17,11 @@ __all__ = [
     "MOST_KEPT",
     "Budget",
     "Run",
-    "in_order",
     "rate_limited",
     "require_concurrency",
     "require_mounted",
     "retry_unavailable",
+    "run_in_order",
 ]
 
 Item = TypeVar("Item")
@@ -62,14 +62,16 @@ class Run(ABC, Generic[Item, Report]):
 
     def __aiter__(self) -> AsyncGenerator[Item, None]:
         if self._begun:
-            raise ConfigurationError("a run runs once: make another one, which may go on after this one's key")
+            raise ConfigurationError(
+                "a run can be iterated or awaited only once: start a new one, with after=report.key to continue this one"
+            )
         self._begun = True
         return self._items()
 
     def __await__(self) -> Generator[Any, None, Report]:
-        return self._to_end().__await__()
+        return self._run_to_end().__await__()
 
-    async def _to_end(self) -> Report:
+    async def _run_to_end(self) -> Report:
         async with aclosing(aiter(self)) as items:
             async for _ in items:
                 pass
@@ -80,7 +82,7 @@ class Run(ABC, Generic[Item, Report]):
         """Do the work, and yield what there is to say of it as it comes."""
 
 
-async def in_order(
+async def run_in_order(
     items: AsyncGenerator[Item, None],
     work: Callable[[Item], Awaitable[Result]],
     *,
@@ -116,13 +118,13 @@ async def in_order(
             yield done
     finally:
         if is_stopped():
-            await _without_errors(tasks)
+            await _wait_ended(tasks)
         for task in tasks:
             task.cancel()
-        await _without_errors(tasks)
+        await _wait_ended(tasks)
 
 
-async def _without_errors(tasks: deque[asyncio.Task[Result]]) -> None:
+async def _wait_ended(tasks: deque[asyncio.Task[Result]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -142,7 +144,7 @@ class Budget:
 
     def __init__(self, bytes_per_second: float | None) -> None:
         if bytes_per_second is not None and not bytes_per_second > 0:
-            raise ConfigurationError(f"a budget must be a number of bytes above 0, not {bytes_per_second!r}")
+            raise ConfigurationError(f"bytes_per_second must be a number above 0, or None, not {bytes_per_second!r}")
         self._rate = bytes_per_second
         self._free = 0.0
 
@@ -180,7 +182,7 @@ async def require_mounted(key: str, backend: StorageBackend) -> None:
     """
     if isinstance(backend, SupportsMountCheck) and not await backend.is_mounted():
         raise BackendUnavailableError(
-            f"the folder of the backend {key!r} does not carry the marker file that its first write left: it is not the"
-            " folder that the rows refer to, or its disk is not mounted",
+            f"the folder of the backend {key!r} has no marker file, which its first write created: mount its disk, or correct"
+            " the backend's folder",
             backend=key,
         )

@@ -18,13 +18,13 @@ from granite_storage._jobs import (
     MOST_KEPT,
     Budget,
     Run,
-    in_order,
     rate_limited,
     require_concurrency,
     require_mounted,
     retry_unavailable,
+    run_in_order,
 )
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import (
     BackendUnavailableError,
     ConfigurationError,
@@ -140,8 +140,8 @@ class Migration(Run[MigratedObject, MigrationReport]):
         self._to_backend = to_backend
         self._concurrency = concurrency
         self._rate_limited = partial(rate_limited, budget=budget)
-        self._one_by_one = asyncio.Lock()
-        self._given_up: set[tuple[str, tuple[Any, ...], Any]] = set()
+        self._shared_objects = asyncio.Lock()
+        self._failed: set[tuple[str, tuple[Any, ...], Any]] = set()
         self._first_whole_pass = 1 if after is None else 2
 
     async def count(self) -> int:
@@ -172,17 +172,19 @@ class Migration(Run[MigratedObject, MigrationReport]):
             report.complete = is_whole and not self._stopped and report.moved + report.changed == before
 
     async def _pass(self, after: str | None) -> AsyncGenerator[MigratedObject, None]:
-        results = in_order(self._batches(after), self._move_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
+        results = run_in_order(
+            self._batches(after), self._move_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped
+        )
         async with aclosing(results):
             async for (row, _), dealt_with in results:
                 for moved in dealt_with:
-                    self._note(moved)
+                    self._count(moved)
                     yield moved
                 self.report.rows += 1
                 self.report.key = row.key
                 self._on_progress()
 
-    def _note(self, moved: MigratedObject) -> None:
+    def _count(self, moved: MigratedObject) -> None:
         report = self.report
         match moved.status:
             case MigrationStatus.MOVED:
@@ -219,7 +221,7 @@ class Migration(Run[MigratedObject, MigrationReport]):
 
     def _concerns(self, held: HeldValue) -> bool:
         """Tell whether a value is to be moved, or cannot be read, which is to be seen; what was given up stays so."""
-        if (held.label, held.primary_key, held.raw) in self._given_up:
+        if (held.label, held.primary_key, held.raw) in self._failed:
             return False
         if not held.is_managed and self.report.passes != self._first_whole_pass:
             return False  # each is told of once
@@ -229,26 +231,26 @@ class Migration(Run[MigratedObject, MigrationReport]):
 
     async def _move_row(self, item: tuple[RefRow, set[str]]) -> list[MigratedObject]:
         row, shared = item
-        return [await self._deal_with(held, shared) for held in row.values if self._concerns(held)]
+        return [await self._migrate_value(held, shared) for held in row.values if self._concerns(held)]
 
-    async def _deal_with(self, held: HeldValue, shared: set[str]) -> MigratedObject:
+    async def _migrate_value(self, held: HeldValue, shared: set[str]) -> MigratedObject:
         dealt_with = await self._try_to_move(held, shared)
         if dealt_with.status is MigrationStatus.FAILED:
-            self._given_up.add((held.label, held.primary_key, held.raw))
+            self._failed.add((held.label, held.primary_key, held.raw))
         return dealt_with
 
     async def _try_to_move(self, held: HeldValue, shared: set[str]) -> MigratedObject:
         """Move what a column holds; where a writer was faster, what it holds then, unless that is where it should be."""
         if not held.is_managed:
-            return _moved(MigrationStatus.MANUAL, held, "a plain column of refs is the application's to change")
+            return _to_migrated(MigrationStatus.MANUAL, held, "only the application may change a plain column of refs")
         error: Exception | None = None
         for _ in range(_TRIES):
             if held.ref is None:
-                return _moved(MigrationStatus.FAILED, held, held.error)
+                return _to_migrated(MigrationStatus.FAILED, held, held.error)
             error = None
             try:
                 if await retry_unavailable(partial(self._relocate, held, held.ref, shared)):
-                    return _moved(MigrationStatus.MOVED, held)
+                    return _to_migrated(MigrationStatus.MOVED, held)
             except (BackendUnavailableError, StorageFullError):
                 raise
             except UnknownBackendError as problem:
@@ -259,18 +261,18 @@ class Migration(Run[MigratedObject, MigrationReport]):
                 error = problem
             found = await self._scan.read_again(held)
             if found is None or not self._concerns(found):
-                return _moved(MigrationStatus.CHANGED, held, "a writer was faster")
-            if error is not None and found.raw == held.raw and not _may_pass(error):
+                return _to_migrated(MigrationStatus.CHANGED, held, "a writer changed it first")
+            if error is not None and found.raw == held.raw and not _is_transient(error):
                 if isinstance(error, ObjectNotFoundError):
                     await require_mounted(held.ref.backend, self._binding.manager.backend(held.ref.backend))
-                return _moved(MigrationStatus.FAILED, held, error)
+                return _to_migrated(MigrationStatus.FAILED, held, error)
             held = found
-        return _moved(MigrationStatus.CHANGED, held, error or "a writer was faster, again and again")
+        return _to_migrated(MigrationStatus.CHANGED, held, error or f"writers changed it first, {_TRIES} times")
 
     async def _relocate(self, held: HeldValue, ref: StoredObjectRef, shared: set[str]) -> bool:
         if ref.location not in shared:
             return await relocate(self._binding, held, rate_limited=self._rate_limited, is_shared=False)
-        async with self._one_by_one:
+        async with self._shared_objects:
             return await relocate(self._binding, held, rate_limited=self._rate_limited, is_shared=True)
 
 
@@ -316,20 +318,22 @@ def migrate(
     policy = binding.manager.policy(storage_key)
     if policy.backend_key != to_backend:
         raise ConfigurationError(
-            f"the policy {storage_key!r} writes to the backend {policy.backend_key!r}, so new files would keep coming there:"
-            f" let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all is moved"
+            f"the policy {storage_key!r} writes to the backend {policy.backend_key!r}, so new files would keep arriving"
+            f" there: let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all are moved"
         )
     if find_binding(binding.metadata) is not binding:
-        raise ConfigurationError("the binding is not in force: it was unbound, or its base was bound again since")
+        raise ConfigurationError(
+            "the binding is not in force, because it was unbound or its base was bound again: pass the current one"
+        )
     return Migration(binding, storage_key, to_backend, require_concurrency(concurrency), after, Budget(bytes_per_second))
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Tell whether trying again may help though the row has not changed: a lock, a deadlock, a lease that was too short."""
     return isinstance(error, SQLAlchemyError | StaleAttachmentError)
 
 
-def _moved(status: MigrationStatus, held: HeldValue, message: object = "") -> MigratedObject:
+def _to_migrated(status: MigrationStatus, held: HeldValue, message: object = "") -> MigratedObject:
     return MigratedObject(status, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))
 
 
@@ -359,21 +363,21 @@ async def relocate(binding: StorageBinding, held: HeldValue, *, rate_limited: Ra
         SQLAlchemyError: The database refused the swap; nothing is left of the copy, except where nobody knows whether it has
             committed: then both objects stay, for the journal or the garbage collector.
     """
-    home = held.column.type
-    if binding.sessions is None or not isinstance(home, AttachmentType) or held.ref is None:
+    column_type = held.column.type
+    if binding.sessions is None or not isinstance(column_type, AttachmentType) or held.ref is None:
         raise TypeError("only what an attachment column holds can be relocated, through a binding with sessions")
     copy = _Relocated(held.ref, held, rate_limited)
-    await store([Upload(copy, home, "")])
+    await store([Upload(copy, column_type, "")])
     swap = _Swap(held, held.ref, copy, is_shared=is_shared)
     try:
         async with binding.sessions() as session:
-            return await _committed(session, swap)
+            return await _commit(session, swap)
     finally:
         if not swap.is_told:
-            await finish(_abandoned(copy), "deleting a copy that its row could not be told of")
+            await shielded_cleanup(_discard_copy(copy), "deleting a copy that its row could not be told of")
 
 
-async def _committed(session: AsyncSession, swap: _Swap) -> bool:
+async def _commit(session: AsyncSession, swap: _Swap) -> bool:
     if await session.run_sync(swap):
         await session.commit()
         return True
@@ -381,7 +385,7 @@ async def _committed(session: AsyncSession, swap: _Swap) -> bool:
     return False
 
 
-async def _abandoned(copy: _Relocated) -> None:
+async def _discard_copy(copy: _Relocated) -> None:
     stored = stored_object(copy)
     await remove([stored] if stored.intent is None else [], [] if stored.intent is None else [stored.intent])
 
@@ -402,10 +406,10 @@ class _Relocated(Attachment):
     async def _put(self, manager: StorageManager, home: ColumnType, prepared: PreparedUpload) -> None:
         async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
             copy = await manager._engine.put(prepared, chunks)
-        self._ref, self._home = _with_history_of(self._original, copy), home
+        self._ref, self._home = _keep_metadata(self._original, copy), home
 
 
-def _with_history_of(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:
+def _keep_metadata(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:
     """Return the copy's ref with what the original's says of the file: its name, its age, and what newer versions wrote."""
     moved = {"backend": copy.backend, "location": copy.location, "size": copy.size, "checksum": copy.checksum}
     ref = StoredObjectRef.from_dict({**original.to_dict(), **moved, "extra": copy.to_dict()["extra"]})
@@ -442,31 +446,31 @@ class _Swap:
         if connection.execute(_compare_and_set(held, self._copy.ref, connection)).rowcount != 1:
             return False
         frame.log.append((stored, True))
-        self._take_intent(connection, stored)
+        self._consume_intent(connection, stored)
         if not (self._is_shared and self._is_referred_to(connection)):
             original = HeldRef(held.table, held.primary_key, held.column, self._original)
             write_displaced(connection, flush.displace(frame, [original]))
         return True
 
-    def _take_intent(self, connection: Connection, stored: StoredObject) -> None:
+    def _consume_intent(self, connection: Connection, stored: StoredObject) -> None:
         if stored.intent is not None:
             stored.intent.journal.intents.consume(connection, [stored.intent.id])
 
     def _is_referred_to(self, connection: Connection) -> bool:
         """Tell whether another value still refers to the original, under whatever backend's key."""
-        home: AttachmentType = self._held.column.type  # type: ignore[assignment]  # nothing else is relocated
-        return any(refers(connection, column, self._original) for column in home.binding().ref_columns())
+        column_type: AttachmentType = self._held.column.type  # type: ignore[assignment]  # nothing else is relocated
+        return any(refers(connection, column, self._original) for column in column_type.binding().ref_columns())
 
 
 def _compare_and_set(held: HeldValue, ref: StoredObjectRef, connection: Connection) -> Update:
     """Return an UPDATE that hits only what still holds the very same value; nobody's "changed at" is told of it."""
     table = held.table
-    kept = {column: column for column in table.columns if _changes_by_itself(column) and column is not held.column}
+    kept = {column: column for column in table.columns if _has_onupdate(column) and column is not held.column}
     statement = update(table).where(among(table, [held.primary_key]), _still_holds(held, connection))
     return statement.values({held.column: bindparam(None, ref, type_=StoredObjectRefType()), **kept})
 
 
-def _changes_by_itself(column: Column[Any]) -> bool:
+def _has_onupdate(column: Column[Any]) -> bool:
     return column.computed is None and (column.onupdate is not None or column.server_onupdate is not None)
 
 

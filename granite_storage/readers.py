@@ -9,7 +9,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
 
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._resuming import ResumingReader
 from granite_storage.backends.base import ObjectInfo, ObjectReader
 from granite_storage.exceptions import BackendError, InvalidLocationError, SizeMismatchError
@@ -109,10 +109,10 @@ class StoredObjectReader:
             base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.size}[whence]
             position = base + offset
             if position < 0:
-                raise ValueError(f"cannot seek to {position}, before the start")
+                raise ValueError(f"position {position} is before the start")
             if position != self.tell():
                 if self._sha256 is not None:
-                    raise ValueError("a reader that verifies reads once, from start to end")
+                    raise ValueError("a reader that verifies cannot seek: it reads once, from start to end")
                 await self._move(self._start + position)
             return position
 
@@ -215,7 +215,7 @@ class StoredObjectReader:
                 await self._sha256.stop()
 
     async def _finish(self, release: Coroutine[Any, Any, None]) -> None:
-        await finish(release, f"closing the reader of {self.ref.location!r}")
+        await shielded_cleanup(release, f"closing the reader of {self.ref.location!r}")
 
 
 def require_recorded_size(ref: StoredObjectRef, size: int) -> None:

@@ -13,11 +13,11 @@ from granite_storage._jobs import (
     MOST_KEPT,
     Budget,
     Run,
-    in_order,
     rate_limited,
     require_concurrency,
     require_mounted,
     retry_unavailable,
+    run_in_order,
 )
 from granite_storage.exceptions import (
     AccessDeniedError,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "Problem", "Verification", "VerificationReport", "verify"]
 
 _CONCURRENCY = 16
-_LOOKS = 3
+_ATTEMPTS = 3
 
 
 class Problem(StrEnum):
@@ -133,7 +133,7 @@ class Verification(Run[Finding, VerificationReport]):
     async def _items(self) -> AsyncGenerator[Finding, None]:
         report = self.report
         rows = self._scan.rows(after=report.key)
-        results = in_order(rows, self._look_at_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
+        results = run_in_order(rows, self._verify_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
         async with aclosing(results):
             async for row, findings in results:
                 for finding in findings:
@@ -146,18 +146,18 @@ class Verification(Run[Finding, VerificationReport]):
                 self._on_progress()
         report.complete = not self._stopped
 
-    async def _look_at_row(self, row: RefRow) -> Sequence[Finding]:
-        findings = [await self._look_at(held) for held in row.values if self._concerns(held)]
+    async def _verify_row(self, row: RefRow) -> Sequence[Finding]:
+        findings = [await self._verify_value(held) for held in row.values if self._concerns(held)]
         return [finding for finding in findings if finding is not None]
 
     def _concerns(self, held: HeldValue) -> bool:
         """Tell whether a value is of the storage key; what cannot be decoded may well be."""
         return self._storage_key is None or held.ref is None or held.ref.storage_key == self._storage_key
 
-    async def _look_at(self, held: HeldValue) -> Finding | None:
+    async def _verify_value(self, held: HeldValue) -> Finding | None:
         """Compare; where something is wrong, see that the row still says so: it may have been replaced meanwhile."""
         self.report.checked += 1
-        for _ in range(_LOOKS):
+        for _ in range(_ATTEMPTS):
             finding = await self._compare(held)
             if finding is None or finding.is_harmless:
                 return finding
@@ -184,7 +184,7 @@ class Verification(Run[Finding, VerificationReport]):
                 self._mounted.discard(ref.backend)
                 await self._require_mounted(ref)
             return _finding(_problem(error), held, error)
-        return None if ref.checksum else _finding(Problem.UNKNOWN_CHECKSUM, held, "the ref has no checksum")
+        return None if ref.checksum else _finding(Problem.UNKNOWN_CHECKSUM, held, "the ref has no checksum to compare with")
 
     async def _require_object(self, ref: StoredObjectRef) -> None:
         if not self._deep:

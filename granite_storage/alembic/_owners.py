@@ -50,7 +50,7 @@ class Owners:
         if not wanted:
             return set()
         taken: set[Address] = set()
-        rows = {row for column in self._columns for row in _referring(connection, column, wanted)}
+        rows = {row for column in self._columns for row in _find_rows(connection, column, wanted)}
         for item in items:
             keys = self._keys_like(item.backend)
             for backend, location, identity in rows:
@@ -84,19 +84,19 @@ class Owners:
             return None
 
 
-def _referring(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[tuple[str, str, str]]:
+def _find_rows(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[tuple[str, str, str]]:
     """Return backend, location and identity of the refs of a column that lead to one of the locations."""
     dialect = connection.dialect.name
     try:
-        rows = _selected(connection, column, wanted, is_safe=False)
+        rows = _select(connection, column, wanted, is_safe=False)
     except OperationalError:  # on SQLite one value that is no JSON spoils every look into the column
         if dialect != "sqlite":
             raise
-        rows = _selected(connection, column, wanted, is_safe=True)
+        rows = _select(connection, column, wanted, is_safe=True)
     return [(as_text(backend), as_text(location), as_text(identity)) for backend, location, identity in rows]
 
 
-def _selected(connection: Connection, column: Column[Any], wanted: Sequence[str], *, is_safe: bool) -> list[Any]:
+def _select(connection: Connection, column: Column[Any], wanted: Sequence[str], *, is_safe: bool) -> list[Any]:
     dialect = connection.dialect.name
     backend, location = location_of(column, dialect)
     identity = value_in(column, "identity", dialect)

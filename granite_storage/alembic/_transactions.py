@@ -26,10 +26,10 @@ __all__ = [
     "columns_of",
     "count",
     "key_pages",
-    "online",
     "own_transactions",
+    "reflect_table",
+    "require_online",
     "storage_thread",
-    "table_with",
 ]
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ Step: TypeAlias = Callable[[], AbstractContextManager[None]]
 _KEYS_PER_PAGE = 500
 
 
-def online(op: Op, what: str) -> Connection:
+def require_online(op: Op, what: str) -> Connection:
     """Return the migration's connection.
 
     Raises:
@@ -49,7 +49,7 @@ def online(op: Op, what: str) -> Connection:
     """
     if op.get_context().as_sql:
         raise ConfigurationError(
-            f"{what} needs the database and the storage, so it cannot be written as SQL: run it without --sql"
+            f"{what} needs the database and the storage, so it cannot be rendered as SQL: run the migration without --sql"
         )
     connection: Connection = op.get_bind()
     return connection
@@ -100,7 +100,7 @@ def columns_of(connection: Connection, table: str, schema: str | None) -> dict[s
     return {column["name"]: column["type"] for column in inspect(connection).get_columns(table, schema=schema)}
 
 
-def table_with(connection: Connection, name: str, schema: str | None, *, refs: str, others: Sequence[str]) -> Table:
+def reflect_table(connection: Connection, name: str, schema: str | None, *, refs: str, others: Sequence[str]) -> Table:
     """Return a table with its primary key, a column of refs and other columns.
 
     Raises:
@@ -110,11 +110,13 @@ def table_with(connection: Connection, name: str, schema: str | None, *, refs: s
     keys = inspect(connection).get_pk_constraint(name, schema=schema)["constrained_columns"]
     missing = [column for column in (refs, *others) if column not in found]
     if missing:
-        raise ConfigurationError(f"the table {name} has no column {', '.join(missing)}")
+        raise ConfigurationError(
+            f"the table {name} has no column {', '.join(missing)}: correct the name, or add the column first"
+        )
     if not keys:
-        raise ConfigurationError(f"the table {name} has no primary key, so its rows cannot be told apart")
+        raise ConfigurationError(f"the table {name} has no primary key, by which a conversion finds its rows: add one first")
     if refs in keys:
-        raise ConfigurationError(f"{name}.{refs} is part of the primary key and cannot hold refs")
+        raise ConfigurationError(f"{name}.{refs} is part of the primary key, so it cannot hold refs: use a column of its own")
     plain = [Column(column, found[column], primary_key=column in keys) for column in dict.fromkeys([*keys, *others])]
     return Table(name, MetaData(), *plain, Column(refs, portable_storage_ref_type()), schema=schema)
 

@@ -12,7 +12,7 @@ from sqlalchemy.dialects import mysql
 
 from granite_storage._jobs import require_concurrency
 from granite_storage._tasks import run_bounded
-from granite_storage.alembic._transactions import Op, columns_of, count, key_pages, online, storage_thread, table_with
+from granite_storage.alembic._transactions import Op, columns_of, count, key_pages, reflect_table, require_online, storage_thread
 from granite_storage.alembic.sources import read_whole
 from granite_storage.exceptions import ContentError
 from granite_storage.manager import StorageManager
@@ -81,11 +81,11 @@ def drop_converted_column(
         ContentError: A row was not converted; an object has another size or checksum than its ref says.
         ObjectNotFoundError: An object is not there.
     """
-    connection = online(op, "verifying a conversion")
+    connection = require_online(op, "verifying a conversion")
     require_concurrency(concurrency)
     if source not in columns_of(connection, table, schema):
         return
-    found = table_with(connection, table, schema, refs=target, others=[source])
+    found = reflect_table(connection, table, schema, refs=target, others=[source])
     with storage_thread(manager) as thread:
         for keys in key_pages(connection, found, found.c[target].is_not(None), concurrency):
             thread.run(_verify(manager, _refs(connection, found, found.c[target], keys)))
@@ -106,13 +106,13 @@ def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema
     Raises:
         ContentError: A row has got nothing back.
     """
-    connection = online(op, "dropping a column of refs")
+    connection = require_online(op, "dropping a column of refs")
     if source not in columns_of(connection, table, schema):
         return
-    found = table_with(connection, table, schema, refs=source, others=[target])
+    found = reflect_table(connection, table, schema, refs=source, others=[target])
     _require_done(connection, found, found.c[source], found.c[target], ())
     kept = count(connection, found, found.c[source].is_not(None))
-    logger.warning("%d objects of %s.%s stay in the storage, and no row refers to them any longer", kept, table, source)
+    logger.warning("%d objects of %s.%s remain in storage, and no row refers to them any more", kept, table, source)
     op.drop_column(table, source, schema=schema)
 
 
@@ -123,7 +123,8 @@ def _require_done(
     number = count(connection, table, left)
     if number:
         raise ContentError(
-            f"{number} rows of {table.name} have something in {source.name} and nothing in {target.name}: nothing was dropped"
+            f"{number} rows of {table.name} have a value in {source.name} and none in {target.name}: convert them first;"
+            " nothing was dropped"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, MetaData, func, insert, inspect, select, update
 
-from granite_storage.alembic._transactions import Op, count, online
+from granite_storage.alembic._transactions import Op, count, require_online
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clock, journal_tables
@@ -47,13 +47,13 @@ def upgrade_journal_tables(op: Op, *, schema: str | None = None) -> None:
     Raises:
         ConfigurationError: They are newer than the library, or there is no database to look at (`--sql`).
     """
-    connection = online(op, "upgrading the journal's tables")
+    connection = require_online(op, "upgrading the journal's tables")
     tables = _tables(schema)
     version = _version(connection, tables) or SCHEMA_VERSION
     if version > SCHEMA_VERSION:
         raise ConfigurationError(
-            f"the journal's tables are of version {version}, and this library works with version {SCHEMA_VERSION}:"
-            " install the version of the library that made them"
+            f"the journal's tables have version {version}, and this version of the library supports {SCHEMA_VERSION} at most:"
+            " install the version that created them"
         )
     for step in range(version, SCHEMA_VERSION):
         STEPS[step](op, tables)
@@ -74,7 +74,7 @@ def drop_journal_tables(op: Op, *, schema: str | None = None, discard_pending: b
     """
     context, tables = op.get_context(), _tables(schema)
     if not discard_pending:
-        _require_nothing_pending(online(op, "looking for what the journal has left to do"), tables)
+        _require_nothing_pending(require_online(op, "looking for what the journal has left to do"), tables)
     for table in reversed(tables.all):
         context.impl.drop_table(table)
 
@@ -96,6 +96,6 @@ def _require_nothing_pending(connection: Connection, tables: JournalTables) -> N
     pending = sum(count(connection, table, table.c.id.is_not(None)) for table in (tables.intent, tables.reclaim))
     if pending:
         raise ConfigurationError(
-            f"the journal still knows of {pending} objects that are to be removed or settled: let its worker finish,"
-            " or pass discard_pending=True and leave them as orphans"
+            f"the journal still has {pending} objects to delete or to check: let its worker finish, or pass"
+            " discard_pending=True to leave them as orphans"
         )

@@ -18,22 +18,22 @@ from granite_storage.alembic._transactions import (
     columns_of,
     count,
     key_pages,
-    online,
     own_transactions,
+    reflect_table,
+    require_online,
     storage_thread,
-    table_with,
 )
 from granite_storage.alembic.sources import (
     CopyOf,
     InPlace,
     Place,
     Stored,
-    adopted,
+    adopt,
     all_or_none,
-    copied,
-    copied_content,
-    removed,
-    stored_bytes,
+    copy_content,
+    copy_object,
+    remove,
+    store_bytes,
 )
 from granite_storage.alembic.sources import Work as StoreWork
 from granite_storage.exceptions import ObjectNotFoundError
@@ -143,11 +143,11 @@ class Conversion:
 
 def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> ConversionReport:
     """Convert every row that is not done yet."""
-    connection = online(op, "converting a column")
-    if _is_over(connection, what):
+    connection = require_online(op, "converting a column")
+    if _is_finished(connection, what):
         return ConversionReport(what.table, what.source, what.target, 0)
     other = what.target if what.refs == what.source else what.source
-    table = table_with(connection, what.table, what.schema, refs=what.refs, others=[other, *what.also_read])
+    table = reflect_table(connection, what.table, what.schema, refs=what.refs, others=[other, *what.also_read])
     source, target = table.c[what.source], table.c[what.target]
     waiting = and_(source.is_not(None), target.is_(None))
     with own_transactions(op) as step:
@@ -164,17 +164,17 @@ def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> 
             if unwritten is not None:
                 unwritten.undo()
                 raise unwritten.cause  # out here it keeps the causes of its own
-            report = _counted(report, made)
-            _tell(report, progress)
+            report = _add_counts(report, made)
+            _report_progress(report, progress)
     return report
 
 
-def _is_over(connection: Connection, what: Conversion) -> bool:
+def _is_finished(connection: Connection, what: Conversion) -> bool:
     """Tell whether a later step of the same migration has dropped the source in a run that was broken off afterwards."""
     found = columns_of(connection, what.table, what.schema)
     if what.source in found or what.target not in found:
         return False
-    logger.warning("%s.%s is not there, so %s is taken as converted already", what.table, what.source, what.target)
+    logger.warning("%s.%s does not exist, so %s is treated as converted already", what.table, what.source, what.target)
     return True
 
 
@@ -207,7 +207,7 @@ class _UnwrittenError(Exception):
                 item.undo()
 
 
-def _counted(report: ConversionReport, made: Sequence[Made]) -> ConversionReport:
+def _add_counts(report: ConversionReport, made: Sequence[Made]) -> ConversionReport:
     skipped = sum(item.value is None for item in made)
     adopted = sum(item.is_adopted for item in made)
     return replace(
@@ -218,7 +218,7 @@ def _counted(report: ConversionReport, made: Sequence[Made]) -> ConversionReport
     )
 
 
-def _tell(report: ConversionReport, progress: Progress | None) -> None:
+def _report_progress(report: ConversionReport, progress: Progress | None) -> None:
     logger.info("%s.%s -> %s: %d of %d rows", report.table, report.source, report.target, report.done, report.total)
     if progress is not None:
         progress(report)
@@ -273,12 +273,12 @@ def text_to_storage(
         StorageError: An object could not be stored. Every error carries the row's name as a note; rows done earlier stay done.
     """
 
-    def encoded(value: Any) -> bytes:
+    def encode(value: Any) -> bytes:
         return str(value).encode(encoding)
 
-    contents = _Contents(manager, source, target, storage_key, encoded, content_type, filename, require_concurrency(concurrency))
+    contents = _Contents(manager, source, target, storage_key, encode, content_type, filename, require_concurrency(concurrency))
     conversion = Conversion(table, source, target, schema, target, also_read, concurrency)
-    return _converted(op, manager, conversion, contents.work, progress)
+    return _convert_on_thread(op, manager, conversion, contents.work, progress)
 
 
 def blob_to_storage(
@@ -299,7 +299,7 @@ def blob_to_storage(
     """Store each value of a binary column as an object; otherwise as `text_to_storage`."""
     contents = _Contents(manager, source, target, storage_key, bytes, content_type, filename, require_concurrency(concurrency))
     conversion = Conversion(table, source, target, schema, target, also_read, concurrency)
-    return _converted(op, manager, conversion, contents.work, progress)
+    return _convert_on_thread(op, manager, conversion, contents.work, progress)
 
 
 def paths_to_storage(
@@ -341,7 +341,9 @@ def paths_to_storage(
         ObjectNotFoundError: There is no object where a path leads.
     """
     paths = _Paths(manager, source, target, storage_key, mapping, skip_missing, require_concurrency(concurrency))
-    return _converted(op, manager, Conversion(table, source, target, schema, target, (), _ROWS_OF_PATHS), paths.work, progress)
+    return _convert_on_thread(
+        op, manager, Conversion(table, source, target, schema, target, (), _ROWS_OF_PATHS), paths.work, progress
+    )
 
 
 def storage_to_text(
@@ -371,7 +373,7 @@ def storage_to_text(
         return (await manager.get(ref)).decode(encoding)
 
     conversion = Conversion(table, source, target, schema, source, (), require_concurrency(concurrency))
-    return _restored(op, manager, conversion, read, progress)
+    return _restore(op, manager, conversion, read, progress)
 
 
 def storage_to_blob(
@@ -387,7 +389,7 @@ def storage_to_blob(
 ) -> ConversionReport:
     """Bring the content of a column of refs back into a binary column; otherwise as `storage_to_text`."""
     conversion = Conversion(table, source, target, schema, source, (), require_concurrency(concurrency))
-    return _restored(op, manager, conversion, manager.get, progress)
+    return _restore(op, manager, conversion, manager.get, progress)
 
 
 def storage_to_paths(
@@ -418,14 +420,14 @@ def storage_to_paths(
     return convert(op, Conversion(table, source, target, schema, source, (), _ROWS_OF_PATHS), work, progress)
 
 
-def _converted(
+def _convert_on_thread(
     op: Op, manager: StorageManager, conversion: Conversion, work: Callable[[StorageThread], Work], progress: Progress | None
 ) -> ConversionReport:
     with storage_thread(manager) as thread:
         return convert(op, conversion, work(thread), progress)
 
 
-def _restored(
+def _restore(
     op: Op,
     manager: StorageManager,
     conversion: Conversion,
@@ -438,7 +440,7 @@ def _restored(
 
         return restore
 
-    return _converted(op, manager, conversion, work, progress)
+    return _convert_on_thread(op, manager, conversion, work, progress)
 
 
 class _Storing:
@@ -456,16 +458,16 @@ class _Storing:
         key = tuple(row[column.name] for column in table.primary_key)
         return Place(self._storage_key, table.name, key, self._target)
 
-    def _made(self, thread: StorageThread, works: Sequence[tuple[Place, StoreWork]]) -> list[Made]:
+    def _store(self, thread: StorageThread, works: Sequence[tuple[Place, StoreWork]]) -> list[Made]:
         named = [(f"{place.table} {place.primary_key}", work) for place, work in works]
-        return [self._of(thread, stored) for stored in thread.run(all_or_none(self._manager, named, self._concurrency))]
+        return [self._to_made(thread, stored) for stored in thread.run(all_or_none(self._manager, named, self._concurrency))]
 
-    def _of(self, thread: StorageThread, stored: Stored | None) -> Made:
+    def _to_made(self, thread: StorageThread, stored: Stored | None) -> Made:
         if stored is None:
             return Made(None)
         if not stored.is_own:
             return Made(stored.ref.to_dict(), is_adopted=True)
-        return Made(stored.ref.to_dict(), undo=lambda: thread.run(removed(self._manager, stored.ref)))
+        return Made(stored.ref.to_dict(), undo=lambda: thread.run(remove(self._manager, stored.ref)))
 
 
 class _Contents(_Storing):
@@ -477,26 +479,26 @@ class _Contents(_Storing):
         source: str,
         target: str,
         storage_key: str,
-        encoded: Callable[[Any], bytes],
+        encode: Callable[[Any], bytes],
         content_type: Of,
         filename: Of,
         concurrency: int,
     ) -> None:
         super().__init__(manager, source, target, storage_key, concurrency)
-        self._encoded = encoded
+        self._encoded = encode
         self._content_type = content_type
         self._filename = filename
 
     def work(self, thread: StorageThread) -> Work:
         def store(_: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
-            return self._made(thread, [self._stored(self._place(table, row), row) for row in rows])
+            return self._store(thread, [self._prepare(self._place(table, row), row) for row in rows])
 
         return store
 
-    def _stored(self, place: Place, row: Row) -> tuple[Place, StoreWork]:
+    def _prepare(self, place: Place, row: Row) -> tuple[Place, StoreWork]:
         content = self._encoded(row[self._source])
-        content_type, filename = _said(self._content_type, row), _said(self._filename, row)
-        return place, partial(stored_bytes, self._manager, place, content, content_type, filename)
+        content_type, filename = _resolve(self._content_type, row), _resolve(self._filename, row)
+        return place, partial(store_bytes, self._manager, place, content, content_type, filename)
 
 
 class _Paths(_Storing):
@@ -528,7 +530,7 @@ class _Paths(_Storing):
                 works.append((place, partial(self._object, place, item, taken)))
                 if isinstance(item, InPlace):
                     taken = {*taken, *owners.addresses(item)}
-            return self._made(thread, works)
+            return self._store(thread, works)
 
         return find
 
@@ -538,16 +540,16 @@ class _Paths(_Storing):
                 case None:
                     return None
                 case CopyOf():
-                    return await copied_content(self._manager, place, item)
+                    return await copy_content(self._manager, place, item)
                 case InPlace() if item.address in taken:
-                    return await copied(self._manager, place, item)
+                    return await copy_object(self._manager, place, item)
                 case InPlace():
-                    return await adopted(self._manager, place, item)
+                    return await adopt(self._manager, place, item)
         except (ObjectNotFoundError, FileNotFoundError):
             if self._skip_missing:
                 return None
             raise
 
 
-def _said(given: Of, row: Row) -> str | None:
+def _resolve(given: Of, row: Row) -> str | None:
     return given(row) if callable(given) else given

@@ -62,7 +62,7 @@ def _prepare(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps, _: ob
     own = autogen_context.opts.get("render_item")
     if not isinstance(own, _Composed):
         autogen_context.opts["render_item"] = _Composed(own)
-    _leave_indexes_alone(upgrade_ops)
+    _exclude_location_indexes(upgrade_ops)
 
 
 class _Composed:
@@ -76,14 +76,14 @@ class _Composed:
         return render_storage(kind, item, autogen_context) if rendered is False else rendered
 
 
-def _leave_indexes_alone(container: ops.OpContainer) -> None:
+def _exclude_location_indexes(container: ops.OpContainer) -> None:
     for operation in container.ops:
         if isinstance(operation, ops.OpContainer):
-            _leave_indexes_alone(operation)
-    container.ops[:] = [operation for operation in container.ops if not _is_to_be_left_out(operation)]
+            _exclude_location_indexes(operation)
+    container.ops[:] = [operation for operation in container.ops if not _is_excluded(operation)]
 
 
-def _is_to_be_left_out(operation: ops.MigrateOperation) -> bool:
+def _is_excluded(operation: ops.MigrateOperation) -> bool:
     match operation:
         case ops.DropIndexOp():
             return str(operation.index_name).startswith(LOCATION_INDEX_PREFIX)

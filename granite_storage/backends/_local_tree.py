@@ -36,7 +36,7 @@ from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check
 
 __all__ = [
     "CREATE",
-    "MOST_ATTEMPTS",
+    "MAX_ATTEMPTS",
     "REFUSED_LINKS",
     "TEMPORARY_SUFFIX",
     "ExclusiveNames",
@@ -62,7 +62,7 @@ READ = os.O_RDONLY | NO_LINK | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLO
 TEMPORARY_SUFFIX = ".tmp"
 """How the name of an unfinished file ends."""
 
-MOST_ATTEMPTS = 100
+MAX_ATTEMPTS = 100
 """How often something is tried again that another process may have undone meanwhile."""
 
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
@@ -72,7 +72,7 @@ REFUSED_LINKS = UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EX
 """What `link` fails with where a volume has no hard links, or the system allows none of this file."""
 
 _STEM_DIGITS = 32
-_MOST_REMEMBERED = 10_000
+_MAX_REMEMBERED = 10_000
 _VANISHED = (FileNotFoundError, NotADirectoryError)
 _SURELY_FITS = MAX_LOCATION_BYTES // 4  # characters, of four bytes each at the most
 _RENAME_NOREPLACE = 1
@@ -378,7 +378,7 @@ class Tree:
     def no_directory(self, location: str) -> BackendUnavailableError:
         """Return the error for a directory that is missing however often it is made; raise it from the last failure."""
         return BackendUnavailableError(
-            f"no file can be made for {location!r} below {str(self.root)!r}: its directory was missing {MOST_ATTEMPTS} times in "
+            f"no file can be made for {location!r} below {str(self.root)!r}: its directory was missing {MAX_ATTEMPTS} times in "
             "a row; either something removes it each time, or the file system lets no directories or files be made there",
             location=location,
         )
@@ -578,7 +578,7 @@ class Tree:
 
     def _open_or_make(self, segment: str, parent: int) -> tuple[int, bool]:
         made = False
-        for _ in range(MOST_ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS):
             with suppress(FileNotFoundError):
                 return os.open(segment, DIRECTORY | NO_LINK, dir_fd=parent), made
             with suppress(FileExistsError):
@@ -611,7 +611,7 @@ class Tree:
         unsettled = made or (found.st_mode & stat.S_ISVTX and not found.st_mode & 0o777 & ~self.dir_mode)
         if unsettled or self._durable.get(path) != found.st_ino:
             self.synchronise_directory(parent)
-            if len(self._durable) >= _MOST_REMEMBERED:
+            if len(self._durable) >= _MAX_REMEMBERED:
                 self._durable.clear()
             self._durable[path] = found.st_ino
         if made:
@@ -665,7 +665,7 @@ class Tree:
             raise self._unavailable("is not a directory") from error
 
     def _unavailable(self, problem: str) -> BackendUnavailableError:
-        return BackendUnavailableError(f"the root directory {str(self.root)!r} {problem}; is its disk mounted?")
+        return BackendUnavailableError(f"the root directory {str(self.root)!r} {problem}: check whether its disk is mounted")
 
     def _create_root(self) -> None:
         missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
@@ -694,7 +694,7 @@ class Tree:
             os.stat(MARKER, dir_fd=descriptor, follow_symlinks=False)
         except FileNotFoundError as error:
             if self._known_root not in {None, identity}:
-                raise self._unavailable("is not the one it was") from error
+                raise self._unavailable("is not the directory that it was") from error
             if not self.create_root and os.stat("..", dir_fd=descriptor).st_dev == found.st_dev:
                 raise self._unavailable(f"is no mount point and has no file {MARKER!r} that says it is in use") from error
             if not writing:
@@ -737,7 +737,7 @@ def _dated_now(directory: int) -> datetime:
 
 def _info_of_regular(location: str, found: os.stat_result) -> ObjectInfo:
     if not stat.S_ISREG(found.st_mode):
-        raise ObjectNotFoundError(f"what is at {location!r} is not a regular file", location=location)
+        raise ObjectNotFoundError(f"{location!r} is not a regular file", location=location)
     return _info_of(location, found)
 
 
@@ -816,7 +816,7 @@ def _claim(temporary: str, name: str, directory: int) -> None:
         try:
             os.unlink(claim, dir_fd=directory)
         except OSError:
-            logger.warning("the claim %r of a write could not be removed; abort_unfinished removes it later", claim)
+            logger.warning("the claim %r of a write could not be removed; cleanup_incomplete removes it later", claim)
 
 
 def _take(claim: str, name: str, directory: int) -> None:
@@ -829,5 +829,5 @@ def _take(claim: str, name: str, directory: int) -> None:
             return
     raise BackendUnavailableError(
         f"another write of the name {name!r} has been in progress for {_CLAIM_ATTEMPTS * _CLAIM_PAUSE:g} s, or was killed: "
-        "abort_unfinished removes what it left"
+        "cleanup_incomplete removes what a killed write left"
     )

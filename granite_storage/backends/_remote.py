@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from granite_storage._tasks import run_bounded, wait_or_cancel
 from granite_storage.backends._resuming import ConnectionTakenError, ResumingReader
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
-from granite_storage.exceptions import BackendError, BackendUnavailableError
+from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError
 
 __all__ = [
+    "ANSWER_TIMEOUT",
     "Body",
+    "Found",
     "Opened",
     "PreconditionFailedError",
     "RangeNotSatisfiableError",
     "RemoteReader",
+    "RemoteWriter",
     "Service",
+    "delete_each",
+    "delete_in_batches",
     "error_at",
     "open_reader",
     "read_beginning",
 ]
+
+logger = logging.getLogger("granite_storage")
+
+T = TypeVar("T")
+
+ANSWER_TIMEOUT = 10.0
+"""How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
+
+_BATCH = 1000
+_DELETE_CONCURRENCY = 16
 
 
 class PreconditionFailedError(BackendError):
@@ -36,6 +55,37 @@ def error_at(location: str, error: BackendError) -> BackendError:
     one = type(error)(str(error), location=location)
     one.__cause__ = error.__cause__
     return one
+
+
+# Deletions.
+
+
+async def delete_in_batches(
+    locations: Sequence[str], delete_batch: Callable[[list[str]], Awaitable[Mapping[str, BackendError]]]
+) -> dict[str, BackendError]:
+    """Delete objects, a thousand by one call; return the ones that could not be, each with its error."""
+    different = list(dict.fromkeys(locations))
+    failures: dict[str, BackendError] = {}
+    for start in range(0, len(different), _BATCH):
+        failures |= await delete_batch(different[start : start + _BATCH])
+    return failures
+
+
+async def delete_each(locations: Sequence[str], delete: Callable[[str], Awaitable[None]]) -> dict[str, BackendError]:
+    """Delete objects one by one, some at a time; return the ones that could not be, each with its error."""
+
+    async def attempt(location: str) -> BackendError | None:
+        try:
+            await delete(location)
+        except BackendError as error:
+            return error
+        return None
+
+    errors = await run_bounded(locations, attempt, _DELETE_CONCURRENCY)
+    return {location: error for location, error in zip(locations, errors, strict=True) if error is not None}
+
+
+# Downloads.
 
 
 class Body(Protocol):
@@ -107,7 +157,9 @@ async def open_reader(
         return await _open_empty(service, location, offset)
     try:
         if opened.range != byte_range(offset, length, opened.info.size):
-            raise BackendError(f"the service sent another range of {location!r} than was asked for", location=location)
+            sent = f"bytes {opened.range.start} to {opened.range.stop}"
+            message = f"the service sent another range of {location!r} than was requested from {offset}: {sent}"
+            raise BackendError(message, location=location)
     except BaseException:
         await opened.body.aclose()
         raise
@@ -173,7 +225,9 @@ class RemoteReader:
         except ConnectionTakenError:
             await self._release()
             location = self.info.location
-            message = f"the connection of the reader of {location!r} was given to another call at byte {self._position}"
+            message = (
+                f"another call took the connection of the idle reader of {location!r}: open it again at byte {self._position}"
+            )
             raise ConnectionTakenError(message, location=location) from None
         except Exception as error:  # noqa: BLE001  # whatever it is, the body is over
             await self._release()
@@ -192,7 +246,9 @@ class RemoteReader:
         try:
             return await open_reader(self._service, location, offset=offset, length=length, same=self._same)
         except PreconditionFailedError as error:
-            raise BackendError(f"{location!r} was replaced while it was read", location=location) from error.__cause__
+            raise BackendError(
+                f"the object at {location!r} was replaced while it was read", location=location
+            ) from error.__cause__
 
     async def aclose(self) -> None:
         """Let go of the connection; idempotent."""
@@ -213,3 +269,114 @@ class RemoteReader:
         body, self._body = self._body, None
         if body is not None:
             await body.aclose()
+
+
+# Writes whose outcome is in doubt.
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An object that is where a write was to create one.
+
+    Attributes:
+        write_id: The id of the write that it is of, None where it has none.
+        size: Its size in bytes.
+        receipt: What the write returns if the object is its own.
+        checksum: What the service says of its bytes, None where it says nothing.
+    """
+
+    write_id: str | None
+    size: int
+    receipt: Mapping[str, Any]
+    checksum: str | None = None
+
+
+class RemoteWriter:
+    """One write of one object, of which it is known at its end whether it has created the object.
+
+    The object carries an id of the write in its metadata. So where an answer was lost, and the same request made again is refused
+    because the object exists, a HEAD tells whether it is this write's own. ETags are never compared: they are an MD5 of the bytes
+    only sometimes.
+
+    Args:
+        location: Where the object is to be.
+        has_metadata: Whether the service keeps metadata, and so an id.
+    """
+
+    def __init__(self, location: str, *, has_metadata: bool = True) -> None:
+        self._location = location
+        self._id = uuid.uuid4().hex if has_metadata else None
+        self._created = False  # whether an answer that a cancelled caller did not see says that the object is there
+
+    async def _find(self, *, with_checksum: bool = False) -> Found | None:
+        """Return what is at the location, None if there is nothing; its checksum only where that is wanted."""
+        raise NotImplementedError
+
+    async def _remove(self, found: Found | None) -> None:
+        """Remove the object; `found` says which one, where it was asked."""
+        raise NotImplementedError
+
+    async def _answered(self, request: Awaitable[T], *, landed: Callable[[], bool] = lambda: True) -> T:
+        """Make a request, and learn what became of it, also for a caller that is cancelled.
+
+        Args:
+            request: The request.
+            landed: Tells whether the service may have acted on it; before that, a cancellation need not wait.
+        """
+        task = asyncio.ensure_future(request)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not landed():
+                task.cancel()
+            if not await wait_or_cancel(task, ANSWER_TIMEOUT):
+                message = "a write of %r was abandoned: no answer within %s s; the service may keep something of it"
+                logger.error(message, self._location, ANSWER_TIMEOUT)
+            self._created = not task.cancelled() and task.exception() is None and task.result() is not None
+            raise
+        finally:
+            del task  # or its error would hold this frame, and the frame the error
+
+    async def _outcome(self, doubt: BackendError, size: int, checksum: str | None = None) -> Mapping[str, Any] | None:
+        """Return the receipt of the object if this write has created it, None if nobody has created one.
+
+        Args:
+            doubt: The error that leaves it open.
+            size: The size of the object in bytes.
+            checksum: The checksum that the service has of it, None where it has none.
+
+        Raises:
+            ObjectExistsError: Another write has.
+            BackendError: The doubt itself, where the service does not tell.
+        """
+        if self._id is None:
+            raise doubt
+        try:
+            found = await self._find(with_checksum=checksum is not None)
+        except BackendError:
+            if isinstance(doubt, ObjectExistsError | PreconditionFailedError):  # it may be this write's own all the same
+                raise
+            raise doubt from doubt.__cause__
+        if found is None:
+            return None
+        same = found.size == size and (found.checksum is None or checksum is None or found.checksum == checksum)
+        if same and found.write_id == self._id:
+            return found.receipt
+        raise self._exists() from doubt.__cause__
+
+    async def _withdraw(self, *, unique: bool = True) -> None:
+        """Remove the object that this write has created, and no other's; what may be either stays.
+
+        Args:
+            unique: Whether the id in the object's metadata is this write's alone; that of a copy is its source's.
+        """
+        found: Found | None = None
+        ours = self._created
+        if unique and self._id is not None:
+            found = await self._find()
+            ours = found is not None and found.write_id == self._id
+        if ours:
+            await self._remove(found)
+
+    def _exists(self) -> ObjectExistsError:
+        return ObjectExistsError(f"an object is at {self._location!r} already", location=self._location)

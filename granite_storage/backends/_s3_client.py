@@ -51,7 +51,7 @@ threads = ThreadPool("granite-s3", 4)
 _FIRST_BACKOFF = 0.2
 _LONGEST_BACKOFF = 10.0
 _EVERYWHERE = frozenset({"ExpectedBucketOwner", "RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5"})
-_PATIENCE = 5.0
+_CANCEL_TIMEOUT = 5.0
 _SDKS = ("aioboto3", "aiobotocore")
 _MODELS = ("service-2", "endpoint-rule-set-1")
 _TABLES = ("_retry", "endpoints", "partitions", "sdk-default-configuration")
@@ -164,7 +164,7 @@ class ConnectionPool:
                 raise
             raise BackendUnavailableError(
                 f"none of the connections to bucket {self._bucket!r} became free within {self._timeout:g} s: "
-                "raise max_pool_connections"
+                "raise max_pool_connections or pool_timeout"
             ) from error
         return Lease(self)
 
@@ -247,8 +247,8 @@ class ServerTraits:
         if self._confirms_checksums and not answer.get("ChecksumSHA256"):
             self._confirms_checksums = False
             logger.warning(
-                "the S3 server of bucket %r does not confirm the SHA-256 of what is written, and may not have verified it: with "
-                "checksums=False it is sent Content-MD5, which older servers verify; the checksum in each ref is not affected",
+                "the S3 server of bucket %r does not confirm the SHA-256 of what is written, and may not have verified it: pass "
+                "checksums=False to send Content-MD5, which older servers verify; the checksum in each ref is not affected",
                 self.bucket,
             )
 
@@ -458,7 +458,7 @@ class S3Client:
 
 
 def backoff(attempt: int) -> float:
-    """Return how long to wait after the so-manieth failed attempt, in seconds: doubling, bounded, with jitter."""
+    """Return how long to wait after the n-th failed attempt, in seconds: doubling, bounded, with jitter."""
     longest = min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2.0 ** (attempt - 1))
     return longest * random.uniform(0.5, 1.0)  # noqa: S311  # it spreads the load and keeps no secret
 
@@ -519,7 +519,7 @@ class S3Clients:
 
     async def _open(self, state: _LoopState) -> S3Client:
         try:
-            session, config = await threads.run(self._prepare, patience=_PATIENCE)
+            session, config = await threads.run(self._prepare, cancel_timeout=_CANCEL_TIMEOUT)
             state.life = _live(session, config, self._settings, self._traits)
             state.client = await anext(state.life)
         except Exception as error:

@@ -202,7 +202,7 @@ class SupportsBatchDelete(Protocol):
 class SupportsCleanup(Protocol):
     """A backend whose interrupted writes can leave something unfinished, such as temporary files or multipart uploads."""
 
-    async def abort_unfinished(self, *, older_than: timedelta) -> int:
+    async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
         """Remove what unfinished writes left behind longer than `older_than` ago; return how many there were."""
         ...
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -12,7 +11,7 @@ from urllib.parse import urlsplit
 
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject, bucket_place
 from granite_storage.backends._listing import list_keys
-from granite_storage.backends._remote import Opened, error_at, open_reader, read_beginning
+from granite_storage.backends._remote import Opened, delete_each, delete_in_batches, error_at, open_reader, read_beginning
 from granite_storage.backends._resuming import ConnectionTakenError
 from granite_storage.backends._s3_client import Lease, S3Client, S3Clients, S3Settings, is_installed, version_of
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
@@ -45,7 +44,6 @@ logger = logging.getLogger("granite_storage")
 _MIB = 1024 * 1024
 _SMALLEST_PART = 5 * _MIB
 _LARGEST_PART = 5 * 1024 * _MIB
-_DELETED_AT_A_TIME = 1000
 _LONGEST_PRESIGN = timedelta(days=7)
 _OURS = frozenset({"Body", "Bucket", "ContentLength", "ContentMD5", "IfMatch", "IfNoneMatch", "Key"})
 
@@ -74,10 +72,13 @@ def _require_presignable(settings: S3Settings) -> None:
     """
     extra = settings.extra_put_kwargs
     if any(name.startswith("SSECustomer") for name in extra):
-        raise S3ConfigurationError("extra_put_kwargs encrypts with a key of your own, which a client would have to be given")
+        raise S3ConfigurationError(
+            "a client cannot store directly with a key of your own (SSECustomerKey in extra_put_kwargs): it would have to know it"
+        )
     if extra.get("StorageClass") in _ARCHIVES:
         raise S3ConfigurationError(
-            f"extra_put_kwargs has the storage class {extra['StorageClass']!r}, from which no direct upload could be read"
+            f"a client cannot store directly with the storage class {extra['StorageClass']!r} of extra_put_kwargs: nothing there "
+            "can be read at once"
         )
 
 
@@ -133,8 +134,8 @@ def _warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
     if left < expires_in:
         client.traits.warned_of_end = end
         logger.warning(
-            "what is presigned for bucket %r was asked to work for %s, but ends after %s with the temporary credentials that "
-            "sign it: presign for less, or sign with credentials that last",
+            "what is presigned for bucket %r is to be valid for %s, but expires after %s with the temporary credentials that "
+            "sign it: presign for a shorter time, or sign with credentials that last longer",
             client.settings.bucket,
             expires_in,
             timedelta(seconds=max(0, int(left.total_seconds()))),
@@ -225,7 +226,7 @@ class S3StorageBackend:
     The credentials need `s3:GetObject`, `s3:PutObject`, `s3:DeleteObject`, `s3:AbortMultipartUpload`,
     `s3:ListMultipartUploadParts`, `s3:ListBucketMultipartUploads` and `s3:ListBucket`; without the last one S3 answers
     "forbidden" for what is not there, and so does this backend. Give the bucket a lifecycle rule for incomplete multipart
-    uploads, or call `abort_unfinished` now and then: a killed process cannot clean up.
+    uploads, or call `cleanup_incomplete` now and then: a killed process cannot clean up.
 
     Args:
         bucket: The bucket's name; it must exist.
@@ -410,18 +411,13 @@ class S3StorageBackend:
     async def delete(self, location: str) -> None:
         """Remove an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
         self._check(location)
-        await self._delete(await self._clients.get(), location)
+        await self._delete(location)
 
     async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
         """Remove objects, a thousand by one request; see `SupportsBatchDelete.delete_many`."""
         for location in locations:
             self._check(location)
-        client = await self._clients.get()
-        different = list(dict.fromkeys(locations))
-        failures: dict[str, BackendError] = {}
-        for start in range(0, len(different), _DELETED_AT_A_TIME):
-            failures |= await self._delete_batch(client, different[start : start + _DELETED_AT_A_TIME])
-        return failures
+        return await delete_in_batches(locations, self._delete_batch)
 
     async def copy(self, source: str, target: str) -> Mapping[str, Any]:
         """Copy an object inside the server, with its content type; see `SupportsCopy.copy`.
@@ -474,13 +470,17 @@ class S3StorageBackend:
         self._check(location)
         _require_life(expires_in)
         if "${filename}" in self._settings.key(location):
-            raise InvalidLocationError(f"a form would put the client's own name of the file into {location!r}")
+            raise InvalidLocationError(
+                f"location {location!r} contains ${{filename}}, in whose place an S3 form puts the client's file name"
+            )
         if not 0 <= min_size <= max_size:
-            raise ValueError(f"no file has from {min_size} to {max_size} bytes")
+            raise ValueError(f"min_size must be from 0 to max_size, but they are {min_size} and {max_size}")
         require_size(min_size, _LARGEST_PART)
         _require_presignable(self._settings)
         if not self._presigned_post and min_size != max_size:
-            raise ValueError("the server takes no form, and a PUT is signed for one size: say the exact size")
+            raise ValueError(
+                f"presigned_post=False signs a PUT of one size: pass equal min_size and max_size, not {min_size} and {max_size}"
+            )
         client = await self._clients.get()
         sign = _presigned_form if self._presigned_post else _presigned_put
         try:
@@ -506,8 +506,8 @@ class S3StorageBackend:
             if location and location != MARKER and not location.startswith(PROBE_PREFIX):
                 yield _info_of(location, entry, entry["Size"])
 
-    async def abort_unfinished(self, *, older_than: timedelta) -> int:
-        """Abort the multipart uploads under the prefix; see `SupportsCleanup.abort_unfinished`.
+    async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
+        """Abort the multipart uploads under the prefix; see `SupportsCleanup.cleanup_incomplete`.
 
         An upload is old when it began, and its last part arrived, so long ago. Those of other programs are aborted too.
         """
@@ -552,7 +552,9 @@ class S3StorageBackend:
     def _check(self, location: str) -> None:
         check_location(location, windows=False)
         if len(self._settings.key(location).encode()) > MAX_LOCATION_BYTES:
-            raise InvalidLocationError(f"the location is longer than {MAX_LOCATION_BYTES} bytes with its prefix")
+            raise InvalidLocationError(
+                f"location {location[:80]!r} is longer than {MAX_LOCATION_BYTES} bytes together with its prefix"
+            )
 
     async def _write(self, client: S3Client, location: str, source: PartSource, content_type: str | None) -> Mapping[str, Any]:
         content = {} if content_type is None else {"ContentType": content_type}
@@ -562,19 +564,21 @@ class S3StorageBackend:
         version = version_of(answer)
         return {"bucket": self.bucket, **({"version_id": version["VersionId"]} if version else {})}
 
-    async def _delete(self, client: S3Client, location: str) -> None:
+    async def _delete(self, location: str) -> None:
+        client = await self._clients.get()
         try:
             await client.call("delete_object", location=location)
         except ObjectNotFoundError:  # some servers say so
             return
 
-    async def _delete_batch(self, client: S3Client, locations: Sequence[str]) -> dict[str, BackendError]:
+    async def _delete_batch(self, locations: Sequence[str]) -> dict[str, BackendError]:
+        client = await self._clients.get()
         keys = {self._settings.key(location): location for location in locations}
         try:
             answer = await client.call("delete_objects", Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True})
         except BackendError as error:
             if type(error) is BackendError:  # the server does not know the request, or wants other checksums of it
-                return await self._delete_each(client, locations)
+                return await delete_each(locations, self._delete)
             return {location: error_at(location, error) for location in locations}
         failures: dict[str, BackendError] = {}
         for entry in answer.get("Errors", ()):
@@ -582,16 +586,6 @@ class S3StorageBackend:
             failure = answered({"Error": entry}, "delete_objects", bucket=self.bucket, location=location)
             if not isinstance(failure, ObjectNotFoundError):
                 failures[location] = failure
-        return failures
-
-    async def _delete_each(self, client: S3Client, locations: Sequence[str]) -> dict[str, BackendError]:
-        results = await asyncio.gather(*(self._delete(client, location) for location in locations), return_exceptions=True)
-        failures = {}
-        for location, result in zip(locations, results, strict=True):
-            if isinstance(result, BackendError):
-                failures[location] = result
-            elif result is not None:
-                raise result
         return failures
 
 
@@ -604,7 +598,7 @@ def _checked_prefix(prefix: str) -> str:
         try:
             check_segment(segment, windows=False)
         except InvalidLocationError as error:
-            raise ConfigurationError(f"the prefix is not safe: {error}") from error
+            raise ConfigurationError(f"prefix {prefix!r} cannot be used: {error}") from error
     return f"{bare}/"
 
 

@@ -155,10 +155,10 @@ class _DeletesMany(WrappedBackend):
 
 
 class _CleansUp(WrappedBackend):
-    async def abort_unfinished(self, *, older_than: timedelta) -> int:
+    async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
         """Remove what unfinished writes left behind, in the whole inner backend."""
         inner = cast(SupportsCleanup, self.inner)
-        return await self._call("abort_unfinished", [], lambda: inner.abort_unfinished(older_than=older_than))
+        return await self._call("cleanup_incomplete", [], lambda: inner.cleanup_incomplete(older_than=older_than))
 
 
 class _TellsTime(WrappedBackend):
@@ -293,7 +293,7 @@ class _ReopeningReader(_WrappedReader):
 class PrefixedBackend(WrappedBackend):
     """Keeps everything under one prefix of another backend, and sees nothing else of it.
 
-    It promises what the inner backend promises, has the same abilities, and costs a string per call. Only `abort_unfinished`
+    It promises what the inner backend promises, has the same abilities, and costs a string per call. Only `cleanup_incomplete`
     reaches further: it clears up after the unfinished writes of the whole inner backend. Its identity is that of the inner
     backend with the prefix, so that rows of another prefix are noticed.
 
@@ -324,7 +324,7 @@ class PrefixedBackend(WrappedBackend):
             for segment in prefix.split("/"):
                 check_segment(segment)
         except InvalidLocationError as error:
-            raise ConfigurationError(f"the prefix is not safe: {error}") from error
+            raise ConfigurationError(f"prefix {prefix!r} cannot be used: {error}") from error
         self.prefix = prefix
 
     def __repr__(self) -> str:

@@ -19,9 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage._engine import describe_mismatch, identities_of, may_overlap
 from granite_storage._jobs import require_mounted
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends.base import StorageBackend
-from granite_storage.cli.output import shown
+from granite_storage.cli.output import escape_text
 from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
 from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StorageError
 from granite_storage.gc.database import DatabaseReferences
@@ -69,13 +69,14 @@ def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
     """
 
     async def work(context: CommandContext) -> Exit | None:
-        checks = [check async for check in _checks(context.binding, read_only=read_only)]
+        checks = [check async for check in _run_checks(context.binding, read_only=read_only)]
         if as_json:
             for check in checks:
                 context.output.record({"result": check.result.value[0], "what": check.what, "message": check.message})
         else:
             rows = [
-                (Text(check.result.value[0], style=check.result.value[1]), check.what, shown(check.message)) for check in checks
+                (Text(check.result.value[0], style=check.result.value[1]), check.what, escape_text(check.message))
+                for check in checks
             ]
             context.output.table(["", "what", "found"], rows)
         return Exit.FOUND if any(check.result is CheckResult.BAD for check in checks) else None
@@ -83,22 +84,22 @@ def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
     run(settings, work, as_json=as_json)
 
 
-async def _checks(binding: StorageBinding, *, read_only: bool) -> AsyncIterator[Check]:
-    for check in _configuration(binding):
+async def _run_checks(binding: StorageBinding, *, read_only: bool) -> AsyncIterator[Check]:
+    for check in _check_configuration(binding):
         yield check
-    async for check in _database(binding):
+    async for check in _check_database(binding):
         yield check
-    async for check in _references(binding):
+    async for check in _check_references(binding):
         yield check
-    async for check in _journal(binding):
+    async for check in _check_journal(binding):
         yield check
     for key, backend in binding.manager.backends.items():
         prefixes = [policy.key_prefix for policy in binding.manager.policies.values() if policy.backend_key == key]
-        async for check in _backend(key, backend, None if read_only or not prefixes else prefixes[0] or ""):
+        async for check in _check_backend(key, backend, None if read_only or not prefixes else prefixes[0] or ""):
             yield check
 
 
-def _configuration(binding: StorageBinding) -> list[Check]:
+def _check_configuration(binding: StorageBinding) -> list[Check]:
     columns = binding.ref_columns()
     managed = [column.type for column in columns if isinstance(column.type, AttachmentType)]
     checks = [
@@ -107,21 +108,21 @@ def _configuration(binding: StorageBinding) -> list[Check]:
         )
     ]
     if not columns:
-        checks = [Check(CheckResult.NOTE, "models", "no model has a column of refs: were all of them imported?")]
-    for home in managed:
+        checks = [Check(CheckResult.NOTE, "models", "no model has a column of refs: check that every model is imported")]
+    for column_type in managed:
         try:
-            binding.manager_for(home)
+            binding.manager_for(column_type)
         except StorageError as error:
-            checks.append(Check(CheckResult.BAD, f"column {home.label}", str(error)))
-    unused = sorted(set(binding.manager.policies) - {home.storage_key for home in managed})
+            checks.append(Check(CheckResult.BAD, f"column {column_type.label}", str(error)))
+    unused = sorted(set(binding.manager.policies) - {column_type.storage_key for column_type in managed})
     if unused:
         checks.append(Check(CheckResult.NOTE, "policies", f"no attachment column uses {', '.join(unused)}"))
     return checks
 
 
-async def _database(binding: StorageBinding) -> AsyncIterator[Check]:
+async def _check_database(binding: StorageBinding) -> AsyncIterator[Check]:
     if binding.sessions is None:
-        yield Check(CheckResult.BAD, "database", "the binding has no sessions: bind_storage(Base, manager, sessions=...)")
+        yield Check(CheckResult.BAD, "database", "the binding has no sessions: pass sessions= to bind_storage()")
         return
     begun = time.monotonic()
     try:
@@ -132,19 +133,19 @@ async def _database(binding: StorageBinding) -> AsyncIterator[Check]:
             name = connection.dialect.name
             yield Check(CheckResult.GOOD, "database", f"{name} answers within {time.monotonic() - begun:.2f} s")
             if name == "sqlite":
-                async for check in _sqlite(connection):
+                async for check in _check_sqlite(connection):
                     yield check
             else:
                 now = (await connection.execute(select(clock()))).scalar_one()
-                yield _skew("the database's clock", now)
-            yield await connection.run_sync(_tables, binding)
+                yield _check_clock("the database's clock", now)
+            yield await connection.run_sync(_check_tables, binding)
     except (SQLAlchemyError, OSError, TimeoutError) as error:
         yield Check(
             CheckResult.BAD, "database", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
         )
 
 
-async def _references(binding: StorageBinding) -> AsyncIterator[Check]:
+async def _check_references(binding: StorageBinding) -> AsyncIterator[Check]:
     """Look for rows that lead to another store than they did, and for what would stop the garbage collector."""
     manager = binding.manager
     if binding.sessions is None or not manager.backends or not binding.ref_columns():
@@ -158,11 +159,11 @@ async def _references(binding: StorageBinding) -> AsyncIterator[Check]:
             except CollectionRefusedError as error:
                 checks.append(Check(CheckResult.NOTE, "garbage collection", f"would be refused: {error}"))
             counted = await source.count_by_store()
-            misled = [await _misled(binding, *store, number) for store, number in sorted(counted.items(), key=str)]
-            checks += [check for check in misled if check is not None] + await _overlapping(manager)
+            misled = [await _check_store(binding, *store, number) for store, number in sorted(counted.items(), key=str)]
+            checks += [check for check in misled if check is not None] + await _find_overlaps(manager)
         if not checks:
             checks.append(
-                Check(CheckResult.GOOD, "references", f"{counted.total()} lead to the stores that they were written to")
+                Check(CheckResult.GOOD, "references", f"all {counted.total()} lead to the store that they were written to")
             )
     except TimeoutError:
         checks.append(Check(CheckResult.NOTE, "references", f"could not be counted within {_TIMEOUT:.0f} s"))
@@ -173,27 +174,27 @@ async def _references(binding: StorageBinding) -> AsyncIterator[Check]:
         yield check
 
 
-async def _misled(binding: StorageBinding, backend_key: str, identity: str | None, number: int) -> Check | None:
+async def _check_store(binding: StorageBinding, backend_key: str, identity: str | None, number: int) -> Check | None:
     backend = binding.manager.backends.get(backend_key)
     if backend is None:
         known = ", ".join(sorted(binding.manager.backends))
-        said = f"{number} name the backend {backend_key!r}, which the manager does not have (there are: {known})"
+        said = f"{number} references name the backend {backend_key!r}, which the manager does not have (there are: {known})"
         return Check(CheckResult.BAD, "references", said)
     identities = None if identity is None else await identities_of(backend)
     if identities is None or identity is None or identity in identities:
         return None
     mismatch = describe_mismatch(backend_key, identity, next(iter(identities), None))
-    return Check(CheckResult.BAD, "references", f"{number} lead to another store than they did: {mismatch}")
+    return Check(CheckResult.BAD, "references", f"{number} references lead to another store than before: {mismatch}")
 
 
-async def _overlapping(manager: StorageManager) -> list[Check]:
+async def _find_overlaps(manager: StorageManager) -> list[Check]:
     pairs = combinations(sorted(manager.backends), 2)
     overlapping = [pair for pair in pairs if await may_overlap(manager.backends[pair[0]], manager.backends[pair[1]])]
     said = "lead to the same objects: give the manager one backend for each place"
     return [Check(CheckResult.BAD, "backends", f"{one!r} and {other!r} {said}") for one, other in overlapping]
 
 
-async def _sqlite(connection: AsyncConnection) -> AsyncIterator[Check]:
+async def _check_sqlite(connection: AsyncConnection) -> AsyncIterator[Check]:
     driver: Any = (await connection.get_raw_connection()).driver_connection
     if driver.in_transaction:
         yield Check(CheckResult.GOOD, "SQLite transactions", "SQLAlchemy begins them itself, so reads and savepoints are in them")
@@ -201,14 +202,14 @@ async def _sqlite(connection: AsyncConnection) -> AsyncIterator[Check]:
         yield Check(
             CheckResult.NOTE,
             "SQLite transactions",
-            "the driver begins none before the first write, so reads are outside of them; savepoints are real all the same."
+            "the driver begins none before the first write, so reads are outside of them; savepoints work all the same."
             " SQLAlchemy's BEGIN recipe changes that",
         )
     if not (await connection.execute(text("PRAGMA foreign_keys"))).scalar_one():
         yield Check(CheckResult.NOTE, "SQLite foreign keys", "not enforced: ON DELETE CASCADE deletes nothing")
 
 
-def _tables(connection: Connection, binding: StorageBinding) -> Check:
+def _check_tables(connection: Connection, binding: StorageBinding) -> Check:
     inspector = inspect(connection)
     journal = tables_of(binding.metadata) if binding.journal is not None else None
     tables = dict.fromkeys([*(column.table for column in binding.ref_columns()), *(() if journal is None else journal.all)])
@@ -220,23 +221,25 @@ def _tables(connection: Connection, binding: StorageBinding) -> Check:
         and column.name not in {found["name"] for found in inspector.get_columns(column.table.name, schema=column.table.schema)}
     ]
     if missing or lacking:
-        return Check(CheckResult.BAD, "tables", f"missing: {', '.join([*missing, *lacking])}; create them, or run the migrations")
-    return Check(CheckResult.GOOD, "tables", f"all {len(tables)} are there")
+        return Check(CheckResult.BAD, "tables", f"missing: {', '.join([*missing, *lacking])}: create them, or run the migrations")
+    return Check(CheckResult.GOOD, "tables", f"all {len(tables)} exist")
 
 
-async def _journal(binding: StorageBinding) -> AsyncIterator[Check]:
+async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
     if binding.journal is None:
-        yield Check(CheckResult.NOTE, "journal", "none: what a crash leaves behind is the garbage collector's")
+        yield Check(CheckResult.NOTE, "journal", "none: the garbage collector has to delete what a crash leaves behind")
         return
     try:
         async with asyncio.timeout(_TIMEOUT):
             await binding.journal.check()
-        yield Check(CheckResult.GOOD, "journal", f"can keep its promise; leases of {binding.journal.lease}")
+        yield Check(
+            CheckResult.GOOD, "journal", f"the database can keep the journal's promise; leases of {binding.journal.lease}"
+        )
     except (StorageError, SQLAlchemyError, OSError, TimeoutError) as error:
         yield Check(CheckResult.BAD, "journal", f"{type(error).__name__}: {error}")
 
 
-async def _backend(key: str, backend: StorageBackend, prefix: str | None) -> AsyncIterator[Check]:
+async def _check_backend(key: str, backend: StorageBackend, prefix: str | None) -> AsyncIterator[Check]:
     """Look at a backend; with a prefix to write below, at all that it may."""
     what = f"backend {key}"
     begun = time.monotonic()
@@ -248,7 +251,7 @@ async def _backend(key: str, backend: StorageBackend, prefix: str | None) -> Asy
         async with asyncio.timeout(_TIMEOUT):
             await backend.exists(location)
             if prefix is None:
-                yield await _untouched(what, key, backend, begun)
+                yield await _check_unwritten(what, key, backend, begun)
                 return
             try:
                 doing = "storing a probe"
@@ -264,28 +267,30 @@ async def _backend(key: str, backend: StorageBackend, prefix: str | None) -> Asy
                 listed = [info.location async for info in backend.iter_objects(location)]
             finally:
                 if doing != "looking for an object":
-                    await finish(backend.delete(location), f"deleting the probe {location!r}")
+                    await shielded_cleanup(backend.delete(location), f"deleting the probe {location!r}")
             doing = "deleting the probe"
             gone = not await backend.exists(location)
     except (StorageError, OSError, TimeoutError) as error:
         yield Check(CheckResult.BAD, what, f"{doing} failed: {type(error).__name__}: {error}")
         return
     if content != _CONTENT or listed != [location] or not gone:
-        yield Check(CheckResult.BAD, what, "a probe was not read, listed or deleted as it should be")
+        yield Check(CheckResult.BAD, what, "the probe was not read, listed or deleted correctly")
         return
     yield Check(CheckResult.GOOD, what, f"stores, reads, lists and deletes ({time.monotonic() - begun:.2f} s)")
-    yield _skew(f"clock of {key}", modified)
+    yield _check_clock(f"clock of {key}", modified)
 
 
-async def _untouched(what: str, key: str, backend: StorageBackend, begun: float) -> Check:
+async def _check_unwritten(what: str, key: str, backend: StorageBackend, begun: float) -> Check:
     try:
         await require_mounted(key, backend)
     except BackendUnavailableError:
-        return Check(CheckResult.NOTE, what, "its folder has no marker file: it was never written to, or its disk is not mounted")
+        return Check(
+            CheckResult.NOTE, what, "its folder has no marker file: nothing was written to it yet, or its disk is not mounted"
+        )
     return Check(CheckResult.GOOD, what, f"answers within {time.monotonic() - begun:.2f} s; nothing was written")
 
 
-def _skew(what: str, then: datetime) -> Check:
+def _check_clock(what: str, then: datetime) -> Check:
     aware = then if then.tzinfo is not None else then.replace(tzinfo=UTC)
     seconds = (datetime.now(UTC) - aware).total_seconds()
     if abs(seconds) <= _SKEW:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from sqlalchemy import func, select
 
-from granite_storage.cli.output import Bar, shown_size
+from granite_storage.cli.output import Bar, format_size
 from granite_storage.cli.runtime import (
     AFTER,
     CONCURRENCY,
@@ -67,7 +67,7 @@ def verify_command(
 ) -> None:
     """Compare every reference with its object.
 
-    Nothing is changed. The exit code is 1 where something is wrong; a checksum that is unknown is told, and is not wrong.
+    Nothing is changed. The exit code is 1 where something is wrong; an unknown checksum is reported, and is not wrong.
     """
     more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
 
@@ -76,7 +76,7 @@ def verify_command(
         try:
             await _verify(context, verification)
         finally:
-            _tell_verification(context, verification)
+            _show_verification(context, verification)
         return Exit.FOUND if verification.report.problems else None
 
     run(settings, work, as_json=as_json)
@@ -87,10 +87,10 @@ async def _verify(context: CommandContext, verification: Verification) -> None:
     total = await verification.count()
     with context.stoppable(verification.stop), context.output.progress("verifying", total) as bar:
         async for finding in verification.on_progress(lambda: bar.reach(report.rows, report.bytes_read)):
-            _tell_finding(context, finding)
+            _show_finding(context, finding)
 
 
-def _tell_finding(context: CommandContext, finding: Finding) -> None:
+def _show_finding(context: CommandContext, finding: Finding) -> None:
     if context.output.as_json:
         context.output.record(
             {
@@ -108,7 +108,7 @@ def _tell_finding(context: CommandContext, finding: Finding) -> None:
     context.output.line(f"{finding.problem.value}: {finding.table} {row} {finding.column}: {finding.message}", style)
 
 
-def _tell_verification(context: CommandContext, verification: Verification) -> None:
+def _show_verification(context: CommandContext, verification: Verification) -> None:
     report = verification.report
     if context.output.as_json:
         counts = {problem.value: number for problem, number in report.counts.items()}
@@ -118,17 +118,17 @@ def _tell_verification(context: CommandContext, verification: Verification) -> N
         facts = {"references checked": f"{report.checked:,}", "problems": f"{report.problems:,}"}
         facts |= {f"  {problem.value}": f"{number:,}" for problem, number in sorted(report.counts.items())}
         if report.bytes_read:
-            facts["bytes read"] = shown_size(report.bytes_read)
+            facts["bytes read"] = format_size(report.bytes_read)
         context.output.facts(facts)
     if not report.complete and report.key is not None:
-        context.output.note(f"not complete; go on with: --after '{report.key}'")
+        context.output.note(f"not complete; to continue, pass --after '{report.key}'")
 
 
 # recover
 
 
 @click.command("recover")
-@click.option("--retry-dead-letters", is_flag=True, help="Try the deletes again that were given up.")
+@click.option("--retry-dead-letters", is_flag=True, help="Try the deletes again that have become dead letters.")
 @YES
 @DRY_RUN
 @JSON
@@ -136,36 +136,37 @@ def _tell_verification(context: CommandContext, verification: Verification) -> N
 def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Let the journal do all that is due.
 
-    It deletes what no transaction has taken and what rows have given up. Without --yes it shows what is due, and asks.
+    It deletes uploads that no transaction has kept, and objects that rows have released. Without --yes it shows what is due, and
+    asks.
     """
 
     async def work(context: CommandContext) -> Exit | None:
         journal = context.binding.journal
         if journal is None:
-            raise ConfigurationError("the application has no journal: bind_storage(..., journal=StorageJournal(engine))")
+            raise ConfigurationError("the application has no journal: pass journal=StorageJournal(engine) to bind_storage()")
         if dry_run or not yes:
-            await _tell_due(context, journal)
+            await _show_due(context, journal)
         if dry_run or not context.confirm("Delete what is due and no row refers to?", yes=yes):
             return None
         if retry_dead_letters:
-            context.output.note(f"{await journal.retry_dead_letters():,} deletes that were given up are tried again")
+            context.output.note(f"{await journal.retry_dead_letters():,} dead letters are tried again")
         report = await journal.recover()
-        _tell_recovery(context, report)
+        _show_recovery(context, report)
         return Exit.FOUND if report.failed or report.unknown_backends else None
 
     run(settings, work, as_json=as_json)
 
 
-async def _tell_due(context: CommandContext, journal: StorageJournal) -> None:
+async def _show_due(context: CommandContext, journal: StorageJournal) -> None:
     await journal.check()
     intent, reclaim = journal.tables.intent, journal.tables.reclaim
     rows: list[dict[str, Any]] = []
     sessions = context.binding.sessions
     if sessions is None:
-        raise ConfigurationError("the binding has no sessions: bind_storage(Base, manager, sessions=...)")
+        raise ConfigurationError("the binding has no sessions: pass sessions= to bind_storage()")
     async with sessions() as session:
         connection = await session.connection(bind_arguments={"clause": intent})
-        for state, table in (("written down", intent), ("taken over", reclaim)):
+        for state, table in (("recorded", intent), ("claimed", reclaim)):
             due = (
                 func.count().filter(table.c.due <= clock())
                 if connection.dialect.name == "postgresql"
@@ -179,10 +180,10 @@ async def _tell_due(context: CommandContext, journal: StorageJournal) -> None:
     elif rows:
         context.output.table(["backend", "kind", "state", "due", "of"], [list(row.values()) for row in rows])
     else:
-        context.output.line("nothing waits")
+        context.output.line("nothing is waiting")
 
 
-def _tell_recovery(context: CommandContext, report: RecoveryReport) -> None:
+def _show_recovery(context: CommandContext, report: RecoveryReport) -> None:
     failed = [
         {
             "backend": item.backend,
@@ -202,7 +203,7 @@ def _tell_recovery(context: CommandContext, report: RecoveryReport) -> None:
         facts["unknown backends"] = ", ".join(sorted(report.unknown_backends))
     context.output.facts({**facts, "failed": len(failed)})
     for item in failed:
-        later = "given up" if item["next"] is None else f"again at {item['next']:%Y-%m-%d %H:%M:%S} UTC"
+        later = "a dead letter" if item["next"] is None else f"again at {item['next']:%Y-%m-%d %H:%M:%S} UTC"
         context.output.line(f"failed: {item['backend']}:{item['location']}: {item['error']} ({later})", "red")
 
 
@@ -221,9 +222,11 @@ def _tell_recovery(context: CommandContext, report: RecoveryReport) -> None:
     help="Delete nothing where more than this part of the objects are orphans.",
 )
 @click.option(
-    "--allow-restored-database", is_flag=True, help="This is the right database, though no worker was at work for long."
+    "--allow-restored-database", is_flag=True, help="The database is the right one, though no worker was running for long."
 )
-@click.option("--allow-no-references", is_flag=True, help="This is the right database, though it refers to none of the objects.")
+@click.option(
+    "--allow-no-references", is_flag=True, help="The database is the right one, though it refers to none of the objects."
+)
 @YES
 @DRY_RUN
 @JSON
@@ -241,9 +244,9 @@ def gc_command(
 ) -> None:
     """Delete the objects that nothing refers to.
 
-    The application may go on. Without --yes it looks, shows what it has found, and asks; --dry-run ends there. The exit code is 1
-    where something could not be deleted, a reference leads to no object, or nothing would be deleted because what was found can
-    hardly be true.
+    The application may keep running. Without --yes the command shows what it has found, and asks; --dry-run ends there. The exit
+    code is 1 where something could not be deleted, a reference leads to no object, or the run is refused because what was found
+    can hardly be true.
     """
     accepted = {"allow_restored_database": allow_restored_database, "allow_no_references": allow_no_references}
 
@@ -278,9 +281,9 @@ async def _collect(context: CommandContext, collection: CollectionRun) -> None:
             async for item in collection.on_progress(lambda: _reach(bar, report)):
                 shown += 1
                 if context.output.as_json or item.status is OrphanStatus.FAILED or (report.dry_run and shown <= _MOST_SHOWN):
-                    _tell_object(context, item)
+                    _show_object(context, item)
     finally:
-        _tell_report(context, report)
+        _show_report(context, report)
 
 
 def _reach(bar: Bar, report: GarbageCollectionReport) -> None:
@@ -290,7 +293,7 @@ def _reach(bar: Bar, report: GarbageCollectionReport) -> None:
 def _may_delete(context: CommandContext, report: GarbageCollectionReport) -> bool:
     if report.refusal is not None or not report.orphaned:
         return False
-    question = f"Delete {report.orphaned:,} orphans of {report.storage_key!r} ({shown_size(report.orphaned_bytes)})?"
+    question = f"Delete {report.orphaned:,} orphans of {report.storage_key!r} ({format_size(report.orphaned_bytes)})?"
     return context.confirm(question, yes=False)
 
 
@@ -298,32 +301,32 @@ def _is_wrong(report: GarbageCollectionReport) -> bool:
     return bool(report.failed or report.dangling or report.refusal or report.unfinished_error)
 
 
-def _tell_object(context: CommandContext, item: CollectedObject) -> None:
+def _show_object(context: CommandContext, item: CollectedObject) -> None:
     if context.output.as_json:
         said = {"object": item.status.value, "backend": item.backend, "location": item.location, "size": item.size}
         context.output.record({**said, **({"error": item.error} if item.error else {})})
         return
     error = f": {item.error}" if item.error else ""
     style = "red" if item.status is OrphanStatus.FAILED else None
-    context.output.line(f"{item.status.value}: {item.backend}:{item.location} ({shown_size(item.size)}){error}", style)
+    context.output.line(f"{item.status.value}: {item.backend}:{item.location} ({format_size(item.size)}){error}", style)
 
 
-def _tell_report(context: CommandContext, report: GarbageCollectionReport) -> None:
+def _show_report(context: CommandContext, report: GarbageCollectionReport) -> None:
     if context.output.as_json:
         failures = [{"location": item.location, "error": item.error} for item in report.failures]
         context.output.record({"report": {**asdict(report), "failures": failures}})
     else:
-        _tell_person(context, report)
+        _show_facts(context, report)
     if not report.complete:
-        context.output.note("not complete; nothing that is referred to was deleted. Go on with the same command")
+        context.output.note("not complete; no referenced object was deleted. To continue, run the same command")
 
 
-def _tell_person(context: CommandContext, report: GarbageCollectionReport) -> None:
+def _show_facts(context: CommandContext, report: GarbageCollectionReport) -> None:
     facts: dict[str, Any] = {"policy": f"{report.storage_key} on {report.backend}"}
     for name in _COUNTED:
         number, size = getattr(report, name), getattr(report, f"{name}_bytes")
         if number or name in ("scanned", "referenced", "orphaned"):
-            facts[name] = f"{number:,} ({shown_size(size)})"
+            facts[name] = f"{number:,} ({format_size(size)})"
     if report.failed:
         facts["failed"] = f"{report.failed:,}"
     if report.unfinished:
@@ -332,9 +335,9 @@ def _tell_person(context: CommandContext, report: GarbageCollectionReport) -> No
         context.output.line(f"... and {report.orphaned - _MOST_SHOWN:,} more; --json names all")
     context.output.facts(facts)
     for column, number in list(report.mentions.items())[:_MOST_SHOWN]:
-        context.output.line(f"kept: {column} mentions {number:,} of them, and is no column of references", "yellow")
+        context.output.line(f"kept: {column} mentions {number:,} of them, and is not a column of refs", "yellow")
     for column in report.unseen[:_MOST_SHOWN]:
-        context.output.line(f"not looked at, or not in every row: {column}", "yellow")
+        context.output.line(f"not searched, or not in every row: {column}", "yellow")
     for found in report.dangling[:_MOST_SHOWN]:
         context.output.line(f"dangling: {found.backend}:{found.location}: {found.message}", "red")
     if len(report.dangling) > _MOST_SHOWN:
@@ -350,7 +353,7 @@ def _tell_person(context: CommandContext, report: GarbageCollectionReport) -> No
 
 @click.command("migrate")
 @click.option("--storage-key", required=True, metavar="KEY", help="Whose objects.")
-@click.option("--to", "to_backend", required=True, metavar="BACKEND", help="The backend that they shall be on.")
+@click.option("--to", "to_backend", required=True, metavar="BACKEND", help="The backend to move them to.")
 @AFTER
 @CONCURRENCY
 @RATE
@@ -371,8 +374,9 @@ def migrate_command(
 ) -> None:
     """Move the objects of a policy to another backend.
 
-    The application may go on; its policy must write to the new backend already. Each object is copied and verified, its row is
-    changed, and the old object is deleted as one that was replaced. Without --yes it shows what there is to move, and asks.
+    The application may keep running; its policy must write to the new backend already. Each object is copied and verified, its
+    row is changed, and the old object is deleted as one that was replaced. Without --yes the command shows what there is to move,
+    and asks.
     """
     more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
 
@@ -381,24 +385,24 @@ def migrate_command(
             context.binding, storage_key=storage_key, to_backend=to_backend, after=after, bytes_per_second=rate, **more
         )
         if dry_run or not yes:
-            count = await _tell_plan(context, migration)
+            count = await _show_plan(context, migration)
             if dry_run or not count or not context.confirm(f"Move them to {to_backend!r}, and delete the old objects?", yes=yes):
                 return None
         try:
             await _move(context, migration)
         finally:
-            _tell_migration(context, migration)
+            _show_migration(context, migration)
         return None if migration.report.complete and not migration.report.failed else Exit.FOUND
 
     run(settings, work, as_json=as_json)
 
 
-async def _tell_plan(context: CommandContext, migration: Migration) -> int:
+async def _show_plan(context: CommandContext, migration: Migration) -> int:
     waiting = await migration.waiting()
     if context.output.as_json:
         context.output.record({"waiting": [{"backend": key, "objects": n, "bytes": size} for key, (n, size) in waiting.items()]})
     elif waiting:
-        rows = [(key, number, shown_size(size)) for key, (number, size) in sorted(waiting.items())]
+        rows = [(key, number, format_size(size)) for key, (number, size) in sorted(waiting.items())]
         context.output.table(["on backend", "objects", "bytes"], rows)
     else:
         context.output.line("nothing is left to move")
@@ -420,10 +424,10 @@ async def _move(context: CommandContext, migration: Migration) -> None:
 
         async for moved in migration.on_progress(show):
             if context.output.as_json or moved.status is MigrationStatus.FAILED:
-                _tell_moved(context, moved)
+                _show_moved(context, moved)
 
 
-def _tell_moved(context: CommandContext, moved: MigratedObject) -> None:
+def _show_moved(context: CommandContext, moved: MigratedObject) -> None:
     if context.output.as_json:
         what = {"table": moved.table, "primary_key": moved.primary_key, "column": moved.column, "message": moved.message}
         context.output.record({"object": moved.status.value, **what})
@@ -432,13 +436,13 @@ def _tell_moved(context: CommandContext, moved: MigratedObject) -> None:
     context.output.line(f"{moved.status.value}: {moved.table} {row} {moved.column}: {moved.message}", "red")
 
 
-def _tell_migration(context: CommandContext, migration: Migration) -> None:
+def _show_migration(context: CommandContext, migration: Migration) -> None:
     report = migration.report
     counts = {name: getattr(report, name) for name in ("moved", "bytes_moved", "changed", "manual", "failed")}
     if context.output.as_json:
         context.output.record({"report": {**counts, "key": report.key, "complete": report.complete}})
     else:
-        facts = {"moved": f"{report.moved:,} ({shown_size(report.bytes_moved)})", "failed": f"{report.failed:,}"}
+        facts = {"moved": f"{report.moved:,} ({format_size(report.bytes_moved)})", "failed": f"{report.failed:,}"}
         if report.changed:
             facts["changed meanwhile"] = f"{report.changed:,}"
         if report.manual:
@@ -446,4 +450,4 @@ def _tell_migration(context: CommandContext, migration: Migration) -> None:
         context.output.facts(facts)
     if not report.complete:
         onward = "" if report.key is None else f" and --after '{report.key}'"
-        context.output.note(f"not complete; every row refers to an object that is there. Go on with the same command{onward}")
+        context.output.note(f"not complete; every row refers to an existing object. To continue, run the same command{onward}")

@@ -13,10 +13,10 @@ from typing import IO, Any
 
 import click
 
-from granite_storage._tasks import finish, finished
+from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ObjectInfo, ObjectReader
-from granite_storage.cli.output import shown_size
+from granite_storage.cli.output import format_size
 from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
 from granite_storage.exceptions import BackendError, ObjectNotFoundError
 from granite_storage.locations import check_location, uuid7_hex
@@ -47,7 +47,7 @@ def ls_command(settings: Settings, address: str | None, limit: int | None, as_js
         number = 0
         async with _closing(context.binding.manager.backend(key).iter_objects(prefix)) as objects:
             async for info in objects:
-                _tell_object(context, info)
+                _show_object(context, info)
                 number += 1
                 if number == limit:
                     return
@@ -78,11 +78,11 @@ def _list_policies(context: CommandContext) -> None:
     context.output.table(["policy", "backend", "prefix"], [*rows, *(("-", backend, "") for backend in unused)])
 
 
-def _tell_object(context: CommandContext, info: ObjectInfo) -> None:
+def _show_object(context: CommandContext, info: ObjectInfo) -> None:
     if context.output.as_json:
         context.output.record(_facts(info))
     else:
-        context.output.line(f"{shown_size(info.size):>9}  {info.modified:%Y-%m-%d %H:%M:%S}  {info.location}")
+        context.output.line(f"{format_size(info.size):>9}  {info.modified:%Y-%m-%d %H:%M:%S}  {info.location}")
 
 
 def _facts(info: ObjectInfo) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def stat_command(settings: Settings, address: str, as_json: bool) -> None:
             context.output.record({"backend": key, **_facts(info)})
         else:
             facts = {name.replace("_", " "): value for name, value in _facts(info).items() if value is not None}
-            context.output.facts({"backend": key, **facts, "size": f"{info.size:,} bytes ({shown_size(info.size)})"})
+            context.output.facts({"backend": key, **facts, "size": f"{info.size:,} bytes ({format_size(info.size)})"})
         return None
 
     run(settings, work, as_json=as_json)
@@ -165,7 +165,7 @@ def cp_command(
             await _copy_in(context, Path(source), target.partition(":")[0], content_type, names)
         else:
             raise click.UsageError(
-                f"one of both must be an object: BACKEND:LOCATION to copy from ({', '.join(sorted(manager.backends))}),"
+                f"SOURCE or TARGET must be an object: BACKEND:LOCATION to copy from ({', '.join(sorted(manager.backends))}),"
                 f" or POLICY: to copy to ({', '.join(sorted(manager.policies))})"
             )
 
@@ -189,14 +189,14 @@ async def _copy_out(context: CommandContext, key: str, location: str, target: st
 async def _copy_to_file(context: CommandContext, reader: ObjectReader, path: Path, *, force: bool) -> None:
     """Write beside the target and give it its name at the end; a failure leaves nothing, and the target as it was."""
     if not force and await asyncio.to_thread(os.path.lexists, path):
-        raise click.ClickException(f"{path} is there already; --force overwrites it")
-    file = await finished(asyncio.to_thread(_beside, path), undo=_discard)
+        raise click.ClickException(f"{path} already exists: pass --force to overwrite it")
+    file = await shielded(asyncio.to_thread(_open_beside, path), undo=_discard)
     try:
         await _pump(context, reader, file)
-        await finished(asyncio.to_thread(_publish, file, path, force))
+        await shielded(asyncio.to_thread(_publish, file, path, force))
     finally:
-        await finish(_discard(file), f"removing {file.name}")
-    context.output.note(f"{shown_size(reader.info.size)} written to {path}")
+        await shielded_cleanup(_discard(file), f"removing {file.name}")
+    context.output.note(f"{format_size(reader.info.size)} written to {path}")
 
 
 async def _pump(context: CommandContext, reader: ObjectReader, file: IO[bytes]) -> None:
@@ -208,10 +208,10 @@ async def _pump(context: CommandContext, reader: ObjectReader, file: IO[bytes]) 
             bar.reach(done)
     await asyncio.to_thread(file.flush)
     if done != size:
-        raise BackendError(f"only {done} of {size} bytes of {reader.info.location!r} could be read")
+        raise BackendError(f"only {done} of the {size} bytes of {reader.info.location!r} could be read: run the command again")
 
 
-def _beside(path: Path) -> IO[bytes]:
+def _open_beside(path: Path) -> IO[bytes]:
     return tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", delete=False)
 
 
@@ -226,7 +226,7 @@ def _publish(file: IO[bytes], path: Path, force: bool) -> None:
     try:
         os.link(file.name, path)
     except FileExistsError:
-        raise click.ClickException(f"{path} is there already; --force overwrites it") from None
+        raise click.ClickException(f"{path} already exists: pass --force to overwrite it") from None
 
 
 async def _discard(file: IO[bytes]) -> None:
@@ -248,7 +248,7 @@ async def _copy_in(
         await asyncio.to_thread(file.close)
     context.output.record(ref.to_dict())
     context.output.note(
-        "no row refers to it yet: write this ref into one, or the garbage collector takes it after its grace period"
+        "no row refers to it yet: store this ref in one, or the garbage collector deletes the object after its grace period"
     )
 
 
@@ -266,6 +266,6 @@ def _address(address: str, manager: StorageManager) -> tuple[str, str]:
 def _object_address(address: str, manager: StorageManager) -> tuple[str, str]:
     key, location = _address(address, manager)
     if not location:
-        raise click.UsageError(f"{address!r} names no object: BACKEND:LOCATION")
+        raise click.UsageError(f"{address!r} has no location: write BACKEND:LOCATION")
     check_location(location)
     return key, location

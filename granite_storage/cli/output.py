@@ -14,20 +14,18 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Bar", "Output", "shown", "shown_size"]
+__all__ = ["Bar", "Output", "escape_text", "format_size"]
 
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
-def shown(text: object) -> str:
+def escape_text(text: object) -> str:
     """Return text without what a terminal would obey or be deceived by: controls, bidirectional overrides, lone surrogates."""
-    return "".join(
-        character if unicodedata.category(character) not in _UNSAFE else _escaped(character) for character in str(text)
-    )
+    return "".join(character if unicodedata.category(character) not in _UNSAFE else _escape(character) for character in str(text))
 
 
-def shown_size(size: float) -> str:
+def format_size(size: float) -> str:
     """Return a number of bytes for a person."""
     for unit in _UNITS:
         if size < 1000 or unit == _UNITS[-1]:
@@ -36,7 +34,7 @@ def shown_size(size: float) -> str:
     raise AssertionError("the last unit takes any size")
 
 
-def _escaped(character: str) -> str:
+def _escape(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
 
@@ -74,7 +72,7 @@ class Output:
         console = self._console
         if self._progress is not None and self._stream.isatty():
             console = self._progress.console
-        console.print(Text(shown(text), style=style or ""), soft_wrap=True)
+        console.print(Text(escape_text(text), style=style or ""), soft_wrap=True)
 
     def table(self, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Write a table for a person; numbers stand on the right."""
@@ -84,19 +82,19 @@ class Output:
             numbers = bool(lines) and all(isinstance(line[index], int) for line in lines)
             table.add_column(header, justify="right" if numbers else "left", overflow="fold")
         for line in lines:
-            table.add_row(*(cell if isinstance(cell, Text) else Text(shown(cell)) for cell in line))
+            table.add_row(*(cell if isinstance(cell, Text) else Text(escape_text(cell)) for cell in line))
         self._console.print(table)
 
     def facts(self, values: Mapping[str, object]) -> None:
         """Write names and values, one below the other."""
         width = max(map(len, values), default=0)
         for name, value in values.items():
-            self._console.print(Text.assemble((f"{name:<{width}}", "bold"), "  ", shown(value)), soft_wrap=True)
+            self._console.print(Text.assemble((f"{name:<{width}}", "bold"), "  ", escape_text(value)), soft_wrap=True)
 
     def note(self, text: str, style: str | None = None) -> None:
         """Tell a person something that is not the answer."""
         for line in text.split("\n"):
-            self._errors.print(Text(shown(line), style=style or ""), soft_wrap=True)
+            self._errors.print(Text(escape_text(line), style=style or ""), soft_wrap=True)
 
     @contextmanager
     def progress(self, what: str, total: int | None, unit: str = "rows") -> Iterator[Bar]:
@@ -144,4 +142,4 @@ class _CountColumn(ProgressColumn):
         if task.speed:
             said += f", {task.speed:,.0f}/s"
         size = task.fields.get("size")
-        return Text(said + (f", {shown_size(size)}" if size else ""))
+        return Text(said + (f", {format_size(size)}" if size else ""))

@@ -63,45 +63,49 @@ async def load_binding(name: str) -> StorageBinding:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigurationError(f"--app must be module:attribute, such as myapp.storage:binding, not {name!r}")
-    found = _attribute(_imported(module), attribute, name)
+    found = _get_attribute(_import_module(module), attribute, name)
     if not isinstance(found, StorageBinding) and callable(found):
-        found = await _returned(found, name)
+        found = await _call_factory(found, name)
     if not isinstance(found, StorageBinding):
         raise ConfigurationError(
-            f"{name} is a {type(found).__name__}, and --app needs what bind_storage() returns, or a callable that returns it"
+            f"--app {name} is a {type(found).__name__}: name what bind_storage() returned, or a callable that returns it"
         )
     return found
 
 
-def _imported(module: str) -> Any:
+def _import_module(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            raise ConfigurationError(f"there is no module {error.name!r} here; --app-dir says where to look") from error
-        raise _failed(f"importing {module!r}", error) from error
+            raise ConfigurationError(
+                f"there is no module {error.name!r} here: pass --app-dir with the folder that contains it"
+            ) from error
+        raise _wrap_failure(f"importing {module!r}", error) from error
     except Exception as error:
-        raise _failed(f"importing {module!r}", error) from error
+        raise _wrap_failure(f"importing {module!r}", error) from error
 
 
-def _attribute(found: Any, attribute: str, name: str) -> Any:
+def _get_attribute(found: Any, attribute: str, name: str) -> Any:
     for part in attribute.split("."):
         try:
             found = getattr(found, part)
         except AttributeError as error:
-            raise ConfigurationError(f"{name!r} names nothing: there is no {part!r} in {name.partition(':')[0]!r}") from error
+            raise ConfigurationError(
+                f"--app {name} does not exist: there is no {part!r} in {name.partition(':')[0]!r}"
+            ) from error
     return found
 
 
-async def _returned(factory: Any, name: str) -> Any:
+async def _call_factory(factory: Any, name: str) -> Any:
     try:
         found = factory()
         return await found if inspect.isawaitable(found) else found
     except Exception as error:
-        raise _failed(f"calling {name!r}", error) from error
+        raise _wrap_failure(f"calling {name!r}", error) from error
 
 
-def _failed(what: str, error: Exception) -> ConfigurationError:
+def _wrap_failure(what: str, error: Exception) -> ConfigurationError:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename.startswith(f"{sys.path[0]}{os.sep}")]
     place = f" ({(own or frames)[-1].filename}, line {(own or frames)[-1].lineno})"
@@ -166,7 +170,7 @@ class CommandContext:
             return True
         if not sys.stdin.isatty():
             raise click.UsageError(
-                "this deletes something, and there is no terminal to ask at: say --yes, or --dry-run to look only"
+                "the command deletes something, and there is no terminal to ask on: pass --yes, or --dry-run to delete nothing"
             )
         loop = asyncio.get_running_loop()
         loop.remove_signal_handler(signal.SIGINT)
@@ -187,7 +191,7 @@ class CommandContext:
         """Stop: well at the first time, where the command knows how to, and at once at the second."""
         first, self.stopped_by = self.stopped_by is None, received
         if first and self._stop is not None:
-            self.output.note("stopping: what is under way is done to its end (once more to break it off)")
+            self.output.note("stopping once the work in progress is done; interrupt again to cancel it")
             self._stop()
         elif self._task is not None:
             self._task.cancel()
@@ -199,7 +203,7 @@ Work = Callable[[CommandContext], Awaitable["Exit | None"]]
 def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
     """Do the work of a command with the application's binding, and leave the program with its exit code."""
     if settings.app is None:
-        raise click.UsageError("say where the application's binding is: --app module:attribute, or GRANITE_STORAGE_APP")
+        raise click.UsageError("no application is given: pass --app module:attribute, or set GRANITE_STORAGE_APP")
     output = Output(as_json=as_json)
     sys.path.insert(0, os.path.abspath(settings.app_dir))
     try:
@@ -215,12 +219,12 @@ def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = Exit.DONE
     except Exception as error:  # noqa: BLE001  # a program's last resort: it says what went wrong, and how to see more
-        _tell(error, output, debug=settings.debug)
+        _show_error(error, output, debug=settings.debug)
         code = Exit.FAILED
     sys.exit(code)
 
 
-def _tell(error: Exception, output: Output, *, debug: bool) -> None:
+def _show_error(error: Exception, output: Output, *, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
@@ -231,12 +235,12 @@ def _tell(error: Exception, output: Output, *, debug: bool) -> None:
     said = str(error).split("\n(Background on this error", 1)[0]
     output.note(f"error: {type(error).__name__}: {said}", "red")
     if not debug and not isinstance(error, SQLAlchemyError | OSError):
-        output.note("this was not foreseen; --debug shows where it comes from")
+        output.note("this error is unexpected: pass --debug to see its traceback")
 
 
 async def _run_command(app: str, work: Work, output: Output) -> int:
     binding = await load_binding(app)
-    async with _closed_afterwards(binding):
+    async with _close_afterwards(binding):
         context = CommandContext(binding, output)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -246,13 +250,13 @@ async def _run_command(app: str, work: Work, output: Output) -> int:
         except asyncio.CancelledError:
             if context.stopped_by is None:
                 raise
-            output.note("broken off")
+            output.note("cancelled")
             code = None
     return 128 + context.stopped_by if context.stopped_by is not None else code or Exit.DONE
 
 
 @asynccontextmanager
-async def _closed_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
+async def _close_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
     """Close what the application opened: nothing but this command runs in the process."""
     try:
         async with binding.manager:

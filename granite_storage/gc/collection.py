@@ -26,7 +26,7 @@ from granite_storage.exceptions import (
     InvalidLocationError,
     StorageError,
 )
-from granite_storage.gc.merge import PAGE, Reference, Spool, joined, temporary_file
+from granite_storage.gc.merge import PAGE, Reference, Spool, join_pages, temporary_file
 from granite_storage.gc.references import ReferenceSource
 from granite_storage.gc.report import CollectedObject, DanglingReference, GarbageCollectionReport, OrphanStatus
 from granite_storage.gc.scope import CollectionScope, is_valid, require_one_key
@@ -93,11 +93,11 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             await self._require_mounted()
             unmentioned = Spool(await stack.enter_async_context(temporary_file()))
             await self._keep_mentioned(nominees, unmentioned)
-            orphans = self._look_only(unmentioned) if self.report.dry_run else self._delete(unmentioned)
+            orphans = self._find_orphans(unmentioned) if self.report.dry_run else self._delete(unmentioned)
             async with aclosing(orphans):
                 async for item in orphans:
                     yield item
-        await self._look_for_dangling()
+        await self._find_dangling_references()
         if not self.report.dry_run and not self._stopped:
             await self._clean_up()
         self.report.complete = not self._stopped
@@ -105,7 +105,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
     async def _list(self, listed: Spool) -> None:
         oldest = await self._now() - self._grace_period
         page: list[Listed] = []
-        async for info in self._objects():
+        async for info in self._iter_objects():
             if not self._scope.has(info.location):
                 continue
             page.append((info.location, info.size, info.modified < oldest))
@@ -116,15 +116,15 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                     return
         await self._note_listed(listed, page)
 
-    async def _objects(self) -> AsyncIterator[ObjectInfo]:
+    async def _iter_objects(self) -> AsyncIterator[ObjectInfo]:
         objects = self._backend.iter_objects(self._scope.prefix)
         try:
             last = ""
             async for info in objects:
                 if info.location <= last and last:
                     raise CollectionRefusedError(
-                        f"the backend {self.report.backend!r} does not list in the byte order of UTF-8, so its objects cannot be"
-                        " compared with the references"
+                        f"the backend {self.report.backend!r} lists {info.location[:120]!r} after {last[:120]!r}, which is not"
+                        " the byte order of UTF-8: correct its iter_objects()"
                     )
                 last = info.location
                 yield info
@@ -141,11 +141,11 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         report = self.report
         page: list[tuple[str, int]] = []
         async with self._source.in_order(report.backend) as references:
-            async for stretch in joined(listed.pages(), self._seen(references)):
+            async for stretch in join_pages(listed.pages(), self._watch_references(references)):
                 report.referenced += len(stretch.referenced)
                 report.referenced_bytes += sum(size for _, size, _ in stretch.referenced)
                 self._note_missing(stretch.missing)
-                page += self._nominees(stretch.unreferenced)
+                page += self._select_nominees(stretch.unreferenced)
                 if len(page) >= PAGE:
                     await nominees.write(page)
                     page = []
@@ -159,15 +159,15 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         async for page in nominees.pages():
             waiting += page
             if len(waiting) >= _LOOKED_FOR_AT_ONCE:
-                await self._look_for(waiting, unmentioned)
+                await self._search(waiting, unmentioned)
                 waiting = []
             if self._stopped:
                 return
         if waiting:
-            await self._look_for(waiting, unmentioned)
-        self._tell_mentions()
+            await self._search(waiting, unmentioned)
+        self._log_mentions()
 
-    async def _look_for(self, nominees: Sequence[tuple[str, int]], unmentioned: Spool) -> None:
+    async def _search(self, nominees: Sequence[tuple[str, int]], unmentioned: Spool) -> None:
         by_column: dict[str, set[str]] = {}
         unseen: list[str] = []
         async with aclosing(self._source.find_mentions([location for location, _ in nominees])) as mentions:
@@ -194,30 +194,30 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             if column in said or len(said) < MOST_KEPT:
                 said[column] = said.get(column, 0) + len(locations)
 
-    def _tell_mentions(self) -> None:
+    def _log_mentions(self) -> None:
         report = self.report
         for column, number in report.mentions.items():
             logger.warning(
-                "%s mentions %d objects of %r that no reference leads to: they are kept", column, number, report.storage_key
+                "%s mentions %d objects of %r that no reference leads to; they are kept", column, number, report.storage_key
             )
         if report.unseen:
             logger.warning(
-                "columns that could mention objects of %r cannot be looked at, or not in every row: %s%s",
+                "columns that may mention objects of %r could not be searched, or not in every row: %s%s",
                 report.storage_key,
                 ", ".join(report.unseen[:_MOST_SAID]),
                 ", ..." if len(report.unseen) > _MOST_SAID else "",
             )
 
-    async def _seen(self, references: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
+    async def _watch_references(self, references: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
         async for page in references:
             self._has_references = self._has_references or any(is_here for _, is_here in page)
             yield page
 
-    def _nominees(self, unreferenced: Sequence[Listed]) -> list[tuple[str, int]]:
+    def _select_nominees(self, unreferenced: Sequence[Listed]) -> list[tuple[str, int]]:
         """Return what may be an orphan, and count what is none: names of others, and what is within the grace period."""
         report, nominees = self.report, []
         for location, size, old in unreferenced:
-            if not self._scope.is_ours(location):
+            if not self._scope.manages(location):
                 report.unmanaged += 1
                 report.unmanaged_bytes += size
             elif not old:
@@ -242,9 +242,9 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         except BackendUnavailableError as error:
             raise CollectionRefusedError(str(error), report=self.report) from error
 
-    async def _look_only(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
+    async def _find_orphans(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
         """Yield the orphans among the nominees, and tell whether a run that is not dry would go ahead."""
-        async for orphans in self._confirmed(nominees):
+        async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
             for location, size in orphans:
                 yield CollectedObject(OrphanStatus.ORPHANED, self.report.backend, location, size)
@@ -252,7 +252,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
 
     async def _delete(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
         """Delete the orphans, once it is known how many there are; yield each."""
-        async for orphans in self._confirmed(nominees):
+        async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
         self.report.refusal = self._refusal()
         if self.report.refusal is not None:
@@ -260,17 +260,17 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         before, self.report.referenced_on_recheck, self.report.referenced_on_recheck_bytes = self.report.orphaned, 0, 0
         self.report.orphaned = self.report.orphaned_bytes = 0
         removal = Removal(self._manager, self.report)
-        async for orphans in self._confirmed(nominees):
+        async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
             if not orphans:
                 continue
-            await self._source.settle()
+            await self._source.make_durable()
             for item in await removal.remove(orphans):
                 yield item
             self._on_progress()
         logger.info("deleted %d of %d orphans of %r", self.report.deleted, before, self.report.storage_key)
 
-    async def _confirmed(self, nominees: Spool) -> AsyncIterator[list[tuple[str, int]]]:
+    async def _recheck(self, nominees: Spool) -> AsyncIterator[list[tuple[str, int]]]:
         """Yield what nothing holds at the moment of yielding, batch by batch."""
         async for page in nominees.pages():
             for start in range(0, len(page), self._source.batch_size):
@@ -296,17 +296,17 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         if not report.referenced and not self._allow_no_references:
             return (
                 f"no reference leads to any of the {report.scanned} objects of {report.storage_key!r}: the database is empty or"
-                " the wrong one. If it is the right one, collect with allow_no_references=True"
+                " the wrong one. If it is the right one, pass allow_no_references=True"
             )
         if report.share > self._max_deleted_share:
             return (
                 f"{report.orphaned} of the {report.scanned} objects of {report.storage_key!r} ({report.share:.0%}) are orphans,"
-                f" more than the {self._max_deleted_share:.0%} that may be deleted in one run. Look at a dry run, and if that is"
-                " how it should be, raise max_deleted_share"
+                f" more than the {self._max_deleted_share:.0%} that one run may delete. Check the orphans of a dry run; if they"
+                " may go, raise max_deleted_share"
             )
         return None
 
-    async def _look_for_dangling(self) -> None:
+    async def _find_dangling_references(self) -> None:
         """Report what is missing, unless all is because the disk was taken away meanwhile."""
         dangling = await find_dangling(self._manager, self._source, self.report.backend, self._missing)
         if dangling:
@@ -343,7 +343,7 @@ class Removal:
             BackendUnavailableError: Not one could be deleted because the backend is out of reach.
         """
         failures = await self._delete([location for location, _ in orphans])
-        collected = [self._collected(location, size, failures.get(location)) for location, size in orphans]
+        collected = [self._to_collected(location, size, failures.get(location)) for location, size in orphans]
         for item in collected:
             self._note(item)
         if len(failures) == len(orphans):
@@ -357,10 +357,12 @@ class Removal:
         if not isinstance(self._backend, SupportsCleanup):
             return
         try:
-            self._report.unfinished = await self._backend.abort_unfinished(older_than=older_than)
+            self._report.unfinished = await self._backend.cleanup_incomplete(older_than=older_than)
         except BackendError as error:
             self._report.unfinished_error = f"{type(error).__name__}: {error}"
-            logger.warning("what unfinished writes left on the backend %r stays: %s", self._report.backend, error)
+            logger.warning(
+                "the remains of unfinished writes on the backend %r could not be removed: %s", self._report.backend, error
+            )
 
     async def _delete(self, locations: Sequence[str]) -> Mapping[str, StorageError]:
         if not isinstance(self._backend, SupportsBatchDelete):
@@ -382,7 +384,7 @@ class Removal:
         await run_bounded(locations, delete, _CONCURRENCY)
         return failures
 
-    def _collected(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
+    def _to_collected(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
         status = OrphanStatus.DELETED if error is None else OrphanStatus.FAILED
         said = "" if error is None else f"{type(error).__name__}: {error}"
         return CollectedObject(status, self._report.backend, location, size, said)

@@ -15,7 +15,7 @@ from sqlalchemy import Engine, NullPool, TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from granite_storage._tasks import background, finish, repeat
+from granite_storage._tasks import background, repeat, shielded_cleanup
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.gc.collection import CollectionRun
 from granite_storage.gc.database import DatabaseReferences
@@ -93,9 +93,9 @@ class StorageGarbageCollector:
         max_deleted_share: float = 0.25,
     ) -> None:
         if not isinstance(manager, StorageManager):
-            raise ConfigurationError(f"the garbage collector needs a StorageManager, not {type(manager).__name__}")
+            raise ConfigurationError(f"manager must be a StorageManager, not {type(manager).__name__}")
         if binding is not None and binding.manager is not manager:
-            raise ConfigurationError("the binding is of another manager than the garbage collector's")
+            raise ConfigurationError("the binding has another manager than the garbage collector: pass binding.manager")
         _require_limits(grace_period, max_deleted_share)
         self._manager = manager
         self._binding = binding
@@ -178,7 +178,7 @@ class StorageGarbageCollector:
             ```
         """
         if not isinstance(interval, timedelta) or interval <= timedelta(0):
-            raise ConfigurationError(f"an interval must be a timedelta above 0, not {interval!r}")
+            raise ConfigurationError(f"interval must be a timedelta above 0, not {interval!r}")
         keys = [
             self._manager.policy(key).storage_key for key in (self._manager.policies if storage_keys is None else storage_keys)
         ]
@@ -201,17 +201,18 @@ def _source(
         require_callable(iter_references)
         return lambda _: GivenReferences(manager, iter_references)
     if binding is None or iter_references is not None:
-        raise ConfigurationError("the garbage collector needs to know the references: give either iter_references or binding")
+        given = "neither" if binding is None else "both"
+        raise ConfigurationError(f"the garbage collector needs either binding or iter_references, and {given} is given")
     if binding.sessions is None:
         raise ConfigurationError(
-            "the garbage collector needs sessions: bind_storage(Base, manager, sessions=async_sessionmaker(...))"
+            "the binding has no sessions to read its references with: pass sessions=async_sessionmaker(...) to bind_storage()"
         )
     return partial(DatabaseReferences, binding, binding.sessions)
 
 
 def _require_limits(grace_period: object, max_deleted_share: object) -> None:
     if not isinstance(grace_period, timedelta) or grace_period < timedelta(0):
-        raise ConfigurationError(f"a grace period must be a timedelta that is not negative, not {grace_period!r}")
+        raise ConfigurationError(f"grace_period must be a timedelta of at least 0, not {grace_period!r}")
     if isinstance(max_deleted_share, bool) or not isinstance(max_deleted_share, int | float) or not 0 <= max_deleted_share <= 1:
         raise ConfigurationError(f"max_deleted_share must be a number from 0 to 1, not {max_deleted_share!r}")
 
@@ -226,7 +227,7 @@ async def _collect_forever(
     leadership: Leadership,
 ) -> None:
     async def collect_as_leader() -> None:
-        if await leadership.has_it():
+        if await leadership.acquire():
             await _collect_all(storage_keys, collect)
 
     # Processes that began together would all begin to collect together.
@@ -234,7 +235,7 @@ async def _collect_forever(
     try:
         await repeat(collect_as_leader, seconds, "finding out whether this process is to collect garbage", jitter=_JITTER)
     finally:
-        await leadership.give_up()
+        await leadership.release()
 
 
 async def _collect_all(storage_keys: Sequence[str], collect: Callable[[str], Awaitable[GarbageCollectionReport]]) -> None:
@@ -272,51 +273,51 @@ class Leadership:
         self._binding = binding
         self._connection: AsyncConnection | None = None
 
-    async def has_it(self) -> bool:
+    async def acquire(self) -> bool:
         """Tell whether this process is the leader, and let it be if nobody else is."""
         engine = None if self._binding is None else _engine_of(self._binding)
         lock = None if engine is None else _LOCKS.get(engine.dialect.name)
         if engine is None or lock is None:
             return True
-        if self._connection is not None and await _answers(self._connection):
+        if self._connection is not None and await _is_alive(self._connection):
             return True
-        await self.give_up()
+        await self.release()
         return await self._try(engine, lock)
 
-    async def give_up(self) -> None:
+    async def release(self) -> None:
         """Let another process lead; idempotent."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            await finish(connection.close(), "closing the connection of the garbage collector's lock")
+            await shielded_cleanup(connection.close(), "closing the connection of the garbage collector's lock")
 
     async def _try(self, engine: AsyncEngine, lock: TextClause) -> bool:
         connection = await engine.connect()
         try:
-            has_it = bool((await connection.execute(lock)).scalar_one())
+            acquire = bool((await connection.execute(lock)).scalar_one())
             await connection.commit()
-            if has_it:
+            if acquire:
                 self._connection = connection
         finally:
             if self._connection is not connection:
-                await finish(connection.close(), "closing a connection that has no lock")
-        return has_it
+                await shielded_cleanup(connection.close(), "closing a connection that has no lock")
+        return acquire
 
 
 def _engine_of(binding: StorageBinding) -> AsyncEngine | None:
     table = next(iter(binding.metadata.tables.values()), None)
     if binding.sessions is None or table is None:
         return None
-    return AsyncEngine(_without_pool(binding.sessions().get_bind(clause=table).engine))
+    return AsyncEngine(_with_null_pool(binding.sessions().get_bind(clause=table).engine))
 
 
-def _without_pool(engine: Engine) -> Engine:
+def _with_null_pool(engine: Engine) -> Engine:
     """Return an engine that connects as another does, and keeps no connection: the lock's must not be one of a small pool's."""
     pool = engine.pool
     alone = NullPool(pool._creator, _dispatch=pool.dispatch, dialect=pool._dialect)
     return Engine(alone, engine.dialect, engine.url, hide_parameters=True)
 
 
-async def _answers(connection: AsyncConnection) -> bool:
+async def _is_alive(connection: AsyncConnection) -> bool:
     try:
         await connection.execute(_PING)
         await connection.commit()

@@ -40,7 +40,7 @@ from granite_storage._engine import describe_mismatch, identities_of, may_overla
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks
 from granite_storage.gc.mentions import Mention, find_mentions
-from granite_storage.gc.merge import PAGE, Reference, SortedSpool, in_byte_order, merged, temporary_file
+from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm._util import batches
@@ -82,13 +82,13 @@ __all__ = [
     "BoundBase",
     "DatabaseReferences",
     "RefColumn",
-    "all_locations",
     "bound_bases",
-    "counted_by_store",
     "find_columns",
-    "first_illegible",
-    "first_of",
     "require_one_database",
+    "select_counts",
+    "select_first",
+    "select_first_illegible",
+    "select_locations",
 ]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
@@ -124,7 +124,7 @@ class RefColumn:
         return f"{self.column.table.fullname}.{self.column.name}"
 
 
-def all_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
+def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select location and kind of all references in the byte order of the locations, and NULL for what is no reference.
 
     It is one statement, so what moves from one column to another meanwhile is seen in one of them.
@@ -136,10 +136,10 @@ def all_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequen
     """
     found = union_all(*(_locations(column, dialect, identities) for column in columns)).subquery("found")
     location = selected_text(found.c.location, dialect)
-    return select(location, found.c.kind).order_by(_in_byte_order(found.c.location, dialect))
+    return select(location, found.c.kind).order_by(_collate_bytes(found.c.location, dialect))
 
 
-def first_of(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
+def select_first(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select the primary key, the backend and the identity of a row whose reference is of a kind."""
     ref = column.column
     wanted = and_(
@@ -151,7 +151,7 @@ def first_of(column: RefColumn, dialect: str, kind: int, identities: Sequence[st
     return found.where(wanted).limit(1)
 
 
-def counted_by_store(column: RefColumn, dialect: str) -> Select[*tuple[Any, ...]]:
+def select_counts(column: RefColumn, dialect: str) -> Select[*tuple[Any, ...]]:
     """Select backend, identity and number of the references of a column."""
     ref = column.column
     backend, identity = location_of(ref, dialect)[0], value_in(ref, "identity", dialect)
@@ -161,7 +161,7 @@ def counted_by_store(column: RefColumn, dialect: str) -> Select[*tuple[Any, ...]
     return counted.where(is_legible(ref, dialect)).group_by(backend, identity)
 
 
-def first_illegible(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
+def select_first_illegible(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select the primary key of a row whose value is no reference."""
     wrong = and_(has_value(column, dialect), not_(is_legible(column, dialect)))
     return select(*column.table.primary_key, literal_column("1")).where(wrong).limit(1)
@@ -195,7 +195,7 @@ def _kind(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> 
     return case(*kinds, else_=literal_column(str(ELSEWHERE)))
 
 
-def _in_byte_order(location: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
+def _collate_bytes(location: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
     if dialect == "postgresql":
         return collate(location, "C")
     return location if dialect == "sqlite" else cast(location, LargeBinary())
@@ -237,7 +237,11 @@ async def bound_bases(binding: StorageBinding, backend: str) -> list[BoundBase]:
     for other in active_bindings():
         if other.metadata is binding.metadata:
             continue
-        if other.sessions is not None and _home(other.sessions) is not None and _home(other.sessions) == _home(binding.sessions):
+        if (
+            other.sessions is not None
+            and _database_url(other.sessions) is not None
+            and _database_url(other.sessions) == _database_url(binding.sessions)
+        ):
             here = frozenset(key for key, theirs in other.manager.backends.items() if theirs is ours)
             bases.append(BoundBase(other, here))
             continue
@@ -259,8 +263,8 @@ def require_one_database(sessions: async_sessionmaker[AsyncSession], tables: Ite
     if len({home.engine.url for home in homes.values()}) > 1:
         names = ", ".join(sorted(table.fullname for table in homes))
         raise CollectionRefusedError(
-            f"the tables {names} are in several databases, which cannot be looked at in one moment: collect with"
-            " iter_references, which reads them all"
+            f"the tables {names} are in several databases, which cannot be read in one snapshot: pass iter_references, which"
+            " reads them all"
         )
 
 
@@ -308,7 +312,7 @@ def find_columns(connection: Connection, bases: Sequence[BoundBase], identities:
         and (item.schema, item.table, item.name) not in columns.keys() | namesakes.keys()
     ]
     for ref_column in _with_refs(connection, unknown, identities, is_sample=True):
-        logger.warning("%s holds references, and no model of a bound base has it: their objects are kept", ref_column.label)
+        logger.warning("%s contains references and belongs to no model of a bound base; their objects are kept", ref_column.label)
         _add(columns, ref_column)
     return list(columns.values())
 
@@ -330,7 +334,7 @@ def _find_column(
     if hidden:
         raise CollectionRefusedError(
             f"this role may not read {', '.join(hidden)}, which may refer to objects as {column.table.fullname} does: grant it"
-            " SELECT there, or give the binding sessions of a role that may"
+            " SELECT, or give the binding sessions of a role that has it"
         )
     if real is None and not namesakes:
         raise CollectionRefusedError(
@@ -388,7 +392,7 @@ def _readable(metadata: MetaData) -> list[Column[Any]]:
         if not isinstance(column.type, _KINDS):
             raise CollectionRefusedError(
                 f"the column {column.table.fullname}.{column.name} holds refs inside of {column.type!r}, where the garbage"
-                " collector cannot look for them: use StoredObjectRefType itself, or collect with iter_references"
+                " collector cannot read them: use StoredObjectRefType itself, or pass iter_references"
             )
     return columns
 
@@ -418,11 +422,11 @@ def _refusal(other: Binding, key: str, backend: str, *, is_certain: bool) -> str
     places = "" if is_certain else ", because one of the two backends does not tell its places (SupportsPlaces)"
     what = f"{other!r} {has} the objects of the backend {backend!r} under the key {key!r}{places}"
     if other.sessions is None:
-        return f"{what}, and it has no sessions to read its references with: bind_storage(Base, manager, sessions=...)"
-    return f"{what}, in another database, which cannot be looked at in one moment: collect with iter_references, which reads both"
+        return f"{what}, and it has no sessions to read its references with: pass sessions= to bind_storage()"
+    return f"{what}, in another database, which cannot be read in the same snapshot: pass iter_references, which reads both"
 
 
-def _home(sessions: async_sessionmaker[AsyncSession] | None) -> object:
+def _database_url(sessions: async_sessionmaker[AsyncSession] | None) -> object:
     bind = None if sessions is None else sessions.kw.get("bind")
     return None if bind is None else bind.engine.url
 
@@ -462,13 +466,15 @@ class DatabaseReferences:
         bases = await bound_bases(self._binding, self._backend)
         declared = [column for base in bases for column in base.columns]
         if not declared:
-            raise CollectionRefusedError("no model has a column of refs: were all of them imported before bind_storage?")
+            raise CollectionRefusedError(
+                "no model has a column of refs: make sure that every model is imported before bind_storage() is called"
+            )
         self._clause = declared[0].table
         journals = [tables for tables in (tables_of(base.binding.metadata) for base in bases) if tables is not None]
         of_journals = [table for tables in journals for table in (tables.intent, tables.reclaim)]
         require_one_database(self._sessions, [*(column.table for column in declared), *of_journals])
         self._identities = await identities_of(self._binding.manager.backend(self._backend))
-        await self._look_at_the_database(bases)
+        await self._inspect_database(bases)
         if allow_restored_database and self._binding.journal is not None:
             await self._binding.journal.allow_restored_database()
         for base in bases:
@@ -481,20 +487,20 @@ class DatabaseReferences:
         """Give the locations of all references: streamed in order, and those of `extra` sorted on disk."""
         async with temporary_file() as file, AsyncExitStack() as stack:
             named = SortedSpool(file)
-            async with aclosing(self._named()) as locations:
+            async with aclosing(self._iter_named()) as locations:
                 async for location, is_here in locations:
                     await named.add(location, is_here)
             chunks = list(batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT))
             if len(chunks) > 1:  # more streams at a time would each hold a connection
                 for chunk in chunks:
-                    async with aclosing(self._referred(chunk)) as pages:
+                    async with aclosing(self._iter_referenced(chunk)) as pages:
                         async for page in pages:
                             for location, is_here in page:
                                 await named.add(location, is_here)
                 yield named.pages()
                 return
-            referred = await stack.enter_async_context(aclosing(self._referred(chunks[0])))
-            yield merged(in_byte_order(referred, "the database's references"), named.pages())
+            referred = await stack.enter_async_context(aclosing(self._iter_referenced(chunks[0])))
+            yield merge_pages(require_byte_order(referred, "the database's references"), named.pages())
 
     async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
         """Return which of the locations are held, or have the generated id of what is, in a snapshot of this moment."""
@@ -525,7 +531,7 @@ class DatabaseReferences:
                     async for mention in found:
                         yield mention
         except DBAPIError as error:
-            raise _unreadable(error) from error
+            raise _refuse_unreadable(error) from error
 
     async def count_by_store(self) -> Counter[tuple[str, str | None]]:
         """Return how many references of the binding's base name which backend and which identity of a store, None for none."""
@@ -533,23 +539,23 @@ class DatabaseReferences:
         for item in self._ref_columns:
             if item.is_declared and self._backend in item.here:
                 async with self._connection() as connection:
-                    for backend, identity, number in await connection.execute(counted_by_store(item, connection.dialect.name)):
+                    for backend, identity, number in await connection.execute(select_counts(item, connection.dialect.name)):
                         counted[as_text(backend), as_text(identity) or None] += number
         return counted
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
         """Accept: every column was read, whatever its policy."""
 
-    async def settle(self) -> None:
+    async def make_durable(self) -> None:
         """Commit durably: what was committed before, and seen, is durable then as well."""
         async with self._connection() as connection:
-            await checks.barrier(connection)
+            await checks.commit_durably(connection)
 
     @property
     def _columns(self) -> list[Column[Any]]:
         return [item.column for item in self._ref_columns]
 
-    async def _look_at_the_database(self, bases: Sequence[BoundBase]) -> None:
+    async def _inspect_database(self, bases: Sequence[BoundBase]) -> None:
         """Find out which tables there are, and refuse a database that cannot be relied on."""
         try:
             async with self._connection(translated=True) as connection:
@@ -560,13 +566,13 @@ class DatabaseReferences:
             async with self._connection() as connection:
                 await checks.require_fit(connection, [item.column for item in self._ref_columns if item.is_declared])
         except ProgrammingError as error:
-            raise _unreadable(error) from error
+            raise _refuse_unreadable(error) from error
 
-    async def _referred(self, columns: Sequence[RefColumn]) -> AsyncGenerator[list[Reference], None]:
+    async def _iter_referenced(self, columns: Sequence[RefColumn]) -> AsyncGenerator[list[Reference], None]:
         wrong: int | None = None
         try:
             async with self._connection() as connection:
-                statement = all_locations(columns, connection.dialect.name, self._identities)
+                statement = select_locations(columns, connection.dialect.name, self._identities)
                 result = await connection.stream(statement.execution_options(yield_per=PAGE))
                 try:
                     async for page in result.partitions():
@@ -577,11 +583,11 @@ class DatabaseReferences:
                 finally:
                     await result.close()
         except ProgrammingError as error:
-            raise _unreadable(error) from error
+            raise _refuse_unreadable(error) from error
         if wrong is not None:
             await self._refuse(wrong)
 
-    async def _named(self) -> AsyncGenerator[Reference, None]:
+    async def _iter_named(self) -> AsyncGenerator[Reference, None]:
         """Yield what the `extra` of refs name, whatever backend those refs name."""
         for chunk in batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT):
             async with self._connection() as connection:
@@ -602,25 +608,25 @@ class DatabaseReferences:
                 if not item.is_declared:
                     continue
                 if kind < UNKNOWN_BACKEND:
-                    found = (await connection.execute(first_illegible(item.column, dialect))).first()
+                    found = (await connection.execute(select_first_illegible(item.column, dialect))).first()
                     if found is not None:
-                        raise CollectionRefusedError(_illegible(f"{item.label} of the row {_key(found[:-1])}"))
+                        raise CollectionRefusedError(_describe_illegible(f"{item.label} of the row {_key(found[:-1])}"))
                     continue
-                found = (await connection.execute(first_of(item, dialect, kind, self._identities))).first()
+                found = (await connection.execute(select_first(item, dialect, kind, self._identities))).first()
                 if found is not None:
                     *key, backend, identity = found
                     where = f"{item.label} of the row {_key(key)}"
-                    raise CollectionRefusedError(self._misunderstood(kind, where, as_text(backend), as_text(identity or "")))
-        raise CollectionRefusedError(_illegible("a row that has changed meanwhile"))
+                    raise CollectionRefusedError(self._describe_unknown(kind, where, as_text(backend), as_text(identity or "")))
+        raise CollectionRefusedError(_describe_illegible("a row that has changed since"))
 
-    def _misunderstood(self, kind: int, where: str, backend: str, identity: str) -> str:
+    def _describe_unknown(self, kind: int, where: str, backend: str, identity: str) -> str:
         if kind == UNKNOWN_IDENTITY:
             current = next(iter(self._identities or ()), None)
             return f"{where} refers to an object of another store: {describe_mismatch(backend, identity, current)}"
         known = ", ".join(sorted(self._binding.manager.backends))
         return (
             f"{where} names the backend {backend!r}, which the manager does not have (there are: {known}), so it is unknown which"
-            " objects it means: give the manager that backend, or let the rows name the one that its key has become"
+            " object it refers to: give the manager that backend, or update the rows to the key that it has now"
         )
 
     @asynccontextmanager
@@ -668,12 +674,12 @@ def _key(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values))
 
 
-def _illegible(where: str) -> str:
+def _describe_illegible(where: str) -> str:
     return (
-        f"{where} holds something that is not a reference, so it is unknown which object it means: nothing is deleted before that"
-        " is put right; granite_storage.verify finds all of them"
+        f"{where} contains a value that is not a reference, so it is unknown which object it refers to: correct it; verify()"
+        " finds all such values, and nothing is deleted until then"
     )
 
 
-def _unreadable(error: DBAPIError) -> CollectionRefusedError:
+def _refuse_unreadable(error: DBAPIError) -> CollectionRefusedError:
     return CollectionRefusedError(f"the references could not be read, so nothing is deleted: {error.orig}")

@@ -35,7 +35,7 @@ from sqlalchemy import (
     table,
 )
 
-from granite_storage._tasks import finished
+from granite_storage._tasks import shielded
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id
 from granite_storage.orm._util import batches
 from granite_storage.orm.discovery import FoundColumn, find_text_columns
@@ -112,14 +112,14 @@ async def find_mentions(
     readable = [item for item in columns if item.is_readable and not item.is_foreign]
     for _, of_table in groupby(readable, key=lambda item: (item.schema, item.table)):
         for some in batches(list(of_table), _COLUMNS_PER_STATEMENT):
-            async with _let_go_of(connection):
-                result = await connection.stream(_selected(some, connection.dialect.name))
+            async with _release_locks(connection):
+                result = await connection.stream(_select_mentions(some, connection.dialect.name))
                 try:
                     async for page in result.partitions():
                         for number, item in enumerate(some):
                             stated = identities if (item.table, item.name) in names else None
                             texts = [row[number] for row in page if row[number] is not None]
-                            ids = await finished(asyncio.to_thread(_mentioned_in, texts, wanted.keys(), stated))
+                            ids = await shielded(asyncio.to_thread(_find_ids, texts, wanted.keys(), stated))
                             if ids:
                                 yield Mention(item.label, frozenset(place for found in ids for place in wanted[found]))
                 finally:
@@ -127,7 +127,7 @@ async def find_mentions(
             yield Mention(some[0].label)
 
 
-def _selected(columns: Sequence[FoundColumn], dialect: str) -> Select[*tuple[Any, ...]]:
+def _select_mentions(columns: Sequence[FoundColumn], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select the values of columns of one table that mention anything, and NULL for the others of such a row."""
     first = columns[0]
     # It goes by its name, so that the statements of each run are compiled once.
@@ -162,17 +162,17 @@ def _mentions(column: ColumnElement[Any], item: FoundColumn, dialect: str) -> Co
     return case((func.octet_length(column) <= _LONGEST_BYTES, is_one), else_=false()) if item.is_binary else is_one
 
 
-def _mentioned_in(texts: Sequence[str | bytes], wanted: Collection[str], identities: Collection[str] | None) -> set[str]:
+def _find_ids(texts: Sequence[str | bytes], wanted: Collection[str], identities: Collection[str] | None) -> set[str]:
     """Return which of the ids the texts mention, apart from references to another store than that of the identities, if any."""
     found: set[str] = set()
     for text in map(as_text, texts):
-        ids = {one for one in _ids_in(text) if one in wanted}
+        ids = {one for one in _iter_ids(text) if one in wanted}
         if ids and (identities is None or not _is_elsewhere(text, identities)):
             found |= ids
     return found
 
 
-def _ids_in(text: str) -> Iterator[str]:
+def _iter_ids(text: str) -> Iterator[str]:
     """Yield what has the form of a generated id, also within more hex digits, as after an escaped slash."""
     for run in _RUN.findall(text):
         yield from _STEM.findall(run)
@@ -191,7 +191,7 @@ def _is_elsewhere(text: str, identities: Collection[str]) -> bool:
 
 
 @asynccontextmanager
-async def _let_go_of(connection: AsyncConnection) -> AsyncIterator[None]:
+async def _release_locks(connection: AsyncConnection) -> AsyncIterator[None]:
     """Release the lock of a table after reading it: PostgreSQL has a bounded number of locks, and ALTER TABLE waits."""
     if connection.dialect.name == "sqlite":
         yield

@@ -14,7 +14,7 @@ from itertools import islice
 from operator import itemgetter
 from typing import IO, Any, TypeAlias
 
-from granite_storage._tasks import finished
+from granite_storage._tasks import shielded
 from granite_storage.exceptions import CollectionRefusedError
 
 __all__ = [
@@ -24,9 +24,9 @@ __all__ = [
     "Reference",
     "SortedSpool",
     "Spool",
-    "in_byte_order",
-    "joined",
-    "merged",
+    "join_pages",
+    "merge_pages",
+    "require_byte_order",
     "take_page",
     "temporary_file",
 ]
@@ -49,11 +49,11 @@ _location = itemgetter(0)
 @asynccontextmanager
 async def temporary_file() -> AsyncIterator[IO[bytes]]:
     """Give a file that has no name and is gone when it is closed."""
-    file = await finished(asyncio.to_thread(_open), undo=_close)
+    file = await shielded(asyncio.to_thread(_open), undo=_close)
     try:
         yield file
     finally:
-        await finished(_close(file))
+        await shielded(_close(file))
 
 
 def _open() -> IO[bytes]:
@@ -77,13 +77,13 @@ class Spool:
     async def write(self, page: Page) -> None:
         """Write a page, unless it is empty."""
         if page:
-            await finished(asyncio.to_thread(_write, self._file, page))
+            await shielded(asyncio.to_thread(_write, self._file, page))
 
     async def pages(self) -> AsyncIterator[Page]:
         """Yield the pages; nothing may be written meanwhile."""
         position = 0
         while True:
-            page, position = await finished(asyncio.to_thread(_read, self._file, position))
+            page, position = await shielded(asyncio.to_thread(_read, self._file, position))
             if page is None:
                 return
             yield page
@@ -110,14 +110,14 @@ class SortedSpool:
     async def pages(self) -> AsyncIterator[list[tuple[str, bool]]]:
         """Yield all strings in order, each with its mark; nothing may be added any more."""
         await self._write_run()
-        merged = heapq.merge(*(_marked(self._file, start, stop) for start, stop in self._runs))
-        while page := await finished(asyncio.to_thread(take_page, merged)):
+        merged = heapq.merge(*(_read_run(self._file, start, stop) for start, stop in self._runs))
+        while page := await shielded(asyncio.to_thread(take_page, merged)):
             yield page
 
     async def _write_run(self) -> None:
         waiting, self._waiting = self._waiting, []
         if waiting:
-            self._runs.append(await finished(asyncio.to_thread(_sort_to, self._file, waiting)))
+            self._runs.append(await shielded(asyncio.to_thread(_sort_to, self._file, waiting)))
 
 
 def _write(file: IO[bytes], page: Page) -> None:
@@ -139,7 +139,7 @@ def _sort_to(file: IO[bytes], items: list[tuple[str, bool]]) -> tuple[int, int]:
     return start, file.tell()
 
 
-def _marked(file: IO[bytes], start: int, stop: int) -> Iterator[tuple[str, bool]]:
+def _read_run(file: IO[bytes], start: int, stop: int) -> Iterator[tuple[str, bool]]:
     while start < stop:
         page, start = _read(file, start)
         yield from ((item, mark) for item, mark in page or ())
@@ -168,7 +168,7 @@ class Joined:
     missing: set[str]
 
 
-async def joined(objects: AsyncIterator[Page], references: AsyncIterator[list[Reference]]) -> AsyncIterator[Joined]:
+async def join_pages(objects: AsyncIterator[Page], references: AsyncIterator[list[Reference]]) -> AsyncIterator[Joined]:
     """Join pages of objects, of which each begins with its location, with pages of references to locations.
 
     A reference counts whatever backend it names: a place may have two keys, or its key may have been another one.
@@ -189,18 +189,22 @@ async def joined(objects: AsyncIterator[Page], references: AsyncIterator[list[Re
         yield Joined(referenced, unreferenced, missing)
 
 
-async def in_byte_order(pages: AsyncIterator[list[Reference]], what: str) -> AsyncIterator[list[Reference]]:
+async def require_byte_order(pages: AsyncIterator[list[Reference]], what: str) -> AsyncIterator[list[Reference]]:
     """Pass pages on, and refuse them where they are not in order: an object would be taken for one that nothing refers to."""
     last = ""
     async for page in pages:
         locations = list(map(_location, page))
         if locations and (locations[0] < last or locations != sorted(locations)):
-            raise CollectionRefusedError(f"{what} do not come in the byte order of UTF-8, so they cannot be compared")
+            raise CollectionRefusedError(
+                f"{what} are not in the byte order of UTF-8, so they cannot be compared with the objects"
+            )
         last = locations[-1] if locations else last
         yield page
 
 
-async def merged(one: AsyncIterator[list[Reference]], other: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
+async def merge_pages(
+    one: AsyncIterator[list[Reference]], other: AsyncIterator[list[Reference]]
+) -> AsyncIterator[list[Reference]]:
     """Merge two sequences of pages, both in order, into one."""
     async for _, ours, theirs in _stretches(_Pages(one), _Pages(other)):
         yield sorted(ours + theirs, key=_location) if ours and theirs else ours or theirs

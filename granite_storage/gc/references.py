@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol, TypeAlias
 
 from granite_storage._engine import describe_mismatch, identities_of
-from granite_storage._tasks import finished
+from granite_storage._tasks import shielded
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention
 from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file
@@ -70,7 +70,7 @@ class ReferenceSource(Protocol):
         """
         ...
 
-    async def settle(self) -> None:
+    async def make_durable(self) -> None:
         """Return once all that `find_held` has seen can no longer be undone, by a crash of the database either."""
         ...
 
@@ -139,24 +139,24 @@ class GivenReferences:
         missing = sorted(set(storage_keys) - self._storage_keys)
         if missing:
             raise CollectionRefusedError(
-                f"iter_references gave no reference of the policies {', '.join(missing)}, whose objects are in the same place:"
-                " give all references there are, or give each policy a key_prefix of its own"
+                f"iter_references returned no reference of the policies {', '.join(missing)}, whose objects are in the same"
+                " place: return all references, or give each policy a key_prefix of its own"
             )
 
-    async def settle(self) -> None:
+    async def make_durable(self) -> None:
         """Do nothing: whoever gives references has committed them."""
 
     def _require_understood(self, ref: StoredObjectRef, identities: Sequence[str] | None) -> None:
         if ref.backend not in self._manager.backends:
             known = ", ".join(sorted(self._manager.backends))
             raise CollectionRefusedError(
-                f"iter_references gave a reference to {ref.location[:120]!r} on the backend {ref.backend[:120]!r}, which the"
-                f" manager does not have (there are: {known}), so it is unknown which object it means"
+                f"iter_references returned a reference to {ref.location[:120]!r} on the backend {ref.backend[:120]!r}, which the"
+                f" manager does not have (there are: {known}): give the manager that backend"
             )
         if identities is not None and ref.identity is not None and ref.identity not in identities:
             mismatch = describe_mismatch(ref.backend, ref.identity, next(iter(identities), None))
             raise CollectionRefusedError(
-                f"iter_references gave a reference to {ref.location[:120]!r} in another store: {mismatch}"
+                f"iter_references returned a reference to {ref.location[:120]!r} in another store: {mismatch}"
             )
 
     async def _refs(self) -> AsyncIterator[StoredObjectRef]:
@@ -170,7 +170,7 @@ class GivenReferences:
             return
         # An ordinary iterator may read from a database or a file, and so may block.
         items = iter(given)
-        while page := await finished(asyncio.to_thread(take_page, items)):
+        while page := await shielded(asyncio.to_thread(take_page, items)):
             for ref in page:
                 if ref is not None:
                     yield _require_ref(ref)
@@ -180,8 +180,8 @@ def require_callable(iter_references: object) -> None:
     """Refuse an iterable in the place of what returns one."""
     if not callable(iter_references):
         raise ConfigurationError(
-            "iter_references must be a callable that returns the refs anew each time, not"
-            f" {type(iter_references).__name__}: what was read once is out of date when an object is deleted"
+            "iter_references must be a callable that returns the refs anew on each call, not a"
+            f" {type(iter_references).__name__}: refs that were read once are out of date when an object is deleted"
         )
 
 
@@ -192,5 +192,5 @@ def _locations(ref: StoredObjectRef) -> Iterator[str]:
 
 def _require_ref(ref: object) -> StoredObjectRef:
     if not isinstance(ref, StoredObjectRef):
-        raise CollectionRefusedError(f"iter_references gave a {type(ref).__name__}, which is not a StoredObjectRef")
+        raise CollectionRefusedError(f"iter_references must return instances of StoredObjectRef, not a {type(ref).__name__}")
     return ref

@@ -41,8 +41,8 @@ class CollectionScope:
     def of(cls, manager: StorageManager, storage_key: str) -> CollectionScope:
         """Return the scope of a policy; `UnknownPolicyError` where there is none."""
         policy = manager.policy(storage_key)
-        prefix = _begin(policy.key_prefix)
-        begins = {key: _begin(other.key_prefix) for key, other in manager.policies.items() if key != storage_key}
+        prefix = _as_prefix(policy.key_prefix)
+        begins = {key: _as_prefix(other.key_prefix) for key, other in manager.policies.items() if key != storage_key}
         others = sorted({begin for begin in begins.values() if begin != prefix and begin.startswith(prefix)})
         sharing = sorted(
             key for key, begin in begins.items() if begin == prefix and manager.policies[key].backend_key == policy.backend_key
@@ -53,7 +53,7 @@ class CollectionScope:
         """Tell whether a location is in it."""
         return location.startswith(self.prefix) and not location.startswith(self.others)
 
-    def is_ours(self, location: str) -> bool:
+    def manages(self, location: str) -> bool:
         """Tell whether a location in it has the form that this library gives: model, entity, field and a generated name.
 
         What lies deeper may be of another program that shares the store and has a prefix of its own.
@@ -82,10 +82,10 @@ async def require_one_key(manager: StorageManager, backend_key: str) -> None:
     for key, other in manager.backends.items():
         if key != backend_key and await may_overlap(backend, other):
             raise CollectionRefusedError(
-                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row means:"
-                " give the manager one backend for each place, with policies that have prefixes, and let all rows name that one"
+                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row refers"
+                " to: give the manager one backend for each place, each policy a prefix, and all rows the key of that backend"
             )
 
 
-def _begin(prefix: str | None) -> str:
+def _as_prefix(prefix: str | None) -> str:
     return f"{prefix}/" if prefix else ""

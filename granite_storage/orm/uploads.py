@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.util import await_only
 
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._util import in_greenlet
@@ -55,7 +55,9 @@ def remove_now(stored: Iterable[StoredObject]) -> None:
     if intents and _is_being_cancelled():
         intents = []
     if plain or intents:
-        await_only(finish(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction"))
+        await_only(
+            shielded_cleanup(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction")
+        )
 
 
 async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> None:
@@ -179,7 +181,7 @@ async def _put(upload: Upload, prepared: PreparedUpload, lease: UploadLease | No
         lease.require()
     except StaleAttachmentError:
         # The program stood still, and workers may have looked for the object for the last time before it was there.
-        await finish(intent.journal.discard(upload.attachment.ref), "discarding an upload that came too late")
+        await shielded_cleanup(intent.journal.discard(upload.attachment.ref), "discarding an upload that came too late")
         raise
 
 
@@ -217,4 +219,4 @@ async def _undo(attachments: Sequence[Attachment], cancelled: bool) -> None:
     for attachment in attachments:
         attachment._undo()
     plain = [item for item in stored if item.intent is None]
-    await finish(remove(plain, [] if cancelled else intents), "removing uploads that no row has taken")
+    await shielded_cleanup(remove(plain, [] if cancelled else intents), "removing uploads that no row has taken")

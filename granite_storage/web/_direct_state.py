@@ -74,7 +74,7 @@ class Claim(Protocol):
 class CompletionStore(Protocol):
     """Where it is written down."""
 
-    async def find(self, upload_token: UploadToken, home: AttachmentType) -> Found:
+    async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
         """Return what an upload was finished as."""
         ...
 
@@ -93,10 +93,10 @@ class JournalCompletionStore:
     def __init__(self, journal: StorageJournal) -> None:
         self._journal = journal
 
-    async def find(self, upload_token: UploadToken, home: AttachmentType) -> Found:
+    async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
         """Return what an upload was finished as: no row may take it but by a copy, for another row may be taking it now."""
         finished = await self._journal.find_finished(_staging_id(upload_token))
-        attachment = None if finished.ref is None else Attachment._of(finished.ref, home)
+        attachment = None if finished.ref is None else Attachment._of(finished.ref, column_type)
         return Found(attachment, finished, finished.is_claimed, finished.verdict)
 
     async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
@@ -113,7 +113,9 @@ class _JournaledClaim:
         """Write down what it is finished as."""
         stored = stored_object(attachment)
         if stored.intent is None:
-            raise StaleAttachmentError("the base was bound anew, without a journal, while a direct upload was finished")
+            raise StaleAttachmentError(
+                "the base was bound again without a journal while a direct upload was finished; finish it again"
+            )
         return await self._claim.publish(stored.intent.id, stored.ref)
 
     async def refuse(self, verdict: Mapping[str, Any]) -> None:
@@ -134,7 +136,7 @@ class MemoryCompletionStore:
     def __init__(self) -> None:
         self._known: dict[str, tuple[Attachment | Mapping[str, Any], int]] = {}
 
-    async def find(self, upload_token: UploadToken, home: AttachmentType) -> Found:
+    async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
         """Return what an upload was finished as: the same attachment, which a row takes once and others copy."""
         now = time.time()
         for location in [location for location, (_, ends) in self._known.items() if ends <= now]:
@@ -178,7 +180,7 @@ class _RememberedClaim:
 
 def _staging_id(upload_token: UploadToken) -> UUID:
     if upload_token.staging_id is None:
-        raise StaleAttachmentError("the direct upload was begun before there was a journal; it may be begun again")
+        raise StaleAttachmentError("the direct upload was begun before the application had a journal; begin it again")
     return upload_token.staging_id
 
 
@@ -252,7 +254,7 @@ def _beginning_of(content_type: str) -> re.Pattern[bytes] | None:
 # What a client has stored by itself, compared with what it had announced.
 
 
-_WRONG_TYPE = "the file is not of the media type that was announced"
+_WRONG_TYPE = "the file is not of the announced media type"
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,10 +299,10 @@ async def find_staged(manager: StorageManager, storage_key: str, upload_token: U
     try:
         info = await manager.stat(place)
     except ObjectNotFoundError as error:
-        raise UploadMissingError("nothing was uploaded yet") from error
+        raise UploadMissingError("no file was uploaded yet") from error
     require_size(info.size, upload_token.max_size)
     if info.size < upload_token.min_size:
-        raise UploadMismatchError("the file is smaller than was announced")
+        raise UploadMismatchError(f"the file has {info.size} bytes, fewer than the announced {upload_token.min_size}")
     _require_headers(info, upload_token)
     return Staged(replace(place, size=info.size), f"{info.size} {info.modified.isoformat()} {info.etag}")
 
@@ -334,7 +336,7 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
             async for chunk in content:
                 head += chunk[: HEAD_SIZE - len(head)]
         except ChecksumMismatchError as error:
-            raise UploadMismatchError("the file has not the checksum that was announced") from error
+            raise UploadMismatchError("the file does not have the announced checksum") from error
         finally:
             await content.aclose()
     if contradicts(head, upload_token.content_type):
@@ -343,8 +345,8 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
 
 
 def _require_headers(info: ObjectInfo, upload_token: UploadToken) -> None:
-    """Refuse what a browser would be sent as another file than the one that was announced."""
+    """Refuse what a browser would be sent as another file than the announced one."""
     if info.content_type not in (None, upload_token.content_type):
-        raise UploadMismatchError("the file has not the Content-Type that was announced")
+        raise UploadMismatchError(f"the file does not have the announced Content-Type {upload_token.content_type!r:.80}")
     if (info.content_encoding or "identity").lower() != "identity":
-        raise UploadMismatchError("the file was sent with a Content-Encoding, which was not agreed")
+        raise UploadMismatchError("the file was sent with a Content-Encoding that was not agreed; send it without one")

@@ -63,7 +63,8 @@ __all__ = ["DirectUpload", "DirectUploads", "UploadEndpoint"]
 
 _LONGEST_OWNER = 255
 _OPAQUE = "application/octet-stream"
-_INVALID = "the upload's token is not valid, or has expired"
+_INVALID = "the upload's token is invalid or has expired"
+_INVALID_URL = "the URL is invalid or has expired"
 _ATTEMPTS = 5
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
@@ -109,7 +110,7 @@ class UploadEndpoint:
             token = token_of(request.scope)
             upload_token = None if token is None else self._tokens.read(token)
             if upload_token is None or upload_token.expires <= time.time():
-                raise UploadTokenError("the URL is not valid, or has expired")
+                raise UploadTokenError(_INVALID_URL)
             await self._store(request, upload_token)
         except ClientDisconnect:
             return None
@@ -121,7 +122,7 @@ class UploadEndpoint:
         """Store a body as it arrives, if it is what was announced and has arrived before it could no longer be finished."""
         draft, limits = self._draft_of(upload_token), UploadLimits(max_size=upload_token.max_size)
         if request.headers.get("content-type") != upload_token.content_type:
-            raise UnsupportedRequestError("the Content-Type is not the one that was announced")
+            raise UnsupportedRequestError(f"the Content-Type must be the announced {upload_token.content_type!r:.80}")
         require_whole_body(request, limits)
         _require_least(declared_size(request), upload_token.min_size)
         time_left = asyncio.timeout(upload_token.ends - time.time())
@@ -129,19 +130,19 @@ class UploadEndpoint:
             async with (
                 time_left,
                 aclosing(body_of(request, limits)) as body,
-                aclosing(_whole(body, upload_token.min_size)) as content,
+                aclosing(_require_whole(body, upload_token.min_size)) as content,
             ):
                 await self._manager._engine.put(draft, content)
         except ObjectExistsError as error:
-            message = "the file was received already, so the upload is complete and this request was not needed: finish it"
+            message = "the file was received already, so the upload is complete; finish it"
             raise _ReceivedAlreadyError(message) from error
         except TimeoutError as error:
             if not time_left.expired():
                 raise
-            raise UploadTokenError("the time for this upload is over") from error
+            raise UploadTokenError("the time for this upload is over; begin a new one") from error
 
 
-async def _whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[bytes, None]:
+async def _require_whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[bytes, None]:
     """Pass a body on, and raise at its end where there is too little of it: nothing is kept of it then."""
     size = 0
     async for chunk in body:
@@ -152,7 +153,7 @@ async def _whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[by
 
 def _require_least(size: int | None, min_size: int) -> None:
     if size is not None and size < min_size:
-        raise UploadMismatchError("the file is smaller than was announced")
+        raise UploadMismatchError(f"the file has {size} bytes, fewer than the announced {min_size}")
 
 
 # Beginning and finishing a direct upload.
@@ -233,7 +234,7 @@ class DirectUploads:
         audience: str | None = None,
     ) -> None:
         if not isinstance(binding, StorageBinding):
-            raise ConfigurationError(f"DirectUploads needs what bind_storage returns, not {type(binding).__name__}")
+            raise ConfigurationError(f"binding must be what bind_storage() returned, not {type(binding).__name__}")
         for argument, duration in (("max_expires_in", max_expires_in), ("finish_within", finish_within)):
             if not isinstance(duration, timedelta) or duration < timedelta(seconds=1):
                 raise ConfigurationError(f"{argument} must be a timedelta of at least one second, not {duration!r}")
@@ -293,18 +294,18 @@ class DirectUploads:
             ValueError: Another argument is out of bounds, or the backend needs the exact `size`.
             BackendError: The backend could not sign.
         """
-        home = self._home_of(attribute)
-        policy = self._binding.manager_for(home).policy(home.storage_key)
+        column_type = self._column_type_of(attribute)
+        policy = self._binding.manager_for(column_type).policy(column_type.storage_key)
         self._require_life(expires_in)
         _require_owner(owner)
-        least, most = _sizes(home, policy, size, min_size, max_size)
+        least, most = _resolve_sizes(column_type, policy, size, min_size, max_size)
         content_type = _media_type(content_type)
-        draft = self._draft(home, content_type)
+        draft = self._draft(column_type, content_type)
         expires = int(time.time() + expires_in.total_seconds())
         upload_token = UploadToken(
             audience=self._audience,
-            table=home.table.fullname,
-            column=home.field_name,
+            table=column_type.table.fullname,
+            column=column_type.field_name,
             backend=policy.backend_key,
             location=draft.location,
             content_type=content_type,
@@ -320,7 +321,7 @@ class DirectUploads:
         request = await self._manager._engine.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
         if request is None:
             request = self._signed_request(upload_token)
-        token = self._to_finish.sign(await self._noted(upload_token, expires_in))
+        token = self._to_finish.sign(await self._record_intent(upload_token, expires_in))
         expires_at = datetime.fromtimestamp(expires, UTC)
         return DirectUpload(request.method, request.url, request.fields, request.headers, token, expires_at)
 
@@ -350,7 +351,7 @@ class DirectUploads:
             ConfigurationError: The attribute is no attachment of this binding.
             BackendError: The storage could not copy or read it.
         """
-        wanted = self._home_of(attribute)
+        wanted = self._column_type_of(attribute)
         upload_token = self._to_finish.read(token)
         if (
             upload_token is None
@@ -358,36 +359,36 @@ class DirectUploads:
             or (upload_token.table, upload_token.column) != (wanted.table.fullname, wanted.field_name)
         ):
             raise UploadTokenError(_INVALID)
-        home = self._home_in(upload_token)
+        column_type = self._column_type_in(upload_token)
         async with self._lock(upload_token.location):
             for _ in range(_ATTEMPTS):
-                attachment = await self._finished(upload_token, home)
+                attachment = await self._try_finish(upload_token, column_type)
                 if attachment is not None:
                     return attachment
-        raise StaleAttachmentError("the direct upload was finished by others, and undone, again and again; it may be tried again")
+        raise StaleAttachmentError(f"the direct upload was finished elsewhere and undone {_ATTEMPTS} times; finish it again")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to a URL of `begin`."""
         await self._endpoint(scope, receive, send)
 
-    async def _finished(self, upload_token: UploadToken, home: AttachmentType) -> Attachment | None:
+    async def _try_finish(self, upload_token: UploadToken, column_type: AttachmentType) -> Attachment | None:
         """Return what the upload is finished as; None where another process has changed that meanwhile."""
-        found = await self._unclaimed(upload_token, home)
+        found = await self._wait_unclaimed(upload_token, column_type)
         if found.attachment is not None:
             return found.attachment
-        staged = await find_staged(self._manager, home.storage_key, upload_token)
+        staged = await find_staged(self._manager, column_type.storage_key, upload_token)
         staged.require_not_refused(found.verdict)
         claim = await self._completions.claim(upload_token, found)
         if claim is None:
             return None
         async with claim as claimed:
             try:
-                attachment = await self._adopted(upload_token, home, staged)
+                attachment = await self._adopt_staged(upload_token, column_type, staged)
             except UploadMismatchError as error:
                 await claimed.refuse(staged.verdict(error))
                 raise
             except SizeMismatchError as error:
-                raise StaleAttachmentError("the file was replaced while it was finished; it may be tried again") from error
+                raise StaleAttachmentError("the file was replaced while the upload was finished; finish it again") from error
             try:
                 if await claimed.publish(attachment):
                     return attachment
@@ -397,23 +398,23 @@ class DirectUploads:
             await discard([attachment])
         return None
 
-    async def _unclaimed(self, upload_token: UploadToken, home: AttachmentType) -> Found:
+    async def _wait_unclaimed(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
         """Return what is known of the upload, once no other process finishes it."""
         pause = _FIRST_PAUSE
-        while (found := await self._completions.find(upload_token, home)).is_claimed:
+        while (found := await self._completions.find(upload_token, column_type)).is_claimed:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE)
         return found
 
-    async def _adopted(self, upload_token: UploadToken, home: AttachmentType, staged: Staged) -> Attachment:
+    async def _adopt_staged(self, upload_token: UploadToken, column_type: AttachmentType, staged: Staged) -> Attachment:
         await require_beginning(self._manager, staged.ref, upload_token)
-        return await Attachment._adopt(staged.ref, home, lambda ref: inspect(self._manager, ref, upload_token))
+        return await Attachment._adopt(staged.ref, column_type, lambda ref: inspect(self._manager, ref, upload_token))
 
     def _lock(self, location: str) -> asyncio.Lock:
         """Return what lets one task of this event loop at a time finish an upload."""
         return self._locks.setdefault((asyncio.get_running_loop(), location), asyncio.Lock())
 
-    async def _noted(self, upload_token: UploadToken, expires_in: timedelta) -> UploadToken:
+    async def _record_intent(self, upload_token: UploadToken, expires_in: timedelta) -> UploadToken:
         """Let the journal, where there is one, know of what may be stored, before anybody can store it."""
         if self._binding.journal is None:
             return upload_token
@@ -424,45 +425,45 @@ class DirectUploads:
     def _signed_request(self, upload_token: UploadToken) -> UploadRequest:
         if self.base_url is None:
             raise ConfigurationError(
-                f"the backend {upload_token.backend!r} signs no requests: make DirectUploads with base_url=, and mount it there"
+                f"the backend {upload_token.backend!r} signs no requests: pass base_url= to DirectUploads, and mount it there"
             )
         token = self._to_send.sign(replace(upload_token, filename=None, owner=None))
         return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": upload_token.content_type})
 
-    def _home_of(self, attribute: object) -> AttachmentType:
-        home = getattr(attribute, "type", None)
-        if not isinstance(home, AttachmentType) or home.table.metadata is not self._binding.metadata:
-            raise ConfigurationError(
-                f"a direct upload is for an attachment attribute of {self._binding.base_name}, not {attribute!r}"
-            )
-        return home
+    def _column_type_of(self, attribute: object) -> AttachmentType:
+        column_type = getattr(attribute, "type", None)
+        if not isinstance(column_type, AttachmentType) or column_type.table.metadata is not self._binding.metadata:
+            raise ConfigurationError(f"attribute must be an attachment attribute of {self._binding.base_name}, not {attribute!r}")
+        return column_type
 
-    def _home_in(self, upload_token: UploadToken) -> AttachmentType:
+    def _column_type_in(self, upload_token: UploadToken) -> AttachmentType:
         """Return the column of an upload token, if that is where its location belongs: who shares a key may say anything."""
-        home = self._binding.column_type(upload_token.table, upload_token.column)
+        column_type = self._binding.column_type(upload_token.table, upload_token.column)
         if (
             upload_token.audience != self._audience
             or upload_token.backend not in self._manager.backends
-            or home is None
-            or not _is_of(upload_token.location, home, self._binding.manager_for(home).policy(home.storage_key))
+            or column_type is None
+            or not _is_of(
+                upload_token.location, column_type, self._binding.manager_for(column_type).policy(column_type.storage_key)
+            )
         ):
             raise UploadTokenError(_INVALID)
-        return home
+        return column_type
 
     def _staging_draft(self, upload_token: UploadToken) -> PreparedUpload:
         """Return what a client may store by itself."""
-        policy = self._manager.policy(self._home_in(upload_token).storage_key)
+        policy = self._manager.policy(self._column_type_in(upload_token).storage_key)
         if policy.backend_key != upload_token.backend:
-            raise UploadTokenError("the URL is not valid, or has expired")
+            raise UploadTokenError(_INVALID_URL)
         return PreparedUpload(policy, upload_token.location, upload_token.content_type, None, None)
 
-    def _draft(self, home: AttachmentType, content_type: str) -> PreparedUpload:
+    def _draft(self, column_type: AttachmentType, content_type: str) -> PreparedUpload:
         """Choose where a client stores by itself: the location tells nothing of the file, and is the collector's to recognise."""
         return self._manager._engine.prepare(
-            storage_key=home.storage_key,
-            model_name=home.model_name,
+            storage_key=column_type.storage_key,
+            model_name=column_type.model_name,
             entity_id=uuid7_hex(),
-            field_name=home.field_name,
+            field_name=column_type.field_name,
             content_type=content_type,
         )
 
@@ -474,19 +475,21 @@ class DirectUploads:
         return f"<DirectUploads of {self._binding.base_name} {self._to_finish!r}>"
 
 
-def _sizes(home: AttachmentType, policy: StoragePolicy, size: int | None, min_size: int, max_size: int | None) -> tuple[int, int]:
+def _resolve_sizes(
+    column_type: AttachmentType, policy: StoragePolicy, size: int | None, min_size: int, max_size: int | None
+) -> tuple[int, int]:
     """Return the fewest and the most bytes that a client may send."""
     if size is not None:
         try:
             require_declared_size(size)
         except ValueError as error:
-            raise MalformedRequestError("the size of the file is not a number of bytes") from error
+            raise MalformedRequestError(f"the size of the file is not a number of bytes: {size!r:.40}") from error
         require_size(size, policy.max_size)
         return size, size
     limits = [limit for limit in (policy.max_size, max_size) if limit is not None]
     if not limits:
         raise ConfigurationError(
-            f"the policy {policy.storage_key!r} of {home.label} has no max_size: give begin() one, or a size"
+            f"the policy {policy.storage_key!r} of {column_type.label} has no max_size: pass max_size= or size= to begin()"
         )
     if not 0 <= min_size <= min(limits):
         raise ValueError(f"min_size must be from 0 to {min(limits)} bytes, not {min_size}")
@@ -498,7 +501,7 @@ def _media_type(content_type: str | None) -> str:
     if content_type is None:
         return _OPAQUE
     if not isinstance(content_type, str):
-        raise MalformedRequestError(f"the Content-Type of a file is not a media type, but of type {type(content_type).__name__}")
+        raise MalformedRequestError(f"the Content-Type of a file is not a media type, but a {type(content_type).__name__}")
     return content_type_to_keep(content_type) or _OPAQUE
 
 
@@ -506,7 +509,7 @@ def _announced_checksum(checksum: str | None) -> str | None:
     try:
         return None if checksum is None else canonical_checksum(checksum)
     except InvalidReferenceError as error:
-        raise MalformedRequestError("the checksum of the file is not 'sha256:' and 64 hex digits") from error
+        raise MalformedRequestError(f"the checksum of the file is not 'sha256:' and 64 hex digits: {checksum!r:.80}") from error
 
 
 def _require_owner(owner: object) -> None:
@@ -514,8 +517,13 @@ def _require_owner(owner: object) -> None:
         raise ValueError(f"owner must be a string of 1 to {_LONGEST_OWNER} characters, not {owner!r:.40}")
 
 
-def _is_of(location: str, home: AttachmentType, policy: StoragePolicy) -> bool:
+def _is_of(location: str, column_type: AttachmentType, policy: StoragePolicy) -> bool:
     """Tell whether a location is one that `begin` could have chosen for a column."""
     prefix = f"{policy.key_prefix}/" if policy.key_prefix else ""
-    names = re.escape(home.model_name), GENERATED_STEM, re.escape(home.field_name), f"{GENERATED_STEM}-{safe_name(None)}"
+    names = (
+        re.escape(column_type.model_name),
+        GENERATED_STEM,
+        re.escape(column_type.field_name),
+        f"{GENERATED_STEM}-{safe_name(None)}",
+    )
     return re.fullmatch(re.escape(prefix) + "/".join(names), location) is not None

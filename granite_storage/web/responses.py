@@ -29,7 +29,7 @@ from granite_storage._headers import (
     require_inline_types,
     served_type,
 )
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends.base import ByteRange
 from granite_storage.exceptions import BackendError, ConfigurationError, ObjectNotFoundError
 from granite_storage.manager import StorageManager
@@ -52,15 +52,15 @@ __all__ = [
     "Part",
     "Request",
     "StoredObjectResponse",
+    "group_reads",
     "is_request",
     "multipart",
-    "reads_of",
     "send_chunk",
     "send_departed",
     "send_headers",
     "send_part",
     "send_status",
-    "while_connected",
+    "serve_connected",
 ]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
@@ -129,7 +129,7 @@ def multipart(ranges: Sequence[ByteRange], size: int, content_type: str) -> Body
     return Body({"content-type": f"multipart/byteranges; boundary={boundary}", "content-length": str(length)}, parts, end)
 
 
-def reads_of(parts: Sequence[Part]) -> list[list[Part]]:
+def group_reads(parts: Sequence[Part]) -> list[list[Part]]:
     """Group parts into those that are read from the storage together, as one range: each begins close behind the one before."""
     reads: list[list[Part]] = []
     for part in parts:
@@ -150,7 +150,7 @@ async def is_request(scope: Scope, send: Send, methods: Sequence[str], server: s
         await send({"type": "websocket.close"})
         return False
     if scope["type"] != "http":
-        raise ValueError(f"{server} serves HTTP, not {scope['type']!r}")
+        raise ValueError(f"{server} serves HTTP, not the ASGI scope {scope['type']!r}")
     if scope["method"] not in methods:
         await send_status(send, 405, [("allow", ", ".join(methods))])
         return False
@@ -209,7 +209,7 @@ async def send_part(send: Send, reader: StoredObjectReader, part: Part, start: i
     await send_chunk(send, part.head)
     while left := part.span.stop - start - reader.tell():
         chunk = await _read(reader, left)
-        await _send_patiently(send, chunk, reader)
+        await _send_or_release(send, chunk, reader)
         del chunk  # a slow client's chunk is kept once, by the server
 
 
@@ -221,7 +221,7 @@ async def _read(reader: StoredObjectReader, count: int) -> bytes:
         raise BackendError(f"the object at {location!r} could not be read", location=location) from error
 
 
-async def _send_patiently(send: Send, chunk: bytes, reader: StoredObjectReader) -> None:
+async def _send_or_release(send: Send, chunk: bytes, reader: StoredObjectReader) -> None:
     """Send a chunk; while the client does not take it, nothing is held for it in the storage."""
     releases: list[asyncio.Task[None]] = []
     timer = asyncio.get_running_loop().call_later(
@@ -232,10 +232,10 @@ async def _send_patiently(send: Send, chunk: bytes, reader: StoredObjectReader) 
     finally:
         timer.cancel()
         for release in releases:
-            await finish(release, f"releasing the reader of {reader.ref.location!r}")
+            await shielded_cleanup(release, f"releasing the reader of {reader.ref.location!r}")
 
 
-async def while_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], receive: Receive, send: Send) -> None:
+async def serve_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], receive: Receive, send: Send) -> None:
     """Answer until it is done or the client is gone; the answer is then cancelled, and has cleaned up when this returns.
 
     Servers only tell of a client that went away to whoever asks: uvicorn lets everything be sent to nobody. One that goes away
@@ -252,11 +252,11 @@ async def while_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], r
             raise ClientDisconnect from error
 
     task = asyncio.ensure_future(answer(noting))
-    watch = asyncio.ensure_future(_departure(receive))
+    watch = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
     finally:
-        await finish(_ended(task, watch), "ending a response")
+        await shielded_cleanup(_cancel_all(task, watch), "ending a response")
     if not task.cancelled():
         try:
             task.result()
@@ -268,13 +268,13 @@ async def while_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], r
             await send_departed(send, begun=sent == 1)
 
 
-async def _ended(*tasks: asyncio.Task[None]) -> None:
+async def _cancel_all(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _departure(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":  # noqa: ASYNC110  # nothing else tells of it
         await asyncio.sleep(0)  # what wraps `receive` may repeat the end of the body for ever, without a wait
 
@@ -349,7 +349,7 @@ class StoredObjectResponse(Response):
         types = inline_types if inline_types is INLINE_TYPES else require_inline_types(inline_types)
         given = {key.lower(): value for key, value in (headers or {}).items()}
         _require_headers(given)
-        self._ref, self._manager = _found(stored, manager)
+        self._ref, self._manager = _resolve(stored, manager)
         self._method: str = request.scope["method"]
         self._asked = Headers(scope=request.scope)
         self._compressed = _is_compressed(request.scope, self._asked)
@@ -373,7 +373,7 @@ class StoredObjectResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request."""
-        await while_connected(self._answer, receive, send)
+        await serve_connected(self._answer, receive, send)
         if self.background is not None:
             await self.background()
 
@@ -382,17 +382,17 @@ class StoredObjectResponse(Response):
         headers = MutableHeaders(raw=list(self.raw_headers))
         try:
             validators = await self._validators(headers)
-            status, ranges = _decided(self._method, self._asked, validators, self._ref.size, whole=self._compressed)
+            status, ranges = _decide(self._method, self._asked, validators, self._ref.size, whole=self._compressed)
             self._describe(headers, validators)
             if self._method == "HEAD" or status not in (200, 206):
                 require_recorded_size(self._ref, (await self._manager.stat(self._ref)).size)
                 await send_headers(send, status, self._without_body(headers, status))
                 return
-            body = _body_of(status, ranges, self._ref.size, headers["content-type"])
-            reads = reads_of(body.parts)
+            body = _build_body(status, ranges, self._ref.size, headers["content-type"])
+            reads = group_reads(body.parts)
             first = await self._open(reads[0], whole=status == 200)
         except ObjectNotFoundError as error:
-            logger.error("a ref leads to an object that is missing: %s", error)
+            logger.error("a response was 404, because the object of its ref is missing: %s", error)
             kept = [(name, value) for name, value in headers.items() if name not in _OF_THE_OBJECT]
             await send_status(send, 404, kept)
             return
@@ -420,7 +420,7 @@ class StoredObjectResponse(Response):
             raise
         except Exception:
             # The headers are sent, so the server can only cut the connection; it does where this goes on.
-            logger.exception("the body of the object at %r of %r broke off", self._ref.location, self._ref.backend)
+            logger.exception("sending the object at %r of %r failed half-way", self._ref.location, self._ref.backend)
             raise
         await send_chunk(send, body.end, more=False)
 
@@ -436,7 +436,7 @@ class StoredObjectResponse(Response):
         headers["last-modified"] = format_date(validators.modified)
 
     def _refuse_compression(self, headers: MutableHeaders) -> None:
-        if _takes_codings(self._asked):
+        if _accepts_codings(self._asked):
             headers.setdefault("content-encoding", "identity")
 
     def _without_body(self, headers: MutableHeaders, status: int) -> MutableHeaders:
@@ -459,19 +459,19 @@ class StoredObjectResponse(Response):
         etag, modified = headers.get("etag"), http_date(headers.get("last-modified"))
         if modified is None:
             # Objects are never overwritten, so it was modified when it was stored.
-            modified = _moment(self._ref.created_at) or (await self._manager.stat(self._ref)).modified
+            modified = _parse_created_at(self._ref.created_at) or (await self._manager.stat(self._ref)).modified
             modified = min(modified, datetime.now(UTC)).replace(microsecond=0)
         if etag is None:
             etag = _entity_tag(self._ref, modified)
         return Validators(f"W/{etag.removeprefix('W/')}" if self._compressed else etag, modified)
 
 
-def _found(stored: Attachment | StoredObjectRef, manager: StorageManager | None) -> tuple[StoredObjectRef, StorageManager]:
+def _resolve(stored: Attachment | StoredObjectRef, manager: StorageManager | None) -> tuple[StoredObjectRef, StorageManager]:
     if isinstance(stored, Attachment):
         return stored.ref, manager or stored.manager
     require_ref(stored)
     if manager is None:
-        raise ConfigurationError("a ref does not know its manager: pass manager=")
+        raise ConfigurationError("a ref has no manager of its own: pass manager=")
     return stored, manager
 
 
@@ -479,27 +479,29 @@ def _require_headers(headers: Mapping[str, str]) -> None:
     """Refuse headers that would be untrue of what is sent."""
     for name in _COMPUTED:
         if name in headers:
-            raise ValueError(f"headers must not contain {name!r}: the response computes it")
+            raise ValueError(f"headers must not contain {name!r}, which the response computes: leave it out")
     if "etag" in headers and not is_entity_tag(headers["etag"]):
         raise ValueError(f"the ETag must be quoted, as in '\"v1\"' or 'W/\"v1\"', not {headers['etag']!r}")
     if "last-modified" in headers and http_date(headers["last-modified"]) is None:
-        raise ValueError(f"Last-Modified must be a date of HTTP, not {headers['last-modified']!r}")
+        raise ValueError(
+            f"Last-Modified must be an HTTP date, such as 'Sun, 06 Nov 1994 08:49:37 GMT', not {headers['last-modified']!r}"
+        )
 
 
-def _takes_codings(asked: Headers) -> bool:
+def _accepts_codings(asked: Headers) -> bool:
     return (header_of(asked, "accept-encoding") or "identity").lower() != "identity"
 
 
 def _is_compressed(scope: Any, asked: Headers) -> bool:
     """Tell whether Litestar compresses what is sent: it asks neither for the status nor for a Content-Encoding."""
     config = getattr(scope.get("litestar_app"), "compression_config", None)
-    if config is None or not _takes_codings(asked):
+    if config is None or not _accepts_codings(asked):
         return False
     options = getattr(scope.get("route_handler"), "opt", {})
     return not (config.exclude_opt_key and options.get(config.exclude_opt_key))
 
 
-def _decided(method: str, asked: Headers, validators: Validators, size: int, *, whole: bool) -> tuple[int, list[ByteRange]]:
+def _decide(method: str, asked: Headers, validators: Validators, size: int, *, whole: bool) -> tuple[int, list[ByteRange]]:
     """Return the status and the ranges to send, in the order of RFC 9110, section 13.2.2; no range where it must be `whole`."""
     everything = [ByteRange(0, size)]
     if method not in ("GET", "HEAD"):
@@ -516,7 +518,7 @@ def _decided(method: str, asked: Headers, validators: Validators, size: int, *, 
     return (206, ranges) if ranges else (416, [])
 
 
-def _body_of(status: int, ranges: Sequence[ByteRange], size: int, content_type: str) -> Body:
+def _build_body(status: int, ranges: Sequence[ByteRange], size: int, content_type: str) -> Body:
     if len(ranges) > 1:
         return multipart(ranges, size, content_type)
     span = ranges[0]
@@ -534,7 +536,7 @@ def _entity_tag(ref: StoredObjectRef, modified: datetime) -> str:
     return f'W/"{hashlib.sha256(identity.encode(errors="surrogatepass")).hexdigest()[:32]}"'
 
 
-def _moment(created_at: str | None) -> datetime | None:
+def _parse_created_at(created_at: str | None) -> datetime | None:
     """Read when an object was stored; None where a ref of other origin does not say it, or not so that it can be read."""
     try:
         moment = datetime.fromisoformat(created_at or "")

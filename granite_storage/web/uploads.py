@@ -15,7 +15,7 @@ from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
 
 from granite_storage._engine import require_positive
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.manager import StorageManager
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.attachment import Attachment
@@ -138,22 +138,28 @@ FileTarget: TypeAlias = Target | FileList
 
 def require_target(target: object) -> None:
     """Refuse what nothing can be stored in, before a body is read."""
-    if isinstance(target, PolicyTarget) or _home_of(target) is not None or (callable(target) and not isinstance(target, type)):
+    if (
+        isinstance(target, PolicyTarget)
+        or _column_type_of(target) is not None
+        or (callable(target) and not isinstance(target, type))
+    ):
         return
-    raise TypeError(f"a file is stored in an attachment attribute, a PolicyTarget or a coroutine function, not in {target!r}")
+    raise TypeError(f"a file can be stored in an attachment attribute, a PolicyTarget or a coroutine function, not in {target!r}")
 
 
 def max_size_of(target: Target) -> int | None:
     """Return the most bytes that the policy of a target allows, None for no limit, or none that is known."""
     if isinstance(target, PolicyTarget):
         return target.manager.policy(target.storage_key).max_size
-    home = _home_of(target)
-    return None if home is None else home.binding().manager_for(home).policy(home.storage_key).max_size
+    column_type = _column_type_of(target)
+    return (
+        None if column_type is None else column_type.binding().manager_for(column_type).policy(column_type.storage_key).max_size
+    )
 
 
-def _home_of(target: object) -> AttachmentType | None:
-    home = getattr(target, "type", None)
-    return home if isinstance(home, AttachmentType) else None
+def _column_type_of(target: object) -> AttachmentType | None:
+    column_type = getattr(target, "type", None)
+    return column_type if isinstance(column_type, AttachmentType) else None
 
 
 @dataclass(slots=True)
@@ -186,7 +192,7 @@ class Received:
             self.attachments.append(stored)
         return stored
 
-    async def take_back(self, *, cancelled: bool) -> None:
+    async def remove_all(self, *, cancelled: bool) -> None:
         """Remove everything, for nobody has seen it; what could not be removed is logged."""
         refs, self.refs = self.refs, []
         await self.discard_attachments(cancelled=cancelled)
@@ -371,8 +377,8 @@ async def stream_upload(
         if media_type == b"application/x-www-form-urlencoded":
             form = _Form(files)
             form.fields = await read_fields(body, limits)
-            return form.received()
-    raise UnsupportedRequestError("the body must be multipart/form-data")
+            return form.result()
+    raise UnsupportedRequestError("the body must be multipart/form-data or application/x-www-form-urlencoded")
 
 
 @overload
@@ -434,7 +440,7 @@ class _Form:
         self.files: list[tuple[str, Any]] = []
         self.stored = Received()
 
-    def received(self) -> UploadForm:
+    def result(self) -> UploadForm:
         """Return what it has brought."""
         lists = [name for name, target in self._targets.items() if isinstance(target, FileList)]
         return UploadForm(self.fields, FormFiles(self.files, lists), self.stored)
@@ -462,8 +468,10 @@ class _MultipartForm(_Form):
         while (chunk := await self._reader.next_chunk(head)) is not None:
             chunks.append(chunk)
             size += len(chunk)
-            self._limits.require("max_field_size", size, "a field is too large")
-            self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
+            if size > self._limits.max_field_size:
+                self._limits.require("max_field_size", size, "a field is too large")
+            if self._fields_size + size > self._limits.max_fields_size:
+                self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
         self._fields_size += size
         try:
             return b"".join(chunks).decode()
@@ -486,11 +494,13 @@ class _MultipartForm(_Form):
         """Return where the next file of a field goes."""
         target = self._targets.get(name)
         if target is None:
-            raise MalformedRequestError("the form has a file in a field where none is expected")
+            raise MalformedRequestError(f"the form has a file in the field {name!r:.80}, where none is expected")
         self._counts[name] += 1
         most, target = (target.max_files, target.target) if isinstance(target, FileList) else (1, target)
         if self._counts[name] > most:
-            raise RequestTooLargeError(f"there are too many files in one field (at most {most})", limit="max_files", maximum=most)
+            raise RequestTooLargeError(
+                f"there are too many files in the field {name!r:.80} (at most {most})", limit="max_files", maximum=most
+            )
         return target
 
 
@@ -500,9 +510,9 @@ async def _receive(form: _MultipartForm) -> UploadForm:
     except BaseException as error:
         if form.stored:
             cancelled = isinstance(error, asyncio.CancelledError)
-            await finish(form.stored.take_back(cancelled=cancelled), "removing what a failed request has stored")
+            await shielded_cleanup(form.stored.remove_all(cancelled=cancelled), "removing what a failed request has stored")
         raise
-    return form.received()
+    return form.result()
 
 
 # What FastAPI's `Depends` takes to receive files.
@@ -539,7 +549,7 @@ def upload_form(files: Mapping[str, FileTarget], *, limits: UploadLimits = DEFAU
         for name, target in files.items()
     }
     schema = {"type": "object", "properties": properties, "additionalProperties": {"type": "string"}}
-    return cast(UploadDependency[UploadForm], _described(form, "multipart/form-data", schema))
+    return cast(UploadDependency[UploadForm], _with_openapi(form, "multipart/form-data", schema))
 
 
 def upload_body(
@@ -562,12 +572,12 @@ def upload_body(
         async with UploadForm([], FormFiles([("", stored)]), Received.of(stored)):
             yield stored
 
-    return cast(UploadDependency[Any], _described(body, "application/octet-stream", _FILE))
+    return cast(UploadDependency[Any], _with_openapi(body, "application/octet-stream", _FILE))
 
 
 
 
-def _described(dependency: Any, media_type: str, schema: Mapping[str, Any]) -> Any:
+def _with_openapi(dependency: Any, media_type: str, schema: Mapping[str, Any]) -> Any:
     content = {media_type: {"schema": dict(schema)}}
     dependency.openapi_extra = {"requestBody": {"required": True, "content": content}}
     return dependency

@@ -42,7 +42,7 @@ class SignedFiles:
 
     def __init__(self, manager: StorageManager, *, inline_types: Collection[str] = INLINE_TYPES) -> None:
         if manager.url_signer is None:
-            raise ConfigurationError("the manager signs no URLs: make it with url_signer=")
+            raise ConfigurationError("the manager signs no URLs: pass url_signer= to StorageManager")
         self._manager = manager
         self._signer = manager.url_signer
         self._inline_types = require_inline_types(inline_types)
@@ -79,7 +79,7 @@ class SignedFiles:
         except (BackendUnavailableError, InvalidLocationError, UnknownBackendError) as error:
             if begun:
                 raise
-            logger.error("a signed URL could not be served", exc_info=error)
+            logger.error("the object of a signed URL could not be served", exc_info=error)
             status, headers = _refusal(error)
             await send_status(send, status, headers)
 

@@ -464,7 +464,7 @@ class TestWrites:
         assert len(await content_of(weed, "a")) == size
 
     async def test_a_copy_in_parts(self, weed: S3StorageBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_s3_upload, "_COPIED_AT_A_TIME", 5 * MIB)
+        monkeypatch.setattr(_s3_upload, "_COPY_PART_SIZE", 5 * MIB)
         await weed.put_stream("a", chunks(*(MIB,) * 12), content_type="text/plain")
         await weed.copy("a", "b")
         assert await content_of(weed, "b") == await content_of(weed, "a")
@@ -648,8 +648,8 @@ class TestCleanup:
                 for key in ("mine/a", "mine/b", "mine2/c", "other"):
                     upload = await client.create_multipart_upload(Bucket=bucket, Key=key)
                     await client.upload_part(Bucket=bucket, Key=key, UploadId=upload["UploadId"], PartNumber=1, Body=b"...")
-                assert await backend.abort_unfinished(older_than=timedelta(hours=1)) == 0
-                assert await backend.abort_unfinished(older_than=timedelta(0)) == 2
+                assert await backend.cleanup_incomplete(older_than=timedelta(hours=1)) == 0
+                assert await backend.cleanup_incomplete(older_than=timedelta(0)) == 2
                 left = await client.list_multipart_uploads(Bucket=bucket)
             assert sorted(upload["Key"] for upload in left["Uploads"]) == ["mine2/c", "other"]
             await backend.aclose()
@@ -685,7 +685,7 @@ CALLS: dict[str, Any] = {
     "delete": lambda backend: backend.delete("a"),
     "copy": lambda backend: backend.copy("a", "b"),
     "iter_objects": lambda backend: locations_of(backend),
-    "abort_unfinished": lambda backend: backend.abort_unfinished(older_than=timedelta(0)),
+    "cleanup_incomplete": lambda backend: backend.cleanup_incomplete(older_than=timedelta(0)),
 }
 
 

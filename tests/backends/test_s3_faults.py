@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from aiobotocore.credentials import AioRefreshableCredentials
 
-from granite_storage.backends import _s3_client, _s3_upload
+from granite_storage.backends import _remote, _s3_client
 from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends._s3_client import backoff
 from granite_storage.backends.s3 import S3ConfigurationError, S3StorageBackend
@@ -601,7 +601,7 @@ class TestCancellation:
         self, rig: Rig, write: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         call, _, publishing = WRITES[write]
-        monkeypatch.setattr(_s3_upload, "ANSWER_TIMEOUT", 0.2)
+        monkeypatch.setattr(_remote, "ANSWER_TIMEOUT", 0.2)
         landed = Gate()
 
         async def silent(request: Request) -> None:

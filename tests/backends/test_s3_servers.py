@@ -150,7 +150,7 @@ class TestConditions:
             with caplog.at_level(logging.WARNING, "granite_storage"):
                 for name in ("one", "two"):
                     await backend.put_stream(name, stream())
-            assert [record.getMessage() for record in caplog.records if "could not be found out" in record.getMessage()]
+            assert [record.getMessage() for record in caplog.records if "is unknown whether" in record.getMessage()]
             assert proxy.count()["PutObject"] == 1
             assert proxy.count()["HeadObject"] == 2
 
@@ -188,8 +188,8 @@ class TestConditions:
                 await client.put_object(Bucket=bucket, Key=f"app/{PROBE_PREFIX}left", Body=b"probe")
             await backend.put_bytes("one", b"1")
             assert [info.location async for info in backend.iter_objects()] == ["one"]
-            assert await backend.abort_unfinished(older_than=timedelta(days=1)) == 0
-            assert await backend.abort_unfinished(older_than=timedelta(days=-1)) == 1
+            assert await backend.cleanup_incomplete(older_than=timedelta(days=1)) == 0
+            assert await backend.cleanup_incomplete(older_than=timedelta(days=-1)) == 1
             assert await keys_in(backend) == ["app/one"]
             await backend.aclose()
 

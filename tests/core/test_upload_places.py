@@ -107,7 +107,7 @@ class StuckFile(io.RawIOBase):
 
 
 async def test_a_file_that_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "_PATIENCE", 0.05)
+    monkeypatch.setattr(streams, "_CANCEL_TIMEOUT", 0.05)
     manager = manager_of(MemoryStorageBackend(), max_concurrent_uploads=1, upload_idle_timeout=0.05)
     file = StuckFile()
     try:

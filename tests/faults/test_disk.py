@@ -134,7 +134,7 @@ async def _check_after_kill(root: Path, *, finished: bool) -> None:
         assert not finished
     for path in root.rglob(f"{RESERVED_PREFIX}*.tmp"):
         os.utime(path, (0, 0))
-    await backend.abort_unfinished(older_than=timedelta(days=1))
+    await backend.cleanup_incomplete(older_than=timedelta(days=1))
     assert files_below(root) == sorted(found)
 
 

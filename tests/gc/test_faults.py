@@ -194,7 +194,7 @@ async def test_temporary_files_that_unfinished_writes_left(plain_database: Datab
 async def test_what_cannot_be_cleared_up_does_not_spoil_the_report(plain_database: Database, tmp_path: Path) -> None:
     async with gc_environment(plain_database, backend=LocalStorageBackend(tmp_path, fsync=False)) as env:
         await env.add(Crate(id=1, file=file("a")))
-        env.store.fail("abort_unfinished", error=AccessDeniedError("no"))
+        env.store.fail("cleanup_incomplete", error=AccessDeniedError("no"))
         report = await env.collect()
         assert report.unfinished_error == "AccessDeniedError: no"
         assert report.complete

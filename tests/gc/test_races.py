@@ -256,7 +256,7 @@ def test_a_delete_that_a_crash_of_the_database_takes_back(with_barrier: bool, mo
         await connection.commit()
 
     if not with_barrier:
-        monkeypatch.setattr(checks, "barrier", nothing)
+        monkeypatch.setattr(checks, "commit_durably", nothing)
     settings = ("synchronous_commit = off", "wal_writer_delay = '10s'", "wal_writer_flush_after = 1000", "autovacuum = off")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granite-")))
@@ -326,7 +326,7 @@ async def test_a_database_restored_from_a_backup(journaled_env: GcEnvironment) -
         await env.collect()
     async with env.journal.worker(interval=timedelta(seconds=30)):
         await asyncio.sleep(0.3)
-    with pytest.raises(CollectionRefusedError, match=r"no worker of the journal was at work for 2:00"):
+    with pytest.raises(CollectionRefusedError, match=r"no worker of the journal was running for 2:00"):
         await env.collect()
     assert len(await env.locations()) == 2
     assert (await env.collect(allow_restored_database=True)).deleted == 1

@@ -292,7 +292,7 @@ class TestFailures:
     async def test_cancelled_and_run_again(self, env: MigrationEnvironment, seconds: float) -> None:
         await env.add(*(Shelf(id=number, file=file(str(number))) for number in range(1, 80)))
         binding = env.write_to("new")
-        task = asyncio.ensure_future(migrate(binding, storage_key="docs", to_backend="new")._to_end())
+        task = asyncio.ensure_future(migrate(binding, storage_key="docs", to_backend="new")._run_to_end())
         await asyncio.sleep(seconds)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

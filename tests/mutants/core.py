@@ -201,7 +201,7 @@ MUTANTS = [
         name="core-running-thread-left-behind",
         rule="A cancelled caller waits for a function in a thread that has begun.",
         path="granite_storage/_threads.py",
-        old="            if not job.withdraw():\n                await self._outlive(job, undo, patience)\n",
+        old="            if not job.withdraw():\n                await self._outlive(job, undo, cancel_timeout)\n",
         new="            job.withdraw()\n",
         tests=("tests/core/test_threads.py::TestRun::test_a_cancelled_caller_waits_for_a_function_that_was_begun",),
     ),

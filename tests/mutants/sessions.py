@@ -220,8 +220,8 @@ MUTANTS = [
         name="sessions-cancelled-removal-stops",
         rule="Objects of an ended transaction are deleted to the end, though the task is cancelled meanwhile.",
         path="granite_storage/orm/uploads.py",
-        old='await_only(finish(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction"))',
-        new="await_only(remove(plain, intents))",
+        old='shielded_cleanup(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction")',
+        new="remove(plain, intents)",
         tests=("tests/orm/test_cancelled_removal.py",),
     ),
     Mutant(

@@ -241,7 +241,7 @@ async def test_what_was_finished_is_forgotten_in_the_end(direct: Direct, monkeyp
     last = await direct.begin()
     with pytest.raises(UploadMissingError):
         await direct.uploads.finish(last.token, Document.file)
-    assert direct.uploads._finishes._known == {}  # type: ignore[attr-defined]
+    assert direct.uploads._completions._known == {}  # type: ignore[attr-defined]
 
 
 async def test_its_object_is_gone(direct: Direct) -> None:

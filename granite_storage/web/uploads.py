@@ -575,8 +575,6 @@ def upload_body(
     return cast(UploadDependency[Any], _with_openapi(body, "application/octet-stream", _FILE))
 
 
-
-
 def _with_openapi(dependency: Any, media_type: str, schema: Mapping[str, Any]) -> Any:
     content = {media_type: {"schema": dict(schema)}}
     dependency.openapi_extra = {"requestBody": {"required": True, "content": content}}

@@ -1,4 +1,4 @@
-"""What long runs over all references have in common: so many at a time, a budget of bytes, and a place to go on from."""
+"""What the long-running jobs share: progress, a bound on concurrency and bytes per second, and a key to resume from."""
 
 from __future__ import annotations
 
@@ -7,59 +7,71 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from granite_storage.backends.base import StorageBackend, SupportsMountCheck
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
 from granite_storage.readers import StoredObjectReader
 
-__all__ = ["Budget", "Run", "in_order", "paced", "patiently", "places", "require_mounted"]
+__all__ = [
+    "MOST_KEPT",
+    "Budget",
+    "Run",
+    "rate_limited",
+    "require_concurrency",
+    "require_mounted",
+    "retry_unavailable",
+    "run_in_order",
+]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = TypeVar("Report")
+
+MOST_KEPT = 1000
+"""How many single things a report holds, so that its size is bounded."""
 
 _AHEAD = 4
 _PAUSES = (0.5, 2.0)
 
 
 class Run(ABC, Generic[Item, Report]):
-    """A long run: iterate over it for what it has to say, as it comes, or await it for the report at its end.
+    """A long-running job: iterate over it for its items as they come, or await it for the report at its end.
 
-    It runs once. It begins with the first item that is asked for, and goes on only as items are asked for. `stop` lets it end
-    early and well; a cancellation ends it at once.
+    It runs once. It starts when the first item is asked for, and continues only as items are asked for. `stop` ends it early and
+    cleanly; a cancellation ends it at once.
 
     Attributes:
-        report: What was done so far; it grows while the run goes on, and stays readable when it fails.
+        report: What was done so far. It grows while the job runs, and remains readable after an error.
     """
 
     def __init__(self, report: Report) -> None:
         self.report = report
         self._stopped = False
         self._begun = False
-        self._notice: Callable[[], None] = lambda: None
+        self._on_progress: Callable[[], None] = lambda: None
 
     def stop(self) -> None:
-        """Begin nothing more; what is under way is done to its end, and then the run ends."""
+        """End the job once the work in progress is done; nothing more is started."""
         self._stopped = True
 
-    async def noticed(self, notice: Callable[[], None]) -> AsyncGenerator[Item, None]:
-        """Yield what iterating yields, and call `notice` each time that the report has grown."""
-        self._notice = notice
-        async with aclosing(aiter(self)) as items:
-            async for item in items:
-                yield item
+    def on_progress(self, callback: Callable[[], None]) -> Self:
+        """Call a function each time that the report has grown; return the job, to iterate over it or to await it."""
+        self._on_progress = callback
+        return self
 
     def __aiter__(self) -> AsyncGenerator[Item, None]:
         if self._begun:
-            raise ConfigurationError("a run runs once: make another one, which may go on after this one's key")
+            raise ConfigurationError(
+                "a run can be iterated or awaited only once: start a new one, with after=report.key to continue this one"
+            )
         self._begun = True
         return self._items()
 
     def __await__(self) -> Generator[Any, None, Report]:
-        return self._to_end().__await__()
+        return self._run_to_end().__await__()
 
-    async def _to_end(self) -> Report:
+    async def _run_to_end(self) -> Report:
         async with aclosing(aiter(self)) as items:
             async for _ in items:
                 pass
@@ -67,32 +79,32 @@ class Run(ABC, Generic[Item, Report]):
 
     @abstractmethod
     def _items(self) -> AsyncGenerator[Item, None]:
-        """Do the work, and yield what there is to say of it as it comes."""
+        """Do the work, and yield its items as they come."""
 
 
-async def in_order(
+async def run_in_order(
     items: AsyncGenerator[Item, None],
     work: Callable[[Item], Awaitable[Result]],
     *,
-    at_a_time: int,
+    concurrency: int,
     is_stopped: Callable[[], bool],
 ) -> AsyncGenerator[tuple[Item, Result], None]:
-    """Do work on items, several at a time, and yield the results in the items' order: so each one ends all before it.
+    """Do work on items, several at a time, and yield the results in the items' order: a result says that all before it are done.
 
-    An error ends it; work under way is cancelled and waited for. Memory is that of a few times `at_a_time` items.
+    An error ends it, once the work in progress was cancelled and has ended. Memory is that of a few times `concurrency` items.
     """
-    places = asyncio.Semaphore(at_a_time)
+    slots = asyncio.Semaphore(concurrency)
     tasks: deque[asyncio.Task[tuple[Item, Result] | None]] = deque()
 
     async def one(item: Item) -> tuple[Item, Result] | None:
-        async with places:
+        async with slots:
             return None if is_stopped() else (item, await work(item))
 
     try:
         async with aclosing(items):
             async for item in items:
                 tasks.append(asyncio.create_task(one(item)))
-                while tasks and (tasks[0].done() or len(tasks) >= _AHEAD * at_a_time):
+                while tasks and (tasks[0].done() or len(tasks) >= _AHEAD * concurrency):
                     done = await tasks[0]
                     tasks.popleft()
                     if done is None:
@@ -106,38 +118,38 @@ async def in_order(
             yield done
     finally:
         if is_stopped():
-            await _without_errors(tasks)
+            await _wait_ended(tasks)
         for task in tasks:
             task.cancel()
-        await _without_errors(tasks)
+        await _wait_ended(tasks)
 
 
-async def _without_errors(tasks: deque[asyncio.Task[Result]]) -> None:
+async def _wait_ended(tasks: deque[asyncio.Task[Result]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def places(at_a_time: object) -> int:
-    """Return how many things are done side by side, once it is a number of things."""
-    if isinstance(at_a_time, bool) or not isinstance(at_a_time, int) or at_a_time < 1:
-        raise ConfigurationError(f"at_a_time must be a number of at least 1, not {at_a_time!r}")
-    return at_a_time
+def require_concurrency(concurrency: object) -> int:
+    """Return a concurrency, once it is known to be a number of at least 1."""
+    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+        raise ConfigurationError(f"concurrency must be an integer of at least 1, not {concurrency!r}")
+    return concurrency
 
 
 class Budget:
-    """Lets so many bytes pass in a second, over all that share it.
+    """Limits the bytes per second of all readers that share it.
 
     Args:
-        bytes_per_second: How many; None for any number.
+        bytes_per_second: The limit; None for no limit.
     """
 
     def __init__(self, bytes_per_second: float | None) -> None:
         if bytes_per_second is not None and not bytes_per_second > 0:
-            raise ConfigurationError(f"a budget must be a number of bytes above 0, not {bytes_per_second!r}")
+            raise ConfigurationError(f"bytes_per_second must be a number above 0, or None, not {bytes_per_second!r}")
         self._rate = bytes_per_second
         self._free = 0.0
 
     async def spend(self, count: int) -> None:
-        """Wait until bytes that have just passed are paid for."""
+        """Wait as long as bytes that were just read take at the limit."""
         if self._rate is None:
             return
         now = asyncio.get_running_loop().time()
@@ -145,15 +157,15 @@ class Budget:
         await asyncio.sleep(self._free - now)
 
 
-async def paced(reader: StoredObjectReader, budget: Budget) -> AsyncGenerator[bytes, None]:
+async def rate_limited(reader: StoredObjectReader, budget: Budget) -> AsyncGenerator[bytes, None]:
     """Yield an object's chunks, no faster than a budget allows."""
     async for chunk in reader:
         yield chunk
         await budget.spend(len(chunk))
 
 
-async def patiently(call: Callable[[], Awaitable[Result]]) -> Result:
-    """Make a call, and again after a while where the backend was out of reach; then its error says that it really is."""
+async def retry_unavailable(call: Callable[[], Awaitable[Result]]) -> Result:
+    """Make a call, and repeat it after a pause while the backend is unavailable; the error of the last attempt is raised."""
     for pause in _PAUSES:
         try:
             return await call()
@@ -163,14 +175,14 @@ async def patiently(call: Callable[[], Awaitable[Result]]) -> Result:
 
 
 async def require_mounted(key: str, backend: StorageBackend) -> None:
-    """Refuse a local folder without its marker: an unmounted disk shows an empty one, in which everything seems to be missing.
+    """Refuse a local folder without its marker: where a disk is not mounted, every object seems to be missing.
 
     Raises:
         BackendUnavailableError: It has none.
     """
     if isinstance(backend, SupportsMountCheck) and not await backend.is_mounted():
         raise BackendUnavailableError(
-            f"the folder of the backend {key!r} does not carry the marker file that its first write left: it is not the"
-            " folder that the rows refer to, or its disk is not mounted",
+            f"the folder of the backend {key!r} has no marker file, which its first write created: mount its disk, or correct"
+            " the backend's folder",
             backend=key,
         )

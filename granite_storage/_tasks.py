@@ -1,4 +1,4 @@
-"""Concurrent work, and clean-up under cancellation.
+"""Concurrent and repeated work, and clean-up under cancellation.
 
 A cancelled task that has work in progress waits for it before it lets the cancellation through; otherwise that work could publish
 what the task has already cleaned up. No cancellation is lost on the way.
@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NoReturn, TypeVar
 
-__all__ = ["CLEANUP_TIMEOUT", "run_bounded", "shielded", "shielded_cleanup", "task_group", "wait_or_cancel", "wait_uncancelled"]
+__all__ = [
+    "CLEANUP_TIMEOUT",
+    "background",
+    "repeat",
+    "run_bounded",
+    "shielded",
+    "shielded_cleanup",
+    "task_group",
+    "wait_or_cancel",
+    "wait_uncancelled",
+]
 
 logger = logging.getLogger("granite_storage")
 
@@ -53,6 +64,56 @@ async def task_group() -> AsyncGenerator[asyncio.TaskGroup, None]:
             raise first
     finally:
         del first  # or it would hold this frame, and the frame it
+
+
+@asynccontextmanager
+async def background(*works: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
+    """Run coroutines while the block runs, each in a task; at its end they are cancelled, and have ended when it is left."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def repeat(
+    work: Callable[[], Awaitable[object]],
+    interval: float,
+    what: str,
+    *,
+    jitter: float = 0.0,
+    wake: asyncio.Event | None = None,
+    rest: float = 0.0,
+) -> NoReturn:
+    """Run work again and again, until the task is cancelled; an error is logged, and the next run comes all the same.
+
+    Args:
+        work: The work.
+        interval: The time from the end of a run to the next one, in seconds.
+        what: What the work does, for the log.
+        jitter: The part of the interval by which it may be shorter or longer, so that processes that began together do not go on
+            in step.
+        wake: Begins the next run early once it is set; it is cleared before each run, so one that is set meanwhile is not lost.
+        rest: The least time between two runs that `wake` cannot shorten, in seconds; the interval comes on top of it.
+    """
+    while True:
+        if wake is not None:
+            wake.clear()
+        try:
+            await work()
+        except Exception:
+            logger.exception("%s failed and is tried again", what)
+        if rest:
+            await asyncio.sleep(rest)
+        seconds = interval * random.uniform(1 - jitter, 1 + jitter)  # noqa: S311  # not a secret
+        if wake is None:
+            await asyncio.sleep(seconds)
+            continue
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await wake.wait()
 
 
 async def wait_uncancelled(future: asyncio.Future[Any], timeout: float | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""Moving objects from one backend to another while the application goes on."""
+"""Moving objects from one backend to another while the application keeps running."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from sqlalchemy import Column, ColumnElement, Connection, LargeBinary, Text, Upd
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from granite_storage._jobs import Budget, Run, in_order, paced, patiently, places, require_mounted
+from granite_storage._jobs import (
+    MOST_KEPT,
+    Budget,
+    Run,
+    rate_limited,
+    require_concurrency,
+    require_mounted,
+    retry_unavailable,
+    run_in_order,
+)
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import (
     BackendUnavailableError,
@@ -32,8 +41,8 @@ from granite_storage.orm._registry import find_binding
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced
-from granite_storage.orm.locking import HeldRef, among
-from granite_storage.orm.references import HeldValue, RefRow, Scan, as_stored
+from granite_storage.orm.locking import RowRef, among
+from granite_storage.orm.references import RowValue, RowValues, Scan, as_stored
 from granite_storage.orm.sharing import refers
 from granite_storage.orm.uploads import Upload, remove, store, stored_object
 from granite_storage.refs import StoredObjectRef
@@ -41,171 +50,25 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from granite_storage.manager import ObjectDraft
+    from granite_storage._engine import PreparedUpload
+    from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.binding import StorageBinding
     from granite_storage.readers import StoredObjectReader
 
-__all__ = ["Migration", "MigrationReport", "Moved", "Paced", "Verdict", "migrate", "relocate"]
+__all__ = ["MigratedObject", "Migration", "MigrationReport", "MigrationStatus", "RateLimited", "migrate", "relocate"]
 
 
-# Moving the object that a row holds to another backend, while the application goes on: copy, swap, and only then let go.
-#
-# The copy is an upload like any other, with an intent where there is a journal. The swap is one transaction: an UPDATE that
-# hits only where the column still holds, to the letter, what was copied; the copy's intent taken back; and the old object
-# displaced, as by a replacement. How the transaction ends decides what goes, by the same hooks: committed, the old object;
-# rolled back, or the row no longer what it was, the copy; unknown, neither.
+RateLimited = Callable[["StoredObjectReader"], AsyncGenerator[bytes, None]]
+"""What the bytes of an object pass through on their way."""
 
-
-Paced = Callable[["StoredObjectReader"], AsyncGenerator[bytes, None]]
-
-
-async def relocate(binding: StorageBinding, held: HeldValue, *, paced: Paced, is_shared: bool) -> bool:
-    """Copy the object of an attachment column to where its policy writes now, and let the row refer to the copy.
-
-    Args:
-        binding: The binding in force for the base.
-        held: What the column holds.
-        paced: What the bytes pass through on their way.
-        is_shared: Whether another value refers to the same object, as only SQL past the library can bring about; then the object
-            goes with the last one.
-
-    Returns:
-        Whether the row refers to the copy now; False where a writer was faster, and then nothing is left of the copy.
-
-    Raises:
-        StorageError: The object could not be copied, or is not what its ref says; nothing is left of the copy.
-        SQLAlchemyError: The database refused the swap; nothing is left of the copy, except where nobody knows whether it has
-            committed: then both objects stay, for the journal or the garbage collector.
-    """
-    home = held.column.type
-    if binding.sessions is None or not isinstance(home, AttachmentType) or held.ref is None:
-        raise TypeError("only what an attachment column holds can be relocated, through a binding with sessions")
-    copy = _Relocated(held.ref, held, paced)
-    await store([Upload(copy, home, "")])
-    swap = _Swap(held, held.ref, copy, is_shared=is_shared)
-    try:
-        async with binding.sessions() as session:
-            return await _committed(session, swap)
-    finally:
-        if not swap.is_told:
-            await shielded_cleanup(_abandoned(copy), "deleting a copy that its row could not be told of")
-
-
-async def _committed(session: AsyncSession, swap: _Swap) -> bool:
-    if await session.run_sync(swap):
-        await session.commit()
-        return True
-    await session.rollback()
-    return False
-
-
-async def _abandoned(copy: _Relocated) -> None:
-    stored = stored_object(copy)
-    await remove([stored] if stored.intent is None else [], [] if stored.intent is None else [stored.intent])
-
-
-class _Relocated(Attachment):
-    """A pending attachment that becomes a copy of what a row holds, on the backend that its policy names now."""
-
-    def __init__(self, original: StoredObjectRef, held: HeldValue, paced: Paced) -> None:
-        self._original = original
-        self._held = held
-        self._paced = paced
-
-    def _draft(self, home: ColumnType, entity_id: str) -> ObjectDraft:
-        """Decide where the copy will be: below the same names, and whatever its size, for it was let in once."""
-        draft = home.binding().manager.draft_copy(self._original, **_names_of(self._held, self._original))
-        return replace(draft, policy=replace(draft.policy, max_size=None))
-
-    async def _put(self, home: ColumnType, draft: ObjectDraft) -> None:
-        manager = home.binding().manager
-        async with manager.open(self._original, verify=True) as reader, aclosing(self._paced(reader)) as chunks:
-            copy = await manager.put_draft(draft, chunks)
-        self._ref, self._home = _with_history_of(self._original, copy), home
-
-
-def _with_history_of(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:
-    """Return the copy's ref with what the original's says of the file: its name, its age, and what newer versions wrote."""
-    moved = {"backend": copy.backend, "location": copy.location, "size": copy.size, "checksum": copy.checksum}
-    ref = StoredObjectRef.from_dict({**original.to_dict(), **moved, "extra": copy.to_dict()["extra"]})
-    return ref.with_identity(copy.identity)
-
-
-def _names_of(held: HeldValue, ref: StoredObjectRef) -> dict[str, Any]:
-    """Return the segments of the copy's location: those of the original, where they are of our own making."""
-    segments = ref.location.split("/")
-    if matches_generated_name(ref.location) and len(segments) > 3:
-        return dict(zip(("model_name", "entity_id", "field_name"), segments[-4:-1], strict=True))
-    return {"model_name": str(held.table.name), "entity_id": uuid7_hex(), "field_name": str(held.column.name)}
-
-
-class _Swap:
-    """The statements of the transaction that lets a row refer to the copy; run inside a session."""
-
-    def __init__(self, held: HeldValue, original: StoredObjectRef, copy: _Relocated, *, is_shared: bool) -> None:
-        self._held = held
-        self._original = original
-        self._copy = copy
-        self._is_shared = is_shared
-        self.is_told = False
-
-    def __call__(self, session: Session) -> bool:
-        held = self._held
-        connection = session.connection(bind_arguments={"clause": held.table})
-        transactions.require_transactions(connection)
-        transactions.watch(session, connection)
-        frame = transactions.unit_of(session).frame(flush.boundary(session))
-        stored = stored_object(self._copy)
-        frame.puts.append((stored, self._copy))
-        self.is_told = True
-        if connection.execute(_compare_and_set(held, self._copy.ref, connection)).rowcount != 1:
-            return False
-        frame.log.append((stored, True))
-        self._take_intent(connection, stored)
-        if not (self._is_shared and self._is_referred_to(connection)):
-            original = HeldRef(held.table, held.primary_key, held.column, self._original)
-            write_displaced(connection, flush.displace(frame, [original]))
-        return True
-
-    def _take_intent(self, connection: Connection, stored: StoredObject) -> None:
-        if stored.intent is not None:
-            stored.intent.journal.intents.consume(connection, [stored.intent.id])
-
-    def _is_referred_to(self, connection: Connection) -> bool:
-        """Tell whether another value still refers to the original, under whatever backend's key."""
-        home: AttachmentType = self._held.column.type  # type: ignore[assignment]  # nothing else is relocated
-        return any(refers(connection, column, self._original) for column in home.binding().ref_columns())
-
-
-def _compare_and_set(held: HeldValue, ref: StoredObjectRef, connection: Connection) -> Update:
-    """Return an UPDATE that hits only what still holds the very same value; nobody's "changed at" is told of it."""
-    table = held.table
-    kept = {column: column for column in table.columns if _changes_by_itself(column) and column is not held.column}
-    statement = update(table).where(among(table, [held.primary_key]), _still_holds(held, connection))
-    return statement.values({held.column: bindparam(None, ref, type_=StoredObjectRefType()), **kept})
-
-
-def _changes_by_itself(column: Column[Any]) -> bool:
-    return column.computed is None and (column.onupdate is not None or column.server_onupdate is not None)
-
-
-def _still_holds(held: HeldValue, connection: Connection) -> ColumnElement[bool]:
-    """Compare with what was read: PostgreSQL prints the same JSON the same way; the others keep the text, whose bytes count."""
-    stored, read = as_stored(held.column, connection.dialect), bindparam(None, held.raw, type_=Text())
-    if connection.dialect.name in ("postgresql", "sqlite"):
-        return stored == read
-    return cast(stored, LargeBinary) == cast(read, LargeBinary)
-
-
-_AT_A_TIME = 8
+_CONCURRENCY = 8
 _BATCH = 500
 _TRIES = 5
 _MOST_PASSES = 20
-_MOST_KEPT = 1000
 
 
-class Verdict(StrEnum):
+class MigrationStatus(StrEnum):
     """What became of a reference to an object on another backend."""
 
     MOVED = "moved"
@@ -215,19 +78,19 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
-    """A reference that a migration has dealt with.
+class MigratedObject:
+    """A reference that a migration has processed.
 
     Attributes:
-        verdict: What became of it.
+        status: What became of it.
         table: The table's name, with its schema where it has one.
         primary_key: The row's primary key.
         column: The column's name.
-        ref: What the column held, where that was a ref.
-        message: Why it was not moved.
+        ref: What the column contained, where that was a ref.
+        message: Why the object was not moved.
     """
 
-    verdict: Verdict
+    status: MigrationStatus
     table: str
     primary_key: tuple[Any, ...]
     column: str
@@ -241,15 +104,16 @@ class MigrationReport:
 
     Attributes:
         rows: How many rows were read, in all passes.
-        passes: How many passes were begun.
+        passes: How many passes were started.
         moved: How many objects were moved.
         bytes_moved: How many bytes they have.
         changed: How many references a writer replaced or removed before their object could be moved.
-        manual: How many references are in plain columns of refs, which are the application's to change.
+        manual: How many references are in plain columns of refs, which only the application may change.
         failed: How many could not be moved.
         failures: The first thousand of those.
-        key: The key of the last row of this pass up to which all is done, for `migrate(..., after=key)`; None before the first.
-        complete: Whether it has come to its end: a whole pass found nothing more that could be moved.
+        key: The key of the last row of this pass up to which every row is done, for `migrate(..., after=key)`; None before the
+            first.
+        complete: Whether it has ended: a whole pass found nothing more that could be moved.
     """
 
     rows: int = 0
@@ -259,34 +123,34 @@ class MigrationReport:
     changed: int = 0
     manual: int = 0
     failed: int = 0
-    failures: list[Moved] = field(default_factory=list)
+    failures: list[MigratedObject] = field(default_factory=list)
     key: str | None = None
     complete: bool = False
 
 
-class Migration(Run[Moved, MigrationReport]):
-    """What `migrate` returns: iterate over it for what it deals with, or await it for the report."""
+class Migration(Run[MigratedObject, MigrationReport]):
+    """What `migrate` returns: iterate over it for the objects that it processes, or await it for the report."""
 
     def __init__(
-        self, binding: StorageBinding, storage_key: str, to_backend: str, at_a_time: int, after: str | None, budget: Budget
+        self, binding: StorageBinding, storage_key: str, to_backend: str, concurrency: int, after: str | None, budget: Budget
     ) -> None:
         super().__init__(MigrationReport(key=after))
         self._binding = binding
         self._scan = Scan(binding)
         self._storage_key = storage_key
         self._to_backend = to_backend
-        self._at_a_time = at_a_time
-        self._paced = partial(paced, budget=budget)
-        self._one_by_one = asyncio.Lock()
-        self._given_up: set[tuple[str, tuple[Any, ...], Any]] = set()
+        self._concurrency = concurrency
+        self._rate_limited = partial(rate_limited, budget=budget)
+        self._shared_objects = asyncio.Lock()
+        self._failed: set[tuple[str, tuple[Any, ...], Any]] = set()
         self._first_whole_pass = 1 if after is None else 2
 
     async def count(self) -> int:
-        """Return how many rows there are to read in a pass, for who wants to show how far it is."""
+        """Return how many rows a pass reads, to show progress."""
         return await self._scan.count()
 
     async def waiting(self) -> dict[str, tuple[int, int]]:
-        """Return what there is to move: by the backend that it is on, how many objects and bytes. Nothing is changed."""
+        """Return the number of objects to move and their bytes, by the backend that they are on. Nothing is changed."""
         found: dict[str, tuple[int, int]] = {}
         async with aclosing(self._scan.rows(after=self.report.key)) as rows:
             async for row in rows:
@@ -296,8 +160,8 @@ class Migration(Run[Moved, MigrationReport]):
                         found[held.ref.backend] = number + 1, size + held.ref.size
         return found
 
-    async def _items(self) -> AsyncGenerator[Moved, None]:
-        """Pass over the rows until there is nothing left to do: rows exchange their files behind a pass's back."""
+    async def _items(self) -> AsyncGenerator[MigratedObject, None]:
+        """Pass over the rows until nothing is left to do: rows may exchange their files behind a pass."""
         report = self.report
         while not (report.complete or self._stopped or report.passes == _MOST_PASSES):
             before = report.moved + report.changed
@@ -308,35 +172,37 @@ class Migration(Run[Moved, MigrationReport]):
                     yield moved
             report.complete = is_whole and not self._stopped and report.moved + report.changed == before
 
-    async def _pass(self, after: str | None) -> AsyncGenerator[Moved, None]:
-        results = in_order(self._batches(after), self._move_row, at_a_time=self._at_a_time, is_stopped=lambda: self._stopped)
+    async def _pass(self, after: str | None) -> AsyncGenerator[MigratedObject, None]:
+        results = run_in_order(
+            self._batches(after), self._move_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped
+        )
         async with aclosing(results):
             async for (row, _), dealt_with in results:
                 for moved in dealt_with:
-                    self._note(moved)
+                    self._count(moved)
                     yield moved
                 self.report.rows += 1
                 self.report.key = row.key
-                self._notice()
+                self._on_progress()
 
-    def _note(self, moved: Moved) -> None:
+    def _count(self, moved: MigratedObject) -> None:
         report = self.report
-        match moved.verdict:
-            case Verdict.MOVED:
+        match moved.status:
+            case MigrationStatus.MOVED:
                 report.moved += 1
                 report.bytes_moved += moved.ref.size if moved.ref is not None else 0
-            case Verdict.CHANGED:
+            case MigrationStatus.CHANGED:
                 report.changed += 1
-            case Verdict.MANUAL:
+            case MigrationStatus.MANUAL:
                 report.manual += 1
-            case Verdict.FAILED:
+            case MigrationStatus.FAILED:
                 report.failed += 1
-                if len(report.failures) < _MOST_KEPT:
+                if len(report.failures) < MOST_KEPT:
                     report.failures.append(moved)
 
-    async def _batches(self, after: str | None) -> AsyncGenerator[tuple[RefRow, set[str]], None]:
+    async def _batches(self, after: str | None) -> AsyncGenerator[tuple[RowValues, set[str]], None]:
         """Yield the rows, each with the locations that more than one value of its batch refers to."""
-        batch: list[RefRow] = []
+        batch: list[RowValues] = []
         async with aclosing(self._scan.rows(after=after)) as rows:
             async for row in rows:
                 batch.append(row)
@@ -347,45 +213,45 @@ class Migration(Run[Moved, MigrationReport]):
         for item in await self._with_shared(batch):
             yield item
 
-    async def _with_shared(self, batch: Sequence[RefRow]) -> list[tuple[RefRow, set[str]]]:
+    async def _with_shared(self, batch: Sequence[RowValues]) -> list[tuple[RowValues, set[str]]]:
         refs = [
             held.ref for row in batch for held in row.values if held.ref is not None and held.is_managed and self._concerns(held)
         ]
         shared = await self._scan.shared(refs) if refs else set()
         return [(row, shared) for row in batch]
 
-    def _concerns(self, held: HeldValue) -> bool:
-        """Tell whether a value is to be moved, or cannot be read, which is to be seen; what was given up stays so."""
-        if (held.label, held.primary_key, held.raw) in self._given_up:
+    def _concerns(self, held: RowValue) -> bool:
+        """Tell whether a value is to be moved, or to be reported because it cannot be read; not again where it has failed."""
+        if (held.label, held.primary_key, held.raw) in self._failed:
             return False
         if not held.is_managed and self.report.passes != self._first_whole_pass:
-            return False  # each is told of once
+            return False  # each is reported once
         if held.ref is None:
             return True
         return held.ref.storage_key == self._storage_key and held.ref.backend != self._to_backend
 
-    async def _move_row(self, item: tuple[RefRow, set[str]]) -> list[Moved]:
+    async def _move_row(self, item: tuple[RowValues, set[str]]) -> list[MigratedObject]:
         row, shared = item
-        return [await self._deal_with(held, shared) for held in row.values if self._concerns(held)]
+        return [await self._migrate_value(held, shared) for held in row.values if self._concerns(held)]
 
-    async def _deal_with(self, held: HeldValue, shared: set[str]) -> Moved:
+    async def _migrate_value(self, held: RowValue, shared: set[str]) -> MigratedObject:
         dealt_with = await self._try_to_move(held, shared)
-        if dealt_with.verdict is Verdict.FAILED:
-            self._given_up.add((held.label, held.primary_key, held.raw))
+        if dealt_with.status is MigrationStatus.FAILED:
+            self._failed.add((held.label, held.primary_key, held.raw))
         return dealt_with
 
-    async def _try_to_move(self, held: HeldValue, shared: set[str]) -> Moved:
-        """Move what a column holds; where a writer was faster, what it holds then, unless that is where it should be."""
+    async def _try_to_move(self, held: RowValue, shared: set[str]) -> MigratedObject:
+        """Move what a column contains; where a writer has changed it, what it contains then, unless that needs no move."""
         if not held.is_managed:
-            return _moved(Verdict.MANUAL, held, "a plain column of refs is the application's to change")
+            return _to_migrated(MigrationStatus.MANUAL, held, "only the application may change a plain column of refs")
         error: Exception | None = None
         for _ in range(_TRIES):
             if held.ref is None:
-                return _moved(Verdict.FAILED, held, held.error)
+                return _to_migrated(MigrationStatus.FAILED, held, held.error)
             error = None
             try:
-                if await patiently(partial(self._relocate, held, held.ref, shared)):
-                    return _moved(Verdict.MOVED, held)
+                if await retry_unavailable(partial(self._relocate, held, held.ref, shared)):
+                    return _to_migrated(MigrationStatus.MOVED, held)
             except (BackendUnavailableError, StorageFullError):
                 raise
             except UnknownBackendError as problem:
@@ -396,19 +262,19 @@ class Migration(Run[Moved, MigrationReport]):
                 error = problem
             found = await self._scan.read_again(held)
             if found is None or not self._concerns(found):
-                return _moved(Verdict.CHANGED, held, "a writer was faster")
-            if error is not None and found.raw == held.raw and not _may_pass(error):
+                return _to_migrated(MigrationStatus.CHANGED, held, "a writer changed it first")
+            if error is not None and found.raw == held.raw and not _is_transient(error):
                 if isinstance(error, ObjectNotFoundError):
                     await require_mounted(held.ref.backend, self._binding.manager.backend(held.ref.backend))
-                return _moved(Verdict.FAILED, held, error)
+                return _to_migrated(MigrationStatus.FAILED, held, error)
             held = found
-        return _moved(Verdict.CHANGED, held, error or "a writer was faster, again and again")
+        return _to_migrated(MigrationStatus.CHANGED, held, error or f"writers changed it first, {_TRIES} times")
 
-    async def _relocate(self, held: HeldValue, ref: StoredObjectRef, shared: set[str]) -> bool:
+    async def _relocate(self, held: RowValue, ref: StoredObjectRef, shared: set[str]) -> bool:
         if ref.location not in shared:
-            return await relocate(self._binding, held, paced=self._paced, is_shared=False)
-        async with self._one_by_one:
-            return await relocate(self._binding, held, paced=self._paced, is_shared=True)
+            return await relocate(self._binding, held, rate_limited=self._rate_limited, is_shared=False)
+        async with self._shared_objects:
+            return await relocate(self._binding, held, rate_limited=self._rate_limited, is_shared=True)
 
 
 def migrate(
@@ -416,55 +282,202 @@ def migrate(
     *,
     storage_key: str,
     to_backend: str,
-    at_a_time: int = _AT_A_TIME,
+    concurrency: int = _CONCURRENCY,
     after: str | None = None,
     bytes_per_second: float | None = None,
 ) -> Migration:
-    """Move the objects of a storage key to another backend, while the application goes on reading and writing.
+    """Move the objects of a storage key to another backend, while the application keeps reading and writing.
 
-    The policy must write to the new backend already, in every process, or new files would keep coming to the old one. Then each
-    object on any other backend is copied, its checksum verified on the way; its row takes the copy's ref in a compare-and-set;
-    and the old object goes as one that was replaced: after the commit, or with a journal after its retention. A writer that
-    replaces or deletes the file meanwhile wins, and the copy goes. At every moment each row refers to an object that is there.
-    The location, the backend and its keys in `extra` change; name, media type, age and the application's own keys stay.
+    The policy must already write to the new backend in every process, or new files would keep arriving on the old one. Each
+    object on any other backend is copied, and its checksum verified on the way; its row gets the copy's ref by a compare-and-set;
+    and the old object is deleted like one that was replaced: after the commit, or with a journal after its retention. A writer
+    that replaces or deletes the file meanwhile wins, and the copy is deleted. At every moment each row refers to an existing
+    object. The location, the backend and its keys in `extra` change; name, media type, age and the application's own keys stay.
 
-    It may be stopped, cancelled or killed at any time and be run again, and does then what is left to do. To go back, let the
-    policy write to the old backend again and migrate to that. Plain columns of refs are left to the application, which alone
-    knows who else keeps the ref.
+    It may be stopped, cancelled or killed at any time; another run does what is left. To go back, let the policy write to the old
+    backend again, and migrate to that. Plain columns of refs are left to the application, which alone knows where else it keeps
+    the ref.
 
     Args:
-        binding: What `bind_storage(..., sessions=...)` returned; it must be in force.
-        storage_key: Whose objects.
-        to_backend: The key of the backend that they shall be on.
-        at_a_time: How many rows are dealt with side by side.
-        after: The `report.key` of an earlier run, to go on behind it; the rows before it are looked at once more at the end.
-        bytes_per_second: The most bytes that are copied in a second; None for any number.
+        binding: What `bind_storage(..., session_factory=...)` returned; it must be in force.
+        storage_key: The policy whose objects are moved.
+        to_backend: The key of the backend to move them to.
+        concurrency: How many rows are processed at a time.
+        after: The `report.key` of an earlier run, to continue after it; the rows before it are re-checked at the end.
+        bytes_per_second: The most bytes that are copied per second; None for no limit.
 
     Returns:
-        A run: `async for moved in migrate(...)` tells of each object as it is dealt with, `await migrate(...)` gives the report.
+        A job: `async for moved in migrate(...)` yields each object as it is processed, `await migrate(...)` returns the report.
 
     Raises:
         UnknownPolicyError: There is no such policy.
         ConfigurationError: The policy writes to another backend, the binding has no sessions or is not in force, a table has no
             primary key, or `after` is no key of it.
-        BackendUnavailableError: While it runs: a backend is out of reach, or a local folder does not carry its marker.
-        StorageFullError: While it runs: the new backend has no room left.
+        BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
+        StorageFullError: While it runs: the new backend is full.
     """
     policy = binding.manager.policy(storage_key)
     if policy.backend_key != to_backend:
         raise ConfigurationError(
-            f"the policy {storage_key!r} writes to the backend {policy.backend_key!r}, so new files would keep coming there:"
-            f" let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all is moved"
+            f"the policy {storage_key!r} writes to the backend {policy.backend_key!r}, so new files would keep arriving"
+            f" there: let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all are moved"
         )
     if find_binding(binding.metadata) is not binding:
-        raise ConfigurationError("the binding is not in force: it was unbound, or its base was bound again since")
-    return Migration(binding, storage_key, to_backend, places(at_a_time), after, Budget(bytes_per_second))
+        raise ConfigurationError(
+            "the binding is not in force, because it was unbound or its base was bound again: pass the current one"
+        )
+    return Migration(binding, storage_key, to_backend, require_concurrency(concurrency), after, Budget(bytes_per_second))
 
 
-def _may_pass(error: Exception) -> bool:
-    """Tell whether trying again may help though the row has not changed: a lock, a deadlock, a lease that was too short."""
+def _is_transient(error: Exception) -> bool:
+    """Tell whether another attempt may succeed though the row has not changed: after a lock, a deadlock, a short lease."""
     return isinstance(error, SQLAlchemyError | StaleAttachmentError)
 
 
-def _moved(verdict: Verdict, held: HeldValue, message: object = "") -> Moved:
-    return Moved(verdict, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))
+def _to_migrated(status: MigrationStatus, held: RowValue, message: object = "") -> MigratedObject:
+    return MigratedObject(status, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))
+
+
+# Moving one object: copy, swap, and only then delete the original.
+#
+# The copy is an upload like any other, with an intent where there is a journal. The swap is one transaction: an UPDATE that
+# hits only where the column still contains exactly what was copied; the copy's intent is consumed; and the old object is
+# displaced, as by a replacement. The end of the transaction decides what the same hooks delete: committed, the old object;
+# rolled back, or where the row has changed, the copy; unknown, neither.
+
+
+async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: RateLimited, is_shared: bool) -> bool:
+    """Copy the object of an attachment column to where its policy writes now, and let the row refer to the copy.
+
+    Args:
+        binding: The binding in force for the base.
+        held: What the column holds.
+        rate_limited: What the bytes pass through on their way.
+        is_shared: Whether another value refers to the same object, as only SQL past the library can bring about; then the object
+            goes with the last one.
+
+    Returns:
+        Whether the row refers to the copy now; False where a writer was faster, and then nothing is left of the copy.
+
+    Raises:
+        StorageError: The object could not be copied, or is not what its ref says; nothing is left of the copy.
+        SQLAlchemyError: The database refused the swap; nothing is left of the copy, except where it is unknown whether it has
+            committed: then both objects stay, for the journal or the garbage collector.
+    """
+    column_type = held.column.type
+    if binding.session_factory is None or not isinstance(column_type, AttachmentType) or held.ref is None:
+        raise TypeError("only what an attachment column holds can be relocated, through a binding with sessions")
+    copy = _Relocated(held.ref, held, rate_limited)
+    await store([Upload(copy, column_type, "")])
+    swap = _Swap(held, held.ref, copy, is_shared=is_shared)
+    try:
+        async with binding.session_factory() as session:
+            return await _commit(session, swap)
+    finally:
+        if not swap.is_told:
+            await shielded_cleanup(_discard_copy(copy), "deleting a copy that its row could not be told of")
+
+
+async def _commit(session: AsyncSession, swap: _Swap) -> bool:
+    if await session.run_sync(swap):
+        await session.commit()
+        return True
+    await session.rollback()
+    return False
+
+
+async def _discard_copy(copy: _Relocated) -> None:
+    stored = stored_object(copy)
+    await remove([stored] if stored.intent is None else [], [] if stored.intent is None else [stored.intent])
+
+
+class _Relocated(Attachment):
+    """A pending attachment that becomes a copy of what a row holds, on the backend that its policy names now."""
+
+    def __init__(self, original: StoredObjectRef, held: RowValue, rate_limited: RateLimited) -> None:
+        self._original = original
+        self._held = held
+        self._rate_limited = rate_limited
+
+    def _prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
+        """Decide where the copy will be: below the same names, and whatever its size, for it was let in once."""
+        prepared = manager._engine.prepare_copy(self._original, **_names_of(self._held, self._original))
+        return replace(prepared, policy=replace(prepared.policy, max_size=None))
+
+    async def _put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
+        async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
+            copy = await manager._engine.put(prepared, chunks)
+        self._ref, self._home = _keep_metadata(self._original, copy), column_type
+
+
+def _keep_metadata(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:
+    """Return the copy's ref with what the original's says of the file: its name, its age, and what newer versions wrote."""
+    moved = {"backend": copy.backend, "location": copy.location, "size": copy.size, "checksum": copy.checksum}
+    ref = StoredObjectRef.from_dict({**original.to_dict(), **moved, "extra": copy.to_dict()["extra"]})
+    return ref.with_identity(copy.identity)
+
+
+def _names_of(held: RowValue, ref: StoredObjectRef) -> dict[str, Any]:
+    """Return the segments of the copy's location: those of the original, where the library has generated them."""
+    segments = ref.location.split("/")
+    if matches_generated_name(ref.location) and len(segments) > 3:
+        return dict(zip(("model_name", "entity_id", "field_name"), segments[-4:-1], strict=True))
+    return {"model_name": str(held.table.name), "entity_id": uuid7_hex(), "field_name": str(held.column.name)}
+
+
+class _Swap:
+    """The statements of the transaction that lets a row refer to the copy; run inside a session."""
+
+    def __init__(self, held: RowValue, original: StoredObjectRef, copy: _Relocated, *, is_shared: bool) -> None:
+        self._held = held
+        self._original = original
+        self._copy = copy
+        self._is_shared = is_shared
+        self.is_told = False
+
+    def __call__(self, session: Session) -> bool:
+        held = self._held
+        connection = session.connection(bind_arguments={"clause": held.table})
+        transactions.require_transactions(connection)
+        transactions.watch(session, connection)
+        frame = transactions.unit_of(session).frame(flush.current_transaction(session))
+        stored = stored_object(self._copy)
+        frame.puts.append((stored, self._copy))
+        self.is_told = True
+        if connection.execute(_compare_and_set(held, self._copy.ref, connection)).rowcount != 1:
+            return False
+        frame.log.append((stored, True))
+        self._consume_intent(connection, stored)
+        if not (self._is_shared and self._is_referred_to(connection)):
+            original = RowRef(held.table, held.primary_key, held.column, self._original)
+            write_displaced(connection, flush.displace(frame, [original]))
+        return True
+
+    def _consume_intent(self, connection: Connection, stored: StoredObject) -> None:
+        if stored.intent is not None:
+            stored.intent.journal.intents.consume(connection, [stored.intent.id])
+
+    def _is_referred_to(self, connection: Connection) -> bool:
+        """Tell whether another value still refers to the original, under whatever backend's key."""
+        column_type: AttachmentType = self._held.column.type  # type: ignore[assignment]  # nothing else is relocated
+        return any(refers(connection, column, self._original) for column in column_type.binding().ref_columns())
+
+
+def _compare_and_set(held: RowValue, ref: StoredObjectRef, connection: Connection) -> Update:
+    """Return an UPDATE that hits only a row with exactly the same value; columns with `onupdate` keep their values."""
+    table = held.table
+    kept = {column: column for column in table.columns if _has_onupdate(column) and column is not held.column}
+    statement = update(table).where(among(table, [held.primary_key]), _still_holds(held, connection))
+    return statement.values({held.column: bindparam(None, ref, type_=StoredObjectRefType()), **kept})
+
+
+def _has_onupdate(column: Column[Any]) -> bool:
+    return column.computed is None and (column.onupdate is not None or column.server_onupdate is not None)
+
+
+def _still_holds(held: RowValue, connection: Connection) -> ColumnElement[bool]:
+    """Compare with what was read: PostgreSQL prints the same JSON the same way; the others keep the text, whose bytes count."""
+    stored, read = as_stored(held.column, connection.dialect), bindparam(None, held.raw, type_=Text())
+    if connection.dialect.name in ("postgresql", "sqlite"):
+        return stored == read
+    return cast(stored, LargeBinary) == cast(read, LargeBinary)

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from granite_storage._jobs import Budget, Run, in_order, paced, patiently, places, require_mounted
+from granite_storage._jobs import (
+    MOST_KEPT,
+    Budget,
+    Run,
+    rate_limited,
+    require_concurrency,
+    require_mounted,
+    retry_unavailable,
+    run_in_order,
+)
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,
@@ -22,7 +31,7 @@ from granite_storage.exceptions import (
     StorageError,
     UnknownBackendError,
 )
-from granite_storage.orm.references import HeldValue, RefRow, Scan
+from granite_storage.orm.references import RowValue, RowValues, Scan
 from granite_storage.readers import require_recorded_size
 from granite_storage.refs import StoredObjectRef
 
@@ -31,9 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Problem", "Verification", "VerificationReport", "verify"]
 
-_AT_A_TIME = 16
-_LOOKS = 3
-_MOST_KEPT = 1000
+_CONCURRENCY = 16
+_ATTEMPTS = 3
 
 
 class Problem(StrEnum):
@@ -51,14 +59,14 @@ class Problem(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A reference with something to say about.
+    """What is wrong, or unknown, about a reference.
 
     Attributes:
-        problem: What it is.
+        problem: The kind of problem.
         table: The table's name, with its schema where it has one.
         primary_key: The row's primary key.
         column: The column's name.
-        ref: The ref, where the column holds one.
+        ref: The ref, where the column contains one.
         message: What exactly was found.
     """
 
@@ -71,21 +79,21 @@ class Finding:
 
     @property
     def is_harmless(self) -> bool:
-        """Whether the object may well be whole: nobody knows what its checksum should be."""
+        """Whether the object may be intact: it is unknown what its checksum should be."""
         return self.problem is Problem.UNKNOWN_CHECKSUM
 
 
 @dataclass(slots=True)
 class VerificationReport:
-    """What a verification has looked at.
+    """What a verification has checked.
 
     Attributes:
         rows: How many rows were read.
         checked: How many references were compared with their objects.
         bytes_read: How many bytes of objects were read; 0 where it is not deep.
-        counts: How many findings there are of each kind.
+        counts: The number of findings of each kind.
         findings: The first thousand of them.
-        key: The key of the last row up to which all is done, for `verify(..., after=key)`; None before the first.
+        key: The key of the last row up to which every row is checked, for `verify(..., after=key)`; None before the first.
         complete: Whether it has come to its end.
     """
 
@@ -107,49 +115,49 @@ class Verification(Run[Finding, VerificationReport]):
     """What `verify` returns: iterate over it for the findings, or await it for the report."""
 
     def __init__(
-        self, binding: StorageBinding, storage_key: str | None, deep: bool, at_a_time: int, after: str | None, budget: Budget
+        self, binding: StorageBinding, storage_key: str | None, deep: bool, concurrency: int, after: str | None, budget: Budget
     ):
         super().__init__(VerificationReport(key=after))
         self._manager = binding.manager
         self._scan = Scan(binding)
         self._storage_key = storage_key
         self._deep = deep
-        self._at_a_time = at_a_time
+        self._concurrency = concurrency
         self._budget = budget
         self._mounted: set[str] = set()
 
     async def count(self) -> int:
-        """Return how many rows there are to read, for who wants to show how far it is."""
+        """Return how many rows there are to read, to show progress."""
         return await self._scan.count()
 
     async def _items(self) -> AsyncGenerator[Finding, None]:
         report = self.report
         rows = self._scan.rows(after=report.key)
-        results = in_order(rows, self._look_at_row, at_a_time=self._at_a_time, is_stopped=lambda: self._stopped)
+        results = run_in_order(rows, self._verify_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
         async with aclosing(results):
             async for row, findings in results:
                 for finding in findings:
                     report.counts[finding.problem] += 1
-                    if len(report.findings) < _MOST_KEPT:
+                    if len(report.findings) < MOST_KEPT:
                         report.findings.append(finding)
                     yield finding
                 report.rows += 1
                 report.key = row.key
-                self._notice()
+                self._on_progress()
         report.complete = not self._stopped
 
-    async def _look_at_row(self, row: RefRow) -> Sequence[Finding]:
-        findings = [await self._look_at(held) for held in row.values if self._concerns(held)]
+    async def _verify_row(self, row: RowValues) -> Sequence[Finding]:
+        findings = [await self._verify_value(held) for held in row.values if self._concerns(held)]
         return [finding for finding in findings if finding is not None]
 
-    def _concerns(self, held: HeldValue) -> bool:
-        """Tell whether a value is of the storage key; what cannot be decoded may well be."""
+    def _concerns(self, held: RowValue) -> bool:
+        """Tell whether a value has the storage key; a value that cannot be decoded may have it."""
         return self._storage_key is None or held.ref is None or held.ref.storage_key == self._storage_key
 
-    async def _look_at(self, held: HeldValue) -> Finding | None:
-        """Compare; where something is wrong, see that the row still says so: it may have been replaced meanwhile."""
+    async def _verify_value(self, held: RowValue) -> Finding | None:
+        """Compare a value; where something is wrong, re-check the row, whose file may have been replaced meanwhile."""
         self.report.checked += 1
-        for _ in range(_LOOKS):
+        for _ in range(_ATTEMPTS):
             finding = await self._compare(held)
             if finding is None or finding.is_harmless:
                 return finding
@@ -159,30 +167,30 @@ class Verification(Run[Finding, VerificationReport]):
             if found.raw == held.raw:
                 return finding
             held = found
-        return None  # it is replaced faster than it can be looked at
+        return None  # it is replaced faster than it can be checked
 
-    async def _compare(self, held: HeldValue) -> Finding | None:
+    async def _compare(self, held: RowValue) -> Finding | None:
         ref = held.ref
         if ref is None:
             return _finding(Problem.UNDECODABLE, held, held.error)
         try:
             await self._require_mounted(ref)
-            await patiently(lambda: self._require_object(ref))
+            await retry_unavailable(lambda: self._require_object(ref))
         except BackendUnavailableError:
             raise
         except StorageError as error:
             if isinstance(error, ObjectNotFoundError):
-                # Its disk may have been taken away since the last look.
+                # Its disk may have been unmounted since the last check.
                 self._mounted.discard(ref.backend)
                 await self._require_mounted(ref)
             return _finding(_problem(error), held, error)
-        return None if ref.checksum else _finding(Problem.UNKNOWN_CHECKSUM, held, "the ref has no checksum")
+        return None if ref.checksum else _finding(Problem.UNKNOWN_CHECKSUM, held, "the ref has no checksum to compare with")
 
     async def _require_object(self, ref: StoredObjectRef) -> None:
         if not self._deep:
             require_recorded_size(ref, (await self._manager.stat(ref)).size)
             return
-        async with self._manager.open(ref, verify=True) as reader, aclosing(paced(reader, self._budget)) as chunks:
+        async with self._manager.open(ref, verify=True) as reader, aclosing(rate_limited(reader, self._budget)) as chunks:
             async for chunk in chunks:
                 self.report.bytes_read += len(chunk)
 
@@ -197,35 +205,35 @@ def verify(
     *,
     storage_key: str | None = None,
     deep: bool = False,
-    at_a_time: int = _AT_A_TIME,
+    concurrency: int = _CONCURRENCY,
     after: str | None = None,
     bytes_per_second: float | None = None,
 ) -> Verification:
     """Compare every reference with its object; nothing is changed, neither a row nor an object.
 
     Every attachment column and every plain column of refs is read, all rows of them, in the order of the primary keys. What a
-    writer replaces meanwhile is looked at again before it is reported. A backend that is out of reach ends the run with its
-    error: nothing is reported as missing that could not be looked for, and neither is what may not be read.
+    writer replaces meanwhile is re-checked before it is reported. An unavailable backend ends the run with its error:
+    nothing is reported as missing that could not be looked for, or may not be read.
 
     Args:
-        binding: What `bind_storage(..., sessions=...)` returned.
+        binding: What `bind_storage(..., session_factory=...)` returned.
         storage_key: Whose references; None for all, those of policies that are gone included.
         deep: Whether to read all bytes and compare their checksums too, instead of the sizes only.
-        at_a_time: How many rows are looked at side by side.
-        after: The `report.key` of an earlier run, to go on behind it.
-        bytes_per_second: The most bytes that a deep run reads in a second; None for any number.
+        concurrency: How many rows are checked at a time.
+        after: The `report.key` of an earlier run, to continue after it.
+        bytes_per_second: The most bytes that a deep run reads per second; None for no limit.
 
     Returns:
-        A run: `async for finding in verify(...)` gives the findings as they come, `await verify(...)` the report.
+        A job: `async for finding in verify(...)` yields the findings as they come, `await verify(...)` returns the report.
 
     Raises:
         UnknownPolicyError: There is no such policy.
         ConfigurationError: The binding has no sessions, a table has no primary key, or `after` is no key of it.
-        BackendUnavailableError: While it runs: a backend is out of reach, or a local folder does not carry its marker.
+        BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
     """
     if storage_key is not None:
         binding.manager.policy(storage_key)
-    return Verification(binding, storage_key, deep, places(at_a_time), after, Budget(bytes_per_second))
+    return Verification(binding, storage_key, deep, require_concurrency(concurrency), after, Budget(bytes_per_second))
 
 
 def _problem(error: StorageError) -> Problem:
@@ -247,5 +255,5 @@ def _problem(error: StorageError) -> Problem:
     raise error
 
 
-def _finding(problem: Problem, held: HeldValue, message: object) -> Finding:
+def _finding(problem: Problem, held: RowValue, message: object) -> Finding:
     return Finding(problem, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))

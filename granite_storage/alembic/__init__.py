@@ -1,4 +1,4 @@
-"""Alembic migrations that know files; the extra `alembic` brings what it needs. `docs/migrations.md` shows how to use it."""
+"""Alembic migrations of columns of files; needs the extra `alembic`. `docs/migrations.md` shows how to use it."""
 
 from granite_storage.exceptions import MissingDependencyError
 

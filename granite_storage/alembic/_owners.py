@@ -1,4 +1,4 @@
-"""Who has an object already: every column of references in the database is asked before an object is adopted."""
+"""Which objects have an owner already: every column of refs in the database is asked before an object is adopted."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Address = tuple[str, str]
 
 
 class Owners:
-    """The rows that have objects already, in whatever table and schema.
+    """The rows that own objects already, in any table and schema.
 
     Args:
         connection: The migration's connection.
-        thread: Where the backends are asked.
+        thread: The thread on which backends are called.
         manager: The manager.
         target: The column that is being filled; it is asked though it may be empty now.
     """
@@ -50,7 +50,7 @@ class Owners:
         if not wanted:
             return set()
         taken: set[Address] = set()
-        rows = {row for column in self._columns for row in _referring(connection, column, wanted)}
+        rows = {row for column in self._columns for row in _find_rows(connection, column, wanted)}
         for item in items:
             keys = self._keys_like(item.backend)
             for backend, location, identity in rows:
@@ -84,19 +84,19 @@ class Owners:
             return None
 
 
-def _referring(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[tuple[str, str, str]]:
+def _find_rows(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[tuple[str, str, str]]:
     """Return backend, location and identity of the refs of a column that lead to one of the locations."""
     dialect = connection.dialect.name
     try:
-        rows = _selected(connection, column, wanted, is_safe=False)
-    except OperationalError:  # on SQLite one value that is no JSON spoils every look into the column
+        rows = _select(connection, column, wanted, is_safe=False)
+    except OperationalError:  # on SQLite one value that is no JSON fails the whole statement
         if dialect != "sqlite":
             raise
-        rows = _selected(connection, column, wanted, is_safe=True)
+        rows = _select(connection, column, wanted, is_safe=True)
     return [(as_text(backend), as_text(location), as_text(identity)) for backend, location, identity in rows]
 
 
-def _selected(connection: Connection, column: Column[Any], wanted: Sequence[str], *, is_safe: bool) -> list[Any]:
+def _select(connection: Connection, column: Column[Any], wanted: Sequence[str], *, is_safe: bool) -> list[Any]:
     dialect = connection.dialect.name
     backend, location = location_of(column, dialect)
     identity = value_in(column, "identity", dialect)

@@ -1,4 +1,4 @@
-"""The transactions of a conversion, each of some rows, and the rows themselves."""
+"""What a conversion runs on: transactions of some rows each, and a thread in which the manager is awaited."""
 
 from __future__ import annotations
 
@@ -26,28 +26,30 @@ __all__ = [
     "columns_of",
     "count",
     "key_pages",
-    "online",
     "own_transactions",
+    "reflect_table",
+    "require_online",
     "storage_thread",
-    "table_with",
 ]
+
+T = TypeVar("T")
 
 # `from alembic import op` gives a module that looks like an `Operations` and is none.
 Op: TypeAlias = Operations | Any
 Step: TypeAlias = Callable[[], AbstractContextManager[None]]
 
-_KEYS_AT_A_TIME = 500
+_KEYS_PER_PAGE = 500
 
 
-def online(op: Op, what: str) -> Connection:
+def require_online(op: Op, what: str) -> Connection:
     """Return the migration's connection.
 
     Raises:
-        ConfigurationError: The migration is only written down as SQL, and `what` needs the data.
+        ConfigurationError: The migration is rendered as SQL, and `what` needs the data.
     """
     if op.get_context().as_sql:
         raise ConfigurationError(
-            f"{what} needs the database and the storage, so it cannot be written as SQL: run it without --sql"
+            f"{what} needs the database and the storage, so it cannot be rendered as SQL: run the migration without --sql"
         )
     connection: Connection = op.get_bind()
     return connection
@@ -55,9 +57,9 @@ def online(op: Op, what: str) -> Connection:
 
 @contextmanager
 def own_transactions(op: Op) -> Iterator[Step]:
-    """Commit what the migration has done so far, and give what stands around each step from now on.
+    """Commit what the migration has done so far, and yield the context manager for each further step.
 
-    Where the whole migration belongs to a transaction that somebody else began, each step is a savepoint of it.
+    Where the migration runs in a transaction that was begun outside of Alembic, each step is a savepoint of it.
     """
     context = op.get_context()
     if context._in_external_transaction:
@@ -65,7 +67,7 @@ def own_transactions(op: Op) -> Iterator[Step]:
         return
     begun = op.get_bind().get_transaction()
     if begun is not None and context._transaction is None:
-        # Nobody began it: a connection begins by itself with its first statement, and Alembic expects to have begun any there is.
+        # The connection has begun it by itself with its first statement, and Alembic expects to have begun every transaction.
         begun.commit()
     with context.autocommit_block():
         yield lambda: _transaction(op.get_bind())
@@ -82,7 +84,7 @@ def _savepoint(connection: Connection) -> Iterator[None]:
 
 @contextmanager
 def _transaction(connection: Connection) -> Iterator[None]:
-    # The connection is in autocommit mode here, so its driver begins nothing by itself.
+    # The connection is in autocommit mode here, so its driver begins no transaction.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "BEGIN")
     try:
         yield
@@ -98,56 +100,55 @@ def columns_of(connection: Connection, table: str, schema: str | None) -> dict[s
     return {column["name"]: column["type"] for column in inspect(connection).get_columns(table, schema=schema)}
 
 
-def table_with(connection: Connection, name: str, schema: str | None, *, refs: str, others: Sequence[str]) -> Table:
+def reflect_table(connection: Connection, name: str, schema: str | None, *, refs: str, others: Sequence[str]) -> Table:
     """Return a table with its primary key, a column of refs and other columns.
 
     Raises:
-        ConfigurationError: It has no such column, or no primary key to read its rows by.
+        ConfigurationError: It lacks one of the columns, or a primary key.
     """
     found = columns_of(connection, name, schema)
     keys = inspect(connection).get_pk_constraint(name, schema=schema)["constrained_columns"]
     missing = [column for column in (refs, *others) if column not in found]
     if missing:
-        raise ConfigurationError(f"the table {name} has no column {', '.join(missing)}")
+        raise ConfigurationError(
+            f"the table {name} has no column {', '.join(missing)}: correct the name, or add the column first"
+        )
     if not keys:
-        raise ConfigurationError(f"the table {name} has no primary key, so its rows cannot be told apart")
+        raise ConfigurationError(f"the table {name} has no primary key, by which a conversion finds its rows: add one first")
     if refs in keys:
-        raise ConfigurationError(f"{name}.{refs} is part of the primary key and cannot hold refs")
+        raise ConfigurationError(f"{name}.{refs} is part of the primary key, so it cannot hold refs: use a column of its own")
     plain = [Column(column, found[column], primary_key=column in keys) for column in dict.fromkeys([*keys, *others])]
     return Table(name, MetaData(), *plain, Column(refs, portable_storage_ref_type()), schema=schema)
 
 
 def count(connection: Connection, table: Table, where: ColumnElement[bool]) -> int:
-    """Return how many rows fulfil a condition."""
+    """Return the number of rows that meet a condition."""
     return int(connection.execute(select(func.count()).select_from(table).where(where)).scalar_one())
 
 
 def key_pages(connection: Connection, table: Table, where: ColumnElement[bool], size: int) -> Iterator[list[tuple[Any, ...]]]:
-    """Yield the primary keys of the rows that fulfil a condition, in their order, some at a time; no cursor stays open."""
+    """Yield pages of the primary keys of the rows that meet a condition, in their order; no cursor stays open."""
     keys = list(table.primary_key)
     after: tuple[Any, ...] | None = None
     while True:
-        statement = following(select(*keys).where(where), keys, after).order_by(*keys).limit(_KEYS_AT_A_TIME)
+        statement = following(select(*keys).where(where), keys, after).order_by(*keys).limit(_KEYS_PER_PAGE)
         page = [tuple(row) for row in connection.execute(statement)]
         for start in range(0, len(page), size):
             yield page[start : start + size]
-        if len(page) < _KEYS_AT_A_TIME:
+        if len(page) < _KEYS_PER_PAGE:
             return
         after = page[-1]
 
 
 # Awaiting the manager from a migration, which is synchronous code.
 #
-# The manager runs on an event loop of its own, in a thread of its own. It makes no difference whether the migration runs in
-# a plain program, below `run_sync` of an asynchronous `env.py`, or in a synchronous call inside of a coroutine: nobody
-# waits for a loop that waits for him, and what the manager opens for this loop is closed with it.
-
-
-T = TypeVar("T")
+# The manager runs on an event loop and in a thread of its own. So it makes no difference whether the migration runs in a plain
+# program, below `run_sync` of an asynchronous `env.py`, or in a synchronous call inside of a coroutine: no loop waits for
+# itself, and what the manager opens for this loop is closed with it.
 
 
 class StorageThread:
-    """The thread's event loop, as the migration sees it."""
+    """The event loop of the thread, for calls from the migration."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -159,7 +160,7 @@ class StorageThread:
 
 @contextmanager
 def storage_thread(manager: StorageManager) -> Iterator[StorageThread]:
-    """Give an event loop on which the manager is open; its clients are closed afterwards."""
+    """Start an event loop on which the manager is open; its clients are closed at the end of the block."""
     ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
     executor = ThreadPoolExecutor(1, thread_name_prefix="granite-alembic")
     ended = executor.submit(asyncio.run, _serve(manager, ready))
@@ -185,7 +186,7 @@ async def _serve(manager: StorageManager, ready: Future[tuple[asyncio.AbstractEv
 
 
 def _outcome(future: Future[T]) -> T:
-    """Wait for a result: through the greenlet where there is one, so that its loop goes on meanwhile."""
+    """Wait for a result: through the greenlet where there is one, so that its loop keeps running."""
     try:
         if in_greenlet():
             return await_only(asyncio.wrap_future(future))

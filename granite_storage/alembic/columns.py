@@ -1,8 +1,7 @@
-"""Adding columns of files, and dropping what they have replaced."""
+"""Columns of files in migrations: adding them, indexing their locations, and dropping what they have replaced."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,8 +10,9 @@ from typing import Any
 from sqlalchemy import Column, Connection, Index, MetaData, Table, and_, select
 from sqlalchemy.dialects import mysql
 
-from granite_storage._jobs import places
-from granite_storage.alembic._transactions import Op, columns_of, count, key_pages, online, storage_thread, table_with
+from granite_storage._jobs import require_concurrency
+from granite_storage._tasks import run_bounded
+from granite_storage.alembic._transactions import Op, columns_of, count, key_pages, reflect_table, require_online, storage_thread
 from granite_storage.alembic.sources import read_whole
 from granite_storage.exceptions import ContentError
 from granite_storage.manager import StorageManager
@@ -30,13 +30,16 @@ __all__ = [
     "drop_restored_column",
 ]
 
+_LONGEST_LOCATION = 1024
+_INDEXED = 255
+
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 
 def add_storage_column(op: Op, table: str, column: str, *, schema: str | None = None) -> None:
     """Add a column for refs to a table, empty and nullable; nothing happens where it is there already.
 
-    A conversion commits what came before it, so the migration that it belongs to must be able to run again after a crash.
+    A conversion commits what the migration did before it, so the migration must be able to run again after a crash.
     """
     add_column_once(op, table, Column(column, portable_storage_ref_type(), nullable=True), schema=schema)
 
@@ -57,11 +60,11 @@ def drop_converted_column(
     *,
     empty: Sequence[object] = (),
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
 ) -> None:
-    """Drop a column that was converted, once every object that has replaced it was read and found right.
+    """Drop a column that was converted, once every object that has replaced it was read and verified.
 
-    Nothing is dropped where one is missing or wrong, or a row holds something that was never converted. It does nothing where
+    Nothing is dropped where an object is missing or wrong, or a row has a value that was never converted. Nothing happens where
     the column is gone already.
 
     Args:
@@ -70,46 +73,46 @@ def drop_converted_column(
         table: The table.
         source: The column to drop.
         target: The column of refs that replaces it.
-        empty: Values of the source that stand for no file, such as `""`, and need no ref.
+        empty: Values of the source that mean no file, such as `""`, and need no ref.
         schema: The table's schema.
-        at_a_time: How many objects are read side by side.
+        concurrency: How many objects are read at a time.
 
     Raises:
         ContentError: A row was not converted; an object has another size or checksum than its ref says.
-        ObjectNotFoundError: An object is not there.
+        ObjectNotFoundError: An object is missing.
     """
-    connection = online(op, "verifying a conversion")
-    places(at_a_time)
+    connection = require_online(op, "verifying a conversion")
+    require_concurrency(concurrency)
     if source not in columns_of(connection, table, schema):
         return
-    found = table_with(connection, table, schema, refs=target, others=[source])
+    found = reflect_table(connection, table, schema, refs=target, others=[source])
     with storage_thread(manager) as thread:
-        for keys in key_pages(connection, found, found.c[target].is_not(None), at_a_time):
-            thread.run(_verified(manager, _refs(connection, found, found.c[target], keys)))
+        for keys in key_pages(connection, found, found.c[target].is_not(None), concurrency):
+            thread.run(_verify(manager, _refs(connection, found, found.c[target], keys)))
     _require_done(connection, found, found.c[source], found.c[target], empty)
     op.drop_column(table, source, schema=schema)
 
 
 def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema: str | None = None) -> None:
-    """Drop a column of refs, once every row has got its old value back; its objects stay where they are.
+    """Drop a column of refs, once every row has its old value back; the objects stay where they are.
 
     Args:
         op: Alembic's `op`.
         table: The table.
         source: The column of refs.
-        target: The column that the values were brought back to.
+        target: The column with the restored values.
         schema: The table's schema.
 
     Raises:
-        ContentError: A row has got nothing back.
+        ContentError: A row has no restored value.
     """
-    connection = online(op, "dropping a column of refs")
+    connection = require_online(op, "dropping a column of refs")
     if source not in columns_of(connection, table, schema):
         return
-    found = table_with(connection, table, schema, refs=source, others=[target])
+    found = reflect_table(connection, table, schema, refs=source, others=[target])
     _require_done(connection, found, found.c[source], found.c[target], ())
     kept = count(connection, found, found.c[source].is_not(None))
-    logger.warning("%d objects of %s.%s stay in the storage, and no row refers to them any longer", kept, table, source)
+    logger.warning("%d objects of %s.%s remain in storage, and no row refers to them any more", kept, table, source)
     op.drop_column(table, source, schema=schema)
 
 
@@ -120,7 +123,8 @@ def _require_done(
     number = count(connection, table, left)
     if number:
         raise ContentError(
-            f"{number} rows of {table.name} have something in {source.name} and nothing in {target.name}: nothing was dropped"
+            f"{number} rows of {table.name} have a value in {source.name} and none in {target.name}: convert them first;"
+            " nothing was dropped"
         )
 
 
@@ -129,19 +133,18 @@ def _refs(connection: Connection, table: Table, column: Column[Any], keys: list[
     return [StoredObjectRef.from_dict(value) for value in found]
 
 
-async def _verified(manager: StorageManager, refs: Sequence[StoredObjectRef]) -> None:
-    found = await asyncio.gather(*(read_whole(manager, ref) for ref in refs), return_exceptions=True)
-    for ref, error in zip(refs, found, strict=True):
-        if error is not None:
+async def _verify(manager: StorageManager, refs: Sequence[StoredObjectRef]) -> None:
+    async def read(ref: StoredObjectRef) -> None:
+        try:
+            await read_whole(manager, ref)
+        except Exception as error:
             error.add_note(f"while verifying {ref.location!r} in {ref.backend!r}; nothing was dropped")
-            raise error
+            raise
+
+    await run_bounded(refs, read, len(refs))
 
 
-# Indexes over the locations of a column of refs, for whoever asks which row refers to an object.
-
-
-_LONGEST_LOCATION = 1024
-_INDEXED = 255
+# Indexes over the locations of a column of refs, by which the rows that refer to an object are found.
 
 
 def create_location_index(op: Op, table: str, column: str, *, schema: str | None = None, concurrently: bool = False) -> None:
@@ -150,15 +153,15 @@ def create_location_index(op: Op, table: str, column: str, *, schema: str | None
     The journal's worker, `migrate` and `paths_to_storage` ask which rows refer to an object; without the index each question
     reads the whole table. On PostgreSQL and SQLite it is an index on an expression, on MariaDB one on a generated column that
     `SELECT *` does not show. Autogenerate leaves it alone with `include_storage`. Batch operations of SQLite that rebuild the
-    table lose it, and it is to be created again after them.
+    table drop it; create it again after them.
 
     Args:
         op: Alembic's `op`.
         table: The table.
         column: The column of refs.
         schema: The table's schema.
-        concurrently: Whether PostgreSQL builds it without locking writers out; what the migration has done before is committed
-            then. Other databases take no notice.
+        concurrently: Whether PostgreSQL builds it without locking out writers; what the migration did before is committed then.
+            Other databases ignore it.
     """
     context = op.get_context()
     concurrently = concurrently and context.dialect.name == "postgresql"
@@ -170,7 +173,7 @@ def create_location_index(op: Op, table: str, column: str, *, schema: str | None
 
 
 def drop_location_index(op: Op, table: str, column: str, *, schema: str | None = None) -> None:
-    """Drop what `create_location_index` has created; what is gone already is no error."""
+    """Drop what `create_location_index` created; nothing happens where it is gone already."""
     op.drop_index(location_index_name(table, column), table_name=table, schema=schema, if_exists=True)
     if op.get_context().dialect.name in ("mysql", "mariadb") and _has_generated_column(op, table, column, schema):
         op.drop_column(table, location_column_name(column), schema=schema)
@@ -194,7 +197,7 @@ def _add_generated_column(op: Op, table: str, column: str, schema: str | None) -
         return
     preparer = context.dialect.identifier_preparer
     qualified = preparer.format_table(Table(table, MetaData(), schema=schema))
-    # The library's comparisons are exact, whatever the table's own collation; and no `SELECT *` of the application shall see it.
+    # The library compares exactly, whatever the table's collation; and a `SELECT *` of the application must not see the column.
     op.execute(
         f"ALTER TABLE {qualified} ADD COLUMN {preparer.quote(name)} VARCHAR({_LONGEST_LOCATION})"
         f" CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"

@@ -1,4 +1,4 @@
-"""The journal's tables in migrations: they have a version, which the library knows how to bring up to its own."""
+"""The journal's tables in migrations: they have a version, and the library upgrades them to its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, MetaData, func, insert, inspect, select, update
 
-from granite_storage.alembic._transactions import Op, count, online
+from granite_storage.alembic._transactions import Op, count, require_online
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clock, journal_tables
@@ -15,17 +15,17 @@ from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clo
 __all__ = ["create_journal_tables", "drop_journal_tables", "upgrade_journal_tables"]
 
 STEPS: dict[int, Callable[[Op, JournalTables], None]] = {}
-"""What brings the tables from a version to the next one; the first version needs none."""
+"""The upgrade of the tables from each version to the next one."""
 
 
 def create_journal_tables(op: Op, *, schema: str | None = None) -> None:
-    """Create the journal's tables with their indexes, in the library's own version, and note the version in them.
+    """Create the journal's tables with their indexes, in the library's version, and record the version in them.
 
-    What is there already is left as it is. It also works with `--sql`.
+    Existing tables are left as they are. It also works with `--sql`.
 
     Args:
         op: Alembic's `op`.
-        schema: The schema to keep them in, as given to `journal_tables`.
+        schema: Their schema, as passed to `journal_tables`.
     """
     context = op.get_context()
     tables = _tables(schema)
@@ -38,22 +38,22 @@ def create_journal_tables(op: Op, *, schema: str | None = None) -> None:
 
 
 def upgrade_journal_tables(op: Op, *, schema: str | None = None) -> None:
-    """Bring the journal's tables from whatever version they have to the library's own; nothing happens where they have it.
+    """Upgrade the journal's tables to the library's version; nothing happens where they have it.
 
     Args:
         op: Alembic's `op`.
         schema: The schema they are in.
 
     Raises:
-        ConfigurationError: They are newer than the library, or there is no database to look at (`--sql`).
+        ConfigurationError: They are newer than the library, or there is no database (`--sql`).
     """
-    connection = online(op, "upgrading the journal's tables")
+    connection = require_online(op, "upgrading the journal's tables")
     tables = _tables(schema)
     version = _version(connection, tables) or SCHEMA_VERSION
     if version > SCHEMA_VERSION:
         raise ConfigurationError(
-            f"the journal's tables are of version {version}, and this library works with version {SCHEMA_VERSION}:"
-            " install the version of the library that made them"
+            f"the journal's tables have version {version}, and this version of the library supports {SCHEMA_VERSION} at most:"
+            " install the version that created them"
         )
     for step in range(version, SCHEMA_VERSION):
         STEPS[step](op, tables)
@@ -62,19 +62,19 @@ def upgrade_journal_tables(op: Op, *, schema: str | None = None) -> None:
 
 
 def drop_journal_tables(op: Op, *, schema: str | None = None, discard_pending: bool = False) -> None:
-    """Drop the journal's tables, where nothing is left to do in them.
+    """Drop the journal's tables once nothing is left to do in them.
 
     Args:
         op: Alembic's `op`.
         schema: The schema they are in.
-        discard_pending: Whether to drop them all the same; objects that they know of, and no row, are orphans then.
+        discard_pending: Whether to drop them all the same; objects that only they know of become orphans.
 
     Raises:
-        ConfigurationError: They still know of objects that are to be removed or settled.
+        ConfigurationError: They still have objects to delete or to check.
     """
     context, tables = op.get_context(), _tables(schema)
     if not discard_pending:
-        _require_nothing_pending(online(op, "looking for what the journal has left to do"), tables)
+        _require_nothing_pending(require_online(op, "looking for what the journal has left to do"), tables)
     for table in reversed(tables.all):
         context.impl.drop_table(table)
 
@@ -96,6 +96,6 @@ def _require_nothing_pending(connection: Connection, tables: JournalTables) -> N
     pending = sum(count(connection, table, table.c.id.is_not(None)) for table in (tables.intent, tables.reclaim))
     if pending:
         raise ConfigurationError(
-            f"the journal still knows of {pending} objects that are to be removed or settled: let its worker finish,"
-            " or pass discard_pending=True and leave them as orphans"
+            f"the journal still has {pending} objects to delete or to check: let its worker finish, or pass"
+            " discard_pending=True to leave them as orphans"
         )

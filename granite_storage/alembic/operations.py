@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import Column, ColumnElement, Connection, Table, and_, select, update
 
-from granite_storage._jobs import places
+from granite_storage._jobs import require_concurrency
 from granite_storage.alembic._owners import Owners
 from granite_storage.alembic._transactions import (
     Op,
@@ -18,22 +18,22 @@ from granite_storage.alembic._transactions import (
     columns_of,
     count,
     key_pages,
-    online,
     own_transactions,
+    reflect_table,
+    require_online,
     storage_thread,
-    table_with,
 )
 from granite_storage.alembic.sources import (
     CopyOf,
     InPlace,
     Place,
     Stored,
-    adopted,
+    adopt,
     all_or_none,
-    copied,
-    copied_content,
-    removed,
-    stored_bytes,
+    copy_content,
+    copy_object,
+    remove,
+    store_bytes,
 )
 from granite_storage.alembic.sources import Work as StoreWork
 from granite_storage.exceptions import ObjectNotFoundError
@@ -56,30 +56,30 @@ __all__ = [
     "text_to_storage",
 ]
 
-
-# Filling one column from another, some rows at a time: what all conversions have in common.
-#
-# Each step is a transaction: it locks some rows, has their new values made, and writes them. A row whose new column is set
-# is done, so a conversion that was broken off goes on where it stood. Objects of a step whose transaction has not begun to
-# commit are removed again; of a program that was killed, the objects of one step at most are left without a row.
-
-
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 Row: TypeAlias = Mapping[str, Any]
+Of: TypeAlias = "str | Callable[[Row], str | None] | None"
+_ROWS_OF_PATHS = 100
+
+# Filling one column from another, some rows at a time.
+#
+# Each step is a transaction: it locks some rows, makes their new values, and writes them. A row whose new column is set is
+# done, so an interrupted conversion continues where it was. The objects of a step are removed again where its transaction has
+# not started to commit; a killed program leaves at most the objects of one step without a row.
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """How far a conversion has come; what rows were done in an earlier run is not counted.
+    """The progress of a conversion; rows that an earlier run has done are not counted.
 
     Attributes:
         table: The table.
         source: The column that is read.
         target: The column that is written.
-        total: How many rows were to be done when it began.
-        stored: How many objects were stored, or how many values were brought back.
-        adopted: How many objects were adopted where they lie.
+        total: How many rows were to be converted when it started.
+        stored: How many objects were stored, or values restored.
+        adopted: How many objects were adopted where they are.
         skipped: How many rows have nothing to convert, and keep an empty target.
     """
 
@@ -93,7 +93,7 @@ class ConversionReport:
 
     @property
     def done(self) -> int:
-        """How many rows were looked at."""
+        """How many rows were processed."""
         return self.stored + self.adopted + self.skipped
 
 
@@ -127,9 +127,9 @@ class Conversion:
         source: The column that is read.
         target: The column that is written.
         schema: The table's schema.
-        refs: Which of both holds refs.
+        refs: Which of the two contains refs.
         also_read: Other columns that the work needs.
-        at_a_time: How many rows a step takes.
+        rows_per_step: How many rows a step takes.
     """
 
     table: str
@@ -138,22 +138,22 @@ class Conversion:
     schema: str | None
     refs: str
     also_read: Sequence[str]
-    at_a_time: int
+    rows_per_step: int
 
 
 def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> ConversionReport:
-    """Convert every row that is not done yet."""
-    connection = online(op, "converting a column")
-    if _is_over(connection, what):
+    """Convert every row that is not converted yet."""
+    connection = require_online(op, "converting a column")
+    if _is_finished(connection, what):
         return ConversionReport(what.table, what.source, what.target, 0)
     other = what.target if what.refs == what.source else what.source
-    table = table_with(connection, what.table, what.schema, refs=what.refs, others=[other, *what.also_read])
+    table = reflect_table(connection, what.table, what.schema, refs=what.refs, others=[other, *what.also_read])
     source, target = table.c[what.source], table.c[what.target]
     waiting = and_(source.is_not(None), target.is_(None))
     with own_transactions(op) as step:
         connection = op.get_bind()
         report = ConversionReport(what.table, what.source, what.target, count(connection, table, waiting))
-        for keys in key_pages(connection, table, waiting, what.at_a_time):
+        for keys in key_pages(connection, table, waiting, what.rows_per_step):
             made: Sequence[Made] = []
             unwritten: _UnwrittenError | None = None
             try:
@@ -163,18 +163,18 @@ def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> 
                 unwritten = error
             if unwritten is not None:
                 unwritten.undo()
-                raise unwritten.cause  # out here it keeps the causes of its own
-            report = _counted(report, made)
-            _tell(report, progress)
+                raise unwritten.cause  # outside of the except block it keeps its own cause
+            report = _add_counts(report, made)
+            _report_progress(report, progress)
     return report
 
 
-def _is_over(connection: Connection, what: Conversion) -> bool:
-    """Tell whether a later step of the same migration has dropped the source in a run that was broken off afterwards."""
+def _is_finished(connection: Connection, what: Conversion) -> bool:
+    """Tell whether an earlier, interrupted run of the same migration has dropped the source already."""
     found = columns_of(connection, what.table, what.schema)
     if what.source in found or what.target not in found:
         return False
-    logger.warning("%s.%s is not there, so %s is taken as converted already", what.table, what.source, what.target)
+    logger.warning("%s.%s does not exist, so %s is treated as converted already", what.table, what.source, what.target)
     return True
 
 
@@ -194,7 +194,7 @@ def _step(connection: Connection, table: Table, target: Column[Any], where: Colu
 
 
 class _UnwrittenError(Exception):
-    """The rows of a step could not be written, so its objects have no use."""
+    """The rows of a step could not be written, so its objects are not needed."""
 
     def __init__(self, made: Sequence[Made], cause: BaseException) -> None:
         super().__init__(made, cause)
@@ -207,7 +207,7 @@ class _UnwrittenError(Exception):
                 item.undo()
 
 
-def _counted(report: ConversionReport, made: Sequence[Made]) -> ConversionReport:
+def _add_counts(report: ConversionReport, made: Sequence[Made]) -> ConversionReport:
     skipped = sum(item.value is None for item in made)
     adopted = sum(item.is_adopted for item in made)
     return replace(
@@ -218,14 +218,13 @@ def _counted(report: ConversionReport, made: Sequence[Made]) -> ConversionReport
     )
 
 
-def _tell(report: ConversionReport, progress: Progress | None) -> None:
+def _report_progress(report: ConversionReport, progress: Progress | None) -> None:
     logger.info("%s.%s -> %s: %d of %d rows", report.table, report.source, report.target, report.done, report.total)
     if progress is not None:
         progress(report)
 
 
-Of: TypeAlias = "str | Callable[[Row], str | None] | None"
-_ROWS_OF_PATHS = 100
+# The operations that migrations call.
 
 
 def text_to_storage(
@@ -241,45 +240,45 @@ def text_to_storage(
     filename: Of = None,
     also_read: Sequence[str] = (),
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Store each text of a column as an object, and let another column refer to it. NULL stays NULL.
 
     Rows are locked, stored, read back and written some at a time, each time in a transaction of its own, so memory is that of
-    `at_a_time` values. A row whose target is set is left alone: a conversion that was broken off is run again and goes on. What
-    the migration has done before is committed when it begins. Nothing of the source changes.
+    `concurrency` values. A row whose target is set is left alone: run an interrupted conversion again to continue it. What the
+    migration did before is committed when it starts. Nothing of the source changes.
 
     Args:
         op: Alembic's `op`.
         manager: The manager; it is opened and closed on an event loop of its own.
         table: The table.
         source: The column with the text.
-        target: The column of refs, which is there already; see `add_storage_column`.
+        target: The column of refs, which must exist; see `add_storage_column`.
         storage_key: The policy to store under.
         encoding: How the text becomes bytes.
-        content_type: The media type, or a function that is given the row as a mapping.
+        content_type: The media type, or a function that takes the row as a mapping.
         filename: The file's name, or such a function.
         also_read: Columns that those functions need, beside the primary key.
         schema: The table's schema.
-        at_a_time: How many rows are done side by side; a program that is killed leaves as many objects without a row at most.
-        progress: Is given a report after each step; the log gets one too.
+        concurrency: How many rows are converted at a time; a killed program leaves at most as many objects without a row.
+        progress: Called with a report after each step, which is also logged.
 
     Returns:
-        What was done in this run.
+        The report of this run.
 
     Raises:
-        ConfigurationError: There is no such column, no primary key, or no database (`--sql`).
-        ChecksumMismatchError: What was stored does not come back.
-        StorageError: An object could not be stored. Every error carries the row's name as a note; rows done earlier stay done.
+        ConfigurationError: A column or the primary key is missing, or there is no database (`--sql`).
+        ChecksumMismatchError: An object was read back with other content than was stored.
+        StorageError: An object could not be stored. Every error names the row in a note; rows converted before stay converted.
     """
 
-    def encoded(value: Any) -> bytes:
+    def encode(value: Any) -> bytes:
         return str(value).encode(encoding)
 
-    contents = _Contents(manager, source, target, storage_key, encoded, content_type, filename, places(at_a_time))
-    conversion = Conversion(table, source, target, schema, target, also_read, at_a_time)
-    return _converted(op, manager, conversion, contents.work, progress)
+    contents = _Contents(manager, source, target, storage_key, encode, content_type, filename, require_concurrency(concurrency))
+    conversion = Conversion(table, source, target, schema, target, also_read, concurrency)
+    return _convert_on_thread(op, manager, conversion, contents.work, progress)
 
 
 def blob_to_storage(
@@ -294,13 +293,13 @@ def blob_to_storage(
     filename: Of = None,
     also_read: Sequence[str] = (),
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Store each value of a binary column as an object; otherwise as `text_to_storage`."""
-    contents = _Contents(manager, source, target, storage_key, bytes, content_type, filename, places(at_a_time))
-    conversion = Conversion(table, source, target, schema, target, also_read, at_a_time)
-    return _converted(op, manager, conversion, contents.work, progress)
+    contents = _Contents(manager, source, target, storage_key, bytes, content_type, filename, require_concurrency(concurrency))
+    conversion = Conversion(table, source, target, schema, target, also_read, concurrency)
+    return _convert_on_thread(op, manager, conversion, contents.work, progress)
 
 
 def paths_to_storage(
@@ -314,15 +313,15 @@ def paths_to_storage(
     mapping: Callable[[Any], InPlace | CopyOf | None],
     skip_missing: bool = False,
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Turn what another library wrote, such as paths, keys or URLs, into refs; otherwise as `text_to_storage`.
 
-    An object that lies in one of the manager's backends is adopted where it lies: it is read once for its size and checksum, and
-    not moved. One that another row refers to already is copied, because an object has one owner: every column of references in
-    the database is asked, whatever its table and schema and whatever key of the manager leads to the object. Anything else that
-    the mapping gives is copied in; what is no regular file is `ObjectNotFoundError`.
+    An object in one of the manager's backends is adopted where it is: it is read once for its size and checksum, and not moved.
+    One that another row refers to already is copied, because an object has one owner: every column of refs in the database is
+    asked, in any table and schema, by every key of the manager that leads to the object. Anything else that the mapping returns
+    is copied in; anything but a regular file is `ObjectNotFoundError`.
 
     Args:
         op: Alembic's `op`.
@@ -331,18 +330,20 @@ def paths_to_storage(
         source: The column with the paths.
         target: The column of refs.
         storage_key: The policy that the refs belong to, and that copies are stored under.
-        mapping: Is given the value, and returns an `InPlace`, a `CopyOf`, or None where there is no file; `PlainPath` is one.
-        skip_missing: Whether a path without an object leaves its row without a ref, and is counted; otherwise it is an error.
+        mapping: Takes the value, and returns an `InPlace`, a `CopyOf`, or None for no file; `PlainPath` is one.
+        skip_missing: Whether a row whose object is missing keeps no ref, and is counted as skipped; otherwise it is an error.
         schema: The table's schema.
-        at_a_time: How many objects are read or stored side by side.
-        progress: Is given a report after each step.
+        concurrency: How many objects are read or stored at a time.
+        progress: Called with a report after each step.
 
     Raises:
-        InvalidLocationError: A location is not one that the library would ever use.
-        ObjectNotFoundError: There is no object where a path leads.
+        InvalidLocationError: A location is not valid in the library.
+        ObjectNotFoundError: The object of a path is missing.
     """
-    paths = _Paths(manager, source, target, storage_key, mapping, skip_missing, places(at_a_time))
-    return _converted(op, manager, Conversion(table, source, target, schema, target, (), _ROWS_OF_PATHS), paths.work, progress)
+    paths = _Paths(manager, source, target, storage_key, mapping, skip_missing, require_concurrency(concurrency))
+    return _convert_on_thread(
+        op, manager, Conversion(table, source, target, schema, target, (), _ROWS_OF_PATHS), paths.work, progress
+    )
 
 
 def storage_to_text(
@@ -354,24 +355,25 @@ def storage_to_text(
     *,
     encoding: str = "utf-8",
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Bring the content of a column of refs back into a text column, for a downgrade; verified, in steps, resumable.
+    """Restore the content of a column of refs to a text column, for a downgrade; verified, in steps, resumable.
 
-    The objects stay where they are: nobody can know yet whether the migration will commit. Those that nothing refers to
-    afterwards are orphans.
+    The objects stay where they are, because it is unknown whether the migration will commit. Those without a reference afterwards
+    are orphans.
 
     Raises:
-        ObjectNotFoundError: An object is not there.
-        ChecksumMismatchError: Its bytes are not what its ref says.
-        UnicodeDecodeError: It is no text in this encoding.
+        ObjectNotFoundError: An object is missing.
+        ChecksumMismatchError: Its bytes do not have the checksum of its ref.
+        UnicodeDecodeError: It is not text in this encoding.
     """
 
     async def read(ref: StoredObjectRef) -> Any:
         return (await manager.get(ref)).decode(encoding)
 
-    return _restored(op, manager, Conversion(table, source, target, schema, source, (), places(at_a_time)), read, progress)
+    conversion = Conversion(table, source, target, schema, source, (), require_concurrency(concurrency))
+    return _restore(op, manager, conversion, read, progress)
 
 
 def storage_to_blob(
@@ -382,11 +384,12 @@ def storage_to_blob(
     target: str,
     *,
     schema: str | None = None,
-    at_a_time: int = 8,
+    concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Bring the content of a column of refs back into a binary column; otherwise as `storage_to_text`."""
-    return _restored(op, manager, Conversion(table, source, target, schema, source, (), places(at_a_time)), manager.get, progress)
+    """Restore the content of a column of refs to a binary column; otherwise as `storage_to_text`."""
+    conversion = Conversion(table, source, target, schema, source, (), require_concurrency(concurrency))
+    return _restore(op, manager, conversion, manager.get, progress)
 
 
 def storage_to_paths(
@@ -399,16 +402,16 @@ def storage_to_paths(
     schema: str | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Write for each ref the path, key or URL that another library knows it by, for a downgrade; no object is touched.
+    """Write the path, key or URL by which another library knows each object, for a downgrade; no object is touched.
 
     Args:
         op: Alembic's `op`.
         table: The table.
         source: The column of refs.
         target: The column of paths.
-        mapping: Returns what is to be written; `PlainPath.back` is one.
+        mapping: Returns the value to write; `PlainPath.back` is one.
         schema: The table's schema.
-        progress: Is given a report after each step.
+        progress: Called with a report after each step.
     """
 
     def work(_: Connection, __: Table, rows: Sequence[Row]) -> list[Made]:
@@ -417,14 +420,14 @@ def storage_to_paths(
     return convert(op, Conversion(table, source, target, schema, source, (), _ROWS_OF_PATHS), work, progress)
 
 
-def _converted(
+def _convert_on_thread(
     op: Op, manager: StorageManager, conversion: Conversion, work: Callable[[StorageThread], Work], progress: Progress | None
 ) -> ConversionReport:
     with storage_thread(manager) as thread:
         return convert(op, conversion, work(thread), progress)
 
 
-def _restored(
+def _restore(
     op: Op,
     manager: StorageManager,
     conversion: Conversion,
@@ -437,34 +440,34 @@ def _restored(
 
         return restore
 
-    return _converted(op, manager, conversion, work, progress)
+    return _convert_on_thread(op, manager, conversion, work, progress)
 
 
 class _Storing:
-    """What has objects stored for rows."""
+    """Stores objects for rows."""
 
-    def __init__(self, manager: StorageManager, source: str, target: str, storage_key: str, at_a_time: int) -> None:
+    def __init__(self, manager: StorageManager, source: str, target: str, storage_key: str, concurrency: int) -> None:
         manager.policy(storage_key)
         self._manager = manager
         self._source = source
         self._target = target
         self._storage_key = storage_key
-        self._at_a_time = at_a_time
+        self._concurrency = concurrency
 
     def _place(self, table: Table, row: Row) -> Place:
         key = tuple(row[column.name] for column in table.primary_key)
         return Place(self._storage_key, table.name, key, self._target)
 
-    def _made(self, thread: StorageThread, works: Sequence[tuple[Place, StoreWork]]) -> list[Made]:
+    def _store(self, thread: StorageThread, works: Sequence[tuple[Place, StoreWork]]) -> list[Made]:
         named = [(f"{place.table} {place.primary_key}", work) for place, work in works]
-        return [self._of(thread, stored) for stored in thread.run(all_or_none(self._manager, named, self._at_a_time))]
+        return [self._to_made(thread, stored) for stored in thread.run(all_or_none(self._manager, named, self._concurrency))]
 
-    def _of(self, thread: StorageThread, stored: Stored | None) -> Made:
+    def _to_made(self, thread: StorageThread, stored: Stored | None) -> Made:
         if stored is None:
             return Made(None)
         if not stored.is_own:
             return Made(stored.ref.to_dict(), is_adopted=True)
-        return Made(stored.ref.to_dict(), undo=lambda: thread.run(removed(self._manager, stored.ref)))
+        return Made(stored.ref.to_dict(), undo=lambda: thread.run(remove(self._manager, stored.ref)))
 
 
 class _Contents(_Storing):
@@ -476,26 +479,26 @@ class _Contents(_Storing):
         source: str,
         target: str,
         storage_key: str,
-        encoded: Callable[[Any], bytes],
+        encode: Callable[[Any], bytes],
         content_type: Of,
         filename: Of,
-        at_a_time: int,
+        concurrency: int,
     ) -> None:
-        super().__init__(manager, source, target, storage_key, at_a_time)
-        self._encoded = encoded
+        super().__init__(manager, source, target, storage_key, concurrency)
+        self._encoded = encode
         self._content_type = content_type
         self._filename = filename
 
     def work(self, thread: StorageThread) -> Work:
         def store(_: Connection, table: Table, rows: Sequence[Row]) -> list[Made]:
-            return self._made(thread, [self._stored(self._place(table, row), row) for row in rows])
+            return self._store(thread, [self._prepare(self._place(table, row), row) for row in rows])
 
         return store
 
-    def _stored(self, place: Place, row: Row) -> tuple[Place, StoreWork]:
+    def _prepare(self, place: Place, row: Row) -> tuple[Place, StoreWork]:
         content = self._encoded(row[self._source])
-        content_type, filename = _said(self._content_type, row), _said(self._filename, row)
-        return place, partial(stored_bytes, self._manager, place, content, content_type, filename)
+        content_type, filename = _resolve(self._content_type, row), _resolve(self._filename, row)
+        return place, partial(store_bytes, self._manager, place, content, content_type, filename)
 
 
 class _Paths(_Storing):
@@ -509,9 +512,9 @@ class _Paths(_Storing):
         storage_key: str,
         mapping: Callable[[Any], InPlace | CopyOf | None],
         skip_missing: bool,
-        at_a_time: int,
+        concurrency: int,
     ) -> None:
-        super().__init__(manager, source, target, storage_key, at_a_time)
+        super().__init__(manager, source, target, storage_key, concurrency)
         self._mapping = mapping
         self._skip_missing = skip_missing
         self._owners: Owners | None = None
@@ -527,7 +530,7 @@ class _Paths(_Storing):
                 works.append((place, partial(self._object, place, item, taken)))
                 if isinstance(item, InPlace):
                     taken = {*taken, *owners.addresses(item)}
-            return self._made(thread, works)
+            return self._store(thread, works)
 
         return find
 
@@ -537,16 +540,16 @@ class _Paths(_Storing):
                 case None:
                     return None
                 case CopyOf():
-                    return await copied_content(self._manager, place, item)
+                    return await copy_content(self._manager, place, item)
                 case InPlace() if item.address in taken:
-                    return await copied(self._manager, place, item)
+                    return await copy_object(self._manager, place, item)
                 case InPlace():
-                    return await adopted(self._manager, place, item)
+                    return await adopt(self._manager, place, item)
         except (ObjectNotFoundError, FileNotFoundError):
             if self._skip_missing:
                 return None
             raise
 
 
-def _said(given: Of, row: Row) -> str | None:
+def _resolve(given: Of, row: Row) -> str | None:
     return given(row) if callable(given) else given

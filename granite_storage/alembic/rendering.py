@@ -1,4 +1,4 @@
-"""Autogenerate that knows files: what it writes for columns of refs, and what it leaves alone."""
+"""Autogenerate: what it renders for columns of refs, and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _registered = False
 
 
 def include_storage(context: object = None) -> None:
-    """Let autogenerate understand columns of refs; called once in `env.py`, anywhere before `context.run_migrations()`.
+    """Let autogenerate render columns of refs; call it once in `env.py`, before `context.run_migrations()`.
 
     Columns of `attachment()` and `StoredObjectRefType` are rendered as `portable_storage_ref_type()`, with its import. Indexes
-    that `create_location_index` made are left alone, though no model declares them. Whatever else `context.configure` was given
-    goes on to work: a `render_item` of your own is asked first.
+    that `create_location_index` made are left alone, though no model declares them. All other arguments of `context.configure`
+    keep working: a `render_item` of your own is called first.
 
     Args:
-        context: Alembic's context, as `env.py` has it; nothing of it is used, and it may be left out.
+        context: Alembic's context, as `env.py` has it; it is not used, and may be left out.
 
     Example:
         ```python
@@ -62,11 +62,11 @@ def _prepare(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps, _: ob
     own = autogen_context.opts.get("render_item")
     if not isinstance(own, _Composed):
         autogen_context.opts["render_item"] = _Composed(own)
-    _leave_indexes_alone(upgrade_ops)
+    _exclude_location_indexes(upgrade_ops)
 
 
 class _Composed:
-    """Asks the project's own `render_item` first."""
+    """Calls the project's own `render_item` first."""
 
     def __init__(self, own: RenderItem | None) -> None:
         self._own = own
@@ -76,14 +76,14 @@ class _Composed:
         return render_storage(kind, item, autogen_context) if rendered is False else rendered
 
 
-def _leave_indexes_alone(container: ops.OpContainer) -> None:
+def _exclude_location_indexes(container: ops.OpContainer) -> None:
     for operation in container.ops:
         if isinstance(operation, ops.OpContainer):
-            _leave_indexes_alone(operation)
-    container.ops[:] = [operation for operation in container.ops if not _is_to_be_left_out(operation)]
+            _exclude_location_indexes(operation)
+    container.ops[:] = [operation for operation in container.ops if not _is_excluded(operation)]
 
 
-def _is_to_be_left_out(operation: ops.MigrateOperation) -> bool:
+def _is_excluded(operation: ops.MigrateOperation) -> bool:
     match operation:
         case ops.DropIndexOp():
             return str(operation.index_name).startswith(LOCATION_INDEX_PREFIX)

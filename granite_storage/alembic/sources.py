@@ -1,4 +1,4 @@
-"""What another library's path or URL leads to."""
+"""The objects of a conversion: where they come from, and how they are stored and read back before a row refers to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from granite_storage._tasks import shielded, shielded_cleanup
+from granite_storage._tasks import run_bounded, shielded, shielded_cleanup
 from granite_storage.exceptions import ChecksumMismatchError, InvalidLocationError, ObjectNotFoundError
 from granite_storage.locations import check_location, check_segment, uuid7_hex
 from granite_storage.manager import StorageManager
@@ -26,18 +26,19 @@ __all__ = [
     "PlainPath",
     "Stored",
     "Work",
-    "adopted",
+    "adopt",
     "all_or_none",
-    "copied",
-    "copied_content",
-    "kept_if_readable",
+    "copy_content",
+    "copy_object",
+    "keep_if_readable",
     "read_whole",
-    "removed",
-    "stored_bytes",
+    "remove",
+    "store_bytes",
 ]
 
+_HOW = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
-# Storing the objects of some rows side by side, each read back before its row may refer to it.
+# Storing the objects of some rows, each read back before its row may refer to it.
 
 
 Work: TypeAlias = "Callable[[], Coroutine[Any, Any, Stored | None]]"
@@ -60,7 +61,7 @@ class Place:
     column: str
 
     def arguments(self) -> dict[str, Any]:
-        """Return what the manager's calls take."""
+        """Return the arguments for the manager."""
         entity = "-".join(map(str, self.primary_key))
         try:
             check_segment(entity)
@@ -82,12 +83,12 @@ class Stored:
     is_own: bool = True
 
 
-async def stored_bytes(
+async def store_bytes(
     manager: StorageManager, place: Place, content: bytes, content_type: str | None, filename: str | None
 ) -> Stored:
-    """Store content, and see that it comes back; nothing is left where it does not."""
+    """Store content and read it back; nothing is left where it differs."""
     ref = await manager.put_bytes(**place.arguments(), content=content, content_type=content_type, original_filename=filename)
-    return await _kept_if(manager, ref, _comes_back(manager, ref, content))
+    return await _keep_if(manager, ref, _require_content(manager, ref, content))
 
 
 async def read_whole(manager: StorageManager, ref: StoredObjectRef) -> None:
@@ -97,69 +98,70 @@ async def read_whole(manager: StorageManager, ref: StoredObjectRef) -> None:
             pass
 
 
-async def kept_if_readable(manager: StorageManager, ref: StoredObjectRef) -> Stored:
-    """Read a new object to its end; it is removed where that fails."""
-    return await _kept_if(manager, ref, read_whole(manager, ref))
+async def keep_if_readable(manager: StorageManager, ref: StoredObjectRef) -> Stored:
+    """Read a new object to its end, and remove it where that fails."""
+    return await _keep_if(manager, ref, read_whole(manager, ref))
 
 
-async def removed(manager: StorageManager, ref: StoredObjectRef) -> None:
+async def remove(manager: StorageManager, ref: StoredObjectRef) -> None:
     """Remove an object that no row refers to; a failure is logged."""
     await shielded_cleanup(manager.delete(ref), f"deleting the object {ref.location!r}, which no row refers to")
 
 
-async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]], at_a_time: int) -> list[Stored | None]:
-    """Do all of it side by side; where one fails, remove what the others have stored, and raise its error with its row's name."""
-    places = asyncio.Semaphore(at_a_time)
+async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]], concurrency: int) -> list[Stored | None]:
+    """Store all objects; where one fails, remove what the others have stored, and raise its error with the row in a note."""
+    own: list[StoredObjectRef] = []
 
-    async def one(label: str, work: Work) -> Stored | None:
+    async def store(labelled: tuple[str, Work]) -> Stored | None:
+        label, work = labelled
         try:
-            async with places:
-                return await work()
+            stored = await work()
         except Exception as error:
             error.add_note(f"while converting {label}")
             raise
+        if stored is not None and stored.is_own:
+            own.append(stored.ref)
+        return stored
 
-    tasks = [asyncio.ensure_future(one(label, work)) for label, work in works]
     try:
-        return list(await asyncio.gather(*tasks))
+        return await run_bounded(works, store, concurrency)
     except BaseException:
-        await shielded_cleanup(_withdrawn(manager, tasks), "removing the objects of a step that failed")
+        await shielded_cleanup(_remove_all(manager, own), "removing the objects of a step that failed")
         raise
 
 
-async def _withdrawn(manager: StorageManager, tasks: Sequence[asyncio.Future[Stored | None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    for done in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(done, Stored) and done.is_own:
-            await removed(manager, done.ref)
+async def _remove_all(manager: StorageManager, refs: Sequence[StoredObjectRef]) -> None:
+    for ref in refs:
+        await remove(manager, ref)
 
 
-async def _kept_if(manager: StorageManager, ref: StoredObjectRef, check: Coroutine[Any, Any, None]) -> Stored:
+async def _keep_if(manager: StorageManager, ref: StoredObjectRef, check: Coroutine[Any, Any, None]) -> Stored:
     try:
         await check
     except BaseException:
-        await removed(manager, ref)
+        await remove(manager, ref)
         raise
     return Stored(ref)
 
 
-async def _comes_back(manager: StorageManager, ref: StoredObjectRef, content: bytes) -> None:
+async def _require_content(manager: StorageManager, ref: StoredObjectRef, content: bytes) -> None:
     if await manager.get(ref) != content:
-        raise ChecksumMismatchError(f"the object at {ref.location!r} is not what was stored", expected=ref.checksum)
+        raise ChecksumMismatchError(
+            f"the object at {ref.location!r} was read back with other content than was stored", expected=ref.checksum
+        )
 
 
-_HOW = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+# What another library's path or URL leads to.
 
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """An object that lies in one of the manager's backends, where it may stay.
+    """An object in one of the manager's backends, where it may stay.
 
     Attributes:
         backend: The backend's key in the manager.
         location: Its address there.
-        content_type: Its media type; None for the backend's word, or a guess by the name.
+        content_type: Its media type; None for the backend's, or a guess by the name.
         filename: The name to keep; None for the last part of the location.
     """
 
@@ -193,14 +195,14 @@ class CopyOf:
 class PlainPath:
     """The mapping for columns of plain paths or keys, such as those of Django's `FileField`.
 
-    A path whose location the library would refuse, such as one with `..`, is copied from `folder` where it lies inside of it, and
-    refused otherwise. An empty path is no file.
+    A path without a valid location, such as one with `..`, is copied from `folder` if it is inside of it, and refused otherwise.
+    An empty path is no file.
 
     Args:
-        backend: The key of the backend in which the files lie.
-        strip: What the paths begin with that is not part of the location, such as `/media/` or `https://cdn.example.com/`.
-        prefix: What the location begins with that is not part of the path.
-        folder: Where the files lie on this machine, for the ones that cannot be adopted.
+        backend: The key of the backend that has the files.
+        strip: The beginning of the paths that is not part of the location, such as `/media/` or `https://cdn.example.com/`.
+        prefix: The beginning of the locations that is not part of the path.
+        folder: The folder of the files on this machine, for those that cannot be adopted.
 
     Example:
         >>> PlainPath("local", strip="/media/", prefix="uploads/")("/media/2020/cat.png")
@@ -230,53 +232,57 @@ class PlainPath:
 
     def _inside(self, rest: str) -> Path:
         if self.folder is None:
-            raise InvalidLocationError(f"{rest[:120]!r} cannot be adopted, and there is no folder to copy it from")
+            raise InvalidLocationError(
+                f"{rest[:120]!r} is no valid location, and there is no folder to copy the file from: pass folder= to PlainPath"
+            )
         folder = Path(self.folder).resolve()
         found = (folder / rest).resolve()
         if not found.is_relative_to(folder):
-            raise InvalidLocationError(f"{rest[:120]!r} leads out of the folder of the files")
+            raise InvalidLocationError(
+                f"{rest[:120]!r} leads out of the folder {str(folder)[:120]!r}: only files inside of it are copy_object"
+            )
         return found
 
 
-async def adopted(manager: StorageManager, place: Place, item: InPlace) -> Stored:
-    """Return a ref of an object that is there, once it was read for its checksum."""
+async def adopt(manager: StorageManager, place: Place, item: InPlace) -> Stored:
+    """Return a ref of an existing object, once it was read for its checksum."""
     return Stored(await _ref_of(manager, place, item), is_own=False)
 
 
-async def copied(manager: StorageManager, place: Place, item: InPlace) -> Stored:
+async def copy_object(manager: StorageManager, place: Place, item: InPlace) -> Stored:
     """Copy an object that another row has."""
     ref = await manager.copy(await _ref_of(manager, place, item), **place.arguments())
-    return await kept_if_readable(manager, ref)
+    return await keep_if_readable(manager, ref)
 
 
-async def copied_content(manager: StorageManager, place: Place, item: CopyOf) -> Stored:
+async def copy_content(manager: StorageManager, place: Place, item: CopyOf) -> Stored:
     """Store content from elsewhere, and read it back."""
     filename = item.filename or (item.content.name if isinstance(item.content, Path) else None)
-    content_type = item.content_type or await _guessed(filename)
+    content_type = item.content_type or await _guess_type(filename)
     ref = await _put(manager, place, item.content, content_type, filename)
-    return await kept_if_readable(manager, ref)
+    return await keep_if_readable(manager, ref)
 
 
 async def _put(
     manager: StorageManager, place: Place, content: Any, content_type: str | None, filename: str | None
 ) -> StoredObjectRef:
     if isinstance(content, Path):
-        opened = await shielded(asyncio.to_thread(_opened, content), undo=_closed)
+        opened = await shielded(asyncio.to_thread(_open_regular, content), undo=_close)
         try:
             return await _put(manager, place, opened, content_type, filename)
         finally:
-            await shielded(_closed(opened))
-    draft = manager.draft(**place.arguments(), content_type=content_type, original_filename=filename)
-    return await manager.put_draft(draft, content)
+            await shielded(_close(opened))
+    prepared = manager._engine.prepare(**place.arguments(), content_type=content_type, original_filename=filename)
+    return await manager._engine.put(prepared, content)
 
 
-def _opened(path: Path) -> IO[bytes]:
-    """Open a regular file; opening a named pipe would wait for whoever writes to it, and reading a device may never end."""
-    irregular = ObjectNotFoundError(f"what is at {str(path)[:200]!r} is not a regular file")
+def _open_regular(path: Path) -> IO[bytes]:
+    """Open a regular file; opening a named pipe would wait for a writer, and reading a device may never end."""
+    irregular = ObjectNotFoundError(f"{str(path)[:200]!r} is not a regular file, and nothing else can be stored")
     try:
         descriptor = os.open(path, _HOW)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # so a socket answers
+        if error.errno == errno.ENXIO:  # what a socket returns
             raise irregular from error
         raise
     try:
@@ -288,7 +294,7 @@ def _opened(path: Path) -> IO[bytes]:
         raise
 
 
-async def _closed(file: IO[bytes]) -> None:
+async def _close(file: IO[bytes]) -> None:
     await asyncio.to_thread(file.close)
 
 
@@ -296,7 +302,7 @@ async def _ref_of(manager: StorageManager, place: Place, item: InPlace) -> Store
     name = item.filename or item.location.rpartition("/")[2]
     found = StoredObjectRef(place.storage_key, item.backend, item.location, 0, "", original_filename=name)
     info = await manager.stat(found)
-    content_type = item.content_type or info.content_type or await _guessed(name)
+    content_type = item.content_type or info.content_type or await _guess_type(name)
     modified = canonical_timestamp(info.modified)
     found = replace(found, size=info.size, content_type=content_type, created_at=modified)
     found = replace(found, checksum=await _checksum(manager, found))
@@ -311,6 +317,6 @@ async def _checksum(manager: StorageManager, ref: StoredObjectRef) -> str:
     return f"sha256:{sha256.hexdigest()}"
 
 
-async def _guessed(filename: str | None) -> str | None:
+async def _guess_type(filename: str | None) -> str | None:
     # The first guess reads the system's tables from disk.
     return None if filename is None else (await asyncio.to_thread(mimetypes.guess_type, filename))[0]

@@ -1,4 +1,4 @@
-"""The commands by their names."""
+"""The command line and its commands."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ __all__ = ["command_line"]
 @click.version_option(__version__, prog_name="granite-storage")
 @click.pass_context
 def command_line(context: click.Context, app: str | None, app_dir: Path, debug: bool) -> None:
-    """Look after the files of an application that uses Granite Storage.
+    """Maintain the files of an application that uses Granite Storage.
 
-    The answer goes to the standard output, all else to the standard error. Nothing is deleted without --yes or a question.
+    The result goes to the standard output, everything else to the standard error. Nothing is deleted without --yes or a question.
 
     \b
     Exit codes:
       0    done, and nothing is wrong
-      1    something is wrong or was left undone; the answer says what
-      2    the command was not understood, or nobody could be asked
-      3    it could not be done: configuration, database or backend
-      130  stopped by Ctrl-C (143 by SIGTERM); run it again to go on
+      1    something is wrong or was not done; the result says what
+      2    wrong usage, or no terminal to ask on
+      3    failed: configuration, database or backend
+      130  stopped by Ctrl-C (143 by SIGTERM); run it again to continue
     """  # noqa: D301  # click wants the backspace
     context.obj = Settings(app, app_dir, debug)
 

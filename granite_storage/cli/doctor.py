@@ -1,4 +1,4 @@
-"""`doctor`: what is wrong with a configuration, before an upload finds out."""
+"""`doctor`: checks of the configuration, the database, the journal and the backends."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from granite_storage._engine import describe_mismatch, identities_of, may_overla
 from granite_storage._jobs import require_mounted
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends.base import StorageBackend
-from granite_storage.cli.output import shown
-from granite_storage.cli.runtime import JSON, Desk, Exit, Settings, run
+from granite_storage.cli.output import escape_text
+from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
 from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StorageError
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.locations import make_location
@@ -38,8 +38,8 @@ _SKEW = 5.0
 _CONTENT = b"granite-storage doctor"
 
 
-class Verdict(Enum):
-    """How a look at something ended."""
+class CheckResult(Enum):
+    """How a check ended."""
 
     GOOD = ("ok", "green")
     NOTE = ("note", "yellow")
@@ -47,12 +47,12 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Something that was looked at."""
+class Check:
+    """What was checked, and what was found."""
 
-    verdict: Verdict
+    result: CheckResult
     what: str
-    said: str
+    message: str
 
 
 @click.command("doctor")
@@ -60,149 +60,156 @@ class Look:
 @JSON
 @click.pass_obj
 def doctor_command(settings: Settings, read_only: bool, as_json: bool) -> None:
-    """Look for what is wrong with the set-up.
+    """Check the set-up.
 
-    It looks at the configuration, the database with its tables, what its rows refer to, the journal and the backends.
+    It checks the configuration, the database with its tables, what its rows refer to, the journal and the backends.
 
-    On each backend that a policy writes to it stores a small object, reads it, lists it and deletes it, unless --read-only is
-    given. The exit code is 1 where something is bad; what is only noted may be as you want it.
+    On each backend that a policy writes to, it stores, reads, lists and deletes a small object, unless --read-only is given. The
+    exit code is 1 where something is bad; a note may be as you want it.
     """
 
-    async def work(desk: Desk) -> Exit | None:
-        looks = [look async for look in _looks(desk.binding, read_only=read_only)]
+    async def work(context: CommandContext) -> Exit | None:
+        checks = [check async for check in _run_checks(context.binding, read_only=read_only)]
         if as_json:
-            for look in looks:
-                desk.output.record({"verdict": look.verdict.value[0], "what": look.what, "message": look.said})
+            for check in checks:
+                context.output.record({"result": check.result.value[0], "what": check.what, "message": check.message})
         else:
-            rows = [(Text(look.verdict.value[0], style=look.verdict.value[1]), look.what, shown(look.said)) for look in looks]
-            desk.output.table(["", "what", "found"], rows)
-        return Exit.FOUND if any(look.verdict is Verdict.BAD for look in looks) else None
+            rows = [
+                (Text(check.result.value[0], style=check.result.value[1]), check.what, escape_text(check.message))
+                for check in checks
+            ]
+            context.output.table(["", "what", "found"], rows)
+        return Exit.FOUND if any(check.result is CheckResult.BAD for check in checks) else None
 
     run(settings, work, as_json=as_json)
 
 
-async def _looks(binding: StorageBinding, *, read_only: bool) -> AsyncIterator[Look]:
-    for look in _configuration(binding):
-        yield look
-    async for look in _database(binding):
-        yield look
-    async for look in _references(binding):
-        yield look
-    async for look in _journal(binding):
-        yield look
+async def _run_checks(binding: StorageBinding, *, read_only: bool) -> AsyncIterator[Check]:
+    for check in _check_configuration(binding):
+        yield check
+    async for check in _check_database(binding):
+        yield check
+    async for check in _check_references(binding):
+        yield check
+    async for check in _check_journal(binding):
+        yield check
     for key, backend in binding.manager.backends.items():
         prefixes = [policy.key_prefix for policy in binding.manager.policies.values() if policy.backend_key == key]
-        async for look in _backend(key, backend, None if read_only or not prefixes else prefixes[0] or ""):
-            yield look
+        async for check in _check_backend(key, backend, None if read_only or not prefixes else prefixes[0] or ""):
+            yield check
 
 
-def _configuration(binding: StorageBinding) -> list[Look]:
+def _check_configuration(binding: StorageBinding) -> list[Check]:
     columns = binding.ref_columns()
     managed = [column.type for column in columns if isinstance(column.type, AttachmentType)]
-    looks = [
-        Look(Verdict.GOOD, "models", f"{len(managed)} attachment columns, {len(columns) - len(managed)} plain columns of refs")
+    checks = [
+        Check(
+            CheckResult.GOOD, "models", f"{len(managed)} attachment columns, {len(columns) - len(managed)} plain columns of refs"
+        )
     ]
     if not columns:
-        looks = [Look(Verdict.NOTE, "models", "no model has a column of refs: were all of them imported?")]
-    for home in managed:
+        checks = [Check(CheckResult.NOTE, "models", "no model has a column of refs: check that every model is imported")]
+    for column_type in managed:
         try:
-            binding.manager_for(home)
+            binding.manager_for(column_type)
         except StorageError as error:
-            looks.append(Look(Verdict.BAD, f"column {home.label}", str(error)))
-    unused = sorted(set(binding.manager.policies) - {home.storage_key for home in managed})
+            checks.append(Check(CheckResult.BAD, f"column {column_type.label}", str(error)))
+    unused = sorted(set(binding.manager.policies) - {column_type.storage_key for column_type in managed})
     if unused:
-        looks.append(Look(Verdict.NOTE, "policies", f"no attachment column uses {', '.join(unused)}"))
-    return looks
+        checks.append(Check(CheckResult.NOTE, "policies", f"no attachment column uses {', '.join(unused)}"))
+    return checks
 
 
-async def _database(binding: StorageBinding) -> AsyncIterator[Look]:
-    if binding.sessions is None:
-        yield Look(Verdict.BAD, "database", "the binding has no sessions: bind_storage(Base, manager, sessions=...)")
+async def _check_database(binding: StorageBinding) -> AsyncIterator[Check]:
+    if binding.session_factory is None:
+        yield Check(CheckResult.BAD, "database", "the binding has no sessions: pass sessions= to bind_storage()")
         return
     begun = time.monotonic()
     try:
-        async with asyncio.timeout(_TIMEOUT), binding.sessions() as session:
+        async with asyncio.timeout(_TIMEOUT), binding.session_factory() as session:
             table = next((column.table for column in binding.ref_columns()), None)
             connection = await session.connection(bind_arguments={} if table is None else {"clause": table})
             await connection.execute(text("SELECT 1"))
             name = connection.dialect.name
-            yield Look(Verdict.GOOD, "database", f"{name} answers within {time.monotonic() - begun:.2f} s")
+            yield Check(CheckResult.GOOD, "database", f"{name} answers within {time.monotonic() - begun:.2f} s")
             if name == "sqlite":
-                async for look in _sqlite(connection):
-                    yield look
+                async for check in _check_sqlite(connection):
+                    yield check
             else:
                 now = (await connection.execute(select(clock()))).scalar_one()
-                yield _skew("the database's clock", now)
-            yield await connection.run_sync(_tables, binding)
+                yield _check_clock("the database's clock", now)
+            yield await connection.run_sync(_check_tables, binding)
     except (SQLAlchemyError, OSError, TimeoutError) as error:
-        yield Look(
-            Verdict.BAD, "database", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
+        yield Check(
+            CheckResult.BAD, "database", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
         )
 
 
-async def _references(binding: StorageBinding) -> AsyncIterator[Look]:
-    """Look for rows that lead to another store than they did, and for what would stop the garbage collector."""
+async def _check_references(binding: StorageBinding) -> AsyncIterator[Check]:
+    """Check for rows that lead to another store than before, and for what would stop the garbage collector."""
     manager = binding.manager
-    if binding.sessions is None or not manager.backends or not binding.ref_columns():
+    if binding.session_factory is None or not manager.backends or not binding.ref_columns():
         return
-    source = DatabaseReferences(binding, binding.sessions, next(iter(manager.backends)))
-    looks: list[Look] = []
+    source = DatabaseReferences(binding, binding.session_factory, next(iter(manager.backends)))
+    checks: list[Check] = []
     try:
         async with asyncio.timeout(_TIMEOUT):
             try:
-                await source.require_fit(accept_restore=False)
+                await source.require_fit(allow_restored_database=False)
             except CollectionRefusedError as error:
-                looks.append(Look(Verdict.NOTE, "garbage collection", f"would be refused: {error}"))
+                checks.append(Check(CheckResult.NOTE, "garbage collection", f"would be refused: {error}"))
             counted = await source.count_by_store()
-            misled = [await _misled(binding, *store, number) for store, number in sorted(counted.items(), key=str)]
-            looks += [look for look in misled if look is not None] + await _overlapping(manager)
-        if not looks:
-            looks.append(Look(Verdict.GOOD, "references", f"{counted.total()} lead to the stores that they were written to"))
+            misled = [await _check_store(binding, *store, number) for store, number in sorted(counted.items(), key=str)]
+            checks += [check for check in misled if check is not None] + await _find_overlaps(manager)
+        if not checks:
+            checks.append(
+                Check(CheckResult.GOOD, "references", f"all {counted.total()} lead to the store that they were written to")
+            )
     except TimeoutError:
-        looks.append(Look(Verdict.NOTE, "references", f"could not be counted within {_TIMEOUT:.0f} s"))
+        checks.append(Check(CheckResult.NOTE, "references", f"could not be counted within {_TIMEOUT:.0f} s"))
     except (StorageError, SQLAlchemyError, OSError) as error:
         said = str(error).splitlines()[0] if str(error) else "no answer"
-        looks.append(Look(Verdict.BAD, "references", f"{type(error).__name__}: {said}"))
-    for look in looks:
-        yield look
+        checks.append(Check(CheckResult.BAD, "references", f"{type(error).__name__}: {said}"))
+    for check in checks:
+        yield check
 
 
-async def _misled(binding: StorageBinding, backend_key: str, identity: str | None, number: int) -> Look | None:
+async def _check_store(binding: StorageBinding, backend_key: str, identity: str | None, number: int) -> Check | None:
     backend = binding.manager.backends.get(backend_key)
     if backend is None:
         known = ", ".join(sorted(binding.manager.backends))
-        said = f"{number} name the backend {backend_key!r}, which the manager does not have (there are: {known})"
-        return Look(Verdict.BAD, "references", said)
+        said = f"{number} references name the backend {backend_key!r}, which the manager does not have (there are: {known})"
+        return Check(CheckResult.BAD, "references", said)
     identities = None if identity is None else await identities_of(backend)
     if identities is None or identity is None or identity in identities:
         return None
     mismatch = describe_mismatch(backend_key, identity, next(iter(identities), None))
-    return Look(Verdict.BAD, "references", f"{number} lead to another store than they did: {mismatch}")
+    return Check(CheckResult.BAD, "references", f"{number} references lead to another store than before: {mismatch}")
 
 
-async def _overlapping(manager: StorageManager) -> list[Look]:
+async def _find_overlaps(manager: StorageManager) -> list[Check]:
     pairs = combinations(sorted(manager.backends), 2)
     overlapping = [pair for pair in pairs if await may_overlap(manager.backends[pair[0]], manager.backends[pair[1]])]
     said = "lead to the same objects: give the manager one backend for each place"
-    return [Look(Verdict.BAD, "backends", f"{one!r} and {other!r} {said}") for one, other in overlapping]
+    return [Check(CheckResult.BAD, "backends", f"{one!r} and {other!r} {said}") for one, other in overlapping]
 
 
-async def _sqlite(connection: AsyncConnection) -> AsyncIterator[Look]:
+async def _check_sqlite(connection: AsyncConnection) -> AsyncIterator[Check]:
     driver: Any = (await connection.get_raw_connection()).driver_connection
     if driver.in_transaction:
-        yield Look(Verdict.GOOD, "SQLite transactions", "SQLAlchemy begins them itself, so reads and savepoints are in them")
+        yield Check(CheckResult.GOOD, "SQLite transactions", "SQLAlchemy begins them itself, so reads and savepoints are in them")
     else:
-        yield Look(
-            Verdict.NOTE,
+        yield Check(
+            CheckResult.NOTE,
             "SQLite transactions",
-            "the driver begins none before the first write, so reads are outside of them; savepoints are real all the same."
+            "the driver begins none before the first write, so reads are outside of them; savepoints work all the same."
             " SQLAlchemy's BEGIN recipe changes that",
         )
     if not (await connection.execute(text("PRAGMA foreign_keys"))).scalar_one():
-        yield Look(Verdict.NOTE, "SQLite foreign keys", "not enforced: ON DELETE CASCADE deletes nothing")
+        yield Check(CheckResult.NOTE, "SQLite foreign keys", "not enforced: ON DELETE CASCADE deletes nothing")
 
 
-def _tables(connection: Connection, binding: StorageBinding) -> Look:
+def _check_tables(connection: Connection, binding: StorageBinding) -> Check:
     inspector = inspect(connection)
     journal = tables_of(binding.metadata) if binding.journal is not None else None
     tables = dict.fromkeys([*(column.table for column in binding.ref_columns()), *(() if journal is None else journal.all)])
@@ -214,24 +221,26 @@ def _tables(connection: Connection, binding: StorageBinding) -> Look:
         and column.name not in {found["name"] for found in inspector.get_columns(column.table.name, schema=column.table.schema)}
     ]
     if missing or lacking:
-        return Look(Verdict.BAD, "tables", f"missing: {', '.join([*missing, *lacking])}; create them, or run the migrations")
-    return Look(Verdict.GOOD, "tables", f"all {len(tables)} are there")
+        return Check(CheckResult.BAD, "tables", f"missing: {', '.join([*missing, *lacking])}: create them, or run the migrations")
+    return Check(CheckResult.GOOD, "tables", f"all {len(tables)} exist")
 
 
-async def _journal(binding: StorageBinding) -> AsyncIterator[Look]:
+async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
     if binding.journal is None:
-        yield Look(Verdict.NOTE, "journal", "none: what a crash leaves behind is the garbage collector's")
+        yield Check(CheckResult.NOTE, "journal", "none: the garbage collector has to delete what a crash leaves behind")
         return
     try:
         async with asyncio.timeout(_TIMEOUT):
             await binding.journal.check()
-        yield Look(Verdict.GOOD, "journal", f"can keep its promise; leases of {binding.journal.lease}")
+        yield Check(
+            CheckResult.GOOD, "journal", f"the database can keep the journal's promise; leases of {binding.journal.lease}"
+        )
     except (StorageError, SQLAlchemyError, OSError, TimeoutError) as error:
-        yield Look(Verdict.BAD, "journal", f"{type(error).__name__}: {error}")
+        yield Check(CheckResult.BAD, "journal", f"{type(error).__name__}: {error}")
 
 
-async def _backend(key: str, backend: StorageBackend, prefix: str | None) -> AsyncIterator[Look]:
-    """Look at a backend; with a prefix to write below, at all that it may."""
+async def _check_backend(key: str, backend: StorageBackend, prefix: str | None) -> AsyncIterator[Check]:
+    """Check a backend; with a prefix to write below, also that it stores, lists and deletes."""
     what = f"backend {key}"
     begun = time.monotonic()
     location = make_location(
@@ -242,7 +251,7 @@ async def _backend(key: str, backend: StorageBackend, prefix: str | None) -> Asy
         async with asyncio.timeout(_TIMEOUT):
             await backend.exists(location)
             if prefix is None:
-                yield await _untouched(what, key, backend, begun)
+                yield await _check_unwritten(what, key, backend, begun)
                 return
             try:
                 doing = "storing a probe"
@@ -262,26 +271,28 @@ async def _backend(key: str, backend: StorageBackend, prefix: str | None) -> Asy
             doing = "deleting the probe"
             gone = not await backend.exists(location)
     except (StorageError, OSError, TimeoutError) as error:
-        yield Look(Verdict.BAD, what, f"{doing} failed: {type(error).__name__}: {error}")
+        yield Check(CheckResult.BAD, what, f"{doing} failed: {type(error).__name__}: {error}")
         return
     if content != _CONTENT or listed != [location] or not gone:
-        yield Look(Verdict.BAD, what, "a probe was not read, listed or deleted as it should be")
+        yield Check(CheckResult.BAD, what, "the probe was not read, listed or deleted correctly")
         return
-    yield Look(Verdict.GOOD, what, f"stores, reads, lists and deletes ({time.monotonic() - begun:.2f} s)")
-    yield _skew(f"clock of {key}", modified)
+    yield Check(CheckResult.GOOD, what, f"stores, reads, lists and deletes ({time.monotonic() - begun:.2f} s)")
+    yield _check_clock(f"clock of {key}", modified)
 
 
-async def _untouched(what: str, key: str, backend: StorageBackend, begun: float) -> Look:
+async def _check_unwritten(what: str, key: str, backend: StorageBackend, begun: float) -> Check:
     try:
         await require_mounted(key, backend)
     except BackendUnavailableError:
-        return Look(Verdict.NOTE, what, "its folder has no marker file: it was never written to, or its disk is not mounted")
-    return Look(Verdict.GOOD, what, f"answers within {time.monotonic() - begun:.2f} s; nothing was written")
+        return Check(
+            CheckResult.NOTE, what, "its folder has no marker file: nothing was written to it yet, or its disk is not mounted"
+        )
+    return Check(CheckResult.GOOD, what, f"answers within {time.monotonic() - begun:.2f} s; nothing was written")
 
 
-def _skew(what: str, then: datetime) -> Look:
+def _check_clock(what: str, then: datetime) -> Check:
     aware = then if then.tzinfo is not None else then.replace(tzinfo=UTC)
     seconds = (datetime.now(UTC) - aware).total_seconds()
     if abs(seconds) <= _SKEW:
-        return Look(Verdict.GOOD, what, f"agrees with this machine's within {_SKEW:.0f} s")
-    return Look(Verdict.NOTE, what, f"is {abs(seconds):.0f} s {'behind' if seconds > 0 else 'ahead of'} this machine's")
+        return Check(CheckResult.GOOD, what, f"agrees with this machine's within {_SKEW:.0f} s")
+    return Check(CheckResult.NOTE, what, f"is {abs(seconds):.0f} s {'behind' if seconds > 0 else 'ahead of'} this machine's")

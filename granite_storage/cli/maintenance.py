@@ -1,4 +1,4 @@
-"""`verify` and `recover`."""
+"""The commands that maintain all objects: `verify`, `recover`, `gc` and `migrate`."""
 
 from __future__ import annotations
 
@@ -10,23 +10,49 @@ from typing import Any
 import click
 from sqlalchemy import func, select
 
-from granite_storage.cli.output import Bar, shown_size
-from granite_storage.cli.runtime import AFTER, AT_A_TIME, DRY_RUN, JSON, RATE, YES, Desk, Duration, Exit, Settings, run
+from granite_storage.cli.output import Bar, format_size
+from granite_storage.cli.runtime import (
+    AFTER,
+    CONCURRENCY,
+    DRY_RUN,
+    JSON,
+    RATE,
+    YES,
+    CommandContext,
+    Duration,
+    Exit,
+    Settings,
+    run,
+)
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.gc import CollectedObject, Collection, Fate, GarbageCollectionReport, StorageGarbageCollector
-from granite_storage.migration import Migration, Moved, Verdict, migrate
+from granite_storage.gc import CollectedObject, CollectionRun, GarbageCollectionReport, OrphanStatus, StorageGarbageCollector
+from granite_storage.migration import MigratedObject, Migration, MigrationStatus, migrate
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.journal.tables import RecoveryReport, clock
 from granite_storage.verification import Finding, Verification, verify
 
 __all__ = ["gc_command", "migrate_command", "recover_command", "verify_command"]
 
+_MOST_SHOWN = 20
+_COUNTED = (
+    "scanned",
+    "referenced",
+    "unmanaged",
+    "within_grace_period",
+    "mentioned",
+    "referenced_on_recheck",
+    "orphaned",
+    "deleted",
+)
+
+# verify
+
 
 @click.command("verify")
 @click.option("--storage-key", metavar="KEY", help="Only the references of this policy.")
 @click.option("--deep", is_flag=True, help="Read all bytes and compare their checksums.")
 @AFTER
-@AT_A_TIME
+@CONCURRENCY
 @RATE
 @JSON
 @click.pass_obj
@@ -35,38 +61,38 @@ def verify_command(
     storage_key: str | None,
     deep: bool,
     after: str | None,
-    at_a_time: int | None,
+    concurrency: int | None,
     rate: float | None,
     as_json: bool,
 ) -> None:
     """Compare every reference with its object.
 
-    Nothing is changed. The exit code is 1 where something is wrong; a checksum that is unknown is told, and is not wrong.
+    Nothing is changed. The exit code is 1 where something is wrong; an unknown checksum is reported, and is not wrong.
     """
-    more: dict[str, Any] = {} if at_a_time is None else {"at_a_time": at_a_time}
+    more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
 
-    async def work(desk: Desk) -> Exit | None:
-        verification = verify(desk.binding, storage_key=storage_key, deep=deep, after=after, bytes_per_second=rate, **more)
+    async def work(context: CommandContext) -> Exit | None:
+        verification = verify(context.binding, storage_key=storage_key, deep=deep, after=after, bytes_per_second=rate, **more)
         try:
-            await _look(desk, verification)
+            await _verify(context, verification)
         finally:
-            _tell_verification(desk, verification)
+            _show_verification(context, verification)
         return Exit.FOUND if verification.report.problems else None
 
     run(settings, work, as_json=as_json)
 
 
-async def _look(desk: Desk, verification: Verification) -> None:
+async def _verify(context: CommandContext, verification: Verification) -> None:
     report = verification.report
     total = await verification.count()
-    with desk.stoppable(verification.stop), desk.output.progress("verifying", total) as bar:
-        async for finding in verification.noticed(lambda: bar.reach(report.rows, report.bytes_read)):
-            _tell_finding(desk, finding)
+    with context.stoppable(verification.stop), context.output.progress("verifying", total) as bar:
+        async for finding in verification.on_progress(lambda: bar.reach(report.rows, report.bytes_read)):
+            _show_finding(context, finding)
 
 
-def _tell_finding(desk: Desk, finding: Finding) -> None:
-    if desk.output.as_json:
-        desk.output.record(
+def _show_finding(context: CommandContext, finding: Finding) -> None:
+    if context.output.as_json:
+        context.output.record(
             {
                 "finding": finding.problem.value,
                 "table": finding.table,
@@ -79,64 +105,68 @@ def _tell_finding(desk: Desk, finding: Finding) -> None:
         return
     row = ", ".join(map(str, finding.primary_key))
     style = "yellow" if finding.is_harmless else "red"
-    desk.output.line(f"{finding.problem.value}: {finding.table} {row} {finding.column}: {finding.message}", style)
+    context.output.line(f"{finding.problem.value}: {finding.table} {row} {finding.column}: {finding.message}", style)
 
 
-def _tell_verification(desk: Desk, verification: Verification) -> None:
+def _show_verification(context: CommandContext, verification: Verification) -> None:
     report = verification.report
-    if desk.output.as_json:
+    if context.output.as_json:
         counts = {problem.value: number for problem, number in report.counts.items()}
         known = {"rows": report.rows, "checked": report.checked, "bytes_read": report.bytes_read}
-        desk.output.record({"report": {**known, "counts": counts, "key": report.key, "complete": report.complete}})
+        context.output.record({"report": {**known, "counts": counts, "key": report.key, "complete": report.complete}})
     else:
         facts = {"references checked": f"{report.checked:,}", "problems": f"{report.problems:,}"}
         facts |= {f"  {problem.value}": f"{number:,}" for problem, number in sorted(report.counts.items())}
         if report.bytes_read:
-            facts["bytes read"] = shown_size(report.bytes_read)
-        desk.output.facts(facts)
+            facts["bytes read"] = format_size(report.bytes_read)
+        context.output.facts(facts)
     if not report.complete and report.key is not None:
-        desk.output.note(f"not complete; go on with: --after '{report.key}'")
+        context.output.note(f"not complete; to continue, pass --after '{report.key}'")
+
+
+# recover
 
 
 @click.command("recover")
-@click.option("--revive", is_flag=True, help="Try the deletes again that were given up.")
+@click.option("--retry-dead-letters", is_flag=True, help="Try the deletes again that have become dead letters.")
 @YES
 @DRY_RUN
 @JSON
 @click.pass_obj
-def recover_command(settings: Settings, revive: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Let the journal do all that is due.
+def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
+    """Let the journal delete everything that is due.
 
-    It deletes what no transaction has taken and what rows have given up. Without --yes it shows what is due, and asks.
+    It deletes uploads that no transaction has kept, and objects that rows have released. Without --yes it shows what is due, and
+    asks.
     """
 
-    async def work(desk: Desk) -> Exit | None:
-        journal = desk.binding.journal
+    async def work(context: CommandContext) -> Exit | None:
+        journal = context.binding.journal
         if journal is None:
-            raise ConfigurationError("the application has no journal: bind_storage(..., journal=StorageJournal(engine))")
+            raise ConfigurationError("the application has no journal: pass journal=StorageJournal(engine) to bind_storage()")
         if dry_run or not yes:
-            await _tell_due(desk, journal)
-        if dry_run or not desk.confirm("Delete what is due and no row refers to?", yes=yes):
+            await _show_due(context, journal)
+        if dry_run or not context.confirm("Delete what is due and no row refers to?", yes=yes):
             return None
-        if revive:
-            desk.output.note(f"{await journal.revive_dead_letters():,} deletes that were given up are tried again")
+        if retry_dead_letters:
+            context.output.note(f"{await journal.retry_dead_letters():,} dead letters are tried again")
         report = await journal.recover()
-        _tell_recovery(desk, report)
+        _show_recovery(context, report)
         return Exit.FOUND if report.failed or report.unknown_backends else None
 
     run(settings, work, as_json=as_json)
 
 
-async def _tell_due(desk: Desk, journal: StorageJournal) -> None:
+async def _show_due(context: CommandContext, journal: StorageJournal) -> None:
     await journal.check()
     intent, reclaim = journal.tables.intent, journal.tables.reclaim
     rows: list[dict[str, Any]] = []
-    sessions = desk.binding.sessions
+    sessions = context.binding.session_factory
     if sessions is None:
-        raise ConfigurationError("the binding has no sessions: bind_storage(Base, manager, sessions=...)")
+        raise ConfigurationError("the binding has no sessions: pass sessions= to bind_storage()")
     async with sessions() as session:
         connection = await session.connection(bind_arguments={"clause": intent})
-        for state, table in (("written down", intent), ("taken over", reclaim)):
+        for state, table in (("recorded", intent), ("claimed", reclaim)):
             due = (
                 func.count().filter(table.c.due <= clock())
                 if connection.dialect.name == "postgresql"
@@ -145,15 +175,15 @@ async def _tell_due(desk: Desk, journal: StorageJournal) -> None:
             statement = select(table.c.backend, table.c.kind, due, func.count()).group_by(table.c.backend, table.c.kind)
             for backend, kind, number, of in await connection.execute(statement, execution_options=journal.execution_options):
                 rows.append({"backend": backend, "kind": kind, "state": state, "due": int(number or 0), "of": of})
-    if desk.output.as_json:
-        desk.output.record({"waiting": rows})
+    if context.output.as_json:
+        context.output.record({"waiting": rows})
     elif rows:
-        desk.output.table(["backend", "kind", "state", "due", "of"], [list(row.values()) for row in rows])
+        context.output.table(["backend", "kind", "state", "due", "of"], [list(row.values()) for row in rows])
     else:
-        desk.output.line("nothing waits")
+        context.output.line("nothing is waiting")
 
 
-def _tell_recovery(desk: Desk, report: RecoveryReport) -> None:
+def _show_recovery(context: CommandContext, report: RecoveryReport) -> None:
     failed = [
         {
             "backend": item.backend,
@@ -165,23 +195,19 @@ def _tell_recovery(desk: Desk, report: RecoveryReport) -> None:
         for item in report.failed
     ]
     counts = {name: getattr(report, name) for name in ("claimed", "deleted", "kept", "confirmed", "leased", "waiting")}
-    if desk.output.as_json:
-        desk.output.record({"report": {**counts, "failed": failed, "unknown_backends": sorted(report.unknown_backends)}})
+    if context.output.as_json:
+        context.output.record({"report": {**counts, "failed": failed, "unknown_backends": sorted(report.unknown_backends)}})
         return
     facts: dict[str, object] = {name: f"{number:,}" for name, number in counts.items()}
     if report.unknown_backends:
         facts["unknown backends"] = ", ".join(sorted(report.unknown_backends))
-    desk.output.facts({**facts, "failed": len(failed)})
+    context.output.facts({**facts, "failed": len(failed)})
     for item in failed:
-        later = "given up" if item["next"] is None else f"again at {item['next']:%Y-%m-%d %H:%M:%S} UTC"
-        desk.output.line(f"failed: {item['backend']}:{item['location']}: {item['error']} ({later})", "red")
+        later = "a dead letter" if item["next"] is None else f"again at {item['next']:%Y-%m-%d %H:%M:%S} UTC"
+        context.output.line(f"failed: {item['backend']}:{item['location']}: {item['error']} ({later})", "red")
 
 
-# `gc`.
-
-
-_MOST_SHOWN = 20
-_COUNTED = ("scanned", "referenced", "foreign", "young", "mentioned", "kept", "orphaned", "deleted")
+# gc
 
 
 @click.command("gc")
@@ -195,8 +221,12 @@ _COUNTED = ("scanned", "referenced", "foreign", "young", "mentioned", "kept", "o
     metavar="SHARE",
     help="Delete nothing where more than this part of the objects are orphans.",
 )
-@click.option("--accept-restore", is_flag=True, help="This is the right database, though no worker was at work for long.")
-@click.option("--accept-empty", is_flag=True, help="This is the right database, though it refers to none of the objects.")
+@click.option(
+    "--allow-restored-database", is_flag=True, help="The database is the right one, though no worker was running for long."
+)
+@click.option(
+    "--allow-no-references", is_flag=True, help="The database is the right one, though it refers to none of the objects."
+)
 @YES
 @DRY_RUN
 @JSON
@@ -206,126 +236,126 @@ def gc_command(
     storage_keys: Sequence[str],
     grace: timedelta,
     max_share: float,
-    accept_restore: bool,
-    accept_empty: bool,
+    allow_restored_database: bool,
+    allow_no_references: bool,
     yes: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Delete the objects that nothing refers to.
 
-    The application may go on. Without --yes it looks, shows what it has found, and asks; --dry-run ends there. The exit code is 1
-    where something could not be deleted, a reference leads to no object, or nothing would be deleted because what was found can
-    hardly be true.
+    The application may keep running. Without --yes the command shows what it has found, and asks; --dry-run ends there. The exit
+    code is 1 where something could not be deleted, a reference leads to no object, or the run is refused because what was found
+    can hardly be true.
     """
-    accepted = {"accept_restore": accept_restore, "accept_empty": accept_empty}
+    accepted = {"allow_restored_database": allow_restored_database, "allow_no_references": allow_no_references}
 
-    async def work(desk: Desk) -> Exit | None:
+    async def work(context: CommandContext) -> Exit | None:
         collector = StorageGarbageCollector(
-            desk.binding.manager, binding=desk.binding, grace_period=grace, max_deleted_share=max_share
+            context.binding.manager, binding=context.binding, grace_period=grace, max_deleted_share=max_share
         )
         wrong = False
-        for storage_key in storage_keys or sorted(desk.binding.manager.policies):
-            desk.binding.manager.policy(storage_key)
+        for storage_key in storage_keys or sorted(context.binding.manager.policies):
+            context.binding.manager.policy(storage_key)
             if dry_run or not yes:
                 looked = collector.collection(storage_key=storage_key, dry_run=True, **accepted)
-                await _collect(desk, looked)
+                await _collect(context, looked)
                 wrong = wrong or _is_wrong(looked.report)
-                if desk.stopped_by or dry_run or not _may_delete(desk, looked.report):
+                if context.stopped_by or dry_run or not _may_delete(context, looked.report):
                     continue
             collection = collector.collection(storage_key=storage_key, dry_run=False, **accepted)
-            await _collect(desk, collection)
+            await _collect(context, collection)
             wrong = wrong or _is_wrong(collection.report)
-            if desk.stopped_by:
+            if context.stopped_by:
                 break
         return Exit.FOUND if wrong else None
 
     run(settings, work, as_json=as_json)
 
 
-async def _collect(desk: Desk, collection: Collection) -> None:
+async def _collect(context: CommandContext, collection: CollectionRun) -> None:
     report, shown = collection.report, 0
     doing = f"{'looking through' if report.dry_run else 'collecting'} {report.storage_key}"
     try:
-        with desk.stoppable(collection.stop), desk.output.progress(doing, None, "objects") as bar:
-            async for item in collection.noticed(lambda: _reach(bar, report)):
+        with context.stoppable(collection.stop), context.output.progress(doing, None, "objects") as bar:
+            async for item in collection.on_progress(lambda: _reach(bar, report)):
                 shown += 1
-                if desk.output.as_json or item.fate is Fate.FAILED or (report.dry_run and shown <= _MOST_SHOWN):
-                    _tell_object(desk, item)
+                if context.output.as_json or item.status is OrphanStatus.FAILED or (report.dry_run and shown <= _MOST_SHOWN):
+                    _show_object(context, item)
     finally:
-        _tell_report(desk, report)
+        _show_report(context, report)
 
 
 def _reach(bar: Bar, report: GarbageCollectionReport) -> None:
     bar.reach(report.scanned, report.deleted_bytes)
 
 
-def _may_delete(desk: Desk, report: GarbageCollectionReport) -> bool:
+def _may_delete(context: CommandContext, report: GarbageCollectionReport) -> bool:
     if report.refusal is not None or not report.orphaned:
         return False
-    question = f"Delete {report.orphaned:,} orphans of {report.storage_key!r} ({shown_size(report.orphaned_bytes)})?"
-    return desk.confirm(question, yes=False)
+    question = f"Delete {report.orphaned:,} orphans of {report.storage_key!r} ({format_size(report.orphaned_bytes)})?"
+    return context.confirm(question, yes=False)
 
 
 def _is_wrong(report: GarbageCollectionReport) -> bool:
     return bool(report.failed or report.dangling or report.refusal or report.unfinished_error)
 
 
-def _tell_object(desk: Desk, item: CollectedObject) -> None:
-    if desk.output.as_json:
-        said = {"object": item.fate.value, "backend": item.backend, "location": item.location, "size": item.size}
-        desk.output.record({**said, **({"error": item.error} if item.error else {})})
+def _show_object(context: CommandContext, item: CollectedObject) -> None:
+    if context.output.as_json:
+        said = {"object": item.status.value, "backend": item.backend, "location": item.location, "size": item.size}
+        context.output.record({**said, **({"error": item.error} if item.error else {})})
         return
     error = f": {item.error}" if item.error else ""
-    style = "red" if item.fate is Fate.FAILED else None
-    desk.output.line(f"{item.fate.value}: {item.backend}:{item.location} ({shown_size(item.size)}){error}", style)
+    style = "red" if item.status is OrphanStatus.FAILED else None
+    context.output.line(f"{item.status.value}: {item.backend}:{item.location} ({format_size(item.size)}){error}", style)
 
 
-def _tell_report(desk: Desk, report: GarbageCollectionReport) -> None:
-    if desk.output.as_json:
+def _show_report(context: CommandContext, report: GarbageCollectionReport) -> None:
+    if context.output.as_json:
         failures = [{"location": item.location, "error": item.error} for item in report.failures]
-        desk.output.record({"report": {**asdict(report), "failures": failures}})
+        context.output.record({"report": {**asdict(report), "failures": failures}})
     else:
-        _tell_person(desk, report)
+        _show_facts(context, report)
     if not report.complete:
-        desk.output.note("not complete; nothing that is referred to was deleted. Go on with the same command")
+        context.output.note("not complete; no referenced object was deleted. To continue, run the same command")
 
 
-def _tell_person(desk: Desk, report: GarbageCollectionReport) -> None:
+def _show_facts(context: CommandContext, report: GarbageCollectionReport) -> None:
     facts: dict[str, Any] = {"policy": f"{report.storage_key} on {report.backend}"}
     for name in _COUNTED:
         number, size = getattr(report, name), getattr(report, f"{name}_bytes")
         if number or name in ("scanned", "referenced", "orphaned"):
-            facts[name] = f"{number:,} ({shown_size(size)})"
+            facts[name] = f"{number:,} ({format_size(size)})"
     if report.failed:
         facts["failed"] = f"{report.failed:,}"
     if report.unfinished:
         facts["unfinished writes removed"] = f"{report.unfinished:,}"
     if report.dry_run and report.orphaned > _MOST_SHOWN:
-        desk.output.line(f"... and {report.orphaned - _MOST_SHOWN:,} more; --json names all")
-    desk.output.facts(facts)
+        context.output.line(f"... and {report.orphaned - _MOST_SHOWN:,} more; --json names all")
+    context.output.facts(facts)
     for column, number in list(report.mentions.items())[:_MOST_SHOWN]:
-        desk.output.line(f"kept: {column} mentions {number:,} of them, and is no column of references", "yellow")
+        context.output.line(f"kept: {column} mentions {number:,} of them, and is not a column of refs", "yellow")
     for column in report.unseen[:_MOST_SHOWN]:
-        desk.output.line(f"not looked at, or not in every row: {column}", "yellow")
+        context.output.line(f"not searched, or not in every row: {column}", "yellow")
     for found in report.dangling[:_MOST_SHOWN]:
-        desk.output.line(f"dangling: {found.backend}:{found.location}: {found.message}", "red")
+        context.output.line(f"dangling: {found.backend}:{found.location}: {found.message}", "red")
     if len(report.dangling) > _MOST_SHOWN:
-        desk.output.line(f"... and {len(report.dangling) - _MOST_SHOWN:,} more; the command verify finds all", "red")
+        context.output.line(f"... and {len(report.dangling) - _MOST_SHOWN:,} more; the command verify finds all", "red")
     if report.unfinished_error is not None:
-        desk.output.line(f"unfinished writes could not be removed: {report.unfinished_error}", "red")
+        context.output.line(f"unfinished writes could not be removed: {report.unfinished_error}", "red")
     if report.refusal is not None and report.dry_run:
-        desk.output.line(f"nothing would be deleted: {report.refusal}", "yellow")
+        context.output.line(f"nothing would be deleted: {report.refusal}", "yellow")
 
 
-# `migrate`.
+# migrate
 
 
 @click.command("migrate")
 @click.option("--storage-key", required=True, metavar="KEY", help="Whose objects.")
-@click.option("--to", "to_backend", required=True, metavar="BACKEND", help="The backend that they shall be on.")
+@click.option("--to", "to_backend", required=True, metavar="BACKEND", help="The backend to move them to.")
 @AFTER
-@AT_A_TIME
+@CONCURRENCY
 @RATE
 @YES
 @DRY_RUN
@@ -336,7 +366,7 @@ def migrate_command(
     storage_key: str,
     to_backend: str,
     after: str | None,
-    at_a_time: int | None,
+    concurrency: int | None,
     rate: float | None,
     yes: bool,
     dry_run: bool,
@@ -344,79 +374,80 @@ def migrate_command(
 ) -> None:
     """Move the objects of a policy to another backend.
 
-    The application may go on; its policy must write to the new backend already. Each object is copied and verified, its row is
-    changed, and the old object is deleted as one that was replaced. Without --yes it shows what there is to move, and asks.
+    The application may keep running; its policy must write to the new backend already. Each object is copied and verified, its
+    row is changed, and the old object is deleted as one that was replaced. Without --yes the command shows what there is to move,
+    and asks.
     """
-    more: dict[str, Any] = {} if at_a_time is None else {"at_a_time": at_a_time}
+    more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
 
-    async def work(desk: Desk) -> Exit | None:
+    async def work(context: CommandContext) -> Exit | None:
         migration = migrate(
-            desk.binding, storage_key=storage_key, to_backend=to_backend, after=after, bytes_per_second=rate, **more
+            context.binding, storage_key=storage_key, to_backend=to_backend, after=after, bytes_per_second=rate, **more
         )
         if dry_run or not yes:
-            count = await _tell_plan(desk, migration)
-            if dry_run or not count or not desk.confirm(f"Move them to {to_backend!r}, and delete the old objects?", yes=yes):
+            count = await _show_plan(context, migration)
+            if dry_run or not count or not context.confirm(f"Move them to {to_backend!r}, and delete the old objects?", yes=yes):
                 return None
         try:
-            await _move(desk, migration)
+            await _move(context, migration)
         finally:
-            _tell_migration(desk, migration)
+            _show_migration(context, migration)
         return None if migration.report.complete and not migration.report.failed else Exit.FOUND
 
     run(settings, work, as_json=as_json)
 
 
-async def _tell_plan(desk: Desk, migration: Migration) -> int:
+async def _show_plan(context: CommandContext, migration: Migration) -> int:
     waiting = await migration.waiting()
-    if desk.output.as_json:
-        desk.output.record({"waiting": [{"backend": key, "objects": n, "bytes": size} for key, (n, size) in waiting.items()]})
+    if context.output.as_json:
+        context.output.record({"waiting": [{"backend": key, "objects": n, "bytes": size} for key, (n, size) in waiting.items()]})
     elif waiting:
-        rows = [(key, number, shown_size(size)) for key, (number, size) in sorted(waiting.items())]
-        desk.output.table(["on backend", "objects", "bytes"], rows)
+        rows = [(key, number, format_size(size)) for key, (number, size) in sorted(waiting.items())]
+        context.output.table(["on backend", "objects", "bytes"], rows)
     else:
-        desk.output.line("nothing is left to move")
+        context.output.line("nothing is left to move")
     return sum(number for number, _ in waiting.values())
 
 
-async def _move(desk: Desk, migration: Migration) -> None:
+async def _move(context: CommandContext, migration: Migration) -> None:
     report = migration.report
     total = await migration.count()
-    with desk.stoppable(migration.stop), desk.output.progress("moving", total) as bar:
+    with context.stoppable(migration.stop), context.output.progress("moving", total) as bar:
         done = 0
 
         def show() -> None:
             nonlocal done
             if report.passes > 1 and done == 0:
                 done = report.rows
-                bar.restart("looking again")
+                bar.restart("re-checking")
             bar.reach(report.rows - done, report.bytes_moved)
 
-        async for moved in migration.noticed(show):
-            if desk.output.as_json or moved.verdict is Verdict.FAILED:
-                _tell_moved(desk, moved)
+        async for moved in migration.on_progress(show):
+            if context.output.as_json or moved.status is MigrationStatus.FAILED:
+                _show_moved(context, moved)
 
 
-def _tell_moved(desk: Desk, moved: Moved) -> None:
-    if desk.output.as_json:
+def _show_moved(context: CommandContext, moved: MigratedObject) -> None:
+    if context.output.as_json:
         what = {"table": moved.table, "primary_key": moved.primary_key, "column": moved.column, "message": moved.message}
-        desk.output.record({"object": moved.verdict.value, **what})
+        context.output.record({"object": moved.status.value, **what})
         return
     row = ", ".join(map(str, moved.primary_key))
-    desk.output.line(f"{moved.verdict.value}: {moved.table} {row} {moved.column}: {moved.message}", "red")
+    context.output.line(f"{moved.status.value}: {moved.table} {row} {moved.column}: {moved.message}", "red")
 
 
-def _tell_migration(desk: Desk, migration: Migration) -> None:
+def _show_migration(context: CommandContext, migration: Migration) -> None:
     report = migration.report
     counts = {name: getattr(report, name) for name in ("moved", "bytes_moved", "changed", "manual", "failed")}
-    if desk.output.as_json:
-        desk.output.record({"report": {**counts, "key": report.key, "complete": report.complete}})
+    if context.output.as_json:
+        context.output.record({"report": {**counts, "key": report.key, "complete": report.complete}})
     else:
-        facts = {"moved": f"{report.moved:,} ({shown_size(report.bytes_moved)})", "failed": f"{report.failed:,}"}
+        facts = {"moved": f"{report.moved:,} ({format_size(report.bytes_moved)})", "failed": f"{report.failed:,}"}
         if report.changed:
             facts["changed meanwhile"] = f"{report.changed:,}"
         if report.manual:
             facts["left to the application"] = f"{report.manual:,} in plain columns of refs"
-        desk.output.facts(facts)
+        context.output.facts(facts)
     if not report.complete:
         onward = "" if report.key is None else f" and --after '{report.key}'"
-        desk.output.note(f"not complete; every row refers to an object that is there. Go on with the same command{onward}")
+        context.output.note(f"not complete; every row refers to an existing object. To continue, run the same command{onward}")

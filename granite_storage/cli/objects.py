@@ -1,4 +1,4 @@
-"""`ls`, `stat` and `cp`: what a backend holds, past the rows."""
+"""`ls`, `stat` and `cp`: the objects of a backend, without the rows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import click
 from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ObjectInfo, ObjectReader
-from granite_storage.cli.output import shown_size
-from granite_storage.cli.runtime import JSON, Desk, Exit, Settings, run
+from granite_storage.cli.output import format_size
+from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
 from granite_storage.exceptions import BackendError, ObjectNotFoundError
 from granite_storage.locations import check_location, uuid7_hex
 from granite_storage.manager import StorageManager
@@ -39,15 +39,15 @@ def ls_command(settings: Settings, address: str | None, limit: int | None, as_js
     the backends they write to.
     """
 
-    async def work(desk: Desk) -> None:
+    async def work(context: CommandContext) -> None:
         if address is None:
-            _list_policies(desk)
+            _list_policies(context)
             return
-        key, prefix = _address(address, desk.binding.manager)
+        key, prefix = _address(address, context.binding.manager)
         number = 0
-        async with _closing(desk.binding.manager.backend(key).iter_objects(prefix)) as objects:
+        async with _closing(context.binding.manager.backend(key).iter_objects(prefix)) as objects:
             async for info in objects:
-                _tell_object(desk, info)
+                _show_object(context, info)
                 number += 1
                 if number == limit:
                     return
@@ -57,7 +57,7 @@ def ls_command(settings: Settings, address: str | None, limit: int | None, as_js
 
 @asynccontextmanager
 async def _closing(objects: AsyncIterator[ObjectInfo]) -> AsyncIterator[AsyncIterator[ObjectInfo]]:
-    """Close a listing that is left before its end, where it is a generator."""
+    """Close a listing that is left early, where it is a generator."""
     try:
         yield objects
     finally:
@@ -65,24 +65,24 @@ async def _closing(objects: AsyncIterator[ObjectInfo]) -> AsyncIterator[AsyncIte
             await objects.aclose()
 
 
-def _list_policies(desk: Desk) -> None:
-    manager = desk.binding.manager
+def _list_policies(context: CommandContext) -> None:
+    manager = context.binding.manager
     rows = [(policy.storage_key, policy.backend_key, policy.key_prefix or "") for policy in manager.policies.values()]
     unused = sorted(set(manager.backends) - {backend for _, backend, _ in rows})
-    if desk.output.as_json:
+    if context.output.as_json:
         for storage_key, backend, prefix in rows:
-            desk.output.record({"storage_key": storage_key, "backend": backend, "key_prefix": prefix or None})
+            context.output.record({"storage_key": storage_key, "backend": backend, "key_prefix": prefix or None})
         for backend in unused:
-            desk.output.record({"storage_key": None, "backend": backend, "key_prefix": None})
+            context.output.record({"storage_key": None, "backend": backend, "key_prefix": None})
         return
-    desk.output.table(["policy", "backend", "prefix"], [*rows, *(("-", backend, "") for backend in unused)])
+    context.output.table(["policy", "backend", "prefix"], [*rows, *(("-", backend, "") for backend in unused)])
 
 
-def _tell_object(desk: Desk, info: ObjectInfo) -> None:
-    if desk.output.as_json:
-        desk.output.record(_facts(info))
+def _show_object(context: CommandContext, info: ObjectInfo) -> None:
+    if context.output.as_json:
+        context.output.record(_facts(info))
     else:
-        desk.output.line(f"{shown_size(info.size):>9}  {info.modified:%Y-%m-%d %H:%M:%S}  {info.location}")
+        context.output.line(f"{format_size(info.size):>9}  {info.modified:%Y-%m-%d %H:%M:%S}  {info.location}")
 
 
 def _facts(info: ObjectInfo) -> dict[str, Any]:
@@ -100,23 +100,23 @@ def _facts(info: ObjectInfo) -> dict[str, Any]:
 @JSON
 @click.pass_obj
 def stat_command(settings: Settings, address: str, as_json: bool) -> None:
-    """Tell what a backend knows of an object.
+    """Show what a backend knows of an object.
 
-    ADDRESS is BACKEND:LOCATION. The exit code is 1 where nothing is there.
+    ADDRESS is BACKEND:LOCATION. The exit code is 1 where there is no object.
     """
 
-    async def work(desk: Desk) -> Exit | None:
-        key, location = _object_address(address, desk.binding.manager)
+    async def work(context: CommandContext) -> Exit | None:
+        key, location = _object_address(address, context.binding.manager)
         try:
-            info = await desk.binding.manager.backend(key).stat(location)
+            info = await context.binding.manager.backend(key).stat(location)
         except ObjectNotFoundError:
-            desk.output.note(f"no object is at {key}:{location}", "red")
+            context.output.note(f"no object is at {key}:{location}", "red")
             return Exit.FOUND
         if as_json:
-            desk.output.record({"backend": key, **_facts(info)})
+            context.output.record({"backend": key, **_facts(info)})
         else:
             facts = {name.replace("_", " "): value for name, value in _facts(info).items() if value is not None}
-            desk.output.facts({"backend": key, **facts, "size": f"{info.size:,} bytes ({shown_size(info.size)})"})
+            context.output.facts({"backend": key, **facts, "size": f"{info.size:,} bytes ({format_size(info.size)})"})
         return None
 
     run(settings, work, as_json=as_json)
@@ -149,69 +149,69 @@ def cp_command(
 
     Out: SOURCE is BACKEND:LOCATION, TARGET a file, a folder, or - for the standard output. The file appears when it is complete.
 
-    In: TARGET is the name of a policy and a colon. The new object's ref is printed as JSON. No row refers to it: write the ref
-    into a plain column of refs, or the garbage collector takes the object after its grace period.
+    In: TARGET is the name of a policy and a colon. The new object's ref is printed as JSON. No row refers to it: store the ref
+    in a plain column of refs, or the garbage collector deletes the object after its grace period.
 
     A file whose name has a colon is written as ./a:b.
     """  # noqa: D301  # click wants the backspace
 
-    async def work(desk: Desk) -> None:
-        manager = desk.binding.manager
+    async def work(context: CommandContext) -> None:
+        manager = context.binding.manager
         if _leads_to(source, manager.backends) and not _leads_to(target, manager.policies):
             key, location = _object_address(source, manager)
-            await _copy_out(desk, key, location, target, force=force)
+            await _copy_out(context, key, location, target, force=force)
         elif _leads_to(target, manager.policies):
             names = {"model_name": model_name, "entity_id": entity_id or uuid7_hex(), "field_name": field_name}
-            await _copy_in(desk, Path(source), target.partition(":")[0], content_type, names)
+            await _copy_in(context, Path(source), target.partition(":")[0], content_type, names)
         else:
             raise click.UsageError(
-                f"one of both must be an object: BACKEND:LOCATION to copy from ({', '.join(sorted(manager.backends))}),"
+                f"SOURCE or TARGET must be an object: BACKEND:LOCATION to copy from ({', '.join(sorted(manager.backends))}),"
                 f" or POLICY: to copy to ({', '.join(sorted(manager.policies))})"
             )
 
     run(settings, work)
 
 
-async def _copy_out(desk: Desk, key: str, location: str, target: str, *, force: bool) -> None:
-    reader = await open_resuming(desk.binding.manager.backend(key), location)
+async def _copy_out(context: CommandContext, key: str, location: str, target: str, *, force: bool) -> None:
+    reader = await open_resuming(context.binding.manager.backend(key), location)
     try:
         if target == "-":
-            await _pump(desk, reader, desk.output.raw)
+            await _pump(context, reader, context.output.raw)
             return
         path = Path(target)
         if await asyncio.to_thread(path.is_dir):
             path /= location.rpartition("/")[2]
-        await _copy_to_file(desk, reader, path, force=force)
+        await _copy_to_file(context, reader, path, force=force)
     finally:
         await reader.aclose()
 
 
-async def _copy_to_file(desk: Desk, reader: ObjectReader, path: Path, *, force: bool) -> None:
-    """Write beside the target and give it its name at the end; a failure leaves nothing, and the target as it was."""
+async def _copy_to_file(context: CommandContext, reader: ObjectReader, path: Path, *, force: bool) -> None:
+    """Write beside the target and rename it at the end; an error leaves nothing, and the target as it was."""
     if not force and await asyncio.to_thread(os.path.lexists, path):
-        raise click.ClickException(f"{path} is there already; --force overwrites it")
-    file = await shielded(asyncio.to_thread(_beside, path), undo=_discard)
+        raise click.ClickException(f"{path} already exists: pass --force to overwrite it")
+    file = await shielded(asyncio.to_thread(_open_beside, path), undo=_discard)
     try:
-        await _pump(desk, reader, file)
+        await _pump(context, reader, file)
         await shielded(asyncio.to_thread(_publish, file, path, force))
     finally:
         await shielded_cleanup(_discard(file), f"removing {file.name}")
-    desk.output.note(f"{shown_size(reader.info.size)} written to {path}")
+    context.output.note(f"{format_size(reader.info.size)} written to {path}")
 
 
-async def _pump(desk: Desk, reader: ObjectReader, file: IO[bytes]) -> None:
+async def _pump(context: CommandContext, reader: ObjectReader, file: IO[bytes]) -> None:
     size, done = reader.info.size, 0
-    with desk.output.progress("copying", size, "bytes") as bar:
+    with context.output.progress("copying", size, "bytes") as bar:
         while chunk := await reader.read(_CHUNK):
             await asyncio.to_thread(file.write, chunk)
             done += len(chunk)
             bar.reach(done)
     await asyncio.to_thread(file.flush)
     if done != size:
-        raise BackendError(f"only {done} of {size} bytes of {reader.info.location!r} could be read")
+        raise BackendError(f"only {done} of the {size} bytes of {reader.info.location!r} could be read: run the command again")
 
 
-def _beside(path: Path) -> IO[bytes]:
+def _open_beside(path: Path) -> IO[bytes]:
     return tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", delete=False)
 
 
@@ -226,7 +226,7 @@ def _publish(file: IO[bytes], path: Path, force: bool) -> None:
     try:
         os.link(file.name, path)
     except FileExistsError:
-        raise click.ClickException(f"{path} is there already; --force overwrites it") from None
+        raise click.ClickException(f"{path} already exists: pass --force to overwrite it") from None
 
 
 async def _discard(file: IO[bytes]) -> None:
@@ -234,18 +234,22 @@ async def _discard(file: IO[bytes]) -> None:
     await asyncio.to_thread(Path(file.name).unlink, missing_ok=True)
 
 
-async def _copy_in(desk: Desk, path: Path, storage_key: str, content_type: str | None, names: dict[str, Any]) -> None:
+async def _copy_in(
+    context: CommandContext, path: Path, storage_key: str, content_type: str | None, names: dict[str, Any]
+) -> None:
     # Its first call reads the tables of the system.
     guessed = content_type or (await asyncio.to_thread(mimetypes.guess_type, path.name))[0]
     file = await asyncio.to_thread(path.open, "rb")
     try:
-        ref = await desk.binding.manager.put_stream(
+        ref = await context.binding.manager.put_stream(
             storage_key=storage_key, stream=file, content_type=guessed, original_filename=path.name, **names
         )
     finally:
         await asyncio.to_thread(file.close)
-    desk.output.record(ref.to_dict())
-    desk.output.note("no row refers to it yet: write this ref into one, or the garbage collector takes it after its grace period")
+    context.output.record(ref.to_dict())
+    context.output.note(
+        "no row refers to it yet: store this ref in one, or the garbage collector deletes the object after its grace period"
+    )
 
 
 def _leads_to(address: str, keys: Any) -> bool:
@@ -262,6 +266,6 @@ def _address(address: str, manager: StorageManager) -> tuple[str, str]:
 def _object_address(address: str, manager: StorageManager) -> tuple[str, str]:
     key, location = _address(address, manager)
     if not location:
-        raise click.UsageError(f"{address!r} names no object: BACKEND:LOCATION")
+        raise click.UsageError(f"{address!r} has no location: write BACKEND:LOCATION")
     check_location(location)
     return key, location

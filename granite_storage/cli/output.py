@@ -1,4 +1,4 @@
-"""What the command says: the answer on the standard output, everything else on the standard error."""
+"""The output of commands: results on the standard output, everything else on the standard error."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Bar", "Output", "shown", "shown_size"]
+__all__ = ["Bar", "Output", "escape_text", "format_size"]
 
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
-def shown(text: object) -> str:
-    """Return text without what a terminal would obey or be deceived by: controls, bidirectional overrides, lone surrogates."""
-    return "".join(
-        character if unicodedata.category(character) not in _UNSAFE else _escaped(character) for character in str(text)
-    )
+def escape_text(text: object) -> str:
+    """Escape what a terminal would execute or misrender: control characters, bidirectional overrides, lone surrogates."""
+    return "".join(character if unicodedata.category(character) not in _UNSAFE else _escape(character) for character in str(text))
 
 
-def shown_size(size: float) -> str:
+def format_size(size: float) -> str:
     """Return a number of bytes for a person."""
     for unit in _UNITS:
         if size < 1000 or unit == _UNITS[-1]:
@@ -36,16 +34,16 @@ def shown_size(size: float) -> str:
     raise AssertionError("the last unit takes any size")
 
 
-def _escaped(character: str) -> str:
+def _escape(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
 
 
 class Output:
-    """Writes answers for a person or for a program, and notes and progress beside them.
+    """Writes results for a person or for a program, and notes and progress beside them.
 
     Args:
-        as_json: Whether the answer is for a program: one JSON object on each line.
+        as_json: Whether the result is for a program: one JSON object per line.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -74,7 +72,7 @@ class Output:
         console = self._console
         if self._progress is not None and self._stream.isatty():
             console = self._progress.console
-        console.print(Text(shown(text), style=style or ""), soft_wrap=True)
+        console.print(Text(escape_text(text), style=style or ""), soft_wrap=True)
 
     def table(self, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Write a table for a person; numbers stand on the right."""
@@ -84,23 +82,23 @@ class Output:
             numbers = bool(lines) and all(isinstance(line[index], int) for line in lines)
             table.add_column(header, justify="right" if numbers else "left", overflow="fold")
         for line in lines:
-            table.add_row(*(cell if isinstance(cell, Text) else Text(shown(cell)) for cell in line))
+            table.add_row(*(cell if isinstance(cell, Text) else Text(escape_text(cell)) for cell in line))
         self._console.print(table)
 
     def facts(self, values: Mapping[str, object]) -> None:
         """Write names and values, one below the other."""
         width = max(map(len, values), default=0)
         for name, value in values.items():
-            self._console.print(Text.assemble((f"{name:<{width}}", "bold"), "  ", shown(value)), soft_wrap=True)
+            self._console.print(Text.assemble((f"{name:<{width}}", "bold"), "  ", escape_text(value)), soft_wrap=True)
 
     def note(self, text: str, style: str | None = None) -> None:
-        """Tell a person something that is not the answer."""
+        """Write a note for a person, on the standard error."""
         for line in text.split("\n"):
-            self._errors.print(Text(shown(line), style=style or ""), soft_wrap=True)
+            self._errors.print(Text(escape_text(line), style=style or ""), soft_wrap=True)
 
     @contextmanager
     def progress(self, what: str, total: int | None, unit: str = "rows") -> Iterator[Bar]:
-        """Show how far a long work is, with its rate and the time that is left, where somebody looks."""
+        """Show the progress of a long job with its rate and remaining time, on a terminal."""
         columns: list[ProgressColumn] = [
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -125,11 +123,11 @@ class Bar:
         self._task = task
 
     def reach(self, number: int, size: int = 0) -> None:
-        """Show that so much is done."""
+        """Show how much is done."""
         self._progress.update(self._task, completed=number, size=size)
 
     def restart(self, what: str) -> None:
-        """Begin anew, for another pass."""
+        """Start again, for another pass."""
         self._progress.reset(self._task, description=what)
 
 
@@ -144,4 +142,4 @@ class _CountColumn(ProgressColumn):
         if task.speed:
             said += f", {task.speed:,.0f}/s"
         size = task.fields.get("size")
-        return Text(said + (f", {shown_size(size)}" if size else ""))
+        return Text(said + (f", {format_size(size)}" if size else ""))

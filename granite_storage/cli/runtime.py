@@ -29,13 +29,13 @@ from granite_storage.orm.binding import StorageBinding
 
 __all__ = [
     "AFTER",
-    "AT_A_TIME",
+    "CONCURRENCY",
     "DRY_RUN",
     "JSON",
     "RATE",
     "YES",
     "ByteCount",
-    "Desk",
+    "CommandContext",
     "Duration",
     "Exit",
     "Settings",
@@ -43,8 +43,12 @@ __all__ = [
     "run",
 ]
 
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(?:/s)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_FACTORS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
-# Finding the application's binding by the name that the user gives.
+# Finding the application's binding.
 
 
 async def load_binding(name: str) -> StorageBinding:
@@ -59,53 +63,60 @@ async def load_binding(name: str) -> StorageBinding:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigurationError(f"--app must be module:attribute, such as myapp.storage:binding, not {name!r}")
-    found = _attribute(_imported(module), attribute, name)
+    found = _get_attribute(_import_module(module), attribute, name)
     if not isinstance(found, StorageBinding) and callable(found):
-        found = await _returned(found, name)
+        found = await _call_factory(found, name)
     if not isinstance(found, StorageBinding):
         raise ConfigurationError(
-            f"{name} is a {type(found).__name__}, and --app needs what bind_storage() returns, or a callable that returns it"
+            f"--app {name} is a {type(found).__name__}: name what bind_storage() returned, or a callable that returns it"
         )
     return found
 
 
-def _imported(module: str) -> Any:
+def _import_module(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            raise ConfigurationError(f"there is no module {error.name!r} here; --app-dir says where to look") from error
-        raise _failed(f"importing {module!r}", error) from error
+            raise ConfigurationError(
+                f"there is no module {error.name!r} here: pass --app-dir with the folder that contains it"
+            ) from error
+        raise _wrap_failure(f"importing {module!r}", error) from error
     except Exception as error:
-        raise _failed(f"importing {module!r}", error) from error
+        raise _wrap_failure(f"importing {module!r}", error) from error
 
 
-def _attribute(found: Any, attribute: str, name: str) -> Any:
+def _get_attribute(found: Any, attribute: str, name: str) -> Any:
     for part in attribute.split("."):
         try:
             found = getattr(found, part)
         except AttributeError as error:
-            raise ConfigurationError(f"{name!r} names nothing: there is no {part!r} in {name.partition(':')[0]!r}") from error
+            raise ConfigurationError(
+                f"--app {name} does not exist: there is no {part!r} in {name.partition(':')[0]!r}"
+            ) from error
     return found
 
 
-async def _returned(factory: Any, name: str) -> Any:
+async def _call_factory(factory: Any, name: str) -> Any:
     try:
         found = factory()
         return await found if inspect.isawaitable(found) else found
     except Exception as error:
-        raise _failed(f"calling {name!r}", error) from error
+        raise _wrap_failure(f"calling {name!r}", error) from error
 
 
-def _failed(what: str, error: Exception) -> ConfigurationError:
+def _wrap_failure(what: str, error: Exception) -> ConfigurationError:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename.startswith(f"{sys.path[0]}{os.sep}")]
     place = f" ({(own or frames)[-1].filename}, line {(own or frames)[-1].lineno})"
     return ConfigurationError(f"{what} failed: {type(error).__name__}: {error}{place}")
 
 
+# Running a command.
+
+
 class Exit(IntEnum):
-    """What the exit codes mean; 128 and a signal's number for a command that a signal has ended."""
+    """The exit codes; a command that a signal has ended exits with 128 and the signal's number."""
 
     DONE = 0
     FOUND = 1
@@ -115,7 +126,7 @@ class Exit(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the user said of the application and of how to speak.
+    """The options of the command line.
 
     Attributes:
         app: `module:attribute`.
@@ -129,13 +140,13 @@ class Settings:
 
 
 @dataclass
-class Desk:
+class CommandContext:
     """What a command works with.
 
     Attributes:
-        binding: The application's.
-        output: What it says its answer through.
-        stopped_by: The signal that asked it to stop, if one did.
+        binding: The application's binding.
+        output: Where it writes its result.
+        stopped_by: The signal that asked it to stop, if any.
     """
 
     binding: StorageBinding
@@ -146,7 +157,7 @@ class Desk:
 
     @contextmanager
     def stoppable(self, stop: Callable[[], None]) -> Iterator[None]:
-        """Let the first signal end the work inside well, instead of breaking it off."""
+        """Let the first signal stop the work in the block, instead of cancelling it."""
         self._stop = stop
         try:
             yield
@@ -154,12 +165,12 @@ class Desk:
             self._stop = None
 
     def confirm(self, question: str, *, yes: bool) -> bool:
-        """Ask before something is deleted; refuse where nobody can be asked."""
+        """Ask before something is deleted; refuse where there is no terminal to ask on."""
         if yes:
             return True
         if not sys.stdin.isatty():
             raise click.UsageError(
-                "this deletes something, and there is no terminal to ask at: say --yes, or --dry-run to look only"
+                "the command deletes something, and there is no terminal to ask on: pass --yes, or --dry-run to delete nothing"
             )
         loop = asyncio.get_running_loop()
         loop.remove_signal_handler(signal.SIGINT)
@@ -167,7 +178,7 @@ class Desk:
         try:
             agreed = click.confirm(question, err=True)
         except click.Abort:
-            # The loop has seen the signal as well, and would act on it if it were told of it again.
+            # The loop has seen the signal as well, and would handle it once its handler were added again.
             self.output.note("\nnothing was done")
             self.stopped_by = signal.SIGINT
             return False
@@ -177,43 +188,43 @@ class Desk:
         return agreed
 
     def on_signal(self, received: signal.Signals) -> None:
-        """Stop: well at the first time, where the command knows how to, and at once at the second."""
+        """Stop the command: in an orderly way at the first signal, where it can, and at once at the second."""
         first, self.stopped_by = self.stopped_by is None, received
         if first and self._stop is not None:
-            self.output.note("stopping: what is under way is done to its end (once more to break it off)")
+            self.output.note("stopping once the work in progress is done; interrupt again to cancel it")
             self._stop()
         elif self._task is not None:
             self._task.cancel()
 
 
-Work = Callable[[Desk], Awaitable["Exit | None"]]
+Work = Callable[[CommandContext], Awaitable["Exit | None"]]
 
 
 def run(settings: Settings, work: Work, *, as_json: bool = False) -> None:
-    """Do the work of a command with the application's binding, and leave the program with its exit code."""
+    """Run a command with the application's binding, and exit with its code."""
     if settings.app is None:
-        raise click.UsageError("say where the application's binding is: --app module:attribute, or GRANITE_STORAGE_APP")
+        raise click.UsageError("no application is given: pass --app module:attribute, or set GRANITE_STORAGE_APP")
     output = Output(as_json=as_json)
     sys.path.insert(0, os.path.abspath(settings.app_dir))
     try:
-        # What the application prints or logs is not the answer.
+        # What the application prints or logs is not part of the result.
         with contextlib.redirect_stdout(sys.stderr):
-            code = asyncio.run(_at_desk(settings.app, work, output))
+            code = asyncio.run(_run_command(settings.app, work, output))
     except (click.ClickException, click.exceptions.Exit):
         raise
     except (KeyboardInterrupt, asyncio.CancelledError):
         code = 128 + signal.SIGINT
     except BrokenPipeError:
-        # Whoever read the answer has seen enough; nothing is to be written at the interpreter's end either.
+        # The reader of the result has closed the pipe; nothing must be written at the interpreter's exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = Exit.DONE
     except Exception as error:  # noqa: BLE001  # a program's last resort: it says what went wrong, and how to see more
-        _tell(error, output, debug=settings.debug)
+        _show_error(error, output, debug=settings.debug)
         code = Exit.FAILED
     sys.exit(code)
 
 
-def _tell(error: Exception, output: Output, *, debug: bool) -> None:
+def _show_error(error: Exception, output: Output, *, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
@@ -224,28 +235,28 @@ def _tell(error: Exception, output: Output, *, debug: bool) -> None:
     said = str(error).split("\n(Background on this error", 1)[0]
     output.note(f"error: {type(error).__name__}: {said}", "red")
     if not debug and not isinstance(error, SQLAlchemyError | OSError):
-        output.note("this was not foreseen; --debug shows where it comes from")
+        output.note("this error is unexpected: pass --debug to see its traceback")
 
 
-async def _at_desk(app: str, work: Work, output: Output) -> int:
+async def _run_command(app: str, work: Work, output: Output) -> int:
     binding = await load_binding(app)
-    async with _closed_afterwards(binding):
-        desk = Desk(binding, output)
+    async with _close_afterwards(binding):
+        context = CommandContext(binding, output)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, desk.on_signal, number)
+            loop.add_signal_handler(number, context.on_signal, number)
         try:
-            code = await work(desk)
+            code = await work(context)
         except asyncio.CancelledError:
-            if desk.stopped_by is None:
+            if context.stopped_by is None:
                 raise
-            output.note("broken off")
+            output.note("cancelled")
             code = None
-    return 128 + desk.stopped_by if desk.stopped_by is not None else code or Exit.DONE
+    return 128 + context.stopped_by if context.stopped_by is not None else code or Exit.DONE
 
 
 @asynccontextmanager
-async def _closed_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
+async def _close_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
     """Close what the application opened: nothing but this command runs in the process."""
     try:
         async with binding.manager:
@@ -253,19 +264,13 @@ async def _closed_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
     finally:
         if binding.journal is not None:
             await binding.journal.aclose()
-        engine = None if binding.sessions is None else binding.sessions.kw.get("bind")
+        engine = None if binding.session_factory is None else binding.session_factory.kw.get("bind")
         if isinstance(engine, AsyncEngine):
             with contextlib.suppress(SQLAlchemyError):
                 await engine.dispose()
 
 
 # Options that several commands have.
-
-
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(?:/s)?", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_FACTORS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class ByteCount(click.ParamType[float]):
@@ -295,9 +300,9 @@ class Duration(click.ParamType[timedelta]):
         return timedelta(seconds=float(found[1]) * _SECONDS[found[2]])
 
 
-JSON = click.option("--json", "as_json", is_flag=True, help="Answer for a program: one JSON object on each line.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Write JSON for a program: one object per line.")
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
-AFTER = click.option("--after", metavar="KEY", help="Go on after this key, which an earlier run has told.")
-AT_A_TIME = click.option("--at-a-time", type=click.IntRange(min=1), metavar="N", help="How many rows at a time.")
-RATE = click.option("--rate", type=ByteCount(), metavar="BYTES", help="The most bytes in a second, such as 10MB.")
+AFTER = click.option("--after", metavar="KEY", help="Continue after this key, which an earlier run has printed.")
+CONCURRENCY = click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="How many rows to process at a time.")
+RATE = click.option("--rate", type=ByteCount(), metavar="BYTES", help="The most bytes per second, such as 10MB.")

@@ -1,14 +1,14 @@
-"""The garbage collector: it finds the objects that no row refers to, and deletes them when it is told to."""
+"""The garbage collector: it finds the objects that no row refers to, and deletes them on request."""
 
-from granite_storage.gc.collection import Collection
+from granite_storage.gc.collection import CollectionRun
 from granite_storage.gc.collector import StorageGarbageCollector
-from granite_storage.gc.report import CollectedObject, DanglingReference, Fate, GarbageCollectionReport
+from granite_storage.gc.report import CollectedObject, DanglingReference, GarbageCollectionReport, OrphanStatus
 
 __all__ = [
     "CollectedObject",
-    "Collection",
+    "CollectionRun",
     "DanglingReference",
-    "Fate",
     "GarbageCollectionReport",
+    "OrphanStatus",
     "StorageGarbageCollector",
 ]

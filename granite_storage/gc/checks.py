@@ -1,4 +1,4 @@
-"""Refusing to collect by a database that could hide references, or forget what it has committed."""
+"""Refuse databases that may hide references, or forget what they have committed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm.journal.database import find_gap
 
-__all__ = ["barrier", "require_fit", "require_heartbeat"]
+__all__ = ["commit_durably", "require_fit", "require_heartbeat"]
 
+_SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
+_WRITE = text("SELECT pg_logical_emit_message(true, 'granite_storage', 'barrier')")
 _BEGUN = text("SELECT transaction_timestamp()")
 
 
@@ -29,8 +31,8 @@ async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]
     """
     if await connection.get_isolation_level() == "READ UNCOMMITTED":
         raise CollectionRefusedError(
-            "the sessions are at READ UNCOMMITTED, where an object can be in neither of two places that are looked at: give the"
-            " binding sessions at READ COMMITTED or stronger"
+            "the sessions use READ UNCOMMITTED, at which a reference that moves between two columns can be missed: give the"
+            " binding sessions that use READ COMMITTED or stronger"
         )
     match connection.dialect.name:
         case "postgresql":
@@ -40,30 +42,34 @@ async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]
         case "sqlite":
             pass
         case other:
-            raise CollectionRefusedError(f"the garbage collector does not know {other}: collect with iter_references")
+            raise CollectionRefusedError(
+                f"the garbage collector does not support the database {other!r}: pass iter_references instead of binding"
+            )
 
 
 async def require_heartbeat(connection: AsyncConnection, tables: JournalTables) -> None:
-    """Refuse a database in which no worker was at work for long: it may have been restored from a backup.
+    """Refuse a database in which no worker was running for long: it may have been restored from a backup.
 
     Raises:
-        CollectionRefusedError: It may; `accept_restore=True` says that it is the right one.
+        CollectionRefusedError: There is such a gap; `allow_restored_database=True` removes it.
     """
     gap = await find_gap(connection, tables)
     if gap is not None:
         raise CollectionRefusedError(
-            f"no worker of the journal was at work for {gap}: the database may have been restored from a backup, and objects"
-            " that its rows do not refer to may be those of rows that are yet to come back. Once you are sure that it is the"
-            " right one, collect with accept_restore=True"
+            f"no worker of the journal was running for {gap}: the database may have been restored from a backup, and objects"
+            " without a row may belong to rows that are still to be restored. Once you are sure that it is the right one, pass"
+            " allow_restored_database=True"
         )
 
 
 async def _require_fit_postgresql(connection: AsyncConnection, columns: Sequence[Column[Any]]) -> None:
     begun = [(await connection.execute(_BEGUN)).scalar_one() for _ in range(2)]
     if begun[0] != begun[1]:
-        raise CollectionRefusedError("the sessions are at AUTOCOMMIT, without transactions: give the binding sessions with some")
+        raise CollectionRefusedError("the sessions use AUTOCOMMIT: give the binding sessions that use transactions")
     if (await connection.execute(text("SELECT pg_is_in_recovery()"))).scalar_one():
-        raise CollectionRefusedError("the database is a standby, which may lag behind: give the binding sessions on the primary")
+        raise CollectionRefusedError(
+            "the database is a standby, which may lag behind the primary: give the binding sessions on the primary"
+        )
     preparer = connection.dialect.identifier_preparer
     for table in dict.fromkeys(column.table for column in columns):
         name = preparer.format_table(table)
@@ -76,27 +82,25 @@ async def _require_fit_postgresql(connection: AsyncConnection, columns: Sequence
 async def _require_fit_mariadb(connection: AsyncConnection) -> None:
     row = (await connection.execute(text("SELECT @@global.read_only, @@innodb_flush_log_at_trx_commit"))).one()
     if row[0]:
-        raise CollectionRefusedError("the database is read-only, a replica perhaps, which may lag behind: use the primary")
+        raise CollectionRefusedError(
+            "the database is read-only, and may be a replica that lags behind: give the binding sessions on the primary"
+        )
     if row[1] != 1:
         raise CollectionRefusedError(
-            "with innodb_flush_log_at_trx_commit other than 1 a crash takes back what was committed, and a row may come back"
-            " whose object is gone: set it to 1"
+            f"innodb_flush_log_at_trx_commit is {row[1]}, so a crash can undo a committed transaction and bring back a row whose"
+            " object is deleted: set it to 1"
         )
 
 
-# A commit that no crash of the database takes back, and with it all commits before it.
+# A commit that no crash of the database can undo, nor any commit before it.
 
 
-_SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
-_WRITE = text("SELECT pg_logical_emit_message(true, 'granite_storage', 'barrier')")
+async def commit_durably(connection: AsyncConnection) -> None:
+    """Return once everything that other transactions have committed, and this program has seen, is durable.
 
-
-async def barrier(connection: AsyncConnection) -> None:
-    """Return once what other transactions have committed, and this program has seen, is durable.
-
-    With `synchronous_commit = off` PostgreSQL acknowledges commits that a crash may take back; one that is synchronous, and has
-    written something itself, takes all before it along. MariaDB is durable at each commit, as `checks` has made sure of; SQLite
-    is what its `PRAGMA synchronous` makes it.
+    With `synchronous_commit = off` PostgreSQL acknowledges commits that a crash may undo; a synchronous commit that has written
+    something makes all commits before it durable. MariaDB is durable at each commit, as `require_fit` has checked; SQLite
+    follows its `PRAGMA synchronous`.
     """
     if connection.dialect.name == "postgresql":
         await connection.execute(_SYNCHRONOUS)

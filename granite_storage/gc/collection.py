@@ -1,23 +1,23 @@
 """One collection of one policy's objects.
 
-List first, and read the references afterwards: an object that was listed and whose row came to be meanwhile is then seen with
-its reference. The join of both only nominates. Then the rest of the database is looked at, once: what anything mentions is no
-longer nominated. Before anything is deleted, each batch of nominees is looked at again, in one statement over the journal and
-every column; what a transaction takes back between two statements, or puts from one place into another, would otherwise be
-deleted under a row that refers to it. Then a durable commit: what the look has seen gone, a crash of the database must not bring
-back. Only then storage is touched.
+The objects are listed first, and the references read afterwards, so that an object whose row was inserted meanwhile is seen with
+its reference. The join of both only nominates. Then the rest of the database is searched, once: an object that anything mentions
+is no longer nominated. Before anything is deleted, each batch of nominees is re-checked, in one statement over the journal and
+every column; otherwise an object could be deleted under a row to which a transaction has moved or restored its reference between
+two statements. A durable commit follows: a crash of the database must not bring back a reference that the re-check did not find.
+Only then storage is touched.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
-from granite_storage._jobs import Run, require_mounted
+from granite_storage._jobs import MOST_KEPT, Run, require_mounted
+from granite_storage._tasks import run_bounded
 from granite_storage.backends.base import ObjectInfo, SupportsBatchDelete, SupportsCleanup, SupportsClock, close_listing
 from granite_storage.exceptions import (
     BackendError,
@@ -26,159 +26,31 @@ from granite_storage.exceptions import (
     InvalidLocationError,
     StorageError,
 )
-from granite_storage.gc.merge import PAGE, Reference, Spool, joined, temporary_file
+from granite_storage.gc.merge import PAGE, Reference, Spool, join_pages, temporary_file
 from granite_storage.gc.references import ReferenceSource
-from granite_storage.gc.report import MOST_KEPT, CollectedObject, DanglingReference, Fate, GarbageCollectionReport
-from granite_storage.gc.scope import Territory, is_valid, require_one_key
+from granite_storage.gc.report import CollectedObject, DanglingReference, GarbageCollectionReport, OrphanStatus
+from granite_storage.gc.scope import CollectionScope, is_valid, require_one_key
 from granite_storage.manager import StorageManager
 from granite_storage.orm._util import batches
 from granite_storage.orm.references import is_text
 
-__all__ = ["Collection", "Removal", "find_dangling"]
-
-
-# Deleting orphans, many at a time, and telling of each that stays.
+__all__ = ["CollectionRun", "Removal", "find_dangling"]
 
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
-_AT_A_TIME = 16
-
-
-class Removal:
-    """Deletes objects of one backend, and notes in a report what became of each.
-
-    Args:
-        manager: The manager.
-        report: The report, which names the backend.
-    """
-
-    def __init__(self, manager: StorageManager, report: GarbageCollectionReport) -> None:
-        self._backend = manager.backend(report.backend)
-        self._report = report
-
-    async def remove(self, orphans: Sequence[tuple[str, int]]) -> list[CollectedObject]:
-        """Delete orphans, each a location and a size; one that cannot be deleted stops no other.
-
-        Raises:
-            BackendUnavailableError: Not one could be deleted because the backend is out of reach.
-        """
-        failures = await self._delete([location for location, _ in orphans])
-        collected = [self._collected(location, size, failures.get(location)) for location, size in orphans]
-        for item in collected:
-            self._note(item)
-        if len(failures) == len(orphans):
-            first = next(iter(failures.values()))
-            if isinstance(first, BackendUnavailableError):
-                raise first
-        return collected
-
-    async def remove_unfinished(self, older_than: timedelta) -> None:
-        """Remove what unfinished writes have left on the whole backend, longer ago than `older_than`."""
-        if not isinstance(self._backend, SupportsCleanup):
-            return
-        try:
-            self._report.unfinished = await self._backend.cleanup_incomplete(older_than=older_than)
-        except BackendError as error:
-            self._report.unfinished_error = f"{type(error).__name__}: {error}"
-            logger.warning("what unfinished writes left on the backend %r stays: %s", self._report.backend, error)
-
-    async def _delete(self, locations: Sequence[str]) -> Mapping[str, StorageError]:
-        if not isinstance(self._backend, SupportsBatchDelete):
-            return await self._delete_each(locations)
-        try:
-            return await self._backend.delete_many(locations)
-        except StorageError as error:
-            return dict.fromkeys(locations, error)
-
-    async def _delete_each(self, locations: Sequence[str]) -> dict[str, StorageError]:
-        places, failures = asyncio.Semaphore(_AT_A_TIME), dict[str, StorageError]()
-
-        async def delete(location: str) -> None:
-            async with places:
-                try:
-                    await self._backend.delete(location)
-                except StorageError as error:
-                    failures[location] = error
-
-        async with asyncio.TaskGroup() as group:
-            for location in locations:
-                group.create_task(delete(location))
-        return failures
-
-    def _collected(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
-        fate = Fate.DELETED if error is None else Fate.FAILED
-        said = "" if error is None else f"{type(error).__name__}: {error}"
-        return CollectedObject(fate, self._report.backend, location, size, said)
-
-    def _note(self, item: CollectedObject) -> None:
-        report = self._report
-        if item.fate is Fate.DELETED:
-            report.deleted += 1
-            report.deleted_bytes += item.size
-            return
-        report.failed += 1
-        if len(report.failures) < MOST_KEPT:
-            report.failures.append(item)
-        logger.warning("could not delete the orphan %r of the backend %r: %s", item.location, item.backend, item.error)
-
-
-# References whose objects are not there, as a collection comes across them.
-
-
-_BATCH = 500
-
-
-async def find_dangling(
-    manager: StorageManager, source: ReferenceSource, backend: str, locations: Sequence[str]
-) -> list[DanglingReference]:
-    """Return which of the locations something refers to and no object is at, a thousand at the most.
-
-    They were not listed, which proves nothing: an object may have been stored since, and its row too; or a row that was there
-    has given its object up. So each is looked for now, and of what is missing is asked whether it is still referred to.
-    """
-    found: list[DanglingReference] = []
-    for batch in batches(locations, min(_BATCH, source.at_a_time)):
-        missing = await _missing(manager, backend, batch)
-        odd = {location for location in missing if not is_text(location)}  # no database can be asked for it
-        asked = [location for location in missing if location not in odd]
-        held = odd | (await source.find_held(backend, asked) if asked else set())
-        found += [DanglingReference(backend, location, said) for location, said in missing.items() if location in held]
-        if len(found) >= MOST_KEPT:
-            break
-    return found[:MOST_KEPT]
-
-
-async def _missing(manager: StorageManager, backend_key: str, locations: Sequence[str]) -> dict[str, str]:
-    """Return what is wrong at the locations at which there is no object; what cannot be looked at is not wrong."""
-    backend, places, missing = manager.backend(backend_key), asyncio.Semaphore(_AT_A_TIME), dict[str, str]()
-
-    async def look(location: str) -> None:
-        async with places:
-            try:
-                if not await backend.exists(location):
-                    missing[location] = "no object is there"
-            except InvalidLocationError as error:
-                missing[location] = str(error)
-            except BackendError:
-                return
-
-    async with asyncio.TaskGroup() as group:
-        for location in locations:
-            group.create_task(look(location))
-    return missing
-
-
 Listed: TypeAlias = "tuple[str, int, bool]"
 """Location, size, and whether it is older than the grace period."""
 
+_CONCURRENCY = 16
+_BATCH = 500
 _MOST_MISSING = 10 * MOST_KEPT
 _MOST_SAID = 10
 _LOOKED_FOR_AT_ONCE = 50_000
-"""How many nominees one look at the rest of the database is for: so many are in memory."""
+"""How many nominees one search of the rest of the database is for; they are in memory."""
 
 
-class Collection(Run[CollectedObject, GarbageCollectionReport]):
+class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
     """What `StorageGarbageCollector.collection` returns: iterate over it for the orphans, or await it for the report.
 
     A dry one yields each orphan as such, another one each as deleted or failed.
@@ -187,30 +59,30 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
     def __init__(
         self,
         manager: StorageManager,
-        territory: Territory,
+        scope: CollectionScope,
         source: ReferenceSource,
         *,
         grace_period: timedelta,
         max_deleted_share: float,
         dry_run: bool,
-        accept_restore: bool,
-        accept_empty: bool,
+        allow_restored_database: bool,
+        allow_no_references: bool,
     ) -> None:
-        super().__init__(GarbageCollectionReport(territory.storage_key, territory.backend, dry_run))
+        super().__init__(GarbageCollectionReport(scope.storage_key, scope.backend, dry_run))
         self._manager = manager
-        self._backend = manager.backend(territory.backend)
-        self._territory = territory
+        self._backend = manager.backend(scope.backend)
+        self._scope = scope
         self._source = source
         self._grace_period = grace_period
         self._max_deleted_share = max_deleted_share
-        self._accept_restore = accept_restore
-        self._accept_empty = accept_empty
+        self._allow_restored_database = allow_restored_database
+        self._allow_no_references = allow_no_references
         self._missing: list[str] = []
         self._has_references = False
 
     async def _items(self) -> AsyncGenerator[CollectedObject, None]:
-        await require_one_key(self._manager, self._territory.backend)
-        await self._source.require_fit(accept_restore=self._accept_restore)
+        await require_one_key(self._manager, self._scope.backend)
+        await self._source.require_fit(allow_restored_database=self._allow_restored_database)
         async with AsyncExitStack() as stack:
             listed = Spool(await stack.enter_async_context(temporary_file()))
             nominees = Spool(await stack.enter_async_context(temporary_file()))
@@ -221,11 +93,11 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
             await self._require_mounted()
             unmentioned = Spool(await stack.enter_async_context(temporary_file()))
             await self._keep_mentioned(nominees, unmentioned)
-            orphans = self._look_only(unmentioned) if self.report.dry_run else self._delete(unmentioned)
+            orphans = self._find_orphans(unmentioned) if self.report.dry_run else self._delete(unmentioned)
             async with aclosing(orphans):
                 async for item in orphans:
                     yield item
-        await self._look_for_dangling()
+        await self._find_dangling_references()
         if not self.report.dry_run and not self._stopped:
             await self._clean_up()
         self.report.complete = not self._stopped
@@ -233,8 +105,8 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
     async def _list(self, listed: Spool) -> None:
         oldest = await self._now() - self._grace_period
         page: list[Listed] = []
-        async for info in self._objects():
-            if not self._territory.has(info.location):
+        async for info in self._iter_objects():
+            if not self._scope.has(info.location):
                 continue
             page.append((info.location, info.size, info.modified < oldest))
             if len(page) == PAGE:
@@ -244,15 +116,15 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
                     return
         await self._note_listed(listed, page)
 
-    async def _objects(self) -> AsyncIterator[ObjectInfo]:
-        objects = self._backend.iter_objects(self._territory.prefix)
+    async def _iter_objects(self) -> AsyncIterator[ObjectInfo]:
+        objects = self._backend.iter_objects(self._scope.prefix)
         try:
             last = ""
             async for info in objects:
                 if info.location <= last and last:
                     raise CollectionRefusedError(
-                        f"the backend {self.report.backend!r} does not list in the byte order of UTF-8, so its objects cannot be"
-                        " compared with the references"
+                        f"the backend {self.report.backend!r} lists {info.location[:120]!r} after {last[:120]!r}, which is not"
+                        " the byte order of UTF-8: correct its iter_objects()"
                     )
                 last = info.location
                 yield info
@@ -263,39 +135,39 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
         await listed.write(page)
         self.report.scanned += len(page)
         self.report.scanned_bytes += sum(size for _, size, _ in page)
-        self._notice()
+        self._on_progress()
 
     async def _nominate(self, listed: Spool, nominees: Spool) -> None:
         report = self.report
         page: list[tuple[str, int]] = []
         async with self._source.in_order(report.backend) as references:
-            async for stretch in joined(listed.pages(), self._seen(references)):
+            async for stretch in join_pages(listed.pages(), self._watch_references(references)):
                 report.referenced += len(stretch.referenced)
                 report.referenced_bytes += sum(size for _, size, _ in stretch.referenced)
                 self._note_missing(stretch.missing)
-                page += self._nominees(stretch.unreferenced)
+                page += self._select_nominees(stretch.unreferenced)
                 if len(page) >= PAGE:
                     await nominees.write(page)
                     page = []
         await nominees.write(page)
-        if self._territory.sharing:
-            self._source.require_complete(self._territory.sharing)
+        if self._scope.sharing:
+            self._source.require_complete(self._scope.sharing)
 
     async def _keep_mentioned(self, nominees: Spool, unmentioned: Spool) -> None:
-        """Take out of the nominees what anything mentions that is not known to hold references."""
+        """Remove from the nominees what a column mentions that is not known to contain references."""
         waiting: list[tuple[str, int]] = []
         async for page in nominees.pages():
             waiting += page
             if len(waiting) >= _LOOKED_FOR_AT_ONCE:
-                await self._look_for(waiting, unmentioned)
+                await self._search(waiting, unmentioned)
                 waiting = []
             if self._stopped:
                 return
         if waiting:
-            await self._look_for(waiting, unmentioned)
-        self._tell_mentions()
+            await self._search(waiting, unmentioned)
+        self._log_mentions()
 
-    async def _look_for(self, nominees: Sequence[tuple[str, int]], unmentioned: Spool) -> None:
+    async def _search(self, nominees: Sequence[tuple[str, int]], unmentioned: Spool) -> None:
         by_column: dict[str, set[str]] = {}
         unseen: list[str] = []
         async with aclosing(self._source.find_mentions([location for location, _ in nominees])) as mentions:
@@ -322,35 +194,35 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
             if column in said or len(said) < MOST_KEPT:
                 said[column] = said.get(column, 0) + len(locations)
 
-    def _tell_mentions(self) -> None:
+    def _log_mentions(self) -> None:
         report = self.report
         for column, number in report.mentions.items():
             logger.warning(
-                "%s mentions %d objects of %r that no reference leads to: they are kept", column, number, report.storage_key
+                "%s mentions %d objects of %r that no reference leads to; they are kept", column, number, report.storage_key
             )
         if report.unseen:
             logger.warning(
-                "columns that could mention objects of %r cannot be looked at, or not in every row: %s%s",
+                "columns that may mention objects of %r could not be searched, or not in every row: %s%s",
                 report.storage_key,
                 ", ".join(report.unseen[:_MOST_SAID]),
                 ", ..." if len(report.unseen) > _MOST_SAID else "",
             )
 
-    async def _seen(self, references: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
+    async def _watch_references(self, references: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
         async for page in references:
             self._has_references = self._has_references or any(is_here for _, is_here in page)
             yield page
 
-    def _nominees(self, unreferenced: Sequence[Listed]) -> list[tuple[str, int]]:
-        """Return what may be an orphan, and count what is none: names of others, and what is too young."""
+    def _select_nominees(self, unreferenced: Sequence[Listed]) -> list[tuple[str, int]]:
+        """Return what may be an orphan; count objects with names of others, and those within the grace period."""
         report, nominees = self.report, []
         for location, size, old in unreferenced:
-            if not self._territory.is_ours(location):
-                report.foreign += 1
-                report.foreign_bytes += size
+            if not self._scope.manages(location):
+                report.unmanaged += 1
+                report.unmanaged_bytes += size
             elif not old:
-                report.young += 1
-                report.young_bytes += size
+                report.within_grace_period += 1
+                report.within_grace_period_bytes += size
             else:
                 nominees.append((location, size))
         return nominees
@@ -358,11 +230,11 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
     def _note_missing(self, locations: set[str]) -> None:
         room = _MOST_MISSING - len(self._missing)
         if room > 0 and locations:
-            concerned = [item for item in sorted(locations) if self._territory.has(item) or not is_valid(item)]
+            concerned = [item for item in sorted(locations) if self._scope.has(item) or not is_valid(item)]
             self._missing += concerned[:room]
 
     async def _require_mounted(self) -> None:
-        """Refuse a local folder without its marker, unless nothing was ever stored: then it is not there yet."""
+        """Refuse a local folder without its marker, unless nothing was ever stored in it."""
         if not self.report.scanned and not self._has_references:
             return
         try:
@@ -370,72 +242,72 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
         except BackendUnavailableError as error:
             raise CollectionRefusedError(str(error), report=self.report) from error
 
-    async def _look_only(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
-        """Yield the orphans among the nominees, and tell whether a run that is not dry would go ahead."""
-        async for orphans in self._confirmed(nominees):
+    async def _find_orphans(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
+        """Yield the orphans among the nominees, and set why a run that deletes would be refused."""
+        async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
             for location, size in orphans:
-                yield CollectedObject(Fate.ORPHANED, self.report.backend, location, size)
+                yield CollectedObject(OrphanStatus.ORPHANED, self.report.backend, location, size)
         self.report.refusal = self._refusal()
 
     async def _delete(self, nominees: Spool) -> AsyncGenerator[CollectedObject, None]:
-        """Delete the orphans, once it is known how many there are; yield each."""
-        async for orphans in self._confirmed(nominees):
+        """Delete the orphans once their number is known, and yield each."""
+        async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
         self.report.refusal = self._refusal()
         if self.report.refusal is not None:
             raise CollectionRefusedError(self.report.refusal, report=self.report)
-        before, self.report.kept, self.report.kept_bytes = self.report.orphaned, 0, 0
+        before, self.report.referenced_on_recheck, self.report.referenced_on_recheck_bytes = self.report.orphaned, 0, 0
         self.report.orphaned = self.report.orphaned_bytes = 0
         removal = Removal(self._manager, self.report)
-        async for orphans in self._confirmed(nominees):
+        async for orphans in self._recheck(nominees):
             self._note_orphans(orphans)
             if not orphans:
                 continue
-            await self._source.settle()
+            await self._source.make_durable()
             for item in await removal.remove(orphans):
                 yield item
-            self._notice()
+            self._on_progress()
         logger.info("deleted %d of %d orphans of %r", self.report.deleted, before, self.report.storage_key)
 
-    async def _confirmed(self, nominees: Spool) -> AsyncIterator[list[tuple[str, int]]]:
-        """Yield what nothing holds at the moment of yielding, batch by batch."""
+    async def _recheck(self, nominees: Spool) -> AsyncIterator[list[tuple[str, int]]]:
+        """Yield the nominees that nothing refers to at the moment of yielding, batch by batch."""
         async for page in nominees.pages():
-            for start in range(0, len(page), self._source.at_a_time):
+            for start in range(0, len(page), self._source.batch_size):
                 if self._stopped:
                     return
-                batch = page[start : start + self._source.at_a_time]
-                held = await self._source.find_held(self.report.backend, [location for location, _ in batch])
-                kept = [size for location, size in batch if location in held]
-                self.report.kept += len(kept)
-                self.report.kept_bytes += sum(kept)
+                batch = page[start : start + self._source.batch_size]
+                held = await self._source.find_references(self.report.backend, [location for location, _ in batch])
+                referenced = [size for location, size in batch if location in held]
+                self.report.referenced_on_recheck += len(referenced)
+                self.report.referenced_on_recheck_bytes += sum(referenced)
                 yield [(location, size) for location, size in batch if location not in held]
 
     def _note_orphans(self, orphans: Sequence[tuple[str, int]]) -> None:
         self.report.orphaned += len(orphans)
         self.report.orphaned_bytes += sum(size for _, size in orphans)
-        self._notice()
+        self._on_progress()
 
     def _refusal(self) -> str | None:
-        """Return why nothing should be deleted, because what was seen can hardly be true."""
+        """Return why nothing should be deleted, where what was found can hardly be true."""
         report = self.report
         if not report.orphaned:
             return None
-        if not report.referenced and not self._accept_empty:
+        if not report.referenced and not self._allow_no_references:
             return (
                 f"no reference leads to any of the {report.scanned} objects of {report.storage_key!r}: the database is empty or"
-                " the wrong one. If it is the right one, collect with accept_empty=True"
+                " the wrong one. If it is the right one, pass allow_no_references=True"
             )
         if report.share > self._max_deleted_share:
             return (
                 f"{report.orphaned} of the {report.scanned} objects of {report.storage_key!r} ({report.share:.0%}) are orphans,"
-                f" more than the {self._max_deleted_share:.0%} that may be deleted in one run. Look at a dry run, and if that is"
-                " how it should be, raise max_deleted_share"
+                f" more than the {self._max_deleted_share:.0%} that one run may delete. Check the orphans of a dry run; if they"
+                " may go, raise max_deleted_share"
             )
         return None
 
-    async def _look_for_dangling(self) -> None:
-        """Report what is missing, unless all is because the disk was taken away meanwhile."""
+    async def _find_dangling_references(self) -> None:
+        """Report missing objects, unless they are missing because the disk was unmounted meanwhile."""
         dangling = await find_dangling(self._manager, self._source, self.report.backend, self._missing)
         if dangling:
             await self._require_mounted()
@@ -445,5 +317,125 @@ class Collection(Run[CollectedObject, GarbageCollectionReport]):
         await Removal(self._manager, self.report).remove_unfinished(self._grace_period)
 
     async def _now(self) -> datetime:
-        """Return the time by the clock that the objects are dated by."""
+        """Return the time by the clock that dates the objects."""
         return await self._backend.now() if isinstance(self._backend, SupportsClock) else datetime.now(UTC)
+
+
+# Deleting orphans.
+
+
+class Removal:
+    """Deletes objects of one backend, and records the result of each in a report.
+
+    Args:
+        manager: The manager.
+        report: The report, which names the backend.
+    """
+
+    def __init__(self, manager: StorageManager, report: GarbageCollectionReport) -> None:
+        self._backend = manager.backend(report.backend)
+        self._report = report
+
+    async def remove(self, orphans: Sequence[tuple[str, int]]) -> list[CollectedObject]:
+        """Delete orphans, each a location and a size; one that cannot be deleted stops no other.
+
+        Raises:
+            BackendUnavailableError: None could be deleted, because the backend is unavailable.
+        """
+        failures = await self._delete([location for location, _ in orphans])
+        collected = [self._to_collected(location, size, failures.get(location)) for location, size in orphans]
+        for item in collected:
+            self._note(item)
+        if len(failures) == len(orphans):
+            first = next(iter(failures.values()))
+            if isinstance(first, BackendUnavailableError):
+                raise first
+        return collected
+
+    async def remove_unfinished(self, older_than: timedelta) -> None:
+        """Remove what unfinished writes left on the whole backend more than `older_than` ago."""
+        if not isinstance(self._backend, SupportsCleanup):
+            return
+        try:
+            self._report.unfinished = await self._backend.cleanup_incomplete(older_than=older_than)
+        except BackendError as error:
+            self._report.unfinished_error = f"{type(error).__name__}: {error}"
+            logger.warning(
+                "the remains of unfinished writes on the backend %r could not be removed: %s", self._report.backend, error
+            )
+
+    async def _delete(self, locations: Sequence[str]) -> Mapping[str, StorageError]:
+        if not isinstance(self._backend, SupportsBatchDelete):
+            return await self._delete_each(locations)
+        try:
+            return await self._backend.delete_many(locations)
+        except StorageError as error:
+            return dict.fromkeys(locations, error)
+
+    async def _delete_each(self, locations: Sequence[str]) -> dict[str, StorageError]:
+        failures: dict[str, StorageError] = {}
+
+        async def delete(location: str) -> None:
+            try:
+                await self._backend.delete(location)
+            except StorageError as error:
+                failures[location] = error
+
+        await run_bounded(locations, delete, _CONCURRENCY)
+        return failures
+
+    def _to_collected(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
+        status = OrphanStatus.DELETED if error is None else OrphanStatus.FAILED
+        said = "" if error is None else f"{type(error).__name__}: {error}"
+        return CollectedObject(status, self._report.backend, location, size, said)
+
+    def _note(self, item: CollectedObject) -> None:
+        report = self._report
+        if item.status is OrphanStatus.DELETED:
+            report.deleted += 1
+            report.deleted_bytes += item.size
+            return
+        report.failed += 1
+        if len(report.failures) < MOST_KEPT:
+            report.failures.append(item)
+        logger.warning("could not delete the orphan %r of the backend %r: %s", item.location, item.backend, item.error)
+
+
+# References whose objects are missing.
+
+
+async def find_dangling(
+    manager: StorageManager, source: ReferenceSource, backend: str, locations: Sequence[str]
+) -> list[DanglingReference]:
+    """Return the referenced locations without an object, at most a thousand.
+
+    That they were not listed proves nothing: the object and its row may have been stored since, or the row has released its
+    object. So each object is looked for now, and the references to the missing ones are checked again.
+    """
+    found: list[DanglingReference] = []
+    for batch in batches(locations, min(_BATCH, source.batch_size)):
+        missing = await _missing(manager, backend, batch)
+        odd = {location for location in missing if not is_text(location)}  # no database can be asked for it
+        asked = [location for location in missing if location not in odd]
+        held = odd | (await source.find_references(backend, asked) if asked else set())
+        found += [DanglingReference(backend, location, said) for location, said in missing.items() if location in held]
+        if len(found) >= MOST_KEPT:
+            break
+    return found[:MOST_KEPT]
+
+
+async def _missing(manager: StorageManager, backend_key: str, locations: Sequence[str]) -> dict[str, str]:
+    """Return what is wrong at the locations without an object; one that cannot be read is not reported."""
+    backend, missing = manager.backend(backend_key), dict[str, str]()
+
+    async def look(location: str) -> None:
+        try:
+            if not await backend.exists(location):
+                missing[location] = "no object is there"
+        except InvalidLocationError as error:
+            missing[location] = str(error)
+        except BackendError:
+            return
+
+    await run_bounded(locations, look, _CONCURRENCY)
+    return missing

@@ -1,4 +1,4 @@
-"""The garbage collector, as applications use it."""
+"""The garbage collector as applications use it: one collection at a time, or again and again in one process of many."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ from sqlalchemy import Engine, NullPool, TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from granite_storage._tasks import shielded_cleanup
+from granite_storage._tasks import background, repeat, shielded_cleanup
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.gc.collection import Collection
+from granite_storage.gc.collection import CollectionRun
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.gc.references import GivenReferences, IterReferences, ReferenceSource, require_callable
 from granite_storage.gc.report import GarbageCollectionReport
-from granite_storage.gc.scope import Territory
+from granite_storage.gc.scope import CollectionScope
 from granite_storage.manager import StorageManager
 
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["Leadership", "StorageGarbageCollector", "at_work"]
+__all__ = ["Leadership", "StorageGarbageCollector"]
 
 
-# One collector among many processes: who has the database's advisory lock.
-#
-# It saves work and makes nothing safe: two collectors at once are harmless, so a lock that is lost with its connection, or
-# that a connection pooler gives to two, does no harm.
+logger: logging.Logger = logging.getLogger("granite_storage")
 
-
+_GRACE_PERIOD = timedelta(hours=24)
+_JITTER = 0.1
+_LONGEST_FIRST_PAUSE = 60.0
 _LOCKS: dict[str, TextClause] = {
     "postgresql": text("SELECT pg_try_advisory_lock(hashtext('granite_storage'), hashtext('gc'))"),
     "mysql": text("SELECT GET_LOCK(CONCAT('granite_storage.gc.', MD5(DATABASE())), 0)"),
@@ -44,165 +43,35 @@ _LOCKS: dict[str, TextClause] = {
 _PING = text("SELECT 1")
 
 
-class Leadership:
-    """The lock of one process, once it has it, on a connection of its own.
-
-    Args:
-        binding: Whose database; None where there is none, and every process leads.
-    """
-
-    def __init__(self, binding: StorageBinding | None) -> None:
-        self._binding = binding
-        self._connection: AsyncConnection | None = None
-
-    async def has_it(self) -> bool:
-        """Tell whether this process is the leader, and let it be if nobody else is."""
-        engine = None if self._binding is None else _engine_of(self._binding)
-        lock = None if engine is None else _LOCKS.get(engine.dialect.name)
-        if engine is None or lock is None:
-            return True
-        if self._connection is not None and await _answers(self._connection):
-            return True
-        await self.give_up()
-        return await self._try(engine, lock)
-
-    async def give_up(self) -> None:
-        """Let another process lead; idempotent."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await shielded_cleanup(connection.close(), "closing the connection of the garbage collector's lock")
-
-    async def _try(self, engine: AsyncEngine, lock: TextClause) -> bool:
-        connection = await engine.connect()
-        try:
-            has_it = bool((await connection.execute(lock)).scalar_one())
-            await connection.commit()
-            if has_it:
-                self._connection = connection
-        finally:
-            if self._connection is not connection:
-                await shielded_cleanup(connection.close(), "closing a connection that has no lock")
-        return has_it
-
-
-def _engine_of(binding: StorageBinding) -> AsyncEngine | None:
-    table = next(iter(binding.metadata.tables.values()), None)
-    if binding.sessions is None or table is None:
-        return None
-    return AsyncEngine(_without_pool(binding.sessions().get_bind(clause=table).engine))
-
-
-def _without_pool(engine: Engine) -> Engine:
-    """Return an engine that connects as another does, and keeps no connection: the lock's must not be one of a small pool's."""
-    pool = engine.pool
-    alone = NullPool(pool._creator, _dispatch=pool.dispatch, dialect=pool._dialect)
-    return Engine(alone, engine.dialect, engine.url, hide_parameters=True)
-
-
-async def _answers(connection: AsyncConnection) -> bool:
-    try:
-        await connection.execute(_PING)
-        await connection.commit()
-    except SQLAlchemyError:
-        return False
-    return True
-
-
-# The task that collects for as long as an application runs.
-
-
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-_JITTER = 0.1
-_FIRST = 60.0
-
-
-@asynccontextmanager
-async def at_work(
-    storage_keys: Sequence[str],
-    collect: Callable[[str], Awaitable[GarbageCollectionReport]],
-    interval: timedelta,
-    leadership: Leadership,
-) -> AsyncIterator[None]:
-    """Collect every policy again and again in a task; what is under way is cancelled when the block ends."""
-    task = asyncio.create_task(_collect_forever(storage_keys, collect, interval.total_seconds(), leadership))
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def _collect_forever(
-    storage_keys: Sequence[str],
-    collect: Callable[[str], Awaitable[GarbageCollectionReport]],
-    seconds: float,
-    leadership: Leadership,
-) -> None:
-    # Processes that began together would all begin to collect together.
-    await asyncio.sleep(random.uniform(0, min(seconds, _FIRST)))  # noqa: S311  # not a secret
-    try:
-        while True:
-            try:
-                if await leadership.has_it():
-                    await _collect_all(storage_keys, collect)
-            except Exception:
-                logger.exception("whether this process is to collect garbage could not be found out; it is tried again")
-            await asyncio.sleep(seconds * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311  # not a secret
-    finally:
-        await leadership.give_up()
-
-
-async def _collect_all(storage_keys: Sequence[str], collect: Callable[[str], Awaitable[GarbageCollectionReport]]) -> None:
-    for storage_key in storage_keys:
-        try:
-            report = await collect(storage_key)
-        except Exception:
-            logger.exception("collecting the garbage of %r failed and is tried again", storage_key)
-            continue
-        logger.info(
-            "garbage of %r: %d objects scanned, %d orphans, %d deleted, %d failed, %d dangling references",
-            storage_key,
-            report.scanned,
-            report.orphaned,
-            report.deleted,
-            report.failed,
-            len(report.dangling),
-        )
-
-
-_GRACE_PERIOD = timedelta(hours=24)
-
-
 class StorageGarbageCollector:
-    """Finds the objects of a policy that nothing refers to, and deletes them when it is told to.
+    """Finds the objects of a policy that nothing refers to, and deletes them on request.
 
-    It is the one part of the library that deletes what it may not have put, so it keeps whatever is in doubt:
+    It is the one part of the library that may delete what it has not stored, so it keeps whatever is in doubt:
 
     - an object counts as referenced if any reference has its location, or another location with its generated id, whatever
       backend and storage key it names, and if the `extra` of a ref names it;
     - references are those of every bound base in the database, of tables of the same name in other schemas, and of columns that
       only the database knows of;
-    - an object stays, too, if its generated id is anywhere in a column of JSON, text or bytes that the role can read; the report
-      says in which;
+    - an object also stays if its generated id is anywhere in a column of JSON, text or bytes that the role can read; the report
+      names the column;
     - only what lies below the policy's prefix, by whole segments, and not below another policy's, can be an orphan, and only if
       its name is of the form that the library gives;
-    - only what is older than the grace period, by the backend's clock;
-    - each batch is looked at once more right before it is deleted, in one statement over every column and the journal;
+    - only an object older than the grace period, by the backend's clock, can be an orphan;
+    - each batch is checked once more right before it is deleted, in one statement over every column and the journal;
     - a run that would delete more than `max_deleted_share` of what it has scanned deletes nothing, and so does one that finds no
       reference to anything there, a value that is not a reference, one to an unknown backend or to another store than its
       backend leads to, another backend of the manager on the same place, or a local folder without its marker.
 
-    Memory stays the same however many objects there are; lists are kept on disk, where `tempfile` keeps its files.
+    Memory does not grow with the number of objects; lists are kept on disk, where `tempfile` keeps its files.
 
     Args:
         manager: The manager, whose backends have the objects.
-        iter_references: A callable that returns an iterable or an async iterable of all references there are, anew each time;
-            None among them is passed over. For applications without attachment columns.
-        binding: What `bind_storage(..., sessions=...)` returned; every column of refs is found by itself. One of `binding` and
-            `iter_references` is given.
-        grace_period: How old an object must be. It must be longer than any upload with its transaction where there is no journal.
-        max_deleted_share: Which part of the scanned objects one run may delete at the most, from 0 to 1.
+        iter_references: A callable that returns an iterable or an async iterable of all references, read again on each call;
+            None among them is skipped. For applications without attachment columns.
+        binding: What `bind_storage(..., session_factory=...)` returned; every column of refs is found by itself. Pass
+            either `binding` or `iter_references`.
+        grace_period: The age that an object must have. Without a journal it must be longer than any upload with its transaction.
+        max_deleted_share: The largest part of the scanned objects that one run may delete, from 0 to 1.
 
     Raises:
         ConfigurationError: The arguments cannot work.
@@ -224,9 +93,9 @@ class StorageGarbageCollector:
         max_deleted_share: float = 0.25,
     ) -> None:
         if not isinstance(manager, StorageManager):
-            raise ConfigurationError(f"the garbage collector needs a StorageManager, not {type(manager).__name__}")
+            raise ConfigurationError(f"manager must be a StorageManager, not {type(manager).__name__}")
         if binding is not None and binding.manager is not manager:
-            raise ConfigurationError("the binding is of another manager than the garbage collector's")
+            raise ConfigurationError("the binding has another manager than the garbage collector: pass binding.manager")
         _require_limits(grace_period, max_deleted_share)
         self._manager = manager
         self._binding = binding
@@ -235,65 +104,68 @@ class StorageGarbageCollector:
         self._max_deleted_share = float(max_deleted_share)
 
     async def collect(
-        self, *, storage_key: str, dry_run: bool = True, accept_restore: bool = False, accept_empty: bool = False
+        self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
     ) -> GarbageCollectionReport:
         """Collect once.
 
-        Any number of processes may do so at the same time, while the application goes on. What was deleted stays deleted, and
-        nothing else is changed, wherever it is cancelled, killed or fails; the next run goes on.
+        Any number of processes may do so at the same time, while the application keeps running. Where a run is cancelled, killed
+        or fails, what was deleted stays deleted, and nothing else is changed; the next run continues.
 
         Args:
-            storage_key: The policy whose objects are looked at.
-            dry_run: Whether orphans are only counted; `report.refusal` then says whether another run would go ahead.
-            accept_restore: Whether a gap in the heartbeat of the journal's workers is no reason to stop: a person knows that the
+            storage_key: The policy whose objects are collected.
+            dry_run: Whether orphans are only counted; `report.refusal` then says why a run that deletes would be refused.
+            allow_restored_database: Go on despite a gap in the heartbeat of the journal's workers, once you know that the
                 database is the right one.
-            accept_empty: Whether it is no reason to stop that nothing refers to any of the objects.
+            allow_no_references: Go on where nothing refers to any of the objects.
 
         Returns:
             What was found and done.
 
         Raises:
             UnknownPolicyError: There is no such policy.
-            CollectionRefusedError: Nothing was deleted, because something can hardly be true or cannot be relied on.
-            BackendError: The backend could not be listed, or is out of reach; what was deleted until then is gone.
+            CollectionRefusedError: Nothing was deleted, because what was found can hardly be true or cannot be relied on.
+            BackendError: The backend could not be listed, or is unavailable; what was deleted until then is gone.
         """
         return await self.collection(
-            storage_key=storage_key, dry_run=dry_run, accept_restore=accept_restore, accept_empty=accept_empty
+            storage_key=storage_key,
+            dry_run=dry_run,
+            allow_restored_database=allow_restored_database,
+            allow_no_references=allow_no_references,
         )
 
     def collection(
-        self, *, storage_key: str, dry_run: bool = True, accept_restore: bool = False, accept_empty: bool = False
-    ) -> Collection:
-        """Return a run that does what `collect` does, for who wants to see each orphan, follow its report, or stop it.
+        self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
+    ) -> CollectionRun:
+        """Return a job that does what `collect` does, to iterate over its orphans, follow its report, or stop it.
 
         Arguments and errors are those of `collect`.
         """
-        territory = Territory.of(self._manager, storage_key)
-        return Collection(
+        scope = CollectionScope.of(self._manager, storage_key)
+        return CollectionRun(
             self._manager,
-            territory,
-            self._source(territory.backend),
+            scope,
+            self._source(scope.backend),
             grace_period=self._grace_period,
             max_deleted_share=self._max_deleted_share,
             dry_run=dry_run,
-            accept_restore=accept_restore,
-            accept_empty=accept_empty,
+            allow_restored_database=allow_restored_database,
+            allow_no_references=allow_no_references,
         )
 
     @asynccontextmanager
     async def run_every(
         self, interval: timedelta, *, storage_keys: Sequence[str] | None = None, dry_run: bool = False
     ) -> AsyncIterator[None]:
-        """Collect again and again while the block runs, as the task of an application's lifespan.
+        """Collect at an interval while the block runs, as a task of the application's lifespan.
 
-        Of many processes on one PostgreSQL or MariaDB one is the leader, by an advisory lock on a connection of its own, and the
-        others take over when it is gone; elsewhere each collects, which is harmless. Failures are logged and survived. The task
-        ends with the block, promptly.
+        Of many processes on one PostgreSQL or MariaDB, one is the leader, by an advisory lock on a connection of its own, and
+        another takes over when it ends; elsewhere each process collects, which is harmless. Errors are logged, and the next run
+        follows. The task ends promptly with the block.
 
         Args:
-            interval: The time from one collection to the next, give or take a tenth; the first one begins within a minute.
-            storage_keys: Whose objects; None for every policy.
-            dry_run: Whether orphans are only counted, and logged.
+            interval: The time from one collection to the next, within a tenth; the first one starts within a minute.
+            storage_keys: The policies whose objects are collected; None for every policy.
+            dry_run: Whether orphans are only counted and logged.
 
         Raises:
             UnknownPolicyError: There is no such policy.
@@ -306,7 +178,7 @@ class StorageGarbageCollector:
             ```
         """
         if not isinstance(interval, timedelta) or interval <= timedelta(0):
-            raise ConfigurationError(f"an interval must be a timedelta above 0, not {interval!r}")
+            raise ConfigurationError(f"interval must be a timedelta above 0, not {interval!r}")
         keys = [
             self._manager.policy(key).storage_key for key in (self._manager.policies if storage_keys is None else storage_keys)
         ]
@@ -314,7 +186,7 @@ class StorageGarbageCollector:
         async def collect(storage_key: str) -> GarbageCollectionReport:
             return await self.collect(storage_key=storage_key, dry_run=dry_run)
 
-        async with at_work(keys, collect, interval, Leadership(self._binding)):
+        async with background(_collect_forever(keys, collect, interval.total_seconds(), Leadership(self._binding))):
             yield
 
     def __repr__(self) -> str:
@@ -324,21 +196,131 @@ class StorageGarbageCollector:
 def _source(
     manager: StorageManager, iter_references: IterReferences | None, binding: StorageBinding | None
 ) -> Callable[[str], ReferenceSource]:
-    """Return what makes the source of the references to a backend, anew for each collection."""
+    """Return a factory of reference sources: each collection has its own."""
     if binding is None and iter_references is not None:
         require_callable(iter_references)
         return lambda _: GivenReferences(manager, iter_references)
     if binding is None or iter_references is not None:
-        raise ConfigurationError("the garbage collector needs to know the references: give either iter_references or binding")
-    if binding.sessions is None:
+        given = "neither" if binding is None else "both"
+        raise ConfigurationError(f"the garbage collector needs either binding or iter_references, and {given} is given")
+    if binding.session_factory is None:
         raise ConfigurationError(
-            "the garbage collector needs sessions: bind_storage(Base, manager, sessions=async_sessionmaker(...))"
+            "the binding has no sessions to read its references with: pass sessions=async_sessionmaker(...) to bind_storage()"
         )
-    return partial(DatabaseReferences, binding, binding.sessions)
+    return partial(DatabaseReferences, binding, binding.session_factory)
 
 
 def _require_limits(grace_period: object, max_deleted_share: object) -> None:
     if not isinstance(grace_period, timedelta) or grace_period < timedelta(0):
-        raise ConfigurationError(f"a grace period must be a timedelta that is not negative, not {grace_period!r}")
+        raise ConfigurationError(f"grace_period must be a timedelta of at least 0, not {grace_period!r}")
     if isinstance(max_deleted_share, bool) or not isinstance(max_deleted_share, int | float) or not 0 <= max_deleted_share <= 1:
         raise ConfigurationError(f"max_deleted_share must be a number from 0 to 1, not {max_deleted_share!r}")
+
+
+# Collecting again and again, for as long as an application runs.
+
+
+async def _collect_forever(
+    storage_keys: Sequence[str],
+    collect: Callable[[str], Awaitable[GarbageCollectionReport]],
+    seconds: float,
+    leadership: Leadership,
+) -> None:
+    async def collect_as_leader() -> None:
+        if await leadership.acquire():
+            await _collect_all(storage_keys, collect)
+
+    # Processes that began together would all begin to collect together.
+    await asyncio.sleep(random.uniform(0, min(seconds, _LONGEST_FIRST_PAUSE)))  # noqa: S311  # not a secret
+    try:
+        await repeat(collect_as_leader, seconds, "finding out whether this process is to collect garbage", jitter=_JITTER)
+    finally:
+        await leadership.release()
+
+
+async def _collect_all(storage_keys: Sequence[str], collect: Callable[[str], Awaitable[GarbageCollectionReport]]) -> None:
+    for storage_key in storage_keys:
+        try:
+            report = await collect(storage_key)
+        except Exception:
+            logger.exception("collecting the garbage of %r failed and is tried again", storage_key)
+            continue
+        logger.info(
+            "garbage of %r: %d objects scanned, %d orphans, %d deleted, %d failed, %d dangling references",
+            storage_key,
+            report.scanned,
+            report.orphaned,
+            report.deleted,
+            report.failed,
+            len(report.dangling),
+        )
+
+
+# One collector among many processes: who has the database's advisory lock.
+#
+# It saves work and makes nothing safe: two collectors at once are harmless, so a lock that is lost with its connection, or
+# that a connection pooler gives to two, does no harm.
+
+
+class Leadership:
+    """The lock of one process, once it has it, on a connection of its own.
+
+    Args:
+        binding: The binding whose database has the lock; None where every process is a leader.
+    """
+
+    def __init__(self, binding: StorageBinding | None) -> None:
+        self._binding = binding
+        self._connection: AsyncConnection | None = None
+
+    async def acquire(self) -> bool:
+        """Tell whether this process is the leader; become it where no other process is."""
+        engine = None if self._binding is None else _engine_of(self._binding)
+        lock = None if engine is None else _LOCKS.get(engine.dialect.name)
+        if engine is None or lock is None:
+            return True
+        if self._connection is not None and await _is_alive(self._connection):
+            return True
+        await self.release()
+        return await self._try(engine, lock)
+
+    async def release(self) -> None:
+        """Let another process become the leader; idempotent."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await shielded_cleanup(connection.close(), "closing the connection of the garbage collector's lock")
+
+    async def _try(self, engine: AsyncEngine, lock: TextClause) -> bool:
+        connection = await engine.connect()
+        try:
+            acquire = bool((await connection.execute(lock)).scalar_one())
+            await connection.commit()
+            if acquire:
+                self._connection = connection
+        finally:
+            if self._connection is not connection:
+                await shielded_cleanup(connection.close(), "closing a connection that has no lock")
+        return acquire
+
+
+def _engine_of(binding: StorageBinding) -> AsyncEngine | None:
+    table = next(iter(binding.metadata.tables.values()), None)
+    if binding.session_factory is None or table is None:
+        return None
+    return AsyncEngine(_with_null_pool(binding.session_factory().get_bind(clause=table).engine))
+
+
+def _with_null_pool(engine: Engine) -> Engine:
+    """Return an engine that connects like another one, without a pool: the lock must not take a connection of a small one."""
+    pool = engine.pool
+    alone = NullPool(pool._creator, _dispatch=pool.dispatch, dialect=pool._dialect)
+    return Engine(alone, engine.dialect, engine.url, hide_parameters=True)
+
+
+async def _is_alive(connection: AsyncConnection) -> bool:
+    try:
+        await connection.execute(_PING)
+        await connection.commit()
+    except SQLAlchemyError:
+        return False
+    return True

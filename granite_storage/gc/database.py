@@ -1,4 +1,4 @@
-"""References in the application's own database: every column of every base in it, and those that only the database knows of."""
+"""References in the application's database: every column of every base in it, and columns of which no model knows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from granite_storage._engine import describe_mismatch, identities_of, may_overla
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks
 from granite_storage.gc.mentions import Mention, find_mentions
-from granite_storage.gc.merge import PAGE, Reference, SortedSpool, in_byte_order, merged, temporary_file
+from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm._util import batches
@@ -58,11 +58,11 @@ from granite_storage.orm.discovery import (
 from granite_storage.orm.journal.tables import journal_tables, tables_of
 from granite_storage.orm.references import (
     as_text,
-    find_held,
-    held_among,
+    find_references,
     location_of,
     most_at_once,
     named_in,
+    references_among,
     selected_extra,
     selected_text,
     value_in,
@@ -82,22 +82,24 @@ __all__ = [
     "BoundBase",
     "DatabaseReferences",
     "RefColumn",
-    "all_locations",
     "bound_bases",
-    "counted_by_store",
     "find_columns",
-    "first_illegible",
-    "first_of",
     "require_one_database",
+    "select_counts",
+    "select_first",
+    "select_first_illegible",
+    "select_locations",
 ]
 
+logger: logging.Logger = logging.getLogger("granite_storage")
 
-# Every reference of an application in SQL: in the byte order of its location, and what cannot be read as one.
-
-
+_KINDS = (AttachmentType, StoredObjectRefType)
+_COLUMNS_IN_A_STATEMENT = 100
 ELSEWHERE, HERE, UNKNOWN_BACKEND, UNKNOWN_IDENTITY = range(4)
-"""What a reference is: to an object of another backend; to one in question; of a backend that no manager has; to one in another
-store than the one that its backend leads to."""
+"""What a reference leads to: an object of another backend; one of the collected backend; a backend that no manager has; another
+store than its backend leads to now."""
+
+# The statements: every reference in the byte order of its location, and the first value that is none.
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +120,14 @@ class RefColumn:
 
     @property
     def label(self) -> str:
-        """What a person calls it."""
+        """Its name in messages."""
         return f"{self.column.table.fullname}.{self.column.name}"
 
 
-def all_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
+def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select location and kind of all references in the byte order of the locations, and NULL for what is no reference.
 
-    It is one statement, so what moves from one column to another meanwhile is seen in one of them.
+    It is one statement, so a reference that moves from one column to another meanwhile is seen in one of them.
 
     Args:
         columns: Every column that may refer to objects.
@@ -134,10 +136,10 @@ def all_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequen
     """
     found = union_all(*(_locations(column, dialect, identities) for column in columns)).subquery("found")
     location = selected_text(found.c.location, dialect)
-    return select(location, found.c.kind).order_by(_in_byte_order(found.c.location, dialect))
+    return select(location, found.c.kind).order_by(_collate_bytes(found.c.location, dialect))
 
 
-def first_of(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
+def select_first(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select the primary key, the backend and the identity of a row whose reference is of a kind."""
     ref = column.column
     wanted = and_(
@@ -149,17 +151,17 @@ def first_of(column: RefColumn, dialect: str, kind: int, identities: Sequence[st
     return found.where(wanted).limit(1)
 
 
-def counted_by_store(column: RefColumn, dialect: str) -> Select[*tuple[Any, ...]]:
+def select_counts(column: RefColumn, dialect: str) -> Select[*tuple[Any, ...]]:
     """Select backend, identity and number of the references of a column."""
     ref = column.column
     backend, identity = location_of(ref, dialect)[0], value_in(ref, "identity", dialect)
-    if dialect == "sqlite":  # there a look into what is no JSON fails
+    if dialect == "sqlite":  # reading a value that is no JSON fails there
         backend, identity = (case((is_legible(ref, dialect), value)) for value in (backend, identity))
     counted = select(selected_text(backend, dialect), selected_text(identity, dialect), func.count())
     return counted.where(is_legible(ref, dialect)).group_by(backend, identity)
 
 
-def first_illegible(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
+def select_first_illegible(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select the primary key of a row whose value is no reference."""
     wrong = and_(has_value(column, dialect), not_(is_legible(column, dialect)))
     return select(*column.table.primary_key, literal_column("1")).where(wrong).limit(1)
@@ -193,18 +195,13 @@ def _kind(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> 
     return case(*kinds, else_=literal_column(str(ELSEWHERE)))
 
 
-def _in_byte_order(location: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
+def _collate_bytes(location: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
     if dialect == "postgresql":
         return collate(location, "C")
     return location if dialect == "sqlite" else cast(location, LargeBinary())
 
 
-# Which columns may refer to an object: those of every base in the same database, and those that only the database knows of.
-
-
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-_KINDS = (AttachmentType, StoredObjectRefType)
+# Which columns may refer to an object.
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +237,11 @@ async def bound_bases(binding: StorageBinding, backend: str) -> list[BoundBase]:
     for other in active_bindings():
         if other.metadata is binding.metadata:
             continue
-        if other.sessions is not None and _home(other.sessions) is not None and _home(other.sessions) == _home(binding.sessions):
+        if (
+            other.session_factory is not None
+            and _database_url(other.session_factory) is not None
+            and _database_url(other.session_factory) == _database_url(binding.session_factory)
+        ):
             here = frozenset(key for key, theirs in other.manager.backends.items() if theirs is ours)
             bases.append(BoundBase(other, here))
             continue
@@ -252,7 +253,7 @@ async def bound_bases(binding: StorageBinding, backend: str) -> list[BoundBase]:
 
 
 def require_one_database(sessions: async_sessionmaker[AsyncSession], tables: Iterable[Table]) -> None:
-    """Refuse tables in several databases: they cannot be looked at in one statement, and so not at one moment.
+    """Refuse tables in several databases, which no statement can read at one moment.
 
     Raises:
         CollectionRefusedError: They are.
@@ -262,8 +263,8 @@ def require_one_database(sessions: async_sessionmaker[AsyncSession], tables: Ite
     if len({home.engine.url for home in homes.values()}) > 1:
         names = ", ".join(sorted(table.fullname for table in homes))
         raise CollectionRefusedError(
-            f"the tables {names} are in several databases, which cannot be looked at in one moment: collect with"
-            " iter_references, which reads them all"
+            f"the tables {names} are in several databases, which cannot be read in one snapshot: pass iter_references, which"
+            " reads them all"
         )
 
 
@@ -311,7 +312,7 @@ def find_columns(connection: Connection, bases: Sequence[BoundBase], identities:
         and (item.schema, item.table, item.name) not in columns.keys() | namesakes.keys()
     ]
     for ref_column in _with_refs(connection, unknown, identities, is_sample=True):
-        logger.warning("%s holds references, and no model of a bound base has it: their objects are kept", ref_column.label)
+        logger.warning("%s contains references and belongs to no model of a bound base; their objects are kept", ref_column.label)
         _add(columns, ref_column)
     return list(columns.values())
 
@@ -333,7 +334,7 @@ def _find_column(
     if hidden:
         raise CollectionRefusedError(
             f"this role may not read {', '.join(hidden)}, which may refer to objects as {column.table.fullname} does: grant it"
-            " SELECT there, or give the binding sessions of a role that may"
+            " SELECT, or give the binding sessions of a role that has it"
         )
     if real is None and not namesakes:
         raise CollectionRefusedError(
@@ -361,7 +362,7 @@ def _has_column(connection: Connection, schema: str, table: str, name: str, foun
 
 
 def _add(columns: dict[tuple[str, str, str], RefColumn], new: RefColumn) -> None:
-    """Add a column; what two bases say of the same one is put together."""
+    """Add a column; what two bases say about the same one is merged."""
     table = new.column.table
     key = (str(table.schema), table.name, new.column.name)
     before = columns.get(key)
@@ -391,7 +392,7 @@ def _readable(metadata: MetaData) -> list[Column[Any]]:
         if not isinstance(column.type, _KINDS):
             raise CollectionRefusedError(
                 f"the column {column.table.fullname}.{column.name} holds refs inside of {column.type!r}, where the garbage"
-                " collector cannot look for them: use StoredObjectRefType itself, or collect with iter_references"
+                " collector cannot read them: use StoredObjectRefType itself, or pass iter_references"
             )
     return columns
 
@@ -420,29 +421,29 @@ def _refusal(other: Binding, key: str, backend: str, *, is_certain: bool) -> str
     has = "has" if is_certain else "may have"
     places = "" if is_certain else ", because one of the two backends does not tell its places (SupportsPlaces)"
     what = f"{other!r} {has} the objects of the backend {backend!r} under the key {key!r}{places}"
-    if other.sessions is None:
-        return f"{what}, and it has no sessions to read its references with: bind_storage(Base, manager, sessions=...)"
-    return f"{what}, in another database, which cannot be looked at in one moment: collect with iter_references, which reads both"
+    if other.session_factory is None:
+        return f"{what}, and it has no sessions to read its references with: pass sessions= to bind_storage()"
+    return f"{what}, in another database, which cannot be read in the same snapshot: pass iter_references, which reads both"
 
 
-def _home(sessions: async_sessionmaker[AsyncSession] | None) -> object:
+def _database_url(sessions: async_sessionmaker[AsyncSession] | None) -> object:
     bind = None if sessions is None else sessions.kw.get("bind")
     return None if bind is None else bind.engine.url
 
 
-_COLUMNS_IN_A_STATEMENT = 100
+# The source of references for a collection.
 
 
 class DatabaseReferences:
-    """What the rows of a database refer to, and what the journals in it know of.
+    """What the rows of a database refer to, and the objects that its journals know of.
 
-    The statements are Core ones, on connections of the application's own sessions: no loader criteria and no filter for
-    soft-deleted rows hides anything, and no translation of schemas leads them astray. Each is a transaction of its own.
+    The statements are Core ones, on connections of the application's sessions: no loader criteria or filter for soft-deleted
+    rows hides anything, and no translation of schemas redirects them. Each is a transaction of its own.
 
     Args:
-        binding: What `bind_storage(..., sessions=...)` returned.
+        binding: What `bind_storage(..., session_factory=...)` returned.
         sessions: Its sessions.
-        backend: The key of the backend whose objects are in question.
+        backend: The key of the backend whose objects are collected.
     """
 
     def __init__(self, binding: StorageBinding, sessions: async_sessionmaker[AsyncSession], backend: str) -> None:
@@ -456,24 +457,26 @@ class DatabaseReferences:
         self._journals: list[JournalTables] = []
 
     @property
-    def at_a_time(self) -> int:
-        """How many locations `find_held` takes."""
+    def batch_size(self) -> int:
+        """The most locations that `find_references` takes."""
         return most_at_once(self._columns[:_COLUMNS_IN_A_STATEMENT], self._journals)
 
-    async def require_fit(self, *, accept_restore: bool) -> None:
-        """Refuse a database that could hide references or forget what it has committed, and one that may have been restored."""
+    async def require_fit(self, *, allow_restored_database: bool) -> None:
+        """Refuse a database that may hide references, forget what it has committed, or have been restored from a backup."""
         bases = await bound_bases(self._binding, self._backend)
         declared = [column for base in bases for column in base.columns]
         if not declared:
-            raise CollectionRefusedError("no model has a column of refs: were all of them imported before bind_storage?")
+            raise CollectionRefusedError(
+                "no model has a column of refs: make sure that every model is imported before bind_storage() is called"
+            )
         self._clause = declared[0].table
         journals = [tables for tables in (tables_of(base.binding.metadata) for base in bases) if tables is not None]
         of_journals = [table for tables in journals for table in (tables.intent, tables.reclaim)]
         require_one_database(self._sessions, [*(column.table for column in declared), *of_journals])
         self._identities = await identities_of(self._binding.manager.backend(self._backend))
-        await self._look_at_the_database(bases)
-        if accept_restore and self._binding.journal is not None:
-            await self._binding.journal.accept_restore()
+        await self._inspect_database(bases)
+        if allow_restored_database and self._binding.journal is not None:
+            await self._binding.journal.allow_restored_database()
         for base in bases:
             if base.binding.journal is not None:
                 async with self._connection(translated=True) as connection:
@@ -481,43 +484,43 @@ class DatabaseReferences:
 
     @asynccontextmanager
     async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
-        """Give the locations of all references: streamed in order, and those of `extra` sorted on disk."""
+        """Yield the locations of all references: streamed in order, and those of `extra` sorted on disk."""
         async with temporary_file() as file, AsyncExitStack() as stack:
             named = SortedSpool(file)
-            async with aclosing(self._named()) as locations:
+            async with aclosing(self._iter_named()) as locations:
                 async for location, is_here in locations:
                     await named.add(location, is_here)
             chunks = list(batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT))
             if len(chunks) > 1:  # more streams at a time would each hold a connection
                 for chunk in chunks:
-                    async with aclosing(self._referred(chunk)) as pages:
+                    async with aclosing(self._iter_referenced(chunk)) as pages:
                         async for page in pages:
                             for location, is_here in page:
                                 await named.add(location, is_here)
                 yield named.pages()
                 return
-            referred = await stack.enter_async_context(aclosing(self._referred(chunks[0])))
-            yield merged(in_byte_order(referred, "the database's references"), named.pages())
+            referred = await stack.enter_async_context(aclosing(self._iter_referenced(chunks[0])))
+            yield merge_pages(require_byte_order(referred, "the database's references"), named.pages())
 
-    async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
-        """Return which of the locations are held, or have the generated id of what is, in a snapshot of this moment."""
+    async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
+        """Return the locations that are referenced, or whose generated id is, in a snapshot of this moment."""
         chunks = list(batches(self._columns, _COLUMNS_IN_A_STATEMENT))
         if len(chunks) == 1:
             async with self._connection() as connection:
-                held = await find_held(connection, self._columns, locations, journals=self._journals, extra=True)
-            return held_among(locations, (location for _, location in held))
+                held = await find_references(connection, self._columns, locations, journals=self._journals, extra=True)
+            return references_among(locations, (location for _, location in held))
         held = set()
         async with self._snapshot() as connection:
             for number, chunk in enumerate(chunks):
                 journals = self._journals if number == 0 else []
-                held |= await find_held(connection, chunk, locations, journals=journals, extra=True)
-        return held_among(locations, (location for _, location in held))
+                held |= await find_references(connection, chunk, locations, journals=journals, extra=True)
+        return references_among(locations, (location for _, location in held))
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
-        """Yield what mentions one of the locations outside of the references of models, in one snapshot of the database.
+        """Yield what mentions one of the locations outside of the models' columns of refs, in one snapshot of the database.
 
-        It reads every table that this role may read once. A table that the journal has, and columns of references of models, are
-        left to `find_held`.
+        It reads every table that this role may read, once. The tables of a journal and the models' columns of refs are left to
+        `find_references`.
         """
         references = [item.column for item in self._ref_columns if item.is_declared]
         journals = [table for tables in self._journals for table in (tables.intent, tables.reclaim)]
@@ -528,32 +531,32 @@ class DatabaseReferences:
                     async for mention in found:
                         yield mention
         except DBAPIError as error:
-            raise _unreadable(error) from error
+            raise _refuse_unreadable(error) from error
 
     async def count_by_store(self) -> Counter[tuple[str, str | None]]:
-        """Return how many references of the binding's base name which backend and which identity of a store, None for none."""
+        """Count the references of the binding's base by the backend and the store's identity that they name, None for none."""
         counted: Counter[tuple[str, str | None]] = Counter()
         for item in self._ref_columns:
             if item.is_declared and self._backend in item.here:
                 async with self._connection() as connection:
-                    for backend, identity, number in await connection.execute(counted_by_store(item, connection.dialect.name)):
+                    for backend, identity, number in await connection.execute(select_counts(item, connection.dialect.name)):
                         counted[as_text(backend), as_text(identity) or None] += number
         return counted
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
         """Accept: every column was read, whatever its policy."""
 
-    async def settle(self) -> None:
-        """Commit durably: what was committed before, and seen, is durable then as well."""
+    async def make_durable(self) -> None:
+        """Commit durably, which makes every commit that was seen before durable as well."""
         async with self._connection() as connection:
-            await checks.barrier(connection)
+            await checks.commit_durably(connection)
 
     @property
     def _columns(self) -> list[Column[Any]]:
         return [item.column for item in self._ref_columns]
 
-    async def _look_at_the_database(self, bases: Sequence[BoundBase]) -> None:
-        """Find out which tables there are, and refuse a database that cannot be relied on."""
+    async def _inspect_database(self, bases: Sequence[BoundBase]) -> None:
+        """Find the columns and journals of the database, and refuse one that cannot be relied on."""
         try:
             async with self._connection(translated=True) as connection:
                 self._dialect = connection.dialect.name
@@ -563,13 +566,13 @@ class DatabaseReferences:
             async with self._connection() as connection:
                 await checks.require_fit(connection, [item.column for item in self._ref_columns if item.is_declared])
         except ProgrammingError as error:
-            raise _unreadable(error) from error
+            raise _refuse_unreadable(error) from error
 
-    async def _referred(self, columns: Sequence[RefColumn]) -> AsyncGenerator[list[Reference], None]:
+    async def _iter_referenced(self, columns: Sequence[RefColumn]) -> AsyncGenerator[list[Reference], None]:
         wrong: int | None = None
         try:
             async with self._connection() as connection:
-                statement = all_locations(columns, connection.dialect.name, self._identities)
+                statement = select_locations(columns, connection.dialect.name, self._identities)
                 result = await connection.stream(statement.execution_options(yield_per=PAGE))
                 try:
                     async for page in result.partitions():
@@ -580,11 +583,11 @@ class DatabaseReferences:
                 finally:
                     await result.close()
         except ProgrammingError as error:
-            raise _unreadable(error) from error
+            raise _refuse_unreadable(error) from error
         if wrong is not None:
             await self._refuse(wrong)
 
-    async def _named(self) -> AsyncGenerator[Reference, None]:
+    async def _iter_named(self) -> AsyncGenerator[Reference, None]:
         """Yield what the `extra` of refs name, whatever backend those refs name."""
         for chunk in batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT):
             async with self._connection() as connection:
@@ -598,37 +601,37 @@ class DatabaseReferences:
                     await result.close()
 
     async def _refuse(self, kind: int) -> None:
-        """Say which row it is that has no reference, or one that cannot be understood."""
+        """Raise an error that names a row whose value is not a reference, or leads to an unknown place."""
         async with self._connection() as connection:
             dialect = connection.dialect.name
             for item in self._ref_columns:
                 if not item.is_declared:
                     continue
                 if kind < UNKNOWN_BACKEND:
-                    found = (await connection.execute(first_illegible(item.column, dialect))).first()
+                    found = (await connection.execute(select_first_illegible(item.column, dialect))).first()
                     if found is not None:
-                        raise CollectionRefusedError(_illegible(f"{item.label} of the row {_key(found[:-1])}"))
+                        raise CollectionRefusedError(_describe_illegible(f"{item.label} of the row {_key(found[:-1])}"))
                     continue
-                found = (await connection.execute(first_of(item, dialect, kind, self._identities))).first()
+                found = (await connection.execute(select_first(item, dialect, kind, self._identities))).first()
                 if found is not None:
                     *key, backend, identity = found
                     where = f"{item.label} of the row {_key(key)}"
-                    raise CollectionRefusedError(self._misunderstood(kind, where, as_text(backend), as_text(identity or "")))
-        raise CollectionRefusedError(_illegible("a row that has changed meanwhile"))
+                    raise CollectionRefusedError(self._describe_unknown(kind, where, as_text(backend), as_text(identity or "")))
+        raise CollectionRefusedError(_describe_illegible("a row that has changed since"))
 
-    def _misunderstood(self, kind: int, where: str, backend: str, identity: str) -> str:
+    def _describe_unknown(self, kind: int, where: str, backend: str, identity: str) -> str:
         if kind == UNKNOWN_IDENTITY:
             current = next(iter(self._identities or ()), None)
             return f"{where} refers to an object of another store: {describe_mismatch(backend, identity, current)}"
         known = ", ".join(sorted(self._binding.manager.backends))
         return (
             f"{where} names the backend {backend!r}, which the manager does not have (there are: {known}), so it is unknown which"
-            " objects it means: give the manager that backend, or let the rows name the one that its key has become"
+            " object it refers to: give the manager that backend, or update the rows to the key that it has now"
         )
 
     @asynccontextmanager
     async def _snapshot(self, **options: Any) -> AsyncIterator[AsyncConnection]:
-        """Give a connection on which several statements see the same moment."""
+        """Open a connection on which several statements see the same moment."""
         if self._dialect != "sqlite":
             async with self._connection(isolation_level="REPEATABLE READ", **options) as connection:
                 yield connection
@@ -641,7 +644,7 @@ class DatabaseReferences:
 
     @asynccontextmanager
     async def _connection(self, *, translated: bool = False, **options: Any) -> AsyncIterator[AsyncConnection]:
-        """Give a connection of the sessions; the tables of its statements are named in full, unless it is to be `translated`."""
+        """Open a connection of the sessions; it translates no schemas, unless it is to be `translated`."""
         session: AsyncSession
         if not translated:
             options["schema_translate_map"] = {}
@@ -650,7 +653,7 @@ class DatabaseReferences:
 
 
 def _journals_in(connection: Connection, bases: Sequence[BoundBase], columns: Sequence[Column[Any]]) -> list[JournalTables]:
-    """Return the tables of every journal beside the columns, whoever uses it: each tenant may have its own."""
+    """Return the tables of every journal in the schemas of the columns: each tenant may have its own."""
     declared = [tables for tables in (tables_of(base.binding.metadata) for base in bases) if tables is not None]
     schemas = {str(column.table.schema) for column in columns}
     schemas |= {real[0] for tables in declared if (real := resolve(connection, tables.intent)) is not None}
@@ -671,12 +674,12 @@ def _key(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values))
 
 
-def _illegible(where: str) -> str:
+def _describe_illegible(where: str) -> str:
     return (
-        f"{where} holds something that is not a reference, so it is unknown which object it means: nothing is deleted before that"
-        " is put right; granite_storage.verify finds all of them"
+        f"{where} contains a value that is not a reference, so it is unknown which object it refers to: correct it; verify()"
+        " finds all such values, and nothing is deleted until then"
     )
 
 
-def _unreadable(error: DBAPIError) -> CollectionRefusedError:
+def _refuse_unreadable(error: DBAPIError) -> CollectionRefusedError:
     return CollectionRefusedError(f"the references could not be read, so nothing is deleted: {error.orig}")

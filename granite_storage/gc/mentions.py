@@ -1,9 +1,9 @@
-"""Objects that something mentions which is not known to hold references: JSON that nests them, text, a copy of a table.
+"""Objects that are mentioned outside of columns of refs: in JSON that nests refs, in text, in a copy of a table.
 
-An application may keep refs as JSON of its own, an audit may note old rows, and a person may have copied a table. None of it
-can be read as a column of references, but what leads to an object has its generated id, 32 hex digits that no other object has,
-in whatever form. So every column that can hold text or bytes is asked for values of that form, once in a run, and what it
-mentions is kept.
+An application may keep refs in JSON of its own, an audit may record old rows, and someone may have copied a table. None of these
+can be read as a column of refs, but whatever leads to an object contains its generated id, 32 hex digits that no other object
+has. So every column of text or bytes is searched for values of that form, once in a run, and the objects that it mentions are
+kept.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Mention", "find_mentions"]
 
-_COLUMNS_AT_A_TIME = 100
-_ROWS_AT_A_TIME = 200
+_COLUMNS_PER_STATEMENT = 100
+_ROWS_PER_PAGE = 200
 _LONGEST_BYTES = 16 * 1024
-"""How long a value of bytes may be that is looked at: a longer one is hardly a note about an object."""
+"""The longest value of bytes that is searched: a longer one hardly mentions an object."""
 _RUN = re.compile(rf"[0-9a-f]{{{GENERATED_ID_LENGTH},}}")
 _STEM = re.compile(rf"(?=({GENERATED_STEM}))")
 
@@ -67,8 +67,8 @@ class Mention:
 
     Attributes:
         column: Its schema, its table and its name.
-        locations: Those of the objects in question that it mentions.
-        is_seen: Whether every row of it could be looked at.
+        locations: The objects that it mentions.
+        is_seen: Whether every row of it could be searched.
     """
 
     column: str
@@ -84,11 +84,11 @@ async def find_mentions(
     references: Sequence[Column[Any]],
     journals: Sequence[Table],
 ) -> AsyncGenerator[Mention, None]:
-    """Yield what the columns of a database mention, and, with nothing, each that was looked at, so that a caller can stop.
+    """Yield what the columns of a database mention; each searched one also without locations, so that a caller can stop.
 
     Args:
         connection: A connection, all of whose statements see the same moment.
-        locations: The objects in question. One without a generated id is not found: its name is not the library's.
+        locations: The objects to search for. One without a generated id is not found: the library has not named it.
         identities: Those that the store of the objects answers to; None where it knows none.
         references: Columns of references, which are left out. In tables of the same name in other schemas, such as those of
             another installation, references that say that they are of another store are passed over.
@@ -111,15 +111,15 @@ async def find_mentions(
             yield Mention(item.label, is_seen=False)
     readable = [item for item in columns if item.is_readable and not item.is_foreign]
     for _, of_table in groupby(readable, key=lambda item: (item.schema, item.table)):
-        for some in batches(list(of_table), _COLUMNS_AT_A_TIME):
-            async with _let_go_of(connection):
-                result = await connection.stream(_selected(some, connection.dialect.name))
+        for some in batches(list(of_table), _COLUMNS_PER_STATEMENT):
+            async with _release_locks(connection):
+                result = await connection.stream(_select_mentions(some, connection.dialect.name))
                 try:
                     async for page in result.partitions():
                         for number, item in enumerate(some):
                             stated = identities if (item.table, item.name) in names else None
                             texts = [row[number] for row in page if row[number] is not None]
-                            ids = await shielded(asyncio.to_thread(_mentioned_in, texts, wanted.keys(), stated))
+                            ids = await shielded(asyncio.to_thread(_find_ids, texts, wanted.keys(), stated))
                             if ids:
                                 yield Mention(item.label, frozenset(place for found in ids for place in wanted[found]))
                 finally:
@@ -127,7 +127,7 @@ async def find_mentions(
             yield Mention(some[0].label)
 
 
-def _selected(columns: Sequence[FoundColumn], dialect: str) -> Select[*tuple[Any, ...]]:
+def _select_mentions(columns: Sequence[FoundColumn], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select the values of columns of one table that mention anything, and NULL for the others of such a row."""
     first = columns[0]
     # It goes by its name, so that the statements of each run are compiled once.
@@ -138,7 +138,7 @@ def _selected(columns: Sequence[FoundColumn], dialect: str) -> Select[*tuple[Any
     )
     texts = [(_value(named.c[item.name], item, dialect), _mentions(named.c[item.name], item, dialect)) for item in columns]
     found = select(*(case((is_one, text)).label(f"text_{number}") for number, (text, is_one) in enumerate(texts)))
-    return found.where(or_(*(is_one for _, is_one in texts))).execution_options(yield_per=_ROWS_AT_A_TIME)
+    return found.where(or_(*(is_one for _, is_one in texts))).execution_options(yield_per=_ROWS_PER_PAGE)
 
 
 def _value(column: ColumnElement[Any], item: FoundColumn, dialect: str) -> ColumnElement[Any]:
@@ -162,17 +162,17 @@ def _mentions(column: ColumnElement[Any], item: FoundColumn, dialect: str) -> Co
     return case((func.octet_length(column) <= _LONGEST_BYTES, is_one), else_=false()) if item.is_binary else is_one
 
 
-def _mentioned_in(texts: Sequence[str | bytes], wanted: Collection[str], identities: Collection[str] | None) -> set[str]:
+def _find_ids(texts: Sequence[str | bytes], wanted: Collection[str], identities: Collection[str] | None) -> set[str]:
     """Return which of the ids the texts mention, apart from references to another store than that of the identities, if any."""
     found: set[str] = set()
     for text in map(as_text, texts):
-        ids = {one for one in _ids_in(text) if one in wanted}
+        ids = {one for one in _iter_ids(text) if one in wanted}
         if ids and (identities is None or not _is_elsewhere(text, identities)):
             found |= ids
     return found
 
 
-def _ids_in(text: str) -> Iterator[str]:
+def _iter_ids(text: str) -> Iterator[str]:
     """Yield what has the form of a generated id, also within more hex digits, as after an escaped slash."""
     for run in _RUN.findall(text):
         yield from _STEM.findall(run)
@@ -191,8 +191,8 @@ def _is_elsewhere(text: str, identities: Collection[str]) -> bool:
 
 
 @asynccontextmanager
-async def _let_go_of(connection: AsyncConnection) -> AsyncIterator[None]:
-    """Release the lock of a table after reading it: PostgreSQL has a bounded number of locks, and ALTER TABLE waits."""
+async def _release_locks(connection: AsyncConnection) -> AsyncIterator[None]:
+    """Release the lock of a table after reading it: PostgreSQL has a limited number of locks, and ALTER TABLE waits."""
     if connection.dialect.name == "sqlite":
         yield
         return

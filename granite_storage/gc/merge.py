@@ -1,4 +1,4 @@
-"""Objects beside the references to them, both in byte order: a page of each at a time, however many there are."""
+"""Joining objects with the references to them, both in byte order, a page of each at a time."""
 
 from __future__ import annotations
 
@@ -17,24 +17,38 @@ from typing import IO, Any, TypeAlias
 from granite_storage._tasks import shielded
 from granite_storage.exceptions import CollectionRefusedError
 
-__all__ = ["PAGE", "Joined", "Page", "Reference", "SortedSpool", "Spool", "in_byte_order", "joined", "merged", "temporary_file"]
-
-
-# Lists of any length on disk, so that memory stays the same however many objects there are.
-
-
-Page: TypeAlias = list[Any]
+__all__ = [
+    "PAGE",
+    "Joined",
+    "Page",
+    "Reference",
+    "SortedSpool",
+    "Spool",
+    "join_pages",
+    "merge_pages",
+    "require_byte_order",
+    "take_page",
+    "temporary_file",
+]
 
 PAGE = 2000
 """How many items are written, read and compared together."""
 
 _IN_MEMORY = 50_000
 _RUN_PAGE = 200
+Page: TypeAlias = list[Any]
+
+Reference: TypeAlias = tuple[str, bool]
+"""The location that something refers to, and whether it names a backend that leads to the objects in question."""
+
+_location = itemgetter(0)
+
+# Lists on disk.
 
 
 @asynccontextmanager
 async def temporary_file() -> AsyncIterator[IO[bytes]]:
-    """Give a file that has no name and is gone when it is closed."""
+    """Open a file that has no name and is deleted when it is closed."""
     file = await shielded(asyncio.to_thread(_open), undo=_close)
     try:
         yield file
@@ -96,8 +110,8 @@ class SortedSpool:
     async def pages(self) -> AsyncIterator[list[tuple[str, bool]]]:
         """Yield all strings in order, each with its mark; nothing may be added any more."""
         await self._write_run()
-        merged = heapq.merge(*(_marked(self._file, start, stop) for start, stop in self._runs))
-        while page := await shielded(asyncio.to_thread(_take, merged)):
+        merged = heapq.merge(*(_read_run(self._file, start, stop) for start, stop in self._runs))
+        while page := await shielded(asyncio.to_thread(take_page, merged)):
             yield page
 
     async def _write_run(self) -> None:
@@ -125,30 +139,28 @@ def _sort_to(file: IO[bytes], items: list[tuple[str, bool]]) -> tuple[int, int]:
     return start, file.tell()
 
 
-def _marked(file: IO[bytes], start: int, stop: int) -> Iterator[tuple[str, bool]]:
+def _read_run(file: IO[bytes], start: int, stop: int) -> Iterator[tuple[str, bool]]:
     while start < stop:
         page, start = _read(file, start)
         yield from ((item, mark) for item, mark in page or ())
 
 
-def _take(items: Iterator[tuple[str, bool]]) -> list[tuple[str, bool]]:
+def take_page(items: Iterator[Any]) -> Page:
+    """Take the next items, at most a page of them; blocking where the iterator is."""
     return list(islice(items, PAGE))
 
 
-Reference: TypeAlias = tuple[str, bool]
-"""The location that something refers to, and whether it names a backend that leads to the objects in question."""
-
-_location = itemgetter(0)
+# Joining and merging pages.
 
 
 @dataclass(slots=True)
 class Joined:
-    """What a stretch of locations has.
+    """The result of the join for a range of locations.
 
     Attributes:
-        referenced: The objects that something refers to.
-        unreferenced: The objects that nothing refers to.
-        missing: The locations without an object of references that lead here, none twice.
+        referenced: The objects with a reference.
+        unreferenced: The objects without one.
+        missing: The locations of references that lead here and have no object, none twice.
     """
 
     referenced: Page
@@ -156,13 +168,13 @@ class Joined:
     missing: set[str]
 
 
-async def joined(objects: AsyncIterator[Page], references: AsyncIterator[list[Reference]]) -> AsyncIterator[Joined]:
+async def join_pages(objects: AsyncIterator[Page], references: AsyncIterator[list[Reference]]) -> AsyncIterator[Joined]:
     """Join pages of objects, of which each begins with its location, with pages of references to locations.
 
-    A reference counts whatever backend it names: a place may have two keys, or its key may have been another one.
+    A reference counts whatever backend it names: a place may have two keys, or have had another one.
 
-    An object is decided on only when every reference to what comes before it, and to itself, was seen. Nothing may come twice
-    among the objects; among the references it may.
+    An object is decided on once every reference to it, and to what comes before it, was read. No object may come twice; a
+    reference may.
     """
     last = ""
     async for bound, items, refs in _stretches(_Pages(objects), _Pages(references)):
@@ -177,18 +189,22 @@ async def joined(objects: AsyncIterator[Page], references: AsyncIterator[list[Re
         yield Joined(referenced, unreferenced, missing)
 
 
-async def in_byte_order(pages: AsyncIterator[list[Reference]], what: str) -> AsyncIterator[list[Reference]]:
-    """Pass pages on, and refuse them where they are not in order: an object would be taken for one that nothing refers to."""
+async def require_byte_order(pages: AsyncIterator[list[Reference]], what: str) -> AsyncIterator[list[Reference]]:
+    """Yield pages, and refuse them out of order: an object with a reference would be taken for an orphan."""
     last = ""
     async for page in pages:
         locations = list(map(_location, page))
         if locations and (locations[0] < last or locations != sorted(locations)):
-            raise CollectionRefusedError(f"{what} do not come in the byte order of UTF-8, so they cannot be compared")
+            raise CollectionRefusedError(
+                f"{what} are not in the byte order of UTF-8, so they cannot be compared with the objects"
+            )
         last = locations[-1] if locations else last
         yield page
 
 
-async def merged(one: AsyncIterator[list[Reference]], other: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
+async def merge_pages(
+    one: AsyncIterator[list[Reference]], other: AsyncIterator[list[Reference]]
+) -> AsyncIterator[list[Reference]]:
     """Merge two sequences of pages, both in order, into one."""
     async for _, ours, theirs in _stretches(_Pages(one), _Pages(other)):
         yield sorted(ours + theirs, key=_location) if ours and theirs else ours or theirs
@@ -206,7 +222,7 @@ class _Pages:
         return str(_location(self.page[-1]))
 
     async def fill(self) -> None:
-        """See that something is there, as long as there is anything."""
+        """Read the next page, unless something of the current one is left."""
         while not self.page:
             try:
                 self.page = await anext(self._pages)
@@ -214,14 +230,14 @@ class _Pages:
                 return
 
     def take(self, bound: str | None) -> Page:
-        """Take what is not after a location; all there is for None."""
+        """Take everything up to a location, and all of the page for None."""
         cut = len(self.page) if bound is None else bisect_right(self.page, bound, key=_location)
         taken, self.page = list(self.page[:cut]), self.page[cut:]
         return taken
 
 
 async def _stretches(left: _Pages, right: _Pages) -> AsyncIterator[tuple[str | None, Page, Page]]:
-    """Yield what both sides have up to a location up to which both are known; it is None where one of them is at its end."""
+    """Yield what both sides have up to a location to which both were read; it is None once one side has ended."""
     while True:
         await left.fill()
         await right.fill()

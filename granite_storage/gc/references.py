@@ -1,4 +1,4 @@
-"""Where references come from: what a collection asks of the database, or of what the caller gave."""
+"""Where a collection reads references: the protocol, and the references that a callable returns."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ import asyncio
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
 from granite_storage._engine import describe_mismatch, identities_of
 from granite_storage._tasks import shielded
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention
-from granite_storage.gc.merge import PAGE, Reference, SortedSpool, temporary_file
+from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager
-from granite_storage.orm.references import held_among, named_in
+from granite_storage.orm.references import named_in, references_among
 from granite_storage.refs import StoredObjectRef
 
 __all__ = ["GivenReferences", "IterReferences", "ReferenceSource", "require_callable"]
 
 
 class ReferenceSource(Protocol):
-    """All references there are, whatever their storage key."""
+    """All references, whatever their storage key."""
 
     @property
-    def at_a_time(self) -> int:
-        """How many locations `find_held` takes."""
+    def batch_size(self) -> int:
+        """The most locations that `find_references` takes."""
         ...
 
-    async def require_fit(self, *, accept_restore: bool) -> None:
+    async def require_fit(self, *, allow_restored_database: bool) -> None:
         """Refuse what could not be relied on.
 
         Raises:
@@ -39,7 +38,7 @@ class ReferenceSource(Protocol):
         ...
 
     def in_order(self, backend: str) -> AbstractAsyncContextManager[AsyncIterator[list[Reference]]]:
-        """Give all references, whatever backend they name, in the byte order of their locations, in pages; one may come twice.
+        """Yield pages of all references, whatever backend they name, in the byte order of their locations; one may come twice.
 
         Raises:
             CollectionRefusedError: While they are read: something is no reference, or names a backend or a store that is unknown.
@@ -47,7 +46,7 @@ class ReferenceSource(Protocol):
         ...
 
     def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
-        """Yield what mentions one of the locations, or could and cannot be looked at, by one look at everything else there is.
+        """Search everything else once; yield what mentions one of the locations, or may and cannot be searched.
 
         A later mention is not seen, unless it is a reference. A location may be yielded several times.
 
@@ -56,10 +55,10 @@ class ReferenceSource(Protocol):
         """
         ...
 
-    async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
-        """Return which of the locations something refers to, or is about to, or a journal knows of; read at this moment.
+    async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
+        """Return the locations that are referenced at this moment, or are known to a journal, in one snapshot.
 
-        A location is held, too, where something refers to another one with its generated id: that is another name of its place.
+        A location also counts as referenced by a reference to another one with its generated id, which is another name for it.
         """
         ...
 
@@ -71,26 +70,26 @@ class ReferenceSource(Protocol):
         """
         ...
 
-    async def settle(self) -> None:
-        """Return once all that `find_held` has seen can no longer be undone, by a crash of the database either."""
+    async def make_durable(self) -> None:
+        """Return once nothing that `find_references` has seen can be undone, not even by a crash of the database."""
         ...
 
 
-# References that the caller gives, for applications without attachment columns.
+# The references of applications without attachment columns.
 
 
 IterReferences: TypeAlias = Callable[
     [], Iterable[StoredObjectRef | None] | AsyncIterable[StoredObjectRef | None] | Awaitable[Iterable[StoredObjectRef | None]]
 ]
-"""Returns all references there are at that moment; it is called several times in a collection."""
+"""Returns all references at that moment; it is called several times in a collection."""
 
 
 class GivenReferences:
-    """What a callable of the caller gives.
+    """The references that a callable returns.
 
     Args:
-        manager: The manager, which has to have every backend that the refs name.
-        iter_references: Returns an iterable or an async iterable of refs; None among them is passed over.
+        manager: The manager, which must have every backend that the refs name.
+        iter_references: Returns an iterable or an async iterable of refs; None among them is skipped.
     """
 
     def __init__(self, manager: StorageManager, iter_references: IterReferences) -> None:
@@ -99,16 +98,16 @@ class GivenReferences:
         self._storage_keys: set[str] = set()
 
     @property
-    def at_a_time(self) -> int:
-        """How many locations `find_held` takes: each call reads all references."""
+    def batch_size(self) -> int:
+        """The most locations that `find_references` takes: each call reads all references."""
         return 10_000
 
-    async def require_fit(self, *, accept_restore: bool) -> None:
-        """Accept: nothing is known of where they come from."""
+    async def require_fit(self, *, allow_restored_database: bool) -> None:
+        """Accept: it is unknown where the references come from."""
 
     @asynccontextmanager
     async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
-        """Give the locations of all references, sorted on disk."""
+        """Yield the locations of all references, sorted on disk."""
         self._storage_keys.clear()
         identities = await identities_of(self._manager.backend(backend))
         async with temporary_file() as file:
@@ -123,41 +122,41 @@ class GivenReferences:
             yield spool.pages()
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
-        """Yield nothing: it is not known where else to look."""
+        """Yield nothing: it is unknown what else to search."""
         for none in tuple[Mention, ...]():
             yield none
 
-    async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
-        """Return which of the locations something refers to now, by reading all references anew."""
+    async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
+        """Return the locations that are referenced now, by reading all references again."""
         wanted = {*locations, *filter(None, map(generated_id, locations))}
         held: set[str] = set()
         async for ref in self._refs():
             held.update(found for found in _locations(ref) if found in wanted or generated_id(found) in wanted)
-        return held_among(locations, held)
+        return references_among(locations, held)
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
-        """Refuse where policies share a place and the references of one of them were not given."""
+        """Refuse policies that share a place, where the references of one of them are missing."""
         missing = sorted(set(storage_keys) - self._storage_keys)
         if missing:
             raise CollectionRefusedError(
-                f"iter_references gave no reference of the policies {', '.join(missing)}, whose objects are in the same place:"
-                " give all references there are, or give each policy a key_prefix of its own"
+                f"iter_references returned no reference of the policies {', '.join(missing)}, whose objects are in the same"
+                " place: return all references, or give each policy a key_prefix of its own"
             )
 
-    async def settle(self) -> None:
-        """Do nothing: whoever gives references has committed them."""
+    async def make_durable(self) -> None:
+        """Do nothing: the application has committed the references."""
 
     def _require_understood(self, ref: StoredObjectRef, identities: Sequence[str] | None) -> None:
         if ref.backend not in self._manager.backends:
             known = ", ".join(sorted(self._manager.backends))
             raise CollectionRefusedError(
-                f"iter_references gave a reference to {ref.location[:120]!r} on the backend {ref.backend[:120]!r}, which the"
-                f" manager does not have (there are: {known}), so it is unknown which object it means"
+                f"iter_references returned a reference to {ref.location[:120]!r} on the backend {ref.backend[:120]!r}, which the"
+                f" manager does not have (there are: {known}): give the manager that backend"
             )
         if identities is not None and ref.identity is not None and ref.identity not in identities:
             mismatch = describe_mismatch(ref.backend, ref.identity, next(iter(identities), None))
             raise CollectionRefusedError(
-                f"iter_references gave a reference to {ref.location[:120]!r} in another store: {mismatch}"
+                f"iter_references returned a reference to {ref.location[:120]!r} in another store: {mismatch}"
             )
 
     async def _refs(self) -> AsyncIterator[StoredObjectRef]:
@@ -171,23 +170,19 @@ class GivenReferences:
             return
         # An ordinary iterator may read from a database or a file, and so may block.
         items = iter(given)
-        while page := await shielded(asyncio.to_thread(_take, items)):
+        while page := await shielded(asyncio.to_thread(take_page, items)):
             for ref in page:
                 if ref is not None:
                     yield _require_ref(ref)
 
 
 def require_callable(iter_references: object) -> None:
-    """Refuse an iterable in the place of what returns one."""
+    """Refuse an iterable instead of a callable that returns one."""
     if not callable(iter_references):
         raise ConfigurationError(
-            "iter_references must be a callable that returns the refs anew each time, not"
-            f" {type(iter_references).__name__}: what was read once is out of date when an object is deleted"
+            "iter_references must be a callable that returns the refs anew on each call, not a"
+            f" {type(iter_references).__name__}: refs that were read once are out of date when an object is deleted"
         )
-
-
-def _take(items: Iterator[Any]) -> list[Any]:
-    return list(islice(items, PAGE))
 
 
 def _locations(ref: StoredObjectRef) -> Iterator[str]:
@@ -197,5 +192,5 @@ def _locations(ref: StoredObjectRef) -> Iterator[str]:
 
 def _require_ref(ref: object) -> StoredObjectRef:
     if not isinstance(ref, StoredObjectRef):
-        raise CollectionRefusedError(f"iter_references gave a {type(ref).__name__}, which is not a StoredObjectRef")
+        raise CollectionRefusedError(f"iter_references must return instances of StoredObjectRef, not a {type(ref).__name__}")
     return ref

@@ -1,18 +1,15 @@
-"""What a collection tells of itself."""
+"""The report of a collection."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-__all__ = ["MOST_KEPT", "CollectedObject", "DanglingReference", "Fate", "GarbageCollectionReport"]
-
-MOST_KEPT = 1000
-"""How many single things a report holds, so that its size is bounded."""
+__all__ = ["CollectedObject", "DanglingReference", "GarbageCollectionReport", "OrphanStatus"]
 
 
-class Fate(StrEnum):
-    """What became of an object that nothing refers to."""
+class OrphanStatus(StrEnum):
+    """What became of an orphan."""
 
     ORPHANED = "orphan"
     DELETED = "deleted"
@@ -21,17 +18,17 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CollectedObject:
-    """An object that a collection has dealt with.
+    """An object that a collection has found to be an orphan.
 
     Attributes:
-        fate: What became of it.
+        status: What became of it.
         backend: Its backend's key.
         location: Its address there.
         size: Its size in bytes.
         error: Why it could not be deleted.
     """
 
-    fate: Fate
+    status: OrphanStatus
     backend: str
     location: str
     size: int
@@ -40,7 +37,7 @@ class CollectedObject:
 
 @dataclass(frozen=True, slots=True)
 class DanglingReference:
-    """A reference to an object that is not there.
+    """A reference to an object that is missing.
 
     Attributes:
         backend: The backend's key.
@@ -55,42 +52,42 @@ class DanglingReference:
 
 @dataclass(slots=True)
 class GarbageCollectionReport:
-    """What a collection has looked at and done, in objects and in bytes.
+    """What a collection has found and done, in objects and in bytes.
 
-    Every object scanned is referenced, foreign, young, mentioned, kept, or an orphan.
+    Every object scanned is referenced, unmanaged, within the grace period, mentioned, referenced on the re-check, or an orphan.
 
     Attributes:
-        storage_key: Whose objects.
+        storage_key: The policy whose objects were collected.
         backend: The backend that they are on.
-        dry_run: Whether nothing was to be deleted.
+        dry_run: Whether the run deletes nothing.
         scanned: How many objects were listed.
         scanned_bytes: Their bytes.
-        referenced: How many of them something refers to.
+        referenced: How many of them are referenced.
         referenced_bytes: Their bytes.
-        foreign: How many have a name that this library does not give, and nothing refers to them; they are never touched.
-        foreign_bytes: Their bytes.
-        young: How many nothing refers to that are not older than the grace period.
-        young_bytes: Their bytes.
-        mentioned: How many no reference leads to, but a column that is not one of references has their generated id: in JSON at
-            any depth, in text, or in bytes. They are never deleted.
+        unmanaged: How many are unreferenced and have a name that this library does not generate; they are never touched.
+        unmanaged_bytes: Their bytes.
+        within_grace_period: How many are unreferenced and not older than the grace period.
+        within_grace_period_bytes: Their bytes.
+        mentioned: How many are unreferenced, but have their generated id in a column that is not one of refs: in JSON at any
+            depth, in text, or in bytes. They are never deleted.
         mentioned_bytes: Their bytes.
         mentions: How many of them each column mentions, by its schema, table and name; the first thousand columns.
-        unseen: The first thousand columns that could mention objects, and could not be looked at, or not in every row: those
-            that this role may not read, those of other servers, and those whose rows row-level security may hide.
-        kept: How many nothing referred to at first, but a second look, just before deleting, found a row or an entry of the
-            journal that holds them.
-        kept_bytes: Their bytes.
-        orphaned: How many orphans there were.
+        unseen: The first thousand columns that may mention objects and could not be searched, or not in every row: those that
+            this role may not read, those of other servers, and those whose rows row-level security may hide.
+        referenced_on_recheck: How many nothing referred to at first, but the re-check right before deleting found a row or an
+            entry of the journal that does.
+        referenced_on_recheck_bytes: Their bytes.
+        orphaned: How many are orphans.
         orphaned_bytes: Their bytes.
         deleted: How many of them were deleted.
         deleted_bytes: Their bytes.
-        failed: How many could not be deleted; each is logged, and a later run tries again.
+        failed: How many could not be deleted; each is logged, and a later run tries it again.
         failures: The first thousand of those.
         unfinished: How many stale temporary files and multipart uploads were removed, on the whole backend.
         unfinished_error: Why those could not be removed.
-        dangling: The first thousand references found whose objects are not there; `verify` finds all.
+        dangling: The first thousand references found whose objects are missing; `verify` finds all.
         refusal: Why a run that is not dry would delete nothing; None where it would go ahead.
-        complete: Whether it came to its end.
+        complete: Whether the run has ended.
     """
 
     storage_key: str
@@ -100,16 +97,16 @@ class GarbageCollectionReport:
     scanned_bytes: int = 0
     referenced: int = 0
     referenced_bytes: int = 0
-    foreign: int = 0
-    foreign_bytes: int = 0
-    young: int = 0
-    young_bytes: int = 0
+    unmanaged: int = 0
+    unmanaged_bytes: int = 0
+    within_grace_period: int = 0
+    within_grace_period_bytes: int = 0
     mentioned: int = 0
     mentioned_bytes: int = 0
     mentions: dict[str, int] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
-    kept: int = 0
-    kept_bytes: int = 0
+    referenced_on_recheck: int = 0
+    referenced_on_recheck_bytes: int = 0
     orphaned: int = 0
     orphaned_bytes: int = 0
     deleted: int = 0

@@ -1,7 +1,7 @@
-"""Which objects a policy may collect: those below its prefix, by whole segments, that are not below another policy's.
+"""Which objects a collection may touch: those below the policy's prefix, by whole segments, and not below another policy's.
 
-And where they are: two backends on one place are refused, by every name of it that is known, though a reference protects its
-object under whatever backend it names.
+Two backends of a manager on one place are refused, by every name of it that is known, though a reference protects its object
+whatever backend it names.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ from granite_storage.exceptions import CollectionRefusedError, InvalidLocationEr
 from granite_storage.locations import check_location, matches_generated_name
 from granite_storage.manager import StorageManager
 
-__all__ = ["Territory", "is_valid", "require_one_key"]
+__all__ = ["CollectionScope", "is_valid", "require_one_key"]
 
 _SLASHES_OF_OURS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Territory:
-    """The part of a backend that a policy's objects are in.
+class CollectionScope:
+    """What a collection may touch: the part of a backend that a policy's objects are in.
 
     Attributes:
         storage_key: The policy.
         backend: The key of the backend that it writes to.
         prefix: What its locations begin with: empty, or whole segments and a slash.
-        others: What the locations of other policies begin with that lie inside; wherever those write now, their old objects may
-            still be here.
-        sharing: The policies that write to the very same place.
+        others: The prefixes of other policies inside of it; wherever those write now, their old objects may still be here.
+        sharing: The policies that write to the same place.
     """
 
     storage_key: str
@@ -38,11 +37,11 @@ class Territory:
     sharing: tuple[str, ...]
 
     @classmethod
-    def of(cls, manager: StorageManager, storage_key: str) -> Territory:
-        """Return the territory of a policy; `UnknownPolicyError` where there is none."""
+    def of(cls, manager: StorageManager, storage_key: str) -> CollectionScope:
+        """Return the scope of a policy; raise `UnknownPolicyError` for an unknown one."""
         policy = manager.policy(storage_key)
-        prefix = _begin(policy.key_prefix)
-        begins = {key: _begin(other.key_prefix) for key, other in manager.policies.items() if key != storage_key}
+        prefix = _as_prefix(policy.key_prefix)
+        begins = {key: _as_prefix(other.key_prefix) for key, other in manager.policies.items() if key != storage_key}
         others = sorted({begin for begin in begins.values() if begin != prefix and begin.startswith(prefix)})
         sharing = sorted(
             key for key, begin in begins.items() if begin == prefix and manager.policies[key].backend_key == policy.backend_key
@@ -53,10 +52,10 @@ class Territory:
         """Tell whether a location is in it."""
         return location.startswith(self.prefix) and not location.startswith(self.others)
 
-    def is_ours(self, location: str) -> bool:
-        """Tell whether a location in it has the form that this library gives: model, entity, field and a generated name.
+    def manages(self, location: str) -> bool:
+        """Tell whether a location in it has the form that this library generates: model, entity, field and a generated name.
 
-        What lies deeper may be of another program that shares the store and has a prefix of its own.
+        A deeper location may belong to another program that shares the store and has a prefix of its own.
         """
         return (
             location.count("/", len(self.prefix)) == _SLASHES_OF_OURS and matches_generated_name(location) and is_valid(location)
@@ -73,19 +72,19 @@ def is_valid(location: str) -> bool:
 
 
 async def require_one_key(manager: StorageManager, backend_key: str) -> None:
-    """Refuse a backend whose objects another backend of the manager has, too.
+    """Refuse a backend that shares its objects with another backend of the manager.
 
     Raises:
-        CollectionRefusedError: There is one.
+        CollectionRefusedError: Another backend leads to the same objects.
     """
     backend = manager.backend(backend_key)
     for key, other in manager.backends.items():
         if key != backend_key and await may_overlap(backend, other):
             raise CollectionRefusedError(
-                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row means:"
-                " give the manager one backend for each place, with policies that have prefixes, and let all rows name that one"
+                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row refers"
+                " to: give the manager one backend for each place, each policy a prefix, and all rows the key of that backend"
             )
 
 
-def _begin(prefix: str | None) -> str:
+def _as_prefix(prefix: str | None) -> str:
     return f"{prefix}/" if prefix else ""

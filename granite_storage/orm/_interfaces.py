@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Column, Connection, MetaData, Table
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-    from granite_storage.manager import ObjectDraft, StorageManager
+    from granite_storage._engine import PreparedUpload
+    from granite_storage.manager import StorageManager
     from granite_storage.refs import StoredObjectRef
 
 __all__ = [
@@ -110,7 +111,7 @@ class Binding(Protocol):
         ...
 
     @property
-    def sessions(self) -> async_sessionmaker[AsyncSession] | None:
+    def session_factory(self) -> async_sessionmaker[AsyncSession] | None:
         """The application's session maker, or None."""
         ...
 
@@ -124,7 +125,7 @@ class Binding(Protocol):
         """The base's full name, by which a pickled attachment finds it again."""
         ...
 
-    def manager_for(self, home: ColumnType) -> StorageManager:
+    def manager_for(self, column_type: ColumnType) -> StorageManager:
         """Return the manager, once it is sure that it has the policy of a column."""
         ...
 
@@ -143,7 +144,7 @@ class Binding(Protocol):
     async def upload(
         self,
         attachment: Any,
-        home: ColumnType,
+        column_type: ColumnType,
         *,
         verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]] | None = None,
     ) -> None:
@@ -156,7 +157,7 @@ class UploadLease(Protocol):
 
     @property
     def ids(self) -> Sequence[UUID]:
-        """The intents, in the order of the drafts."""
+        """The intents, in the order of the uploads."""
         ...
 
     def begin(self, intent_id: UUID) -> None:
@@ -209,7 +210,7 @@ class Journal(Protocol):
         """Return how long an object stays after its row has given it up."""
         ...
 
-    async def begin_uploads(self, drafts: Sequence[ObjectDraft]) -> UploadLease:
+    async def begin_uploads(self, uploads: Sequence[PreparedUpload]) -> UploadLease:
         """Write down, durably, which objects are about to be stored."""
         ...
 

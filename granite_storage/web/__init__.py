@@ -33,10 +33,10 @@ from granite_storage.web.uploads import (
     Target,
     UploadDependency,
     UploadForm,
-    received_body,
-    received_form,
     stream_body,
     stream_upload,
+    upload_body,
+    upload_form,
 )
 from granite_storage.web.urls import SignedFiles
 
@@ -66,10 +66,10 @@ __all__ = [
     "UploadTokenError",
     "install_error_handlers",
     "problem_response",
-    "received_body",
-    "received_form",
     "stream_body",
     "stream_upload",
+    "upload_body",
+    "upload_form",
 ]
 
 del _starlette

@@ -1,6 +1,6 @@
-"""Whether a conditional request is answered with the object.
+"""Conditional requests and ranges: whether a request is answered with the object, and with which bytes of it.
 
-Source: RFC 9110, section 13.
+Source: RFC 9110, sections 13 and 14.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ __all__ = [
     "requested_ranges",
 ]
 
+MAX_RANGES = 10
+"""The most ranges that are sent, once those that lie close together are joined: each may be a request to the storage."""
+_MAX_SPECS = 100
+_PART_OVERHEAD = 100
+_SPEC = re.compile(r"([0-9]*)-([0-9]*)")
+_LARGEST = 10**20
 _TAG = re.compile(r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _MONTH = rf"(?P<month>{'|'.join(_MONTHS)})"
@@ -56,12 +62,12 @@ class Validators:
 def failed_precondition(headers: Headers, validators: Validators) -> int | None:
     """Return 412 or 304 where a GET or HEAD is not to be answered with the object, in the order of section 13.2.2."""
     if (wanted := header_of(headers, "if-match")) is not None:
-        if not _lists(wanted, validators.etag, strong=True):
+        if not _has_tag(wanted, validators.etag, strong=True):
             return 412
     elif (date := http_date(header_of(headers, "if-unmodified-since"))) and validators.modified > date:
         return 412
     if (known := header_of(headers, "if-none-match")) is not None:
-        return 304 if _lists(known, validators.etag, strong=False) else None
+        return 304 if _has_tag(known, validators.etag, strong=False) else None
     date = http_date(header_of(headers, "if-modified-since"))
     return 304 if date and validators.modified <= date else None
 
@@ -118,7 +124,7 @@ def _full_year(year: int) -> int:
     return full - 100 if full > today + 50 else full
 
 
-def _lists(header: str, etag: str, *, strong: bool) -> bool:
+def _has_tag(header: str, etag: str, *, strong: bool) -> bool:
     """Tell whether a list of entity tags, or `*`, has this one; a list that is malformed has none."""
     if header == "*":
         return True
@@ -148,15 +154,6 @@ def _tags(header: str) -> list[str]:
 # the RFC allows: the answer is then the whole object.
 
 
-MAX_RANGES = 10
-"""The most ranges that are sent, once those that lie close together are joined: each may be a request to the storage."""
-
-_MAX_SPECS = 100
-_PART_OVERHEAD = 100
-_SPEC = re.compile(r"([0-9]*)-([0-9]*)")
-_LARGEST = 10**20
-
-
 def requested_ranges(header: str, size: int) -> list[ByteRange] | None:
     """Return the ranges to send, in the order they were asked for, those that lie close together joined.
 
@@ -174,38 +171,38 @@ def requested_ranges(header: str, size: int) -> list[ByteRange] | None:
     matches = [_SPEC.fullmatch(text) for text in texts]
     ranges = []
     for match in matches:
-        span = None if match is None else _span(match[1], match[2], size)
+        span = None if match is None else _parse_span(match[1], match[2], size)
         if span is None:
             return None
         ranges.append(span)
     if not ranges or (size == 0 and any(_is_suffix(text) for text in texts)):
         return None
-    joined = _joined(span for span in ranges if span.start < span.stop)
+    joined = _join_near(span for span in ranges if span.start < span.stop)
     return joined if len(joined) <= MAX_RANGES else None
 
 
-def _span(first: str, last: str, size: int) -> ByteRange | None:
+def _parse_span(first: str, last: str, size: int) -> ByteRange | None:
     """Return a range cut to the object, an empty one where it lies outside; None where it is malformed."""
     if not first:
-        return ByteRange(max(0, size - _number(last)), size) if last else None
-    start = _number(first)
+        return ByteRange(max(0, size - _parse_number(last)), size) if last else None
+    start = _parse_number(first)
     if not last:
         return ByteRange(start, size)
-    return ByteRange(start, min(_number(last) + 1, size)) if start <= _number(last) else None
+    return ByteRange(start, min(_parse_number(last) + 1, size)) if start <= _parse_number(last) else None
 
 
 def _is_suffix(spec: str) -> bool:
     """Tell whether it asks for some last bytes, which even an empty object has; but no 206 can say so."""
-    return spec.startswith("-") and _number(spec[1:]) > 0
+    return spec.startswith("-") and _parse_number(spec[1:]) > 0
 
 
-def _number(digits: str) -> int:
+def _parse_number(digits: str) -> int:
     """Read a number of any length, in time that does not grow with its square."""
     digits = digits.lstrip("0")
     return int(digits or "0") if len(digits) <= 20 else _LARGEST
 
 
-def _joined(ranges: Iterable[ByteRange]) -> list[ByteRange]:
+def _join_near(ranges: Iterable[ByteRange]) -> list[ByteRange]:
     """Join ranges that overlap, or whose gap costs less than another part; each stands where the first of them stood."""
     numbered = sorted((span.start, span.stop, place) for place, span in enumerate(ranges))
     joined: list[tuple[int, int, int]] = []

@@ -1,4 +1,4 @@
-"""What direct uploads were finished as: finishing one again gives the same, and one that was refused is not read again."""
+"""The state of a direct upload: what the client has stored, whether it is what was announced, and what it was finished as."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.uploads import stored_object
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import MeasuredStream, require_size
-from granite_storage.web._upload_tokens import Ticket
+from granite_storage.web._upload_tokens import UploadToken
 from granite_storage.web.errors import UploadMismatchError, UploadMissingError
 
 __all__ = [
     "HEAD_SIZE",
     "Claim",
-    "Finishes",
+    "CompletionStore",
     "Found",
-    "JournaledFinishes",
-    "RememberedFinishes",
+    "JournalCompletionStore",
+    "MemoryCompletionStore",
     "Staged",
     "contradicts",
     "find_staged",
@@ -39,14 +39,17 @@ __all__ = [
 ]
 
 
+# What uploads were finished as: finishing one again gives the same, and one that was refused is not read again.
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What an upload was finished as.
+    """The result of finishing an upload, so far.
 
     Attributes:
-        attachment: The attachment, where its object is there, or None.
-        seen: What is known of it, by which `Finishes.claim` tells whether that has changed.
-        is_claimed: Whether another process finishes it just now.
+        attachment: The attachment, where its object exists, or None.
+        seen: The state that was read, by which `CompletionStore.claim` tells whether it has changed.
+        is_claimed: Whether another process is finishing it.
         verdict: Why it was refused, where it was.
     """
 
@@ -60,28 +63,28 @@ class Claim(Protocol):
     """The right to finish an upload, for as long as it is entered."""
 
     async def publish(self, attachment: Attachment) -> bool:
-        """Write down what it is finished as, unless somebody else has done so meanwhile; return whether."""
+        """Record the attachment, unless another process has recorded one meanwhile; return whether it was recorded."""
         ...
 
     async def refuse(self, verdict: Mapping[str, Any]) -> None:
-        """Write down why it is refused."""
+        """Record why it is refused."""
         ...
 
 
-class Finishes(Protocol):
-    """Where it is written down."""
+class CompletionStore(Protocol):
+    """Where the results of finished uploads are recorded."""
 
-    async def find(self, ticket: Ticket, home: AttachmentType) -> Found:
-        """Return what an upload was finished as."""
+    async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
+        """Return the result of an upload."""
         ...
 
-    async def claim(self, ticket: Ticket, found: Found) -> AbstractAsyncContextManager[Claim] | None:
-        """Return the right to finish it; None where somebody else has got it since it was looked for."""
+    async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
+        """Return the right to finish an upload; None where another process has claimed it since `find`."""
         ...
 
 
-class JournaledFinishes:
-    """Keeps it in the journal, for every process.
+class JournalCompletionStore:
+    """Keeps the results in the journal, for every process.
 
     Args:
         journal: The journal.
@@ -90,15 +93,15 @@ class JournaledFinishes:
     def __init__(self, journal: StorageJournal) -> None:
         self._journal = journal
 
-    async def find(self, ticket: Ticket, home: AttachmentType) -> Found:
-        """Return what an upload was finished as: no row may take it but by a copy, for another row may be taking it now."""
-        finished = await self._journal.find_finished(_staging_id(ticket))
-        attachment = None if finished.ref is None else Attachment._of(finished.ref, home)
+    async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
+        """Return the result of an upload: rows may only take a copy of it, because another row may be taking it now."""
+        finished = await self._journal.find_finished(_staging_id(upload_token))
+        attachment = None if finished.ref is None else Attachment._of(finished.ref, column_type)
         return Found(attachment, finished, finished.is_claimed, finished.verdict)
 
-    async def claim(self, ticket: Ticket, found: Found) -> AbstractAsyncContextManager[Claim] | None:
-        """Return the right to finish it, of all processes."""
-        claim = await self._journal.claim_staging(_staging_id(ticket), found.seen)
+    async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
+        """Return the right to finish it, which one of all processes has."""
+        claim = await self._journal.claim_staging(_staging_id(upload_token), found.seen)
         return None if claim is None else _JournaledClaim(claim)
 
 
@@ -107,14 +110,16 @@ class _JournaledClaim:
         self._claim = claim
 
     async def publish(self, attachment: Attachment) -> bool:
-        """Write down what it is finished as."""
+        """Record the attachment."""
         stored = stored_object(attachment)
         if stored.intent is None:
-            raise StaleAttachmentError("the base was bound anew, without a journal, while a direct upload was finished")
+            raise StaleAttachmentError(
+                "the base was bound again without a journal while a direct upload was finished; finish it again"
+            )
         return await self._claim.publish(stored.intent.id, stored.ref)
 
     async def refuse(self, verdict: Mapping[str, Any]) -> None:
-        """Write down why it is refused."""
+        """Record why it is refused."""
         await self._claim.refuse(verdict)
 
     async def __aenter__(self) -> Self:
@@ -125,45 +130,47 @@ class _JournaledClaim:
         await self._claim.__aexit__(*error)
 
 
-class RememberedFinishes:
-    """Keeps it in this process, as long as the upload can be finished."""
+class MemoryCompletionStore:
+    """Keeps the results in this process, as long as the upload can be finished."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Attachment | Mapping[str, Any], int]] = {}
 
-    async def find(self, ticket: Ticket, home: AttachmentType) -> Found:
-        """Return what an upload was finished as: the same attachment, which a row takes once and others copy."""
+    async def find(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
+        """Return the result of an upload: the same attachment, which one row takes and others copy."""
         now = time.time()
         for location in [location for location, (_, ends) in self._known.items() if ends <= now]:
             del self._known[location]
-        known, _ = self._known.get(ticket.location, (None, 0))
+        known, _ = self._known.get(upload_token.location, (None, 0))
         if not isinstance(known, Attachment):
             return Found(None, known, verdict=known)
         there = not known.is_pending and await known.exists()
         return Found(known if there else None, known)
 
-    async def claim(self, ticket: Ticket, found: Found) -> AbstractAsyncContextManager[Claim] | None:
-        """Return the right to finish it, which whoever finishes it alone in this process has."""
-        return _RememberedClaim(self._known, ticket, found.seen)
+    async def claim(self, upload_token: UploadToken, found: Found) -> AbstractAsyncContextManager[Claim] | None:
+        """Return the right to finish it; within this process a lock has granted it already."""
+        return _RememberedClaim(self._known, upload_token, found.seen)
 
 
 class _RememberedClaim:
-    def __init__(self, known: dict[str, tuple[Attachment | Mapping[str, Any], int]], ticket: Ticket, seen: Any) -> None:
+    def __init__(
+        self, known: dict[str, tuple[Attachment | Mapping[str, Any], int]], upload_token: UploadToken, seen: Any
+    ) -> None:
         self._known = known
-        self._ticket = ticket
+        self._upload_token = upload_token
         self._seen = seen
 
     async def publish(self, attachment: Attachment) -> bool:
-        """Remember what it is finished as."""
-        known, _ = self._known.get(self._ticket.location, (None, 0))
+        """Remember the attachment."""
+        known, _ = self._known.get(self._upload_token.location, (None, 0))
         if known is not self._seen:  # another event loop of this process was faster
             return False
-        self._known[self._ticket.location] = attachment, self._ticket.ends
+        self._known[self._upload_token.location] = attachment, self._upload_token.ends
         return True
 
     async def refuse(self, verdict: Mapping[str, Any]) -> None:
         """Remember why it is refused."""
-        self._known[self._ticket.location] = verdict, self._ticket.ends
+        self._known[self._upload_token.location] = verdict, self._upload_token.ends
 
     async def __aenter__(self) -> Self:
         return self
@@ -171,17 +178,17 @@ class _RememberedClaim:
     async def __aexit__(self, *_: object) -> None: ...
 
 
-def _staging_id(ticket: Ticket) -> UUID:
-    if ticket.staging_id is None:
-        raise StaleAttachmentError("the direct upload was begun before there was a journal; it may be begun again")
-    return ticket.staging_id
+def _staging_id(upload_token: UploadToken) -> UUID:
+    if upload_token.staging_id is None:
+        raise StaleAttachmentError("the direct upload was begun before the application had a journal; begin it again")
+    return upload_token.staging_id
 
 
-# How files of common media types begin: bytes that claim to be an image, and are a page, are told by it.
+# The first bytes of common media types, by which an HTML page that claims to be an image is recognised.
 
 
 HEAD_SIZE = 1024
-"""How many of the first bytes are looked at."""
+"""How many of the first bytes are checked."""
 
 _BLANK = rb"(?:\xef\xbb\xbf)?[\x00\t\n\x0c\r ]*"
 # QuickTime files, which are older than the box `ftyp`, begin with any of the others; so do the segments of a stream.
@@ -223,7 +230,7 @@ _BEGINNINGS: dict[str, re.Pattern[bytes]] = {
 
 
 def contradicts(head: bytes, content_type: str) -> bool:
-    """Tell whether a file that begins like this cannot be of a media type; of types that are not known it never says so.
+    """Tell whether a file that begins like this cannot be of a media type; False for types that are not known.
 
     Source: the WHATWG's MIME Sniffing Standard, section 6, and the formats' own specifications.
 
@@ -244,102 +251,102 @@ def _beginning_of(content_type: str) -> re.Pattern[bytes] | None:
     return _BEGINNINGS.get(content_type.partition(";")[0].strip().lower())
 
 
-# What a client has stored by itself, compared with what it had announced.
+# What a client has uploaded, compared with what it announced.
 
 
-_WRONG_TYPE = "the file is not of the media type that was announced"
+_WRONG_TYPE = "the file is not of the announced media type"
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """What a client has stored by itself.
+    """What a client has uploaded.
 
     Attributes:
-        ref: Where it is; nothing but the number of its bytes is known of it.
-        identity: What tells it from what the client may store there later.
+        ref: Where it is; only its size is known.
+        identity: What distinguishes it from what the client may upload there later.
     """
 
     ref: StoredObjectRef
     identity: str
 
     def verdict(self, error: UploadMismatchError) -> dict[str, str]:
-        """Return what is to be remembered where it is refused."""
+        """Return what to remember about a refusal."""
         return {"identity": self.identity, "why": str(error)}
 
     def require_not_refused(self, verdict: Mapping[str, Any] | None) -> None:
-        """Raise `UploadMismatchError` where just this object was refused before."""
+        """Raise `UploadMismatchError` where this same object was refused before."""
         if verdict is not None and verdict["identity"] == self.identity:
             raise UploadMismatchError(verdict["why"])
 
 
-async def find_staged(manager: StorageManager, storage_key: str, ticket: Ticket) -> Staged:
-    """Return what a client has stored, if nothing that can be told without reading it speaks against it.
+async def find_staged(manager: StorageManager, storage_key: str, upload_token: UploadToken) -> Staged:
+    """Return what a client has uploaded, once its size and headers are checked.
 
     Raises:
-        UploadMissingError: There is nothing.
-        ContentTooLargeError: There are more bytes than may be.
-        UploadMismatchError: There are fewer; or it was sent with a header that was not agreed, and that changes what it is.
+        UploadMissingError: Nothing was uploaded.
+        ContentTooLargeError: It has more bytes than allowed.
+        UploadMismatchError: It has fewer; or it was sent with a header that was not agreed and changes its meaning.
     """
     place = StoredObjectRef(
         storage_key=storage_key,
-        backend=ticket.backend,
-        location=ticket.location,
+        backend=upload_token.backend,
+        location=upload_token.location,
         size=0,
         checksum="",
-        content_type=ticket.content_type,
-        original_filename=ticket.filename,
+        content_type=upload_token.content_type,
+        original_filename=upload_token.filename,
     )
     try:
         info = await manager.stat(place)
     except ObjectNotFoundError as error:
-        raise UploadMissingError("nothing was uploaded yet") from error
-    require_size(info.size, ticket.max_size)
-    if info.size < ticket.min_size:
-        raise UploadMismatchError("the file is smaller than was announced")
-    _require_headers(info, ticket)
+        raise UploadMissingError("no file was uploaded yet") from error
+    require_size(info.size, upload_token.max_size)
+    if info.size < upload_token.min_size:
+        raise UploadMismatchError(f"the file has {info.size} bytes, fewer than the announced {upload_token.min_size}")
+    _require_headers(info, upload_token)
     return Staged(replace(place, size=info.size), f"{info.size} {info.modified.isoformat()} {info.etag}")
 
 
-async def require_beginning(manager: StorageManager, ref: StoredObjectRef, ticket: Ticket) -> None:
-    """Read the first bytes of what a client has stored, before anything is copied.
+async def require_beginning(manager: StorageManager, ref: StoredObjectRef, upload_token: UploadToken) -> None:
+    """Read the first bytes of what a client has uploaded, before anything is copied.
 
     Raises:
         SizeMismatchError: It was replaced meanwhile.
-        UploadMismatchError: It does not begin like its media type.
+        UploadMismatchError: Its first bytes contradict its media type.
     """
-    if is_known(ticket.content_type):
+    if is_known(upload_token.content_type):
         async with manager.open(ref, length=HEAD_SIZE) as reader:
             head = await reader.read()
-        if contradicts(head, ticket.content_type):
+        if contradicts(head, upload_token.content_type):
             raise UploadMismatchError(_WRONG_TYPE)
 
 
-async def inspect(manager: StorageManager, ref: StoredObjectRef, ticket: Ticket) -> StoredObjectRef:
-    """Read the copy of what a client has stored, and return its ref with the checksum of what was read.
+async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: UploadToken) -> StoredObjectRef:
+    """Read the copy of what a client has uploaded, and return its ref with the checksum of what was read.
 
     Raises:
-        SizeMismatchError: It has not the size that was copied.
+        SizeMismatchError: It does not have the size that was copied.
         UploadMismatchError: It is not what was announced.
     """
     async with manager.open(ref) as reader:
-        _require_headers(reader.info, ticket)
-        content = MeasuredStream(aiter(reader), checksum=ticket.checksum)
+        _require_headers(reader.info, upload_token)
+        content = MeasuredStream(aiter(reader), checksum=upload_token.checksum)
         head = b""
         try:
             async for chunk in content:
                 head += chunk[: HEAD_SIZE - len(head)]
         except ChecksumMismatchError as error:
-            raise UploadMismatchError("the file has not the checksum that was announced") from error
+            raise UploadMismatchError("the file does not have the announced checksum") from error
         finally:
             await content.aclose()
-    if contradicts(head, ticket.content_type):
+    if contradicts(head, upload_token.content_type):
         raise UploadMismatchError(_WRONG_TYPE)
     return replace(ref, checksum=content.checksum or "")
 
 
-def _require_headers(info: ObjectInfo, ticket: Ticket) -> None:
-    """Refuse what a browser would be sent as another file than the one that was announced."""
-    if info.content_type not in (None, ticket.content_type):
-        raise UploadMismatchError("the file has not the Content-Type that was announced")
+def _require_headers(info: ObjectInfo, upload_token: UploadToken) -> None:
+    """Refuse headers with which a browser would get another file than the announced one."""
+    if info.content_type not in (None, upload_token.content_type):
+        raise UploadMismatchError(f"the file does not have the announced Content-Type {upload_token.content_type!r:.80}")
     if (info.content_encoding or "identity").lower() != "identity":
-        raise UploadMismatchError("the file was sent with a Content-Encoding, which was not agreed")
+        raise UploadMismatchError("the file was sent with a Content-Encoding that was not agreed; send it without one")

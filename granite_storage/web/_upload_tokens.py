@@ -1,4 +1,4 @@
-"""What a direct upload may be, as the tokens say that stand for it."""
+"""The tokens of direct uploads, and the URLs that end in one."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from starlette.types import Scope
 
 from granite_storage.signing import TokenSigner
 
-__all__ = ["Ticket", "Tickets", "token_of"]
+__all__ = ["UploadToken", "UploadTokenSigner", "token_of"]
 
 _ID = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
-    """One direct upload.
+class UploadToken:
+    """What a token of a direct upload says.
 
     Attributes:
         audience: The application that it is for.
         table: The table of the column that it is for.
         column: That column.
-        backend: The key of the backend where the client stores.
-        location: Where the client stores.
-        content_type: The media type that it announced.
-        filename: The name that it announced, cleaned.
+        backend: The key of the backend that the client uploads to.
+        location: Where the client uploads to.
+        content_type: The announced media type.
+        filename: The announced name, cleaned.
         min_size: The fewest bytes.
         max_size: The most bytes.
-        checksum: The checksum that it announced, or None.
+        checksum: The announced checksum, or None.
         owner: Who may finish it, or None.
         intent: The id of the journal's intent, or None where there is no journal.
         expires: When the client may no longer begin to send, in seconds since 1970.
@@ -57,7 +57,7 @@ class Ticket:
 
     @classmethod
     def of(cls, claims: Mapping[str, Any]) -> Self | None:
-        """Return the ticket that claims make, None where they make none."""
+        """Return the token of decoded claims; None where they are not valid."""
         if claims.keys() != {item.name for item in fields(cls)}:
             return None
         texts = ("audience", "table", "column", "backend", "location", "content_type")
@@ -78,41 +78,41 @@ class Ticket:
         return None if self.intent is None else UUID(self.intent)
 
 
-class Tickets:
-    """Signs and reads tickets for one purpose.
+class UploadTokenSigner:
+    """Signs and reads tokens for one purpose.
 
     Args:
-        purpose: What for.
+        purpose: The purpose, which is signed too.
         keys: The secrets by their ids.
         audience: What else is signed.
-        longest: The longest that a ticket may last.
+        longest: The longest that an upload token may last.
     """
 
     def __init__(self, purpose: str, keys: Mapping[str, str | bytes], *, audience: str = "", longest: timedelta) -> None:
         self._tokens = TokenSigner(f"granite-storage: {purpose}, version 1", keys, audience=audience)
         self._longest = longest.total_seconds()
 
-    def sign(self, ticket: Ticket) -> str:
-        """Return the token of a ticket."""
-        return self._tokens.sign(asdict(ticket))
+    def sign(self, upload_token: UploadToken) -> str:
+        """Return the signed text of a token."""
+        return self._tokens.sign(asdict(upload_token))
 
-    def read(self, token: object) -> Ticket | None:
-        """Return the ticket of a token; None where it is changed, over, or not ours."""
+    def read(self, token: object) -> UploadToken | None:
+        """Return what a token says; None where it is changed, expired, or signed by another key."""
         claims = self._tokens.read(token) if isinstance(token, str) else None
-        ticket = None if claims is None else Ticket.of(claims)
-        if ticket is None or not 0 < ticket.ends - time.time() <= self._longest:
+        upload_token = None if claims is None else UploadToken.of(claims)
+        if upload_token is None or not 0 < upload_token.ends - time.time() <= self._longest:
             return None
-        return ticket
+        return upload_token
 
     def __repr__(self) -> str:
         return f"keys={self._tokens.key_ids}"
 
 
-# URLs that end in a token, read in the one way that they are written in.
+# URLs that end in a token.
 
 
 def token_of(scope: Scope) -> str | None:
-    """Return the only segment below where the application is mounted, if the URL is written in the one way it was signed in."""
+    """Return the only segment below the mount point; None where the URL is written otherwise than it was signed."""
     path, root = scope["path"], scope.get("root_path", "").rstrip("/")
     if root and path.startswith(f"{root}/"):
         path = path[len(root) :]

@@ -1,4 +1,4 @@
-"""Direct uploads: bytes that go from the browser to the storage without passing through the application."""
+"""Direct uploads: bytes that go from the browser to the storage, and not through the application."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from granite_storage._engine import ObjectDraft
+from granite_storage._engine import PreparedUpload
 from granite_storage.backends.base import UploadRequest
 from granite_storage.exceptions import (
     ConfigurationError,
@@ -38,17 +38,17 @@ from granite_storage.refs import canonical_checksum
 from granite_storage.signing import require_base_url
 from granite_storage.streams import require_declared_size, require_size
 from granite_storage.web._direct_state import (
-    Finishes,
+    CompletionStore,
     Found,
-    JournaledFinishes,
-    RememberedFinishes,
+    JournalCompletionStore,
+    MemoryCompletionStore,
     Staged,
     find_staged,
     inspect,
     require_beginning,
 )
 from granite_storage.web._requests import UploadLimits, body_of, content_type_to_keep, declared_size, require_whole_body
-from granite_storage.web._upload_tokens import Ticket, Tickets, token_of
+from granite_storage.web._upload_tokens import UploadToken, UploadTokenSigner, token_of
 from granite_storage.web.errors import (
     MalformedRequestError,
     RequestError,
@@ -57,16 +57,23 @@ from granite_storage.web.errors import (
     UploadTokenError,
     problem_response,
 )
-from granite_storage.web.responses import send_departed, send_status
+from granite_storage.web.responses import is_request, send_departed
 
 __all__ = ["DirectUpload", "DirectUploads", "UploadEndpoint"]
 
+_LONGEST_OWNER = 255
+_OPAQUE = "application/octet-stream"
+_INVALID = "the upload's token is invalid or has expired"
+_INVALID_URL = "the URL is invalid or has expired"
+_ATTEMPTS = 5
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 2.0
 
-# Where clients send direct uploads to, for backends that sign no requests of their own.
+# The endpoint that clients send to, for backends that sign no requests of their own.
 
 
 class _ReceivedAlreadyError(RequestError):
-    """What the URL was signed for is there: nothing that is sent later is kept."""
+    """The file of the URL has arrived already: nothing that is sent later is kept."""
 
     status = 409
 
@@ -75,25 +82,21 @@ class UploadEndpoint:
     """An ASGI application that stores what clients send to the URLs that were signed for them.
 
     Args:
-        manager: Who stores it.
-        tickets: What the URLs are signed with.
-        draft_of: Says what a ticket lets a client store; raises `UploadTokenError` where nothing.
+        manager: The manager that stores it.
+        tokens: What the URLs are signed with.
+        draft_of: Returns what an upload token allows to store, or raises `UploadTokenError`.
     """
 
-    def __init__(self, manager: StorageManager, tickets: Tickets, draft_of: Callable[[Ticket], ObjectDraft]) -> None:
+    def __init__(
+        self, manager: StorageManager, tokens: UploadTokenSigner, draft_of: Callable[[UploadToken], PreparedUpload]
+    ) -> None:
         self._manager = manager
-        self._tickets = tickets
+        self._tokens = tokens
         self._draft_of = draft_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
-            return
-        if scope["type"] != "http":
-            raise ValueError(f"DirectUploads serves HTTP, not {scope['type']!r}")
-        if scope["method"] != "PUT":
-            await send_status(send, 405, [("allow", "PUT")])
+        if not await is_request(scope, send, ("PUT",), "DirectUploads"):
             return
         response = await self._answer(Request(scope, receive))
         if response is None:
@@ -102,41 +105,45 @@ class UploadEndpoint:
             await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response | None:
-        """Store what the request brings, and return the answer; None where the client has gone away."""
+        """Store the body of a request, and return the answer; None where the client has disconnected."""
         try:
             token = token_of(request.scope)
-            ticket = None if token is None else self._tickets.read(token)
-            if ticket is None or ticket.expires <= time.time():
-                raise UploadTokenError("the URL is not valid, or has expired")
-            await self._store(request, ticket)
+            upload_token = None if token is None else self._tokens.read(token)
+            if upload_token is None or upload_token.expires <= time.time():
+                raise UploadTokenError(_INVALID_URL)
+            await self._store(request, upload_token)
         except ClientDisconnect:
             return None
         except StorageError as error:
             return problem_response(error)
         return Response(status_code=204, headers={"Cache-Control": "no-store"})
 
-    async def _store(self, request: Request, ticket: Ticket) -> None:
-        """Store a body as it arrives, if it is what was announced and has arrived before it could no longer be finished."""
-        draft, limits = self._draft_of(ticket), UploadLimits(max_size=ticket.max_size)
-        if request.headers.get("content-type") != ticket.content_type:
-            raise UnsupportedRequestError("the Content-Type is not the one that was announced")
+    async def _store(self, request: Request, upload_token: UploadToken) -> None:
+        """Store a body as it arrives, if it is what was announced and arrives while the upload can be finished."""
+        draft, limits = self._draft_of(upload_token), UploadLimits(max_size=upload_token.max_size)
+        if request.headers.get("content-type") != upload_token.content_type:
+            raise UnsupportedRequestError(f"the Content-Type must be the announced {upload_token.content_type!r:.80}")
         require_whole_body(request, limits)
-        _require_least(declared_size(request), ticket.min_size)
-        time_left = asyncio.timeout(ticket.ends - time.time())
+        _require_least(declared_size(request), upload_token.min_size)
+        time_left = asyncio.timeout(upload_token.ends - time.time())
         try:
-            async with time_left, aclosing(body_of(request, limits)) as body, aclosing(_whole(body, ticket.min_size)) as content:
-                await self._manager.put_draft(draft, content)
+            async with (
+                time_left,
+                aclosing(body_of(request, limits)) as body,
+                aclosing(_require_whole(body, upload_token.min_size)) as content,
+            ):
+                await self._manager._engine.put(draft, content)
         except ObjectExistsError as error:
-            message = "the file was received already, so the upload is complete and this request was not needed: finish it"
+            message = "the file was received already, so the upload is complete; finish it"
             raise _ReceivedAlreadyError(message) from error
         except TimeoutError as error:
             if not time_left.expired():
                 raise
-            raise UploadTokenError("the time for this upload is over") from error
+            raise UploadTokenError("the time for this upload is over; begin a new one") from error
 
 
-async def _whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[bytes, None]:
-    """Pass a body on, and raise at its end where there is too little of it: nothing is kept of it then."""
+async def _require_whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[bytes, None]:
+    """Yield a body, and raise at its end where it is too short, so that nothing of it is kept."""
     size = 0
     async for chunk in body:
         size += len(chunk)
@@ -146,29 +153,24 @@ async def _whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[by
 
 def _require_least(size: int | None, min_size: int) -> None:
     if size is not None and size < min_size:
-        raise UploadMismatchError("the file is smaller than was announced")
+        raise UploadMismatchError(f"the file has {size} bytes, fewer than the announced {min_size}")
 
 
-_LONGEST_OWNER = 255
-_OPAQUE = "application/octet-stream"
-_INVALID = "the upload's token is not valid, or has expired"
-_ATTEMPTS = 5
-_FIRST_PAUSE = 0.1
-_LONGEST_PAUSE = 2.0
+# Beginning and finishing a direct upload.
 
 
 @dataclass(frozen=True, slots=True)
 class DirectUpload:
-    """What a client needs to send one file, as `DirectUploads.begin` gives it. Whoever has it can send the file: do not log it.
+    """What a client needs to send one file, as `DirectUploads.begin` returns it. Any holder can send the file: do not log it.
 
     Attributes:
         method: `POST`: a form (multipart/form-data) of the fields, in their order, and after them the file in a field `file`.
             `PUT`: the file as the body, with the headers.
-        url: Where to.
+        url: The URL to send it to.
         fields: The fields of the form.
         headers: The headers of the request. A browser sets Content-Length by itself.
-        token: What `DirectUploads.finish` takes once the file is there.
-        expires_at: When the client must have begun to send.
+        token: What `DirectUploads.finish` takes once the file has arrived.
+        expires_at: When the client must have started to send.
     """
 
     method: str
@@ -191,28 +193,28 @@ class DirectUpload:
 
 
 class DirectUploads:
-    """Lets clients store files directly in the storage, and hands them to rows once they are what was announced.
+    """Lets clients upload files directly to the storage, and checks them before a row takes them.
 
-    `begin` gives a signed request for one file. The client sends it: to S3 by itself, to any other backend through this object,
+    `begin` returns a signed request for one file. The client sends it: to S3 itself, to any other backend through this object,
     which is an ASGI application for that. `finish` copies what has arrived to where no client can write, checks the copy, and
-    returns an attachment for a row to take. What is sent again later changes nothing that a row refers to.
+    returns an attachment for a row to take. Sending the file again later changes nothing that a row refers to.
 
-    With a journal, what was never finished is deleted by it, and so is what arrives late. Without one it is left to the garbage
-    collector, whose grace period must be longer than `max_expires_in` and `finish_within` together; what an upload was finished
-    as is then known in this process only, and in another one it is finished anew, as an object of its own.
+    With a journal, uploads that are never finished or arrive late are deleted by it. Without one they are left to the garbage
+    collector, whose grace period must be longer than `max_expires_in` and `finish_within` together; the result of finishing an
+    upload is then known in this process only, and another one finishes it again, as an object of its own.
 
     Args:
-        binding: What `bind_storage` has returned.
+        binding: What `bind_storage` returned.
         secret: What tokens are signed with, of at least 32 bytes; or several by their ids, of which the first one signs and all
-            are accepted. To rotate, put a new one first, and remove the old one when its tokens are over.
+            are accepted. To rotate, put a new one first, and remove the old one once its tokens have expired.
         base_url: Where this is mounted, as clients see it, such as `https://example.com/uploads`, for backends that sign no
-            requests of their own. URLs are built from it alone, never from what a request says of its host.
-        max_expires_in: The longest that a client may have until it begins to send.
+            requests of their own. URLs are built from it alone, never from the host that a request names.
+        max_expires_in: The longest time that a client may have to start sending.
         finish_within: How long after that the file may take to arrive and be finished.
-        audience: What tells this application from others that sign with the same secret; None for the name of the base.
+        audience: What distinguishes this application from others that sign with the same secret; None for the name of the base.
 
     Raises:
-        ConfigurationError: An argument cannot work; no message shows a secret.
+        ConfigurationError: An argument is invalid; no message shows a secret.
 
     Example:
         ```python
@@ -232,7 +234,7 @@ class DirectUploads:
         audience: str | None = None,
     ) -> None:
         if not isinstance(binding, StorageBinding):
-            raise ConfigurationError(f"DirectUploads needs what bind_storage returns, not {type(binding).__name__}")
+            raise ConfigurationError(f"binding must be what bind_storage() returned, not {type(binding).__name__}")
         for argument, duration in (("max_expires_in", max_expires_in), ("finish_within", finish_within)):
             if not isinstance(duration, timedelta) or duration < timedelta(seconds=1):
                 raise ConfigurationError(f"{argument} must be a timedelta of at least one second, not {duration!r}")
@@ -247,9 +249,11 @@ class DirectUploads:
         self._finish_within = finish_within
         self._audience = binding.base_name if audience is None else audience
         self._locks: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, str], asyncio.Lock] = WeakValueDictionary()
-        self._to_finish = Tickets("a direct upload to finish", keys, longest=longest)
-        self._to_send = Tickets("a direct upload to send", keys, audience=self.base_url or "", longest=longest)
-        self._finishes: Finishes = RememberedFinishes() if binding.journal is None else JournaledFinishes(binding.journal)
+        self._to_finish = UploadTokenSigner("a direct upload to finish", keys, longest=longest)
+        self._to_send = UploadTokenSigner("a direct upload to send", keys, audience=self.base_url or "", longest=longest)
+        self._completions: CompletionStore = (
+            MemoryCompletionStore() if binding.journal is None else JournalCompletionStore(binding.journal)
+        )
         self._endpoint = UploadEndpoint(self._manager, self._to_send, self._staging_draft)
 
     async def begin(
@@ -267,12 +271,12 @@ class DirectUploads:
     ) -> DirectUpload:
         """Return what a client needs to send one file of this name, type and size.
 
-        What is allowed at all is for the application to decide before it calls this. With a journal, the file is known to it
-        before this returns.
+        The application decides whether the upload is allowed before it calls this. With a journal, the file is recorded before
+        this returns.
 
         Args:
             attribute: The attachment attribute that the file is for, such as `Document.file`.
-            filename: The name that the client gives it; made safe, never trusted.
+            filename: The client's file name; made safe, never trusted.
             content_type: The media type that it must be sent with; where it is None or empty, as a browser's for a file that it
                 does not know, `application/octet-stream`.
             size: Exactly how many bytes it has, where the client says so.
@@ -280,28 +284,28 @@ class DirectUploads:
             max_size: The most bytes, where `size` is not given; None for what the policy allows.
             checksum: `sha256:<hex>`, where the client says so.
             owner: Who may finish it, such as the id of a user; kept in the token, where it can be read.
-            expires_in: How long the client has until it begins to send.
+            expires_in: The time that the client has to start sending.
 
         Raises:
             ContentTooLargeError: `size` is more than the policy allows, or than the backend takes in one request (413).
-            MalformedRequestError: `size`, `checksum` or `content_type` are none (400).
-            ConfigurationError: The attribute is no attachment of this binding, its policy has no `max_size` and there is none
-                here, or its backend signs no requests and there is no `base_url`.
+            MalformedRequestError: `size`, `checksum` or `content_type` is not valid (400).
+            ConfigurationError: The attribute is no attachment of this binding, neither its policy nor this call has a
+                `max_size`, or its backend signs no requests and there is no `base_url`.
             ValueError: Another argument is out of bounds, or the backend needs the exact `size`.
             BackendError: The backend could not sign.
         """
-        home = self._home_of(attribute)
-        policy = self._binding.manager_for(home).policy(home.storage_key)
+        column_type = self._column_type_of(attribute)
+        policy = self._binding.manager_for(column_type).policy(column_type.storage_key)
         self._require_life(expires_in)
         _require_owner(owner)
-        least, most = _sizes(home, policy, size, min_size, max_size)
+        least, most = _resolve_sizes(column_type, policy, size, min_size, max_size)
         content_type = _media_type(content_type)
-        draft = self._draft(home, content_type)
+        draft = self._draft(column_type, content_type)
         expires = int(time.time() + expires_in.total_seconds())
-        ticket = Ticket(
+        upload_token = UploadToken(
             audience=self._audience,
-            table=home.table.fullname,
-            column=home.field_name,
+            table=column_type.table.fullname,
+            column=column_type.field_name,
             backend=policy.backend_key,
             location=draft.location,
             content_type=content_type,
@@ -314,10 +318,10 @@ class DirectUploads:
             expires=expires,
             ends=expires + int(self._finish_within.total_seconds()),
         )
-        request = await self._manager.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
+        request = await self._manager._engine.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
         if request is None:
-            request = self._signed_request(ticket)
-        token = self._to_finish.sign(await self._noted(ticket, expires_in))
+            request = self._signed_request(upload_token)
+        token = self._to_finish.sign(await self._record_intent(upload_token, expires_in))
         expires_at = datetime.fromtimestamp(expires, UTC)
         return DirectUpload(request.method, request.url, request.fields, request.headers, token, expires_at)
 
@@ -326,61 +330,65 @@ class DirectUploads:
 
         Size and headers are checked first, and then the first bytes. Only then the file is copied to where the client cannot
         write, by the storage itself where it can, and read there once: size, checksum and media type are those of the copy. One
-        copy of an upload is made at a time, and concurrent calls wait for it. Where this fails or is cancelled, nothing is left
+        copy of an upload is made at a time, and concurrent calls wait for it. After an error or a cancellation nothing is left
         of the copy, or the journal removes it; the file stays, and may be finished again until its time is over.
 
-        Finishing it again gives the same ref, whether or not a row has taken it; only the first time a row takes the object
-        itself, and after that a copy. Where a rollback has removed the object, there is a new one. A file that was refused is
-        refused again without being read. An object that no row takes is removed as that of `Attachment.store`.
+        Finishing it again returns the same ref, whether or not a row has taken it; the first row takes the object itself, and
+        others a copy. Where a rollback has removed the object, a new one is made. A file that was refused is refused again
+        without being read. An object that no row takes is removed like that of `Attachment.store`.
 
         Args:
-            token: The token that `begin` has given.
-            attribute: The attribute that the file is for, as `begin` was told.
-            owner: Who finishes it: the one that `begin` was told.
+            token: The token that `begin` returned.
+            attribute: The attribute that the file is for, as passed to `begin`.
+            owner: Who finishes it, as passed to `begin`.
 
         Raises:
-            UploadTokenError: The token is changed, over, or another owner's, attribute's or application's (403).
-            UploadMissingError: Nothing was uploaded yet (409).
+            UploadTokenError: The token is changed, expired, or of another owner, attribute or application (403).
+            UploadMissingError: No file was uploaded yet (409).
             UploadMismatchError: It is not what was announced (422).
-            ContentTooLargeError: It has more bytes than were announced, or than the policy allows by now (413).
+            ContentTooLargeError: It has more bytes than announced, or than the policy allows now (413).
             StaleAttachmentError: It was not finished in time, or was replaced meanwhile (409).
             ConfigurationError: The attribute is no attachment of this binding.
             BackendError: The storage could not copy or read it.
         """
-        wanted = self._home_of(attribute)
-        ticket = self._to_finish.read(token)
-        if ticket is None or ticket.owner != owner or (ticket.table, ticket.column) != (wanted.table.fullname, wanted.field_name):
+        wanted = self._column_type_of(attribute)
+        upload_token = self._to_finish.read(token)
+        if (
+            upload_token is None
+            or upload_token.owner != owner
+            or (upload_token.table, upload_token.column) != (wanted.table.fullname, wanted.field_name)
+        ):
             raise UploadTokenError(_INVALID)
-        home = self._home_in(ticket)
-        async with self._lock(ticket.location):
+        column_type = self._column_type_in(upload_token)
+        async with self._lock(upload_token.location):
             for _ in range(_ATTEMPTS):
-                attachment = await self._finished(ticket, home)
+                attachment = await self._try_finish(upload_token, column_type)
                 if attachment is not None:
                     return attachment
-        raise StaleAttachmentError("the direct upload was finished by others, and undone, again and again; it may be tried again")
+        raise StaleAttachmentError(f"the direct upload was finished elsewhere and undone {_ATTEMPTS} times; finish it again")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to a URL of `begin`."""
         await self._endpoint(scope, receive, send)
 
-    async def _finished(self, ticket: Ticket, home: AttachmentType) -> Attachment | None:
-        """Return what the upload is finished as; None where another process has changed that meanwhile."""
-        found = await self._unclaimed(ticket, home)
+    async def _try_finish(self, upload_token: UploadToken, column_type: AttachmentType) -> Attachment | None:
+        """Return the attachment of an upload; None where another process has changed its state meanwhile."""
+        found = await self._wait_unclaimed(upload_token, column_type)
         if found.attachment is not None:
             return found.attachment
-        staged = await find_staged(self._manager, home.storage_key, ticket)
+        staged = await find_staged(self._manager, column_type.storage_key, upload_token)
         staged.require_not_refused(found.verdict)
-        claim = await self._finishes.claim(ticket, found)
+        claim = await self._completions.claim(upload_token, found)
         if claim is None:
             return None
         async with claim as claimed:
             try:
-                attachment = await self._adopted(ticket, home, staged)
+                attachment = await self._adopt_staged(upload_token, column_type, staged)
             except UploadMismatchError as error:
                 await claimed.refuse(staged.verdict(error))
                 raise
             except SizeMismatchError as error:
-                raise StaleAttachmentError("the file was replaced while it was finished; it may be tried again") from error
+                raise StaleAttachmentError("the file was replaced while the upload was finished; finish it again") from error
             try:
                 if await claimed.publish(attachment):
                     return attachment
@@ -390,72 +398,72 @@ class DirectUploads:
             await discard([attachment])
         return None
 
-    async def _unclaimed(self, ticket: Ticket, home: AttachmentType) -> Found:
-        """Return what is known of the upload, once no other process finishes it."""
+    async def _wait_unclaimed(self, upload_token: UploadToken, column_type: AttachmentType) -> Found:
+        """Return the state of an upload once no other process is finishing it."""
         pause = _FIRST_PAUSE
-        while (found := await self._finishes.find(ticket, home)).is_claimed:
+        while (found := await self._completions.find(upload_token, column_type)).is_claimed:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE)
         return found
 
-    async def _adopted(self, ticket: Ticket, home: AttachmentType, staged: Staged) -> Attachment:
-        await require_beginning(self._manager, staged.ref, ticket)
-        return await Attachment._adopt(staged.ref, home, lambda ref: inspect(self._manager, ref, ticket))
+    async def _adopt_staged(self, upload_token: UploadToken, column_type: AttachmentType, staged: Staged) -> Attachment:
+        await require_beginning(self._manager, staged.ref, upload_token)
+        return await Attachment._adopt(staged.ref, column_type, lambda ref: inspect(self._manager, ref, upload_token))
 
     def _lock(self, location: str) -> asyncio.Lock:
         """Return what lets one task of this event loop at a time finish an upload."""
         return self._locks.setdefault((asyncio.get_running_loop(), location), asyncio.Lock())
 
-    async def _noted(self, ticket: Ticket, expires_in: timedelta) -> Ticket:
-        """Let the journal, where there is one, know of what may be stored, before anybody can store it."""
+    async def _record_intent(self, upload_token: UploadToken, expires_in: timedelta) -> UploadToken:
+        """Record what may be uploaded in the journal, if any, before the client can upload it."""
         if self._binding.journal is None:
-            return ticket
+            return upload_token
         lifetime = expires_in + self._finish_within
-        intent = await self._binding.journal.begin_staging(ticket.backend, ticket.location, lifetime=lifetime)
-        return replace(ticket, intent=intent.hex)
+        intent = await self._binding.journal.begin_staging(upload_token.backend, upload_token.location, lifetime=lifetime)
+        return replace(upload_token, intent=intent.hex)
 
-    def _signed_request(self, ticket: Ticket) -> UploadRequest:
+    def _signed_request(self, upload_token: UploadToken) -> UploadRequest:
         if self.base_url is None:
             raise ConfigurationError(
-                f"the backend {ticket.backend!r} signs no requests: make DirectUploads with base_url=, and mount it there"
+                f"the backend {upload_token.backend!r} signs no requests: pass base_url= to DirectUploads, and mount it there"
             )
-        token = self._to_send.sign(replace(ticket, filename=None, owner=None))
-        return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": ticket.content_type})
+        token = self._to_send.sign(replace(upload_token, filename=None, owner=None))
+        return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": upload_token.content_type})
 
-    def _home_of(self, attribute: object) -> AttachmentType:
-        home = getattr(attribute, "type", None)
-        if not isinstance(home, AttachmentType) or home.table.metadata is not self._binding.metadata:
-            raise ConfigurationError(
-                f"a direct upload is for an attachment attribute of {self._binding.base_name}, not {attribute!r}"
-            )
-        return home
+    def _column_type_of(self, attribute: object) -> AttachmentType:
+        column_type = getattr(attribute, "type", None)
+        if not isinstance(column_type, AttachmentType) or column_type.table.metadata is not self._binding.metadata:
+            raise ConfigurationError(f"attribute must be an attachment attribute of {self._binding.base_name}, not {attribute!r}")
+        return column_type
 
-    def _home_in(self, ticket: Ticket) -> AttachmentType:
-        """Return the column of a ticket, if that is where its location belongs: who shares a key may say anything."""
-        home = self._binding.column_type(ticket.table, ticket.column)
+    def _column_type_in(self, upload_token: UploadToken) -> AttachmentType:
+        """Return the column of an upload token, if its location belongs there: another holder of the key may claim anything."""
+        column_type = self._binding.column_type(upload_token.table, upload_token.column)
         if (
-            ticket.audience != self._audience
-            or ticket.backend not in self._manager.backends
-            or home is None
-            or not _is_of(ticket.location, home, self._binding.manager_for(home).policy(home.storage_key))
+            upload_token.audience != self._audience
+            or upload_token.backend not in self._manager.backends
+            or column_type is None
+            or not _is_of(
+                upload_token.location, column_type, self._binding.manager_for(column_type).policy(column_type.storage_key)
+            )
         ):
             raise UploadTokenError(_INVALID)
-        return home
+        return column_type
 
-    def _staging_draft(self, ticket: Ticket) -> ObjectDraft:
-        """Return what a client may store by itself."""
-        policy = self._manager.policy(self._home_in(ticket).storage_key)
-        if policy.backend_key != ticket.backend:
-            raise UploadTokenError("the URL is not valid, or has expired")
-        return ObjectDraft(policy, ticket.location, ticket.content_type, None, None)
+    def _staging_draft(self, upload_token: UploadToken) -> PreparedUpload:
+        """Return what a client may upload."""
+        policy = self._manager.policy(self._column_type_in(upload_token).storage_key)
+        if policy.backend_key != upload_token.backend:
+            raise UploadTokenError(_INVALID_URL)
+        return PreparedUpload(policy, upload_token.location, upload_token.content_type, None, None)
 
-    def _draft(self, home: AttachmentType, content_type: str) -> ObjectDraft:
-        """Choose where a client stores by itself: the location tells nothing of the file, and is the collector's to recognise."""
-        return self._manager.draft(
-            storage_key=home.storage_key,
-            model_name=home.model_name,
+    def _draft(self, column_type: AttachmentType, content_type: str) -> PreparedUpload:
+        """Choose where a client uploads to: the location says nothing of the file, and the garbage collector recognises it."""
+        return self._manager._engine.prepare(
+            storage_key=column_type.storage_key,
+            model_name=column_type.model_name,
             entity_id=uuid7_hex(),
-            field_name=home.field_name,
+            field_name=column_type.field_name,
             content_type=content_type,
         )
 
@@ -467,19 +475,21 @@ class DirectUploads:
         return f"<DirectUploads of {self._binding.base_name} {self._to_finish!r}>"
 
 
-def _sizes(home: AttachmentType, policy: StoragePolicy, size: int | None, min_size: int, max_size: int | None) -> tuple[int, int]:
+def _resolve_sizes(
+    column_type: AttachmentType, policy: StoragePolicy, size: int | None, min_size: int, max_size: int | None
+) -> tuple[int, int]:
     """Return the fewest and the most bytes that a client may send."""
     if size is not None:
         try:
             require_declared_size(size)
         except ValueError as error:
-            raise MalformedRequestError("the size of the file is not a number of bytes") from error
+            raise MalformedRequestError(f"the size of the file is not a number of bytes: {size!r:.40}") from error
         require_size(size, policy.max_size)
         return size, size
     limits = [limit for limit in (policy.max_size, max_size) if limit is not None]
     if not limits:
         raise ConfigurationError(
-            f"the policy {policy.storage_key!r} of {home.label} has no max_size: give begin() one, or a size"
+            f"the policy {policy.storage_key!r} of {column_type.label} has no max_size: pass max_size= or size= to begin()"
         )
     if not 0 <= min_size <= min(limits):
         raise ValueError(f"min_size must be from 0 to {min(limits)} bytes, not {min_size}")
@@ -487,11 +497,11 @@ def _sizes(home: AttachmentType, policy: StoragePolicy, size: int | None, min_si
 
 
 def _media_type(content_type: str | None) -> str:
-    """Return the media type that a file must be sent with; what a client says of it may be anything that JSON has."""
+    """Return the media type that a file must be sent with; the client's value may be anything that JSON has."""
     if content_type is None:
         return _OPAQUE
     if not isinstance(content_type, str):
-        raise MalformedRequestError(f"the Content-Type of a file is not a media type, but of type {type(content_type).__name__}")
+        raise MalformedRequestError(f"the Content-Type of a file is not a media type, but a {type(content_type).__name__}")
     return content_type_to_keep(content_type) or _OPAQUE
 
 
@@ -499,7 +509,7 @@ def _announced_checksum(checksum: str | None) -> str | None:
     try:
         return None if checksum is None else canonical_checksum(checksum)
     except InvalidReferenceError as error:
-        raise MalformedRequestError("the checksum of the file is not 'sha256:' and 64 hex digits") from error
+        raise MalformedRequestError(f"the checksum of the file is not 'sha256:' and 64 hex digits: {checksum!r:.80}") from error
 
 
 def _require_owner(owner: object) -> None:
@@ -507,8 +517,13 @@ def _require_owner(owner: object) -> None:
         raise ValueError(f"owner must be a string of 1 to {_LONGEST_OWNER} characters, not {owner!r:.40}")
 
 
-def _is_of(location: str, home: AttachmentType, policy: StoragePolicy) -> bool:
+def _is_of(location: str, column_type: AttachmentType, policy: StoragePolicy) -> bool:
     """Tell whether a location is one that `begin` could have chosen for a column."""
     prefix = f"{policy.key_prefix}/" if policy.key_prefix else ""
-    names = re.escape(home.model_name), GENERATED_STEM, re.escape(home.field_name), f"{GENERATED_STEM}-{safe_name(None)}"
+    names = (
+        re.escape(column_type.model_name),
+        GENERATED_STEM,
+        re.escape(column_type.field_name),
+        f"{GENERATED_STEM}-{safe_name(None)}",
+    )
     return re.fullmatch(re.escape(prefix) + "/".join(names), location) is not None

@@ -1,4 +1,4 @@
-"""Errors as responses: problem details (RFC 9457) that say what the client can do, and nothing of the server."""
+"""Errors as responses: problem details (RFC 9457) that say what the client can do, and nothing about the server."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from granite_storage.exceptions import (
 )
 
 __all__ = [
+    "RETRY_AFTER",
     "MalformedRequestError",
     "MissingFieldError",
     "RequestError",
@@ -39,17 +40,23 @@ __all__ = [
     "problem_response",
 ]
 
+logger: logging.Logger = logging.getLogger("granite_storage")
 
-# What is wrong with a request. The messages are meant for the client: they name nothing of the server.
+RETRY_AFTER = 5
+"""When a client may try again where the storage is unavailable, in seconds."""
+
+_TITLES = {413: "Content Too Large"}
+
+# Errors of a request. Their messages are for the client: they name nothing of the server.
 
 
 class RequestError(StorageError, HTTPException):
-    """A request cannot be carried out as it is; nothing that it brought was kept.
+    """A request cannot be processed as it is; nothing of it was kept.
 
-    It is an `HTTPException` of Starlette too, so an application without handlers of its own answers it with its status.
+    It is also an `HTTPException` of Starlette, so an application without handlers of its own answers with its status.
 
     Attributes:
-        status: The status of the response that says so.
+        status: The status of the response.
     """
 
     status: ClassVar[int] = 400
@@ -68,15 +75,15 @@ class RequestError(StorageError, HTTPException):
 
 
 class MalformedRequestError(RequestError):
-    """The body is not what its media type says, or is cut off."""
+    """The body does not match its media type, or is cut off."""
 
 
 class RequestTooLargeError(RequestError):
     """The request has more of something than is allowed: bytes, parts, files or fields.
 
     Attributes:
-        limit: Which one of `UploadLimits` it is.
-        maximum: What it allows.
+        limit: The name of the limit in `UploadLimits`.
+        maximum: Its value.
     """
 
     status = 413
@@ -88,39 +95,36 @@ class RequestTooLargeError(RequestError):
 
 
 class MissingFieldError(RequestError, KeyError):
-    """A form does not have a field or a file that the application has asked for by its name."""
+    """A form does not have a field or a file that the application needs."""
 
     status = 422
 
 
 class UnsupportedRequestError(RequestError):
-    """The body is of a media type, or in an encoding, that is not taken here."""
+    """The media type or the encoding of the body is not supported."""
 
     status = 415
 
 
 class UploadTokenError(RequestError):
-    """The token of a direct upload is changed, over, signed with a key that is gone, or another's; which is not said."""
+    """The token of a direct upload is changed, expired, signed with a key that is gone, or not the caller's; not said which."""
 
     status = 403
 
 
 class UploadMissingError(RequestError):
-    """Nothing was uploaded yet, or nothing is there any more."""
+    """No file was uploaded yet, or it is gone."""
 
     status = 409
 
 
 class UploadMismatchError(RequestError):
-    """What was uploaded is not what was announced: its size, checksum or media type."""
+    """The uploaded file differs from the announced one in size, checksum or media type."""
 
     status = 422
 
 
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-_RETRY_AFTER = 5
-_TITLES = {413: "Content Too Large"}
+# The responses.
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +135,15 @@ class _Problem:
     retry: bool = False
 
 
-def install_error_handlers(app: Starlette, *, retry_after: int = _RETRY_AFTER) -> None:
+def install_error_handlers(app: Starlette, *, retry_after: int = RETRY_AFTER) -> None:
     """Let a Starlette or FastAPI application answer the library's errors with problem details.
 
-    Errors of the server's own (5xx) are logged with what the client is not told. A client that went away while it sent is no
-    error: nothing is answered, and nothing logged.
+    Errors of the server (5xx) are logged with the details that the client does not get. A client that disconnects while it sends
+    is no error: nothing is answered or logged.
 
     Args:
         app: The application.
-        retry_after: When a client may try again where the storage is unavailable, in seconds.
+        retry_after: The Retry-After of an unavailable storage, in seconds.
     """
 
     async def on_storage_error(_: Request, error: Exception) -> Response:
@@ -153,16 +157,16 @@ def install_error_handlers(app: Starlette, *, retry_after: int = _RETRY_AFTER) -
     app.add_exception_handler(ClientDisconnect, on_disconnect)
 
 
-def problem_response(error: StorageError, *, retry_after: int = _RETRY_AFTER) -> Response:
+def problem_response(error: StorageError, *, retry_after: int = RETRY_AFTER) -> Response:
     """Return the response to an error of the library, as `application/problem+json`.
 
-    400, 408, 413, 415 and 422 for what is wrong with the request, 403 for an invalid token of a direct upload, 404 for a missing
-    object, 409 for what has changed meanwhile, 503 with Retry-After for a storage that is unavailable, 507 for one that is full,
-    and 500 for anything else. The body names no location, backend or path.
+    400, 408, 413, 415 and 422 for an error in the request, 403 for an invalid token of a direct upload, 404 for a missing object,
+    409 for a state that has changed meanwhile, 503 with Retry-After for an unavailable storage, 507 for a full one, and 500 for
+    anything else. The body names no location, backend or path.
 
     Args:
         error: The error.
-        retry_after: What Retry-After says, in seconds.
+        retry_after: The value of Retry-After, in seconds.
     """
     problem = _problem_of(error)
     if problem.status >= 500:

@@ -52,28 +52,43 @@ __all__ = [
     "Part",
     "Request",
     "StoredObjectResponse",
+    "group_reads",
+    "is_request",
     "multipart",
-    "reads_of",
     "send_chunk",
     "send_departed",
     "send_headers",
     "send_part",
     "send_status",
-    "while_connected",
+    "serve_connected",
 ]
 
-
-# Bytes on their way to a client: never a whole answer made of half an object, and nothing read for a client that is gone.
-
+logger: logging.Logger = logging.getLogger("granite_storage")
 
 # One visit to a thread each: fewer would cost speed, larger ones memory with every slow client.
 _CHUNK_SIZE = 128 * 1024
 # Bytes between two ranges that are read and dropped: it costs less than another request to the storage.
 _LARGEST_GAP = _CHUNK_SIZE
-# How long a client may take no bytes before what is held for it in the storage, such as a connection, is released, in seconds.
+# How long a client may take no bytes before what the storage holds for it, such as a connection, is released, in seconds.
 _STALL_SECONDS = 5.0
 # What nginx logs for it; the client does not see it.
 _CLIENT_CLOSED_REQUEST = 499
+_COMPUTED = frozenset({"accept-ranges", "content-length", "content-range", "transfer-encoding"})
+_OF_THE_OBJECT = _COMPUTED | {
+    "cache-control",
+    "content-disposition",
+    "content-encoding",
+    "content-language",
+    "content-type",
+    "etag",
+    "expires",
+    "last-modified",
+}
+_REVALIDATED = "private, no-cache"
+_UNCACHED = {"cache-control": "no-store"}
+_IMMUTABLE = "private, max-age=31536000, immutable"
+
+# Sending bytes: an answer is never complete without the whole object, and nothing is read for a client that has disconnected.
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +129,7 @@ def multipart(ranges: Sequence[ByteRange], size: int, content_type: str) -> Body
     return Body({"content-type": f"multipart/byteranges; boundary={boundary}", "content-length": str(length)}, parts, end)
 
 
-def reads_of(parts: Sequence[Part]) -> list[list[Part]]:
+def group_reads(parts: Sequence[Part]) -> list[list[Part]]:
     """Group parts into those that are read from the storage together, as one range: each begins close behind the one before."""
     reads: list[list[Part]] = []
     for part in parts:
@@ -125,8 +140,25 @@ def reads_of(parts: Sequence[Part]) -> list[list[Part]]:
     return reads
 
 
+async def is_request(scope: Scope, send: Send, methods: Sequence[str], server: str) -> bool:
+    """Tell whether an ASGI application is called for a request of one of its methods; anything else is refused here.
+
+    Raises:
+        ValueError: It is neither HTTP nor a websocket.
+    """
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close"})
+        return False
+    if scope["type"] != "http":
+        raise ValueError(f"{server} serves HTTP, not the ASGI scope {scope['type']!r}")
+    if scope["method"] not in methods:
+        await send_status(send, 405, [("allow", ", ".join(methods))])
+        return False
+    return True
+
+
 async def send_status(send: Send, status: int, more_headers: Iterable[tuple[str, str]] = ()) -> None:
-    """Send an answer that says nothing but its status."""
+    """Send an answer with nothing but its status."""
     text = HTTPStatus(status).phrase.encode()
     headers = MutableHeaders(
         {"content-type": "text/plain; charset=utf-8", "content-length": str(len(text)), "cache-control": "no-store"}
@@ -139,7 +171,7 @@ async def send_status(send: Send, status: int, more_headers: Iterable[tuple[str,
 
 
 async def send_departed(send: Send, *, begun: bool = False) -> None:
-    """Answer a client that has gone away: a middleware that waits for an answer would report that there is none."""
+    """Answer a client that has disconnected: a middleware that waits for an answer would report a missing one."""
     with contextlib.suppress(OSError):
         if begun:
             await send_chunk(send, b"", more=False)
@@ -161,13 +193,13 @@ async def send_chunk(send: Send, chunk: bytes, *, more: bool = True) -> None:
 
 
 async def send_part(send: Send, reader: StoredObjectReader, part: Part, start: int) -> None:
-    """Send one part; an `OSError` of a backend does not pass for one of the connection.
+    """Send one part; an `OSError` of a backend is not taken for one of the connection.
 
     Args:
-        send: Where to.
-        reader: What its bytes are read from; it goes on where the part before has ended.
+        send: The ASGI callable.
+        reader: The reader of its bytes, which stands where the part before has ended.
         part: The part.
-        start: Which byte of the object is the reader's first.
+        start: The position in the object of the reader's first byte.
 
     Raises:
         BackendError: The bytes could not be read.
@@ -177,7 +209,7 @@ async def send_part(send: Send, reader: StoredObjectReader, part: Part, start: i
     await send_chunk(send, part.head)
     while left := part.span.stop - start - reader.tell():
         chunk = await _read(reader, left)
-        await _send_patiently(send, chunk, reader)
+        await _send_or_release(send, chunk, reader)
         del chunk  # a slow client's chunk is kept once, by the server
 
 
@@ -189,8 +221,8 @@ async def _read(reader: StoredObjectReader, count: int) -> bytes:
         raise BackendError(f"the object at {location!r} could not be read", location=location) from error
 
 
-async def _send_patiently(send: Send, chunk: bytes, reader: StoredObjectReader) -> None:
-    """Send a chunk; while the client does not take it, nothing is held for it in the storage."""
+async def _send_or_release(send: Send, chunk: bytes, reader: StoredObjectReader) -> None:
+    """Send a chunk; release what the reader holds in the storage while the client does not take it."""
     releases: list[asyncio.Task[None]] = []
     timer = asyncio.get_running_loop().call_later(
         _STALL_SECONDS, lambda: releases.append(asyncio.ensure_future(reader.release()))
@@ -203,11 +235,11 @@ async def _send_patiently(send: Send, chunk: bytes, reader: StoredObjectReader) 
             await shielded_cleanup(release, f"releasing the reader of {reader.ref.location!r}")
 
 
-async def while_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], receive: Receive, send: Send) -> None:
-    """Answer until it is done or the client is gone; the answer is then cancelled, and has cleaned up when this returns.
+async def serve_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], receive: Receive, send: Send) -> None:
+    """Answer until it is done or the client disconnects; the answer is then cancelled, and has cleaned up when this returns.
 
-    Servers only tell of a client that went away to whoever asks: uvicorn lets everything be sent to nobody. One that goes away
-    before the first byte is sent an empty body, so that a middleware that waits for an answer has something to pass on.
+    A server reports a disconnect only to `receive`: uvicorn accepts everything that is sent to a client that is gone. A client
+    that disconnects before the first byte is sent an empty body, so that a middleware that waits for an answer gets one.
     """
     sent = 0
 
@@ -216,15 +248,15 @@ async def while_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], r
         sent += 1
         try:
             await send(message)
-        except OSError as error:  # which is how a server tells it, and not to be mistaken for a failure of the storage
+        except OSError as error:  # how a server reports a disconnect, not to be mistaken for an error of the storage
             raise ClientDisconnect from error
 
     task = asyncio.ensure_future(answer(noting))
-    watch = asyncio.ensure_future(_departure(receive))
+    watch = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
     finally:
-        await shielded_cleanup(_ended(task, watch), "ending a response")
+        await shielded_cleanup(_cancel_all(task, watch), "ending a response")
     if not task.cancelled():
         try:
             task.result()
@@ -236,37 +268,22 @@ async def while_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], r
             await send_departed(send, begun=sent == 1)
 
 
-async def _ended(*tasks: asyncio.Task[None]) -> None:
+async def _cancel_all(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _departure(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":  # noqa: ASYNC110  # nothing else tells of it
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":  # noqa: ASYNC110  # nothing else reports it
         await asyncio.sleep(0)  # what wraps `receive` may repeat the end of the body for ever, without a wait
 
 
-logger: logging.Logger = logging.getLogger("granite_storage")
-
-_COMPUTED = frozenset({"accept-ranges", "content-length", "content-range", "transfer-encoding"})
-_OF_THE_OBJECT = _COMPUTED | {
-    "cache-control",
-    "content-disposition",
-    "content-encoding",
-    "content-language",
-    "content-type",
-    "etag",
-    "expires",
-    "last-modified",
-}
-_REVALIDATED = "private, no-cache"
-_UNCACHED = {"cache-control": "no-store"}
-_IMMUTABLE = "private, max-age=31536000, immutable"
+# The response.
 
 
 class Request(Protocol):
-    """What is needed of a request, whatever framework it is from."""
+    """What a response needs of a request, of any framework."""
 
     @property
     def scope(self) -> Any:
@@ -277,40 +294,40 @@ class Request(Protocol):
 class StoredObjectResponse(Response):
     """Streams a stored object, whole or in ranges, from any backend.
 
-    Ranges, preconditions, If-Range and HEAD are those of RFC 9110, and the ETag is a strong one made of the checksum. Memory is
-    bounded per response, and a client that goes away or does not read stops the reading. A missing object is answered with 404
-    and logged as an error. Once the first byte is sent, an answer is whole or broken: a body that goes wrong is logged, and the
+    Ranges, preconditions, If-Range and HEAD follow RFC 9110, and the ETag is a strong one made of the checksum. Memory is bounded
+    per response, and a client that disconnects or does not read stops the reading. A missing object is answered with 404 and
+    logged as an error. Once the first byte is sent, an answer is whole or broken: an error in the body is logged, and the
     connection is cut.
 
     A browser runs nothing of it: `nosniff`, a Content-Security-Policy that allows a player for audio and video and nothing for
-    all else, and a download unless the media type is one of `inline_types`. Scripts, HTML, SVG and XML are served as
+    other types, and a download unless the media type is one of `inline_types`. Scripts, HTML, SVG and XML are served as
     `application/octet-stream`.
 
-    No middleware compresses it, for a range of a compressed body is none of the object: where a client takes compressed bodies,
-    it says `Content-Encoding: identity`, which compressors leave alone.
+    No middleware compresses it, because a range of a compressed body is not a range of the object: to a client that accepts
+    compressed bodies it sends `Content-Encoding: identity`, which compressors leave alone.
 
     It is a response of Starlette and FastAPI, and an ASGI application that Litestar returns as well.
 
     Args:
         stored: A stored attachment, or a ref with its `manager`.
         request: The request; its method and headers are read.
-        manager: The manager of a ref; an attachment knows its own.
+        manager: The manager of a ref; an attachment has its own.
         disposition: `inline` lets a browser show it in its window where that is safe.
-        filename: The name it is saved under; None for the one it was uploaded with.
+        filename: The name to save it under; None for the one it was uploaded with.
         inline_types: The exact media types that may be shown inline; never what a browser would run.
         immutable: Whether the URL will never have other content, so that clients need not ask again for a year.
-        cache_control: The Cache-Control in place of `private, no-cache`, which lets clients keep it and ask whether it changed.
-        verify: Whether a whole body is checked against the checksum as it passes, and broken off before its end where it is
-            wrong. It costs the hashing.
-        headers: More headers, which win over our own: a Content-Type stands in each part of several ranges, too, and conditions
-            are compared with an ETag and a Last-Modified. What describes the object is left out where the object is missing.
-        background: What Starlette is to do afterwards.
+        cache_control: The Cache-Control instead of `private, no-cache`, with which clients keep it and ask whether it changed.
+        verify: Whether a whole body is checked against the checksum as it is sent, and cut before its end where it is wrong. It
+            costs the hashing.
+        headers: More headers, which override the response's own: a Content-Type is also used in each part of several ranges, and
+            conditions are compared with an ETag and a Last-Modified. Headers that describe the object are left out of a 404.
+        background: A task that Starlette runs afterwards.
 
     Raises:
         UnboundAttachmentError: The attachment is not stored yet.
         ConfigurationError: A ref has no manager, or `inline_types` has one that must not be shown.
-        ValueError: The disposition is not known, or `headers` has one that the response computes, or an ETag or Last-Modified
-            that is none.
+        ValueError: The disposition is not known, or `headers` has one that the response computes, or an invalid ETag or
+            Last-Modified.
     """
 
     def __init__(
@@ -332,7 +349,7 @@ class StoredObjectResponse(Response):
         types = inline_types if inline_types is INLINE_TYPES else require_inline_types(inline_types)
         given = {key.lower(): value for key, value in (headers or {}).items()}
         _require_headers(given)
-        self._ref, self._manager = _found(stored, manager)
+        self._ref, self._manager = _resolve(stored, manager)
         self._method: str = request.scope["method"]
         self._asked = Headers(scope=request.scope)
         self._compressed = _is_compressed(request.scope, self._asked)
@@ -356,26 +373,26 @@ class StoredObjectResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request."""
-        await while_connected(self._answer, receive, send)
+        await serve_connected(self._answer, receive, send)
         if self.background is not None:
             await self.background()
 
     async def _answer(self, send: Send) -> None:
-        """Find out what to send while nothing is sent yet, and send it."""
+        """Decide what to send before anything is sent, and send it."""
         headers = MutableHeaders(raw=list(self.raw_headers))
         try:
             validators = await self._validators(headers)
-            status, ranges = _decided(self._method, self._asked, validators, self._ref.size, whole=self._compressed)
+            status, ranges = _decide(self._method, self._asked, validators, self._ref.size, whole=self._compressed)
             self._describe(headers, validators)
             if self._method == "HEAD" or status not in (200, 206):
                 require_recorded_size(self._ref, (await self._manager.stat(self._ref)).size)
                 await send_headers(send, status, self._without_body(headers, status))
                 return
-            body = _body_of(status, ranges, self._ref.size, headers["content-type"])
-            reads = reads_of(body.parts)
+            body = _build_body(status, ranges, self._ref.size, headers["content-type"])
+            reads = group_reads(body.parts)
             first = await self._open(reads[0], whole=status == 200)
         except ObjectNotFoundError as error:
-            logger.error("a ref leads to an object that is missing: %s", error)
+            logger.error("a response was 404, because the object of its ref is missing: %s", error)
             kept = [(name, value) for name, value in headers.items() if name not in _OF_THE_OBJECT]
             await send_status(send, 404, kept)
             return
@@ -402,8 +419,8 @@ class StoredObjectResponse(Response):
         except ClientDisconnect:
             raise
         except Exception:
-            # The headers are sent, so the server can only cut the connection; it does where this goes on.
-            logger.exception("the body of the object at %r of %r broke off", self._ref.location, self._ref.backend)
+            # The headers are sent, so the server can only cut the connection, which it does where the error propagates.
+            logger.exception("sending the object at %r of %r failed half-way", self._ref.location, self._ref.backend)
             raise
         await send_chunk(send, body.end, more=False)
 
@@ -419,7 +436,7 @@ class StoredObjectResponse(Response):
         headers["last-modified"] = format_date(validators.modified)
 
     def _refuse_compression(self, headers: MutableHeaders) -> None:
-        if _takes_codings(self._asked):
+        if _accepts_codings(self._asked):
             headers.setdefault("content-encoding", "identity")
 
     def _without_body(self, headers: MutableHeaders, status: int) -> MutableHeaders:
@@ -437,52 +454,54 @@ class StoredObjectResponse(Response):
         return headers
 
     async def _validators(self, headers: MutableHeaders) -> Validators:
-        """Return what tells this object from others: what the application says, or what is known of the object."""
+        """Return what distinguishes this object from others: the application's own headers, or the ref's."""
         _require_headers(headers)
         etag, modified = headers.get("etag"), http_date(headers.get("last-modified"))
         if modified is None:
             # Objects are never overwritten, so it was modified when it was stored.
-            modified = _moment(self._ref.created_at) or (await self._manager.stat(self._ref)).modified
+            modified = _parse_created_at(self._ref.created_at) or (await self._manager.stat(self._ref)).modified
             modified = min(modified, datetime.now(UTC)).replace(microsecond=0)
         if etag is None:
             etag = _entity_tag(self._ref, modified)
         return Validators(f"W/{etag.removeprefix('W/')}" if self._compressed else etag, modified)
 
 
-def _found(stored: Attachment | StoredObjectRef, manager: StorageManager | None) -> tuple[StoredObjectRef, StorageManager]:
+def _resolve(stored: Attachment | StoredObjectRef, manager: StorageManager | None) -> tuple[StoredObjectRef, StorageManager]:
     if isinstance(stored, Attachment):
         return stored.ref, manager or stored.manager
     require_ref(stored)
     if manager is None:
-        raise ConfigurationError("a ref does not know its manager: pass manager=")
+        raise ConfigurationError("a ref has no manager of its own: pass manager=")
     return stored, manager
 
 
 def _require_headers(headers: Mapping[str, str]) -> None:
-    """Refuse headers that would be untrue of what is sent."""
+    """Refuse headers that would contradict what is sent."""
     for name in _COMPUTED:
         if name in headers:
-            raise ValueError(f"headers must not contain {name!r}: the response computes it")
+            raise ValueError(f"headers must not contain {name!r}, which the response computes: leave it out")
     if "etag" in headers and not is_entity_tag(headers["etag"]):
         raise ValueError(f"the ETag must be quoted, as in '\"v1\"' or 'W/\"v1\"', not {headers['etag']!r}")
     if "last-modified" in headers and http_date(headers["last-modified"]) is None:
-        raise ValueError(f"Last-Modified must be a date of HTTP, not {headers['last-modified']!r}")
+        raise ValueError(
+            f"Last-Modified must be an HTTP date, such as 'Sun, 06 Nov 1994 08:49:37 GMT', not {headers['last-modified']!r}"
+        )
 
 
-def _takes_codings(asked: Headers) -> bool:
+def _accepts_codings(asked: Headers) -> bool:
     return (header_of(asked, "accept-encoding") or "identity").lower() != "identity"
 
 
 def _is_compressed(scope: Any, asked: Headers) -> bool:
-    """Tell whether Litestar compresses what is sent: it asks neither for the status nor for a Content-Encoding."""
+    """Tell whether Litestar compresses the response: it checks neither the status nor a Content-Encoding."""
     config = getattr(scope.get("litestar_app"), "compression_config", None)
-    if config is None or not _takes_codings(asked):
+    if config is None or not _accepts_codings(asked):
         return False
     options = getattr(scope.get("route_handler"), "opt", {})
     return not (config.exclude_opt_key and options.get(config.exclude_opt_key))
 
 
-def _decided(method: str, asked: Headers, validators: Validators, size: int, *, whole: bool) -> tuple[int, list[ByteRange]]:
+def _decide(method: str, asked: Headers, validators: Validators, size: int, *, whole: bool) -> tuple[int, list[ByteRange]]:
     """Return the status and the ranges to send, in the order of RFC 9110, section 13.2.2; no range where it must be `whole`."""
     everything = [ByteRange(0, size)]
     if method not in ("GET", "HEAD"):
@@ -499,7 +518,7 @@ def _decided(method: str, asked: Headers, validators: Validators, size: int, *, 
     return (206, ranges) if ranges else (416, [])
 
 
-def _body_of(status: int, ranges: Sequence[ByteRange], size: int, content_type: str) -> Body:
+def _build_body(status: int, ranges: Sequence[ByteRange], size: int, content_type: str) -> Body:
     if len(ranges) > 1:
         return multipart(ranges, size, content_type)
     span = ranges[0]
@@ -517,8 +536,8 @@ def _entity_tag(ref: StoredObjectRef, modified: datetime) -> str:
     return f'W/"{hashlib.sha256(identity.encode(errors="surrogatepass")).hexdigest()[:32]}"'
 
 
-def _moment(created_at: str | None) -> datetime | None:
-    """Read when an object was stored; None where a ref of other origin does not say it, or not so that it can be read."""
+def _parse_created_at(created_at: str | None) -> datetime | None:
+    """Return when an object was stored; None where a ref of another origin does not say it in a readable form."""
     try:
         moment = datetime.fromisoformat(created_at or "")
     except ValueError:

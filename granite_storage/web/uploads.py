@@ -44,26 +44,29 @@ __all__ = [
     "FileTarget",
     "FormFields",
     "FormFiles",
-    "Incoming",
     "PolicyTarget",
     "Received",
     "Target",
     "UploadDependency",
     "UploadForm",
+    "UploadSource",
     "max_size_of",
-    "received_body",
-    "received_form",
     "require_target",
     "stream_body",
     "stream_upload",
+    "upload_body",
+    "upload_form",
 ]
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+_FILE: Mapping[str, Any] = {"type": "string", "format": "binary"}
 
-# Where a file that arrives is stored, and what becomes of it when its request ends.
+# Where an arriving file is stored, and what happens to it when its request ends.
 
 
-class Incoming(Protocol):
-    """A file on its way in: its name and media type, and its bytes by `async for`."""
+class UploadSource(Protocol):
+    """An arriving file: its name and media type, and its bytes by `async for`."""
 
     filename: str | None
     content_type: str | None
@@ -73,7 +76,7 @@ class Incoming(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTarget:
-    """Stores a file under a policy of a manager, and gives its ref: for applications that look after refs themselves.
+    """Stores a file under a policy of a manager, and returns its ref: for applications that keep refs themselves.
 
     Args:
         manager: The manager.
@@ -91,7 +94,7 @@ class PolicyTarget:
     field_name: str
     extra: Mapping[str, Any] | None = None
 
-    async def put(self, file: Incoming) -> StoredObjectRef:
+    async def put(self, file: UploadSource) -> StoredObjectRef:
         """Store a file as it arrives; see `StorageManager.put_stream`."""
         return await self.manager.put_stream(
             storage_key=self.storage_key,
@@ -135,41 +138,47 @@ FileTarget: TypeAlias = Target | FileList
 
 def require_target(target: object) -> None:
     """Refuse what nothing can be stored in, before a body is read."""
-    if isinstance(target, PolicyTarget) or _home_of(target) is not None or (callable(target) and not isinstance(target, type)):
+    if (
+        isinstance(target, PolicyTarget)
+        or _column_type_of(target) is not None
+        or (callable(target) and not isinstance(target, type))
+    ):
         return
-    raise TypeError(f"a file is stored in an attachment attribute, a PolicyTarget or a coroutine function, not in {target!r}")
+    raise TypeError(f"a file can be stored in an attachment attribute, a PolicyTarget or a coroutine function, not in {target!r}")
 
 
 def max_size_of(target: Target) -> int | None:
     """Return the most bytes that the policy of a target allows, None for no limit, or none that is known."""
     if isinstance(target, PolicyTarget):
         return target.manager.policy(target.storage_key).max_size
-    home = _home_of(target)
-    return None if home is None else home.binding().manager_for(home).policy(home.storage_key).max_size
+    column_type = _column_type_of(target)
+    return (
+        None if column_type is None else column_type.binding().manager_for(column_type).policy(column_type.storage_key).max_size
+    )
 
 
-def _home_of(target: object) -> AttachmentType | None:
-    home = getattr(target, "type", None)
-    return home if isinstance(home, AttachmentType) else None
+def _column_type_of(target: object) -> AttachmentType | None:
+    column_type = getattr(target, "type", None)
+    return column_type if isinstance(column_type, AttachmentType) else None
 
 
 @dataclass(slots=True)
 class Received:
-    """What one request has stored so far, so that it can be taken back."""
+    """What a request has stored so far, so that it can be removed."""
 
     attachments: list[Attachment] = field(default_factory=list)
     refs: list[StoredObject] = field(default_factory=list)
 
     @classmethod
     def of(cls, stored: object) -> Self:
-        """Remember what was stored already."""
+        """Return the record of what is stored already."""
         return cls([stored] if isinstance(stored, Attachment) else [])
 
     def __bool__(self) -> bool:
         return bool(self.attachments or self.refs)
 
-    async def store(self, file: Incoming, target: Target) -> Any:
-        """Store a file where it shall go, as it arrives."""
+    async def store(self, file: UploadSource, target: Target) -> Any:
+        """Store a file in its target, as it arrives."""
         if isinstance(target, PolicyTarget):
             ref = await target.put(file)
             self.refs.append(StoredObject(target.manager, ref))
@@ -183,8 +192,8 @@ class Received:
             self.attachments.append(stored)
         return stored
 
-    async def take_back(self, *, cancelled: bool) -> None:
-        """Remove everything, for nobody has seen it; what could not be removed is logged."""
+    async def remove_all(self, *, cancelled: bool) -> None:
+        """Remove everything, which nothing refers to yet; what could not be removed is logged."""
         refs, self.refs = self.refs, []
         await self.discard_attachments(cancelled=cancelled)
         await remove(refs, [])
@@ -194,7 +203,7 @@ class Received:
 
         Args:
             cancelled: Whether the task is being cancelled; a journal then removes what it knows of.
-            but_assigned: Whether those stay that an instance holds: a flush that is yet to come may store its row.
+            but_assigned: Whether those stay that are assigned to an instance: a later flush may store its row.
         """
         attachments, self.attachments = self.attachments, []
         await discard(
@@ -202,16 +211,16 @@ class Received:
         )
 
 
-T = TypeVar("T")
+# Forms and bodies.
 
 
 class FilePart:
-    """A file as it arrives: `async for chunk in part`, once, or hand it to whatever takes a stream.
+    """A file as it arrives: iterate over it once with `async for`, or pass it to anything that takes a stream.
 
     Attributes:
         name: The name of its field; empty where it is the whole body.
-        filename: The name that the client gave, raw: never a path to write to.
-        content_type: The media type that the client gave; not verified.
+        filename: The client's file name, raw: never use it as a path.
+        content_type: The client's media type; not verified.
     """
 
     def __init__(
@@ -239,7 +248,7 @@ class FilePart:
         return ImmutableMultiDict(list(self._fields))
 
     async def is_absent(self) -> bool:
-        """Tell whether it is what a browser sends for a file input that was left empty: no name and no bytes."""
+        """Tell whether it is an empty file input of a browser: no name and no bytes."""
         if self.filename:
             return False
         self._first = await self._next_chunk()
@@ -277,7 +286,7 @@ class FormFiles(ImmutableMultiDict[str, Any]):
     """The files of a form by the names of their fields; those of a `FileList` are a list, which may be empty.
 
     Args:
-        files: What has become of the files, in their order.
+        files: The stored files, in their order.
         lists: The names of the fields that take several.
     """
 
@@ -297,15 +306,15 @@ class FormFiles(ImmutableMultiDict[str, Any]):
 
 
 class UploadForm:
-    """What a form has brought.
+    """The fields and the stored files of a form.
 
-    It is an async context manager: `async with await stream_upload(...) as form:`. When the block ends, it removes the
-    attachments that no row has taken. Where the block ends well, those stay that an instance holds, whose row may be flushed
-    later; where it raises, they go too.
+    It is an async context manager: `async with await stream_upload(...) as form:`. At the end of the block it removes the
+    attachments that no row has taken. Where the block ends without an error, attachments assigned to an instance stay, because
+    its row may be flushed later; where it raises, they are removed too.
 
     Attributes:
         fields: The fields that are not files.
-        files: What has become of the files: an `Attachment`, a `StoredObjectRef`, or what a function of yours returned.
+        files: The stored files: an `Attachment`, a `StoredObjectRef`, or what a function of yours returned.
     """
 
     def __init__(self, fields: Sequence[tuple[str, str]], files: FormFiles, received: Received) -> None:
@@ -314,9 +323,9 @@ class UploadForm:
         self._received = received
 
     async def discard(self) -> None:
-        """Remove the attachments that no row has taken; a row that is flushed later cannot take them any more.
+        """Remove the attachments that no row has taken; a row that is flushed later can no longer take them.
 
-        Refs of a `PolicyTarget` stay: only the application knows where it has written them down.
+        Refs of a `PolicyTarget` stay: only the application knows where it keeps them.
         """
         await self._received.discard_attachments()
 
@@ -332,26 +341,25 @@ async def stream_upload(
 ) -> UploadForm:
     """Receive a form, and store its files as they arrive, in their order.
 
-    Nothing is spooled: the connection is read as fast as the storage takes the bytes, and memory stays bounded, whatever the
-    client sends. When it returns, the form has arrived whole and its files are stored. When it raises, because the form is
-    wrong, too large or cut off, storage fails, or the task is cancelled, what was stored of it is removed; an attachment's
-    journal removes what a cancelled task had to leave.
+    Nothing is spooled: the connection is read as fast as the storage takes the bytes, and memory is bounded, whatever the client
+    sends. When it returns, the whole form has arrived and its files are stored. When it raises, because the form is malformed,
+    too large or cut off, storage fails, or the task is cancelled, what was stored of it is removed; an attachment's journal
+    removes what a cancelled task had to leave.
 
     Args:
         request: The request; its body must not have been read.
         files: Where the file of each field goes: an attachment attribute such as `Document.file`, a `PolicyTarget`, or a
-            coroutine function that takes a `FilePart` and returns what the form shall hold. A field takes one file, or as many
-            as its `FileList` says. Surplus files, and files of other fields, are refused before they are stored.
-        limits: What the form may bring.
+            coroutine function that takes a `FilePart` and returns the value to keep in the form. A field takes one file, or as
+            many as its `FileList` says. Surplus files, and files of other fields, are refused before they are stored.
+        limits: The limits of the form.
 
     Returns:
-        The fields and what has become of the files. A file input that was left empty is not among them. An attachment is
-        assigned to a row like any other. `async with` removes those that no row takes; without it, they go the way of
-        `Attachment.store`.
+        The fields and the stored files. An empty file input is not among them. An attachment is assigned to a row like any
+        other. `async with` removes those that no row takes; without it, they are removed like those of `Attachment.store`.
 
     Raises:
         UnsupportedRequestError: It is neither multipart/form-data nor URL-encoded, or has a Content-Encoding.
-        MalformedRequestError: It is not what it says, is cut off, or has a file that is not expected.
+        MalformedRequestError: It is malformed, cut off, or has a file in a field where none is expected.
         RequestTooLargeError: It has more than `limits` allow, or more files in one field than it takes.
         ContentTooLargeError: A file has more bytes than its policy or `limits` allow.
         ClientDisconnect: The client went away.
@@ -368,8 +376,8 @@ async def stream_upload(
         if media_type == b"application/x-www-form-urlencoded":
             form = _Form(files)
             form.fields = await read_fields(body, limits)
-            return form.received()
-    raise UnsupportedRequestError("the body must be multipart/form-data")
+            return form.result()
+    raise UnsupportedRequestError("the body must be multipart/form-data or application/x-www-form-urlencoded")
 
 
 @overload
@@ -393,13 +401,13 @@ async def stream_body(
 ) -> Any:
     """Receive the body of a request as one file, such as that of a PUT, and store it as it arrives.
 
-    The guarantees are those of `stream_upload`. What has a Content-Length over the limit is refused before a byte is read.
+    The guarantees are those of `stream_upload`. A Content-Length over the limit is refused before a byte is read.
 
     Args:
         request: The request; its body must not have been read.
         target: Where the file goes; see `stream_upload`.
         filename: Its name, which a bare body does not have.
-        limits: What it may bring.
+        limits: The limits of the body.
 
     Returns:
         The `Attachment`, the `StoredObjectRef`, or what your function returned.
@@ -423,7 +431,7 @@ async def stream_body(
 
 
 class _Form:
-    """A form while it is received."""
+    """A form while it arrives."""
 
     def __init__(self, files: Mapping[str, FileTarget]) -> None:
         self._targets = files
@@ -431,8 +439,8 @@ class _Form:
         self.files: list[tuple[str, Any]] = []
         self.stored = Received()
 
-    def received(self) -> UploadForm:
-        """Return what it has brought."""
+    def result(self) -> UploadForm:
+        """Return the form once it has arrived."""
         lists = [name for name, target in self._targets.items() if isinstance(target, FileList)]
         return UploadForm(self.fields, FormFiles(self.files, lists), self.stored)
 
@@ -446,7 +454,7 @@ class _MultipartForm(_Form):
         self._counts: Counter[str] = Counter()
 
     async def receive(self) -> None:
-        """Take the parts in their order, to the end of the body."""
+        """Receive the parts in their order, to the end of the body."""
         while (head := await self._reader.next_part()) is not None:
             if head.filename is None:
                 self.fields.append((head.name, await self._field(head)))
@@ -459,8 +467,10 @@ class _MultipartForm(_Form):
         while (chunk := await self._reader.next_chunk(head)) is not None:
             chunks.append(chunk)
             size += len(chunk)
-            self._limits.require("max_field_size", size, "a field is too large")
-            self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
+            if size > self._limits.max_field_size:
+                self._limits.require("max_field_size", size, "a field is too large")
+            if self._fields_size + size > self._limits.max_fields_size:
+                self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
         self._fields_size += size
         try:
             return b"".join(chunks).decode()
@@ -480,14 +490,16 @@ class _MultipartForm(_Form):
             self.files.append((head.name, await self.stored.store(part, self._target(head.name))))
 
     def _target(self, name: str) -> Target:
-        """Return where the next file of a field goes."""
+        """Return the target of the next file of a field."""
         target = self._targets.get(name)
         if target is None:
-            raise MalformedRequestError("the form has a file in a field where none is expected")
+            raise MalformedRequestError(f"the form has a file in the field {name!r:.80}, where none is expected")
         self._counts[name] += 1
         most, target = (target.max_files, target.target) if isinstance(target, FileList) else (1, target)
         if self._counts[name] > most:
-            raise RequestTooLargeError(f"there are too many files in one field (at most {most})", limit="max_files", maximum=most)
+            raise RequestTooLargeError(
+                f"there are too many files in the field {name!r:.80} (at most {most})", limit="max_files", maximum=most
+            )
         return target
 
 
@@ -497,24 +509,19 @@ async def _receive(form: _MultipartForm) -> UploadForm:
     except BaseException as error:
         if form.stored:
             cancelled = isinstance(error, asyncio.CancelledError)
-            await shielded_cleanup(form.stored.take_back(cancelled=cancelled), "removing what a failed request has stored")
+            await shielded_cleanup(form.stored.remove_all(cancelled=cancelled), "removing what a failed request has stored")
         raise
-    return form.received()
+    return form.result()
 
 
-# What FastAPI's `Depends` takes to receive files.
-
-
-T_co = TypeVar("T_co", covariant=True)
-
-_FILE: Mapping[str, Any] = {"type": "string", "format": "binary"}
+# Dependencies for FastAPI's `Depends`.
 
 
 class UploadDependency(Protocol[T_co]):
     """A dependency that receives files.
 
     Attributes:
-        openapi_extra: What a route's `openapi_extra` takes to describe the body: FastAPI cannot see it in the signature.
+        openapi_extra: The description of the body for a route's `openapi_extra`: FastAPI cannot see it in the signature.
     """
 
     openapi_extra: dict[str, Any]
@@ -524,12 +531,12 @@ class UploadDependency(Protocol[T_co]):
         ...
 
 
-def received_form(files: Mapping[str, FileTarget], *, limits: UploadLimits = DEFAULT_LIMITS) -> UploadDependency[UploadForm]:
-    """Return a dependency that receives a form: `Annotated[UploadForm, Depends(received_form({"file": Document.file}))]`.
+def upload_form(files: Mapping[str, FileTarget], *, limits: UploadLimits = DEFAULT_LIMITS) -> UploadDependency[UploadForm]:
+    """Return a dependency that receives a form: `Annotated[UploadForm, Depends(upload_form({"file": Document.file}))]`.
 
-    When the request ends, well or not, the attachments are removed that no row has taken; where it ends well, those stay that an
-    instance holds whose row is yet to be flushed. Arguments and errors are those of `stream_upload`. The endpoint must have no
-    `Form` or `File` parameters: FastAPI would read the body first.
+    At the end of the request the attachments that no row has taken are removed; where it ends without an error, those assigned to
+    an instance stay, whose row may be flushed later. Arguments and errors are those of `stream_upload`. The endpoint must not
+    have `Form` or `File` parameters: FastAPI would read the body first.
     """
 
     async def form(request: Request) -> AsyncIterator[UploadForm]:
@@ -541,21 +548,20 @@ def received_form(files: Mapping[str, FileTarget], *, limits: UploadLimits = DEF
         for name, target in files.items()
     }
     schema = {"type": "object", "properties": properties, "additionalProperties": {"type": "string"}}
-    return cast(UploadDependency[UploadForm], _described(form, "multipart/form-data", schema))
+    return cast(UploadDependency[UploadForm], _with_openapi(form, "multipart/form-data", schema))
 
 
-def received_body(
+def upload_body(
     target: Target, *, filename: Callable[[Request], str | None] | None = None, limits: UploadLimits = DEFAULT_LIMITS
 ) -> UploadDependency[Any]:
-    """Return a dependency that receives the body as one file: `Annotated[Attachment, Depends(received_body(Document.file))]`.
+    """Return a dependency that receives the body as one file: `Annotated[Attachment, Depends(upload_body(Document.file))]`.
 
-    What becomes of an attachment that no row has taken is that of `received_form`. Arguments and errors are those of
-    `stream_body`.
+    An attachment that no row has taken is removed as by `upload_form`. Arguments and errors are those of `stream_body`.
 
     Args:
         target: Where the file goes.
-        filename: Finds the file's name in the request, such as in its path.
-        limits: What it may bring.
+        filename: Returns the file's name from the request, such as from its path.
+        limits: The limits of the body.
     """
 
     async def body(request: Request) -> AsyncIterator[Any]:
@@ -564,10 +570,10 @@ def received_body(
         async with UploadForm([], FormFiles([("", stored)]), Received.of(stored)):
             yield stored
 
-    return cast(UploadDependency[Any], _described(body, "application/octet-stream", _FILE))
+    return cast(UploadDependency[Any], _with_openapi(body, "application/octet-stream", _FILE))
 
 
-def _described(dependency: Any, media_type: str, schema: Mapping[str, Any]) -> Any:
+def _with_openapi(dependency: Any, media_type: str, schema: Mapping[str, Any]) -> Any:
     content = {media_type: {"schema": dict(schema)}}
     dependency.openapi_extra = {"requestBody": {"required": True, "content": content}}
     return dependency

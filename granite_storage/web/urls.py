@@ -1,4 +1,4 @@
-"""Signed URLs, served."""
+"""Serving signed URLs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from granite_storage.exceptions import BackendUnavailableError, ConfigurationErr
 from granite_storage.manager import StorageManager
 from granite_storage.signing import SignedObject
 from granite_storage.web._upload_tokens import token_of
-from granite_storage.web.responses import StoredObjectResponse, send_status
+from granite_storage.web.errors import RETRY_AFTER
+from granite_storage.web.responses import StoredObjectResponse, is_request, send_status
 
 __all__ = ["SignedFiles"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
-_RETRY_AFTER = [("retry-after", "5")]
-
 
 class SignedFiles:
     """An ASGI application that serves the URLs that `StorageManager.url` signs; mount it at the signer's base URL.
 
-    Whatever is wrong with a URL is answered with 403, before any storage is touched: expired, changed, cut, written in another
-    way, with a query, or signed with a key that is gone. Otherwise it answers as `StoredObjectResponse` does.
+    An invalid URL is answered with 403 before any storage is touched, whether it is expired, changed, cut, written otherwise,
+    has a query, or was signed with a key that is gone. A valid one is answered as by `StoredObjectResponse`.
 
     Args:
         manager: The manager; it must have a `url_signer`.
@@ -43,20 +42,14 @@ class SignedFiles:
 
     def __init__(self, manager: StorageManager, *, inline_types: Collection[str] = INLINE_TYPES) -> None:
         if manager.url_signer is None:
-            raise ConfigurationError("the manager signs no URLs: make it with url_signer=")
+            raise ConfigurationError("the manager signs no URLs: pass url_signer= to StorageManager")
         self._manager = manager
         self._signer = manager.url_signer
         self._inline_types = require_inline_types(inline_types)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
-            return
-        if scope["type"] != "http":
-            raise ValueError(f"SignedFiles serves HTTP, not {scope['type']!r}")
-        if scope["method"] not in ("GET", "HEAD"):
-            await send_status(send, 405, [("allow", "GET, HEAD")])
+        if not await is_request(scope, send, ("GET", "HEAD"), "SignedFiles"):
             return
         token = token_of(scope)
         signed = None if token is None else self._signer.verify(token)
@@ -86,7 +79,7 @@ class SignedFiles:
         except (BackendUnavailableError, InvalidLocationError, UnknownBackendError) as error:
             if begun:
                 raise
-            logger.error("a signed URL could not be served", exc_info=error)
+            logger.error("the object of a signed URL could not be served", exc_info=error)
             status, headers = _refusal(error)
             await send_status(send, status, headers)
 
@@ -94,7 +87,7 @@ class SignedFiles:
 def _refusal(error: BackendUnavailableError | InvalidLocationError | UnknownBackendError) -> tuple[int, list[tuple[str, str]]]:
     match error:
         case BackendUnavailableError():
-            return 503, _RETRY_AFTER
+            return 503, [("retry-after", str(RETRY_AFTER))]
         case UnknownBackendError():
             return 404, []
         case _:

@@ -69,12 +69,12 @@ from storage import progress, storage
 def upgrade():
     add_storage_column(op, "article", "body_file")
     text_to_storage(op, storage, "article", "body", "body_file", storage_key="articles", filename=lambda row: row["name"],
-        also_read=["name"], progress=progress, at_a_time=20)
-    drop_converted_column(op, storage, "article", "body", "body_file", at_a_time=50)
+        also_read=["name"], progress=progress, concurrency=20)
+    drop_converted_column(op, storage, "article", "body", "body_file", concurrency=50)
 
 def downgrade():
     add_column_once(op, "article", sa.Column("body", sa.Text()))
-    storage_to_text(op, storage, "article", "body_file", "body", at_a_time=100)
+    storage_to_text(op, storage, "article", "body_file", "body", concurrency=100)
     drop_restored_column(op, "article", "body_file", "body")
 """
 BLOB = """

@@ -6,7 +6,7 @@ import pytest
 
 from granite_storage import ChecksumMismatchError, StorageManager, StoragePolicy
 from granite_storage.alembic import CopyOf
-from granite_storage.alembic.sources import Place, copied_content
+from granite_storage.alembic.sources import Place, copy_content
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.testing import FaultInjectingBackend
 
@@ -18,7 +18,7 @@ async def test_one_that_does_not_come_back_is_removed() -> None:
     manager = StorageManager(backends={"memory": backend}, policies={"docs": StoragePolicy("docs", "memory")})
     backend.corrupt("put_bytes", at=3)
     with pytest.raises(ChecksumMismatchError):
-        await copied_content(manager, PLACE, CopyOf(b"content"))
+        await copy_content(manager, PLACE, CopyOf(b"content"))
     assert [info async for info in backend.iter_objects()] == []
-    stored = await copied_content(manager, PLACE, CopyOf(b"content"))
+    stored = await copy_content(manager, PLACE, CopyOf(b"content"))
     assert await manager.get(stored.ref) == b"content"

@@ -167,7 +167,7 @@ def test_steps_go_with_somebody_elses_transaction(tmp_path: Path) -> None:
         connection.commit()
         with connection.begin():
             op = Operations(MigrationContext.configure(connection))
-            text_to_storage(op, manager, "note", "body", "file", storage_key="notes", at_a_time=1)
+            text_to_storage(op, manager, "note", "body", "file", storage_key="notes", concurrency=1)
             connection.get_transaction().rollback()
         assert connection.exec_driver_sql("SELECT count(*), count(file) FROM note").one() == (3, 0)
     engine.dispose()

@@ -14,16 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from granite_storage import (
-    BackendError,
-    BackendUnavailableError,
-    ConfigurationError,
-    InvalidLocationError,
-    ObjectExistsError,
-    ObjectNotFoundError,
-    StoredObjectRef,
-)
+from granite_storage import BackendUnavailableError, ConfigurationError, ObjectNotFoundError, StoredObjectRef
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.exceptions import BackendError, InvalidLocationError, ObjectExistsError
 from granite_storage.locations import RESERVED_PREFIX
 from tests.core.support import PLACE, chunks_of, left_below, local_manager
 

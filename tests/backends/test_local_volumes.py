@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 
-from granite_storage import AccessDeniedError, BackendError, BackendUnavailableError, ConfigurationError, ObjectExistsError
+from granite_storage import BackendUnavailableError, ConfigurationError
 from granite_storage.backends import _local_tree
 from granite_storage.backends._local_write import AtomicFile
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.exceptions import AccessDeniedError, BackendError, ObjectExistsError
 from granite_storage.locations import RESERVED_PREFIX
 from tests.core.support import PROJECT, files_below, many
 
@@ -114,7 +115,7 @@ async def test_an_unnamed_file_that_cannot_be_linked_keeps_its_bytes_and_mode(wi
 
 RACE = """
 import asyncio, errno, os, sys
-from granite_storage import ObjectExistsError
+from granite_storage.exceptions import ObjectExistsError
 from granite_storage.backends import _local_tree
 from granite_storage.backends.local import LocalStorageBackend
 

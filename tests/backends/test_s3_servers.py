@@ -15,16 +15,11 @@ import pytest
 from aiobotocore.credentials import AioRefreshableCredentials
 from botocore.config import Config
 
-from granite_storage import (
-    AccessDeniedError,
-    ConfigurationError,
-    ObjectExistsError,
-    StorageManager,
-    StoragePolicy,
-)
+from granite_storage import ConfigurationError, StorageManager, StoragePolicy
 from granite_storage.backends import _s3_upload
 from granite_storage.backends._s3_upload import MAX_PARTS, PROBE_PREFIX, part_size_of
 from granite_storage.backends.s3 import S3StorageBackend
+from granite_storage.exceptions import AccessDeniedError, ObjectExistsError
 from tests.core.support import many
 from tests.faults.s3_proxy import (
     FaultProxy,

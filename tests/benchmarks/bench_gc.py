@@ -18,7 +18,7 @@ from granite_storage import Attachment, StorageGarbageCollector, StorageManager,
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.gc.merge import PAGE, joined
+from granite_storage.gc.merge import PAGE, join_pages
 from tests.benchmarks.harness import MIB, Comparison, Contender, Meter, main
 from tests.orm.databases import postgres
 
@@ -74,7 +74,7 @@ async def collector_of(count: int) -> AsyncIterator[StorageGarbageCollector]:
             await connection.execute(text(FILL), {"count": count})
         policies = {"files": StoragePolicy("files", "b", key_prefix="files")}
         async with StorageManager(backends={"b": SyntheticBackend(count)}, policies=policies) as manager:
-            binding = bind_storage(Base, manager, sessions=async_sessionmaker(engine))
+            binding = bind_storage(Base, manager, session_factory=async_sessionmaker(engine))
             yield StorageGarbageCollector(manager, binding=binding)
             binding.unbind()
         await engine.dispose()
@@ -94,7 +94,7 @@ async def join_alone(meter: Meter, *, objects: int) -> None:
     references = [(location_of(number), True) for number in range(1, objects + 1) if number % ONE_ORPHAN_IN]
     orphans = 0
     async with meter.measure(operations=objects, ticking=False):
-        async for stretch in joined(pages(listed), pages(references)):
+        async for stretch in join_pages(pages(listed), pages(references)):
             orphans += len(stretch.unreferenced)
     assert orphans == objects // ONE_ORPHAN_IN
 

@@ -52,7 +52,7 @@ class TestVerify:
         shop.fill(2)
         shop.files("old")[0].write_bytes(b"y" * 1000)
         assert shop.run("verify").code == 0
-        answer = shop.run("verify", "--deep", "--json", "--storage-key", "documents", "--rate", "10MB", "--at-a-time", "2")
+        answer = shop.run("verify", "--deep", "--json", "--storage-key", "documents", "--rate", "10MB", "--concurrency", "2")
         assert answer.code == 1
         assert answer.report["counts"] == {"wrong checksum": 1}
         assert answer.report["bytes_read"] == 1000
@@ -71,7 +71,7 @@ class TestVerify:
     def test_stopped_and_going_on(self, shop: Shop, number: signal.Signals) -> None:
         shop.fill(100)
         shop.files("old")[0].unlink()
-        process = shop.start("verify", "--json", "--at-a-time", "1", SLOW="0.05")
+        process = shop.start("verify", "--json", "--concurrency", "1", SLOW="0.05")
         answer = interrupted(process, number, after=1)
         assert answer.code == 128 + number
         assert 0 < answer.report["checked"] < 100
@@ -121,7 +121,7 @@ class TestMigrate:
     def test_stopped_and_going_on(self, shop: Shop, number: signal.Signals) -> None:
         shop.fill(100)
         arguments = ["migrate", "--storage-key", "documents", "--to", "new", "--yes", "--json"]
-        process = shop.start(*arguments, "--at-a-time", "1", SLOW="0.05", WRITE_TO="new")
+        process = shop.start(*arguments, "--concurrency", "1", SLOW="0.05", WRITE_TO="new")
         answer = interrupted(process, number, after=5)
         assert answer.code == 128 + number
         assert 0 < answer.report["moved"] < 100
@@ -137,7 +137,7 @@ class TestMigrate:
     def test_killed_and_run_again(self, shop: Shop) -> None:
         shop.fill(60)
         arguments = ["migrate", "--storage-key", "documents", "--to", "new", "--yes", "--json"]
-        process = shop.start(*arguments, "--at-a-time", "2", SLOW="0.05", WRITE_TO="new")
+        process = shop.start(*arguments, "--concurrency", "2", SLOW="0.05", WRITE_TO="new")
         answer = interrupted(process, signal.SIGKILL, after=5)
         assert answer.code == -signal.SIGKILL
         assert shop.run("verify", "--deep", WRITE_TO="new").code == 0
@@ -165,7 +165,7 @@ class TestRecover:
         assert (answer.code, answer.report["deleted"], answer.report["failed"]) == (0, 2, [])
         assert shop.files("old") == []
         assert "nothing waits" in shop.run("recover", "--dry-run").out
-        assert "are tried again" in shop.run("recover", "--yes", "--revive").err
+        assert "are tried again" in shop.run("recover", "--yes", "--retry-dead-letters").err
 
 
 class TestGc:
@@ -213,7 +213,7 @@ class TestGc:
         plain_shop.fill(3)
         self.orphans(plain_shop, 1)
         answer = plain_shop.run("gc", "--yes", "--json", "--grace", "3d")
-        assert (answer.code, answer.report["young"], answer.report["deleted"]) == (0, 1, 0)
+        assert (answer.code, answer.report["within_grace_period"], answer.report["deleted"]) == (0, 1, 0)
 
     def test_the_fuse(self, plain_shop: Shop) -> None:
         plain_shop.fill(1)
@@ -346,7 +346,7 @@ class TestDoctor:
         shop.fill(1)
         answer = shop.run("doctor", "--json", FOREIGN_KEYS="1" if "sqlite" in shop.url else "")
         assert answer.code == 0, answer.out
-        verdicts = {record["what"]: record["verdict"] for record in answer.records}
+        verdicts = {record["what"]: record["result"] for record in answer.records}
         assert verdicts["backend old"] == verdicts["tables"] == verdicts["database"] == verdicts["models"] == "ok"
         assert verdicts["journal"] == ("ok" if shop.journaled else "note")
         assert len(shop.files("old")) == 1
@@ -372,7 +372,7 @@ class TestDoctor:
     def test_a_database_out_of_reach(self, plain_shop: Shop) -> None:
         answer = plain_shop.run("doctor", "--json", DATABASE_URL="postgresql+asyncpg://nobody@127.0.0.1:1/none")
         assert answer.code == 1
-        assert next(record["verdict"] for record in answer.records if record["what"] == "database") == "bad"
+        assert next(record["result"] for record in answer.records if record["what"] == "database") == "bad"
 
     def test_a_backend_that_cannot_be_written_to(self, plain_shop: Shop) -> None:
         plain_shop.fill(1)

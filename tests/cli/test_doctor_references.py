@@ -9,14 +9,14 @@ from tests.cli.conftest import Shop
 
 def verdicts(shop: Shop, **environment: str) -> tuple[int, list[tuple[str, str]]]:
     answer = shop.run("doctor", "--json", "--read-only", **environment)
-    found = [(record["verdict"], record["message"]) for record in answer.records if record["what"] in ("references", "backends")]
+    found = [(record["result"], record["message"]) for record in answer.records if record["what"] in ("references", "backends")]
     return answer.code, found
 
 
 @pytest.mark.case("RA-03")
 def test_rows_of_another_store(plain_shop: Shop) -> None:
     plain_shop.fill(2)
-    assert verdicts(plain_shop) == (0, [("ok", "2 lead to the stores that they were written to")])
+    assert verdicts(plain_shop) == (0, [("ok", "all 2 lead to the store that they were written to")])
     (plain_shop.folder / "old").rename(plain_shop.folder / "away")
     code, [(verdict, message)] = verdicts(plain_shop)
     assert (code, verdict) == (1, "bad")

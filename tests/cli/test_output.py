@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from granite_storage.cli.output import shown, shown_size
+from granite_storage.cli.output import escape_text, format_size
 from granite_storage.cli.runtime import ByteCount
 from tests.cli.conftest import ROOT, Shop
 
@@ -30,7 +30,7 @@ HOSTILE = "a\u202egnp.exe\x1b[2J\x07.txt"
     ],
 )
 def test_nothing_that_a_terminal_obeys(text: str, expected: str) -> None:
-    assert shown(text) == expected
+    assert escape_text(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_nothing_that_a_terminal_obeys(text: str, expected: str) -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (123_456, "123 kB"), (5.5e15, "5.5 PB")],
 )
 def test_sizes(size: float, expected: str) -> None:
-    assert shown_size(size) == expected
+    assert format_size(size) == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [("10", 10), ("10MB", 10e6), ("1.5 GiB/s", 1.5 * 2**30), ("7k", 7000)])

@@ -16,19 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granite_storage import (
-    BackendError,
-    BackendUnavailableError,
-    ChecksumMismatchError,
-    ObjectNotFoundError,
-    SizeMismatchError,
-    StorageManager,
-    StoredObjectRef,
-)
+from granite_storage import BackendUnavailableError, ChecksumMismatchError, ObjectNotFoundError, StorageManager, StoredObjectRef
 from granite_storage.backends.base import ObjectReader
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.exceptions import BackendError, SizeMismatchError
 from granite_storage.testing import FaultInjectingBackend
 from tests.core.support import MIB, SLOT, Lag, eventually, local_manager, manager_on, open_files
 

@@ -26,9 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.datastructures import UploadFile
 
-from granite_storage import InvalidReferenceError, SizeLimitedStream, StorageManager, streams
+from granite_storage import SizeLimitedStream, StorageManager, streams
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.orm import Attachment
 from granite_storage.streams import CHUNK_SIZE, MeasuredStream, iter_chunks
 from granite_storage.testing import FaultInjectingBackend

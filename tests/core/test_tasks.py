@@ -1,4 +1,4 @@
-"""Work side by side: how many at a time, in which order the results come, and what an error or a cancellation leaves."""
+"""Work side by side, and work that is repeated: how much at a time, when, and what an error or a cancellation leaves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from granite_storage._tasks import run_bounded
+from granite_storage._tasks import background, repeat, run_bounded
+from tests.core.support import eventually
 
 
 class Work:
@@ -67,3 +68,123 @@ async def test_a_cancelled_caller_leaves_nothing_running() -> None:
         await task
     assert work.running == 0
     assert len(work.ended) == 3
+
+
+class Runs:
+    """Counts runs, and lets one of them fail."""
+
+    def __init__(self, failing: int = 0) -> None:
+        self.count = 0
+        self.failing = failing
+
+    async def __call__(self) -> None:
+        self.count += 1
+        if self.count == self.failing:
+            raise ConnectionRefusedError("nobody is there")
+
+
+async def test_an_error_is_logged_and_the_next_run_comes(caplog: pytest.LogCaptureFixture) -> None:
+    runs = Runs(failing=2)
+    async with background(repeat(runs, 0.001, "looking")):
+        await eventually(lambda: runs.count >= 4)
+    assert "looking failed and is tried again" in caplog.text
+    assert "nobody is there" in caplog.text
+
+
+async def test_the_interval_lies_between_the_end_of_a_run_and_the_next_one() -> None:
+    loop, times = asyncio.get_running_loop(), list[float]()
+
+    async def work() -> None:
+        times.append(loop.time())
+        await asyncio.sleep(0.02)
+        times.append(loop.time())
+
+    async with background(repeat(work, 0.03, "working")):
+        await eventually(lambda: len(times) >= 6)
+    assert all(times[index + 1] - times[index] >= 0.029 for index in (1, 3))
+
+
+@pytest.mark.parametrize("has_event", [True, False])
+async def test_intervals_differ_by_the_jitter(monkeypatch: pytest.MonkeyPatch, has_event: bool) -> None:
+    bounds: list[tuple[float, float]] = []
+
+    def uniform(least: float, most: float) -> float:
+        bounds.append((least, most))
+        return 0.001
+
+    monkeypatch.setattr("granite_storage._tasks.random.uniform", uniform)
+    runs = Runs()
+    async with background(repeat(runs, 1.0, "looking", jitter=0.25, wake=asyncio.Event() if has_event else None)):
+        await eventually(lambda: runs.count >= 3)
+    assert set(bounds) == {(0.75, 1.25)}
+
+
+async def test_an_event_begins_the_next_run_early() -> None:
+    runs, wake = Runs(), asyncio.Event()
+    async with background(repeat(runs, 3600, "looking", wake=wake)):
+        for count in range(1, 4):
+            await eventually(lambda count=count: runs.count == count)
+            await asyncio.sleep(0.01)
+            assert runs.count == count
+            wake.set()
+
+
+async def test_an_event_that_is_set_during_a_run_is_not_lost() -> None:
+    wake, count = asyncio.Event(), 0
+
+    async def work() -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            wake.set()
+
+    async with background(repeat(work, 3600, "looking", wake=wake)):
+        await eventually(lambda: count == 2)
+
+
+async def test_an_event_does_not_shorten_the_rest() -> None:
+    runs, wake = Runs(), asyncio.Event()
+    async with background(repeat(runs, 3600, "looking", wake=wake, rest=0.05)):
+        await eventually(lambda: runs.count == 1)
+        wake.set()
+        await asyncio.sleep(0.02)
+        assert runs.count == 1
+        await eventually(lambda: runs.count == 2)
+
+
+@pytest.mark.parametrize("at", ["work", "rest", "interval", "event"])
+async def test_a_cancellation_ends_it_promptly(at: str, caplog: pytest.LogCaptureFixture) -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        begun.set()
+        try:
+            if at == "work":
+                await asyncio.sleep(3600)
+        finally:
+            ended.set()
+
+    wake = asyncio.Event() if at == "event" else None
+    async with asyncio.timeout(5):
+        async with background(repeat(work, 3600, "working", wake=wake, rest=3600 if at == "rest" else 0)):
+            await begun.wait()
+            await asyncio.sleep(0.01)
+    assert ended.is_set()
+    assert not caplog.records
+
+
+async def test_the_end_of_a_block_waits_for_its_tasks() -> None:
+    ended: list[int] = []
+
+    async def work(number: int) -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.01)
+            ended.append(number)
+
+    with pytest.raises(KeyError):
+        async with background(work(1), work(2)):
+            await asyncio.sleep(0)
+            raise KeyError
+    assert sorted(ended) == [1, 2]

@@ -14,9 +14,10 @@ import aiofiles
 import httpx
 import pytest
 
-from granite_storage import ConfigurationError, StorageManager, StoragePolicy, StreamTimeoutError, streams
+from granite_storage import ConfigurationError, StorageManager, StoragePolicy, streams
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import StreamTimeoutError
 from granite_storage.orm import bind_storage
 from granite_storage.testing import FaultInjectingBackend
 from tests.core.support import SLOT, eventually, left_below

@@ -130,7 +130,7 @@ def test_a_file_that_is_sent_directly_is_what_it_says(visit: Page) -> None:
     eventually(lambda: len(visit.all(".failed")) == 3)
     assert sorted(visit.texts(".failed .state")) == [
         "It is larger than 3 MB, the most that is taken here.",
-        "The file is not of the media type that was announced.",
+        "The file is not of the announced media type.",
         "The gallery takes pictures, films, sound, plain text, PDF and ZIP.",
     ]
     assert len([path for _, path in visit.answers() if path.startswith("/uploads")]) == 1

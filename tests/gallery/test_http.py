@@ -317,7 +317,7 @@ async def test_a_direct_upload_that_is_not_what_was_announced_hangs_nowhere(clie
     assert stored(tmp_path) == {}
     assert (await sent(client, upload, b"abc")).status_code == 204
     answer = await client.post("/direct/finish", json={"token": upload["token"]})
-    assert (answer.status_code, answer.json()["detail"]) == (422, "The file is not of the media type that was announced.")
+    assert (answer.status_code, answer.json()["detail"]) == (422, "The file is not of the announced media type.")
     for token in ("", "x", upload["token"][:-1], upload["url"].rpartition("/")[2]):
         assert (await client.post("/direct/finish", json={"token": token})).status_code == 403
     assert (await client.get("/items")).json() == []

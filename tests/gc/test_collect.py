@@ -8,7 +8,8 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from granite_storage import CollectionRefusedError, Fate
+from granite_storage.exceptions import CollectionRefusedError
+from granite_storage.gc import OrphanStatus
 from granite_storage.locations import make_location
 from tests.gc.environment import Crate, Drum, GcEnvironment, Keg, file
 
@@ -20,7 +21,7 @@ async def test_orphans_go_and_the_rest_stays(env: GcEnvironment) -> None:
     before = await env.locations()
     report = await env.collect()
     assert await env.locations() == before - {ref.location for ref in orphans}
-    assert (report.scanned, report.referenced, report.orphaned, report.deleted, report.kept) == (7, 4, 3, 3, 0)
+    assert (report.scanned, report.referenced, report.orphaned, report.deleted, report.referenced_on_recheck) == (7, 4, 3, 3, 0)
     assert (report.orphaned_bytes, report.deleted_bytes, report.scanned_bytes) == (18, 18, 28)
     assert (report.failed, report.failures, report.dangling, report.complete) == (0, [], [], True)
     again = await env.collect()
@@ -32,8 +33,8 @@ async def test_dry_by_default(env: GcEnvironment) -> None:
     orphan = await env.orphan()
     env.age()
     run = env.collector(max_deleted_share=0.25).collection(storage_key="docs")
-    seen = [(item.fate, item.location, item.size) async for item in run]
-    assert seen == [(Fate.ORPHANED, orphan.location, 6)]
+    seen = [(item.status, item.location, item.size) async for item in run]
+    assert seen == [(OrphanStatus.ORPHANED, orphan.location, 6)]
     assert (run.report.dry_run, run.report.orphaned, run.report.deleted) == (True, 1, 0)
     assert run.report.refusal is not None
     assert len(await env.locations()) == 2
@@ -102,7 +103,7 @@ async def test_foreign_names_are_counted_and_never_touched(env: GcEnvironment) -
         await env.aged.put_bytes(location, b"theirs")
     env.age()
     report = await env.collect()
-    assert (report.foreign, report.foreign_bytes, report.orphaned) == (5, 30, 0)
+    assert (report.unmanaged, report.unmanaged_bytes, report.orphaned) == (5, 30, 0)
     assert set(foreign) <= await env.locations()
 
 
@@ -112,8 +113,8 @@ async def test_segments_and_the_places_of_other_policies(env: GcEnvironment) -> 
     orphans = {key: (await env.orphan(key)).location for key in ("docs", "docs2", "nested", "bare")}
     env.age()
     for key in orphans:
-        report = await env.collect(key, accept_empty=key != "docs")
-        assert (report.orphaned, report.deleted, report.foreign) == (1, 1, 0), key
+        report = await env.collect(key, allow_no_references=key != "docs")
+        assert (report.orphaned, report.deleted, report.unmanaged) == (1, 1, 0), key
         left = {other for other, location in orphans.items() if location in await env.locations()}
         assert key not in left
         assert left == set(list(orphans)[list(orphans).index(key) + 1 :]), key
@@ -196,7 +197,7 @@ async def test_age_is_by_the_clock_of_the_backend(plain_env: GcEnvironment) -> N
     await plain_env.orphan()
     plain_env.age(23)
     report = await plain_env.collect()
-    assert (report.young, report.young_bytes, report.orphaned) == (1, 6, 0)
+    assert (report.within_grace_period, report.within_grace_period_bytes, report.orphaned) == (1, 6, 0)
     plain_env.age(2)
     assert (await plain_env.collect()).deleted == 1
 
@@ -208,7 +209,7 @@ async def test_an_object_from_the_future_is_young(plain_env: GcEnvironment) -> N
     plain_env.age(-48)
     collector = plain_env.collector(grace_period=timedelta(0))
     report = await collector.collect(storage_key="docs", dry_run=False)
-    assert (report.young, report.deleted) == (1, 0)
+    assert (report.within_grace_period, report.deleted) == (1, 0)
 
 
 def _json(env: GcEnvironment) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from granite_storage import AccessDeniedError, BackendUnavailableError, CollectionRefusedError, ConfigurationError, Fate
+from granite_storage import BackendUnavailableError, ConfigurationError
 from granite_storage.backends.base import StorageBackend, SupportsBatchDelete, SupportsClock
 from granite_storage.backends.local import LocalStorageBackend
-from granite_storage.gc import database
+from granite_storage.exceptions import AccessDeniedError, CollectionRefusedError
+from granite_storage.gc import OrphanStatus, database
 from tests.gc.environment import Crate, GcEnvironment, file, gc_environment
 from tests.orm.databases import Database
 
@@ -48,7 +49,7 @@ async def test_a_listing_that_ends_early_and_tells_nobody(plain_env: GcEnvironme
     """What was not listed is not deleted, and its references are not taken for dangling."""
     await fill(plain_env, 9)
     plain_env.store.cut("iter_objects", after=2, silently=True)
-    report = await plain_env.collector().collect(storage_key="docs", dry_run=False, accept_empty=True)
+    report = await plain_env.collector().collect(storage_key="docs", dry_run=False, allow_no_references=True)
     assert report.dangling == []
     assert report.deleted == 2 - report.referenced
 
@@ -81,8 +82,8 @@ async def test_some_cannot_be_deleted(
     monkeypatch.setattr(plain_env.aged, "delete_many", some)
     report = await plain_env.collect()
     assert (report.orphaned, report.deleted, report.failed) == (9, 6, 3)
-    assert {(item.fate, item.location, item.error) for item in report.failures} == {
-        (Fate.FAILED, location, "AccessDeniedError: held") for location in stubborn
+    assert {(item.status, item.location, item.error) for item in report.failures} == {
+        (OrphanStatus.FAILED, location, "AccessDeniedError: held") for location in stubborn
     }
     assert sum("could not delete the orphan" in record.message for record in caplog.records) == 3
     monkeypatch.undo()
@@ -94,13 +95,13 @@ async def test_looks_come_in_full_batches(plain_env: GcEnvironment, monkeypatch:
     monkeypatch.setattr("granite_storage.gc.collection.PAGE", 10)
     monkeypatch.setattr("granite_storage.gc.database.PAGE", 10)
     looks: list[int] = []
-    original = database.DatabaseReferences.find_held
+    original = database.DatabaseReferences.find_references
 
     async def look(self: Any, backend: str, locations: Any) -> set[str]:
         looks.append(len(locations))
         return await original(self, backend, locations)
 
-    monkeypatch.setattr(database.DatabaseReferences, "find_held", look)
+    monkeypatch.setattr(database.DatabaseReferences, "find_references", look)
     for number in range(1, 51):
         await plain_env.add(Crate(id=number, file=file("a")))
         if number % 5 == 0:

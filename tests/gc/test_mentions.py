@@ -73,7 +73,15 @@ async def expect_kept(env: GcEnvironment, kept: StoredObjectRef | str, column: s
     for each in (dry, report):
         assert (each.orphaned, each.mentioned, each.mentions) == (1, 1, {column: 1})
         assert each.mentioned_bytes > 0
-        assert each.scanned == each.referenced + each.foreign + each.young + each.kept + each.mentioned + each.orphaned
+        assert (
+            each.scanned
+            == each.referenced
+            + each.unmanaged
+            + each.within_grace_period
+            + each.referenced_on_recheck
+            + each.mentioned
+            + each.orphaned
+        )
     assert report.deleted == 1
 
 

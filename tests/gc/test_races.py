@@ -15,7 +15,8 @@ from sqlalchemy import event, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage import Attachment, CollectionRefusedError, StoragePolicy, StoredObjectRef
+from granite_storage import Attachment, StoragePolicy, StoredObjectRef
+from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.orm import references
@@ -56,7 +57,7 @@ async def test_an_upload_whose_transaction_is_open(journaled_env: GcEnvironment)
         session.add(Crate(id=2, file=file("b")))
         await session.flush()
         env.age(24 * 365)
-        assert (await env.collect()).kept == 1
+        assert (await env.collect()).referenced_on_recheck == 1
     assert (await env.collect()).referenced == 2
 
 
@@ -65,7 +66,7 @@ async def test_an_upload_that_waits_for_its_row(journaled_env: GcEnvironment) ->
     await env.add(Crate(id=1, file=file("a")))
     stored = await file("b").store(Crate.file)
     env.age()
-    assert (await env.collect()).kept == 1
+    assert (await env.collect()).referenced_on_recheck == 1
     await env.add(Crate(id=2, file=stored))
 
 
@@ -75,7 +76,7 @@ async def test_a_journal_that_only_another_program_uses_counts(journaled_env: Gc
     await file("b").store(Crate.file)
     env.age()
     env.binding.journal = None
-    assert (await env.collect()).kept == 1
+    assert (await env.collect()).referenced_on_recheck == 1
 
 
 @pytest.mark.parametrize("table", ["intent", "reclaim"])
@@ -93,7 +94,7 @@ async def test_what_the_journal_knows_of_is_the_workers(journaled_env: GcEnviron
         assert len(list(await connection.execute(select(tables.reclaim if table == "reclaim" else tables.intent)))) <= 1
     env.age()
     report = await env.collect()
-    assert (report.kept, report.orphaned) == (1, 0)
+    assert (report.referenced_on_recheck, report.orphaned) == (1, 0)
 
 
 async def test_a_row_that_comes_while_the_storage_is_listed(env: GcEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,17 +111,17 @@ async def test_a_row_that_comes_while_the_storage_is_listed(env: GcEnvironment, 
 
     monkeypatch.setattr(env.store, "iter_objects", listed)
     report = await env.collect()
-    assert (report.referenced, report.kept, report.orphaned) == (2, 0, 0)
+    assert (report.referenced, report.referenced_on_recheck, report.orphaned) == (2, 0, 0)
 
 
 async def test_a_row_that_comes_after_the_nomination(env: GcEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The join only nominates; each batch is looked at again before it is deleted."""
+    """The join only nominates; each batch is re-checked before it is deleted."""
     await env.add(Crate(id=1, file=file("a")))
     orphan = await env.orphan()
     env.age()
-    with before(monkeypatch, DatabaseReferences, "find_held", lambda: raw_insert(env, 2, orphan)):
+    with before(monkeypatch, DatabaseReferences, "find_references", lambda: raw_insert(env, 2, orphan)):
         report = await env.collect()
-    assert (report.kept, report.deleted) == (1, 0)
+    assert (report.referenced_on_recheck, report.deleted) == (1, 0)
     assert orphan.location in await env.locations()
 
 
@@ -130,7 +131,7 @@ async def test_a_row_that_comes_after_all_were_counted(env: GcEnvironment, monke
     orphan = await env.orphan()
     env.age()
     looks: list[int] = []
-    original = DatabaseReferences.find_held
+    original = DatabaseReferences.find_references
 
     async def looked(self: Any, backend: str, locations: Any) -> set[str]:
         looks.append(1)
@@ -138,7 +139,7 @@ async def test_a_row_that_comes_after_all_were_counted(env: GcEnvironment, monke
             await raw_insert(env, 2, orphan)
         return await original(self, backend, locations)
 
-    monkeypatch.setattr(DatabaseReferences, "find_held", looked)
+    monkeypatch.setattr(DatabaseReferences, "find_references", looked)
     assert (await env.collect()).deleted == 0
     assert orphan.location in await env.locations()
 
@@ -175,7 +176,7 @@ async def _in_two_statements(connection: AsyncConnection, undo: Step, journals: 
     in_journal = {(row.backend, row.location) for row in found}
     await connection.rollback()
     await undo()
-    return in_journal | await references.find_held(connection, columns, locations)
+    return in_journal | await references.find_references(connection, columns, locations)
 
 
 @pytest.mark.parametrize("simpler", [False, True])
@@ -202,13 +203,13 @@ async def test_an_undo_while_the_collector_looks(postgres_only: Database, monkey
             await undo()
             if simpler:
                 return await _in_two_statements(connection, displace, journals, columns, locations)
-            return await references.find_held(connection, columns, locations, journals=journals, extra=extra)
+            return await references.find_references(connection, columns, locations, journals=journals, extra=extra)
 
         await displace()
         with monkeypatch.context() as patch:
-            patch.setattr("granite_storage.gc.database.find_held", look)
+            patch.setattr("granite_storage.gc.database.find_references", look)
             report = await env.collect(dry_run=True)
-        assert (report.kept, report.orphaned) == ((0, 1) if simpler else (1, 0))
+        assert (report.referenced_on_recheck, report.orphaned) == ((0, 1) if simpler else (1, 0))
 
 
 @pytest.mark.case("DBF-21")
@@ -238,7 +239,7 @@ async def test_stronger_levels(database: Database, level: str, monkeypatch: pyte
         orphan, other = await env.orphan(), await env.orphan()
         env.age()
         env.sessions.configure(bind=env.engine.execution_options(isolation_level=level))
-        with before(monkeypatch, DatabaseReferences, "find_held", lambda: raw_insert(env, 2, orphan)):
+        with before(monkeypatch, DatabaseReferences, "find_references", lambda: raw_insert(env, 2, orphan)):
             assert (await env.collect()).deleted == 1
         locations = await env.locations()
         assert orphan.location in locations
@@ -255,7 +256,7 @@ def test_a_delete_that_a_crash_of_the_database_takes_back(with_barrier: bool, mo
         await connection.commit()
 
     if not with_barrier:
-        monkeypatch.setattr(checks, "barrier", nothing)
+        monkeypatch.setattr(checks, "commit_durably", nothing)
     settings = ("synchronous_commit = off", "wal_writer_delay = '10s'", "wal_writer_flush_after = 1000", "autovacuum = off")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granite-")))
@@ -321,12 +322,12 @@ async def test_a_database_restored_from_a_backup(journaled_env: GcEnvironment) -
     meta = env.journal.tables.meta
     async with env.engine.begin() as connection:
         await connection.execute(meta.update().where(meta.c.name == "heartbeat").values(changed=clock(-7200.0)))
-    with pytest.raises(CollectionRefusedError, match="accept_restore"):
+    with pytest.raises(CollectionRefusedError, match="allow_restored_database"):
         await env.collect()
     async with env.journal.worker(interval=timedelta(seconds=30)):
         await asyncio.sleep(0.3)
-    with pytest.raises(CollectionRefusedError, match=r"no worker of the journal was at work for 2:00"):
+    with pytest.raises(CollectionRefusedError, match=r"no worker of the journal was running for 2:00"):
         await env.collect()
     assert len(await env.locations()) == 2
-    assert (await env.collect(accept_restore=True)).deleted == 1
+    assert (await env.collect(allow_restored_database=True)).deleted == 1
     assert (await env.collect()).complete

@@ -18,13 +18,11 @@ from sqlalchemy.types import TypeDecorator
 
 from granite_storage import (
     Attachment,
-    CollectionRefusedError,
     ConfigurationError,
     StorageGarbageCollector,
     StorageManager,
     StoredObjectRef,
     StoredObjectRefType,
-    UnknownPolicyError,
     attachment,
     bind_storage,
 )
@@ -33,6 +31,7 @@ from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.exceptions import CollectionRefusedError, UnknownPolicyError
 from tests.gc.environment import POLICIES, Base, Crate, GcEnvironment, file, gc_environment
 from tests.orm.databases import Database, sqlite
 
@@ -63,7 +62,7 @@ async def test_an_empty_database(env: GcEnvironment) -> None:
     with pytest.raises(CollectionRefusedError, match="empty or the wrong one"):
         await env.collect()
     assert len(await env.locations()) == 2
-    assert (await env.collect(accept_empty=True)).deleted == 2
+    assert (await env.collect(allow_no_references=True)).deleted == 2
 
 
 async def test_the_wrong_database(env: GcEnvironment) -> None:
@@ -100,7 +99,7 @@ async def test_a_disk_of_something_else(disk: GcEnvironment, tmp_path: Path) -> 
     await disk.orphan()
     (tmp_path / "store" / ".granite-storage").unlink()
     with pytest.raises(CollectionRefusedError, match="marker"):
-        await disk.collector(grace_period=timedelta(0)).collect(storage_key="docs", dry_run=False, accept_empty=True)
+        await disk.collector(grace_period=timedelta(0)).collect(storage_key="docs", dry_run=False, allow_no_references=True)
     assert len(list((tmp_path / "store").rglob("*-o.txt"))) == 1
 
 
@@ -113,7 +112,7 @@ async def test_local_disk_and_its_clock(disk: GcEnvironment, tmp_path: Path) -> 
     await disk.add(Crate(id=1, file=file("a")))
     await disk.orphan()
     collector = disk.collector(grace_period=timedelta(hours=1))
-    assert (await collector.collect(storage_key="docs", dry_run=False)).young == 1
+    assert (await collector.collect(storage_key="docs", dry_run=False)).within_grace_period == 1
     assert (await disk.collector(grace_period=timedelta(0)).collect(storage_key="docs", dry_run=False)).orphaned <= 1
     shutil.rmtree(tmp_path / "store")
 
@@ -196,7 +195,7 @@ class _Wrapped(TypeDecorator[Any]):
 )
 async def test_refs_where_nobody_can_look(plain_env: GcEnvironment, kind: Any) -> None:
     with odd_base(Column("ref", kind)) as base:
-        binding = bind_storage(base, plain_env.manager, sessions=plain_env.sessions)
+        binding = bind_storage(base, plain_env.manager, session_factory=plain_env.sessions)
         try:
             with pytest.raises(CollectionRefusedError, match=r"odd\.ref holds refs inside"):
                 await StorageGarbageCollector(plain_env.manager, binding=binding).collect(storage_key="docs")
@@ -206,7 +205,7 @@ async def test_refs_where_nobody_can_look(plain_env: GcEnvironment, kind: Any) -
 
 async def test_no_column_of_refs_at_all(plain_env: GcEnvironment) -> None:
     with odd_base() as base:
-        binding = bind_storage(base, plain_env.manager, sessions=plain_env.sessions)
+        binding = bind_storage(base, plain_env.manager, session_factory=plain_env.sessions)
         try:
             plain_env.binding.unbind()
             with pytest.raises(CollectionRefusedError, match="imported"):
@@ -229,7 +228,7 @@ class Vat(Elsewhere):
 
 async def test_a_model_that_nobody_listed(env: GcEnvironment) -> None:
     await env.add(Crate(id=1, file=file("a")))
-    other = bind_storage(Elsewhere, env.manager, sessions=env.sessions)
+    other = bind_storage(Elsewhere, env.manager, session_factory=env.sessions)
     try:
         async with env.engine.begin() as connection:
             await connection.run_sync(Elsewhere.metadata.create_all)
@@ -248,7 +247,7 @@ async def test_a_base_in_another_database_or_nobody_knows_where(plain_env: GcEnv
     with sqlite("elsewhere") as database:
         async with database.opened(Elsewhere.metadata) as engine:
             for sessions in (None, async_sessionmaker(engine)):
-                other = bind_storage(Elsewhere, plain_env.manager, sessions=sessions)
+                other = bind_storage(Elsewhere, plain_env.manager, session_factory=sessions)
                 try:
                     with pytest.raises(CollectionRefusedError, match=r"sessions to read|another database"):
                         await plain_env.collect()
@@ -299,7 +298,7 @@ async def test_other_schemas(postgres_only: Database) -> None:
 
     async with gc_environment(postgres_only) as env:
         await env.sql("CREATE SCHEMA far")
-        binding = bind_storage(Far, env.manager, sessions=env.sessions)
+        binding = bind_storage(Far, env.manager, session_factory=env.sessions)
         try:
             async with env.engine.begin() as connection:
                 await connection.run_sync(Far.metadata.create_all)

@@ -25,7 +25,13 @@ async def test_a_bucket(plain_database: Database, seaweedfs_server: S3Server) ->
                 part = {"Bucket": bucket, "Key": "tenant/docs/begun", "UploadId": begun["UploadId"], "PartNumber": 1}
                 await client.upload_part(**part, Body=b"part")
             report = await env.collect()
-            assert (report.scanned, report.referenced, report.young, report.deleted, report.unfinished) == (5, 3, 2, 0, 0)
+            assert (report.scanned, report.referenced, report.within_grace_period, report.deleted, report.unfinished) == (
+                5,
+                3,
+                2,
+                0,
+                0,
+            )
             await asyncio.sleep(3)  # the server tells times in whole seconds
             report = await env.collector(grace_period=timedelta(seconds=1)).collect(storage_key="docs", dry_run=False)
             assert (report.orphaned, report.deleted, report.failures, report.unfinished) == (2, 2, [], 1)

@@ -18,8 +18,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import (
     Attachment,
-    CollectionRefusedError,
-    GarbageCollectionReport,
     StorageGarbageCollector,
     StorageManager,
     StoragePolicy,
@@ -29,6 +27,8 @@ from granite_storage import (
     journal_tables,
 )
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import CollectionRefusedError
+from granite_storage.gc import GarbageCollectionReport
 from granite_storage.gc import database as gc_database
 from tests.orm.databases import Database
 
@@ -76,7 +76,7 @@ class Tenants:
 
     @contextlib.contextmanager
     def bound(self, base: Any, name: str | None, key: str | None = None) -> Any:
-        binding = bind_storage(base, self.manager, sessions=self.sessions(name, key))
+        binding = bind_storage(base, self.manager, session_factory=self.sessions(name, key))
         try:
             yield binding
         finally:
@@ -86,7 +86,7 @@ class Tenants:
         """Collect with sessions that look at one schema."""
         with self.bound(base, name, key) as binding:
             collector = StorageGarbageCollector(self.manager, binding=binding, grace_period=timedelta(0), max_deleted_share=1.0)
-            return await collector.collect(storage_key="docs", dry_run=False, accept_empty=True)
+            return await collector.collect(storage_key="docs", dry_run=False, allow_no_references=True)
 
     async def add(self, model: Any, name: str, number: int, key: str | None = None) -> str:
         with self.bound(model, name, key):
@@ -286,7 +286,7 @@ async def test_the_journal_of_another_tenant(tenants: Tenants) -> None:
         new = {"id": uuid.uuid4(), "kind": "delete", "backend": "files", "location": kept.location, "due": due}
         await translated.execute(journal.insert().values(new))
     report = await tenants.collect(Base, one)
-    assert (report.kept, report.deleted) == (1, 1)
+    assert (report.referenced_on_recheck, report.deleted) == (1, 1)
     assert kept.location in await tenants.locations()
     assert orphan.location not in await tenants.locations()
 
@@ -317,24 +317,24 @@ async def test_a_reference_that_moves_between_two_of_several_statements(
         await tenants.add(Letter, name, 1)
     moving = await tenants.orphan()
     raw = json.dumps(moving.to_dict())
-    find_held, looks = gc_database.find_held, 0
+    find_references, looks = gc_database.find_references, 0
 
     async def slow_find_held(*given: Any, **options: Any) -> Any:
         nonlocal looks
         looks += 1
         if looks == 3:  # the first of the two right before the deletion
             await tenants.insert(other, "tenant_letter", 2, raw)
-        held = await find_held(*given, **options)
+        held = await find_references(*given, **options)
         if looks == 3:
             await tenants.insert(one, "tenant_letter", 2, raw)
             await tenants.sql(f"DELETE FROM {other}.tenant_letter WHERE id = 2")  # noqa: S608  # a name of our own
         return held
 
     monkeypatch.setattr(gc_database, "_COLUMNS_IN_A_STATEMENT", 1)
-    monkeypatch.setattr(gc_database, "find_held", slow_find_held)
+    monkeypatch.setattr(gc_database, "find_references", slow_find_held)
     report = await tenants.collect(Base, one)
     assert looks == 4
-    assert (report.kept, report.deleted) == (1, 0)
+    assert (report.referenced_on_recheck, report.deleted) == (1, 0)
     assert moving.location in await tenants.locations()
 
 
@@ -350,7 +350,9 @@ async def test_a_table_of_which_no_model_knows(tenants: Tenants, caplog: pytest.
         report = await tenants.collect(Base, one)
     assert (report.referenced, report.deleted) == (2, 1)
     assert live in await tenants.locations()
-    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [f"{one}.tenant_stamp.file holds references"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{one}.tenant_stamp.file contains references and belongs to no model of a bound base; their objects are kept"
+    ]
 
 
 @pytest.mark.case("RA-07")

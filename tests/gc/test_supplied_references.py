@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from granite_storage import CollectionRefusedError, StorageGarbageCollector, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage import StorageGarbageCollector, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import merge
 from granite_storage.gc.merge import SortedSpool, temporary_file
 from granite_storage.orm import iter_model_storage_refs
@@ -86,7 +87,7 @@ async def test_they_are_read_anew_before_anything_is_deleted() -> None:
         return [*shed.refs, late] if shed.reads > 2 else shed.refs
 
     report = await shed.collect(given)
-    assert (report.deleted, report.kept) == (0, 1)
+    assert (report.deleted, report.referenced_on_recheck) == (0, 1)
     assert late.location in await shed.locations()
 
 

@@ -17,8 +17,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import (
     Attachment,
-    CollectionRefusedError,
-    GarbageCollectionReport,
     StorageBackend,
     StorageBinding,
     StorageGarbageCollector,
@@ -34,6 +32,8 @@ from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.obstore import ObjectStoreBackend
 from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.exceptions import CollectionRefusedError
+from granite_storage.gc import GarbageCollectionReport
 from tests.faults.s3_proxy import fault_proxy
 from tests.orm.databases import Database, sqlite
 from tests.servers import S3Server
@@ -63,7 +63,7 @@ async def bound(
     """Bind the base to a manager of these backends, whose policy writes to one of them, as a deployment does."""
     policies = {"docs": StoragePolicy("docs", to, key_prefix=prefix)}
     async with StorageManager(backends=backends, policies=policies) as manager:
-        binding = bind_storage(Base, manager, sessions=sessions)
+        binding = bind_storage(Base, manager, session_factory=sessions)
         try:
             yield binding
         finally:
@@ -72,9 +72,9 @@ async def bound(
 
 async def add(binding: StorageBinding, number: int) -> str:
     """Add a row with a file, and return where that is."""
-    assert binding.sessions is not None
+    assert binding.session_factory is not None
     page = Page(id=number, file=Attachment(f"file {number}".encode(), filename="Résumé.pdf"))
-    async with binding.sessions.begin() as session:
+    async with binding.session_factory.begin() as session:
         session.add(page)
     assert page.file is not None
     return page.file.ref.location
@@ -82,7 +82,7 @@ async def add(binding: StorageBinding, number: int) -> str:
 
 async def collect(binding: StorageBinding, **options: Any) -> GarbageCollectionReport:
     collector = StorageGarbageCollector(binding.manager, binding=binding, grace_period=timedelta(0), max_deleted_share=1.0)
-    return await collector.collect(storage_key="docs", dry_run=False, accept_empty=True, **options)
+    return await collector.collect(storage_key="docs", dry_run=False, allow_no_references=True, **options)
 
 
 async def locations(backend: StorageBackend) -> list[str]:
@@ -217,7 +217,7 @@ async def test_two_keys_of_which_nobody_can_tell(sessions: async_sessionmaker[As
             storage_key="docs", model_name="m", entity_id="1", field_name="f", content=b"orphan"
         )
         report = await collect(binding)
-        assert (report.referenced, report.kept, report.deleted) == (2, 1, 1)
+        assert (report.referenced, report.referenced_on_recheck, report.deleted) == (2, 1, 1)
     assert sorted(live) == await locations(memory)
     assert orphan.location not in live
     async with bound(sessions, backends, to="below") as binding:
@@ -262,7 +262,7 @@ async def test_supplied_references_to_a_backend_whose_key_was_renamed() -> None:
         # the same object by the name that a prefix gives it
         other = replace(ref, location=f"tenants/7/{ref.location}")
         collector = StorageGarbageCollector(manager, lambda: [other], grace_period=timedelta(0), max_deleted_share=1.0)
-        assert (await collector.collect(storage_key="docs", dry_run=False, accept_empty=True)).kept == 1
+        assert (await collector.collect(storage_key="docs", dry_run=False, allow_no_references=True)).referenced_on_recheck == 1
         assert await manager.exists(ref)
 
 
@@ -318,7 +318,7 @@ async def test_names_that_a_file_system_spells_otherwise(sessions: async_session
         live = await add(binding, 1)
         assert live != unicodedata.normalize("NFD", live)
         report = await collect(binding)
-    assert (report.kept, report.deleted, report.dangling) == (1, 0, [])
+    assert (report.referenced_on_recheck, report.deleted, report.dangling) == (1, 0, [])
     assert await backend.exists(live)
 
 
@@ -345,7 +345,7 @@ async def test_another_base_of_the_same_database_may_use_another_key(sessions: a
                 async with bind.begin() as connection:
                     await connection.run_sync(Other.metadata.create_all)
                 other_sessions = async_sessionmaker(bind, expire_on_commit=False)
-                other = bind_storage(Other, leaves, sessions=other_sessions)
+                other = bind_storage(Other, leaves, session_factory=other_sessions)
                 try:
                     async with other_sessions.begin() as session:
                         session.add(Leaf(id=1, file=Attachment(b"leaf", filename="leaf.txt")))

@@ -7,9 +7,10 @@ from datetime import timedelta
 
 import pytest
 
-from granite_storage import CollectionRefusedError, StorageGarbageCollector, migrate, verify
-from granite_storage.migration import Verdict
-from granite_storage.verification import Problem
+from granite_storage import StorageGarbageCollector
+from granite_storage.exceptions import CollectionRefusedError
+from granite_storage.migration import MigrationStatus, migrate
+from granite_storage.verification import Problem, verify
 from tests.migration.environment import MigrationEnvironment, Shelf, file
 
 SURROGATE = {"location": "docs/\ud800/1/file"}, {"backend": "\ud800"}, {"original_filename": "\ud800"}, {"storage_key": "\ud800"}
@@ -36,7 +37,7 @@ async def test_a_lone_surrogate(env: MigrationEnvironment, changes: dict[str, st
         assert (report.moved, report.failed) == (2, 0)  # it is another policy's
     else:
         assert (report.moved, report.failed) == (2, 1)
-        assert [(item.verdict, item.primary_key) for item in report.failures] == [(Verdict.FAILED, (2,))]
+        assert [(item.status, item.primary_key) for item in report.failures] == [(MigrationStatus.FAILED, (2,))]
     found = await verify(env.binding)
     assert found.rows == 3
     assert {finding.primary_key for finding in found.findings} <= {(2,)}

@@ -11,7 +11,8 @@ from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.orm.exc import StaleDataError
 
-from granite_storage import ObjectNotFoundError, StaleAttachmentError, migrate
+from granite_storage import ObjectNotFoundError, StaleAttachmentError
+from granite_storage.migration import migrate
 from tests.migration.environment import MigrationEnvironment, Shelf, file
 
 ROWS = 60
@@ -123,7 +124,7 @@ async def test_objects_are_those_that_rows_refer_to(env: MigrationEnvironment, s
             group.create_task(traffic.write(number))
         group.create_task(traffic.read())
         await asyncio.sleep(0.05)
-        report = await migrate(binding, storage_key="docs", to_backend="new", at_a_time=3)
+        report = await migrate(binding, storage_key="docs", to_backend="new", concurrency=3)
         await asyncio.sleep(0.05)
         traffic.stopping = True
     assert report.moved > ROWS // 4, traffic.done

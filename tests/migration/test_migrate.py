@@ -11,17 +11,9 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
-from granite_storage import (
-    AccessDeniedError,
-    BackendUnavailableError,
-    ConfigurationError,
-    StorageFullError,
-    StoredObjectRef,
-    UnknownPolicyError,
-    Verdict,
-    migrate,
-    migration,
-)
+from granite_storage import BackendUnavailableError, ConfigurationError, StoredObjectRef, migration
+from granite_storage.exceptions import AccessDeniedError, StorageFullError, UnknownPolicyError
+from granite_storage.migration import MigrationStatus, migrate
 from granite_storage.orm.references import Scan
 from tests.migration.environment import MigrationEnvironment, Parcel, Shelf, file
 
@@ -148,11 +140,11 @@ class TestRefusals:
 
     async def test_no_sessions(self, env: MigrationEnvironment) -> None:
         binding = env.write_to("new")
-        binding.sessions = None
+        binding.session_factory = None
         with pytest.raises(ConfigurationError, match="sessions"):
             migrate(binding, storage_key="docs", to_backend="new")
 
-    @pytest.mark.parametrize("arguments", [{"at_a_time": 0}, {"bytes_per_second": 0}, {"at_a_time": True}])
+    @pytest.mark.parametrize("arguments", [{"concurrency": 0}, {"bytes_per_second": 0}, {"concurrency": True}])
     async def test_impossible_numbers(self, env: MigrationEnvironment, arguments: dict[str, int]) -> None:
         with pytest.raises(ConfigurationError):
             migrate(env.write_to("new"), storage_key="docs", to_backend="new", **arguments)
@@ -187,8 +179,8 @@ class TestFailures:
         ref = (await env.refs())[0]
         await env.old.delete(ref.location)
         report = await migrate(env.write_to("new"), storage_key="docs", to_backend="new")
-        assert [(item.verdict, item.table, item.primary_key) for item in report.failures] == [
-            (Verdict.FAILED, "migration_shelf", (1,))
+        assert [(item.status, item.table, item.primary_key) for item in report.failures] == [
+            (MigrationStatus.FAILED, "migration_shelf", (1,))
         ]
         assert await env.refs() == [ref]
 
@@ -249,7 +241,7 @@ class TestFailures:
                     shelf.file, shelf.other = None, shelf.file  # a move of the very object that was copied
 
         monkeypatch.setattr(migration, "store", store_and_wait)
-        report = await migrate(binding, storage_key="docs", to_backend="new", at_a_time=1)
+        report = await migrate(binding, storage_key="docs", to_backend="new", concurrency=1)
         assert (report.failed, report.changed, report.moved) == (0, 3, 1)
         await env.check()
         async with env.sessions() as session:
@@ -276,7 +268,7 @@ class TestFailures:
     async def test_stopping_and_going_on(self, env: MigrationEnvironment) -> None:
         await env.add(*(Shelf(id=number, file=file(str(number))) for number in range(1, 60)))
         binding = env.write_to("new")
-        run = migrate(binding, storage_key="docs", to_backend="new", at_a_time=2)
+        run = migrate(binding, storage_key="docs", to_backend="new", concurrency=2)
         async for _ in run:
             if run.report.moved == 9:
                 run.stop()
@@ -300,7 +292,7 @@ class TestFailures:
     async def test_cancelled_and_run_again(self, env: MigrationEnvironment, seconds: float) -> None:
         await env.add(*(Shelf(id=number, file=file(str(number))) for number in range(1, 80)))
         binding = env.write_to("new")
-        task = asyncio.ensure_future(migrate(binding, storage_key="docs", to_backend="new")._to_end())
+        task = asyncio.ensure_future(migrate(binding, storage_key="docs", to_backend="new")._run_to_end())
         await asyncio.sleep(seconds)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -14,7 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, configure_mappers, mapped_column, sessionmaker
 from starlette.datastructures import Headers, UploadFile
 
-from granite_storage import ConfigurationError, InvalidReferenceError, StorageManager, UnboundAttachmentError
+from granite_storage import ConfigurationError, StorageManager
+from granite_storage.exceptions import InvalidReferenceError, UnboundAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, attachment, bind_storage
 from tests.orm.values import Sessions, add, locations, sqlite
 
@@ -332,6 +333,6 @@ class TestMessages:
         engine = sessions.kw["bind"]
         for wrong in (AsyncSession(engine), sessionmaker(create_engine("sqlite://")), "sessions", engine):
             with pytest.raises(ConfigurationError, match="async_sessionmaker"):
-                bind_storage(Base, manager, sessions=wrong)  # type: ignore[arg-type]
+                bind_storage(Base, manager, session_factory=wrong)  # type: ignore[arg-type]
         for right in (async_sessionmaker(engine), lambda: AsyncSession(engine)):
-            bind_storage(Base, manager, sessions=right).unbind()  # type: ignore[arg-type]
+            bind_storage(Base, manager, session_factory=right).unbind()  # type: ignore[arg-type]

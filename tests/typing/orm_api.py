@@ -14,10 +14,6 @@ from starlette.datastructures import UploadFile
 from granite_storage import (
     Attachment,
     AttachmentType,
-    CollectedObject,
-    DanglingReference,
-    Fate,
-    GarbageCollectionReport,
     StorageBinding,
     StorageGarbageCollector,
     StorageManager,
@@ -29,6 +25,7 @@ from granite_storage import (
     bind_storage,
     iter_model_storage_refs,
 )
+from granite_storage.gc import CollectedObject, DanglingReference, GarbageCollectionReport, OrphanStatus
 
 
 class Base(DeclarativeBase):
@@ -63,7 +60,7 @@ class Letter(DataclassBase):
 
 
 def bind(manager: StorageManager, sessions: async_sessionmaker[AsyncSession]) -> None:
-    binding = bind_storage(Base, manager, sessions=sessions)
+    binding = bind_storage(Base, manager, session_factory=sessions)
     assert_type(binding, StorageBinding)
     assert_type(binding.manager, StorageManager)
     binding.unbind()
@@ -120,15 +117,15 @@ async def references(session: AsyncSession) -> None:
 
 
 async def collect(manager: StorageManager, sessions: async_sessionmaker[AsyncSession]) -> None:
-    binding = bind_storage(Base, manager, sessions=sessions)
+    binding = bind_storage(Base, manager, session_factory=sessions)
     collector = StorageGarbageCollector(manager, binding=binding, grace_period=timedelta(days=1), max_deleted_share=0.1)
-    report = await collector.collect(storage_key="documents", dry_run=False, accept_restore=True)
+    report = await collector.collect(storage_key="documents", dry_run=False, allow_restored_database=True)
     assert_type(report, GarbageCollectionReport)
     assert_type(report.dangling, list[DanglingReference])
     run = collector.collection(storage_key="documents")
     async for item in run:
         assert_type(item, CollectedObject)
-        assert_type(item.fate, Fate)
+        assert_type(item.status, OrphanStatus)
     async with collector.run_every(timedelta(hours=6), storage_keys=["documents"]):
         pass
 

@@ -18,10 +18,10 @@ from granite_storage.web import (
     UploadLimits,
     install_error_handlers,
     problem_response,
-    received_body,
-    received_form,
     stream_body,
     stream_upload,
+    upload_body,
+    upload_form,
 )
 
 
@@ -65,5 +65,5 @@ async def directly(binding: StorageBinding, app: FastAPI) -> None:
     assert_type(await uploads.finish(upload.token, Document.file, owner="anna"), Attachment)
 
 
-Form = Annotated[UploadForm, Depends(received_form({"file": Document.file}))]
-Body = Annotated[Attachment, Depends(received_body(Document.file, filename=lambda request: request.url.path))]
+Form = Annotated[UploadForm, Depends(upload_form({"file": Document.file}))]
+Body = Annotated[Attachment, Depends(upload_body(Document.file, filename=lambda request: request.url.path))]

@@ -18,28 +18,25 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import (
-    AccessDeniedError,
     Attachment,
-    BackendError,
     BackendUnavailableError,
     ConfigurationError,
     ObjectNotFoundError,
-    Problem,
     StorageManager,
     StoragePolicy,
     StoredObjectRef,
     StoredObjectRefType,
-    UnknownPolicyError,
     attachment,
     bind_storage,
-    verify,
 )
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.exceptions import AccessDeniedError, BackendError, UnknownPolicyError
 from granite_storage.orm import references
 from granite_storage.orm.references import Scan
+from granite_storage.verification import Problem, verify
 from tests.migration.environment import Base, MigrationEnvironment, Parcel, Shelf, file, hide_deleted
 from tests.orm.databases import Database, sqlite
 
@@ -183,7 +180,7 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
         monkeypatch.setattr("granite_storage._jobs._PAUSES", (0.01, 0.01))
         await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 30)))
         env.old.fail("stat", nth=20, times=1000, error=BackendUnavailableError("down"))
-        run = verify(env.binding, at_a_time=2)
+        run = verify(env.binding, concurrency=2)
         with pytest.raises(BackendUnavailableError):
             await run
         assert (run.report.problems, run.report.complete) == (0, False)
@@ -206,7 +203,7 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
         )
         async with database.opened(Base.metadata) as engine, manager:
             sessions = async_sessionmaker(engine)
-            binding = bind_storage(Base, manager, sessions=sessions)
+            binding = bind_storage(Base, manager, session_factory=sessions)
             async with sessions.begin() as session:
                 session.add(Shelf(id=1, file=file("a")))
             assert (await verify(binding)).problems == 0
@@ -226,14 +223,14 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
         )
         async with database.opened(Base.metadata) as engine, manager:
             sessions = async_sessionmaker(engine)
-            binding = bind_storage(Base, manager, sessions=sessions)
+            binding = bind_storage(Base, manager, session_factory=sessions)
             async with sessions.begin() as session:
                 session.add_all(Shelf(id=number, file=file("a")) for number in range(1, 40))
                 session.add(Shelf(id=40, file=file("b")))
             async with sessions() as session:
                 first = await session.get_one(Shelf, 1)
             await manager.delete(first.file.ref)
-            run = verify(binding, at_a_time=1)
+            run = verify(binding, concurrency=1)
             with pytest.raises(BackendUnavailableError, match="mounted"):
                 async for finding in run:
                     assert finding.primary_key == (1,)
@@ -298,7 +295,7 @@ class TestRuns:
         seen: list[Any] = []
         after = None
         for _ in range(100):
-            run = verify(env.binding, after=after, at_a_time=3)
+            run = verify(env.binding, after=after, concurrency=3)
             async for finding in run:
                 seen.append((finding.table, finding.primary_key))
                 if run.report.rows >= 10:
@@ -330,7 +327,7 @@ class TestRuns:
             return await real(location)
 
         env.old.stat = stat  # type: ignore[method-assign]
-        await verify(env.binding, at_a_time=5)
+        await verify(env.binding, concurrency=5)
         assert most == 5
 
     async def test_a_budget_slows_it_down(self, env: MigrationEnvironment) -> None:
@@ -348,7 +345,7 @@ class TestRuns:
             verify(env.binding, storage_key="dosc")
 
     async def test_findings_that_are_kept_are_bounded(self, env: MigrationEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("granite_storage.verification._MOST_KEPT", 3)
+        monkeypatch.setattr("granite_storage.verification.MOST_KEPT", 3)
         await env.add(*(Shelf(id=number, file=file("a")) for number in range(1, 10)))
         for ref in await env.refs():
             await env.old.delete(ref.location)
@@ -376,7 +373,7 @@ class TestScan:
 
         Table("loose", Other.metadata, Column("number", Integer), Column("ref", StoredObjectRefType))
         manager = StorageManager(backends={"m": MemoryStorageBackend()}, policies={})
-        binding = bind_storage(Other, manager, sessions=async_sessionmaker())
+        binding = bind_storage(Other, manager, session_factory=async_sessionmaker())
         with pytest.raises(ConfigurationError, match="loose has no primary key"):
             verify(binding)
         binding.unbind()
@@ -400,7 +397,7 @@ async def test_memory_is_flat(tmp_path: Path) -> None:
     manager = StorageManager(backends={"m": Everything()}, policies={"docs": StoragePolicy("docs", "m")})
     with sqlite("sqlite") as database:
         async with database.opened(Many.metadata) as engine:
-            binding = bind_storage(Many, manager, sessions=async_sessionmaker(engine))
+            binding = bind_storage(Many, manager, session_factory=async_sessionmaker(engine))
             peaks = []
             async for _ in _filled(engine, Row.__table__):
                 if not peaks:

@@ -13,11 +13,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from granite_storage import StoredObjectRef
 from granite_storage.orm import Attachment
-from granite_storage.web import UploadForm, UploadLimits, install_error_handlers, received_body, received_form
+from granite_storage.web import UploadForm, UploadLimits, install_error_handlers, upload_body, upload_form
 from tests.web.receiving import App, Document, stored_in
 
-Form = Annotated[UploadForm, Depends(received_form({"file": Document.file}, limits=UploadLimits(max_file_size=1000)))]
-Body = Annotated[Attachment, Depends(received_body(Document.file, filename=lambda request: request.path_params["name"]))]
+Form = Annotated[UploadForm, Depends(upload_form({"file": Document.file}, limits=UploadLimits(max_file_size=1000)))]
+Body = Annotated[Attachment, Depends(upload_body(Document.file, filename=lambda request: request.path_params["name"]))]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ async def api(receiving: App) -> AsyncIterator[httpx.AsyncClient]:
             yield session
 
     session_in = Annotated[AsyncSession, Depends(transaction, scope="function")]
-    ref_in = Annotated[StoredObjectRef, Depends(received_body(receiving.ref_target))]
+    ref_in = Annotated[StoredObjectRef, Depends(upload_body(receiving.ref_target))]
 
     async def form(form: Form, session: session_in) -> None:  # type: ignore[valid-type]
         if "refuse" in form.fields:

@@ -17,8 +17,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from granite_storage import ConsumedSourceError, ContentTooLargeError, InvalidLocationError, StorageManager
+from granite_storage import ContentTooLargeError, StorageManager
 from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.exceptions import ConsumedSourceError, InvalidLocationError
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.locations import GENERATED_STEM, uuid7_hex
 from granite_storage.orm import Attachment, bind_storage
@@ -82,7 +83,7 @@ async def direct(
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-    binding = bind_storage(Base, receiving_manager, sessions=sessions)
+    binding = bind_storage(Base, receiving_manager, session_factory=sessions)
     uploads = uploads_of(binding)
     async with client_of(uploads) as client:
         yield Direct(receiving_manager, sessions, binding, uploads, client, checks="moto" not in request.node.name)
@@ -240,7 +241,7 @@ async def test_what_was_finished_is_forgotten_in_the_end(direct: Direct, monkeyp
     last = await direct.begin()
     with pytest.raises(UploadMissingError):
         await direct.uploads.finish(last.token, Document.file)
-    assert direct.uploads._finishes._known == {}  # type: ignore[attr-defined]
+    assert direct.uploads._completions._known == {}  # type: ignore[attr-defined]
 
 
 async def test_its_object_is_gone(direct: Direct) -> None:

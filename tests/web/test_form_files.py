@@ -11,7 +11,8 @@ from fastapi import Depends, FastAPI, Request
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from granite_storage import ConfigurationError, ConsumedSourceError
+from granite_storage import ConfigurationError
+from granite_storage.exceptions import ConsumedSourceError
 from granite_storage.orm import Attachment
 from granite_storage.web import (
     FileList,
@@ -20,9 +21,9 @@ from granite_storage.web import (
     UploadForm,
     UploadLimits,
     install_error_handlers,
-    received_body,
-    received_form,
     stream_upload,
+    upload_body,
+    upload_form,
 )
 from tests.web.receiving import BOUNDARY, END, FORM, App, Document, part, stored_in
 
@@ -68,7 +69,7 @@ class TestSeveralFilesOfOneField:
 
     @pytest.mark.case("RA-08", "RE-02")
     async def test_a_field_takes_one(self, receiving: App, serve: Serve) -> None:
-        client = serve(endpoint_with(received_form({"file": Document.file}), names))
+        client = serve(endpoint_with(upload_form({"file": Document.file}), names))
         response = await post(client, *self.TWO)
         assert (response.status_code, response.json()["limit"], response.json()["maximum"]) == (413, "max_files", 1)
         assert await stored_in(receiving.manager) == []
@@ -80,7 +81,7 @@ class TestSeveralFilesOfOneField:
         async def take(file: FilePart) -> None:
             taken.append(file.filename)
 
-        client = serve(endpoint_with(received_form({"file": take}), names))
+        client = serve(endpoint_with(upload_form({"file": take}), names))
         files = [part("file", b"x", filename=f"{number}") for number in range(100)]
         assert (await post(client, *files)).status_code == 413
         assert taken == ["0"]
@@ -89,7 +90,7 @@ class TestSeveralFilesOfOneField:
     @pytest.mark.parametrize("content", [b"x", b""], ids=["with content", "empty"])
     async def test_all_fields_together_have_no_more_than_the_form(self, receiving: App, serve: Serve, content: bytes) -> None:
         targets = {"file": FileList(Document.file, 10), "other": FileList(Document.file, 10)}
-        client = serve(endpoint_with(received_form(targets, limits=UploadLimits(max_files=3)), names))
+        client = serve(endpoint_with(upload_form(targets, limits=UploadLimits(max_files=3)), names))
         files = [part(name, content, filename=name) for name in ("file", "other")] * 2
         response = await post(client, *files)
         assert (response.status_code, response.json()["limit"], response.json()["maximum"]) == (413, "max_files", 3)
@@ -99,7 +100,7 @@ class TestSeveralFilesOfOneField:
         async def count(form: UploadForm) -> int:
             return len(form.files.multi_items())
 
-        client = serve(endpoint_with(received_form({"file": Document.file}), count))
+        client = serve(endpoint_with(upload_form({"file": Document.file}), count))
         empty = part("file", b"", filename="")
         assert (await post(client, empty, self.TWO[0], empty)).json() == 1
 
@@ -112,7 +113,7 @@ class TestSeveralFilesOfOneField:
                 session.add_all(documents)
             return [await document.file.read() for document in documents if document.file]
 
-        client = serve(endpoint_with(received_form({"file": FileList(Document.file, 2)}), add))
+        client = serve(endpoint_with(upload_form({"file": FileList(Document.file, 2)}), add))
         assert (await post(client, *self.TWO)).json() == ["1", "2"]
         assert (await post(client, self.TWO[0])).json() == ["1"]
         assert (await post(client)).json() == []
@@ -148,7 +149,7 @@ class TestWhatNoRowTakes:
     FILE = part("file", b"x", filename="a")
 
     async def test_it_goes_when_the_request_ends_well(self, receiving: App, serve: Serve) -> None:
-        client = serve(endpoint_with(received_form({"file": FileList(Document.file, 3)}), names))
+        client = serve(endpoint_with(upload_form({"file": FileList(Document.file, 3)}), names))
         assert (await post(client, self.FILE, self.FILE)).json() == ["a", "a"]
         assert await stored_in(receiving.manager) == []
 
@@ -156,7 +157,7 @@ class TestWhatNoRowTakes:
         async def size(file: Attachment) -> int:
             return file.size
 
-        client = serve(endpoint_with(received_body(Document.file), size))
+        client = serve(endpoint_with(upload_body(Document.file), size))
         assert (await client.post("/", content=b"abc")).json() == 3
         assert await stored_in(receiving.manager) == []
 
@@ -164,7 +165,7 @@ class TestWhatNoRowTakes:
         async def take(file: FilePart) -> Attachment:
             return await Attachment.from_upload(file).store(Document.file)
 
-        client = serve(endpoint_with(received_form({"file": take}), names))
+        client = serve(endpoint_with(upload_form({"file": take}), names))
         assert (await post(client, self.FILE)).json() == ["a"]
         assert await stored_in(receiving.manager) == []
 
@@ -173,7 +174,7 @@ class TestWhatNoRowTakes:
             async with receiving.sessions.begin() as session:
                 session.add(Document(title="x", file=form.files["file"][0]))
 
-        client = serve(endpoint_with(received_form({"file": FileList(Document.file, 3)}), add_first))
+        client = serve(endpoint_with(upload_form({"file": FileList(Document.file, 3)}), add_first))
         assert (await post(client, self.FILE, self.FILE, self.FILE)).status_code == 200
         async with receiving.sessions() as session:
             document = (await session.scalars(select(Document))).one()
@@ -184,7 +185,7 @@ class TestWhatNoRowTakes:
         async def make(form: UploadForm) -> str:
             return Document(title="never added", file=form.files["file"]).title
 
-        client = serve(endpoint_with(received_form({"file": Document.file}), make))
+        client = serve(endpoint_with(upload_form({"file": Document.file}), make))
         assert (await post(client, self.FILE)).json() == "never added"
         assert await stored_in(receiving.manager) == []
 
@@ -207,7 +208,7 @@ class TestWhatNoRowTakes:
 
         endpoint = with_session if first == "session" else with_form
         endpoint.__annotations__["session"] = Annotated[AsyncSession, Depends(transaction, scope=scope)]
-        endpoint.__annotations__["form"] = Annotated[UploadForm, Depends(received_form({"file": Document.file}))]
+        endpoint.__annotations__["form"] = Annotated[UploadForm, Depends(upload_form({"file": Document.file}))]
         assert (await post(serve(endpoint), self.FILE)).status_code == 200
         async with receiving.sessions() as session:
             document = (await session.scalars(select(Document))).one()
@@ -248,7 +249,7 @@ class TestMissing:
         async def look(form: UploadForm) -> None:
             getattr(form, kind)["missing"]
 
-        client = serve(endpoint_with(received_form({"file": Document.file}), look), handlers=handlers)
+        client = serve(endpoint_with(upload_form({"file": Document.file}), look), handlers=handlers)
         for response in (
             await post(client, part("file", b"x", filename="a")),
             await client.post("/", data={"title": "x"}),
@@ -260,7 +261,7 @@ class TestMissing:
 
     @pytest.mark.parametrize("handlers", [True, False])
     async def test_other_faults_of_a_request_have_their_status(self, serve: Serve, handlers: bool) -> None:
-        client = serve(endpoint_with(received_form({"file": Document.file}), names), handlers=handlers)
+        client = serve(endpoint_with(upload_form({"file": Document.file}), names), handlers=handlers)
         assert (await client.post("/", content=b"x", headers=FORM)).status_code == 400
         assert (await client.post("/", json={})).status_code == 415
         assert (await client.post("/", data={"a": "x" * (2 << 20)})).status_code == 413
@@ -272,20 +273,20 @@ class TestMissing:
             assert isinstance(caught.value, MissingFieldError)
             return [form.fields.get("missing"), form.files.get("missing"), form.files.get("file", "none"), "file" in form.files]
 
-        client = serve(endpoint_with(received_form({"file": Document.file}), look))
+        client = serve(endpoint_with(upload_form({"file": Document.file}), look))
         assert (await post(client)).json() == [None, None, "none", False]
 
 
 @pytest.mark.case("C")
 async def test_the_documentation_of_an_api_describes_the_body(serve: Serve) -> None:
-    form = received_form({"file": Document.file, "more": FileList(Document.file, 5)})
+    form = upload_form({"file": Document.file, "more": FileList(Document.file, 5)})
     client = serve(endpoint_with(form, names), openapi_extra=form.openapi_extra)
     described = (await client.get("/openapi.json")).json()["paths"]["/"]["post"]["requestBody"]
     schema = described["content"]["multipart/form-data"]["schema"]
     assert described["required"]
     assert schema["properties"]["file"] == {"type": "string", "format": "binary"}
     assert schema["properties"]["more"] == {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": 5}
-    body = received_body(Document.file)
+    body = upload_body(Document.file)
     client = serve(endpoint_with(body, names), openapi_extra=body.openapi_extra)
     described = (await client.get("/openapi.json")).json()["paths"]["/"]["post"]["requestBody"]
     assert described["content"]["application/octet-stream"]["schema"] == {"type": "string", "format": "binary"}

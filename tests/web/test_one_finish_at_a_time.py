@@ -75,7 +75,7 @@ async def test_fifty_finishes_of_a_page_that_claims_to_be_a_pdf(place: Place) ->
     for _ in range(2):
         errors = await place.all_at_once(upload)
         assert {type(error) for error in errors} == {UploadMismatchError}
-        assert {str(error) for error in errors} == {"the file is not of the media type that was announced"}
+        assert {str(error) for error in errors} == {"the file is not of the announced media type"}
     assert (place.backend.count("copy"), place.backend.count("open")) == (0, 1)
     assert len(await stored_in(place.manager)) == 1
 
@@ -85,7 +85,7 @@ async def test_fifty_finishes_with_a_wrong_checksum(place: Place) -> None:
     upload = await place.sent(checksum=WRONG)
     for _ in range(2):
         errors = await place.all_at_once(upload)
-        assert {str(error) for error in errors} == {"the file has not the checksum that was announced"}
+        assert {str(error) for error in errors} == {"the file does not have the announced checksum"}
     assert (place.backend.count("copy"), place.backend.count("open")) == (1, 2)
     assert len(await stored_in(place.manager)) == 1
 

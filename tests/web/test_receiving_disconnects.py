@@ -8,7 +8,7 @@ import pytest
 from fastapi import Depends, FastAPI, Request
 from starlette.types import Message
 
-from granite_storage.web import UploadForm, install_error_handlers, received_body, received_form, stream_upload
+from granite_storage.web import UploadForm, install_error_handlers, stream_upload, upload_body, upload_form
 from tests.web.receiving import FORM, App, Document, part, stored_in
 
 pytestmark = pytest.mark.case("RB-12")
@@ -26,11 +26,11 @@ async def test_it_is_quiet(receiving: App, caplog: pytest.LogCaptureFixture, lay
             return await call_next(request)
 
     @app.put("/form")
-    async def form(form: Annotated[UploadForm, Depends(received_form({"file": Document.file}))]) -> None:
+    async def form(form: Annotated[UploadForm, Depends(upload_form({"file": Document.file}))]) -> None:
         raise AssertionError("the form is not whole")
 
     @app.put("/body")
-    async def body(body: Annotated[Any, Depends(received_body(Document.file))]) -> None:
+    async def body(body: Annotated[Any, Depends(upload_body(Document.file))]) -> None:
         raise AssertionError("the body is not whole")
 
     @app.put("/direct")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
+from functools import partial
+
+from granite_storage._tasks import background, repeat
 
 __all__ = ["Alarm", "at_work"]
-
-logger: logging.Logger = logging.getLogger("granite_storage")
 
 _JITTER = 0.25
 _PAUSE = 1.0
@@ -47,31 +46,18 @@ async def at_work(
 
     What is under way is cancelled when the block ends: any worker resumes it.
     """
-    tasks = [asyncio.create_task(_recover_forever(backend, recover, interval, alarm)) for backend in backends]
-    try:
+    async with background(*(_recover_forever(backend, recover, interval.total_seconds(), alarm) for backend in backends)):
         yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _recover_forever(backend: str, recover: Callable[[str], Awaitable[object]], interval: timedelta, alarm: Alarm) -> None:
+async def _recover_forever(backend: str, recover: Callable[[str], Awaitable[object]], interval: float, alarm: Alarm) -> None:
     woken = asyncio.Event()
     with alarm.heard_by(woken):
-        while True:
-            woken.clear()
-            try:
-                await recover(backend)
-            except Exception:
-                logger.exception("recovering the objects of the backend %r failed and is tried again", backend)
-            # Transactions that end meanwhile are looked after together.
-            await asyncio.sleep(min(_PAUSE, interval.total_seconds()))
-            await _sleep(woken, interval)
-
-
-async def _sleep(woken: asyncio.Event, interval: timedelta) -> None:
-    """Sleep for an interval, or until woken; workers that began together would ask the database all at once, again and again."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(interval.total_seconds() * random.uniform(1 - _JITTER, 1 + _JITTER)):  # noqa: S311  # not a secret
-            await woken.wait()
+        await repeat(
+            partial(recover, backend),
+            interval,
+            f"recovering the objects of the backend {backend!r}",
+            jitter=_JITTER,
+            wake=woken,
+            rest=min(_PAUSE, interval),  # transactions that end meanwhile are looked after together
+        )

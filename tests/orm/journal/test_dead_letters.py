@@ -62,10 +62,10 @@ async def test_an_object_that_kills_its_workers_is_a_dead_letter(
     poison, *others = [await file(str(number)).store(Doc.file) for number in range(6)]
     original = Recovery._remove
 
-    async def remove(self: Recovery, item: Any, *args: Any) -> Any:
-        if item.location == poison.location:
+    async def remove(self: Recovery, items: Any) -> Any:
+        if poison.location in [item.location for item in items]:
             await die()
-        return await original(self, item, *args)
+        return await original(self, items)
 
     with monkeypatch.context() as patch:
         patch.setattr(Recovery, "_remove", remove)
@@ -79,7 +79,7 @@ async def test_an_object_that_kills_its_workers_is_a_dead_letter(
     assert "none has come to an end" in failed.error
     assert poison.location in caplog.text
     assert [await other.exists() for other in others] == [False] * len(others)
-    assert await journal_of(env).revive_dead_letters() == 1
+    assert await journal_of(env).retry_dead_letters() == 1
     assert (await journal_of(env).recover()).deleted == 1
     await env.recover()
 

@@ -158,13 +158,13 @@ class TestRecover:
         shop.run("migrate", "--storage-key", "documents", "--to", "new", "--yes", WRITE_TO="new")
         answer = shop.run("recover", "--dry-run", "--json", WRITE_TO="new")
         assert answer.code == 0
-        assert answer.records == [{"waiting": [{"backend": "old", "kind": "delete", "state": "written down", "due": 2, "of": 2}]}]
+        assert answer.records == [{"waiting": [{"backend": "old", "kind": "delete", "state": "recorded", "due": 2, "of": 2}]}]
         assert shop.run("recover", WRITE_TO="new").code == 2
         assert len(shop.files("old")) == 2
         answer = shop.run("recover", "--yes", "--json", WRITE_TO="new")
         assert (answer.code, answer.report["deleted"], answer.report["failed"]) == (0, 2, [])
         assert shop.files("old") == []
-        assert "nothing waits" in shop.run("recover", "--dry-run").out
+        assert "nothing is waiting" in shop.run("recover", "--dry-run").out
         assert "are tried again" in shop.run("recover", "--yes", "--retry-dead-letters").err
 
 

@@ -19,8 +19,8 @@ nox.needs_version = ">=2024.4.15"
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # a session that is ended so ends its program, as after Ctrl-C
 nox.options.sessions = ["lint", "types", "layers", "docs", "tests"]
 
-PARALLEL = (f"--numprocesses={min(os.cpu_count() or 1, 4) + 1}", "--dist=worksteal")
-"""One process more than the machine has processors, since many tests wait; each starts the servers that its tests need."""
+PARALLEL = (f"--numprocesses={min(os.cpu_count() or 1, 4) + 2}", "--dist=worksteal")
+"""Two processes more than the machine has processors, since many tests wait; each starts the servers that its tests need."""
 
 STOPPING = {"interrupt_timeout": 2.0, "terminate_timeout": 60.0}
 """How long a run that is ended may take, in seconds, until it is sent SIGTERM and until it is killed: it has servers to stop."""

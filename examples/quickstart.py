@@ -1,11 +1,11 @@
-"""Keeps real files on rows in SQLite: stores, streams, rolls back, swaps, verifies and deletes them, and shows what it did.
+"""Store real files on rows in SQLite: store, stream, roll back, swap, verify and delete them, and show the results.
 
-    python examples/quickstart.py                        some files of this repository, and a large one made for the purpose
-    python examples/quickstart.py report.pdf photo.jpg   files of yours
-    python examples/quickstart.py --large film.mkv       a large file of yours
-    python examples/quickstart.py --root ./storage       in a folder of yours, instead of a temporary one
+    python examples/quickstart.py                        some files of this repository, and a generated large one
+    python examples/quickstart.py report.pdf photo.jpg   your own files
+    python examples/quickstart.py --large film.mkv       your own large file
+    python examples/quickstart.py --root ./storage       in your own folder instead of a temporary one
 
-It needs `aiosqlite` for the database, and `rich` for the progress bar and the table.
+It requires `aiosqlite` for the database, and `rich` for the progress bar and the table.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ async def size_of(path: Path) -> int:
 
 
 async def store(sessions: Sessions, files: Sequence[Path], report: Report) -> None:
-    """Give each file a row, in a transaction of its own: committed, both are there; refused, neither is."""
+    """Insert a row for each file, in its own transaction: both exist after the commit, neither after a refusal."""
     report.step("Store")
     for number, path in enumerate(files, start=1):
         async with aiofiles.open(path, "rb") as source:
@@ -115,7 +115,7 @@ async def store(sessions: Sessions, files: Sequence[Path], report: Report) -> No
 
 
 async def stream_large(sessions: Sessions, path: Path, report: Report) -> None:
-    """Stream a large file into a row: memory holds a few chunks of it, however long it is."""
+    """Stream a large file into a row; memory holds a few chunks, whatever the size of the file."""
     report.step("Stream a large file")
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn())
     with (
@@ -148,7 +148,7 @@ async def refuse_endless(sessions: Sessions, report: Report) -> None:
 
 
 async def roll_back(sessions: Sessions, root: Path, report: Report) -> None:
-    """Replace a file, and let the transaction fail: the new one goes, and the old one has never been away."""
+    """Replace a file and let the transaction fail: the new file is deleted, the old one was never touched."""
     report.step("Roll back a transaction")
     before = await objects_in(root)
     with report.timed("ROLLBACK", "the old file stays"):
@@ -172,7 +172,7 @@ async def roll_back(sessions: Sessions, root: Path, report: Report) -> None:
 
 
 async def roll_back_to_savepoint(sessions: Sessions, root: Path, report: Report) -> None:
-    """Lose what a savepoint did, and keep what happened around it."""
+    """Roll back the changes of a savepoint, and keep those around it."""
     report.step("Roll back to a savepoint")
     before = await objects_in(root)
     with report.timed("SAVEPOINT", "inner lost, outer kept"):
@@ -212,7 +212,7 @@ async def read(sessions: Sessions, report: Report) -> None:
 
 
 async def show_disk(root: Path, report: Report) -> None:
-    """Show what the backend keeps: plain files, in folders that a person can read."""
+    """Show what the backend stores: plain files in readable folders."""
     report.step("On disk")
     report.console.print(await asyncio.to_thread(make_tree, root))
 

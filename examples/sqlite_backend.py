@@ -1,6 +1,6 @@
-"""A backend of your own, complete: objects in one SQLite file.
+"""A complete custom backend: objects in one SQLite file.
 
-`docs/backends.md` walks through it, and `tests/docs/test_sqlite_backend.py` puts it through the public conformance suite.
+`docs/backends.md` explains it, and `tests/docs/test_sqlite_backend.py` runs the public conformance suite on it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,9 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from granite_storage import (
-    AccessDeniedError,
-    BackendError,
-    BackendUnavailableError,
-    ObjectExistsError,
-    ObjectInfo,
-    ObjectNotFoundError,
-    StorageFullError,
-)
+from granite_storage import BackendUnavailableError, ObjectInfo, ObjectNotFoundError
 from granite_storage.backends.base import byte_range
+from granite_storage.exceptions import AccessDeniedError, BackendError, ObjectExistsError, StorageFullError
 from granite_storage.locations import check_location
 
 T = TypeVar("T")
@@ -54,7 +47,7 @@ ERRORS: dict[int, type[BackendError]] = {
 class Database:
     """A connection, and the one thread that uses it.
 
-    Work is done in the order in which it is submitted, each piece in a transaction of its own.
+    Work runs in the order in which it is submitted, each piece in its own transaction.
     """
 
     def __init__(self, path: str) -> None:
@@ -89,14 +82,14 @@ class Database:
 
 # begin: backend
 class SQLiteStorageBackend:
-    """Keeps objects in one SQLite file, each as the chunks it arrived in.
+    """Stores objects in one SQLite file, each as the chunks in which it arrived.
 
-    An upload writes its chunks under an id that no object has yet, and one INSERT publishes them. What a crash leaves unpublished
-    is invisible; `abort_unfinished` removes it.
+    An upload writes its chunks under an id that no object has yet, and one INSERT publishes them. Chunks that a crash left
+    unpublished are invisible; `cleanup_incomplete` removes them.
 
     Args:
-        path: The database file; it is made when it is first needed, in a folder that exists.
-        page_size: How many objects a listing fetches at a time.
+        path: The database file; it is created on first use, in an existing folder.
+        page_size: The number of objects that a listing fetches at a time.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, page_size: int = 500) -> None:
@@ -106,13 +99,13 @@ class SQLiteStorageBackend:
         self._lock = threading.Lock()
 
     async def aclose(self) -> None:
-        """Close the connection and end the thread; a later call makes new ones."""
+        """Close the connection and end the thread; a later call creates new ones."""
         with self._lock:
             database, self._database = self._database, Database(self.path)
         await asyncio.wrap_future(database.close())
 
     async def _run(self, location: str, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run work in one transaction, after all that was asked for before it."""
+        """Run work in one transaction, after all work submitted before it."""
         with self._lock:
             future = self._database.submit(location, work)
         return await asyncio.wrap_future(future)
@@ -136,7 +129,7 @@ class SQLiteStorageBackend:
 
     @asynccontextmanager
     async def _upload(self, location: str) -> AsyncIterator[str]:
-        """Give an id for the chunks of a write; whatever ends it early, nothing of it stays."""
+        """Yield an id for the chunks of a write, and remove them if it fails or is cancelled."""
         check_location(location)
         upload = uuid.uuid4().hex
         try:
@@ -154,11 +147,11 @@ class SQLiteStorageBackend:
         return SQLiteReader(self._run, upload, info, wanted.start, wanted.stop)
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Tell what is known of an object."""
+        """Return the size, times and type of an object."""
         return (await self._find(location))[1]
 
     async def exists(self, location: str) -> bool:
-        """Tell whether an object is at the location."""
+        """Return whether an object is at the location."""
         try:
             await self._find(location)
         except ObjectNotFoundError:
@@ -175,7 +168,7 @@ class SQLiteStorageBackend:
 
     # begin: delete
     async def delete(self, location: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Delete an object; deleting a missing one is not an error."""
         check_location(location)
         await self._run(location, partial(remove, location=location))
 
@@ -204,8 +197,8 @@ class SQLiteStorageBackend:
         async with self._upload(target) as new:
             await self._run(target, partial(copy_object, info=info, old=old, location=target, new=new))
 
-    async def abort_unfinished(self, *, older_than: timedelta) -> int:
-        """Remove the chunks of uploads that never ended."""
+    async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
+        """Remove the chunks of uploads that never completed."""
         query = (
             "DELETE FROM chunk WHERE upload IN (SELECT upload FROM chunk WHERE upload NOT IN (SELECT upload FROM object)"
             " GROUP BY upload HAVING max(created) < ?) RETURNING upload"
@@ -227,7 +220,7 @@ class SQLiteReader:
         self._closed = False
 
     async def read(self, size: int = -1, /) -> bytes:
-        """Return up to `size` bytes, and nothing only at the end of the range."""
+        """Return up to `size` bytes, and `b""` only at the end of the range."""
         left = self._stop - self._position
         if size >= 0:
             return await self._piece(min(size, left))
@@ -254,7 +247,7 @@ class SQLiteReader:
         return piece
 
     async def aclose(self) -> None:
-        """Let nothing more be read; there is nothing to let go of."""
+        """Refuse further reads; there are no resources to release."""
         self._closed = True
 
 
@@ -279,7 +272,7 @@ def add_chunk(connection: sqlite3.Connection, upload: str, start: int, data: byt
 
 
 def publish(connection: sqlite3.Connection, location: str, upload: str, size: int, content_type: str | None) -> None:
-    """The moment in which the object begins to exist; the primary key refuses a second one."""
+    """Make the object visible; the primary key refuses a second one."""
     connection.execute("INSERT INTO object VALUES (?, ?, ?, ?, ?)", [location, upload, size, time.time(), content_type])
 
 

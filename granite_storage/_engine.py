@@ -1,4 +1,7 @@
-"""How a draft becomes an object with a receipt, or nothing."""
+"""The engine: how an object is prepared, stored with a receipt or not at all, copied, read, listed and deleted.
+
+The manager, the ORM hooks, the garbage collector, the web and the command line all go this one way.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,32 @@ import re
 import threading
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
-from granite_storage._tasks import CLEANUP_TIMEOUT, finish, settle
-from granite_storage.backends.base import Place, StorageBackend, SupportsCopy, SupportsIdentity, SupportsPlaces, overlap
+from granite_storage._headers import Disposition
+from granite_storage._tasks import CLEANUP_TIMEOUT, run_bounded, shielded_cleanup, wait_uncancelled
+from granite_storage.backends.base import (
+    ObjectInfo,
+    ObjectReader,
+    Place,
+    StorageBackend,
+    SupportsAbort,
+    SupportsBatchDelete,
+    SupportsCopy,
+    SupportsExtraKeys,
+    SupportsIdentity,
+    SupportsPlaces,
+    SupportsPresignedUpload,
+    UploadRequest,
+    close_listing,
+    overlap,
+)
 from granite_storage.exceptions import (
     AccessDeniedError,
     BackendError,
@@ -30,8 +50,9 @@ from granite_storage.exceptions import (
 )
 from granite_storage.locations import check_location, clean_filename, make_location
 from granite_storage.policies import StoragePolicy
-from granite_storage.readers import StoredObjectReader, require_recorded_size
+from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
 from granite_storage.refs import ReadOnlyDict, StoredObjectRef, canonical_timestamp, read_only
+from granite_storage.signing import UrlSigner, signed_url
 from granite_storage.streams import (
     BytesLike,
     ByteSource,
@@ -46,11 +67,9 @@ from granite_storage.streams import (
 )
 
 __all__ = [
-    "Configuration",
-    "DraftWriter",
-    "Identities",
+    "Engine",
     "Lifecycle",
-    "ObjectDraft",
+    "PreparedUpload",
     "describe_mismatch",
     "explain_missing",
     "identities_of",
@@ -67,6 +86,7 @@ __all__ = [
 
 
 _LONGEST_CONTENT_TYPE = 255
+_DELETES_AT_A_TIME = 16
 # A token, and a quoted string, of RFC 9110, section 5.6; neither goes back over what it has taken.
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _QUOTED = r'"(?:[ !#-\[\]-~]|\\[ -~])*+"'
@@ -74,7 +94,7 @@ _MEDIA_TYPE = re.compile(rf"{_WORD}/{_WORD}(?:[ \t]*;[ \t]*(?:{_WORD}=(?:{_WORD}
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectDraft:
+class PreparedUpload:
     """What is known of an object before its bytes are stored.
 
     Attributes:
@@ -90,30 +110,6 @@ class ObjectDraft:
     content_type: str | None
     original_filename: str | None
     extra: ReadOnlyDict | None
-
-    @classmethod
-    def of(
-        cls,
-        policy: StoragePolicy,
-        *,
-        model_name: str,
-        entity_id: str,
-        field_name: str,
-        content_type: str | None,
-        original_filename: str | None,
-        extra: Mapping[str, Any] | None,
-    ) -> Self:
-        """Choose a location of its own for an object, and check what is to be kept of it."""
-        _require_content_type(content_type)
-        filename = clean_filename(original_filename)
-        location = make_location(
-            key_prefix=policy.key_prefix,
-            model_name=model_name,
-            entity_id=entity_id,
-            field_name=field_name,
-            original_filename=filename,
-        )
-        return cls(policy, location, content_type, filename, None if extra is None else read_only(extra, "extra"))
 
     def receipt(
         self, size: int, checksum: str, details: Mapping[str, Any] | None, identity: str | None = None
@@ -168,106 +164,6 @@ def _can_be_kept(content_type: str) -> bool:
 def _require_content_type(content_type: object) -> None:
     if content_type is not None and not (isinstance(content_type, str) and _can_be_kept(content_type)):
         raise InvalidReferenceError(f"content_type must be a media type in printable ASCII, not {content_type!r:.120}")
-
-
-# What a manager is made of, checked when it is made.
-
-
-class Configuration:
-    """Backends and policies that fit together.
-
-    Attributes:
-        backends: The backends by their keys, read-only.
-        policies: The policies by their storage keys, read-only.
-    """
-
-    def __init__(self, backends: Mapping[str, StorageBackend], policies: Mapping[str, StoragePolicy]) -> None:
-        _require_mapping("backends", backends)
-        _require_mapping("policies", policies)
-        for key, backend in backends.items():
-            _require_backend(key, backend)
-        for key, policy in policies.items():
-            _require_policy(key, policy, backends)
-        self.backends: Mapping[str, StorageBackend] = MappingProxyType(dict(backends))
-        self.policies: Mapping[str, StoragePolicy] = MappingProxyType(dict(policies))
-
-    def policy(self, storage_key: str) -> StoragePolicy:
-        """Return a policy; `UnknownPolicyError` where there is none of that key."""
-        try:
-            return self.policies[storage_key]
-        except (KeyError, TypeError):
-            known = ", ".join(sorted(self.policies)) or "none"
-            raise UnknownPolicyError(f"no policy has the storage key {storage_key!r} (there are: {known})") from None
-
-    def backend(self, backend_key: str) -> StorageBackend:
-        """Return a backend; `UnknownBackendError` where there is none of that key."""
-        try:
-            return self.backends[backend_key]
-        except (KeyError, TypeError):
-            known = ", ".join(sorted(self.backends)) or "none"
-            raise UnknownBackendError(f"no backend has the key {backend_key!r} (there are: {known})") from None
-
-    @contextmanager
-    def at(self, ref: StoredObjectRef) -> Iterator[StorageBackend]:
-        """Give the backend that a ref names, once the ref is found to be one that leads nowhere else."""
-        require_ref(ref)
-        check_location(ref.location)
-        with self.blaming(ref.backend) as backend:
-            yield backend
-
-    @contextmanager
-    def blaming(self, backend_key: str) -> Iterator[StorageBackend]:
-        """Give the backend, and put its key on the errors it raises: a backend does not know what it is called."""
-        backend = self.backend(backend_key)
-        try:
-            yield backend
-        except BackendError as error:
-            error.backend = error.backend or backend_key
-            raise
-
-
-def _require_mapping(argument: str, value: object) -> None:
-    if not isinstance(value, Mapping):
-        raise ConfigurationError(f"{argument} must be a mapping by key, not a {type(value).__name__}")
-
-
-def require_seconds(argument: str, value: object) -> None:
-    """Refuse what is no time to wait."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ConfigurationError(f"{argument} must be a number of seconds, not {value!r}")
-
-
-def require_positive(argument: str, value: object) -> None:
-    """Refuse what is no number of things, of which there must be some."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{argument} must be a number of at least 1, or None, not {value!r}")
-
-
-def _require_backend(key: object, backend: object) -> None:
-    if not isinstance(key, str) or not key:
-        raise ConfigurationError(f"a backend's key must be a string that is not empty, not {key!r}")
-    if isinstance(backend, type):
-        raise ConfigurationError(f"the backend {key!r} is the class {backend.__name__}, not an instance of it")
-    if not isinstance(backend, StorageBackend):
-        raise ConfigurationError(f"the backend {key!r} is a {type(backend).__name__}, which is not a StorageBackend")
-
-
-def _require_policy(key: object, policy: object, backends: Mapping[str, StorageBackend]) -> None:
-    if not isinstance(policy, StoragePolicy):
-        raise ConfigurationError(f"the policy {key!r} is a {type(policy).__name__}, not a StoragePolicy")
-    if key != policy.storage_key:
-        raise ConfigurationError(f"the policy under the key {key!r} has the storage key {policy.storage_key!r}")
-    if policy.backend_key not in backends:
-        raise UnknownBackendError(
-            f"the policy {key!r} names the backend {policy.backend_key!r}, which is not there"
-            f" (there are: {', '.join(sorted(backends)) or 'none'})"
-        )
-
-
-def require_ref(ref: object) -> None:
-    """Refuse what was not read back as a ref."""
-    if not isinstance(ref, StoredObjectRef):
-        raise InvalidReferenceError(f"a StoredObjectRef is needed, not {type(ref).__name__}; see StoredObjectRef.from_dict")
 
 
 # What a manager holds per event loop: whether it is open there, what is under way, and what must be closed.
@@ -350,7 +246,7 @@ class Lifecycle:
             await asyncio.shield(state.closing)
         except asyncio.CancelledError:
             state.cancel_calls()
-            await settle(state.closing)
+            await wait_uncancelled(state.closing)
             raise
 
     def _here(self) -> _LoopState:
@@ -394,7 +290,7 @@ class _LoopState:
                 self.cancel_calls()
                 await self._wait_until_idle(CLEANUP_TIMEOUT)
             for reader in list(self.readers):
-                await finish(reader.aclose(), f"closing the reader of {reader.ref.location!r}")
+                await shielded_cleanup(reader.aclose(), f"closing the reader of {reader.ref.location!r}")
         finally:
             self._closers.clear()
             await release()
@@ -510,111 +406,421 @@ async def _places_of(backend: StorageBackend) -> set[Place] | None:
     return places
 
 
-class DraftWriter:
-    """Stores what drafts describe.
+class Engine:
+    """Prepares, stores, copies, opens, lists and deletes objects: one way for the manager and for every module above it.
 
     Args:
-        configuration: Where.
-        lifecycle: Who counts the calls.
-        pace: How fast streams must be; None where they may take their time.
+        backends: The backends by their keys.
+        policies: The policies by their storage keys.
+        lifecycle: Counts the calls, so that closing can wait for them.
+        pace: How fast streams must be; None for any speed.
+        url_signer: Signs URLs for backends that sign none of their own.
 
     Attributes:
-        identities: What is known of the stores' identities.
+        backends: The backends by their keys, read-only.
+        policies: The policies by their storage keys, read-only.
+        url_signer: The signer, or None.
+
+    Raises:
+        ConfigurationError: Backends and policies do not fit together.
     """
 
-    def __init__(self, configuration: Configuration, lifecycle: Lifecycle, pace: Pace | None) -> None:
-        self.identities: Identities = Identities()
-        self._configuration = configuration
+    def __init__(
+        self,
+        backends: Mapping[str, StorageBackend],
+        policies: Mapping[str, StoragePolicy],
+        *,
+        lifecycle: Lifecycle,
+        pace: Pace | None = None,
+        url_signer: UrlSigner | None = None,
+    ) -> None:
+        _require_mapping("backends", backends)
+        _require_mapping("policies", policies)
+        for key, backend in backends.items():
+            _require_backend(key, backend)
+        for key, policy in policies.items():
+            _require_policy(key, policy, backends)
+        self.backends: Mapping[str, StorageBackend] = MappingProxyType(dict(backends))
+        self.policies: Mapping[str, StoragePolicy] = MappingProxyType(dict(policies))
+        self.url_signer: UrlSigner | None = url_signer
         self._lifecycle = lifecycle
         self._pace = pace
+        self._identities = Identities()
 
-    async def put_bytes(self, draft: ObjectDraft, content: BytesLike) -> StoredObjectRef:
-        """Store content that is in memory."""
-        require_size(size_of(content), draft.policy.max_size)
-        with self._lifecycle.call():
-            data, checksum = await fingerprint(content)
-            with self._configuration.blaming(draft.policy.backend_key) as backend:
-                identity = await self.identities.current(draft.policy.backend_key, backend)
-                details = await backend.put_bytes(draft.location, data, content_type=draft.content_type)
-            return await self._receipt(draft, len(data), checksum, details, identity)
+    def policy(self, storage_key: str) -> StoragePolicy:
+        """Return a policy; `UnknownPolicyError` where there is none of that key."""
+        try:
+            return self.policies[storage_key]
+        except (KeyError, TypeError):
+            known = ", ".join(sorted(self.policies)) or "none"
+            raise UnknownPolicyError(f"no policy has the storage key {storage_key!r} (there are: {known})") from None
 
-    async def put_stream(
-        self, draft: ObjectDraft, stream: ByteSource, size: int | None = None, checksum: str | None = None
+    def backend(self, backend_key: str) -> StorageBackend:
+        """Return a backend; `UnknownBackendError` where there is none of that key."""
+        try:
+            return self.backends[backend_key]
+        except (KeyError, TypeError):
+            known = ", ".join(sorted(self.backends)) or "none"
+            raise UnknownBackendError(f"no backend has the key {backend_key!r} (there are: {known})") from None
+
+    def prepare(
+        self,
+        *,
+        storage_key: str,
+        model_name: str,
+        entity_id: str,
+        field_name: str,
+        content_type: str | None = None,
+        original_filename: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> PreparedUpload:
+        """Choose the location of an object, and check what is to be kept of it; nothing is stored.
+
+        It is for what must know the location before there is anything at it, such as a journal. It is good for one object.
+        """
+        policy = self.policy(storage_key)
+        _require_content_type(content_type)
+        filename = clean_filename(original_filename)
+        location = make_location(
+            key_prefix=policy.key_prefix,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            original_filename=filename,
+        )
+        return PreparedUpload(policy, location, content_type, filename, None if extra is None else read_only(extra, "extra"))
+
+    def prepare_copy(
+        self,
+        ref: StoredObjectRef,
+        *,
+        model_name: str,
+        entity_id: str,
+        field_name: str,
+        storage_key: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> PreparedUpload:
+        """Choose the location of a copy of an object, as `prepare` does; None for the policy and the own keys of the ref."""
+        with self._lifecycle.call(), self._at(ref) as source:
+            # What a backend itself wrote into `extra` would be untrue of a copy elsewhere.
+            own_keys = source.extra_keys if isinstance(source, SupportsExtraKeys) else frozenset[str]()
+        if extra is None:
+            extra = {key: value for key, value in (ref.extra or {}).items() if key not in own_keys}
+        return self.prepare(
+            storage_key=storage_key or ref.storage_key,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            content_type=ref.content_type,
+            original_filename=ref.original_filename,
+            extra=extra,
+        )
+
+    async def put(
+        self,
+        prepared: PreparedUpload,
+        content: BytesLike | ByteSource,
+        *,
+        size: int | None = None,
+        checksum: str | None = None,
     ) -> StoredObjectRef:
-        """Store a stream, whose size and checksum are verified where they are declared."""
+        """Store bytes, or a stream whose size and checksum are verified where they are declared."""
+        if isinstance(content, bytes | bytearray | memoryview):
+            return await self._put_bytes(prepared, content)
         if size is not None:
             require_declared_size(size)
-            require_size(size, draft.policy.max_size)
-        limited = SizeLimitedStream(stream, draft.policy.max_size)
+            require_size(size, prepared.policy.max_size)
+        limited = SizeLimitedStream(content, prepared.policy.max_size)
         if self._pace is None:
             async with self._lifecycle.upload():
-                return await self._store(draft, MeasuredStream(limited, size=size, checksum=checksum))
+                return await self._store(prepared, MeasuredStream(limited, size=size, checksum=checksum))
         paced = PacedStream(limited, self._pace)
-        content = MeasuredStream(paced, size=size, checksum=checksum)
+        measured = MeasuredStream(paced, size=size, checksum=checksum)
         try:
             async with self._lifecycle.upload(paced.begin):
-                return await self._store(draft, content)
+                return await self._store(prepared, measured)
         except BaseException:
-            await content.aclose()
+            await measured.aclose()
             raise
 
-    async def copy(
-        self, ref: StoredObjectRef, draft: ObjectDraft, open_whole: Callable[[], Awaitable[StoredObjectReader]]
-    ) -> StoredObjectRef:
-        """Copy an object, on the server where it can; what passes through the program comes from `open_whole`."""
-        source = self._configuration.backend(ref.backend)
-        require_size(ref.size, draft.policy.max_size)
-        if draft.policy.backend_key == ref.backend and isinstance(source, SupportsCopy):
-            return await self._copy_in_place(ref, source, draft)
-        return await self._copy_through(ref, draft, open_whole)
-
-    async def _store(self, draft: ObjectDraft, content: MeasuredStream) -> StoredObjectRef:
-        """Store a stream; nothing is awaited between the object's publication and its receipt, so no cancellation parts them."""
-        key = draft.policy.backend_key
+    async def copy(self, ref: StoredObjectRef, prepared: PreparedUpload) -> StoredObjectRef:
+        """Copy an object, on the server where source and target share a backend that can."""
+        source = self.backend(ref.backend)
+        require_size(ref.size, prepared.policy.max_size)
         try:
-            with self._configuration.blaming(key) as backend:
-                identity = await self.identities.current(key, backend)
-                details = await backend.put_stream(draft.location, content, content_type=draft.content_type)
+            if prepared.policy.backend_key == ref.backend and isinstance(source, SupportsCopy):
+                return await self._copy_on_server(ref, source, prepared)
+            return await self._copy_through(ref, prepared)
+        except ObjectNotFoundError as error:
+            await explain_missing(error, ref, source)
+            raise
+
+    def open(self, ref: StoredObjectRef, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
+        """Return what opens an object, or a range of one, when it is awaited or entered."""
+
+        async def open_range(start: int, count: int | None) -> ObjectReader:
+            with self._lifecycle.call(), self._at(ref) as backend:
+                return await backend.open(ref.location, offset=start, length=count)
+
+        async def start() -> StoredObjectReader:
+            require_ref(ref)
+            with self._lifecycle.call():
+                try:
+                    reader = await StoredObjectReader(ref, open_range, offset=offset, length=length, verify=verify).start()
+                except ObjectNotFoundError as error:
+                    await explain_missing(error, ref, self.backend(ref.backend))
+                    raise
+                self._lifecycle.track(reader)
+            return reader
+
+        return OpeningReader(start)
+
+    async def get(self, ref: StoredObjectRef) -> bytes:
+        """Return all bytes of an object, verified."""
+        with self._lifecycle.call():
+            async with self.open(ref, verify=True) as reader:
+                return await reader.read()
+
+    async def exists(self, ref: StoredObjectRef) -> bool:
+        """Tell whether an object is there."""
+        with self._lifecycle.call(), self._at(ref) as backend:
+            return await backend.exists(ref.location)
+
+    async def stat(self, ref: StoredObjectRef) -> ObjectInfo:
+        """Return what the backend knows of an object."""
+        with self._lifecycle.call(), self._at(ref) as backend:
+            try:
+                return await backend.stat(ref.location)
+            except ObjectNotFoundError as error:
+                await explain_missing(error, ref, backend)
+                raise
+
+    async def list(
+        self, storage_key: str, prefix: str = "", *, start_after: str | None = None
+    ) -> AsyncGenerator[ObjectInfo, None]:
+        """Yield the objects of a policy whose locations go on with `prefix` after the policy's own."""
+        policy = self.policy(storage_key)
+        with self._lifecycle.call():  # closing the manager waits for calls, not for an iteration that may never end
+            whole = prefix if policy.key_prefix is None else f"{policy.key_prefix}/{prefix}"
+            objects = self.backend(policy.backend_key).iter_objects(whole, start_after=start_after)
+        try:
+            with self._attribute_errors(policy.backend_key):
+                async for info in objects:
+                    yield info
+        finally:
+            await close_listing(objects)
+
+    async def delete(self, ref: StoredObjectRef) -> None:
+        """Delete an object; one that is not there is no error."""
+        with self._lifecycle.call(), self._at(ref) as backend:
+            await backend.delete(ref.location)
+
+    async def delete_many(self, backend_key: str, locations: Sequence[str]) -> Mapping[str, StorageError]:
+        """Delete what is at locations of one backend, in few requests where it can; return what could not be deleted, and why."""
+        for location in locations:
+            check_location(location)
+        with self._lifecycle.call(), self._attribute_errors(backend_key) as backend:
+            if isinstance(backend, SupportsBatchDelete):
+                failures: Mapping[str, StorageError] = await _delete_in_batches(backend, locations)
+            else:
+                errors = await run_bounded(locations, partial(_delete_one, backend), _DELETES_AT_A_TIME)
+                failures = {location: error for location, error in zip(locations, errors, strict=True) if error is not None}
+        for error in failures.values():
+            if isinstance(error, BackendError):
+                error.backend = error.backend or backend_key
+        return failures
+
+    async def delete_upload(self, backend_key: str, location: str, upload_id: str | None = None) -> None:
+        """Delete what is at a location that no ref leads to, and what an upload there that was cut off has left.
+
+        Args:
+            backend_key: The backend's key.
+            location: The address.
+            upload_id: The id of a multipart upload that was begun there, where one is known.
+        """
+        check_location(location)
+        with self._lifecycle.call(), self._attribute_errors(backend_key) as backend:
+            await backend.delete(location)
+            if isinstance(backend, SupportsAbort):
+                await backend.abort_upload(location, upload_id)
+
+    async def identity(self, backend_key: str) -> str | None:
+        """Return the identity of a backend's store, which is given one where it has none; None where it can keep none."""
+        with self._lifecycle.call(), self._attribute_errors(backend_key) as backend:
+            return await self._identities.current(backend_key, backend)
+
+    async def url(self, ref: StoredObjectRef, *, expires_in: timedelta, disposition: Disposition, filename: str | None) -> str:
+        """Return a URL with which any client can read an object until it expires."""
+        with self._lifecycle.call(), self._at(ref) as backend:
+            return await signed_url(backend, self.url_signer, ref, expires_in, disposition, filename)
+
+    async def upload_request(
+        self, prepared: PreparedUpload, *, expires_in: timedelta, min_size: int, max_size: int
+    ) -> UploadRequest | None:
+        """Return a request with which a client stores an object directly in its backend; None where that signs none.
+
+        Nobody has verified what is stored by it.
+
+        Args:
+            prepared: Where, and of which media type.
+            expires_in: How long the request works.
+            min_size: The fewest bytes that it may bring.
+            max_size: The most bytes.
+
+        Raises:
+            ContentTooLargeError: The backend takes no request with so many bytes.
+            ValueError: It cannot hold a client to this.
+            BackendError: The backend could not sign.
+        """
+        with self._lifecycle.call(), self._attribute_errors(prepared.policy.backend_key) as backend:
+            if not isinstance(backend, SupportsPresignedUpload):
+                return None
+            content_type = prepared.content_type or "application/octet-stream"
+            return await backend.presign_upload(
+                prepared.location, expires_in=expires_in, content_type=content_type, min_size=min_size, max_size=max_size
+            )
+
+    async def close_backends(self) -> None:
+        """Close what the backends have opened on this event loop."""
+        for key, backend in self.backends.items():
+            await shielded_cleanup(backend.aclose(), f"closing the backend {key!r}")
+
+    @contextmanager
+    def _at(self, ref: StoredObjectRef) -> Iterator[StorageBackend]:
+        """Give the backend that a ref names, once the ref is found to be one that leads nowhere else."""
+        require_ref(ref)
+        check_location(ref.location)
+        with self._attribute_errors(ref.backend) as backend:
+            yield backend
+
+    @contextmanager
+    def _attribute_errors(self, backend_key: str) -> Iterator[StorageBackend]:
+        """Give a backend, and put its key on the errors it raises: a backend does not know what it is called."""
+        backend = self.backend(backend_key)
+        try:
+            yield backend
+        except BackendError as error:
+            error.backend = error.backend or backend_key
+            raise
+
+    async def _put_bytes(self, prepared: PreparedUpload, content: BytesLike) -> StoredObjectRef:
+        require_size(size_of(content), prepared.policy.max_size)
+        key = prepared.policy.backend_key
+        with self._lifecycle.call():
+            data, checksum = await fingerprint(content)
+            with self._attribute_errors(key) as backend:
+                identity = await self._identities.current(key, backend)
+                details = await backend.put_bytes(prepared.location, data, content_type=prepared.content_type)
+            return await self._receipt(prepared, len(data), checksum, details, identity)
+
+    async def _store(self, prepared: PreparedUpload, content: MeasuredStream) -> StoredObjectRef:
+        """Store a stream; nothing is awaited between the object's publication and its receipt, so no cancellation parts them."""
+        key = prepared.policy.backend_key
+        try:
+            with self._attribute_errors(key) as backend:
+                identity = await self._identities.current(key, backend)
+                details = await backend.put_stream(prepared.location, content, content_type=prepared.content_type)
         except BaseException:
             await content.aclose()
             raise
         if content.checksum is None:
             await content.aclose()
-            await self._withdraw(draft)
-            raise BackendError(f"the backend {key!r} returned before the stream had ended", backend=key, location=draft.location)
-        return await self._receipt(draft, content.size, content.checksum, details, identity)
+            await self._withdraw(prepared)
+            raise BackendError(
+                f"the backend {key!r} returned before the stream had ended", backend=key, location=prepared.location
+            )
+        return await self._receipt(prepared, content.size, content.checksum, details, identity)
 
     async def _receipt(
-        self, draft: ObjectDraft, size: int, checksum: str, details: Mapping[str, Any] | None, identity: str | None
+        self, prepared: PreparedUpload, size: int, checksum: str, details: Mapping[str, Any] | None, identity: str | None
     ) -> StoredObjectRef:
         try:
-            return draft.receipt(size, checksum, details, identity)
+            return prepared.receipt(size, checksum, details, identity)
         except Exception:
-            await self._withdraw(draft)
+            await self._withdraw(prepared)
             raise
 
-    async def _withdraw(self, draft: ObjectDraft) -> None:
-        """Remove an object that nobody will get a receipt of."""
-        backend = self._configuration.backends[draft.policy.backend_key]
-        await finish(backend.delete(draft.location), f"deleting the object {draft.location!r}, which has no receipt")
+    async def _withdraw(self, prepared: PreparedUpload) -> None:
+        """Delete an object that nobody will get a receipt of."""
+        backend = self.backends[prepared.policy.backend_key]
+        await shielded_cleanup(
+            backend.delete(prepared.location), f"deleting the object {prepared.location!r}, which has no receipt"
+        )
 
-    async def _copy_in_place(self, ref: StoredObjectRef, backend: SupportsCopy, draft: ObjectDraft) -> StoredObjectRef:
-        with self._lifecycle.call(), self._configuration.at(ref) as storage:
+    async def _copy_on_server(self, ref: StoredObjectRef, backend: SupportsCopy, prepared: PreparedUpload) -> StoredObjectRef:
+        with self._lifecycle.call(), self._at(ref) as storage:
             require_recorded_size(ref, (await storage.stat(ref.location)).size)
-            identity = await self.identities.current(ref.backend, storage)
-            details = await backend.copy(ref.location, draft.location)
-            return await self._receipt(draft, ref.size, ref.checksum, details, identity)
+            identity = await self._identities.current(ref.backend, storage)
+            details = await backend.copy(ref.location, prepared.location)
+            return await self._receipt(prepared, ref.size, ref.checksum, details, identity)
 
-    async def _copy_through(
-        self, ref: StoredObjectRef, draft: ObjectDraft, open_whole: Callable[[], Awaitable[StoredObjectReader]]
-    ) -> StoredObjectRef:
+    async def _copy_through(self, ref: StoredObjectRef, prepared: PreparedUpload) -> StoredObjectRef:
         async with self._lifecycle.upload():
-            reader = await open_whole()
+            reader = await self.open(ref)
             try:
                 content = MeasuredStream(aiter(reader), size=ref.size, checksum=ref.checksum or None)
-                copy = await self._store(draft, content)
+                copy = await self._store(prepared, content)
             except BaseException:
                 await reader.aclose()
                 raise
             # Iteration to the end has let go of the handle already.
             return copy
+
+
+async def _delete_in_batches(backend: SupportsBatchDelete, locations: Sequence[str]) -> Mapping[str, StorageError]:
+    try:
+        return await backend.delete_many(locations)
+    except StorageError as error:
+        return dict.fromkeys(locations, error)
+
+
+async def _delete_one(backend: StorageBackend, location: str) -> StorageError | None:
+    try:
+        await backend.delete(location)
+    except StorageError as error:
+        return error
+    return None
+
+
+def _require_mapping(argument: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"{argument} must be a mapping by key, not a {type(value).__name__}")
+
+
+def require_seconds(argument: str, value: object) -> None:
+    """Refuse what is no time to wait."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ConfigurationError(f"{argument} must be a number of seconds, not {value!r}")
+
+
+def require_positive(argument: str, value: object) -> None:
+    """Refuse what is no number of things, of which there must be some."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{argument} must be a number of at least 1, or None, not {value!r}")
+
+
+def _require_backend(key: object, backend: object) -> None:
+    if not isinstance(key, str) or not key:
+        raise ConfigurationError(f"a backend's key must be a string that is not empty, not {key!r}")
+    if isinstance(backend, type):
+        raise ConfigurationError(f"the backend {key!r} is the class {backend.__name__}, not an instance of it")
+    if not isinstance(backend, StorageBackend):
+        raise ConfigurationError(f"the backend {key!r} is a {type(backend).__name__}, which is not a StorageBackend")
+
+
+def _require_policy(key: object, policy: object, backends: Mapping[str, StorageBackend]) -> None:
+    if not isinstance(policy, StoragePolicy):
+        raise ConfigurationError(f"the policy {key!r} is a {type(policy).__name__}, not a StoragePolicy")
+    if key != policy.storage_key:
+        raise ConfigurationError(f"the policy under the key {key!r} has the storage key {policy.storage_key!r}")
+    if policy.backend_key not in backends:
+        raise UnknownBackendError(
+            f"the policy {key!r} names the backend {policy.backend_key!r}, which is not there"
+            f" (there are: {', '.join(sorted(backends)) or 'none'})"
+        )
+
+
+def require_ref(ref: object) -> None:
+    """Refuse what was not read back as a ref."""
+    if not isinstance(ref, StoredObjectRef):
+        raise InvalidReferenceError(f"a StoredObjectRef is needed, not {type(ref).__name__}; see StoredObjectRef.from_dict")

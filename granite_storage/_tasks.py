@@ -1,6 +1,6 @@
 """Work side by side or again and again, and clean-up under cancellation: what every part that awaits needs.
 
-A cancelled task that has work under way waits for it before it lets the cancellation through; otherwise that work could publish
+A cancelled task that has work in progress waits for it before it lets the cancellation through; otherwise that work could publish
 what the task has already cleaned up. No cancellation is lost on the way.
 """
 
@@ -9,11 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
-__all__ = ["CLEANUP_TIMEOUT", "background", "finish", "finished", "repeat", "run_bounded", "settle"]
+__all__ = [
+    "CLEANUP_TIMEOUT",
+    "background",
+    "repeat",
+    "run_bounded",
+    "shielded",
+    "shielded_cleanup",
+    "task_group",
+    "wait_or_cancel",
+    "wait_uncancelled",
+]
 
 logger = logging.getLogger("granite_storage")
 
@@ -35,14 +45,25 @@ async def run_bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], lim
         async with places:
             return await work(item)
 
+    async with task_group() as group:
+        tasks = [group.create_task(run(item)) for item in items]
+    return [task.result() for task in tasks]
+
+
+@asynccontextmanager
+async def task_group() -> AsyncGenerator[asyncio.TaskGroup, None]:
+    """Give a task group that raises the first error itself, with its cause, and not a group of errors."""
+    first: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(run(item)) for item in items]
+            yield group
     except BaseExceptionGroup as errors:
         first = errors.exceptions[0]
-    else:
-        return [task.result() for task in tasks]
-    raise first  # out here it keeps its own cause
+    try:
+        if first is not None:
+            raise first
+    finally:
+        del first  # or it would hold this frame, and the frame it
 
 
 @asynccontextmanager
@@ -95,7 +116,7 @@ async def repeat(
                 await wake.wait()
 
 
-async def settle(future: asyncio.Future[Any], timeout: float | None = None) -> bool:
+async def wait_uncancelled(future: asyncio.Future[Any], timeout: float | None = None) -> bool:
     """Wait until a future is done, however often the caller is cancelled meanwhile; return whether it is done.
 
     For `except asyncio.CancelledError` only: the caller goes on to raise the cancellation that brought it there, so none is lost.
@@ -109,24 +130,38 @@ async def settle(future: asyncio.Future[Any], timeout: float | None = None) -> b
     return future.done()
 
 
-async def finished(work: Awaitable[T], *, undo: Callable[[T], Awaitable[object]] | None = None) -> T:
+async def wait_or_cancel(future: asyncio.Future[Any], timeout: float | None) -> bool:
+    """Do as `wait_uncancelled` does, and cancel the future when time is up; return whether it ended by itself."""
+    if await wait_uncancelled(future, timeout):
+        return True
+    future.cancel()
+    await wait_uncancelled(future)
+    return False
+
+
+async def shielded(
+    work: Awaitable[T], *, undo: Callable[[T], Awaitable[object]] | None = None, timeout: float | None = None
+) -> T:
     """Await work that must not be left behind: a cancelled caller waits for it before the cancellation goes on.
 
     Args:
         work: The work.
         undo: What to do then with its result, such as to close a file that the caller will not hear of.
+        timeout: The longest that a cancelled caller waits, in seconds, None for no limit; the work is cancelled then.
     """
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await settle(task)
+        await wait_or_cancel(task, timeout)
         if undo is not None and not task.cancelled() and task.exception() is None:
-            await finish(undo(task.result()), "undoing what a cancelled caller does not hear of")
+            await shielded_cleanup(undo(task.result()), "undoing what a cancelled caller does not hear of")
         raise
+    finally:
+        del task  # or its error would hold this frame, and the frame the error
 
 
-async def finish(cleanup: Awaitable[object], what: str, *, timeout: float = CLEANUP_TIMEOUT) -> None:
+async def shielded_cleanup(cleanup: Awaitable[object], what: str, *, timeout: float = CLEANUP_TIMEOUT) -> None:
     """Run a clean-up to its end, whatever happens to the caller, bounded in time; log its failure instead of raising it.
 
     It is for `except` and `finally` blocks: the error under way is the caller's to know, not this one. A cancellation that
@@ -142,7 +177,7 @@ async def finish(cleanup: Awaitable[object], what: str, *, timeout: float = CLEA
     if not task.done():
         task.cancel()
         cancellation = await _outlast(task, 1.0) or cancellation
-        logger.error("%s did not end within %s s and was given up", what, timeout)
+        logger.error("%s did not end within %s s and was abandoned", what, timeout)
     elif task.cancelled() or task.exception() is not None:
         logger.error("%s failed", what, exc_info=None if task.cancelled() else task.exception())
     if cancellation is not None:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, ClassVar, Generic, TypeVar
 
-from granite_storage._tasks import finished, settle
+from granite_storage._tasks import shielded, wait_uncancelled
 from granite_storage.exceptions import StreamTimeoutError
 
 __all__ = ["ThreadConsumer", "ThreadPool"]
@@ -27,7 +27,7 @@ logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")
 
-_MOST_PENDING = 64 << 20
+_MAX_PENDING = 64 << 20
 """Bytes that all consumers of a pool may hold together before each has to empty its own queue: many uploads stay bounded."""
 
 _FEW = 2
@@ -84,7 +84,7 @@ class ThreadPool:
         function: Callable[..., T],
         *args: Any,
         undo: Callable[[T], object] | None = None,
-        patience: float | None = None,
+        cancel_timeout: float | None = None,
     ) -> T:
         """Run a function in a thread and return its result.
 
@@ -94,7 +94,7 @@ class ThreadPool:
             function: What to run.
             *args: Its arguments.
             undo: Called in a thread with the result when the caller was cancelled meanwhile and will never see it.
-            patience: The longest that a cancelled caller waits, in seconds; for a function that is not ours and may never end.
+            cancel_timeout: The longest that a cancelled caller waits, in seconds; for a function of others, which may never end.
 
         Raises:
             StreamTimeoutError: All threads are stuck, in a pool that has a limit of them.
@@ -107,16 +107,16 @@ class ThreadPool:
             return await job.future
         except asyncio.CancelledError:
             if not job.withdraw():
-                await self._outlive(job, undo, patience)
+                await self._outlive(job, undo, cancel_timeout)
             raise
 
-    async def _outlive(self, job: _Result[T], undo: Callable[[T], object] | None, patience: float | None) -> None:
-        if not await settle(job.watch(), patience):
-            logger.warning("a thread that serves a cancelled call has not ended after %s s: %r", patience, job.function)
+    async def _outlive(self, job: _Result[T], undo: Callable[[T], object] | None, cancel_timeout: float | None) -> None:
+        if not await wait_uncancelled(job.watch(), cancel_timeout):
+            logger.warning("a thread that serves a cancelled call has not ended after %s s: %r", cancel_timeout, job.function)
         elif undo is not None and job.error is None:
             undoing: _Result[object] = _Result(undo, (job.result,), self._mailbox())
             self._submit(undoing)
-            await settle(undoing.future)
+            await wait_uncancelled(undoing.future)
             if undoing.error is not None:
                 logger.error("undoing a cancelled call failed: %r", job.function, exc_info=undoing.error)
 
@@ -126,11 +126,11 @@ class ThreadPool:
         self._mailbox().watch(self)
 
     def resubmit(self, function: Callable[[], object]) -> None:
-        """Run a function once more, after all that waits; for a job that gives up its thread."""
+        """Run a function once more, after all that waits; for a job that releases its thread."""
         self._submit(_Job(function, ()))
 
     def help(self) -> float | None:
-        """Add a thread if jobs wait because the others are held up; return after how many seconds to look again, if at all."""
+        """Add a thread if jobs wait because the others are held up; return after how many seconds to check again, if at all."""
         with self._lock:
             if self._may_grow() and self._is_stalled():
                 self._add_worker()
@@ -146,7 +146,7 @@ class ThreadPool:
         """Add to the bytes that all consumers hold for this pool; return whether there is room for any of them to hold more."""
         with self._lock:
             self._pending += pending
-            return self._pending < _MOST_PENDING
+            return self._pending < _MAX_PENDING
 
     def close(self) -> None:
         """Drop the executor; its threads end when nobody uses it any more. A later call makes another."""
@@ -352,9 +352,6 @@ class _Mailbox:
             result.deliver()
 
 
-# Chunks on their way to a thread, in order and bounded.
-
-
 class ThreadConsumer:
     """Hands chunks, in order, to a function in a thread, and holds a bounded number of bytes meanwhile.
 
@@ -427,7 +424,7 @@ class ThreadConsumer:
             idle = self._is_at(0)
         self._pool.count(-dropped)
         if not idle:
-            await finished(self._wait_for(0))
+            await shielded(self._wait_for(0))
 
     async def _wait_for(self, level: int) -> None:
         with self._lock:

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from datetime import timedelta
-from typing import Any, Self, cast
+from typing import Any, Self
 
-from granite_storage._engine import (
-    Configuration,
-    DraftWriter,
-    Lifecycle,
-    ObjectDraft,
-    explain_missing,
-    require_positive,
-    require_ref,
-    require_seconds,
-    upload_names,
-)
+from granite_storage._engine import Engine, Lifecycle, require_positive, require_ref, require_seconds, upload_names
 from granite_storage._headers import Disposition
-from granite_storage._tasks import finish
-from granite_storage.backends.base import (
-    ObjectInfo,
-    ObjectReader,
-    StorageBackend,
-    SupportsAbort,
-    SupportsExtraKeys,
-    SupportsPresignedUpload,
-    UploadRequest,
-)
-from granite_storage.exceptions import ObjectNotFoundError
+from granite_storage.backends.base import ObjectInfo, StorageBackend
+from granite_storage.exceptions import StorageError
 from granite_storage.locations import check_location
 from granite_storage.policies import StoragePolicy
-from granite_storage.readers import OpeningReader, StoredObjectReader
+from granite_storage.readers import OpeningReader
 from granite_storage.refs import StoredObjectRef
-from granite_storage.signing import UrlSigner, signed_url
+from granite_storage.signing import UrlSigner
 from granite_storage.streams import BytesLike, ByteSource, Pace
 
-__all__ = ["ObjectDraft", "StorageManager"]
+__all__ = ["StorageManager"]
 
 
 class StorageManager:
@@ -87,7 +68,6 @@ class StorageManager:
         min_upload_rate: int | None = None,
         url_signer: UrlSigner | None = None,
     ) -> None:
-        self._configuration = Configuration(backends, policies)
         require_seconds("drain_timeout", drain_timeout)
         if max_concurrent_uploads is not None:
             require_positive("max_concurrent_uploads", max_concurrent_uploads)
@@ -95,30 +75,36 @@ class StorageManager:
             require_seconds("upload_idle_timeout", upload_idle_timeout)
         if min_upload_rate is not None:
             require_positive("min_upload_rate", min_upload_rate)
-        self.url_signer: UrlSigner | None = url_signer
         self._drain_timeout = drain_timeout
         self._lifecycle = Lifecycle(max_concurrent_uploads)
         pace = Pace(None if max_concurrent_uploads is None else upload_idle_timeout, min_upload_rate)
         is_paced = max_concurrent_uploads is not None or min_upload_rate is not None
-        self._writer = DraftWriter(self._configuration, self._lifecycle, pace if is_paced else None)
+        self._engine = Engine(
+            backends, policies, lifecycle=self._lifecycle, pace=pace if is_paced else None, url_signer=url_signer
+        )
 
     @property
     def backends(self) -> Mapping[str, StorageBackend]:
         """The backends by their keys, read-only."""
-        return self._configuration.backends
+        return self._engine.backends
 
     @property
     def policies(self) -> Mapping[str, StoragePolicy]:
         """The policies by their storage keys, read-only."""
-        return self._configuration.policies
+        return self._engine.policies
+
+    @property
+    def url_signer(self) -> UrlSigner | None:
+        """What signs URLs for backends that sign none of their own."""
+        return self._engine.url_signer
 
     def policy(self, storage_key: str) -> StoragePolicy:
         """Return a policy; `UnknownPolicyError` where there is none of that key."""
-        return self._configuration.policy(storage_key)
+        return self._engine.policy(storage_key)
 
     def backend(self, backend_key: str) -> StorageBackend:
         """Return a backend; `UnknownBackendError` where there is none of that key."""
-        return self._configuration.backend(backend_key)
+        return self._engine.backend(backend_key)
 
     async def put_bytes(
         self,
@@ -159,7 +145,7 @@ class StorageManager:
         """
         if not isinstance(content, bytes | bytearray | memoryview):
             raise TypeError(f"content must be bytes, not {type(content).__name__}; use put_stream for a stream")
-        draft = self.draft(
+        prepared = self._engine.prepare(
             storage_key=storage_key,
             model_name=model_name,
             entity_id=entity_id,
@@ -168,7 +154,7 @@ class StorageManager:
             original_filename=original_filename,
             extra=extra,
         )
-        return await self.put_draft(draft, content)
+        return await self._engine.put(prepared, content)
 
     async def put_stream(
         self,
@@ -220,7 +206,7 @@ class StorageManager:
             BackendError: The backend could not store it. An error that the stream itself raises passes through unchanged.
         """
         own_filename, own_content_type = upload_names(stream)
-        draft = self.draft(
+        prepared = self._engine.prepare(
             storage_key=storage_key,
             model_name=model_name,
             entity_id=entity_id,
@@ -229,39 +215,7 @@ class StorageManager:
             original_filename=own_filename if original_filename is None else original_filename,
             extra=extra,
         )
-        return await self._writer.put_stream(draft, stream, size, checksum)
-
-    def draft(
-        self,
-        *,
-        storage_key: str,
-        model_name: str,
-        entity_id: str,
-        field_name: str,
-        content_type: str | None = None,
-        original_filename: str | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> ObjectDraft:
-        """Decide where an object will be, and all else of its receipt that does not depend on its bytes.
-
-        It is for what must know the location before there is anything at it, such as a journal; `put_bytes` and `put_stream` do
-        both steps. Nothing is stored, and a draft is good for one object. Arguments and errors are those of `put_bytes`.
-        """
-        return ObjectDraft.of(
-            self.policy(storage_key),
-            model_name=model_name,
-            entity_id=entity_id,
-            field_name=field_name,
-            content_type=content_type,
-            original_filename=original_filename,
-            extra=extra,
-        )
-
-    async def put_draft(self, draft: ObjectDraft, content: BytesLike | ByteSource) -> StoredObjectRef:
-        """Store the content of a draft: bytes as `put_bytes` does, a stream as `put_stream` does, with their errors."""
-        if isinstance(content, bytes | bytearray | memoryview):
-            return await self._writer.put_bytes(draft, cast(BytesLike, content))
-        return await self._writer.put_stream(draft, content)
+        return await self._engine.put(prepared, stream, size=size, checksum=checksum)
 
     async def get(self, ref: StoredObjectRef) -> bytes:
         """Return all bytes of an object, verified: wrong bytes are never returned.
@@ -274,9 +228,7 @@ class StorageManager:
             ChecksumMismatchError: It has not the checksum that the ref says.
             BackendError: It could not be read.
         """
-        with self._lifecycle.call():
-            async with self.open(ref, verify=True) as reader:
-                return await reader.read()
+        return await self._engine.get(ref)
 
     def open(self, ref: StoredObjectRef, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
         """Open an object, or a range of one, for streaming: `async with manager.open(ref)` or `await manager.open(ref)`.
@@ -297,37 +249,15 @@ class StorageManager:
             ValueError: The range is negative or begins past the end, or a range is to be verified.
             BackendError: It could not be opened.
         """
-
-        async def open_range(start: int, count: int) -> ObjectReader:
-            with self._lifecycle.call(), self._configuration.at(ref) as backend:
-                return await backend.open(ref.location, offset=start, length=count)
-
-        async def start() -> StoredObjectReader:
-            require_ref(ref)
-            with self._lifecycle.call():
-                try:
-                    reader = await StoredObjectReader(ref, open_range, offset=offset, length=length, verify=verify).start()
-                except ObjectNotFoundError as error:
-                    await explain_missing(error, ref, self.backend(ref.backend))
-                    raise
-                self._lifecycle.track(reader)
-            return reader
-
-        return OpeningReader(start)
+        return self._engine.open(ref, offset=offset, length=length, verify=verify)
 
     async def exists(self, ref: StoredObjectRef) -> bool:
         """Tell whether the object is there; a backend that refuses permission or is out of reach raises, it is not False."""
-        with self._lifecycle.call(), self._configuration.at(ref) as backend:
-            return await backend.exists(ref.location)
+        return await self._engine.exists(ref)
 
     async def stat(self, ref: StoredObjectRef) -> ObjectInfo:
         """Return what the backend knows of the object; `ObjectNotFoundError` where it is not there."""
-        with self._lifecycle.call(), self._configuration.at(ref) as backend:
-            try:
-                return await backend.stat(ref.location)
-            except ObjectNotFoundError as error:
-                await explain_missing(error, ref, backend)
-                raise
+        return await self._engine.stat(ref)
 
     async def identity(self, backend_key: str) -> str | None:
         """Return the identity of a backend's store, which is given one where it has none; None where it can keep none.
@@ -337,8 +267,7 @@ class StorageManager:
         Raises:
             UnknownBackendError: No backend has the key.
         """
-        with self._lifecycle.call(), self._configuration.blaming(backend_key) as backend:
-            return await self._writer.identities.current(backend_key, backend)
+        return await self._engine.identity(backend_key)
 
     async def url(
         self,
@@ -364,57 +293,51 @@ class StorageManager:
             ValueError: `expires_in` is out of bounds, or the disposition is not known.
             BackendError: The backend could not sign.
         """
-        with self._lifecycle.call(), self._configuration.at(ref) as backend:
-            return await signed_url(backend, self.url_signer, ref, expires_in, disposition, filename)
+        return await self._engine.url(ref, expires_in=expires_in, disposition=disposition, filename=filename)
 
-    async def upload_request(
-        self, draft: ObjectDraft, *, expires_in: timedelta, min_size: int, max_size: int
-    ) -> UploadRequest | None:
-        """Return a request with which a client stores a draft's object directly in its backend; None where that signs none.
+    def list(self, *, storage_key: str, prefix: str = "", start_after: str | None = None) -> AsyncGenerator[ObjectInfo, None]:
+        """Iterate over the objects of a policy, in the order of their locations; nothing is kept in memory.
 
-        It is what `granite_storage.web.DirectUploads` hands out. Nobody has verified what is stored by it.
+        Objects of other policies are listed too where they share the backend and the policy's `key_prefix`, or where it has
+        none. The iteration holds a connection open: one that ends early is closed by `contextlib.aclosing`.
 
         Args:
-            draft: Where, and of which media type.
-            expires_in: How long the request works.
-            min_size: The fewest bytes that it may bring.
-            max_size: The most bytes.
+            storage_key: The policy.
+            prefix: The characters with which a location goes on after the policy's `key_prefix` and a slash, such as
+                `user/1/avatar/`; all objects for an empty one.
+            start_after: A whole location: only objects after it are listed; it need not exist.
 
         Raises:
-            ContentTooLargeError: The backend takes no request with so many bytes.
-            ValueError: It cannot hold a client to this.
-            BackendError: The backend could not sign.
+            UnknownPolicyError: No policy has this storage key.
+            BackendError: The backend could not be listed.
         """
-        with self._lifecycle.call(), self._configuration.blaming(draft.policy.backend_key) as backend:
-            if not isinstance(backend, SupportsPresignedUpload):
-                return None
-            content_type = draft.content_type or "application/octet-stream"
-            return await backend.presign_upload(
-                draft.location, expires_in=expires_in, content_type=content_type, min_size=min_size, max_size=max_size
-            )
+        return self._engine.list(storage_key, prefix, start_after=start_after)
 
     async def delete(self, ref: StoredObjectRef) -> None:
         """Remove the object, for good; one that is not there is no error."""
-        with self._lifecycle.call(), self._configuration.at(ref) as backend:
-            await backend.delete(ref.location)
+        await self._engine.delete(ref)
 
-    async def reclaim(self, backend_key: str, location: str, *, upload_id: str | None = None, unfinished: bool = False) -> None:
-        """Remove what is at a location that no ref leads to: a journal's work, not an application's.
+    async def delete_many(self, refs: Iterable[StoredObjectRef]) -> dict[StoredObjectRef, StorageError]:
+        """Delete objects, for good, in few requests where their backends can; one that is not there is no error.
 
-        Args:
-            backend_key: The backend's key.
-            location: The address.
-            upload_id: The id of an upload in parts that was begun there, where one is known.
-            unfinished: Whether an upload may have been cut off; what it has left is removed too, until nothing of it remains.
+        Returns:
+            What could not be deleted, each with its error; empty where all are gone. One failure does not stop the others.
 
         Raises:
-            BackendError: Something could not be removed; it may be tried again.
+            UnknownBackendError: A ref names a backend that is not there; nothing was deleted.
+            InvalidReferenceError: One of `refs` is no ref, or leads outside of its backend; nothing was deleted.
         """
-        check_location(location)
-        with self._lifecycle.call(), self._configuration.blaming(backend_key) as backend:
-            await backend.delete(location)
-            if unfinished and isinstance(backend, SupportsAbort):
-                await backend.abort_upload(location, upload_id)
+        by_backend: dict[str, dict[str, StoredObjectRef]] = {}
+        for ref in refs:
+            require_ref(ref)
+            self._engine.backend(ref.backend)
+            check_location(ref.location)
+            by_backend.setdefault(ref.backend, {})[ref.location] = ref
+        failures: dict[StoredObjectRef, StorageError] = {}
+        for key, found in by_backend.items():
+            failed = await self._engine.delete_many(key, tuple(found))
+            failures.update((found[location], error) for location, error in failed.items())
+        return failures
 
     async def copy(
         self,
@@ -448,43 +371,10 @@ class StorageManager:
             ContentTooLargeError: It is larger than the copy's policy allows.
             BackendError: It could not be copied.
         """
-        draft = self.draft_copy(
+        prepared = self._engine.prepare_copy(
             ref, storage_key=storage_key, model_name=model_name, entity_id=entity_id, field_name=field_name, extra=extra
         )
-        return await self.copy_draft(ref, draft)
-
-    def draft_copy(
-        self,
-        ref: StoredObjectRef,
-        *,
-        model_name: str,
-        entity_id: str,
-        field_name: str,
-        storage_key: str | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> ObjectDraft:
-        """Decide where the copy of an object will be; the first step of `copy`, as `draft` is of `put_bytes`."""
-        with self._lifecycle.call(), self._configuration.at(ref) as source:
-            own_keys = _own_keys(source)
-        if extra is None:
-            extra = {key: value for key, value in (ref.extra or {}).items() if key not in own_keys}
-        return self.draft(
-            storage_key=storage_key or ref.storage_key,
-            model_name=model_name,
-            entity_id=entity_id,
-            field_name=field_name,
-            content_type=ref.content_type,
-            original_filename=ref.original_filename,
-            extra=extra,
-        )
-
-    async def copy_draft(self, ref: StoredObjectRef, draft: ObjectDraft) -> StoredObjectRef:
-        """Copy an object to where a draft says; the second step of `copy`, with its errors."""
-        try:
-            return await self._writer.copy(ref, draft, lambda: self.open(ref))
-        except ObjectNotFoundError as error:
-            await explain_missing(error, ref, self.backend(ref.backend))
-            raise
+        return await self._engine.copy(ref, prepared)
 
     async def aclose(self) -> None:
         """Close what this event loop has opened; idempotent.
@@ -493,11 +383,7 @@ class StorageManager:
         behind. Readers that are still open are closed. When it is cancelled itself, it cancels the calls at once, and closes
         everything all the same.
         """
-        await self._lifecycle.close(self._drain_timeout, self._close_backends)
-
-    async def _close_backends(self) -> None:
-        for key, backend in self.backends.items():
-            await finish(backend.aclose(), f"closing the backend {key!r}")
+        await self._lifecycle.close(self._drain_timeout, self._engine.close_backends)
 
     async def __aenter__(self) -> Self:
         await self._lifecycle.open()
@@ -508,8 +394,3 @@ class StorageManager:
 
     def __repr__(self) -> str:
         return f"<StorageManager policies={sorted(self.policies)} backends={sorted(self.backends)}>"
-
-
-def _own_keys(backend: StorageBackend) -> frozenset[str]:
-    """The keys of `extra` that a backend itself wrote, which would be untrue of a copy elsewhere."""
-    return backend.extra_keys if isinstance(backend, SupportsExtraKeys) else frozenset()

@@ -24,7 +24,7 @@ from granite_storage._jobs import (
     retry_unavailable,
     run_in_order,
 )
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import (
     BackendUnavailableError,
     ConfigurationError,
@@ -50,7 +50,8 @@ from granite_storage.refs import StoredObjectRef
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from granite_storage.manager import ObjectDraft
+    from granite_storage._engine import PreparedUpload
+    from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.binding import StorageBinding
     from granite_storage.readers import StoredObjectReader
@@ -374,7 +375,7 @@ async def relocate(binding: StorageBinding, held: HeldValue, *, rate_limited: Ra
             return await _commit(session, swap)
     finally:
         if not swap.is_told:
-            await finish(_discard_copy(copy), "deleting a copy that its row could not be told of")
+            await shielded_cleanup(_discard_copy(copy), "deleting a copy that its row could not be told of")
 
 
 async def _commit(session: AsyncSession, swap: _Swap) -> bool:
@@ -398,15 +399,14 @@ class _Relocated(Attachment):
         self._held = held
         self._rate_limited = rate_limited
 
-    def _draft(self, home: ColumnType, entity_id: str) -> ObjectDraft:
+    def _prepare(self, manager: StorageManager, home: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where the copy will be: below the same names, and whatever its size, for it was let in once."""
-        draft = home.binding().manager.draft_copy(self._original, **_names_of(self._held, self._original))
-        return replace(draft, policy=replace(draft.policy, max_size=None))
+        prepared = manager._engine.prepare_copy(self._original, **_names_of(self._held, self._original))
+        return replace(prepared, policy=replace(prepared.policy, max_size=None))
 
-    async def _put(self, home: ColumnType, draft: ObjectDraft) -> None:
-        manager = home.binding().manager
+    async def _put(self, manager: StorageManager, home: ColumnType, prepared: PreparedUpload) -> None:
         async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
-            copy = await manager.put_draft(draft, chunks)
+            copy = await manager._engine.put(prepared, chunks)
         self._ref, self._home = _keep_metadata(self._original, copy), home
 
 

@@ -9,7 +9,8 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
 
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
+from granite_storage.backends._resuming import ResumingReader
 from granite_storage.backends.base import ObjectInfo, ObjectReader
 from granite_storage.exceptions import BackendError, InvalidLocationError, SizeMismatchError
 from granite_storage.refs import StoredObjectRef
@@ -21,7 +22,8 @@ __all__ = ["OpeningReader", "StoredObjectReader", "require_recorded_size"]
 class StoredObjectReader:
     """An object, or a range of one, open for reading; positions count from the start of the range.
 
-    It never ends short: where bytes are missing it raises. It may be read, sought and iterated in any mixture, by one task at a
+    It never ends short: where bytes are missing it raises. Where the backend's reader is cut off (`BackendUnavailableError`), it
+    asks for the rest of the same object before it raises. It may be read, sought and iterated in any mixture, by one task at a
     time. Iteration lets go of the backend's handle when it ends or is abandoned, so a web framework that iterates the reader as
     a response's body and never closes it leaks nothing.
 
@@ -43,7 +45,7 @@ class StoredObjectReader:
     def __init__(
         self,
         ref: StoredObjectRef,
-        open_range: Callable[[int, int], Awaitable[ObjectReader]],
+        open_range: Callable[[int, int | None], Awaitable[ObjectReader]],
         *,
         offset: int,
         length: int | None,
@@ -59,10 +61,8 @@ class StoredObjectReader:
             raise ValueError("only a whole object can be verified, not a range of it")
         self.info: ObjectInfo
         self.closed: bool = False
-        self._open_range = open_range
         self._start = offset
-        self._position = 0
-        self._source: ObjectReader | None = None
+        self._source = ResumingReader(open_range, offset=offset, length=self.size)
         self._sha256 = Sha256() if verify else None
         self._lock = asyncio.Lock()
         self._iteration: object | None = None
@@ -106,20 +106,19 @@ class StoredObjectReader:
         self._iteration = None
         async with self._lock:
             self._require_open()
-            base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+            base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.size}[whence]
             position = base + offset
             if position < 0:
-                raise ValueError(f"cannot seek to {position}, before the start")
-            if position != self._position:
+                raise ValueError(f"position {position} is before the start")
+            if position != self.tell():
                 if self._sha256 is not None:
-                    raise ValueError("a reader that verifies reads once, from start to end")
-                self._position = position
-                await self._finish(self._release())
+                    raise ValueError("a reader that verifies cannot seek: it reads once, from start to end")
+                await self._move(self._start + position)
             return position
 
     def tell(self) -> int:
         """Return the position."""
-        return self._position
+        return self._source.position - self._start
 
     async def release(self) -> None:
         """Let go of the backend's handle, such as a connection, and keep the position; the next read opens a new one there.
@@ -144,7 +143,7 @@ class StoredObjectReader:
 
     @property
     def _left(self) -> int:
-        return max(0, self.size - self._position)
+        return max(0, self.size - self.tell())
 
     def _require_open(self) -> None:
         if self.closed:
@@ -153,36 +152,32 @@ class StoredObjectReader:
     async def start(self) -> Self:
         """Open the backend's handle, so that a missing or wrong object is an error before the first byte."""
         try:
-            self._source = await self._open_range(self._start, self.size)
-            self.info = self._source.info
+            self.info = (await self._source.start()).info
             require_recorded_size(self.ref, self.info.size)
             await self._verify()
-        except InvalidLocationError:
-            raise
-        except ValueError as error:
+        except BaseException as error:
+            await self._finish(self._release())
+            if not isinstance(error, ValueError) or isinstance(error, InvalidLocationError):
+                raise
             # The range lies inside what the ref says, so the object must be smaller.
             message = f"the object at {self.ref.location!r} has fewer bytes than its ref says, {self.ref.size}"
             raise SizeMismatchError(message, expected=self.ref.size) from error
-        except BaseException:
-            await self._finish(self._release())
-            raise
         return self
 
     async def _take(self, wanted: int, *, whole: bool) -> bytes:
         """Return the wanted bytes, or for not `whole` some of them; a failure or cancellation leaves the position as it was."""
-        began = self._position
+        began = self._source.position
         try:
             chunks = [await self._next_chunk(wanted)]
-            while whole and self._position < began + wanted:
-                chunks.append(await self._next_chunk(began + wanted - self._position))
+            while whole and self._source.position < began + wanted:
+                chunks.append(await self._next_chunk(began + wanted - self._source.position))
             return chunks[0] if len(chunks) == 1 else await joined(chunks)
         except BaseException as error:
             # The handle's position is in doubt; and a hash cannot go back, so a reader that verifies is at its end.
-            self._position = began
             self.closed = self.closed or self._sha256 is not None
             if isinstance(error, BackendError):
                 error.backend = error.backend or self.ref.backend
-            await self._finish(self._release())
+            await self._move(began)
             raise
 
     async def _next_chunk(self, wanted: int) -> bytes:
@@ -190,11 +185,7 @@ class StoredObjectReader:
         self._require_open()
         if wanted == 0:
             return b""
-        source = self._source or await self._reopen()
-        chunk = await source.read(wanted)
-        if not chunk:
-            raise BackendError(f"the object at {self.ref.location!r} ended {self._left} bytes early", location=self.ref.location)
-        self._position += len(chunk)
+        chunk = await self._source.read(wanted)
         if self._sha256 is not None:
             await self._sha256.update(chunk)
             await self._verify()
@@ -204,31 +195,27 @@ class StoredObjectReader:
         if self._sha256 is not None and self._left == 0:
             require_checksum(self.ref.checksum, await self._sha256.checksum())
 
-    async def _reopen(self) -> ObjectReader:
-        self._source = await self._open_range(self._start + self._position, self._left)
-        if (self._source.info.size, self._source.info.etag) != (self.info.size, self.info.etag):
-            raise BackendError(f"the object at {self.ref.location!r} changed while it was read", location=self.ref.location)
-        return self._source
+    async def _move(self, position: int) -> None:
+        self._source.position = position
+        await self._finish(self._release())
 
     async def _let_go(self) -> None:
         async def release() -> None:
             async with self._lock:
                 await self._release()
 
-        if self._source is not None or self._sha256 is not None or self._lock.locked():
+        if self._source.is_open or self._sha256 is not None or self._lock.locked():
             await self._finish(release())
 
     async def _release(self) -> None:
-        source, self._source = self._source, None
         try:
-            if source is not None:
-                await source.aclose()
+            await self._source.release()
         finally:
             if self._sha256 is not None and self.closed:
                 await self._sha256.stop()
 
     async def _finish(self, release: Coroutine[Any, Any, None]) -> None:
-        await finish(release, f"closing the reader of {self.ref.location!r}")
+        await shielded_cleanup(release, f"closing the reader of {self.ref.location!r}")
 
 
 def require_recorded_size(ref: StoredObjectRef, size: int) -> None:

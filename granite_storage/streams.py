@@ -28,7 +28,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeAlias, TypeGuard
 
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.exceptions import (
     ChecksumMismatchError,
@@ -62,10 +62,6 @@ __all__ = [
     "upload_size",
 ]
 
-
-# What a program streams from: one adapter for every kind of source, and nothing else in the library asks what one is.
-
-
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 CHUNK_SIZE = 1 << 20
@@ -95,9 +91,23 @@ ByteSource: TypeAlias = SupportsRead | SupportsAsyncRead | AsyncIterable[BytesLi
 
 _ONLY_WRITTEN = re.compile(r"[wax][bt]?|[bt][wax]")
 _FILE_TURN_SECONDS = 0.01
-_PATIENCE = 5.0
+_CANCEL_TIMEOUT = 5.0
 
+_INLINE_HASH = 8 * 1024
+_HELD_LOCK = 2047
+_SHORT = 128 * 1024
+_MAX_PENDING = 8 * CHUNK_SIZE
+_LARGE_ENOUGH = CHUNK_SIZE // 16
+_MAX_GROUPED = 1024
+_MAX_BUFFERED = 64 * CHUNK_SIZE
+_TURN_SECONDS = 0.002
+_RATE_COUNTS_FROM = 10.0
+
+_hash_threads = ThreadPool("granite-hash", (os.cpu_count() or 1) + 2)
 _threads = ThreadPool("granite-source", 32, max_stuck=480)
+
+
+# What a program streams from: nothing else in the library asks what a source is.
 
 
 def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
@@ -117,7 +127,7 @@ def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
     if isinstance(source, bytes | bytearray):
         return _only(source)
     if isinstance(source, str | io.TextIOBase):
-        raise TypeError(f"a stream must be binary, but {type(source).__name__} is text; open the file with mode 'rb'")
+        raise TypeError(f"a stream must be binary, but {type(source).__name__} is text: open the file with mode 'rb'")
     if is_file(source):
         _require_readable(source)
         return WholeFile(source).chunks() if hasattr(source, "filename") else _read(source)
@@ -126,7 +136,7 @@ def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
     if _is_buffer(source):
         return _only(memoryview(source))
     if isinstance(source, Set | Mapping):
-        raise TypeError(f"a stream has an order, but {type(source).__name__} has none: give a list of its chunks")
+        raise TypeError(f"a stream has an order, but {type(source).__name__} has none: pass a list of its chunks")
     if isinstance(source, Iterable):
         return _iterate_in_thread(source)
     raise TypeError(f"a stream must have read() or be an iterable of bytes, but is {type(source).__name__}")
@@ -139,7 +149,7 @@ def _require_readable(file: Any) -> None:
         raise TypeError(f"a stream is read, but {kind} is open for writing and cannot be read: open the file with mode 'rb'")
     if not _takes_size(file.read):
         raise TypeError(
-            f"a stream is read in pieces, but read() of {kind} takes no size: give what yields its bytes, such as"
+            f"a stream is read in pieces, but read() of {kind} takes no size: pass what yields its bytes, such as"
             " response.aiter_bytes() of httpx or response.content of aiohttp"
         )
 
@@ -215,7 +225,7 @@ class WholeFile:
         if self.can_rewind:
             return None
         if self._begun:
-            raise ConsumedSourceError(f"the stream was read already, and {type(self._file).__name__} cannot seek")
+            raise ConsumedSourceError(f"the stream was read already, and {type(self._file).__name__} cannot seek: pass a new one")
         self._begun = True
         return _declared_size(self._file)
 
@@ -281,7 +291,7 @@ async def _sought(file: Any) -> bool:
             return False
         raise
     except ValueError as error:
-        raise ConsumedSourceError(f"the file cannot be read from its beginning any more: {error}") from error
+        raise ConsumedSourceError(f"the file cannot be read from its beginning again: {error}") from error
     return True
 
 
@@ -289,7 +299,7 @@ async def _call(function: Callable[..., Any], *args: Any) -> Any:
     """Call a method of a file: await it, or run it in a thread."""
     if inspect.iscoroutinefunction(function):
         return await function(*args)
-    result = await _threads.run(copy_context().run, function, *args, patience=_PATIENCE)
+    result = await _threads.run(copy_context().run, function, *args, cancel_timeout=_CANCEL_TIMEOUT)
     return await result if inspect.isawaitable(result) else result
 
 
@@ -335,7 +345,7 @@ async def _read_async(read: Callable[[int], Awaitable[Any]]) -> AsyncGenerator[B
 async def _read_in_thread(read: Callable[[int], Any]) -> AsyncGenerator[BytesLike, None]:
     in_context: Callable[..., Any] = copy_context().run
     while True:
-        chunk = await _threads.run(in_context, read, CHUNK_SIZE, patience=_PATIENCE)
+        chunk = await _threads.run(in_context, read, CHUNK_SIZE, cancel_timeout=_CANCEL_TIMEOUT)
         if inspect.isawaitable(chunk):
             chunk = await chunk
         chunk = _bytes_like(chunk)
@@ -371,10 +381,10 @@ async def _iterate_in_thread(source: Iterable[Any]) -> AsyncGenerator[BytesLike,
             iterator.close()
 
     in_context: Callable[..., Any] = copy_context().run
-    iterator = await _threads.run(in_context, iter, source, undo=close, patience=_PATIENCE)
+    iterator = await _threads.run(in_context, iter, source, undo=close, cancel_timeout=_CANCEL_TIMEOUT)
     try:
         while True:
-            batch: _Batch = await _threads.run(in_context, _take, iterator, patience=_PATIENCE)
+            batch: _Batch = await _threads.run(in_context, _take, iterator, cancel_timeout=_CANCEL_TIMEOUT)
             while batch.chunks:
                 yield batch.chunks.popleft()
             if batch.error is not None:
@@ -383,7 +393,7 @@ async def _iterate_in_thread(source: Iterable[Any]) -> AsyncGenerator[BytesLike,
                 return
     finally:
         if iterator is not source and hasattr(iterator, "close"):
-            await finish(_threads.run(close, iterator), "closing the iterator of a stream", timeout=_PATIENCE)
+            await shielded_cleanup(_threads.run(close, iterator), "closing the iterator of a stream", timeout=_CANCEL_TIMEOUT)
 
 
 class _Batch:
@@ -398,12 +408,12 @@ class _Batch:
 def _take(iterator: Iterator[Any]) -> _Batch:
     """Take chunks for a moment; one in a buffer that may be used again is copied, or ends the batch where it is large."""
     batch = _Batch()
-    held = 0
+    buffered = 0
     turn_ends = time.monotonic() + _FILE_TURN_SECONDS
     try:
-        while held < CHUNK_SIZE and time.monotonic() < turn_ends:
+        while buffered < CHUNK_SIZE and time.monotonic() < turn_ends:
             chunk = _bytes_like(next(iterator))
-            held += len(chunk)
+            buffered += len(chunk)
             batch.chunks.append(chunk if len(chunk) >= CHUNK_SIZE else bytes(chunk))
     except StopIteration:
         batch.exhausted = True
@@ -435,17 +445,7 @@ def _is_buffer(source: Any) -> TypeGuard[memoryview]:
     return True
 
 
-_INLINE_HASH = 8 * 1024
-_HELD_LOCK = 2047
-_SHORT = 128 * 1024
-_MOST_PENDING = 8 * CHUNK_SIZE
-_LARGE_ENOUGH = CHUNK_SIZE // 16
-_MOST_GROUPED = 1024
-_MOST_HELD = 64 * CHUNK_SIZE
-_TURN_SECONDS = 0.002
-_RATE_COUNTS_FROM = 10.0
-
-_hash_threads = ThreadPool("granite-hash", (os.cpu_count() or 1) + 2)
+# The stages of a write.
 
 
 class SizeLimitedStream:
@@ -557,8 +557,8 @@ class PacedStream:
 
     async def _next(self) -> BytesLike:
         begun = time.monotonic()
-        patience, message = self._patience()
-        limit = asyncio.timeout(patience)
+        timeout, message = self._timeout()
+        limit = asyncio.timeout(timeout)
         try:
             async with limit:
                 return await anext(self._chunks)
@@ -569,7 +569,7 @@ class PacedStream:
         finally:
             self._waited += time.monotonic() - begun
 
-    def _patience(self) -> tuple[float | None, str]:
+    def _timeout(self) -> tuple[float | None, str]:
         """Return how long the next chunk may take, and what is wrong when it takes longer."""
         idle, rate = self._pace.idle_timeout, self._pace.min_rate
         if rate is not None:
@@ -676,7 +676,7 @@ class Sha256:
                 _update_inline(self._hash, piece)
                 return
             self._consumer = ThreadConsumer(
-                _hash_threads, self._hash.update, max_pending=_MOST_PENDING, consume_several=self._update_several
+                _hash_threads, self._hash.update, max_pending=_MAX_PENDING, consume_several=self._update_several
             )
         await self._consumer.feed(piece)
 
@@ -802,8 +802,8 @@ class _Group:
         return self.size > 0 and (
             self.size + size > CHUNK_SIZE
             or size >= _LARGE_ENOUGH
-            or len(self._chunks) >= _MOST_GROUPED
-            or _Group._all_sizes > _MOST_HELD
+            or len(self._chunks) >= _MAX_GROUPED
+            or _Group._all_sizes > _MAX_BUFFERED
         )
 
     def joined(self) -> bytes:

@@ -1,1 +1,1 @@
-"""A gallery of files that live and die with their rows: `python -m examples.gallery` starts it."""
+"""A gallery whose files commit and roll back with their rows: `python -m examples.gallery` starts it."""

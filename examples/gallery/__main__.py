@@ -1,4 +1,4 @@
-"""Starts the gallery: `python -m examples.gallery`, with `--help` for what can be chosen."""
+"""Start the gallery: `python -m examples.gallery`; `--help` lists the options."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def main() -> None:
         help="where rows and files are kept; temporary unless chosen",
     )
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that a temporary folder goes then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that a temporary folder is removed then too
     with ExitStack() as stack:
-        # The application reads it when it is imported; without a login it is for this machine alone.
+        # The application reads it on import. There is no login, so it listens on this machine only.
         os.environ["GALLERY_FOLDER"] = options.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="gallery-"))
         os.environ.setdefault("GALLERY_URL", f"http://127.0.0.1:{options.port}")
         kept = "kept" if options.folder else "removed at the end"

@@ -1,18 +1,18 @@
-"""A gallery whose files live and die with their rows: upload, look at, replace, delete, and see what a rollback does.
+"""A gallery whose files commit and roll back with their rows: upload, show, replace, delete, and watch a rollback.
 
     python -m examples.gallery
 
-It keeps its rows in SQLite and its files on the local disk. The environment chooses otherwise:
+It stores its rows in SQLite and its files on the local disk. Environment variables change that:
 
-    GALLERY_FOLDER  the folder for both; with `python -m examples.gallery` a temporary one unless chosen
-    DATABASE_URL    such as postgresql+asyncpg://user:password@host/database
-    S3_BUCKET       a bucket for the files; AWS_ENDPOINT_URL_S3 and the other variables of AWS say where it is
-    GALLERY_URL     where visitors find it (http://127.0.0.1:8000), for direct uploads
-    S3_ORIGIN       such as https://bucket.s3.eu-central-1.amazonaws.com: lets the page send files straight to the bucket, whose
+    GALLERY_FOLDER  the folder for both; with `python -m examples.gallery` a temporary one by default
+    DATABASE_URL    for example postgresql+asyncpg://user:password@host/database
+    S3_BUCKET       a bucket for the files; AWS_ENDPOINT_URL_S3 and the other AWS variables locate it
+    GALLERY_URL     its URL for browsers (http://127.0.0.1:8000), for direct uploads
+    S3_ORIGIN       such as https://bucket.s3.eu-central-1.amazonaws.com: lets the page send files directly to the bucket, whose
                     CORS rules must allow it
-    MAX_SIZE        the most bytes that a file may have (100 MB)
+    MAX_SIZE        the maximum size of a file in bytes (100 MB)
 
-It needs what the extra `gallery` brings.
+It requires the extra `gallery`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ from granite_storage.web import (
 
 STATIC = Path(__file__).parent / "static"
 
-# What was sent directly stays where the client has sent it, beside the copy that hangs in the gallery, until it is collected: of
-# what lies there, up to half and more may go at once.
+# A direct upload stays beside its copy in the gallery until it is collected, so more than half of the objects may be orphans in
+# one run.
 collector = StorageGarbageCollector(storage, binding=binding, max_deleted_share=0.75)
 
 
@@ -75,7 +75,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     await engine.dispose()
 
 
-# The documentation that FastAPI would serve loads its scripts from elsewhere, which no page here may.
+# FastAPI's documentation pages load scripts from another site, which the Content-Security-Policy forbids.
 app = FastAPI(title="Gallery", lifespan=lifespan, docs_url=None, redoc_url=None)
 app.add_middleware(Guard)
 app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
@@ -87,7 +87,7 @@ install_error_handlers(app)
 
 
 async def taken(part: FilePart) -> Attachment:
-    """Store what arrives while it arrives, unless it is nothing for a gallery: then not a byte of it is read."""
+    """Store the file as it arrives; an unsuitable one is refused before a byte is read."""
     require_taken(part.content_type)
     return await Attachment(part, filename=part.filename, content_type=part.content_type).store(Item.file)
 
@@ -107,7 +107,7 @@ Id = Annotated[int, PathParameter(ge=1, le=2**31 - 1)]
 
 @app.post("/items", status_code=201, response_model=ItemOut)
 async def upload(file: File) -> Item:
-    """Hang what the body is, under the `name` in the query."""
+    """Add the body as a file, under the `name` in the query."""
     async with sessions.begin() as session:
         item = Item(file=file)
         session.add(item)
@@ -116,14 +116,14 @@ async def upload(file: File) -> Item:
 
 @app.get("/items", response_model=list[ItemOut])
 async def everything(before: int = 2**31 - 1, limit: Annotated[int, Query(ge=1, le=100)] = 24) -> list[Item]:
-    """List items, the newest first."""
+    """List items, newest first."""
     async with sessions() as session:
         return list(await session.scalars(select(Item).where(Item.id < before).order_by(Item.id.desc()).limit(limit)))
 
 
 @app.put("/items/{item_id}/file", response_model=ItemOut)
 async def replace(item_id: Id, file: File) -> Item:
-    """Hang another file in the place of an item's; the old one goes when this is committed."""
+    """Replace an item's file; the old one is deleted when this is committed."""
     async with sessions.begin() as session:
         item = await found(session, item_id)
         item.file = file
@@ -132,7 +132,7 @@ async def replace(item_id: Id, file: File) -> Item:
 
 @app.api_route("/items/{item_id}/file", methods=["GET", "HEAD"], response_class=Response)
 async def show(item_id: Id, request: Request, download: bool = False) -> StoredObjectResponse:
-    """Stream an item's file, whole or in ranges: in the browser's window where that is safe, and else to be saved."""
+    """Stream an item's file, whole or in ranges: inline if that is safe, otherwise as a download."""
     async with sessions() as session:
         item = await found(session, item_id)
     return StoredObjectResponse(item.file, request, disposition="attachment" if download else "inline")
@@ -140,14 +140,14 @@ async def show(item_id: Id, request: Request, download: bool = False) -> StoredO
 
 @app.delete("/items/{item_id}", status_code=204)
 async def delete(item_id: Id) -> None:
-    """Take an item down, and its file with it."""
+    """Delete an item and its file."""
     async with sessions.begin() as session:
         await session.delete(await found(session, item_id))
 
 
 @app.get("/settings")
 async def settings() -> dict[str, object]:
-    """Say what the gallery takes and what a browser may show of it."""
+    """Return the accepted media types, those shown inline, and the size limit."""
     return {"max_size": MAX_SIZE, "taken": TAKEN, "shown": sorted(INLINE_TYPES)}
 
 

@@ -1,4 +1,4 @@
-"""Direct uploads: the page asks where to, sends the file straight there, and tells the application, which takes it over.
+"""Direct uploads: the page requests an upload, sends the file directly, and reports it to the application, which finishes it.
 
 With a bucket, the bytes do not pass through the application at all.
 """
@@ -33,15 +33,15 @@ class Arrival(BaseModel):
 
 @router.post("/begin")
 async def begin(file: Announcement) -> dict[str, Any]:
-    """Say where the page may send this one file."""
+    """Return the request with which the page may send this one file."""
     require_taken(file.type)
     upload = await uploads.begin(Item.file, filename=file.name, content_type=file.type, size=file.size)
-    return upload.to_dict() | {"url": upload.url.removeprefix(URL)}  # a path, where it is here: localhost is this place, too
+    return upload.to_dict() | {"url": upload.url.removeprefix(URL)}  # a path if it is this server, which localhost reaches too
 
 
 @router.post("/finish", status_code=201, response_model=ItemOut)
 async def finish(arrival: Arrival) -> Item:
-    """Hang what has arrived, if it is what was announced."""
+    """Add the uploaded file, if it is what was announced."""
     file = await uploads.finish(arrival.token, Item.file)
     async with sessions.begin() as session:
         item = Item(file=file)

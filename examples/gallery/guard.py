@@ -1,4 +1,4 @@
-"""What a browser may do on the gallery's pages, and who may change anything."""
+"""Security headers for the gallery's pages, and protection against requests from other sites."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OUR_OWN_HEADER = "x-gallery"
 
-# Where a bucket is, if the page shall send files straight to it.
+# The origin of a bucket to which the page may send files directly.
 BUCKET_ORIGIN = os.environ.get("S3_ORIGIN", "")
 
 HEADERS = {
@@ -27,10 +27,10 @@ HEADERS = {
 
 
 class Guard:
-    """Gives every answer the headers above, unless it has its own, and refuses changes that another site's page asks for.
+    """Adds the headers above to every response that lacks them, and refuses changes requested by pages of other sites.
 
-    A page of another site can send a form here, but no header of its own choice: the browser would ask us first, and is never
-    told that it may.
+    A page of another site can send a form here, but no custom header: the browser would send a preflight request, which is
+    never allowed.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,4 +1,4 @@
-"""Rows that have a file, and where the files go."""
+"""The models with attachments, the policies and the binding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Base(DeclarativeBase):
 
 
 class Item(Base):
-    """What hangs in the gallery."""
+    """A file in the gallery."""
 
     __tablename__ = "item"
 
@@ -35,7 +35,7 @@ class Item(Base):
 
 
 class ItemOut(BaseModel):
-    """What a client sees of an item; of the file its size, media type, name and checksum, never where it lies."""
+    """The response for an item; the file shows its size, media type, name and checksum, never its location."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -44,7 +44,7 @@ class ItemOut(BaseModel):
 
 
 class Note(Base):
-    """What the page about rollbacks tries its transactions on."""
+    """A note for the transactions of the rollback page."""
 
     __tablename__ = "note"
 
@@ -61,7 +61,7 @@ def require_taken(content_type: str | None) -> None:
 
 
 def make_backends() -> dict[str, StorageBackend]:
-    """Give each place a key of its own: rows name the key, and one that led to another place tomorrow would lose their files."""
+    """Give each store its own key: rows name the key, and lose their files if it leads to another store later."""
     backends: dict[str, StorageBackend] = {"disk": LocalStorageBackend(root_dir=FOLDER / "files")}
     if bucket := os.environ.get("S3_BUCKET"):
         from granite_storage.backends.s3 import S3StorageBackend

@@ -1,4 +1,4 @@
-"""A transaction that stores, replaces and deletes files and then fails, or does not: what is there before, during and after."""
+"""A transaction that stores, replaces and deletes files, then fails or commits; its state before, during and after."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def run(fail: bool) -> dict[str, Any]:
                 session.add(note(second.id + 1))
                 await session.flush()
                 during = await state(session)
-                if fail:  # the title is taken, so the database refuses the row, after its file was stored
+                if fail:  # the title is taken, so the database refuses the row after its file was stored
                     session.add(Note(id=second.id + 2, title=oldest.title, file=written("one-too-many")))
         except IntegrityError as refusal:
             error = str(refusal.orig)
@@ -52,7 +52,7 @@ async def run(fail: bool) -> dict[str, Any]:
 
 @router.get("/rollback/state")
 async def present() -> dict[str, Any]:
-    """What is there now."""
+    """Return the current rows and files."""
     async with one_at_a_time, sessions() as session:
         return await state(session)
 
@@ -64,7 +64,7 @@ async def begin_with_two_notes() -> None:
 
 
 async def state(session: AsyncSession) -> dict[str, Any]:
-    """Read the rows as this transaction sees them, and list the storage itself: nothing here is remembered or worked out."""
+    """Read the rows as this transaction sees them, and list the storage itself; nothing is cached or computed."""
     notes = await session.scalars(select(Note).order_by(Note.id).execution_options(populate_existing=True))
     rows = [{"id": one.id, "title": one.title, "file": name_of(one.file.location), "size": one.file.size} for one in notes]
     found = [info async for info in storage.backends[WRITTEN_TO].iter_objects("notes")]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from granite_storage._tasks import finish, finished, run_bounded
+from granite_storage._tasks import run_bounded, shielded, shielded_cleanup
 from granite_storage.exceptions import ChecksumMismatchError, InvalidLocationError, ObjectNotFoundError
 from granite_storage.locations import check_location, check_segment, uuid7_hex
 from granite_storage.manager import StorageManager
@@ -105,7 +105,7 @@ async def keep_if_readable(manager: StorageManager, ref: StoredObjectRef) -> Sto
 
 async def remove(manager: StorageManager, ref: StoredObjectRef) -> None:
     """Remove an object that no row refers to; a failure is logged."""
-    await finish(manager.delete(ref), f"deleting the object {ref.location!r}, which no row refers to")
+    await shielded_cleanup(manager.delete(ref), f"deleting the object {ref.location!r}, which no row refers to")
 
 
 async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]], concurrency: int) -> list[Stored | None]:
@@ -126,7 +126,7 @@ async def all_or_none(manager: StorageManager, works: Sequence[tuple[str, Work]]
     try:
         return await run_bounded(works, store, concurrency)
     except BaseException:
-        await finish(_remove_all(manager, own), "removing the objects of a step that failed")
+        await shielded_cleanup(_remove_all(manager, own), "removing the objects of a step that failed")
         raise
 
 
@@ -267,13 +267,13 @@ async def _put(
     manager: StorageManager, place: Place, content: Any, content_type: str | None, filename: str | None
 ) -> StoredObjectRef:
     if isinstance(content, Path):
-        opened = await finished(asyncio.to_thread(_open_regular, content), undo=_close)
+        opened = await shielded(asyncio.to_thread(_open_regular, content), undo=_close)
         try:
             return await _put(manager, place, opened, content_type, filename)
         finally:
-            await finished(_close(opened))
-    draft = manager.draft(**place.arguments(), content_type=content_type, original_filename=filename)
-    return await manager.put_draft(draft, content)
+            await shielded(_close(opened))
+    prepared = manager._engine.prepare(**place.arguments(), content_type=content_type, original_filename=filename)
+    return await manager._engine.put(prepared, content)
 
 
 def _open_regular(path: Path) -> IO[bytes]:

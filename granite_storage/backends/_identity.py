@@ -1,4 +1,4 @@
-"""The marker of a store: a file or an object that holds the store's identities, one on each line."""
+"""Which store a backend leads to: by the marker in it, which holds its identities, and by the names of its place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from granite_storage.backends.base import Place
 from granite_storage.exceptions import AccessDeniedError, ObjectExistsError, ObjectNotFoundError
 from granite_storage.locations import RESERVED_PREFIX, uuid7_hex
 
-__all__ = ["MARKER", "MARKER_SIZE", "IdentityObject", "bucket_place", "folder_places", "identities_in", "new_marker", "web_place"]
+__all__ = [
+    "AMAZON_DOMAINS",
+    "MARKER",
+    "MARKER_SIZE",
+    "IdentityObject",
+    "bucket_place",
+    "folder_places",
+    "identities_in",
+    "new_marker",
+    "web_place",
+]
 
 MARKER = f"{RESERVED_PREFIX}storage"
 """The name of the marker. It tells a store that is in use from an empty one, and holds its identities."""
@@ -23,7 +33,12 @@ MARKER = f"{RESERVED_PREFIX}storage"
 MARKER_SIZE = 64 * 1024
 """How much of a marker is read, in bytes."""
 
+AMAZON_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn")
+"""How the names of Amazon's own servers end."""
+
 _IDENTITY = re.compile(rb"[!-~]{8,200}")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # noqa: S104  # nothing is bound to it
 
 
 def identities_in(marker: bytes) -> tuple[str, ...]:
@@ -88,11 +103,6 @@ async def _found_or_created(read: Callable[[], Awaitable[bytes]], write: Callabl
 # The names of the place where a backend keeps its objects, by which two backends on one store are noticed.
 
 
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-_THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # noqa: S104  # nothing is bound to it
-_AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
-
-
 def folder_places(folder: Path) -> frozenset[Place]:
     """Return the names of a folder: its path without links, and the inode of it and of every folder above; blocking.
 
@@ -131,7 +141,7 @@ def _server(endpoint: str, bucket: str) -> str:
     """Return what a server is called whatever the spelling of its URL; nothing for Amazon's, which share their buckets' names."""
     parts = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
     host = (parts.hostname or "").rstrip(".").lower()
-    if host.endswith(_AMAZON):
+    if host.endswith(AMAZON_DOMAINS):
         return ""
     host = host.removeprefix(f"{bucket.lower()}.") if bucket else host
     if host in _THIS_MACHINE:

@@ -1,33 +1,88 @@
-"""Listing a bucket in the byte order of UTF-8, on servers that list so and on one kind that does not.
+"""Listing a store in the byte order of UTF-8, also where the store lists in another order, or in none.
 
-S3 promises the order. A server that keeps keys as a tree of folders, as SeaweedFS does, lists a folder's content where the
-folder's bare name belongs: `t/a` before `t-/b`, although `-` comes before `/`. There the tree is walked folder by folder, which
-takes a request for each folder of more than a page.
+S3, Google and Azure list in byte order. A server that keeps keys as a tree of folders, as SeaweedFS and Azure's hierarchical
+namespaces do, lists a folder's content where the folder's bare name belongs: `t/a` before `t-/b`, although `-` comes before `/`.
+A local disk lists as it likes. What is short is sorted in memory, whatever its order. What is long is taken as it comes where
+that is in order, and is walked folder by folder otherwise, which takes a request for each folder of more than a page.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from granite_storage.backends._obstore_client import ObjectStoreConfigurationError, StoreClient, info_of
 from granite_storage.backends._s3_client import S3Client
 from granite_storage.backends._s3_errors import S3ConfigurationError
 from granite_storage.backends.base import ObjectInfo
-from granite_storage.exceptions import InvalidLocationError
+from granite_storage.exceptions import BackendError, InvalidLocationError
 from granite_storage.locations import check_location
 
 __all__ = ["Listing", "list_keys"]
 
 _TREE_SERVERS = ("seaweedfs",)
+_PAGE = 1000
+_MAX_SORTED = 10_000
+
+Entry = Mapping[str, Any]
+Item = tuple[bytes, Entry | None]
+"""A key with what the store says of its object, or a folder, which ends in a slash, with None."""
 
 
-async def list_keys(
-    client: S3Client, prefix: str, *, start_after: str | None, page_size: int | None
-) -> AsyncIterator[Mapping[str, Any]]:
+class _Store(Protocol):
+    """A store, as it is walked."""
+
+    async def in_order(self, folder: str) -> AsyncIterator[Item] | None:
+        """Return all that is below a folder in byte order, None where that takes a walk."""
+        ...
+
+    def children(self, folder: str) -> AsyncIterator[Item]:
+        """Yield the objects and folders that are directly in a folder, in byte order."""
+        ...
+
+
+async def _walk(store: _Store, folder: str, prefix: bytes, after: bytes) -> AsyncIterator[Entry]:
+    """Yield what is below a folder, begins with a prefix and comes after a key, in byte order."""
+    ordered = await store.in_order(folder)
+    async for key, entry in store.children(folder) if ordered is None else ordered:
+        if entry is not None:
+            if key > after and key.startswith(prefix):
+                yield entry
+        elif key >= after[: len(key)] and (key.startswith(prefix) or prefix.startswith(key)):
+            async for inner in _walk(store, key.decode(), prefix, after):
+                yield inner
+
+
+async def _sorted(items: list[Item]) -> AsyncIterator[Item]:
+    for item in sorted(items, key=_key_of):
+        yield item
+
+
+async def _checked(pages: AsyncIterator[list[Item]], first: list[Item], error: type[BackendError]) -> AsyncIterator[Item]:
+    """Yield a first page and those that follow it, and raise where they turn out not to be in byte order."""
+    previous = b""
+    for item in first:
+        previous = item[0]
+        yield item
+    async for page in pages:
+        for item in page:
+            if item[0] <= previous and previous:
+                raise error("the store does not list in byte order: pass list_by_folder=True")
+            previous = item[0]
+            yield item
+
+
+def _key_of(item: Item) -> bytes:
+    return item[0]
+
+
+# S3.
+
+
+async def list_keys(client: S3Client, prefix: str, *, start_after: str | None, page_size: int | None) -> AsyncIterator[Entry]:
     """Yield the SDK's entries of the keys that begin with a prefix, in the byte order of UTF-8.
 
     Args:
@@ -39,23 +94,17 @@ async def list_keys(
     Raises:
         S3ConfigurationError: The server lists in another order.
     """
-    pages = _Pages(client, {} if page_size is None else {"MaxKeys": page_size})
-    first = await pages.first(prefix, start_after=start_after)
+    bucket = _Bucket(client, {} if page_size is None else {"MaxKeys": page_size})
+    first = await bucket.page(prefix, start_after=start_after)
     by_folder = client.settings.list_by_folder
     if _is_tree_server(first) if by_folder is None else by_folder:
-        after = (start_after or "").encode()
-        async for entry in _walk(pages, prefix, after):
-            if entry["Key"].startswith(prefix):  # a tree finds what is under `a/` for the prefix `a//`, too
-                yield entry
-        return
-    previous = b""
-    async for page in pages.rest(first):
-        for entry in page.get("Contents", ()):
-            key = entry["Key"].encode()
-            if key <= previous and previous:
-                raise S3ConfigurationError("the server does not list in byte order: give list_by_folder=True")
-            previous = key
+        # a tree finds what is under `a/` for the prefix `a//`, too
+        async for entry in _walk(bucket, prefix, prefix.encode(), (start_after or "").encode()):
             yield entry
+        return
+    async for _, found in _checked(bucket.items(first), [], S3ConfigurationError):
+        if found is not None:
+            yield found
 
 
 def _is_tree_server(answer: Mapping[str, Any]) -> bool:
@@ -63,12 +112,15 @@ def _is_tree_server(answer: Mapping[str, Any]) -> bool:
     return server.lower().startswith(_TREE_SERVERS)
 
 
-class _Pages:
+class _Bucket:
+    """A bucket; see `_Store`. A folder is any prefix of keys here."""
+
     def __init__(self, client: S3Client, parameters: Mapping[str, Any]) -> None:
         self._client = client
         self._parameters = parameters
 
-    async def first(self, prefix: str, *, delimiter: str = "", start_after: str | None = None) -> dict[str, Any]:
+    async def page(self, prefix: str, *, delimiter: str = "", start_after: str | None = None) -> dict[str, Any]:
+        """Return the first page of keys, with what was asked for."""
         asked = {
             **self._parameters,
             "Prefix": prefix,
@@ -77,82 +129,61 @@ class _Pages:
         }
         return {**await self._client.call("list_objects_v2", **asked), "asked": asked}
 
-    async def rest(self, page: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Yield a first page and those that follow it."""
+    async def items(self, page: dict[str, Any]) -> AsyncIterator[list[Item]]:
+        """Yield the objects and folders of a first page, and of those that follow it."""
         asked = page["asked"]
-        yield page
-        while page.get("IsTruncated"):
+        while True:
+            objects = [(entry["Key"].encode(), entry) for entry in page.get("Contents", ())]
+            yield [*objects, *((folder["Prefix"].encode(), None) for folder in page.get("CommonPrefixes", ()))]
+            if not page.get("IsTruncated"):
+                return
             page = await self._client.call("list_objects_v2", **asked, ContinuationToken=page["NextContinuationToken"])
-            yield page
+
+    async def in_order(self, folder: str) -> AsyncIterator[Item] | None:
+        """Return what is below a folder of one page."""
+        page = await self.page(folder)
+        return None if page.get("IsTruncated") else _sorted([item async for items in self.items(page) for item in items])
+
+    async def children(self, folder: str) -> AsyncIterator[Item]:
+        """Yield what is directly in a folder.
+
+        It arrives in the order of the bare names; so a folder waits until no name can come that is before it and its slash.
+        """
+        waiting: list[bytes] = []
+        entries: dict[bytes, Entry | None] = {}
+        async for items in self.items(await self.page(folder, delimiter="/")):
+            found = dict(items)
+            for key in sorted(found, key=lambda key: key.rstrip(b"/")):
+                bare = key.rstrip(b"/")
+                while waiting and waiting[0] < bare:
+                    first = heapq.heappop(waiting)
+                    yield first, entries.pop(first)
+                if key not in entries:
+                    entries[key] = found[key]
+                    heapq.heappush(waiting, key)
+        while waiting:
+            first = heapq.heappop(waiting)
+            yield first, entries.pop(first)
 
 
-async def _walk(pages: _Pages, prefix: str, after: bytes) -> AsyncIterator[Mapping[str, Any]]:
-    """Yield what begins with a prefix, in byte order, from a server that lists folders in the order of their bare names."""
-    page = await pages.first(prefix)
-    if not page.get("IsTruncated"):
-        for entry in sorted(page.get("Contents", ()), key=lambda entry: entry["Key"].encode()):
-            if entry["Key"].encode() > after:
-                yield entry
-        return
-    async for entry in _children(pages, prefix):
-        key = entry["Key"].encode()
-        if "Size" in entry:
-            if key > after:
-                yield entry
-        elif key >= after[: len(key)]:
-            async for inner in _walk(pages, entry["Key"], after):
-                yield inner
-
-
-async def _children(pages: _Pages, prefix: str) -> AsyncIterator[Mapping[str, Any]]:
-    """Yield the objects and folders that are directly under a prefix, in byte order; a folder has no `Size`.
-
-    They arrive in the order of their bare names; so a folder waits until no name can come that is before it and its slash.
-    """
-    waiting: list[bytes] = []
-    entries: dict[bytes, Mapping[str, Any]] = {}
-    async for page in pages.rest(await pages.first(prefix, delimiter="/")):
-        folders = [{"Key": folder["Prefix"]} for folder in page.get("CommonPrefixes", ())]
-        found = {entry["Key"].encode(): entry for entry in (*page.get("Contents", ()), *folders)}
-        for key in sorted(found, key=lambda key: key.rstrip(b"/")):
-            bare = key.rstrip(b"/")
-            while waiting and waiting[0] < bare:
-                yield entries.pop(heapq.heappop(waiting))
-            if key not in entries:
-                entries[key] = found[key]
-                heapq.heappush(waiting, key)
-    while waiting:
-        yield entries.pop(heapq.heappop(waiting))
-
-
-# Listing an object store in the byte order of UTF-8, also where the store lists in an order of its own, or in none.
-#
-# S3, Google and Azure list in byte order, but SeaweedFS and Azure's hierarchical namespaces list folder by folder, and a
-# local disk as it likes. What is short is sorted in memory, whatever its order; what is long is taken as it comes where
-# that is in order, and walked folder by folder otherwise.
-
-
-_PAGE = 1000
-_SORTED_AT_A_TIME = 10_000
-
-Entry = Mapping[str, Any]
+# obstore.
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """One way to list a store.
+    """One way to list a store of obstore's; see `_Store`.
 
     Attributes:
         client: The store.
         by_folder: Whether to walk folder by folder; None finds out, False trusts the store's order and has it begin where asked.
         page_size: How many entries to take at a time.
-        sorted_at_a_time: Up to how many entries are sorted in memory.
+        max_sorted: Up to how many entries are sorted in memory.
     """
 
     client: StoreClient
     by_folder: bool | None
     page_size: int = _PAGE
-    sorted_at_a_time: int = _SORTED_AT_A_TIME
+    max_sorted: int = _MAX_SORTED
 
     async def objects(self, prefix: str, start_after: str | None) -> AsyncIterator[ObjectInfo]:
         """Yield the objects whose location begins with a prefix, in the byte order of UTF-8.
@@ -164,78 +195,53 @@ class Listing:
         after = (start_after or "").encode()
         if folder and not _is_location(folder):
             return
-        entries = self._in_order(folder, prefix, after) if self._trusts_order() else self._walk(folder, prefix, after)
+        entries = self._trusted(folder, prefix, after) if self._trusts_order() else _walk(self, folder, prefix.encode(), after)
         async for entry in entries:
-            location: str = entry["path"]
-            if location.startswith(prefix) and location.encode() > after:
-                yield info_of(location, entry)
+            yield info_of(entry["path"], entry)
 
     def _trusts_order(self) -> bool:
         return self.client.kind.lists_in_order is True if self.by_folder is None else not self.by_folder
 
-    async def _in_order(self, folder: str, prefix: str, after: bytes) -> AsyncIterator[Entry]:
+    async def _trusted(self, folder: str, prefix: str, after: bytes) -> AsyncIterator[Entry]:
         offset = after.decode() if _is_location(after.decode()) else None
-        async for entry in _checked(self._pages(folder, offset)):
-            yield entry
+        async for key, entry in _checked(self._pages(folder, offset), [], ObjectStoreConfigurationError):
+            if entry is not None and key > after and key.startswith(prefix.encode()):
+                yield entry
 
-    async def _walk(self, folder: str, prefix: str, after: bytes) -> AsyncIterator[Entry]:
-        """Yield what is in a folder: sorted where it is short, as it comes where that is in order, else folder by folder."""
+    async def in_order(self, folder: str) -> AsyncIterator[Item] | None:
+        """Return what is in a folder sorted where it is short, and as it comes where that is in order."""
         pages = self._pages(folder, None)
-        first: list[Entry] = []
+        first: list[Item] = []
         async for page in pages:
             first.extend(page)
-            if len(first) > self.sorted_at_a_time:
+            if len(first) > self.max_sorted:
                 break
         else:
-            for entry in sorted(first, key=_key):
-                yield entry
-            return
-        if self.by_folder is None and self.client.kind.lists_in_order is None and _is_sorted(first):
-            async for entry in _checked(pages, first):
-                yield entry
-            return
-        del first
-        for name, child in await self._children(folder):
-            if child is not None:
-                yield child
-            elif name >= after[: len(name)] and (name.startswith(prefix.encode()) or prefix.encode().startswith(name)):
-                async for inner in self._walk(name.decode().rstrip("/"), prefix, after):
-                    yield inner
+            return _sorted(first)
+        may_be_in_order = self.by_folder is None and self.client.kind.lists_in_order is None
+        if may_be_in_order and all(one[0] < other[0] for one, other in pairwise(first)):
+            return _checked(pages, first, ObjectStoreConfigurationError)
+        return None
 
-    async def _pages(self, folder: str, offset: str | None) -> AsyncIterator[list[Entry]]:
+    async def children(self, folder: str) -> AsyncIterator[Item]:
+        """Yield what is directly in a folder."""
+        for item in await self._children(folder):
+            yield item
+
+    async def _pages(self, folder: str, offset: str | None) -> AsyncIterator[list[Item]]:
         store = await self.client.store()
-        stream = store.list(folder or None, offset=offset, chunk_size=self.page_size)
-        while page := await self.client.call("list", None, lambda _: anext(stream, None)):
-            yield page
+        stream = store.list(folder.rstrip("/") or None, offset=offset, chunk_size=self.page_size)
+        while True:
+            page: list[Entry] | None = await self.client.call("list", None, lambda _: anext(stream, None))
+            if not page:
+                return
+            yield [(entry["path"].encode(), entry) for entry in page]
 
-    async def _children(self, folder: str) -> list[tuple[bytes, Entry | None]]:
-        """Return the objects and folders that are directly in a folder, in byte order; a folder ends in a slash."""
-        found = await self.client.call("list", None, lambda store: store.list_with_delimiter_async(folder or None))
-        folders = [(f"{name}/".encode(), None) for name in found["common_prefixes"]]
-        return sorted([*folders, *((_key(entry), entry) for entry in found["objects"])], key=lambda child: child[0])
-
-
-async def _checked(pages: AsyncIterator[list[Entry]], first: Iterable[Entry] = ()) -> AsyncIterator[Entry]:
-    previous = b""
-    for entry in first:
-        previous = _key(entry)
-        yield entry
-    async for page in pages:
-        for entry in page:
-            if _key(entry) <= previous:
-                raise ObjectStoreConfigurationError("the store does not list in byte order: give list_by_folder=True")
-            previous = _key(entry)
-            yield entry
-
-
-def _key(entry: Entry) -> bytes:
-    path: str = entry["path"]
-    return path.encode()
-
-
-def _is_sorted(entries: list[Entry]) -> bool:
-    keys = [_key(entry) for entry in entries]
-    return all(one < other for one, other in pairwise(keys))
+    async def _children(self, folder: str) -> list[Item]:
+        path = folder.rstrip("/") or None
+        found: Mapping[str, Any] = await self.client.call("list", None, lambda store: store.list_with_delimiter_async(path))
+        folders: list[Item] = [(f"{name}/".encode(), None) for name in found["common_prefixes"]]
+        return sorted([*folders, *((entry["path"].encode(), entry) for entry in found["objects"])], key=_key_of)
 
 
 def _is_location(text: str) -> bool:

@@ -1,9 +1,7 @@
 """Files below one directory, by descriptors: blocking calls, for threads.
 
 Every path is walked from the root one segment at a time, relative to an open directory and without following links, so no name
-and no link planted below the root leads out of it.
-
-`_draft` tells how a file comes to be.
+and no link planted below the root leads out of it. `_local_write` writes the files.
 """
 
 from __future__ import annotations
@@ -38,26 +36,16 @@ from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check
 
 __all__ = [
     "CREATE",
-    "DIRECTORY",
-    "MOST_ATTEMPTS",
-    "NO_LINK",
-    "READ",
+    "MAX_ATTEMPTS",
     "REFUSED_LINKS",
     "TEMPORARY_SUFFIX",
-    "UNSUPPORTED",
     "ExclusiveNames",
     "Tree",
-    "info_of",
-    "opened",
-    "swept",
     "temporary_stem",
     "translated",
-    "walked",
 ]
 
-
-# Opening what lies in a directory that is open already, and what is known of a file.
-
+logger = logging.getLogger("granite_storage")
 
 DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 """How a directory is opened."""
@@ -74,8 +62,22 @@ READ = os.O_RDONLY | NO_LINK | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLO
 TEMPORARY_SUFFIX = ".tmp"
 """How the name of an unfinished file ends."""
 
+MAX_ATTEMPTS = 100
+"""How often something is tried again that another process may have undone meanwhile."""
+
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
+"""How file systems say that they do not know a call."""
+
+REFUSED_LINKS = UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV}
+"""What `link` fails with where a volume has no hard links, or the system allows none of this file."""
 
 _STEM_DIGITS = 32
+_MAX_REMEMBERED = 10_000
+_VANISHED = (FileNotFoundError, NotADirectoryError)
+_SURELY_FITS = MAX_LOCATION_BYTES // 4  # characters, of four bytes each at the most
+_RENAME_NOREPLACE = 1
+_CLAIM_ATTEMPTS = 200
+_CLAIM_PAUSE = 0.01
 
 
 def temporary_stem(name: str) -> str:
@@ -88,7 +90,7 @@ def temporary_stem(name: str) -> str:
 
 
 @contextmanager
-def opened(path: str | Path, parent: int | None = None) -> Iterator[int]:
+def _open_directory(path: str | Path, parent: int | None = None) -> Iterator[int]:
     """Open a directory: one in an open directory by its name there, and not through a link."""
     descriptor = os.open(path, DIRECTORY | (NO_LINK if parent is not None else 0), dir_fd=parent)
     try:
@@ -97,20 +99,16 @@ def opened(path: str | Path, parent: int | None = None) -> Iterator[int]:
         os.close(descriptor)
 
 
-def info_of(location: str, found: os.stat_result) -> ObjectInfo:
+def _info_of(location: str, found: os.stat_result) -> ObjectInfo:
     """Return what is known of an object by what the file system says of its file."""
     etag = f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
     return ObjectInfo(location, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC), etag)
 
 
-# Going through all that lies below a directory: listing the objects, and removing what unfinished writes have left.
+# Listing the objects below a directory, and removing the temporary files that unfinished writes have left.
 
 
-_VANISHED = (FileNotFoundError, NotADirectoryError)
-_SURELY_FITS = MAX_LOCATION_BYTES // 4  # characters, of four bytes each at the most
-
-
-def walked(top: int, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
+def _walk(top: int, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
     """Yield the regular files below an open directory whose location begins with `prefix`, in the byte order of UTF-8.
 
     It goes depth first: one generator for all levels, or each object would have to pass through one for each of them.
@@ -133,11 +131,11 @@ def walked(top: int, folder: str, prefix: str, start_after: str) -> Iterator[Obj
                         except FileNotFoundError:
                             continue
                         if stat.S_ISREG(found.st_mode):
-                            yield info_of(path, found)
+                            yield _info_of(path, found)
                 # A directory sorts as its contents do, so `t-/x` comes before `t/x`.
                 elif path.startswith(prefix) and (path > start_after or start_after.startswith(path)):
                     with suppress(*_VANISHED):
-                        levels.append(_level(path, name, directory))
+                        levels.append(_open_walk_level(path, name, directory))
                         break
             else:
                 levels.pop()
@@ -148,7 +146,7 @@ def walked(top: int, folder: str, prefix: str, start_after: str) -> Iterator[Obj
             os.close(directory)
 
 
-def swept(top: int, before: float) -> int:
+def _sweep(top: int, before: float) -> int:
     """Remove the temporary files below an open directory that were last written to before a time; return how many.
 
     The directories that this leaves empty go too. It goes depth first, with no call in another for each level: folders may be
@@ -158,7 +156,7 @@ def swept(top: int, before: float) -> int:
         top: The directory.
         before: The time, in seconds since the epoch.
     """
-    removed, folders = _swept_files(top, before)
+    removed, folders = _sweep_files(top, before)
     levels = [_Level(top, "", MAX_LOCATION_BYTES, iter(folders), removed)]
     try:
         while True:
@@ -168,7 +166,7 @@ def swept(top: int, before: float) -> int:
                 room = level.room - len(os.fsencode(name)) - 1  # deeper directories are none of ours
                 if room > 0 and _is_segment(name):
                     with suppress(*_VANISHED):
-                        levels.append(_opened_level(name, level.directory, room, before))
+                        levels.append(_open_sweep_level(name, level.directory, room, before))
                 continue
             levels.pop()
             if not levels:
@@ -194,17 +192,17 @@ class _Level:
     removed: int
 
 
-def _opened_level(name: str, parent: int, room: int, before: float) -> _Level:
+def _open_sweep_level(name: str, parent: int, room: int, before: float) -> _Level:
     directory = os.open(name, DIRECTORY | NO_LINK, dir_fd=parent)
     try:
-        removed, folders = _swept_files(directory, before)
+        removed, folders = _sweep_files(directory, before)
     except BaseException:
         os.close(directory)
         raise
     return _Level(directory, name, room, iter(folders), removed)
 
 
-def _swept_files(directory: int, before: float) -> tuple[int, list[str]]:
+def _sweep_files(directory: int, before: float) -> tuple[int, list[str]]:
     """Remove what is old in a directory itself; return how many files that were, and which directories are in it."""
     removed, folders = 0, list[str]()
     with os.scandir(directory) as entries:
@@ -219,7 +217,7 @@ def _swept_files(directory: int, before: float) -> tuple[int, list[str]]:
     return removed, folders
 
 
-def _level(path: str, name: str, parent: int) -> tuple[int, Iterator[tuple[str, str]]]:
+def _open_walk_level(path: str, name: str, parent: int) -> tuple[int, Iterator[tuple[str, str]]]:
     """Open a directory, and read it."""
     directory = os.open(name, DIRECTORY | NO_LINK, dir_fd=parent)
     try:
@@ -278,8 +276,7 @@ def _is_temporary(name: str) -> bool:
     return name.startswith(RESERVED_PREFIX) and name.endswith(TEMPORARY_SUFFIX)
 
 
-# The file system's errors in the library's words.
-
+# The errors of the file system, translated.
 
 _ERRORS: dict[int, tuple[type[BackendError], str]] = {
     errno.ENOENT: (ObjectNotFoundError, "there is no object"),
@@ -296,9 +293,6 @@ _ERRORS: dict[int, tuple[type[BackendError], str]] = {
     errno.ETIMEDOUT: (BackendUnavailableError, "the network file system did not answer"),
 }
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG})
-
-UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
-"""How file systems say that they do not know a call."""
 
 _STEPS: dict[str, tuple[str, frozenset[int], str]] = {
     "chmod": (
@@ -355,14 +349,6 @@ def _parties(root: Path) -> str:
     return f"{running}, and the root belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):#o}"
 
 
-logger = logging.getLogger("granite_storage")
-
-MOST_ATTEMPTS = 100
-"""How often something is tried again that another process may have undone meanwhile."""
-
-_MOST_REMEMBERED = 10_000
-
-
 class Tree:
     """The directory below which a local backend keeps its objects.
 
@@ -386,13 +372,13 @@ class Tree:
         self._syncs_directories = True
 
     def translated(self, location: str | None, *, reading: bool = False, step: str | None = None) -> AbstractContextManager[None]:
-        """Turn the system's errors into the library's, which name the root; see `_tree_errors.translated`."""
+        """Turn the system's errors into the library's, which name the root; see `translated`."""
         return translated(location, reading=reading, root=self.root, step=step)
 
     def no_directory(self, location: str) -> BackendUnavailableError:
         """Return the error for a directory that is missing however often it is made; raise it from the last failure."""
         return BackendUnavailableError(
-            f"no file can be made for {location!r} below {str(self.root)!r}: its directory was missing {MOST_ATTEMPTS} times in "
+            f"no file can be made for {location!r} below {str(self.root)!r}: its directory was missing {MAX_ATTEMPTS} times in "
             "a row; either something removes it each time, or the file system lets no directories or files be made there",
             location=location,
         )
@@ -400,7 +386,7 @@ class Tree:
     def is_mounted(self) -> bool:
         """Tell whether the root is there and was used before; an unmounted disk shows an empty directory instead."""
         try:
-            with self.translated(None, reading=True), opened(self.root) as root:
+            with self.translated(None, reading=True), _open_directory(self.root) as root:
                 return stat.S_ISREG(os.stat(MARKER, dir_fd=root, follow_symlinks=False).st_mode)
         except ObjectNotFoundError:
             return False
@@ -414,7 +400,7 @@ class Tree:
     def identities(self) -> tuple[str, ...]:
         """Return the identities that the marker holds."""
         try:
-            with translated(None, reading=True), opened(self.root) as root:
+            with translated(None, reading=True), _open_directory(self.root) as root:
                 return _identities_of(root)
         except ObjectNotFoundError:
             return ()
@@ -447,7 +433,7 @@ class Tree:
     def now(self) -> datetime:
         """Return the time by which the file system dates what is written now, or the machine's where nothing can be written."""
         try:
-            with opened(self.root) as root:
+            with _open_directory(self.root) as root:
                 return _dated_now(root)
         except OSError:
             return datetime.now(UTC)
@@ -508,7 +494,7 @@ class Tree:
         folder, slash, _ = prefix.rpartition("/")
         with self._directory_if_any(folder + slash) as directory:
             if directory is not None:
-                yield from walked(directory, folder + slash, prefix, start_after or "")
+                yield from _walk(directory, folder + slash, prefix, start_after or "")
 
     def sweep(self, older_than: float) -> int:
         """Remove the temporary files that were last written to more than `older_than` seconds ago; return how many.
@@ -516,7 +502,7 @@ class Tree:
         The directories that this leaves empty go too.
         """
         with self._directory_if_any("") as root:
-            return 0 if root is None else swept(root, time.time() - older_than)
+            return 0 if root is None else _sweep(root, time.time() - older_than)
 
     def synchronise(self, file: int, location: str | None = None) -> None:
         """Wait until a file is on the disk, where that is wanted."""
@@ -592,7 +578,7 @@ class Tree:
 
     def _open_or_make(self, segment: str, parent: int) -> tuple[int, bool]:
         made = False
-        for _ in range(MOST_ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS):
             with suppress(FileNotFoundError):
                 return os.open(segment, DIRECTORY | NO_LINK, dir_fd=parent), made
             with suppress(FileExistsError):
@@ -625,7 +611,7 @@ class Tree:
         unsettled = made or (found.st_mode & stat.S_ISVTX and not found.st_mode & 0o777 & ~self.dir_mode)
         if unsettled or self._durable.get(path) != found.st_ino:
             self.synchronise_directory(parent)
-            if len(self._durable) >= _MOST_REMEMBERED:
+            if len(self._durable) >= _MAX_REMEMBERED:
                 self._durable.clear()
             self._durable[path] = found.st_ino
         if made:
@@ -679,7 +665,7 @@ class Tree:
             raise self._unavailable("is not a directory") from error
 
     def _unavailable(self, problem: str) -> BackendUnavailableError:
-        return BackendUnavailableError(f"the root directory {str(self.root)!r} {problem}; is its disk mounted?")
+        return BackendUnavailableError(f"the root directory {str(self.root)!r} {problem}: check whether its disk is mounted")
 
     def _create_root(self) -> None:
         missing = [path for path in (self.root, *self.root.parents) if not path.exists()]
@@ -695,7 +681,7 @@ class Tree:
             if self.dir_mode is not None:
                 with self.translated(None, step="chmod"):
                     path.chmod(self.dir_mode)
-            with opened(path.parent) as parent:
+            with _open_directory(path.parent) as parent:
                 self.synchronise_directory(parent)
 
     def _recognise(self, descriptor: int, writing: bool) -> None:
@@ -708,7 +694,7 @@ class Tree:
             os.stat(MARKER, dir_fd=descriptor, follow_symlinks=False)
         except FileNotFoundError as error:
             if self._known_root not in {None, identity}:
-                raise self._unavailable("is not the one it was") from error
+                raise self._unavailable("is not the directory that it was") from error
             if not self.create_root and os.stat("..", dir_fd=descriptor).st_dev == found.st_dev:
                 raise self._unavailable(f"is no mount point and has no file {MARKER!r} that says it is in use") from error
             if not writing:
@@ -751,23 +737,15 @@ def _dated_now(directory: int) -> datetime:
 
 def _info_of_regular(location: str, found: os.stat_result) -> ObjectInfo:
     if not stat.S_ISREG(found.st_mode):
-        raise ObjectNotFoundError(f"what is at {location!r} is not a regular file", location=location)
-    return info_of(location, found)
+        raise ObjectNotFoundError(f"{location!r} is not a regular file", location=location)
+    return _info_of(location, found)
 
 
-# Giving a finished file its name, exclusively, on whatever file system: blocking calls, for threads.
+# Giving a finished file its name, exclusively, on whatever file system.
 #
 # `link` fails where the name exists, and so does `renameat2` with `RENAME_NOREPLACE`. Volumes that know neither (exFAT,
 # many FUSE and network mounts) have exclusive creation at least: there a writer claims the name by a file beside it, and
 # renames meanwhile.
-
-
-REFUSED_LINKS = UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV}
-"""What `link` fails with where a volume has no hard links, or the system allows none of this file."""
-
-_RENAME_NOREPLACE = 1
-_CLAIM_ATTEMPTS = 200
-_CLAIM_PAUSE = 0.01
 
 Way = Callable[[str, str, int], None]
 
@@ -827,8 +805,7 @@ def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
 
 def _claim(temporary: str, name: str, directory: int) -> None:
     """Rename while a file beside it, which only one writer can create, holds the name; a sweep finds one that a crash left."""
-    folded = unicodedata.normalize("NFC", name).casefold()  # such volumes often do not tell case or composition apart
-    claim = f"{RESERVED_PREFIX}{hashlib.sha256(folded.encode()).hexdigest()[:32]}{TEMPORARY_SUFFIX}"
+    claim = f"{temporary_stem(name)}{TEMPORARY_SUFFIX}"
     _take(claim, name, directory)
     try:
         # unlike a look-up, which a network volume may answer from its memory, mkdir fails where anything has the name
@@ -839,7 +816,7 @@ def _claim(temporary: str, name: str, directory: int) -> None:
         try:
             os.unlink(claim, dir_fd=directory)
         except OSError:
-            logger.warning("the claim %r of a write could not be removed; abort_unfinished removes it later", claim)
+            logger.warning("the claim %r of a write could not be removed; cleanup_incomplete removes it later", claim)
 
 
 def _take(claim: str, name: str, directory: int) -> None:
@@ -852,5 +829,5 @@ def _take(claim: str, name: str, directory: int) -> None:
             return
     raise BackendUnavailableError(
         f"another write of the name {name!r} has been in progress for {_CLAIM_ATTEMPTS * _CLAIM_PAUSE:g} s, or was killed: "
-        "abort_unfinished removes what it left"
+        "cleanup_incomplete removes what a killed write left"
     )

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 
 from granite_storage.backends._local_tree import (
     CREATE,
-    MOST_ATTEMPTS,
+    MAX_ATTEMPTS,
     REFUSED_LINKS,
     TEMPORARY_SUFFIX,
     ExclusiveNames,
@@ -26,11 +26,11 @@ from granite_storage.backends._local_tree import (
 )
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError
 
-__all__ = ["Draft", "FileWriter"]
+__all__ = ["AtomicFile", "FileWriter"]
 
 logger = logging.getLogger("granite_storage")
 
-_WRITTEN_AT_A_TIME = 512 * 1024
+_WRITE_SIZE = 512 * 1024
 """In bytes. For a write of 1 MiB Linux may look for that much memory in one piece, which was measured to take thrice as long."""
 
 _DESCRIPTORS = "/proc/self/fd"
@@ -55,12 +55,12 @@ class FileWriter:
         self.names = ExclusiveNames()
         self.unnamed: bool = not tree.fsync and _HAS_UNNAMED_FILES
 
-    def begin(self, location: str) -> Draft:
+    def begin(self, location: str) -> AtomicFile:
         """Make a temporary file beside the target, in directories made as needed."""
         segments = location.split("/")
         missing: OSError | None = None
         with self.tree.translated(location):
-            for _ in range(MOST_ATTEMPTS):
+            for _ in range(MAX_ATTEMPTS):
                 try:
                     return self._begin(segments)
                 except FileNotFoundError as error:
@@ -71,29 +71,29 @@ class FileWriter:
                     raise
         raise self.tree.no_directory(location) from missing
 
-    def _begin(self, segments: list[str]) -> Draft:
+    def _begin(self, segments: list[str]) -> AtomicFile:
         directory = self.tree.make_directory(segments[:-1])
         try:
-            return Draft(self, segments, directory)
+            return AtomicFile(self, segments, directory)
         except BaseException:
             os.close(directory)
             raise
 
     def write(self, location: str, content: bytes) -> None:
         """Create an object in one visit."""
-        draft = self.begin(location)
+        file = self.begin(location)
         try:
-            draft.write(content)
-            draft.publish()
+            file.write(content)
+            file.publish()
         except BaseException:
             try:
-                draft.discard()
+                file.discard()
             except BackendError:
                 logger.exception("removing the unfinished file of %r failed", location)
             raise
 
 
-class Draft:
+class AtomicFile:
     """A file that is written but does not have its name yet.
 
     Until then it has a temporary name, by which `Tree.abort` and a sweep find it after a crash; or none at all where the system
@@ -116,10 +116,10 @@ class Draft:
         self._location = "/".join(segments)
         self._temporary: str | None = None
         self._published = False
-        self._file: int | None = self._open_unnamed(directory) if writer.unnamed else None
-        if self._file is None:
+        self._descriptor: int | None = self._open_unnamed(directory) if writer.unnamed else None
+        if self._descriptor is None:
             self._temporary = f"{temporary_stem(segments[-1])}-{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
-            self._file = os.open(self._temporary, CREATE, self._first_mode, dir_fd=directory)
+            self._descriptor = os.open(self._temporary, CREATE, self._first_mode, dir_fd=directory)
         self._directory: int | None = directory
 
     @property
@@ -140,23 +140,23 @@ class Draft:
             return None
 
     @property
-    def file(self) -> int:
+    def descriptor(self) -> int:
         """The descriptor to write to."""
-        if self._file is None:
-            raise ValueError("the draft is closed")
-        return self._file
+        if self._descriptor is None:
+            raise ValueError("the file is closed")
+        return self._descriptor
 
     def write(self, content: bytes) -> None:
         """Add bytes."""
         with self._tree.translated(self._location):
             view = memoryview(content)
             while view:
-                view = view[os.write(self.file, view[:_WRITTEN_AT_A_TIME]) :]
+                view = view[os.write(self.descriptor, view[:_WRITE_SIZE]) :]
 
     def write_several(self, chunks: list[bytes]) -> None:
         """Add bytes that are in several pieces, by one call of the system."""
         with self._tree.translated(self._location):
-            written = os.writev(self.file, chunks)
+            written = os.writev(self.descriptor, chunks)
         if written < sum(map(len, chunks)):
             self.write(b"".join(chunks)[written:])
 
@@ -164,7 +164,7 @@ class Draft:
         """Give the file its name, unless something has it already."""
         with self._tree.translated(self._location):
             self._set_mode()
-            self._tree.synchronise(self.file, self._location)
+            self._tree.synchronise(self.descriptor, self._location)
             self._give_name(self._segments[-1])
             self._published = True
             self._remove_temporary()
@@ -179,22 +179,22 @@ class Draft:
             return
         with self._tree.translated(self._location, step="chmod"):
             try:
-                os.fchmod(self.file, mode)
+                os.fchmod(self.descriptor, mode)
             except OSError:
-                if stat.S_IMODE(os.fstat(self.file).st_mode) != mode:
+                if stat.S_IMODE(os.fstat(self.descriptor).st_mode) != mode:
                     raise
 
     def _give_name(self, name: str) -> None:
         if self._temporary is None and self._link_unnamed(name):
             return
         if self._temporary is None or self._directory is None:
-            raise ValueError("the draft is closed")
+            raise ValueError("the file is closed")
         try:
             with self._tree.translated(self._location, step="link"):
                 if self._writer.names.give(self._temporary, name, self._directory):
                     self._temporary = None
         except ObjectNotFoundError as error:
-            message = f"the temporary file of {self._location!r} was removed while it was written"
+            message = f"the temporary file of {self._location!r} was removed while it was written, by another program"
             raise BackendUnavailableError(message, location=self._location) from error.__cause__
         except BackendUnavailableError as error:
             error.location = self._location
@@ -203,9 +203,9 @@ class Draft:
     def _link_unnamed(self, name: str) -> bool:
         """Give a file without a name its name; False, with a temporary name given, where the volume has no links."""
         missing: OSError | None = None
-        for _ in range(MOST_ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS):
             try:
-                os.link(f"{_DESCRIPTORS}/{self._file}", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                os.link(f"{_DESCRIPTORS}/{self._descriptor}", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             except FileNotFoundError as error:
                 missing = error
                 with suppress(FileNotFoundError):
@@ -224,9 +224,9 @@ class Draft:
         self._writer.unnamed = False
         named = self._writer.begin(self._location)
         try:
-            source = os.open(f"{_DESCRIPTORS}/{self._file}", os.O_RDONLY | os.O_CLOEXEC)
+            source = os.open(f"{_DESCRIPTORS}/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                while content := os.read(source, _WRITTEN_AT_A_TIME):
+                while content := os.read(source, _WRITE_SIZE):
                     named.write(content)
             finally:
                 os.close(source)
@@ -235,7 +235,7 @@ class Draft:
             named.discard()
             raise
         self._close()
-        self._temporary, self._file, self._directory = named._temporary, named._file, named._directory
+        self._temporary, self._descriptor, self._directory = named._temporary, named._descriptor, named._directory
 
     def _renew_directory(self) -> None:
         directory = self._tree.make_directory(self._segments[:-1])
@@ -261,7 +261,7 @@ class Draft:
 
     def _close(self) -> None:
         with ExitStack() as steps:
-            for descriptor in (self._directory, self._file):
+            for descriptor in (self._directory, self._descriptor):
                 if descriptor is not None:
                     steps.callback(os.close, descriptor)
-            self._file = self._directory = None
+            self._descriptor = self._directory = None

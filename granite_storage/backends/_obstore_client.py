@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from granite_storage._tasks import finished, settle
+from granite_storage._tasks import shielded
 from granite_storage.backends._identity import bucket_place, folder_places, web_place
 from granite_storage.backends._remote import PreconditionFailedError, RangeNotSatisfiableError
 from granite_storage.backends.base import ObjectInfo, Place
@@ -43,8 +43,20 @@ __all__ = [
     "translate",
 ]
 
+T = TypeVar("T")
 
-# What went wrong in an object store, in the library's own words: the one place that reads obstore's errors.
+OWNER = "granitewriteid"
+"""The metadata entry that tells which write an object is of; a name that is good on S3, Google and Azure alike."""
+
+CANCEL_TIMEOUT = 1.0
+"""How long a cancelled caller waits for the answer that it will not hear of, in seconds."""
+
+_CHUNK = 1 << 19  # what comes is up to half as much more: not over the 1 MiB that readers ask for, so that it is never cut
+_DELETES = 3
+_LAST_WAIT = 1.0
+
+
+# The errors of obstore, translated.
 #
 # obstore has a class for some of them. For the rest only its text tells what the service answered, and that quotes names of
 # objects and what the service said. So the text is read by its structure, never searched for words, and no message repeats
@@ -239,10 +251,8 @@ def _unescaped(text: str) -> str:
     return text.replace('\\"', '"').replace("\\r", "\r").replace("\\n", "\n").replace("\\t", "\t").replace("\\u{feff}", "\ufeff")
 
 
-T = TypeVar("T")
+# The kinds of stores, and how one is made from a URL.
 
-OWNER = "granitewriteid"
-"""The metadata entry that tells which write an object is of; a name that is good on S3, Google and Azure alike."""
 
 _DEFAULT_CLIENT_OPTIONS: dict[str, Any] = {
     "connect_timeout": timedelta(seconds=10),
@@ -332,12 +342,6 @@ KINDS = {
     ),
     "MemoryStore": Kind("memory", over_network=False, has_bucket=False, lists_in_order=True),
 }
-PATIENCE = 1.0
-"""How long a cancelled caller waits for the answer that it will not hear of, in seconds."""
-
-_CHUNK = 1 << 19  # what comes is up to half as much more: not over the 1 MiB that readers ask for, so that it is never cut
-_DELETES = 3
-_LAST_WAIT = 1.0
 _LOCAL_SCHEMES = ("file", "memory")
 _NO_SUCH_FOLDER = ".granite-no-such-folder"
 _SAYS_NOTHING = frozenset({"delete", "sign"})
@@ -367,20 +371,22 @@ def connected(store: Any, options: Mapping[str, Any]) -> StoreClient:
     if isinstance(store, str):
         return StoreClient(plain_name(store), _builder(store, given))
     if given:
-        raise ConfigurationError(f"{', '.join(given)}: only with a URL; a ready-made store has its own")
+        raise ConfigurationError(f"{', '.join(given)} can be passed only with a URL: a ready-made store has its own")
     return StoreClient(plain_name(store), lambda: store, ours=False)
 
 
 def _builder(url: str, given: dict[str, Any]) -> Callable[[], Any]:
     if urlsplit(url).scheme in _LOCAL_SCHEMES:
         if given:
-            raise ConfigurationError(f"{', '.join(given)}: not with {plain_name(url)!r}, which has no connections")
+            raise ConfigurationError(f"{', '.join(given)} cannot be passed with {plain_name(url)!r}, which has no connections")
     else:
         given["client_options"] = {**_DEFAULT_CLIENT_OPTIONS, **given.get("client_options", {})}
         given["retry_config"] = {**_DEFAULT_RETRY_CONFIG, **given.get("retry_config", {})}
         unknown = given["retry_config"].keys() - _DEFAULT_RETRY_CONFIG.keys()
         if unknown:  # obstore would ignore it
-            raise ConfigurationError(f"retry_config has no {', '.join(sorted(unknown))}")
+            raise ConfigurationError(
+                f"retry_config knows {', '.join(sorted(_DEFAULT_RETRY_CONFIG))}, but not {', '.join(sorted(unknown))}"
+            )
         _require_options_of_store(given.get("config", {}))
 
     def build() -> Any:
@@ -391,7 +397,7 @@ def _builder(url: str, given: dict[str, Any]) -> Callable[[], Any]:
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            message = f"no store can be made of {plain_name(url)!r} with this config, client_options and retry_config"
+            message = f"obstore cannot make a store from {plain_name(url)!r} with this config, client_options and retry_config"
             raise ConfigurationError(f"{message}: {type(error).__name__}") from error
 
     return build
@@ -403,7 +409,7 @@ def _require_options_of_store(config: Mapping[str, Any]) -> None:
     misplaced = {key: name for key, name in misplaced.items() if name in _CLIENT_OPTIONS}
     if misplaced:
         raise ConfigurationError(
-            f"config has {', '.join(sorted(misplaced))}, which the HTTP client takes and not the store: write"
+            f"config has {', '.join(sorted(misplaced))}, which are options of the HTTP client, not of the store: pass"
             f" client_options={{{', '.join(f'{name!r}: ...' for name in sorted(misplaced.values()))}}}"
         )
 
@@ -443,7 +449,7 @@ class StoreClient:
         """
         _require_threads_of_obstore()
         if self._store is None:
-            self._store = await finished(asyncio.to_thread(self._build))
+            self._store = await shielded(asyncio.to_thread(self._build))
         return self._store
 
     async def places(self) -> frozenset[Place]:
@@ -453,7 +459,7 @@ class StoreClient:
             case "memory":
                 return frozenset({Place(f"memory {id(store)}")})
             case "local disk":
-                return await finished(asyncio.to_thread(folder_places, Path(store.prefix or "/")))
+                return await shielded(asyncio.to_thread(folder_places, Path(store.prefix or "/")))
             case "HTTP":
                 return frozenset({web_place(store.url)})
             case "S3":
@@ -520,7 +526,7 @@ class StoreClient:
         except Exception as error:  # noqa: BLE001  # translate tells what it is
             problem = self.translated(error, "list", None)
             if isinstance(problem, ObjectStoreConfigurationError | ObjectNotFoundError):
-                message = f"{self.name} is not there: check the bucket or container, its region and the endpoint"
+                message = f"{self.name} does not exist: check the bucket or container, its region and the endpoint"
                 raise ObjectStoreConfigurationError(message) from error.with_traceback(None)
             if isinstance(problem, BackendUnavailableError):
                 return
@@ -571,7 +577,7 @@ class StoreClient:
 
         url = await self.call("sign", location, lambda store: sign_async(store, "GET", location, expires_in))
         if self.kind.signs_plain_names_only and "%" in urlsplit(url).path:
-            message = f"obstore signs no URL for {location!r} that {self.kind.name} would take: a character of it is escaped"
+            message = f"obstore cannot sign a URL for {location!r} on {self.kind.name}: a character of it is escaped in URLs"
             raise ObjectStoreConfigurationError(message, location=location)
         return url
 
@@ -611,16 +617,7 @@ async def answered(request: Awaitable[T]) -> T:
     An answer that has come when its await is cancelled would be lost in obstore's future, with the file or connection that it
     holds; and one that is still to come when the program ends could abort it.
     """
-    answer = asyncio.ensure_future(request)
-    try:
-        return await asyncio.shield(answer)
-    except asyncio.CancelledError:
-        if not await settle(answer, PATIENCE):
-            answer.cancel()
-            await settle(answer)
-        raise
-    finally:
-        del answer  # or its error would hold this frame, and the frame the error
+    return await shielded(request, timeout=CANCEL_TIMEOUT)
 
 
 def _require_threads_of_obstore() -> None:
@@ -631,7 +628,7 @@ def _require_threads_of_obstore() -> None:
     elif _process_of_threads != process:
         raise ObjectStoreConfigurationError(
             f"obstore was used in process {_process_of_threads} before it forked this one, {process}, and its threads stayed "
-            "there: each call would wait for ever. Make the first call after the fork, or start workers by 'spawn'"
+            "there: each call would hang. Make the first call after the fork, or start workers by 'spawn'"
         )
 
 

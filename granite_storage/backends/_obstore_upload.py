@@ -1,4 +1,4 @@
-"""How an object comes to be in an object store: all at once, and known to be there or not when its write returns.
+"""Writing an object to a store of obstore's: all at once, and known to be there or not when the write returns.
 
 Cancelling an await of obstore drops the request on this side only: 48 of 50 cancelled puts were stored all the same, and an
 upload in parts stayed at the server. So no request is cancelled before its outcome is known, or was waited for in vain.
@@ -7,27 +7,20 @@ upload in parts stayed at the server. So no request is cancelled before its outc
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias, TypeVar
 
-from granite_storage._tasks import finish, settle
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._obstore_client import OWNER, StoreClient
-from granite_storage.backends._remote import error_at
+from granite_storage.backends._remote import Found, RemoteWriter, error_at
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
 
 __all__ = ["ObjectWriter", "Piece", "slices"]
 
-logger = logging.getLogger("granite_storage")
-
 T = TypeVar("T")
 Piece: TypeAlias = bytes | memoryview
 Receipt: TypeAlias = Mapping[str, Any]
-
-ANSWER_TIMEOUT = 10.0
-"""How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
 
 MAX_PARTS = 10_000
 """The most parts that S3 and Google take of an object."""
@@ -37,11 +30,8 @@ _SLIVER = 256 * 1024
 _SLICE = 1 << 20
 
 
-class ObjectWriter:
-    """One write of one object.
-
-    Where the store keeps metadata the object carries an id of the write. So where an answer was lost, a HEAD tells whether the
-    object is this write's own.
+class ObjectWriter(RemoteWriter):
+    """One write of one object; see `RemoteWriter`.
 
     Args:
         client: The store.
@@ -54,15 +44,12 @@ class ObjectWriter:
     def __init__(
         self, client: StoreClient, location: str, content_type: str | None, *, part_size: int, part_concurrency: int
     ) -> None:
+        super().__init__(location, has_metadata=client.kind.keeps_attributes)
         self._client = client
-        self._location = location
         self._part_size = part_size
         self._part_concurrency = part_concurrency
-        self._last: asyncio.Future[Any] | None = None  # what the caller did not await to its end
-        self._id: str | None = None
         self._attributes: dict[str, str] | None = None
-        if client.kind.keeps_attributes:
-            self._id = os.urandom(16).hex()
+        if self._id is not None:
             # without a type some servers would guess, and serve what claims to be HTML as HTML
             self._attributes = {"Content-Type": content_type or "application/octet-stream", OWNER: self._id}
 
@@ -128,7 +115,7 @@ class ObjectWriter:
             size = await self._send(writer, first, rest)
             await self._require_absent()
         except BaseException as error:
-            await finish(_abort(writer, error), f"the clean-up of a write of {self._location!r}")
+            await shielded_cleanup(_abort(writer, error), f"the clean-up of a write of {self._location!r}")
             raise
 
         async def request(_: Any) -> Receipt:
@@ -137,13 +124,15 @@ class ObjectWriter:
         return await self._published("put", request, size)
 
     async def _send(self, writer: Any, first: list[Piece], rest: AsyncIterator[Piece]) -> int:
-        size = 0
+        size, part_size = 0, self._part_size
         for piece in first:
             size += await self._request("put", _writing(writer, piece))
         first.clear()
         async for piece in rest:
-            if size + len(piece) > MAX_PARTS * self._part_size:
-                message = f"{self._location!r} would have more than {MAX_PARTS} parts: give a larger part_size"
+            if size + len(piece) > MAX_PARTS * part_size:
+                message = (
+                    f"{self._location!r} would have more than {MAX_PARTS} parts of {part_size} bytes: pass a larger part_size"
+                )
                 raise BackendError(message, location=self._location)
             size += await self._request("put", _writing(writer, piece))
         return size
@@ -152,24 +141,12 @@ class ObjectWriter:
         """Make one request of the store that does not end with its caller's await."""
         store = await self._client.store()
         try:
-            answer = await self._settled(request(store))
+            answer = await self._answered(request(store))
         except Exception as error:  # noqa: BLE001  # translate tells what it is
             # as in StoreClient.make, but with no task for each small object
             raise self._client.translated(error, operation, self._location) from error.with_traceback(None)
         self._client.bucket_seen = True
         return answer
-
-    async def _settled(self, work: Awaitable[T]) -> T:
-        """Await work that does not end with its caller's await; a cancelled caller waits for it, but not forever."""
-        future = asyncio.ensure_future(work)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await self._ended(future)
-            self._last = future
-            raise
-        finally:
-            del future  # or its error would hold this frame, and the frame the error
 
     async def _published(
         self,
@@ -190,71 +167,42 @@ class ObjectWriter:
             unique: Whether the id in the object's metadata is this write's alone, and no other object's.
         """
         try:
-            return await self._created(operation, request, size, attempts)
+            return await self._make(operation, request, size, attempts, unique=unique)
         except asyncio.CancelledError:
-            await finish(self._withdraw(unique), f"the clean-up of a write of {self._location!r}")
+            await shielded_cleanup(self._withdraw(unique=unique), f"the clean-up of a write of {self._location!r}")
             raise
 
-    async def _ended(self, task: asyncio.Future[Any]) -> None:
-        """Wait until work is done, but not forever."""
-        if not await settle(task, ANSWER_TIMEOUT):
-            task.cancel()
-            await settle(task)
-            message = "a write of %r was given up: no answer within %s s; an unfinished upload of it may be left"
-            logger.error(message, self._location, ANSWER_TIMEOUT)
-
-    async def _withdraw(self, unique: bool) -> None:
-        """Remove what this write has created, and nobody else's; what may be either stays."""
-        last = self._last
-        created = last is not None and not last.cancelled() and last.exception() is None and last.result() is not None
-        if created or (unique and await self._found(None) is not None):
-            await self._client.delete(self._location)
-
-    async def _created(self, operation: str, request: Callable[[Any], Awaitable[Receipt]], size: int, attempts: int) -> Receipt:
+    async def _make(
+        self, operation: str, request: Callable[[Any], Awaitable[Receipt]], size: int, attempts: int, *, unique: bool
+    ) -> Receipt:
         """Make the request that creates the object, and learn what became of it where that is in doubt."""
         while True:
             attempts -= 1
             try:
                 return await self._request(operation, request)
-            except ObjectExistsError:
-                found = await self._settled(self._found(size)) if operation == "put" else None
-                if found is None:
-                    raise
-                return found
             except BackendError as doubt:
-                found = await self._settled(self._found_after(doubt, size))
+                taken = isinstance(doubt, ObjectExistsError)
+                if taken and not unique:
+                    raise
+                found = await self._answered(self._outcome(doubt, size))
                 if found is not None:
                     return found
-                if not attempts or not isinstance(doubt, BackendUnavailableError):
+                if taken or not attempts or not isinstance(doubt, BackendUnavailableError):
                     raise
 
-    async def _found_after(self, doubt: BackendError, size: int) -> Receipt | None:
-        """Return what is known of this write's object, None if there is none; the doubt itself where nobody can tell."""
-        if self._id is None:
-            raise doubt
+    async def _find(self, *, with_checksum: bool = False) -> Found | None:
         try:
-            found = await self._found(size)
-            if found is None:
-                await self._require_absent()
-        except ObjectExistsError as taken:
-            raise taken from doubt.__cause__
-        except BackendError:
-            raise doubt from doubt.__cause__
-        return found
-
-    async def _found(self, size: int | None) -> Receipt | None:
-        """Return what is known of this write's own object, None where there is none or it is another's."""
-        if self._id is None:
-            return None
-        try:
-            info, owner = await self._client.head(self._location)
+            info, write_id = await self._client.head(self._location)
         except ObjectNotFoundError:
             return None
-        return {} if owner == self._id and size in (None, info.size) else None
+        return Found(write_id, info.size, {})
+
+    async def _remove(self, found: Found | None) -> None:
+        await self._client.delete(self._location)
 
     async def _require_absent(self) -> None:
         if await self._client.exists(self._location):
-            raise ObjectExistsError(f"an object is at {self._location!r} already", location=self._location)
+            raise self._exists()
 
 
 async def slices(content: bytes) -> AsyncIterator[Piece]:

@@ -1,32 +1,45 @@
-"""Bytes on their way out of a network service: never fewer than there are, never of two versions of an object."""
+"""What backends on a network service share: its readers, and the answers that callers never see."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from granite_storage._tasks import run_bounded, wait_or_cancel
+from granite_storage.backends._resuming import ConnectionTakenError, ResumingReader
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
-from granite_storage.exceptions import BackendError, BackendUnavailableError
+from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError
 
 __all__ = [
+    "ANSWER_TIMEOUT",
     "Body",
-    "ConnectionTakenError",
+    "Found",
     "Opened",
     "PreconditionFailedError",
     "RangeNotSatisfiableError",
+    "RemoteReader",
+    "RemoteWriter",
     "Service",
-    "ServiceReader",
+    "delete_each",
+    "delete_in_batches",
     "error_at",
     "open_reader",
+    "read_beginning",
 ]
 
+logger = logging.getLogger("granite_storage")
 
-# What backends on a network service say to themselves of its answers, before callers see an error.
+T = TypeVar("T")
 
+ANSWER_TIMEOUT = 10.0
+"""How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
 
-class ConnectionTakenError(BackendError):
-    """The connection of a reader that was not being read was given to another call; what is left may be asked for again."""
+_BATCH = 1000
+_DELETE_CONCURRENCY = 16
 
 
 class PreconditionFailedError(BackendError):
@@ -42,6 +55,37 @@ def error_at(location: str, error: BackendError) -> BackendError:
     one = type(error)(str(error), location=location)
     one.__cause__ = error.__cause__
     return one
+
+
+# Deletions.
+
+
+async def delete_in_batches(
+    locations: Sequence[str], delete_batch: Callable[[list[str]], Awaitable[Mapping[str, BackendError]]]
+) -> dict[str, BackendError]:
+    """Delete objects, a thousand by one call; return the ones that could not be, each with its error."""
+    different = list(dict.fromkeys(locations))
+    failures: dict[str, BackendError] = {}
+    for start in range(0, len(different), _BATCH):
+        failures |= await delete_batch(different[start : start + _BATCH])
+    return failures
+
+
+async def delete_each(locations: Sequence[str], delete: Callable[[str], Awaitable[None]]) -> dict[str, BackendError]:
+    """Delete objects one by one, some at a time; return the ones that could not be, each with its error."""
+
+    async def attempt(location: str) -> BackendError | None:
+        try:
+            await delete(location)
+        except BackendError as error:
+            return error
+        return None
+
+    errors = await run_bounded(locations, attempt, _DELETE_CONCURRENCY)
+    return {location: error for location, error in zip(locations, errors, strict=True) if error is not None}
+
+
+# Downloads.
 
 
 class Body(Protocol):
@@ -100,61 +144,116 @@ class Service(Protocol):
         ...
 
 
-async def open_reader(service: Service, location: str, *, offset: int, length: int | None) -> ServiceReader:
-    """Open a range of an object, by one request wherever there is a byte to read."""
+async def open_reader(
+    service: Service, location: str, *, offset: int, length: int | None, same: Mapping[str, Any] | None = None
+) -> RemoteReader:
+    """Open a range of an object, by one request wherever there is a byte to read; of one version only where `same` says which."""
     check_range(offset, length)
     if length == 0:
         return await _open_empty(service, location, offset)
     try:
-        opened = await service.get(location, offset, None if length is None else offset + length)
+        opened = await service.get(location, offset, None if length is None else offset + length, same)
     except RangeNotSatisfiableError:
         return await _open_empty(service, location, offset)
-    if opened.range != byte_range(offset, length, opened.info.size):
+    try:
+        if opened.range != byte_range(offset, length, opened.info.size):
+            sent = f"bytes {opened.range.start} to {opened.range.stop}"
+            message = f"the service sent another range of {location!r} than was requested from {offset}: {sent}"
+            raise BackendError(message, location=location)
+    except BaseException:
         await opened.body.aclose()
-        raise BackendError(f"the service sent another range of {location!r} than was asked for", location=location)
-    return ServiceReader(service, opened.info, opened.range, opened)
+        raise
+    return RemoteReader(service, opened.info, opened.range, opened)
 
 
-async def _open_empty(service: Service, location: str, offset: int) -> ServiceReader:
+async def _open_empty(service: Service, location: str, offset: int) -> RemoteReader:
     info = await service.head(location)
-    return ServiceReader(service, info, byte_range(offset, 0, info.size), None)
+    return RemoteReader(service, info, byte_range(offset, 0, info.size), None)
 
 
-class ServiceReader:
-    """A range of an object; where its body is cut off, the rest is asked for again, of the same version only.
+async def read_beginning(service: Service, location: str, size: int) -> bytes:
+    """Return the first bytes of an object, at most so many."""
+
+    async def open_range(offset: int, length: int | None) -> RemoteReader:
+        return await open_reader(service, location, offset=offset, length=length)
+
+    reader = await ResumingReader(open_range, length=size).start()
+    try:
+        return await reader.read()
+    finally:
+        await reader.aclose()
+
+
+class RemoteReader:
+    """A range of an object, as one answer of a service has it; see `SupportsReopen`.
 
     It holds a connection until it is read to its end or closed, or until another call needs it while this one is not being read.
+
+    Attributes:
+        info: The whole object.
+        max_attempts: See `SupportsReopen.max_attempts`.
     """
 
     def __init__(self, service: Service, info: ObjectInfo, wanted: ByteRange, opened: Opened | None) -> None:
         self.info = info
+        self.max_attempts = service.attempts
         self._service = service
         self._position = wanted.start
         self._stop = wanted.stop
         self._body = opened.body if opened else None
-        self._same = opened.same if opened else {}
+        self._same = opened.same if opened else None
         self._closed = False
-        self._cuts = 0
 
     async def read(self, size: int = -1, /) -> bytes:
         """Return up to `size` bytes, all that is left where negative, and nothing only at the end of the range.
 
         Raises:
-            BackendUnavailableError: The body was cut off again and again.
-            BackendError: The object was replaced meanwhile, or the reader is closed.
+            BackendUnavailableError: The body was cut off, or another call has got the connection.
+            BackendError: The reader is closed.
         """
         if size < 0:
             return await self._read_all()
-        while self._position < self._stop and size:
-            chunk = await self._read_some(min(size, self._stop - self._position))
-            if chunk:
-                return chunk
-        return b""
+        wanted = min(size, self._stop - self._position)
+        if not wanted:
+            return b""
+        if self._closed:
+            raise BackendError(f"the reader of {self.info.location!r} is closed", location=self.info.location)
+        if self._body is None:
+            raise self._cut()
+        try:
+            chunk = await self._body.read(wanted)
+        except ConnectionTakenError:
+            await self._release()
+            location = self.info.location
+            message = (
+                f"another call took the connection of the idle reader of {location!r}: open it again at byte {self._position}"
+            )
+            raise ConnectionTakenError(message, location=location) from None
+        except Exception as error:  # noqa: BLE001  # whatever it is, the body is over
+            await self._release()
+            raise self._cut() from error.with_traceback(None)  # its frames would hold the body
+        if not chunk:
+            await self._release()
+            raise self._cut()
+        self._position += len(chunk)
+        if self._position == self._stop:
+            await self._release()
+        return chunk
+
+    async def reopen(self, offset: int, length: int, /) -> RemoteReader:
+        """Open a range of the same version of the object; see `SupportsReopen.reopen`."""
+        location = self.info.location
+        try:
+            return await open_reader(self._service, location, offset=offset, length=length, same=self._same)
+        except PreconditionFailedError as error:
+            raise BackendError(
+                f"the object at {location!r} was replaced while it was read", location=location
+            ) from error.__cause__
 
     async def aclose(self) -> None:
         """Let go of the connection; idempotent."""
         self._closed = True
-        await self._let_go()
+        await self._release()
 
     async def _read_all(self) -> bytes:
         chunks = []
@@ -162,59 +261,122 @@ class ServiceReader:
             chunks.append(await self.read(self._stop - self._position))
         return b"".join(chunks)
 
-    async def _read_some(self, size: int) -> bytes:
-        """Return the next bytes of the body; none where it was cut off and has been opened again."""
-        if self._closed:
-            raise BackendError(f"the reader of {self.info.location!r} is closed", location=self.info.location)
-        if self._body is None:  # a read was cancelled while it opened the body again
-            await self._go_on()
-            return b""
-        try:
-            chunk = await self._body.read(size)
-        except ConnectionTakenError:
-            await self._go_on()
-            return b""
-        except Exception as error:  # noqa: BLE001  # whatever it is, the body is over
-            await self._reopen(error.with_traceback(None))  # its frames would hold the body
-            return b""
-        if not chunk:
-            await self._reopen(None)
-            return b""
-        self._cuts = 0
-        self._position += len(chunk)
-        if self._position == self._stop:
-            await self._let_go()
-        return chunk
-
-    async def _reopen(self, cut: Exception | None) -> None:
+    def _cut(self) -> BackendUnavailableError:
         location = self.info.location
-        await self._let_go()
-        self._cuts += 1
-        if self._cuts >= self._service.attempts:
-            message = f"the body of {location!r} was cut off {self._cuts} times at byte {self._position}"
-            raise BackendUnavailableError(message, location=location) from cut
-        await self._go_on()
+        return BackendUnavailableError(f"the body of {location!r} was cut off at byte {self._position}", location=location)
 
-    async def _go_on(self) -> None:
-        """Ask for what is left, of the same version."""
-        location = self.info.location
-        await self._let_go()
-        try:
-            opened = await self._service.get(location, self._position, self._stop, self._same)
-        except PreconditionFailedError as error:
-            raise BackendError(f"{location!r} was replaced while it was read", location=location) from error.__cause__
-        if opened.range != ByteRange(self._position, self._stop) or not self._is_same(opened.info):
-            await opened.body.aclose()
-            raise BackendError(f"the service does not go on with {location!r} where it was cut off", location=location)
-        self._body = opened.body
-
-    def _is_same(self, info: ObjectInfo) -> bool:
-        """Tell whether it is the same version, as far as the service has said: not all of them know conditions."""
-        return (info.size, info.etag) == (self.info.size, self.info.etag) and (
-            info.etag is not None or info.modified == self.info.modified
-        )
-
-    async def _let_go(self) -> None:
+    async def _release(self) -> None:
         body, self._body = self._body, None
         if body is not None:
             await body.aclose()
+
+
+# Writes whose outcome is in doubt.
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An object that is where a write was to create one.
+
+    Attributes:
+        write_id: The id of the write that it is of, None where it has none.
+        size: Its size in bytes.
+        receipt: What the write returns if the object is its own.
+        checksum: What the service says of its bytes, None where it says nothing.
+    """
+
+    write_id: str | None
+    size: int
+    receipt: Mapping[str, Any]
+    checksum: str | None = None
+
+
+class RemoteWriter:
+    """One write of one object, of which it is known at its end whether it has created the object.
+
+    The object carries an id of the write in its metadata. So where an answer was lost, and the same request made again is refused
+    because the object exists, a HEAD tells whether it is this write's own. ETags are never compared: they are an MD5 of the bytes
+    only sometimes.
+
+    Args:
+        location: Where the object is to be.
+        has_metadata: Whether the service keeps metadata, and so an id.
+    """
+
+    def __init__(self, location: str, *, has_metadata: bool = True) -> None:
+        self._location = location
+        self._id = uuid.uuid4().hex if has_metadata else None
+        self._created = False  # whether an answer that a cancelled caller did not see says that the object is there
+
+    async def _find(self, *, with_checksum: bool = False) -> Found | None:
+        """Return what is at the location, None if there is nothing; its checksum only where that is wanted."""
+        raise NotImplementedError
+
+    async def _remove(self, found: Found | None) -> None:
+        """Remove the object; `found` says which one, where it was asked."""
+        raise NotImplementedError
+
+    async def _answered(self, request: Awaitable[T], *, landed: Callable[[], bool] = lambda: True) -> T:
+        """Make a request, and learn what became of it, also for a caller that is cancelled.
+
+        Args:
+            request: The request.
+            landed: Tells whether the service may have acted on it; before that, a cancellation need not wait.
+        """
+        task = asyncio.ensure_future(request)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not landed():
+                task.cancel()
+            if not await wait_or_cancel(task, ANSWER_TIMEOUT):
+                message = "a write of %r was abandoned: no answer within %s s; the service may keep something of it"
+                logger.error(message, self._location, ANSWER_TIMEOUT)
+            self._created = not task.cancelled() and task.exception() is None and task.result() is not None
+            raise
+        finally:
+            del task  # or its error would hold this frame, and the frame the error
+
+    async def _outcome(self, doubt: BackendError, size: int, checksum: str | None = None) -> Mapping[str, Any] | None:
+        """Return the receipt of the object if this write has created it, None if nobody has created one.
+
+        Args:
+            doubt: The error that leaves it open.
+            size: The size of the object in bytes.
+            checksum: The checksum that the service has of it, None where it has none.
+
+        Raises:
+            ObjectExistsError: Another write has.
+            BackendError: The doubt itself, where the service does not tell.
+        """
+        if self._id is None:
+            raise doubt
+        try:
+            found = await self._find(with_checksum=checksum is not None)
+        except BackendError:
+            if isinstance(doubt, ObjectExistsError | PreconditionFailedError):  # it may be this write's own all the same
+                raise
+            raise doubt from doubt.__cause__
+        if found is None:
+            return None
+        same = found.size == size and (found.checksum is None or checksum is None or found.checksum == checksum)
+        if same and found.write_id == self._id:
+            return found.receipt
+        raise self._exists() from doubt.__cause__
+
+    async def _withdraw(self, *, unique: bool = True) -> None:
+        """Remove the object that this write has created, and no other's; what may be either stays.
+
+        Args:
+            unique: Whether the id in the object's metadata is this write's alone; that of a copy is its source's.
+        """
+        found: Found | None = None
+        ours = self._created
+        if unique and self._id is not None:
+            found = await self._find()
+            ours = found is not None and found.write_id == self._id
+        if ours:
+            await self._remove(found)
+
+    def _exists(self) -> ObjectExistsError:
+        return ObjectExistsError(f"an object is at {self._location!r} already", location=self._location)

@@ -1,7 +1,8 @@
 """The one place that makes requests of an S3 server.
 
 A request waits for its turn among `max_pool_connections`, is made again after a passing failure, and raises the library's
-errors. Nothing else in the backend retries a request or sees an error of the SDK.
+errors. Nothing else in the backend retries a request or sees an error of the SDK. Each event loop has a client of its own: it is
+opened when first needed, off the loop where possible, and shared by every call.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from granite_storage._threads import ThreadPool
+from granite_storage.backends._identity import AMAZON_DOMAINS
 from granite_storage.backends._s3_errors import ExpiredCredentialsError, S3ConfigurationError, translate
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError, StorageError
 
@@ -42,19 +44,29 @@ __all__ = [
     "version_of",
 ]
 
+logger = logging.getLogger("granite_storage")
 
-# The connections to an S3 server that may be in use at a time, and who uses them.
-#
-# A reader holds a connection for as long as it is open, but uses it only while it is read. Clients that do not read would
-# so hold up every other call. So a call that waits takes the connection of a reader that is not being read: the reader goes
-# on with another request where it was.
+threads = ThreadPool("granite-s3", 4)
 
-
+_FIRST_BACKOFF = 0.2
+_LONGEST_BACKOFF = 10.0
+_EVERYWHERE = frozenset({"ExpectedBucketOwner", "RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5"})
+_CANCEL_TIMEOUT = 5.0
+_SDKS = ("aioboto3", "aiobotocore")
+_MODELS = ("service-2", "endpoint-rule-set-1")
+_TABLES = ("_retry", "endpoints", "partitions", "sdk-default-configuration")
 # How long a reader is not read before its connection is taken for a call that waits.
 _IDLE_SECONDS = 1.0
 # How long a call waits before it takes the connection of a reader between two reads, however short the time between them.
 _OVERDUE_SECONDS = 1.0
 _CHECK_SECONDS = 0.05
+
+
+# The connections that may be in use at a time.
+#
+# A reader holds a connection for as long as it is open, but uses it only while it is read. Clients that do not read would
+# so hold up every other call. So a call that waits takes the connection of a reader that is not being read: the reader goes
+# on with another request where it was.
 
 
 class Lease:
@@ -152,7 +164,7 @@ class ConnectionPool:
                 raise
             raise BackendUnavailableError(
                 f"none of the connections to bucket {self._bucket!r} became free within {self._timeout:g} s: "
-                "raise max_pool_connections"
+                "raise max_pool_connections or pool_timeout"
             ) from error
         return Lease(self)
 
@@ -207,14 +219,8 @@ class _Waiter(NamedTuple):
     began: float
 
 
-# What is known of a server that does not do all that S3 promises: some ignore a condition or a checksum without a word.
-
-
-logger = logging.getLogger("granite_storage")
-
-
 class ServerTraits:
-    """What is known of the server behind a backend.
+    """What is known of the server behind a backend: some ignore a condition or a checksum without a word.
 
     Args:
         bucket: The bucket's name, for the log.
@@ -241,17 +247,10 @@ class ServerTraits:
         if self._confirms_checksums and not answer.get("ChecksumSHA256"):
             self._confirms_checksums = False
             logger.warning(
-                "the S3 server of bucket %r does not confirm the SHA-256 of what is written, and may not have verified it: with "
-                "checksums=False it is sent Content-MD5, which older servers verify; the checksum in each ref is not affected",
+                "the S3 server of bucket %r does not confirm the SHA-256 of what is written, and may not have verified it: pass "
+                "checksums=False to send Content-MD5, which older servers verify; the checksum in each ref is not affected",
                 self.bucket,
             )
-
-
-threads = ThreadPool("granite-s3", 4)
-
-_FIRST_BACKOFF = 0.2
-_LONGEST_BACKOFF = 10.0
-_EVERYWHERE = frozenset({"ExpectedBucketOwner", "RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -459,7 +458,7 @@ class S3Client:
 
 
 def backoff(attempt: int) -> float:
-    """Return how long to wait after the so-manieth failed attempt, in seconds: doubling, bounded, with jitter."""
+    """Return how long to wait after the n-th failed attempt, in seconds: doubling, bounded, with jitter."""
     longest = min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2.0 ** (attempt - 1))
     return longest * random.uniform(0.5, 1.0)  # noqa: S311  # it spreads the load and keeps no secret
 
@@ -470,14 +469,7 @@ def version_of(answer: Mapping[str, Any]) -> dict[str, str]:
     return {"VersionId": version} if version and version != "null" else {}
 
 
-# The S3 client of each event loop: opened when first needed, off the loop where possible, and shared by every call.
-
-
-_PATIENCE = 5.0
-_AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
-_SDKS = ("aioboto3", "aiobotocore")
-_MODELS = ("service-2", "endpoint-rule-set-1")
-_TABLES = ("_retry", "endpoints", "partitions", "sdk-default-configuration")
+# One client for each event loop.
 
 
 class S3Clients:
@@ -527,7 +519,7 @@ class S3Clients:
 
     async def _open(self, state: _LoopState) -> S3Client:
         try:
-            session, config = await threads.run(self._prepare, patience=_PATIENCE)
+            session, config = await threads.run(self._prepare, cancel_timeout=_CANCEL_TIMEOUT)
             state.life = _live(session, config, self._settings, self._traits)
             state.client = await anext(state.life)
         except Exception as error:
@@ -573,7 +565,7 @@ def _sign_for_the_region(raw: Any, bucket: str) -> None:
     """
     host = urlsplit(raw.meta.endpoint_url).hostname or ""
     given = raw.meta.config.s3 or {}
-    if host.endswith(_AMAZON) and "." not in bucket and "addressing_style" not in given:
+    if host.endswith(AMAZON_DOMAINS) and "." not in bucket and "addressing_style" not in given:
         raw.meta.config.s3 = {**given, "addressing_style": "virtual"}
 
 

@@ -83,8 +83,8 @@ _MOST_SKEW = timedelta(minutes=15)
 _WRONG_REGION = frozenset({"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"})
 _WRITES = frozenset({"complete_multipart_upload", "copy_object", "create_multipart_upload", "put_object", "upload_part"})
 _SWITCHES = (
-    "conditional_writes=False if it does not know If-None-Match (the backend then looks for an object before each write), "
-    "or checksums=False if it does not know x-amz-checksum-sha256 (the backend then sends Content-MD5)"
+    "conditional_writes=False if it does not know If-None-Match (the backend then checks for an existing object before each "
+    "write), or checksums=False if it does not know x-amz-checksum-sha256 (the backend then sends Content-MD5)"
 )
 
 
@@ -103,15 +103,18 @@ def translate(error: Exception, operation: str, *, bucket: str, location: str | 
     if isinstance(error, sdk.ClientError):
         return answered(error.response, operation, bucket=bucket, location=location)
     if isinstance(error, (sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.CredentialRetrievalError)):
-        return AccessDeniedError(f"no usable credentials were found for {target}", location=location)
+        return AccessDeniedError(
+            f"no usable credentials were found for {target}: configure them in the environment, or pass a session",
+            location=location,
+        )
     if _is_about_the_network(error):
         message = f"the S3 server did not answer {operation} of {target}: {type(error).__name__}"
         return BackendUnavailableError(message, location=location)
     if operation == "open" and isinstance(error, (sdk.BotoCoreError, TypeError, ValueError)):
-        message = f"no client can be made for {target} with this endpoint_url, region_name, client_kwargs and config"
+        message = f"the SDK cannot make a client for {target} with this endpoint_url, region_name, client_kwargs and config"
         return S3ConfigurationError(f"{message}: {type(error).__name__}")
     if isinstance(error, sdk.BotoCoreError):
-        message = f"the SDK cannot make {operation} of {target} with this configuration: {type(error).__name__}"
+        message = f"the SDK cannot call {operation} for {target} with this configuration: {type(error).__name__}"
         return S3ConfigurationError(message, location=location)
     return BackendError(f"{operation} of {target} failed: {type(error).__name__}", location=location)
 
@@ -172,9 +175,9 @@ def _misconfigured(
     if code in _WRONG_REGION or status in {301, 307, 308}:
         region = details.get("Region") or headers.get("x-amz-bucket-region")
         where = f"lives in region {region!r}" if region else "lives in another region or at another endpoint"
-        return f"bucket {bucket!r} {where}: give the matching region_name and endpoint_url"
+        return f"bucket {bucket!r} {where}: pass the matching region_name and endpoint_url"
     if operation in _WRITES and _lacks_ability(code, status, details):
-        return f"the server does not implement what the write needs: give {_SWITCHES}"
+        return f"the server does not implement what the write needs: pass {_SWITCHES}"
     return None
 
 

@@ -1,4 +1,8 @@
-"""How an object comes to be: all at once, exclusively, and known to be there or not when its write returns."""
+"""Writing an object to S3: all at once, exclusively, and known to be there or not when the write returns.
+
+What fits in one part is a single PUT. More is a multipart upload, whose parts are in flight side by side in bounded memory, and
+of which nothing is left when it is aborted.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from granite_storage._tasks import finish, settle
-from granite_storage.backends._remote import PreconditionFailedError
+from granite_storage._tasks import run_bounded, shielded_cleanup, task_group, wait_or_cancel
+from granite_storage.backends._remote import ANSWER_TIMEOUT, Found, PreconditionFailedError, RemoteWriter
 from granite_storage.backends._s3_client import S3Client, backoff, threads, version_of
 from granite_storage.backends._s3_errors import MissingUploadError
 from granite_storage.backends.base import upload_begun
@@ -28,7 +32,6 @@ from granite_storage.exceptions import (
 from granite_storage.locations import RESERVED_PREFIX
 
 __all__ = [
-    "ANSWER_TIMEOUT",
     "MAX_PARTS",
     "PROBE_PREFIX",
     "Body",
@@ -47,10 +50,9 @@ __all__ = [
     "remove_probes",
 ]
 
+logger = logging.getLogger("granite_storage")
 
-# Bytes on their way to S3: cut into parts without being joined, hashed off the loop.
-
-
+T = TypeVar("T")
 Piece = bytes | memoryview
 
 SMALL = 256 * 1024
@@ -60,6 +62,27 @@ UNRESERVED = 1024 * 1024
 """What a stream may hold in memory without a reservation, in bytes: small objects never wait for large ones."""
 
 _SLIVER = 64 * 1024
+MAX_PARTS = 10_000
+"""The most parts of an object that S3 takes."""
+
+_LARGEST_PART = 5 * 1024**3
+_EQUAL_PARTS = 4_500
+_PARTS_UNTIL_DOUBLED = 500
+_INLINE_HASH = 8 * 1024
+_ABORTS = 8
+
+PROBE_PREFIX = f"{RESERVED_PREFIX}probe-"
+"""How the locations of objects begin that are made to find something out; they are in no listing."""
+
+_KNOWN_SERVERS = ("AmazonS3",)
+"""The names of servers that are known to look at the conditions of every write."""
+
+_WRITE_ID = "granite-write-id"
+_COPY_PART_SIZE = 512 * 1024**2
+_DOUBTFUL = (BackendUnavailableError, MissingUploadError, PreconditionFailedError)
+
+
+# Parts: cut from bytes or a stream without being joined, and hashed off the loop.
 
 
 class Body:
@@ -79,7 +102,7 @@ class Body:
         self._room = room
         self._size = sum(map(len, pieces))
         self._deadline: asyncio.Timeout | None = None
-        self._patience = 0.0
+        self._timeout = 0.0
 
     def __len__(self) -> int:
         return self._size
@@ -119,18 +142,18 @@ class Body:
                 await asyncio.sleep(0)  # a fast server would otherwise keep the loop to itself
 
     @asynccontextmanager
-    async def watched(self, patience: float) -> AsyncIterator[None]:
+    async def watched(self, timeout: float) -> AsyncIterator[None]:
         """Raise `TimeoutError` where neither the body nor the answer has moved for so many seconds."""
-        self._patience = patience
+        self._timeout = timeout
         try:
-            async with asyncio.timeout(patience) as self._deadline:
+            async with asyncio.timeout(timeout) as self._deadline:
                 yield
         finally:
             self._deadline = None
 
     def _postpone(self) -> None:
         if self._deadline is not None:
-            self._deadline.reschedule(asyncio.get_running_loop().time() + self._patience)
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._timeout)
 
     def digest(self, algorithm: str) -> bytes:
         """Return the hash of the bytes; slow where they are many."""
@@ -162,14 +185,6 @@ class PartSource(Protocol):
         """Tell whether nothing is left."""
         ...
 
-    def give_back(self, body: Body) -> None:
-        """Have what was taken last taken again."""
-        ...
-
-    def close(self) -> None:
-        """Drop what was given back; idempotent."""
-        ...
-
 
 class BytesSource:
     """Parts of bytes in memory, none of which is copied."""
@@ -189,13 +204,6 @@ class BytesSource:
         """Tell whether nothing is left."""
         return self._position == len(self._content)
 
-    def give_back(self, body: Body) -> None:
-        """Have the last bytes taken again; see `PartSource`."""
-        self._position -= len(body)
-
-    def close(self) -> None:
-        """Do nothing: the bytes are the caller's."""
-
 
 class StreamSource:
     """Parts of a stream; all have the size that is asked for, to the byte, since some servers want them equal.
@@ -212,13 +220,9 @@ class StreamSource:
         self._room = room
         self._rest: Piece = b""
         self._over = False
-        self._returned: Body | None = None
 
     async def take(self, size: int) -> Body:
         """Return the next bytes; see `PartSource`."""
-        if self._returned is not None:
-            body, self._returned = self._returned, None
-            return body
         pieces = _Pieces()
         room: asyncio.Semaphore | None = None
         try:
@@ -231,27 +235,16 @@ class StreamSource:
             if room is not None:
                 room.release()
             raise
-        return Body(pieces.finish(), room)
+        return Body(pieces.joined(), room)
 
     async def ended(self) -> bool:
         """Tell whether nothing is left, which the stream itself must have said."""
-        while not (self._rest or self._over or self._returned):
+        while not (self._rest or self._over):
             try:
                 self._rest = await anext(self._stream)
             except StopAsyncIteration:
                 self._over = True
-        return not self._rest and self._returned is None
-
-    def give_back(self, body: Body) -> None:
-        """Have a whole part taken again; see `PartSource`."""
-        if len(body):
-            self._returned = body
-
-    def close(self) -> None:
-        """Drop what was given back; see `PartSource`."""
-        if self._returned is not None:
-            self._returned.drop()
-            self._returned = None
+        return not self._rest
 
     def _cut(self, size: int) -> Piece:
         piece, rest = self._rest, self._rest[:0]
@@ -283,7 +276,7 @@ class _Pieces:
         if self._pending >= SMALL:
             self._join()
 
-    def finish(self) -> list[Piece]:
+    def joined(self) -> list[Piece]:
         self._join()
         return self._pieces
 
@@ -292,24 +285,6 @@ class _Pieces:
             self._pieces.append(self._slivers[0] if len(self._slivers) == 1 else b"".join(self._slivers))
             self._slivers = []
             self._pending = 0
-
-
-# A multipart upload: parts in flight side by side in bounded memory, and nothing left of it when it is aborted.
-
-
-ANSWER_TIMEOUT = 10.0
-"""How long a cancelled caller waits for the answer to a request whose effect must be known to be undone, in seconds."""
-
-MAX_PARTS = 10_000
-"""The most parts of an object that S3 takes."""
-
-_LARGEST_PART = 5 * 1024**3
-_EQUAL_PARTS = 4_500
-_PARTS_UNTIL_DOUBLED = 500
-_INLINE_HASH = 8 * 1024
-_ABORTS = 8
-
-T = TypeVar("T")
 
 
 def part_size_of(number: int, part_size: int, size: int | None = None) -> int:
@@ -345,22 +320,6 @@ def _sha256(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-@asynccontextmanager
-async def _side_by_side() -> AsyncIterator[asyncio.TaskGroup]:
-    """Give a task group that raises the first failure itself, not a group of them."""
-    failure: BaseException | None = None
-    try:
-        async with asyncio.TaskGroup() as group:
-            yield group
-    except BaseExceptionGroup as failures:
-        failure = failures.exceptions[0]
-    try:
-        if failure is not None:
-            raise failure
-    finally:
-        del failure  # or it would hold this frame, and the frame it
-
-
 class MultipartUpload:
     """An upload in parts, from its creation to the moment before it is completed.
 
@@ -392,10 +351,11 @@ class MultipartUpload:
         if (tell := upload_begun.get()) is not None:
             await tell(answer["UploadId"])
 
-    async def send(self, source: PartSource) -> None:
-        """Send all that a source has.
+    async def send(self, first: Body, source: PartSource) -> None:
+        """Send the first part, and all that its source has left.
 
-        At most `part_concurrency` parts are in memory, the one that is being filled included.
+        At most `part_concurrency` parts are in memory, the one that is being filled included. A part that is in flight waits for
+        no room of another one, so what it holds is free again whatever the others do.
 
         Raises:
             BackendError: A part could not be sent.
@@ -403,16 +363,20 @@ class MultipartUpload:
         """
         settings = self._client.settings
         room = asyncio.Semaphore(settings.part_concurrency)
-        async with _side_by_side() as group:
+        await room.acquire()
+        async with task_group() as group:
+            self._start_part(group, 1, first, room)
             number = 1
             while not await source.ended():
-                await room.acquire()
-                body = await source.take(part_size_of(number, settings.part_size, source.size))
-                self.size += len(body)
-                task = group.create_task(self._send_part(number, body, room))
-                task.add_done_callback(body.drop)  # of one that is cancelled before it has begun, too
-                del body, task  # or the memory would be held while the next part is filled
                 number += 1
+                await room.acquire()
+                part_size = part_size_of(number, settings.part_size, source.size)
+                self._start_part(group, number, await source.take(part_size), room)
+
+    def _start_part(self, group: asyncio.TaskGroup, number: int, body: Body, room: asyncio.Semaphore) -> None:
+        self.size += len(body)
+        task = group.create_task(self._send_part(number, body, room))
+        task.add_done_callback(body.drop)  # of one that is cancelled before it has begun, too
 
     async def _send_part(self, number: int, body: Body, room: asyncio.Semaphore) -> None:
         try:
@@ -437,19 +401,18 @@ class MultipartUpload:
             size: Its size in bytes.
             part_size: The size of the parts.
         """
-        room = asyncio.Semaphore(self._client.settings.part_concurrency)
         self.size = size
-        async with _side_by_side() as group:
-            for number, start in enumerate(range(0, size, part_size), 1):
-                part = {"CopySourceRange": f"bytes={start}-{min(start + part_size, size) - 1}"} if size > part_size else {}
-                group.create_task(self._copy_part(number, {**copy_source, **part}, room))
+        starts = list(enumerate(range(0, size, part_size), 1))
 
-    async def _copy_part(self, number: int, copy_source: Mapping[str, Any], room: asyncio.Semaphore) -> None:
-        async with room:
+        async def copy_part(part: tuple[int, int]) -> None:
+            number, start = part
+            span = {"CopySourceRange": f"bytes={start}-{min(start + part_size, size) - 1}"} if len(starts) > 1 else {}
             answer = await self._client.call(
-                "upload_part_copy", location=self._location, UploadId=self._id, PartNumber=number, **copy_source
+                "upload_part_copy", location=self._location, UploadId=self._id, PartNumber=number, **copy_source, **span
             )
-        self._parts[number] = {"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]}
+            self._parts[number] = {"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]}
+
+        await run_bounded(starts, copy_part, self._client.settings.part_concurrency)
 
     def completion(self) -> dict[str, Any]:
         """Return the parameters of the request that turns the parts into an object."""
@@ -466,9 +429,7 @@ class MultipartUpload:
         """Leave nothing of the upload behind, also where its creation was cut off before its answer came."""
         if self._creating is None:
             return
-        if not await settle(self._creating, ANSWER_TIMEOUT):
-            self._creating.cancel()
-            await settle(self._creating)
+        await wait_or_cancel(self._creating, ANSWER_TIMEOUT)
         if self._creating.cancelled():
             await self._abort_strays()
         elif self._creating.exception() is None:
@@ -553,7 +514,9 @@ async def _abort(client: S3Client, key: str, upload_id: str) -> None:
         if not await _has_parts(client, key, upload_id):
             return
         await asyncio.sleep(backoff(attempt))
-    raise BackendError(f"the parts of an aborted upload of {key!r} remain")
+    raise BackendError(
+        f"the aborted multipart upload of {key!r} still has parts: cleanup_incomplete, or a lifecycle rule, removes them"
+    )
 
 
 async def _has_parts(client: S3Client, key: str, upload_id: str) -> bool:
@@ -573,15 +536,6 @@ async def _has_parts(client: S3Client, key: str, upload_id: str) -> bool:
 # server has shown on an object made for that purpose that it looks at the condition, and where it does not, ever after.
 
 
-logger = logging.getLogger("granite_storage")
-
-PROBE_PREFIX = f"{RESERVED_PREFIX}probe-"
-"""How the locations of objects begin that are made to find something out; they are in no listing."""
-
-_KNOWN_SERVERS = ("AmazonS3",)
-"""The names of servers that are known to look at the conditions of every write."""
-
-
 async def find_out(client: S3Client, answer: Mapping[str, Any]) -> None:
     """Find out what the server does with the condition of a CompleteMultipartUpload, unless that is known.
 
@@ -597,7 +551,7 @@ async def find_out(client: S3Client, answer: Mapping[str, Any]) -> None:
         return
     traits.asking = True
     try:
-        await finish(_ask(client), f"finding out whether the S3 server of bucket {traits.bucket!r} looks at conditions")
+        await shielded_cleanup(_ask(client), f"finding out whether the S3 server of bucket {traits.bucket!r} honours conditions")
     finally:
         traits.asking = False
 
@@ -620,18 +574,18 @@ async def _ask(client: S3Client) -> None:
     except BackendError as error:
         traits.checks_completions = False
         logger.warning(
-            "it could not be found out whether the S3 server of bucket %r looks at If-None-Match of CompleteMultipartUpload "
-            "(%s): the backend looks for an object before the end of each multipart upload and copy; conditional_writes=True "
-            "says that the server does",
+            "it is unknown whether the S3 server of bucket %r honours If-None-Match of CompleteMultipartUpload (%s): the backend "
+            "checks for an existing object before it completes each multipart upload or copy; pass conditional_writes=True if "
+            "the server honours it",
             traits.bucket,
             error,
         )
         return
     if not traits.checks_completions:
         logger.warning(
-            "the S3 server of bucket %r ignores If-None-Match of CompleteMultipartUpload: the backend looks for an object "
-            "before the end of each multipart upload and copy, and of two writers of one location at the same moment the later "
-            "one wins; conditional_writes=False says that this is known",
+            "the S3 server of bucket %r ignores If-None-Match of CompleteMultipartUpload: the backend checks for an "
+            "existing object before it completes each multipart upload or copy, and of two concurrent writers of one location "
+            "the later one wins; pass conditional_writes=False to accept that without this warning",
             traits.bucket,
         )
 
@@ -658,7 +612,7 @@ async def _checks_completions(client: S3Client) -> bool:
         upload_id = None
         return False
     finally:
-        await finish(_remove(client, key, upload_id, made), f"removing the probe {key!r}")
+        await shielded_cleanup(_remove(client, key, upload_id, made), f"removing the probe {key!r}")
 
 
 def _extra(client: S3Client, operation: str) -> dict[str, Any]:
@@ -678,17 +632,8 @@ async def _remove(client: S3Client, key: str, upload_id: str | None, made: list[
             await client.call("delete_object", Key=key)
 
 
-_WRITE_ID = "granite-write-id"
-_COPIED_AT_A_TIME = 512 * 1024**2
-_DOUBTFUL = (BackendUnavailableError, MissingUploadError, PreconditionFailedError)
-
-
-class ObjectWriter:
-    """One write of one object.
-
-    The object carries an id of the write in its metadata. So where an answer was lost, and the same request made again is
-    refused because the object exists, a HEAD tells whether it is this write's own. ETags are never compared: they are an MD5 of
-    the bytes only sometimes.
+class ObjectWriter(RemoteWriter):
+    """One write of one object; see `RemoteWriter`.
 
     Args:
         client: The event loop's client.
@@ -697,31 +642,30 @@ class ObjectWriter:
     """
 
     def __init__(self, client: S3Client, location: str, content: Mapping[str, Any]) -> None:
+        super().__init__(location)
         self._client = client
         self._settings = client.settings
         self._traits = client.traits
-        self._location = location
         self._content = content
-        self._id = uuid.uuid4().hex
 
-    async def write(self, source: PartSource) -> dict[str, Any]:
-        """Store all that a source has: by one request where it fits in a part, in parts otherwise.
+    async def write(self, source: PartSource) -> Mapping[str, Any]:
+        """Store all that a source has: by a single PUT where it fits in a part, else by a multipart upload.
 
         Returns:
             The SDK's answer to the request that created the object, or to the HEAD that found it created.
         """
+        if not self._traits.sends_conditions:
+            await self.require_absent()
+        first = await source.take(part_size_of(1, self._settings.part_size, source.size))
         try:
-            if not self._traits.sends_conditions:
-                await self.require_absent()
-            body = await self._only_part(source)
-            if body is not None:
-                return await self._put(body)
+            if await source.ended():
+                return await self._put(first)
             upload = MultipartUpload(self._client, self._location, self._multipart_parameters())
-            return await self._in_parts(upload, lambda: upload.send(source))
+            return await self._in_parts(upload, lambda: upload.send(first, source))
         finally:
-            source.close()
+            first.drop()
 
-    async def copy(self, source: str, info: Mapping[str, Any]) -> dict[str, Any]:
+    async def copy(self, source: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
         """Copy another object inside the server.
 
         It is copied in parts, also where one suffices: many servers ignore `If-None-Match` for CopyObject, and would overwrite.
@@ -738,30 +682,15 @@ class ObjectWriter:
         if not size:
             return await self._put(Body([]))
         upload = MultipartUpload(self._client, self._location, self._parameters("create_multipart_upload"))
-        part_size = max(_COPIED_AT_A_TIME, -(-size // MAX_PARTS))
+        part_size = max(_COPY_PART_SIZE, -(-size // MAX_PARTS))
         return await self._in_parts(upload, lambda: upload.copy(self._copy_source(source, info), size, part_size))
 
     async def require_absent(self) -> None:
         """Raise `ObjectExistsError` where an object is at the location."""
-        try:
-            await self._client.head(self._location)
-        except ObjectNotFoundError:
-            return
-        raise self._exists()
+        if await self._find() is not None:
+            raise self._exists()
 
-    async def _only_part(self, source: PartSource) -> Body | None:
-        """Return all that a source has if it fits in a part; None, with nothing taken, if it does not."""
-        body = await source.take(self._settings.part_size)
-        try:
-            if await source.ended():
-                return body
-        except BaseException:
-            body.drop()
-            raise
-        source.give_back(body)
-        return None
-
-    async def _put(self, body: Body) -> dict[str, Any]:
+    async def _put(self, body: Body) -> Mapping[str, Any]:
         try:
             header, digest = await checksum_header(body, sha256=self._settings.checksums)
             request = {**self._parameters("put_object"), **self._only_if_absent(), **header, "Body": body}
@@ -772,12 +701,10 @@ class ObjectWriter:
             return answer
         except asyncio.CancelledError:
             if body.sent:
-                await self._withdraw()
+                await self._clean_up(None, published=True)
             raise
-        finally:
-            body.drop()
 
-    async def _in_parts(self, upload: MultipartUpload, fill: Callable[[], Any]) -> dict[str, Any]:
+    async def _in_parts(self, upload: MultipartUpload, fill: Callable[[], Any]) -> Mapping[str, Any]:
         completing = False
         try:
             await upload.create()
@@ -792,7 +719,7 @@ class ObjectWriter:
             return answer
         except BaseException as error:
             ours = completing and not isinstance(error, ObjectExistsError)
-            await self._withdraw(upload, published=ours)
+            await self._clean_up(upload, published=ours)
             raise
 
     async def _published(
@@ -803,7 +730,7 @@ class ObjectWriter:
         size: int,
         checksum: str | None = None,
         landed: Callable[[], bool] = lambda: True,
-    ) -> dict[str, Any]:
+    ) -> Mapping[str, Any]:
         """Make the request that creates the object, and learn what became of it, also for a caller that is cancelled.
 
         Args:
@@ -811,71 +738,48 @@ class ObjectWriter:
             request: Its parameters.
             size: The object's size in bytes.
             checksum: The SHA-256 that the server will have of it, None where it has none.
-            landed: Tells whether the server may have acted on the request; before that, a cancellation need not wait.
+            landed: See `_answered`.
         """
-        task = asyncio.ensure_future(self._request(operation, request, size, checksum))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if not landed():
-                task.cancel()
-            if not await settle(task, ANSWER_TIMEOUT):
-                task.cancel()
-                await settle(task)
-            raise
-        finally:
-            del task  # or its error would hold this frame, and the frame the error
+        return await self._answered(self._request(operation, request, size, checksum), landed=landed)
 
-    async def _request(self, operation: str, request: Mapping[str, Any], size: int, checksum: str | None) -> dict[str, Any]:
+    async def _request(self, operation: str, request: Mapping[str, Any], size: int, checksum: str | None) -> Mapping[str, Any]:
         try:
             return await self._client.call(operation, location=self._location, **request)
         except _DOUBTFUL as doubt:
-            found = await self._find(size, checksum, doubt)
+            found = await self._outcome(doubt, size, checksum)
             if found is not None:
                 return found
             if isinstance(doubt, PreconditionFailedError):
                 raise BackendUnavailableError(
-                    f"the server refused {self._location!r} as taken, and then had nothing there: another write was undone "
-                    "meanwhile, or the server keeps a folder of this name",
+                    f"the server refused to create {self._location!r} because it exists, but no object is there: another write "
+                    "was undone meanwhile, or the server has a folder of this name; try again",
                     location=self._location,
                 ) from doubt.__cause__
             raise
 
-    async def _find(self, size: int, checksum: str | None, doubt: BackendError) -> dict[str, Any] | None:
-        """Return the headers of the object if this write has created it, None if nobody has created one.
-
-        Raises:
-            ObjectExistsError: Somebody else has.
-        """
-        mode = {"ChecksumMode": "ENABLED"} if self._settings.checksums else {}
+    async def _find(self, *, with_checksum: bool = False) -> Found | None:
+        mode = {"ChecksumMode": "ENABLED"} if with_checksum and self._settings.checksums else {}
         try:
             head = await self._client.head(self._location, **mode)
         except ObjectNotFoundError:
             return None
-        reported = str(head.get("ChecksumSHA256") or "").partition("-")[0]
-        same = head["ContentLength"] == size and (not reported or checksum is None or reported == checksum)
-        if same and head.get("Metadata", {}).get(_WRITE_ID) == self._id:
-            return head
-        raise self._exists() from doubt.__cause__
+        checksum = str(head.get("ChecksumSHA256") or "").partition("-")[0] or None
+        return Found(head.get("Metadata", {}).get(_WRITE_ID), head["ContentLength"], head, checksum)
 
-    async def _withdraw(self, upload: MultipartUpload | None = None, *, published: bool = True) -> None:
+    async def _remove(self, found: Found | None) -> None:
+        version = version_of(found.receipt) if found is not None else {}
+        await self._client.call("delete_object", location=self._location, **version)
+
+    async def _clean_up(self, upload: MultipartUpload | None, *, published: bool) -> None:
         """Remove what the write has made, parts or an object; nobody else's."""
 
         async def remove() -> None:
             if upload is not None:
                 await upload.abort()
             if published:
-                await self._delete_own()
+                await self._withdraw()
 
-        await finish(remove(), f"the clean-up of a write of {self._location!r}")
-
-    async def _delete_own(self) -> None:
-        try:
-            head = await self._client.head(self._location)
-        except ObjectNotFoundError:
-            return
-        if head.get("Metadata", {}).get(_WRITE_ID) == self._id:
-            await self._client.call("delete_object", location=self._location, **version_of(head))
+        await shielded_cleanup(remove(), f"the clean-up of a write of {self._location!r}")
 
     def _parameters(self, operation: str) -> dict[str, Any]:
         extra = self._settings.extra_put_kwargs
@@ -898,6 +802,3 @@ class ObjectWriter:
         extra = self._settings.extra_put_kwargs
         keys = {f"CopySource{name}": value for name, value in extra.items() if name.startswith("SSECustomer")}
         return {"CopySource": source, "CopySourceIfMatch": info["ETag"], **keys}
-
-    def _exists(self) -> ObjectExistsError:
-        return ObjectExistsError(f"an object is at {self._location!r} already", location=self._location)

@@ -32,6 +32,7 @@ __all__ = [
     "SupportsPlaces",
     "SupportsPresign",
     "SupportsPresignedUpload",
+    "SupportsReopen",
     "UploadRequest",
     "byte_range",
     "close_listing",
@@ -67,7 +68,10 @@ class ObjectInfo:
 
 
 class ObjectReader(Protocol):
-    """Bytes on their way out of a backend: one range of one object, read once from its start to its end."""
+    """Bytes on their way out of a backend: one range of one object, read once from its start to its end.
+
+    It need not resume: where it raises `BackendUnavailableError`, `StoredObjectReader` opens what is left of the same object.
+    """
 
     @property
     def info(self) -> ObjectInfo:
@@ -78,12 +82,35 @@ class ObjectReader(Protocol):
         """Return up to `size` bytes (all that is left where negative), and nothing only at the end of the range.
 
         Raises:
+            BackendUnavailableError: The bytes were cut off; what is left may be asked for again.
             BackendError: The bytes ended before the range did, or could not be read.
         """
         ...
 
     async def aclose(self) -> None:
         """Let go of what the reader holds; idempotent."""
+        ...
+
+
+@runtime_checkable
+class SupportsReopen(Protocol):
+    """An `ObjectReader` whose store can be told which object is meant, so that it sends that one or none.
+
+    Other readers are resumed by `StorageBackend.open`, and what it gives is compared: its size, and its etag or time.
+    """
+
+    @property
+    def max_attempts(self) -> int:
+        """How often in a row the bytes may be cut off, without one between, before the failure is reported."""
+        ...
+
+    async def reopen(self, offset: int, length: int, /) -> ObjectReader:
+        """Open a range of the object that this reader is of, which may have been closed.
+
+        Raises:
+            ObjectNotFoundError: It is no longer there.
+            BackendError: Another object is there instead.
+        """
         ...
 
 
@@ -175,7 +202,7 @@ class SupportsBatchDelete(Protocol):
 class SupportsCleanup(Protocol):
     """A backend whose interrupted writes can leave something unfinished, such as temporary files or multipart uploads."""
 
-    async def abort_unfinished(self, *, older_than: timedelta) -> int:
+    async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
         """Remove what unfinished writes left behind longer than `older_than` ago; return how many there were."""
         ...
 

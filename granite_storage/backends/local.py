@@ -14,11 +14,11 @@ from pathlib import Path
 from aiofiles.threadpool import wrap
 from aiofiles.threadpool.binary import AsyncFileIO
 
-from granite_storage._tasks import finish, finished
+from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.backends._identity import folder_places
 from granite_storage.backends._local_tree import Tree, translated
-from granite_storage.backends._local_write import Draft, FileWriter
+from granite_storage.backends._local_write import AtomicFile, FileWriter
 from granite_storage.backends.base import ObjectInfo, ObjectReader, Place, byte_range, check_range
 from granite_storage.exceptions import BackendError, ConfigurationError
 from granite_storage.locations import check_location
@@ -28,9 +28,9 @@ __all__ = ["LocalStorageBackend"]
 # Decided at import: tools that watch for blocking calls replace these functions later.
 _HAS_DIRECTORY_DESCRIPTORS = {os.open, os.link} <= os.supports_dir_fd
 
-_MOST_PENDING = 8 << 20
+_MAX_PENDING = 8 << 20
 _COPY_STEP = 8 << 20
-_LISTED_AT_A_TIME = 1000
+_LISTING_BATCH = 1000
 
 
 class LocalStorageBackend:
@@ -111,8 +111,8 @@ class LocalStorageBackend:
         else:
             await self.put_bytes(location, begun[0] if begun else b"")
             return
-        async with self._draft(location) as draft:
-            await self._write(draft, begun, stream)
+        async with self._atomic_file(location) as file:
+            await self._write(file, begun, stream)
 
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range; see `StorageBackend.open`."""
@@ -139,14 +139,14 @@ class LocalStorageBackend:
         """Copy an object inside the file system; see `SupportsCopy.copy`. A file system that shares blocks moves no byte."""
         check_location(source)
         check_location(target)
-        async with self._draft(target) as draft:
+        async with self._atomic_file(target) as file:
             reader = await self._threads.run(self._open, source, 0, None, undo=_LocalReader.close)
             try:
-                while await self._threads.run(_copy_some, reader.descriptor, draft, target):
+                while await self._threads.run(_copy_some, reader.descriptor, file, target):
                     pass
             finally:
-                await finish(reader.aclose(), f"closing {source!r}")
-            await self._threads.run(_require_whole_copy, reader.info, draft, target)
+                await shielded_cleanup(reader.aclose(), f"closing {source!r}")
+            await self._threads.run(_require_whole_copy, reader.info, file, target)
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
         """Yield the objects in order; see `StorageBackend.iter_objects`. Files that cannot be objects are passed over."""
@@ -156,10 +156,10 @@ class LocalStorageBackend:
                 for info in batch:
                     yield info
         except BaseException:
-            await finish(self._threads.run(_close, objects), "closing a listing")
+            await shielded_cleanup(self._threads.run(_close, objects), "closing a listing")
             raise
 
-    async def abort_unfinished(self, *, older_than: timedelta) -> int:
+    async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
         """Remove temporary files that were last written to longer ago than `older_than`; return how many there were."""
         return await self._threads.run(self._tree.sweep, older_than.total_seconds())
 
@@ -191,19 +191,19 @@ class LocalStorageBackend:
         self._threads.close()
 
     @asynccontextmanager
-    async def _draft(self, location: str) -> AsyncIterator[Draft]:
+    async def _atomic_file(self, location: str) -> AsyncIterator[AtomicFile]:
         """Give an unfinished file, publish it at the end of the block, and leave nothing of it where anything fails."""
-        draft = await self._threads.run(self._writer.begin, location, undo=Draft.discard)
+        file = await self._threads.run(self._writer.begin, location, undo=AtomicFile.discard)
         try:
-            yield draft
-            await self._threads.run(draft.publish)
+            yield file
+            await self._threads.run(file.publish)
         except BaseException:
-            await finish(self._threads.run(draft.discard), f"removing the unfinished file of {location!r}")
+            await shielded_cleanup(self._threads.run(file.discard), f"removing the unfinished file of {location!r}")
             raise
 
-    async def _write(self, draft: Draft, begun: deque[bytes], rest: AsyncIterator[bytes]) -> None:
+    async def _write(self, file: AtomicFile, begun: deque[bytes], rest: AsyncIterator[bytes]) -> None:
         """Write in a thread while the stream goes on, a few MiB behind it; return only when the thread is done with the file."""
-        writer = ThreadConsumer(self._threads, draft.write, max_pending=_MOST_PENDING, consume_several=draft.write_several)
+        writer = ThreadConsumer(self._threads, file.write, max_pending=_MAX_PENDING, consume_several=file.write_several)
         try:
             while begun:
                 await writer.feed(begun.popleft())
@@ -242,7 +242,7 @@ class _LocalReader:
         wanted = self._left if size < 0 else min(size, self._left)
         handle = self._handle = self._handle or wrap(self._file, executor=self._threads.executor)
         with translated(self.info.location):
-            chunk = await finished(handle.read(wanted))
+            chunk = await shielded(handle.read(wanted))
         if wanted and not chunk:
             message = f"the file at {self.info.location!r} ended {self._left} bytes early"
             raise BackendError(message, location=self.info.location)
@@ -251,33 +251,33 @@ class _LocalReader:
 
     async def aclose(self) -> None:
         if not self._file.closed:
-            await finished(self._threads.run(self.close))
+            await shielded(self._threads.run(self.close))
 
     def close(self) -> None:
         self._file.close()
 
 
-def _copy_some(source: int, draft: Draft, location: str) -> int:
+def _copy_some(source: int, file: AtomicFile, location: str) -> int:
     """Copy some bytes from the descriptor's position, in the kernel where it can; return how many."""
     with translated(location):
         try:
-            return os.copy_file_range(source, draft.file, _COPY_STEP)
+            return os.copy_file_range(source, file.descriptor, _COPY_STEP)
         except (AttributeError, OSError):
             content = os.read(source, _COPY_STEP)
-    draft.write(content)
+    file.write(content)
     return len(content)
 
 
-def _require_whole_copy(source: ObjectInfo, draft: Draft, location: str) -> None:
+def _require_whole_copy(source: ObjectInfo, file: AtomicFile, location: str) -> None:
     """Refuse a copy that ended early, as some file systems let `copy_file_range` do."""
     with translated(location):
-        copied = os.fstat(draft.file).st_size
+        copied = os.fstat(file.descriptor).st_size
     if copied != source.size:
         raise BackendError(f"only {copied} of {source.size} bytes of {source.location!r} could be copied", location=location)
 
 
 def _take(objects: Iterator[ObjectInfo]) -> list[ObjectInfo]:
-    return list(islice(objects, _LISTED_AT_A_TIME))
+    return list(islice(objects, _LISTING_BATCH))
 
 
 def _close(objects: Iterator[ObjectInfo]) -> None:

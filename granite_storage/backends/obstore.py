@@ -9,27 +9,32 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject
 from granite_storage.backends._listing import Listing
-from granite_storage.backends._obstore_client import PATIENCE, ObjectStoreConfigurationError, StoreClient, connected
+from granite_storage.backends._obstore_client import CANCEL_TIMEOUT, ObjectStoreConfigurationError, StoreClient, connected
 from granite_storage.backends._obstore_upload import ObjectWriter, slices
-from granite_storage.backends._remote import Opened, open_reader
+from granite_storage.backends._remote import Opened, delete_each, delete_in_batches, open_reader, read_beginning
+from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ByteRange, ObjectInfo, ObjectReader, Place
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError, MissingDependencyError
 from granite_storage.locations import MAX_LOCATION_BYTES, check_location
 
-__all__ = ["ObjectStoreBackend", "ObjectStoreConfigurationError", "StoreService"]
-
-
-# Objects that a store of obstore's sends.
-
+__all__ = ["ObjectStoreBackend", "ObjectStoreConfigurationError"]
 
 _LARGEST = (1 << 63) - 1
 _ATTEMPTS = 5
+_MIB = 1024 * 1024
+_SMALLEST_PART = 5 * _MIB
+_LARGEST_COPY = 5 * 1024 * _MIB
+_LONGEST_SIGNATURE = timedelta(days=7)
+_COPY_STEP = _MIB
+# On a local disk obstore writes to a file whose name has "#" and a number at its end, which must fit too.
+_LONGEST_LOCAL_SEGMENT = 245
+_LOCAL_TEMPORARY = re.compile(r"#\d+$")
 
 
-class StoreService:
+class _Service:
     """A store, as a reader asks it; see `Service`."""
 
     attempts = _ATTEMPTS
@@ -86,7 +91,7 @@ class _StreamBody:
             return
         try:
             if not coming.done():
-                await finish(asyncio.wait([coming], timeout=PATIENCE), f"closing a reader of {self._location!r}")
+                await shielded_cleanup(asyncio.wait([coming], timeout=CANCEL_TIMEOUT), f"closing a reader of {self._location!r}")
         finally:
             if not coming.cancel() and not coming.cancelled():
                 coming.exception()  # nobody else will look at it
@@ -101,24 +106,12 @@ class _StreamBody:
         self._coming = None
         self._left -= len(chunk)
         if self._left < 0:
-            raise BackendError(f"the service sent more of {self._location!r} than was asked for", location=self._location)
+            raise BackendError(f"the service sent more bytes of {self._location!r} than were requested", location=self._location)
         return chunk
 
     def _ask_ahead(self) -> None:
         if self._left:
             self._coming = self._stream.__anext__()
-
-
-_MIB = 1024 * 1024
-_SMALLEST_PART = 5 * _MIB
-_LARGEST_COPY = 5 * 1024 * _MIB
-_LONGEST_SIGNATURE = timedelta(days=7)
-_DELETED_AT_A_TIME = 1000
-_DELETES_SIDE_BY_SIDE = 16
-_COPY_STEP = _MIB
-# On a local disk obstore writes to a file whose name has "#" and a number at its end, which must fit too.
-_LONGEST_LOCAL_SEGMENT = 245
-_LOCAL_TEMPORARY = re.compile(r"#\d+$")
 
 
 class ObjectStoreBackend:
@@ -130,8 +123,8 @@ class ObjectStoreBackend:
     meet there. Where an answer was lost, a HEAD tells what became of the write, by an id in the object's metadata. A write that
     fails or is cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
 
-    A reader holds a connection until it is closed or read to its end, and goes on where a body was cut off, with the same version
-    of the object or not at all.
+    A reader holds a connection until it is closed or read to its end. What is cut off is opened again by `StoredObjectReader`,
+    with the same version of the object or not at all.
 
     A killed process cannot abort its upload, nor can anybody who does not know its id: give an S3 or Google bucket a lifecycle
     rule for incomplete multipart uploads. Azure drops parts that were never joined after a week.
@@ -178,7 +171,7 @@ class ObjectStoreBackend:
         if part_size < _SMALLEST_PART:
             raise ConfigurationError(f"part_size must be at least 5 MiB, as S3 demands, not {part_size} bytes")
         if part_concurrency < 1:
-            raise ConfigurationError(f"part_concurrency must be greater than 0, not {part_concurrency!r}")
+            raise ConfigurationError(f"part_concurrency must be at least 1, not {part_concurrency!r}")
         options = {
             "config": config,
             "client_options": client_options,
@@ -186,7 +179,7 @@ class ObjectStoreBackend:
             "credential_provider": credential_provider,
         }
         self._client = connected(store, options)
-        self._service = StoreService(self._client)
+        self._service = _Service(self._client)
         self._part_size = part_size
         self._part_concurrency = part_concurrency
         self._listing = Listing(self._client, list_by_folder)
@@ -254,11 +247,7 @@ class ObjectStoreBackend:
         for location in locations:
             self._check(location)
         self._require_writable()
-        different = list(dict.fromkeys(locations))
-        failures: dict[str, BackendError] = {}
-        for start in range(0, len(different), _DELETED_AT_A_TIME):
-            failures |= await self._delete_batch(different[start : start + _DELETED_AT_A_TIME])
-        return failures
+        return await delete_in_batches(locations, self._delete_batch)
 
     async def signed_url(self, location: str, *, expires_in: timedelta) -> str:
         """Return a URL that serves a GET of the object, with its stored content type, until it expires.
@@ -279,7 +268,9 @@ class ObjectStoreBackend:
         if not timedelta(seconds=1) <= expires_in <= _LONGEST_SIGNATURE:
             raise ValueError(f"expires_in must be from one second to seven days, not {expires_in}")
         if not self._client.kind.signs:
-            raise ObjectStoreConfigurationError(f"{self._client.name} signs no URLs", location=location)
+            raise ObjectStoreConfigurationError(
+                f"{self._client.name} signs no URLs: only S3, Google Cloud Storage and Azure do", location=location
+            )
         return await self._client.signed(location, expires_in)
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
@@ -317,21 +308,10 @@ class ObjectStoreBackend:
                 pass
             else:
                 return {}
-        places = asyncio.Semaphore(_DELETES_SIDE_BY_SIDE)
-
-        async def delete(location: str) -> BackendError | None:
-            async with places:
-                try:
-                    await self._client.delete(location)
-                except BackendError as error:
-                    return error
-            return None
-
-        results = await asyncio.gather(*map(delete, locations))
-        return {location: error for location, error in zip(locations, results, strict=True) if error is not None}
+        return await delete_each(locations, self._client.delete)
 
     async def _bytes_of(self, location: str) -> AsyncIterator[bytes]:
-        reader = await self.open(location)
+        reader = await open_resuming(self, location)
         try:
             while chunk := await reader.read(_COPY_STEP):
                 yield chunk
@@ -339,11 +319,7 @@ class ObjectStoreBackend:
             await reader.aclose()
 
     async def _read_marker(self) -> bytes:
-        reader = await open_reader(self._service, MARKER, offset=0, length=MARKER_SIZE)
-        try:
-            return await reader.read()
-        finally:
-            await reader.aclose()
+        return await read_beginning(self._service, MARKER, MARKER_SIZE)
 
     async def _create_marker(self, content: bytes) -> None:
         writer = ObjectWriter(
@@ -362,21 +338,23 @@ class ObjectStoreBackend:
         check_location(location, windows=False)
         prefix = self._client.prefix
         if prefix and len(f"{prefix}/{location}".encode()) > MAX_LOCATION_BYTES:
-            raise InvalidLocationError(f"the location is longer than {MAX_LOCATION_BYTES} bytes with its prefix")
+            raise InvalidLocationError(
+                f"location {location[:80]!r} is longer than {MAX_LOCATION_BYTES} bytes together with its prefix"
+            )
         if self._client.kind.names_temporary_files:
             _check_local(location)
 
     def _require_writable(self) -> None:
         if not self._client.kind.writes:
-            raise ObjectStoreConfigurationError(f"{self._client.name} can only be read: HTTP has no exclusive write")
+            raise ObjectStoreConfigurationError(f"{self._client.name} can only be read: HTTP cannot create an object exclusively")
 
 
 def _check_local(location: str) -> None:
     for segment in location.split("/"):
         if len(segment.encode()) > _LONGEST_LOCAL_SEGMENT or _LOCAL_TEMPORARY.search(segment):
             raise InvalidLocationError(
-                f"obstore keeps no file of this name on a local disk: it is longer than {_LONGEST_LOCAL_SEGMENT} bytes, "
-                f"or ends in '#' and a number: {segment[:80]!r}"
+                f"obstore cannot store {segment[:80]!r} on a local disk: the name is longer than {_LONGEST_LOCAL_SEGMENT} bytes, "
+                "or ends in '#' and a number"
             )
 
 

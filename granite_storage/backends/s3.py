@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -12,7 +11,8 @@ from urllib.parse import urlsplit
 
 from granite_storage.backends._identity import MARKER, MARKER_SIZE, IdentityObject, bucket_place
 from granite_storage.backends._listing import list_keys
-from granite_storage.backends._remote import ConnectionTakenError, Opened, error_at, open_reader
+from granite_storage.backends._remote import Opened, delete_each, delete_in_batches, error_at, open_reader, read_beginning
+from granite_storage.backends._resuming import ConnectionTakenError
 from granite_storage.backends._s3_client import Lease, S3Client, S3Clients, S3Settings, is_installed, version_of
 from granite_storage.backends._s3_errors import ConflictError, S3ConfigurationError, answered, translate
 from granite_storage.backends._s3_upload import (
@@ -37,22 +37,15 @@ from granite_storage.exceptions import (
 from granite_storage.locations import MAX_LOCATION_BYTES, check_location, check_segment
 from granite_storage.streams import MeasuredStream, require_size
 
-__all__ = [
-    "S3ConfigurationError",
-    "S3Service",
-    "S3StorageBackend",
-    "info_of",
-    "presigned_form",
-    "presigned_put",
-    "require_presignable",
-    "warn_of_early_end",
-]
-
-
-# Requests that clients make of an S3 server by themselves, signed so that nothing of them can be changed.
-
+__all__ = ["S3ConfigurationError", "S3StorageBackend"]
 
 logger = logging.getLogger("granite_storage")
+
+_MIB = 1024 * 1024
+_SMALLEST_PART = 5 * _MIB
+_LARGEST_PART = 5 * 1024 * _MIB
+_LONGEST_PRESIGN = timedelta(days=7)
+_OURS = frozenset({"Body", "Bucket", "ContentLength", "ContentMD5", "IfMatch", "IfNoneMatch", "Key"})
 
 _HEADERS = {
     "ACL": "x-amz-acl",
@@ -68,7 +61,10 @@ _FIELDS = _HEADERS | {"ACL": "acl"}
 _ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")
 
 
-def require_presignable(settings: S3Settings) -> None:
+# Presigned requests: nothing of them can be changed by the client that makes them.
+
+
+def _require_presignable(settings: S3Settings) -> None:
     """Refuse the parameters with which no client can store, or nothing could be made of what it has stored.
 
     Raises:
@@ -76,14 +72,17 @@ def require_presignable(settings: S3Settings) -> None:
     """
     extra = settings.extra_put_kwargs
     if any(name.startswith("SSECustomer") for name in extra):
-        raise S3ConfigurationError("extra_put_kwargs encrypts with a key of your own, which a client would have to be given")
+        raise S3ConfigurationError(
+            "a client cannot store directly with a key of your own (SSECustomerKey in extra_put_kwargs): it would have to know it"
+        )
     if extra.get("StorageClass") in _ARCHIVES:
         raise S3ConfigurationError(
-            f"extra_put_kwargs has the storage class {extra['StorageClass']!r}, from which no direct upload could be read"
+            f"a client cannot store directly with the storage class {extra['StorageClass']!r} of extra_put_kwargs: nothing there "
+            "can be read at once"
         )
 
 
-async def presigned_form(
+async def _presigned_form(
     client: S3Client, location: str, expires_in: int, content_type: str, min_size: int, max_size: int
 ) -> UploadRequest:
     """Return a form that stores an object: every condition of its policy names one value, but for the size.
@@ -106,7 +105,7 @@ async def presigned_form(
     return UploadRequest("POST", form["url"], fields=form["fields"])
 
 
-async def presigned_put(client: S3Client, location: str, expires_in: int, content_type: str, _: int, size: int) -> UploadRequest:
+async def _presigned_put(client: S3Client, location: str, expires_in: int, content_type: str, _: int, size: int) -> UploadRequest:
     """Return a PUT that stores an object of one size, which is signed as its Content-Length."""
     extra = client.settings.extra_put_kwargs
     parameters = {
@@ -126,7 +125,7 @@ def _named(extra: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]
     return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
 
 
-def warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
+def _warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
     """Log that what was just signed ends with the temporary credentials that signed it, once for each set of these."""
     end = client.end_of_credentials()
     if end is None or end == client.traits.warned_of_end:
@@ -135,18 +134,18 @@ def warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
     if left < expires_in:
         client.traits.warned_of_end = end
         logger.warning(
-            "what is presigned for bucket %r was asked to work for %s, but ends after %s with the temporary credentials that "
-            "sign it: presign for less, or sign with credentials that last",
+            "what is presigned for bucket %r is to be valid for %s, but expires after %s with the temporary credentials that "
+            "sign it: presign for a shorter time, or sign with credentials that last longer",
             client.settings.bucket,
             expires_in,
             timedelta(seconds=max(0, int(left.total_seconds()))),
         )
 
 
-# Objects that S3 sends.
+# Downloads.
 
 
-def info_of(location: str, answer: Mapping[str, Any], size: int) -> ObjectInfo:
+def _info_of(location: str, answer: Mapping[str, Any], size: int) -> ObjectInfo:
     """Return what an answer of the SDK says of an object."""
     modified: datetime = answer["LastModified"]
     etag = str(answer.get("ETag") or "").strip('"') or None
@@ -154,31 +153,32 @@ def info_of(location: str, answer: Mapping[str, Any], size: int) -> ObjectInfo:
     return ObjectInfo(location, size, modified.astimezone(UTC), etag, content_type, encoding)
 
 
-class S3Service:
+class _Service:
     """A bucket, as a reader asks it; see `Service`."""
 
-    def __init__(self, client: S3Client) -> None:
-        self.attempts = client.settings.max_attempts
-        self._client = client
+    def __init__(self, clients: S3Clients, attempts: int) -> None:
+        self.attempts = attempts
+        self._clients = clients
 
     async def get(self, location: str, start: int, stop: int | None, same: Mapping[str, Any] | None = None, /) -> Opened:
         """Ask for a range; see `Service.get`."""
         wanted = dict(same or {})
         if start or stop is not None:
             wanted["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-        answer, lease = await self._client.start("get_object", location=location, **wanted)
+        client = await self._clients.get()
+        answer, lease = await client.start("get_object", location=location, **wanted)
         try:
             size, sent = _size_and_range(answer)
             this = {**({"IfMatch": answer["ETag"]} if "ETag" in answer else {}), **version_of(answer)}
-            return Opened(info_of(location, answer, size), sent, _LeasedBody(lease), this)
+            return Opened(_info_of(location, answer, size), sent, _LeasedBody(lease), this)
         except BaseException:
             lease.release()
             raise
 
     async def head(self, location: str, /) -> ObjectInfo:
         """Ask what is known of an object; see `Service.head`."""
-        head = await self._client.head(location)
-        return info_of(location, head, head["ContentLength"])
+        head = await (await self._clients.get()).head(location)
+        return _info_of(location, head, head["ContentLength"])
 
 
 class _LeasedBody:
@@ -208,14 +208,6 @@ def _size_and_range(answer: Mapping[str, Any]) -> tuple[int, ByteRange]:
     return int(size_text), ByteRange(int(start), int(last) + 1)
 
 
-_MIB = 1024 * 1024
-_SMALLEST_PART = 5 * _MIB
-_LARGEST_PART = 5 * 1024 * _MIB
-_DELETED_AT_A_TIME = 1000
-_LONGEST_PRESIGN = timedelta(days=7)
-_OURS = frozenset({"Body", "Bucket", "ContentLength", "ContentMD5", "IfMatch", "IfNoneMatch", "Key"})
-
-
 class S3StorageBackend:
     """Keeps each object under one key of a bucket.
 
@@ -225,8 +217,8 @@ class S3StorageBackend:
     cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
 
     A reader holds a connection until it is closed or read to its end, or until another call waits for one while it is not read.
-    It goes on where a body was cut off, with the same version of the object or not at all. In a bucket with versions, `delete`
-    leaves a delete marker, as S3 does.
+    What is cut off, or lost its connection, is opened again by `StoredObjectReader`, with the same version of the object or not
+    at all. In a bucket with versions, `delete` leaves a delete marker, as S3 does.
 
     The client opens with the first call on each event loop. Every write has the metadata entry `granite-write-id`. The object
     `.granite-storage` below the prefix has the identity of the store; listings pass it over.
@@ -234,7 +226,7 @@ class S3StorageBackend:
     The credentials need `s3:GetObject`, `s3:PutObject`, `s3:DeleteObject`, `s3:AbortMultipartUpload`,
     `s3:ListMultipartUploadParts`, `s3:ListBucketMultipartUploads` and `s3:ListBucket`; without the last one S3 answers
     "forbidden" for what is not there, and so does this backend. Give the bucket a lifecycle rule for incomplete multipart
-    uploads, or call `abort_unfinished` now and then: a killed process cannot clean up.
+    uploads, or call `cleanup_incomplete` now and then: a killed process cannot clean up.
 
     Args:
         bucket: The bucket's name; it must exist.
@@ -349,6 +341,7 @@ class S3StorageBackend:
         )
         self._presigned_post = presigned_post
         self._clients = S3Clients(self._settings)
+        self._service = _Service(self._clients, max_attempts)
         self._page_size: int | None = None
         self._identity = IdentityObject()
 
@@ -400,14 +393,12 @@ class S3StorageBackend:
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range; see `StorageBackend.open`."""
         self._check(location)
-        return await open_reader(S3Service(await self._clients.get()), location, offset=offset, length=length)
+        return await open_reader(self._service, location, offset=offset, length=length)
 
     async def stat(self, location: str) -> ObjectInfo:
         """Tell what is known of an object; see `StorageBackend.stat`."""
         self._check(location)
-        client = await self._clients.get()
-        head = await client.head(location)
-        return info_of(location, head, head["ContentLength"])
+        return await self._service.head(location)
 
     async def exists(self, location: str) -> bool:
         """Tell whether an object is there; see `StorageBackend.exists`."""
@@ -420,18 +411,13 @@ class S3StorageBackend:
     async def delete(self, location: str) -> None:
         """Remove an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
         self._check(location)
-        await self._delete(await self._clients.get(), location)
+        await self._delete(location)
 
     async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
         """Remove objects, a thousand by one request; see `SupportsBatchDelete.delete_many`."""
         for location in locations:
             self._check(location)
-        client = await self._clients.get()
-        different = list(dict.fromkeys(locations))
-        failures: dict[str, BackendError] = {}
-        for start in range(0, len(different), _DELETED_AT_A_TIME):
-            failures |= await self._delete_batch(client, different[start : start + _DELETED_AT_A_TIME])
-        return failures
+        return await delete_in_batches(locations, self._delete_batch)
 
     async def copy(self, source: str, target: str) -> Mapping[str, Any]:
         """Copy an object inside the server, with its content type; see `SupportsCopy.copy`.
@@ -466,7 +452,7 @@ class S3StorageBackend:
             )
         except Exception as error:
             raise translate(error, "presign_get", bucket=self.bucket, location=location) from error
-        warn_of_early_end(client, expires_in)
+        _warn_of_early_end(client, expires_in)
         return url
 
     async def presign_upload(
@@ -484,20 +470,24 @@ class S3StorageBackend:
         self._check(location)
         _require_life(expires_in)
         if "${filename}" in self._settings.key(location):
-            raise InvalidLocationError(f"a form would put the client's own name of the file into {location!r}")
+            raise InvalidLocationError(
+                f"location {location!r} contains ${{filename}}, in whose place an S3 form puts the client's file name"
+            )
         if not 0 <= min_size <= max_size:
-            raise ValueError(f"no file has from {min_size} to {max_size} bytes")
+            raise ValueError(f"min_size must be from 0 to max_size, but they are {min_size} and {max_size}")
         require_size(min_size, _LARGEST_PART)
-        require_presignable(self._settings)
+        _require_presignable(self._settings)
         if not self._presigned_post and min_size != max_size:
-            raise ValueError("the server takes no form, and a PUT is signed for one size: say the exact size")
+            raise ValueError(
+                f"presigned_post=False signs a PUT of one size: pass equal min_size and max_size, not {min_size} and {max_size}"
+            )
         client = await self._clients.get()
-        sign = presigned_form if self._presigned_post else presigned_put
+        sign = _presigned_form if self._presigned_post else _presigned_put
         try:
             request = await sign(client, location, int(expires_in.total_seconds()), content_type, min_size, max_size)
         except Exception as error:
             raise translate(error, "presign_upload", bucket=self.bucket, location=location) from error
-        warn_of_early_end(client, expires_in)
+        _warn_of_early_end(client, expires_in)
         return request
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
@@ -514,10 +504,10 @@ class S3StorageBackend:
         async for entry in list_keys(client, settings.key(prefix), start_after=after, page_size=self._page_size):
             location = entry["Key"].removeprefix(settings.prefix)
             if location and location != MARKER and not location.startswith(PROBE_PREFIX):
-                yield info_of(location, entry, entry["Size"])
+                yield _info_of(location, entry, entry["Size"])
 
-    async def abort_unfinished(self, *, older_than: timedelta) -> int:
-        """Abort the multipart uploads under the prefix; see `SupportsCleanup.abort_unfinished`.
+    async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
+        """Abort the multipart uploads under the prefix; see `SupportsCleanup.cleanup_incomplete`.
 
         An upload is old when it began, and its last part arrived, so long ago. Those of other programs are aborted too.
         """
@@ -554,11 +544,7 @@ class S3StorageBackend:
         await self._clients.aclose()
 
     async def _read_marker(self) -> bytes:
-        reader = await open_reader(S3Service(await self._clients.get()), MARKER, offset=0, length=MARKER_SIZE)
-        try:
-            return await reader.read()
-        finally:
-            await reader.aclose()
+        return await read_beginning(self._service, MARKER, MARKER_SIZE)
 
     async def _create_marker(self, content: bytes) -> None:
         await self._write(await self._clients.get(), MARKER, BytesSource(content), "text/plain")
@@ -566,7 +552,9 @@ class S3StorageBackend:
     def _check(self, location: str) -> None:
         check_location(location, windows=False)
         if len(self._settings.key(location).encode()) > MAX_LOCATION_BYTES:
-            raise InvalidLocationError(f"the location is longer than {MAX_LOCATION_BYTES} bytes with its prefix")
+            raise InvalidLocationError(
+                f"location {location[:80]!r} is longer than {MAX_LOCATION_BYTES} bytes together with its prefix"
+            )
 
     async def _write(self, client: S3Client, location: str, source: PartSource, content_type: str | None) -> Mapping[str, Any]:
         content = {} if content_type is None else {"ContentType": content_type}
@@ -576,19 +564,21 @@ class S3StorageBackend:
         version = version_of(answer)
         return {"bucket": self.bucket, **({"version_id": version["VersionId"]} if version else {})}
 
-    async def _delete(self, client: S3Client, location: str) -> None:
+    async def _delete(self, location: str) -> None:
+        client = await self._clients.get()
         try:
             await client.call("delete_object", location=location)
         except ObjectNotFoundError:  # some servers say so
             return
 
-    async def _delete_batch(self, client: S3Client, locations: Sequence[str]) -> dict[str, BackendError]:
+    async def _delete_batch(self, locations: Sequence[str]) -> dict[str, BackendError]:
+        client = await self._clients.get()
         keys = {self._settings.key(location): location for location in locations}
         try:
             answer = await client.call("delete_objects", Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True})
         except BackendError as error:
             if type(error) is BackendError:  # the server does not know the request, or wants other checksums of it
-                return await self._delete_each(client, locations)
+                return await delete_each(locations, self._delete)
             return {location: error_at(location, error) for location in locations}
         failures: dict[str, BackendError] = {}
         for entry in answer.get("Errors", ()):
@@ -596,16 +586,6 @@ class S3StorageBackend:
             failure = answered({"Error": entry}, "delete_objects", bucket=self.bucket, location=location)
             if not isinstance(failure, ObjectNotFoundError):
                 failures[location] = failure
-        return failures
-
-    async def _delete_each(self, client: S3Client, locations: Sequence[str]) -> dict[str, BackendError]:
-        results = await asyncio.gather(*(self._delete(client, location) for location in locations), return_exceptions=True)
-        failures = {}
-        for location, result in zip(locations, results, strict=True):
-            if isinstance(result, BackendError):
-                failures[location] = result
-            elif result is not None:
-                raise result
         return failures
 
 
@@ -618,7 +598,7 @@ def _checked_prefix(prefix: str) -> str:
         try:
             check_segment(segment, windows=False)
         except InvalidLocationError as error:
-            raise ConfigurationError(f"the prefix is not safe: {error}") from error
+            raise ConfigurationError(f"prefix {prefix!r} cannot be used: {error}") from error
     return f"{bare}/"
 
 

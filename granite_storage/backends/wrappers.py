@@ -1,4 +1,4 @@
-"""A folder of another backend, as a backend."""
+"""Backends around a backend: each call is passed on, each ability kept, and none pretended."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from granite_storage.backends.base import (
     SupportsPlaces,
     SupportsPresign,
     SupportsPresignedUpload,
+    SupportsReopen,
     UploadRequest,
     close_listing,
 )
@@ -30,10 +31,6 @@ from granite_storage.exceptions import BackendError, ConfigurationError, Invalid
 from granite_storage.locations import check_location, check_segment
 
 __all__ = ["PrefixedBackend", "WrappedBackend"]
-
-
-# What backends around a backend have in common: each call passed on, each ability kept, and none pretended.
-
 
 T = TypeVar("T")
 
@@ -76,7 +73,7 @@ class WrappedBackend:
         """Open a range for reading."""
         inside = self._inside(location)
         reader = await self._call("open", [location], lambda: self.inner.open(inside, offset=offset, length=length))
-        return _WrappedReader(reader, location, self._call)
+        return _wrap_reader(reader, location, self._call)
 
     async def stat(self, location: str) -> ObjectInfo:
         """Tell what is known of an object."""
@@ -158,10 +155,10 @@ class _DeletesMany(WrappedBackend):
 
 
 class _CleansUp(WrappedBackend):
-    async def abort_unfinished(self, *, older_than: timedelta) -> int:
+    async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
         """Remove what unfinished writes left behind, in the whole inner backend."""
         inner = cast(SupportsCleanup, self.inner)
-        return await self._call("abort_unfinished", [], lambda: inner.abort_unfinished(older_than=older_than))
+        return await self._call("cleanup_incomplete", [], lambda: inner.cleanup_incomplete(older_than=older_than))
 
 
 class _TellsTime(WrappedBackend):
@@ -258,8 +255,13 @@ def _class_around(cls: type[WrappedBackend], inner: StorageBackend) -> type[Wrap
     return type(cls.__name__, (cls, *abilities), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
+def _wrap_reader(inner: ObjectReader, location: str, call: Callable[..., Awaitable[Any]]) -> ObjectReader:
+    wrapper = _ReopeningReader if isinstance(inner, SupportsReopen) else _WrappedReader
+    return wrapper(inner, location, call)
+
+
 class _WrappedReader:
-    def __init__(self, inner: ObjectReader, location: str, call: Callable[..., Awaitable[bytes]]) -> None:
+    def __init__(self, inner: ObjectReader, location: str, call: Callable[..., Awaitable[Any]]) -> None:
         self.info = replace(inner.info, location=location)
         self._inner = inner
         self._location = location
@@ -267,17 +269,31 @@ class _WrappedReader:
 
     async def read(self, size: int = -1, /) -> bytes:
         """Return up to `size` bytes, all that is left where negative."""
-        return await self._call("read", [self._location], lambda: self._inner.read(size))
+        chunk: bytes = await self._call("read", [self._location], lambda: self._inner.read(size))
+        return chunk
 
     async def aclose(self) -> None:
         """Let go of what the reader holds."""
         await self._inner.aclose()
 
 
+class _ReopeningReader(_WrappedReader):
+    @property
+    def max_attempts(self) -> int:
+        """What the inner reader says."""
+        return cast(SupportsReopen, self._inner).max_attempts
+
+    async def reopen(self, offset: int, length: int, /) -> ObjectReader:
+        """Open a range of the object that the inner reader is of."""
+        inner = cast(SupportsReopen, self._inner)
+        reader = await self._call("open", [self._location], lambda: inner.reopen(offset, length))
+        return _wrap_reader(reader, self._location, self._call)
+
+
 class PrefixedBackend(WrappedBackend):
     """Keeps everything under one prefix of another backend, and sees nothing else of it.
 
-    It promises what the inner backend promises, has the same abilities, and costs a string per call. Only `abort_unfinished`
+    It promises what the inner backend promises, has the same abilities, and costs a string per call. Only `cleanup_incomplete`
     reaches further: it clears up after the unfinished writes of the whole inner backend. Its identity is that of the inner
     backend with the prefix, so that rows of another prefix are noticed.
 
@@ -308,7 +324,7 @@ class PrefixedBackend(WrappedBackend):
             for segment in prefix.split("/"):
                 check_segment(segment)
         except InvalidLocationError as error:
-            raise ConfigurationError(f"the prefix is not safe: {error}") from error
+            raise ConfigurationError(f"prefix {prefix!r} cannot be used: {error}") from error
         self.prefix = prefix
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage._engine import describe_mismatch, identities_of, may_overlap
 from granite_storage._jobs import require_mounted
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends.base import StorageBackend
 from granite_storage.cli.output import escape_text
 from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
@@ -267,7 +267,7 @@ async def _check_backend(key: str, backend: StorageBackend, prefix: str | None) 
                 listed = [info.location async for info in backend.iter_objects(location)]
             finally:
                 if doing != "looking for an object":
-                    await finish(backend.delete(location), f"deleting the probe {location!r}")
+                    await shielded_cleanup(backend.delete(location), f"deleting the probe {location!r}")
             doing = "deleting the probe"
             gone = not await backend.exists(location)
     except (StorageError, OSError, TimeoutError) as error:

@@ -13,7 +13,8 @@ from typing import IO, Any
 
 import click
 
-from granite_storage._tasks import finish, finished
+from granite_storage._tasks import shielded, shielded_cleanup
+from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ObjectInfo, ObjectReader
 from granite_storage.cli.output import format_size
 from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
@@ -172,7 +173,7 @@ def cp_command(
 
 
 async def _copy_out(context: CommandContext, key: str, location: str, target: str, *, force: bool) -> None:
-    reader = await context.binding.manager.backend(key).open(location)
+    reader = await open_resuming(context.binding.manager.backend(key), location)
     try:
         if target == "-":
             await _pump(context, reader, context.output.raw)
@@ -189,12 +190,12 @@ async def _copy_to_file(context: CommandContext, reader: ObjectReader, path: Pat
     """Write beside the target and rename it at the end; an error leaves nothing, and the target as it was."""
     if not force and await asyncio.to_thread(os.path.lexists, path):
         raise click.ClickException(f"{path} already exists: pass --force to overwrite it")
-    file = await finished(asyncio.to_thread(_open_beside, path), undo=_discard)
+    file = await shielded(asyncio.to_thread(_open_beside, path), undo=_discard)
     try:
         await _pump(context, reader, file)
-        await finished(asyncio.to_thread(_publish, file, path, force))
+        await shielded(asyncio.to_thread(_publish, file, path, force))
     finally:
-        await finish(_discard(file), f"removing {file.name}")
+        await shielded_cleanup(_discard(file), f"removing {file.name}")
     context.output.note(f"{format_size(reader.info.size)} written to {path}")
 
 

@@ -357,7 +357,7 @@ class Removal:
         if not isinstance(self._backend, SupportsCleanup):
             return
         try:
-            self._report.unfinished = await self._backend.abort_unfinished(older_than=older_than)
+            self._report.unfinished = await self._backend.cleanup_incomplete(older_than=older_than)
         except BackendError as error:
             self._report.unfinished_error = f"{type(error).__name__}: {error}"
             logger.warning(

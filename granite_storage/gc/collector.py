@@ -15,7 +15,7 @@ from sqlalchemy import Engine, NullPool, TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from granite_storage._tasks import background, finish, repeat
+from granite_storage._tasks import background, repeat, shielded_cleanup
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.gc.collection import CollectionRun
 from granite_storage.gc.database import DatabaseReferences
@@ -288,7 +288,7 @@ class Leadership:
         """Let another process become the leader; idempotent."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            await finish(connection.close(), "closing the connection of the garbage collector's lock")
+            await shielded_cleanup(connection.close(), "closing the connection of the garbage collector's lock")
 
     async def _try(self, engine: AsyncEngine, lock: TextClause) -> bool:
         connection = await engine.connect()
@@ -299,7 +299,7 @@ class Leadership:
                 self._connection = connection
         finally:
             if self._connection is not connection:
-                await finish(connection.close(), "closing a connection that has no lock")
+                await shielded_cleanup(connection.close(), "closing a connection that has no lock")
         return is_leader
 
 

@@ -35,7 +35,7 @@ from sqlalchemy import (
     table,
 )
 
-from granite_storage._tasks import finished
+from granite_storage._tasks import shielded
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id
 from granite_storage.orm._util import batches
 from granite_storage.orm.discovery import FoundColumn, find_text_columns
@@ -119,7 +119,7 @@ async def find_mentions(
                         for number, item in enumerate(some):
                             stated = identities if (item.table, item.name) in names else None
                             texts = [row[number] for row in page if row[number] is not None]
-                            ids = await finished(asyncio.to_thread(_find_ids, texts, wanted.keys(), stated))
+                            ids = await shielded(asyncio.to_thread(_find_ids, texts, wanted.keys(), stated))
                             if ids:
                                 yield Mention(item.label, frozenset(place for found in ids for place in wanted[found]))
                 finally:

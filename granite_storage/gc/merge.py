@@ -14,7 +14,7 @@ from itertools import islice
 from operator import itemgetter
 from typing import IO, Any, TypeAlias
 
-from granite_storage._tasks import finished
+from granite_storage._tasks import shielded
 from granite_storage.exceptions import CollectionRefusedError
 
 __all__ = [
@@ -49,11 +49,11 @@ _location = itemgetter(0)
 @asynccontextmanager
 async def temporary_file() -> AsyncIterator[IO[bytes]]:
     """Open a file that has no name and is deleted when it is closed."""
-    file = await finished(asyncio.to_thread(_open), undo=_close)
+    file = await shielded(asyncio.to_thread(_open), undo=_close)
     try:
         yield file
     finally:
-        await finished(_close(file))
+        await shielded(_close(file))
 
 
 def _open() -> IO[bytes]:
@@ -77,13 +77,13 @@ class Spool:
     async def write(self, page: Page) -> None:
         """Write a page, unless it is empty."""
         if page:
-            await finished(asyncio.to_thread(_write, self._file, page))
+            await shielded(asyncio.to_thread(_write, self._file, page))
 
     async def pages(self) -> AsyncIterator[Page]:
         """Yield the pages; nothing may be written meanwhile."""
         position = 0
         while True:
-            page, position = await finished(asyncio.to_thread(_read, self._file, position))
+            page, position = await shielded(asyncio.to_thread(_read, self._file, position))
             if page is None:
                 return
             yield page
@@ -111,13 +111,13 @@ class SortedSpool:
         """Yield all strings in order, each with its mark; nothing may be added any more."""
         await self._write_run()
         merged = heapq.merge(*(_read_run(self._file, start, stop) for start, stop in self._runs))
-        while page := await finished(asyncio.to_thread(take_page, merged)):
+        while page := await shielded(asyncio.to_thread(take_page, merged)):
             yield page
 
     async def _write_run(self) -> None:
         waiting, self._waiting = self._waiting, []
         if waiting:
-            self._runs.append(await finished(asyncio.to_thread(_sort_to, self._file, waiting)))
+            self._runs.append(await shielded(asyncio.to_thread(_sort_to, self._file, waiting)))
 
 
 def _write(file: IO[bytes], page: Page) -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol, TypeAlias
 
 from granite_storage._engine import describe_mismatch, identities_of
-from granite_storage._tasks import finished
+from granite_storage._tasks import shielded
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention
 from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file
@@ -170,7 +170,7 @@ class GivenReferences:
             return
         # An ordinary iterator may read from a database or a file, and so may block.
         items = iter(given)
-        while page := await finished(asyncio.to_thread(take_page, items)):
+        while page := await shielded(asyncio.to_thread(take_page, items)):
             for ref in page:
                 if ref is not None:
                     yield _require_ref(ref)

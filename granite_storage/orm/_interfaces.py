@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Column, Connection, MetaData, Table
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-    from granite_storage.manager import ObjectDraft, StorageManager
+    from granite_storage._engine import PreparedUpload
+    from granite_storage.manager import StorageManager
     from granite_storage.refs import StoredObjectRef
 
 __all__ = [
@@ -156,7 +157,7 @@ class UploadLease(Protocol):
 
     @property
     def ids(self) -> Sequence[UUID]:
-        """The intents, in the order of the drafts."""
+        """The intents, in the order of the uploads."""
         ...
 
     def begin(self, intent_id: UUID) -> None:
@@ -209,7 +210,7 @@ class Journal(Protocol):
         """Return how long an object stays after its row has given it up."""
         ...
 
-    async def begin_uploads(self, drafts: Sequence[ObjectDraft]) -> UploadLease:
+    async def begin_uploads(self, uploads: Sequence[PreparedUpload]) -> UploadLease:
         """Write down, durably, which objects are about to be stored."""
         ...
 

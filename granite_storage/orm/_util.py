@@ -11,9 +11,10 @@ from itertools import islice
 from typing import Any, Final, ParamSpec, TypeVar
 
 from greenlet import getcurrent
-from sqlalchemy import CursorResult, Engine, Executable, text
+from sqlalchemy import Connection, CursorResult, Engine, Executable, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.orm import InstanceState, Session
 
 from granite_storage.exceptions import ConfigurationError
 
@@ -22,6 +23,7 @@ __all__ = [
     "again_after_deadlock",
     "batches",
     "codes_of",
+    "connection_of",
     "deferred_cancellation",
     "dispatchers_of",
     "in_greenlet",
@@ -151,3 +153,10 @@ def codes_of(error: DBAPIError) -> set[str | int]:
     original = error.orig
     found = {getattr(original, "sqlstate", None), getattr(original, "pgcode", None), *getattr(original, "args", ())[:1]}
     return {code for code in found if isinstance(code, str | int)}
+
+
+def connection_of(session: Session, state: InstanceState[Any]) -> Connection:
+    """Return the connection that a session's flush writes an instance on; a sharded session has one for each shard."""
+    if session.connection_callable is not None:
+        return session.connection_callable(state.mapper, state.obj())
+    return session.connection(bind_arguments={"mapper": state.mapper})

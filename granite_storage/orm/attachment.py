@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema, SchemaSerializer
     from sqlalchemy.orm import InstanceState, InstrumentedAttribute
 
-    from granite_storage.manager import ObjectDraft, StorageManager
+    from granite_storage._engine import PreparedUpload
+    from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import ColumnType, Intent
 
 __all__ = ["Address", "Attachment", "LazySerializer", "core_schema_of", "fields_schema"]
@@ -481,9 +482,8 @@ class Attachment:
         adopted._unowned = True
         return adopted
 
-    def _draft(self, home: ColumnType, entity_id: str) -> ObjectDraft:
+    def _prepare(self, manager: StorageManager, home: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where it will be stored, for a column."""
-        manager = home.binding().manager_for(home)
         names = _names_of(home, entity_id)
         original = self._origin()
         if not isinstance(original, Attachment):
@@ -493,26 +493,26 @@ class Attachment:
                 "extra": self._extra,
             }
         elif original.manager is manager:
-            return manager.draft_copy(original.ref, **names)
+            return manager._engine.prepare_copy(original.ref, **names)
         else:
             ref = original.ref
             given = {"content_type": ref.content_type, "original_filename": ref.original_filename, "extra": ref.extra}
-        return manager.draft(**names, **given)
+        return manager._engine.prepare(**names, **given)
 
-    async def _put(self, home: ColumnType, draft: ObjectDraft) -> None:
-        """Upload to where a draft says, and become stored."""
-        manager = home.binding().manager
+    async def _put(self, manager: StorageManager, home: ColumnType, prepared: PreparedUpload) -> None:
+        """Upload to the prepared location, and become stored."""
+        engine = manager._engine
         source = self._take_origin()
         if not isinstance(source, Attachment):
             try:
-                ref = await manager.put_draft(draft, source)
+                ref = await engine.put(prepared, source)
             finally:
                 self._forget_consumed()
         elif source.manager is manager:
-            ref = await manager.copy_draft(source.ref, draft)
+            ref = await engine.copy(source.ref, prepared)
         else:
             async with source.open(verify=True) as stream:
-                ref = await manager.put_draft(draft, stream)
+                ref = await engine.put(prepared, stream)
         self._ref, self._home = ref, home
 
     def _copy(self) -> Attachment:

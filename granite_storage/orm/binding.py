@@ -134,13 +134,14 @@ class StorageBinding:
             UnknownPolicyError: It has not; a model may have been declared after `bind_storage` had looked.
             ConfigurationError: The policy has a retention, and there is no journal to keep it.
         """
-        if home.storage_key not in self.manager.policies:
+        policy = self.manager._engine.policies.get(home.storage_key)
+        if policy is None:
             known = ", ".join(sorted(self.manager.policies)) or "none"
             raise UnknownPolicyError(
                 f"the attachment column {home.label} names the policy {home.storage_key!r}, which its manager does not have"
                 f" (there are: {known})"
             )
-        if self.journal is None and self.manager.policy(home.storage_key).retention:
+        if self.journal is None and policy.retention:
             raise ConfigurationError(
                 f"the policy {home.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
             )

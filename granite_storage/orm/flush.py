@@ -17,11 +17,12 @@ from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._registry import binding_for, find_binding
-from granite_storage.orm._util import require_async
+from granite_storage.orm._util import connection_of, require_async
 from granite_storage.orm.assignment import require_sound
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, primary_key_of, slots_of
-from granite_storage.orm.locking import CountedDeletes, HeldRef, cascaded, connection_of, lock_rows
+from granite_storage.orm.locking import CountedDeletes, HeldRef, cascaded, lock_rows
+from granite_storage.orm.plan import Assigned, FlushPlan, plan_flush, plan_uploads
 from granite_storage.orm.sharing import refers
 from granite_storage.orm.transactions import require_transactions, watch
 from granite_storage.orm.unit_of_work import UNKNOWN, Change, Displacement, FlushUnderWay, Frame, UnitOfWork, put_value
@@ -122,12 +123,12 @@ def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
         value = state.dict.get(slot.key)
         if value is None and slot.column.default is not None:
             value = _default(state, slot)
-        return None if value is None else Change(state, slot, _require_attachment(value, slot), None)
+        return None if value is None else Change(state, slot, _require_attachment(value, slot), None, slot.home.binding())
     if not history.has_changes():
         return None
     value = history.added[0] if history.added else None
     old = history.deleted[0] if history.deleted else UNKNOWN
-    return Change(state, slot, _require_attachment(value, slot), old)
+    return Change(state, slot, _require_attachment(value, slot), old, slot.home.binding())
 
 
 def _default(state: InstanceState[Any], slot: Slot) -> Any:
@@ -183,17 +184,23 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
     flush, frame = unit.flush, unit.frame(boundary(session))
     if any(change.value is not None for change in changes):
         require_async(_STORING)
-    _upload_new(unit, frame, changes)
-    assigned = [change for change in changes if change.value is not None and not flush.has_handled(change.marker, change.value)]
-    given_up = {change.old.ref for change in changes if isinstance(change.old, Attachment) and change.old._ref is not None}
-    if not deletions and not any(change.old is UNKNOWN for change in changes):
-        # Every row that gives something up is known, so what is certainly held elsewhere is copied before any row is locked.
-        copied = [change for change in assigned if not _may_move(unit, change, given_up)]
-        _copy_all(session, unit, frame, copied)
-        assigned = [change for change in assigned if change not in copied]
-    displace(flush, _locked_refs(session, unit, changes, deletions))
+    written = [change for change in changes if change.value is not None and not flush.has_handled(change.marker, change.value)]
+    replaced = {change.old.ref for change in changes if isinstance(change.old, Attachment) and change.old._ref is not None}
+    # Where every row that gives something up is known, what is certainly held elsewhere is copied before any row is locked.
+    knows_all_rows = not deletions and not any(change.old is UNKNOWN for change in changes)
+    uploads = plan_uploads(
+        [_assigned(change, replaced) for change in written], history=unit.history, knows_all_rows=knows_all_rows
+    )
+    _store_all(unit, frame, [(change, change.attachment) for change in uploads.put])
+    _copy_all(session, unit, frame, uploads.copy)
+    displaced = displace(flush, _locked_refs(session, unit, changes, deletions))
     _require_async_for_files(flush)
-    _claim_or_copy(session, unit, frame, assigned, given_up)
+    plan = plan_flush(
+        [_assigned(change, replaced) for change in uploads.undecided],
+        displaced={stored.key for stored in displaced},
+        history=unit.history,
+    )
+    _execute(session, unit, frame, plan)
     for change in changes:
         flush.handled[change.marker] = change.value
         if change.value is not None:
@@ -307,16 +314,6 @@ def _stored(entry: HeldRef) -> StoredObject:
     return StoredObject(binding.manager, entry.ref, intent)
 
 
-def _upload_new(unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> None:
-    """Upload each pending attachment once; the same one on a second row is copied like any other stored one."""
-    first: dict[int, Change] = {}
-    for change in changes:
-        if change.value is not None and change.value.is_pending:
-            first.setdefault(id(change.value), change)
-    uploads = list(first.values())
-    _store_all(unit, frame, [(change, change.attachment) for change in uploads])
-
-
 def _copy_all(session: Session, unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> None:
     """Store a copy of each change's attachment, and let its row take that.
 
@@ -366,14 +363,22 @@ def _take(unit: UnitOfWork, frame: Frame, attachment: Attachment) -> None:
     unit.flush.log.append((stored, True))
 
 
-def _may_move(unit: UnitOfWork, change: Change, given_up: set[StoredObjectRef]) -> bool:
-    """Tell whether a row may take an object over: no row holds it yet, or one gives it up in this transaction."""
+def _assigned(change: Change, replaced: set[StoredObjectRef]) -> Assigned[Change]:
+    """Return what is known of the object of a value that a flush is to write."""
     given = change.attachment
-    if given._restored:
-        return True
-    if given.manager is not change.slot.home.binding().manager:
-        return False
-    return given._unowned or given.ref in given_up or unit.is_free(StoredObject(given.manager, given.ref))
+    if given.is_pending:
+        return Assigned(change, id(given), None)
+    ours = change.binding.manager
+    manager = ours if given._restored or given._home is change.slot.home else given.manager
+    return Assigned(
+        change,
+        id(given),
+        StoredObject(manager, given.ref).key,
+        is_unowned=given._unowned,
+        is_restored=given._restored,
+        is_of_another_manager=manager is not ours,
+        is_replaced=given.ref in replaced,
+    )
 
 
 def _locked_refs(
@@ -467,41 +472,40 @@ def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> tuple[list[
     return [entry for entry in found if entry.column in rows.columns_by_key.get(entry.primary_key, ())], missing
 
 
-def _claim_or_copy(
-    session: Session, unit: UnitOfWork, frame: Frame, changes: Sequence[Change], given_up: set[StoredObjectRef]
-) -> None:
-    """Let rows take over objects that other rows have just given up; copy what is still held elsewhere.
+def _execute(session: Session, unit: UnitOfWork, frame: Frame, plan: FlushPlan[Change]) -> None:
+    """Let rows take over the objects that a plan gives them, and store the copies that it asks for.
 
     Raises:
         ContentTooLargeError: An object is larger than the policy of its new column allows.
         StaleAttachmentError: An object was to leave a row that does not hold it any more.
     """
-    copies: list[Change] = []
-    for change in changes:
+    for change in plan.stale:
+        raise StaleAttachmentError(
+            f"the object at {change.attachment.ref.location!r} was to move to another row, but its row does not hold it any more"
+        )
+    for change in plan.restore:
+        change.attachment._home = change.slot.home
+    for change in (*plan.take, *plan.move, *plan.restore):
+        change.slot.home.require_fit(change.attachment.ref)
+    for change in plan.take:
+        _take(unit, frame, change.attachment)
+    for change in plan.move:
         given = change.attachment
-        if given._restored:
-            given._home = change.slot.home
-        stored = StoredObject(given.manager, given.ref)
-        if not _may_move(unit, change, given_up):
-            copies.append(change)
-            continue
-        change.slot.home.require_fit(given.ref)
-        if given._unowned:
-            _take(unit, frame, given)
-        elif unit.is_free(stored):
-            unit.flush.log.append((stored, True))
-            unit.flush.moved.append(change)
-        elif given._restored:
-            restore_deleted(unit, change.slot.home, stored)
-            unit.flush.restored_by[stored.key] = unit.flush.restored[-1]
-        elif unit.is_known(stored):
-            copies.append(change)
-        else:
-            raise StaleAttachmentError(
-                f"the object at {stored.ref.location!r} was to move to another row, but its row does not hold it any more"
-            )
+        given._home = given._home or change.slot.home  # a restored one has none yet
         given._restored = False
-    _copy_all(session, unit, frame, copies)
+        unit.flush.log.append((StoredObject(given.manager, given.ref), True))
+        unit.flush.moved.append(change)
+    for change in plan.restore:
+        given = change.attachment
+        stored = StoredObject(given.manager, given.ref)
+        restore_deleted(unit, change.slot.home, stored)
+        unit.flush.restored_by[stored.key] = unit.flush.restored[-1]
+        given._restored = False
+    for change in plan.copy:
+        given = change.attachment
+        given._home = given._home or change.slot.home
+        given._restored = False
+    _copy_all(session, unit, frame, plan.copy)
 
 
 def concerned_tables(mapper: Mapper[Any]) -> Sequence[Table]:

@@ -20,7 +20,6 @@ from sqlalchemy import (
     or_,
     select,
 )
-from sqlalchemy.orm import InstanceState, Session
 
 from granite_storage.orm._util import batches
 from granite_storage.orm.attachment import Attachment
@@ -33,7 +32,6 @@ __all__ = [
     "among",
     "are_there",
     "cascaded",
-    "connection_of",
     "lock_rows",
     "lock_statement",
     "read_refs",
@@ -147,13 +145,6 @@ def lock_statement(
             rows |= {tuple(row[: len(keys)]): row for row in connection.execute(statement, values)}
     held = [ref for row in rows.values() for ref in _refs_in(table, columns, row)]
     return held, list(rows)
-
-
-def connection_of(session: Session, state: InstanceState[Any]) -> Connection:
-    """Return the connection that a session's flush writes an instance on; a sharded session has one for each shard."""
-    if session.connection_callable is not None:
-        return session.connection_callable(state.mapper, state.obj())
-    return session.connection(bind_arguments={"mapper": state.mapper})
 
 
 def read_refs(

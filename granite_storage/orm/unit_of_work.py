@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState, SessionTransaction
     from sqlalchemy.orm.unitofwork import UOWTransaction
 
-    from granite_storage.orm._interfaces import Journal
+    from granite_storage.orm._interfaces import Binding, Journal
     from granite_storage.orm.attachment import Attachment
     from granite_storage.orm.columns import Slot
     from granite_storage.orm.locking import CountedDeletes, HeldRef
@@ -54,12 +54,14 @@ class Change:
         slot: The attribute.
         value: What it shall hold.
         old: What it held, as far as the session knows: None for nothing, a value, or `UNKNOWN`.
+        binding: The binding of its column, which each step of the flush needs.
     """
 
     state: InstanceState[Any]
     slot: Slot
     value: Attachment | None
     old: Any
+    binding: Binding
 
     @property
     def marker(self) -> tuple[int, str]:
@@ -193,13 +195,11 @@ class UnitOfWork:
             found = self.frames[transaction] = Frame()
         return found
 
-    def is_known(self, stored: StoredObject) -> bool:
-        """Tell whether the object came to, or went from, a row in this transaction."""
-        return stored.key in self._held()
-
-    def is_free(self, stored: StoredObject) -> bool:
-        """Tell whether a row of this transaction held the object and gave it up, and no row holds it now."""
-        return self._held().get(stored.key, (stored, True))[1] is False
+    @property
+    def history(self) -> dict[ObjectKey, bool]:
+        """The objects that came to rows or went from them in this transaction: True where a row holds it now."""
+        log = [*(entry for frame in self.frames.values() for entry in frame.log), *self.flush.log]
+        return {stored.key: is_held for stored, is_held in log}
 
     def displacement(self, stored: StoredObject) -> StoredObject | None:
         """Return what an earlier flush of this transaction noted when a row gave the object up, where none has taken it since."""
@@ -287,9 +287,6 @@ class UnitOfWork:
         for attachment in self.flush.claims:
             attachment._forget_claim()
         self.flush = FlushUnderWay()
-
-    def _held(self) -> dict[ObjectKey, LogEntry]:
-        return _latest([*(entry for frame in self.frames.values() for entry in frame.log), *self.flush.log])
 
 
 def _latest(log: list[LogEntry]) -> dict[ObjectKey, LogEntry]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlalchemy.util import await_only
 
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._util import in_greenlet
@@ -19,8 +19,8 @@ from granite_storage.orm._util import in_greenlet
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from granite_storage.manager import ObjectDraft
-    from granite_storage.orm._interfaces import ColumnType, Journal, UploadLease
+    from granite_storage._engine import PreparedUpload
+    from granite_storage.orm._interfaces import Binding, ColumnType, Journal, UploadLease
     from granite_storage.orm.attachment import Attachment
     from granite_storage.refs import StoredObjectRef
 
@@ -55,7 +55,9 @@ def remove_now(stored: Iterable[StoredObject]) -> None:
     if intents and _is_being_cancelled():
         intents = []
     if plain or intents:
-        await_only(finish(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction"))
+        await_only(
+            shielded_cleanup(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction")
+        )
 
 
 async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> None:
@@ -105,12 +107,17 @@ class Upload:
         home: The column it is stored for.
         entity_id: The segment of its location that says which row.
         verify: Reads what was stored, and returns its ref as it then is; the upload ends with it, well or not.
+        binding: The binding of the column.
     """
 
     attachment: Attachment
     home: ColumnType
     entity_id: str
     verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]] | None = None
+    binding: Binding = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "binding", self.home.binding())
 
 
 def stored_object(attachment: Attachment) -> StoredObject:
@@ -126,11 +133,12 @@ async def store(uploads: Sequence[Upload]) -> None:
     """
     if not uploads:
         return
-    drafts = [upload.attachment._draft(upload.home, upload.entity_id) for upload in uploads]
-    leases = await _begin(uploads, drafts)
+    prepared = [
+        upload.attachment._prepare(upload.binding.manager_for(upload.home), upload.home, upload.entity_id) for upload in uploads
+    ]
+    leases = await _begin(uploads, prepared)
     work = [
-        partial(_put, upload, draft, leases.get(upload.home.binding().journal))
-        for upload, draft in zip(uploads, drafts, strict=True)
+        partial(_put, upload, item, leases.get(upload.binding.journal)) for upload, item in zip(uploads, prepared, strict=True)
     ]
     try:
         await _side_by_side(work, list(leases.values()))
@@ -151,36 +159,34 @@ async def discard(attachments: Iterable[Attachment], *, cancelled: bool = False)
     await _undo(unowned, cancelled)
 
 
-async def _begin(uploads: Sequence[Upload], drafts: Sequence[ObjectDraft]) -> dict[Journal | None, UploadLease]:
+async def _begin(uploads: Sequence[Upload], prepared: Sequence[PreparedUpload]) -> dict[Journal | None, UploadLease]:
     """Write down what is about to be stored, in each journal that is concerned; one, as a rule."""
     leases: dict[Journal | None, UploadLease] = {}
-    for journal in {journal for upload in uploads if (journal := upload.home.binding().journal) is not None}:
-        concerned = [
-            (upload, draft) for upload, draft in zip(uploads, drafts, strict=True) if upload.home.binding().journal is journal
-        ]
-        leases[journal] = lease = await journal.begin_uploads([draft for _, draft in concerned])
+    for journal in {journal for upload in uploads if (journal := upload.binding.journal) is not None}:
+        concerned = [(upload, item) for upload, item in zip(uploads, prepared, strict=True) if upload.binding.journal is journal]
+        leases[journal] = lease = await journal.begin_uploads([item for _, item in concerned])
         for (upload, _), intent_id in zip(concerned, lease.ids, strict=True):
             upload.attachment._intent = Intent(journal, intent_id)
     return leases
 
 
-async def _put(upload: Upload, draft: ObjectDraft, lease: UploadLease | None) -> None:
+async def _put(upload: Upload, prepared: PreparedUpload, lease: UploadLease | None) -> None:
     intent = upload.attachment._intent
     if lease is None or intent is None:
-        await _put_verified(upload, draft)
+        await _put_verified(upload, prepared)
         return
     lease.begin(intent.id)
-    await _put_verified(upload, draft)
+    await _put_verified(upload, prepared)
     try:
         lease.require()
     except StaleAttachmentError:
         # The program stood still, and workers may have looked for the object for the last time before it was there.
-        await finish(intent.journal.discard(upload.attachment.ref), "discarding an upload that came too late")
+        await shielded_cleanup(intent.journal.discard(upload.attachment.ref), "discarding an upload that came too late")
         raise
 
 
-async def _put_verified(upload: Upload, draft: ObjectDraft) -> None:
-    await upload.attachment._put(upload.home, draft)
+async def _put_verified(upload: Upload, prepared: PreparedUpload) -> None:
+    await upload.attachment._put(upload.binding.manager, upload.home, prepared)
     if upload.verify is not None:
         upload.attachment._ref = await upload.verify(upload.attachment.ref)
 
@@ -213,4 +219,4 @@ async def _undo(attachments: Sequence[Attachment], cancelled: bool) -> None:
     for attachment in attachments:
         attachment._undo()
     plain = [item for item in stored if item.intent is None]
-    await finish(remove(plain, [] if cancelled else intents), "removing uploads that no row has taken")
+    await shielded_cleanup(remove(plain, [] if cancelled else intents), "removing uploads that no row has taken")

@@ -30,7 +30,7 @@ Operation: TypeAlias = Literal[
     "aclose",
     "copy",
     "delete_many",
-    "abort_unfinished",
+    "cleanup_incomplete",
     "abort_upload",
     "now",
     "is_mounted",

@@ -125,11 +125,15 @@ class Turn:
     def __init__(self) -> None:
         self._ends = time.monotonic() + _TURN_SECONDS
 
-    async def end_if_due(self) -> None:
-        """Let other tasks run if this one has run for long enough."""
-        if time.monotonic() > self._ends:
-            await asyncio.sleep(0)
-            self._ends = time.monotonic() + _TURN_SECONDS
+    @property
+    def is_due(self) -> bool:
+        """Whether this task has run for long enough."""
+        return time.monotonic() > self._ends
+
+    async def end(self) -> None:
+        """Let other tasks run."""
+        await asyncio.sleep(0)
+        self._ends = time.monotonic() + _TURN_SECONDS
 
 
 def require_whole_body(request: Request, limits: UploadLimits) -> None:
@@ -237,7 +241,8 @@ async def body_of(request: Request, limits: UploadLimits) -> AsyncGenerator[byte
             allowed = chunk[: limits.max_size - size] if limits.max_size is not None and is_too_large else chunk
             for start in range(0, len(allowed), _PIECE):
                 yield allowed[start : start + _PIECE]  # which is the chunk itself where it is no longer
-                await turn.end_if_due()
+                if turn.is_due:
+                    await turn.end()
             if is_too_large:
                 limits.require("max_size", size, "the body is too large")
 
@@ -334,8 +339,8 @@ class MultipartReader:
         while self._current is not None:
             await self.next_chunk(self._current)
         self._count += 1
-        if self._count % _PARTS_OF_A_TURN == 0:
-            await self._turn.end_if_due()
+        if self._count % _PARTS_OF_A_TURN == 0 and self._turn.is_due:
+            await self._turn.end()
         event = await self._next_event()
         if isinstance(event, PartHead):
             self._current = event
@@ -430,6 +435,8 @@ class MultipartParser:
         return None
 
     def _skip_preamble(self, end: int) -> None:
+        if end == self._position:
+            return
         self._has_preamble = self._has_preamble or bool(self._buffer[self._position : end].strip())
         self._skip(end)
 
@@ -574,7 +581,8 @@ class MultipartParser:
         self._position = end
 
     def _require_padding(self, more: int) -> None:
-        self._limits.require("max_padding", self._padding + more, "there is too much outside of the boundaries")
+        if self._padding + more > self._limits.max_padding:
+            self._limits.require("max_padding", self._padding + more, "there is too much outside of the boundaries")
 
 
 def _parse_head(headers: dict[bytes, bytes]) -> PartHead:
@@ -666,8 +674,15 @@ async def _add_field(fields: list[tuple[str, str]], raw: bytes, limits: UploadLi
     if not raw:
         return
     limits.require("max_field_size", len(raw), "a field is too large")
-    name, _, value = (raw.translate(_BLANKS) if b"+" in raw else raw).partition(b"=")
+    blanked = raw.translate(_BLANKS) if b"+" in raw else raw
     try:
+        if b"%" not in raw and len(raw) > _SLICE and (equals := blanked.find(b"=")) >= 0:
+            # A long value is decoded where it lies: to copy it once more takes a quarter of all the time.
+            fields.append((blanked[:equals].decode(), str(memoryview(blanked)[equals + 1 :], "utf-8")))
+            if turn.is_due:
+                await turn.end()
+            return
+        name, _, value = blanked.partition(b"=")
         if b"%" not in raw:
             fields.append((name.decode(), value.decode()))
         elif len(raw) <= _SLICE:
@@ -676,8 +691,8 @@ async def _add_field(fields: list[tuple[str, str]], raw: bytes, limits: UploadLi
             fields.append(((await _unquote_in_slices(name, turn)).decode(), (await _unquote_in_slices(value, turn)).decode()))
     except UnicodeDecodeError as error:
         raise MalformedRequestError("a field is not UTF-8") from error
-    if len(raw) > _SLICE or not len(fields) % 64:
-        await turn.end_if_due()
+    if (len(raw) > _SLICE or not len(fields) % 64) and turn.is_due:
+        await turn.end()
 
 
 async def _unquote_in_slices(raw: bytes, turn: Turn) -> bytes:
@@ -690,7 +705,8 @@ async def _unquote_in_slices(raw: bytes, turn: Turn) -> bytes:
         end = cut if cut >= 0 else end
         decoded.append(_unquote(raw[start:end]))
         start = end
-        await turn.end_if_due()
+        if turn.is_due:
+            await turn.end()
     return b"".join(decoded)
 
 

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from granite_storage._engine import ObjectDraft
+from granite_storage._engine import PreparedUpload
 from granite_storage.backends.base import UploadRequest
 from granite_storage.exceptions import (
     ConfigurationError,
@@ -88,7 +88,7 @@ class UploadEndpoint:
     """
 
     def __init__(
-        self, manager: StorageManager, tokens: UploadTokenSigner, draft_of: Callable[[UploadToken], ObjectDraft]
+        self, manager: StorageManager, tokens: UploadTokenSigner, draft_of: Callable[[UploadToken], PreparedUpload]
     ) -> None:
         self._manager = manager
         self._tokens = tokens
@@ -132,7 +132,7 @@ class UploadEndpoint:
                 aclosing(body_of(request, limits)) as body,
                 aclosing(_require_whole(body, upload_token.min_size)) as content,
             ):
-                await self._manager.put_draft(draft, content)
+                await self._manager._engine.put(draft, content)
         except ObjectExistsError as error:
             message = "the file was received already, so the upload is complete; finish it"
             raise _ReceivedAlreadyError(message) from error
@@ -318,7 +318,7 @@ class DirectUploads:
             expires=expires,
             ends=expires + int(self._finish_within.total_seconds()),
         )
-        request = await self._manager.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
+        request = await self._manager._engine.upload_request(draft, expires_in=expires_in, min_size=least, max_size=most)
         if request is None:
             request = self._signed_request(upload_token)
         token = self._to_finish.sign(await self._record_intent(upload_token, expires_in))
@@ -450,16 +450,16 @@ class DirectUploads:
             raise UploadTokenError(_INVALID)
         return column_type
 
-    def _staging_draft(self, upload_token: UploadToken) -> ObjectDraft:
+    def _staging_draft(self, upload_token: UploadToken) -> PreparedUpload:
         """Return what a client may upload."""
         policy = self._manager.policy(self._column_type_in(upload_token).storage_key)
         if policy.backend_key != upload_token.backend:
             raise UploadTokenError(_INVALID_URL)
-        return ObjectDraft(policy, upload_token.location, upload_token.content_type, None, None)
+        return PreparedUpload(policy, upload_token.location, upload_token.content_type, None, None)
 
-    def _draft(self, column_type: AttachmentType, content_type: str) -> ObjectDraft:
+    def _draft(self, column_type: AttachmentType, content_type: str) -> PreparedUpload:
         """Choose where a client uploads to: the location says nothing of the file, and the garbage collector recognises it."""
-        return self._manager.draft(
+        return self._manager._engine.prepare(
             storage_key=column_type.storage_key,
             model_name=column_type.model_name,
             entity_id=uuid7_hex(),

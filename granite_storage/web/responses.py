@@ -29,7 +29,7 @@ from granite_storage._headers import (
     require_inline_types,
     served_type,
 )
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends.base import ByteRange
 from granite_storage.exceptions import BackendError, ConfigurationError, ObjectNotFoundError
 from granite_storage.manager import StorageManager
@@ -232,7 +232,7 @@ async def _send_or_release(send: Send, chunk: bytes, reader: StoredObjectReader)
     finally:
         timer.cancel()
         for release in releases:
-            await finish(release, f"releasing the reader of {reader.ref.location!r}")
+            await shielded_cleanup(release, f"releasing the reader of {reader.ref.location!r}")
 
 
 async def serve_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], receive: Receive, send: Send) -> None:
@@ -256,7 +256,7 @@ async def serve_connected(answer: Callable[[Send], Coroutine[Any, Any, None]], r
     try:
         await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
     finally:
-        await finish(_cancel_all(task, watch), "ending a response")
+        await shielded_cleanup(_cancel_all(task, watch), "ending a response")
     if not task.cancelled():
         try:
             task.result()

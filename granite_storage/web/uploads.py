@@ -15,7 +15,7 @@ from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
 
 from granite_storage._engine import require_positive
-from granite_storage._tasks import finish
+from granite_storage._tasks import shielded_cleanup
 from granite_storage.manager import StorageManager
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.attachment import Attachment
@@ -469,8 +469,10 @@ class _MultipartForm(_Form):
         while (chunk := await self._reader.next_chunk(head)) is not None:
             chunks.append(chunk)
             size += len(chunk)
-            self._limits.require("max_field_size", size, "a field is too large")
-            self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
+            if size > self._limits.max_field_size:
+                self._limits.require("max_field_size", size, "a field is too large")
+            if self._fields_size + size > self._limits.max_fields_size:
+                self._limits.require("max_fields_size", self._fields_size + size, "the fields are too large together")
         self._fields_size += size
         try:
             return b"".join(chunks).decode()
@@ -509,7 +511,7 @@ async def _receive(form: _MultipartForm) -> UploadForm:
     except BaseException as error:
         if form.stored:
             cancelled = isinstance(error, asyncio.CancelledError)
-            await finish(form.stored.remove_all(cancelled=cancelled), "removing what a failed request has stored")
+            await shielded_cleanup(form.stored.remove_all(cancelled=cancelled), "removing what a failed request has stored")
         raise
     return form.result()
 

@@ -119,7 +119,7 @@ class TestLocal(Rigged):
         await backend.aclose()
 
     def with_page_size(self, backend: Any, size: int) -> StorageBackend:
-        self.monkeypatch.setattr(local, "_LISTED_AT_A_TIME", size)
+        self.monkeypatch.setattr(local, "_LISTING_BATCH", size)
         return self.around(LocalStorageBackend(self.root))
 
     @asynccontextmanager

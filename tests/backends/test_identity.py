@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from granite_storage import ObjectExistsError, ObjectNotFoundError, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage import ObjectNotFoundError, StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends._identity import IdentityObject
 from granite_storage.backends.base import Place, StorageBackend, SupportsIdentity, overlap
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.obstore import ObjectStoreBackend
 from granite_storage.backends.wrappers import PrefixedBackend
-from granite_storage.exceptions import AccessDeniedError
+from granite_storage.exceptions import AccessDeniedError, ObjectExistsError
 from granite_storage.testing import FaultInjectingBackend
 from tests.faults.s3_proxy import answer, fault_proxy
 from tests.servers import S3Server

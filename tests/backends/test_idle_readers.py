@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends.base import ObjectReader
 from granite_storage.backends.s3 import S3StorageBackend
 from granite_storage.exceptions import BackendError, BackendUnavailableError
@@ -44,7 +45,7 @@ async def rest_of(reader: ObjectReader, pause: float = 0, size: int = MIB // 4) 
 @pytest.mark.parametrize("begun", [0, 1000], ids=["not read at all", "read at first"])
 async def test_other_calls_go_on(backend: S3StorageBackend, begun: int) -> None:
     """They take the connections of those that are not being read, which ask for the rest when they are read on."""
-    readers = [await backend.open("large", offset=number) for number in range(PLACES)]
+    readers = [await open_resuming(backend, "large", offset=number) for number in range(PLACES)]
     heads = [await reader.read(begun) for reader in readers]
     async with asyncio.timeout(5):
         assert (await backend.stat("large")).size == len(CONTENT)
@@ -58,7 +59,7 @@ async def test_other_calls_go_on(backend: S3StorageBackend, begun: int) -> None:
 
 @pytest.mark.case("RE-04")
 async def test_more_readers_than_connections(backend: S3StorageBackend) -> None:
-    readers = [await backend.open("large") for _ in range(3 * PLACES)]
+    readers = [await open_resuming(backend, "large") for _ in range(3 * PLACES)]
     contents = await asyncio.gather(*(rest_of(reader, pause=0.01) for reader in readers))
     assert all(content == CONTENT for content in contents)
 
@@ -66,7 +67,7 @@ async def test_more_readers_than_connections(backend: S3StorageBackend) -> None:
 @pytest.mark.case("RE-04")
 async def test_a_call_beside_readers_that_never_rest(backend: S3StorageBackend) -> None:
     """Their connections are taken between two reads, once the call has waited for a second."""
-    readers = [await backend.open("large") for _ in range(PLACES)]
+    readers = [await open_resuming(backend, "large") for _ in range(PLACES)]
     tasks = [asyncio.create_task(rest_of(reader, pause=0.002, size=2048)) for reader in readers]  # 16 s and more
     try:
         async with asyncio.timeout(6):
@@ -82,7 +83,7 @@ async def test_a_call_beside_readers_that_never_rest(backend: S3StorageBackend) 
 
 
 async def test_replaced_while_its_reader_rested(backend: S3StorageBackend) -> None:
-    readers = [await backend.open("large") for _ in range(PLACES)]
+    readers = [await open_resuming(backend, "large") for _ in range(PLACES)]
     for reader in readers:
         await reader.read(1000)
     await asyncio.gather(*(backend.exists("none") for _ in range(PLACES)))

@@ -14,16 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from granite_storage import (
-    BackendError,
-    BackendUnavailableError,
-    ConfigurationError,
-    InvalidLocationError,
-    ObjectExistsError,
-    ObjectNotFoundError,
-    StoredObjectRef,
-)
+from granite_storage import BackendUnavailableError, ConfigurationError, ObjectNotFoundError, StoredObjectRef
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.exceptions import BackendError, InvalidLocationError, ObjectExistsError
 from granite_storage.locations import RESERVED_PREFIX
 from tests.core.support import PLACE, chunks_of, left_below, local_manager
 
@@ -265,9 +258,9 @@ async def test_stale_temporary_files_are_swept_and_others_stay(local: LocalStora
     for path in (old, lonely, local.root_dir / "a/b/kept"):
         os.utime(path, (two_days_ago, two_days_ago))
     assert await listed(local) == ["a/b/kept"]
-    assert await local.abort_unfinished(older_than=timedelta(days=1)) == 2
+    assert await local.cleanup_incomplete(older_than=timedelta(days=1)) == 2
     assert left_below(local.root_dir) == ["a", "a/b", f"a/b/{new.name}", "a/b/kept"]
-    assert await local.abort_unfinished(older_than=timedelta(0)) == 1
+    assert await local.cleanup_incomplete(older_than=timedelta(0)) == 1
     assert (local.root_dir / MARKER).exists()
 
 

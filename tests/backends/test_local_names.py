@@ -79,8 +79,8 @@ async def test_a_sweep_of_folders_as_deep_as_a_location_is_long(tmp_path: Path) 
         stack.callback(os.close, directory)
         os.close(os.open(".granite-0123.tmp", os.O_CREAT | os.O_WRONLY, dir_fd=directory))
         os.utime(".granite-0123.tmp", (time.time() - 7200,) * 2, dir_fd=directory)
-    assert await backend.abort_unfinished(older_than=timedelta(hours=1)) == 1
-    assert await backend.abort_unfinished(older_than=timedelta(hours=1)) == 0
+    assert await backend.cleanup_incomplete(older_than=timedelta(hours=1)) == 1
+    assert await backend.cleanup_incomplete(older_than=timedelta(hours=1)) == 0
     assert await backend.exists(deepest)
     await backend.delete(deepest)
     assert [entry.name for entry in tmp_path.iterdir()] == [".granite-storage"]

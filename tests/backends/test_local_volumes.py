@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 
-from granite_storage import AccessDeniedError, BackendError, BackendUnavailableError, ConfigurationError, ObjectExistsError
+from granite_storage import BackendUnavailableError, ConfigurationError
 from granite_storage.backends import _local_tree
-from granite_storage.backends._local_write import Draft
+from granite_storage.backends._local_write import AtomicFile
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.exceptions import AccessDeniedError, BackendError, ObjectExistsError
 from granite_storage.locations import RESERVED_PREFIX
 from tests.core.support import PROJECT, files_below, many
 
@@ -114,7 +115,7 @@ async def test_an_unnamed_file_that_cannot_be_linked_keeps_its_bytes_and_mode(wi
 
 RACE = """
 import asyncio, errno, os, sys
-from granite_storage import ObjectExistsError
+from granite_storage.exceptions import ObjectExistsError
 from granite_storage.backends import _local_tree
 from granite_storage.backends.local import LocalStorageBackend
 
@@ -182,10 +183,10 @@ async def test_a_claim_that_a_crash_left_refuses_its_name_until_it_is_swept(
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
     monkeypatch.setattr(_local_tree, "_renameat2", lambda: None)
     monkeypatch.setattr(_local_tree, "_CLAIM_ATTEMPTS", 3)
-    with pytest.raises(BackendUnavailableError, match="abort_unfinished") as raised:
+    with pytest.raises(BackendUnavailableError, match="cleanup_incomplete") as raised:
         await backend.put_bytes("a/one", b"2")
     assert raised.value.location == "a/one"
-    assert await backend.abort_unfinished(older_than=timedelta(days=1)) == 1
+    assert await backend.cleanup_incomplete(older_than=timedelta(days=1)) == 1
     await backend.put_bytes("a/one", b"2")
     assert files_below(tmp_path) == ["a/one"]
     await backend.aclose()
@@ -291,7 +292,7 @@ async def test_what_a_killed_write_left_is_removed_where_directories_cannot_be_s
     await LocalStorageBackend(tmp_path).put_bytes("a/kept", b"1")
     with monkeypatch.context() as killed:
         killed.setattr(os, "unlink", lambda path, **options: None)
-        killed.setattr(Draft, "publish", failing(errno.EIO))
+        killed.setattr(AtomicFile, "publish", failing(errno.EIO))
         with pytest.raises(OSError, match="Input/output"):
             await LocalStorageBackend(tmp_path).put_bytes("a/one", b"1")
     assert len(list((tmp_path / "a").iterdir())) == 2

@@ -60,13 +60,13 @@ def memory() -> Any:
 @pytest.mark.parametrize(
     ("store", "options", "says"),
     [
-        ("s3://bucket", {"config": {"nonsense": "x"}}, "no store can be made"),
-        ("s3://bucket", {"client_options": {"nonsense": "x"}}, "no store can be made"),
-        ("s3://bucket", {"retry_config": {"nonsense": 1}}, "retry_config has no nonsense"),
-        ("az://container", {}, "no store can be made"),
-        ("ftp://host", {}, "no store can be made"),
-        ("no url", {}, "no store can be made"),
-        ("memory:///", {"client_options": {"timeout": "1s"}}, "client_options: not with"),
+        ("s3://bucket", {"config": {"nonsense": "x"}}, "cannot make a store"),
+        ("s3://bucket", {"client_options": {"nonsense": "x"}}, "cannot make a store"),
+        ("s3://bucket", {"retry_config": {"nonsense": 1}}, "but not nonsense"),
+        ("az://container", {}, "cannot make a store"),
+        ("ftp://host", {}, "cannot make a store"),
+        ("no url", {}, "cannot make a store"),
+        ("memory:///", {"client_options": {"timeout": "1s"}}, "client_options cannot be passed with"),
         (17, {}, "must be a URL or a store"),
         ("memory:///", {"part_size": 5 * MIB - 1}, "part_size must be at least 5 MiB"),
         ("memory:///", {"part_concurrency": 0}, "part_concurrency must be greater"),
@@ -98,7 +98,7 @@ def test_a_panic_of_obstore_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(obstore.store, "from_url", from_url)
     raised: list[BaseException] = [PanicException(SECRET)]
-    with pytest.raises(ConfigurationError, match=r"no store can be made of 's3://bucket'.*PanicException") as caught:
+    with pytest.raises(ConfigurationError, match=r"obstore cannot make a store from 's3://bucket'.*PanicException") as caught:
         ObjectStoreBackend("s3://bucket")
     assert SECRET not in str(caught.value)
     raised[0] = KeyboardInterrupt()
@@ -107,7 +107,7 @@ def test_a_panic_of_obstore_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_options_go_with_a_url() -> None:
-    with pytest.raises(ConfigurationError, match="config: only with a URL"):
+    with pytest.raises(ConfigurationError, match="config can be passed only with a URL"):
         ObjectStoreBackend(memory(), config={"region": "eu-central-1"})
 
 
@@ -365,7 +365,7 @@ class TestListing:
     async def backend(order: bool | None, by_folder: bool | None = None, **options: Any) -> ObjectStoreBackend:
         backend = ObjectStoreBackend("memory:///", list_by_folder=by_folder)
         backend._client.kind = replace(backend._client.kind, lists_in_order=order)
-        backend._listing = replace(backend._listing, page_size=2, sorted_at_a_time=2, **options)
+        backend._listing = replace(backend._listing, page_size=2, max_sorted=2, **options)
         return backend
 
     async def test_what_is_in_order_is_taken_as_it_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +380,7 @@ class TestListing:
         """SeaweedFS lists `t/` before `t-/`."""
         async with seaweedfs_server.bucket() as bucket:
             backend = ObjectStoreBackend(f"s3://{bucket}", **seaweedfs_server.obstore_options())
-            backend._listing = replace(backend._listing, page_size=2, sorted_at_a_time=2)
+            backend._listing = replace(backend._listing, page_size=2, max_sorted=2)
             for location in ("t/1", "t-/1", "u/1", "u/2"):
                 await backend.put_bytes(location, b"...")
             assert await locations(backend) == ["t-/1", "t/1", "u/1", "u/2"]
@@ -393,13 +393,13 @@ class TestListing:
         async with seaweedfs_server.bucket() as bucket:
             options = seaweedfs_server.obstore_options()
             backend = ObjectStoreBackend(f"s3://{bucket}", list_by_folder=by_folder, **options)
-            backend._listing = replace(backend._listing, page_size=2, sorted_at_a_time=2)
+            backend._listing = replace(backend._listing, page_size=2, max_sorted=2)
             for location in ("a", "b", "c", "t/1", "t-/1"):
                 await backend.put_bytes(location, b"...")
             with pytest.raises(ObjectStoreConfigurationError, match="list_by_folder=True"):
                 await locations(backend)
             walking = ObjectStoreBackend(f"s3://{bucket}", list_by_folder=True, **options)
-            walking._listing = replace(walking._listing, page_size=2, sorted_at_a_time=2)
+            walking._listing = replace(walking._listing, page_size=2, max_sorted=2)
             assert await locations(walking) == ["a", "b", "c", "t-/1", "t/1"]
             await backend.aclose()
             await walking.aclose()

@@ -47,7 +47,7 @@ class ObjectStoreConformance(BackendConformance):
     def with_page_size(self, backend: StorageBackend, size: int) -> StorageBackend:
         paged: Any = self.again(backend)
         inner = paged.inner if isinstance(paged, PrefixedBackend) else paged
-        inner._listing = replace(inner._listing, by_folder=True, page_size=size, sorted_at_a_time=size)
+        inner._listing = replace(inner._listing, by_folder=True, page_size=size, max_sorted=size)
         return paged
 
     def again(self, backend: StorageBackend) -> StorageBackend:

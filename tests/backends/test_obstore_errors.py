@@ -13,16 +13,10 @@ from typing import Any
 
 import pytest
 
-from granite_storage import (
-    AccessDeniedError,
-    BackendError,
-    BackendUnavailableError,
-    ObjectExistsError,
-    ObjectNotFoundError,
-    StorageFullError,
-)
+from granite_storage import BackendUnavailableError, ObjectNotFoundError
 from granite_storage._logs import redact
 from granite_storage.backends.obstore import ObjectStoreBackend, ObjectStoreConfigurationError
+from granite_storage.exceptions import AccessDeniedError, BackendError, ObjectExistsError, StorageFullError
 from tests.azurite import AzureServer
 from tests.core.support import PROJECT
 from tests.faults.s3_proxy import FaultProxy, answer, fault_proxy, lose_answer

@@ -92,7 +92,7 @@ async def test_closes_what_is_inside(tmp_path: Any) -> None:
     assert not isinstance(folder, SupportsPresign)
     await folder.put_bytes("x", b"...")
     assert (tmp_path / "a" / "x").read_bytes() == b"..."
-    assert await folder.abort_unfinished(older_than=timedelta(0)) == 0
+    assert await folder.cleanup_incomplete(older_than=timedelta(0)) == 0
     await folder.aclose()
     assert faults.count("aclose") == 1
     assert repr(folder) == f"PrefixedBackend({faults!r}, 'a')"

@@ -35,6 +35,7 @@ from granite_storage.exceptions import (
     ObjectExistsError,
     ObjectNotFoundError,
 )
+from granite_storage.streams import MeasuredStream
 from tests.faults.s3_proxy import Gate, answer, fault_proxy, wait_for
 from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server, new_client, new_session
 
@@ -366,6 +367,20 @@ class TestWrites:
         await backend.aclose()
         assert 10 < most <= 3 * 5 + 2
 
+    async def test_all_parts_of_a_known_size_are_equal(self, moto: S3StorageBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The first one too, although it is taken before it is known whether there is a second: R2 wants them equal."""
+        sizes: list[int] = []
+        send_part = _s3_upload.MultipartUpload._send_part
+
+        async def counted(self: _s3_upload.MultipartUpload, number: int, body: _s3_upload.Body, room: asyncio.Semaphore) -> None:
+            sizes.append(len(body))
+            await send_part(self, number, body, room)
+
+        monkeypatch.setattr(_s3_upload, "MAX_PARTS", 2)
+        monkeypatch.setattr(_s3_upload.MultipartUpload, "_send_part", counted)
+        await moto.put_stream("a", MeasuredStream(chunks(*(MIB,) * 20), size=20 * MIB))
+        assert sizes == [10 * MIB] * 2
+
     @settings(deadline=None, max_examples=30)
     @given(st.integers(5 * MIB, 5 << 30))
     def test_parts_never_run_out(self, part_size: int) -> None:
@@ -379,12 +394,12 @@ class TestWrites:
     @given(st.lists(st.integers(1, 200_000), max_size=10), st.integers(1, 300_000))
     def test_cutting_a_stream(self, sizes: list[int], part_size: int) -> None:
         async def cut(source: PartSource) -> list[bytes]:
-            source.give_back(await source.take(part_size))
             parts = []
-            while not await source.ended():
-                body = await source.take(part_size)
+            while body := await source.take(part_size):
                 parts.append(b"".join(body.pieces))
                 body.drop()
+                assert await source.ended() is (sum(map(len, parts)) == sum(sizes))
+            assert await source.ended()
             return parts
 
         async def check() -> None:
@@ -449,7 +464,7 @@ class TestWrites:
         assert len(await content_of(weed, "a")) == size
 
     async def test_a_copy_in_parts(self, weed: S3StorageBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_s3_upload, "_COPIED_AT_A_TIME", 5 * MIB)
+        monkeypatch.setattr(_s3_upload, "_COPY_PART_SIZE", 5 * MIB)
         await weed.put_stream("a", chunks(*(MIB,) * 12), content_type="text/plain")
         await weed.copy("a", "b")
         assert await content_of(weed, "b") == await content_of(weed, "a")
@@ -633,8 +648,8 @@ class TestCleanup:
                 for key in ("mine/a", "mine/b", "mine2/c", "other"):
                     upload = await client.create_multipart_upload(Bucket=bucket, Key=key)
                     await client.upload_part(Bucket=bucket, Key=key, UploadId=upload["UploadId"], PartNumber=1, Body=b"...")
-                assert await backend.abort_unfinished(older_than=timedelta(hours=1)) == 0
-                assert await backend.abort_unfinished(older_than=timedelta(0)) == 2
+                assert await backend.cleanup_incomplete(older_than=timedelta(hours=1)) == 0
+                assert await backend.cleanup_incomplete(older_than=timedelta(0)) == 2
                 left = await client.list_multipart_uploads(Bucket=bucket)
             assert sorted(upload["Key"] for upload in left["Uploads"]) == ["mine2/c", "other"]
             await backend.aclose()
@@ -670,7 +685,7 @@ CALLS: dict[str, Any] = {
     "delete": lambda backend: backend.delete("a"),
     "copy": lambda backend: backend.copy("a", "b"),
     "iter_objects": lambda backend: locations_of(backend),
-    "abort_unfinished": lambda backend: backend.abort_unfinished(older_than=timedelta(0)),
+    "cleanup_incomplete": lambda backend: backend.cleanup_incomplete(older_than=timedelta(0)),
 }
 
 

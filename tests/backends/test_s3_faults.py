@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from aiobotocore.credentials import AioRefreshableCredentials
 
-from granite_storage.backends import _s3_client, _s3_upload
+from granite_storage.backends import _remote, _s3_client
+from granite_storage.backends._resuming import open_resuming
 from granite_storage.backends._s3_client import backoff
 from granite_storage.backends.s3 import S3ConfigurationError, S3StorageBackend
 from granite_storage.exceptions import (
@@ -600,7 +601,7 @@ class TestCancellation:
         self, rig: Rig, write: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         call, _, publishing = WRITES[write]
-        monkeypatch.setattr(_s3_upload, "ANSWER_TIMEOUT", 0.2)
+        monkeypatch.setattr(_remote, "ANSWER_TIMEOUT", 0.2)
         landed = Gate()
 
         async def silent(request: Request) -> None:
@@ -665,7 +666,7 @@ class TestReaders:
         await rig.real.put_bytes("a", LONG)
         rig.proxy.on("GetObject", cut_body(3 * MIB + 17), times=3)
         rig.proxy.on("GetObject", cut_body(0), times=2)
-        reader = await rig.backend.open("a", offset=5, length=11 * MIB)
+        reader = await open_resuming(rig.backend, "a", offset=5, length=11 * MIB)
         got = []
         while chunk := await reader.read(size):
             got.append(chunk)
@@ -681,7 +682,7 @@ class TestReaders:
         rig.remake(max_attempts=3)
         rig.proxy.on("GetObject", cut_body(1000))
         rig.proxy.on("GetObject", cut_body(0), times=FOREVER)
-        reader = await rig.backend.open("a")
+        reader = await open_resuming(rig.backend, "a")
         with pytest.raises(BackendUnavailableError, match="byte 1000"):
             await reader.read()
         assert rig.proxy.count()["GetObject"] == 3
@@ -697,7 +698,7 @@ class TestReaders:
             return response
 
         rig.proxy.on("GetObject", cut_and_replaced)
-        reader = await rig.backend.open("a")
+        reader = await open_resuming(rig.backend, "a")
         assert await reader.read(1000) == b"x" * 1000
         with pytest.raises(BackendError, match="replaced"):
             await reader.read()
@@ -706,7 +707,7 @@ class TestReaders:
     async def test_deleted_while_it_is_read(self, rig: Rig) -> None:
         await rig.real.put_bytes("a", b"x" * MIB)
         rig.proxy.on("GetObject", cut_body(1000))
-        reader = await rig.backend.open("a")
+        reader = await open_resuming(rig.backend, "a")
         await rig.real.delete("a")
         with pytest.raises((ObjectNotFoundError, BackendError)):
             await reader.read()

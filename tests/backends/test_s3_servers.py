@@ -15,16 +15,11 @@ import pytest
 from aiobotocore.credentials import AioRefreshableCredentials
 from botocore.config import Config
 
-from granite_storage import (
-    AccessDeniedError,
-    ConfigurationError,
-    ObjectExistsError,
-    StorageManager,
-    StoragePolicy,
-)
+from granite_storage import ConfigurationError, StorageManager, StoragePolicy
 from granite_storage.backends import _s3_upload
 from granite_storage.backends._s3_upload import MAX_PARTS, PROBE_PREFIX, part_size_of
 from granite_storage.backends.s3 import S3StorageBackend
+from granite_storage.exceptions import AccessDeniedError, ObjectExistsError
 from tests.core.support import many
 from tests.faults.s3_proxy import (
     FaultProxy,
@@ -155,7 +150,7 @@ class TestConditions:
             with caplog.at_level(logging.WARNING, "granite_storage"):
                 for name in ("one", "two"):
                     await backend.put_stream(name, stream())
-            assert [record.getMessage() for record in caplog.records if "could not be found out" in record.getMessage()]
+            assert [record.getMessage() for record in caplog.records if "is unknown whether" in record.getMessage()]
             assert proxy.count()["PutObject"] == 1
             assert proxy.count()["HeadObject"] == 2
 
@@ -193,8 +188,8 @@ class TestConditions:
                 await client.put_object(Bucket=bucket, Key=f"app/{PROBE_PREFIX}left", Body=b"probe")
             await backend.put_bytes("one", b"1")
             assert [info.location async for info in backend.iter_objects()] == ["one"]
-            assert await backend.abort_unfinished(older_than=timedelta(days=1)) == 0
-            assert await backend.abort_unfinished(older_than=timedelta(days=-1)) == 1
+            assert await backend.cleanup_incomplete(older_than=timedelta(days=1)) == 0
+            assert await backend.cleanup_incomplete(older_than=timedelta(days=-1)) == 1
             assert await keys_in(backend) == ["app/one"]
             await backend.aclose()
 

@@ -18,6 +18,7 @@ MIB = 1 << 20
 SLOT: dict[str, str] = {"storage_key": "files", "model_name": "doc", "entity_id": "1", "field_name": "file"}
 PLACE: dict[str, str] = {name: SLOT[name] for name in ("model_name", "entity_id", "field_name")}
 PROJECT = Path(__file__).resolve().parents[2]
+API_REFERENCE = "\n".join(page.read_text() for page in sorted((PROJECT / "docs/api").glob("*.md")))
 
 
 def manager_on(backend: StorageBackend, **options: Any) -> StorageManager:

@@ -41,7 +41,11 @@ def test_a_name_of_the_core_loads_no_other_package(name: str) -> None:
 
 
 def test_neither_the_command_nor_the_web_is_loaded_with_what_applications_use() -> None:
-    loaded = imported("from granite_storage import StorageManager, bind_storage, migrate, verify, StorageGarbageCollector")
+    loaded = imported(
+        "from granite_storage import StorageManager, bind_storage, StorageGarbageCollector\n"
+        "from granite_storage.migration import migrate\n"
+        "from granite_storage.verification import verify"
+    )
     assert "sqlalchemy" in loaded
     assert not loaded & {"alembic", "click", "rich", "starlette", "python_multipart", "pydantic"}
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_storage import InvalidLocationError, ObjectNotFoundError, StorageManager, StoredObjectRef, locations
+from granite_storage import ObjectNotFoundError, StorageManager, StoredObjectRef, locations
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.exceptions import InvalidLocationError
 from granite_storage.locations import (
     MAX_LOCATION_BYTES,
     check_location,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,23 +13,26 @@ from typing import Any
 import pytest
 
 from granite_storage import (
-    BackendError,
     BackendUnavailableError,
     ChecksumMismatchError,
     ConfigurationError,
     ContentTooLargeError,
-    InvalidReferenceError,
     ObjectNotFoundError,
-    SizeMismatchError,
     StorageManager,
     StoragePolicy,
     StoredObjectRef,
+)
+from granite_storage.backends.base import SupportsBatchDelete, SupportsCopy
+from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import (
+    BackendError,
+    InvalidLocationError,
+    InvalidReferenceError,
+    SizeMismatchError,
     UnknownBackendError,
     UnknownPolicyError,
 )
-from granite_storage.backends.base import SupportsCopy
-from granite_storage.backends.local import LocalStorageBackend
-from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.testing import FaultInjectingBackend
 from tests.core.support import MIB, SLOT, eventually, left_below, local_manager, manager_on
 
@@ -305,8 +308,8 @@ class TestCopies:
 
     async def test_an_error_says_on_which_side_it_was(self, manager: StorageManager, backends: dict[str, Any]) -> None:
         ref = await manager.put_bytes(**SLOT, content=bytes(3 * MIB))
-        backends["here"].cut("open", after=MIB)
-        with pytest.raises(BackendUnavailableError) as caught:
+        backends["here"].cut("open", after=MIB, error=BackendError("broken"))
+        with pytest.raises(BackendError, match="broken") as caught:
             await manager.copy(ref, **COPY, storage_key="others")
         assert caught.value.backend == "here"
         backends["there"].cut("put_stream", after=MIB)
@@ -318,6 +321,103 @@ class TestCopies:
     async def test_an_unknown_checksum_is_known_of_a_copy_through_the_program(self, manager: StorageManager) -> None:
         ref = await manager.put_bytes(**SLOT, content=b"abc")
         assert (await manager.copy(replace(ref, checksum=""), **COPY, storage_key="others")).checksum == ref.checksum
+
+
+class Batched(MemoryStorageBackend):
+    """Deletes many objects in one call, but for those that it refuses."""
+
+    def __init__(self, refused: str = "") -> None:
+        super().__init__()
+        self.calls: list[list[str]] = []
+        self.refused = refused
+
+    async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
+        self.calls.append(list(locations))
+        for location in locations:
+            if location != self.refused:
+                await self.delete(location)
+        return {self.refused: BackendError("refused")} if self.refused in locations else {}
+
+
+class TestListings:
+    async def test_a_policy_lists_what_is_below_its_prefix(self) -> None:
+        manager, _ = two_backends(files="first", other="first")
+        stored = [await manager.put_bytes(**SLOT | {"entity_id": str(number)}, content=b"a") for number in range(3)]
+        await manager.put_bytes(**SLOT | {"storage_key": "other"}, content=b"b")
+        assert [info.location async for info in manager.list(storage_key="files")] == sorted(ref.location for ref in stored)
+        assert [info.location async for info in manager.list(storage_key="files", prefix="doc/1/")] == [stored[1].location]
+        after = [info.location async for info in manager.list(storage_key="files", start_after=stored[1].location)]
+        assert after == [stored[2].location]
+
+    async def test_a_policy_without_a_prefix_lists_its_whole_backend(self) -> None:
+        manager = manager_on(MemoryStorageBackend())
+        ref = await manager.put_bytes(**SLOT, content=b"a")
+        assert [info.location async for info in manager.list(storage_key="files", prefix="doc/")] == [ref.location]
+        assert [info async for info in manager.list(storage_key="files", prefix="d/")] == []
+
+    async def test_errors_name_the_backend(self) -> None:
+        manager = manager_on(backend := FaultInjectingBackend(MemoryStorageBackend()))
+        with pytest.raises(UnknownPolicyError, match="'nope'"):
+            await anext(manager.list(storage_key="nope"))
+        backend.fail("iter_objects", error=BackendUnavailableError("down"))
+        with pytest.raises(BackendUnavailableError) as caught:
+            await anext(manager.list(storage_key="files"))
+        assert caught.value.backend == "store"
+
+    async def test_a_closed_manager_lists_nothing(self) -> None:
+        manager = manager_on(MemoryStorageBackend())
+        await manager.aclose()
+        with pytest.raises(ConfigurationError, match="closed"):
+            await anext(manager.list(storage_key="files"))
+
+
+class TestDeletingMany:
+    @pytest.mark.parametrize("in_batches", [True, False])
+    async def test_all_are_gone_and_what_is_not_there_is_no_error(self, in_batches: bool, tmp_path: Path) -> None:
+        manager = manager_on(backend := Batched() if in_batches else LocalStorageBackend(tmp_path, fsync=False))
+        assert isinstance(backend, SupportsBatchDelete) is in_batches
+        refs = [await manager.put_bytes(**SLOT, content=b"a") for _ in range(40)]
+        await manager.delete(refs[0])
+        assert await manager.delete_many(iter([*refs, refs[1]])) == {}
+        assert await listed(backend) == []
+        assert await manager.delete_many([]) == {}
+
+    async def test_one_request_where_the_backend_can(self) -> None:
+        manager = manager_on(backend := Batched())
+        refs = [await manager.put_bytes(**SLOT, content=b"a") for _ in range(40)]
+        await manager.delete_many(refs)
+        assert [sorted(call) for call in backend.calls] == [sorted(ref.location for ref in refs)]
+
+    async def test_one_that_is_refused_stops_no_other(self) -> None:
+        manager = manager_on(backend := Batched())
+        refs = [await manager.put_bytes(**SLOT, content=b"a") for _ in range(5)]
+        backend.refused = refs[2].location
+        failures = await manager.delete_many(refs)
+        assert list(failures) == [refs[2]]
+        assert isinstance(failures[refs[2]], BackendError)
+        assert failures[refs[2]].backend == "store"
+        assert await listed(backend) == [refs[2].location]
+
+    async def test_without_batches_each_failure_is_told(self, tmp_path: Path) -> None:
+        manager = manager_on(backend := FaultInjectingBackend(LocalStorageBackend(tmp_path, fsync=False)))
+        refs = [await manager.put_bytes(**SLOT, content=b"a") for _ in range(5)]
+        backend.fail("delete", error=BackendUnavailableError("down"), times=2)
+        failures = await manager.delete_many(refs)
+        assert len(failures) == len(await listed(backend)) == 2
+        assert {type(error) for error in failures.values()} == {BackendUnavailableError}
+
+    async def test_a_wrong_ref_deletes_nothing(self) -> None:
+        manager = manager_on(backend := MemoryStorageBackend())
+        ref = await manager.put_bytes(**SLOT, content=b"a")
+        wrong: list[tuple[Any, type[Exception]]] = [
+            (replace(ref, backend="nope"), UnknownBackendError),
+            (replace(ref, location="../up"), InvalidLocationError),
+            (ref.to_dict(), InvalidReferenceError),
+        ]
+        for other, error in wrong:
+            with pytest.raises(error):
+                await manager.delete_many([ref, other])
+        assert await listed(backend) == [ref.location]
 
 
 class Held:

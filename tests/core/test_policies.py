@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from granite_storage import ConfigurationError, StorageManager, StoragePolicy, UnknownBackendError, UnknownPolicyError
+from granite_storage import ConfigurationError, StorageManager, StoragePolicy
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import UnknownBackendError, UnknownPolicyError
 from tests.core.support import SLOT, pickled
 
 

@@ -11,26 +11,68 @@ import pytest
 
 import granite_storage
 from granite_storage import exceptions
+from tests.core.support import API_REFERENCE
 
 ROOT = Path(__file__).parents[2]
-PUBLIC = [name for name in granite_storage.__all__ if name != "__version__"]
+API = ROOT / "docs/api"
+TOP_LEVEL = [
+    "Attachment",
+    "AttachmentType",
+    "BackendUnavailableError",
+    "ChecksumMismatchError",
+    "ConfigurationError",
+    "ContentTooLargeError",
+    "ObjectInfo",
+    "ObjectNotFoundError",
+    "SizeLimitedStream",
+    "StaleAttachmentError",
+    "StorageBackend",
+    "StorageBinding",
+    "StorageError",
+    "StorageGarbageCollector",
+    "StorageJournal",
+    "StorageManager",
+    "StoragePolicy",
+    "StoredContentMixin",
+    "StoredObjectReader",
+    "StoredObjectRef",
+    "StoredObjectRefType",
+    "attachment",
+    "bind_storage",
+    "iter_model_storage_refs",
+    "journal_tables",
+    "portable_storage_ref_type",
+]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_public_name_is_there_and_documented(name: str) -> None:
-    value = getattr(granite_storage, name)
-    assert inspect.getdoc(value)
-    assert name in dir(granite_storage)
+def test_the_top_level_is_these_26_names() -> None:
+    assert sorted(granite_storage.__all__) == TOP_LEVEL
+    listed = set(dir(granite_storage))
+    assert listed >= set(TOP_LEVEL)
+    assert all(inspect.ismodule(getattr(granite_storage, name)) for name in listed - set(TOP_LEVEL))
+    assert not any(name.startswith("_") for name in listed)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", TOP_LEVEL)
+def test_public_name_is_documented(name: str) -> None:
+    assert inspect.getdoc(getattr(granite_storage, name))
+
+
+@pytest.mark.parametrize("name", TOP_LEVEL)
 def test_public_name_is_in_the_reference(name: str) -> None:
-    reference = (ROOT / "docs/api.md").read_text()
-    assert re.search(rf"^\.\. auto\w+:: granite_storage\.{name}$", reference, re.MULTILINE)
+    assert re.search(rf"^\.\. auto\w+:: granite_storage\.{name}$", API_REFERENCE, re.MULTILINE)
 
 
-def test_every_exception_is_public() -> None:
-    assert set(exceptions.__all__) <= set(granite_storage.__all__)
+@pytest.mark.parametrize("name", exceptions.__all__)
+def test_every_exception_is_in_the_reference(name: str) -> None:
+    where = "granite_storage" if name in TOP_LEVEL else "granite_storage.exceptions"
+    assert re.search(rf"^\.\. autoexception:: {re.escape(where)}\.{name}$", API_REFERENCE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", sorted(API.glob("*.md")), ids=lambda page: page.stem)
+def test_each_page_of_the_reference_is_in_its_index(page: Path) -> None:
+    index = (API / "index.md").read_text()
+    assert page.stem == "index" or re.search(rf"^{page.stem}$", index, re.MULTILINE)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

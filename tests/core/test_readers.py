@@ -16,17 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granite_storage import (
-    BackendError,
-    BackendUnavailableError,
-    ChecksumMismatchError,
-    ObjectNotFoundError,
-    SizeMismatchError,
-    StorageManager,
-    StoredObjectRef,
-)
+from granite_storage import BackendUnavailableError, ChecksumMismatchError, ObjectNotFoundError, StorageManager, StoredObjectRef
+from granite_storage.backends.base import ObjectReader
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.exceptions import BackendError, SizeMismatchError
 from granite_storage.testing import FaultInjectingBackend
 from tests.core.support import MIB, SLOT, Lag, eventually, local_manager, manager_on, open_files
 
@@ -271,13 +266,110 @@ class TestWrongObjects:
     ) -> None:
         async with manager.open(ref) as reader:
             assert await reader.read(10) == CONTENT[:10]
-            faults.fail("read")
+            faults.fail("read", times=5)
             with pytest.raises(BackendUnavailableError) as caught:
                 await reader.read(10)
             assert caught.value.backend == "store"
+            assert faults.pending == 0
             assert reader.tell() == 10
             assert await reader.read(10) == CONTENT[10:20]
             assert await reader.read() == CONTENT[20:]
+
+
+class TestResumedBodies:
+    """Where a backend's reader is cut off, the rest of the same object is asked for, on any backend."""
+
+    @pytest.mark.parametrize("verify", [False, True])
+    async def test_a_cut_body_goes_on(
+        self, manager: StorageManager, ref: StoredObjectRef, faults: FaultInjectingBackend, tmp_path: Path, verify: bool
+    ) -> None:
+        faults.cut("open", after=300_000, times=3)
+        faults.fail("read", nth=3, times=3)
+        async with manager.open(ref, verify=verify) as reader:
+            assert await reader.read() == CONTENT
+        assert (faults.pending, faults.count("open")) == (0, 5)
+        assert open_files(tmp_path) == []
+
+    async def test_a_range_goes_on(self, manager: StorageManager, ref: StoredObjectRef, faults: FaultInjectingBackend) -> None:
+        faults.cut("open", after=1000, times=3)
+        async with manager.open(ref, offset=10, length=5000) as reader:
+            assert b"".join([chunk async for chunk in reader]) == CONTENT[10:5010]
+        assert faults.count("open") == 4
+
+    async def test_a_body_without_a_byte_is_asked_for_five_times(
+        self, manager: StorageManager, ref: StoredObjectRef, faults: FaultInjectingBackend
+    ) -> None:
+        faults.cut("open", after=0, times=100)
+        async with manager.open(ref) as reader:
+            with pytest.raises(BackendUnavailableError) as caught:
+                await reader.read()
+        assert (caught.value.backend, caught.value.location) == ("store", ref.location)
+        assert faults.count("open") == 5
+
+    @pytest.mark.parametrize("content", [CONTENT, CONTENT[:1000]])
+    async def test_another_object_is_not_joined_to_the_first(
+        self, manager: StorageManager, ref: StoredObjectRef, faults: FaultInjectingBackend, tmp_path: Path, content: bytes
+    ) -> None:
+        faults.cut("open", after=2000)
+        async with manager.open(ref) as reader:
+            assert await reader.read(1500) == CONTENT[:1500]
+            path_of(tmp_path, ref).unlink()
+            path_of(tmp_path, ref).write_bytes(content)
+            with pytest.raises(BackendError, match="changed"):
+                await reader.read()
+            assert reader.tell() == 1500
+        assert open_files(tmp_path) == []
+
+    @pytest.mark.parametrize("prefix", [None, "a/b"])
+    async def test_a_reader_that_can_say_which_object_is_meant(self, prefix: str | None) -> None:
+        """It is asked for the rest in place of its backend, as often as it says, also behind a prefix."""
+        backend = _Conditional()
+        store = backend if prefix is None else PrefixedBackend(backend, prefix)
+        async with manager_on(store) as manager:
+            ref = await manager.put_bytes(**SLOT, content=CONTENT)
+            async with manager.open(ref, offset=7) as reader:
+                assert await reader.read() == CONTENT[7:]
+                assert backend.reopened == 2
+                await reader.seek(0)
+                backend.cuts = 100
+                with pytest.raises(BackendUnavailableError, match="cut off") as caught:
+                    await reader.read(1)
+                assert caught.value.location == ref.location
+                assert (backend.cuts, backend.reopened) == (97, 5)
+
+
+class _Conditional(MemoryStorageBackend):
+    """One whose readers are cut off before their first byte, so many times, and open the same object again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cuts = 2
+        self.reopened = 0
+
+    async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> Any:
+        return _Reopening(self, await super().open(location, offset=offset, length=length))
+
+
+class _Reopening:
+    max_attempts = 3
+
+    def __init__(self, backend: _Conditional, inner: ObjectReader) -> None:
+        self.info = inner.info
+        self._backend = backend
+        self._inner = inner
+
+    async def read(self, size: int = -1, /) -> bytes:
+        if self._backend.cuts:
+            self._backend.cuts -= 1
+            raise BackendUnavailableError("it was cut off", location=self.info.location)
+        return await self._inner.read(size)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def reopen(self, offset: int, length: int, /) -> ObjectReader:
+        self._backend.reopened += 1
+        return await self._backend.open(self.info.location, offset=offset, length=length)
 
 
 class TestHandles:

@@ -13,8 +13,9 @@ from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_storage import InvalidReferenceError, StorageManager, StoredObjectRef
+from granite_storage import StorageManager, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import InvalidReferenceError
 from tests.core.support import SLOT, manager_on, pickled
 
 CHECKSUM = "sha256:" + "0123456789abcdef" * 4

@@ -26,9 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.datastructures import UploadFile
 
-from granite_storage import InvalidReferenceError, SizeLimitedStream, StorageManager, streams
+from granite_storage import SizeLimitedStream, StorageManager, streams
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.orm import Attachment
 from granite_storage.streams import CHUNK_SIZE, MeasuredStream, iter_chunks
 from granite_storage.testing import FaultInjectingBackend
@@ -600,7 +601,7 @@ class TestRegrouping:
         st.lists(st.tuples(st.integers(0, 200), st.sampled_from(["bytes", "bytearray", "view"])), max_size=60),
         st.integers(0, 300),
     )
-    def test_pieces_are_the_same_bytes_none_empty_none_too_long(self, chunks: list[tuple[int, str]], most_held: int) -> None:
+    def test_pieces_are_the_same_bytes_none_empty_none_too_long(self, chunks: list[tuple[int, str]], max_buffered: int) -> None:
         kinds: dict[str, Callable[[bytes], Any]] = {"bytes": bytes, "bytearray": bytearray, "view": memoryview}
         content = [kinds[kind](bytes([number % 256]) * size) for number, (size, kind) in enumerate(chunks)]
 
@@ -610,15 +611,15 @@ class TestRegrouping:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(streams, "CHUNK_SIZE", 64)
             patch.setattr(streams, "_LARGE_ENOUGH", 16)
-            patch.setattr(streams, "_MOST_GROUPED", 8)
-            patch.setattr(streams, "_MOST_HELD", most_held)
+            patch.setattr(streams, "_MAX_GROUPED", 8)
+            patch.setattr(streams, "_MAX_BUFFERED", max_buffered)
             pieces = asyncio.run(regroup())
         assert b"".join(pieces) == b"".join(bytes(chunk) for chunk in content)
         assert all(type(piece) is bytes and 0 < len(piece) <= 64 for piece in pieces)
         assert streams._Group._all_sizes == 0
 
     async def test_all_groups_together_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(streams, "_MOST_HELD", 2000)
+        monkeypatch.setattr(streams, "_MAX_BUFFERED", 2000)
         most = 0
 
         async def regroup() -> bytes:

@@ -13,15 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granite_storage import (
-    ChecksumMismatchError,
-    ContentTooLargeError,
-    InvalidReferenceError,
-    SizeLimitedStream,
-    SizeMismatchError,
-    StorageBackend,
-)
+from granite_storage import ChecksumMismatchError, ContentTooLargeError, SizeLimitedStream, StorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import InvalidReferenceError, SizeMismatchError
 from granite_storage.streams import MeasuredStream, iter_chunks
 from tests.core.support import MIB, SLOT, chunks_of, endless, gathered, left_below, local_manager, manager_on, many
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from granite_storage import StreamTimeoutError, _threads
+from granite_storage import _threads
 from granite_storage._threads import ThreadPool
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import StreamTimeoutError
 from tests.core.support import SLOT, eventually, manager_on
 
 pytestmark = pytest.mark.case("RE-15")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from granite_storage import _threads
-from granite_storage._tasks import finish, finished, settle
+from granite_storage._tasks import shielded, shielded_cleanup, wait_uncancelled
 from granite_storage._threads import ThreadConsumer, ThreadPool, _pools
 from tests.core.support import eventually, in_new_process
 
@@ -141,7 +141,7 @@ class TestRun:
 
     async def test_patience_has_an_end(self, pool: ThreadPool, caplog: pytest.LogCaptureFixture) -> None:
         gate = Gate()
-        task = asyncio.ensure_future(pool.run(gate, patience=0.01))
+        task = asyncio.ensure_future(pool.run(gate, cancel_timeout=0.01))
         await gate.begun()
         task.cancel()
         assert await cancelled(task)
@@ -283,7 +283,7 @@ class TestConsumer:
         await consumer.drain()
 
     async def test_all_consumers_together_are_bounded(self, pool: ThreadPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("granite_storage._threads._MOST_PENDING", 100)
+        monkeypatch.setattr("granite_storage._threads._MAX_PENDING", 100)
         gate = Gate()
         consumers = [ThreadConsumer(pool, lambda _: gate(), max_pending=1000) for _ in range(30)]
         feeding = [asyncio.ensure_future(consumer.feed(bytes(10))) for consumer in consumers]
@@ -434,7 +434,7 @@ async def slow(seconds: float, result: Any = None) -> Any:
 
 class TestCleanUp:
     @pytest.mark.case("CAN-04")
-    @pytest.mark.parametrize("call", [lambda: finished(slow(0.02)), lambda: finish(slow(0.02), "a clean-up")])
+    @pytest.mark.parametrize("call", [lambda: shielded(slow(0.02)), lambda: shielded_cleanup(slow(0.02), "a clean-up")])
     @pytest.mark.parametrize("times", [1, 2, 5])
     async def test_it_ends_before_the_cancellation_goes_on(self, call: Callable[[], Any], times: int) -> None:
         task = asyncio.ensure_future(call())
@@ -453,10 +453,10 @@ class TestCleanUp:
         async def undo(result: int) -> None:
             undone.append(result)
 
-        assert await finished(slow(0, 7), undo=undo) == 7
+        assert await shielded(slow(0, 7), undo=undo) == 7
         assert undone == []
         for result in (8, ValueError("of the work")):
-            task = asyncio.ensure_future(finished(slow(0.01, result), undo=undo))
+            task = asyncio.ensure_future(shielded(slow(0.01, result), undo=undo))
             await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -464,17 +464,17 @@ class TestCleanUp:
         assert undone == [8]
 
     async def test_without_a_cancellation_it_returns(self) -> None:
-        assert await finished(slow(0, 7)) == 7
-        await finish(slow(0), "a clean-up")
+        assert await shielded(slow(0, 7)) == 7
+        await shielded_cleanup(slow(0), "a clean-up")
         with pytest.raises(ValueError, match="of the work"):
-            await finished(slow(0, ValueError("of the work")))
+            await shielded(slow(0, ValueError("of the work")))
 
     async def test_a_failed_clean_up_is_logged_and_hides_nothing(self, caplog: pytest.LogCaptureFixture) -> None:
         async def work() -> None:
             try:
                 raise KeyError("the error")
             finally:
-                await finish(slow(0, ValueError("of the clean-up")), "tidying")
+                await shielded_cleanup(slow(0, ValueError("of the clean-up")), "tidying")
 
         with pytest.raises(KeyError):
             await work()
@@ -482,18 +482,18 @@ class TestCleanUp:
         assert "of the clean-up" in caplog.text
 
     async def test_a_clean_up_has_its_time(self, caplog: pytest.LogCaptureFixture) -> None:
-        await finish(slow(100), "tidying", timeout=0.01)
+        await shielded_cleanup(slow(100), "tidying", timeout=0.01)
         assert "tidying did not end within 0.01 s" in caplog.text
 
     async def test_a_clean_up_that_was_cancelled_itself_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
-        await finish(slow(0, asyncio.CancelledError()), "tidying")
+        await shielded_cleanup(slow(0, asyncio.CancelledError()), "tidying")
         assert "tidying failed" in caplog.text
 
     async def test_settling_tells_whether_it_is_done(self) -> None:
         future = asyncio.get_running_loop().create_future()
-        assert not await settle(future, 0.01)
+        assert not await wait_uncancelled(future, 0.01)
         future.set_exception(ValueError("seen"))
-        assert await settle(future)
+        assert await wait_uncancelled(future)
 
     @pytest.mark.case("CAN-03")
     async def test_the_count_of_cancellations_is_kept(self) -> None:
@@ -501,6 +501,6 @@ class TestCleanUp:
         assert task is not None
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.001):
-                await finish(slow(0.02), "a clean-up")
+                await shielded_cleanup(slow(0.02), "a clean-up")
         assert task.cancelling() == 0
         await asyncio.sleep(0)

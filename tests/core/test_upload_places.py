@@ -14,9 +14,10 @@ import aiofiles
 import httpx
 import pytest
 
-from granite_storage import ConfigurationError, StorageManager, StoragePolicy, StreamTimeoutError, streams
+from granite_storage import ConfigurationError, StorageManager, StoragePolicy, streams
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import StreamTimeoutError
 from granite_storage.orm import bind_storage
 from granite_storage.testing import FaultInjectingBackend
 from tests.core.support import SLOT, eventually, left_below
@@ -106,7 +107,7 @@ class StuckFile(io.RawIOBase):
 
 
 async def test_a_file_that_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "_PATIENCE", 0.05)
+    monkeypatch.setattr(streams, "_CANCEL_TIMEOUT", 0.05)
     manager = manager_of(MemoryStorageBackend(), max_concurrent_uploads=1, upload_idle_timeout=0.05)
     file = StuckFile()
     try:

@@ -316,7 +316,7 @@ def test_a_keyboard_interrupt(tmp_path: Path, times: int) -> None:
         assert "never awaited" not in errors
     assert [name for name in files_below(tmp_path / "root") if not name.endswith(".tmp")] == []
     if times > 1:  # who insists is let out of the clean-up, too; what that leaves is cleared away as after a crash
-        asyncio.run(LocalStorageBackend(tmp_path / "root").abort_unfinished(older_than=timedelta(0)))
+        asyncio.run(LocalStorageBackend(tmp_path / "root").cleanup_incomplete(older_than=timedelta(0)))
     assert files_below(tmp_path / "root") == []
     if times == 1:
         assert left_below(tmp_path / "root") == []

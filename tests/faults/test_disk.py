@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from granite_storage import AccessDeniedError, BackendError, BackendUnavailableError, StorageFullError
+from granite_storage import BackendUnavailableError
 from granite_storage.backends import _local_tree
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.exceptions import AccessDeniedError, BackendError, StorageFullError
 from granite_storage.locations import RESERVED_PREFIX
 from tests.core.support import (
     PROJECT,
@@ -133,7 +134,7 @@ async def _check_after_kill(root: Path, *, finished: bool) -> None:
         assert not finished
     for path in root.rglob(f"{RESERVED_PREFIX}*.tmp"):
         os.utime(path, (0, 0))
-    await backend.abort_unfinished(older_than=timedelta(days=1))
+    await backend.cleanup_incomplete(older_than=timedelta(days=1))
     assert files_below(root) == sorted(found)
 
 
@@ -305,7 +306,7 @@ async def test_a_slow_disk_blocks_neither_the_loop_nor_other_users_of_threads(
 
 UNPRIVILEGED = """
 import asyncio, os, sys, traceback
-from granite_storage import AccessDeniedError
+from granite_storage.exceptions import AccessDeniedError
 from granite_storage.backends.local import LocalStorageBackend
 
 async def main():

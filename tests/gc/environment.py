@@ -14,7 +14,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import (
     Attachment,
-    GarbageCollectionReport,
     StorageBinding,
     StorageGarbageCollector,
     StorageJournal,
@@ -27,6 +26,7 @@ from granite_storage import (
     journal_tables,
 )
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.gc import GarbageCollectionReport
 from granite_storage.testing import FaultInjectingBackend
 from tests.orm.databases import Database
 

@@ -8,7 +8,8 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from granite_storage import CollectionRefusedError, OrphanStatus
+from granite_storage.exceptions import CollectionRefusedError
+from granite_storage.gc import OrphanStatus
 from granite_storage.locations import make_location
 from tests.gc.environment import Crate, Drum, GcEnvironment, Keg, file
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from granite_storage import AccessDeniedError, BackendUnavailableError, CollectionRefusedError, ConfigurationError, OrphanStatus
+from granite_storage import BackendUnavailableError, ConfigurationError
 from granite_storage.backends.base import StorageBackend, SupportsBatchDelete, SupportsClock
 from granite_storage.backends.local import LocalStorageBackend
-from granite_storage.gc import database
+from granite_storage.exceptions import AccessDeniedError, CollectionRefusedError
+from granite_storage.gc import OrphanStatus, database
 from tests.gc.environment import Crate, GcEnvironment, file, gc_environment
 from tests.orm.databases import Database
 
@@ -193,7 +194,7 @@ async def test_temporary_files_that_unfinished_writes_left(plain_database: Datab
 async def test_what_cannot_be_cleared_up_does_not_spoil_the_report(plain_database: Database, tmp_path: Path) -> None:
     async with gc_environment(plain_database, backend=LocalStorageBackend(tmp_path, fsync=False)) as env:
         await env.add(Crate(id=1, file=file("a")))
-        env.store.fail("abort_unfinished", error=AccessDeniedError("no"))
+        env.store.fail("cleanup_incomplete", error=AccessDeniedError("no"))
         report = await env.collect()
         assert report.unfinished_error == "AccessDeniedError: no"
         assert report.complete

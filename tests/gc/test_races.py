@@ -15,7 +15,8 @@ from sqlalchemy import event, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage import Attachment, CollectionRefusedError, StoragePolicy, StoredObjectRef
+from granite_storage import Attachment, StoragePolicy, StoredObjectRef
+from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.orm import references

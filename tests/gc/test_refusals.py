@@ -18,13 +18,11 @@ from sqlalchemy.types import TypeDecorator
 
 from granite_storage import (
     Attachment,
-    CollectionRefusedError,
     ConfigurationError,
     StorageGarbageCollector,
     StorageManager,
     StoredObjectRef,
     StoredObjectRefType,
-    UnknownPolicyError,
     attachment,
     bind_storage,
 )
@@ -33,6 +31,7 @@ from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.exceptions import CollectionRefusedError, UnknownPolicyError
 from tests.gc.environment import POLICIES, Base, Crate, GcEnvironment, file, gc_environment
 from tests.orm.databases import Database, sqlite
 

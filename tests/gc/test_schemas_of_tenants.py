@@ -18,8 +18,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import (
     Attachment,
-    CollectionRefusedError,
-    GarbageCollectionReport,
     StorageGarbageCollector,
     StorageManager,
     StoragePolicy,
@@ -29,6 +27,8 @@ from granite_storage import (
     journal_tables,
 )
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import CollectionRefusedError
+from granite_storage.gc import GarbageCollectionReport
 from granite_storage.gc import database as gc_database
 from tests.orm.databases import Database
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from granite_storage import CollectionRefusedError, StorageGarbageCollector, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage import StorageGarbageCollector, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import merge
 from granite_storage.gc.merge import SortedSpool, temporary_file
 from granite_storage.orm import iter_model_storage_refs

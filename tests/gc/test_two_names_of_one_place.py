@@ -17,8 +17,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import (
     Attachment,
-    CollectionRefusedError,
-    GarbageCollectionReport,
     StorageBackend,
     StorageBinding,
     StorageGarbageCollector,
@@ -34,6 +32,8 @@ from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.obstore import ObjectStoreBackend
 from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.exceptions import CollectionRefusedError
+from granite_storage.gc import GarbageCollectionReport
 from tests.faults.s3_proxy import fault_proxy
 from tests.orm.databases import Database, sqlite
 from tests.servers import S3Server

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
-from granite_storage import StorageManager, StoragePolicy, bind_storage, migrate
+from granite_storage import StorageManager, StoragePolicy, bind_storage
 from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.obstore import ObjectStoreBackend
 from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.migration import migrate
 from tests.migration.environment import Base, Shelf, file
 from tests.orm.databases import Database, sqlite
 from tests.servers import S3Server

@@ -7,9 +7,10 @@ from datetime import timedelta
 
 import pytest
 
-from granite_storage import CollectionRefusedError, StorageGarbageCollector, migrate, verify
-from granite_storage.migration import MigrationStatus
-from granite_storage.verification import Problem
+from granite_storage import StorageGarbageCollector
+from granite_storage.exceptions import CollectionRefusedError
+from granite_storage.migration import MigrationStatus, migrate
+from granite_storage.verification import Problem, verify
 from tests.migration.environment import MigrationEnvironment, Shelf, file
 
 SURROGATE = {"location": "docs/\ud800/1/file"}, {"backend": "\ud800"}, {"original_filename": "\ud800"}, {"storage_key": "\ud800"}

@@ -11,7 +11,8 @@ from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.orm.exc import StaleDataError
 
-from granite_storage import ObjectNotFoundError, StaleAttachmentError, migrate
+from granite_storage import ObjectNotFoundError, StaleAttachmentError
+from granite_storage.migration import migrate
 from tests.migration.environment import MigrationEnvironment, Shelf, file
 
 ROWS = 60

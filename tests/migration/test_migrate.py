@@ -11,17 +11,9 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
-from granite_storage import (
-    AccessDeniedError,
-    BackendUnavailableError,
-    ConfigurationError,
-    MigrationStatus,
-    StorageFullError,
-    StoredObjectRef,
-    UnknownPolicyError,
-    migrate,
-    migration,
-)
+from granite_storage import BackendUnavailableError, ConfigurationError, StoredObjectRef, migration
+from granite_storage.exceptions import AccessDeniedError, StorageFullError, UnknownPolicyError
+from granite_storage.migration import MigrationStatus, migrate
 from granite_storage.orm.references import Scan
 from tests.migration.environment import MigrationEnvironment, Parcel, Shelf, file
 

@@ -166,8 +166,8 @@ MUTANTS = [
         name="journal-multipart-not-aborted",
         rule="A worker aborts the multipart upload that a crash has left.",
         path="granite_storage/orm/journal/recovery.py",
-        old="unfinished=item.kind != DELETE",
-        new="unfinished=False",
+        old="if items[0].kind == DELETE:",
+        new="if True:",
         tests=("tests/orm/journal/test_multipart_uploads.py::test_what_a_crash_leaves_is_aborted[asyncpg-plain-id kept]",),
     ),
     Mutant(

@@ -204,8 +204,8 @@ MUTANTS = [
         name="sessions-connection-held-while-uploading",
         rule="Uploads come before the first statement, and hold no connection.",
         path="granite_storage/orm/flush.py",
-        old="    _upload_new(unit, frame, changes)\n",
-        new="    session.connection()\n    _upload_new(unit, frame, changes)\n",
+        old="    uploads = plan_uploads(\n",
+        new="    session.connection()\n    uploads = plan_uploads(\n",
         tests=("tests/orm/test_concurrency.py::TestConnections::test_none_is_held_while_uploading[sqlite-begin]",),
     ),
     Mutant(
@@ -220,8 +220,8 @@ MUTANTS = [
         name="sessions-cancelled-removal-stops",
         rule="Objects of an ended transaction are deleted to the end, though the task is cancelled meanwhile.",
         path="granite_storage/orm/uploads.py",
-        old='await_only(finish(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction"))',
-        new="await_only(remove(plain, intents))",
+        old='shielded_cleanup(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction")',
+        new="remove(plain, intents)",
         tests=("tests/orm/test_cancelled_removal.py",),
     ),
     Mutant(
@@ -324,7 +324,7 @@ MUTANTS = [
     Mutant(
         name="sessions-shard-chosen-without-the-row",
         rule="A sharded session chooses the shard by the row.",
-        path="granite_storage/orm/locking.py",
+        path="granite_storage/orm/_util.py",
         old="session.connection_callable(state.mapper, state.obj())",
         new="session.connection_callable(state.mapper, None)",
         tests=("tests/orm/test_sharded_sessions.py::test_insert",),
@@ -357,8 +357,8 @@ MUTANTS = [
         name="sessions-limit-of-the-column-ignored",
         rule="A file that was stored for another column comes into this one only within its limit.",
         path="granite_storage/orm/flush.py",
-        old="        change.slot.home.require_fit(given.ref)\n",
-        new="",
+        old="        change.slot.home.require_fit(change.attachment.ref)\n",
+        new="        pass\n",
         tests=("tests/orm/test_limits_of_columns.py::test_move_to_another_column",),
     ),
     Mutant(

@@ -14,7 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, configure_mappers, mapped_column, sessionmaker
 from starlette.datastructures import Headers, UploadFile
 
-from granite_storage import ConfigurationError, InvalidReferenceError, StorageManager, UnboundAttachmentError
+from granite_storage import ConfigurationError, StorageManager
+from granite_storage.exceptions import InvalidReferenceError, UnboundAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, attachment, bind_storage
 from tests.orm.values import Sessions, add, locations, sqlite
 

@@ -20,9 +20,9 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, make_transient_to_detached, selectinload
 
-from granite_storage import ConsumedSourceError, ContentTooLargeError, ObjectNotFoundError, StorageManager, StoragePolicy
+from granite_storage import ContentTooLargeError, ObjectNotFoundError, StorageManager, StoragePolicy
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.exceptions import BackendUnavailableError
+from granite_storage.exceptions import BackendUnavailableError, ConsumedSourceError
 from granite_storage.orm import Attachment
 from tests.orm.environment import (
     Booking,

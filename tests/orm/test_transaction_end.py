@@ -103,16 +103,16 @@ def test_savepoint_that_never_ended() -> None:
     assert attachment.is_pending
 
 
-def test_free_and_known() -> None:
+def test_history() -> None:
     unit, root = UnitOfWork(), transaction()
-    assert not unit.is_known(stored("old"))
+    key = stored("old").key
+    assert unit.history == {}
     displace(unit, root, "old")
-    assert unit.is_free(stored("old"))
+    assert unit.history == {key: False}
     unit.flush.log.append((stored("old"), True))
-    assert not unit.is_free(stored("old"))
-    assert unit.is_known(stored("old"))
+    assert unit.history == {key: True}
     unit.abandon_flush()
-    assert unit.is_free(stored("old"))
+    assert unit.history == {key: False}
 
 
 def test_abandoned_flush_leaves_its_objects_to_nobody() -> None:

@@ -21,13 +21,8 @@ from sqlalchemy.exc import IntegrityError
 from starlette.datastructures import Headers, UploadFile
 from werkzeug.datastructures import FileStorage
 
-from granite_storage import (
-    ConsumedSourceError,
-    EmptyUploadError,
-    SizeLimitedStream,
-    SizeMismatchError,
-    StorageManager,
-)
+from granite_storage import SizeLimitedStream, StorageManager
+from granite_storage.exceptions import ConsumedSourceError, EmptyUploadError, SizeMismatchError
 from granite_storage.orm import Attachment
 from tests.core.support import SLOT
 from tests.orm.values import Document, Report, Sessions, add, locations

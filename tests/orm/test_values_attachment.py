@@ -17,15 +17,8 @@ from sqlalchemy import select, text, type_coerce, union_all
 from sqlalchemy.orm import aliased, defer, joinedload, selectinload, with_polymorphic
 from starlette.datastructures import Headers, UploadFile
 
-from granite_storage import (
-    ConfigurationError,
-    ConsumedSourceError,
-    ContentTooLargeError,
-    InvalidReferenceError,
-    StorageManager,
-    StoredObjectRef,
-    UnboundAttachmentError,
-)
+from granite_storage import ConfigurationError, ContentTooLargeError, StorageManager, StoredObjectRef
+from granite_storage.exceptions import ConsumedSourceError, InvalidReferenceError, UnboundAttachmentError
 from granite_storage.orm import Attachment, StorageBinding, bind_storage
 from tests.orm.values import (
     Base,

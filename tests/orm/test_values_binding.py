@@ -14,13 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Session, declarative_base, mapped_column
 
 import granite_storage
-from granite_storage import (
-    ConfigurationError,
-    InvalidReferenceError,
-    UnboundAttachmentError,
-    UnknownPolicyError,
-    orm,
-)
+from granite_storage import ConfigurationError, orm
+from granite_storage.exceptions import InvalidReferenceError, UnboundAttachmentError, UnknownPolicyError
 from granite_storage.orm import Attachment, StorageBinding, attachment, bind_storage
 from tests.orm.values import Base, Document, Sessions, add, locations, make_manager, sqlite
 

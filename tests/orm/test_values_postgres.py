@@ -12,7 +12,8 @@ from sqlalchemy import NullPool, select, text
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from granite_storage import InvalidReferenceError, StorageManager
+from granite_storage import StorageManager
+from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.orm import Attachment, StorageBinding, bind_storage, iter_model_storage_refs
 from tests.orm.values import Base, Document, Receipt, Sessions, add, as_json
 

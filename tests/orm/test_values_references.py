@@ -9,7 +9,8 @@ import psutil
 import pytest
 from sqlalchemy import insert
 
-from granite_storage import ConfigurationError, InvalidReferenceError, StoredObjectRef
+from granite_storage import ConfigurationError, StoredObjectRef
+from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.orm import Attachment, bind_storage, iter_model_storage_refs
 from tests.orm.values import (
     Base,

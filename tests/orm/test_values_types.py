@@ -12,13 +12,8 @@ from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, mapped_column
 from sqlalchemy.schema import CreateTable
 
-from granite_storage import (
-    ConfigurationError,
-    InvalidReferenceError,
-    StorageManager,
-    StoredObjectRef,
-    UnboundAttachmentError,
-)
+from granite_storage import ConfigurationError, StorageManager, StoredObjectRef
+from granite_storage.exceptions import InvalidReferenceError, UnboundAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, StorageBinding, StoredObjectRefType, attachment, bind_storage
 from tests.orm.values import Base, Document, Receipt, Sessions, add, as_json, make_manager, read_raw, sqlite, write_raw
 

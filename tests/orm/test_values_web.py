@@ -18,7 +18,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 from sqlmodel import Field, SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
-from granite_storage import InvalidReferenceError, StorageManager
+from granite_storage import StorageManager
+from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.orm import Attachment, AttachmentType, attachment, bind_storage
 from tests.orm.values import Document, Sessions, add, locations, sqlite, write_raw
 

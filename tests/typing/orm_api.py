@@ -14,10 +14,6 @@ from starlette.datastructures import UploadFile
 from granite_storage import (
     Attachment,
     AttachmentType,
-    CollectedObject,
-    DanglingReference,
-    GarbageCollectionReport,
-    OrphanStatus,
     StorageBinding,
     StorageGarbageCollector,
     StorageManager,
@@ -29,6 +25,7 @@ from granite_storage import (
     bind_storage,
     iter_model_storage_refs,
 )
+from granite_storage.gc import CollectedObject, DanglingReference, GarbageCollectionReport, OrphanStatus
 
 
 class Base(DeclarativeBase):

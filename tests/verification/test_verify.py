@@ -18,28 +18,25 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import (
-    AccessDeniedError,
     Attachment,
-    BackendError,
     BackendUnavailableError,
     ConfigurationError,
     ObjectNotFoundError,
-    Problem,
     StorageManager,
     StoragePolicy,
     StoredObjectRef,
     StoredObjectRefType,
-    UnknownPolicyError,
     attachment,
     bind_storage,
-    verify,
 )
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.exceptions import AccessDeniedError, BackendError, UnknownPolicyError
 from granite_storage.orm import references
 from granite_storage.orm.references import Scan
+from granite_storage.verification import Problem, verify
 from tests.migration.environment import Base, MigrationEnvironment, Parcel, Shelf, file, hide_deleted
 from tests.orm.databases import Database, sqlite
 

@@ -12,16 +12,9 @@ from fastapi import FastAPI
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.requests import Request
 
-from granite_storage import (
-    ConfigurationError,
-    InvalidReferenceError,
-    SizeMismatchError,
-    StorageBackend,
-    StorageManager,
-    StoredObjectRef,
-    UnboundAttachmentError,
-)
+from granite_storage import ConfigurationError, StorageBackend, StorageManager, StoredObjectRef
 from granite_storage._headers import INLINE_TYPES, content_disposition, served_type
+from granite_storage.exceptions import InvalidReferenceError, SizeMismatchError, UnboundAttachmentError
 from granite_storage.orm import Attachment, attachment, bind_storage
 from granite_storage.web import StoredObjectResponse
 from tests.core.support import manager_on

@@ -17,8 +17,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from granite_storage import ConsumedSourceError, ContentTooLargeError, InvalidLocationError, StorageManager
+from granite_storage import ContentTooLargeError, StorageManager
 from granite_storage.backends.wrappers import PrefixedBackend
+from granite_storage.exceptions import ConsumedSourceError, InvalidLocationError
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.locations import GENERATED_STEM, uuid7_hex
 from granite_storage.orm import Attachment, bind_storage

@@ -7,14 +7,14 @@ import re
 import pytest
 
 from granite_storage import web
-from tests.core.support import PROJECT, in_new_process
+from tests.core.support import API_REFERENCE, in_new_process
 
 
 def test_what_is_missing_is_named() -> None:
     in_new_process("""
 import sys
 sys.modules["starlette"] = None
-from granite_storage import MissingDependencyError
+from granite_storage.exceptions import MissingDependencyError
 try:
     import granite_storage.web
 except MissingDependencyError as error:
@@ -35,4 +35,4 @@ import granite_storage.web
 @pytest.mark.parametrize("name", web.__all__)
 def test_public_names_are_in_the_reference(name: str) -> None:
     assert hasattr(web, name)
-    assert re.search(rf"^\.\. auto\w+:: granite_storage\.web\.{name}\b", (PROJECT / "docs/api.md").read_text(), re.MULTILINE)
+    assert re.search(rf"^\.\. auto\w+:: granite_storage\.web\.{name}\b", API_REFERENCE, re.MULTILINE)

@@ -11,7 +11,8 @@ from fastapi import Depends, FastAPI, Request
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from granite_storage import ConfigurationError, ConsumedSourceError
+from granite_storage import ConfigurationError
+from granite_storage.exceptions import ConsumedSourceError
 from granite_storage.orm import Attachment
 from granite_storage.web import (
     FileList,

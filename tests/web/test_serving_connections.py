@@ -18,9 +18,10 @@ from starlette.responses import Response
 from starlette.routing import Mount
 from starlette.types import ASGIApp
 
-from granite_storage import BackendError, StorageManager
+from granite_storage import StorageManager
 from granite_storage.backends.base import ObjectReader
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import BackendError
 from tests.core.support import MIB, eventually, local_manager, manager_on, open_files
 from tests.web.serving import server, serving, stored
 

@@ -28,7 +28,7 @@ from uuid import UUID
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage._tasks import finish, finished
+from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm.journal.database import JournalPool
@@ -115,7 +115,7 @@ class Staging:
 
         A cancelled caller waits until it has given the claim back.
         """
-        return await finished(Claim(self, staging_id, seen.note).begin(), undo=_release)
+        return await shielded(Claim(self, staging_id, seen.note).begin(), undo=_release)
 
     async def publish(self, staging_id: UUID, seen: Finished, intent_id: UUID, ref: StoredObjectRef) -> bool:
         """Commit, durably, which copy of a staging object counts; return whether that still was for the caller to say."""
@@ -198,7 +198,7 @@ class Claim:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await finish(self._stop(), "releasing the claim of a direct upload")
+        await shielded_cleanup(self._stop(), "releasing the claim of a direct upload")
 
     async def _stop(self) -> None:
         await self._stop_renewing()
@@ -214,7 +214,7 @@ class Claim:
     async def _renew(self) -> None:
         while self._note is not None:
             await asyncio.sleep(_RENEWAL_SECONDS)
-            await finished(self._renew_once())
+            await shielded(self._renew_once())
 
     async def _renew_once(self) -> None:
         try:

@@ -29,7 +29,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, text, upda
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.util import await_only
 
-from granite_storage._tasks import CLEANUP_TIMEOUT, settle
+from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
@@ -115,9 +115,9 @@ async def _outcome(writing: asyncio.Future[None]) -> None:
     try:
         await asyncio.wait([writing])
     except asyncio.CancelledError:
-        if not await settle(writing, CLEANUP_TIMEOUT):
+        if not await wait_uncancelled(writing, CLEANUP_TIMEOUT):
             writing.cancel()
-            await settle(writing)
+            await wait_uncancelled(writing)
         raise
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Column, Connection, MetaData
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from granite_storage.manager import ObjectDraft, StorageManager
+    from granite_storage._engine import PreparedUpload
+    from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import Binding
     from granite_storage.refs import StoredObjectRef
 
@@ -244,11 +245,11 @@ class StorageJournal:
         own = policies.get(ref.storage_key)
         return own.retention if own is not None else max((policy.retention for policy in policies.values()), default=timedelta(0))
 
-    async def begin_uploads(self, drafts: Sequence[ObjectDraft]) -> Lease:
+    async def begin_uploads(self, uploads: Sequence[PreparedUpload]) -> Lease:
         """Write down, durably, what is about to be stored; nothing may be stored before this has returned."""
         await self._ensure_checked()
         begun = time.monotonic()
-        ids = await self.intents.record([(draft.policy.backend_key, draft.location) for draft in drafts], self._lease)
+        ids = await self.intents.record([(upload.policy.backend_key, upload.location) for upload in uploads], self._lease)
         return Lease(self.intents, ids, self._lease, begun)
 
     async def begin_staging(self, backend: str, location: str, *, lifetime: timedelta) -> UUID:

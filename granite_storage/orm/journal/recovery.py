@@ -34,6 +34,8 @@ from sqlalchemy import ColumnElement, Integer, Row, bindparam, delete, func, ins
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from granite_storage._tasks import run_bounded
+from granite_storage.backends.base import SupportsBatchDelete
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import again_after_deadlock, try_briefly
 from granite_storage.orm.journal.database import JournalPool
@@ -51,6 +53,7 @@ __all__ = ["Recovery"]
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _BATCH = 100
+_LARGE_BATCH = 1000  # as many as one request to S3 deletes
 _DELETES_AT_A_TIME = 8
 _LEFT_IN_COMPANY = 2
 _FIRST_RETRY = 5.0
@@ -110,13 +113,14 @@ class Recovery:
     async def run(self, backend: str) -> RecoveryReport:
         """Do all that is due on one backend, named by its key."""
         report = RecoveryReport()
+        limit = _LARGE_BATCH if self._deletes_in_batches(backend) else _BATCH
         while True:
-            claimed, renumbered = await self._fence(self._is_due(backend))
-            if len(claimed) < _BATCH:
-                claimed += await self._resume(backend, _BATCH - len(claimed))
+            claimed, renumbered = await self._fence(self._is_due(backend), limit)
+            if len(claimed) < limit:
+                claimed += await self._resume(backend, limit - len(claimed))
             if claimed:
                 report.add(await self._process(claimed))
-            if len(claimed) < _BATCH and not renumbered:
+            if len(claimed) < limit and not renumbered:
                 break
         while suspects := await self._resume(backend, 1, suspected=True):
             report.add(await self._process(suspects))
@@ -170,7 +174,7 @@ class Recovery:
         return (intent.c.backend == backend) & (intent.c.due <= clock())
 
     @again_after_deadlock
-    async def _fence(self, condition: ColumnElement[bool]) -> tuple[list[_Reclaim], bool]:
+    async def _fence(self, condition: ColumnElement[bool], limit: int = _BATCH) -> tuple[list[_Reclaim], bool]:
         """Take intents over, durably, before anything is done about their objects.
 
         Returns:
@@ -179,7 +183,7 @@ class Recovery:
         intent, reclaim = self._tables.intent, self._tables.reclaim
         async with self._pool.durable() as connection:
             is_fenced = select(reclaim.c.id).where(reclaim.c.id == intent.c.id).exists()
-            found = select(intent).where(condition, ~is_fenced).order_by(intent.c.due).limit(_BATCH)
+            found = select(intent).where(condition, ~is_fenced).order_by(intent.c.due).limit(limit)
             rows = list(await connection.execute(found.with_for_update(skip_locked=True)))
             outdated = [row for row in rows if has_own_id(row)]
             renumbered = bool(outdated) and await renumber(connection, intent, outdated)
@@ -289,12 +293,12 @@ class Recovery:
         held = [item for item in mine if item.location in referenced]
         await self._let_go(held)
         report.kept = len(held)
-        places = asyncio.Semaphore(_DELETES_AT_A_TIME)
         gone = [item for item in mine if item.location not in referenced]
-        errors = await asyncio.gather(*(self._remove(item, places) for item in gone))
-        removed = [item for item, error in zip(gone, errors, strict=True) if error is None]
+        outcomes = await run_bounded(self._in_requests(gone), self._remove, _DELETES_AT_A_TIME)
+        errors = {item.id: error for outcome in outcomes for item, error in outcome}
+        removed = [item for item in gone if errors[item.id] is None]
         await self._conclude(removed)
-        failed = [await self._fail(item, error) for item, error in zip(gone, errors, strict=True) if error is not None]
+        failed = [await self._fail(item, error) for item in gone if (error := errors[item.id]) is not None]
         report.failed += failed
         report.confirmed = sum(item.emptied for item in removed)
         report.deleted = len(removed) - report.confirmed
@@ -312,16 +316,33 @@ class Recovery:
         fenced, referenced = await self._references.check(taken, [item.location for item in claimed])
         return {row.id for row in fenced if taken[row.id] == (row.attempts, row.takeovers)}, referenced
 
-    async def _remove(self, item: _Reclaim, places: asyncio.Semaphore) -> Exception | None:
-        """Delete an object and what an unfinished upload has left; return what went wrong."""
-        async with places:
-            try:
-                async with asyncio.timeout(self._timeout):
-                    upload_id = item.upload_id if item.kind == UPLOAD else None
-                    await self._manager.reclaim(item.backend, item.location, upload_id=upload_id, unfinished=item.kind != DELETE)
-            except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the row and tried again
-                return error
-        return None
+    def _in_requests(self, items: Iterable[_Reclaim]) -> list[list[_Reclaim]]:
+        """Put together what one request deletes; what is unfinished is removed one by one."""
+        batches: dict[str, list[_Reclaim]] = {}
+        alone: list[list[_Reclaim]] = []
+        for item in items:
+            if item.kind == DELETE and self._deletes_in_batches(item.backend):
+                batches.setdefault(item.backend, []).append(item)
+            else:
+                alone.append([item])
+        return [*batches.values(), *alone]
+
+    def _deletes_in_batches(self, backend: str) -> bool:
+        return isinstance(self._manager.backends.get(backend), SupportsBatchDelete)
+
+    async def _remove(self, items: Sequence[_Reclaim]) -> list[tuple[_Reclaim, Exception | None]]:
+        """Delete objects of one backend, or what an unfinished upload has left; return what went wrong with each."""
+        engine, backend = self._manager._engine, items[0].backend
+        try:
+            async with asyncio.timeout(self._timeout):
+                if items[0].kind == DELETE:
+                    failures = await engine.delete_many(backend, [item.location for item in items])
+                    return [(item, failures.get(item.location)) for item in items]
+                for item in items:
+                    await engine.delete_upload(backend, item.location, item.upload_id if item.kind == UPLOAD else None)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the row and tried again
+            return [(item, error) for item in items]
+        return [(item, None) for item in items]
 
     @again_after_deadlock
     async def _conclude(self, removed: Sequence[_Reclaim]) -> None:

@@ -123,7 +123,7 @@ class FaultCases(Cases):
         assert await listed(backend) == [], "what a killed writer left is listed"
         if isinstance(backend, SupportsCleanup):
             await asyncio.sleep(0.01)
-            await backend.abort_unfinished(older_than=timedelta(0))
+            await backend.cleanup_incomplete(older_than=timedelta(0))
             await self.require_nothing_unfinished(backend, "after a writer was killed, and a clean-up")
         await backend.put_bytes("killed/object", b"second")
         await self.require_whole(backend, "killed/object", b"second", "written again after its writer was killed")
@@ -137,7 +137,7 @@ class FaultCases(Cases):
     async def test_cleanup_leaves_what_is_under_way(self, backend: StorageBackend) -> None:
         """Clearing away what is old disturbs no write under way and no object."""
         self.needs("supports_cleanup")
-        assert isinstance(backend, SupportsCleanup), "supports_cleanup is declared, but there is no abort_unfinished()"
+        assert isinstance(backend, SupportsCleanup), "supports_cleanup is declared, but there is no cleanup_incomplete()"
         reached, go_on = asyncio.Event(), asyncio.Event()
         content = self.content("parts")
 
@@ -151,8 +151,8 @@ class FaultCases(Cases):
         writer = asyncio.ensure_future(backend.put_stream("under/way", held()))
         try:
             await self.reach(reached, writer)
-            removed = await backend.abort_unfinished(older_than=timedelta(hours=1))
-            assert removed == 0, f"abort_unfinished removed {removed} thing(s) that are not old"
+            removed = await backend.cleanup_incomplete(older_than=timedelta(hours=1))
+            assert removed == 0, f"cleanup_incomplete removed {removed} thing(s) that are not old"
         finally:
             go_on.set()
             await writer
@@ -163,9 +163,9 @@ class FaultCases(Cases):
         """Where nothing is unfinished a clean-up removes nothing, in an empty store too."""
         self.needs("supports_cleanup")
         assert isinstance(backend, SupportsCleanup)
-        assert await backend.abort_unfinished(older_than=timedelta(0)) == 0, "a clean-up of an empty store removed something"
+        assert await backend.cleanup_incomplete(older_than=timedelta(0)) == 0, "a clean-up of an empty store removed something"
         await backend.put_bytes("kept", b"...")
-        assert await backend.abort_unfinished(older_than=timedelta(0)) == 0, "a clean-up removed something that was finished"
+        assert await backend.cleanup_incomplete(older_than=timedelta(0)) == 0, "a clean-up removed something that was finished"
         await self.require_whole(backend, "kept", b"...", "after a clean-up")
 
     async def test_errors_are_of_the_family(self, backend: StorageBackend) -> None:

@@ -36,7 +36,7 @@ class LifecycleCases(Cases):
         [
             ("supports_copy", SupportsCopy, "copy"),
             ("supports_batch_delete", SupportsBatchDelete, "delete_many"),
-            ("supports_cleanup", SupportsCleanup, "abort_unfinished"),
+            ("supports_cleanup", SupportsCleanup, "cleanup_incomplete"),
             ("supports_abort", SupportsAbort, "abort_upload"),
             ("supports_presign", SupportsPresign, "presign_get"),
             ("supports_presigned_upload", SupportsPresignedUpload, "presign_upload"),

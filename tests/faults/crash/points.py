@@ -20,7 +20,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from granite_storage import StorageManager
+from granite_storage._engine import Engine
 from granite_storage.backends import _local_write, _s3_upload
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.journal.intents import Intents
@@ -86,7 +86,7 @@ UPLOADER = [
     Step("the intents", Intents, "record", commits=True),
     Step("the renewal of a lease", Intents, "renew", commits=True, most=1),
     Step("an upload", Attachment, "_put"),
-    Step("a copy", StorageManager, "copy_draft", most=3),
+    Step("a copy", Engine, "copy", most=3),
     Step("the publication of a file", _local_write.Draft, "publish", needs=_needs("local")),
     Step("the creation of an upload in parts", _s3_upload.MultipartUpload, "create", needs=_needs("s3"), most=2),
     Step("the note of an upload id", Intents, "note_upload_id", commits=True, needs=_needs("s3"), most=2),
@@ -103,7 +103,7 @@ RECOVERY = [
     Step("the fence", Recovery, "_fence", commits=True, needs=_needs("worker"), matters=_fenced_something),
     Step("taking over a fenced row", Recovery, "_resume", commits=True, needs=_needs("worker"), most=2, matters=_found_something),
     Step("the reference check", Recovery, "_check", needs=_needs("worker")),
-    Step("the delete", StorageManager, "reclaim", needs=_needs("worker")),
+    Step("the delete", Recovery, "_remove", needs=_needs("worker")),
     Step("the conclusion", Recovery, "_conclude", commits=True, needs=_needs("worker"), matters=_was_given_something),
     Step("lifting a fence", Recovery, "_let_go", commits=True, needs=_needs("worker"), most=2, matters=_was_given_something),
 ]

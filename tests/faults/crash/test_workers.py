@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from granite_storage import StorageManager
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm import Attachment
 from granite_storage.orm.journal.recovery import Recovery
@@ -21,7 +20,7 @@ from tests.faults.crash.audit import Audit
 from tests.faults.crash.models import Book, content_of
 from tests.faults.crash.options import KILLS, MANY, SECOND_DRIVER, SEED
 
-STEPS = [(Recovery, name) for name in ("_fence", "_resume", "_check", "_conclude", "_let_go")] + [(StorageManager, "reclaim")]
+STEPS = [(Recovery, name) for name in ("_fence", "_resume", "_check", "_remove", "_conclude", "_let_go")]
 MOMENTS = [f"{moment} {name}" for _, name in STEPS for moment in ("before", "after")]
 PAIRS = list(product(MOMENTS, MOMENTS))
 SOME = 16

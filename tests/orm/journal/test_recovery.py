@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import event, func, select, text, update
+from sqlalchemy import delete, event, func, select, text, update
 
 from granite_storage import ConfigurationError, ObjectNotFoundError
-from granite_storage.exceptions import BackendUnavailableError, InvalidReferenceError, StaleAttachmentError
+from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import Attachment, StorageJournal, bind_storage
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
 from tests.core.support import eventually
-from tests.orm.environment import Base, Doc, OrmEnvironment, file
+from tests.orm.databases import Database
+from tests.orm.environment import Base, Doc, OrmEnvironment, file, orm_environment
 
 
 def journal_of(env: OrmEnvironment) -> StorageJournal:
@@ -63,6 +65,33 @@ async def rename(env: OrmEnvironment, backend: str) -> None:
     async with env.engine.begin() as connection:
         for table in (tables.intent, tables.reclaim):
             await connection.execute(update(table).values(backend=backend, due=clock(-1.0)))
+
+
+class Batched(MemoryStorageBackend):
+    """Deletes many objects in one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    async def delete_many(self, locations: Sequence[str]) -> dict[str, BackendError]:
+        self.calls.append(len(locations))
+        for location in locations:
+            await self.delete(location)
+        return {}
+
+
+async def test_what_rows_have_given_up_goes_in_few_requests(database: Database) -> None:
+    backend = Batched()
+    async with orm_environment(database, backend=backend, journaled=True) as env:
+        async with env.sessions.begin() as session:
+            session.add_all([Doc(file=file(str(number))) for number in range(150)])
+        async with env.sessions.begin() as session:
+            await session.execute(delete(Doc))
+        report = await journal_of(env).recover()
+        assert report.deleted == 150
+        assert backend.calls == [150]
+        assert await env.objects() == set()
 
 
 class TestReports:
@@ -391,6 +420,21 @@ class TestRetention:
         with pytest.raises(StaleAttachmentError, match="does not wait"):
             await env.add(Doc(id=2, file=Attachment.restore(doc.file.ref)))
         await env.check(file_1="a")
+
+    async def test_two_rows_that_restore_one_object(self, env: OrmEnvironment) -> None:
+        """One takes it back, and the other gets a copy."""
+        await env.add(Doc(id=1, file=file("a")))
+        with retention(timedelta(days=7)):
+            async with env.sessions.begin() as session:
+                doc = await session.get_one(Doc, 1)
+                assert doc.file is not None
+                ref, doc.file = doc.file.ref, None
+            async with env.sessions.begin() as session:
+                session.add_all([Doc(id=number, file=Attachment.restore(ref)) for number in (2, 3)])
+            async with env.sessions.begin() as session:
+                await session.delete(await session.get_one(Doc, 2))
+        await env.recover()
+        await env.check(file_3="a")
 
     async def test_an_undo_that_is_rolled_back_waits_on(self, env: OrmEnvironment) -> None:
         await env.add(Doc(id=1, file=file("a")))

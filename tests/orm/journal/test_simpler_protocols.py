@@ -210,7 +210,7 @@ async def older_snapshot_too_late(env: OrmEnvironment, _: pytest.MonkeyPatch) ->
 def without_locks(patch: pytest.MonkeyPatch) -> None:
     """The worker goes by the lease alone."""
 
-    async def fence(self: Recovery, condition: Any) -> Any:
+    async def fence(self: Recovery, condition: Any, _: int = 0) -> Any:
         intent = self._tables.intent
         async with self._pool.reading() as connection:
             rows = list(await connection.execute(select(intent).where(condition)))

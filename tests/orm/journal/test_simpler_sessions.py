@@ -207,7 +207,7 @@ def deleting_at_a_rollback(patch: pytest.MonkeyPatch) -> None:
         async with self._pool.reading() as connection:
             left = list(await connection.execute(select(intent).where(intent.c.id.in_(ids))))
         for row in left:
-            await self.manager.reclaim(row.backend, row.location)
+            await self.manager._engine.delete_many(row.backend, [row.location])
 
     patch.setattr(StorageJournal, "settle", settle)
 

@@ -35,9 +35,9 @@ nitpick_ignore = [
     ("py:class", "granite_storage.streams.SupportsAsyncRead"),
     ("py:class", "granite_storage.streams.SupportsRead"),
     ("py:class", "granite_storage.gc.references.ReferenceSource"),
-    ("py:class", "granite_storage.gc.scope.Territory"),
+    ("py:class", "granite_storage.gc.scope.CollectionScope"),
     ("py:class", "granite_storage.orm.attachment.UploadFile"),
-    ("py:class", "granite_storage.web.uploads.Incoming"),
+    ("py:class", "granite_storage.web.uploads.UploadSource"),
     ("py:class", "granite_storage.web.uploads.T"),
 ]
 

@@ -277,7 +277,7 @@ async def show(root: Path, database: Path, files: Sequence[Path], large: Path, c
     engine = create_async_engine(f"sqlite+aiosqlite:///{database}")
     sessions = async_sessionmaker(engine, expire_on_commit=False)
     async with make_manager(root) as manager:
-        binding = bind_storage(Base, manager, sessions=sessions)
+        binding = bind_storage(Base, manager, session_factory=sessions)
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
         await store(sessions, files, report)

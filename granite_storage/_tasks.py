@@ -1,4 +1,4 @@
-"""Work side by side or again and again, and clean-up under cancellation: what every part that awaits needs.
+"""Concurrent and repeated work, and clean-up under cancellation.
 
 A cancelled task that has work in progress waits for it before it lets the cancellation through; otherwise that work could publish
 what the task has already cleaned up. No cancellation is lost on the way.
@@ -37,7 +37,7 @@ CLEANUP_TIMEOUT = 30.0
 async def run_bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], limit: int) -> list[R]:
     """Run work on each item, at most `limit` at a time, and return the results in the order of the items.
 
-    The first error cancels the rest, and is raised when all of it has ended. So does a cancellation of the caller.
+    The first error cancels the rest and is raised once all of it has ended. A cancelled caller waits for the same.
     """
     places = asyncio.Semaphore(limit)
 
@@ -142,11 +142,11 @@ async def wait_or_cancel(future: asyncio.Future[Any], timeout: float | None) -> 
 async def shielded(
     work: Awaitable[T], *, undo: Callable[[T], Awaitable[object]] | None = None, timeout: float | None = None
 ) -> T:
-    """Await work that must not be left behind: a cancelled caller waits for it before the cancellation goes on.
+    """Await work to its end: a cancelled caller waits for it before the cancellation is raised.
 
     Args:
         work: The work.
-        undo: What to do then with its result, such as to close a file that the caller will not hear of.
+        undo: Called with its result if the caller was cancelled meanwhile, for instance to close a file that nobody would close.
         timeout: The longest that a cancelled caller waits, in seconds, None for no limit; the work is cancelled then.
     """
     task = asyncio.ensure_future(work)
@@ -155,7 +155,7 @@ async def shielded(
     except asyncio.CancelledError:
         await wait_or_cancel(task, timeout)
         if undo is not None and not task.cancelled() and task.exception() is None:
-            await shielded_cleanup(undo(task.result()), "undoing what a cancelled caller does not hear of")
+            await shielded_cleanup(undo(task.result()), "undoing the work of a cancelled caller")
         raise
     finally:
         del task  # or its error would hold this frame, and the frame the error
@@ -164,8 +164,8 @@ async def shielded(
 async def shielded_cleanup(cleanup: Awaitable[object], what: str, *, timeout: float = CLEANUP_TIMEOUT) -> None:
     """Run a clean-up to its end, whatever happens to the caller, bounded in time; log its failure instead of raising it.
 
-    It is for `except` and `finally` blocks: the error under way is the caller's to know, not this one. A cancellation that
-    arrives meanwhile is raised when the clean-up has ended; what must not be undone by it does not come after a clean-up.
+    It is for `except` and `finally` blocks, where the caller must see the error in progress and not that of the clean-up. A
+    cancellation that arrives meanwhile is raised once the clean-up has ended, so code after a clean-up may not be reached.
 
     Args:
         cleanup: The clean-up; it runs in a task of its own, so a cancellation of the caller does not reach it.

@@ -1,7 +1,7 @@
-"""Threads of the library's own: blocking work beside the event loop, cheaply and without leaving any of it behind.
+"""The library's own thread pool: blocking work off the event loop, of which nothing is left when its caller is cancelled.
 
-Asyncio's own pool wakes the event loop for every result and is shared with everybody. Here a worker takes the next job without a
-word to the loop, and results that are ready together are delivered together, which is what makes many small calls fast.
+Asyncio's default executor wakes the event loop for every result, and the whole program shares it. Here a worker takes the next
+job without waking the loop, and results that are ready together are delivered together, which makes many small calls fast.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _STUCK_CHECK_SECONDS = 0.1
 
 
 class ThreadPool:
-    """A bounded number of threads, made when first needed; a slow disk in one pool starves nobody else.
+    """A bounded number of threads, started when first needed; a slow disk in one pool does not delay the others.
 
     Two threads do what is quick: more of them would spend their time waiting for the interpreter, one system call after the
-    other. As soon as a job has to wait because they are held up, a third one joins them, and so on.
+    other. As soon as a job has to wait because they are blocked, a third one joins them, and so on.
 
     It survives a fork: the child, in which the parent's threads do not exist, makes its own.
 
@@ -88,7 +88,7 @@ class ThreadPool:
     ) -> T:
         """Run a function in a thread and return its result.
 
-        A cancelled caller waits for a function that has begun to end, before the cancellation goes on.
+        A cancelled caller waits until a function that has begun ends; then the cancellation is raised.
 
         Args:
             function: What to run.
@@ -130,7 +130,7 @@ class ThreadPool:
         self._submit(_Job(function, ()))
 
     def help(self) -> float | None:
-        """Add a thread if jobs wait because the others are held up; return after how many seconds to check again, if at all."""
+        """Add a thread if jobs wait because the others are blocked; return after how many seconds to check again, if at all."""
         with self._lock:
             if self._may_grow() and self._is_stalled():
                 self._add_worker()
@@ -181,7 +181,7 @@ class ThreadPool:
         return time.monotonic() - self._moved > _STALLED_SECONDS
 
     def _add_worker(self) -> None:
-        """Have one more thread look for jobs; where the system gives none, those that are at work do it all."""
+        """Start one more worker; where the system cannot start a thread, the running ones do all jobs."""
         self._workers += 1
         try:
             self._running_executor().submit(self._work)
@@ -319,7 +319,7 @@ class _Mailbox:
         self._watching = False
 
     def watch(self, pool: ThreadPool, delay: float | None = None) -> None:
-        """Look after a pool, from the event loop, for as long as it may need another thread."""
+        """Check a pool from the event loop for as long as it may need another thread."""
         if not self._watching:
             self._watching = True
             asyncio.get_running_loop().call_later(_STALLED_SECONDS if delay is None else delay, self._look, pool)
@@ -391,7 +391,7 @@ class ThreadConsumer:
         self._waiter: tuple[int, asyncio.Future[None]] | None = None
 
     async def feed(self, chunk: bytes) -> None:
-        """Hand over a chunk; wait while more than `max_pending` bytes are under way.
+        """Hand over a chunk; wait while more than `max_pending` bytes are pending.
 
         Raises:
             Exception: What the function raised for an earlier chunk; later ones are dropped.
@@ -416,7 +416,7 @@ class ThreadConsumer:
             raise self._error
 
     async def stop(self) -> None:
-        """Drop what waits and return once the thread is idle; a cancelled caller waits for it before the cancellation goes on."""
+        """Drop the pending chunks and return once the thread is idle; a cancelled caller waits for that too."""
         with self._lock:
             dropped = sum(map(len, self._chunks))
             self._pending -= dropped

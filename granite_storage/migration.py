@@ -41,8 +41,8 @@ from granite_storage.orm._registry import find_binding
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced
-from granite_storage.orm.locking import HeldRef, among
-from granite_storage.orm.references import HeldValue, RefRow, Scan, as_stored
+from granite_storage.orm.locking import RowRef, among
+from granite_storage.orm.references import RowValue, RowValues, Scan, as_stored
 from granite_storage.orm.sharing import refers
 from granite_storage.orm.uploads import Upload, remove, store, stored_object
 from granite_storage.refs import StoredObjectRef
@@ -200,9 +200,9 @@ class Migration(Run[MigratedObject, MigrationReport]):
                 if len(report.failures) < MOST_KEPT:
                     report.failures.append(moved)
 
-    async def _batches(self, after: str | None) -> AsyncGenerator[tuple[RefRow, set[str]], None]:
+    async def _batches(self, after: str | None) -> AsyncGenerator[tuple[RowValues, set[str]], None]:
         """Yield the rows, each with the locations that more than one value of its batch refers to."""
-        batch: list[RefRow] = []
+        batch: list[RowValues] = []
         async with aclosing(self._scan.rows(after=after)) as rows:
             async for row in rows:
                 batch.append(row)
@@ -213,14 +213,14 @@ class Migration(Run[MigratedObject, MigrationReport]):
         for item in await self._with_shared(batch):
             yield item
 
-    async def _with_shared(self, batch: Sequence[RefRow]) -> list[tuple[RefRow, set[str]]]:
+    async def _with_shared(self, batch: Sequence[RowValues]) -> list[tuple[RowValues, set[str]]]:
         refs = [
             held.ref for row in batch for held in row.values if held.ref is not None and held.is_managed and self._concerns(held)
         ]
         shared = await self._scan.shared(refs) if refs else set()
         return [(row, shared) for row in batch]
 
-    def _concerns(self, held: HeldValue) -> bool:
+    def _concerns(self, held: RowValue) -> bool:
         """Tell whether a value is to be moved, or to be reported because it cannot be read; not again where it has failed."""
         if (held.label, held.primary_key, held.raw) in self._failed:
             return False
@@ -230,17 +230,17 @@ class Migration(Run[MigratedObject, MigrationReport]):
             return True
         return held.ref.storage_key == self._storage_key and held.ref.backend != self._to_backend
 
-    async def _move_row(self, item: tuple[RefRow, set[str]]) -> list[MigratedObject]:
+    async def _move_row(self, item: tuple[RowValues, set[str]]) -> list[MigratedObject]:
         row, shared = item
         return [await self._migrate_value(held, shared) for held in row.values if self._concerns(held)]
 
-    async def _migrate_value(self, held: HeldValue, shared: set[str]) -> MigratedObject:
+    async def _migrate_value(self, held: RowValue, shared: set[str]) -> MigratedObject:
         dealt_with = await self._try_to_move(held, shared)
         if dealt_with.status is MigrationStatus.FAILED:
             self._failed.add((held.label, held.primary_key, held.raw))
         return dealt_with
 
-    async def _try_to_move(self, held: HeldValue, shared: set[str]) -> MigratedObject:
+    async def _try_to_move(self, held: RowValue, shared: set[str]) -> MigratedObject:
         """Move what a column contains; where a writer has changed it, what it contains then, unless that needs no move."""
         if not held.is_managed:
             return _to_migrated(MigrationStatus.MANUAL, held, "only the application may change a plain column of refs")
@@ -270,7 +270,7 @@ class Migration(Run[MigratedObject, MigrationReport]):
             held = found
         return _to_migrated(MigrationStatus.CHANGED, held, error or f"writers changed it first, {_TRIES} times")
 
-    async def _relocate(self, held: HeldValue, ref: StoredObjectRef, shared: set[str]) -> bool:
+    async def _relocate(self, held: RowValue, ref: StoredObjectRef, shared: set[str]) -> bool:
         if ref.location not in shared:
             return await relocate(self._binding, held, rate_limited=self._rate_limited, is_shared=False)
         async with self._shared_objects:
@@ -299,7 +299,7 @@ def migrate(
     the ref.
 
     Args:
-        binding: What `bind_storage(..., sessions=...)` returned; it must be in force.
+        binding: What `bind_storage(..., session_factory=...)` returned; it must be in force.
         storage_key: The policy whose objects are moved.
         to_backend: The key of the backend to move them to.
         concurrency: How many rows are processed at a time.
@@ -334,7 +334,7 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, SQLAlchemyError | StaleAttachmentError)
 
 
-def _to_migrated(status: MigrationStatus, held: HeldValue, message: object = "") -> MigratedObject:
+def _to_migrated(status: MigrationStatus, held: RowValue, message: object = "") -> MigratedObject:
     return MigratedObject(status, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))
 
 
@@ -346,7 +346,7 @@ def _to_migrated(status: MigrationStatus, held: HeldValue, message: object = "")
 # rolled back, or where the row has changed, the copy; unknown, neither.
 
 
-async def relocate(binding: StorageBinding, held: HeldValue, *, rate_limited: RateLimited, is_shared: bool) -> bool:
+async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: RateLimited, is_shared: bool) -> bool:
     """Copy the object of an attachment column to where its policy writes now, and let the row refer to the copy.
 
     Args:
@@ -365,13 +365,13 @@ async def relocate(binding: StorageBinding, held: HeldValue, *, rate_limited: Ra
             committed: then both objects stay, for the journal or the garbage collector.
     """
     column_type = held.column.type
-    if binding.sessions is None or not isinstance(column_type, AttachmentType) or held.ref is None:
+    if binding.session_factory is None or not isinstance(column_type, AttachmentType) or held.ref is None:
         raise TypeError("only what an attachment column holds can be relocated, through a binding with sessions")
     copy = _Relocated(held.ref, held, rate_limited)
     await store([Upload(copy, column_type, "")])
     swap = _Swap(held, held.ref, copy, is_shared=is_shared)
     try:
-        async with binding.sessions() as session:
+        async with binding.session_factory() as session:
             return await _commit(session, swap)
     finally:
         if not swap.is_told:
@@ -394,20 +394,20 @@ async def _discard_copy(copy: _Relocated) -> None:
 class _Relocated(Attachment):
     """A pending attachment that becomes a copy of what a row holds, on the backend that its policy names now."""
 
-    def __init__(self, original: StoredObjectRef, held: HeldValue, rate_limited: RateLimited) -> None:
+    def __init__(self, original: StoredObjectRef, held: RowValue, rate_limited: RateLimited) -> None:
         self._original = original
         self._held = held
         self._rate_limited = rate_limited
 
-    def _prepare(self, manager: StorageManager, home: ColumnType, entity_id: str) -> PreparedUpload:
+    def _prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where the copy will be: below the same names, and whatever its size, for it was let in once."""
         prepared = manager._engine.prepare_copy(self._original, **_names_of(self._held, self._original))
         return replace(prepared, policy=replace(prepared.policy, max_size=None))
 
-    async def _put(self, manager: StorageManager, home: ColumnType, prepared: PreparedUpload) -> None:
+    async def _put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
         async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
             copy = await manager._engine.put(prepared, chunks)
-        self._ref, self._home = _keep_metadata(self._original, copy), home
+        self._ref, self._home = _keep_metadata(self._original, copy), column_type
 
 
 def _keep_metadata(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:
@@ -417,7 +417,7 @@ def _keep_metadata(original: StoredObjectRef, copy: StoredObjectRef) -> StoredOb
     return ref.with_identity(copy.identity)
 
 
-def _names_of(held: HeldValue, ref: StoredObjectRef) -> dict[str, Any]:
+def _names_of(held: RowValue, ref: StoredObjectRef) -> dict[str, Any]:
     """Return the segments of the copy's location: those of the original, where the library has generated them."""
     segments = ref.location.split("/")
     if matches_generated_name(ref.location) and len(segments) > 3:
@@ -428,7 +428,7 @@ def _names_of(held: HeldValue, ref: StoredObjectRef) -> dict[str, Any]:
 class _Swap:
     """The statements of the transaction that lets a row refer to the copy; run inside a session."""
 
-    def __init__(self, held: HeldValue, original: StoredObjectRef, copy: _Relocated, *, is_shared: bool) -> None:
+    def __init__(self, held: RowValue, original: StoredObjectRef, copy: _Relocated, *, is_shared: bool) -> None:
         self._held = held
         self._original = original
         self._copy = copy
@@ -440,7 +440,7 @@ class _Swap:
         connection = session.connection(bind_arguments={"clause": held.table})
         transactions.require_transactions(connection)
         transactions.watch(session, connection)
-        frame = transactions.unit_of(session).frame(flush.boundary(session))
+        frame = transactions.unit_of(session).frame(flush.current_transaction(session))
         stored = stored_object(self._copy)
         frame.puts.append((stored, self._copy))
         self.is_told = True
@@ -449,7 +449,7 @@ class _Swap:
         frame.log.append((stored, True))
         self._consume_intent(connection, stored)
         if not (self._is_shared and self._is_referred_to(connection)):
-            original = HeldRef(held.table, held.primary_key, held.column, self._original)
+            original = RowRef(held.table, held.primary_key, held.column, self._original)
             write_displaced(connection, flush.displace(frame, [original]))
         return True
 
@@ -463,7 +463,7 @@ class _Swap:
         return any(refers(connection, column, self._original) for column in column_type.binding().ref_columns())
 
 
-def _compare_and_set(held: HeldValue, ref: StoredObjectRef, connection: Connection) -> Update:
+def _compare_and_set(held: RowValue, ref: StoredObjectRef, connection: Connection) -> Update:
     """Return an UPDATE that hits only a row with exactly the same value; columns with `onupdate` keep their values."""
     table = held.table
     kept = {column: column for column in table.columns if _has_onupdate(column) and column is not held.column}
@@ -475,7 +475,7 @@ def _has_onupdate(column: Column[Any]) -> bool:
     return column.computed is None and (column.onupdate is not None or column.server_onupdate is not None)
 
 
-def _still_holds(held: HeldValue, connection: Connection) -> ColumnElement[bool]:
+def _still_holds(held: RowValue, connection: Connection) -> ColumnElement[bool]:
     """Compare with what was read: PostgreSQL prints the same JSON the same way; the others keep the text, whose bytes count."""
     stored, read = as_stored(held.column, connection.dialect), bindparam(None, held.raw, type_=Text())
     if connection.dialect.name in ("postgresql", "sqlite"):

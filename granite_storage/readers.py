@@ -1,4 +1,4 @@
-"""Bytes on their way out: what `StorageManager.open` gives."""
+"""Reading objects: what `StorageManager.open` returns."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class StoredObjectReader:
 
     It never ends short: where bytes are missing it raises. Where the backend's reader is cut off (`BackendUnavailableError`), it
     asks for the rest of the same object before it raises. It may be read, sought and iterated in any mixture, by one task at a
-    time. Iteration lets go of the backend's handle when it ends or is abandoned, so a web framework that iterates the reader as
-    a response's body and never closes it leaks nothing.
+    time. Iteration releases the backend's handle when it ends or is abandoned, so a web framework that iterates the reader as a
+    response's body and never closes it leaks nothing.
 
     Attributes:
         ref: The ref that was opened.
@@ -91,7 +91,7 @@ class StoredObjectReader:
                 yield chunk
         finally:
             if self._iteration is iteration:
-                await self._let_go()
+                await self._release_handle()
 
     async def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """Move the position and return it; no byte is read on the way.
@@ -121,17 +121,17 @@ class StoredObjectReader:
         return self._source.position - self._start
 
     async def release(self) -> None:
-        """Let go of the backend's handle, such as a connection, and keep the position; the next read opens a new one there.
+        """Release the backend's handle, such as a connection, and keep the position; the next read opens a new one there.
 
-        For a reader that is not read for a while. What was read before and after is of the same object, or the read raises.
+        Call it on a reader that is not read for a while. The next read is of the same object, or it raises.
         """
-        await self._let_go()
+        await self._release_handle()
 
     async def aclose(self) -> None:
-        """Let go of the backend's handle; idempotent. Reading afterwards raises `ValueError`."""
+        """Release the backend's handle; idempotent. Reading afterwards raises `ValueError`."""
         self.closed = True
         self._iteration = None
-        await self._let_go()
+        await self._release_handle()
 
     close = aclose
 
@@ -150,7 +150,7 @@ class StoredObjectReader:
             raise ValueError("the reader is closed")
 
     async def start(self) -> Self:
-        """Open the backend's handle, so that a missing or wrong object is an error before the first byte."""
+        """Open the backend's handle, so that a missing or wrong object raises before the first byte."""
         try:
             self.info = (await self._source.start()).info
             require_recorded_size(self.ref, self.info.size)
@@ -199,7 +199,7 @@ class StoredObjectReader:
         self._source.position = position
         await self._finish(self._release())
 
-    async def _let_go(self) -> None:
+    async def _release_handle(self) -> None:
         async def release() -> None:
             async with self._lock:
                 await self._release()

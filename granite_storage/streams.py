@@ -1,12 +1,12 @@
-"""Bytes on their way in: one limit, one count, one hash.
+"""Incoming bytes: limited, counted and hashed once.
 
-The stages of a write stand in a row, each an async iterator over the one before it:
+The stages of a write, each an async iterator over the one before it:
 
-    iter_chunks          whatever the caller streams from, as bytes-like chunks
+    iter_chunks          any source, as bytes-like chunks
     SizeLimitedStream    the limit, chunk by chunk, before anything is copied
     MeasuredStream       pieces of about 1 MiB, counted, hashed in a thread, checked against what was declared
 
-A backend pulls at the end of the row, so nothing runs ahead of it by more than a few pieces.
+A backend iterates the last stage, so nothing runs ahead of it by more than a few pieces.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ __all__ = [
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 CHUNK_SIZE = 1 << 20
-"""What is asked of a source at a time, and the longest piece that a backend is handed, in bytes."""
+"""The size of a read from a source, and the longest piece that a backend receives, in bytes."""
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
@@ -107,7 +107,7 @@ _hash_threads = ThreadPool("granite-hash", (os.cpu_count() or 1) + 2)
 _threads = ThreadPool("granite-source", 32, max_stuck=480)
 
 
-# What a program streams from: nothing else in the library asks what a source is.
+# Sources: nothing else in the library asks what one is.
 
 
 def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
@@ -241,7 +241,7 @@ def is_seekable(file: object) -> bool:
 
 
 def is_local(source: object) -> bool:
-    """Tell whether a source has its first bytes at hand: nobody far away sends them."""
+    """Return whether the first bytes of a source are here already, and are not sent by a client."""
     return is_seekable(source) or isinstance(source, list | tuple | WholeFile) or _is_buffer(source)
 
 
@@ -509,7 +509,7 @@ class Pace:
     """How fast a stream must be.
 
     Attributes:
-        idle_timeout: The longest that it may yield nothing, in seconds; None for ever.
+        idle_timeout: The longest time without a chunk, in seconds; None for no limit.
         min_rate: The fewest bytes per second that it must yield, on average, of the time that is spent waiting for it; None for
             any number. It counts from the tenth second on.
     """
@@ -723,7 +723,7 @@ async def joined(chunks: list[bytes]) -> bytes:
 
 
 def _update_inline(sha256: hashlib._Hash, data: bytes) -> None:
-    """Hash a little on the event loop, in slices for which `hashlib` does not give up the interpreter's lock."""
+    """Hash a little on the event loop, in slices for which `hashlib` does not release the interpreter's lock."""
     for start in range(0, len(data), _HELD_LOCK):
         sha256.update(data[start : start + _HELD_LOCK])
 
@@ -775,7 +775,7 @@ class _Turn:
 
 
 class _Group:
-    """Small chunks on their way to becoming one piece.
+    """Small chunks that will be joined to one piece.
 
     All groups of the process together hold a bounded number of bytes: where thousands of uploads run, their pieces are smaller.
     """

@@ -31,7 +31,7 @@ from granite_storage.exceptions import (
     StorageError,
     UnknownBackendError,
 )
-from granite_storage.orm.references import HeldValue, RefRow, Scan
+from granite_storage.orm.references import RowValue, RowValues, Scan
 from granite_storage.readers import require_recorded_size
 from granite_storage.refs import StoredObjectRef
 
@@ -146,15 +146,15 @@ class Verification(Run[Finding, VerificationReport]):
                 self._on_progress()
         report.complete = not self._stopped
 
-    async def _verify_row(self, row: RefRow) -> Sequence[Finding]:
+    async def _verify_row(self, row: RowValues) -> Sequence[Finding]:
         findings = [await self._verify_value(held) for held in row.values if self._concerns(held)]
         return [finding for finding in findings if finding is not None]
 
-    def _concerns(self, held: HeldValue) -> bool:
+    def _concerns(self, held: RowValue) -> bool:
         """Tell whether a value has the storage key; a value that cannot be decoded may have it."""
         return self._storage_key is None or held.ref is None or held.ref.storage_key == self._storage_key
 
-    async def _verify_value(self, held: HeldValue) -> Finding | None:
+    async def _verify_value(self, held: RowValue) -> Finding | None:
         """Compare a value; where something is wrong, re-check the row, whose file may have been replaced meanwhile."""
         self.report.checked += 1
         for _ in range(_ATTEMPTS):
@@ -169,7 +169,7 @@ class Verification(Run[Finding, VerificationReport]):
             held = found
         return None  # it is replaced faster than it can be checked
 
-    async def _compare(self, held: HeldValue) -> Finding | None:
+    async def _compare(self, held: RowValue) -> Finding | None:
         ref = held.ref
         if ref is None:
             return _finding(Problem.UNDECODABLE, held, held.error)
@@ -216,7 +216,7 @@ def verify(
     nothing is reported as missing that could not be looked for, or may not be read.
 
     Args:
-        binding: What `bind_storage(..., sessions=...)` returned.
+        binding: What `bind_storage(..., session_factory=...)` returned.
         storage_key: Whose references; None for all, those of policies that are gone included.
         deep: Whether to read all bytes and compare their checksums too, instead of the sizes only.
         concurrency: How many rows are checked at a time.
@@ -255,5 +255,5 @@ def _problem(error: StorageError) -> Problem:
     raise error
 
 
-def _finding(problem: Problem, held: HeldValue, message: object) -> Finding:
+def _finding(problem: Problem, held: RowValue, message: object) -> Finding:
     return Finding(problem, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))

@@ -54,7 +54,7 @@ from granite_storage.web import (
     StoredObjectResponse,
     UploadLimits,
     install_error_handlers,
-    received_body,
+    upload_body,
 )
 
 STATIC = Path(__file__).parent / "static"
@@ -95,7 +95,7 @@ async def taken(part: FilePart) -> Attachment:
 File = Annotated[
     Attachment,
     Depends(
-        received_body(
+        upload_body(
             taken,
             filename=lambda request: request.query_params.get("name"),
             limits=UploadLimits(max_size=None, max_file_size=MAX_SIZE),

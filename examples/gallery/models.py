@@ -81,4 +81,4 @@ storage = StorageManager(
 )
 engine = create_async_engine(DATABASE_URL)
 sessions = async_sessionmaker(engine, expire_on_commit=False)
-binding = bind_storage(Base, storage, sessions=sessions)
+binding = bind_storage(Base, storage, session_factory=sessions)

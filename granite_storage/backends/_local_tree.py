@@ -513,8 +513,8 @@ class Tree:
     def synchronise_directory(self, directory: int, location: str | None = None) -> None:
         """Wait until a directory's entries are on the disk, where that is wanted and the file system has a way to.
 
-        Some volumes cannot do it for directories, only for files: what they promise of names is then their own, as for every
-        other program. PostgreSQL goes on there, too.
+        Some volumes cannot do it for directories, only for files: what they promise of names is then up to them, as for every
+        other program. PostgreSQL continues there as well.
         """
         if not self.fsync or not self._syncs_directories:
             return
@@ -557,7 +557,7 @@ class Tree:
             os.close(descriptor)
 
     def make_directory(self, segments: Sequence[str]) -> int:
-        """Open a directory, made with all above it as needed; whoever made them, their entries are on the disk afterwards."""
+        """Open a directory, and make it and its parents where they are missing; their entries are on the disk afterwards."""
         descriptor = self._open_root(writing=True)
         path = ""
         try:

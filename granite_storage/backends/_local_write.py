@@ -1,9 +1,9 @@
-"""How a file comes to be below a tree: all at once, exclusively, and on the disk: blocking calls, for threads.
+"""Writing a file below a tree, atomically, exclusively and durably: blocking calls, for threads.
 
-In this order: the directories it needs are made, and each directory that got an entry is synchronised; its bytes are written to a
-temporary file beside the target and synchronised; it gets its name by `link`, which fails where the name exists, or in another
-exclusive way where a volume has no links; the directory that holds the name is synchronised. Leave out any step, and a power loss
-can keep the row and lose the file.
+The order is: make the missing directories, and fsync each directory that got an entry; write the bytes to a temporary file
+beside the target, and fsync it; give it its name by `link`, which fails where the name exists, or in another exclusive way where
+a volume has no links; fsync the directory that holds the name. Without any of these steps a power loss can keep the row and lose
+the file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["AtomicFile", "FileWriter"]
 logger = logging.getLogger("granite_storage")
 
 _WRITE_SIZE = 512 * 1024
-"""In bytes. For a write of 1 MiB Linux may look for that much memory in one piece, which was measured to take thrice as long."""
+"""In bytes. For a write of 1 MiB Linux may need that much memory in one piece, which took three times as long when measured."""
 
 _DESCRIPTORS = "/proc/self/fd"
 _HAS_UNNAMED_FILES = hasattr(os, "O_TMPFILE") and os.path.isdir(_DESCRIPTORS)
@@ -161,7 +161,7 @@ class AtomicFile:
             self.write(b"".join(chunks)[written:])
 
     def publish(self) -> None:
-        """Give the file its name, unless something has it already."""
+        """Give the file its name; fail where the name exists."""
         with self._tree.translated(self._location):
             self._set_mode()
             self._tree.synchronise(self.descriptor, self._location)
@@ -244,7 +244,7 @@ class AtomicFile:
         self._directory = directory
 
     def discard(self) -> None:
-        """Remove what was made, the published name too: whoever discards has not told anybody of it."""
+        """Remove the file, also where it is published: no caller has a receipt of it yet."""
         with self._tree.translated(self._location), ExitStack() as steps:
             steps.callback(self._tree.prune, self._segments[:-1])
             steps.callback(self._close)

@@ -472,7 +472,7 @@ class StoreClient:
                 return frozenset({bucket_place("google", None, store.config.get("bucket", ""), self.prefix)})
 
     def close(self) -> None:
-        """Let go of a store of our own: its idle connections close with it, and calls that are under way keep theirs."""
+        """Drop a store that was made here: its idle connections close with it, and calls in progress keep theirs."""
         if self._closes:
             self._store = None
 
@@ -587,7 +587,7 @@ class Answer:
     """What an object store has sent of an object.
 
     obstore holds what its future resolved to until its next call, whenever that is. So nothing may stay in it that is open: the
-    body is taken out as soon as there is an answer, also where nobody wants it.
+    body is taken out as soon as there is an answer, also where no caller waits for it any more.
 
     Attributes:
         info: The whole object.

@@ -1,7 +1,7 @@
 """Writing an object to a store of obstore's: all at once, and known to be there or not when the write returns.
 
-Cancelling an await of obstore drops the request on this side only: 48 of 50 cancelled puts were stored all the same, and an
-upload in parts stayed at the server. So no request is cancelled before its outcome is known, or was waited for in vain.
+Cancelling an await of obstore drops the request on this side only: 48 of 50 cancelled puts were stored all the same, and a
+multipart upload stayed at the server. So a request is cancelled only when its answer did not come in time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ObjectWriter(RemoteWriter):
             self._attributes = {"Content-Type": content_type or "application/octet-stream", OWNER: self._id}
 
     async def write(self, stream: AsyncIterator[Piece]) -> Receipt:
-        """Store what a stream yields: by one request where it fits in a part, in parts otherwise."""
+        """Store a stream: by one request where it fits in a part, else by a multipart upload."""
         first: list[Piece] = []
         size = 0
         async with aclosing(_gathered(stream)) as pieces:
@@ -100,7 +100,7 @@ class ObjectWriter(RemoteWriter):
             raise error_at(source, error) from error.__cause__
 
     async def _put_parts(self, first: list[Piece], rest: AsyncIterator[Piece]) -> Receipt:
-        """Store in parts; obstore knows no condition for that, so a HEAD before and after the parts takes its place."""
+        """Store by a multipart upload; obstore has no condition for it, so a HEAD before and after the parts takes its place."""
         from obstore import open_writer_async
 
         await self._require_absent()

@@ -63,7 +63,7 @@ def error_at(location: str, error: BackendError) -> BackendError:
 async def delete_in_batches(
     locations: Sequence[str], delete_batch: Callable[[list[str]], Awaitable[Mapping[str, BackendError]]]
 ) -> dict[str, BackendError]:
-    """Delete objects, a thousand by one call; return the ones that could not be, each with its error."""
+    """Delete objects in batches of a thousand; return the ones that could not be deleted, each with its error."""
     different = list(dict.fromkeys(locations))
     failures: dict[str, BackendError] = {}
     for start in range(0, len(different), _BATCH):
@@ -72,7 +72,7 @@ async def delete_in_batches(
 
 
 async def delete_each(locations: Sequence[str], delete: Callable[[str], Awaitable[None]]) -> dict[str, BackendError]:
-    """Delete objects one by one, some at a time; return the ones that could not be, each with its error."""
+    """Delete objects by a request each, concurrently; return the ones that could not be deleted, each with its error."""
 
     async def attempt(location: str) -> BackendError | None:
         try:
@@ -185,7 +185,7 @@ async def read_beginning(service: Service, location: str, size: int) -> bytes:
 
 
 class RemoteReader:
-    """A range of an object, as one answer of a service has it; see `SupportsReopen`.
+    """The body of one answer of a service; see `SupportsReopen`.
 
     It holds a connection until it is read to its end or closed, or until another call needs it while this one is not being read.
 
@@ -338,7 +338,7 @@ class RemoteWriter:
             del task  # or its error would hold this frame, and the frame the error
 
     async def _outcome(self, doubt: BackendError, size: int, checksum: str | None = None) -> Mapping[str, Any] | None:
-        """Return the receipt of the object if this write has created it, None if nobody has created one.
+        """Return the receipt of the object if this write has created it, None if there is no object.
 
         Args:
             doubt: The error that leaves it open.

@@ -1,4 +1,4 @@
-"""Reading on where a backend's reader was cut off: the one place that resumes, for every backend.
+"""Resuming downloads: the one place that does so, for every backend.
 
 A backend's reader is one answer of its store. Where that breaks off, or its connection went to another call, the rest is asked
 for again: of the same object, or not at all.
@@ -23,7 +23,7 @@ class ConnectionTakenError(BackendUnavailableError):
 
 
 class ResumingReader:
-    """A range of an object on any backend, which goes on where the backend's reader raises `BackendUnavailableError`.
+    """A range of an object on any backend, resumed where the backend's reader raises `BackendUnavailableError`.
 
     It holds what the backend's reader holds, until it is closed or released. After a read that raised or was cancelled the
     position of that reader is in doubt: `release` it, and the next read opens another one at `position`.
@@ -66,7 +66,7 @@ class ResumingReader:
         """Return up to `size` bytes, all that is left where negative, and nothing only at the end of the range.
 
         Raises:
-            BackendUnavailableError: The body was cut off again and again.
+            BackendUnavailableError: The body was cut off `max_attempts` times in a row.
             BackendError: The object was replaced meanwhile, or its bytes ended early.
         """
         if size < 0:

@@ -62,7 +62,7 @@ _OVERDUE_SECONDS = 1.0
 _CHECK_SECONDS = 0.05
 
 
-# The connections that may be in use at a time.
+# Connections.
 #
 # A reader holds a connection for as long as it is open, but uses it only while it is read. Clients that do not read would
 # so hold up every other call. So a call that waits takes the connection of a reader that is not being read: the reader goes
@@ -122,7 +122,7 @@ class Lease:
 
 
 class ConnectionPool:
-    """Lets so many calls at a time have a connection, and the others wait for one, in the order in which they came.
+    """Bounds the connections in use; further calls wait for one, in the order in which they came.
 
     Args:
         size: How many.
@@ -185,7 +185,7 @@ class ConnectionPool:
             self._take_idle()
 
     def _take_idle(self) -> None:
-        """Take connections of readers that are not being read, one for each call that waits; look again while one waits."""
+        """Take connections of readers that are not being read, one for each call that waits; check again while one waits."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         idle = sorted((lease.idle_since, id(lease), lease) for lease in self.readers if lease.idle_since is not None)
@@ -229,8 +229,8 @@ class ServerTraits:
     Attributes:
         bucket: The bucket's name.
         sends_conditions: Whether writes have a condition.
-        checks_completions: Whether the server looks at the condition of a CompleteMultipartUpload; None while that is not known.
-        asking: Whether that is being found out.
+        checks_completions: Whether the server honours the condition of a CompleteMultipartUpload; None while that is unknown.
+        asking: Whether a probe of that is in progress.
         warned_of_end: The end of the temporary credentials of which the log has warned last.
     """
 
@@ -499,7 +499,7 @@ class S3Clients:
         return client
 
     async def aclose(self) -> None:
-        """Close the running loop's client, and let go of those whose loops are closed."""
+        """Close the running loop's client, and drop those whose loops are closed."""
         state = self._here()
         async with state.opening:
             state.client = None

@@ -41,7 +41,7 @@ class ExpiredCredentialsError(AccessDeniedError):
 
 
 class ConflictError(BackendUnavailableError):
-    """Another operation on the same key was under way; nothing was changed."""
+    """Another operation on the same key was in progress; nothing was changed."""
 
 
 class MissingUploadError(BackendError):

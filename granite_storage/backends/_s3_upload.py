@@ -45,8 +45,8 @@ __all__ = [
     "base64_text",
     "checksum_header",
     "date_of",
-    "find_out",
     "part_size_of",
+    "probe_conditions",
     "remove_probes",
 ]
 
@@ -75,7 +75,7 @@ PROBE_PREFIX = f"{RESERVED_PREFIX}probe-"
 """How the locations of objects begin that are made to find something out; they are in no listing."""
 
 _KNOWN_SERVERS = ("AmazonS3",)
-"""The names of servers that are known to look at the conditions of every write."""
+"""The names of servers that are known to honour the conditions of every write."""
 
 _WRITE_ID = "granite-write-id"
 _COPY_PART_SIZE = 512 * 1024**2
@@ -321,7 +321,7 @@ def _sha256(content: bytes) -> bytes:
 
 
 class MultipartUpload:
-    """An upload in parts, from its creation to the moment before it is completed.
+    """A multipart upload, from its creation to the moment before it is completed.
 
     Args:
         client: The event loop's client.
@@ -529,15 +529,15 @@ async def _has_parts(client: S3Client, key: str, upload_id: str) -> bool:
     return bool(answer.get("Parts"))
 
 
-# Finding out, once for a backend, whether its server looks at the condition of the request that ends a multipart upload.
+# Probing, once for a backend, whether its server honours the condition of the request that completes a multipart upload.
 #
 # A server that refuses a header says so. One that does not know it stores all the same: Ceph 16 ignores `If-None-Match: *`
 # of a CompleteMultipartUpload, and would write over an object. So a HEAD precedes the end of a multipart upload until the
-# server has shown on an object made for that purpose that it looks at the condition, and where it does not, ever after.
+# server has shown on a probe object that it honours the condition, and always where it does not.
 
 
-async def find_out(client: S3Client, answer: Mapping[str, Any]) -> None:
-    """Find out what the server does with the condition of a CompleteMultipartUpload, unless that is known.
+async def probe_conditions(client: S3Client, answer: Mapping[str, Any]) -> None:
+    """Probe whether the server honours the condition of a CompleteMultipartUpload, unless that is known.
 
     Args:
         client: The event loop's client.
@@ -668,7 +668,7 @@ class ObjectWriter(RemoteWriter):
     async def copy(self, source: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
         """Copy another object inside the server.
 
-        It is copied in parts, also where one suffices: many servers ignore `If-None-Match` for CopyObject, and would overwrite.
+        It is copied by a multipart upload, also where one part suffices: many servers ignore `If-None-Match` of CopyObject.
         Of its headers only the content type comes along: a client that has stored it by itself may have sent others.
 
         Args:
@@ -715,7 +715,7 @@ class ObjectWriter(RemoteWriter):
             checksum = await upload.checksum()
             completing = True
             answer = await self._published("complete_multipart_upload", request, size=upload.size, checksum=checksum)
-            await find_out(self._client, answer)
+            await probe_conditions(self._client, answer)
             return answer
         except BaseException as error:
             ours = completing and not isinstance(error, ObjectExistsError)
@@ -771,7 +771,7 @@ class ObjectWriter(RemoteWriter):
         await self._client.call("delete_object", location=self._location, **version)
 
     async def _clean_up(self, upload: MultipartUpload | None, *, published: bool) -> None:
-        """Remove what the write has made, parts or an object; nobody else's."""
+        """Remove the parts or the object of this write, and of no other."""
 
         async def remove() -> None:
             if upload is not None:

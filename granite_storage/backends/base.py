@@ -1,4 +1,4 @@
-"""What a backend is: bytes at a location, created once, never overwritten.
+"""The Protocols of backends: objects at locations, created once and never overwritten.
 
 A backend knows no policy, no ref and no ORM. The manager has already checked the location, counted and limited the bytes and
 hashed them in passing; a backend only moves them. See `docs/backends.md` for a worked example of a new one.
@@ -43,7 +43,7 @@ __all__ = [
 redact_records()
 
 upload_begun: ContextVar[Callable[[str], Awaitable[None]] | None] = ContextVar("granite_storage.upload_begun", default=None)
-"""What is called with the id of a multipart upload once a backend has begun it, before its first part: a journal keeps it."""
+"""Called with the id of a multipart upload once a backend has begun it, before its first part: a journal records it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class ObjectInfo:
 
 
 class ObjectReader(Protocol):
-    """Bytes on their way out of a backend: one range of one object, read once from its start to its end.
+    """One range of one object, open for reading once from its start to its end.
 
     It need not resume: where it raises `BackendUnavailableError`, `StoredObjectReader` opens what is left of the same object.
     """
@@ -88,7 +88,7 @@ class ObjectReader(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Let go of what the reader holds; idempotent."""
+        """Release what the reader holds; idempotent."""
         ...
 
 
@@ -228,7 +228,7 @@ class SupportsAbort(Protocol):
 
         Args:
             location: The address that the object would have had.
-            upload_id: The upload's id; None for every unfinished upload of this location, which no other object has.
+            upload_id: The upload's id; None for every unfinished upload of this location, which is of one object only.
         """
         ...
 
@@ -248,7 +248,7 @@ class SupportsMountCheck(Protocol):
     """A backend whose store can be absent and look empty, such as a folder on a disk that is not mounted."""
 
     async def is_mounted(self) -> bool:
-        """Tell whether the store is there and was written to before; False also for one that nobody has used yet."""
+        """Tell whether the store is there and was written to before; False also for one that was never used."""
         ...
 
 
@@ -358,7 +358,7 @@ class SupportsPresignedUpload(Protocol):
         Until it expires it may be made more than once, and then replaces what it has stored before.
 
         Args:
-            location: The object's address; nobody else may use it.
+            location: The object's address, which no other upload may use.
             expires_in: How long the request works, more than zero.
             content_type: The Content-Type that it must have.
             min_size: The fewest bytes.

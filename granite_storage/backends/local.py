@@ -202,7 +202,7 @@ class LocalStorageBackend:
             raise
 
     async def _write(self, file: AtomicFile, begun: deque[bytes], rest: AsyncIterator[bytes]) -> None:
-        """Write in a thread while the stream goes on, a few MiB behind it; return only when the thread is done with the file."""
+        """Write in a thread, a few MiB behind the stream; return only when the thread is done with the file."""
         writer = ThreadConsumer(self._threads, file.write, max_pending=_MAX_PENDING, consume_several=file.write_several)
         try:
             while begun:

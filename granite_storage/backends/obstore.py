@@ -117,9 +117,9 @@ class _StreamBody:
 class ObjectStoreBackend:
     """Keeps each object under one key of a store of obstore's.
 
-    What fits in one part is one exclusive request (`If-None-Match: *` or the service's equivalent). More is sent in parts side by
-    side; obstore knows no condition for these, so a HEAD before and after the parts looks for an object: of two writers of parts
-    to *one* location at the same moment the later one may win. Locations that the manager makes are unique, so two writers never
+    What fits in one part is one exclusive request (`If-None-Match: *` or the service's equivalent). More is a multipart upload;
+    obstore has no condition for it, so a HEAD before and after the parts checks for an existing object: of two concurrent
+    multipart uploads to *one* location the later one may win. Locations that the manager makes are unique, so two writers never
     meet there. Where an answer was lost, a HEAD tells what became of the write, by an id in the object's metadata. A write that
     fails or is cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
 
@@ -142,8 +142,9 @@ class ObjectStoreBackend:
         credential_provider: For a URL: a callable of yours that gives credentials.
         part_size: The size of the parts in bytes, at least 5 MiB. An object has 10,000 parts at the most, 78 GiB by default.
         part_concurrency: The most parts of one write in flight at a time; two more are in memory.
-        list_by_folder: Whether listings walk the keys folder by folder. None finds out, and refuses to go on where a long listing
-            turns out to be in another order than that of bytes; False trusts the order, and has the store begin at `start_after`.
+        list_by_folder: Whether listings walk the keys folder by folder. None detects the order, and raises where a long
+            listing turns out to be in another order than that of bytes; False trusts the order, and has the store begin at
+            `start_after`.
 
     Raises:
         ConfigurationError: An argument cannot work.
@@ -193,7 +194,7 @@ class ObjectStoreBackend:
         return await self._client.store()
 
     async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any]:
-        """Create an object; see `StorageBackend.put_bytes`. Large content is sent in parts and not copied.
+        """Create an object; see `StorageBackend.put_bytes`. Large content is a multipart upload and is not copied.
 
         Returns:
             `version_id` in a bucket that has versions.
@@ -234,7 +235,8 @@ class ObjectStoreBackend:
     async def copy(self, source: str, target: str) -> Mapping[str, Any]:
         """Copy an object inside the store, with its content type; see `SupportsCopy.copy`.
 
-        S3 copies on no condition, so a HEAD looks for an object first; and over 5 GiB the bytes pass through this program.
+        S3 has no condition for copies, so a HEAD checks for an existing object first. Over 5 GiB the bytes pass through this
+        program.
         """
         self._check(source)
         writer = self._writer(target, None)

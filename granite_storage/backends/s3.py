@@ -212,8 +212,8 @@ class S3StorageBackend:
     """Keeps each object under one key of a bucket.
 
     A write is exclusive (`If-None-Match: *`) and verified by the server against a SHA-256 of the bytes. What fits in one part is
-    one request; more is sent in parts side by side, from memory of `part_size` times `part_concurrency` bytes. A request that
-    fails for a passing reason is made again; where its answer was lost, a HEAD tells what became of it. A write that fails or is
+    one request; more is a multipart upload, which buffers `part_size` times `part_concurrency` bytes. A request that fails for a
+    passing reason is retried; where its answer was lost, a HEAD tells what became of it. A write that fails or is
     cancelled leaves no object and no part; a cancelled caller waits for that clean-up, at most 30 seconds.
 
     A reader holds a connection until it is closed or read to its end, or until another call waits for one while it is not read.
@@ -243,15 +243,15 @@ class S3StorageBackend:
         part_size: The size of the parts in bytes, at least 5 MiB. 10,000 parts always suffice: where the size of the content is
             known (bytes, or a stream whose size was declared) all parts are equal, and larger if need be; of other streams the
             first 4,500 parts have this size, then it doubles every 500.
-        part_concurrency: The most parts of one write in memory and in flight at a time.
-        max_parts_in_memory: The most parts of all streams that an event loop's writes hold at a time. A stream with more than
+        part_concurrency: The most parts of one write in memory and in flight.
+        max_parts_in_memory: The most parts of all streams that an event loop's writes buffer. A stream with more than
             1 MiB waits for a place; smaller ones never do.
-        max_pool_connections: The most connections in use at a time; further calls wait for their turn, or for a reader that is
+        max_pool_connections: The most connections in use; further calls wait for one to be released, or for a reader that is
             not being read.
-        conditional_writes: Whether the server knows `If-None-Match: *`. With False a HEAD before each write looks for an object
-            instead, and of two writers at the same moment the later one wins. None relies on it for a single PUT, and finds out
-            after the first multipart upload or copy, by seven small requests, whether the server looks at it there; until then,
-            and where it does not, which is logged, a HEAD comes before the end of each.
+        conditional_writes: Whether the server knows `If-None-Match: *`. With False a HEAD before each write checks for an
+            existing object instead, and of two concurrent writers the later one wins. None relies on it for a single PUT, and
+            probes after the first multipart upload or copy, by seven small requests, whether the server honours it there; until
+            then, and where it does not, which is logged, a HEAD precedes the completion of each.
         checksums: Whether the server knows `x-amz-checksum-sha256`. With False `Content-MD5` takes its place.
         max_attempts: How often a request is made before its failure is reported.
         connect_timeout: The longest wait for a connection to the server, in seconds.
@@ -368,7 +368,7 @@ class S3StorageBackend:
         yield (await self._clients.get()).raw
 
     async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any]:
-        """Create an object; see `StorageBackend.put_bytes`. Large content is sent in parts and not copied.
+        """Create an object; see `StorageBackend.put_bytes`. Large content is a multipart upload and is not copied.
 
         Returns:
             `bucket`, and `version_id` in a bucket that has versions.

@@ -121,12 +121,12 @@ def _check_configuration(binding: StorageBinding) -> list[Check]:
 
 
 async def _check_database(binding: StorageBinding) -> AsyncIterator[Check]:
-    if binding.sessions is None:
+    if binding.session_factory is None:
         yield Check(CheckResult.BAD, "database", "the binding has no sessions: pass sessions= to bind_storage()")
         return
     begun = time.monotonic()
     try:
-        async with asyncio.timeout(_TIMEOUT), binding.sessions() as session:
+        async with asyncio.timeout(_TIMEOUT), binding.session_factory() as session:
             table = next((column.table for column in binding.ref_columns()), None)
             connection = await session.connection(bind_arguments={} if table is None else {"clause": table})
             await connection.execute(text("SELECT 1"))
@@ -148,9 +148,9 @@ async def _check_database(binding: StorageBinding) -> AsyncIterator[Check]:
 async def _check_references(binding: StorageBinding) -> AsyncIterator[Check]:
     """Check for rows that lead to another store than before, and for what would stop the garbage collector."""
     manager = binding.manager
-    if binding.sessions is None or not manager.backends or not binding.ref_columns():
+    if binding.session_factory is None or not manager.backends or not binding.ref_columns():
         return
-    source = DatabaseReferences(binding, binding.sessions, next(iter(manager.backends)))
+    source = DatabaseReferences(binding, binding.session_factory, next(iter(manager.backends)))
     checks: list[Check] = []
     try:
         async with asyncio.timeout(_TIMEOUT):

@@ -161,7 +161,7 @@ async def _show_due(context: CommandContext, journal: StorageJournal) -> None:
     await journal.check()
     intent, reclaim = journal.tables.intent, journal.tables.reclaim
     rows: list[dict[str, Any]] = []
-    sessions = context.binding.sessions
+    sessions = context.binding.session_factory
     if sessions is None:
         raise ConfigurationError("the binding has no sessions: pass sessions= to bind_storage()")
     async with sessions() as session:

@@ -264,7 +264,7 @@ async def _close_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
     finally:
         if binding.journal is not None:
             await binding.journal.aclose()
-        engine = None if binding.sessions is None else binding.sessions.kw.get("bind")
+        engine = None if binding.session_factory is None else binding.session_factory.kw.get("bind")
         if isinstance(engine, AsyncEngine):
             with contextlib.suppress(SQLAlchemyError):
                 await engine.dispose()

@@ -277,7 +277,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 if self._stopped:
                     return
                 batch = page[start : start + self._source.batch_size]
-                held = await self._source.find_held(self.report.backend, [location for location, _ in batch])
+                held = await self._source.find_references(self.report.backend, [location for location, _ in batch])
                 referenced = [size for location, size in batch if location in held]
                 self.report.referenced_on_recheck += len(referenced)
                 self.report.referenced_on_recheck_bytes += sum(referenced)
@@ -417,7 +417,7 @@ async def find_dangling(
         missing = await _missing(manager, backend, batch)
         odd = {location for location in missing if not is_text(location)}  # no database can be asked for it
         asked = [location for location in missing if location not in odd]
-        held = odd | (await source.find_held(backend, asked) if asked else set())
+        held = odd | (await source.find_references(backend, asked) if asked else set())
         found += [DanglingReference(backend, location, said) for location, said in missing.items() if location in held]
         if len(found) >= MOST_KEPT:
             break

@@ -68,8 +68,8 @@ class StorageGarbageCollector:
         manager: The manager, whose backends have the objects.
         iter_references: A callable that returns an iterable or an async iterable of all references, read again on each call;
             None among them is skipped. For applications without attachment columns.
-        binding: What `bind_storage(..., sessions=...)` returned; every column of refs is found by itself. Pass either `binding`
-            or `iter_references`.
+        binding: What `bind_storage(..., session_factory=...)` returned; every column of refs is found by itself. Pass
+            either `binding` or `iter_references`.
         grace_period: The age that an object must have. Without a journal it must be longer than any upload with its transaction.
         max_deleted_share: The largest part of the scanned objects that one run may delete, from 0 to 1.
 
@@ -203,11 +203,11 @@ def _source(
     if binding is None or iter_references is not None:
         given = "neither" if binding is None else "both"
         raise ConfigurationError(f"the garbage collector needs either binding or iter_references, and {given} is given")
-    if binding.sessions is None:
+    if binding.session_factory is None:
         raise ConfigurationError(
             "the binding has no sessions to read its references with: pass sessions=async_sessionmaker(...) to bind_storage()"
         )
-    return partial(DatabaseReferences, binding, binding.sessions)
+    return partial(DatabaseReferences, binding, binding.session_factory)
 
 
 def _require_limits(grace_period: object, max_deleted_share: object) -> None:
@@ -305,9 +305,9 @@ class Leadership:
 
 def _engine_of(binding: StorageBinding) -> AsyncEngine | None:
     table = next(iter(binding.metadata.tables.values()), None)
-    if binding.sessions is None or table is None:
+    if binding.session_factory is None or table is None:
         return None
-    return AsyncEngine(_with_null_pool(binding.sessions().get_bind(clause=table).engine))
+    return AsyncEngine(_with_null_pool(binding.session_factory().get_bind(clause=table).engine))
 
 
 def _with_null_pool(engine: Engine) -> Engine:

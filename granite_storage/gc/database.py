@@ -58,11 +58,11 @@ from granite_storage.orm.discovery import (
 from granite_storage.orm.journal.tables import journal_tables, tables_of
 from granite_storage.orm.references import (
     as_text,
-    find_held,
-    held_among,
+    find_references,
     location_of,
     most_at_once,
     named_in,
+    references_among,
     selected_extra,
     selected_text,
     value_in,
@@ -238,9 +238,9 @@ async def bound_bases(binding: StorageBinding, backend: str) -> list[BoundBase]:
         if other.metadata is binding.metadata:
             continue
         if (
-            other.sessions is not None
-            and _database_url(other.sessions) is not None
-            and _database_url(other.sessions) == _database_url(binding.sessions)
+            other.session_factory is not None
+            and _database_url(other.session_factory) is not None
+            and _database_url(other.session_factory) == _database_url(binding.session_factory)
         ):
             here = frozenset(key for key, theirs in other.manager.backends.items() if theirs is ours)
             bases.append(BoundBase(other, here))
@@ -421,7 +421,7 @@ def _refusal(other: Binding, key: str, backend: str, *, is_certain: bool) -> str
     has = "has" if is_certain else "may have"
     places = "" if is_certain else ", because one of the two backends does not tell its places (SupportsPlaces)"
     what = f"{other!r} {has} the objects of the backend {backend!r} under the key {key!r}{places}"
-    if other.sessions is None:
+    if other.session_factory is None:
         return f"{what}, and it has no sessions to read its references with: pass sessions= to bind_storage()"
     return f"{what}, in another database, which cannot be read in the same snapshot: pass iter_references, which reads both"
 
@@ -441,7 +441,7 @@ class DatabaseReferences:
     rows hides anything, and no translation of schemas redirects them. Each is a transaction of its own.
 
     Args:
-        binding: What `bind_storage(..., sessions=...)` returned.
+        binding: What `bind_storage(..., session_factory=...)` returned.
         sessions: Its sessions.
         backend: The key of the backend whose objects are collected.
     """
@@ -458,7 +458,7 @@ class DatabaseReferences:
 
     @property
     def batch_size(self) -> int:
-        """The most locations that `find_held` takes."""
+        """The most locations that `find_references` takes."""
         return most_at_once(self._columns[:_COLUMNS_IN_A_STATEMENT], self._journals)
 
     async def require_fit(self, *, allow_restored_database: bool) -> None:
@@ -502,25 +502,25 @@ class DatabaseReferences:
             referred = await stack.enter_async_context(aclosing(self._iter_referenced(chunks[0])))
             yield merge_pages(require_byte_order(referred, "the database's references"), named.pages())
 
-    async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
+    async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
         """Return the locations that are referenced, or whose generated id is, in a snapshot of this moment."""
         chunks = list(batches(self._columns, _COLUMNS_IN_A_STATEMENT))
         if len(chunks) == 1:
             async with self._connection() as connection:
-                held = await find_held(connection, self._columns, locations, journals=self._journals, extra=True)
-            return held_among(locations, (location for _, location in held))
+                held = await find_references(connection, self._columns, locations, journals=self._journals, extra=True)
+            return references_among(locations, (location for _, location in held))
         held = set()
         async with self._snapshot() as connection:
             for number, chunk in enumerate(chunks):
                 journals = self._journals if number == 0 else []
-                held |= await find_held(connection, chunk, locations, journals=journals, extra=True)
-        return held_among(locations, (location for _, location in held))
+                held |= await find_references(connection, chunk, locations, journals=journals, extra=True)
+        return references_among(locations, (location for _, location in held))
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
         """Yield what mentions one of the locations outside of the models' columns of refs, in one snapshot of the database.
 
         It reads every table that this role may read, once. The tables of a journal and the models' columns of refs are left to
-        `find_held`.
+        `find_references`.
         """
         references = [item.column for item in self._ref_columns if item.is_declared]
         journals = [table for tables in self._journals for table in (tables.intent, tables.reclaim)]

@@ -15,7 +15,7 @@ from granite_storage.gc.mentions import Mention
 from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager
-from granite_storage.orm.references import held_among, named_in
+from granite_storage.orm.references import named_in, references_among
 from granite_storage.refs import StoredObjectRef
 
 __all__ = ["GivenReferences", "IterReferences", "ReferenceSource", "require_callable"]
@@ -26,7 +26,7 @@ class ReferenceSource(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """The most locations that `find_held` takes."""
+        """The most locations that `find_references` takes."""
         ...
 
     async def require_fit(self, *, allow_restored_database: bool) -> None:
@@ -55,7 +55,7 @@ class ReferenceSource(Protocol):
         """
         ...
 
-    async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
+    async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
         """Return the locations that are referenced at this moment, or are known to a journal, in one snapshot.
 
         A location also counts as referenced by a reference to another one with its generated id, which is another name for it.
@@ -71,7 +71,7 @@ class ReferenceSource(Protocol):
         ...
 
     async def make_durable(self) -> None:
-        """Return once nothing that `find_held` has seen can be undone, not even by a crash of the database."""
+        """Return once nothing that `find_references` has seen can be undone, not even by a crash of the database."""
         ...
 
 
@@ -99,7 +99,7 @@ class GivenReferences:
 
     @property
     def batch_size(self) -> int:
-        """The most locations that `find_held` takes: each call reads all references."""
+        """The most locations that `find_references` takes: each call reads all references."""
         return 10_000
 
     async def require_fit(self, *, allow_restored_database: bool) -> None:
@@ -126,13 +126,13 @@ class GivenReferences:
         for none in tuple[Mention, ...]():
             yield none
 
-    async def find_held(self, backend: str, locations: Sequence[str]) -> set[str]:
+    async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
         """Return the locations that are referenced now, by reading all references again."""
         wanted = {*locations, *filter(None, map(generated_id, locations))}
         held: set[str] = set()
         async for ref in self._refs():
             held.update(found for found in _locations(ref) if found in wanted or generated_id(found) in wanted)
-        return held_among(locations, held)
+        return references_among(locations, held)
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
         """Refuse policies that share a place, where the references of one of them are missing."""

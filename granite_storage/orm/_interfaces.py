@@ -111,7 +111,7 @@ class Binding(Protocol):
         ...
 
     @property
-    def sessions(self) -> async_sessionmaker[AsyncSession] | None:
+    def session_factory(self) -> async_sessionmaker[AsyncSession] | None:
         """The application's session maker, or None."""
         ...
 
@@ -125,7 +125,7 @@ class Binding(Protocol):
         """The base's full name, by which a pickled attachment finds it again."""
         ...
 
-    def manager_for(self, home: ColumnType) -> StorageManager:
+    def manager_for(self, column_type: ColumnType) -> StorageManager:
         """Return the manager, once it is sure that it has the policy of a column."""
         ...
 
@@ -144,7 +144,7 @@ class Binding(Protocol):
     async def upload(
         self,
         attachment: Any,
-        home: ColumnType,
+        column_type: ColumnType,
         *,
         verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]] | None = None,
     ) -> None:

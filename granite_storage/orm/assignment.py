@@ -137,7 +137,7 @@ def _text_of(annotation: Any) -> str:
 
 
 def _is_bound(mapper: Mapper[Any]) -> bool:
-    return any(find_binding(slot.home.table.metadata) is not None for slot in slots_of(mapper))
+    return any(find_binding(slot.column_type.table.metadata) is not None for slot in slots_of(mapper))
 
 
 def _check(state: Any, value: Any, _: Any, initiator: Any, **__: Any) -> Any:

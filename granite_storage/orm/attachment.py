@@ -324,19 +324,19 @@ class Attachment:
         return self
 
     @classmethod
-    def _of(cls, ref: StoredObjectRef, home: ColumnType) -> Self:
+    def _of(cls, ref: StoredObjectRef, column_type: ColumnType) -> Self:
         """Make the stored attachment that a row holds; once per row that is read, so nothing is done twice."""
         self = cls.__new__(cls)
         self._ref = ref
-        self._home = home
+        self._home = column_type
         return self
 
     @classmethod
-    def _broken(cls, error: InvalidReferenceError, home: ColumnType) -> Self:
+    def _broken(cls, error: InvalidReferenceError, column_type: ColumnType) -> Self:
         """Make the attachment of a row whose value is not a ref."""
         self = cls.__new__(cls)
         self._error = error
-        self._home = home
+        self._home = column_type
         return self
 
     @property
@@ -404,8 +404,8 @@ class Attachment:
                 )
             case Address():
                 return self._home.find()
-            case home:
-                return home
+            case column_type:
+                return column_type
 
     async def read(self) -> bytes:
         """Return all bytes, verified; see `StorageManager.get`.
@@ -460,31 +460,31 @@ class Attachment:
             ContentTooLargeError: It is larger than the column's policy allows, also where it was stored for another one.
             StorageError: As `StorageManager.put_stream`.
         """
-        home = _home_of(column)
+        column_type = _home_of(column)
         if self.is_pending:
-            await home.binding().upload(self, home)
+            await column_type.binding().upload(self, column_type)
             self._unowned = True
         else:
-            home.require_fit(self.ref)
+            column_type.require_fit(self.ref)
         return self
 
     @classmethod
     async def _adopt(
-        cls, staged: StoredObjectRef, home: ColumnType, verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]]
+        cls, staged: StoredObjectRef, column_type: ColumnType, verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]]
     ) -> Attachment:
         """Copy what a client has stored by itself to where no client can, verify the copy, and let a row take it.
 
         It cannot be stored a second time: what the client has stored may have changed by then.
         """
-        adopted = cls._of(staged, home)._copy()
-        await home.binding().upload(adopted, home, verify=verify)
+        adopted = cls._of(staged, column_type)._copy()
+        await column_type.binding().upload(adopted, column_type, verify=verify)
         adopted._source, adopted._reusable = None, False
         adopted._unowned = True
         return adopted
 
-    def _prepare(self, manager: StorageManager, home: ColumnType, entity_id: str) -> PreparedUpload:
+    def _prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where it will be stored, for a column."""
-        names = _names_of(home, entity_id)
+        names = _names_of(column_type, entity_id)
         original = self._origin()
         if not isinstance(original, Attachment):
             given: dict[str, Any] = {
@@ -499,7 +499,7 @@ class Attachment:
             given = {"content_type": ref.content_type, "original_filename": ref.original_filename, "extra": ref.extra}
         return manager._engine.prepare(**names, **given)
 
-    async def _put(self, manager: StorageManager, home: ColumnType, prepared: PreparedUpload) -> None:
+    async def _put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
         """Upload to the prepared location, and become stored."""
         engine = manager._engine
         source = self._take_origin()
@@ -513,7 +513,7 @@ class Attachment:
         else:
             async with source.open(verify=True) as stream:
                 ref = await engine.put(prepared, stream)
-        self._ref, self._home = ref, home
+        self._ref, self._home = ref, column_type
 
     def _copy(self) -> Attachment:
         """Return a pending attachment that becomes a copy, for another column or row; again so after a rollback."""
@@ -667,12 +667,12 @@ def _is_left_empty(upload: object) -> bool:
     return is_file(upload) and not getattr(upload, "filename", True) and upload_size(upload) == 0
 
 
-def _names_of(home: ColumnType, entity_id: str) -> dict[str, Any]:
+def _names_of(column_type: ColumnType, entity_id: str) -> dict[str, Any]:
     return {
-        "storage_key": home.storage_key,
-        "model_name": home.model_name,
+        "storage_key": column_type.storage_key,
+        "model_name": column_type.model_name,
         "entity_id": entity_id,
-        "field_name": home.field_name,
+        "field_name": column_type.field_name,
     }
 
 
@@ -698,7 +698,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _home_of(column: InstrumentedAttribute[Any]) -> ColumnType:
-    home: ColumnType | None = getattr(column, "type", None)
-    if home is None or not hasattr(home, "storage_key"):
+    column_type: ColumnType | None = getattr(column, "type", None)
+    if column_type is None or not hasattr(column_type, "storage_key"):
         raise TypeError(f"store() takes an attachment attribute of a model, such as Document.file, not {column!r}")
-    return home
+    return column_type

@@ -36,8 +36,9 @@ def bind_storage(
     base: Any,
     manager: StorageManager,
     *,
-    sessions: async_sessionmaker[AsyncSession] | None = None,
+    session_factory: async_sessionmaker[AsyncSession] | None = None,
     journal: StorageJournal | None = None,
+    sessions: async_sessionmaker[AsyncSession] | None = None,
 ) -> StorageBinding:
     """Bind the attachments of a declarative base to a manager; once, at start-up, before the first flush.
 
@@ -48,8 +49,9 @@ def bind_storage(
     Args:
         base: The declarative base, `SQLModel`, or anything else that has a `metadata`.
         manager: The manager; the caller closes it.
-        sessions: The application's session maker, for what opens sessions of its own, such as the garbage collector.
+        session_factory: The application's session maker, for what opens sessions of its own, such as the garbage collector.
         journal: What makes the promise hold through crashes; None for rollbacks only.
+        sessions: Another name of `session_factory`.
 
     Returns:
         The binding; `unbind` undoes it.
@@ -57,7 +59,8 @@ def bind_storage(
     Raises:
         ConfigurationError: The base has no metadata, an attachment column names a policy that the manager does not have or one
             with a retention and there is no journal, has a default that no session can store, or is annotated as several
-            attachments; `sessions` makes no asynchronous sessions; or the journal's tables are not declared beside the models.
+            attachments; `session_factory` makes no asynchronous sessions, or is given under both names; or the journal's tables
+            are not declared beside the models.
     """
     metadata = getattr(base, "metadata", None)
     if not isinstance(metadata, MetaData):
@@ -66,8 +69,11 @@ def bind_storage(
         raise ConfigurationError(f"bind_storage needs a StorageManager, not {type(manager).__name__}")
     if journal is not None and not isinstance(journal, StorageJournal):
         raise ConfigurationError(f"bind_storage needs a StorageJournal, not {type(journal).__name__}")
-    _require_sessions(sessions)
-    binding = StorageBinding(base, metadata, manager, sessions, journal)
+    if session_factory is not None and sessions is not None:
+        raise ConfigurationError("bind_storage takes session_factory=... or sessions=..., which is another name of it, not both")
+    session_factory = sessions if session_factory is None else session_factory
+    _require_session_factory(session_factory)
+    binding = StorageBinding(base, metadata, manager, session_factory, journal)
     for column in attachment_tables(metadata).all_attachments():
         require_usable(column)
         if isinstance(column.type, AttachmentType):
@@ -86,14 +92,19 @@ def bind_storage(
     return binding
 
 
-def _require_sessions(sessions: object) -> None:
+def _require_session_factory(session_factory: object) -> None:
     """Refuse what makes no asynchronous sessions, before the collector or a migration finds out."""
-    if sessions is None:
+    if session_factory is None:
         return
-    made = getattr(sessions, "class_", None)
-    if not callable(sessions) or isinstance(sessions, Session | AsyncSession) or (made is not None and issubclass(made, Session)):
+    made = getattr(session_factory, "class_", None)
+    if (
+        not callable(session_factory)
+        or isinstance(session_factory, Session | AsyncSession)
+        or (made is not None and issubclass(made, Session))
+    ):
         raise ConfigurationError(
-            f"bind_storage(sessions=...) takes what makes sessions, such as async_sessionmaker(engine), not {sessions!r}"
+            "bind_storage(session_factory=...) takes what makes asynchronous sessions, such as async_sessionmaker(engine),"
+            f" not {session_factory!r}"
         )
 
 
@@ -104,7 +115,7 @@ class StorageBinding:
         base: The declarative base.
         metadata: Its metadata.
         manager: The manager that stores its attachments.
-        sessions: The application's session maker, or None.
+        session_factory: The application's session maker, or None.
         journal: The journal, or None.
     """
 
@@ -113,13 +124,13 @@ class StorageBinding:
         base: Any,
         metadata: MetaData,
         manager: StorageManager,
-        sessions: async_sessionmaker[AsyncSession] | None,
+        session_factory: async_sessionmaker[AsyncSession] | None,
         journal: StorageJournal | None = None,
     ) -> None:
         self.base = base
         self.metadata = metadata
         self.manager = manager
-        self.sessions = sessions
+        self.session_factory = session_factory
         self.journal = journal
 
     @property
@@ -127,23 +138,23 @@ class StorageBinding:
         """The base's full name, by which a pickled attachment finds it again."""
         return f"{getattr(self.base, '__module__', '')}.{getattr(self.base, '__qualname__', type(self.base).__qualname__)}"
 
-    def manager_for(self, home: ColumnType) -> StorageManager:
+    def manager_for(self, column_type: ColumnType) -> StorageManager:
         """Return the manager, once it is sure that it has the policy of a column.
 
         Raises:
             UnknownPolicyError: It has not; a model may have been declared after `bind_storage` had looked.
             ConfigurationError: The policy has a retention, and there is no journal to keep it.
         """
-        policy = self.manager._engine.policies.get(home.storage_key)
+        policy = self.manager._engine.policies.get(column_type.storage_key)
         if policy is None:
             known = ", ".join(sorted(self.manager.policies)) or "none"
             raise UnknownPolicyError(
-                f"the attachment column {home.label} names the policy {home.storage_key!r}, which its manager does not have"
-                f" (there are: {known})"
+                f"the attachment column {column_type.label} names the policy {column_type.storage_key!r}, which its manager"
+                f" does not have (there are: {known})"
             )
         if self.journal is None and policy.retention:
             raise ConfigurationError(
-                f"the policy {home.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
+                f"the policy {column_type.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
             )
         return self.manager
 
@@ -155,25 +166,25 @@ class StorageBinding:
     def column_type(self, table: str, column: str) -> AttachmentType | None:
         """Return the type of an attachment column by its names, or None if there is no such column."""
         found = self.metadata.tables.get(table)
-        home = None if found is None else next((item.type for item in found.columns if item.name == column), None)
-        return home if isinstance(home, AttachmentType) else None
+        column_type = None if found is None else next((item.type for item in found.columns if item.name == column), None)
+        return column_type if isinstance(column_type, AttachmentType) else None
 
     async def upload(
         self,
         attachment: Attachment,
-        home: ColumnType,
+        column_type: ColumnType,
         *,
         verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]] | None = None,
     ) -> None:
         """Store one pending attachment before any transaction; `verify` reads what was stored and returns its ref."""
-        await store([Upload(attachment, home, uuid7_hex(), verify)])
+        await store([Upload(attachment, column_type, uuid7_hex(), verify)])
 
     async def is_referred_to(self, column: Column[Any], ref: StoredObjectRef) -> bool | None:
         """Tell whether a row of a column refers to an object; None where that is unknown, as it is without sessions."""
-        if self.sessions is None:
+        if self.session_factory is None:
             return None
         try:
-            async with self.sessions() as session:
+            async with self.session_factory() as session:
                 connection = await session.connection(bind_arguments={"clause": column.table})
                 return await connection.run_sync(refers, column, ref)
         except SQLAlchemyError:

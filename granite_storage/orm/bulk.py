@@ -20,7 +20,7 @@ from granite_storage.orm._registry import active_bindings
 from granite_storage.orm._util import require_async
 from granite_storage.orm.columns import Tables, attachment_tables, slots_of
 from granite_storage.orm.flush import write_displaced
-from granite_storage.orm.locking import HeldRef, are_there, cascaded, lock_rows, lock_statement, still_held
+from granite_storage.orm.locking import RowRef, are_there, cascaded, lock_rows, lock_statement, still_referenced
 
 __all__ = ["begin_connection", "begin_transaction", "end_transaction", "execute_bulk", "note_flush", "on_execute", "unlisten_all"]
 
@@ -49,7 +49,7 @@ def _delete(state: ORMExecuteState, statement: Delete) -> Result[Any] | None:
         return None
     parameters = _parameter_sets(state)
     columns = tables.attachments(table)
-    reached: list[tuple[Connection, list[HeldRef]]] = []
+    reached: list[tuple[Connection, list[RowRef]]] = []
     known = 0
     for connection in _connections(state, statement):
         held, keys = lock_statement(connection, table, columns, statement.whereclause, parameters, deleting=True)
@@ -62,7 +62,7 @@ def _delete(state: ORMExecuteState, statement: Delete) -> Result[Any] | None:
 
 def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]]) -> Result[Any]:
     parameters = _parameter_sets(state)
-    reached: list[tuple[Connection, list[HeldRef]]] = []
+    reached: list[tuple[Connection, list[RowRef]]] = []
     matched: dict[Table, int] = {}
     missed: list[tuple[Connection, Table, list[tuple[Any, ...]]]] = []
     for connection in _connections(state, statement):
@@ -84,7 +84,7 @@ def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]
     return result
 
 
-def _displacing(state: ORMExecuteState, reached: Sequence[tuple[Connection, list[HeldRef]]]) -> Result[Any]:
+def _displacing(state: ORMExecuteState, reached: Sequence[tuple[Connection, list[RowRef]]]) -> Result[Any]:
     """Run the statement, and displace what is gone afterwards.
 
     Raises:
@@ -96,9 +96,9 @@ def _displacing(state: ORMExecuteState, reached: Sequence[tuple[Connection, list
             require_async(_BULK)
             transactions.require_transactions(connection)
     result = state.invoke_statement()
-    frame = transactions.unit_of(state.session).frame(flush.boundary(state.session))
+    frame = transactions.unit_of(state.session).frame(flush.current_transaction(state.session))
     for connection, held in reached:
-        remaining = still_held(connection, held)
+        remaining = still_referenced(connection, held)
         displaced = flush.displace(frame, [entry for entry in held if entry.place not in remaining])
         write_displaced(connection, displaced)
     return result

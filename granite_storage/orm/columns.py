@@ -352,13 +352,13 @@ def attachment(storage_key: str, *, entity_id: Callable[[Any], str] | None = Non
             file: Mapped[Attachment | None] = attachment("documents")
         ```
     """
-    home = AttachmentType(storage_key, entity_id=entity_id)
+    column_type = AttachmentType(storage_key, entity_id=entity_id)
     for name, value in column_arguments.items():
         if name in _DEFAULTS:
             _require_callable(f"attachment({storage_key!r}, {name}=...)", value)
         elif name in _WRITTEN_ELSEWHERE:
             _require_null(f"attachment({storage_key!r}, {name}=...)", value)
-    return mapped_column(home, **column_arguments)
+    return mapped_column(column_type, **column_arguments)
 
 
 _DEFAULTS = ("default", "insert_default")
@@ -411,7 +411,7 @@ class Slot:
 
     key: str
     column: Column[Any]
-    home: AttachmentType
+    column_type: AttachmentType
 
 
 # By the identity of the mapper: it is asked for each row of each flush, and a weak dictionary takes several times as long.

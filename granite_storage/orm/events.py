@@ -124,7 +124,7 @@ def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any])
 def _revise(session: Session) -> None:
     unit = transactions.known_unit(session)
     if unit is not None:
-        flush.revise(session, unit)
+        flush.recheck_moves(session, unit)
 
 
 def _before_write_of_class(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> Any:
@@ -140,7 +140,7 @@ def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceS
         replaced = session.identity_map.get(mapper.identity_key_from_instance(instance))
         if replaced is not None and _has_same_key(mapper, replaced, instance):
             _before_delete(mapper, connection, instance_state(replaced))
-            flush.vacate(state)
+            flush.clear_unset_attachments(state)
             transactions.unit_of(session).flush.has_successors = True
     return _before_write(mapper, connection, state)
 
@@ -162,7 +162,7 @@ def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]
         if unit is None or id(state) not in unit.flush.deletions:
             _save(session, [], [state])
         elif unit.flush.has_written:
-            flush.look_again(unit)
+            flush.recheck_cascades(unit)
     return EXT_CONTINUE
 
 

@@ -21,11 +21,11 @@ from granite_storage.orm._util import connection_of, require_async
 from granite_storage.orm.assignment import require_sound
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, primary_key_of, slots_of
-from granite_storage.orm.locking import CountedDeletes, HeldRef, cascaded, lock_rows
+from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows
 from granite_storage.orm.plan import Assigned, FlushPlan, plan_flush, plan_uploads
 from granite_storage.orm.sharing import refers
 from granite_storage.orm.transactions import require_transactions, watch
-from granite_storage.orm.unit_of_work import UNKNOWN, Change, Displacement, FlushUnderWay, Frame, UnitOfWork, put_value
+from granite_storage.orm.unit_of_work import UNKNOWN, Change, Displacement, FlushState, Frame, UnitOfWork, put_value
 from granite_storage.orm.uploads import Upload, store, stored_object
 from granite_storage.orm.written import written_log
 from granite_storage.refs import StoredObjectRef
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import Journal
 
 __all__ = [
-    "boundary",
     "changes_of",
+    "clear_unset_attachments",
     "concerned_tables",
+    "current_transaction",
     "displace",
     "end",
-    "look_again",
+    "recheck_cascades",
+    "recheck_moves",
     "restore_deleted",
-    "revise",
     "save",
-    "vacate",
     "write_displaced",
     "write_entries",
 ]
@@ -89,9 +89,9 @@ def write_displaced(connection: Connection, displaced: Iterable[StoredObject]) -
         journal.intents.displace(connection, [(item.ref, journal.retention_of(item.ref)) for item in items])
 
 
-def restore_deleted(unit: UnitOfWork, home: AttachmentType, stored: StoredObject) -> None:
+def restore_deleted(unit: UnitOfWork, column_type: AttachmentType, stored: StoredObject) -> None:
     """Let a row take an object that waits to be deleted, by taking that delete back."""
-    journal = home.binding().journal
+    journal = column_type.binding().journal
     if journal is None:
         raise ConfigurationError(
             "an attachment is restored from a journal, and this base is bound without: bind_storage(..., journal=...)"
@@ -123,18 +123,18 @@ def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
         value = state.dict.get(slot.key)
         if value is None and slot.column.default is not None:
             value = _default(state, slot)
-        return None if value is None else Change(state, slot, _require_attachment(value, slot), None, slot.home.binding())
+        return None if value is None else Change(state, slot, _require_attachment(value, slot), None, slot.column_type.binding())
     if not history.has_changes():
         return None
     value = history.added[0] if history.added else None
     old = history.deleted[0] if history.deleted else UNKNOWN
-    return Change(state, slot, _require_attachment(value, slot), old, slot.home.binding())
+    return Change(state, slot, _require_attachment(value, slot), old, slot.column_type.binding())
 
 
 def _default(state: InstanceState[Any], slot: Slot) -> Any:
     """Give a new instance the default of its column, as the INSERT would."""
     default: Any = slot.column.default
-    value = default.arg(_NoContext(slot.home.label))
+    value = default.arg(_NoContext(slot.column_type.label))
     if value is not None:
         put_value(state, slot.key, value)
     return value
@@ -158,11 +158,12 @@ def _require_attachment(value: Any, slot: Slot) -> Attachment | None:
     if value is None or isinstance(value, Attachment):
         return value
     raise InvalidReferenceError(
-        f"{slot.home.table.name}.{slot.key} is a managed attachment column and takes an Attachment, not {type(value).__name__}"
+        f"{slot.column_type.table.name}.{slot.key} is a managed attachment column and takes an Attachment,"
+        f" not {type(value).__name__}"
     )
 
 
-def vacate(state: InstanceState[Any]) -> None:
+def clear_unset_attachments(state: InstanceState[Any]) -> None:
     """Empty the attachments that a new instance does not set, when it takes over the row of another with the same primary key.
 
     SQLAlchemy updates such a row and leaves alone what the new instance does not set: it would keep the old one's files.
@@ -181,7 +182,7 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
     Raises:
         ConfigurationError: The session is a synchronous one, and there is anything to store or to displace.
     """
-    flush, frame = unit.flush, unit.frame(boundary(session))
+    flush, frame = unit.flush, unit.frame(current_transaction(session))
     if any(change.value is not None for change in changes):
         require_async(_STORING)
     written = [change for change in changes if change.value is not None and not flush.has_handled(change.marker, change.value)]
@@ -209,19 +210,19 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
     flush.deletions.update((id(state), state) for state in deletions)
 
 
-def _require_async_for_files(flush: FlushUnderWay) -> None:
+def _require_async_for_files(flush: FlushState) -> None:
     """Let a synchronous session change and delete rows that hold no files."""
     if flush.log or any(cascaded for _, cascaded in flush.vanishing):
         require_async(_STORING)
 
 
-def _claim(flush: FlushUnderWay, attachment: Attachment) -> None:
+def _claim(flush: FlushState, attachment: Attachment) -> None:
     """Let the statements of the flush write the ref of an attachment."""
     attachment._claimed = True
     flush.claims.append(attachment)
 
 
-def revise(session: Session, unit: UnitOfWork) -> None:
+def recheck_moves(session: Session, unit: UnitOfWork) -> None:
     """Copy what was to move to another row, where the row that it was to leave keeps it after all; before the first statement.
 
     Listeners that were called after the plan was made may have taken a delete back, or put an old value back.
@@ -233,7 +234,7 @@ def revise(session: Session, unit: UnitOfWork) -> None:
         return
     kept = {entry.held.place for entry in flush.displaced if not _still_leaves(entry, context)}
     copied = [change for change in moved if change.is_pending and _place_of(change.attachment.ref) in kept]
-    _copy_all(session, unit, unit.frame(boundary(session)), copied)
+    _copy_all(session, unit, unit.frame(current_transaction(session)), copied)
     for change in copied:
         _claim(flush, change.attachment)
 
@@ -254,7 +255,7 @@ def _still_leaves(displaced: Displacement, context: UOWTransaction) -> bool:
     return any(_has_left(state, key, displaced.held.ref) for key in keys)
 
 
-def _is_of_row(state: InstanceState[Any], held: HeldRef) -> bool:
+def _is_of_row(state: InstanceState[Any], held: RowRef) -> bool:
     """Tell whether an instance still stands for the row that held a ref: a listener may have made another row of it."""
     return state.key is not None and primary_key_of(state, held.table) == held.primary_key
 
@@ -286,10 +287,10 @@ def end(session: Session, unit: UnitOfWork) -> None:
         if key not in held:
             flush.restored.remove(intent)
     write_entries(unit)
-    unit.end_flush(unit.frame(boundary(session)))
+    unit.end_flush(unit.frame(current_transaction(session)))
 
 
-def look_again(unit: UnitOfWork) -> None:
+def recheck_cascades(unit: UnitOfWork) -> None:
     """See what the flush itself has put below the rows that it is about to delete: the database deletes that, too.
 
     A flush writes rows before it deletes those that they depend on.
@@ -300,16 +301,16 @@ def look_again(unit: UnitOfWork) -> None:
     _require_async_for_files(flush)
 
 
-def displace(log: Frame | FlushUnderWay, held: Iterable[HeldRef]) -> list[StoredObject]:
+def displace(log: Frame | FlushState, held: Iterable[RowRef]) -> list[StoredObject]:
     """Note that rows give up what they hold."""
     displaced = [_stored(entry) for entry in held]
     log.log += [(stored, False) for stored in displaced]
     return displaced
 
 
-def _stored(entry: HeldRef) -> StoredObject:
-    home: AttachmentType = entry.column.type  # type: ignore[assignment]  # only attachment columns are read under locks
-    binding = home.binding()
+def _stored(entry: RowRef) -> StoredObject:
+    column_type: AttachmentType = entry.column.type  # type: ignore[assignment]  # only attachment columns are read under locks
+    binding = column_type.binding()
     intent = None if binding.journal is None else binding.journal.delete_intent(*entry.place)
     return StoredObject(binding.manager, entry.ref, intent)
 
@@ -328,8 +329,8 @@ def _copy_all(session: Session, unit: UnitOfWork, frame: Frame, changes: Sequenc
         for change in changes:
             if change.attachment.ref.location == error.location and not _is_referred_to(session, change):
                 raise StaleAttachmentError(
-                    f"the object at {error.location!r} cannot be copied to {change.slot.home.label}, because its row has been"
-                    " given another file since the attachment was read, or has been deleted: load the row again"
+                    f"the object at {error.location!r} cannot be copied to {change.slot.column_type.label}, because its row has"
+                    " been given another file since the attachment was read, or has been deleted: load the row again"
                 ) from error
         raise
     for change, copy in zip(changes, copies, strict=True):
@@ -339,7 +340,7 @@ def _copy_all(session: Session, unit: UnitOfWork, frame: Frame, changes: Sequenc
 def _is_referred_to(session: Session, change: Change) -> bool:
     """Tell whether a row of the column that an attachment was read from still refers to its object."""
     original = change.attachment._column_type
-    if original.table.metadata is not change.slot.home.table.metadata:
+    if original.table.metadata is not change.slot.column_type.table.metadata:
         return True  # another base's, perhaps in another database: that is not known here
     return refers(connection_of(session, change.state), original.column, change.attachment.ref)
 
@@ -348,7 +349,7 @@ def _store_all(unit: UnitOfWork, frame: Frame, pending: Sequence[tuple[Change, A
     """Store attachments side by side, or none of them, and let their rows take them."""
     if not pending:
         return
-    await_only(store([Upload(attachment, change.slot.home, _entity_id(change)) for change, attachment in pending]))
+    await_only(store([Upload(attachment, change.slot.column_type, _entity_id(change)) for change, attachment in pending]))
     for change, attachment in pending:
         _take(unit, frame, attachment)
         unit.flush.handled[change.marker] = attachment
@@ -369,7 +370,7 @@ def _assigned(change: Change, replaced: set[StoredObjectRef]) -> Assigned[Change
     if given.is_pending:
         return Assigned(change, id(given), None)
     ours = change.binding.manager
-    manager = ours if given._restored or given._home is change.slot.home else given.manager
+    manager = ours if given._restored or given._home is change.slot.column_type else given.manager
     return Assigned(
         change,
         id(given),
@@ -383,7 +384,7 @@ def _assigned(change: Change, replaced: set[StoredObjectRef]) -> Assigned[Change
 
 def _locked_refs(
     session: Session, unit: UnitOfWork, changes: Sequence[Change], deletions: Sequence[InstanceState[Any]]
-) -> list[HeldRef]:
+) -> list[RowRef]:
     """Lock the rows in a fixed order, table by table, and return what they hold now.
 
     What the database will delete along with them is noted, to be looked at again after the flush.
@@ -391,7 +392,7 @@ def _locked_refs(
     connections = _Connections(session)
     wanted: dict[tuple[str, bool, Connection], _Rows] = {}
     for change in changes:
-        table, connection = change.slot.home.table, connections.of(change.state)
+        table, connection = change.slot.column_type.table, connections.of(change.state)
         rows = wanted.setdefault((table.fullname, False, connection), _Rows(table))
         rows.stores = rows.stores or change.value is not None
         if change.state.key is not None:
@@ -400,7 +401,7 @@ def _locked_refs(
         for table in concerned_tables(state.mapper):
             rows = wanted.setdefault((table.fullname, True, connections.of(state)), _Rows(table))
             rows.add(state, set(attachment_tables(table.metadata).attachments(table)))
-    held: list[HeldRef] = []
+    held: list[RowRef] = []
     for (_, deleting, connection), rows in sorted(wanted.items(), key=lambda item: item[0][:2]):
         watch(session, connection)
         binding = binding_for(rows.table.metadata, f"the table {rows.table.name}")
@@ -464,7 +465,7 @@ class _Rows:
         return [column for column in self.table.columns if column in touched]
 
 
-def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> tuple[list[HeldRef], list[tuple[Any, ...]]]:
+def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> tuple[list[RowRef], list[tuple[Any, ...]]]:
     columns = rows.columns()
     if not columns:
         return [], []
@@ -484,26 +485,26 @@ def _execute(session: Session, unit: UnitOfWork, frame: Frame, plan: FlushPlan[C
             f"the object at {change.attachment.ref.location!r} was to move to another row, but its row does not hold it any more"
         )
     for change in plan.restore:
-        change.attachment._home = change.slot.home
+        change.attachment._home = change.slot.column_type
     for change in (*plan.take, *plan.move, *plan.restore):
-        change.slot.home.require_fit(change.attachment.ref)
+        change.slot.column_type.require_fit(change.attachment.ref)
     for change in plan.take:
         _take(unit, frame, change.attachment)
     for change in plan.move:
         given = change.attachment
-        given._home = given._home or change.slot.home  # a restored one has none yet
+        given._home = given._home or change.slot.column_type  # a restored one has none yet
         given._restored = False
         unit.flush.log.append((StoredObject(given.manager, given.ref), True))
         unit.flush.moved.append(change)
     for change in plan.restore:
         given = change.attachment
         stored = StoredObject(given.manager, given.ref)
-        restore_deleted(unit, change.slot.home, stored)
+        restore_deleted(unit, change.slot.column_type, stored)
         unit.flush.restored_by[stored.key] = unit.flush.restored[-1]
         given._restored = False
     for change in plan.copy:
         given = change.attachment
-        given._home = given._home or change.slot.home
+        given._home = given._home or change.slot.column_type
         given._restored = False
     _copy_all(session, unit, frame, plan.copy)
 
@@ -519,8 +520,8 @@ def concerned_tables(mapper: Mapper[Any]) -> Sequence[Table]:
 def _entity_id(change: Change) -> str:
     """Return the segment of the location that says which row it is."""
     instance = change.state.obj()
-    if change.slot.home.entity_id is not None:
-        return str(change.slot.home.entity_id(instance))
+    if change.slot.column_type.entity_id is not None:
+        return str(change.slot.column_type.entity_id(instance))
     values = [_primary_key_value(change.state, column) for column in change.state.mapper.primary_key]
     if any(value is None for value in values):
         return uuid7_hex()
@@ -549,7 +550,7 @@ def _primary_key_value(state: InstanceState[Any], column: Any) -> Any:
     return value
 
 
-def boundary(session: Session) -> Any:
+def current_transaction(session: Session) -> Any:
     """Return the savepoint or transaction that the session's work belongs to now."""
     if not session.in_transaction():
         session.begin()

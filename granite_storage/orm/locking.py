@@ -28,7 +28,7 @@ from granite_storage.refs import StoredObjectRef
 
 __all__ = [
     "CountedDeletes",
-    "HeldRef",
+    "RowRef",
     "among",
     "are_there",
     "cascaded",
@@ -36,7 +36,7 @@ __all__ = [
     "lock_statement",
     "read_refs",
     "read_rows",
-    "still_held",
+    "still_referenced",
     "take_write_lock",
 ]
 
@@ -44,7 +44,7 @@ _AT_A_TIME = 200
 
 
 @dataclass(frozen=True, slots=True)
-class HeldRef:
+class RowRef:
     """A ref, and the row and column that hold it."""
 
     table: Table
@@ -65,7 +65,7 @@ def lock_rows(
     columns: Sequence[Column[Any]],
     *,
     deleting: bool,
-) -> tuple[list[HeldRef], list[tuple[Any, ...]]]:
+) -> tuple[list[RowRef], list[tuple[Any, ...]]]:
     """Lock rows in the order of their primary keys; return the refs they hold, and the primary keys of which there is no row.
 
     A replacement takes the weaker lock, `FOR NO KEY UPDATE` on PostgreSQL, as its UPDATE would: with the stronger one, two
@@ -132,7 +132,7 @@ def lock_statement(
     parameters: Sequence[Any],
     *,
     deleting: bool,
-) -> tuple[list[HeldRef], list[tuple[Any, ...]]]:
+) -> tuple[list[RowRef], list[tuple[Any, ...]]]:
     """Lock the rows that a bulk statement will hit, for each set of parameters; return their refs and their primary keys."""
     take_write_lock(connection, table)
     keys = list(table.primary_key)
@@ -149,7 +149,7 @@ def lock_statement(
 
 def read_refs(
     connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]], columns: Sequence[Column[Any]]
-) -> list[HeldRef]:
+) -> list[RowRef]:
     """Return the refs that rows hold now, read under their locks."""
     batched = batches(_in_order(primary_keys), _AT_A_TIME)
     return [held for keys in batched for held in _read(connection, table, columns, among(table, keys), deleting=False)]
@@ -165,7 +165,7 @@ def read_rows(
     return {tuple(row[:count]): dict(zip(columns, row[count:], strict=True)) for row in rows}
 
 
-def still_held(connection: Connection, held: Sequence[HeldRef]) -> set[tuple[str, str]]:
+def still_referenced(connection: Connection, held: Sequence[RowRef]) -> set[tuple[str, str]]:
     """Return where the objects are, as (backend, location), that their rows still hold.
 
     It reads under the rows' locks: a database that reads from a snapshot would show what the rows held earlier.
@@ -177,12 +177,12 @@ def still_held(connection: Connection, held: Sequence[HeldRef]) -> set[tuple[str
     return found
 
 
-def cascaded(connection: Connection, tables: Tables, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> list[HeldRef]:
+def cascaded(connection: Connection, tables: Tables, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> list[RowRef]:
     """Return the refs of rows that the database will delete, by `ON DELETE CASCADE`, along with rows of `table`.
 
     It follows the foreign keys row by row, so a table that cascades into itself is followed to its end.
     """
-    held: list[HeldRef] = []
+    held: list[RowRef] = []
     seen: set[tuple[str, tuple[Any, ...]]] = set()
     waiting: list[tuple[Table, list[tuple[Any, ...]]]] = [(table, _in_order(primary_keys))]
     while waiting:
@@ -223,7 +223,7 @@ def _read(
     where: ColumnElement[bool],
     *,
     deleting: bool,
-) -> list[HeldRef]:
+) -> list[RowRef]:
     return [ref for row in _rows(connection, table, columns, where, deleting=deleting) for ref in _refs_in(table, columns, row)]
 
 
@@ -276,12 +276,12 @@ def _lockable(connection: Connection, table: Table) -> Table | None:
     return table if connection.dialect.name == "postgresql" else None
 
 
-def _refs_in(table: Table, columns: Sequence[Column[Any]], row: Row[Any]) -> Iterator[HeldRef]:
+def _refs_in(table: Table, columns: Sequence[Column[Any]], row: Row[Any]) -> Iterator[RowRef]:
     count = len(table.primary_key)
     for column, value in zip(columns, row[count:], strict=True):
         # A value that cannot be decoded says nothing of an object, so there is none to delete.
         if isinstance(value, Attachment) and value._ref is not None:
-            yield HeldRef(table, tuple(row[:count]), column, value._ref)
+            yield RowRef(table, tuple(row[:count]), column, value._ref)
 
 
 def among(table: FromClause, keys: Sequence[tuple[Any, ...]]) -> ColumnElement[bool]:

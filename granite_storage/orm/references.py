@@ -54,15 +54,14 @@ if TYPE_CHECKING:
 __all__ = [
     "LOCATION_COLUMN_PREFIX",
     "LOCATION_INDEX_PREFIX",
-    "HeldValue",
-    "RefRow",
+    "RowValue",
+    "RowValues",
     "Scan",
     "as_stored",
     "as_text",
-    "find_held",
     "find_location_columns",
+    "find_references",
     "following",
-    "held_among",
     "is_text",
     "iter_model_storage_refs",
     "location_column_name",
@@ -70,6 +69,7 @@ __all__ = [
     "location_of",
     "most_at_once",
     "named_in",
+    "references_among",
     "selected_extra",
     "selected_text",
     "value_in",
@@ -199,7 +199,7 @@ def _fitting(prefix: str, rest: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldValue:
+class RowValue:
     """What one column of one row holds.
 
     Attributes:
@@ -230,29 +230,29 @@ class HeldValue:
 
 
 @dataclass(frozen=True, slots=True)
-class RefRow:
+class RowValues:
     """A row, what its columns of refs hold, and the text by which a later scan goes on after it."""
 
     key: str
-    values: tuple[HeldValue, ...]
+    values: tuple[RowValue, ...]
 
 
 class Scan:
     """Every row with refs of a binding's base.
 
     Args:
-        binding: What `bind_storage(..., sessions=...)` returned.
+        binding: What `bind_storage(..., session_factory=...)` returned.
 
     Raises:
         ConfigurationError: The binding has no sessions, or a table has no primary key to read it by.
     """
 
     def __init__(self, binding: Binding) -> None:
-        if binding.sessions is None:
+        if binding.session_factory is None:
             raise ConfigurationError(
-                "reading the rows needs sessions: bind_storage(Base, manager, sessions=async_sessionmaker(...))"
+                "reading the rows needs sessions: bind_storage(Base, manager, session_factory=async_sessionmaker(...))"
             )
-        self._sessions = binding.sessions
+        self._sessions = binding.session_factory
         self._columns: dict[Table, list[Column[Any]]] = {}
         for column in sorted(binding.ref_columns(), key=lambda column: column.table.fullname):
             self._columns.setdefault(column.table, []).append(column)
@@ -260,7 +260,7 @@ class Scan:
             if not len(table.primary_key):
                 raise ConfigurationError(f"the table {table.fullname} has no primary key, so its rows cannot be told apart")
 
-    async def rows(self, *, after: str | None = None) -> AsyncGenerator[RefRow, None]:
+    async def rows(self, *, after: str | None = None) -> AsyncGenerator[RowValues, None]:
         """Yield the rows that hold something in a column of refs, table by table.
 
         Args:
@@ -289,7 +289,7 @@ class Scan:
                 total += (await connection.execute(select(func.count()).select_from(table).where(_any(columns)))).scalar_one()
         return total
 
-    async def read_again(self, held: HeldValue) -> HeldValue | None:
+    async def read_again(self, held: RowValue) -> RowValue | None:
         """Return what a column holds now; None where it holds nothing, or the row is gone."""
         async with self._connection(held.table) as connection:
             statement = select(_selected(held.column, connection.dialect)).where(among(held.table, [held.primary_key]))
@@ -321,7 +321,7 @@ class Scan:
                 location = where_json(column, location)
                 return list((await connection.execute(select(location).where(location.in_(wanted)))).scalars())
 
-    async def _pages(self, table: Table, after: tuple[Any, ...] | None) -> AsyncIterator[list[RefRow]]:
+    async def _pages(self, table: Table, after: tuple[Any, ...] | None) -> AsyncIterator[list[RowValues]]:
         while True:
             page, last = await self._page(table, after)
             yield page
@@ -329,18 +329,18 @@ class Scan:
                 return
             after = last
 
-    async def _page(self, table: Table, after: tuple[Any, ...] | None) -> tuple[list[RefRow], tuple[Any, ...] | None]:
+    async def _page(self, table: Table, after: tuple[Any, ...] | None) -> tuple[list[RowValues], tuple[Any, ...] | None]:
         """Return a page, and the primary key that the next one begins after; None where there is no next one."""
         columns, keys = self._columns[table], list(table.primary_key)
         async with self._connection(table) as connection:
             read = _reader(connection.dialect)
             statement = select(*keys, *(_selected(column, connection.dialect) for column in columns)).where(_any(columns))
             rows = list(await connection.execute(following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)))
-        page: list[RefRow] = []
+        page: list[RowValues] = []
         for row in rows:
             primary_key = tuple(row[: len(keys)])
             held = (_value(table, primary_key, column, raw, read) for column, raw in zip(columns, row[len(keys) :], strict=True))
-            page.append(RefRow(_text_of(table, primary_key), tuple(value for value in held if value is not None)))
+            page.append(RowValues(_text_of(table, primary_key), tuple(value for value in held if value is not None)))
         return page, tuple(rows[-1][: len(keys)]) if len(rows) == _AT_A_TIME else None
 
     @asynccontextmanager
@@ -404,7 +404,7 @@ def _reader(dialect: Dialect) -> Callable[[Any], Any]:
 
 def _value(
     table: Table, primary_key: tuple[Any, ...], column: Column[Any], raw: Any, read: Callable[[Any], Any]
-) -> HeldValue | None:
+) -> RowValue | None:
     if raw is None:
         return None
     try:
@@ -412,10 +412,10 @@ def _value(
         ref = read(raw)
     except UnicodeDecodeError as error:
         problem = InvalidReferenceError(f"the column does not hold text in UTF-8: {error.reason}")
-        return HeldValue(table, primary_key, column, raw, error=problem)
+        return RowValue(table, primary_key, column, raw, error=problem)
     except InvalidReferenceError as error:
-        return HeldValue(table, primary_key, column, raw, error=error)
-    return None if ref is None else HeldValue(table, primary_key, column, raw, ref)
+        return RowValue(table, primary_key, column, raw, error=error)
+    return None if ref is None else RowValue(table, primary_key, column, raw, ref)
 
 
 def _text_of(table: Table, primary_key: tuple[Any, ...]) -> str:
@@ -469,7 +469,7 @@ def most_at_once(columns: Sequence[Column[Any]], journals: Sequence[JournalTable
     return max(1, min(_MOST_LOCATIONS, _MOST_PARAMETERS // (2 * (len(columns) + 2 * len(journals) + 1))))
 
 
-async def find_held(
+async def find_references(
     connection: AsyncConnection,
     columns: Sequence[Column[Any]],
     locations: Sequence[str],
@@ -508,7 +508,7 @@ async def find_held(
     return held
 
 
-def held_among(locations: Sequence[str], held: Iterable[str]) -> set[str]:
+def references_among(locations: Sequence[str], held: Iterable[str]) -> set[str]:
     """Return which locations are among those that are held, or have the generated id of one: then it is the same object."""
     found = set(held)
     ids = {generated_id(location) for location in found} - {None}

@@ -95,9 +95,9 @@ class ConnectionWatch:
     lost: bool = False
     sessions: weakref.WeakSet[Session] = field(default_factory=weakref.WeakSet)
     joined: list[_Joined] = field(default_factory=list)
-    doomed: list[StoredObject] = field(default_factory=list)
+    to_delete: list[StoredObject] = field(default_factory=list)
     # What a journal deletes once the database has really rolled back; until then its rows are locked.
-    undone: list[StoredObject] = field(default_factory=list)
+    to_delete_after_rollback: list[StoredObject] = field(default_factory=list)
 
     @property
     def connection(self) -> Connection | None:
@@ -139,22 +139,22 @@ class ConnectionWatch:
         """Forget the transaction that has ended."""
         self.committing = self.refused = self.prepared = False
 
-    def resolve(self, outcome: Outcome, *, under_way: bool = False) -> None:
+    def resolve(self, outcome: Outcome, *, in_progress: bool = False) -> None:
         """Act on the end of the outer transaction, which may still be under way."""
         joined, self.joined = self.joined, []
-        doomed, self.doomed = self.doomed, []
+        to_delete, self.to_delete = self.to_delete, []
         self.reset()
         removed = [stored for work in joined for stored in work.unit.end(work.frame, outcome)]
         if outcome is Outcome.UNKNOWN:
             return
-        if under_way:
-            self.undone += [stored for stored in (*removed, *doomed) if stored.intent is not None]
-        remove_now([stored for stored in (*removed, *doomed) if not under_way or stored.intent is None])
+        if in_progress:
+            self.to_delete_after_rollback += [stored for stored in (*removed, *to_delete) if stored.intent is not None]
+        remove_now([stored for stored in (*removed, *to_delete) if not in_progress or stored.intent is None])
 
     def settle(self) -> None:
         """Let journals delete what a rollback has left, now that it is done."""
-        undone, self.undone = self.undone, []
-        remove_now(undone)
+        stored, self.to_delete_after_rollback = self.to_delete_after_rollback, []
+        remove_now(stored)
 
 
 def unit_of(session: Session) -> SessionWork:
@@ -303,7 +303,7 @@ def _join(outer: ConnectionWatch, unit: UnitOfWork, frame: Frame, span: Savepoin
     if survives:
         outer.joined.append(_Joined(unit, frame, span))
     else:
-        outer.doomed += unit.end(frame, Outcome.ROLLED_BACK)
+        outer.to_delete += unit.end(frame, Outcome.ROLLED_BACK)
 
 
 def _savepoints_made(connection: Connection) -> int:
@@ -327,9 +327,9 @@ def _on_rollback(connection: Connection, *_: Any) -> None:
     if found is None:
         return
     # A session's own rollback is told by the session.
-    if found.joined or found.doomed:
+    if found.joined or found.to_delete:
         with deferred_cancellation():
-            found.resolve(Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK, under_way=True)
+            found.resolve(Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK, in_progress=True)
 
 
 def _on_rollback_prepared(connection: Connection, *_: Any) -> None:
@@ -350,8 +350,8 @@ def _on_rollback_savepoint(connection: Connection, name: str, _: Any) -> None:
     number = int(name.rpartition("_")[2])
     for work in [work for work in found.joined if number <= work.span.last]:
         found.joined.remove(work)
-        undone = Outcome.ROLLED_BACK if number <= work.span.first else Outcome.UNKNOWN
-        found.doomed += work.unit.end(work.frame, undone)
+        outcome = Outcome.ROLLED_BACK if number <= work.span.first else Outcome.UNKNOWN
+        found.to_delete += work.unit.end(work.frame, outcome)
 
 
 def _on_begin(connection: Connection, *_: Any) -> None:
@@ -362,7 +362,7 @@ def _on_begin(connection: Connection, *_: Any) -> None:
     found.lost = False
     if found.committing:
         _resolve(found, Outcome.ROLLED_BACK if found.refused else Outcome.COMMITTED)
-    if found.undone:
+    if found.to_delete_after_rollback:
         with deferred_cancellation():
             found.settle()
 
@@ -372,10 +372,10 @@ def _on_checkin(_: Any, record: Any) -> None:
     found = record.info.pop(_INFO_KEY, None)
     if found is None:
         return
-    if found.undone:
+    if found.to_delete_after_rollback:
         with deferred_cancellation():
             found.settle()
-    if not (found.joined or found.doomed):
+    if not (found.joined or found.to_delete):
         return
     if found.refused:
         _resolve(found, Outcome.ROLLED_BACK)
@@ -395,7 +395,7 @@ def _on_invalidate(_: Any, record: Any, __: Any) -> None:
         if root is not None:
             with deferred_cancellation():
                 conclude(session, root)
-    if found.joined or found.doomed:
+    if found.joined or found.to_delete:
         _resolve(found, Outcome.UNKNOWN if found.is_in_doubt else Outcome.ROLLED_BACK)
 
 

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import Binding, Journal
     from granite_storage.orm.attachment import Attachment
     from granite_storage.orm.columns import Slot
-    from granite_storage.orm.locking import CountedDeletes, HeldRef
+    from granite_storage.orm.locking import CountedDeletes, RowRef
 
-__all__ = ["UNKNOWN", "Change", "Displacement", "FlushUnderWay", "Frame", "LogEntry", "Outcome", "UnitOfWork", "put_value"]
+__all__ = ["UNKNOWN", "Change", "Displacement", "FlushState", "Frame", "LogEntry", "Outcome", "UnitOfWork", "put_value"]
 
 LogEntry: TypeAlias = "tuple[StoredObject, bool]"
 
@@ -126,13 +126,13 @@ class Displacement:
     """
 
     connection: Connection
-    held: HeldRef
+    held: RowRef
     state: InstanceState[Any] | None
     deletes: bool
 
 
 @dataclass(slots=True, eq=False)
-class FlushUnderWay:
+class FlushState:
     """What one flush is to do; what it has really done is asked of the rows when it has ended: see `written`."""
 
     # SQLAlchemy's own record of the flush, which knows its session.
@@ -149,9 +149,9 @@ class FlushUnderWay:
     handled: dict[tuple[int, str], Attachment | None] = field(default_factory=dict)
     deletions: dict[int, InstanceState[Any]] = field(default_factory=dict)
     # Refs of rows that the database may delete by a cascade, and the connection that can tell whether it did.
-    vanishing: list[tuple[Connection, list[HeldRef]]] = field(default_factory=list)
+    vanishing: list[tuple[Connection, list[RowRef]]] = field(default_factory=list)
     # What finds such refs, and whether the flush has written rows since it was asked: those are reached by the cascade, too.
-    cascading: list[tuple[Connection, Callable[[], list[HeldRef]]]] = field(default_factory=list)
+    cascading: list[tuple[Connection, Callable[[], list[RowRef]]]] = field(default_factory=list)
     has_written: bool = False
     # Whether new instances have taken over rows of deleted ones: SQLAlchemy lets several of them take the same.
     has_successors: bool = False
@@ -180,8 +180,8 @@ class UnitOfWork:
     def __init__(self) -> None:
         # Weak, because a transaction knows its session: one that is dropped without being closed must not be held by this.
         self.frames: weakref.WeakKeyDictionary[SessionTransaction, Frame] = weakref.WeakKeyDictionary()
-        self.doomed: list[StoredObject] = []
-        self.flush: FlushUnderWay = FlushUnderWay()
+        self.to_delete: list[StoredObject] = []
+        self.flush: FlushState = FlushState()
         # Locations of displaced objects that other rows refer to, as the database said before the COMMIT.
         self.shared: set[str] = set()
 
@@ -230,7 +230,7 @@ class UnitOfWork:
         if frame.committed and outer is not None:
             self.frame(outer).merge(frame)
             return
-        self.doomed += [stored for stored, _ in frame.puts]
+        self.to_delete += [stored for stored, _ in frame.puts]
         for _, attachment in frame.puts:
             attachment._undo()
 
@@ -238,7 +238,7 @@ class UnitOfWork:
         """Return the frame of the outermost transaction; savepoints that have not ended by themselves end with it, undone."""
         frame = self.frames.pop(transaction, None) or Frame()
         for inner in self.frames.values():
-            self.doomed += [stored for stored, _ in inner.puts]
+            self.to_delete += [stored for stored, _ in inner.puts]
             for _, attachment in inner.puts:
                 attachment._undo()
         self.frames.clear()
@@ -271,10 +271,10 @@ class UnitOfWork:
                 dropped = [stored for stored, held in latest.values() if not held]
                 never_taken = [stored for stored, _ in frame.puts if stored.key not in latest]
                 return [
-                    stored for stored in (*dropped, *never_taken, *self.doomed) if stored.intent or not self._is_shared(stored)
+                    stored for stored in (*dropped, *never_taken, *self.to_delete) if stored.intent or not self._is_shared(stored)
                 ]
             case Outcome.ROLLED_BACK:
-                return [*(stored for stored, _ in frame.puts), *self.doomed]
+                return [*(stored for stored, _ in frame.puts), *self.to_delete]
             case Outcome.UNKNOWN:
                 return []
 
@@ -286,7 +286,7 @@ class UnitOfWork:
             counted.close()
         for attachment in self.flush.claims:
             attachment._forget_claim()
-        self.flush = FlushUnderWay()
+        self.flush = FlushState()
 
 
 def _latest(log: list[LogEntry]) -> dict[ObjectKey, LogEntry]:

@@ -111,13 +111,13 @@ class Upload:
     """
 
     attachment: Attachment
-    home: ColumnType
+    column_type: ColumnType
     entity_id: str
     verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]] | None = None
     binding: Binding = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "binding", self.home.binding())
+        object.__setattr__(self, "binding", self.column_type.binding())
 
 
 def stored_object(attachment: Attachment) -> StoredObject:
@@ -134,7 +134,8 @@ async def store(uploads: Sequence[Upload]) -> None:
     if not uploads:
         return
     prepared = [
-        upload.attachment._prepare(upload.binding.manager_for(upload.home), upload.home, upload.entity_id) for upload in uploads
+        upload.attachment._prepare(upload.binding.manager_for(upload.column_type), upload.column_type, upload.entity_id)
+        for upload in uploads
     ]
     leases = await _begin(uploads, prepared)
     work = [
@@ -186,7 +187,7 @@ async def _put(upload: Upload, prepared: PreparedUpload, lease: UploadLease | No
 
 
 async def _put_verified(upload: Upload, prepared: PreparedUpload) -> None:
-    await upload.attachment._put(upload.binding.manager, upload.home, prepared)
+    await upload.attachment._put(upload.binding.manager, upload.column_type, prepared)
     if upload.verify is not None:
         upload.attachment._ref = await upload.verify(upload.attachment.ref)
 

@@ -22,7 +22,7 @@ from granite_storage.orm._util import TRANSLATE_MAP, connection_of, root_engine
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, keys_of
 from granite_storage.orm.locking import read_refs, read_rows
-from granite_storage.orm.unit_of_work import Change, Displacement, FlushUnderWay, LogEntry, UnitOfWork
+from granite_storage.orm.unit_of_work import Change, Displacement, FlushState, LogEntry, UnitOfWork
 from granite_storage.refs import StoredObjectRef
 
 __all__ = ["written_log"]
@@ -59,7 +59,7 @@ def written_log(session: Session, unit: UnitOfWork, planned: Iterable[StoredObje
     return log
 
 
-def _certain(session: Session, flush: FlushUnderWay) -> set[StoredObjectRef]:
+def _certain(session: Session, flush: FlushState) -> set[StoredObjectRef]:
     """Return what the rows that it was written to hold for certain: nothing in the flush or in the database took it away again.
 
     Only triggers could, where the flush neither deletes nor replaces rows: where their tables have some, the rows are looked at.
@@ -100,7 +100,7 @@ def _is_another(value: Any, ref: StoredObjectRef) -> bool:
     return value is None or (isinstance(value, Attachment) and value._ref is not None and value._ref.location != ref.location)
 
 
-def _read(session: Session, flush: FlushUnderWay, certain: set[StoredObjectRef]) -> Counter[ObjectKey]:
+def _read(session: Session, flush: FlushState, certain: set[StoredObjectRef]) -> Counter[ObjectKey]:
     """Return how many of the rows that the flush has to do with hold each object now."""
     rows = _Rows()
     for displaced in flush.displaced:
@@ -122,7 +122,7 @@ def _read(session: Session, flush: FlushUnderWay, certain: set[StoredObjectRef])
     return rows.count()
 
 
-def _is_surely_deleted(flush: FlushUnderWay, displaced: Displacement) -> bool:
+def _is_surely_deleted(flush: FlushState, displaced: Displacement) -> bool:
     """Tell whether a row need not be looked for.
 
     MariaDB and MySQL skip no DELETE in silence, and there a look at a row that is gone would lock the gap that it has left.
@@ -155,8 +155,8 @@ class _Rows:
 
 
 def _key_of(column: Column[Any], ref: StoredObjectRef) -> ObjectKey:
-    home: AttachmentType = column.type  # type: ignore[assignment]  # only attachment columns are asked for
-    return StoredObject(home.binding().manager, ref).key
+    column_type: AttachmentType = column.type  # type: ignore[assignment]  # only attachment columns are asked for
+    return StoredObject(column_type.binding().manager, ref).key
 
 
 def _still_holds(ref: StoredObjectRef) -> StaleAttachmentError:

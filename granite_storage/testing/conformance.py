@@ -78,7 +78,7 @@ class BackendConformance(
         can_be_full: The store can be full; `with_room_for` makes one that soon is.
         can_refuse: The store can refuse permission; `refusing` makes it.
         can_be_unreachable: The store can be out of reach; `unreachable` makes it so.
-        can_lose_answers: An answer can be lost on its way; `losing_answers` loses one.
+        can_lose_answers: An answer can be lost; `losing_answers` loses one.
         is_shared: Other processes reach the same store; `elsewhere` tells them how.
         counts_unfinished: `count_unfinished` counts what unfinished writes left in the store.
         parts_size: A size, in bytes, that the backend writes in more than one part, if it has parts.

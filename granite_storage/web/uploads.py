@@ -51,8 +51,6 @@ __all__ = [
     "UploadForm",
     "UploadSource",
     "max_size_of",
-    "received_body",
-    "received_form",
     "require_target",
     "stream_body",
     "stream_upload",
@@ -573,9 +571,6 @@ def upload_body(
             yield stored
 
     return cast(UploadDependency[Any], _with_openapi(body, "application/octet-stream", _FILE))
-
-
-received_form, received_body = upload_form, upload_body  # until the documents and the examples follow
 
 
 def _with_openapi(dependency: Any, media_type: str, schema: Mapping[str, Any]) -> Any:

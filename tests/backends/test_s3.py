@@ -282,13 +282,13 @@ class TestWrites:
         assert await content_of(weed, "a") == content
 
     async def test_parts_side_by_side_and_no_more(self, seaweedfs_server: S3Server, weed: S3StorageBackend) -> None:
-        most = under_way = 0
+        most = in_progress = 0
         others = asyncio.Event()
 
         async def counted(request: Any) -> bytes:
-            nonlocal most, under_way
-            under_way += 1
-            most = max(most, under_way)
+            nonlocal most, in_progress
+            in_progress += 1
+            most = max(most, in_progress)
             if most > 1:
                 others.set()
             with suppress(TimeoutError):
@@ -297,7 +297,7 @@ class TestWrites:
             try:
                 return await request.forward()
             finally:
-                under_way -= 1
+                in_progress -= 1
 
         with fault_proxy(seaweedfs_server.endpoint_url) as proxy:
             proxy.on("UploadPart", counted, times=100)

@@ -74,7 +74,7 @@ async def collector_of(count: int) -> AsyncIterator[StorageGarbageCollector]:
             await connection.execute(text(FILL), {"count": count})
         policies = {"files": StoragePolicy("files", "b", key_prefix="files")}
         async with StorageManager(backends={"b": SyntheticBackend(count)}, policies=policies) as manager:
-            binding = bind_storage(Base, manager, sessions=async_sessionmaker(engine))
+            binding = bind_storage(Base, manager, session_factory=async_sessionmaker(engine))
             yield StorageGarbageCollector(manager, binding=binding)
             binding.unbind()
         await engine.dispose()

@@ -115,7 +115,7 @@ async def sessions(manager: StorageManager) -> AsyncIterator[tuple[async_session
         await connection.run_sync(Base.metadata.drop_all)
         await connection.run_sync(Base.metadata.create_all)
     maker = async_sessionmaker(engine, expire_on_commit=False)
-    binding = bind_storage(Base, manager, sessions=maker)
+    binding = bind_storage(Base, manager, session_factory=maker)
     try:
         yield maker, binding
     finally:

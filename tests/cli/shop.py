@@ -59,7 +59,7 @@ number = 42
 
 def binding() -> StorageBinding:
     journal = StorageJournal(engine) if os.environ.get("JOURNAL") else None
-    return bind_storage(Base, storage, sessions=sessions, journal=journal)
+    return bind_storage(Base, storage, session_factory=sessions, journal=journal)
 
 
 async def later() -> StorageBinding:

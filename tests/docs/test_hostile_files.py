@@ -138,7 +138,7 @@ HARMLESS = {"docs/quickstart.md"}
 """Programs that take and show nothing."""
 
 PROGRAM = re.compile(
-    r"FastAPI\(|Starlette\(|Litestar\(|StoredObjectResponse\(|SignedFiles\(|DirectUploads\(|stream_(upload|body)\(|received_\w+\("
+    r"FastAPI\(|Starlette\(|Litestar\(|StoredObjectResponse\(|SignedFiles\(|DirectUploads\(|(stream|upload)_(upload|form|body)\("
 )
 UNSAFE = re.compile(r"StreamingResponse|: UploadFile|FileResponse\(")
 

@@ -157,7 +157,7 @@ async def gc_environment(
         manager = StorageManager(backends={"store": store}, policies=POLICIES if policies is None else policies)
         sessions = async_sessionmaker(engine, expire_on_commit=False)
         journal = StorageJournal(engine) if journaled else None
-        binding = bind_storage(Base, manager, sessions=sessions, journal=journal)
+        binding = bind_storage(Base, manager, session_factory=sessions, journal=journal)
         try:
             yield GcEnvironment(database, engine, aged, store, manager, sessions, journal, binding)
         finally:

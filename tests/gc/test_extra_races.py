@@ -22,7 +22,7 @@ async def test_an_object_that_is_named_after_the_nomination_stays(
         ref = await env.manager.put_bytes(**names, content=b"x", extra={"thumbnail": thumbnail.location})
         await env.add(Crate(id=2, scan=ref))
 
-    with before(monkeypatch, DatabaseReferences, "find_held", name_it):
+    with before(monkeypatch, DatabaseReferences, "find_references", name_it):
         report = await env.collect()
     assert (report.referenced_on_recheck, report.deleted) == (1, 0)
     assert thumbnail.location in await env.locations()

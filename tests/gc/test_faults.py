@@ -95,13 +95,13 @@ async def test_looks_come_in_full_batches(plain_env: GcEnvironment, monkeypatch:
     monkeypatch.setattr("granite_storage.gc.collection.PAGE", 10)
     monkeypatch.setattr("granite_storage.gc.database.PAGE", 10)
     looks: list[int] = []
-    original = database.DatabaseReferences.find_held
+    original = database.DatabaseReferences.find_references
 
     async def look(self: Any, backend: str, locations: Any) -> set[str]:
         looks.append(len(locations))
         return await original(self, backend, locations)
 
-    monkeypatch.setattr(database.DatabaseReferences, "find_held", look)
+    monkeypatch.setattr(database.DatabaseReferences, "find_references", look)
     for number in range(1, 51):
         await plain_env.add(Crate(id=number, file=file("a")))
         if number % 5 == 0:

@@ -119,7 +119,7 @@ async def test_a_row_that_comes_after_the_nomination(env: GcEnvironment, monkeyp
     await env.add(Crate(id=1, file=file("a")))
     orphan = await env.orphan()
     env.age()
-    with before(monkeypatch, DatabaseReferences, "find_held", lambda: raw_insert(env, 2, orphan)):
+    with before(monkeypatch, DatabaseReferences, "find_references", lambda: raw_insert(env, 2, orphan)):
         report = await env.collect()
     assert (report.referenced_on_recheck, report.deleted) == (1, 0)
     assert orphan.location in await env.locations()
@@ -131,7 +131,7 @@ async def test_a_row_that_comes_after_all_were_counted(env: GcEnvironment, monke
     orphan = await env.orphan()
     env.age()
     looks: list[int] = []
-    original = DatabaseReferences.find_held
+    original = DatabaseReferences.find_references
 
     async def looked(self: Any, backend: str, locations: Any) -> set[str]:
         looks.append(1)
@@ -139,7 +139,7 @@ async def test_a_row_that_comes_after_all_were_counted(env: GcEnvironment, monke
             await raw_insert(env, 2, orphan)
         return await original(self, backend, locations)
 
-    monkeypatch.setattr(DatabaseReferences, "find_held", looked)
+    monkeypatch.setattr(DatabaseReferences, "find_references", looked)
     assert (await env.collect()).deleted == 0
     assert orphan.location in await env.locations()
 
@@ -176,7 +176,7 @@ async def _in_two_statements(connection: AsyncConnection, undo: Step, journals: 
     in_journal = {(row.backend, row.location) for row in found}
     await connection.rollback()
     await undo()
-    return in_journal | await references.find_held(connection, columns, locations)
+    return in_journal | await references.find_references(connection, columns, locations)
 
 
 @pytest.mark.parametrize("simpler", [False, True])
@@ -203,11 +203,11 @@ async def test_an_undo_while_the_collector_looks(postgres_only: Database, monkey
             await undo()
             if simpler:
                 return await _in_two_statements(connection, displace, journals, columns, locations)
-            return await references.find_held(connection, columns, locations, journals=journals, extra=extra)
+            return await references.find_references(connection, columns, locations, journals=journals, extra=extra)
 
         await displace()
         with monkeypatch.context() as patch:
-            patch.setattr("granite_storage.gc.database.find_held", look)
+            patch.setattr("granite_storage.gc.database.find_references", look)
             report = await env.collect(dry_run=True)
         assert (report.referenced_on_recheck, report.orphaned) == ((0, 1) if simpler else (1, 0))
 
@@ -239,7 +239,7 @@ async def test_stronger_levels(database: Database, level: str, monkeypatch: pyte
         orphan, other = await env.orphan(), await env.orphan()
         env.age()
         env.sessions.configure(bind=env.engine.execution_options(isolation_level=level))
-        with before(monkeypatch, DatabaseReferences, "find_held", lambda: raw_insert(env, 2, orphan)):
+        with before(monkeypatch, DatabaseReferences, "find_references", lambda: raw_insert(env, 2, orphan)):
             assert (await env.collect()).deleted == 1
         locations = await env.locations()
         assert orphan.location in locations

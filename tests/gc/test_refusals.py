@@ -195,7 +195,7 @@ class _Wrapped(TypeDecorator[Any]):
 )
 async def test_refs_where_nobody_can_look(plain_env: GcEnvironment, kind: Any) -> None:
     with odd_base(Column("ref", kind)) as base:
-        binding = bind_storage(base, plain_env.manager, sessions=plain_env.sessions)
+        binding = bind_storage(base, plain_env.manager, session_factory=plain_env.sessions)
         try:
             with pytest.raises(CollectionRefusedError, match=r"odd\.ref holds refs inside"):
                 await StorageGarbageCollector(plain_env.manager, binding=binding).collect(storage_key="docs")
@@ -205,7 +205,7 @@ async def test_refs_where_nobody_can_look(plain_env: GcEnvironment, kind: Any) -
 
 async def test_no_column_of_refs_at_all(plain_env: GcEnvironment) -> None:
     with odd_base() as base:
-        binding = bind_storage(base, plain_env.manager, sessions=plain_env.sessions)
+        binding = bind_storage(base, plain_env.manager, session_factory=plain_env.sessions)
         try:
             plain_env.binding.unbind()
             with pytest.raises(CollectionRefusedError, match="imported"):
@@ -228,7 +228,7 @@ class Vat(Elsewhere):
 
 async def test_a_model_that_nobody_listed(env: GcEnvironment) -> None:
     await env.add(Crate(id=1, file=file("a")))
-    other = bind_storage(Elsewhere, env.manager, sessions=env.sessions)
+    other = bind_storage(Elsewhere, env.manager, session_factory=env.sessions)
     try:
         async with env.engine.begin() as connection:
             await connection.run_sync(Elsewhere.metadata.create_all)
@@ -247,7 +247,7 @@ async def test_a_base_in_another_database_or_nobody_knows_where(plain_env: GcEnv
     with sqlite("elsewhere") as database:
         async with database.opened(Elsewhere.metadata) as engine:
             for sessions in (None, async_sessionmaker(engine)):
-                other = bind_storage(Elsewhere, plain_env.manager, sessions=sessions)
+                other = bind_storage(Elsewhere, plain_env.manager, session_factory=sessions)
                 try:
                     with pytest.raises(CollectionRefusedError, match=r"sessions to read|another database"):
                         await plain_env.collect()
@@ -298,7 +298,7 @@ async def test_other_schemas(postgres_only: Database) -> None:
 
     async with gc_environment(postgres_only) as env:
         await env.sql("CREATE SCHEMA far")
-        binding = bind_storage(Far, env.manager, sessions=env.sessions)
+        binding = bind_storage(Far, env.manager, session_factory=env.sessions)
         try:
             async with env.engine.begin() as connection:
                 await connection.run_sync(Far.metadata.create_all)

@@ -76,7 +76,7 @@ class Tenants:
 
     @contextlib.contextmanager
     def bound(self, base: Any, name: str | None, key: str | None = None) -> Any:
-        binding = bind_storage(base, self.manager, sessions=self.sessions(name, key))
+        binding = bind_storage(base, self.manager, session_factory=self.sessions(name, key))
         try:
             yield binding
         finally:
@@ -317,21 +317,21 @@ async def test_a_reference_that_moves_between_two_of_several_statements(
         await tenants.add(Letter, name, 1)
     moving = await tenants.orphan()
     raw = json.dumps(moving.to_dict())
-    find_held, looks = gc_database.find_held, 0
+    find_references, looks = gc_database.find_references, 0
 
     async def slow_find_held(*given: Any, **options: Any) -> Any:
         nonlocal looks
         looks += 1
         if looks == 3:  # the first of the two right before the deletion
             await tenants.insert(other, "tenant_letter", 2, raw)
-        held = await find_held(*given, **options)
+        held = await find_references(*given, **options)
         if looks == 3:
             await tenants.insert(one, "tenant_letter", 2, raw)
             await tenants.sql(f"DELETE FROM {other}.tenant_letter WHERE id = 2")  # noqa: S608  # a name of our own
         return held
 
     monkeypatch.setattr(gc_database, "_COLUMNS_IN_A_STATEMENT", 1)
-    monkeypatch.setattr(gc_database, "find_held", slow_find_held)
+    monkeypatch.setattr(gc_database, "find_references", slow_find_held)
     report = await tenants.collect(Base, one)
     assert looks == 4
     assert (report.referenced_on_recheck, report.deleted) == (1, 0)

@@ -63,7 +63,7 @@ async def bound(
     """Bind the base to a manager of these backends, whose policy writes to one of them, as a deployment does."""
     policies = {"docs": StoragePolicy("docs", to, key_prefix=prefix)}
     async with StorageManager(backends=backends, policies=policies) as manager:
-        binding = bind_storage(Base, manager, sessions=sessions)
+        binding = bind_storage(Base, manager, session_factory=sessions)
         try:
             yield binding
         finally:
@@ -72,9 +72,9 @@ async def bound(
 
 async def add(binding: StorageBinding, number: int) -> str:
     """Add a row with a file, and return where that is."""
-    assert binding.sessions is not None
+    assert binding.session_factory is not None
     page = Page(id=number, file=Attachment(f"file {number}".encode(), filename="Résumé.pdf"))
-    async with binding.sessions.begin() as session:
+    async with binding.session_factory.begin() as session:
         session.add(page)
     assert page.file is not None
     return page.file.ref.location
@@ -345,7 +345,7 @@ async def test_another_base_of_the_same_database_may_use_another_key(sessions: a
                 async with bind.begin() as connection:
                     await connection.run_sync(Other.metadata.create_all)
                 other_sessions = async_sessionmaker(bind, expire_on_commit=False)
-                other = bind_storage(Other, leaves, sessions=other_sessions)
+                other = bind_storage(Other, leaves, session_factory=other_sessions)
                 try:
                     async with other_sessions.begin() as session:
                         session.add(Leaf(id=1, file=Attachment(b"leaf", filename="leaf.txt")))

@@ -104,7 +104,7 @@ class MigrationEnvironment:
             self.binding.unbind()
         policies = {key: StoragePolicy(key, backend, **policy) for key in ("docs", "parcels")}
         self.managers.append(StorageManager(backends={"old": self.old, "new": self.new}, policies=policies))
-        self.binding = bind_storage(Base, self.manager, sessions=self.sessions, journal=self.journal)
+        self.binding = bind_storage(Base, self.manager, session_factory=self.sessions, journal=self.journal)
         return self.binding
 
     async def add(self, *rows: Any) -> None:

@@ -51,7 +51,7 @@ async def go_there_and_back(database: Database, moto_server: S3Server, tmp_path:
         for number, key in enumerate(("s3", "disk", "s3")):
             policies = {name: StoragePolicy(name, key) for name in ("docs", "parcels")}
             async with StorageManager(backends=backends, policies=policies) as manager:
-                binding = bind_storage(Base, manager, sessions=sessions)
+                binding = bind_storage(Base, manager, session_factory=sessions)
                 try:
                     if number == 0:
                         async with sessions.begin() as session:

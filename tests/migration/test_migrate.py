@@ -140,7 +140,7 @@ class TestRefusals:
 
     async def test_no_sessions(self, env: MigrationEnvironment) -> None:
         binding = env.write_to("new")
-        binding.sessions = None
+        binding.session_factory = None
         with pytest.raises(ConfigurationError, match="sessions"):
             migrate(binding, storage_key="docs", to_backend="new")
 

@@ -207,7 +207,7 @@ MUTANTS = [
     ),
     Mutant(
         name="core-unseen-result-kept",
-        rule="A result that a cancelled caller never sees is undone.",
+        rule="A result that a cancelled caller never sees is to_delete_after_rollback.",
         path="granite_storage/_threads.py",
         old="elif undo is not None and job.error is None:",
         new="elif undo is not None and job.error is not None:",

@@ -161,8 +161,8 @@ MUTANTS = [
         name="gc-recheck-by-backend-key",
         rule="A reference protects its object whatever backend it names: when they are re-checked.",
         path="granite_storage/gc/database.py",
-        old="            return held_among(",
-        new="            held = {item for item in held if item[0] == backend}\n            return held_among(",
+        old="            return references_among(",
+        new="            held = {item for item in held if item[0] == backend}\n            return references_among(",
         tests=("tests/gc/test_two_names_of_one_place.py::test_two_keys_of_which_nobody_can_tell",),
     ),
     Mutant(

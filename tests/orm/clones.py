@@ -76,7 +76,7 @@ async def bound_beside(env: OrmEnvironment, *, is_same_manager: bool = True, is_
         journal = StorageJournal(env.engine)
     async with env.engine.begin() as connection:
         await connection.run_sync(Paper.metadata.create_all)
-    binding = bind_storage(Other, manager, sessions=env.sessions, journal=journal)
+    binding = bind_storage(Other, manager, session_factory=env.sessions, journal=journal)
     try:
         yield
     finally:

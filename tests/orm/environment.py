@@ -382,7 +382,7 @@ async def orm_environment(
     async with database.opened(Base.metadata, **options) as engine:
         sessions = async_sessionmaker(engine, expire_on_commit=False)
         journal = StorageJournal(engine) if journaled else None
-        binding = bind_storage(Base, manager, sessions=sessions, journal=journal)
+        binding = bind_storage(Base, manager, session_factory=sessions, journal=journal)
         env = OrmEnvironment(database, engine, store, manager, binding, sessions, journal)
         try:
             yield env
@@ -407,8 +407,8 @@ def other_base(manager: StorageManager) -> Iterator[AttachmentType]:
 
     binding = bind_storage(Other, manager)
     try:
-        home = _Doc.__table__.c.file.type
-        assert isinstance(home, AttachmentType)
-        yield home
+        column_type = _Doc.__table__.c.file.type
+        assert isinstance(column_type, AttachmentType)
+        yield column_type
     finally:
         binding.unbind()

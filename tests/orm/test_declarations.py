@@ -333,6 +333,6 @@ class TestMessages:
         engine = sessions.kw["bind"]
         for wrong in (AsyncSession(engine), sessionmaker(create_engine("sqlite://")), "sessions", engine):
             with pytest.raises(ConfigurationError, match="async_sessionmaker"):
-                bind_storage(Base, manager, sessions=wrong)  # type: ignore[arg-type]
+                bind_storage(Base, manager, session_factory=wrong)  # type: ignore[arg-type]
         for right in (async_sessionmaker(engine), lambda: AsyncSession(engine)):
-            bind_storage(Base, manager, sessions=right).unbind()  # type: ignore[arg-type]
+            bind_storage(Base, manager, session_factory=right).unbind()  # type: ignore[arg-type]

@@ -43,12 +43,25 @@ def listeners_of(target: Any) -> list[str]:
 
 
 class TestBinding:
+    def test_the_guides_name_of_the_session_factory(self) -> None:
+        sessions: async_sessionmaker[AsyncSession] = async_sessionmaker()
+        binding = bind_storage(Base, make_manager(), sessions=sessions)
+        assert binding.session_factory is sessions
+        binding.unbind()
+        with pytest.raises(ConfigurationError, match="not both"):
+            bind_storage(Base, make_manager(), sessions=sessions, session_factory=sessions)
+
     def test_it_says_what_it_binds(self) -> None:
         manager = make_manager()
         sessions: async_sessionmaker[AsyncSession] = async_sessionmaker()
-        binding = bind_storage(Base, manager, sessions=sessions)
+        binding = bind_storage(Base, manager, session_factory=sessions)
         assert isinstance(binding, StorageBinding)
-        assert (binding.base, binding.metadata, binding.manager, binding.sessions) == (Base, Base.metadata, manager, sessions)
+        assert (binding.base, binding.metadata, binding.manager, binding.session_factory) == (
+            Base,
+            Base.metadata,
+            manager,
+            sessions,
+        )
         assert "tests.orm.values.Base" in repr(binding)
         columns = {f"{column.table.name}.{column.name}" for column in binding.ref_columns()}
         assert {"document.file", "document.thumbnail", "receipt.ref", "film.poster"} <= columns

@@ -52,6 +52,37 @@ class TestOverwrites(Suite):
         return Overwriting()
 
 
+class ReopeningReader:
+    max_attempts = 5
+
+    def __init__(self, backend: StorageBackend, inner: ObjectReader) -> None:
+        self.info = inner.info
+        self._backend = backend
+        self._inner = inner
+
+    async def read(self, size: int = -1, /) -> bytes:
+        return await self._inner.read(size)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def reopen(self, offset: int, length: int, /) -> ObjectReader:
+        again = ReopeningReader(self._backend, await self._backend.open(self.info.location, offset=offset, length=length))
+        again.info = self.info
+        return again
+
+
+class ReopeningAnything(MemoryStorageBackend):
+    async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> Any:
+        reader = await super().open(location, offset=offset, length=length)
+        return reader if length is not None else ReopeningReader(self, reader)
+
+
+class TestReopensAnything(Suite):
+    def make(self) -> StorageBackend:
+        return ReopeningAnything()
+
+
 class ShortReader:
     def __init__(self, inner: ObjectReader) -> None:
         self.info = inner.info

@@ -21,6 +21,7 @@ EXPECTED = [
     ("EndsShort", "test_round_trip[parts-put_bytes]", "got 500 bytes"),
     ("PublishesEarly", "test_unfinished_write_is_invisible[small]", "while its stream has not ended: exists() says"),
     ("PublishesEarly", "test_source_raises[ChecksumMismatchError-small]", "after its stream raised"),
+    ("ReopensAnything", "test_reopened_reader", "opened again on another object, and says that it is the same"),
     ("BlindToFolders", "test_prefix", "a listing below 'a/' is not what begins so"),
     ("SwallowsCancellation", "test_cancelled_write[put_stream-small-at once]", "the cancellation was swallowed"),
     ("SwallowsCancellation", "test_timeout", "asyncio.timeout must end a write"),

@@ -60,7 +60,7 @@ class Letter(DataclassBase):
 
 
 def bind(manager: StorageManager, sessions: async_sessionmaker[AsyncSession]) -> None:
-    binding = bind_storage(Base, manager, sessions=sessions)
+    binding = bind_storage(Base, manager, session_factory=sessions)
     assert_type(binding, StorageBinding)
     assert_type(binding.manager, StorageManager)
     binding.unbind()
@@ -117,7 +117,7 @@ async def references(session: AsyncSession) -> None:
 
 
 async def collect(manager: StorageManager, sessions: async_sessionmaker[AsyncSession]) -> None:
-    binding = bind_storage(Base, manager, sessions=sessions)
+    binding = bind_storage(Base, manager, session_factory=sessions)
     collector = StorageGarbageCollector(manager, binding=binding, grace_period=timedelta(days=1), max_deleted_share=0.1)
     report = await collector.collect(storage_key="documents", dry_run=False, allow_restored_database=True)
     assert_type(report, GarbageCollectionReport)

@@ -203,7 +203,7 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
         )
         async with database.opened(Base.metadata) as engine, manager:
             sessions = async_sessionmaker(engine)
-            binding = bind_storage(Base, manager, sessions=sessions)
+            binding = bind_storage(Base, manager, session_factory=sessions)
             async with sessions.begin() as session:
                 session.add(Shelf(id=1, file=file("a")))
             assert (await verify(binding)).problems == 0
@@ -223,7 +223,7 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
         )
         async with database.opened(Base.metadata) as engine, manager:
             sessions = async_sessionmaker(engine)
-            binding = bind_storage(Base, manager, sessions=sessions)
+            binding = bind_storage(Base, manager, session_factory=sessions)
             async with sessions.begin() as session:
                 session.add_all(Shelf(id=number, file=file("a")) for number in range(1, 40))
                 session.add(Shelf(id=40, file=file("b")))
@@ -373,7 +373,7 @@ class TestScan:
 
         Table("loose", Other.metadata, Column("number", Integer), Column("ref", StoredObjectRefType))
         manager = StorageManager(backends={"m": MemoryStorageBackend()}, policies={})
-        binding = bind_storage(Other, manager, sessions=async_sessionmaker())
+        binding = bind_storage(Other, manager, session_factory=async_sessionmaker())
         with pytest.raises(ConfigurationError, match="loose has no primary key"):
             verify(binding)
         binding.unbind()
@@ -397,7 +397,7 @@ async def test_memory_is_flat(tmp_path: Path) -> None:
     manager = StorageManager(backends={"m": Everything()}, policies={"docs": StoragePolicy("docs", "m")})
     with sqlite("sqlite") as database:
         async with database.opened(Many.metadata) as engine:
-            binding = bind_storage(Many, manager, sessions=async_sessionmaker(engine))
+            binding = bind_storage(Many, manager, session_factory=async_sessionmaker(engine))
             peaks = []
             async for _ in _filled(engine, Row.__table__):
                 if not peaks:

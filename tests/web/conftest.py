@@ -37,7 +37,7 @@ async def receiving(receiving_manager: StorageManager, tmp_path_factory: pytest.
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-    binding = bind_storage(Base, receiving_manager, sessions=sessions)
+    binding = bind_storage(Base, receiving_manager, session_factory=sessions)
     yield App(receiving_manager, sessions)
     binding.unbind()
     await engine.dispose()

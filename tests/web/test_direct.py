@@ -83,7 +83,7 @@ async def direct(
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-    binding = bind_storage(Base, receiving_manager, sessions=sessions)
+    binding = bind_storage(Base, receiving_manager, session_factory=sessions)
     uploads = uploads_of(binding)
     async with client_of(uploads) as client:
         yield Direct(receiving_manager, sessions, binding, uploads, client, checks="moto" not in request.node.name)

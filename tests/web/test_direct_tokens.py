@@ -32,7 +32,7 @@ OLD = "old-secret-" + "o" * 32
 @pytest.fixture
 async def binding(receiving_manager: StorageManager) -> AsyncIterator[Any]:
     engine = create_async_engine("sqlite+aiosqlite://")
-    binding = bind_storage(Base, receiving_manager, sessions=async_sessionmaker[AsyncSession](engine))
+    binding = bind_storage(Base, receiving_manager, session_factory=async_sessionmaker[AsyncSession](engine))
     yield binding
     binding.unbind()
     await engine.dispose()

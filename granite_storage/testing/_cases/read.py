@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from granite_storage.backends.base import ObjectInfo, StorageBackend
+from granite_storage.backends.base import ObjectInfo, StorageBackend, SupportsReopen
 from granite_storage.exceptions import BackendError, InvalidLocationError, ObjectNotFoundError
 from granite_storage.testing._cases.base import Cases, infos, must_raise, pattern, read_all, same_bytes
 from granite_storage.testing._cases.cancelling import Moment, cancel_at_every_await
@@ -111,6 +111,30 @@ class ReadCases(Cases):
         await reader.aclose()
         with must_raise((ValueError, BackendError), "reading from a closed reader must raise"):
             await reader.read(1)
+
+    async def test_reopened_reader(self, backend: StorageBackend) -> None:
+        """A reader that supports it opens a range of its own object again, also when it is closed, and of no other object."""
+        content = pattern(SIZE)
+        await backend.put_bytes("reopened", content)
+        reader = await backend.open("reopened", offset=100)
+        await reader.aclose()
+        if not isinstance(reader, SupportsReopen):
+            return
+        assert reader.max_attempts >= 1, f"a reader says max_attempts={reader.max_attempts}"
+        again = await reader.reopen(300, 400)
+        same_bytes(await again.read(-1), content[300:700], "a range that was opened again")
+        await again.aclose()
+        assert again.info == reader.info, f"a reader that was opened again knows {again.info}, not {reader.info}"
+        await backend.delete("reopened")
+        await backend.put_bytes("reopened", content[::-1])
+        try:
+            other = await reader.reopen(300, 400)
+        except BackendError:
+            return
+        found = await other.read(-1)
+        await other.aclose()
+        if other.info == reader.info or found == content[300:700]:
+            same_bytes(found, content[300:700], "a reader was opened again on another object, and says that it is the same")
 
     async def test_concurrent_ranges(self, backend: StorageBackend) -> None:
         """An object read in many ranges at a time is the same object."""

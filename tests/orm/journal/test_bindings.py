@@ -139,7 +139,7 @@ class TestWhileAWorkerRuns:
             await eventually_true(lambda: said(caplog, "belongs to no base"))
             assert await env.backend.exists(stored.location)
             env.manager = manager_of(env)
-            env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=journal)
+            env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=journal)
             await eventually_true(lambda: is_gone(env, stored.location))
             await env.add(Doc(id=1, file=file("b")))
         await env.check(file_1="b")
@@ -165,21 +165,21 @@ class TestWhileAWorkerRuns:
         journal = journal_of(env)
         env.binding.unbind()
         binding = bind_storage(Base, manager_of(env, "former"), journal=journal)
-        original, under_way = Recovery.run, Counter[str]()
+        original, in_progress = Recovery.run, Counter[str]()
 
         async def run(self: Recovery, backend: str, *args: Any) -> Any:
-            under_way[backend] += 1
+            in_progress[backend] += 1
             try:
                 return await original(self, backend, *args)
             finally:
-                under_way[backend] -= 1
+                in_progress[backend] -= 1
 
         monkeypatch.setattr(Recovery, "run", run)
         async with journal.worker(interval=QUICK):
             await file("a").store(Doc.file)
             binding.unbind()
-            env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=journal)
-            await eventually(lambda: not under_way["former"])  # what is under way ends with the manager that it began with
+            env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=journal)
+            await eventually(lambda: not in_progress["former"])  # what is under way ends with the manager that it began with
             async with env.engine.begin() as connection:
                 await connection.execute(update(journal.tables.intent).values(backend="former", due=clock(-1.0)))
             lost = await file("b").store(Doc.file)

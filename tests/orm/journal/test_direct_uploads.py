@@ -412,10 +412,10 @@ async def test_a_transaction_that_reads_an_older_snapshot(env: OrmEnvironment, u
 async def test_a_base_that_got_its_journal_later(env: OrmEnvironment, client: Client) -> None:
     assert env.journal is not None
     env.binding.unbind()
-    without = bind_storage(Base, env.manager, sessions=env.sessions)
+    without = bind_storage(Base, env.manager, session_factory=env.sessions)
     upload = await client.sent(await begun(uploads_of(without)), CONTENT)
     without.unbind()
-    env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=env.journal)
+    env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=env.journal)
     with pytest.raises(StaleAttachmentError):
         await uploads_of(env.binding).finish(upload.token, Doc.file)
     for location in await env.objects():

@@ -102,7 +102,7 @@ async def bound(env: OrmEnvironment, engine: AsyncEngine, **options: Any) -> Asy
     finally:
         binding.unbind()
         await journal.aclose()
-        env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=env.journal)
+        env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=env.journal)
 
 
 async def read_then_upload(engine: AsyncEngine, everybody: asyncio.Barrier) -> None:

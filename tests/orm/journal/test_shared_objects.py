@@ -161,7 +161,7 @@ class TestElsewhere:
         engine = env.database.engine()
         event.listen(engine.sync_engine, "connect", become_worker_role)
         env.binding.unbind()
-        binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=StorageJournal(engine))
+        binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=StorageJournal(engine))
         assert binding.journal is not None
         try:
             async with cloned(env) as schema:
@@ -177,7 +177,7 @@ class TestElsewhere:
         finally:
             binding.unbind()
             await engine.dispose()
-            env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=env.journal)
+            env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=env.journal)
             for statement in ("DROP OWNED BY worker_role", "DROP ROLE worker_role"):
                 await env.sql(statement)
 

@@ -54,7 +54,7 @@ from granite_storage.orm import Attachment, flush
 from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import clock
-from granite_storage.orm.unit_of_work import FlushUnderWay
+from granite_storage.orm.unit_of_work import FlushState
 from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.variants import (
     Scenario,
@@ -303,7 +303,7 @@ def with_a_flag_that_survives_savepoints(patch: pytest.MonkeyPatch) -> None:
 
 def without_net_difference(patch: pytest.MonkeyPatch) -> None:
     """Whatever was displaced at some time is deleted; and nobody looks for references."""
-    patch.setattr(FlushUnderWay, "net", property(lambda self: list(self.log)))
+    patch.setattr(FlushState, "net", property(lambda self: list(self.log)))
     patch.setattr(flush, "written_log", lambda _, unit, __: list(unit.flush.log))
     without_reference_check(patch)
 

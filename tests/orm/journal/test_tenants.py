@@ -175,7 +175,7 @@ async def test_a_row_of_any_tenant_keeps_its_object(env: OrmEnvironment, monkeyp
     finally:
         binding.unbind()
         await engine.dispose()
-        env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=env.journal)
+        env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=env.journal)
     assert (report.kept, report.deleted) == (2, 0)
     assert await env.manager.exists(kept)
     for tenant in "ab":
@@ -268,7 +268,7 @@ async def test_the_journal_is_where_its_engine_has_it(env: OrmEnvironment) -> No
     finally:
         binding.unbind()
         await journal.aclose()
-        env.binding = bind_storage(Base, env.manager, sessions=env.sessions, journal=env.journal)
+        env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=env.journal)
 
 
 async def test_tables_that_are_only_in_the_tenants_schemas(env: OrmEnvironment) -> None:

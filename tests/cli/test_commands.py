@@ -209,7 +209,7 @@ class TestGc:
         assert "kept: main.note.text mentions 1 of them" in answer.out
         assert len(plain_shop.files("old")) == 3
 
-    def test_young_ones_stay(self, plain_shop: Shop) -> None:
+    def test_objects_within_the_grace_period_stay(self, plain_shop: Shop) -> None:
         plain_shop.fill(3)
         self.orphans(plain_shop, 1)
         answer = plain_shop.run("gc", "--yes", "--json", "--grace", "3d")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from granite_storage._headers import Disposition
 from granite_storage._tasks import CLEANUP_TIMEOUT, run_bounded, shielded_cleanup, wait_uncancelled
@@ -526,7 +526,7 @@ class Engine:
     ) -> StoredObjectRef:
         """Store bytes, or a stream whose size and checksum are verified where they are declared."""
         if isinstance(content, bytes | bytearray | memoryview):
-            return await self._put_bytes(prepared, content)
+            return await self._put_bytes(prepared, cast(BytesLike, content))
         if size is not None:
             require_declared_size(size)
             require_size(size, prepared.policy.max_size)

@@ -39,7 +39,7 @@ from granite_storage.streams import MeasuredStream, require_size
 
 __all__ = ["S3ConfigurationError", "S3StorageBackend"]
 
-logger = logging.getLogger("granite_storage")
+logger: logging.Logger = logging.getLogger("granite_storage")
 
 _MIB = 1024 * 1024
 _SMALLEST_PART = 5 * _MIB

@@ -1,4 +1,4 @@
-"""What importing the package leaves unloaded; `tests.benchmarks.bench_import` measures what it costs."""
+"""Importing the package loads next to nothing; `tests.benchmarks.bench_import` measures its cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ["StorageManager", "StoragePolicy", "StoredObjectRef", "SizeLimitedStrea
 
 
 def imported(use: str = "") -> set[str]:
-    """Return the packages that a fresh interpreter loads."""
+    """Return the packages that a new interpreter loads."""
     command = [sys.executable, "-c", PROGRAM.format(use=use)]
     return set(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
 
@@ -29,7 +29,7 @@ def foreign(packages: set[str]) -> set[str]:
 
 
 def test_importing_loads_next_to_nothing() -> None:
-    """Not even asyncio: what is heavy comes with the first use of a name that needs it."""
+    """Not even asyncio: heavy modules are loaded on first use of a name that needs them."""
     packages = imported()
     assert foreign(packages) == set()
     assert not packages & {"asyncio", "hashlib", "ssl", "logging", "dataclasses", "inspect"}

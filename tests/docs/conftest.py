@@ -1,4 +1,4 @@
-"""What documents leave in this process, where each of them is run by more than one test."""
+"""Clean up after documents, each of which more than one test runs in this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlmodel import SQLModel
 
 @pytest.fixture(autouse=True)
 def _no_model_left() -> Iterator[None]:
-    """Let a document declare its SQLModel classes once more: they share one registry and one metadata."""
+    """Remove a document's SQLModel classes, which share one registry and metadata, so that it can declare them again."""
     registry = SQLModel._sa_registry._class_registry
     tables, classes = set(SQLModel.metadata.tables), set(registry)
     yield

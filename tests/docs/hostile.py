@@ -1,4 +1,4 @@
-"""Files that hostile visitors post, and what makes an answer harmless."""
+"""Hostile uploads, and the checks that a response to them is harmless."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ACTIVE = re.compile(r"html|xml|svg|script|css|wasm|multipart|flash")
 
 @dataclass(frozen=True)
 class File:
-    """A file that somebody posts.
+    """An uploaded file.
 
     Attributes:
-        name: What it is called.
-        kind: Its media type, as its sender says.
-        content: Its bytes.
+        name: The file name.
+        kind: The media type that the client declares.
+        content: The bytes.
     """
 
     name: str
@@ -69,7 +69,7 @@ HOSTILE = [
 
 
 def require_harmless(answer: httpx.Response) -> httpx.Response:
-    """Check that a browser runs nothing of an answer, and that nothing of its sender's stands in its headers."""
+    """Check that a browser runs nothing of a response, and that the client's input is not in its headers."""
     assert answer.status_code < 500, answer.text
     assert "set-cookie" not in answer.headers
     kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -86,7 +86,7 @@ def require_harmless(answer: httpx.Response) -> httpx.Response:
 
 
 class Offered:
-    """A body that is longer than anything that is taken, and how much of it was read."""
+    """A body over every limit, which counts how much of it was read."""
 
     def __init__(self, head: bytes, size: int) -> None:
         self.head, self.size, self.read = head, size, 0
@@ -99,7 +99,7 @@ class Offered:
 
 
 async def post_too_large(client: httpx.AsyncClient, url: str, limit: int, *, form: bool = True, **options: Any) -> None:
-    """Check that a file over the limit is refused with 413, and that not much more of it is read than the limit."""
+    """Check that a file over the limit gets a 413, and that hardly more than the limit is read."""
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
     offered = Offered(head if form else b"", limit + 64 * MIB)
     kind = "multipart/form-data; boundary=x" if form else "image/png"

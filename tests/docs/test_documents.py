@@ -1,4 +1,4 @@
-"""Every Python block of the README and the documentation runs, and so does every example in a docstring."""
+"""Every Python block of the README and the docs runs, and so does every example in a docstring."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BLOCK = re.compile(r"^ *```python$|^<!--- invisible-code-block: python$|^% invis
 def evaluate(example: Example) -> None:
     """Run a block as `python -m asyncio` would: Sybil's own evaluator refuses an `await` outside of a function.
 
-    The coroutine that a block with such an `await` gives is left in the namespace.
+    The coroutine of a block with such an `await` is left in the namespace.
     """
     source = "\n" * (example.line + example.parsed.line_offset) + example.parsed
     code = compile(source, example.path, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
@@ -56,7 +56,7 @@ def database(postgres_server: URL) -> Iterator[str]:
 
 @pytest.fixture
 def surroundings(bucket_server: S3Server, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty working directory, and a bucket and a database that the usual environment variables lead to."""
+    """Provide an empty working directory, and a bucket and a database in the usual environment variables."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATABASE_URL", database)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
@@ -72,7 +72,7 @@ def test_document_runs(path: Path) -> None:
     document = Sybil(parsers=[CodeBlockParser("python", evaluate)]).parse(path)
     document.namespace |= {"EXAMPLES": ROOT / "examples", "__name__": "__main__"}
     examples = list(document)
-    assert len(examples) == len(BLOCK.findall(path.read_text()))  # none is overlooked
+    assert len(examples) == len(BLOCK.findall(path.read_text()))  # no block is skipped
     with asyncio.Runner() as runner:
         for example in examples:
             example.evaluate()
@@ -91,7 +91,7 @@ def modules() -> list[str]:
 def test_docstring_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module: ModuleType = importlib.import_module(name)
-    gc.disable()  # doctest goes through the lines of generated classes that are cached, which go with a class
+    gc.disable()  # doctest reads cached lines of generated classes, which are removed with a class
     try:
         assert doctest.testmod(module).failed == 0
     finally:

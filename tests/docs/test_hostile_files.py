@@ -1,4 +1,4 @@
-"""Hostile files, posted to every program of the README, the documentation and the examples: what they answer is harmless."""
+"""Hostile files, uploaded to every program of the README, the docs and the examples, get harmless responses."""
 
 from __future__ import annotations
 
@@ -132,10 +132,10 @@ PROGRAMS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Coroutine[Any, Any,
     "docs/sqlalchemy.md": ("app = FastAPI(", attachments),
     "docs/streams.md": ("app = Starlette(", streams),
 }
-"""Where the programs of a document are complete, and what posts to them or asks them for hostile files."""
+"""The text with which the program of a document is complete, and the function that uploads hostile files to it."""
 
 HARMLESS = {"docs/quickstart.md"}
-"""Programs that take and show nothing."""
+"""Programs that accept and show no files."""
 
 PROGRAM = re.compile(
     r"FastAPI\(|Starlette\(|Litestar\(|StoredObjectResponse\(|SignedFiles\(|DirectUploads\(|(stream|upload)_(upload|form|body)\("

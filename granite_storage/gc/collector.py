@@ -293,14 +293,14 @@ class Leadership:
     async def _try(self, engine: AsyncEngine, lock: TextClause) -> bool:
         connection = await engine.connect()
         try:
-            acquire = bool((await connection.execute(lock)).scalar_one())
+            is_leader = bool((await connection.execute(lock)).scalar_one())
             await connection.commit()
-            if acquire:
+            if is_leader:
                 self._connection = connection
         finally:
             if self._connection is not connection:
                 await shielded_cleanup(connection.close(), "closing a connection that has no lock")
-        return acquire
+        return is_leader
 
 
 def _engine_of(binding: StorageBinding) -> AsyncEngine | None:

@@ -1,4 +1,4 @@
-"""Where migrations run: inside of a coroutine, below `run_sync`, in somebody else's transaction."""
+"""Where migrations run: inside of a coroutine, below `run_sync`, in a transaction of the caller."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_a_value_that_is_no_json_beside_it(op: Operations, tmp_path: Path) -> No
 
 @contextlib.contextmanager
 def late_writer(pipe: Path) -> Iterator[list[Path]]:
-    """Open a pipe to write after some seconds, so that whoever waits for a writer is seen to, and does not hang."""
+    """Open a pipe to write after some seconds, so that a reader that waits for a writer is noticed, and does not hang."""
     came: list[Path] = []
 
     def come() -> None:

@@ -64,13 +64,13 @@ class Shop:
 
     @contextlib.contextmanager
     def application(self) -> Iterator[ModuleType]:
-        """Give the application's module, imported anew."""
+        """Import the application's module again."""
         with program(self.folder, self.environment()), contextlib.redirect_stdout(io.StringIO()):
             sys.path.insert(0, str(self.folder))
             yield importlib.import_module("shop")
 
     def fill(self, count: int = 3, filename: str = "Jährlicher Bericht.pdf") -> None:
-        """Make the tables anew, with so many rows that have a file."""
+        """Create the tables again, with so many rows that have a file."""
         with self.application() as module:
             asyncio.run(module.fill(count, filename))
 

@@ -158,13 +158,13 @@ class TestRecover:
         shop.run("migrate", "--storage-key", "documents", "--to", "new", "--yes", WRITE_TO="new")
         answer = shop.run("recover", "--dry-run", "--json", WRITE_TO="new")
         assert answer.code == 0
-        assert answer.records == [{"waiting": [{"backend": "old", "kind": "delete", "state": "written down", "due": 2, "of": 2}]}]
+        assert answer.records == [{"waiting": [{"backend": "old", "kind": "delete", "state": "recorded", "due": 2, "of": 2}]}]
         assert shop.run("recover", WRITE_TO="new").code == 2
         assert len(shop.files("old")) == 2
         answer = shop.run("recover", "--yes", "--json", WRITE_TO="new")
         assert (answer.code, answer.report["deleted"], answer.report["failed"]) == (0, 2, [])
         assert shop.files("old") == []
-        assert "nothing waits" in shop.run("recover", "--dry-run").out
+        assert "nothing is waiting" in shop.run("recover", "--dry-run").out
         assert "are tried again" in shop.run("recover", "--yes", "--retry-dead-letters").err
 
 
@@ -209,7 +209,7 @@ class TestGc:
         assert "kept: main.note.text mentions 1 of them" in answer.out
         assert len(plain_shop.files("old")) == 3
 
-    def test_young_ones_stay(self, plain_shop: Shop) -> None:
+    def test_objects_within_the_grace_period_stay(self, plain_shop: Shop) -> None:
         plain_shop.fill(3)
         self.orphans(plain_shop, 1)
         answer = plain_shop.run("gc", "--yes", "--json", "--grace", "3d")

@@ -20,7 +20,7 @@ def test_rows_of_another_store(plain_shop: Shop) -> None:
     (plain_shop.folder / "old").rename(plain_shop.folder / "away")
     code, [(verdict, message)] = verdicts(plain_shop)
     assert (code, verdict) == (1, "bad")
-    assert "2 lead to another store than they did" in message
+    assert "2 references lead to another store than before" in message
     assert "its disk is not mounted" in message
     (plain_shop.folder / "old").mkdir()
     (plain_shop.folder / "old/.granite-storage").write_text("another-store\n")
@@ -36,7 +36,7 @@ def test_renamed_keys_and_two_keys_for_one_place(plain_shop: Shop) -> None:
     )
     code, [(verdict, message)] = verdicts(plain_shop)
     assert (code, verdict) == (1, "bad")
-    assert message == "2 name the backend 'old', which the manager does not have (there are: disk, new)"
+    assert message == "2 references name the backend 'old', which the manager does not have (there are: disk, new)"
     (plain_shop.folder / "shop.py").write_text(program)
     (plain_shop.folder / "new").symlink_to(plain_shop.folder / "old")
     assert ("bad", "'new' and 'old' lead to the same objects: give the manager one backend for each place") in verdicts(

@@ -93,7 +93,7 @@ async def test_derived_objects_are_named_in_extra(env: GcEnvironment) -> None:
 
 
 @pytest.mark.case("GCX-06")
-async def test_foreign_names_are_counted_and_never_touched(env: GcEnvironment) -> None:
+async def test_unmanaged_names_are_counted_and_never_touched(env: GcEnvironment) -> None:
     await env.add(Crate(id=1, file=file("a")))
     deeper = make_location(
         key_prefix="docs/other/program", model_name="m", entity_id="1", field_name="f", original_filename="a.txt"
@@ -203,7 +203,7 @@ async def test_age_is_by_the_clock_of_the_backend(plain_env: GcEnvironment) -> N
 
 
 @pytest.mark.case("GCX-08")
-async def test_an_object_from_the_future_is_young(plain_env: GcEnvironment) -> None:
+async def test_an_object_from_the_future_is_within_the_grace_period(plain_env: GcEnvironment) -> None:
     await plain_env.add(Crate(id=1, file=file("a")))
     await plain_env.orphan()
     plain_env.age(-48)

@@ -274,7 +274,7 @@ async def test_types_of_postgresql(postgres_only: Database) -> None:
 
 @pytest.mark.case("RA-07")
 async def test_json_that_cannot_be_jsonb(postgres_only: Database) -> None:
-    """PostgreSQL takes what it could not look into: it is looked at as text."""
+    """PostgreSQL stores JSON that it cannot read into: it is searched as text."""
     async with gc_environment(postgres_only) as env:
         await env.add(Crate(id=1, file=file("a")))
         await env.sql("CREATE TABLE gc_note (id INT, note json)")

@@ -85,6 +85,7 @@ async def test_what_the_journal_knows_of_is_the_workers(journaled_env: GcEnviron
     await env.add(Crate(id=1, file=file("a")), Crate(id=2, file=file("b")))
     assert env.journal is not None
     env.store.fail("delete", times=1000)
+    env.store.fail("delete_many", times=1000)
     async with env.sessions.begin() as session:
         await session.delete(await session.get_one(Crate, 2))
     if table == "reclaim":

@@ -39,7 +39,7 @@ REFUSED = (StaleAttachmentError, ObjectNotFoundError, StaleDataError, SAWarning,
 
 
 class ChangedMindError(Exception):
-    """A transaction is given up by its application."""
+    """A transaction is abandoned by its application."""
 
 
 class Traffic:
@@ -152,7 +152,7 @@ class Traffic:
         raise ChangedMindError
 
     async def _abandon(self, _: AsyncSession) -> None:
-        """Leave what nobody will ever know of, but the collector."""
+        """Leave an object that only the collector will find."""
         await self._env.orphan()
 
     async def _cancelled(self, _: AsyncSession) -> None:

@@ -219,7 +219,7 @@ class Elsewhere(DeclarativeBase):
 
 
 class Vat(Elsewhere):
-    """A model of another base on the same storage, which nobody has listed."""
+    """A model of another base on the same storage, which was not listed."""
 
     __tablename__ = "yard_vat"
     id: Mapped[int] = mapped_column(primary_key=True)

@@ -1,4 +1,4 @@
-"""Collecting from a real bucket, by its server's clock, with uploads in parts that nobody has ended."""
+"""Collecting from a real bucket, by its server's clock, with unfinished multipart uploads."""
 
 from __future__ import annotations
 

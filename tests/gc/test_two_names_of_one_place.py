@@ -323,7 +323,7 @@ async def test_names_that_a_file_system_spells_otherwise(sessions: async_session
 
 
 async def test_another_base_of_the_same_database_may_use_another_key(sessions: async_sessionmaker[AsyncSession]) -> None:
-    """Its references protect, whatever its manager calls the backend; in another database nobody could ask for them."""
+    """Its references protect, whatever its manager calls the backend; those in another database could not be read."""
 
     class Other(DeclarativeBase):
         pass
@@ -368,7 +368,7 @@ async def test_another_base_of_the_same_database_may_use_another_key(sessions: a
 async def test_a_base_that_cannot_be_asked_and_a_backend_that_does_not_tell_its_place(
     sessions: async_sessionmaker[AsyncSession],
 ) -> None:
-    """It may have the same objects, and nobody can look at its rows."""
+    """It may have the same objects, and its rows cannot be read."""
 
     class Other(DeclarativeBase):
         pass

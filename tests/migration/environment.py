@@ -99,7 +99,7 @@ class MigrationEnvironment:
         return self.managers[-1]
 
     def write_to(self, backend: str, **policy: Any) -> StorageBinding:
-        """Bind the base anew, with policies that write to a backend, as a deployment does."""
+        """Bind the base again, with policies that write to a backend, as a deployment does."""
         if self.managers:
             self.binding.unbind()
         policies = {key: StoragePolicy(key, backend, **policy) for key in ("docs", "parcels")}

@@ -1,4 +1,4 @@
-"""One row that nobody can read, or that no database can be asked for, is reported; all others move."""
+"""A row that cannot be read, or that no database can be asked for, is reported; all others move."""
 
 from __future__ import annotations
 

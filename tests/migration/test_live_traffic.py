@@ -1,4 +1,4 @@
-"""A migration under writers and readers that never stop: nobody reads anything wrong, and all agrees afterwards."""
+"""A migration under writers and readers that never stop: no read is wrong, and rows and objects agree afterwards."""
 
 from __future__ import annotations
 

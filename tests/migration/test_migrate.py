@@ -280,7 +280,7 @@ class TestFailures:
         assert report.moved == left
         await env.check()
 
-    async def test_what_lies_before_the_key_is_looked_at_once_more(self, env: MigrationEnvironment) -> None:
+    async def test_what_lies_before_the_key_is_rechecked(self, env: MigrationEnvironment) -> None:
         await env.add(*(Shelf(id=number, file=file(str(number))) for number in range(1, 4)))
         last = [row.key async for row in Scan(env.binding).rows()][-1]
         report = await migrate(env.write_to("new"), storage_key="docs", to_backend="new", after=last)

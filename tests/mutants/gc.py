@@ -19,7 +19,7 @@ MUTANTS = [
         path="granite_storage/gc/collection.py",
         old="elif not old:",
         new="elif old is None:",
-        tests=("tests/gc/test_collect.py::test_an_object_from_the_future_is_young",),
+        tests=("tests/gc/test_collect.py::test_an_object_from_the_future_is_within_the_grace_period",),
     ),
     Mutant(
         name="gc-age-by-its-own-clock",
@@ -62,12 +62,12 @@ MUTANTS = [
         tests=("tests/gc/test_collect.py::test_segments_and_the_places_of_other_policies[sqlite-begin]",),
     ),
     Mutant(
-        name="gc-takes-foreign-names",
+        name="gc-takes-unmanaged-names",
         rule="An object whose name is not of the library's form is never touched.",
         path="granite_storage/gc/collection.py",
         old="if not self._scope.manages(location):",
         new="if not is_valid(location):",
-        tests=("tests/gc/test_collect.py::test_foreign_names_are_counted_and_never_touched[sqlite-begin]",),
+        tests=("tests/gc/test_collect.py::test_unmanaged_names_are_counted_and_never_touched[sqlite-begin]",),
     ),
     Mutant(
         name="gc-ignores-the-journal",

@@ -141,7 +141,7 @@ MUTANTS = [
         new="            return finding\n",
         tests=(
             "tests/verification/test_verify.py::TestNothingIsMissingThatCouldNotBeLookedFor"
-            "::test_what_is_replaced_meanwhile_is_looked_at_again[sqlite-begin]",
+            "::test_what_is_replaced_meanwhile_is_rechecked[sqlite-begin]",
         ),
     ),
     Mutant(

@@ -240,7 +240,7 @@ class TestNothingIsMissingThatCouldNotBeLookedFor:
             assert run.report.problems == 1
             binding.unbind()
 
-    async def test_what_is_replaced_meanwhile_is_looked_at_again(self, env: MigrationEnvironment) -> None:
+    async def test_what_is_replaced_meanwhile_is_rechecked(self, env: MigrationEnvironment) -> None:
         await one_ref(env)
         real = env.old.stat
 

@@ -164,7 +164,7 @@ async def test_a_client_that_sends_too_much(receiving: App, port: int, sending: 
 
 
 async def test_a_slow_storage_holds_up_the_client(receiving: App) -> None:
-    """Bytes that nobody has asked for stay with the client: memory is bounded without a limit on anything."""
+    """Bytes that were not asked for stay with the client: memory is bounded without a limit on anything."""
     go_on = asyncio.Event()
 
     async def slow(file: FilePart) -> int:

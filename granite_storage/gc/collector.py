@@ -11,7 +11,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Engine, NullPool, TextClause, text
+from sqlalchemy import TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -23,6 +23,7 @@ from granite_storage.gc.references import GivenReferences, IterReferences, Refer
 from granite_storage.gc.report import GarbageCollectionReport
 from granite_storage.gc.scope import CollectionScope
 from granite_storage.manager import StorageManager
+from granite_storage.orm._util import without_pool
 
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
@@ -307,14 +308,7 @@ def _engine_of(binding: StorageBinding) -> AsyncEngine | None:
     table = next(iter(binding.metadata.tables.values()), None)
     if binding.session_factory is None or table is None:
         return None
-    return AsyncEngine(_with_null_pool(binding.session_factory().get_bind(clause=table).engine))
-
-
-def _with_null_pool(engine: Engine) -> Engine:
-    """Return an engine that connects like another one, without a pool: the lock must not take a connection of a small one."""
-    pool = engine.pool
-    alone = NullPool(pool._creator, _dispatch=pool.dispatch, dialect=pool._dialect)
-    return Engine(alone, engine.dialect, engine.url, hide_parameters=True)
+    return AsyncEngine(without_pool(binding.session_factory().get_bind(clause=table).engine))
 
 
 async def _is_alive(connection: AsyncConnection) -> bool:

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, CursorResult, Engine, Executable, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import InstanceState, Session
+from sqlalchemy.pool import NullPool
 
 from granite_storage.exceptions import ConfigurationError
 
@@ -30,6 +31,7 @@ __all__ = [
     "require_async",
     "root_engine",
     "try_briefly",
+    "without_pool",
 ]
 
 
@@ -85,6 +87,13 @@ def root_engine(engine: Engine) -> Engine:
     while isinstance(proxied := getattr(engine, "_proxied", None), Engine):
         engine = proxied
     return engine
+
+
+def without_pool(engine: Engine) -> Engine:
+    """Return an engine that connects like another one, but takes no connection of its pool, which may be a small one."""
+    pool = engine.pool
+    alone = NullPool(pool._creator, _dispatch=pool.dispatch, dialect=pool._dialect)
+    return Engine(alone, engine.dialect, engine.url, hide_parameters=True)
 
 
 def dispatchers_of(engine: Engine) -> Iterator[Any]:

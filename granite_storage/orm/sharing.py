@@ -7,16 +7,16 @@ in the schema and under the settings that its statements run with. A journal's w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, CompoundSelect, Connection, Text, bindparam, func, select, union_all
+from sqlalchemy import Column, CompoundSelect, Connection, Engine, Text, bindparam, func, select, union_all
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.orm._registry import active_bindings
-from granite_storage.orm._util import TRANSLATE_MAP, batches, codes_of
+from granite_storage.orm._util import TRANSLATE_MAP, batches, codes_of, without_pool
 from granite_storage.orm.catalogue import Place, read_catalogue
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.locking import among
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import StoredObject
     from granite_storage.refs import StoredObjectRef
 
-__all__ = ["find_referenced", "find_shared", "refers"]
+__all__ = ["find_referenced", "find_shared", "find_shared_afresh", "refers"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -35,8 +35,12 @@ _MOST_PARAMETERS = 20_000
 _MOST_COLUMNS = 50
 """Of one statement: PostgreSQL starts workers for one that looks expensive, which takes longer than the statement itself."""
 _MOST_ROWS = 200
-_ROLLED_BACK = (1020, 1205, 1213)
-"""Record changed, lock wait timeout, deadlock: https://mariadb.com/kb/en/mariadb-error-codes/"""
+_ROLLED_BACK = (1020, 1213)
+"""Record changed, deadlock: https://mariadb.com/kb/en/mariadb-error-codes/"""
+_LOCK_WAIT_TIMEOUT = 1205
+_SERIALIZATION_FAILURES = ("40001", "40P01")
+_LOCK_TIMEOUT = 3
+"""Seconds that the question waits for the locks of others: a migration in one schema must not hold up the commits in another."""
 
 
 def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[str]:
@@ -66,6 +70,36 @@ def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[
         return set(locations)
     for location in shared:
         logger.info("the object %r stays: another row refers to it", location)
+    return shared
+
+
+def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objects: Sequence[StoredObject]) -> set[str]:
+    """Return what `find_shared` does, as transactions see it that begin now, on connections of their own.
+
+    A transaction that has a snapshot asks in vain about rows that others have committed since; and what a rollback has left of a
+    transaction that the database had committed by itself, only a new one can see.
+
+    Args:
+        places: The engines to ask, each with the options of the connection that the objects were displaced on.
+        objects: The objects.
+    """
+    shared: set[str] = set()
+    for engine, options in places:
+        try:
+            with without_pool(engine).connect() as connection:
+                fresh = connection.execution_options(isolation_level="READ COMMITTED", **options)
+                if connection.dialect.name == "postgresql":
+                    fresh.exec_driver_sql(f"SET lock_timeout = '{_LOCK_TIMEOUT}s'")
+                else:
+                    fresh.exec_driver_sql(
+                        f"SET SESSION lock_wait_timeout = {_LOCK_TIMEOUT}, innodb_lock_wait_timeout = {_LOCK_TIMEOUT}"
+                    )
+                shared |= find_shared(fresh, objects)
+        except DBAPIError:
+            logger.warning(
+                "%d objects of an ended transaction stay: it is unknown whether rows refer to them", len(objects), exc_info=True
+            )
+            return {item.ref.location for item in objects}
     return shared
 
 
@@ -214,26 +248,46 @@ def _confirmed(connection: Connection, place: Place, primary_key: Sequence[Colum
 
 
 def _ends_transaction(connection: Connection, error: DBAPIError) -> bool:
-    """Tell whether the transaction may have ended with an error: MariaDB and MySQL roll back all of it after a deadlock."""
-    if connection.dialect.name in ("mysql", "mariadb") and not codes_of(error).isdisjoint(_ROLLED_BACK):
+    """Tell whether the transaction has ended with an error, or cannot commit any more: then the caller has to know, and retries.
+
+    MariaDB and MySQL roll back all of it after a deadlock, and after a timeout where `innodb_rollback_on_timeout` is set.
+    """
+    codes = codes_of(error)
+    if connection.dialect.name == "postgresql" and not codes.isdisjoint(_SERIALIZATION_FAILURES):
         return True
+    if connection.dialect.name in ("mysql", "mariadb"):
+        if not codes.isdisjoint(_ROLLED_BACK):
+            return True
+        if _LOCK_WAIT_TIMEOUT in codes:
+            is_mariadb = getattr(connection.dialect, "is_mariadb", False)  # MySQL does not tell
+            return not is_mariadb or not connection.exec_driver_sql("SELECT @@in_transaction").scalar()
     return connection.invalidated
 
 
 @contextmanager
 def _savepoint(connection: Connection) -> Iterator[None]:
-    """Let an error take back nothing but the question; only PostgreSQL would take back the transaction.
+    """Let an error take back nothing but the question, which waits for no lock without end.
 
     It is none of SQLAlchemy's savepoints, whose events would tell of work that is undone.
     """
-    if connection.dialect.name != "postgresql":
-        yield
-        return
-    connection.exec_driver_sql("SAVEPOINT granite_storage_question")
-    try:
-        yield
-    except DBAPIError:
-        if not connection.invalidated:
-            connection.exec_driver_sql("ROLLBACK TO SAVEPOINT granite_storage_question")
-        raise
-    connection.exec_driver_sql("RELEASE SAVEPOINT granite_storage_question")
+    match connection.dialect.name:
+        case "postgresql":
+            connection.exec_driver_sql("SAVEPOINT granite_storage_question")
+            try:
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}s'")
+                yield
+            finally:
+                # It has written nothing; what is taken back is the timeout.
+                if not connection.invalidated:
+                    connection.exec_driver_sql("ROLLBACK TO SAVEPOINT granite_storage_question")
+        case "mysql" | "mariadb":
+            connection.exec_driver_sql(
+                f"SET @granite_storage_wait = @@lock_wait_timeout, SESSION lock_wait_timeout = {_LOCK_TIMEOUT}"
+            )
+            try:
+                yield
+            finally:
+                if not connection.invalidated:
+                    connection.exec_driver_sql("SET SESSION lock_wait_timeout = @granite_storage_wait")
+        case _:
+            yield

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from greenlet import getcurrent
@@ -22,8 +23,8 @@ from sqlalchemy.util import greenlet_spawn
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import StoredObject
-from granite_storage.orm._util import deferred_cancellation, in_greenlet, root_engine
-from granite_storage.orm.sharing import find_shared
+from granite_storage.orm._util import TRANSLATE_MAP, deferred_cancellation, in_greenlet, root_engine
+from granite_storage.orm.sharing import find_shared, find_shared_afresh
 from granite_storage.orm.unit_of_work import Frame, Outcome, UnitOfWork
 from granite_storage.orm.uploads import remove_now
 
@@ -89,6 +90,10 @@ class ConnectionWatch:
 
     # Weak, because the pool's record of a connection knows its watch: a connection that is dropped must not be held by this.
     _connection: weakref.ref[Connection]
+    # What leads to the same tables, and whether a transaction that begins now sees rows there which this one does not see.
+    engine: Engine
+    options: Mapping[str, Any]
+    has_snapshot: bool = False
     committing: bool = False
     refused: bool = False
     prepared: bool = False
@@ -132,24 +137,40 @@ class ConnectionWatch:
         connection = self.connection
         if objects and connection is not None:
             shared = find_shared(connection, objects)
+            self.has_snapshot = connection.dialect.name != "sqlite" and connection.get_isolation_level() != "READ COMMITTED"
             for concerned in units:
                 concerned.shared |= shared
 
     def reset(self) -> None:
         """Forget the transaction that has ended."""
-        self.committing = self.refused = self.prepared = False
+        self.committing = self.refused = self.prepared = self.has_snapshot = False
+
+    def must_ask(self, outcome: Outcome) -> bool:
+        """Tell whether rows must be looked for anew before anything is deleted.
+
+        A snapshot hides what others have committed. And MariaDB and MySQL commit by themselves before a DDL statement, and keep
+        the rows of tables that know no transactions, so that a rollback leaves rows.
+        """
+        match outcome:
+            case Outcome.COMMITTED:
+                return self.has_snapshot
+            case Outcome.ROLLED_BACK:
+                return self.engine.dialect.name in ("mysql", "mariadb")
+            case Outcome.UNKNOWN:
+                return False
 
     def resolve(self, outcome: Outcome, *, in_progress: bool = False) -> None:
         """Act on the end of the outer transaction, which may still be under way."""
         joined, self.joined = self.joined, []
         to_delete, self.to_delete = self.to_delete, []
+        keep = _asking([self], outcome)
         self.reset()
         removed = [stored for work in joined for stored in work.unit.end(work.frame, outcome)]
         if outcome is Outcome.UNKNOWN:
             return
         if in_progress:
             self.to_delete_after_rollback += [stored for stored in (*removed, *to_delete) if stored.intent is not None]
-        remove_now([stored for stored in (*removed, *to_delete) if not in_progress or stored.intent is None])
+        remove_now([stored for stored in (*removed, *to_delete) if not in_progress or stored.intent is None], keep=keep)
 
     def settle(self) -> None:
         """Let journals delete what a rollback has left, now that it is done."""
@@ -183,7 +204,8 @@ def watch(session: Session, connection: Connection) -> None:
     """Follow the transaction on a connection that a session's work goes through."""
     found = _watches.get(connection)
     if found is None:
-        found = _watches[connection] = ConnectionWatch(weakref.ref(connection))
+        options = {TRANSLATE_MAP: connection.get_execution_options().get(TRANSLATE_MAP)}
+        found = _watches[connection] = ConnectionWatch(weakref.ref(connection), connection.engine, options)
         connection.info[_INFO_KEY] = found
         listen_to(connection.engine)
     found.sessions.add(session)
@@ -257,9 +279,16 @@ def conclude(session: Session, transaction: SessionTransaction) -> None:
         outcome = Outcome.UNKNOWN
     else:
         outcome = Outcome.ROLLED_BACK
+    keep = _asking(spans, outcome)
     for item in spans:
         item.reset()
-    remove_now(unit.end(frame, outcome))
+    remove_now(unit.end(frame, outcome), keep=keep)
+
+
+def _asking(watches: Iterable[ConnectionWatch], outcome: Outcome) -> Callable[[Sequence[StoredObject]], set[str]] | None:
+    """Return what tells which objects stay because rows refer to them, where that has to be asked once more."""
+    places = [(watch.engine, watch.options) for watch in watches if watch.must_ask(outcome)]
+    return partial(find_shared_afresh, places) if places else None
 
 
 def listen_to(engine: Engine) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import StaleAttachmentError
@@ -33,12 +33,18 @@ __all__ = ["Upload", "discard", "remove", "remove_now", "store", "stored_object"
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 
-def remove_now(stored: Iterable[StoredObject]) -> None:
+def remove_now(
+    stored: Iterable[StoredObject], *, keep: Callable[[Sequence[StoredObject]], Collection[str]] | None = None
+) -> None:
     """Delete objects from inside a session's or an engine's event, and log what could not be deleted.
 
     Outside SQLAlchemy's greenlet nothing can be awaited; then the objects stay, for the garbage collector. What a journal knows
     of is its own to delete: what rows have given up is its worker's, which looks after many at once; what was never taken by a
     row goes at once, unless the task is being cancelled.
+
+    Args:
+        stored: The objects.
+        keep: Returns the locations of those that stay, among the ones that no journal knows of; it may use SQLAlchemy.
     """
     objects = list({item.key: item for item in stored}.values())
     plain = [item for item in objects if item.intent is None]
@@ -55,9 +61,15 @@ def remove_now(stored: Iterable[StoredObject]) -> None:
     if intents and _is_being_cancelled():
         intents = []
     if plain or intents:
-        await_only(
-            shielded_cleanup(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction")
-        )
+        work = remove(plain, intents) if keep is None or not plain else _remove_others(plain, intents, keep)
+        await_only(shielded_cleanup(work, f"deleting {len(plain) + len(intents)} objects of an ended transaction"))
+
+
+async def _remove_others(
+    stored: Sequence[StoredObject], intents: Iterable[Intent], keep: Callable[[Sequence[StoredObject]], Collection[str]]
+) -> None:
+    kept = await greenlet_spawn(keep, stored)
+    await remove([item for item in stored if item.ref.location not in kept], intents)
 
 
 async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> None:

@@ -259,6 +259,93 @@ Way = Callable[[AsyncSession], Awaitable[None]]
 WAYS: list[Way] = [delete_one, replace_one, delete_by_statement, update_by_statement]
 
 
+class TestSnapshots:
+    """What the transaction's own view of the rows does not tell: nothing is deleted before a new one was asked."""
+
+    @pytest.mark.case("RA-13")
+    @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "READ UNCOMMITTED"])
+    @pytest.mark.parametrize("way", ["replace", "delete", "bulk"])
+    async def test_row_that_is_newer_than_the_snapshot(self, env: OrmEnvironment, level: str, way: str) -> None:
+        if env.database.is_sqlite:
+            pytest.skip("a transaction of SQLite that writes has no older snapshot")
+        if env.database.is_postgres and level == "READ UNCOMMITTED":
+            pytest.skip("PostgreSQL has no READ UNCOMMITTED")
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions() as session:
+            await session.connection(execution_options={"isolation_level": level})
+            doc = await session.get_one(Doc, 1)
+            if level != "SERIALIZABLE" or env.database.is_postgres:  # there the read has locked the row
+                await env.sql(COPY)
+            if way == "replace":
+                doc.file = None
+            elif way == "delete":
+                await session.delete(doc)
+            else:
+                await session.execute(delete(Doc).where(Doc.id == 1))
+            await session.commit()
+        assert await contents(env) == ([] if level == "SERIALIZABLE" and not env.database.is_postgres else [b"a"])
+        assert {ref.location for ref in (await env.references()).values()} == await env.objects()
+
+    @pytest.mark.case("RA-13")
+    async def test_delete_that_is_rolled_back_later(self, env: OrmEnvironment) -> None:
+        """At READ UNCOMMITTED a row seems to be gone that another transaction may bring back."""
+        if env.database.name != "mariadb":
+            pytest.skip("only MariaDB reads what is not committed")
+        await shared(env)
+        async with env.engine.connect() as other, env.sessions() as session:
+            await other.exec_driver_sql("DELETE FROM doc WHERE id = 11")
+            await session.connection(execution_options={"isolation_level": "READ UNCOMMITTED"})
+            await session.delete(await session.get_one(Doc, 1))
+            await session.commit()
+            await other.rollback()
+        assert await contents(env) == [b"a"]
+
+    @pytest.mark.case("RA-13")
+    @pytest.mark.parametrize("statement", ["CREATE TABLE implied (id INT)", "TRUNCATE TABLE implied"])
+    async def test_commit_that_a_statement_implies(self, env: OrmEnvironment, statement: str) -> None:
+        """MariaDB commits before DDL: what is rolled back afterwards has its rows, and so keeps its objects."""
+        if env.database.name != "mariadb":
+            pytest.skip("elsewhere DDL is part of the transaction")
+        await env.sql("DROP TABLE IF EXISTS implied")
+        if statement.startswith("TRUNCATE"):
+            await env.sql("CREATE TABLE implied (id INT)")
+        try:
+            async with env.sessions() as session:
+                session.add(Doc(id=1, file=file("a")))
+                await session.flush()
+                await session.execute(text(statement))
+                session.add(Doc(id=2, file=file("b")))
+                await session.flush()
+                await session.rollback()
+        finally:
+            await env.sql("DROP TABLE IF EXISTS implied")
+        await env.check(file_1="a")
+
+    @pytest.mark.case("RE-03")
+    async def test_table_that_another_one_has_locked(
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A migration of one tenant holds up the commits of no other: the objects stay."""
+        if env.database.is_sqlite:
+            pytest.skip("SQLite has one writer")
+        monkeypatch.setattr(sharing, "_LOCK_TIMEOUT", 1)
+        before = await shared(env, "SELECT 1")
+        async with cloned(env) as schema, env.engine.connect() as migration:
+            lock = "LOCK TABLE {}.doc IN ACCESS EXCLUSIVE MODE" if env.database.is_postgres else "LOCK TABLES {}.doc WRITE"
+            await migration.exec_driver_sql(lock.format(schema))
+            try:
+                async with asyncio.timeout(20), env.sessions.begin() as session:
+                    await session.delete(await session.get_one(Doc, 1))
+            finally:
+                if not env.database.is_postgres:
+                    await migration.exec_driver_sql("UNLOCK TABLES")
+        assert "unknown whether other rows refer" in caplog.text
+        assert await env.objects() == before
+        await env.sql("DELETE FROM doc")
+        for location in before:
+            await env.backend.delete(location)
+
+
 class TestSchemas:
     """A table that was cloned into another schema has rows that refer to the objects of the first, and no model knows."""
 

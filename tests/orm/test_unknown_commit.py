@@ -38,6 +38,7 @@ async def test_connection_is_cut_at_the_commit(database: Database, cut: Cut, jou
 async def test_taking_silence_for_a_rollback_loses_files(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """The simpler variant breaks: a row that was committed after all points nowhere."""
     monkeypatch.setattr(ConnectionWatch, "is_in_doubt", False)
+    monkeypatch.setattr(ConnectionWatch, "must_ask", lambda *_: False)  # on MariaDB the rows would be found
     async with orm_environment(database) as env, behind_proxy(database.url) as (proxy, engine):
         async with AsyncSession(engine) as session:
             session.add(Doc(id=1, file=file("a")))

@@ -102,7 +102,7 @@ class FaultInjectingBackend(WrappedBackend):
         error: BaseException | None = None,
         lost_answer: bool = False,
     ) -> None:
-        """Have a call raise.
+        """Make a call raise.
 
         Args:
             operation: Which one.
@@ -114,7 +114,7 @@ class FaultInjectingBackend(WrappedBackend):
         self._declare(_Fault(operation, nth, times, error=error, failing="after" if lost_answer else "before"))
 
     def delay(self, operation: Operation, *, seconds: float, nth: int = 1, times: int = 1) -> None:
-        """Have a call wait before it is passed on.
+        """Delay a call before it is passed on.
 
         Args:
             operation: Which one.
@@ -134,7 +134,7 @@ class FaultInjectingBackend(WrappedBackend):
         error: BaseException | None = None,
         silently: bool = False,
     ) -> None:
-        """Have a stream, a body or a listing break off; one that has no more than `after` bytes or objects is whole.
+        """Cut off a stream, a body or a listing; one that has no more than `after` bytes or objects is whole.
 
         Args:
             operation: Which one.
@@ -149,7 +149,7 @@ class FaultInjectingBackend(WrappedBackend):
         )
 
     def corrupt(self, operation: Literal["put_bytes", "put_stream", "open"], *, at: int, nth: int = 1, times: int = 1) -> None:
-        """Have one byte change on its way: all its bits are flipped.
+        """Corrupt one byte: all its bits are flipped.
 
         Args:
             operation: Which one.
@@ -323,7 +323,7 @@ class _StruckReader:
         return passing
 
     async def aclose(self) -> None:
-        """Let go of what the reader holds."""
+        """Release what the reader holds."""
         await self._inner.aclose()
 
 

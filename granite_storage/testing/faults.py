@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
-from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, close_listing
+from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsReopen, close_listing
 from granite_storage.backends.wrappers import WrappedBackend
 from granite_storage.exceptions import BackendUnavailableError
 
@@ -179,9 +179,13 @@ class FaultInjectingBackend(WrappedBackend):
 
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range for reading."""
+        return await self._open(location, partial(self.inner.open, location, offset=offset, length=length))
+
+    async def _open(self, location: str, call: Callable[[], Awaitable[ObjectReader]]) -> ObjectReader:
         strike = self._begin("open", [location])
-        reader = await strike.around(partial(self.inner.open, location, offset=offset, length=length), _close)
-        return _StruckReader(reader, strike, partial(self._call, "read", [location]))
+        reader = await strike.around(call, _close)
+        struck = _ReopeningReader if isinstance(reader, SupportsReopen) else _StruckReader
+        return struck(reader, strike, partial(self._call, "read", [location]), partial(self._open, location))
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
         """Yield the objects whose location begins with `prefix`, in the byte order of UTF-8."""
@@ -302,9 +306,14 @@ class _Strike:
 
 class _StruckReader:
     def __init__(
-        self, inner: ObjectReader, strike: _Strike, call: Callable[[Callable[[], Awaitable[bytes]]], Awaitable[bytes]]
+        self,
+        inner: ObjectReader,
+        strike: _Strike,
+        call: Callable[[Callable[[], Awaitable[bytes]]], Awaitable[bytes]],
+        open_again: Callable[[Callable[[], Awaitable[ObjectReader]]], Awaitable[ObjectReader]],
     ) -> None:
         self.info = inner.info
+        self._open_again = open_again
         self._inner = inner
         self._strike = strike
         self._call = call
@@ -325,6 +334,17 @@ class _StruckReader:
     async def aclose(self) -> None:
         """Release what the reader holds."""
         await self._inner.aclose()
+
+
+class _ReopeningReader(_StruckReader):
+    @property
+    def max_attempts(self) -> int:
+        """What the inner reader says."""
+        return cast(SupportsReopen, self._inner).max_attempts
+
+    async def reopen(self, offset: int, length: int, /) -> ObjectReader:
+        """Open a range of the object that the inner reader is of; faults of `open` strike it."""
+        return await self._open_again(partial(cast(SupportsReopen, self._inner).reopen, offset, length))
 
 
 async def _close(reader: ObjectReader) -> None:

@@ -52,7 +52,7 @@ async def run_bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], lim
 
 @asynccontextmanager
 async def task_group() -> AsyncGenerator[asyncio.TaskGroup, None]:
-    """Give a task group that raises the first error itself, with its cause, and not a group of errors."""
+    """Yield a task group that raises the first error itself, with its cause, and not a group of errors."""
     first: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:

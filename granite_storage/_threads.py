@@ -177,7 +177,7 @@ class ThreadPool:
         self._jobs.clear()
 
     def _is_stalled(self) -> bool:
-        """Tell whether the job that comes next has waited for too long."""
+        """Return whether the job that comes next has waited for too long."""
         return time.monotonic() - self._moved > _STALLED_SECONDS
 
     def _add_worker(self) -> None:

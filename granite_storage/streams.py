@@ -234,12 +234,12 @@ class WholeFile:
 
 
 def is_file(source: object) -> bool:
-    """Tell whether something has a `read` method."""
+    """Return whether something has a `read` method."""
     return callable(getattr(source, "read", None))
 
 
 def is_seekable(file: object) -> bool:
-    """Tell whether something has a `seek` method; whether that works is known when it is called."""
+    """Return whether something has a `seek` method; whether that works is known when it is called."""
     return callable(getattr(file, "seek", None))
 
 
@@ -801,7 +801,7 @@ class _Group:
         self._count(len(chunk))
 
     def must_go_before(self, size: int) -> bool:
-        """Tell whether the group must become a piece before a chunk of this size is taken."""
+        """Return whether the group must become a piece before a chunk of this size is taken."""
         return self.size > 0 and (
             self.size + size > CHUNK_SIZE
             or size >= _LARGE_ENOUGH

@@ -262,7 +262,7 @@ def _composed(entry: os.DirEntry[str], directory: int, names: set[str]) -> str:
 
 
 def _is_segment(name: str) -> bool:
-    """Tell whether a name in a directory can be part of a location; others' files and our temporary ones may lie there too."""
+    """Return whether a name in a directory can be part of a location; others' files and our temporary ones may lie there too."""
     if name.isascii() and name[0] != ".":
         return name.isprintable() and "\\" not in name
     try:
@@ -340,7 +340,7 @@ def translated(
 
 
 def _parties(root: Path) -> str:
-    """Say who asked, and whose the root is."""
+    """Return the user of the process and the owner of the root, for a message."""
     running = f"the process runs as uid {os.geteuid()}"
     try:
         found = os.stat(root)
@@ -384,7 +384,7 @@ class Tree:
         )
 
     def is_mounted(self) -> bool:
-        """Tell whether the root is there and was used before; an unmounted disk shows an empty directory instead."""
+        """Return whether the root is there and was used before; an unmounted disk shows an empty directory instead."""
         try:
             with self.translated(None, reading=True), _open_directory(self.root) as root:
                 return stat.S_ISREG(os.stat(MARKER, dir_fd=root, follow_symlinks=False).st_mode)
@@ -450,13 +450,13 @@ class Tree:
                 raise
 
     def stat(self, location: str) -> ObjectInfo:
-        """Tell what is known of a regular file."""
+        """Return what is known of a regular file."""
         *folder, name = location.split("/")
         with self.translated(location, reading=True), self._directory(folder) as directory:
             return _info_of_regular(location, os.stat(name, dir_fd=directory, follow_symlinks=False))
 
     def exists(self, location: str) -> bool:
-        """Tell whether there is a regular file."""
+        """Return whether there is a regular file."""
         try:
             self.stat(location)
         except ObjectNotFoundError:
@@ -594,7 +594,7 @@ class Tree:
         return self.dir_mode | (stat.S_ISVTX if self.fsync else 0)
 
     def _settle(self, path: str, child: int, parent: int, made: bool) -> None:
-        """Put the entry of a directory on the disk, unless this process has seen it there, and give a new one its mode.
+        """Sync the entry of a directory, unless this process has seen it there, and give a new one its mode.
 
         A directory carries the sticky bit from when it is made until its entry is on the disk, so every process that finds it
         meanwhile knows that it must not rely on it. The number of its inode does not tell: that of a pruned one is used again.

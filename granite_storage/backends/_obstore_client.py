@@ -546,7 +546,7 @@ class StoreClient:
         return await self.call(operation, location, request)
 
     async def exists(self, location: str) -> bool:
-        """Tell whether an object is there."""
+        """Return whether an object is there."""
         try:
             await self.call("head", location, lambda store: store.head_async(location))
         except ObjectNotFoundError:

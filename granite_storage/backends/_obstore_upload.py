@@ -210,7 +210,7 @@ async def slices(content: bytes) -> AsyncIterator[Piece]:
 
 
 async def _gathered(stream: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]:
-    """Put short chunks together: handing one over to obstore costs as much as copying a few hundred KiB."""
+    """Join short chunks: to hand one to obstore costs as much as to copy a few hundred KiB."""
     slivers: list[Piece] = []
     pending = 0
     async for chunk in stream:

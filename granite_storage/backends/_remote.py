@@ -126,7 +126,7 @@ class Body(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Let go of the connection."""
+        """Release the connection."""
         ...
 
 
@@ -277,7 +277,7 @@ class RemoteReader:
             ) from error.__cause__
 
     async def aclose(self) -> None:
-        """Let go of the connection; idempotent."""
+        """Release the connection; idempotent."""
         self._closed = True
         await self._release()
 

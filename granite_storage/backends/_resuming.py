@@ -127,7 +127,7 @@ class ResumingReader:
         return reader
 
     def _is_same(self, info: ObjectInfo) -> bool:
-        """Tell whether it is the same object, as far as the store says: some of them know no etag."""
+        """Return whether it is the same object, as far as the store says: some of them know no etag."""
         return (info.size, info.etag) == (self.info.size, self.info.etag) and (
             info.etag is not None or info.modified == self.info.modified
         )

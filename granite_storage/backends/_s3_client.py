@@ -91,14 +91,14 @@ class Lease:
         return self._pool is None
 
     def lend(self) -> None:
-        """Say that a reader holds it: a call that waits may take the connection, except during `reading`."""
+        """Mark it as held by a reader: a waiting call may take the connection, except during `reading`."""
         if self._pool is not None:
             self.idle_since = self._loop.time()
             self._pool.readers.add(self)
 
     @contextmanager
     def reading(self) -> Iterator[Any]:
-        """Give the body to read from."""
+        """Yield the body to read from."""
         self.idle_since = None
         try:
             yield self.body
@@ -243,7 +243,7 @@ class ServerTraits:
         self._confirms_checksums = True
 
     def note_checksum(self, answer: Mapping[str, Any]) -> None:
-        """Say so once where an answer to a write does not confirm the SHA-256 that was sent."""
+        """Warn once if an answer to a write does not confirm the SHA-256 that was sent."""
         if self._confirms_checksums and not answer.get("ChecksumSHA256"):
             self._confirms_checksums = False
             logger.warning(
@@ -382,7 +382,7 @@ class S3Client:
             raise
 
     def supports(self, operation: str, parameter: str) -> bool:
-        """Tell whether the SDK's operation takes a parameter; not all of its versions know all of them."""
+        """Return whether the SDK's operation takes a parameter; not all of its versions know all of them."""
         model = self.raw.meta.service_model.operation_model(self.raw.meta.method_to_api_mapping[operation])
         return parameter in model.input_shape.members
 
@@ -431,7 +431,7 @@ class S3Client:
         return again
 
     async def _refresh_credentials(self, refreshes: int) -> bool:
-        """Have expired credentials fetched again, once for all the calls that met them; tell whether that could be done."""
+        """Refresh expired credentials, once for all calls that failed by them; return whether that was possible."""
         if self.settings.client_kwargs.get("aws_access_key_id"):
             return False
         async with self._refreshing:
@@ -558,7 +558,7 @@ async def _live(session: Any, config: Any, settings: S3Settings, traits: ServerT
 
 
 def _sign_for_the_region(raw: Any, bucket: str) -> None:
-    """Have Amazon's URLs presigned for the bucket's own host in its region.
+    """Make Amazon's presigned URLs name the bucket's own host in its region.
 
     The SDK signs them for `bucket.s3.amazonaws.com`, which answers 307 for buckets of other regions: a browser's preflight may
     not follow that, and newer regions refuse the signature. A name with a dot has no host of its own that TLS would accept.
@@ -576,7 +576,7 @@ class _LoopState:
         self.life: AsyncGenerator[S3Client, None] | None = None
 
     def discard(self) -> None:
-        """Let go of a client whose loop was closed without a word to its generators: nothing can be awaited any more."""
+        """Drop a client whose loop was closed without closing its generators: nothing can be awaited any more."""
         if self.client is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ResourceWarning)
@@ -586,7 +586,7 @@ class _LoopState:
 
 
 def is_installed() -> bool:
-    """Tell whether there is an SDK."""
+    """Return whether there is an SDK."""
     return any(importlib.util.find_spec(name) is not None for name in _SDKS)
 
 
@@ -598,7 +598,7 @@ def _new_session() -> Any:
 
 
 def _is_bare(session: Any) -> bool:
-    """Tell whether a session is one of aiobotocore itself, and not of aioboto3, which has one inside."""
+    """Return whether a session is one of aiobotocore itself, and not of aioboto3, which has one inside."""
     return hasattr(session, "create_client")
 
 
@@ -611,7 +611,7 @@ def _with_verify(client_kwargs: Mapping[str, Any], config: Any) -> dict[str, Any
 
 
 def _read_models(session: Any) -> None:
-    """Have a session read ahead what making a client reads; an SDK that keeps it elsewhere reads it later, on the loop."""
+    """Load what making a client reads from disk; an SDK that keeps it elsewhere reads it later, on the loop."""
     with contextlib.suppress(Exception):
         botocore_session = session if _is_bare(session) else session._session
         loader = botocore_session.get_component("data_loader")

@@ -107,7 +107,7 @@ class Body:
         return self._size
 
     def read(self, size: int = -1, /) -> NoReturn:
-        """Exist, so that the SDK takes this for a file; it is never called."""
+        """Never called; it makes the SDK take this for a file."""
         raise TypeError("the body is iterated, not read")
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
@@ -115,7 +115,7 @@ class Body:
         return 0
 
     def drop(self, _: object = None) -> None:
-        """Let go of the bytes, and of the room in memory that was reserved for them; idempotent, and fit for a callback."""
+        """Release the bytes and the memory that was reserved for them; idempotent, and usable as a callback."""
         self.pieces = ()
         room, self._room = self._room, None
         if room is not None:
@@ -181,7 +181,7 @@ class PartSource(Protocol):
         ...
 
     async def ended(self) -> bool:
-        """Tell whether nothing is left."""
+        """Return whether nothing is left."""
         ...
 
 
@@ -200,7 +200,7 @@ class BytesSource:
         return Body([memoryview(self._content)[start : self._position]])
 
     async def ended(self) -> bool:
-        """Tell whether nothing is left."""
+        """Return whether nothing is left."""
         return self._position == len(self._content)
 
 
@@ -237,7 +237,7 @@ class StreamSource:
         return Body(pieces.joined(), room)
 
     async def ended(self) -> bool:
-        """Tell whether nothing is left, which the stream itself must have said."""
+        """Return whether nothing is left, which the stream itself must have said."""
         while not (self._rest or self._over):
             try:
                 self._rest = await anext(self._stream)
@@ -393,7 +393,7 @@ class MultipartUpload:
             room.release()
 
     async def copy(self, copy_source: Mapping[str, Any], size: int, part_size: int) -> None:
-        """Have the server copy another object's bytes into the parts.
+        """Let the server copy another object into the parts.
 
         Args:
             copy_source: The parameters that name the object.

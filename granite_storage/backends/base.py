@@ -152,11 +152,11 @@ class StorageBackend(Protocol):
         ...
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Tell what is known of an object; `ObjectNotFoundError` where there is none."""
+        """Return what is known of an object; `ObjectNotFoundError` where there is none."""
         ...
 
     async def exists(self, location: str) -> bool:
-        """Tell whether an object is at the location; a refused permission raises, it is not False."""
+        """Return whether an object is at the location; a refused permission raises, it is not False."""
         ...
 
     async def delete(self, location: str) -> None:
@@ -248,7 +248,7 @@ class SupportsMountCheck(Protocol):
     """A backend whose store can be absent and look empty, such as a folder on a disk that is not mounted."""
 
     async def is_mounted(self) -> bool:
-        """Tell whether the store is there and was written to before; False also for one that was never used."""
+        """Return whether the store is there and was written to before; False also for one that was never used."""
         ...
 
 
@@ -293,7 +293,7 @@ class Place:
         return Place(self.store, (*self.path, *prefix.split("/")))
 
     def overlaps(self, other: Place) -> bool:
-        """Tell whether an object can be in both."""
+        """Return whether an object can be in both."""
         common = min(len(self.path), len(other.path))
         return self.store == other.store and self.path[:common] == other.path[:common]
 
@@ -396,7 +396,7 @@ def byte_range(offset: int, length: int | None, size: int) -> ByteRange:
 
 
 def overlap(places: Iterable[Place], others: Iterable[Place]) -> bool:
-    """Tell whether two backends, each given by all names of its place, may lead to the same object."""
+    """Return whether two backends, each given by all names of its place, may lead to the same object."""
     theirs = list(others)
     return any(place.overlaps(other) for place in places for other in theirs)
 

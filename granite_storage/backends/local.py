@@ -121,12 +121,12 @@ class LocalStorageBackend:
         return await self._threads.run(self._open, location, offset, length, undo=_LocalReader.close)
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Tell what is known of an object; see `StorageBackend.stat`."""
+        """Return what is known of an object; see `StorageBackend.stat`."""
         check_location(location)
         return await self._threads.run(self._tree.stat, location)
 
     async def exists(self, location: str) -> bool:
-        """Tell whether there is an object; see `StorageBackend.exists`."""
+        """Return whether there is an object; see `StorageBackend.exists`."""
         check_location(location)
         return await self._threads.run(self._tree.exists, location)
 
@@ -173,7 +173,7 @@ class LocalStorageBackend:
         return await self._threads.run(self._tree.now)
 
     async def is_mounted(self) -> bool:
-        """Tell whether the root is there and was written to before: False means a new root, or a disk that is not mounted."""
+        """Return whether the root is there and was written to before: False means a new root, or a disk that is not mounted."""
         return await self._threads.run(self._tree.is_mounted)
 
     async def identities(self, *, create: bool = False) -> Sequence[str]:
@@ -192,7 +192,7 @@ class LocalStorageBackend:
 
     @asynccontextmanager
     async def _atomic_file(self, location: str) -> AsyncIterator[AtomicFile]:
-        """Give an unfinished file, publish it at the end of the block, and leave nothing of it where anything fails."""
+        """Yield an unfinished file, and publish it at the end of the block; if anything fails, nothing of it is left."""
         file = await self._threads.run(self._writer.begin, location, undo=AtomicFile.discard)
         try:
             yield file

@@ -95,11 +95,11 @@ class MemoryStorageBackend:
         return _Reader(stored, byte_range(offset, length, stored.info.size))
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Tell what is known of an object."""
+        """Return what is known of an object."""
         return self._find(location).info
 
     async def exists(self, location: str) -> bool:
-        """Tell whether an object is at the location."""
+        """Return whether an object is at the location."""
         check_location(location)
         return location in self._objects
 
@@ -234,5 +234,5 @@ class _Reader:
         return content
 
     async def aclose(self) -> None:
-        """Let go of the content."""
+        """Release the content."""
         self._stored = None

@@ -196,7 +196,7 @@ class ObjectStoreBackend:
         return f"ObjectStoreBackend({self._client.name!r})"
 
     async def store(self) -> Any:
-        """Give obstore's store, for what this backend does not do; its calls raise obstore's errors."""
+        """Return obstore's store, for what this backend does not do; its calls raise obstore's errors."""
         return await self._client.store()
 
     async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any]:
@@ -222,13 +222,13 @@ class ObjectStoreBackend:
         return await open_reader(self._service, location, offset=offset, length=length)
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Tell what is known of an object; see `StorageBackend.stat`."""
+        """Return what is known of an object; see `StorageBackend.stat`."""
         self._check(location)
         info, _ = await self._client.head(location)
         return info
 
     async def exists(self, location: str) -> bool:
-        """Tell whether an object is there; see `StorageBackend.exists`."""
+        """Return whether an object is there; see `StorageBackend.exists`."""
         self._check(location)
         return await self._client.exists(location)
 

@@ -369,7 +369,7 @@ class S3StorageBackend:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Any]:
-        """Give the running event loop's client of the SDK, for what this backend does not do; the backend closes it.
+        """Yield the running event loop's client of the SDK, for what this backend does not do; the backend closes it.
 
         Its calls raise the SDK's errors and are not made again. Keys are `prefix + "/" + location`.
         """
@@ -404,12 +404,12 @@ class S3StorageBackend:
         return await open_reader(self._service, location, offset=offset, length=length)
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Tell what is known of an object; see `StorageBackend.stat`."""
+        """Return what is known of an object; see `StorageBackend.stat`."""
         self._check(location)
         return await self._service.head(location)
 
     async def exists(self, location: str) -> bool:
-        """Tell whether an object is there; see `StorageBackend.exists`."""
+        """Return whether an object is there; see `StorageBackend.exists`."""
         try:
             await self.stat(location)
         except ObjectNotFoundError:

@@ -76,12 +76,12 @@ class WrappedBackend:
         return _wrap_reader(reader, location, self._call)
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Tell what is known of an object."""
+        """Return what is known of an object."""
         inside = self._inside(location)
         return replace(await self._call("stat", [location], lambda: self.inner.stat(inside)), location=location)
 
     async def exists(self, location: str) -> bool:
-        """Tell whether an object is at the location."""
+        """Return whether an object is at the location."""
         inside = self._inside(location)
         return await self._call("exists", [location], lambda: self.inner.exists(inside))
 
@@ -177,7 +177,7 @@ class _AddsExtra(WrappedBackend):
 
 class _ChecksMount(WrappedBackend):
     async def is_mounted(self) -> bool:
-        """Tell whether the inner backend's store is there and was written to before."""
+        """Return whether the inner backend's store is there and was written to before."""
         inner = cast(SupportsMountCheck, self.inner)
         return await self._call("is_mounted", [], inner.is_mounted)
 
@@ -273,7 +273,7 @@ class _WrappedReader:
         return chunk
 
     async def aclose(self) -> None:
-        """Let go of what the reader holds."""
+        """Release what the reader holds."""
         await self._inner.aclose()
 
 

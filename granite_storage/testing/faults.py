@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
-from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, close_listing
+from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsReopen, close_listing
 from granite_storage.backends.wrappers import WrappedBackend
 from granite_storage.exceptions import BackendUnavailableError
 
@@ -102,7 +102,7 @@ class FaultInjectingBackend(WrappedBackend):
         error: BaseException | None = None,
         lost_answer: bool = False,
     ) -> None:
-        """Have a call raise.
+        """Make a call raise.
 
         Args:
             operation: Which one.
@@ -114,7 +114,7 @@ class FaultInjectingBackend(WrappedBackend):
         self._declare(_Fault(operation, nth, times, error=error, failing="after" if lost_answer else "before"))
 
     def delay(self, operation: Operation, *, seconds: float, nth: int = 1, times: int = 1) -> None:
-        """Have a call wait before it is passed on.
+        """Delay a call before it is passed on.
 
         Args:
             operation: Which one.
@@ -134,7 +134,7 @@ class FaultInjectingBackend(WrappedBackend):
         error: BaseException | None = None,
         silently: bool = False,
     ) -> None:
-        """Have a stream, a body or a listing break off; one that has no more than `after` bytes or objects is whole.
+        """Cut off a stream, a body or a listing; one that has no more than `after` bytes or objects is whole.
 
         Args:
             operation: Which one.
@@ -149,7 +149,7 @@ class FaultInjectingBackend(WrappedBackend):
         )
 
     def corrupt(self, operation: Literal["put_bytes", "put_stream", "open"], *, at: int, nth: int = 1, times: int = 1) -> None:
-        """Have one byte change on its way: all its bits are flipped.
+        """Corrupt one byte: all its bits are flipped.
 
         Args:
             operation: Which one.
@@ -179,9 +179,13 @@ class FaultInjectingBackend(WrappedBackend):
 
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
         """Open a range for reading."""
+        return await self._open(location, partial(self.inner.open, location, offset=offset, length=length))
+
+    async def _open(self, location: str, call: Callable[[], Awaitable[ObjectReader]]) -> ObjectReader:
         strike = self._begin("open", [location])
-        reader = await strike.around(partial(self.inner.open, location, offset=offset, length=length), _close)
-        return _StruckReader(reader, strike, partial(self._call, "read", [location]))
+        reader = await strike.around(call, _close)
+        struck = _ReopeningReader if isinstance(reader, SupportsReopen) else _StruckReader
+        return struck(reader, strike, partial(self._call, "read", [location]), partial(self._open, location))
 
     async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
         """Yield the objects whose location begins with `prefix`, in the byte order of UTF-8."""
@@ -302,9 +306,14 @@ class _Strike:
 
 class _StruckReader:
     def __init__(
-        self, inner: ObjectReader, strike: _Strike, call: Callable[[Callable[[], Awaitable[bytes]]], Awaitable[bytes]]
+        self,
+        inner: ObjectReader,
+        strike: _Strike,
+        call: Callable[[Callable[[], Awaitable[bytes]]], Awaitable[bytes]],
+        open_again: Callable[[Callable[[], Awaitable[ObjectReader]]], Awaitable[ObjectReader]],
     ) -> None:
         self.info = inner.info
+        self._open_again = open_again
         self._inner = inner
         self._strike = strike
         self._call = call
@@ -323,8 +332,19 @@ class _StruckReader:
         return passing
 
     async def aclose(self) -> None:
-        """Let go of what the reader holds."""
+        """Release what the reader holds."""
         await self._inner.aclose()
+
+
+class _ReopeningReader(_StruckReader):
+    @property
+    def max_attempts(self) -> int:
+        """What the inner reader says."""
+        return cast(SupportsReopen, self._inner).max_attempts
+
+    async def reopen(self, offset: int, length: int, /) -> ObjectReader:
+        """Open a range of the object that the inner reader is of; faults of `open` strike it."""
+        return await self._open_again(partial(cast(SupportsReopen, self._inner).reopen, offset, length))
 
 
 async def _close(reader: ObjectReader) -> None:

@@ -7,7 +7,7 @@ import gc
 import io
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granite_storage import BackendUnavailableError, ChecksumMismatchError, ObjectNotFoundError, StorageManager, StoredObjectRef
-from granite_storage.backends.base import ObjectReader
+from granite_storage.backends.base import ObjectReader, StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.wrappers import PrefixedBackend
@@ -320,12 +320,13 @@ class TestResumedBodies:
             assert reader.tell() == 1500
         assert open_files(tmp_path) == []
 
-    @pytest.mark.parametrize("prefix", [None, "a/b"])
-    async def test_a_reader_that_can_say_which_object_is_meant(self, prefix: str | None) -> None:
-        """It is asked for the rest in place of its backend, as often as it says, also behind a prefix."""
+    @pytest.mark.parametrize(
+        "wrapped", [lambda backend: backend, lambda backend: PrefixedBackend(backend, "a/b"), FaultInjectingBackend]
+    )
+    async def test_a_reader_that_can_say_which_object_is_meant(self, wrapped: Callable[[StorageBackend], StorageBackend]) -> None:
+        """It is asked for the rest in place of its backend, as often as it says, also behind a wrapper."""
         backend = _Conditional()
-        store = backend if prefix is None else PrefixedBackend(backend, prefix)
-        async with manager_on(store) as manager:
+        async with manager_on(wrapped(backend)) as manager:
             ref = await manager.put_bytes(**SLOT, content=CONTENT)
             async with manager.open(ref, offset=7) as reader:
                 assert await reader.read() == CONTENT[7:]

@@ -335,7 +335,7 @@ class WriteCases(Cases):
         await self.require_absent(backend, "option", "after an unknown option")
 
     def _was_cancelled(self, task: asyncio.Task[object], struck: bool, why: str) -> bool:
-        """Tell whether a task was cancelled, and fail where it should have been or failed otherwise."""
+        """Return whether a task was cancelled, and fail where it should have been or failed otherwise."""
         if task.cancelled():
             return True
         error = task.exception()

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from granite_storage._jobs import MOST_KEPT, Run, require_mounted
 from granite_storage._tasks import run_bounded
-from granite_storage.backends.base import ObjectInfo, SupportsBatchDelete, SupportsCleanup, SupportsClock, close_listing
+from granite_storage.backends.base import ObjectInfo, SupportsCleanup, SupportsClock, close_listing
 from granite_storage.exceptions import (
     BackendError,
     BackendUnavailableError,
@@ -333,6 +333,7 @@ class Removal:
     """
 
     def __init__(self, manager: StorageManager, report: GarbageCollectionReport) -> None:
+        self._engine = manager._engine
         self._backend = manager.backend(report.backend)
         self._report = report
 
@@ -342,7 +343,7 @@ class Removal:
         Raises:
             BackendUnavailableError: None could be deleted, because the backend is unavailable.
         """
-        failures = await self._delete([location for location, _ in orphans])
+        failures = await self._engine.delete_many(self._report.backend, [location for location, _ in orphans])
         collected = [self._to_collected(location, size, failures.get(location)) for location, size in orphans]
         for item in collected:
             self._note(item)
@@ -363,26 +364,6 @@ class Removal:
             logger.warning(
                 "the remains of unfinished writes on the backend %r could not be removed: %s", self._report.backend, error
             )
-
-    async def _delete(self, locations: Sequence[str]) -> Mapping[str, StorageError]:
-        if not isinstance(self._backend, SupportsBatchDelete):
-            return await self._delete_each(locations)
-        try:
-            return await self._backend.delete_many(locations)
-        except StorageError as error:
-            return dict.fromkeys(locations, error)
-
-    async def _delete_each(self, locations: Sequence[str]) -> dict[str, StorageError]:
-        failures: dict[str, StorageError] = {}
-
-        async def delete(location: str) -> None:
-            try:
-                await self._backend.delete(location)
-            except StorageError as error:
-                failures[location] = error
-
-        await run_bounded(locations, delete, _CONCURRENCY)
-        return failures
 
     def _to_collected(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
         status = OrphanStatus.DELETED if error is None else OrphanStatus.FAILED

@@ -220,7 +220,7 @@ MUTANTS = [
         name="sessions-cancelled-removal-stops",
         rule="Objects of an ended transaction are deleted to the end, though the task is cancelled meanwhile.",
         path="granite_storage/orm/uploads.py",
-        old='shielded_cleanup(remove(plain, intents), f"deleting {len(plain) + len(intents)} objects of an ended transaction")',
+        old="await_only(shielded_cleanup(work, f",
         new="remove(plain, intents)",
         tests=("tests/orm/test_cancelled_removal.py",),
     ),

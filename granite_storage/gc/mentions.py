@@ -39,7 +39,7 @@ from granite_storage._tasks import shielded
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id
 from granite_storage.orm._util import batches
 from granite_storage.orm.discovery import FoundColumn, find_text_columns
-from granite_storage.orm.references import as_text
+from granite_storage.orm.references import UTF_8, as_text, text_encoding
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -112,6 +112,7 @@ async def find_mentions(
         if item.is_partial or item.is_foreign or item.is_unknown or not item.is_readable:
             yield Mention(item.label, is_seen=False)
     readable = [item for item in columns if item.is_readable and not item.is_foreign and not item.is_unknown]
+    encodings = dict.fromkeys((UTF_8, await connection.run_sync(text_encoding)))
     for _, of_table in groupby(readable, key=lambda item: (item.schema, item.table)):
         for some in batches(list(of_table), _COLUMNS_PER_STATEMENT):
             async with _release_locks(connection):
@@ -121,7 +122,7 @@ async def find_mentions(
                         for number, item in enumerate(some):
                             stated = identities if (item.table, item.name) in names else None
                             texts = [row[number] for row in page if row[number] is not None]
-                            ids = await shielded(asyncio.to_thread(_find_ids, texts, wanted.keys(), stated))
+                            ids = await shielded(asyncio.to_thread(_find_ids, texts, wanted.keys(), stated, encodings))
                             if ids:
                                 yield Mention(item.label, frozenset(place for found in ids for place in wanted[found]))
                 finally:
@@ -154,8 +155,9 @@ def _mentions(column: ColumnElement[Any], item: FoundColumn, dialect: str) -> Co
         # GLOB reads up to the first zero, so a text that has one is read in Python.
         as_text = column.op("GLOB", is_comparison=True)(_TAIL_AS_GLOB)
         with_zero = func.instr(column, func.char(0)) > 0
+        in_encoding = cast(column, Text()).op("GLOB", is_comparison=True)(_TAIL_AS_GLOB)  # bytes of a text in UTF-16
         in_utf8 = func.hex(column).op("GLOB", is_comparison=True)(_TAIL_IN_HEX)
-        as_bytes = case((func.length(column) <= _LONGEST_BYTES, in_utf8), else_=false())
+        as_bytes = case((func.length(column) <= _LONGEST_BYTES, or_(in_utf8, in_encoding)), else_=false())
         kind = func.typeof(column)
         return case((kind == "text", or_(as_text, with_zero)), (kind == "blob", or_(as_text, as_bytes)), else_=false())
     value: ColumnElement[Any] = column
@@ -169,13 +171,19 @@ def _mentions(column: ColumnElement[Any], item: FoundColumn, dialect: str) -> Co
     return case((func.octet_length(column) <= _LONGEST_BYTES, is_one), else_=false()) if item.is_binary else is_one
 
 
-def _find_ids(texts: Sequence[str | bytes], wanted: Collection[str], identities: Collection[str] | None) -> set[str]:
-    """Return which of the ids the texts mention, apart from references to another store than that of the identities, if any."""
+def _find_ids(
+    texts: Sequence[str | bytes], wanted: Collection[str], identities: Collection[str] | None, encodings: Collection[str]
+) -> set[str]:
+    """Return which of the ids the values mention, apart from references to another store than that of the identities, if any.
+
+    Bytes are read in each of the encodings: on SQLite a value may be a text in that of the database, or bytes in UTF-8.
+    """
     found: set[str] = set()
-    for text in map(as_text, texts):
-        ids = {one for one in _iter_ids(text) if one in wanted}
-        if ids and (identities is None or not _is_elsewhere(text, identities)):
-            found |= ids
+    for value in texts:
+        for text in (value,) if isinstance(value, str) else (as_text(value, encoding) for encoding in encodings):
+            ids = {one for one in _iter_ids(text) if one in wanted}
+            if ids and (identities is None or not _is_elsewhere(text, identities)):
+                found |= ids
     return found
 
 

@@ -14,7 +14,7 @@ from granite_storage.alembic.sources import InPlace
 from granite_storage.exceptions import BackendError
 from granite_storage.manager import StorageManager
 from granite_storage.orm.discovery import as_found, find_json_columns, find_with_refs
-from granite_storage.orm.references import as_text, is_text, location_of, selected_text, value_in, where_json
+from granite_storage.orm.references import as_text, is_text, location_of, selected_text, text_encoding, value_in, where_json
 
 __all__ = ["Owners"]
 
@@ -93,7 +93,9 @@ def _find_rows(connection: Connection, column: Column[Any], wanted: Sequence[str
         if dialect != "sqlite":
             raise
         rows = _select(connection, column, wanted, is_safe=True)
-    return [(as_text(backend), as_text(location), as_text(identity)) for backend, location, identity in rows]
+    encoding = text_encoding(connection)
+    found = (tuple(as_text(value, encoding) for value in row) for row in rows)
+    return [(backend, location, identity) for backend, location, identity in found]
 
 
 def _select(connection: Connection, column: Column[Any], wanted: Sequence[str], *, is_safe: bool) -> list[Any]:

@@ -57,6 +57,7 @@ from granite_storage.orm.discovery import (
 )
 from granite_storage.orm.journal.tables import journal_tables, tables_of
 from granite_storage.orm.references import (
+    UTF_8,
     as_text,
     find_references,
     location_of,
@@ -65,6 +66,7 @@ from granite_storage.orm.references import (
     references_among,
     selected_extra,
     selected_text,
+    text_encoding,
     value_in,
 )
 
@@ -452,6 +454,7 @@ class DatabaseReferences:
         self._backend = backend
         self._clause: Table | None = None
         self._dialect = ""
+        self._encoding = UTF_8
         self._identities: tuple[str, ...] | None = None
         self._ref_columns: list[RefColumn] = []
         self._journals: list[JournalTables] = []
@@ -491,7 +494,8 @@ class DatabaseReferences:
                 async for location, is_here in locations:
                     await named.add(location, is_here)
             chunks = list(batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT))
-            if len(chunks) > 1:  # more streams at a time would each hold a connection
+            # More streams at a time would each hold a connection, and a database in UTF-16 has an order of its own.
+            if len(chunks) > 1 or self._encoding != UTF_8:
                 for chunk in chunks:
                     async with aclosing(self._iter_referenced(chunk)) as pages:
                         async for page in pages:
@@ -540,7 +544,8 @@ class DatabaseReferences:
             if item.is_declared and self._backend in item.here:
                 async with self._connection() as connection:
                     for backend, identity, number in await connection.execute(select_counts(item, connection.dialect.name)):
-                        counted[as_text(backend), as_text(identity) or None] += number
+                        named = as_text(backend, self._encoding), as_text(identity, self._encoding) or None
+                        counted[named] += number
         return counted
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
@@ -560,6 +565,7 @@ class DatabaseReferences:
         try:
             async with self._connection(translated=True) as connection:
                 self._dialect = connection.dialect.name
+                self._encoding = await connection.run_sync(text_encoding)
                 await checks.require_fit(connection, [])
                 self._ref_columns = await connection.run_sync(find_columns, bases, self._identities)
                 self._journals = await connection.run_sync(_journals_in, bases, self._columns)
@@ -579,7 +585,7 @@ class DatabaseReferences:
                         wrong = next((kind for location, kind in page if location is None or kind >= UNKNOWN_BACKEND), None)
                         if wrong is not None:
                             break
-                        yield [(as_text(location), kind == HERE) for location, kind in page]
+                        yield [(as_text(location, self._encoding), kind == HERE) for location, kind in page]
                 finally:
                     await result.close()
         except ProgrammingError as error:
@@ -596,7 +602,7 @@ class DatabaseReferences:
                 try:
                     async for of_backend, _, extra in result:
                         for location in named_in(json.loads(extra)):
-                            yield location, as_text(of_backend) == self._backend
+                            yield location, as_text(of_backend, self._encoding) == self._backend
                 finally:
                     await result.close()
 
@@ -615,8 +621,9 @@ class DatabaseReferences:
                 found = (await connection.execute(select_first(item, dialect, kind, self._identities))).first()
                 if found is not None:
                     *key, backend, identity = found
+                    said = as_text(backend, self._encoding), as_text(identity, self._encoding)
                     where = f"{item.label} of the row {_key(key)}"
-                    raise CollectionRefusedError(self._describe_unknown(kind, where, as_text(backend), as_text(identity or "")))
+                    raise CollectionRefusedError(self._describe_unknown(kind, where, *said))
         raise CollectionRefusedError(_describe_illegible("a row that has changed since"))
 
     def _describe_unknown(self, kind: int, where: str, backend: str, identity: str) -> str:

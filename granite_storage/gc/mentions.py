@@ -39,7 +39,7 @@ from granite_storage._tasks import shielded
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id
 from granite_storage.orm._util import batches
 from granite_storage.orm.discovery import FoundColumn, find_text_columns
-from granite_storage.orm.references import as_text
+from granite_storage.orm.references import UTF_8, as_text, text_encoding
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -52,6 +52,8 @@ _LONGEST_BYTES = 16 * 1024
 """The longest value of bytes that is searched: a longer one hardly mentions an object."""
 _RUN = re.compile(rf"[0-9a-f]{{{GENERATED_ID_LENGTH},}}")
 _STEM = re.compile(rf"(?=({GENERATED_STEM}))")
+_STEM_IN_HEX = "(3[0-9]|6[1-6]){12}37(3[0-9]|6[1-6]){3}(3[89]|6[12])(3[0-9]|6[1-6]){15}"
+"""The regular expression of a generated id in bytes that PostgreSQL prints within another value."""
 
 _TAIL_AS_GLOB = "*7" + "[0-9a-f]" * 3 + "[89ab]" + "[0-9a-f]" * 15 + "*"
 _TAIL_IN_HEX = "*37" + "[36][0-9]" * 3 + "[36][1289]" + "[36][0-9]" * 15 + "*"
@@ -107,9 +109,10 @@ async def find_mentions(
         if (item.schema, item.table) not in tables_left_out and (item.schema, item.table, item.name) not in left_out
     ]
     for item in columns:
-        if item.is_partial or item.is_foreign or not item.is_readable:
+        if item.is_partial or item.is_foreign or item.is_unknown or not item.is_readable:
             yield Mention(item.label, is_seen=False)
-    readable = [item for item in columns if item.is_readable and not item.is_foreign]
+    readable = [item for item in columns if item.is_readable and not item.is_foreign and not item.is_unknown]
+    encodings = dict.fromkeys((UTF_8, await connection.run_sync(text_encoding)))
     for _, of_table in groupby(readable, key=lambda item: (item.schema, item.table)):
         for some in batches(list(of_table), _COLUMNS_PER_STATEMENT):
             async with _release_locks(connection):
@@ -119,7 +122,7 @@ async def find_mentions(
                         for number, item in enumerate(some):
                             stated = identities if (item.table, item.name) in names else None
                             texts = [row[number] for row in page if row[number] is not None]
-                            ids = await shielded(asyncio.to_thread(_find_ids, texts, wanted.keys(), stated))
+                            ids = await shielded(asyncio.to_thread(_find_ids, texts, wanted.keys(), stated, encodings))
                             if ids:
                                 yield Mention(item.label, frozenset(place for found in ids for place in wanted[found]))
                 finally:
@@ -149,33 +152,48 @@ def _value(column: ColumnElement[Any], item: FoundColumn, dialect: str) -> Colum
 
 def _mentions(column: ColumnElement[Any], item: FoundColumn, dialect: str) -> ColumnElement[bool]:
     if dialect == "sqlite":
-        as_text = column.op("GLOB", is_comparison=True)(_TAIL_AS_GLOB)  # of bytes, up to the first one that is zero
-        as_bytes = case((func.length(column) <= _LONGEST_BYTES, func.hex(column).op("GLOB")(_TAIL_IN_HEX)), else_=false())
+        # GLOB reads up to the first zero, so a text that has one is read in Python.
+        as_text = column.op("GLOB", is_comparison=True)(_TAIL_AS_GLOB)
+        with_zero = func.instr(column, func.char(0)) > 0
+        in_encoding = cast(column, Text()).op("GLOB", is_comparison=True)(_TAIL_AS_GLOB)  # bytes of a text in UTF-16
+        in_utf8 = func.hex(column).op("GLOB", is_comparison=True)(_TAIL_IN_HEX)
+        as_bytes = case((func.length(column) <= _LONGEST_BYTES, or_(in_utf8, in_encoding)), else_=false())
         kind = func.typeof(column)
-        return case((kind == "text", as_text), (kind == "blob", or_(as_text, as_bytes)), else_=false())
+        return case((kind == "text", or_(as_text, with_zero)), (kind == "blob", or_(as_text, as_bytes)), else_=false())
     value: ColumnElement[Any] = column
     if dialect == "postgresql":
         value = func.encode(column, "escape") if item.is_binary else cast(column, Text())
     elif item.is_binary:
         value = func.convert(column.op("USING")(literal_column("latin1")))
     is_one = value.op("~" if dialect == "postgresql" else "REGEXP", is_comparison=True)(GENERATED_STEM)
+    if item.nests_bytes:
+        is_one = value.op("~", is_comparison=True)(f"{GENERATED_STEM}|{_STEM_IN_HEX}")
     return case((func.octet_length(column) <= _LONGEST_BYTES, is_one), else_=false()) if item.is_binary else is_one
 
 
-def _find_ids(texts: Sequence[str | bytes], wanted: Collection[str], identities: Collection[str] | None) -> set[str]:
-    """Return which of the ids the texts mention, apart from references to another store than that of the identities, if any."""
+def _find_ids(
+    texts: Sequence[str | bytes], wanted: Collection[str], identities: Collection[str] | None, encodings: Collection[str]
+) -> set[str]:
+    """Return which of the ids the values mention, apart from references to another store than that of the identities, if any.
+
+    Bytes are read in each of the encodings: on SQLite a value may be a text in that of the database, or bytes in UTF-8.
+    """
     found: set[str] = set()
-    for text in map(as_text, texts):
-        ids = {one for one in _iter_ids(text) if one in wanted}
-        if ids and (identities is None or not _is_elsewhere(text, identities)):
-            found |= ids
+    for value in texts:
+        for text in (value,) if isinstance(value, str) else (as_text(value, encoding) for encoding in encodings):
+            ids = {one for one in _iter_ids(text) if one in wanted}
+            if ids and (identities is None or not _is_elsewhere(text, identities)):
+                found |= ids
     return found
 
 
 def _iter_ids(text: str) -> Iterator[str]:
-    """Yield what has the form of a generated id, also within more hex digits, as after an escaped slash."""
+    """Yield what has the form of a generated id, also within more hex digits, as after an escaped slash, and as bytes in hex."""
     for run in _RUN.findall(text):
         yield from _STEM.findall(run)
+        if len(run) >= 2 * GENERATED_ID_LENGTH:
+            for digits in (run, run[1:]):
+                yield from _STEM.findall(bytes.fromhex(digits[: len(digits) // 2 * 2]).decode("latin-1"))
 
 
 def _is_elsewhere(text: str, identities: Collection[str]) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, Protocol, TypeAlias
 
 from granite_storage._engine import describe_mismatch, identities_of
-from granite_storage._tasks import shielded
+from granite_storage._tasks import shielded, shielded_cleanup
 from granite_storage.exceptions import CollectionRefusedError, ConfigurationError
 from granite_storage.gc.mentions import Mention
 from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporary_file
@@ -81,7 +81,10 @@ class ReferenceSource(Protocol):
 IterReferences: TypeAlias = Callable[
     [], Iterable[StoredObjectRef | None] | AsyncIterable[StoredObjectRef | None] | Awaitable[Iterable[StoredObjectRef | None]]
 ]
-"""Returns all references at that moment; it is called several times in a collection."""
+"""Returns all references at that moment; it is called several times in a collection.
+
+An iterator that is not read to its end is closed by its `aclose` or `close`.
+"""
 
 
 class GivenReferences:
@@ -112,13 +115,14 @@ class GivenReferences:
         identities = await identities_of(self._manager.backend(backend))
         async with temporary_file() as file:
             spool = SortedSpool(file)
-            async for ref in self._refs():
-                is_here = ref.backend == backend
-                self._require_understood(ref, identities if is_here else None)
-                if is_here:
-                    self._storage_keys.add(ref.storage_key)
-                for location in _locations(ref):
-                    await spool.add(location, is_here)
+            async with aclosing(self._refs()) as refs:
+                async for ref in refs:
+                    is_here = ref.backend == backend
+                    self._require_understood(ref, identities if is_here else None)
+                    if is_here:
+                        self._storage_keys.add(ref.storage_key)
+                    for location in _locations(ref):
+                        await spool.add(location, is_here)
             yield spool.pages()
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
@@ -130,8 +134,9 @@ class GivenReferences:
         """Return the locations that are referenced now, by reading all references again."""
         wanted = {*locations, *filter(None, map(generated_id, locations))}
         held: set[str] = set()
-        async for ref in self._refs():
-            held.update(found for found in _locations(ref) if found in wanted or generated_id(found) in wanted)
+        async with aclosing(self._refs()) as refs:
+            async for ref in refs:
+                held.update(found for found in _locations(ref) if found in wanted or generated_id(found) in wanted)
         return references_among(locations, held)
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:
@@ -159,21 +164,35 @@ class GivenReferences:
                 f"iter_references returned a reference to {ref.location[:120]!r} in another store: {mismatch}"
             )
 
-    async def _refs(self) -> AsyncIterator[StoredObjectRef]:
+    async def _refs(self) -> AsyncGenerator[StoredObjectRef, None]:
         given: Any = self._iter_references()
         if inspect.isawaitable(given):
             given = await given
-        if isinstance(given, AsyncIterable):
-            async for ref in given:
+        is_async = isinstance(given, AsyncIterable)
+        items: Any = aiter(given) if is_async else iter(given)
+        try:
+            async for ref in items if is_async else _read_in_thread(items):
                 if ref is not None:
                     yield _require_ref(ref)
-            return
-        # An ordinary iterator may read from a database or a file, and so may block.
-        items = iter(given)
-        while page := await shielded(asyncio.to_thread(take_page, items)):
-            for ref in page:
-                if ref is not None:
-                    yield _require_ref(ref)
+        finally:
+            await shielded_cleanup(_close(items, is_async=is_async), "closing what iter_references returned")
+
+
+async def _read_in_thread(items: Iterator[Any]) -> AsyncIterator[Any]:
+    """Yield what an ordinary iterator does, which may read from a database or a file, and so may block."""
+    while page := await shielded(asyncio.to_thread(take_page, items)):
+        for item in page:
+            yield item
+
+
+async def _close(items: Any, *, is_async: bool) -> None:
+    """Close an iterator that can be closed, as a generator can: one that was not read to its end may hold a connection."""
+    close: Callable[[], Any] | None = getattr(items, "aclose", None) or getattr(items, "close", None)
+    if close is None:
+        return
+    closing = close() if is_async else await asyncio.to_thread(close)
+    if inspect.isawaitable(closing):
+        await closing
 
 
 def require_callable(iter_references: object) -> None:

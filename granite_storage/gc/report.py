@@ -73,7 +73,8 @@ class GarbageCollectionReport:
         mentioned_bytes: Their bytes.
         mentions: How many of them each column mentions, by its schema, table and name; the first thousand columns.
         unseen: The first thousand columns that may mention objects and could not be searched, or not in every row: those that
-            this role may not read, those of other servers, and those whose rows row-level security may hide.
+            this role may not read, those of other servers, those whose rows row-level security may hide, and those of a type
+            that the collector does not know. They keep nothing.
         referenced_on_recheck: How many nothing referred to at first, but the re-check right before deleting found a row or an
             entry of the journal that does.
         referenced_on_recheck_bytes: Their bytes.

@@ -64,19 +64,33 @@ _POSTGRESQL_COLUMNS = text("""
     ), bytes(oid) AS (
         SELECT 'bytea'::regtype::oid
         UNION SELECT t.oid FROM pg_type AS t JOIN bytes AS b ON b.oid = t.typbasetype WHERE t.typtype = 'd'
+    ), parts(whole, part) AS (
+        SELECT oid, typbasetype FROM pg_type WHERE typtype = 'd'
+        UNION ALL SELECT oid, typelem FROM pg_type WHERE typcategory = 'A' AND typelem <> 0
+        UNION ALL SELECT rngtypid, rngsubtype FROM pg_range
+        UNION ALL SELECT (to_jsonb(r) ->> 'rngmultitypid')::oid, rngsubtype FROM pg_range AS r
+        UNION ALL SELECT c.reltype, a.atttypid FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid
+        WHERE c.reltype <> 0 AND a.attnum > 0 AND NOT a.attisdropped
+    ), nested(oid) AS (
+        SELECT 'bytea'::regtype::oid
+        UNION SELECT p.whole FROM parts AS p JOIN nested AS x ON x.oid = p.part
     ), texts(oid) AS (
-        SELECT oid FROM pg_type
-        WHERE typtype = 'c' OR typtype = 'b' AND (
-            typcategory = 'S' AND typlen = -1 OR typname IN ('json', 'jsonb', 'jsonpath', 'xml', 'hstore')
-        )
-        UNION SELECT t.oid FROM pg_type AS t JOIN texts AS x
-        ON x.oid = CASE WHEN t.typtype = 'd' THEN t.typbasetype WHEN t.typcategory = 'A' THEN t.typelem END
+        SELECT t.oid FROM pg_type AS t
+        WHERE t.typtype = 'b' AND (t.typlen < 0 OR t.typlen >= :shortest) AND t.oid <> 'bytea'::regtype
+            AND NOT (t.typcategory = 'A' AND t.typelem <> 0) AND NOT (
+                t.typnamespace = 'pg_catalog'::regnamespace AND t.typname IN (
+                    'bit', 'box', 'cidr', 'inet', 'lseg', 'numeric', 'path', 'pg_snapshot', 'polygon', 'txid_snapshot', 'varbit'
+                )
+            )
+        UNION SELECT enumtypid FROM pg_enum WHERE length(enumlabel) >= :shortest
+        UNION SELECT p.whole FROM parts AS p JOIN texts AS x ON x.oid = p.part
     )
     SELECT n.nspname, c.relname, a.attname,
         has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'), c.relkind = 'f',
-        a.atttypid IN (SELECT oid FROM documents), row_security_active(c.oid), a.atttypid IN (SELECT oid FROM bytes)
+        a.atttypid IN (SELECT oid FROM documents), row_security_active(c.oid), a.atttypid IN (SELECT oid FROM bytes), false,
+        a.atttypid IN (SELECT oid FROM nested) AND a.atttypid NOT IN (SELECT oid FROM bytes)
     FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE (a.atttypid IN (SELECT oid FROM texts) OR a.atttypid IN (SELECT oid FROM bytes)) AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE a.attnum > 0 AND NOT a.attisdropped AND a.atttypid IN (SELECT oid FROM texts UNION ALL SELECT oid FROM nested)
         AND NOT (a.atttypid IN ('varchar'::regtype, 'bpchar'::regtype) AND a.atttypmod BETWEEN 4 AND 3 + :shortest)
         AND c.relkind IN ('r', 'p', 'f', 'm') AND NOT c.relispartition AND c.relispopulated
         AND n.nspname <> 'information_schema' AND left(n.nspname, 3) <> 'pg_'
@@ -113,12 +127,19 @@ _MARIADB_NAMED = text("""
 """).bindparams(bindparam("tables", expanding=True), bindparam("columns", expanding=True))
 _MARIADB_COLUMNS = text("""
     SELECT c.table_schema, c.table_name, c.column_name, c.privileges LIKE '%select%', 0, c.data_type IN ('json', 'longtext'), 0,
-        c.data_type LIKE '%blob' OR c.data_type LIKE '%binary'
+        c.data_type LIKE '%blob' OR c.data_type LIKE '%binary',
+        c.data_type NOT IN ('json', 'longtext', 'mediumtext', 'text', 'tinytext', 'blob', 'mediumblob', 'longblob', 'tinyblob',
+            'varchar', 'char', 'varbinary', 'binary', 'enum', 'set'), 0
     FROM information_schema.columns AS c
     JOIN information_schema.tables AS t ON t.table_schema = c.table_schema AND t.table_name = c.table_name
     WHERE (c.data_type IN ('json', 'longtext', 'mediumtext', 'text', 'tinytext')
             OR c.data_type IN ('blob', 'mediumblob', 'longblob', 'tinyblob')
-            OR c.data_type IN ('varchar', 'char', 'varbinary', 'binary') AND c.character_maximum_length >= :shortest)
+            OR c.data_type IN ('varchar', 'char', 'varbinary', 'binary', 'enum', 'set')
+                AND c.character_maximum_length >= :shortest
+            OR c.data_type NOT IN ('varchar', 'char', 'varbinary', 'binary', 'enum', 'set', 'tinyint', 'smallint', 'mediumint',
+                'int', 'bigint', 'decimal', 'float', 'double', 'bit', 'date', 'datetime', 'timestamp', 'time', 'year', 'uuid',
+                'inet4', 'inet6', 'vector', 'geometry', 'point', 'linestring', 'polygon', 'multipoint', 'multilinestring',
+                'multipolygon', 'geometrycollection', 'geomcollection'))
         AND t.table_type IN ('BASE TABLE', 'SYSTEM VERSIONED')
         AND c.table_schema NOT IN ('information_schema', 'mysql', 'performance_schema', 'sys')
     ORDER BY 1, 2, 3
@@ -148,6 +169,8 @@ class FoundColumn:
             that fail as `jsonb`.
         is_partial: Whether row-level security may hide rows from this role.
         is_binary: Whether it is of bytes; on SQLite, where any column can hold some, it is false.
+        is_unknown: Whether it is of a type of which it is unknown how to look for text in it.
+        nests_bytes: Whether there may be bytes in its values, as in an array of PostgreSQL, without it being of bytes itself.
     """
 
     schema: str
@@ -158,6 +181,8 @@ class FoundColumn:
     is_json: bool = True
     is_partial: bool = False
     is_binary: bool = False
+    is_unknown: bool = False
+    nests_bytes: bool = False
 
     @property
     def label(self) -> str:
@@ -213,9 +238,10 @@ def find_json_columns(connection: Connection) -> list[FoundColumn]:
 def find_text_columns(connection: Connection) -> list[FoundColumn]:
     """Return every column that can hold a generated id as text, JSON and bytes included, in the tables of every schema.
 
-    Those are, on PostgreSQL, columns of text, JSON, XML and hstore, of arrays and composite types of them, of bytes, and of
-    domains over any of them; on MariaDB those of text, JSON and bytes; on SQLite, where any column can hold any of it, all but
-    generated ones. Columns that are too short are left out, and virtual tables of SQLite, which keep what they have in others.
+    Those are, on PostgreSQL, columns of all types but those of numbers, times, addresses, bits and shapes, and of arrays, ranges,
+    domains and composite types of the others; on MariaDB those of text, JSON and bytes, and those of unknown types; on SQLite,
+    where any column can hold any of it, all but generated ones. Columns that are too short are left out, as are enumerated types
+    whose labels are, and virtual tables of SQLite, which keep what they have in others.
     """
     shortest = {"shortest": GENERATED_ID_LENGTH}
     match connection.dialect.name:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LOCATION_COLUMN_PREFIX",
     "LOCATION_INDEX_PREFIX",
+    "UTF_8",
     "RowValue",
     "RowValues",
     "Scan",
@@ -72,6 +73,7 @@ __all__ = [
     "references_among",
     "selected_extra",
     "selected_text",
+    "text_encoding",
     "value_in",
     "where_json",
     "with_location_column",
@@ -294,11 +296,10 @@ class Scan:
         async with self._connection(held.table) as connection:
             statement = select(_selected(held.column, connection.dialect)).where(among(held.table, [held.primary_key]))
             found = (await connection.execute(statement)).first()
-            return (
-                None
-                if found is None
-                else _value(held.table, held.primary_key, held.column, found[0], _reader(connection.dialect))
-            )
+            if found is None:
+                return None
+            encoding = await connection.run_sync(text_encoding)
+            return _value(held.table, held.primary_key, held.column, found[0], _reader(connection.dialect), encoding)
 
     async def shared(self, refs: Sequence[StoredObjectRef]) -> set[str]:
         """Return the locations that more than one value refers to, under whatever backend's key."""
@@ -333,13 +334,14 @@ class Scan:
         """Return a page, and the primary key that the next one begins after; None where there is no next one."""
         columns, keys = self._columns[table], list(table.primary_key)
         async with self._connection(table) as connection:
-            read = _reader(connection.dialect)
+            read, encoding = _reader(connection.dialect), await connection.run_sync(text_encoding)
             statement = select(*keys, *(_selected(column, connection.dialect) for column in columns)).where(_any(columns))
             rows = list(await connection.execute(following(statement, keys, after).order_by(*keys).limit(_AT_A_TIME)))
         page: list[RowValues] = []
         for row in rows:
             primary_key = tuple(row[: len(keys)])
-            held = (_value(table, primary_key, column, raw, read) for column, raw in zip(columns, row[len(keys) :], strict=True))
+            found = zip(columns, row[len(keys) :], strict=True)
+            held = (_value(table, primary_key, column, raw, read, encoding) for column, raw in found)
             page.append(RowValues(_text_of(table, primary_key), tuple(value for value in held if value is not None)))
         return page, tuple(rows[-1][: len(keys)]) if len(rows) == _AT_A_TIME else None
 
@@ -364,7 +366,7 @@ def as_stored(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
 
 
 def _selected(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
-    """Return a column as it can be selected whatever it holds: a text that is none in UTF-8 would spoil every row of SQLite."""
+    """Return a column as it can be selected whatever it holds: a text that is not valid would spoil every row of SQLite."""
     return cast(column, LargeBinary) if dialect.name == "sqlite" else as_stored(column, dialect)
 
 
@@ -403,15 +405,15 @@ def _reader(dialect: Dialect) -> Callable[[Any], Any]:
 
 
 def _value(
-    table: Table, primary_key: tuple[Any, ...], column: Column[Any], raw: Any, read: Callable[[Any], Any]
+    table: Table, primary_key: tuple[Any, ...], column: Column[Any], raw: Any, read: Callable[[Any], Any], encoding: str
 ) -> RowValue | None:
     if raw is None:
         return None
     try:
-        raw = raw.decode() if isinstance(raw, bytes) else raw
+        raw = raw.decode(encoding) if isinstance(raw, bytes) else raw
         ref = read(raw)
     except UnicodeDecodeError as error:
-        problem = InvalidReferenceError(f"the column does not hold text in UTF-8: {error.reason}")
+        problem = InvalidReferenceError(f"the column does not hold text in {encoding.upper()}: {error.reason}")
         return RowValue(table, primary_key, column, raw, error=problem)
     except InvalidReferenceError as error:
         return RowValue(table, primary_key, column, raw, error=error)
@@ -461,6 +463,10 @@ _MOST_LOCATIONS = 1000
 _COUNTS_FROM_THE_END = (14,)
 """The version of PostgreSQL since which `split_part` does."""
 
+UTF_8 = "utf-8"
+_ENCODING = "granite_storage_text_encoding"
+"""The key under which a connection keeps the encoding of its database."""
+
 _STEM_AS_GLOB = "[0-9a-f]" * 12 + "7" + "[0-9a-f]" * 3 + "[89ab]" + "[0-9a-f]" * 15
 
 
@@ -499,11 +505,12 @@ async def find_references(
         return set()
     held: set[tuple[str, str]] = set()
     wanted = {*locations, *ids}
+    encoding = await connection.run_sync(text_encoding)
     for backend, location, names in await connection.execute(union_all(*parts)):
         if names is None:
-            held.add((as_text(backend), as_text(location)))
+            held.add((as_text(backend, encoding), as_text(location, encoding)))
         else:
-            found = ((as_text(backend), name) for name in named_in(json.loads(names)))
+            found = ((as_text(backend, encoding), name) for name in named_in(json.loads(names)))
             held.update((of, name) for of, name in found if name in wanted or generated_id(name) in wanted)
     return held
 
@@ -541,14 +548,27 @@ def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]
     return found.where(names_one)
 
 
-def as_text(value: str | bytes | None) -> str:
-    """Return a text as it was selected: SQLite gives bytes, among which a lone surrogate may be."""
+def as_text(value: str | bytes | None, encoding: str) -> str:
+    """Return a text as it was selected: SQLite gives bytes in the database's encoding, among which a lone surrogate may be."""
     if value is None or isinstance(value, str):
         return value or ""
     try:
-        return value.decode("utf-8", "surrogatepass")
+        return value.decode(encoding, "surrogatepass")
     except UnicodeDecodeError:
-        return value.decode("utf-8", "surrogateescape")
+        return value.decode(encoding, "surrogateescape" if encoding == UTF_8 else "replace")
+
+
+def text_encoding(connection: Connection) -> str:
+    """Return the encoding in which a database gives a text that it was told to give as bytes; blocking.
+
+    Only SQLite is told so. Its databases are in UTF-8, or in UTF-16 of either byte order, and attached ones are as the main one.
+    """
+    if connection.dialect.name != "sqlite":
+        return UTF_8
+    if _ENCODING not in connection.info:
+        connection.info[_ENCODING] = connection.exec_driver_sql("PRAGMA encoding").scalar_one().lower()
+    found: str = connection.info[_ENCODING]
+    return found
 
 
 def _referring(
@@ -580,7 +600,7 @@ def _among(
 
 
 def selected_text(value: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
-    """Return a text as it can be selected, whatever it is; `as_text` reads it."""
+    """Return a text as it can be selected, whatever it is; `as_text` reads it, in the `text_encoding` of the connection."""
     return cast(value, LargeBinary) if dialect == "sqlite" else value
 
 

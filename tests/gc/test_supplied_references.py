@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from granite_storage import StorageGarbageCollector, StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import merge
+from granite_storage.gc import references as gc_references
 from granite_storage.gc.merge import SortedSpool, temporary_file
 from granite_storage.orm import iter_model_storage_refs
 from tests.gc.environment import POLICIES, AgedBackend, Crate, GcEnvironment, file
@@ -156,6 +160,137 @@ async def test_with_the_references_of_models(plain_env: GcEnvironment) -> None:
     report = await plain_env.collector(iter_references=references).collect(storage_key="docs", dry_run=False)
     assert report.deleted == 1
     assert orphan.location not in await plain_env.locations()
+
+
+@pytest.mark.case("RB-08")
+@pytest.mark.parametrize("kind", ["async generator", "generator", "async iterator", "awaitable"])
+@pytest.mark.parametrize("wrong", ["no ref", "unknown backend"])
+async def test_what_is_read_in_part_is_closed(kind: str, wrong: str) -> None:
+    """It may hold a connection. The error keeps its frames, and so whatever they refer to."""
+    shed = Shed()
+    ref = await shed.put()
+    bad = "no ref" if wrong == "no ref" else replace(ref, backend="gone")
+    closed: list[str] = []
+
+    async def agen() -> AsyncIterator[Any]:
+        try:
+            for item in [ref, bad, *[ref] * 5000]:
+                yield item
+        finally:
+            await asyncio.sleep(0)
+            closed.append("agen")
+
+    def gen() -> Iterator[Any]:
+        try:
+            yield from [ref, bad, *[ref] * 5000]
+        finally:
+            closed.append("gen")
+
+    class Closable:
+        def __init__(self) -> None:
+            self.items = agen()
+
+        def __aiter__(self) -> Closable:
+            return self
+
+        async def __anext__(self) -> Any:
+            return await anext(self.items)
+
+        async def close(self) -> None:
+            await self.items.aclose()  # type: ignore[attr-defined]
+
+    async def later() -> AsyncIterator[Any]:
+        return agen()
+
+    given = {"async generator": agen, "generator": gen, "async iterator": Closable, "awaitable": later}[kind]
+    with pytest.raises(CollectionRefusedError) as refused:
+        await shed.collect(given)
+    assert len(closed) == 1
+    assert refused.value.__traceback__ is not None
+
+
+@pytest.mark.case("RB-08")
+async def test_what_is_read_in_part_is_closed_where_a_recheck_fails() -> None:
+    shed = Shed()
+    ref = await shed.put()
+    await shed.put()
+    opened, closed = [0], [0]
+
+    async def given() -> AsyncIterator[Any]:
+        opened[0] += 1
+        try:
+            yield ref
+            yield "no ref" if opened[0] == 2 else ref
+            yield ref
+        finally:
+            closed[0] += 1
+
+    with pytest.raises(CollectionRefusedError) as refused:
+        await shed.collect(given)
+    assert (opened, closed) == ([2], [2])
+    assert refused.value.__traceback__ is not None
+
+
+@pytest.mark.case("RB-08")
+async def test_a_cancelled_run_closes_what_it_reads() -> None:
+    shed = Shed()
+    ref = await shed.put()
+    closed, reached = asyncio.Event(), asyncio.Event()
+
+    async def given() -> AsyncIterator[Any]:
+        try:
+            while True:
+                yield ref
+                reached.set()
+                await asyncio.sleep(0)
+        finally:
+            await asyncio.sleep(0)
+            closed.set()
+
+    run = asyncio.create_task(shed.collect(given))
+    await reached.wait()
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert closed.is_set()
+
+
+@pytest.mark.case("RB-08")
+async def test_closing_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    shed = Shed()
+    ref = await shed.put()
+    monkeypatch.setattr(gc_references, "shielded_cleanup", partial(gc_references.shielded_cleanup, timeout=0.05))
+
+    async def given() -> AsyncIterator[Any]:
+        try:
+            yield ref
+            yield "no ref"
+            yield ref
+        finally:
+            await asyncio.sleep(60)
+
+    async with asyncio.timeout(10):
+        with pytest.raises(CollectionRefusedError, match="StoredObjectRef"):
+            await shed.collect(given)
+    assert "closing what iter_references returned" in caplog.text
+
+
+@pytest.mark.case("RB-08")
+async def test_an_error_while_closing_does_not_hide_the_refusal(caplog: pytest.LogCaptureFixture) -> None:
+    shed = Shed()
+    ref = await shed.put()
+
+    async def given() -> AsyncIterator[Any]:
+        try:
+            yield ref
+            yield "no ref"
+            yield ref
+        finally:
+            raise OSError("the connection is gone")
+
+    with pytest.raises(CollectionRefusedError, match="StoredObjectRef"):
+        await shed.collect(given)
+    assert "closing what iter_references returned failed" in caplog.text
 
 
 async def test_sorting_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ class _Readings:
                 self._remember(key, source if is_weakly_referable(source) else holder)
             yield was_begun
         finally:
-            del self._current[key]
+            self._current.pop(key, None)  # a fork has forgotten it
 
     def _remember(self, key: int, holder: object) -> None:
         if holder is not None and is_weakly_referable(holder):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from starlette.datastructures import UploadFile
 
-from granite_storage import SizeLimitedStream, StorageManager
+from granite_storage import SizeLimitedStream, StorageManager, streams
 from granite_storage.exceptions import ConsumedSourceError
 from granite_storage.orm import Attachment
 from tests.core.support import SLOT
@@ -196,6 +196,14 @@ async def test_another_source_at_the_same_address_is_another(sessions: Sessions)
     for _ in range(20):
         document = await add(sessions, Document(file=Attachment(iter([b"x"]))))
         assert document.file.size == 1
+
+
+def test_a_fork_reads_nothing_of_what_its_parent_reads() -> None:
+    source = generator()
+    with streams._readings.claim(source):
+        streams._readings.forget_current()  # as in the child
+        with streams._readings.claim(source):
+            pass
 
 
 @pytest.mark.case("RA-06")

@@ -56,11 +56,12 @@ from granite_storage.signing import UrlSigner, signed_url
 from granite_storage.streams import (
     BytesLike,
     ByteSource,
+    ManagedStream,
     MeasuredStream,
     Pace,
     PacedStream,
-    SizeLimitedStream,
     fingerprint,
+    is_upload,
     require_declared_size,
     require_size,
     size_of,
@@ -143,7 +144,7 @@ def upload_names(source: object) -> tuple[str | None, str | None]:
     A client may send anything as a media type: what is none, or cannot be kept, is left out.
     """
     content_type = getattr(source, "content_type", None)
-    is_named = hasattr(source, "filename")
+    is_named = is_upload(source)
     # Django's uploads have a `name`; of other files it is a path on this machine.
     filename = getattr(source, "filename" if is_named else "name", None) if is_named or hasattr(source, "content_type") else None
     return (
@@ -530,7 +531,7 @@ class Engine:
         if size is not None:
             require_declared_size(size)
             require_size(size, prepared.policy.max_size)
-        limited = SizeLimitedStream(content, prepared.policy.max_size)
+        limited = ManagedStream(content, prepared.policy.max_size)
         if self._pace is None:
             async with self._lifecycle.upload():
                 return await self._store(prepared, MeasuredStream(limited, size=size, checksum=checksum))

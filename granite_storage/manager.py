@@ -200,7 +200,8 @@ class StorageManager:
             StreamTimeoutError: It was idle for too long, or too slow; see the arguments of the manager.
             SizeMismatchError: It has not the declared size, or is an upload that cannot seek and has not its own `size`.
             EmptyUploadError: It is an upload without a name and without bytes.
-            ConsumedSourceError: It is an upload that was closed.
+            ConsumedSourceError: It is an upload that was closed, or that was stored before and cannot seek; or any other stream
+                that another call is storing.
             ChecksumMismatchError: It has not the declared checksum.
             TypeError: It is not a stream of bytes.
             BackendError: The backend could not store it. An error that the stream itself raises passes through unchanged.

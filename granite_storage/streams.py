@@ -19,11 +19,13 @@ import io
 import logging
 import os
 import re
+import tempfile
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Set
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeAlias, TypeGuard
@@ -45,9 +47,11 @@ __all__ = [
     "INLINE_HASH",
     "ByteSource",
     "BytesLike",
+    "ManagedStream",
     "MeasuredStream",
     "Pace",
     "PacedStream",
+    "ReadOnce",
     "Sha256",
     "SizeLimitedStream",
     "SupportsAsyncRead",
@@ -55,12 +59,16 @@ __all__ = [
     "WholeFile",
     "fingerprint",
     "is_file",
+    "is_form_upload",
     "is_local",
     "is_seekable",
+    "is_upload",
+    "is_weakly_referable",
     "iter_chunks",
     "joined",
     "size_mismatch",
     "upload_size",
+    "whole",
 ]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
@@ -94,6 +102,7 @@ ByteSource: TypeAlias = SupportsRead | SupportsAsyncRead | AsyncIterable[BytesLi
 """Anything that bytes can be streamed from."""
 
 _ONLY_WRITTEN = re.compile(r"[wax][bt]?|[bt][wax]")
+_MOST_WRAPPERS = 4
 _FILE_TURN_SECONDS = 0.01
 _CANCEL_TIMEOUT = 5.0
 
@@ -110,10 +119,92 @@ _hash_threads = ThreadPool("granite-hash", (os.cpu_count() or 1) + 2)
 _threads = ThreadPool("granite-source", 32, max_stuck=480)
 
 
+# What is being read, and what was begun: a source that yields its bytes once must not be dealt out between two objects.
+
+
+Claim: TypeAlias = Callable[[object], AbstractContextManager[object]]
+"""Stands around the reading of a source."""
+
+
+class _Readings:
+    """Remembers sources by their identity: not every one has a hash, and equal ones are not the same.
+
+    What was begun is remembered by a weak reference to the source, or to what holds it where it cannot have one.
+    """
+
+    def __init__(self) -> None:
+        self._current: dict[int, tuple[object, object]] = {}
+        self._begun: dict[int, weakref.ref[Any]] = {}
+
+    @contextmanager
+    def claim(self, source: object, holder: object = None) -> Iterator[bool]:
+        """Read a source; yield whether it was begun before.
+
+        Args:
+            source: The source.
+            holder: What keeps it, in an attribute `held`, and is remembered where a source cannot have a weak reference.
+
+        Raises:
+            ConsumedSourceError: It is being read for another object.
+        """
+        key, mine = id(source), object()
+        if self._current.setdefault(key, (mine, source))[0] is not mine:
+            raise ConsumedSourceError(
+                f"the stream is being read for another object, and one {type(source).__name__} cannot be read for two at a time:"
+                " pass each a stream of its own, or bytes"
+            )
+        try:
+            was_begun = self._was_begun(source)
+            if not was_begun:
+                self._remember(key, source if is_weakly_referable(source) else holder)
+            yield was_begun
+        finally:
+            self._current.pop(key, None)  # a fork has forgotten it
+
+    def _remember(self, key: int, holder: object) -> None:
+        if holder is not None and is_weakly_referable(holder):
+            self._begun[key] = weakref.ref(holder, lambda _: self._begun.pop(key, None))
+
+    def _was_begun(self, source: object) -> bool:
+        reference = self._begun.get(id(source))
+        holder = None if reference is None else reference()
+        return holder is not None and (holder is source or getattr(holder, "held", None) is source)
+
+    def forget_current(self) -> None:
+        """Begin anew: a fork has none of the uploads of its parent."""
+        self._current.clear()
+
+
+_readings = _Readings()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_readings.forget_current)
+
+
+def is_weakly_referable(value: object) -> bool:
+    """Tell whether something can have a weak reference, as generators and files can and the iterator of a list cannot."""
+    return type(value).__weakrefoffset__ != 0
+
+
+def _unclaimed(_: object) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+def _claimed(source: object) -> AbstractContextManager[object]:
+    return _readings.claim(_read_on_of(source))
+
+
+def _read_on_of(source: object) -> object:
+    """Return what a limit around a stream reads on, where a second limit around that would go on where this one ends."""
+    while isinstance(source, SizeLimitedStream) and source._passes_on is not None:
+        source = source._passes_on
+    return source
+
+
 # Sources: nothing else in the library asks what one is.
 
 
-def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
+def iter_chunks(source: ByteSource, *, claim: Claim = _unclaimed) -> AsyncGenerator[BytesLike, None]:
     """Turn whatever the caller streams from into an async iterator of bytes-like chunks, some of which may be empty.
 
     A synchronous one is read in a thread. The caller's object is never closed; an iterator made here from it is, exactly once.
@@ -122,6 +213,7 @@ def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
     Args:
         source: A binary file object, an object with an async `read`, an async iterable or an iterable of bytes-like chunks,
             or bytes. A chunk may be a buffer that the producer uses again once the next chunk is asked for.
+        claim: Stands around the reading of a file or an iterator, from its first chunk to its end.
 
     Raises:
         TypeError: It is none of these, a text stream, a file that is only written, or a set or mapping, whose order says nothing;
@@ -131,17 +223,19 @@ def iter_chunks(source: ByteSource) -> AsyncGenerator[BytesLike, None]:
         return _only(source)
     if isinstance(source, str | io.TextIOBase):
         raise TypeError(f"a stream must be binary, but {type(source).__name__} is text: open the file with mode 'rb'")
+    if isinstance(source, WholeFile | ReadOnce):
+        return source.chunks()
     if is_file(source):
         _require_readable(source)
-        return WholeFile(source).chunks() if hasattr(source, "filename") else _read(source)
+        return WholeFile(source).chunks() if is_upload(source) else _read_claimed(source, claim)
     if isinstance(source, AsyncIterable):
-        return _iterate_async(source)
+        return _iterate_async(source, claim)
     if _is_buffer(source):
         return _only(memoryview(source))
     if isinstance(source, Set | Mapping):
         raise TypeError(f"a stream has an order, but {type(source).__name__} has none: pass a list of its chunks")
     if isinstance(source, Iterable):
-        return _iterate_in_thread(source)
+        return _iterate_in_thread(source, claim)
     raise TypeError(f"a stream must have read() or be an iterable of bytes, but is {type(source).__name__}")
 
 
@@ -193,7 +287,7 @@ class WholeFile:
 
     def __init__(self, file: Any) -> None:
         self._file = file
-        self._begun = False
+        self.held: object = _innermost(file) if is_upload(file) else file
         self.can_rewind: bool = is_seekable(file)
 
     def __aiter__(self) -> AsyncGenerator[BytesLike, None]:
@@ -208,29 +302,68 @@ class WholeFile:
             SizeMismatchError: It cannot seek, and does not yield as many bytes as its `size` says.
         """
         async with _turn_at(self._file):
-            size = await self._rewind()
-            count = 0
-            async with aclosing(_read(self._file)) as chunks:
-                async for chunk in chunks:
-                    count += len(chunk)
-                    if size is not None and count > size:
-                        raise size_mismatch(size, None)
-                    yield chunk
-                    del chunk
-            if size is not None and count != size:
-                raise size_mismatch(size, count)
-            if not count and not getattr(self._file, "filename", True):
-                raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
+            with _readings.claim(self.held, self) as was_begun:
+                size = await self._rewind(was_begun)
+                count = 0
+                async with aclosing(_read(self._file)) as chunks:
+                    async for chunk in chunks:
+                        count += len(chunk)
+                        if size is not None and count > size:
+                            raise size_mismatch(size, None)
+                        yield chunk
+                        del chunk
+                if size is not None and count != size:
+                    raise size_mismatch(size, count)
+                if not count and is_form_upload(self._file) and not self._file.filename:
+                    raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
 
-    async def _rewind(self) -> int | None:
+    async def _rewind(self, was_begun: bool) -> int | None:
         """Go to the beginning; return the size to check where that is impossible and it is known."""
         self.can_rewind = self.can_rewind and await _sought(self._file)
         if self.can_rewind:
             return None
-        if self._begun:
+        if was_begun:
             raise ConsumedSourceError(f"the stream was read already, and {type(self._file).__name__} cannot seek: pass a new one")
-        self._begun = True
         return _declared_size(self._file)
+
+
+class ReadOnce:
+    """A source that is no file, for one object: an iterator is read by the first who asks, and refused to all others.
+
+    Args:
+        source: The source; never closed.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self.held: object = _read_on_of(source)
+        self.is_local: bool = is_local(source)
+
+    def __aiter__(self) -> AsyncGenerator[BytesLike, None]:
+        return self.chunks()
+
+    def chunks(self) -> AsyncGenerator[BytesLike, None]:
+        """Yield the content.
+
+        Raises:
+            ConsumedSourceError: It was read already, or is being read.
+        """
+        return iter_chunks(self._source, claim=self._claim)
+
+    @contextmanager
+    def _claim(self, iterator: object) -> Iterator[None]:
+        source = _read_on_of(iterator)
+        with _readings.claim(source, self if source is self.held else None) as was_begun:
+            if was_begun:
+                raise ConsumedSourceError(
+                    f"the stream was read already, and one {type(source).__name__} is read once: pass a new one, or bytes"
+                )
+            yield
+
+
+def whole(source: Any) -> WholeFile | ReadOnce:
+    """Return a source as one object needs it: all of it, which of some is there only once."""
+    return WholeFile(source) if is_file(source) else ReadOnce(source)
 
 
 def is_file(source: object) -> bool:
@@ -243,8 +376,20 @@ def is_seekable(file: object) -> bool:
     return callable(getattr(file, "seek", None))
 
 
+def is_upload(source: object) -> bool:
+    """Tell whether something carries the name that a client gave its file; a `gzip.GzipFile` has a `filename` of this machine."""
+    return is_form_upload(source) or (not isinstance(source, io.IOBase) and hasattr(source, "filename"))
+
+
+def is_form_upload(source: object) -> bool:
+    """Tell whether something is what web frameworks make of a file in a form: it has a `filename` and a `content_type`."""
+    return hasattr(source, "content_type") and hasattr(source, "filename")
+
+
 def is_local(source: object) -> bool:
     """Return whether the first bytes of a source are here already, and are not sent by a client."""
+    if isinstance(source, ReadOnce):
+        return source.is_local
     return is_seekable(source) or isinstance(source, list | tuple | WholeFile) or _is_buffer(source)
 
 
@@ -257,18 +402,22 @@ def size_mismatch(expected: int, actual: int | None) -> SizeMismatchError:
 
 
 def upload_size(upload: object) -> int | None:
-    """Return the size of an upload as far as it is known without reading: its `size`, or where its file ends."""
+    """Return the size of an upload as far as it is known without reading: its `size`, or where its file ends.
+
+    Only files that come back from their end are asked for it: one that decompresses a pipe reads all on the way, and cannot.
+    """
     declared = _declared_size(upload)
     if declared is not None:
         return declared
-    file: Any = getattr(upload, "file", upload)
-    seek, tell = getattr(file, "seek", None), getattr(file, "tell", None)
-    if not callable(seek) or not callable(tell) or inspect.iscoroutinefunction(seek) or inspect.iscoroutinefunction(tell):
-        return None
+    file: Any = _innermost(upload)
+    if isinstance(file, tempfile.SpooledTemporaryFile):
+        file = file._file
     try:
-        position = tell()
-        end: Any = seek(0, os.SEEK_END) or tell()
-        seek(position)
+        if not isinstance(getattr(file, "raw", file), io.BytesIO | io.FileIO):
+            return None
+        position = file.tell()
+        end = file.seek(0, os.SEEK_END)
+        file.seek(position)
     except (OSError, ValueError):
         return None
     return int(end)
@@ -320,10 +469,7 @@ class _Turns:
 @asynccontextmanager
 async def _turn_at(file: object) -> AsyncGenerator[None, None]:
     """Wait until no other iteration reads a file; an upload and the file inside it are the same."""
-    innermost = file
-    for name in ("file", "stream"):
-        innermost = getattr(innermost, name, innermost)
-    key = id(asyncio.get_running_loop()), id(innermost)
+    key = id(asyncio.get_running_loop()), id(_innermost(file))
     turns = _turns.setdefault(key, _Turns())
     turns.count += 1
     try:
@@ -333,6 +479,24 @@ async def _turn_at(file: object) -> AsyncGenerator[None, None]:
         turns.count -= 1
         if not turns.count:
             _turns.pop(key, None)
+
+
+def _innermost(file: object) -> object:
+    """Return the file inside an upload or a temporary file, which has the position of both."""
+    for _ in range(_MOST_WRAPPERS):
+        inner = next((inner for name in ("file", "stream") if is_file(inner := getattr(file, name, None))), None)
+        if inner is None:
+            break
+        file = inner
+    return file
+
+
+async def _read_claimed(file: Any, claim: Claim) -> AsyncGenerator[BytesLike, None]:
+    with claim(file):
+        async with aclosing(_read(file)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+                del chunk
 
 
 def _read(file: Any) -> AsyncGenerator[BytesLike, None]:
@@ -358,12 +522,13 @@ async def _read_in_thread(read: Callable[[int], Any]) -> AsyncGenerator[BytesLik
         del chunk
 
 
-async def _iterate_async(source: AsyncIterable[Any]) -> AsyncGenerator[BytesLike, None]:
+async def _iterate_async(source: AsyncIterable[Any], claim: Claim) -> AsyncGenerator[BytesLike, None]:
     iterator = aiter(source)
     try:
-        async for chunk in iterator:
-            yield _bytes_like(chunk)
-            del chunk
+        with claim(iterator):
+            async for chunk in iterator:
+                yield _bytes_like(chunk)
+                del chunk
     finally:
         aclose = getattr(iterator, "aclose", None)
         if aclose is not None and iterator is not source:
@@ -378,7 +543,7 @@ async def _close(closing: Awaitable[object]) -> None:
         logger.exception("closing the iterator of a stream failed")
 
 
-async def _iterate_in_thread(source: Iterable[Any]) -> AsyncGenerator[BytesLike, None]:
+async def _iterate_in_thread(source: Iterable[Any], claim: Claim) -> AsyncGenerator[BytesLike, None]:
     def close(iterator: Any) -> None:
         if iterator is not source and hasattr(iterator, "close"):
             iterator.close()
@@ -386,14 +551,15 @@ async def _iterate_in_thread(source: Iterable[Any]) -> AsyncGenerator[BytesLike,
     in_context: Callable[..., Any] = copy_context().run
     iterator = await _threads.run(in_context, iter, source, undo=close, cancel_timeout=_CANCEL_TIMEOUT)
     try:
-        while True:
-            batch: _Batch = await _threads.run(in_context, _take, iterator, cancel_timeout=_CANCEL_TIMEOUT)
-            while batch.chunks:
-                yield batch.chunks.popleft()
-            if batch.error is not None:
-                raise batch.error
-            if batch.exhausted:
-                return
+        with claim(iterator):
+            while True:
+                batch: _Batch = await _threads.run(in_context, _take, iterator, cancel_timeout=_CANCEL_TIMEOUT)
+                while batch.chunks:
+                    yield batch.chunks.popleft()
+                if batch.error is not None:
+                    raise batch.error
+                if batch.exhausted:
+                    return
     finally:
         if iterator is not source and hasattr(iterator, "close"):
             await shielded_cleanup(_threads.run(close, iterator), "closing the iterator of a stream", timeout=_CANCEL_TIMEOUT)
@@ -478,8 +644,12 @@ class SizeLimitedStream:
     def __init__(self, stream: ByteSource, max_size: int | None) -> None:
         self.max_size = max_size
         self.bytes_read: int = 0
-        self._chunks = iter_chunks(stream)
+        self._chunks = self._chunks_of(stream)
         self.is_local: bool = is_local(stream)
+        self._passes_on: object = stream if _is_read_on(stream) else None
+
+    def _chunks_of(self, stream: ByteSource) -> AsyncGenerator[BytesLike, None]:
+        return iter_chunks(stream)
 
     def __aiter__(self) -> Self:
         return self
@@ -493,6 +663,18 @@ class SizeLimitedStream:
     async def aclose(self) -> None:
         """End the iteration early; the caller's stream stays open."""
         await self._chunks.aclose()
+
+
+class ManagedStream(SizeLimitedStream):
+    """What a manager stores: a limited stream that nobody else has stored at the same time."""
+
+    def _chunks_of(self, stream: ByteSource) -> AsyncGenerator[BytesLike, None]:
+        return iter_chunks(stream, claim=_claimed)
+
+
+def _is_read_on(stream: object) -> bool:
+    """Tell whether each reading of a stream goes on where the one before it ended."""
+    return not is_upload(stream) if is_file(stream) else isinstance(stream, Iterator | AsyncIterator)
 
 
 def require_size(size: int, max_size: int | None) -> None:

@@ -12,8 +12,8 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 from greenlet import getcurrent
 from sqlalchemy import Connection, CursorResult, Engine, Executable, text
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.exc import DBAPIError, MissingGreenlet
+from sqlalchemy.ext.asyncio import AsyncConnection, async_session
 from sqlalchemy.orm import InstanceState, Session
 from sqlalchemy.pool import NullPool
 
@@ -44,13 +44,30 @@ def in_greenlet() -> bool:
     return bool(getattr(getcurrent(), "__sqlalchemy_greenlet_provider__", False))
 
 
-def require_async(what: str) -> None:
-    """Refuse a synchronous session, before anything has happened."""
-    if not in_greenlet():
-        raise ConfigurationError(
-            f"{what} needs an AsyncSession: a synchronous Session cannot await the storage, and may write only rows that hold no"
-            " files"
+def require_async(what: str, session: Session | None = None) -> None:
+    """Refuse to await the storage where nothing can be awaited, before anything has happened.
+
+    Args:
+        what: What needs it.
+        session: The session; None where one of an `AsyncSession` has read from the database, and so needed an `await` before.
+
+    Raises:
+        MissingGreenlet: The session is that of an `AsyncSession`, but works without an `await`: an attribute that is loaded when
+            it is read flushes before.
+        ConfigurationError: It is a synchronous one.
+    """
+    if in_greenlet():
+        return
+    if session is not None and async_session(session) is not None:
+        raise MissingGreenlet(
+            f"{what} awaits the storage, but the AsyncSession was used without an await, as by reading an expired or unloaded"
+            " attribute, which flushes before it loads: await session.flush() or session.refresh(...) first",
+            code="xd2s",
         )
+    raise ConfigurationError(
+        f"{what} needs an AsyncSession: a synchronous Session cannot await the storage, and may write only rows that hold no"
+        " files"
+    )
 
 
 @contextmanager

@@ -25,12 +25,16 @@ from granite_storage.refs import StoredObjectRef, read_only
 from granite_storage.streams import (
     BytesLike,
     ByteSource,
+    ReadOnce,
     SupportsAsyncRead,
     SupportsRead,
     WholeFile,
     is_file,
+    is_form_upload,
+    is_weakly_referable,
     iter_chunks,
     upload_size,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -195,10 +199,13 @@ class Attachment:
         "_restored",
         "_reusable",
         "_source",
+        "_spent",
         "_unowned",
     )
 
-    _source: ByteSource | WholeFile | Attachment | None
+    _source: ByteSource | WholeFile | ReadOnce | Attachment | None
+    # The source that was read, where nothing but this can remember that: until the commit.
+    _spent: WholeFile | ReadOnce | None
     # True while the source can be stored once more after a rollback.
     _reusable: bool
     _filename: str | None
@@ -227,7 +234,7 @@ class Attachment:
     def __new__(cls, *_: Any, **__: Any) -> Self:  # noqa: D102
         self = super().__new__(cls)
         self._source = self._filename = self._content_type = self._extra = None
-        self._ref = self._error = self._home = self._intent = None
+        self._ref = self._error = self._home = self._intent = self._spent = None
         self._reusable = self._claimed = self._is_written = self._restored = self._unowned = self._discarded = False
         self._assignments = ()
         return self
@@ -253,10 +260,9 @@ class Attachment:
             own_filename, own_content_type = upload_names(content)
             filename = own_filename if filename is None else filename
             content_type = own_content_type if content_type is None else content_type
-        self._source = content
-        if is_file(content):
-            self._source = file = WholeFile(content)
-            self._reusable = file.can_rewind
+        self._source = content if self._reusable else whole(content)
+        if isinstance(self._source, WholeFile):
+            self._reusable = self._source.can_rewind
         self._filename = filename
         self._content_type = content_type
         self._extra = None if extra is None else _storable(extra)
@@ -522,7 +528,7 @@ class Attachment:
         copy._filename, copy._content_type, copy._extra = self.original_filename, self.content_type, self._extra
         return copy
 
-    def _origin(self) -> ByteSource | WholeFile | Attachment:
+    def _origin(self) -> ByteSource | WholeFile | ReadOnce | Attachment:
         """Return what is to be stored: a stream once; bytes, files that can seek and a copy's original after each rollback."""
         source = self._source
         if isinstance(source, Attachment) and source.is_pending:
@@ -540,13 +546,13 @@ class Attachment:
             )
         return source
 
-    def _take_origin(self) -> ByteSource | WholeFile | Attachment:
+    def _take_origin(self) -> ByteSource | WholeFile | ReadOnce | Attachment:
         source = self._source
         if isinstance(source, Attachment) and source.is_pending:
             return source._take_origin()
         origin = self._origin()
         if not self._reusable:
-            self._source = None
+            self._spend()
         return origin
 
     def _forget_consumed(self) -> None:
@@ -555,7 +561,14 @@ class Attachment:
         if isinstance(source, Attachment) and source.is_pending:
             source._forget_consumed()
         elif isinstance(source, WholeFile) and not source.can_rewind:
-            self._source, self._reusable = None, False
+            self._spend()
+
+    def _spend(self) -> None:
+        """Let go of a source that is read once."""
+        source = self._source
+        if isinstance(source, WholeFile | ReadOnce) and not is_weakly_referable(source.held):
+            self._spent = source
+        self._source, self._reusable = None, False
 
     def _undo(self) -> None:
         """Become pending again, after its object was rolled back; bytes and files that can seek can be stored once more."""
@@ -564,7 +577,7 @@ class Attachment:
 
     def _settle(self) -> None:
         """Let go of the bytes, once its row is committed."""
-        self._source = self._intent = None
+        self._source = self._spent = self._intent = None
         self._reusable = False
 
     def _note_assignment(self, state: InstanceState[Any], key: str) -> None:
@@ -664,7 +677,9 @@ class Attachment:
 
 def _is_left_empty(upload: object) -> bool:
     """Tell whether something is known to be a file input that was left empty: an upload without a name and without bytes."""
-    return is_file(upload) and not getattr(upload, "filename", True) and upload_size(upload) == 0
+    if not (is_file(upload) and is_form_upload(upload)):
+        return False
+    return not getattr(upload, "filename", None) and upload_size(upload) == 0
 
 
 def _names_of(column_type: ColumnType, entity_id: str) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _displacing(state: ORMExecuteState, reached: Sequence[tuple[Connection, list
     """
     for connection, held in reached:
         if held:
-            require_async(_BULK)
+            require_async(_BULK, state.session)
             transactions.require_transactions(connection)
     result = state.invoke_statement()
     frame = transactions.unit_of(state.session).frame(flush.current_transaction(state.session))

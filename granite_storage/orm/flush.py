@@ -181,10 +181,11 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
 
     Raises:
         ConfigurationError: The session is a synchronous one, and there is anything to store or to displace.
+        MissingGreenlet: It is that of an `AsyncSession`, but was made to flush without an `await`.
     """
     flush, frame = unit.flush, unit.frame(current_transaction(session))
     if any(change.value is not None for change in changes):
-        require_async(_STORING)
+        require_async(_STORING, session)
     written = [change for change in changes if change.value is not None and not flush.has_handled(change.marker, change.value)]
     replaced = {change.old.ref for change in changes if isinstance(change.old, Attachment) and change.old._ref is not None}
     # Where every row that gives something up is known, what is certainly held elsewhere is copied before any row is locked.

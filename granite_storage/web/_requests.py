@@ -16,7 +16,7 @@ from urllib.parse import unquote_to_bytes
 from starlette.requests import Request
 
 from granite_storage._engine import is_media_type
-from granite_storage.exceptions import ConfigurationError
+from granite_storage.exceptions import ConfigurationError, ConsumedSourceError
 from granite_storage.streams import BytesLike
 from granite_storage.web.errors import MalformedRequestError, RequestTooLargeError, UnsupportedRequestError
 
@@ -230,11 +230,14 @@ async def body_of(request: Request, limits: UploadLimits) -> AsyncGenerator[byte
 
     Raises:
         RequestTooLargeError: It has more bytes than allowed; those that are allowed were yielded.
+        MalformedRequestError: It has fewer bytes than its Content-Length says: it was cut off, or the application has read its
+            beginning.
         ClientDisconnect: The client went away before its end.
+        ConsumedSourceError: The application has read it already.
     """
     size = 0
     turn = Turn()
-    async with aclosing(request.stream()) as chunks:
+    async with aclosing(_stream_of(request)) as chunks:
         async for chunk in chunks:
             size += len(chunk)
             is_too_large = limits.max_size is not None and size > limits.max_size
@@ -245,6 +248,29 @@ async def body_of(request: Request, limits: UploadLimits) -> AsyncGenerator[byte
                     await turn.end()
             if is_too_large:
                 limits.require("max_size", size, "the body is too large")
+    declared = declared_size(request)
+    if declared is not None and size < declared:
+        raise MalformedRequestError(
+            f"the body is cut off: it has {size} of the {declared} bytes that its Content-Length declares"
+        )
+
+
+async def _stream_of(request: Request) -> AsyncGenerator[bytes, None]:
+    """Yield the body as the server hands it over."""
+    has_begun = False
+    try:
+        async with aclosing(request.stream()) as chunks:
+            async for chunk in chunks:
+                has_begun = True
+                yield chunk
+    except RuntimeError as error:
+        if has_begun or error.args != ("Stream consumed",):
+            raise
+        raise ConsumedSourceError(
+            "the body of the request was read before the library could receive its files: remove the parameters of the endpoint"
+            " and of its dependencies that are declared with Form, File, UploadFile or Body, and what calls request.form(),"
+            " request.body(), request.json() or request.stream(), also in a middleware"
+        ) from error
 
 
 def _header(request: Request, name: str) -> str:

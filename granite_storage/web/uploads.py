@@ -362,6 +362,7 @@ async def stream_upload(
         MalformedRequestError: It is malformed, cut off, or has a file in a field where none is expected.
         RequestTooLargeError: It has more than `limits` allow, or more files in one field than it takes.
         ContentTooLargeError: A file has more bytes than its policy or `limits` allow.
+        ConsumedSourceError: The application has read the body already; the response is a 500.
         ClientDisconnect: The client went away.
         StorageError: As `StorageManager.put_stream`.
     """
@@ -414,9 +415,10 @@ async def stream_body(
 
     Raises:
         UnsupportedRequestError: It has a Content-Encoding.
-        MalformedRequestError: It has a Content-Range, or a Content-Type that cannot be kept.
+        MalformedRequestError: It has a Content-Range, a Content-Type that cannot be kept, or fewer bytes than its Content-Length.
         RequestTooLargeError: It has more than `limits.max_size` allows.
         ContentTooLargeError: It has more bytes than its policy or `limits.max_file_size` allow.
+        ConsumedSourceError: The application has read the body already; the response is a 500.
         ClientDisconnect: The client went away.
         StorageError: As `StorageManager.put_stream`.
     """

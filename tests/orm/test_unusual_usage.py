@@ -19,7 +19,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import MissingGreenlet, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, aliased, load_only, make_transient, make_transient_to_detached, undefer
 from sqlalchemy.util import await_only
@@ -42,6 +42,21 @@ class TestSessions:
             await session.execute(delete(Doc))
             await session.commit()
         await env.check()
+
+    @pytest.mark.case("RB-20")
+    async def test_an_attribute_read_without_an_await_while_a_file_waits_for_its_flush(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, title="t", file=file("a")))
+        async with env.sessions() as session:
+            document = await session.get_one(Doc, 1)
+            session.expire(document)
+            document.file = file("b")
+            with pytest.raises(MissingGreenlet, match=r"await session\.flush\(\)"):
+                _ = document.title
+            await session.flush()
+            await session.refresh(document, ["title"])
+            assert document.title == "t"
+            await session.commit()
+        await env.check(file_1="b")
 
     async def test_subclass_of_session(self, env: OrmEnvironment) -> None:
         class Own(Session):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import io
 import os
 import tempfile
@@ -346,6 +347,21 @@ class TestNames:
         assert (await manager.put_stream(**PLACE, stream=upload)).content_type is None
 
 
+class Unseekable(io.BytesIO):
+    """Bytes that come through a pipe."""
+
+    def seek(self, *_: int) -> int:
+        raise io.UnsupportedOperation
+
+
+def gzipped(content: bytes) -> gzip.GzipFile:
+    return gzip.GzipFile(fileobj=Unseekable(gzip.compress(content)), mode="rb")
+
+
+async def stored(sessions: Sessions, attachment: Attachment) -> bytes:
+    return await (await add(sessions, Document(file=attachment))).file.read()
+
+
 @pytest.mark.case("RA-09")
 class TestLeftEmpty:
     KINDS = pytest.mark.parametrize(
@@ -385,6 +401,52 @@ class TestLeftEmpty:
         with pytest.raises(EmptyUploadError):
             await add(sessions, Document(file=Attachment.from_upload(Unknown())))
         assert await locations(manager) == set()
+
+    @pytest.mark.parametrize("content", [CONTENT, b""])
+    async def test_a_file_without_a_name_is_no_empty_input(
+        self, sessions: Sessions, manager: StorageManager, content: bytes
+    ) -> None:
+        class Named(io.BytesIO):
+            filename = ""
+
+        for make in MAKERS.values():
+            assert await stored(sessions, make(gzipped(content))) == content
+            assert await stored(sessions, make(Named(content))) == content
+        ref = await manager.put_stream(**PLACE, stream=gzipped(content))
+        assert (await manager.get(ref), ref.original_filename) == (content, None)
+
+    async def test_looking_whether_an_upload_is_empty_loses_nothing(self, sessions: Sessions) -> None:
+        for name in ("", "a"):
+            upload = UploadFile(gzipped(CONTENT), filename=name)  # type: ignore[arg-type]
+            made = Attachment.from_optional_upload(upload)
+            assert made is not None
+            assert await stored(sessions, made) == CONTENT
+        with pytest.raises(EmptyUploadError):
+            await stored(sessions, Attachment.from_upload(UploadFile(gzipped(b""), filename="")))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("kind", [kind for kind in FILES if "aiofiles" not in kind])
+    async def test_looking_moves_no_file(self, tmp_path: Path, kind: str) -> None:
+        async with AsyncExitStack() as stack:
+            file = await getattr(Files(tmp_path, stack), kind)()
+            inner = getattr(file, "file", getattr(file, "stream", file))
+            inner.seek(7)
+            upload = UploadFile(inner, filename="")
+            assert Attachment.from_optional_upload(upload) is not None
+            assert inner.tell() == 7
+
+    @pytest.mark.parametrize("make", [tempfile.TemporaryFile, tempfile.NamedTemporaryFile, tempfile.SpooledTemporaryFile])
+    def test_in_every_temporary_file(self, make: Any) -> None:
+        with make() as file:
+            assert Attachment.from_optional_upload(UploadFile(file, filename="")) is None
+            assert Attachment.from_optional_upload(FileStorage(file, "")) is None
+
+    async def test_a_path_that_was_decompressed_is_no_clients_name(self, manager: StorageManager, tmp_path: Path) -> None:
+        with gzip.open(tmp_path / "a.gz", "wb") as file:
+            file.write(CONTENT)
+        with gzip.open(tmp_path / "a.gz") as file:
+            file.read(100)
+            ref = await manager.put_stream(**PLACE, stream=file)
+        assert (ref.original_filename, await manager.get(ref)) == (None, CONTENT[100:])
 
     @KINDS
     def test_it_is_none_where_that_is_asked_for(self, upload: Any) -> None:

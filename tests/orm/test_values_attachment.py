@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select, text, type_coerce, union_all
-from sqlalchemy.orm import aliased, defer, joinedload, selectinload, with_polymorphic
+from sqlalchemy.exc import MissingGreenlet
+from sqlalchemy.orm import Session, aliased, defer, joinedload, selectinload, with_polymorphic
 from starlette.datastructures import Headers, UploadFile
 
 from granite_storage import ConfigurationError, ContentTooLargeError, StorageManager, StoredObjectRef
@@ -496,9 +497,20 @@ class TestRefused:
                 await session.flush()
 
     async def test_a_synchronous_session(self, sessions: Sessions, binding: StorageBinding, manager: StorageManager) -> None:
-        async with sessions() as session:
-            sync: Any = session.sync_session
-            sync.add(Document(file=Attachment(b"abc")))
-            with pytest.raises(ConfigurationError, match="AsyncSession"):
-                sync.flush()
+        with Session() as session:
+            session.add(Document(file=Attachment(b"abc")))
+            with pytest.raises(ConfigurationError, match="a synchronous Session cannot await"):
+                session.flush()
         assert await locations(manager) == set()
+
+    @pytest.mark.case("RB-20")
+    async def test_the_session_of_an_async_session_without_an_await(
+        self, sessions: Sessions, binding: StorageBinding, manager: StorageManager
+    ) -> None:
+        async with sessions() as session:
+            session.add(Document(file=Attachment(b"abc")))
+            with pytest.raises(MissingGreenlet, match=r"await session\.flush\(\)"):
+                session.sync_session.flush()
+            assert await locations(manager) == set()
+            await session.commit()
+        assert len(await locations(manager)) == 1

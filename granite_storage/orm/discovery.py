@@ -131,7 +131,7 @@ _MARIADB_NAMED = text("""
     SELECT table_schema, table_name, column_name, table_schema = DATABASE(),
         CASE WHEN privileges NOT LIKE '%select%' THEN 'privileges' END,
         CASE
-            WHEN data_type IN ('json', 'longtext') THEN 'json'
+            WHEN data_type = 'json' OR data_type = 'longtext' AND collation_name = 'utf8mb4_bin' THEN 'json'
             WHEN character_maximum_length >= :shortest THEN 'text'
         END
     FROM information_schema.columns

@@ -40,6 +40,7 @@ async def cloned(env: OrmEnvironment) -> AsyncIterator[str]:
 COPIES = [
     ("mariadb", "text", "file"),
     ("mariadb", "varchar(2000) CHARACTER SET latin1", "file"),
+    ("mariadb", "longtext COLLATE utf8mb4_general_ci", "JSON_VALUE(file, '$.location')"),
     ("mariadb", "blob", "file"),
     ("mariadb", "varbinary(2000)", "file"),
     ("asyncpg", "cloned.document", "file"),

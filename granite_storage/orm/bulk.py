@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import CTE, Column, Connection, Delete, Insert, Null, Result, Table, Update, event
+from sqlalchemy import CTE, Alias, Column, Connection, Delete, FromClause, Insert, Null, Result, Table, Update, event
 from sqlalchemy.ext.horizontal_shard import ShardedSession, set_shard_id
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
 from sqlalchemy.orm.unitofwork import UOWTransaction
@@ -52,7 +52,9 @@ def _delete(state: ORMExecuteState, statement: Delete) -> Result[Any] | None:
     reached: list[tuple[Connection, list[RowRef]]] = []
     known = 0
     for connection in _connections(state, statement):
-        held, keys = lock_statement(connection, table, columns, statement.whereclause, parameters, deleting=True)
+        held, keys = lock_statement(
+            connection, table, columns, statement.whereclause, parameters, deleting=True, source=_source(statement, table)
+        )
         reached.append((connection, [*held, *cascaded(connection, tables, table, keys)]))
         known += len(keys)
     result = _displacing(state, reached)
@@ -70,7 +72,8 @@ def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]
             columns = [column for column in written if column.table is table]
             keys = _listed_keys(state, statement, table)
             if keys is None:
-                held, keys = lock_statement(connection, table, columns, statement.whereclause, parameters, deleting=False)
+                source, where = _source(statement, table), statement.whereclause
+                held, keys = lock_statement(connection, table, columns, where, parameters, deleting=False, source=source)
                 matched[table] = matched.get(table, 0) + len(keys)
             else:
                 held, missing = lock_rows(connection, table, keys, columns, deleting=False)
@@ -157,6 +160,11 @@ def _known(target: Any) -> Iterator[Tables]:
         for binding in active_bindings()
         if (tables := attachment_tables(binding.metadata)).find(_table(target)) is not None
     )
+
+
+def _source(statement: Update | Delete, table: Table) -> FromClause:
+    """Return the table as the criteria of a statement name it: an alias, where the statement writes to one."""
+    return statement.table if isinstance(statement.table, Alias) and _table(statement.table) is table else table
 
 
 def _table(target: Any) -> Any:
@@ -388,7 +396,7 @@ def on_execute(state: ORMExecuteState) -> Result[Any] | None:
 
 
 def _is_known(statement: Update | Delete) -> bool:
-    name = getattr(statement.table, "name", None)
+    name = getattr(_table(statement.table), "name", None)
     return any(table.name == name for binding in active_bindings() for table in binding.metadata.tables.values())
 
 

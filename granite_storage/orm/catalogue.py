@@ -6,19 +6,46 @@ for tests. No model declares such a table and no session need have used it, so e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from sqlalchemy import JSON, Column, Connection, column, table
+from sqlalchemy import (
+    JSON,
+    Column,
+    ColumnElement,
+    Connection,
+    Text,
+    column,
+    exists,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    table,
+)
+from sqlalchemy import cast as to_type
 
-from granite_storage.orm.discovery import NamedColumn, as_found, find_named_columns
+from granite_storage.locations import generated_id
+from granite_storage.orm.discovery import NamedColumn, Obstacle, as_found, find_named_columns
 from granite_storage.orm.references import location_column_name
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["Catalogue", "Place", "describe_obstacles", "mentions_at", "read_catalogue"]
 
-__all__ = ["Catalogue", "Place", "read_catalogue"]
+_OBSTACLES: dict[Obstacle, tuple[str, str]] = {
+    "privileges": ("{role} may not read {tables}", "grant it SELECT"),
+    "row security": (
+        "row-level security may hide rows of {tables} from {role}",
+        "bind a StorageJournal whose engine has a role that sees all rows, or leave the objects to a garbage collector that does",
+    ),
+    "temporary table": (
+        "a temporary table of the same name hides the rows of {tables}",
+        "drop it before the transaction deletes or replaces files",
+    ),
+}
+_UNESCAPED = re.compile("[0-9A-Za-z._-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +57,16 @@ class Place:
         table: The table.
         name: The column.
         is_generated: Whether a generated column beside it has the locations; see `granite_storage.orm.references`.
-        is_readable: Whether this role may read it.
+        obstacle: What may hide its rows from this connection; None where nothing does.
+        is_text: Whether refs may be anywhere in its text, rather than JSON into which SQL looks by key.
     """
 
     schema: str | None
     table: str
     name: str
     is_generated: bool = False
-    is_readable: bool = True
+    obstacle: Obstacle | None = None
+    is_text: bool = False
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -93,7 +122,7 @@ class Catalogue:
         return None if named is None else self._place(named, wanted)
 
     def namesakes(self) -> dict[Place, Column[Any]]:
-        """Return all columns of JSON that have the names of a model's column and table, in all schemas, with the model's."""
+        """Return all columns that have the names of a model's column and table and may hold refs, in all schemas."""
         places: dict[Place, Column[Any]] = {}
         by_table: dict[str, list[Column[Any]]] = {}
         for item in self._columns:
@@ -101,7 +130,7 @@ class Catalogue:
         for (_, name), named in self._tables.items():
             for wanted in by_table.get(name, ()):
                 found = named.get(self._folded(wanted.name))
-                if found is not None and found.may_hold_refs and (place := self._place(named, wanted)) is not None:
+                if found is not None and found.form is not None and (place := self._place(named, wanted)) is not None:
                     places.setdefault(place, wanted)
         return places
 
@@ -115,7 +144,7 @@ class Catalogue:
         if found is None or found.name is None:
             return None
         is_generated = self._known(location_column_name(wanted.name)) in named
-        return Place(found.schema, found.table, found.name, is_generated, found.is_readable)
+        return Place(found.schema, found.table, found.name, is_generated, found.obstacle, found.form == "text")
 
     def _known(self, name: str) -> str:
         """Return a name of the database, so that it can be compared."""
@@ -126,6 +155,36 @@ class Catalogue:
         if self._is_postgresql and self._preparer.quote(name) != name:
             return str(name)
         return name.lower()
+
+
+def describe_obstacles(places: Iterable[Place], role: str = "this role") -> list[tuple[str, str]]:
+    """Return what hides, or may hide, rows of some places from a role, each with what to do about it."""
+    labels: dict[Obstacle, set[str]] = {}
+    for place in places:
+        if place.obstacle is not None:
+            labels.setdefault(place.obstacle, set()).add(place.label)
+    return [
+        (problem.format(role=role, tables=", ".join(sorted(labels[kind]))), remedy)
+        for kind, (problem, remedy) in _OBSTACLES.items()
+        if kind in labels
+    ]
+
+
+def mentions_at(place: Place, dialect: str, locations: Iterable[str]) -> Iterator[tuple[ColumnElement[str], ColumnElement[bool]]]:
+    """Yield each of the locations with whether a value at a place mentions it.
+
+    What counts is the generated id, which no encoder of text escapes, or else as much of the location as none escapes. Bytes
+    within an array or a row of PostgreSQL are hex digits in its text.
+    """
+    stored = place.column
+    for location in locations:
+        sought = generated_id(location) or max(_UNESCAPED.findall(location), key=len, default="")
+        if dialect == "postgresql":
+            value = to_type(stored, Text())
+            is_mentioned = or_(func.strpos(value, sought) > 0, func.strpos(value, sought.encode().hex()) > 0)
+        else:
+            is_mentioned = func.locate(sought, stored) > 0
+        yield literal(location, Text()), exists(select(literal_column("1")).select_from(stored.table).where(is_mentioned))
 
 
 def read_catalogue(connection: Connection, columns: Sequence[Column[Any]]) -> Catalogue:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
     ARRAY,
@@ -37,15 +37,18 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import DBAPIError
 
 from granite_storage.locations import GENERATED_ID_LENGTH
-from granite_storage.orm._util import batches
+from granite_storage.orm._util import batches, codes_of
 from granite_storage.orm.columns import StoredObjectRefType
 from granite_storage.orm.references import location_of, value_in
 
 __all__ = [
+    "Form",
     "FoundColumn",
     "NamedColumn",
+    "Obstacle",
     "as_found",
     "find_json_columns",
     "find_named_columns",
@@ -108,23 +111,49 @@ _POSTGRESQL_RESOLVED = text("""
 """)
 _POSTGRESQL_NAMED = text("""
     SELECT n.nspname, c.relname, a.attname, pg_table_is_visible(c.oid),
-        COALESCE(has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'), true),
-        a.atttypid IN ('jsonb'::regtype, 'json'::regtype) AND c.relkind IN ('r', 'p', 'f', 'm') AND NOT c.relispartition
+        CASE
+            WHEN NOT COALESCE(has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'), true)
+                THEN 'privileges'
+            WHEN row_security_active(c.oid) THEN 'row security'
+        END,
+        CASE
+            WHEN c.relkind NOT IN ('r', 'p', 'f', 'm') OR c.relispartition OR NOT c.relispopulated THEN NULL
+            WHEN b.oid IN ('jsonb'::regtype, 'json'::regtype) THEN 'json'
+            WHEN t.typlen = -1 AND t.typcategory NOT IN ('N', 'V', 'I') OR t.typlen >= :shortest THEN CASE
+                WHEN b.oid IN ('varchar'::regtype, 'bpchar'::regtype) AND a.atttypmod BETWEEN 4 AND 3 + :shortest THEN NULL
+                ELSE 'text'
+            END
+        END
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     LEFT JOIN pg_attribute AS a
         ON a.attrelid = c.oid AND a.attname = ANY (:columns) AND a.attnum > 0 AND NOT a.attisdropped
+    LEFT JOIN pg_type AS t ON t.oid = a.atttypid
+    LEFT JOIN LATERAL (
+        SELECT CASE WHEN t.typtype <> 'd' THEN t.oid ELSE (
+            WITH RECURSIVE types(oid, base) AS (
+                SELECT t.oid, t.typbasetype
+                UNION ALL SELECT u.oid, u.typbasetype FROM pg_type AS u JOIN types ON u.oid = types.base
+            )
+            SELECT types.oid FROM types WHERE types.base = 0
+        ) END AS oid
+    ) AS b ON true
     WHERE c.relname = ANY (:tables) AND c.relkind IN ('r', 'p', 'f', 'm', 'v')
         AND n.nspname <> 'information_schema' AND (left(n.nspname, 3) <> 'pg_' OR n.oid = pg_my_temp_schema())
     ORDER BY 1, 2, 3
 """).bindparams(bindparam("tables", type_=ARRAY(Text())), bindparam("columns", type_=ARRAY(Text())))
 _MARIADB_NAMED = text("""
-    SELECT table_schema, table_name, column_name, table_schema = DATABASE(), privileges LIKE '%select%',
-        data_type IN ('json', 'longtext')
+    SELECT table_schema, table_name, column_name, table_schema = DATABASE(),
+        CASE WHEN privileges NOT LIKE '%select%' THEN 'privileges' END,
+        CASE
+            WHEN data_type = 'json' OR data_type = 'longtext' AND collation_name = 'utf8mb4_bin' THEN 'json'
+            WHEN character_maximum_length >= :shortest THEN 'text'
+        END
     FROM information_schema.columns
     WHERE table_name IN :tables AND (column_name IN :columns OR ordinal_position = 1)
         AND table_schema NOT IN ('information_schema', 'mysql', 'performance_schema', 'sys')
     ORDER BY 1, 2, 3
 """).bindparams(bindparam("tables", expanding=True), bindparam("columns", expanding=True))
+_MARIADB_TEMPORARY = "SHOW SESSION STATUS LIKE 'Com_create_temporary_table'"
 _MARIADB_COLUMNS = text("""
     SELECT c.table_schema, c.table_name, c.column_name, c.privileges LIKE '%select%', 0, c.data_type IN ('json', 'longtext'), 0,
         c.data_type LIKE '%blob' OR c.data_type LIKE '%binary',
@@ -153,6 +182,11 @@ _MARIADB_RESOLVED = text("""
     SELECT table_schema, table_name FROM information_schema.tables
     WHERE table_name = :name AND table_schema = COALESCE(:schema, DATABASE())
 """)
+_CANNOT_SHOW = (1142, 1146, 1356)
+"""No privilege, no such table, a broken view: https://mariadb.com/kb/en/mariadb-error-codes/"""
+
+Form = Literal["json", "text"]
+Obstacle = Literal["privileges", "row security", "temporary table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,34 +233,36 @@ class NamedColumn:
         table: The table or view.
         name: The column; None, or any other, where the table has none of those that were asked for.
         is_default: Whether it is this table that its name means by itself, without a schema.
-        is_readable: Whether this role may read it.
-        may_hold_refs: Whether it is one of JSON, in a table that has rows of its own.
+        obstacle: What may hide rows from a SELECT of this connection; None where nothing does.
+        form: How it may hold refs, in a table that has rows of its own: as JSON, into which SQL looks by key, or somewhere in its
+            text; None where it cannot hold any.
     """
 
     schema: str
     table: str
     name: str | None
     is_default: bool
-    is_readable: bool
-    may_hold_refs: bool
+    obstacle: Obstacle | None
+    form: Form | None
 
 
 def find_named_columns(connection: Connection, tables: Sequence[str], columns: Sequence[str]) -> list[NamedColumn]:
     """Return the columns of some names in tables of some names, in every schema that the database shows this role.
 
-    It is one question, of the catalogue alone, on all databases but SQLite: transactions ask it before they commit.
+    It is one question, of the catalogue alone, on all databases but SQLite, and one more on MariaDB, whose catalogue does not
+    show temporary tables: transactions ask it before they commit.
     """
     names = {"tables": list(tables), "columns": list(columns)}
     match connection.dialect.name:
         case "postgresql":
-            rows: Iterable[Any] = connection.execute(_POSTGRESQL_NAMED, names)
+            rows: Iterable[Any] = connection.execute(_POSTGRESQL_NAMED, {**names, "shortest": GENERATED_ID_LENGTH})
         case "sqlite":
             rows = _sqlite_named(connection, tables, columns)
         case _:
-            rows = connection.execute(_MARIADB_NAMED, names)
+            rows = _mariadb_named(connection, names)
     return [
-        NamedColumn(schema, table, name, bool(is_default), bool(is_readable), bool(may_hold_refs))
-        for schema, table, name, is_default, is_readable, may_hold_refs in rows
+        NamedColumn(schema, table, name, bool(is_default), obstacle, form)
+        for schema, table, name, is_default, obstacle, form in rows
     ]
 
 
@@ -333,9 +369,35 @@ def _sqlite_named(connection: Connection, tables: Sequence[str], columns: Sequen
     values = {f"schema_{number}": schema for number, schema in enumerate(schemas)}
     default: dict[str, int] = {}
     return [
-        (schemas[number], table, name, default.setdefault(table.lower(), number) == number, True, is_table)
+        (schemas[number], table, name, default.setdefault(table.lower(), number) == number, None, "json" if is_table else None)
         for number, table, name, is_table in connection.execute(statement, {"tables": tables, "columns": columns, **values})
     ]
+
+
+def _mariadb_named(connection: Connection, names: dict[str, list[str]]) -> list[tuple[Any, ...]]:
+    rows = [tuple(row) for row in connection.execute(_MARIADB_NAMED, {**names, "shortest": GENERATED_ID_LENGTH})]
+    if not _has_some(connection):
+        return rows
+    shadowed = {place for place in {row[:2] for row in rows} if _is_temporary(connection, *place)}
+    return [(*row[:4], "temporary table" if row[:2] in shadowed else row[4], row[5]) for row in rows]
+
+
+def _has_some(connection: Connection) -> bool:
+    """Tell whether a session of MariaDB may have temporary tables: it counts those that it was told to create."""
+    row = connection.exec_driver_sql(_MARIADB_TEMPORARY).first()
+    return row is None or str(row[1]) != "0"
+
+
+def _is_temporary(connection: Connection, schema: str, table: str) -> bool:
+    """Tell whether a name means a temporary table, which shadows the one in the catalogue also where its schema is named."""
+    quote = connection.dialect.identifier_preparer.quote
+    try:
+        row: Any = connection.exec_driver_sql(f"SHOW CREATE TABLE {quote(schema)}.{quote(table)}").first()
+    except DBAPIError as error:
+        if codes_of(error).isdisjoint(_CANNOT_SHOW):
+            raise
+        return False
+    return row is not None and str(row[1]).startswith("CREATE TEMPORARY TABLE")
 
 
 @lru_cache(maxsize=64)

@@ -132,11 +132,24 @@ def lock_statement(
     parameters: Sequence[Any],
     *,
     deleting: bool,
+    source: FromClause | None = None,
 ) -> tuple[list[RowRef], list[tuple[Any, ...]]]:
-    """Lock the rows that a bulk statement will hit, for each set of parameters; return their refs and their primary keys."""
+    """Lock the rows that a bulk statement will hit, for each set of parameters; return their refs and their primary keys.
+
+    Args:
+        connection: The connection.
+        table: The table.
+        columns: Its columns of refs that count.
+        where: The statement's criteria.
+        parameters: Its sets of parameters.
+        deleting: Whether it deletes the rows.
+        source: The table as the criteria name it, such as an alias; None where that is the table itself.
+    """
     take_write_lock(connection, table)
-    keys = list(table.primary_key)
-    statement = _locked(connection, select(*keys, *columns).select_from(table), keys, deleting=deleting)
+    named = table if source is None else source
+    keys = [_named_in(named, column) for column in table.primary_key]
+    found = select(*keys, *(_named_in(named, column) for column in columns)).select_from(named)
+    statement = _locked(connection, found, keys, deleting=deleting)
     if where is not None:
         statement = statement.where(where)
     rows: dict[tuple[Any, ...], Row[Any]] = {}
@@ -252,6 +265,12 @@ def _missing(keys: Sequence[tuple[Any, ...]], rows: Sequence[Row[Any]], table: T
     return [key for key in keys if key not in found]
 
 
+def _named_in(source: FromClause, column: Column[Any]) -> Column[Any]:
+    """Return a table's column as it is of an alias of the table."""
+    found: Any = source.corresponding_column(column)
+    return column if found is None else found
+
+
 def _locked(connection: Connection, statement: Select[Any], keys: Sequence[Column[Any]], *, deleting: bool) -> Select[Any]:
     table = keys[0].table
     return statement.order_by(*keys).with_for_update(key_share=not deleting, of=_lockable(connection, table))
@@ -271,7 +290,7 @@ def _children(
     return statement.order_by(*child.primary_key).with_for_update(of=_lockable(connection, child))
 
 
-def _lockable(connection: Connection, table: Table) -> Table | None:
+def _lockable(connection: Connection, table: FromClause) -> FromClause | None:
     """Return what to lock the rows of alone, where the database can leave out those that a statement joins to them."""
     return table if connection.dialect.name == "postgresql" else None
 

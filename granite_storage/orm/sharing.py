@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage.orm._registry import active_bindings
 from granite_storage.orm._util import TRANSLATE_MAP, batches, codes_of, without_pool
-from granite_storage.orm.catalogue import Place, read_catalogue
+from granite_storage.orm.catalogue import Place, describe_obstacles, mentions_at, read_catalogue
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.locking import among
 from granite_storage.orm.references import location_of, where_json
@@ -174,10 +174,10 @@ def _places(
             raise LookupError(f"the table {column.table.fullname} has no column {column.name}")
     for place, column in catalogue.namesakes().items():
         places.setdefault(place, list(column.table.primary_key))
-    hidden = sorted({place.label for place in places if not place.is_readable})
-    if hidden:
+    obstacles = describe_obstacles(places)
+    if obstacles:
         raise LookupError(
-            f"this role may not read {', '.join(hidden)}, where rows may refer to the same objects: grant it SELECT"
+            "; ".join(f"{problem}, where rows may refer to the same objects: {remedy}" for problem, remedy in obstacles)
         )
     # In one order, so that the statements are the same for all tenants.
     return dict(sorted(places.items(), key=lambda item: item[0].names))
@@ -208,7 +208,12 @@ def _answers(
     connection: Connection, places: tuple[Place, ...], locations: Sequence[str], *, is_guarded: bool = False
 ) -> set[str]:
     found: set[str] = set()
-    for some in batches(places, _MOST_COLUMNS):
+    texts = [place for place in places if place.is_text]
+    mentions = [one for place in texts for one in mentions_at(place, connection.dialect.name, locations)]
+    for mentioned in batches(mentions, _MOST_COLUMNS):
+        asked = union_all(*(select(location.label("location")).where(is_there) for location, is_there in mentioned))
+        found |= set(connection.execute(asked, execution_options=_AS_NAMED).scalars())
+    for some in batches([place for place in places if not place.is_text], _MOST_COLUMNS):
         question = _question(tuple(some), connection.dialect.name, is_guarded)
         for batch in batches(locations, max(1, _MOST_PARAMETERS // len(some))):
             found |= set(connection.execute(question, {"locations": batch}, execution_options=_AS_NAMED).scalars())
@@ -231,7 +236,12 @@ def _tolerantly(
 
 
 def _confirmed(connection: Connection, place: Place, primary_key: Sequence[Column[Any]], locations: set[str]) -> set[str]:
-    """Return which of these locations, all of them in the snapshot of the transaction, rows at a place refer to now."""
+    """Return which of these locations, all of them in the snapshot of the transaction, rows at a place refer to now.
+
+    What the text of a column mentions in the snapshot counts without a second look.
+    """
+    if place.is_text:
+        return _answers(connection, (place,), sorted(locations))
     column = place.keyed(primary_key)
     table, keys = column.table, list(column.table.primary_key)
     _, location = location_of(column, connection.dialect.name, is_generated=place.is_generated)

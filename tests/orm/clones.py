@@ -14,7 +14,7 @@ from granite_storage import StorageManager, StoragePolicy
 from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, journal_tables
 from tests.orm.environment import OrmEnvironment
 
-__all__ = ["bound_beside", "cloned"]
+__all__ = ["COPIES", "bound_beside", "cloned", "cloned_as", "copy_id"]
 
 
 @asynccontextmanager
@@ -32,6 +32,51 @@ async def cloned(env: OrmEnvironment) -> AsyncIterator[str]:
         like = "(LIKE public.doc INCLUDING ALL)" if env.database.is_postgres else "LIKE doc"
         await env.sql(f"CREATE TABLE {schema}.doc {like}")
         await env.sql(f"INSERT INTO {schema}.doc SELECT * FROM doc")  # noqa: S608
+        yield schema
+    finally:
+        await env.sql(f"DROP SCHEMA {schema}" + (" CASCADE" if env.database.is_postgres else ""))
+
+
+COPIES = [
+    ("mariadb", "text", "file"),
+    ("mariadb", "varchar(2000) CHARACTER SET latin1", "file"),
+    ("mariadb", "longtext COLLATE utf8mb4_general_ci", "JSON_VALUE(file, '$.location')"),
+    ("mariadb", "blob", "file"),
+    ("mariadb", "varbinary(2000)", "file"),
+    ("asyncpg", "cloned.document", "file"),
+    ("asyncpg", "cloned.plain_document", "file::json"),
+    ("asyncpg", "text", "file"),
+    ("asyncpg", "varchar(2000)", "file"),
+    ("asyncpg", "bytea", "convert_to(file::text, 'UTF8')"),
+    ("asyncpg", "jsonb[]", "ARRAY[file]"),
+    ("asyncpg", "bytea[]", "ARRAY[convert_to(file::text, 'UTF8')]"),
+    ("asyncpg", "cloned.pair", "ROW(1, file)::cloned.pair"),
+]
+"""Databases, types of a column, and what a ref of `doc` is as such a value."""
+_TYPES = (
+    "CREATE DOMAIN cloned.inner_document AS jsonb",
+    "CREATE DOMAIN cloned.document AS cloned.inner_document CHECK (VALUE IS NOT NULL)",
+    "CREATE DOMAIN cloned.plain_document AS json",
+    "CREATE TYPE cloned.pair AS (number int, file jsonb)",
+)
+
+
+def copy_id(copy: tuple[str, str, str]) -> str:
+    """Return how a test with one of the copies is called."""
+    return " ".join(copy[:2])
+
+
+@asynccontextmanager
+async def cloned_as(env: OrmEnvironment, kind: str, value: str) -> AsyncIterator[str]:
+    """Give a schema that has a table `doc` with all files of the first, in a column of another type."""
+    schema = "cloned" if env.database.is_postgres else f"{env.database.url.database}_cloned"
+    await env.sql(f"CREATE SCHEMA {schema}")
+    try:
+        for statement in _TYPES if env.database.is_postgres else ():
+            await env.sql(statement)
+        await env.sql(f"CREATE TABLE {schema}.doc (id int, file {kind})")
+        cast = f"CAST({value} AS {kind})" if env.database.is_postgres else value
+        await env.sql(f"INSERT INTO {schema}.doc SELECT id, {cast} FROM doc WHERE file IS NOT NULL")  # noqa: S608
         yield schema
     finally:
         await env.sql(f"DROP SCHEMA {schema}" + (" CASCADE" if env.database.is_postgres else ""))

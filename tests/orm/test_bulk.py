@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sqlalchemy import bindparam, delete, exists, func, insert, null, select, update
+from sqlalchemy import bindparam, delete, exists, func, insert, null, select, text, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import Session, aliased
 
 from granite_storage.exceptions import InvalidReferenceError
+from tests.orm.clones import cloned
 from tests.orm.environment import Child, Doc, Item, Node, Note, OrmEnvironment, Parent, Photo, Report, Tag, file
 
 SYNCHRONIZE = [False, "fetch", "evaluate", "auto"]
@@ -370,3 +371,71 @@ class TestRefusals:
             await session.execute(insert(Doc.__table__).from_select(["id", "title"], select(Doc.id + 10, Doc.title)))
             await session.execute(select(Doc).where(Doc.file == stored))
         await env.check(file_1="a", other_1="b")
+
+
+class TestAliases:
+    """A statement writes to an alias of a table: no more rows are read and locked than it hits."""
+
+    @pytest.mark.case("RE-03")
+    @pytest.mark.parametrize("database", ["sqlite", "asyncpg"], indirect=True)
+    @pytest.mark.filterwarnings("error::sqlalchemy.exc.SAWarning")
+    async def test_delete(self, env: OrmEnvironment) -> None:
+        await three(env)
+        doc = aliased(Doc)
+        async with env.sessions.begin() as session:
+            await session.execute(delete(doc).where(doc.id == 1))
+            await require_unlocked(env)
+        await env.check(file_2="2", other_2="o2", file_3="3", other_3="o3")
+
+    @pytest.mark.case("RE-03")
+    @pytest.mark.parametrize("database", ["sqlite", "asyncpg", "mariadb"], indirect=True)
+    @pytest.mark.filterwarnings("error::sqlalchemy.exc.SAWarning")
+    async def test_update(self, env: OrmEnvironment) -> None:
+        await three(env)
+        doc = aliased(Doc)
+        async with env.sessions.begin() as session:
+            await session.execute(update(doc).where(doc.id == 1).values(file=None))
+            await require_unlocked(env)
+        await env.check(other_1="o1", file_2="2", other_2="o2", file_3="3", other_3="o3")
+
+    @pytest.mark.case("RE-03")
+    @pytest.mark.parametrize("database", ["sqlite", "asyncpg"], indirect=True)
+    async def test_table_beside_its_alias(self, env: OrmEnvironment) -> None:
+        """The criteria name the table as well, for another row of it."""
+        await three(env)
+        doc = aliased(Doc)
+        async with env.sessions.begin() as session:
+            before = select(Doc.id).where(Doc.id == doc.id - 1)
+            await session.execute(delete(doc).where(exists(before)))
+        await env.check(file_1="1", other_1="o1")
+
+    @pytest.mark.case("RE-03")
+    @pytest.mark.parametrize("database", ["sqlite", "asyncpg"], indirect=True)
+    async def test_table(self, env: OrmEnvironment) -> None:
+        await three(env)
+        doc = Doc.__table__.alias()
+        async with env.sessions.begin() as session:
+            await session.execute(delete(doc).where(doc.c.id < 3))
+        await env.check(file_3="3", other_3="o3")
+
+    @pytest.mark.case("RA-07")
+    @pytest.mark.parametrize("database", ["sqlite", "asyncpg"], indirect=True)
+    async def test_schema_of_the_statement(self, env: OrmEnvironment) -> None:
+        """What a schema_translate_map of the statement's own leads to is displaced, under whatever name."""
+        await env.add(Doc(id=1, file=file("a")))
+        doc = aliased(Doc)
+        async with cloned(env) as schema:
+            await env.sql("DELETE FROM doc" if env.database.is_postgres else "DELETE FROM main.doc")
+            options = {"schema_translate_map": {None: schema}, "synchronize_session": False}
+            async with env.sessions.begin() as session:
+                await session.execute(delete(doc).where(doc.id == 1), execution_options=options)
+            assert await env.objects() == set()
+
+
+async def require_unlocked(env: OrmEnvironment) -> None:
+    """Lock the rows that a statement does not hit, where a database has locks of rows."""
+    if env.database.is_sqlite:
+        return
+    async with env.engine.begin() as connection:
+        rows = await connection.execute(text("SELECT id FROM doc WHERE id > 1 FOR UPDATE NOWAIT"))
+        assert len(rows.all()) == 2

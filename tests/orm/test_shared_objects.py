@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage, sharing
 from granite_storage.orm.catalogue import read_catalogue
 from granite_storage.orm.columns import attachment_tables
-from tests.orm.clones import bound_beside, cloned
+from tests.orm.clones import COPIES, bound_beside, cloned, cloned_as, copy_id
 from tests.orm.environment import Doc, Node, OrmEnvironment, file
 from tests.orm.values import Sessions, add, locations, sqlite
 
@@ -468,6 +469,136 @@ class TestSchemas:
             await env.check(other_1="a")
         finally:
             await env.sql("ALTER TABLE doc RENAME COLUMN OTHER TO other")
+
+
+@pytest.mark.parametrize(("database", "kind", "value"), COPIES, indirect=["database"], ids=map(copy_id, COPIES))
+class TestOtherTypes:
+    """A clone has the refs in a column of another type: what its text mentions is referred to."""
+
+    @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+    async def test_clone_keeps_the_object(self, env: OrmEnvironment, kind: str, value: str, way: Way) -> None:
+        await env.add(Doc(id=1, file=file("a", "\u00e4 b.txt")), Doc(id=2, file=file("b")))
+        before = await env.objects()
+        async with cloned_as(env, kind, value) as schema:
+            async with env.sessions.begin() as session:
+                await way(session)
+            assert await env.objects() == before
+            await env.sql(f"DELETE FROM {schema}.doc WHERE id = 2")  # noqa: S608
+            async with env.sessions.begin() as session:
+                await session.execute(delete(Doc).where(Doc.id == 2))
+            (left,) = await env.objects()
+        await env.backend.delete(left)
+
+
+@asynccontextmanager
+async def tenant_role(env: OrmEnvironment) -> AsyncIterator[None]:
+    """Have a role that may use the tables of the models."""
+    await env.sql("CREATE ROLE tenant_role")
+    await env.sql("GRANT ALL ON ALL TABLES IN SCHEMA public TO tenant_role")
+    try:
+        yield
+    finally:
+        await env.sql("DROP OWNED BY tenant_role")
+        await env.sql("DROP ROLE tenant_role")
+
+
+@asynccontextmanager
+async def row_security(env: OrmEnvironment) -> AsyncIterator[None]:
+    """Let `tenant_role` see the rows of `doc` with the title of its tenant."""
+    async with tenant_role(env):
+        await env.sql("ALTER TABLE doc ENABLE ROW LEVEL SECURITY")
+        await env.sql("CREATE POLICY tenants ON doc USING (title = current_setting('app.tenant', true))")
+        try:
+            yield
+        finally:
+            await env.sql("DROP POLICY tenants ON doc")
+            await env.sql("ALTER TABLE doc DISABLE ROW LEVEL SECURITY")
+
+
+@pytest.mark.parametrize("database", ["asyncpg"], indirect=True)
+class TestRowSecurity:
+    """The role may read a table, and not all of its rows: who refers to an object is unknown."""
+
+    @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+    async def test_hidden_row(self, env: OrmEnvironment, way: Way, caplog: pytest.LogCaptureFixture) -> None:
+        await env.add(Doc(id=1, title="a", file=file("a")))
+        await env.sql("INSERT INTO doc (id, title, file) SELECT 2, 'b', file FROM doc")
+        async with row_security(env):
+            with caplog.at_level(logging.WARNING, "granite_storage"):
+                async with env.sessions.begin() as session:
+                    await session.execute(text("SET LOCAL ROLE tenant_role"))
+                    await session.execute(text("SET LOCAL app.tenant = 'a'"))
+                    await way(session)
+            assert "row-level security may hide rows of public.doc" in caplog.text
+            assert "StorageJournal" in caplog.text
+        await env.check(file_2="a")
+
+    async def test_row_that_is_hidden_by_its_delete(self, env: OrmEnvironment) -> None:
+        """A trigger turns the delete into an update that a policy hides."""
+        await env.add(Doc(id=1, title="a", file=file("a")))
+        await env.sql(
+            "CREATE FUNCTION soft_delete() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS"
+            " $$ BEGIN UPDATE doc SET title = 'deleted' WHERE id = old.id; RETURN NULL; END $$"
+        )
+        await env.sql("CREATE TRIGGER soft_delete BEFORE DELETE ON doc FOR EACH ROW EXECUTE FUNCTION soft_delete()")
+        try:
+            async with row_security(env), env.sessions.begin() as session:
+                await session.execute(text("SET LOCAL ROLE tenant_role"))
+                await session.execute(text("SET LOCAL app.tenant = 'a'"))
+                await delete_by_statement(session)
+        finally:
+            await env.sql("DROP FUNCTION soft_delete CASCADE")
+        await env.check(file_1="a")
+
+    async def test_clone(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with tenant_role(env), cloned(env) as schema:
+            await env.sql(f"GRANT USAGE ON SCHEMA {schema} TO tenant_role")
+            await env.sql(f"GRANT SELECT ON {schema}.doc TO tenant_role")
+            await env.sql(f"ALTER TABLE {schema}.doc ENABLE ROW LEVEL SECURITY")
+            with caplog.at_level(logging.WARNING, "granite_storage"):
+                async with env.sessions.begin() as session:
+                    await session.execute(text("SET LOCAL ROLE tenant_role"))
+                    await delete_one(session)
+            assert f"row-level security may hide rows of {schema}.doc" in caplog.text
+            (left,) = await env.objects()
+        await env.backend.delete(left)
+
+    async def test_role_that_sees_all_rows(self, env: OrmEnvironment) -> None:
+        """The policies are for others, and hold up nothing."""
+        await env.add(Doc(id=1, title="a", file=file("a")))
+        async with row_security(env), env.sessions.begin() as session:
+            await delete_one(session)
+        assert await env.objects() == set()
+
+
+@pytest.mark.parametrize("database", ["mariadb"], indirect=True)
+@pytest.mark.parametrize("way", WAYS[:3], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("is_in_a_procedure", [False, True])
+async def test_temporary_table(env: OrmEnvironment, way: Way, is_in_a_procedure: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """It hides the table of its name, also where its schema is named, and the catalogue shows the other one."""
+    await env.add(Doc(id=1, file=file("a")))
+    shadow = "CREATE TEMPORARY TABLE doc AS SELECT * FROM copied"
+    await env.sql("CREATE TABLE copied AS SELECT * FROM doc")
+    await env.sql(f"CREATE PROCEDURE shadow() {shadow}")
+    before = await env.objects()
+    try:
+        async with env.engine.connect() as connection:
+            await connection.execute(text("CALL shadow()" if is_in_a_procedure else shadow))
+            await connection.commit()
+            try:
+                with caplog.at_level(logging.WARNING, "granite_storage"):
+                    async with AsyncSession(connection) as session:
+                        await way(session)
+                        await session.commit()
+            finally:
+                await connection.invalidate()  # the temporary table goes with it
+        assert "a temporary table of the same name hides the rows of" in caplog.text
+        assert await env.objects() == before
+    finally:
+        await env.sql("DROP PROCEDURE shadow")
+        await env.sql("DROP TABLE copied")
+    await env.check(file_1="a")
 
 
 class TestBases:

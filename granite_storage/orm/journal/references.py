@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._util import TRANSLATE_MAP, batches
-from granite_storage.orm.catalogue import Place, read_catalogue
+from granite_storage.orm.catalogue import Place, describe_obstacles, mentions_at, read_catalogue
 from granite_storage.orm.journal.database import JournalPool, effective, read_translations
 from granite_storage.orm.references import location_of
 
@@ -86,6 +86,10 @@ class References:
             column = place.column
             _, location = location_of(column, self._pool.dialect, is_generated=place.is_generated)
             nothing = null().label("id"), null().label("attempts"), null().label("takeovers")
+            if place.is_text:
+                mentions = mentions_at(place, self._pool.dialect, locations)
+                selects += [select(*nothing, named.label("location")).where(is_there) for named, is_there in mentions]
+                continue
             found = select(*nothing, location.label("location")).select_from(column.table).where(location.in_(locations))
             selects.append(found)
         return selects
@@ -97,7 +101,7 @@ class References:
         are only translated. Of other bases and other schemas only what is there is asked.
 
         Raises:
-            ConfigurationError: This role may not read one of them.
+            ConfigurationError: Rows of one of them are, or may be, hidden from this role.
         """
         own, learned = self._pool.translate_map, await read_translations(connection, self._tables)
         catalogue = await connection.run_sync(read_catalogue, list(dict.fromkeys((*self._columns, *self._others))))
@@ -112,11 +116,11 @@ class References:
         found = (catalogue.place(effective(item.table.schema, own), item) for item in self._others)
         places += [place for place in found if place is not None]
         places += catalogue.namesakes()
-        hidden = sorted({place.label for place in places if not place.is_readable})
-        if hidden:
+        problems = [problem for problem, _ in describe_obstacles(places, "the journal's role")]
+        if problems:
             raise ConfigurationError(
-                f"the journal's role may not read {', '.join(hidden)}, where rows may refer to the same objects as those of the"
-                " models do, so nothing is deleted: grant it SELECT there, or give StorageJournal an engine of a role that may"
+                f"{'; '.join(problems)}, where rows may refer to the same objects as those of the models do, so nothing is"
+                " deleted: let this role see all of their rows, or give StorageJournal an engine of a role that does"
             )
         return sorted(set(places), key=lambda place: place.names)
 

@@ -87,7 +87,7 @@ UPLOADER = [
     Step("the renewal of a lease", Intents, "renew", commits=True, most=1),
     Step("an upload", Attachment, "_put"),
     Step("a copy", Engine, "copy", most=3),
-    Step("the publication of a file", _local_write.Draft, "publish", needs=_needs("local")),
+    Step("the publication of a file", _local_write.AtomicFile, "publish", needs=_needs("local")),
     Step("the creation of an upload in parts", _s3_upload.MultipartUpload, "create", needs=_needs("s3"), most=2),
     Step("the note of an upload id", Intents, "note_upload_id", commits=True, needs=_needs("s3"), most=2),
     Step("a part", _s3_upload.MultipartUpload, "_send_part", needs=_needs("s3"), most=3),

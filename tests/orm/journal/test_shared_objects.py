@@ -23,7 +23,7 @@ from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.tables import DELETE, clock
 from tests.faults.crash.workload import EXPECTED
-from tests.orm.clones import bound_beside, cloned
+from tests.orm.clones import COPIES, bound_beside, cloned, cloned_as, copy_id
 from tests.orm.environment import Base, Doc, OrmEnvironment, file
 from tests.orm.journal.sharing import copy_by_sql, delete, shared, steps_are_watched, worker
 from tests.orm.journal.test_recovery import expire, journal_of, retention, rows
@@ -130,6 +130,35 @@ def become_worker_role(connection: Any, _: Any) -> None:
     connection.commit()
 
 
+@contextlib.asynccontextmanager
+async def worked_by_another_role(env: OrmEnvironment) -> AsyncIterator[StorageJournal]:
+    """Bind a journal whose engine has a role that may use the tables of the models, and no others."""
+    for statement in ("CREATE ROLE worker_role", "GRANT ALL ON ALL TABLES IN SCHEMA public TO worker_role"):
+        await env.sql(statement)
+    engine = env.database.engine()
+    event.listen(engine.sync_engine, "connect", become_worker_role)
+    env.binding.unbind()
+    binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=StorageJournal(engine))
+    assert binding.journal is not None
+    try:
+        yield binding.journal
+    finally:
+        binding.unbind()
+        await engine.dispose()
+        env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=env.journal)
+        for statement in ("DROP OWNED BY worker_role", "DROP ROLE worker_role"):
+            await env.sql(statement)
+
+
+async def require_refusal(journal: StorageJournal, message: str) -> None:
+    """Let a journal recover, and refuse to."""
+    with pytest.raises(ExceptionGroup) as caught:
+        await journal.recover()
+    [error] = caught.value.exceptions
+    assert isinstance(error, ConfigurationError)
+    assert message in str(error)
+
+
 @pytest.mark.case("RE-03")
 class TestElsewhere:
     """The worker asks tables that no session of the journal's has used: those of other schemas, and of other bases."""
@@ -156,30 +185,47 @@ class TestElsewhere:
         if not env.database.is_postgres:
             return  # MariaDB shows a role nothing that it may not read
         await shared(env)
-        for statement in ("CREATE ROLE worker_role", "GRANT ALL ON ALL TABLES IN SCHEMA public TO worker_role"):
-            await env.sql(statement)
-        engine = env.database.engine()
-        event.listen(engine.sync_engine, "connect", become_worker_role)
-        env.binding.unbind()
-        binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=StorageJournal(engine))
-        assert binding.journal is not None
-        try:
+        async with worked_by_another_role(env) as journal:
             async with cloned(env) as schema:
                 await delete(env, 1)
-                with pytest.raises(ExceptionGroup) as caught:
-                    await binding.journal.recover()
-                [error] = caught.value.exceptions
-                assert isinstance(error, ConfigurationError)
-                assert f"{schema}.doc" in str(error)
+                await require_refusal(journal, f"{schema}.doc")
                 assert len(await env.objects()) == 1
             await expire(env)
-            assert (await binding.journal.recover()).deleted == 1
-        finally:
-            binding.unbind()
-            await engine.dispose()
-            env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=env.journal)
-            for statement in ("DROP OWNED BY worker_role", "DROP ROLE worker_role"):
-                await env.sql(statement)
+            assert (await journal.recover()).deleted == 1
+
+    @pytest.mark.parametrize("database", ["asyncpg"], indirect=True)
+    @pytest.mark.parametrize("table", ["doc", "clone"])
+    async def test_table_whose_rows_may_be_hidden(self, env: OrmEnvironment, table: str) -> None:
+        await shared(env, 2)
+        async with worked_by_another_role(env) as journal, cloned(env) as schema:
+            await env.sql(f"DELETE FROM {schema}.doc")  # noqa: S608
+            await env.sql(f"GRANT USAGE ON SCHEMA {schema} TO worker_role")
+            await env.sql(f"GRANT SELECT ON {schema}.doc TO worker_role")
+            hidden = "public.doc" if table == "doc" else f"{schema}.doc"
+            await env.sql(f"ALTER TABLE {hidden} ENABLE ROW LEVEL SECURITY")
+            try:
+                await delete(env, 1)
+                await require_refusal(journal, f"row-level security may hide rows of {hidden} from the journal's role")
+                assert len(await env.objects()) == 1
+            finally:
+                await env.sql(f"ALTER TABLE {hidden} DISABLE ROW LEVEL SECURITY")
+            await expire(env)
+            assert (await journal.recover()).kept == 1
+            await delete(env, 2)
+            assert (await journal.recover()).deleted == 1
+
+    @pytest.mark.parametrize(("database", "kind", "value"), COPIES, indirect=["database"], ids=map(copy_id, COPIES))
+    async def test_clone_with_a_column_of_another_type(self, env: OrmEnvironment, kind: str, value: str) -> None:
+        await shared(env)
+        await env.add(Doc(id=2, file=file("b")))
+        async with cloned_as(env, kind, value) as schema:
+            await env.sql(f"DELETE FROM {schema}.doc WHERE id = 2")  # noqa: S608
+            for number in (1, 2):
+                await delete(env, number)
+            report = await journal_of(env).recover()
+            assert (report.deleted, report.kept) == (1, 1)
+            (left,) = await env.objects()
+        await env.backend.delete(left)
 
     @pytest.mark.parametrize("manager", ["same", "another"])
     @pytest.mark.parametrize("journal", ["none", "own"])

@@ -62,7 +62,8 @@ def remove_now(
         intents = []
     if plain or intents:
         work = remove(plain, intents) if keep is None or not plain else _remove_others(plain, intents, keep)
-        await_only(shielded_cleanup(work, f"deleting {len(plain) + len(intents)} objects of an ended transaction"))
+        what = f"deleting {len(plain) + len(intents)} objects of an ended transaction"
+        await_only(shielded_cleanup(work, what))
 
 
 async def _remove_others(

@@ -220,8 +220,8 @@ MUTANTS = [
         name="sessions-cancelled-removal-stops",
         rule="Objects of an ended transaction are deleted to the end, though the task is cancelled meanwhile.",
         path="granite_storage/orm/uploads.py",
-        old="await_only(shielded_cleanup(work, f",
-        new="remove(plain, intents)",
+        old="await_only(shielded_cleanup(work, what))",
+        new="await_only(work)",
         tests=("tests/orm/test_cancelled_removal.py",),
     ),
     Mutant(

@@ -422,6 +422,8 @@ class TestAliases:
     @pytest.mark.parametrize("database", ["sqlite", "asyncpg"], indirect=True)
     async def test_schema_of_the_statement(self, env: OrmEnvironment) -> None:
         """What a schema_translate_map of the statement's own leads to is displaced, under whatever name."""
+        if env.journal is not None:
+            pytest.skip("a journal's worker refuses a schema that has one of the models' tables only")
         await env.add(Doc(id=1, file=file("a")))
         doc = aliased(Doc)
         async with cloned(env) as schema:

@@ -249,7 +249,7 @@ async def test_a_crash_that_forgets_what_was_acknowledged(
         assert len(await env.objects()) == (0 if at_once else 1)
 
 
-def delete_at_once(stored: Iterable[StoredObject]) -> None:
+def delete_at_once(stored: Iterable[StoredObject], **_: Any) -> None:
     """Delete what a transaction has left to nobody, before its COMMIT is written down."""
     for item in stored:
         await_only(item.manager.delete(item.ref))

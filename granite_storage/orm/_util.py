@@ -1,4 +1,4 @@
-"""Helpers around SQLAlchemy: greenlets, engines with options, batches, and what is done again after a deadlock."""
+"""Helpers around SQLAlchemy: greenlets, batches, engines with options, and retries after a deadlock."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def deferred_cancellation() -> Iterator[None]:
         task.cancel()
 
 
-# Cutting what has no limit into what a statement can take.
+# Batches that fit into a statement.
 
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-# Engines that `Engine.execution_options` makes: others than the one they are made from, with the same pool and events.
+# Engines that `Engine.execution_options` makes: another object than its original, with the same pool and events.
 
 
 def root_engine(engine: Engine) -> Engine:
@@ -121,7 +121,7 @@ def dispatchers_of(engine: Engine) -> Iterator[Any]:
     yield engine.dispatch
 
 
-# Locks of others: what is done again after a deadlock, and what is not waited for.
+# Locks of other transactions: retries after a deadlock, and statements that do not wait.
 
 
 P = ParamSpec("P")

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["Address", "Attachment", "LazySerializer", "core_schema_of", "fields_schema"]
 
 
-# How an attachment that was pickled finds its column, and so its manager, in another process.
+# The address by which a pickled attachment finds its column, and so its manager, in another process.
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Where attachments are: on a mapper, in a table, and below a table by cascades of the database."""
+"""The column types, and where attachments are: on a mapper, in a table, and below a table by cascades of the database."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 
-# Column types: a ref as JSON, and an attachment, which is the same in the database.
+# The column types: a ref as JSON, and an attachment, which is the same in the database.
 
 
 T = TypeVar("T")

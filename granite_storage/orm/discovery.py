@@ -418,7 +418,7 @@ def _has_sqlite_table(connection: Connection, schema: str, name: str) -> bool:
     return connection.execute(text(statement), {"name": name}).first() is not None
 
 
-# Telling references from what is none in SQL, in columns of which nobody has said what they hold.
+# Recognizing refs in SQL, in columns that no model describes.
 
 
 _ASKED_AT_A_TIME = 50

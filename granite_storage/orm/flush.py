@@ -1,4 +1,4 @@
-"""What a flush does to objects: decide from the session's state what is put, moved, copied and displaced; then do it."""
+"""What a flush does with objects: read the session's state, let `plan` decide, and upload, move, copy and displace."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 
-# What a flush writes into the journal, with the statements that its rows are written by: all of it in their transaction.
+# What a flush writes into the journal, in the transaction of its rows.
 
 
 def write_entries(unit: UnitOfWork) -> None:

@@ -1,4 +1,4 @@
-"""Reading the refs of a column, streamed from the server."""
+"""References in SQL: the refs of a column or of a whole base, and the rows and journals that refer to an object."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def _fitting(prefix: str, rest: str) -> str:
     return f"{prefix}{rest.encode()[:room].decode(errors='ignore')}_{digits}"
 
 
-# Reading every ref of a base, row by row, as the database has it: in the order of primary keys, a page at a time.
+# Every ref of a base, as the database has it: in the order of primary keys, a page at a time.
 #
 # The statements are Core ones, on connections of the application's own sessions: no loader criteria and no filter for soft-
 # deleted rows hides anything. Each page is a transaction of its own, so a scan of any length holds no snapshot and no
@@ -451,11 +451,10 @@ def _revived(column: Column[Any], value: Any) -> Any:
     return kind(value) if kind in (UUID, Decimal, int) else value
 
 
-# Who holds an object: the rows that refer to it, and the journal's entries about it.
+# The references to an object: in rows, and in the intents of a journal.
 #
 # The worker and the garbage collector ask here before they delete. All of it is one statement, and so one snapshot: between
-# two statements a transaction can take an object out of the one place and put it into the other, and both looks would miss
-# it.
+# two statements a transaction can move an object from one place to the other, and both statements would miss it.
 
 
 _MOST_PARAMETERS = 20_000

@@ -1,4 +1,4 @@
-"""Storing attachments: their intents first, where there is a journal, and then their bytes, side by side."""
+"""Storing attachments, intents first where there is a journal, and deleting what a transaction has left to no row."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Upload", "discard", "remove", "remove_now", "store", "stored_object"]
 
 
-# Deleting what a transaction left to nobody: never an error to the caller.
+# Deletion after a transaction: a failure is logged and never raised.
 
 
 logger: logging.Logger = logging.getLogger("granite_storage")

@@ -1,4 +1,4 @@
-"""What a flush has really written and deleted: the rows are asked, whatever had been planned for them.
+"""What a flush has really written and deleted, according to its rows, whatever was planned.
 
 Between the plan of a flush and its statements the application's own listeners, SQLAlchemy's cascades and the database's triggers
 have their say: a row that was to be deleted is kept, an old value is put back, a new row is expunged. An object is displaced only
@@ -167,7 +167,7 @@ def _still_holds(ref: StoredObjectRef) -> StaleAttachmentError:
     )
 
 
-# Whether the database may write something else into a row than a flush has told it to.
+# Triggers: whether the database may write something else into a row than the flush did.
 
 
 _SECONDS = 60.0

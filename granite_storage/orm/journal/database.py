@@ -1,4 +1,7 @@
-"""Connections of the journal's own: what it commits must not wait for the application's pool, nor join its transactions."""
+"""The journal's database: connections of its own, the checks at start-up, the heartbeat, and the schemas in use.
+
+What the journal commits must neither wait for the application's pool nor join its transactions.
+"""
 
 from __future__ import annotations
 
@@ -233,10 +236,10 @@ def _small_pool(pool: Pool, size: int) -> Pool:
     )
 
 
-# The heartbeat of the workers, in the journal's table `granite_storage_meta`, and the gaps in it.
+# The heartbeat of the workers, in the table `granite_storage_meta`, and the gaps in it.
 #
 # A database that was restored from a backup has the heartbeat of the backup, and so has one that was out of use. Whoever
-# beats first after such a silence notes it, and the note stays until a person has said that all is well: meanwhile the
+# beats first after such a silence notes it, and the note stays until a person has confirmed the database: meanwhile the
 # garbage collector deletes nothing, for what it would take for orphans may be the files of a database that is about to be
 # restored once more.
 

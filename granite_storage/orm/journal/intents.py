@@ -1,4 +1,4 @@
-"""The intents of uploads and deletes: written down before anything happens, and taken back by the transaction that makes it true.
+"""The intents of uploads and deletes: recorded before anything happens, and consumed by the transaction that makes it true.
 
 Why it is safe. An upload's intent is committed before its first byte is sent, so whatever dies, somebody knows of the object.
 The transaction that writes the ref into a row deletes the intent, and that DELETE must hit: a worker that was faster has fenced
@@ -312,7 +312,7 @@ def _after(delay: timedelta) -> clock:
     return clock(delay.total_seconds())
 
 
-# The leases of uploads under way: renewed in time, and given up by the uploader before a worker may take them.
+# Leases of uploads in progress: renewed in time, and released by the uploader before a worker may take them over.
 
 
 logger: logging.Logger = logging.getLogger("granite_storage")

@@ -148,7 +148,7 @@ def _on_mariadb(element: clock, compiler: Any, **kw: Any) -> str:
     return f"TIMESTAMPADD(MICROSECOND, 1000000 * {compiler.process(element.clauses, **kw)}, UTC_TIMESTAMP(6))"
 
 
-# What a pass of recovery tells of itself.
+# The report of a pass of recovery.
 
 
 @dataclass(frozen=True, slots=True)

@@ -393,7 +393,7 @@ async def identities_of(backend: StorageBackend) -> tuple[str, ...] | None:
 
 
 async def _places_of(backend: StorageBackend) -> set[Place] | None:
-    """Return all names of a backend's place, its identity among them: a server may be called by names that nobody can compare."""
+    """Return all names of a backend's place, its identity among them: a server may have names that cannot be compared."""
     if not isinstance(backend, SupportsPlaces):
         return None
     places = set(await backend.places())
@@ -742,7 +742,7 @@ class Engine:
             raise
 
     async def _withdraw(self, prepared: PreparedUpload) -> None:
-        """Delete an object that nobody will get a receipt of."""
+        """Delete an object for which no receipt is returned."""
         backend = self.backends[prepared.policy.backend_key]
         await shielded_cleanup(
             backend.delete(prepared.location), f"deleting the object {prepared.location!r}, which has no receipt"

@@ -1,7 +1,7 @@
 """What one session's transaction did to objects, and what follows when it ends: decisions only, no I/O.
 
 Each savepoint has a frame of its own, a log of what happened in it. A released savepoint's log is added to its parent's; one
-that is rolled back leaves nothing but the objects it put, which are then nobody's. Only the end of the outermost transaction says
+that is rolled back leaves nothing but the objects it put, which then have no row. Only the end of the outermost transaction says
 which objects go:
 
 - committed: those that were displaced last, those that were put for a row that never took them, and those that a rolled-back
@@ -217,7 +217,7 @@ class UnitOfWork:
         self._forget_flush()
 
     def abandon_flush(self) -> None:
-        """Forget what a flush decided: it has failed. Any row may still take what it had put, or else nobody holds it."""
+        """Forget what a flush decided: it has failed. Any row may still take what it had put, or it has no row."""
         puts = self.flush.puts
         self._forget_flush()
         for _, attachment in puts:

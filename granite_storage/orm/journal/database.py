@@ -91,7 +91,7 @@ class JournalPool:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of a statement on the journal's tables, whoever's connection executes it."""
+        """The options of a statement on the journal's tables, on any connection."""
         return {TRANSLATE_MAP: self.translate_map or None}
 
     @property
@@ -116,7 +116,7 @@ class JournalPool:
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection in a transaction whose commit nobody relies on."""
+        """Give a connection in a transaction whose commit need not be durable."""
         async with self._in_time(), self._engine.begin() as connection:
             yield connection
 

@@ -122,7 +122,7 @@ async def _outcome(writing: asyncio.Future[None]) -> None:
 
 
 def _over() -> StaleAttachmentError:
-    return StaleAttachmentError("nobody knows whether the journal has committed; the transaction may be tried again")
+    return StaleAttachmentError("it is unknown whether the journal has committed: try the transaction again")
 
 
 class Intents:

@@ -166,7 +166,7 @@ async def test_it_opens_few_connections(env: OrmEnvironment, pool: dict[str, Any
         lifetime = timedelta(hours=1)
         await asyncio.gather(*(journal.begin_staging("store", f"doc/1/file/{number}", lifetime=lifetime) for number in range(12)))
     await engine.dispose()
-    assert most == 2
+    assert 0 < most <= 2
     assert len(await rows(env, "intent")) == 12
     await env.recover()
 

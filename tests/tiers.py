@@ -24,7 +24,6 @@ _SEED = "GRANITE_SEED"
 _FIXED_SEED = 20_261_128
 
 ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
-    "tests/gc/test_mentions.py": ("",),
     "tests/gc/test_schemas_of_tenants.py": ("test_a_copy_in_a_schema_without_a_table_of_a_model",),
     "tests/orm/test_scenarios.py": (
         "TestFailedUploads",
@@ -73,10 +72,14 @@ class Repetition:
     repeats: Callable[[pytest.Item, dict[str, Any]], bool]
 
 
-def _in_class(*names: str, apart_from: Collection[str] = ()) -> Callable[[pytest.Item, dict[str, Any]], bool]:
+def _in_class(
+    *names: str, apart_from: Collection[str] = (), only: Collection[str] | None = None
+) -> Callable[[pytest.Item, dict[str, Any]], bool]:
     def repeats(item: pytest.Item, _: dict[str, Any]) -> bool:
-        owner = getattr(item, "cls", None)
-        return owner is not None and owner.__name__ in names and getattr(item, "originalname", item.name) not in apart_from
+        owner, name = getattr(item, "cls", None), getattr(item, "originalname", item.name)
+        if owner is None or owner.__name__ not in names:
+            return False
+        return name not in apart_from and (only is None or name in only)
 
     return repeats
 
@@ -103,6 +106,27 @@ PREFIXED_AT_SERVICE = (
 )
 """What of the suite runs on S3 with a prefix of the backend's own, too."""
 
+INDEPENDENT_OF_SERVICE = (
+    "test_chunks_as_large_as_they_come",
+    "test_chunks_of_odd_sizes",
+    "test_closed_reader",
+    "test_declared_ability",
+    "test_errors_are_of_the_family",
+    "test_event_loops_in_threads",
+    "test_hostile_location",
+    "test_impossible_range",
+    "test_late_write_after_a_delete",
+    "test_over_the_limit",
+    "test_page_sizes",
+    "test_read_sizes",
+    "test_result_joins_the_ref",
+    "test_source_raises",
+    "test_through_a_manager",
+    "test_undeclared_option",
+    "test_wrong_declaration",
+)
+"""What of the suite asks nothing of the service that obstore talks to."""
+
 REPETITIONS = [
     Repetition(
         "tests/backends/test_conformance.py",
@@ -121,6 +145,11 @@ REPETITIONS = [
     ),
     Repetition(
         "tests/backends/test_obstore_conformance.py",
+        "the backend's own code decides it, and the suite runs on it over memory and a disk",
+        _in_class("TestSeaweedFS", only=INDEPENDENT_OF_SERVICE),
+    ),
+    Repetition(
+        "tests/backends/test_obstore_conformance.py",
         "Azurite takes minutes to install and to answer; the backend's own code is that of S3 and memory",
         _in_class("TestAzurite"),
     ),
@@ -132,6 +161,7 @@ REPETITIONS = [
 ]
 
 _DATABASES = {
+    "tests/gc/test_mentions.py": ("sqlite-begin", "asyncpg", "mariadb"),
     "tests/orm/journal/": ("asyncpg",),
     "tests/orm/": ("sqlite-begin", "asyncpg"),
     "tests/gc/": ("sqlite-begin", "asyncpg"),

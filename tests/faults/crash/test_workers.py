@@ -23,7 +23,7 @@ from tests.faults.crash.options import KILLS, MANY, SECOND_DRIVER, SEED
 STEPS = [(Recovery, name) for name in ("_fence", "_resume", "_check", "_remove", "_conclude", "_let_go")]
 MOMENTS = [f"{moment} {name}" for _, name in STEPS for moment in ("before", "after")]
 PAIRS = list(product(MOMENTS, MOMENTS))
-SOME = 16
+SOME = 12
 
 
 @dataclass(eq=False)

@@ -21,6 +21,7 @@ from granite_storage.exceptions import ConfigurationError
 
 __all__ = [
     "TRANSLATE_MAP",
+    "UNTRANSLATED",
     "again_after_deadlock",
     "batches",
     "codes_of",
@@ -37,6 +38,9 @@ __all__ = [
 
 TRANSLATE_MAP: Final = "schema_translate_map"
 """The name of SQLAlchemy's option."""
+
+UNTRANSLATED: Final = {TRANSLATE_MAP: None}
+"""Options of a statement that names no table of a model: SQLAlchemy compiles one for one set of a map's keys only."""
 
 
 def in_greenlet() -> bool:

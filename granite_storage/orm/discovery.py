@@ -40,7 +40,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.locations import GENERATED_ID_LENGTH
-from granite_storage.orm._util import batches, codes_of
+from granite_storage.orm._util import UNTRANSLATED, batches, codes_of
 from granite_storage.orm.columns import StoredObjectRefType
 from granite_storage.orm.references import location_of, value_in
 
@@ -255,7 +255,9 @@ def find_named_columns(connection: Connection, tables: Sequence[str], columns: S
     names = {"tables": list(tables), "columns": list(columns)}
     match connection.dialect.name:
         case "postgresql":
-            rows: Iterable[Any] = connection.execute(_POSTGRESQL_NAMED, {**names, "shortest": GENERATED_ID_LENGTH})
+            rows: Iterable[Any] = connection.execute(
+                _POSTGRESQL_NAMED, {**names, "shortest": GENERATED_ID_LENGTH}, execution_options=UNTRANSLATED
+            )
         case "sqlite":
             rows = _sqlite_named(connection, tables, columns)
         case _:
@@ -282,11 +284,11 @@ def find_text_columns(connection: Connection) -> list[FoundColumn]:
     shortest = {"shortest": GENERATED_ID_LENGTH}
     match connection.dialect.name:
         case "postgresql":
-            rows: Iterable[Any] = connection.execute(_POSTGRESQL_COLUMNS, shortest)
+            rows: Iterable[Any] = connection.execute(_POSTGRESQL_COLUMNS, shortest, execution_options=UNTRANSLATED)
         case "sqlite":
             rows = [row for schema in _attached(connection) for row in _sqlite_columns(connection, schema)]
         case _:
-            rows = connection.execute(_MARIADB_COLUMNS, shortest)
+            rows = connection.execute(_MARIADB_COLUMNS, shortest, execution_options=UNTRANSLATED)
     return [FoundColumn(schema, table, name, *map(bool, facts)) for schema, table, name, *facts in rows]
 
 
@@ -294,7 +296,7 @@ def find_tables(connection: Connection, names: Sequence[str]) -> list[tuple[str,
     """Return schema and name of the tables of these names, in every schema that the database shows this role."""
     match connection.dialect.name:
         case "postgresql":
-            rows: Iterable[Any] = connection.execute(_POSTGRESQL_TABLES, {"names": list(names)})
+            rows: Iterable[Any] = connection.execute(_POSTGRESQL_TABLES, {"names": list(names)}, execution_options=UNTRANSLATED)
         case "sqlite":
             rows = [
                 (schema, name)
@@ -303,7 +305,7 @@ def find_tables(connection: Connection, names: Sequence[str]) -> list[tuple[str,
                 if _has_sqlite_table(connection, schema, name)
             ]
         case _:
-            rows = connection.execute(_MARIADB_TABLES, {"names": list(names)})
+            rows = connection.execute(_MARIADB_TABLES, {"names": list(names)}, execution_options=UNTRANSLATED)
     return [(schema, name) for schema, name in rows]
 
 
@@ -315,12 +317,14 @@ def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
         case "postgresql":
             quote = connection.dialect.identifier_preparer.quote
             name = ".".join(quote(part) for part in (schema, table.name) if part)
-            row: Any = connection.execute(_POSTGRESQL_RESOLVED, {"name": name}).first()
+            row: Any = connection.execute(_POSTGRESQL_RESOLVED, {"name": name}, execution_options=UNTRANSLATED).first()
         case "sqlite":
             schemas = [found for found in _attached(connection) if schema in (None, found)]
             row = next(((found, table.name) for found in schemas if _has_sqlite_table(connection, found, table.name)), None)
         case _:
-            row = connection.execute(_MARIADB_RESOLVED, {"name": table.name, "schema": schema}).first()
+            row = connection.execute(
+                _MARIADB_RESOLVED, {"name": table.name, "schema": schema}, execution_options=UNTRANSLATED
+            ).first()
     return None if row is None else (str(row[0]), str(row[1]))
 
 
@@ -375,7 +379,10 @@ def _sqlite_named(connection: Connection, tables: Sequence[str], columns: Sequen
 
 
 def _mariadb_named(connection: Connection, names: dict[str, list[str]]) -> list[tuple[Any, ...]]:
-    rows = [tuple(row) for row in connection.execute(_MARIADB_NAMED, {**names, "shortest": GENERATED_ID_LENGTH})]
+    rows = [
+        tuple(row)
+        for row in connection.execute(_MARIADB_NAMED, {**names, "shortest": GENERATED_ID_LENGTH}, execution_options=UNTRANSLATED)
+    ]
     if not _has_some(connection):
         return rows
     shadowed = {place for place in {row[:2] for row in rows} if _is_temporary(connection, *place)}

@@ -41,6 +41,7 @@ from sqlalchemy.exc import OperationalError
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id, matches_generated_name
+from granite_storage.orm._util import UNTRANSLATED
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.locking import among
 from granite_storage.refs import StoredObjectRef
@@ -171,7 +172,7 @@ def find_location_columns(connection: Connection, columns: Collection[Column[Any
         return set()
     names = [location_column_name(column.name) for column in columns]
     tables = sorted({column.table.name for column in columns})
-    rows = connection.execute(_GENERATED, {"tables": tables, "names": names})
+    rows = connection.execute(_GENERATED, {"tables": tables, "names": names}, execution_options=UNTRANSLATED)
     found = {place for schema, table, name, is_default in rows for place in _places(schema, table, name, is_default)}
     return {column for column in columns if (column.table.schema, column.table.name, location_column_name(column.name)) in found}
 

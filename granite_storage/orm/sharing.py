@@ -16,7 +16,7 @@ from sqlalchemy import Column, CompoundSelect, Connection, Engine, Text, bindpar
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.orm._registry import active_bindings
-from granite_storage.orm._util import TRANSLATE_MAP, batches, codes_of, without_pool
+from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, batches, codes_of, without_pool
 from granite_storage.orm.catalogue import Place, describe_obstacles, mentions_at, read_catalogue
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.locking import among
@@ -30,7 +30,6 @@ __all__ = ["find_referenced", "find_shared", "find_shared_afresh", "refers"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
-_AS_NAMED = {TRANSLATE_MAP: None}
 _MOST_PARAMETERS = 20_000
 _MOST_COLUMNS = 50
 """Of one statement: PostgreSQL starts workers for one that looks expensive, which takes longer than the statement itself."""
@@ -212,11 +211,11 @@ def _answers(
     mentions = [one for place in texts for one in mentions_at(place, connection.dialect.name, locations)]
     for mentioned in batches(mentions, _MOST_COLUMNS):
         asked = union_all(*(select(location.label("location")).where(is_there) for location, is_there in mentioned))
-        found |= set(connection.execute(asked, execution_options=_AS_NAMED).scalars())
+        found |= set(connection.execute(asked, execution_options=UNTRANSLATED).scalars())
     for some in batches([place for place in places if not place.is_text], _MOST_COLUMNS):
         question = _question(tuple(some), connection.dialect.name, is_guarded)
         for batch in batches(locations, max(1, _MOST_PARAMETERS // len(some))):
-            found |= set(connection.execute(question, {"locations": batch}, execution_options=_AS_NAMED).scalars())
+            found |= set(connection.execute(question, {"locations": batch}, execution_options=UNTRANSLATED).scalars())
     return found
 
 
@@ -247,13 +246,13 @@ def _confirmed(connection: Connection, place: Place, primary_key: Sequence[Colum
     _, location = location_of(column, connection.dialect.name, is_generated=place.is_generated)
     is_wanted = location.in_(sorted(locations))
     if not keys:
-        return set(connection.scalars(select(location).select_from(table).where(is_wanted), execution_options=_AS_NAMED))
+        return set(connection.scalars(select(location).select_from(table).where(is_wanted), execution_options=UNTRANSLATED))
     unlocked = select(*keys).where(is_wanted).order_by(*keys)
-    rows = [tuple(row) for row in connection.execute(unlocked, execution_options=_AS_NAMED)]
+    rows = [tuple(row) for row in connection.execute(unlocked, execution_options=UNTRANSLATED)]
     confirmed: set[str] = set()
     for batch in batches(rows, _MOST_ROWS):
         locked = select(location).select_from(table).where(among(table, batch), is_wanted).with_for_update(read=True)
-        confirmed |= set(connection.scalars(locked, execution_options=_AS_NAMED))
+        confirmed |= set(connection.scalars(locked, execution_options=UNTRANSLATED))
     return confirmed
 
 

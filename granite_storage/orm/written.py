@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm._interfaces import ObjectKey, StoredObject
-from granite_storage.orm._util import TRANSLATE_MAP, connection_of, root_engine
+from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, connection_of, root_engine
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, keys_of
 from granite_storage.orm.locking import read_refs, read_rows
@@ -208,7 +208,7 @@ def _ask(connection: Connection, schema: str | None, table: str) -> bool:
     match connection.dialect.name:
         case "postgresql":
             name = ".".join(quote(part) for part in (schema, table) if part)
-            found: Any = connection.execute(_POSTGRESQL, {"name": name}).scalar()
+            found: Any = connection.execute(_POSTGRESQL, {"name": name}, execution_options=UNTRANSLATED).scalar()
         case "sqlite":
             # A trigger may be a temporary one, of a table in another file.
             schemas = {"temp", *(row[1] for row in connection.exec_driver_sql("PRAGMA database_list"))}
@@ -217,7 +217,7 @@ def _ask(connection: Connection, schema: str | None, table: str) -> bool:
                 " WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE"
                 for one in sorted(schemas)
             ]
-            found = connection.execute(text(" UNION ALL ".join(parts)), {"table": table}).first()
+            found = connection.execute(text(" UNION ALL ".join(parts)), {"table": table}, execution_options=UNTRANSLATED).first()
         case _:
-            found = connection.execute(_MARIADB, {"schema": schema, "table": table}).scalar()
+            found = connection.execute(_MARIADB, {"schema": schema, "table": table}, execution_options=UNTRANSLATED).scalar()
     return bool(found)

@@ -97,3 +97,12 @@ async def test_the_catalogue_is_asked_once(env: OrmEnvironment, monkeypatch: pyt
         await env.add(Doc(id=number, file=file("a")))
     assert asked == ["doc"]
     await env.check()
+
+
+async def test_sessions_with_maps_of_other_keys(env: OrmEnvironment) -> None:
+    """SQLAlchemy compiles a statement for one set of keys of a `schema_translate_map`, and refuses it with another one."""
+    for mapping in ({"tenant": None}, {None: None}):
+        written._answers.clear()
+        async with env.engine.connect() as connection:
+            mapped = await connection.execution_options(schema_translate_map=mapping)
+            assert not await mapped.run_sync(written.has_triggers, Doc.__table__)

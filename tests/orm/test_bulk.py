@@ -394,7 +394,9 @@ class TestAliases:
         await three(env)
         doc = aliased(Doc)
         async with env.sessions.begin() as session:
-            await session.execute(update(doc).where(doc.id == 1).values(file=None))
+            # On MariaDB SQLAlchemy's own SELECT, by which it synchronizes the session, forgets the alias.
+            statement = update(doc).where(doc.id == 1).values(file=None)
+            await session.execute(statement, execution_options={"synchronize_session": False})
             await require_unlocked(env)
         await env.check(other_1="o1", file_2="2", other_2="o2", file_3="3", other_3="o3")
 

@@ -167,7 +167,7 @@ def _require_content_type(content_type: object) -> None:
         raise InvalidReferenceError(f"content_type must be a media type in printable ASCII, not {content_type!r:.120}")
 
 
-# What a manager holds per event loop: whether it is open there, what is under way, and what must be closed.
+# The state of a manager on each event loop: whether it is open, the calls in progress, and the readers to close.
 
 
 Release: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
@@ -227,17 +227,17 @@ class Lifecycle:
         self._here().readers.add(reader)
 
     async def open(self) -> None:
-        """Let calls in again, once a closing that is under way has ended."""
+        """Accept calls again, once a close in progress has ended."""
         state = self._here()
         if state.closing is not None:
             await asyncio.wait([state.closing])
             state.closing = None
 
     async def close(self, drain_timeout: float, release: Release) -> None:
-        """Refuse new calls, wait for those under way, cancel the late ones, and release what was opened; all of it once.
+        """Refuse new calls, wait for those in progress, cancel the late ones, and release what was opened; once.
 
-        Everybody who calls it waits until all is closed. Being cancelled shortens the wait, and closes all the same: the calls
-        under way are then cancelled at once.
+        Every caller waits until all is closed. Being cancelled shortens the wait, and closes all the same: the calls
+        in progress are then cancelled at once.
         """
         state = self._here()
         state.exempt(asyncio.current_task())
@@ -660,7 +660,7 @@ class Engine:
     ) -> UploadRequest | None:
         """Return a request with which a client stores an object directly in its backend; None where that signs none.
 
-        Nobody has verified what is stored by it.
+        What a client stores by it is not verified.
 
         Args:
             prepared: Where, and of which media type.

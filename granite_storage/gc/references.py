@@ -199,7 +199,7 @@ def require_callable(iter_references: object) -> None:
     """Refuse an iterable instead of a callable that returns one."""
     if not callable(iter_references):
         raise ConfigurationError(
-            "iter_references must be a callable that returns the refs anew on each call, not a"
+            "iter_references must be a callable that returns the refs again on each call, not a"
             f" {type(iter_references).__name__}: refs that were read once are out of date when an object is deleted"
         )
 

@@ -73,10 +73,10 @@ def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[
 
 
 def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objects: Sequence[StoredObject]) -> set[str]:
-    """Return what `find_shared` does, as transactions see it that begin now, on connections of their own.
+    """Return what `find_shared` returns to transactions that begin now, on connections of their own.
 
-    A transaction that has a snapshot asks in vain about rows that others have committed since; and what a rollback has left of a
-    transaction that the database had committed by itself, only a new one can see.
+    A snapshot does not show rows that others have committed since, and a transaction that is rolled back does not show the rows
+    that the database had committed by itself.
 
     Args:
         places: The engines to ask, each with the options of the connection that the objects were displaced on.
@@ -87,14 +87,10 @@ def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objec
         try:
             with without_pool(engine).connect() as connection:
                 fresh = connection.execution_options(isolation_level="READ COMMITTED", **options)
-                if connection.dialect.name == "postgresql":
-                    fresh.exec_driver_sql(f"SET lock_timeout = '{_LOCK_TIMEOUT}s'")
-                else:
-                    fresh.exec_driver_sql(
-                        f"SET SESSION lock_wait_timeout = {_LOCK_TIMEOUT}, innodb_lock_wait_timeout = {_LOCK_TIMEOUT}"
-                    )
+                if connection.dialect.name in ("mysql", "mariadb"):
+                    fresh.exec_driver_sql(f"SET SESSION innodb_lock_wait_timeout = {_LOCK_TIMEOUT}")
                 shared |= find_shared(fresh, objects)
-        except DBAPIError:
+        except (DBAPIError, OSError):
             logger.warning(
                 "%d objects of an ended transaction stay: it is unknown whether rows refer to them", len(objects), exc_info=True
             )

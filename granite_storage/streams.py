@@ -30,6 +30,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeAlias, TypeGuard
 
+from granite_storage._portal import portal
 from granite_storage._tasks import shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.exceptions import (
@@ -305,7 +306,7 @@ class WholeFile:
             with _readings.claim(self.held, self) as was_begun:
                 size = await self._rewind(was_begun)
                 count = 0
-                async with aclosing(_read(self._file)) as chunks:
+                async with aclosing(_read(self._readable)) as chunks:
                     async for chunk in chunks:
                         count += len(chunk)
                         if size is not None and count > size:
@@ -317,9 +318,13 @@ class WholeFile:
                 if not count and is_form_upload(self._file) and not self._file.filename:
                     raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
 
+    @property
+    def _readable(self) -> Any:
+        return _synchronous_file(self._file) if portal.is_here else self._file
+
     async def _rewind(self, was_begun: bool) -> int | None:
         """Go to the beginning; return the size to check where that is impossible and it is known."""
-        self.can_rewind = self.can_rewind and await _sought(self._file)
+        self.can_rewind = self.can_rewind and await _sought(self._readable)
         if self.can_rewind:
             return None
         if was_begun:
@@ -364,6 +369,38 @@ class ReadOnce:
 def whole(source: Any) -> WholeFile | ReadOnce:
     """Return a source as one object needs it: all of it, which of some is there only once."""
     return WholeFile(source) if is_file(source) else ReadOnce(source)
+
+
+def require_synchronous(source: Any) -> None:
+    """Refuse a source that only an event loop can read, for a caller whose own loop, if it has one, waits meanwhile.
+
+    An upload with an async `read`, such as Starlette's, is read through its `file`.
+
+    Raises:
+        TypeError: It is one.
+    """
+    while isinstance(source, SizeLimitedStream):
+        source = source._source
+    if isinstance(source, ReadOnce):
+        source = source._source
+    if isinstance(source, WholeFile):
+        source = source._file
+    is_async = _is_async_file(source) if is_file(source) else isinstance(source, AsyncIterable)
+    if is_async and _synchronous_file(source) is source:
+        raise TypeError(
+            f"{type(source).__name__} is an asynchronous stream, which belongs to an event loop: synchronous code stores bytes,"
+            " a file, an iterable of bytes, or an upload that has a file of its own; read it first, or store it from async code"
+        )
+
+
+def _synchronous_file(file: Any) -> Any:
+    """Return the file inside an upload whose own `read` is async."""
+    inner = getattr(file, "file", None)
+    return inner if _is_async_file(file) and is_file(inner) and not _is_async_file(inner) else file
+
+
+def _is_async_file(file: Any) -> bool:
+    return inspect.iscoroutinefunction(getattr(file, "read", None))
 
 
 def is_file(source: object) -> bool:
@@ -644,6 +681,7 @@ class SizeLimitedStream:
     def __init__(self, stream: ByteSource, max_size: int | None) -> None:
         self.max_size = max_size
         self.bytes_read: int = 0
+        self._source = stream
         self._chunks = self._chunks_of(stream)
         self.is_local: bool = is_local(stream)
         self._passes_on: object = stream if _is_read_on(stream) else None

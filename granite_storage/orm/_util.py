@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from itertools import islice
@@ -16,25 +16,31 @@ from sqlalchemy.exc import DBAPIError, MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncConnection, async_session
 from sqlalchemy.orm import InstanceState, Session
 from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
 
-from granite_storage.exceptions import ConfigurationError
+from granite_storage._portal import portal
 
 __all__ = [
     "TRANSLATE_MAP",
     "UNTRANSLATED",
     "again_after_deadlock",
     "batches",
+    "can_wait",
     "codes_of",
     "connection_of",
     "deferred_cancellation",
     "dispatchers_of",
     "in_greenlet",
-    "require_async",
+    "is_async",
+    "require_wait",
     "root_engine",
     "try_briefly",
+    "wait",
     "without_pool",
 ]
 
+
+T = TypeVar("T")
 
 TRANSLATE_MAP: Final = "schema_translate_map"
 """The name of SQLAlchemy's option."""
@@ -48,30 +54,42 @@ def in_greenlet() -> bool:
     return bool(getattr(getcurrent(), "__sqlalchemy_greenlet_provider__", False))
 
 
-def require_async(what: str, session: Session | None = None) -> None:
-    """Refuse to await the storage where nothing can be awaited, before anything has happened.
+def can_wait(*, is_async: bool) -> bool:
+    """Tell whether an event of SQLAlchemy can wait for a coroutine.
+
+    Args:
+        is_async: Whether the session or connection is that of an asynchronous engine, which waits by an `await` of its caller.
+    """
+    return in_greenlet() or not (is_async or portal.is_here)
+
+
+def wait(work: Coroutine[Any, Any, T]) -> T:
+    """Wait for a coroutine in an event of SQLAlchemy: by its caller's `await`, or in the thread of a synchronous session."""
+    return await_only(work) if in_greenlet() else portal.run(work)
+
+
+def require_wait(what: str, session: Session) -> None:
+    """Refuse to wait for the storage where nothing can be awaited, before anything has happened.
 
     Args:
         what: What needs it.
-        session: The session; None where one of an `AsyncSession` has read from the database, and so needed an `await` before.
+        session: The session.
 
     Raises:
         MissingGreenlet: The session is that of an `AsyncSession`, but works without an `await`: an attribute that is loaded when
             it is read flushes before.
-        ConfigurationError: It is a synchronous one.
     """
-    if in_greenlet():
-        return
-    if session is not None and async_session(session) is not None:
+    if not in_greenlet() and is_async(session):
         raise MissingGreenlet(
             f"{what} awaits the storage, but the AsyncSession was used without an await, as by reading an expired or unloaded"
             " attribute, which flushes before it loads: await session.flush() or session.refresh(...) first",
             code="xd2s",
         )
-    raise ConfigurationError(
-        f"{what} needs an AsyncSession: a synchronous Session cannot await the storage, and may write only rows that hold no"
-        " files"
-    )
+
+
+def is_async(session: Session) -> bool:
+    """Tell whether a session is that of an `AsyncSession`."""
+    return async_session(session) is not None
 
 
 @contextmanager
@@ -79,7 +97,7 @@ def deferred_cancellation() -> Iterator[None]:
     """Let a cancellation through at the task's next await instead of here, where it would break off what must be done."""
     try:
         yield
-    except asyncio.CancelledError:
+    except asyncio.CancelledError:  # which a synchronous session's thread never sees
         task = asyncio.current_task()
         if task is None:
             raise
@@ -88,9 +106,6 @@ def deferred_cancellation() -> Iterator[None]:
 
 
 # Batches that fit into a statement.
-
-
-T = TypeVar("T")
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

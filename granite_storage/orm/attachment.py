@@ -33,6 +33,7 @@ from granite_storage.streams import (
     is_form_upload,
     is_weakly_referable,
     iter_chunks,
+    require_synchronous,
     upload_size,
     whole,
 )
@@ -545,6 +546,12 @@ class Attachment:
                 " shall survive a rollback"
             )
         return source
+
+    def _require_synchronous(self) -> None:
+        """Refuse a stream that only an event loop can read."""
+        origin = self._origin()
+        if not isinstance(origin, Attachment):
+            require_synchronous(origin)
 
     def _take_origin(self) -> ByteSource | WholeFile | ReadOnce | Attachment:
         source = self._source

@@ -17,14 +17,11 @@ from sqlalchemy.sql.elements import BindParameter
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import flush, transactions
 from granite_storage.orm._registry import active_bindings
-from granite_storage.orm._util import require_async
 from granite_storage.orm.columns import Tables, attachment_tables, slots_of
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import RowRef, are_there, cascaded, lock_rows, lock_statement, still_referenced
 
 __all__ = ["begin_connection", "begin_transaction", "end_transaction", "execute_bulk", "note_flush", "on_execute", "unlisten_all"]
-
-_BULK = "a bulk statement on rows that hold files"
 
 
 def execute_bulk(state: ORMExecuteState) -> Result[Any] | None:
@@ -91,12 +88,10 @@ def _displacing(state: ORMExecuteState, reached: Sequence[tuple[Connection, list
     """Run the statement, and displace what is gone afterwards.
 
     Raises:
-        ConfigurationError: A row holds a file, and the session is a synchronous one or commits by itself; the statement has not
-            been run.
+        ConfigurationError: A row holds a file, and the session commits by itself; the statement has not been run.
     """
     for connection, held in reached:
         if held:
-            require_async(_BULK, state.session)
             transactions.require_transactions(connection)
     result = state.invoke_statement()
     frame = transactions.unit_of(state.session).frame(flush.current_transaction(state.session))

@@ -11,13 +11,12 @@ from uuid import UUID
 from sqlalchemy import Column, Connection, Table
 from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
 from sqlalchemy.orm.unitofwork import UOWTransaction
-from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._registry import binding_for, find_binding
-from granite_storage.orm._util import connection_of, require_async
+from granite_storage.orm._util import connection_of, in_greenlet, require_wait, wait
 from granite_storage.orm.assignment import require_sound
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, primary_key_of, slots_of
@@ -96,7 +95,7 @@ def restore_deleted(unit: UnitOfWork, column_type: AttachmentType, stored: Store
         raise ConfigurationError(
             "an attachment is restored from a journal, and this base is bound without: bind_storage(..., journal=...)"
         )
-    found = await_only(journal.intents.find_delete(stored.ref))
+    found = wait(journal.intents.find_delete(stored.ref))
     if found is None:
         raise StaleAttachmentError(f"the object at {stored.ref.location!r} does not wait to be deleted, so it cannot be restored")
     unit.flush.restored.append(Intent(journal, found, deletes=True, location=stored.ref.location))
@@ -105,7 +104,6 @@ def restore_deleted(unit: UnitOfWork, column_type: AttachmentType, stored: Store
 
 _UNSAFE = re.compile(r"[^\w.@=+-]+")
 _ENTITY_BYTES = 100
-_STORING = "storing, replacing or deleting a file"
 
 
 def changes_of(states: Iterable[InstanceState[Any]]) -> list[Change]:
@@ -180,12 +178,11 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
     which objects are displaced, which of them move to other rows, and what must be copied.
 
     Raises:
-        ConfigurationError: The session is a synchronous one, and there is anything to store or to displace.
-        MissingGreenlet: It is that of an `AsyncSession`, but was made to flush without an `await`.
+        MissingGreenlet: The session is that of an `AsyncSession`, but was made to flush without an `await`.
     """
     flush, frame = unit.flush, unit.frame(current_transaction(session))
     if any(change.value is not None for change in changes):
-        require_async(_STORING, session)
+        require_wait("storing a file", session)
     written = [change for change in changes if change.value is not None and not flush.has_handled(change.marker, change.value)]
     replaced = {change.old.ref for change in changes if isinstance(change.old, Attachment) and change.old._ref is not None}
     # Where every row that gives something up is known, what is certainly held elsewhere is copied before any row is locked.
@@ -196,7 +193,6 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
     _store_all(unit, frame, [(change, change.attachment) for change in uploads.put])
     _copy_all(session, unit, frame, uploads.copy)
     displaced = displace(flush, _locked_refs(session, unit, changes, deletions))
-    _require_async_for_files(flush)
     plan = plan_flush(
         [_assigned(change, replaced) for change in uploads.undecided],
         displaced={stored.key for stored in displaced},
@@ -209,12 +205,6 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
             _claim(flush, change.value)
             flush.taken.append(change)
     flush.deletions.update((id(state), state) for state in deletions)
-
-
-def _require_async_for_files(flush: FlushState) -> None:
-    """Let a synchronous session change and delete rows that hold no files."""
-    if flush.log or any(cascaded for _, cascaded in flush.vanishing):
-        require_async(_STORING)
 
 
 def _claim(flush: FlushState, attachment: Attachment) -> None:
@@ -299,7 +289,6 @@ def recheck_cascades(unit: UnitOfWork) -> None:
     flush = unit.flush
     flush.has_written = False
     flush.vanishing += [(connection, reached()) for connection, reached in flush.cascading]
-    _require_async_for_files(flush)
 
 
 def displace(log: Frame | FlushState, held: Iterable[RowRef]) -> list[StoredObject]:
@@ -350,7 +339,10 @@ def _store_all(unit: UnitOfWork, frame: Frame, pending: Sequence[tuple[Change, A
     """Store attachments side by side, or none of them, and let their rows take them."""
     if not pending:
         return
-    await_only(store([Upload(attachment, change.slot.column_type, _entity_id(change)) for change, attachment in pending]))
+    if not in_greenlet():
+        for _, attachment in pending:
+            attachment._require_synchronous()
+    wait(store([Upload(attachment, change.slot.column_type, _entity_id(change)) for change, attachment in pending]))
     for change, attachment in pending:
         _take(unit, frame, attachment)
         unit.flush.handled[change.marker] = attachment

@@ -23,7 +23,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import StoredObject
-from granite_storage.orm._util import TRANSLATE_MAP, deferred_cancellation, in_greenlet, root_engine
+from granite_storage.orm._util import TRANSLATE_MAP, deferred_cancellation, in_greenlet, is_async, root_engine
 from granite_storage.orm.sharing import find_shared, find_shared_afresh
 from granite_storage.orm.unit_of_work import Frame, Outcome, UnitOfWork
 from granite_storage.orm.uploads import remove_now
@@ -110,6 +110,11 @@ class ConnectionWatch:
         return self._connection()
 
     @property
+    def is_async(self) -> bool:
+        """Whether the connection is that of an asynchronous engine."""
+        return self.engine.dialect.is_async
+
+    @property
     def is_open(self) -> bool:
         """Whether the database transaction goes on, though the session's has ended."""
         connection = self.connection
@@ -170,12 +175,13 @@ class ConnectionWatch:
             return
         if in_progress:
             self.to_delete_after_rollback += [stored for stored in (*removed, *to_delete) if stored.intent is not None]
-        remove_now([stored for stored in (*removed, *to_delete) if not in_progress or stored.intent is None], keep=keep)
+        now = [stored for stored in (*removed, *to_delete) if not in_progress or stored.intent is None]
+        remove_now(now, is_async=self.is_async, keep=keep)
 
     def settle(self) -> None:
         """Let journals delete what a rollback has left, now that it is done."""
         stored, self.to_delete_after_rollback = self.to_delete_after_rollback, []
-        remove_now(stored)
+        remove_now(stored, is_async=self.is_async)
 
 
 def unit_of(session: Session) -> SessionWork:
@@ -282,7 +288,7 @@ def conclude(session: Session, transaction: SessionTransaction) -> None:
     keep = _asking(spans, outcome)
     for item in spans:
         item.reset()
-    remove_now(unit.end(frame, outcome), keep=keep)
+    remove_now(unit.end(frame, outcome), is_async=is_async(session) or any(item.is_async for item in spans), keep=keep)
 
 
 def _asking(watches: Iterable[ConnectionWatch], outcome: Outcome) -> Callable[[Sequence[StoredObject]], set[str]] | None:

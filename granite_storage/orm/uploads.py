@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util import greenlet_spawn
 
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm._interfaces import Intent, StoredObject
-from granite_storage.orm._util import in_greenlet
+from granite_storage.orm._util import can_wait, in_greenlet, wait
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -34,16 +34,20 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 
 
 def remove_now(
-    stored: Iterable[StoredObject], *, keep: Callable[[Sequence[StoredObject]], Collection[str]] | None = None
+    stored: Iterable[StoredObject],
+    *,
+    is_async: bool,
+    keep: Callable[[Sequence[StoredObject]], Collection[str]] | None = None,
 ) -> None:
     """Delete objects from inside a session's or an engine's event, and log what could not be deleted.
 
-    Outside SQLAlchemy's greenlet nothing can be awaited; then the objects stay, for the garbage collector. What a journal knows
-    of is its own to delete: what rows have given up is its worker's, which looks after many at once; what was never taken by a
-    row goes at once, unless the task is being cancelled.
+    Where an asynchronous session or connection ends without an `await`, nothing can be awaited; then the objects stay, for the
+    garbage collector. What a journal knows of is its own to delete: what rows have given up is its worker's, which looks after
+    many at once; what was never taken by a row goes at once, unless the task is being cancelled.
 
     Args:
         stored: The objects.
+        is_async: Whether the session or connection is an asynchronous one.
         keep: Returns the locations of those that stay, among the ones that no journal knows of; it may use SQLAlchemy.
     """
     objects = list({item.key: item for item in stored}.values())
@@ -52,18 +56,21 @@ def remove_now(
     for journal in {intent.journal for intent in intents}:
         journal.wake_workers()
     intents = [intent for intent in intents if not intent.deletes]
-    if not in_greenlet():
+    if not can_wait(is_async=is_async):
         for item in plain:
             logger.warning(
                 "the object %r is left to the garbage collector: its session was not closed by an await", item.ref.location
             )
         return
-    if intents and _is_being_cancelled():
+    if intents and in_greenlet() and _is_being_cancelled():
         intents = []
+    if keep is not None and plain and not in_greenlet():
+        kept, keep = keep(plain), None
+        plain = [item for item in plain if item.ref.location not in kept]
     if plain or intents:
         work = remove(plain, intents) if keep is None or not plain else _remove_others(plain, intents, keep)
         what = f"deleting {len(plain) + len(intents)} objects of an ended transaction"
-        await_only(shielded_cleanup(work, what))
+        wait(shielded_cleanup(work, what))
 
 
 async def _remove_others(

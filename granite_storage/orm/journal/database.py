@@ -21,11 +21,10 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
-from sqlalchemy.util import await_only
 
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
 from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import TRANSLATE_MAP, dispatchers_of, root_engine
+from granite_storage.orm._util import TRANSLATE_MAP, dispatchers_of, root_engine, wait
 from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clock
 
 if TYPE_CHECKING:
@@ -352,7 +351,7 @@ class KnownSchemas:
         translation = _translation(named, mapping)
         if translation == _translation(named, self._pool.translate_map) or translation in self._known:
             return
-        await_only(self._write(tables, translation))
+        wait(self._write(tables, translation))
         self._known.add(translation)
 
     async def _write(self, tables: JournalTables, translation: Translation) -> None:

@@ -27,14 +27,13 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.util import await_only
 
 from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import batches
+from granite_storage.orm._util import batches, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate, renumber
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
@@ -246,7 +245,7 @@ class Intents:
             StaleAttachmentError: A worker has taken one of the objects over.
         """
         locations = [intent.location for intent in intents]
-        fenced: bool = bool(locations) and await_only(self._fenced(locations))
+        fenced: bool = bool(locations) and wait(self._fenced(locations))
         if fenced:
             raise StaleAttachmentError(
                 "an object that was to be restored is just being deleted, as another row had given it up before;"
@@ -270,7 +269,7 @@ class Intents:
             )
         if not self._pool.is_postgresql or connection.execute(_LEVEL).scalar_one() == "read committed":
             return False
-        return self._decide(connection, ids) and await_only(self._are_there(ids))
+        return self._decide(connection, ids) and wait(self._are_there(ids))
 
     def _decide(self, connection: Connection, ids: set[UUID]) -> bool:
         """Decide on uploads that the transaction's snapshot does not see; return whether it was the first to do so for all."""
@@ -288,8 +287,8 @@ class Intents:
     def _leads_elsewhere(self, connection: Connection, ids: set[UUID]) -> bool:
         """Tell whether a transaction that has not hit intents has another table for them than the journal has."""
         if self._pool.is_postgresql:
-            return self._place(connection) != await_only(self._own_place())
-        return await_only(self._are_there(ids))  # a DELETE sees what is newer than its snapshot there
+            return self._place(connection) != wait(self._own_place())
+        return wait(self._are_there(ids))  # a DELETE sees what is newer than its snapshot there
 
     def _place(self, connection: Connection) -> tuple[Any, ...]:
         """Return which table of which database a connection to PostgreSQL has for intents, whatever its snapshot."""

@@ -1,0 +1,233 @@
+"""The event loop of synchronous callers: it runs in a thread of its own, and they wait for what it does.
+
+There is one for each process. It starts at its first use, a forked child makes its own, and it ends with the last manager that
+was used on it, or with the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from contextvars import Context, copy_context
+from typing import Any, Generic, TypeVar
+
+from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
+
+__all__ = ["Portal", "portal"]
+
+T = TypeVar("T")
+
+_thread = threading.local()
+
+_MOST_AT_ONCE = 500
+"""Items of an asynchronous generator that one visit to the loop brings along."""
+
+
+class Portal:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        # A loop of the parent is kept in a forked child: closing it would unregister the parent's own sockets.
+        self._inherited: list[asyncio.AbstractEventLoop] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.RLock()  # a garbage collection in between may end a session, and call again
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._stop: asyncio.Event | None = None
+        self._users: weakref.WeakSet[object] = weakref.WeakSet()
+        self._calls = 0
+        self._is_ending = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the running thread is the portal's own, in which nothing can be waited for."""
+        return getattr(_thread, "is_portal", False)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop, in the caller's context, and return its result.
+
+        An exception that interrupts the wait, such as `KeyboardInterrupt` or a task queue's time limit, cancels the coroutine
+        and is raised once that has ended.
+
+        Raises:
+            RuntimeError: The caller is on the loop itself, and would wait for itself.
+            concurrent.futures.CancelledError: The coroutine was cancelled by somebody else, as when its manager is closed.
+        """
+        if self.is_here:
+            work.close()
+            raise RuntimeError("the event loop of synchronous callers cannot wait for itself: await the coroutine")
+        call = self._begin(work)
+        try:
+            return call.result()
+        finally:
+            self._end()
+            del call  # or its error would hold this frame, and the frame the error
+
+    async def run_here(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop for a caller on another one, and return its result."""
+        call = self._begin(work)
+        future = asyncio.wrap_future(call.future)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            call.cancel()
+            await wait_uncancelled(future, CLEANUP_TIMEOUT)
+            raise
+        finally:
+            self._end()
+
+    def run_later(self, work: Coroutine[Any, Any, object]) -> None:
+        """Run a coroutine on the loop; nobody waits for it."""
+        self._begin(work).future.add_done_callback(lambda _: self._end())
+
+    def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
+        """Yield what an asynchronous generator yields, a few hundred items with each visit to the loop, and close it."""
+        try:
+            while batch := self.run(_take(items)):
+                yield from batch
+        finally:
+            self.run(_close(items))
+
+    def add_user(self, user: object) -> None:
+        """Keep the loop running until the user is released; for callers on the loop."""
+        self._users.add(user)
+
+    def is_used_by(self, user: object) -> bool:
+        """Tell whether somebody has used the loop, and was not released since."""
+        return user in self._users
+
+    def release(self, user: object) -> None:
+        """Note that a user needs the loop no more; it ends with the last one."""
+        with self._lock:
+            self._users.discard(user)
+            self._is_ending = not self._users
+        self._end(0)
+
+    def close(self) -> None:
+        """End the loop, whoever uses it; a later call starts another."""
+        with self._lock:
+            self._users.clear()
+            self._calls, self._is_ending = 0, True
+        self._end(0)
+
+    def forget(self) -> None:
+        """Begin anew in a forked child, in which the loop's thread does not exist."""
+        if self._loop is not None:
+            self._inherited.append(self._loop)
+        self._reset()
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> _Call[T]:
+        with self._lock:
+            if self._loop is None:
+                self._loop = self._started()
+            self._calls += 1
+            call = _Call(work, self._loop, copy_context())
+            self._loop.call_soon_threadsafe(call.begin)
+        return call
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=_serve, args=(started,), name="granite-storage-portal", daemon=True)
+        self._thread.start()
+        loop, self._stop = started.result()
+        return loop
+
+    def _end(self, calls: int = 1) -> None:
+        """Count calls that have ended, and end the loop after the last one once its last user is gone."""
+        with self._lock:
+            self._calls -= calls
+            if not self._is_ending or self._calls > 0 or self._loop is None or self._stop is None or self._thread is None:
+                return
+            loop, stop, thread = self._loop, self._stop, self._thread
+            self._loop = self._stop = self._thread = None
+            self._calls, self._is_ending = 0, False
+        loop.call_soon_threadsafe(stop.set)
+        if thread is not threading.current_thread():
+            thread.join(CLEANUP_TIMEOUT)
+
+
+def _serve(started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
+    async def serve() -> None:
+        _thread.is_portal = True
+        stop = asyncio.Event()
+        started.set_result((asyncio.get_running_loop(), stop))
+        await stop.wait()
+
+    try:
+        asyncio.run(serve())
+    except BaseException as error:
+        if started.done():
+            raise
+        started.set_exception(error)
+
+
+async def _take(items: AsyncGenerator[T, None]) -> list[T]:
+    taken: list[T] = []
+    async for item in items:
+        taken.append(item)
+        if len(taken) == _MOST_AT_ONCE:
+            break
+    return taken
+
+
+async def _close(items: AsyncGenerator[Any, None]) -> None:
+    await items.aclose()
+
+
+class _Call(Generic[T]):
+    """A coroutine that another thread waits for."""
+
+    def __init__(self, work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop, context: Context) -> None:
+        self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._work = work
+        self._loop = loop
+        self._context = context
+        self._task: asyncio.Task[T] | None = None
+
+    def begin(self) -> None:
+        """Start it; for the loop."""
+        self._task = self._loop.create_task(self._work, context=self._context)
+        self._task.add_done_callback(self._end)
+
+    def result(self) -> T:
+        """Wait for it, and return its result."""
+        try:
+            return self.future.result()
+        except BaseException:
+            if not self.future.done():
+                self.cancel()
+                concurrent.futures.wait([self.future], CLEANUP_TIMEOUT)
+            raise
+
+    def cancel(self) -> None:
+        """Cancel it; it ends some time later."""
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        try:
+            result = task.result()
+        except asyncio.CancelledError as error:
+            self.future.set_exception(concurrent.futures.CancelledError(*error.args))
+        except BaseException as error:  # noqa: BLE001  # it is raised where the coroutine is waited for
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+        finally:
+            del task
+
+
+portal = Portal()
+atexit.register(portal.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=portal.forget)

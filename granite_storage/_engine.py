@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
 from granite_storage._headers import Disposition
+from granite_storage._portal import portal
 from granite_storage._tasks import CLEANUP_TIMEOUT, run_bounded, shielded_cleanup, wait_uncancelled
 from granite_storage.backends.base import (
     ObjectInfo,
@@ -249,6 +250,9 @@ class Lifecycle:
             state.cancel_calls()
             await wait_uncancelled(state.closing)
             raise
+        finally:
+            if portal.is_here:  # synchronous callers may go on, with what is opened anew
+                self._loops.pop(asyncio.get_running_loop(), None)
 
     def _here(self) -> _LoopState:
         loop = asyncio.get_running_loop()
@@ -256,6 +260,8 @@ class Lifecycle:
         if state is None:
             with self._lock:
                 state = self._loops.setdefault(loop, _LoopState())
+            if portal.is_here:
+                portal.add_user(self)
         return state
 
 

@@ -13,12 +13,14 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from contextvars import Context, copy_context
 from typing import Any, Generic, TypeVar
 
 from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
+from granite_storage.exceptions import ConfigurationError
 
-__all__ = ["Portal", "portal"]
+__all__ = ["Portal", "enter_blocking", "portal", "run_blocking"]
 
 T = TypeVar("T")
 
@@ -89,11 +91,17 @@ class Portal:
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """Yield what an asynchronous generator yields, a few hundred items with each visit to the loop, and close it."""
+        pages = _Pages(items)
+        pumping = self._begin(pages.pump())
         try:
-            while batch := self.run(_take(items)):
-                yield from batch
+            while page := self.run(pages.next()):
+                yield from page
+            pumping.result()
         finally:
-            self.run(_close(items))
+            if not pumping.future.done():
+                pumping.cancel()
+            concurrent.futures.wait([pumping.future], CLEANUP_TIMEOUT)
+            self._end()
 
     def add_user(self, user: object) -> None:
         """Keep the loop running until the user is released; for callers on the loop."""
@@ -168,17 +176,36 @@ def _serve(started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, a
         started.set_exception(error)
 
 
-async def _take(items: AsyncGenerator[T, None]) -> list[T]:
-    taken: list[T] = []
-    async for item in items:
-        taken.append(item)
-        if len(taken) == _MOST_AT_ONCE:
-            break
-    return taken
+class _Pages(Generic[T]):
+    """The items of an asynchronous generator in pages; one task iterates, because a generator may have timeouts of its task."""
 
+    def __init__(self, items: AsyncGenerator[T, None]) -> None:
+        self._items = items
+        self._wanted = asyncio.Semaphore(0)
+        self._page: list[T] = []
+        self._ready = asyncio.Semaphore(0)
 
-async def _close(items: AsyncGenerator[Any, None]) -> None:
-    await items.aclose()
+    async def next(self) -> list[T]:
+        """Return the next page; an empty one at the end, and after an error."""
+        self._wanted.release()
+        await self._ready.acquire()
+        page, self._page = self._page, []
+        return page
+
+    async def pump(self) -> None:
+        """Fill the pages that are asked for."""
+        try:
+            async with aclosing(self._items):
+                await self._wanted.acquire()
+                async for item in self._items:
+                    self._page.append(item)
+                    if len(self._page) == _MOST_AT_ONCE:
+                        self._ready.release()
+                        await self._wanted.acquire()
+        finally:
+            self._ready.release()
+            if self._page:
+                self._ready.release()  # for the empty page after the last one
 
 
 class _Call(Generic[T]):
@@ -225,6 +252,52 @@ class _Call(Generic[T]):
             self.future.set_result(result)
         finally:
             del task
+
+
+def run_blocking(work: Coroutine[Any, Any, T], name: str, awaited: str) -> T:
+    """Run a coroutine for a synchronous face of the library.
+
+    Args:
+        work: The coroutine.
+        name: The method that was called.
+        awaited: What asynchronous code calls instead.
+
+    Raises:
+        ConfigurationError: An event loop runs in this thread, which would stand still meanwhile.
+    """
+    if _has_running_loop():
+        work.close()
+        raise ConfigurationError(f"{name}() blocks, and an event loop runs in this thread: use {awaited} instead")
+    return portal.run(work)
+
+
+@contextmanager
+def enter_blocking(entered: AbstractAsyncContextManager[T], name: str, awaited: str) -> Generator[T, None, None]:
+    """Enter and leave an asynchronous context for a synchronous face; what it does meanwhile runs on the loop.
+
+    The arguments and errors are those of `run_blocking`.
+    """
+    value = run_blocking(_enter(entered), name, awaited)
+    try:
+        yield value
+    finally:
+        portal.run(_leave(entered))
+
+
+async def _enter(entered: AbstractAsyncContextManager[T]) -> T:
+    return await entered.__aenter__()
+
+
+async def _leave(entered: AbstractAsyncContextManager[Any]) -> None:
+    await entered.__aexit__(None, None, None)
+
+
+def _has_running_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 portal = Portal()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Mapping
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from granite_storage._engine import Engine, Lifecycle, require_positive, require_ref, require_seconds, upload_names
 from granite_storage._headers import Disposition
+from granite_storage._portal import portal, run_blocking
 from granite_storage.backends.base import ObjectInfo, StorageBackend
 from granite_storage.exceptions import StorageError
 from granite_storage.locations import check_location
 from granite_storage.policies import StoragePolicy
-from granite_storage.readers import OpeningReader
+from granite_storage.readers import OpeningReader, SyncObjectReader
 from granite_storage.refs import StoredObjectRef
 from granite_storage.signing import UrlSigner
-from granite_storage.streams import BytesLike, ByteSource, Pace
+from granite_storage.streams import BytesLike, ByteSource, Pace, require_synchronous
 
-__all__ = ["StorageManager"]
+__all__ = ["StorageManager", "SyncStorage"]
+
+
+T = TypeVar("T")
 
 
 class StorageManager:
@@ -378,13 +382,24 @@ class StorageManager:
         return await self._engine.copy(ref, prepared)
 
     async def aclose(self) -> None:
-        """Close what this event loop has opened; idempotent.
+        """Close what this event loop and synchronous callers have opened; idempotent.
 
         New calls are refused at once. Calls under way have `drain_timeout` to end; then they are cancelled, and leave nothing
         behind. Readers that are still open are closed. When it is cancelled itself, it cancels the calls at once, and closes
         everything all the same.
         """
+        await self._close_here()
+        if portal.is_used_by(self._lifecycle) and not portal.is_here:
+            await portal.run_here(self._close_here())
+            portal.release(self._lifecycle)
+
+    async def _close_here(self) -> None:
         await self._lifecycle.close(self._drain_timeout, self._engine.close_backends)
+
+    @property
+    def sync(self) -> SyncStorage:
+        """The same verbs for synchronous code, in threads without a running event loop."""
+        return SyncStorage(self)
 
     async def __aenter__(self) -> Self:
         await self._lifecycle.open()
@@ -395,3 +410,159 @@ class StorageManager:
 
     def __repr__(self) -> str:
         return f"<StorageManager policies={sorted(self.policies)} backends={sorted(self.backends)}>"
+
+
+class SyncStorage:
+    """The verbs of a `StorageManager` for synchronous code: `storage.sync.put_bytes(...)`.
+
+    Each does what the verb of the same name does, and returns and raises the same; the calling thread waits for the library's own
+    event loop, which runs in a thread and serves all threads side by side. Where an event loop runs in the calling thread, they
+    raise `ConfigurationError`, because it would stand still. An exception that interrupts the wait, such as `KeyboardInterrupt`,
+    cancels the operation, and is raised once nothing of it is left.
+
+    `with storage.sync:` or `close` closes what synchronous callers have opened; so does the end of the process.
+    """
+
+    def __init__(self, manager: StorageManager) -> None:
+        self._manager = manager
+
+    def put_bytes(
+        self,
+        *,
+        storage_key: str,
+        model_name: str,
+        entity_id: str,
+        field_name: str,
+        content: BytesLike,
+        content_type: str | None = None,
+        original_filename: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> StoredObjectRef:
+        """Store content that is in memory; see `StorageManager.put_bytes`."""
+        work = self._manager.put_bytes(
+            storage_key=storage_key,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            content=content,
+            content_type=content_type,
+            original_filename=original_filename,
+            extra=extra,
+        )
+        return self._run(work, "put_bytes")
+
+    def put_stream(
+        self,
+        *,
+        storage_key: str,
+        model_name: str,
+        entity_id: str,
+        field_name: str,
+        stream: ByteSource,
+        content_type: str | None = None,
+        original_filename: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+        size: int | None = None,
+        checksum: str | None = None,
+    ) -> StoredObjectRef:
+        """Store a stream; see `StorageManager.put_stream`.
+
+        The stream is read in another thread. It may be a binary file, an iterable of bytes, or an upload whose `file` is a
+        binary file, such as Starlette's.
+
+        Raises:
+            TypeError: It is an asynchronous stream, which belongs to an event loop.
+        """
+        require_synchronous(stream)
+        work = self._manager.put_stream(
+            storage_key=storage_key,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            stream=stream,
+            content_type=content_type,
+            original_filename=original_filename,
+            extra=extra,
+            size=size,
+            checksum=checksum,
+        )
+        return self._run(work, "put_stream")
+
+    def get(self, ref: StoredObjectRef) -> bytes:
+        """Return all bytes of an object, verified; see `StorageManager.get`."""
+        return self._run(self._manager.get(ref), "get")
+
+    def open(self, ref: StoredObjectRef, *, offset: int = 0, length: int | None = None, verify: bool = False) -> SyncObjectReader:
+        """Open an object, or a range of one, as a binary file; see `StorageManager.open`."""
+        opening = self._manager.open(ref, offset=offset, length=length, verify=verify)
+        return SyncObjectReader(self._run(opening.start(), "open"))
+
+    def exists(self, ref: StoredObjectRef) -> bool:
+        """Tell whether the object is there; see `StorageManager.exists`."""
+        return self._run(self._manager.exists(ref), "exists")
+
+    def stat(self, ref: StoredObjectRef) -> ObjectInfo:
+        """Return what the backend knows of the object; see `StorageManager.stat`."""
+        return self._run(self._manager.stat(ref), "stat")
+
+    def url(
+        self,
+        ref: StoredObjectRef,
+        *,
+        expires_in: timedelta,
+        disposition: Disposition = "attachment",
+        filename: str | None = None,
+    ) -> str:
+        """Return a URL with which anybody can read the object until it expires; see `StorageManager.url`."""
+        work = self._manager.url(ref, expires_in=expires_in, disposition=disposition, filename=filename)
+        return self._run(work, "url")
+
+    def list(self, *, storage_key: str, prefix: str = "", start_after: str | None = None) -> Generator[ObjectInfo, None, None]:
+        """Iterate over the objects of a policy; see `StorageManager.list`."""
+        return portal.iterate(self._manager.list(storage_key=storage_key, prefix=prefix, start_after=start_after))
+
+    def delete(self, ref: StoredObjectRef) -> None:
+        """Remove the object, for good; see `StorageManager.delete`."""
+        self._run(self._manager.delete(ref), "delete")
+
+    def delete_many(self, refs: Iterable[StoredObjectRef]) -> dict[StoredObjectRef, StorageError]:
+        """Delete objects, for good; see `StorageManager.delete_many`."""
+        return self._run(self._manager.delete_many(refs), "delete_many")
+
+    def copy(
+        self,
+        ref: StoredObjectRef,
+        *,
+        model_name: str,
+        entity_id: str,
+        field_name: str,
+        storage_key: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> StoredObjectRef:
+        """Copy an object to a new one of its own; see `StorageManager.copy`."""
+        work = self._manager.copy(
+            ref,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            storage_key=storage_key,
+            extra=extra,
+        )
+        return self._run(work, "copy")
+
+    def close(self) -> None:
+        """Close what synchronous callers have opened; see `StorageManager.aclose`. A later call opens it anew."""
+        self._run(self._manager._close_here(), "close")
+        portal.release(self._manager._lifecycle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<SyncStorage of {self._manager!r}>"
+
+    def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        return run_blocking(work, f"storage.sync.{name}", f"'await storage.{name}(...)'")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
 
+from granite_storage._portal import portal
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._resuming import ResumingReader
 from granite_storage.backends.base import ObjectInfo, ObjectReader
@@ -16,7 +18,9 @@ from granite_storage.exceptions import BackendError, InvalidLocationError, SizeM
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import CHUNK_SIZE, Sha256, joined, require_checksum
 
-__all__ = ["OpeningReader", "StoredObjectReader", "require_recorded_size"]
+__all__ = ["OpeningReader", "StoredObjectReader", "SyncObjectReader", "require_recorded_size"]
+
+_BUFFER_SIZE = 256 << 10
 
 
 class StoredObjectReader:
@@ -142,6 +146,11 @@ class StoredObjectReader:
         await self.aclose()
 
     @property
+    def verifies(self) -> bool:
+        """Whether the bytes are checked as they pass."""
+        return self._sha256 is not None
+
+    @property
     def _left(self) -> int:
         return max(0, self.size - self.tell())
 
@@ -218,6 +227,58 @@ class StoredObjectReader:
         await shielded_cleanup(release, f"closing the reader of {self.ref.location!r}")
 
 
+class SyncObjectReader(io.BufferedReader):
+    """An object, or a range of one, open for reading as a binary file, for synchronous code; close it, or use `with`.
+
+    `shutil.copyfileobj`, Pillow and `zipfile` take it. What a `StoredObjectReader` raises, this raises, too.
+
+    Attributes:
+        ref: The ref that was opened.
+        info: What the backend says of the whole object.
+        size: How many bytes the range has.
+    """
+
+    def __init__(self, reader: StoredObjectReader) -> None:
+        super().__init__(_RawReader(reader), _BUFFER_SIZE)
+        self.ref = reader.ref
+        self.info = reader.info
+        self.size = reader.size
+
+
+class _RawReader(io.RawIOBase):
+    def __init__(self, reader: StoredObjectReader) -> None:
+        self._reader = reader
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return not self._reader.verifies
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = portal.run(self._reader.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return portal.run(self._reader.read())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return portal.run(self._reader.seek(offset, whence))
+
+    def tell(self) -> int:
+        return self._reader.tell()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        super().close()
+        if portal.is_here:  # a garbage collection there has found it open
+            portal.run_later(self._reader.aclose())
+        else:
+            portal.run(self._reader.aclose())
+
+
 def require_recorded_size(ref: StoredObjectRef, size: int) -> None:
     """Raise `SizeMismatchError` where an object has not the size that its ref says."""
     if size != ref.size:
@@ -240,6 +301,10 @@ class OpeningReader:
 
     def __await__(self) -> Generator[object, object, StoredObjectReader]:
         return self._start().__await__()
+
+    async def start(self) -> StoredObjectReader:
+        """Open it, as an `await` does."""
+        return await self._start()
 
     async def __aenter__(self) -> StoredObjectReader:
         self._reader = await self._start()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -265,9 +266,11 @@ async def _close_afterwards(binding: StorageBinding) -> AsyncIterator[None]:
         if binding.journal is not None:
             await binding.journal.aclose()
         engine = None if binding.session_factory is None else binding.session_factory.kw.get("bind")
-        if isinstance(engine, AsyncEngine):
-            with contextlib.suppress(SQLAlchemyError):
+        with contextlib.suppress(SQLAlchemyError):
+            if isinstance(engine, AsyncEngine):
                 await engine.dispose()
+            elif isinstance(engine, Engine):
+                await asyncio.to_thread(engine.dispose)
 
 
 # Options that several commands have.

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._tasks import background, repeat, shielded_cleanup
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.gc.collection import CollectionRun
@@ -23,12 +24,13 @@ from granite_storage.gc.references import GivenReferences, IterReferences, Refer
 from granite_storage.gc.report import GarbageCollectionReport
 from granite_storage.gc.scope import CollectionScope
 from granite_storage.manager import StorageManager
+from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import without_pool
 
 if TYPE_CHECKING:
     from granite_storage.orm.binding import StorageBinding
 
-__all__ = ["Leadership", "StorageGarbageCollector"]
+__all__ = ["Leadership", "StorageGarbageCollector", "SyncGarbageCollector"]
 
 
 logger: logging.Logger = logging.getLogger("granite_storage")
@@ -190,8 +192,39 @@ class StorageGarbageCollector:
         async with background(_collect_forever(keys, collect, interval.total_seconds(), Leadership(self._binding))):
             yield
 
+    @property
+    def sync(self) -> SyncGarbageCollector:
+        """The same verbs for synchronous code, in threads without a running event loop."""
+        return SyncGarbageCollector(self)
+
     def __repr__(self) -> str:
         return f"<StorageGarbageCollector grace_period={self._grace_period} max_deleted_share={self._max_deleted_share}>"
+
+
+class SyncGarbageCollector:
+    """The verbs of a `StorageGarbageCollector` for synchronous code: `collector.sync.collect(...)`."""
+
+    def __init__(self, collector: StorageGarbageCollector) -> None:
+        self._collector = collector
+
+    def collect(
+        self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
+    ) -> GarbageCollectionReport:
+        """Collect once; see `StorageGarbageCollector.collect`."""
+        work = self._collector.collect(
+            storage_key=storage_key,
+            dry_run=dry_run,
+            allow_restored_database=allow_restored_database,
+            allow_no_references=allow_no_references,
+        )
+        return run_blocking(work, "collector.sync.collect", "'await collector.collect(...)'")
+
+    def run_every(
+        self, interval: timedelta, *, storage_keys: Sequence[str] | None = None, dry_run: bool = False
+    ) -> AbstractContextManager[None]:
+        """Collect at an interval while the block runs; see `StorageGarbageCollector.run_every`."""
+        running = self._collector.run_every(interval, storage_keys=storage_keys, dry_run=dry_run)
+        return enter_blocking(running, "collector.sync.run_every", "'async with collector.run_every(...)'")
 
 
 def _source(
@@ -308,7 +341,7 @@ def _engine_of(binding: StorageBinding) -> AsyncEngine | None:
     table = next(iter(binding.metadata.tables.values()), None)
     if binding.session_factory is None or table is None:
         return None
-    return AsyncEngine(without_pool(binding.session_factory().get_bind(clause=table).engine))
+    return as_async_engine(without_pool(binding.session_factory().get_bind(clause=table).engine))
 
 
 async def _is_alive(connection: AsyncConnection) -> bool:

@@ -430,7 +430,10 @@ def _refusal(other: Binding, key: str, backend: str, *, is_certain: bool) -> str
 
 def _database_url(sessions: async_sessionmaker[AsyncSession] | None) -> object:
     bind = None if sessions is None else sessions.kw.get("bind")
-    return None if bind is None else bind.engine.url
+    if bind is None:
+        return None
+    url = bind.engine.url
+    return url.set(drivername=url.get_backend_name())  # two drivers lead to the same database
 
 
 # The source of references for a collection.

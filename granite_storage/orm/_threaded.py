@@ -6,25 +6,25 @@ import asyncio
 import queue
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context, copy_context
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import Any, Self, TypeAlias, TypeVar, cast
 
 from sqlalchemy import Connection, Dialect, Engine, Executable, Result
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import SingletonThreadPool
 
 from granite_storage._tasks import CLEANUP_TIMEOUT, shielded, shielded_cleanup, wait_uncancelled
 from granite_storage.exceptions import ConfigurationError
 
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
-
-__all__ = ["ThreadedSession", "Worker", "as_async_engine", "as_async_sessions", "session_class"]
+__all__ = ["SessionFactory", "ThreadedSession", "Worker", "as_async_engine", "as_async_sessions"]
 
 T = TypeVar("T")
+
+SessionFactory: TypeAlias = Callable[[], AsyncSession | Session]
+"""What makes the sessions of an application: an `async_sessionmaker`, a `sessionmaker`, a `scoped_session`, or a function."""
 
 
 class Worker:
@@ -36,24 +36,43 @@ class Worker:
         self.interrupt: Callable[[], object] | None = None
         weakref.finalize(self, self._jobs.put, None)
 
-    async def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Run a function and return its result; a cancelled caller interrupts the database's work, and waits for its end."""
-        if not self._has_started:
-            self._has_started = True
-            threading.Thread(target=_work, args=(self._jobs,), name="granite-storage-database", daemon=True).start()
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._jobs.put(_Job(lambda: function(*args, **kwargs), copy_context(), future))
+    async def run(self, function: Callable[..., T], *args: Any, is_waited: bool = True, **kwargs: Any) -> T:
+        """Run a function and return its result.
+
+        A cancelled caller interrupts the database's work and waits for its end, unless it is not to be waited for.
+        """
+        future = self._submit(lambda: function(*args, **kwargs))
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             if self.interrupt is not None and not future.done():
                 await shielded_cleanup(asyncio.to_thread(self.interrupt), "interrupting a statement")
-            await wait_uncancelled(future, CLEANUP_TIMEOUT)
+            if is_waited:
+                await wait_uncancelled(future, CLEANUP_TIMEOUT)
+            else:
+                future.add_done_callback(_ignore)
             raise
+
+    def submit(self, function: Callable[[], object]) -> None:
+        """Run a function after what the thread has to do, for nobody who waits."""
+        self._submit(function).add_done_callback(_ignore)
+
+    def _submit(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        if not self._has_started:
+            self._has_started = True
+            threading.Thread(target=_work, args=(self._jobs,), name="granite-storage-database", daemon=True).start()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.put(_Job(function, copy_context(), future))
+        return future
 
     def close(self) -> None:
         """End the thread after what it has to do."""
         self._jobs.put(None)
+
+
+def _ignore(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 class _Job:
@@ -157,7 +176,7 @@ class _ThreadedResult:
 
     async def partitions(self) -> AsyncIterator[Sequence[Any]]:
         pages = self._result.partitions()
-        while (page := await self._worker.run(next, pages, None)) is not None:
+        while page := await self._worker.run(_next_page, pages):
             yield page
 
     async def __aiter__(self) -> AsyncIterator[Any]:
@@ -167,6 +186,10 @@ class _ThreadedResult:
 
     async def close(self) -> None:
         await self._worker.run(self._result.close)
+
+
+def _next_page(pages: Iterator[Sequence[Any]]) -> Sequence[Any]:
+    return next(pages, ())
 
 
 class _Savepoint:
@@ -202,10 +225,11 @@ class _ThreadedEngine:
         self.dialect = engine.dialect
 
     async def connect(self) -> _ThreadedConnection:
-        worker = Worker()
+        worker, opened = Worker(), _Opened(self.sync_engine)
         try:
-            return _ThreadedConnection(worker, await worker.run(_connect, self.sync_engine))
+            return _ThreadedConnection(worker, await worker.run(opened.connect, is_waited=False))
         except BaseException:
+            worker.submit(opened.close)
             worker.close()
             raise
 
@@ -222,8 +246,20 @@ class _ThreadedEngine:
         await asyncio.to_thread(self.sync_engine.dispose)
 
 
-def _connect(engine: Engine) -> Connection:
-    return _require_shared(engine.connect())
+class _Opened:
+    """A connection that a worker opens, for a caller who may not wait for it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: Connection | None = None
+
+    def connect(self) -> Connection:
+        self._connection = _require_shared(self._engine.connect())
+        return self._connection
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
 
 
 def _require_shared(connection: Connection) -> Connection:
@@ -285,16 +321,10 @@ class ThreadedSession:
         await shielded_cleanup(self.close(), "closing a session")
 
 
-def session_class(factory: Any) -> type[Any] | None:
-    """Return the class of what a session factory makes; None where that is known only once it is called."""
-    made = getattr(getattr(factory, "session_factory", factory), "class_", None)
-    return made if isinstance(made, type) else None
-
-
 class _Sessions:
     """A session factory as the library's coroutines use it: what it makes is an `AsyncSession` or works like one."""
 
-    def __init__(self, factory: Callable[[], Any]) -> None:
+    def __init__(self, factory: SessionFactory) -> None:
         # A `scoped_session` gives every thread its own session; what makes them is asked.
         self._factory = getattr(factory, "session_factory", factory)
 
@@ -307,15 +337,11 @@ class _Sessions:
         return cast("AsyncSession", ThreadedSession(made)) if isinstance(made, Session) else cast("AsyncSession", made)
 
 
-def as_async_sessions(factory: Callable[[], Any]) -> async_sessionmaker[AsyncSession]:
+def as_async_sessions(factory: SessionFactory) -> async_sessionmaker[AsyncSession]:
     """Return a session factory, synchronous or not, as what makes asynchronous sessions."""
-    made = session_class(factory)
-    is_async = made is not None and issubclass(made, AsyncSession)
-    return cast("async_sessionmaker[AsyncSession]", factory if is_async else _Sessions(factory))
+    return factory if isinstance(factory, async_sessionmaker) else cast("async_sessionmaker[AsyncSession]", _Sessions(factory))
 
 
 def as_async_engine(engine: Engine) -> AsyncEngine:
     """Return an engine, synchronous or not, as an asynchronous one."""
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
     return AsyncEngine(engine) if engine.dialect.is_async else cast("AsyncEngine", _ThreadedEngine(engine))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import re
 import weakref
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
 
 from granite_storage._engine import upload_names
+from granite_storage._portal import run_blocking
 from granite_storage.exceptions import (
     ConsumedSourceError,
     EmptyUploadError,
@@ -20,7 +21,7 @@ from granite_storage.exceptions import (
 )
 from granite_storage.locations import clean_filename
 from granite_storage.orm._registry import active_bindings, find_binding
-from granite_storage.readers import OpeningReader, StoredObjectReader
+from granite_storage.readers import OpeningReader, StoredObjectReader, SyncObjectReader
 from granite_storage.refs import StoredObjectRef, read_only
 from granite_storage.streams import (
     BytesLike,
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import ColumnType, Intent
 
-__all__ = ["Address", "Attachment", "LazySerializer", "core_schema_of", "fields_schema"]
+__all__ = ["Address", "Attachment", "LazySerializer", "SyncAttachment", "core_schema_of", "fields_schema"]
+
+T = TypeVar("T")
 
 
 # The address by which a pickled attachment finds its column, and so its manager, in another process.
@@ -454,6 +457,11 @@ class Attachment:
         """Tell whether its object is there; see `StorageManager.exists`."""
         return await self.manager.exists(self.ref)
 
+    @property
+    def sync(self) -> SyncAttachment:
+        """The same verbs for synchronous code, in threads without a running event loop."""
+        return SyncAttachment(self)
+
     async def store(self, column: InstrumentedAttribute[Any]) -> Self:
         """Upload now, before any transaction; the row that it is assigned to later takes the object as it is.
 
@@ -680,6 +688,43 @@ class Attachment:
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {**handler(fields_schema()), "title": "Attachment"}
+
+
+class SyncAttachment:
+    """The verbs of an `Attachment` for synchronous code: `user.avatar.sync.read()`.
+
+    Each does what the verb of the same name does; see `granite_storage.manager.SyncStorage`.
+    """
+
+    __slots__ = ("_attachment",)
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+
+    def read(self) -> bytes:
+        """Return all bytes, verified; see `Attachment.read`."""
+        return self._run(self._attachment.read(), "read")
+
+    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> SyncObjectReader:
+        """Open it as a binary file; see `Attachment.open`."""
+        opening = self._attachment.open(offset=offset, length=length, verify=verify)
+        return SyncObjectReader(self._run(opening.start(), "open"))
+
+    def exists(self) -> bool:
+        """Tell whether its object is there; see `Attachment.exists`."""
+        return self._run(self._attachment.exists(), "exists")
+
+    def store(self, column: InstrumentedAttribute[Any]) -> Attachment:
+        """Upload now, before any transaction; see `Attachment.store`."""
+        if self._attachment.is_pending:
+            self._attachment._require_synchronous()
+        return self._run(self._attachment.store(column), "store")
+
+    def __repr__(self) -> str:
+        return f"<SyncAttachment of {self._attachment!r}>"
+
+    def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        return run_blocking(work, f"attachment.sync.{name}", f"'await attachment.{name}(...)'")
 
 
 def _is_left_empty(upload: object) -> bool:

@@ -15,6 +15,7 @@ from granite_storage.exceptions import ConfigurationError, UnknownPolicyError
 from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
 from granite_storage.orm import _registry, assignment, events
+from granite_storage.orm._threaded import SessionFactory, as_async_sessions
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment_tables, require_usable
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.sharing import refers
@@ -36,20 +37,21 @@ def bind_storage(
     base: Any,
     manager: StorageManager,
     *,
-    session_factory: async_sessionmaker[AsyncSession] | None = None,
+    session_factory: SessionFactory | None = None,
     journal: StorageJournal | None = None,
-    sessions: async_sessionmaker[AsyncSession] | None = None,
+    sessions: SessionFactory | None = None,
 ) -> StorageBinding:
     """Bind the attachments of a declarative base to a manager; once, at start-up, before the first flush.
 
-    From then on every `AsyncSession` stores, keeps and removes the objects of the base's attachment columns with its
-    transactions. It does not matter whether a model was declared before or after. A base may be bound again, as tests do: the
-    newest binding counts until it is unbound.
+    From then on every `AsyncSession` and every synchronous `Session` stores, keeps and removes the objects of the base's
+    attachment columns with its transactions. It does not matter whether a model was declared before or after. A base may be
+    bound again, as tests do: the newest binding counts until it is unbound.
 
     Args:
         base: The declarative base, `SQLModel`, or anything else that has a `metadata`.
         manager: The manager; the caller closes it.
-        session_factory: The application's session maker, for what opens sessions of its own, such as the garbage collector.
+        session_factory: The application's session maker, for what opens sessions of its own, such as the garbage collector: an
+            `async_sessionmaker`, a `sessionmaker`, a `scoped_session` or any function that returns a new session.
         journal: What makes the promise hold through crashes; None for rollbacks only.
         sessions: Another name of `session_factory`.
 
@@ -59,8 +61,8 @@ def bind_storage(
     Raises:
         ConfigurationError: The base has no metadata, an attachment column names a policy that the manager does not have or one
             with a retention and there is no journal, has a default that no session can store, or is annotated as several
-            attachments; `session_factory` makes no asynchronous sessions, or is given under both names; or the journal's tables
-            are not declared beside the models.
+            attachments; `session_factory` makes no sessions, or is given under both names; or the journal's tables are not
+            declared beside the models.
     """
     metadata = getattr(base, "metadata", None)
     if not isinstance(metadata, MetaData):
@@ -73,7 +75,9 @@ def bind_storage(
         raise ConfigurationError("bind_storage takes session_factory=... or sessions=..., which is another name of it, not both")
     session_factory = sessions if session_factory is None else session_factory
     _require_session_factory(session_factory)
-    binding = StorageBinding(base, metadata, manager, session_factory, journal)
+    binding = StorageBinding(
+        base, metadata, manager, None if session_factory is None else as_async_sessions(session_factory), journal
+    )
     for column in attachment_tables(metadata).all_attachments():
         require_usable(column)
         if isinstance(column.type, AttachmentType):
@@ -93,18 +97,11 @@ def bind_storage(
 
 
 def _require_session_factory(session_factory: object) -> None:
-    """Refuse what makes no asynchronous sessions, before the collector or a migration finds out."""
-    if session_factory is None:
-        return
-    made = getattr(session_factory, "class_", None)
-    if (
-        not callable(session_factory)
-        or isinstance(session_factory, Session | AsyncSession)
-        or (made is not None and issubclass(made, Session))
-    ):
+    """Refuse what makes no sessions, before the collector or a migration finds out."""
+    if session_factory is not None and (not callable(session_factory) or isinstance(session_factory, Session | AsyncSession)):
         raise ConfigurationError(
-            "bind_storage(session_factory=...) takes what makes asynchronous sessions, such as async_sessionmaker(engine),"
-            f" not {session_factory!r}"
+            "bind_storage(session_factory=...) takes what makes sessions, such as async_sessionmaker(engine) or"
+            f" sessionmaker(engine), not {session_factory!r}"
         )
 
 
@@ -115,7 +112,7 @@ class StorageBinding:
         base: The declarative base.
         metadata: Its metadata.
         manager: The manager that stores its attachments.
-        session_factory: The application's session maker, or None.
+        session_factory: The application's session maker, as one of asynchronous sessions; None where it was not given.
         journal: The journal, or None.
     """
 

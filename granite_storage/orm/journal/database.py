@@ -9,7 +9,7 @@ import asyncio
 import copy
 import json
 import weakref
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -22,8 +22,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
 
+from granite_storage._portal import portal
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
 from granite_storage.orm._interfaces import JournalTables
+from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import TRANSLATE_MAP, dispatchers_of, root_engine, wait
 from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clock
 
@@ -54,7 +56,8 @@ class JournalPool:
 
     Args:
         engine: The application's engine, or one that was made for the journal.
-        size: The most connections it opens; those of each event loop where the engine's pool keeps none.
+        size: The most connections it opens; those of each event loop where the engine's pool keeps none. The loop of synchronous
+            callers has as many of its own, where the engine is an asynchronous one.
 
     Attributes:
         translate_map: The engine's own `schema_translate_map`, which says where the journal's tables are.
@@ -63,12 +66,19 @@ class JournalPool:
         ConfigurationError: The engine's database or its pool cannot have a journal.
     """
 
-    def __init__(self, engine: AsyncEngine, size: int) -> None:
-        _require_able(engine)
-        self._outer = engine.sync_engine
+    def __init__(self, engine: AsyncEngine | Engine, size: int) -> None:
+        self._outer = _require_able(engine)
         self.translate_map: Mapping[str | None, str | None] = self._outer.get_execution_options().get(TRANSLATE_MAP) or {}
+        self._size = size
+        self._timeout: float | None = None
+        self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._engines = _Engines(self._new_engine)
+        self._open_pools = _open_pools_of(root_engine(self._outer))
+        self._open_pools.add(self)
+
+    def _new_engine(self) -> AsyncEngine:
         inner = Engine(
-            _small_pool(self._outer.pool, size),
+            _small_pool(self._outer.pool, self._size, is_async=self._outer.dialect.is_async),
             self._outer.dialect,
             self._outer.url,
             hide_parameters=True,
@@ -81,12 +91,11 @@ class JournalPool:
         if self._outer._has_events:  # else what listens to the class `Engine` later decides
             inner._has_events = True
         event.listen(inner, "connect", self._on_connect)
-        self._engine = AsyncEngine(inner)
-        self._size = size
-        self._timeout: float | None = None
-        self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
-        self._open_pools = _open_pools_of(root_engine(self._outer))
-        self._open_pools.add(self)
+        return as_async_engine(inner)
+
+    @property
+    def _engine(self) -> AsyncEngine:
+        return self._engines.of_caller
 
     @property
     def options(self) -> dict[str, Any]:
@@ -152,15 +161,54 @@ class JournalPool:
     async def aclose(self) -> None:
         """Close the connections; idempotent, and a later call opens new ones."""
         self._open_pools.discard(self)
-        await self._engine.dispose()
+        await self._engines.aclose()
 
     def dispose(self) -> None:
         """Close the connections from within an event of SQLAlchemy."""
-        self._engine.sync_engine.dispose()
+        self._engines.dispose()
 
     def _on_connect(self, connection: Any, _: Any) -> None:
         self._open_pools.add(self)
         self._outer.dialect.set_isolation_level(connection, _ISOLATION)
+
+
+class _Engines:
+    """The engines of a pool: one, and another for the event loop of synchronous callers, where connections belong to a loop."""
+
+    def __init__(self, make: Callable[[], AsyncEngine]) -> None:
+        self._make = make
+        self._first = make()
+        self._on_portal: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
+
+    @property
+    def of_caller(self) -> AsyncEngine:
+        """The one that the running event loop uses."""
+        if not (portal.is_here and self._first.dialect.is_async):
+            return self._first
+        loop = asyncio.get_running_loop()
+        engine = self._on_portal.get(loop)
+        if engine is None:
+            engine = self._on_portal[loop] = self._make()
+            portal.add_user(self)
+        return engine
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._first.dispose()
+        if portal.is_used_by(self):
+            await portal.run_here(self._dispose_on_portal())
+            portal.release(self)
+
+    def dispose(self) -> None:
+        """Close all connections from within an event of SQLAlchemy; those of the other loop some time later."""
+        self._first.sync_engine.dispose()
+        if portal.is_used_by(self):
+            portal.run_later(self._dispose_on_portal())
+
+    async def _dispose_on_portal(self) -> None:
+        engine = self._on_portal.get(asyncio.get_running_loop())
+        if engine is not None:
+            await engine.dispose()
 
 
 _SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
@@ -200,10 +248,11 @@ def _open_pools_of(engine: Engine) -> _OpenPools:
     return found
 
 
-def _require_able(engine: AsyncEngine) -> None:
-    if not isinstance(engine, AsyncEngine):
-        raise ConfigurationError(f"a journal needs an AsyncEngine, not {type(engine).__name__}")
-    name, pool = engine.dialect.name, engine.sync_engine.pool
+def _require_able(given: AsyncEngine | Engine) -> Engine:
+    if not isinstance(given, AsyncEngine | Engine):
+        raise ConfigurationError(f"a journal needs an AsyncEngine or an Engine, not {type(given).__name__}")
+    engine = given.sync_engine if isinstance(given, AsyncEngine) else given
+    name, pool = engine.dialect.name, engine.pool
     if name == "sqlite":
         raise ConfigurationError(
             "SQLite cannot have a journal: while a session writes, no second connection can. Leave journal=... out;"
@@ -216,13 +265,15 @@ def _require_able(engine: AsyncEngine) -> None:
             f"an engine with a {type(pool).__name__} cannot have a journal: on a connection that is shared, the journal's commits"
             " would commit the application's transactions. Use SQLAlchemy's default pool, or NullPool"
         )
+    return engine
 
 
-def _small_pool(pool: Pool, size: int) -> Pool:
+def _small_pool(pool: Pool, size: int, *, is_async: bool) -> Pool:
     """Make a pool like another, of another size: `Pool.recreate` knows all that it was made with, but not how to change it."""
     if not isinstance(pool, QueuePool):
         return pool.recreate()
-    return AsyncAdaptedQueuePool(
+    kind: type[QueuePool] = AsyncAdaptedQueuePool if is_async else QueuePool
+    return kind(
         pool._creator,
         pool_size=size,
         max_overflow=0,

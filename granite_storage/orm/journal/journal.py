@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
 
+from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import Intent, JournalTables
 from granite_storage.orm._registry import active_bindings
@@ -24,7 +25,7 @@ from granite_storage.orm.journal.tables import RecoveryReport, tables_of
 from granite_storage.orm.journal.worker import Alarm, at_work
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, Connection, MetaData
+    from sqlalchemy import Column, Connection, Engine, MetaData
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from granite_storage._engine import PreparedUpload
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import Binding
     from granite_storage.refs import StoredObjectRef
 
-__all__ = ["StorageJournal"]
+__all__ = ["StorageJournal", "SyncJournal"]
+
+T = TypeVar("T")
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -81,7 +84,7 @@ class StorageJournal:
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: AsyncEngine | Engine,
         *,
         lease: timedelta = timedelta(minutes=15),
         pool_size: int = 5,
@@ -218,6 +221,11 @@ class StorageJournal:
         await self._ensure_checked()
         await accept_gap(self._pool, self.tables, within=_RARELY)
 
+    @property
+    def sync(self) -> SyncJournal:
+        """The same verbs for synchronous code, in threads without a running event loop."""
+        return SyncJournal(self)
+
     async def aclose(self) -> None:
         """Close the journal's connections; idempotent. Disposing of the engine does so as well."""
         await self._pool.aclose()
@@ -329,6 +337,50 @@ class StorageJournal:
             max_attempts=self._max_attempts,
             timeout=_OPERATION_TIMEOUT,
         )
+
+
+class SyncJournal:
+    """The verbs of a `StorageJournal` for synchronous code: `journal.sync.recover()`.
+
+    Each does what the verb of the same name does; see `granite_storage.manager.SyncStorage`.
+    """
+
+    def __init__(self, journal: StorageJournal) -> None:
+        self._journal = journal
+
+    def check(self) -> None:
+        """See that the database can keep the promise; see `StorageJournal.check`."""
+        self._run(self._journal.check(), "check")
+
+    def recover(self) -> RecoveryReport:
+        """Do once all that is due; see `StorageJournal.recover`."""
+        return self._run(self._journal.recover(), "recover")
+
+    def worker(self, *, interval: timedelta = timedelta(seconds=30)) -> AbstractContextManager[None]:
+        """Recover again and again while the block runs, on the library's own event loop; see `StorageJournal.worker`."""
+        awaited = "'async with journal.worker(...)'"
+        return enter_blocking(self._journal.worker(interval=interval), "journal.sync.worker", awaited)
+
+    def retry_dead_letters(self) -> int:
+        """Let the deletions that were given up be tried again; see `StorageJournal.retry_dead_letters`."""
+        return self._run(self._journal.retry_dead_letters(), "retry_dead_letters")
+
+    def allow_restored_database(self) -> None:
+        """Say that this is the right database; see `StorageJournal.allow_restored_database`."""
+        self._run(self._journal.allow_restored_database(), "allow_restored_database")
+
+    def close(self) -> None:
+        """Close the journal's connections; see `StorageJournal.aclose`."""
+        self._run(self._journal.aclose(), "aclose")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        return run_blocking(work, f"journal.sync.{name}", f"'await journal.{name}(...)'")
 
 
 def _tables_for(metadata: MetaData) -> JournalTables:

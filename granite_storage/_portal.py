@@ -112,7 +112,7 @@ class Portal:
         return user in self._users
 
     def release(self, user: object) -> None:
-        """Note that a user needs the loop no more; it ends with the last one."""
+        """Note that a user needs the loop no more; it ends some time after the last one is released."""
         with self._lock:
             self._users.discard(user)
             self._is_ending = not self._users
@@ -123,7 +123,10 @@ class Portal:
         with self._lock:
             self._users.clear()
             self._calls, self._is_ending = 0, True
+            thread = self._thread
         self._end(0)
+        if thread is not None:
+            thread.join(CLEANUP_TIMEOUT)
 
     def forget(self) -> None:
         """Begin anew in a forked child, in which the loop's thread does not exist."""
@@ -151,14 +154,12 @@ class Portal:
         """Count calls that have ended, and end the loop after the last one once its last user is gone."""
         with self._lock:
             self._calls -= calls
-            if not self._is_ending or self._calls > 0 or self._loop is None or self._stop is None or self._thread is None:
+            if not self._is_ending or self._calls > 0 or self._loop is None or self._stop is None:
                 return
-            loop, stop, thread = self._loop, self._stop, self._thread
+            loop, stop = self._loop, self._stop
             self._loop = self._stop = self._thread = None
             self._calls, self._is_ending = 0, False
         loop.call_soon_threadsafe(stop.set)
-        if thread is not threading.current_thread():
-            thread.join(CLEANUP_TIMEOUT)
 
 
 def _serve(started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:

@@ -17,10 +17,12 @@ from typing import Any
 
 import psutil
 import pytest
-from sqlalchemy import MetaData, String, event, exists, literal, make_url, select, text, union_all
+from sqlalchemy import MetaData, String, create_engine, event, exists, literal, make_url, select, text, union_all
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import sessionmaker
 
+from tests.orm.awaited import AwaitedEngine, AwaitedSessions
 from tests.pooled import keep, keep_files_below
 
 __all__ = ["DATABASES", "Database", "crash_postgres", "mariadb", "postgres", "postgres_database", "sqlite"]
@@ -39,12 +41,14 @@ class Database:
     Attributes:
         loop: The event loop of the tests that share an engine; None gives each its own.
         created: The metadata whose tables are there, by their identity.
+        is_synchronous: Whether its engines and sessions are synchronous ones, with a driver for threads.
     """
 
     name: str
     url: URL
     loop: asyncio.AbstractEventLoop | None = None
     created: set[int] = field(default_factory=set)
+    is_synchronous: bool = False
     _shared: AsyncEngine | None = None
     _is_spoiled: bool = False
 
@@ -62,12 +66,22 @@ class Database:
             options.setdefault("connect_args", {"timeout": 5})
         else:
             options.setdefault("pool_size", 10)
-        engine = create_async_engine(self.url, **options)
+        engine: Any = self._synchronous_engine(options) if self.is_synchronous else create_async_engine(self.url, **options)
         if self.is_sqlite:
             event.listen(engine.sync_engine, "connect", _on_connect)
         if self.name == "sqlite-begin":
             use_real_transactions(engine)
         return engine
+
+    def _synchronous_engine(self, options: dict[str, Any]) -> AwaitedEngine:
+        drivers = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
+        return AwaitedEngine(create_engine(self.url.set(drivername=drivers[self.url.get_backend_name()]), **options))
+
+    def sessionmaker(self, engine: Any, **options: Any) -> Any:
+        """Return what makes sessions on an engine of this database."""
+        if self.is_synchronous:
+            return AwaitedSessions(sessionmaker(engine.sync_engine, **options))
+        return async_sessionmaker(engine, **options)
 
     @contextlib.asynccontextmanager
     async def opened(self, metadata: MetaData, **options: Any) -> AsyncIterator[AsyncEngine]:
@@ -102,7 +116,8 @@ class Database:
     def _take_shared(self) -> AsyncEngine:
         if self._shared is None:
             self._shared = self.engine()
-            event.listen(self._shared.sync_engine, "connect", _keep)
+            if not (self.is_synchronous and self.is_sqlite):  # whose connections are files, below a folder that is kept
+                event.listen(self._shared.sync_engine, "connect", _keep)
         return self._shared
 
 

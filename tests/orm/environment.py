@@ -25,7 +25,7 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
@@ -41,6 +41,7 @@ from granite_storage.orm import (
 )
 from granite_storage.orm.journal.tables import clock
 from granite_storage.testing import FaultInjectingBackend
+from tests.orm.awaited import AwaitedConnection, AwaitedSession, AwaitedSessions
 from tests.orm.databases import Database
 
 __all__ = [
@@ -220,6 +221,38 @@ class OrmEnvironment:
     sessions: async_sessionmaker[AsyncSession]
     journal: StorageJournal | None = None
 
+    def sessionmaker(self, session_class: type[Session] | sessionmaker[Session], **options: Any) -> Any:
+        """Return what makes sessions of a class of the test's own."""
+        if self.database.is_synchronous and isinstance(session_class, sessionmaker):
+            session_class.configure(bind=self.engine.sync_engine)
+            return AwaitedSessions(session_class)
+        if self.database.is_synchronous:
+            return AwaitedSessions(sessionmaker(self.engine.sync_engine, class_=session_class, **options))
+        return async_sessionmaker(self.engine, sync_session_class=session_class, **options)
+
+    def session(self, bind: Any, **options: Any) -> Any:
+        """Return a session on an engine or a connection."""
+        if not self.database.is_synchronous:
+            return AsyncSession(bind, **options)
+        if isinstance(bind, AwaitedConnection):
+            return AwaitedSession(Session(bind.sync_connection, **options), bind._thread)
+        return AwaitedSession(Session(bind.sync_engine, **options))
+
+    def stream(self, *chunks: bytes | Exception) -> Any:
+        """Return a stream that no code could read twice, of the kind that the sessions take; an error ends it."""
+
+        def iterate() -> Iterator[bytes]:
+            for chunk in chunks:
+                if isinstance(chunk, Exception):
+                    raise chunk
+                yield chunk
+
+        async def iterate_async() -> AsyncIterator[bytes]:
+            for chunk in iterate():
+                yield chunk
+
+        return iterate() if self.database.is_synchronous else iterate_async()
+
     async def objects(self) -> set[str]:
         """Return where the storage has objects."""
         return {info.location async for info in self.backend.iter_objects()}
@@ -380,9 +413,10 @@ async def orm_environment(
     store = FaultInjectingBackend(MemoryStorageBackend() if backend is None else backend)
     manager = StorageManager(backends={"store": store}, policies={"docs": StoragePolicy("docs", "store", max_size=max_size)})
     async with database.opened(Base.metadata, **options) as engine:
-        sessions = async_sessionmaker(engine, expire_on_commit=False)
-        journal = StorageJournal(engine) if journaled else None
-        binding = bind_storage(Base, manager, session_factory=sessions, journal=journal)
+        sessions = database.sessionmaker(engine, expire_on_commit=False)
+        journal = StorageJournal(engine.sync_engine if database.is_synchronous else engine) if journaled else None
+        factory = sessions.sync_maker if database.is_synchronous else sessions
+        binding = bind_storage(Base, manager, session_factory=factory, journal=journal)
         env = OrmEnvironment(database, engine, store, manager, binding, sessions, journal)
         try:
             yield env

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, event, insert, select, update
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import ORMExecuteState, Session, make_transient, sessionmaker
 from sqlalchemy.orm.attributes import get_history
 
@@ -50,7 +50,7 @@ def listening(target: Any, name: str, listener: Listener, **options: Any) -> Ite
 @contextlib.asynccontextmanager
 async def session_with(env: OrmEnvironment, where: str, listener: Listener, name: str = "before_flush") -> Any:
     """Give a session to which a listener belongs, and commit it."""
-    sessions = async_sessionmaker(env.engine, expire_on_commit=False, sync_session_class=OwnSession)
+    sessions = env.sessionmaker(OwnSession, expire_on_commit=False)
     async with sessions() as session:
         options = {"insert": True} if where == "Session, before ours" else {}
         with listening(TARGETS[where](session), name, listener, **options):
@@ -317,7 +317,7 @@ class TestBeforeFlush:
     async def test_on_one_sessionmaker(self, env: OrmEnvironment) -> None:
         await env.add(Doc(id=1, file=file("a")))
         inner = sessionmaker()
-        sessions = async_sessionmaker(env.engine, sync_session_class=inner)
+        sessions = env.sessionmaker(inner)
         with listening(inner, "before_flush", soft_delete):
             async with sessions.begin() as session:
                 await session.delete(await get(session))

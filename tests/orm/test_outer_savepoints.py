@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.orm.environment import Doc, OrmEnvironment, file
 
@@ -13,7 +12,7 @@ async def test_nothing_is_deleted_of_work_that_was_done_partly_before_it(env: Or
     await env.add(Doc(id=1, file=file("a")))
     async with env.engine.connect() as connection:
         await connection.begin()
-        async with AsyncSession(connection, join_transaction_mode="rollback_only") as session:
+        async with env.session(connection, join_transaction_mode="rollback_only") as session:
             doc = await session.get_one(Doc, 1)
             doc.file = file("b")
             await session.flush()

@@ -10,7 +10,6 @@ import contextlib
 import io
 import pickle
 import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 import psycopg
@@ -75,11 +74,7 @@ class TestOneRow:
         assert await env.objects() == set()
 
     async def test_insert_of_a_stream(self, env: OrmEnvironment) -> None:
-        async def chunks() -> AsyncIterator[bytes]:
-            for chunk in (b"a", b"b", b"c"):
-                yield chunk
-
-        await env.add(Doc(id=1, file=Attachment(chunks()), other=Attachment(io.BytesIO(b"d"))))
+        await env.add(Doc(id=1, file=Attachment(env.stream(b"a", b"b", b"c")), other=Attachment(io.BytesIO(b"d"))))
         await env.check(file_1="abc", other_1="d")
 
     async def test_replace(self, env: OrmEnvironment) -> None:
@@ -562,12 +557,8 @@ class TestFailedUploads:
         await env.check()
 
     async def test_stream_that_fails_midway(self, env: OrmEnvironment) -> None:
-        async def chunks() -> AsyncIterator[bytes]:
-            yield b"some"
-            raise BoomError
-
         with pytest.raises(BoomError):
-            await env.add(Doc(id=1, file=file("a"), other=Attachment(chunks())))
+            await env.add(Doc(id=1, file=file("a"), other=Attachment(env.stream(b"some", BoomError()))))
         await env.check()
 
     async def test_too_large(self, env: OrmEnvironment) -> None:
@@ -832,7 +823,7 @@ class TestWhatTheSessionDoesNotKnow:
         await env.check(file_1="b")
 
     async def test_expired_by_the_commit(self, env: OrmEnvironment) -> None:
-        async with AsyncSession(env.engine) as session:
+        async with env.session(env.engine) as session:
             doc = Doc(id=1, file=file("a"))
             session.add(doc)
             await session.commit()
@@ -1130,7 +1121,7 @@ class TestJoinedToAnExternalTransaction:
         await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("x")))
         async with env.engine.connect() as connection:
             transaction = await connection.begin()
-            async with AsyncSession(connection, join_transaction_mode=mode, expire_on_commit=False) as session:
+            async with env.session(connection, join_transaction_mode=mode, expire_on_commit=False) as session:
                 (await get(session)).file = file("b")
                 await session.delete(await get(session, 2))
                 session.add(Doc(id=3, file=file("c")))
@@ -1156,7 +1147,7 @@ class TestJoinedToAnExternalTransaction:
         async with env.engine.connect() as connection:
             transaction = await connection.begin()
             savepoint = await connection.begin_nested()
-            async with AsyncSession(connection, join_transaction_mode=mode, expire_on_commit=False) as session:
+            async with env.session(connection, join_transaction_mode=mode, expire_on_commit=False) as session:
                 (await get(session)).file = file("b")
                 await session.flush()
                 if inner != "close":
@@ -1175,7 +1166,7 @@ class TestJoinedToAnExternalTransaction:
         async with env.engine.connect() as connection:
             transaction = await connection.begin()
             for content in ("b", "c"):
-                async with AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
+                async with env.session(connection, join_transaction_mode="create_savepoint") as session:
                     (await get(session)).file = file(content)
                     await session.commit()
             await end(connection, transaction, outer)
@@ -1185,7 +1176,7 @@ class TestJoinedToAnExternalTransaction:
         await env.add(Doc(id=1, file=file("a")))
         async with env.engine.begin() as connection:
             for content in ("b", "c"):
-                async with AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
+                async with env.session(connection, join_transaction_mode="create_savepoint") as session:
                     (await get(session)).file = file(content)
                     await session.flush()
                     await (session.commit() if content == "b" else session.rollback())
@@ -1195,7 +1186,7 @@ class TestJoinedToAnExternalTransaction:
         await env.add(Doc(id=1, file=file("a")))
         async with env.engine.connect() as connection:
             await connection.begin()
-            async with AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
+            async with env.session(connection, join_transaction_mode="create_savepoint") as session:
                 for content in ("b", "c", "d"):
                     (await get(session)).file = file(content)
                     await session.commit()
@@ -1209,7 +1200,7 @@ class TestJoinedToAnExternalTransaction:
         await env.add(Doc(id=1, file=file("a")))
         async with env.engine.connect() as connection:
             transaction = await connection.begin()
-            async with AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
+            async with env.session(connection, join_transaction_mode="create_savepoint") as session:
                 (await get(session)).file = file("b")
                 await session.flush()
                 await transaction.rollback()
@@ -1220,7 +1211,7 @@ class TestJoinedToAnExternalTransaction:
         async with env.engine.connect() as connection:
             for content, outer in (("b", "commit"), ("c", "rollback"), ("d", "commit"), ("e", "rollback")):
                 transaction = await connection.begin()
-                async with AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
+                async with env.session(connection, join_transaction_mode="create_savepoint") as session:
                     (await get(session)).file = file(content)
                     await session.commit()
                 await end(connection, transaction, outer)
@@ -1230,7 +1221,7 @@ class TestJoinedToAnExternalTransaction:
         await env.add(Doc(id=1, file=file("a")))
         async with env.engine.connect() as connection:
             await connection.begin()
-            async with AsyncSession(connection, join_transaction_mode="rollback_only") as session:
+            async with env.session(connection, join_transaction_mode="rollback_only") as session:
                 (await get(session)).file = file("b")
                 await session.flush()
                 savepoint = await connection.begin_nested()
@@ -1257,7 +1248,7 @@ class TestTwoPhases:
     @pytest.mark.parametrize("how", ["commit", "prepare and commit", "rollback", "prepare and roll back", "close"])
     async def test_ends(self, env: OrmEnvironment, how: str) -> None:
         await env.add(Doc(id=1, file=file("a")))
-        async with AsyncSession(env.engine, twophase=True, expire_on_commit=False) as session:
+        async with env.session(env.engine, twophase=True, expire_on_commit=False) as session:
             (await get(session)).file = file("b")
             await session.flush()
             if how.startswith("prepare"):
@@ -1272,7 +1263,7 @@ class TestTwoPhases:
         """SQLAlchemy goes on to roll back what was never prepared, and the driver may refuse that, at the close too."""
 
         async def refused() -> None:
-            async with AsyncSession(env.engine, twophase=True) as session:
+            async with env.session(env.engine, twophase=True) as session:
                 session.add(Booking(id=1, person_id=9, file=file("a")))
                 await session.commit()
 

@@ -10,10 +10,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session
 
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
 from granite_storage.orm import Attachment, bind_storage, transactions
@@ -206,46 +205,6 @@ class TestRefusals:
                 await session.commit()
         await engine.dispose()
         await env.check()
-
-    @pytest.mark.parametrize("change", ["insert", "replace", "delete", "bulk"])
-    async def test_synchronous_session(self, env: OrmEnvironment, change: str) -> None:
-        if not env.database.is_sqlite:
-            pytest.skip("a synchronous driver of SQLite is always there")
-        await env.add(Doc(id=1, file=file("a")))
-
-        def work() -> None:
-            engine = create_engine(env.database.url.set(drivername="sqlite"))
-            with Session(engine) as session, pytest.raises(ConfigurationError, match="AsyncSession"):
-                match change:
-                    case "insert":
-                        session.add(Doc(id=2, file=file("b")))
-                    case "replace":
-                        session.get_one(Doc, 1).file = None
-                    case "delete":
-                        session.delete(session.get_one(Doc, 1))
-                    case "bulk":
-                        session.execute(Doc.__table__.delete())
-                session.commit()
-            engine.dispose()
-
-        await asyncio.to_thread(work)
-        await env.check(file_1="a")
-
-    async def test_synchronous_session_without_attachments(self, env: OrmEnvironment) -> None:
-        if not env.database.is_sqlite:
-            pytest.skip("a synchronous driver of SQLite is always there")
-        await env.add(Doc(id=1, file=file("a")))
-
-        def work() -> None:
-            engine = create_engine(env.database.url.set(drivername="sqlite"))
-            with Session(engine) as session:
-                session.get_one(Doc, 1).title = "new"
-                session.add(Doc(id=2))
-                session.commit()
-            engine.dispose()
-
-        await asyncio.to_thread(work)
-        await env.check(file_1="a")
 
 
 class TestRemovals:

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select, text, type_coerce, union_all
-from sqlalchemy.exc import MissingGreenlet
+from sqlalchemy.exc import MissingGreenlet, UnboundExecutionError
 from sqlalchemy.orm import Session, aliased, defer, joinedload, selectinload, with_polymorphic
 from starlette.datastructures import Headers, UploadFile
 
-from granite_storage import ConfigurationError, ContentTooLargeError, StorageManager, StoredObjectRef
+from granite_storage import ContentTooLargeError, StorageManager, StoredObjectRef
 from granite_storage.exceptions import ConsumedSourceError, InvalidReferenceError, UnboundAttachmentError
 from granite_storage.orm import Attachment, StorageBinding, bind_storage
 from tests.orm.values import (
@@ -496,11 +496,16 @@ class TestRefused:
             with pytest.raises(Exception, match="bind_storage"):
                 await session.flush()
 
-    async def test_a_synchronous_session(self, sessions: Sessions, binding: StorageBinding, manager: StorageManager) -> None:
-        with Session() as session:
-            session.add(Document(file=Attachment(b"abc")))
-            with pytest.raises(ConfigurationError, match="a synchronous Session cannot await"):
-                session.flush()
+    async def test_a_synchronous_session_without_a_database(
+        self, sessions: Sessions, binding: StorageBinding, manager: StorageManager
+    ) -> None:
+        def flush() -> None:
+            with Session() as session:
+                session.add(Document(file=Attachment(b"abc")))
+                with pytest.raises(UnboundExecutionError):
+                    session.flush()
+
+        await asyncio.to_thread(flush)
         assert await locations(manager) == set()
 
     @pytest.mark.case("RB-20")

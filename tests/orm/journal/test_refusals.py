@@ -167,8 +167,8 @@ async def test_a_pool_that_keeps_nothing_will_do(env: OrmEnvironment) -> None:
 
 
 def test_an_engine_that_is_none(env: OrmEnvironment) -> None:
-    with pytest.raises(ConfigurationError, match="AsyncEngine"):
-        StorageJournal(env.engine.sync_engine)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="AsyncEngine or an Engine, not async_sessionmaker"):
+        StorageJournal(env.sessions)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

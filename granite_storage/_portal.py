@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
 from granite_storage.exceptions import ConfigurationError
 
-__all__ = ["Portal", "enter_blocking", "portal", "run_blocking"]
+__all__ = ["Portal", "enter_blocking", "has_running_loop", "portal", "require_no_loop", "run_blocking"]
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Portal:
         self._thread: threading.Thread | None = None
         self._stop: asyncio.Event | None = None
         self._users: weakref.WeakSet[object] = weakref.WeakSet()
-        self._calls = 0
+        self._calls: set[_Call[Any]] = set()
         self._is_ending = False
 
     @property
@@ -65,16 +65,21 @@ class Portal:
         if self.is_here:
             work.close()
             raise RuntimeError("the event loop of synchronous callers cannot wait for itself: await the coroutine")
-        call = self._begin(work)
+        call = _Call(work, copy_context())
         try:
+            # An interrupt may come at any moment from here on: once it has begun, the call is cancelled.
+            self._begin(call)
             return call.result()
+        except BaseException:
+            call.abandon()
+            raise
         finally:
-            self._end()
+            self._end(call)
             del call  # or its error would hold this frame, and the frame the error
 
     async def run_here(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop for a caller on another one, and return its result."""
-        call = self._begin(work)
+        call = self._begin(_Call(work, copy_context()))
         future = asyncio.wrap_future(call.future)
         try:
             return await asyncio.shield(future)
@@ -83,25 +88,25 @@ class Portal:
             await wait_uncancelled(future, CLEANUP_TIMEOUT)
             raise
         finally:
-            self._end()
+            self._end(call)
 
     def run_later(self, work: Coroutine[Any, Any, object]) -> None:
         """Run a coroutine on the loop; nobody waits for it."""
-        self._begin(work).future.add_done_callback(lambda _: self._end())
+        call = self._begin(_Call(work, copy_context()))
+        call.future.add_done_callback(lambda _: self._end(call))
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """Yield what an asynchronous generator yields, a few hundred items with each visit to the loop, and close it."""
         pages = _Pages(items)
-        pumping = self._begin(pages.pump())
+        pumping = _Call(pages.pump(), copy_context())
         try:
+            self._begin(pumping)
             while page := self.run(pages.next()):
                 yield from page
             pumping.result()
         finally:
-            if not pumping.future.done():
-                pumping.cancel()
-            concurrent.futures.wait([pumping.future], CLEANUP_TIMEOUT)
-            self._end()
+            pumping.abandon()
+            self._end(pumping)
 
     def add_user(self, user: object) -> None:
         """Keep the loop running until the user is released; for callers on the loop."""
@@ -116,15 +121,16 @@ class Portal:
         with self._lock:
             self._users.discard(user)
             self._is_ending = not self._users
-        self._end(0)
+        self._end()
 
     def close(self) -> None:
         """End the loop, whoever uses it; a later call starts another."""
         with self._lock:
             self._users.clear()
-            self._calls, self._is_ending = 0, True
+            self._calls.clear()
+            self._is_ending = True
             thread = self._thread
-        self._end(0)
+        self._end()
         if thread is not None:
             thread.join(CLEANUP_TIMEOUT)
 
@@ -134,12 +140,12 @@ class Portal:
             self._inherited.append(self._loop)
         self._reset()
 
-    def _begin(self, work: Coroutine[Any, Any, T]) -> _Call[T]:
+    def _begin(self, call: _Call[T]) -> _Call[T]:
         with self._lock:
             if self._loop is None:
                 self._loop = self._started()
-            self._calls += 1
-            call = _Call(work, self._loop, copy_context())
+            self._calls.add(call)
+            call.loop = self._loop
             self._loop.call_soon_threadsafe(call.begin)
         return call
 
@@ -150,15 +156,16 @@ class Portal:
         loop, self._stop = started.result()
         return loop
 
-    def _end(self, calls: int = 1) -> None:
-        """Count calls that have ended, and end the loop after the last one once its last user is gone."""
+    def _end(self, call: _Call[Any] | None = None) -> None:
+        """Forget a call that has ended, and end the loop after the last one once its last user is gone."""
         with self._lock:
-            self._calls -= calls
-            if not self._is_ending or self._calls > 0 or self._loop is None or self._stop is None:
+            if call is not None:
+                self._calls.discard(call)
+            if not self._is_ending or self._calls or self._loop is None or self._stop is None:
                 return
             loop, stop = self._loop, self._stop
             self._loop = self._stop = self._thread = None
-            self._calls, self._is_ending = 0, False
+            self._is_ending = False
         loop.call_soon_threadsafe(stop.set)
 
 
@@ -212,31 +219,34 @@ class _Pages(Generic[T]):
 class _Call(Generic[T]):
     """A coroutine that another thread waits for."""
 
-    def __init__(self, work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop, context: Context) -> None:
+    def __init__(self, work: Coroutine[Any, Any, T], context: Context) -> None:
         self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._work = work
-        self._loop = loop
         self._context = context
         self._task: asyncio.Task[T] | None = None
 
     def begin(self) -> None:
         """Start it; for the loop."""
-        self._task = self._loop.create_task(self._work, context=self._context)
+        self._task = asyncio.get_running_loop().create_task(self._work, context=self._context)
         self._task.add_done_callback(self._end)
 
     def result(self) -> T:
         """Wait for it, and return its result."""
-        try:
-            return self.future.result()
-        except BaseException:
-            if not self.future.done():
-                self.cancel()
-                concurrent.futures.wait([self.future], CLEANUP_TIMEOUT)
-            raise
+        return self.future.result()
+
+    def abandon(self) -> None:
+        """Cancel it where it has not ended, and wait for its end."""
+        if self.loop is None:
+            self._work.close()
+        elif not self.future.done():
+            self.cancel()
+            concurrent.futures.wait([self.future], CLEANUP_TIMEOUT)
 
     def cancel(self) -> None:
         """Cancel it; it ends some time later."""
-        self._loop.call_soon_threadsafe(self._cancel)
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -266,10 +276,18 @@ def run_blocking(work: Coroutine[Any, Any, T], name: str, awaited: str) -> T:
     Raises:
         ConfigurationError: An event loop runs in this thread, which would stand still meanwhile.
     """
-    if _has_running_loop():
+    try:
+        require_no_loop(name, awaited)
+    except ConfigurationError:
         work.close()
-        raise ConfigurationError(f"{name}() blocks, and an event loop runs in this thread: use {awaited} instead")
+        raise
     return portal.run(work)
+
+
+def require_no_loop(name: str, awaited: str) -> None:
+    """Raise `ConfigurationError` where an event loop runs in this thread; see `run_blocking`."""
+    if has_running_loop():
+        raise ConfigurationError(f"{name}() blocks, and an event loop runs in this thread: use {awaited} instead")
 
 
 @contextmanager
@@ -293,7 +311,8 @@ async def _leave(entered: AbstractAsyncContextManager[Any]) -> None:
     await entered.__aexit__(None, None, None)
 
 
-def _has_running_loop() -> bool:
+def has_running_loop() -> bool:
+    """Tell whether an event loop runs in this thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

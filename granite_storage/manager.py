@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 
 from granite_storage._engine import Engine, Lifecycle, require_positive, require_ref, require_seconds, upload_names
 from granite_storage._headers import Disposition
-from granite_storage._portal import portal, run_blocking
+from granite_storage._portal import portal, require_no_loop, run_blocking
 from granite_storage.backends.base import ObjectInfo, StorageBackend
 from granite_storage.exceptions import StorageError
 from granite_storage.locations import check_location
@@ -519,6 +519,7 @@ class SyncStorage:
 
     def list(self, *, storage_key: str, prefix: str = "", start_after: str | None = None) -> Generator[ObjectInfo, None, None]:
         """Iterate over the objects of a policy; see `StorageManager.list`."""
+        require_no_loop("storage.sync.list", "'async for info in storage.list(...)'")
         return portal.iterate(self._manager.list(storage_key=storage_key, prefix=prefix, start_after=start_after))
 
     def delete(self, ref: StoredObjectRef) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from itertools import islice
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -18,7 +19,7 @@ from sqlalchemy.orm import InstanceState, Session
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
-from granite_storage._portal import portal
+from granite_storage._portal import has_running_loop, portal
 
 __all__ = [
     "TRANSLATE_MAP",
@@ -39,6 +40,8 @@ __all__ = [
     "without_pool",
 ]
 
+
+logger: logging.Logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")
 
@@ -65,7 +68,19 @@ def can_wait(*, is_async: bool) -> bool:
 
 def wait(work: Coroutine[Any, Any, T]) -> T:
     """Wait for a coroutine in an event of SQLAlchemy: by its caller's `await`, or in the thread of a synchronous session."""
-    return await_only(work) if in_greenlet() else portal.run(work)
+    if in_greenlet():
+        return await_only(work)
+    if has_running_loop():
+        _warn_of_blocked_loop()
+    return portal.run(work)
+
+
+@cache  # once for each process
+def _warn_of_blocked_loop() -> None:
+    logger.warning(
+        "a synchronous Session waits for the storage in a thread whose event loop stands still meanwhile: use an AsyncSession"
+        " there, or run the session in a thread, as a 'def' endpoint does"
+    )
 
 
 def require_wait(what: str, session: Session) -> None:

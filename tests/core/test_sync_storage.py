@@ -1,0 +1,413 @@
+"""The verbs for synchronous code: in threads, in forked children, under interrupts, and beside a running event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+import zipfile
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from starlette.datastructures import Headers, UploadFile
+
+from granite_storage import (
+    ChecksumMismatchError,
+    ConfigurationError,
+    ContentTooLargeError,
+    ObjectNotFoundError,
+    StorageManager,
+    StoragePolicy,
+    StoredObjectRef,
+)
+from granite_storage._portal import portal
+from granite_storage.backends.base import ObjectInfo
+from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.backends.memory import MemoryStorageBackend
+from tests.core.support import PLACE, SLOT, local_manager, manager_on
+from tests.tiers import repetitions
+
+CONTENT = bytes(range(256)) * 4096
+"""1 MiB."""
+
+
+@pytest.fixture
+def manager() -> Iterator[StorageManager]:
+    manager = manager_on(MemoryStorageBackend())
+    yield manager
+    manager.sync.close()
+
+
+def locations(manager: StorageManager) -> list[str]:
+    return [info.location for info in manager.sync.list(storage_key=SLOT["storage_key"])]
+
+
+def test_every_verb(manager: StorageManager) -> None:
+    storage = manager.sync
+    ref = storage.put_bytes(**SLOT, content=b"abc")
+    streamed = storage.put_stream(**SLOT, stream=io.BytesIO(CONTENT))
+    assert (storage.get(ref), storage.get(streamed)) == (b"abc", CONTENT)
+    assert storage.exists(ref)
+    assert storage.stat(ref).size == 3
+    copied = storage.copy(ref, **PLACE)
+    assert sorted(locations(manager)) == sorted(one.location for one in (ref, streamed, copied))
+    storage.delete(ref)
+    assert not storage.exists(ref)
+    with pytest.raises(ObjectNotFoundError):
+        storage.get(ref)
+    assert storage.delete_many([streamed, copied]) == {}
+    assert locations(manager) == []
+
+
+def test_url(tmp_path: Path) -> None:
+    manager = local_manager(tmp_path)
+    ref = manager.sync.put_bytes(**SLOT, content=b"abc")
+    with pytest.raises(ConfigurationError, match="signs"):
+        manager.sync.url(ref, expires_in=timedelta(minutes=1))
+    manager.sync.close()
+
+
+class TestReader:
+    @pytest.fixture
+    def ref(self, manager: StorageManager) -> StoredObjectRef:
+        return manager.sync.put_bytes(**SLOT, content=CONTENT)
+
+    def test_copied(self, manager: StorageManager, ref: StoredObjectRef) -> None:
+        target = io.BytesIO()
+        with manager.sync.open(ref) as reader:
+            assert (reader.size, reader.ref, reader.info.size) == (len(CONTENT), ref, len(CONTENT))
+            shutil.copyfileobj(reader, target)
+        assert target.getvalue() == CONTENT
+        assert reader.closed
+        with pytest.raises(ValueError, match="closed"):
+            reader.read()
+
+    def test_sought(self, manager: StorageManager, ref: StoredObjectRef) -> None:
+        with manager.sync.open(ref, offset=10, length=1000) as reader:
+            assert reader.seek(-10, os.SEEK_END) == 990
+            assert reader.read() == CONTENT[1000:1010]
+            assert reader.seek(5) == 5
+            assert reader.read(3) == CONTENT[15:18]
+            assert reader.tell() == 8
+            assert reader.peek(1)[:1] == CONTENT[18:19]
+            assert reader.readline(4) == CONTENT[18:22]
+
+    def test_archive(self, manager: StorageManager) -> None:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr("a.txt", CONTENT)
+            archive.writestr("b.txt", b"b")
+        ref = manager.sync.put_bytes(**SLOT, content=packed.getvalue())
+        with manager.sync.open(ref) as reader, zipfile.ZipFile(reader) as archive:
+            assert archive.read("a.txt") == CONTENT
+            assert archive.namelist() == ["a.txt", "b.txt"]
+
+    def test_verified(self, manager: StorageManager, ref: StoredObjectRef) -> None:
+        with manager.sync.open(ref, verify=True) as reader:
+            assert not reader.seekable()
+            assert hashlib.file_digest(reader, "sha256").hexdigest() == hashlib.sha256(CONTENT).hexdigest()
+
+    def test_wrong_bytes(self, tmp_path: Path) -> None:
+        manager = local_manager(tmp_path)
+        ref = manager.sync.put_bytes(**SLOT, content=CONTENT)
+        path = next(path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size == len(CONTENT))
+        path.chmod(0o600)
+        path.write_bytes(CONTENT[:-1] + b"x")
+        with pytest.raises(ChecksumMismatchError), manager.sync.open(ref, verify=True) as reader:
+            reader.read()
+        manager.sync.close()
+
+    def test_missing(self, manager: StorageManager, ref: StoredObjectRef) -> None:
+        manager.sync.delete(ref)
+        with pytest.raises(ObjectNotFoundError):
+            manager.sync.open(ref)
+
+    def test_abandoned(self, manager: StorageManager, ref: StoredObjectRef) -> None:
+        reader = manager.sync.open(ref)
+        assert reader.read(1) == CONTENT[:1]
+        del reader
+        assert manager.sync.get(ref) == CONTENT
+
+    def test_closed_by_the_manager(self, manager: StorageManager, ref: StoredObjectRef) -> None:
+        reader = manager.sync.open(ref)
+        manager.sync.close()
+        with pytest.raises(ValueError, match="closed"):
+            reader.read()
+        reader.close()
+
+
+class TestSources:
+    def test_iterable(self, manager: StorageManager) -> None:
+        ref = manager.sync.put_stream(**SLOT, stream=(bytes([number]) * 1000 for number in range(100)))
+        assert manager.sync.get(ref) == b"".join(bytes([number]) * 1000 for number in range(100))
+
+    def test_upload(self, manager: StorageManager) -> None:
+        """Its `read` is awaited, but its file is read by a thread."""
+
+        class Guarded(UploadFile):
+            async def read(self, size: int = -1) -> bytes:
+                raise AssertionError("read on another event loop")
+
+            seek = read  # type: ignore[assignment]
+
+        upload = Guarded(io.BytesIO(b"abc"), filename="a.txt", headers=Headers({"content-type": "text/plain"}))
+        upload.file.read(2)
+        ref = manager.sync.put_stream(**SLOT, stream=upload)
+        assert manager.sync.get(ref) == b"abc"
+        assert (ref.original_filename, ref.content_type) == ("a.txt", "text/plain")
+
+    def test_asynchronous_streams(self, manager: StorageManager) -> None:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"abc"
+
+        class File:
+            async def read(self, size: int) -> bytes:
+                return b""
+
+        for stream in (chunks(), File()):
+            with pytest.raises(TypeError, match="asynchronous stream"):
+                manager.sync.put_stream(**SLOT, stream=stream)
+        assert locations(manager) == []
+
+    def test_error_of_the_source(self, manager: StorageManager) -> None:
+        def chunks() -> Iterator[bytes]:
+            yield b"abc"
+            raise LookupError("the source")
+
+        with pytest.raises(LookupError, match="the source"):
+            manager.sync.put_stream(**SLOT, stream=chunks())
+        assert locations(manager) == []
+
+    def test_limit(self) -> None:
+        manager = StorageManager(
+            backends={"memory": MemoryStorageBackend()}, policies={"small": StoragePolicy("small", "memory", max_size=10)}
+        )
+        place = {**SLOT, "storage_key": "small"}
+        with pytest.raises(ContentTooLargeError):
+            manager.sync.put_stream(**place, stream=iter([b"12345", b"67890", b"1"]))
+        assert list(manager.sync.list(storage_key="small")) == []
+        manager.sync.close()
+
+    def test_context_of_the_caller(self, manager: StorageManager) -> None:
+        """A stream finds the context variables of the thread that stores it, as a request's context in Flask."""
+        from contextvars import ContextVar
+
+        request: ContextVar[str] = ContextVar("request")
+        request.set("42")
+        ref = manager.sync.put_stream(**SLOT, stream=(request.get().encode() for _ in range(2)))
+        assert manager.sync.get(ref) == b"4242"
+
+
+class TestListing:
+    def test_several_pages(self, manager: StorageManager) -> None:
+        for _ in range(1001):
+            manager.sync.put_bytes(**SLOT, content=b"")
+        found = locations(manager)
+        assert len(set(found)) == 1001
+        assert found == sorted(found)
+
+    def test_ended_early(self, manager: StorageManager) -> None:
+        for _ in range(3):
+            manager.sync.put_bytes(**SLOT, content=b"")
+        listing = manager.sync.list(storage_key=SLOT["storage_key"])
+        assert next(listing).size == 0
+        listing.close()
+        assert len(locations(manager)) == 3
+
+    def test_error_midway(self) -> None:
+        class Failing(MemoryStorageBackend):
+            async def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
+                async for info in super().iter_objects(prefix, start_after=start_after):
+                    yield info
+                    raise LookupError("midway")
+
+        manager = manager_on(Failing())
+        manager.sync.put_bytes(**SLOT, content=b"")
+        listing = manager.sync.list(storage_key=SLOT["storage_key"])
+        assert next(listing).size == 0
+        with pytest.raises(LookupError, match="midway"):
+            next(listing)
+        manager.sync.close()
+
+
+async def test_where_an_event_loop_runs(tmp_path: Path) -> None:
+    """It would stand still meanwhile: each verb names what is awaited instead."""
+    manager = manager_on(MemoryStorageBackend())
+    ref = await manager.put_bytes(**SLOT, content=b"abc")
+    storage = manager.sync
+    calls: dict[str, Any] = {
+        "put_bytes": lambda: storage.put_bytes(**SLOT, content=b"1"),
+        "put_stream": lambda: storage.put_stream(**SLOT, stream=[b"1"]),
+        "get": lambda: storage.get(ref),
+        "open": lambda: storage.open(ref),
+        "exists": lambda: storage.exists(ref),
+        "stat": lambda: storage.stat(ref),
+        "url": lambda: storage.url(ref, expires_in=timedelta(minutes=1)),
+        "copy": lambda: storage.copy(ref, **PLACE),
+        "delete": lambda: storage.delete(ref),
+        "delete_many": lambda: storage.delete_many([ref]),
+        "list": lambda: next(storage.list(storage_key=SLOT["storage_key"])),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ConfigurationError, match=rf"storage\.{name}\("):
+            call()
+    assert await manager.exists(ref)
+    await manager.aclose()
+
+
+async def test_threads_beside_an_event_loop() -> None:
+    """One manager serves both; closing it closes what was opened for either."""
+    closed_on: list[int] = []
+
+    class Counting(MemoryStorageBackend):
+        async def aclose(self) -> None:
+            closed_on.append(threading.get_ident())
+            await super().aclose()
+
+    async with manager_on(Counting()) as manager:
+        ref = await manager.put_bytes(**SLOT, content=b"abc")
+        assert await asyncio.to_thread(manager.sync.get, ref) == b"abc"
+        refs = await asyncio.gather(*(asyncio.to_thread(manager.sync.put_bytes, **SLOT, content=b"1") for _ in range(40)))
+        assert len({ref.location for ref in refs}) == 40
+    assert len(set(closed_on)) == 2
+
+
+def test_closed_and_used_again(manager: StorageManager) -> None:
+    with manager.sync as storage:
+        ref = storage.put_bytes(**SLOT, content=b"abc")
+    assert manager.sync.get(ref) == b"abc"
+
+
+def test_loop_ends_with_its_last_manager() -> None:
+    first, second = manager_on(MemoryStorageBackend()), manager_on(MemoryStorageBackend())
+    ref = first.sync.put_bytes(**SLOT, content=b"abc")
+    second.sync.put_bytes(**SLOT, content=b"abc")
+    second.sync.close()
+    assert first.sync.get(ref) == b"abc"
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "granite-storage-portal"]
+    first.sync.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_interrupted_upload(manager: StorageManager, error: type[BaseException]) -> None:
+    """As Ctrl-C does, or the time limit of a task queue: nothing is left, and the error is raised."""
+    begun, ended = threading.Event(), threading.Event()
+
+    class Slow(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            begun.set()
+            time.sleep(0.02)
+            buffer[:1] = b"x"
+            return 1
+
+    def interrupt(*_: object) -> None:
+        ended.set()
+        raise error("interrupted")
+
+    def send() -> None:
+        begun.wait(10)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    usual = signal.signal(signal.SIGUSR1, interrupt)
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        with pytest.raises(error, match="interrupted"):
+            manager.sync.put_stream(**SLOT, stream=Slow())
+    finally:
+        signal.signal(signal.SIGUSR1, usual)
+        sender.join()
+    assert ended.is_set()
+    assert locations(manager) == []
+    ref = manager.sync.put_bytes(**SLOT, content=b"abc")
+    assert manager.sync.get(ref) == b"abc"
+
+
+def test_closed_during_a_call() -> None:
+    """The call is cancelled once it has had its time, and its thread learns why."""
+    from concurrent.futures import CancelledError
+
+    manager = StorageManager(
+        backends={"memory": MemoryStorageBackend()},
+        policies={SLOT["storage_key"]: StoragePolicy(SLOT["storage_key"], "memory")},
+        drain_timeout=0.05,
+    )
+    begun, enough = threading.Event(), threading.Event()
+
+    def chunks() -> Iterator[bytes]:
+        while not enough.is_set():
+            begun.set()
+            time.sleep(0.01)
+            yield b"x"
+
+    with ThreadPoolExecutor(1) as threads:
+        storing = threads.submit(manager.sync.put_stream, **SLOT, stream=chunks())
+        begun.wait(10)
+        manager.sync.close()
+        with pytest.raises(CancelledError, match="closing"):
+            storing.result(10)
+        enough.set()
+    assert locations(manager) == []
+    manager.sync.close()
+
+
+def _in_child(manager: StorageManager, ref: StoredObjectRef, answers: Any) -> None:
+    answers.put((manager.sync.get(ref), manager.sync.put_bytes(**SLOT, content=b"child"), portal.is_here))
+
+
+def test_forked_child(tmp_path: Path) -> None:
+    """As in gunicorn with `--preload`, or in a worker of Celery: the parent's event loop is not there."""
+    manager = StorageManager(
+        backends={"disk": LocalStorageBackend(tmp_path, fsync=False)},
+        policies={SLOT["storage_key"]: StoragePolicy(SLOT["storage_key"], "disk")},
+    )
+    ref = manager.sync.put_bytes(**SLOT, content=b"parent")
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    children = [context.Process(target=_in_child, args=(manager, ref, answers)) for _ in range(3)]
+    for child in children:
+        child.start()
+    found = [answers.get(timeout=20) for _ in children]
+    for child in children:
+        child.join(20)
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert {content for content, _, _ in found} == {b"parent"}
+    assert {manager.sync.get(made) for _, made, _ in found} == {b"child"}
+    manager.sync.close()
+    answers.close()
+    answers.join_thread()
+
+
+def test_many_calls(tmp_path: Path) -> None:
+    """Threads, descriptors and memory stay flat."""
+    manager = local_manager(tmp_path)
+    process = psutil.Process()
+    measured: list[tuple[int, int]] = []
+    memory: list[int] = []
+    for _ in range(5):
+        for _ in range(repetitions("GRANITE_SYNC_CALLS", default=100, exhaustive=2000)):
+            ref = manager.sync.put_bytes(**SLOT, content=b"x" * 100)
+            manager.sync.get(ref)
+            manager.sync.delete(ref)
+        measured.append((process.num_threads(), process.num_fds()))
+        memory.append(process.memory_info().rss)
+    assert max(descriptors for _, descriptors in measured) == measured[0][1], measured
+    assert max(threads for threads, _ in measured) <= measured[0][0] + 8, measured
+    assert memory[-1] - memory[1] < 4 << 20, memory
+    manager.sync.close()

@@ -251,6 +251,9 @@ class _Call(Generic[T]):
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
+        else:  # the caller was interrupted before it could start it
+            self._work.close()
+            self.future.set_exception(concurrent.futures.CancelledError())
 
     def _end(self, task: asyncio.Task[T]) -> None:
         try:

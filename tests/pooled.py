@@ -16,11 +16,11 @@ _folders: set[str] = set()
 
 
 def keep(connection: Any) -> None:
-    """Note a connection of asyncpg, psycopg, asyncmy or aiosqlite that goes back to a pool when a test ends."""
+    """Note a connection of asyncpg, psycopg, asyncmy, PyMySQL or aiosqlite that goes back to a pool when a test ends."""
     if (thread := getattr(connection, "_thread", None)) is not None:
         _threads.add(thread)
     else:
-        _sockets.add(getattr(connection, "_transport", None) or connection)
+        _sockets.add(getattr(connection, "_transport", None) or getattr(connection, "_sock", None) or connection)
 
 
 def keep_files_below(folder: os.PathLike[str]) -> None:

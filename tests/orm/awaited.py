@@ -40,7 +40,12 @@ class _Opening:
 def _fetched(result: Any) -> Any:
     if isinstance(result, ScalarResult):
         raise TypeError("fetch the rows before their scalars")
-    return result.freeze()() if isinstance(result, Result) and result._metadata.returns_rows else result
+    if not isinstance(result, Result):
+        return result
+    try:
+        return result.freeze()()
+    except NotImplementedError:  # it has no rows
+        return result
 
 
 class _Awaited:

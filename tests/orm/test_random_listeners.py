@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pytest
 from sqlalchemy import delete, event, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, SAWarning
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.attributes import get_history
 from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
@@ -250,7 +250,7 @@ async def meddled(request: pytest.FixtureRequest, database: Database) -> AsyncIt
 
 async def transact(env: OrmEnvironment, random: Random) -> bool:
     """Play one transaction; return whether it was committed."""
-    sessions = async_sessionmaker(env.engine, expire_on_commit=random.random() < 0.5, sync_session_class=OwnSession)
+    sessions = env.sessionmaker(OwnSession, expire_on_commit=random.random() < 0.5)
     with contextlib.suppress(*EXPECTED), warnings.catch_warnings():
         warnings.simplefilter("ignore", SAWarning)
         async with sessions() as session:

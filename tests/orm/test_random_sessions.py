@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 from granite_storage.exceptions import BackendUnavailableError
 from granite_storage.orm import Attachment
-from tests.orm.databases import DATABASES, sqlite
+from tests.orm.databases import sqlite
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 from tests.tiers import repetitions, seed
 
@@ -331,11 +331,12 @@ class Sessions(RuleBasedStateMachine):
         return Doc(id=number, **{column: None if content is None else file(content) for column, content in row.items()})
 
 
-@pytest.fixture(params=[name for name in DATABASES if name == "sqlite"])
+@pytest.fixture(params=["asynchronous", "synchronous"])
 def machine(request: pytest.FixtureRequest) -> Iterator[type[Sessions]]:
-    """The machine on a database."""
+    """The machine on SQLite, with sessions of each kind."""
     loop = asyncio.new_event_loop()
-    with sqlite(request.param) as database:
+    with sqlite("sqlite") as database:
+        database.is_synchronous = request.param == "synchronous"
         context = orm_environment(database)
         Sessions.histories = 0
         Sessions.env, Sessions.loop = loop.run_until_complete(context.__aenter__()), loop

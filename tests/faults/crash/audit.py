@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import text, update
@@ -23,7 +24,7 @@ __all__ = ["Audit", "audited"]
 @asynccontextmanager
 async def audited(setting: Setting) -> AsyncIterator[Audit]:
     """Give an audit of a place with empty tables."""
-    async with setting.opened("crash-parent", poolclass=NullPool) as place:
+    async with replace(setting, is_synchronous=False).opened("crash-parent", poolclass=NullPool) as place:
         async with place.engine.begin() as connection:
             await connection.run_sync(Base.metadata.drop_all)
             await connection.run_sync(Base.metadata.create_all)

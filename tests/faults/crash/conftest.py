@@ -52,6 +52,12 @@ def psycopg_url(crash_postgres: URL) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def threads_url(psycopg_url: str) -> str:
+    """The database of programs with synchronous sessions."""
+    return psycopg_url
+
+
+@pytest.fixture(scope="session")
 def mariadb_url() -> Iterator[str]:
     with service("MariaDB", mariadb()) as database:
         yield database.url.render_as_string(hide_password=False)
@@ -66,11 +72,12 @@ def servers(request: pytest.FixtureRequest) -> tuple[str, Any]:
 
 
 @pytest.fixture
-def setting(servers: tuple[str, Any], tmp_path: Path) -> Iterator[Setting]:
+def setting(request: pytest.FixtureRequest, servers: tuple[str, Any], tmp_path: Path) -> Iterator[Setting]:
     """A database and an empty storage."""
     url, server = servers
     if server is None:
-        yield Setting(url, {"root": str(tmp_path / "store")})
+        is_synchronous = request.node.callspec.params["servers"].startswith("threads")
+        yield Setting(url, {"root": str(tmp_path / "store")}, is_synchronous=is_synchronous)
         return
     bucket = server.new_bucket()
     yield Setting(url, {"bucket": bucket, "endpoint_url": server.endpoint_url, "session": server.session_kwargs})

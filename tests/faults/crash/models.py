@@ -7,15 +7,16 @@ import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, cast
 
-from sqlalchemy import ForeignKey, String, make_url
+from sqlalchemy import ForeignKey, String, create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from granite_storage import StorageManager, StoragePolicy
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, journal_tables
+from tests.orm.awaited import AwaitedEngine, AwaitedSessions
 
 __all__ = ["MIB", "Base", "Book", "Place", "Setting", "Shelf", "content_of"]
 
@@ -66,12 +67,14 @@ class Setting:
         storage: `{"root": ...}` for local disk, or what an S3 backend is made with.
         lease: The journal's lease in seconds.
         retention: How long a book's second file is kept, in seconds.
+        is_synchronous: Whether its programs work with synchronous sessions.
     """
 
     url: str
     storage: dict[str, Any] = field(hash=False)
     lease: float = 1.5
     retention: float = 1.0
+    is_synchronous: bool = False
 
     @property
     def is_postgres(self) -> bool:
@@ -105,10 +108,13 @@ class Setting:
             "kept": StoragePolicy("kept", "store", retention=timedelta(seconds=self.retention)),
         }
         manager = StorageManager(backends={"store": backend}, policies=policies)
-        journal = StorageJournal(engine, lease=timedelta(seconds=self.lease))
+        journal = StorageJournal(engine.sync_engine if self.is_synchronous else engine, lease=timedelta(seconds=self.lease))
         binding = bind_storage(Base, manager, journal=journal)
+        sessions: Any = async_sessionmaker(engine, expire_on_commit=False)
+        if self.is_synchronous:
+            sessions = AwaitedSessions(sessionmaker(engine.sync_engine, expire_on_commit=False))
         try:
-            yield Place(self, engine, backend, manager, journal, async_sessionmaker(engine, expire_on_commit=False))
+            yield Place(self, engine, backend, manager, journal, sessions)
         finally:
             binding.unbind()
             await manager.aclose()
@@ -123,6 +129,8 @@ class Setting:
                 options.setdefault("connect_args", {"application_name": name})
         if isolation_level is not None:
             options["isolation_level"] = isolation_level
+        if self.is_synchronous:
+            return cast("AsyncEngine", AwaitedEngine(create_engine(url, **options)))
         return create_async_engine(url, **options)
 
     @classmethod

@@ -23,6 +23,7 @@ S3 = [point for point in POINTS if "s3" in point.needs]
 SETTINGS: dict[str, list[Point]] = {
     "asyncpg-local": LOCAL if is_exhaustive() else LOCAL[::3],
     "psycopg-local": [],
+    "threads-local": LOCAL if is_exhaustive() else LOCAL[::6],
     "asyncpg-seaweedfs": S3 if is_exhaustive() else S3[::3],
     "psycopg-moto": S3[::3],
     "mariadb-local": [],

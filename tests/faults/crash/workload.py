@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from random import Random
 from typing import Any
@@ -168,7 +169,10 @@ class Workload:
     async def _store_first(self, session: AsyncSession) -> None:
         name, pending = self._name(), self._pending()
         says = self._said_of(pending)
-        stored = await pending.store(getattr(Book, name))
+        if self._place.setting.is_synchronous:
+            stored = await asyncio.to_thread(pending.sync.store, getattr(Book, name))
+        else:
+            stored = await pending.store(getattr(Book, name))
         if self._random.random() < 0.8:
             self._give(await self._book(session), name, stored, says)
 
@@ -213,7 +217,8 @@ class Workload:
         says = f"{self.seed}-{next(self._numbers)}-{self._size()}"
         content = content_of(says)
         streamed = len(content) > _CHUNK or self._random.random() < 0.3
-        attachment = Attachment(self._chunks(content) if streamed else content, filename="file.bin")
+        chunks = self._chunks_in_thread if self._place.setting.is_synchronous else self._chunks
+        attachment = Attachment(chunks(content) if streamed else content, filename="file.bin")
         self._says[id(attachment)] = attachment, says
         return attachment
 
@@ -234,4 +239,11 @@ class Workload:
             if start:
                 self._trap.reach(MIDDLE)
                 await asyncio.sleep(self._place.setting.lease / 2 if self._random.random() < 0.03 else 0)
+            yield content[start : start + _CHUNK]
+
+    def _chunks_in_thread(self, content: bytes) -> Iterator[bytes]:
+        for start in range(0, len(content), _CHUNK):
+            if start:
+                self._trap.reach(MIDDLE)
+                time.sleep(self._place.setting.lease / 2 if self._random.random() < 0.03 else 0)
             yield content[start : start + _CHUNK]

@@ -29,7 +29,7 @@ from tests.orm.environment import Child, Doc, Note, OrmEnvironment, Parent, file
 
 TRANSACTIONS = int(os.environ.get("GRANITE_LISTENERS", "0"))
 SEED = int(os.environ.get("GRANITE_LISTENERS_SEED", "15"))
-DEFAULTS = {"sqlite-begin": 250, "asyncpg": 60}
+DEFAULTS = {"sqlite-begin": 120, "asyncpg": 60}
 MOST = 4
 COLUMNS = {Doc: ["file", "other"], Note: ["scan"], Parent: ["file"], Child: ["file"]}
 KINDS: list[type[Any]] = list(COLUMNS)

@@ -152,8 +152,8 @@ REPETITIONS = [
     ),
     Repetition(
         "tests/backends/test_obstore_conformance.py",
-        "the backend's own code decides it, and the suite runs on it over memory and a disk",
-        _in_class("TestSeaweedFS", only=INDEPENDENT_OF_SERVICE),
+        "the backend's own code decides it, and the suite runs on it over memory",
+        _in_class("TestSeaweedFS", "TestLocal", only=INDEPENDENT_OF_SERVICE),
     ),
     Repetition(
         "tests/backends/test_obstore_conformance.py",

@@ -39,7 +39,7 @@ class Run(ABC, Generic[Item, Report]):
     """A long-running job: iterate over it for its items as they come, or await it for the report at its end.
 
     It runs once. It starts when the first item is asked for, and continues only as items are asked for. `stop` ends it early and
-    cleanly; a cancellation ends it at once.
+    cleanly; a cancellation ends it with the statements in progress.
 
     Attributes:
         report: What was done so far. It grows while the job runs, and remains readable after an error.

@@ -42,13 +42,13 @@ from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import RowRef, among
-from granite_storage.orm.references import RowValue, RowValues, Scan, as_stored
+from granite_storage.orm.references import RowValue, RowValues, Scan, as_stored, asked_to_the_end
 from granite_storage.orm.sharing import refers
 from granite_storage.orm.uploads import Upload, remove, store, stored_object
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from granite_storage._engine import PreparedUpload
     from granite_storage.manager import StorageManager
@@ -371,19 +371,20 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
     await store([Upload(copy, column_type, "")])
     swap = _Swap(held, held.ref, copy, is_shared=is_shared)
     try:
-        async with binding.session_factory() as session:
-            return await _commit(session, swap)
+        return await _commit(binding.session_factory, swap)
     finally:
         if not swap.is_told:
             await shielded_cleanup(_discard_copy(copy), "deleting a copy that its row could not be told of")
 
 
-async def _commit(session: AsyncSession, swap: _Swap) -> bool:
-    if await session.run_sync(swap):
-        await session.commit()
-        return True
-    await session.rollback()
-    return False
+@asked_to_the_end
+async def _commit(sessions: async_sessionmaker[AsyncSession], swap: _Swap) -> bool:
+    async with sessions() as session:
+        if await session.run_sync(swap):
+            await session.commit()
+            return True
+        await session.rollback()
+        return False
 
 
 async def _discard_copy(copy: _Relocated) -> None:

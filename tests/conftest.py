@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from blockbuster import BlockBuster, blockbuster_ctx
+from blockbuster import BlockBuster
 from hypothesis import settings
 
 from granite_storage.backends.base import StorageBackend
@@ -116,17 +116,30 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def _blocking_calls() -> BlockBuster:
+    """What `_nothing_blocks` watches; to make it takes as long as a quick test."""
+    watched = BlockBuster("granite_storage", excluded_modules=["granite_storage.testing"])
+    for function in watched.functions.values():
+        function.can_block_in("asyncpg/connection.py", {"connect"})
+    return watched
+
+
 @pytest.fixture(autouse=True)
-def _nothing_blocks() -> Iterator[BlockBuster]:
+def _nothing_blocks(_blocking_calls: BlockBuster) -> Iterator[BlockBuster]:
     """Fail a call that blocks an event loop where the library is in the stack; what tests do by themselves is not looked at.
 
     The suite for backends is left out because it is a test that the library ships, and so is what a driver does to open a
     connection: asyncpg looks for a file of passwords.
     """
-    with blockbuster_ctx("granite_storage", excluded_modules=["granite_storage.testing"]) as watched:
-        for function in watched.functions.values():
-            function.can_block_in("asyncpg/connection.py", {"connect"})
-        yield watched
+    allowed = {function: list(function.can_block_functions) for function in _blocking_calls.functions.values()}
+    _blocking_calls.activate()
+    try:
+        yield _blocking_calls
+    finally:
+        _blocking_calls.deactivate()
+        for function, exceptions in allowed.items():
+            function.can_block_functions[:] = exceptions
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -326,10 +339,12 @@ def _turn(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
 
 def _require_settled(what: str, turn: Callable[[float], None], left: Callable[[], list[Any]]) -> None:
     start = time.monotonic()
+    collect_after = 0.05  # most of it ends by itself, and collecting takes longer than that
     while found := left():
         waited = time.monotonic() - start
         if waited > SETTLING:
             pytest.fail(f"the test left {what} behind: {found}")
-        if waited > 0.05:  # most of it ends by itself, and collecting takes longer than that
+        if waited > collect_after:
             gc.collect()
+            collect_after = 2 * (time.monotonic() - start)  # what is collected ends a while later
         turn(0.005)

@@ -88,6 +88,13 @@ def _with(name: str, *values: str) -> Callable[[pytest.Item, dict[str, Any]], bo
     return lambda _, params: params.get(name) in values
 
 
+def _of(
+    function: str, *, unless: Callable[[dict[str, Any]], bool] = lambda _: False
+) -> Callable[[pytest.Item, dict[str, Any]], bool]:
+    """Choose the cases of one test, but for those whose parameters stay."""
+    return lambda item, params: getattr(item, "originalname", item.name) == function and not unless(params)
+
+
 def _all(_: pytest.Item, __: dict[str, Any]) -> bool:
     return True
 
@@ -145,13 +152,36 @@ REPETITIONS = [
     ),
     Repetition(
         "tests/backends/test_obstore_conformance.py",
-        "the backend's own code decides it, and the suite runs on it over memory and a disk",
-        _in_class("TestSeaweedFS", only=INDEPENDENT_OF_SERVICE),
+        "the backend's own code decides it, and the suite runs on it over memory",
+        _in_class("TestSeaweedFS", "TestLocal", only=INDEPENDENT_OF_SERVICE),
     ),
     Repetition(
         "tests/backends/test_obstore_conformance.py",
         "Azurite takes minutes to install and to answer; the backend's own code is that of S3 and memory",
         _in_class("TestAzurite"),
+    ),
+    Repetition(
+        "tests/backends/test_s3.py",
+        "pages of 1 and of 2 names end at every place that pages of 3 end at; moto has no tree, so one size is enough there",
+        _of(
+            "test_folders_and_their_neighbours",
+            unless=lambda params: params["page_size"] in ((1, 2, None) if params["fixture"] == "weed" else (1, None)),
+        ),
+    ),
+    Repetition(
+        "tests/web/test_connections.py",
+        "a backend sees the same stream break off, whichever way the client leaves; memory is tried with each",
+        _of("test_a_client_that_goes_away", unless=lambda params: params["backend"] == "memory" or params["leaving"] == "abort"),
+    ),
+    Repetition(
+        "tests/orm/journal/test_scenarios.py",
+        "what a listener makes of a statement is known before anything is written, with a journal and without",
+        _of("test_statement_replaced", unless=lambda params: params["where"] == "Session, after ours"),
+    ),
+    Repetition(
+        "tests/orm/test_cancellation.py",
+        "an await that ends in a later turn of the loop is reached as one that ends at once",
+        _of("test_at_every_await", unless=lambda params: params["turns"] == 0),
     ),
     Repetition(
         "tests/",
@@ -170,6 +200,18 @@ _DATABASES = {
 }
 """By folder, the databases of the default tier. Below `tests/orm` the first one that a test knows, elsewhere each of them."""
 
+_DECIDED_BY_THE_DRIVER = (
+    "tests/orm/journal/test_database_faults.py::",
+    "tests/orm/test_concurrency.py::",
+    "tests/orm/test_disconnects_and_signals.py::",
+    "tests/orm/test_scenarios.py::TestFailedUploads",
+    "tests/orm/test_scenarios.py::TestRollback",
+    "tests/orm/test_scenarios.py::TestTwoPhases",
+    "tests/orm/test_unknown_commit.py::",
+)
+"""What a second driver of PostgreSQL may do otherwise: connections that break, errors, two phases."""
+
+_SECOND_DRIVER = "the same statements on the same server as through asyncpg; `_DECIDED_BY_THE_DRIVER` is tried with both"
 _ONE_DATABASE = "the rule is the same on every database, and the tests of `ON_EVERY_DATABASE` reach what differs"
 _ONE_MIGRATION = "the journal is tried on PostgreSQL, its absence on SQLite; every other combination repeats one of them"
 
@@ -234,7 +276,11 @@ def _reason(item: pytest.Item, databases: set[str]) -> str | None:
     for rule in REPETITIONS:
         if item.nodeid.startswith(rule.path) and rule.repeats(item, params):
             return rule.reason
-    if "database" not in params or _reaches_dialects(item):
+    if "database" not in params:
+        return None
+    if params["database"] == "psycopg" and "asyncpg" in databases and not item.nodeid.startswith(_DECIDED_BY_THE_DRIVER):
+        return _SECOND_DRIVER
+    if _reaches_dialects(item):
         return None
     folder = next((folder for folder in _DATABASES if item.nodeid.startswith(folder)), None)
     if folder is None:

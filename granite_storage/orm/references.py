@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
+from functools import wraps
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from uuid import UUID
 
 from sqlalchemy import (
@@ -39,6 +40,7 @@ from sqlalchemy import column as named_column
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import OperationalError
 
+from granite_storage._tasks import shielded
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id, matches_generated_name
 from granite_storage.orm._util import UNTRANSLATED
@@ -61,6 +63,7 @@ __all__ = [
     "Scan",
     "as_stored",
     "as_text",
+    "asked_to_the_end",
     "find_location_columns",
     "find_references",
     "following",
@@ -80,7 +83,26 @@ __all__ = [
     "with_location_column",
 ]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _AT_A_TIME = 500
+_PATIENCE = 5.0
+"""How long a cancelled caller waits for the statements that are in progress, in seconds."""
+
+
+def asked_to_the_end(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Let the statements of a short transaction end before a cancellation of its caller is raised.
+
+    SQLAlchemy closes the connection of a statement that is cut off, but not its cursor: on SQLite the file then stays locked
+    until the garbage collector finds that. On the other databases nobody would know how a COMMIT has ended.
+    """
+
+    @wraps(method)
+    async def asked(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await shielded(method(*args, **kwargs), timeout=_PATIENCE)
+
+    return asked
 
 
 async def iter_model_storage_refs(session: AsyncSession, model: type[Any], column: str) -> AsyncGenerator[StoredObjectRef, None]:
@@ -284,6 +306,7 @@ class Scan:
                 for row in page:
                     yield row
 
+    @asked_to_the_end
     async def count(self) -> int:
         """Return how many rows there are."""
         total = 0
@@ -292,6 +315,7 @@ class Scan:
                 total += (await connection.execute(select(func.count()).select_from(table).where(_any(columns)))).scalar_one()
         return total
 
+    @asked_to_the_end
     async def read_again(self, held: RowValue) -> RowValue | None:
         """Return what a column holds now; None where it holds nothing, or the row is gone."""
         async with self._connection(held.table) as connection:
@@ -311,6 +335,7 @@ class Scan:
                 counted.update(await self._found(table, column, wanted))
         return {location for location, number in counted.items() if number > 1}
 
+    @asked_to_the_end
     async def _found(self, table: Table, column: Column[Any], wanted: Sequence[str]) -> list[str]:
         """Return which of the locations a column refers to, as often as it does."""
         async with self._connection(table) as connection:
@@ -331,6 +356,7 @@ class Scan:
                 return
             after = last
 
+    @asked_to_the_end
     async def _page(self, table: Table, after: tuple[Any, ...] | None) -> tuple[list[RowValues], tuple[Any, ...] | None]:
         """Return a page, and the primary key that the next one begins after; None where there is no next one."""
         columns, keys = self._columns[table], list(table.primary_key)

@@ -69,15 +69,15 @@ class TestVerify:
 
     @pytest.mark.parametrize(("shop_url", "number"), STOPPED, indirect=["shop_url"])
     def test_stopped_and_going_on(self, shop: Shop, number: signal.Signals) -> None:
-        shop.fill(100)
+        shop.fill(40)
         shop.files("old")[0].unlink()
         process = shop.start("verify", "--json", "--concurrency", "1", SLOW="0.05")
         answer = interrupted(process, number, after=1)
         assert answer.code == 128 + number
-        assert 0 < answer.report["checked"] < 100
+        assert 0 < answer.report["checked"] < 40
         assert "stopping" in answer.err
         rest = shop.run("verify", "--json", "--after", answer.report["key"])
-        assert rest.report["checked"] == 100 - answer.report["checked"]
+        assert rest.report["checked"] == 40 - answer.report["checked"]
 
 
 class TestMigrate:
@@ -119,19 +119,19 @@ class TestMigrate:
 
     @pytest.mark.parametrize(("shop_url", "number"), STOPPED, indirect=["shop_url"])
     def test_stopped_and_going_on(self, shop: Shop, number: signal.Signals) -> None:
-        shop.fill(100)
+        shop.fill(40)
         arguments = ["migrate", "--storage-key", "documents", "--to", "new", "--yes", "--json"]
         process = shop.start(*arguments, "--concurrency", "1", SLOW="0.05", WRITE_TO="new")
         answer = interrupted(process, number, after=5)
         assert answer.code == 128 + number
-        assert 0 < answer.report["moved"] < 100
+        assert 0 < answer.report["moved"] < 40
         assert "not complete" in answer.err
         assert shop.run("verify", "--deep", WRITE_TO="new").code == 0
         rest = shop.run(*arguments, "--after", answer.report["key"], WRITE_TO="new")
-        assert rest.report["moved"] == 100 - answer.report["moved"]
+        assert rest.report["moved"] == 40 - answer.report["moved"]
         if shop.journaled:
             shop.run("recover", "--yes")
-        assert (len(shop.files("old")), len(shop.files("new"))) == (0, 100)
+        assert (len(shop.files("old")), len(shop.files("new"))) == (0, 40)
 
     @pytest.mark.parametrize("shop_url", ["sqlite", pytest.param("postgres", marks=_REPEATED), "postgres-journal"], indirect=True)
     def test_killed_and_run_again(self, shop: Shop) -> None:

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+
 from granite_storage import StorageBackend, StorageManager, StoragePolicy
 from granite_storage.backends.local import LocalStorageBackend
 
@@ -19,6 +21,11 @@ SLOT: dict[str, str] = {"storage_key": "files", "model_name": "doc", "entity_id"
 PLACE: dict[str, str] = {name: SLOT[name] for name in ("model_name", "entity_id", "field_name")}
 PROJECT = Path(__file__).resolve().parents[2]
 API_REFERENCE = "\n".join(page.read_text() for page in sorted((PROJECT / "docs/api").glob("*.md")))
+
+
+def texts(**options: Any) -> st.SearchStrategy[str]:
+    """Any text that UTF-8 can encode, as `st.text` gives, which first looks for seconds for what that is."""
+    return st.text(st.characters(exclude_categories=["Cs"]), **options)
 
 
 def manager_on(backend: StorageBackend, **options: Any) -> StorageManager:

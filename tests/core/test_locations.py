@@ -27,7 +27,7 @@ from granite_storage.locations import (
     safe_name,
     uuid7_hex,
 )
-from tests.core.support import PLACE, SLOT, files_below, in_new_process, left_below, local_manager
+from tests.core.support import PLACE, SLOT, files_below, in_new_process, left_below, local_manager, texts
 
 GENERATED = re.compile(r"doc/1/file/[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}-[^/]+")
 ANYTHING = st.text(st.characters(exclude_categories=()))
@@ -263,7 +263,7 @@ class TestParts:
         with pytest.raises(InvalidLocationError, match="1024"):
             located("report.pdf", key_prefix=f"{'p' * 200}/{'q' * 250}", **fitting)
 
-    @given(st.integers(0, 240), st.text())
+    @given(st.integers(0, 240), texts())
     def test_whatever_room_is_left_the_location_can_be_used(self, length: int, filename: str) -> None:
         fitting = {"model_name": "m" * 255, "entity_id": "e" * 255, "field_name": "f" * 200}
         try:

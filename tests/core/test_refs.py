@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from granite_storage import StorageManager, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import InvalidReferenceError
-from tests.core.support import SLOT, manager_on, pickled
+from tests.core.support import SLOT, manager_on, pickled, texts
 
 CHECKSUM = "sha256:" + "0123456789abcdef" * 4
 LEAST = {"storage_key": "files", "backend": "store", "location": "a/b", "size": 3}
@@ -25,21 +25,21 @@ JSON = st.recursive(
     | st.booleans()
     | st.integers(-(2**63), 2**63)
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=10),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    | texts(max_size=10),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts(max_size=10), inner, max_size=4),
     max_leaves=20,
 )
 REFS = st.fixed_dictionaries(
     {
-        "storage_key": st.text(min_size=1),
-        "backend": st.text(min_size=1),
-        "location": st.text(min_size=1),
+        "storage_key": texts(min_size=1),
+        "backend": texts(min_size=1),
+        "location": texts(min_size=1),
         "size": st.integers(0, 2**63 - 1),
         "checksum": st.sampled_from(["", CHECKSUM]),
-        "content_type": st.none() | st.text(),
-        "original_filename": st.none() | st.text(),
+        "content_type": st.none() | texts(),
+        "original_filename": st.none() | texts(),
         "created_at": st.none() | st.just("2024-05-06T07:08:09.000010+00:00"),
-        "extra": st.none() | st.dictionaries(st.text(), JSON),
+        "extra": st.none() | st.dictionaries(texts(), JSON),
     },
 )
 
@@ -49,7 +49,7 @@ def ref(**changes: Any) -> StoredObjectRef:
 
 
 class TestReadingBack:
-    @given(REFS, st.dictionaries(st.text().filter(lambda key: key not in LEAST), JSON, max_size=3))
+    @given(REFS, st.dictionaries(texts().filter(lambda key: key not in LEAST), JSON, max_size=3))
     def test_what_was_written_is_read_and_written_again(self, data: dict[str, Any], unknown: dict[str, Any]) -> None:
         known = {field.name for field in dataclasses.fields(StoredObjectRef)}
         data = {**{key: value for key, value in unknown.items() if key not in known}, **data}

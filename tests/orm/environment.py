@@ -7,10 +7,12 @@ import gc
 import uuid
 from collections.abc import AsyncIterator, Collection, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
     Column,
+    CompoundSelect,
     ForeignKey,
     ForeignKeyConstraint,
     Select,
@@ -39,7 +41,7 @@ from granite_storage.orm import (
     bind_storage,
     journal_tables,
 )
-from granite_storage.orm.journal.tables import clock
+from granite_storage.orm.journal.tables import JournalTables, clock
 from granite_storage.testing import FaultInjectingBackend
 from tests.orm.awaited import AwaitedConnection, AwaitedSession, AwaitedSessions
 from tests.orm.databases import Database
@@ -263,7 +265,7 @@ class OrmEnvironment:
             return await self._references(session)
 
     async def _references(self, session: AsyncSession) -> dict[tuple[str, Any, str], StoredObjectRef]:
-        rows = await session.execute(union_all(*map(_selected, self.binding.ref_columns())))
+        rows = await session.execute(_all_references(tuple(self.binding.ref_columns())))
         return {(table, int(key) if key.isdigit() else key, column): ref for table, key, column, ref in rows}
 
     async def contents(self) -> dict[tuple[str, Any, str], bytes]:
@@ -337,11 +339,7 @@ class OrmEnvironment:
     async def _journal_rows(self, session: AsyncSession) -> list[Any]:
         """Return what the journal still knows of: the table, the location, and whether it is due."""
         assert self.journal is not None
-        tables = self.journal.tables
-        named = [(table, table.c.location, table.c.due <= clock()) for table in (tables.intent, tables.reclaim)]
-        named.append((tables.decision, tables.decision.c.outcome, false()))
-        selected = [select(literal(table.name).label("table"), location, due.label("is_due")) for table, location, due in named]
-        return list(await session.execute(union_all(*selected)))
+        return list(await session.execute(_all_journal_rows(self.journal.tables)))
 
     async def _require_agreement(
         self, references: dict[tuple[str, Any, str], StoredObjectRef], going: Collection[str] = ()
@@ -391,6 +389,20 @@ def _require_empty(rows: list[Any]) -> None:
     assert not rows, f"the journal is not empty after recovery: {rows}"
 
 
+@lru_cache(maxsize=16)  # to make such statements anew takes longer than what they ask
+def _all_references(columns: tuple[Column[Any], ...]) -> CompoundSelect[Any]:
+    return union_all(*map(_selected, columns))
+
+
+@lru_cache(maxsize=16)
+def _all_journal_rows(tables: JournalTables) -> CompoundSelect[Any]:
+    named = [(table, table.c.location, table.c.due <= clock()) for table in (tables.intent, tables.reclaim)]
+    named.append((tables.decision, tables.decision.c.outcome, false()))
+    return union_all(
+        *(select(literal(table.name).label("table"), location, due.label("is_due")) for table, location, due in named)
+    )
+
+
 def _selected(column: Column[Any]) -> Select[Any]:
     first, *rest = (cast(part, String(40)) for part in column.table.primary_key)
     key = sum(rest, start=first)
@@ -417,6 +429,9 @@ async def orm_environment(
         journal = StorageJournal(engine.sync_engine if database.is_synchronous else engine) if journaled else None
         factory = sessions.sync_maker if database.is_synchronous else sessions
         binding = bind_storage(Base, manager, session_factory=factory, journal=journal)
+        if journal is not None and not options:
+            # The tables are the same for all tests, and the check costs thirty round trips.
+            journal._checked, database.is_checked = database.is_checked, True
         env = OrmEnvironment(database, engine, store, manager, binding, sessions, journal)
         try:
             yield env

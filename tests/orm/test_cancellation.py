@@ -11,13 +11,17 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import Any
 
 import anyio
+import asyncpg
 import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from granite_storage.exceptions import BackendUnavailableError
 from granite_storage.orm import Attachment
+from granite_storage.orm._interfaces import StoredObject
+from granite_storage.orm.sharing import find_shared_afresh
 from tests.orm.databases import Database
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 
@@ -209,6 +213,40 @@ async def test_twice(database: Database, work: Work) -> None:
     # Not on SQLite: a second cancellation leaves the closing of aiosqlite's connection waiting, with or without attachments.
     runs, _ = await cancel_everywhere(database, work, turns=1, again_after=1)
     assert runs > 3
+
+
+@pytest.mark.case("CAN-04")
+@pytest.mark.parametrize("database", ["asyncpg"], indirect=True)
+@pytest.mark.parametrize("again_after", [0, 1, 2, 3])
+async def test_question_on_a_connection_of_its_own(database: Database, again_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is cut off, its connection is closed, and not left to the garbage collector of a later test."""
+    opened: list[asyncpg.Connection] = []
+    connect = asyncpg.connect
+
+    async def noted(*args: Any, **options: Any) -> asyncpg.Connection:
+        opened.append(await connect(*args, **options))
+        return opened[-1]
+
+    async with orm_environment(database) as env:
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions() as session:
+            doc = await session.get_one(Doc, 1)
+        assert doc.file is not None
+        stored = StoredObject(env.manager, doc.file.ref, None)
+        places: list[Any] = [(env.engine.sync_engine, {})]
+        monkeypatch.setattr(asyncpg, "connect", noted)
+        step = 0
+        while True:
+            steps = Steps(greenlet_spawn(find_shared_afresh, places, [stored]), {step, step + again_after}, 0)
+            await steps.run()
+            await settled(env)
+            left = [connection for connection in opened if not connection.is_closed()]
+            assert not left, f"await {step}: {left} is open"
+            if not steps.reached:
+                break
+            step += 1
+    assert step > 5
+    assert opened
 
 
 async def slow() -> AsyncIterator[bytes]:

@@ -17,7 +17,7 @@ from tests.orm.databases import Database
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 from tests.tiers import repetitions, seed
 
-SECONDS = repetitions("GRANITE_WRITERS_SECONDS", default=2, exhaustive=10)
+SECONDS = repetitions("GRANITE_WRITERS_SECONDS", default=1, exhaustive=10)
 ROWS = 12
 WRITERS = 5
 CHANGES = 7

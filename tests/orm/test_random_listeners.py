@@ -26,10 +26,11 @@ from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
 from granite_storage.exceptions import StaleAttachmentError
 from tests.orm.databases import Database
 from tests.orm.environment import Child, Doc, Note, OrmEnvironment, Parent, file, orm_environment
+from tests.tiers import is_exhaustive
 
 TRANSACTIONS = int(os.environ.get("GRANITE_LISTENERS", "0"))
 SEED = int(os.environ.get("GRANITE_LISTENERS_SEED", "15"))
-DEFAULTS = {"sqlite-begin": 250, "asyncpg": 60}
+DEFAULTS = {"sqlite-begin": 250 if is_exhaustive() else 120, "asyncpg": 60}
 MOST = 4
 COLUMNS = {Doc: ["file", "other"], Note: ["scan"], Parent: ["file"], Child: ["file"]}
 KINDS: list[type[Any]] = list(COLUMNS)

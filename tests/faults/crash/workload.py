@@ -10,14 +10,14 @@ from datetime import timedelta
 from random import Random
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, select, type_coerce, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
 
 from granite_storage import StoredObjectRef
 from granite_storage.exceptions import ObjectNotFoundError, StaleAttachmentError
-from granite_storage.orm import Attachment
+from granite_storage.orm import Attachment, StoredObjectRefType
 from tests.faults.crash.models import MIB, Book, Place, Shelf, content_of
 from tests.faults.crash.points import MIDDLE, Trap
 
@@ -179,6 +179,8 @@ class Workload:
     async def _restore(self, session: AsyncSession) -> None:
         if self._given_up:
             ref, says = self._given_up.pop(self._random.randrange(len(self._given_up)))
+            if await self._is_held(session, ref):  # a rollback gave it back, and one that is nominated could be restored
+                return
             self._give(await self._book(session), "kept", Attachment.restore(ref), says)
 
     async def _nominate(self, session: AsyncSession) -> None:
@@ -188,6 +190,10 @@ class Workload:
             nominated = [(book.kept.ref, timedelta(0))]
             connection = await session.connection()
             await connection.run_sync(lambda it: self._place.journal.intents.displace(it, nominated))
+
+    async def _is_held(self, session: AsyncSession, ref: StoredObjectRef) -> bool:
+        held = await session.execute(select(*(type_coerce(getattr(Book, name), StoredObjectRefType()) for name in _FILES)))
+        return ref.location in {found.location for row in held for found in row if found is not None}
 
     async def _book(self, session: AsyncSession) -> Book:
         number = self._random.randrange(_BOOKS)

@@ -181,6 +181,7 @@ class TestReports:
         await env.recover()
 
     async def test_a_worker_leaves_a_sign_of_life(self, env: OrmEnvironment) -> None:
+        await journal_of(env).check()
         await journal_of(env).recover()
         first = {row.name: row.changed for row in await rows(env, "meta")}
         await journal_of(env).recover()

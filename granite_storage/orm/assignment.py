@@ -144,5 +144,5 @@ def _check(state: Any, value: Any, _: Any, initiator: Any, **__: Any) -> Any:
     require_sound(state.mapper)
     given = require_attachment(value, f"{state.class_.__name__}.{initiator.key}")
     if given is not None:
-        given._note_assignment(state, initiator.key)
+        given._state.note_assignment(state, initiator.key)
     return given

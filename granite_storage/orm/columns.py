@@ -291,18 +291,18 @@ class AttachmentType(_RefJSON[Attachment]):
             raise RefusedReferenceError(f"{label} takes an Attachment or None, not {type(value).__name__}")
         if self._column is not None and find_binding(self.table.metadata) is None:
             raise NotBoundError(unbound_message(self.table.metadata, f"the attachment column {label}"))
-        if not value._claimed:
+        if not value._state.is_claimed:
             raise RefusedReferenceError(
                 f"a statement may not write an Attachment to {label}: add or change an instance, and let the session flush it;"
                 " bulk and Core statements would write a ref whose object belongs to no row"
             )
-        value._is_written = True
+        value._state.mark_written()
         return value.ref.to_dict()
 
     def compare_values(self, x: Any, y: Any) -> bool:  # noqa: D102
         if x is y:
             return True
-        refs = [value._ref if isinstance(value, Attachment) else None for value in (x, y)]
+        refs = [value._state.ref if isinstance(value, Attachment) else None for value in (x, y)]
         return refs[0] is not None and refs[0] == refs[1]
 
     @property

@@ -18,7 +18,7 @@ from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._registry import binding_for, find_binding
 from granite_storage.orm._util import connection_of, in_greenlet, require_wait, wait
 from granite_storage.orm.assignment import require_sound
-from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.attachment import Attachment, Owner, Status
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, primary_key_of, slots_of
 from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows
 from granite_storage.orm.plan import Assigned, FlushPlan, plan_flush, plan_uploads
@@ -184,7 +184,7 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
     if any(change.value is not None for change in changes):
         require_wait("storing a file", session)
     written = [change for change in changes if change.value is not None and not flush.has_handled(change.marker, change.value)]
-    replaced = {change.old.ref for change in changes if isinstance(change.old, Attachment) and change.old._ref is not None}
+    replaced = {change.old.ref for change in changes if isinstance(change.old, Attachment) and change.old._state.ref is not None}
     # Where every row that gives something up is known, what is certainly held elsewhere is copied before any row is locked.
     knows_all_rows = not deletions and not any(change.old is UNKNOWN for change in changes)
     uploads = plan_uploads(
@@ -209,7 +209,7 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
 
 def _claim(flush: FlushState, attachment: Attachment) -> None:
     """Let the statements of the flush write the ref of an attachment."""
-    attachment._claimed = True
+    attachment._state.claim()
     flush.claims.append(attachment)
 
 
@@ -255,7 +255,7 @@ def _has_left(state: InstanceState[Any], key: str, ref: StoredObjectRef) -> bool
     history = state.get_history(key, PassiveFlag.PASSIVE_NO_INITIALIZE)
     if not history.has_changes():
         return False
-    return not any(isinstance(value, Attachment) and value._ref == ref for value in history.added)
+    return not any(isinstance(value, Attachment) and value._state.ref == ref for value in history.added)
 
 
 def end(session: Session, unit: UnitOfWork) -> None:
@@ -329,7 +329,7 @@ def _copy_all(session: Session, unit: UnitOfWork, frame: Frame, changes: Sequenc
 
 def _is_referred_to(session: Session, change: Change) -> bool:
     """Tell whether a row of the column that an attachment was read from still refers to its object."""
-    original = change.attachment._column_type
+    original = change.attachment._state.column_type
     if original.table.metadata is not change.slot.column_type.table.metadata:
         return True  # another base's, perhaps in another database: that is not known here
     return refers(connection_of(session, change.state), original.column, change.attachment.ref)
@@ -341,17 +341,17 @@ def _store_all(unit: UnitOfWork, frame: Frame, pending: Sequence[tuple[Change, A
         return
     if not in_greenlet():
         for _, attachment in pending:
-            attachment._require_synchronous()
+            attachment._state.require_synchronous()
     wait(store([Upload(attachment, change.slot.column_type, _entity_id(change)) for change, attachment in pending]))
     for change, attachment in pending:
-        _take(unit, frame, attachment)
+        _take(unit, frame, change, attachment)
         unit.flush.handled[change.marker] = attachment
 
 
-def _take(unit: UnitOfWork, frame: Frame, attachment: Attachment) -> None:
+def _take(unit: UnitOfWork, frame: Frame, change: Change, attachment: Attachment) -> None:
     """Let a row take an object that is new to the transaction."""
     stored = stored_object(attachment)
-    attachment._unowned = False
+    attachment._state.take(change.slot.column_type)
     frame.puts.append((stored, attachment))
     unit.flush.puts.append((stored, attachment))
     unit.flush.log.append((stored, True))
@@ -359,19 +359,20 @@ def _take(unit: UnitOfWork, frame: Frame, attachment: Attachment) -> None:
 
 def _assigned(change: Change, replaced: set[StoredObjectRef]) -> Assigned[Change]:
     """Return what is known of the object of a value that a flush is to write."""
-    given = change.attachment
-    if given.is_pending:
-        return Assigned(change, id(given), None)
-    ours = change.binding.manager
-    manager = ours if given._restored or given._home is change.slot.column_type else given.manager
+    value, given = change.attachment, change.attachment._state
+    if given.status is Status.PENDING:
+        return Assigned(change, id(value), None)
+    ours, ref = change.binding.manager, given.require_ref()
+    is_ours = given.owner is Owner.DELETE or given.address is change.slot.column_type
+    manager = ours if is_ours else given.manager
     return Assigned(
         change,
-        id(given),
-        StoredObject(manager, given.ref).key,
-        is_unowned=given._unowned,
-        is_restored=given._restored,
+        id(value),
+        StoredObject(manager, ref).key,
+        is_unowned=given.owner is Owner.NONE,
+        is_restored=given.owner is Owner.DELETE,
         is_of_another_manager=manager is not ours,
-        is_replaced=given.ref in replaced,
+        is_replaced=ref in replaced,
     )
 
 
@@ -477,28 +478,23 @@ def _execute(session: Session, unit: UnitOfWork, frame: Frame, plan: FlushPlan[C
         raise StaleAttachmentError(
             f"the object at {change.attachment.ref.location!r} was to move to another row, but its row does not hold it any more"
         )
-    for change in plan.restore:
-        change.attachment._home = change.slot.column_type
     for change in (*plan.take, *plan.move, *plan.restore):
         change.slot.column_type.require_fit(change.attachment.ref)
     for change in plan.take:
-        _take(unit, frame, change.attachment)
+        _take(unit, frame, change, change.attachment)
     for change in plan.move:
         given = change.attachment
-        given._home = given._home or change.slot.column_type  # a restored one has none yet
-        given._restored = False
+        given._state.take(change.slot.column_type)
         unit.flush.log.append((StoredObject(given.manager, given.ref), True))
         unit.flush.moved.append(change)
     for change in plan.restore:
-        given = change.attachment
-        stored = StoredObject(given.manager, given.ref)
+        stored = StoredObject(change.binding.manager, change.attachment.ref)
         restore_deleted(unit, change.slot.column_type, stored)
         unit.flush.restored_by[stored.key] = unit.flush.restored[-1]
-        given._restored = False
+        change.attachment._state.take(change.slot.column_type)
     for change in plan.copy:
-        given = change.attachment
-        given._home = given._home or change.slot.column_type
-        given._restored = False
+        if change.attachment._state.owner is Owner.DELETE:
+            change.attachment._state.take(change.slot.column_type)
     _copy_all(session, unit, frame, plan.copy)
 
 

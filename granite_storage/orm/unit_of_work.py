@@ -221,7 +221,7 @@ class UnitOfWork:
         puts = self.flush.puts
         self._forget_flush()
         for _, attachment in puts:
-            attachment._unowned = True
+            attachment._state.release()
 
     def end_savepoint(self, transaction: SessionTransaction) -> None:
         """Close the frame of a savepoint; what happened in it survives only if it was released."""
@@ -232,7 +232,7 @@ class UnitOfWork:
             return
         self.to_delete += [stored for stored, _ in frame.puts]
         for _, attachment in frame.puts:
-            attachment._undo()
+            attachment._state.undo()
 
     def close(self, transaction: SessionTransaction) -> Frame:
         """Return the frame of the outermost transaction; savepoints that have not ended by themselves end with it, undone."""
@@ -240,7 +240,7 @@ class UnitOfWork:
         for inner in self.frames.values():
             self.to_delete += [stored for stored, _ in inner.puts]
             for _, attachment in inner.puts:
-                attachment._undo()
+                attachment._state.undo()
         self.frames.clear()
         return frame
 
@@ -261,11 +261,11 @@ class UnitOfWork:
         latest = _latest(frame.log)
         for stored, attachment in frame.puts:
             # Whatever the outcome of a COMMIT that was cut off: bytes are stored anew where the same attachment is tried again.
-            is_taken = not attachment._reusable if outcome is Outcome.UNKNOWN else stored.key in latest
+            is_taken = not attachment._state.is_repeatable if outcome is Outcome.UNKNOWN else stored.key in latest
             if outcome is Outcome.ROLLED_BACK or not is_taken:
-                attachment._undo()
+                attachment._state.undo()
             else:
-                attachment._settle()
+                attachment._state.settle()
         match outcome:
             case Outcome.COMMITTED:
                 dropped = [stored for stored, held in latest.values() if not held]
@@ -285,7 +285,7 @@ class UnitOfWork:
         for counted in self.flush.counted:
             counted.close()
         for attachment in self.flush.claims:
-            attachment._forget_claim()
+            attachment._state.end_claim()
         self.flush = FlushState()
 
 

@@ -53,7 +53,7 @@ def written_log(session: Session, unit: UnitOfWork, planned: Iterable[StoredObje
             claimed = taken.get(key) or unit.displacement(stored)
             log += [] if claimed is None else [(claimed, True)]
         elif key in puts:
-            puts[key]._unowned = True
+            puts[key]._state.release()
         else:
             log.append((unit.origin(stored), False))
     return log
@@ -67,7 +67,7 @@ def _certain(session: Session, flush: FlushState) -> set[StoredObjectRef]:
     """
     if flush.deletions or flush.has_successors:
         return set()
-    written = [change for change in flush.taken if change.attachment._is_written]
+    written = [change for change in flush.taken if change.attachment._state.is_written]
     return {change.attachment.ref for change in written} - _taken_away(session, written)
 
 
@@ -97,7 +97,10 @@ def _taken_away(session: Session, written: Sequence[Change]) -> set[StoredObject
 
 def _is_another(value: Any, ref: StoredObjectRef) -> bool:
     """Tell whether a column holds nothing, or another object; what cannot be understood may be this one."""
-    return value is None or (isinstance(value, Attachment) and value._ref is not None and value._ref.location != ref.location)
+    if not isinstance(value, Attachment):
+        return value is None
+    held = value._state.ref
+    return held is not None and held.location != ref.location
 
 
 def _read(session: Session, flush: FlushState, certain: set[StoredObjectRef]) -> Counter[ObjectKey]:

@@ -206,9 +206,9 @@ class Received:
             but_assigned: Whether those stay that are assigned to an instance: a later flush may store its row.
         """
         attachments, self.attachments = self.attachments, []
-        await discard(
-            [attachment for attachment in attachments if not (but_assigned and attachment._is_assigned)], cancelled=cancelled
-        )
+        if but_assigned:
+            attachments = [item for item in attachments if not item._state.is_assigned(item)]
+        await discard(attachments, cancelled=cancelled)
 
 
 # Forms and bodies.

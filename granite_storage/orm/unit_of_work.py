@@ -133,7 +133,7 @@ class Displacement:
 
 @dataclass(slots=True, eq=False)
 class FlushState:
-    """What one flush is to do; what it has really done is asked of the rows when it has ended: see `written`."""
+    """What one flush is to do; what it has really done is asked of the rows when it has ended."""
 
     # SQLAlchemy's own record of the flush, which knows its session.
     context: weakref.ref[UOWTransaction] | None = None

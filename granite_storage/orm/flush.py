@@ -1,4 +1,4 @@
-"""What a flush does with objects: read the session's state, let `plan` decide, and upload, move, copy and displace."""
+"""What a flush does with objects: read the session's state, let `unit_of_work` decide, and upload, move, copy and displace."""
 
 from __future__ import annotations
 
@@ -24,10 +24,22 @@ from granite_storage.orm.assignment import require_sound
 from granite_storage.orm.attachment import Attachment, Owner, Status
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, keys_of, primary_key_of, slots_of
 from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows, read_refs, read_rows
-from granite_storage.orm.plan import Assigned, FlushPlan, plan_flush, plan_uploads
 from granite_storage.orm.sharing import refers
 from granite_storage.orm.transactions import require_transactions, watch
-from granite_storage.orm.unit_of_work import UNKNOWN, Change, Displacement, FlushState, Frame, LogEntry, UnitOfWork, put_value
+from granite_storage.orm.unit_of_work import (
+    UNKNOWN,
+    Assigned,
+    Change,
+    Displacement,
+    FlushPlan,
+    FlushState,
+    Frame,
+    LogEntry,
+    UnitOfWork,
+    plan_flush,
+    plan_uploads,
+    put_value,
+)
 from granite_storage.orm.uploads import Upload, store, stored_object
 from granite_storage.refs import StoredObjectRef
 

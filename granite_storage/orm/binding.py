@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from granite_storage.exceptions import ConfigurationError, UnknownPolicyError
 from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
-from granite_storage.orm import _registry, assignment, events
+from granite_storage.orm import _registry, events
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment_tables, require_usable
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.sharing import refers
@@ -78,14 +78,13 @@ def bind_storage(
         require_usable(column)
         if isinstance(column.type, AttachmentType):
             binding.manager_for(column.type)
-    assignment.require_single(base)
+    events.require_single(base)
     if journal is not None:
         journal.bind(binding)
     if _registry.add(binding):
         events.listen()
-        assignment.listen()
     try:
-        assignment.guard_base(base)
+        events.guard_base(base)
     except BaseException:
         binding.unbind()
         raise
@@ -197,8 +196,7 @@ class StorageBinding:
             self.journal.release(self)
         if _registry.remove(self):
             events.unlisten()
-            assignment.unlisten()
-        assignment.release()
+        events.release()
 
     def __repr__(self) -> str:
         return f"<StorageBinding of {self.base_name} to {self.manager!r}>"

@@ -20,7 +20,6 @@ from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import Intent, ObjectKey, StoredObject
 from granite_storage.orm._registry import binding_for, find_binding
 from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, connection_of, in_greenlet, require_wait, root_engine, wait
-from granite_storage.orm.assignment import require_sound
 from granite_storage.orm.attachment import Attachment, Owner, Status
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, keys_of, primary_key_of, slots_of
 from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows, read_refs, read_rows
@@ -122,11 +121,7 @@ _ENTITY_BYTES = 100
 
 def changes_of(states: Iterable[InstanceState[Any]]) -> list[Change]:
     """Return the attachment attributes of new and changed instances that a flush will write."""
-    changes = [change for state in states for slot in slots_of(state.mapper) if (change := _change(state, slot)) is not None]
-    for change in changes:
-        if change.value is not None:
-            require_sound(change.state.mapper)
-    return changes
+    return [change for state in states for slot in slots_of(state.mapper) if (change := _change(state, slot)) is not None]
 
 
 def _change(state: InstanceState[Any], slot: Slot) -> Change | None:

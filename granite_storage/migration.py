@@ -36,8 +36,7 @@ from granite_storage.exceptions import (
 )
 from granite_storage.locations import matches_generated_name, uuid7_hex
 from granite_storage.orm import flush, transactions
-from granite_storage.orm._interfaces import StoredObject
-from granite_storage.orm._registry import find_binding
+from granite_storage.orm._interfaces import StoredObject, find_binding
 from granite_storage.orm.attachment import Attachment, AttachmentState
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced

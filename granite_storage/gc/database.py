@@ -41,8 +41,7 @@ from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks
 from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
-from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._registry import active_bindings
+from granite_storage.orm._interfaces import JournalTables, active_bindings
 from granite_storage.orm._util import batches
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.discovery import (

@@ -20,7 +20,7 @@ from granite_storage.exceptions import (
     UnboundAttachmentError,
 )
 from granite_storage.locations import clean_filename
-from granite_storage.orm._registry import active_bindings, find_binding
+from granite_storage.orm._interfaces import active_bindings, find_binding
 from granite_storage.readers import OpeningReader, StoredObjectReader
 from granite_storage.refs import StoredObjectRef, read_only
 from granite_storage.streams import (

@@ -14,7 +14,8 @@ from sqlalchemy.orm import Session
 from granite_storage.exceptions import ConfigurationError, UnknownPolicyError
 from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
-from granite_storage.orm import _registry, events
+from granite_storage.orm import events
+from granite_storage.orm._interfaces import add_binding, remove_binding
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment_tables, require_usable
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.sharing import refers
@@ -81,7 +82,7 @@ def bind_storage(
     events.require_single(base)
     if journal is not None:
         journal.bind(binding)
-    if _registry.add(binding):
+    if add_binding(binding):
         events.listen()
     try:
         events.guard_base(base)
@@ -194,7 +195,7 @@ class StorageBinding:
         """Undo `bind_storage`; the last one leaves no listener behind. Idempotent."""
         if self.journal is not None:
             self.journal.release(self)
-        if _registry.remove(self):
+        if remove_binding(self):
             events.unlisten()
         events.release()
 

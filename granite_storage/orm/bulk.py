@@ -16,7 +16,7 @@ from sqlalchemy.sql.elements import BindParameter
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import flush, transactions
-from granite_storage.orm._registry import active_bindings
+from granite_storage.orm._interfaces import active_bindings
 from granite_storage.orm.columns import Tables, attachment_tables, slots_of
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import RowRef, are_there, cascaded, lock_rows, lock_statement, still_referenced

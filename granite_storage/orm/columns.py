@@ -33,7 +33,7 @@ from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
 from granite_storage.exceptions import ConfigurationError, ContentTooLargeError, InvalidReferenceError, UnboundAttachmentError
-from granite_storage.orm._registry import binding_for, find_binding, unbound_message
+from granite_storage.orm._interfaces import binding_for, find_binding, unbound_message
 from granite_storage.orm.attachment import Attachment
 from granite_storage.refs import StoredObjectRef
 

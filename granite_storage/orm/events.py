@@ -15,7 +15,7 @@ from sqlalchemy.orm.unitofwork import UOWTransaction
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm import bulk, flush, transactions
-from granite_storage.orm._registry import find_binding
+from granite_storage.orm._interfaces import find_binding
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, require_usable, slots_of
 from granite_storage.orm.unit_of_work import Change

@@ -17,8 +17,7 @@ from sqlalchemy.orm.unitofwork import UOWTransaction
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import Intent, ObjectKey, StoredObject
-from granite_storage.orm._registry import binding_for, find_binding
+from granite_storage.orm._interfaces import Intent, ObjectKey, StoredObject, binding_for, find_binding
 from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, connection_of, in_greenlet, require_wait, root_engine, wait
 from granite_storage.orm.attachment import Attachment, Owner, Status
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, keys_of, primary_key_of, slots_of

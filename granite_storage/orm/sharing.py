@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Column, CompoundSelect, Connection, Engine, Text, bindparam, func, select, union_all
 from sqlalchemy.exc import DBAPIError
 
-from granite_storage.orm._registry import active_bindings
+from granite_storage.orm._interfaces import active_bindings
 from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, batches, codes_of, without_pool
 from granite_storage.orm.catalogue import Place, describe_obstacles, mentions_at, read_catalogue
 from granite_storage.orm.columns import attachment_tables

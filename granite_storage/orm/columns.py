@@ -7,6 +7,7 @@ import json
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sqlalchemy import (
@@ -18,12 +19,16 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    case,
     cast,
     false,
+    func,
+    literal_column,
     not_,
     or_,
     type_coerce,
 )
+from sqlalchemy import column as named_column
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DontWrapMixin
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import Binding
 
 __all__ = [
+    "LOCATION_COLUMN_PREFIX",
+    "LOCATION_INDEX_PREFIX",
     "AttachmentType",
     "Slot",
     "StoredObjectRefType",
@@ -48,10 +55,15 @@ __all__ = [
     "attachment",
     "attachment_tables",
     "keys_of",
+    "location_column_name",
+    "location_index_name",
+    "location_of",
     "portable_storage_ref_type",
     "primary_key_of",
     "require_usable",
     "slots_of",
+    "value_in",
+    "where_json",
 ]
 
 
@@ -566,3 +578,60 @@ def attachment_tables(metadata: MetaData) -> Tables:
 
 def _referred_name(constraint: ForeignKeyConstraint) -> str:
     return constraint.elements[0].target_fullname.rpartition(".")[0]
+
+
+# The locations of a column of refs in SQL, the index over them, and the generated column that it needs on MariaDB.
+
+
+LOCATION_INDEX_PREFIX = "ix_granite_storage_location_"
+LOCATION_COLUMN_PREFIX = "granite_storage_location_"
+_LONGEST_NAME = 63
+_DIGITS = 8
+
+
+def location_index_name(table: str, column: str) -> str:
+    """Return the name of the index over a column's locations; it fits every database."""
+    return _fitting(LOCATION_INDEX_PREFIX, f"{table}_{column}")
+
+
+def location_column_name(column: str) -> str:
+    """Return the name of the generated column that holds another column's locations, where no index can be on an expression."""
+    return _fitting(LOCATION_COLUMN_PREFIX, column)
+
+
+def location_of(
+    column: Column[Any], dialect: str, *, is_generated: bool = False
+) -> tuple[ColumnElement[str], ColumnElement[str]]:
+    """Return the backend and the location of a column's refs in SQL, spelled as an index over them would be.
+
+    The keys are literals: a database uses an index on an expression only for the very same expression.
+
+    Args:
+        column: The column of refs.
+        dialect: The name of the database.
+        is_generated: Whether its table has a generated column with the locations.
+    """
+    generated: ColumnElement[str] = named_column(location_column_name(column.name), Text())
+    return value_in(column, "backend", dialect), generated if is_generated else value_in(column, "location", dialect)
+
+
+def value_in(column: Column[Any], key: str, dialect: str) -> ColumnElement[str]:
+    """Return a text that the refs of a column have under a key, in SQL; the key is trusted."""
+    if dialect == "postgresql":
+        return column.op("->>", return_type=Text())(literal_column(f"'{key}'"))
+    extract = func.json_extract if dialect == "sqlite" else func.json_value
+    return extract(column, literal_column(f"'$.{key}'"), type_=Text())
+
+
+def where_json(column: Column[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return what SQLite finds in a column's JSON, and NULL where that is none, instead of an error."""
+    return case((func.json_valid(column) == 1, value))
+
+
+def _fitting(prefix: str, rest: str) -> str:
+    """Cut a name that is too long, and let digits tell it from others that begin alike."""
+    if len(f"{prefix}{rest}".encode()) <= _LONGEST_NAME:
+        return f"{prefix}{rest}"
+    digits = sha256(rest.encode()).hexdigest()[:_DIGITS]
+    room = _LONGEST_NAME - len(prefix) - _DIGITS - 1
+    return f"{prefix}{rest.encode()[:room].decode(errors='ignore')}_{digits}"

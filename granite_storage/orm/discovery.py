@@ -46,8 +46,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage.locations import GENERATED_ID_LENGTH, generated_id
 from granite_storage.orm._util import UNTRANSLATED, batches, codes_of
-from granite_storage.orm.columns import StoredObjectRefType
-from granite_storage.orm.references import location_column_name, location_of, value_in
+from granite_storage.orm.columns import StoredObjectRefType, location_column_name, location_of, value_in
 
 __all__ = [
     "Catalogue",

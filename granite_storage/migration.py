@@ -36,9 +36,8 @@ from granite_storage.exceptions import (
 )
 from granite_storage.locations import matches_generated_name, uuid7_hex
 from granite_storage.orm import flush, transactions
-from granite_storage.orm._interfaces import StoredObject
-from granite_storage.orm._registry import find_binding
-from granite_storage.orm.attachment import Attachment
+from granite_storage.orm._interfaces import StoredObject, find_binding
+from granite_storage.orm.attachment import Attachment, AttachmentState
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import RowRef, among
@@ -367,7 +366,7 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
     column_type = held.column.type
     if binding.session_factory is None or not isinstance(column_type, AttachmentType) or held.ref is None:
         raise TypeError("only what an attachment column holds can be relocated, through a binding with sessions")
-    copy = _Relocated(held.ref, held, rate_limited)
+    copy = Attachment._in(_Relocation(held.ref, held, rate_limited))
     await store([Upload(copy, column_type, "")])
     swap = _Swap(held, held.ref, copy, is_shared=is_shared)
     try:
@@ -387,28 +386,28 @@ async def _commit(sessions: async_sessionmaker[AsyncSession], swap: _Swap) -> bo
         return False
 
 
-async def _discard_copy(copy: _Relocated) -> None:
+async def _discard_copy(copy: Attachment) -> None:
     stored = stored_object(copy)
     await remove([stored] if stored.intent is None else [], [] if stored.intent is None else [stored.intent])
 
 
-class _Relocated(Attachment):
-    """A pending attachment that becomes a copy of what a row holds, on the backend that its policy names now."""
+class _Relocation(AttachmentState):
+    """The state of a pending attachment that becomes a copy of what a row holds, on the backend that its policy names now."""
 
     def __init__(self, original: StoredObjectRef, held: RowValue, rate_limited: RateLimited) -> None:
         self._original = original
         self._held = held
         self._rate_limited = rate_limited
 
-    def _prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
+    def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where the copy will be: below the same names, and whatever its size, for it was let in once."""
         prepared = manager._engine.prepare_copy(self._original, **_names_of(self._held, self._original))
         return replace(prepared, policy=replace(prepared.policy, max_size=None))
 
-    async def _put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
+    async def _upload(self, manager: StorageManager, prepared: PreparedUpload) -> StoredObjectRef:
         async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
             copy = await manager._engine.put(prepared, chunks)
-        self._ref, self._home = _keep_metadata(self._original, copy), column_type
+        return _keep_metadata(self._original, copy)
 
 
 def _keep_metadata(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:
@@ -429,7 +428,7 @@ def _names_of(held: RowValue, ref: StoredObjectRef) -> dict[str, Any]:
 class _Swap:
     """The statements of the transaction that lets a row refer to the copy; run inside a session."""
 
-    def __init__(self, held: RowValue, original: StoredObjectRef, copy: _Relocated, *, is_shared: bool) -> None:
+    def __init__(self, held: RowValue, original: StoredObjectRef, copy: Attachment, *, is_shared: bool) -> None:
         self._held = held
         self._original = original
         self._copy = copy

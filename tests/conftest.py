@@ -25,7 +25,7 @@ from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.wrappers import PrefixedBackend
 from granite_storage.locations import RESERVED_PREFIX
-from granite_storage.orm._registry import active_bindings
+from granite_storage.orm._interfaces import active_bindings
 from granite_storage.testing import BackendConformance
 from tests import termination, tiers
 from tests.pooled import is_pooled_file, pooled_descriptors, pooled_threads

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from granite_storage.orm._registry import active_bindings
+from granite_storage.orm._interfaces import active_bindings
 
 __all__ = ["program"]
 

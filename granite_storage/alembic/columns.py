@@ -16,9 +16,8 @@ from granite_storage.alembic._transactions import Op, columns_of, count, key_pag
 from granite_storage.alembic.sources import read_whole
 from granite_storage.exceptions import ContentError
 from granite_storage.manager import StorageManager
-from granite_storage.orm.columns import portable_storage_ref_type
+from granite_storage.orm.columns import location_column_name, location_index_name, location_of, portable_storage_ref_type
 from granite_storage.orm.locking import among
-from granite_storage.orm.references import location_column_name, location_index_name, location_of
 from granite_storage.refs import StoredObjectRef
 
 __all__ = [

@@ -9,8 +9,7 @@ from alembic.autogenerate import comparators
 from alembic.operations import ops
 from alembic.util import DispatchPriority
 
-from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
-from granite_storage.orm.references import LOCATION_COLUMN_PREFIX, LOCATION_INDEX_PREFIX
+from granite_storage.orm.columns import LOCATION_COLUMN_PREFIX, LOCATION_INDEX_PREFIX, AttachmentType, StoredObjectRefType
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext

@@ -41,10 +41,9 @@ from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc import checks
 from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
-from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._registry import active_bindings
+from granite_storage.orm._interfaces import JournalTables, active_bindings
 from granite_storage.orm._util import batches
-from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, location_of, value_in
 from granite_storage.orm.discovery import (
     FoundColumn,
     as_found,
@@ -60,14 +59,12 @@ from granite_storage.orm.references import (
     UTF_8,
     as_text,
     find_references,
-    location_of,
     most_at_once,
     named_in,
     references_among,
     selected_extra,
     selected_text,
     text_encoding,
-    value_in,
 )
 
 if TYPE_CHECKING:

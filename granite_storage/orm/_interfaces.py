@@ -1,7 +1,8 @@
 """What the modules of this package know of each other: a binding, its journal, a column, and the records that they exchange.
 
 An attachment finds its manager through its column and the column's binding, and the binding knows columns, sessions and the
-journal. These protocols are the side of each that the others use, so that no module imports one that imports it.
+journal. These protocols are the side of each that the others use, so that no module imports one that imports it. The bindings in
+force are listed here too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from granite_storage.exceptions import UnboundAttachmentError
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
     from granite_storage.refs import StoredObjectRef
 
+
 __all__ = [
     "Binding",
     "ColumnType",
@@ -31,6 +35,12 @@ __all__ = [
     "ObjectKey",
     "StoredObject",
     "UploadLease",
+    "active_bindings",
+    "add_binding",
+    "binding_for",
+    "find_binding",
+    "remove_binding",
+    "unbound_message",
 ]
 
 ObjectKey: TypeAlias = tuple[int, str, str]
@@ -92,6 +102,10 @@ class ColumnType(Protocol):
         """Return the binding of the column's metadata, or raise `UnboundAttachmentError`."""
         ...
 
+    def manager_in(self, binding: Binding) -> StorageManager:
+        """Return the manager of a binding, after checking that it has the column's policy."""
+        ...
+
     def require_fit(self, ref: StoredObjectRef) -> None:
         """Refuse an object that is larger than the column's policy allows."""
         ...
@@ -123,10 +137,6 @@ class Binding(Protocol):
     @property
     def base_name(self) -> str:
         """The base's full name, by which a pickled attachment finds it again."""
-        ...
-
-    def manager_for(self, column_type: ColumnType) -> StorageManager:
-        """Return the manager, once it is sure that it has the policy of a column."""
         ...
 
     def ref_columns(self) -> list[Column[Any]]:
@@ -253,3 +263,60 @@ class StoredObject:
     def key(self) -> ObjectKey:
         """What makes it the same object as another."""
         return id(self.manager), self.ref.backend, self.ref.location
+
+
+# Which binding serves which metadata: the one place where an attachment finds its manager.
+
+
+_bindings: list[Binding] = []
+
+
+def add_binding(binding: Binding) -> bool:
+    """Enter a binding, before older ones of the same metadata; return whether it is the only one."""
+    _bindings.append(binding)
+    return len(_bindings) == 1
+
+
+def remove_binding(binding: Binding) -> bool:
+    """Take a binding out, which brings an older one of the same metadata back; return whether it was the last one."""
+    if binding not in _bindings:
+        return False
+    _bindings.remove(binding)
+    return not _bindings
+
+
+def active_bindings() -> list[Binding]:
+    """Return the bindings in force: for each metadata the newest."""
+    newest = {id(binding.metadata): binding for binding in _bindings}
+    return list(newest.values())
+
+
+def find_binding(metadata: MetaData) -> Binding | None:
+    """Return the newest binding of a metadata, or None."""
+    for binding in reversed(_bindings):
+        if binding.metadata is metadata:
+            return binding
+    return None
+
+
+def binding_for(metadata: MetaData, what: str) -> Binding:
+    """Return the newest binding of a metadata.
+
+    Raises:
+        UnboundAttachmentError: `bind_storage` was not called for it.
+    """
+    binding = find_binding(metadata)
+    if binding is None:
+        raise UnboundAttachmentError(unbound_message(metadata, what))
+    return binding
+
+
+def unbound_message(metadata: MetaData, what: str) -> str:
+    """Return what to do where a metadata has no binding; a base may have classes below it that have a metadata of their own."""
+    bound = sorted({binding.base_name for binding in active_bindings()})
+    if not bound:
+        return f"{what} has no storage manager: call bind_storage(Base, manager) for its declarative base at start-up"
+    return (
+        f"{what} has no storage manager: its MetaData is none of those that bind_storage was called for ({', '.join(bound)});"
+        " call bind_storage once more, with the class that has this MetaData"
+    )

@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
 
 from granite_storage._engine import upload_names
@@ -20,7 +21,7 @@ from granite_storage.exceptions import (
     UnboundAttachmentError,
 )
 from granite_storage.locations import clean_filename
-from granite_storage.orm._registry import active_bindings, find_binding
+from granite_storage.orm._interfaces import active_bindings, find_binding
 from granite_storage.readers import OpeningReader, StoredObjectReader, SyncObjectReader
 from granite_storage.refs import StoredObjectRef, read_only
 from granite_storage.streams import (
@@ -143,17 +144,352 @@ def fields_schema() -> CoreSchema:
 
 
 def _fields(value: Attachment) -> dict[str, Any] | None:
-    if value._error is not None:
-        logger.warning("an attachment is shown as null, because its row holds no ref that can be read: %s", value._error)
+    if value._state.error is not None:
+        logger.warning("an attachment is shown as null, because its row holds no ref that can be read: %s", value._state.error)
         return None
     if value.is_pending:
         raise UnboundAttachmentError("the attachment is not stored yet; flush the session before it is shown")
     return value.describe()
 
 
-# What a pickle keeps; the rest belongs to a transaction.
-_KEPT = ("_content_type", "_error", "_extra", "_filename", "_home", "_ref", "_restored", "_reusable", "_source")
 _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
+
+
+# The states of an attachment, and every change from one to another.
+
+
+class Status(Enum):
+    """Whether an attachment has an object."""
+
+    PENDING = auto()
+    """It is to be stored, for the first time or again after a rollback."""
+    STORED = auto()
+    """It has an object."""
+    BROKEN = auto()
+    """Its row holds something that is not a ref."""
+
+
+class Owner(Enum):
+    """What refers to the object of a stored attachment."""
+
+    ROW = auto()
+    """A row, or one that the current flush writes: another row gets a copy."""
+    NONE = auto()
+    """Nothing: it was stored before its transaction, or its flush failed. A row may take the object without a copy."""
+    DELETE = auto()
+    """A pending delete: it was made by `restore`, and a row takes the object by cancelling the delete."""
+
+
+# What a pickle keeps, by the names that it has there; the rest belongs to a transaction.
+_PICKLED = {
+    "_content_type": "content_type",
+    "_error": "error",
+    "_extra": "extra",
+    "_filename": "filename",
+    "_home": "address",
+    "_ref": "ref",
+    "_reusable": "is_repeatable",
+    "_source": "source",
+}
+
+
+class AttachmentState:
+    """The state of one attachment. Other modules read its attributes, and change it by its methods only.
+
+    | From | Method | To |
+    |---|---|---|
+    | pending | `prepare`, then `put` | stored, owned by a row |
+    | stored | `release` | owned by nothing |
+    | owned by nothing or a pending delete | `take` | owned by a row |
+    | stored | `claim`, `mark_written`, `end_claim` | the same, and its ref may be written between the first and the last |
+    | stored | `settle`, when its row is committed | the same, without the source |
+    | stored | `undo`, when its object is rolled back | pending, with the source if that can be read again |
+    | owned by nothing | `discard`, then `undo` | pending, without a source |
+
+    Attributes:
+        status: Pending, stored or broken.
+        ref: The receipt; None unless it is stored.
+        error: What is wrong with the value of its row; None unless it is broken.
+        owner: What refers to the object.
+        is_claimed: Whether a statement of the current flush may write the ref; the column type binds no other.
+        is_written: Whether one has written it.
+        intent: What a journal has recorded about the object, until the row that takes it is committed.
+        address: Its column, or where a pickled one finds it; None until it is stored.
+        is_repeatable: Whether the source can be stored once more after a rollback.
+        filename: The file name that it was made with.
+        content_type: The media type that it was made with.
+        extra: The extra keys that it was made with.
+    """
+
+    # Class attributes and no constructor, because an attachment that a row is read into sets two of them only.
+    ref: StoredObjectRef | None = None
+    address: ColumnType | Address | None = None
+    error: InvalidReferenceError | None = None
+    owner: Owner = Owner.ROW
+    is_claimed: bool = False
+    is_written: bool = False
+    intent: Intent | None = None
+    source: ByteSource | WholeFile | ReadOnce | AttachmentState | None = None
+    is_repeatable: bool = False
+    filename: str | None = None
+    content_type: str | None = None
+    extra: Mapping[str, Any] | None = None
+    # The source that was read, where nothing but this can remember that: until the commit.
+    _spent: WholeFile | ReadOnce | None = None
+    _is_discarded: bool = False
+    # The instances that it was assigned to while no row held it, and the attributes.
+    _assignments: Sequence[tuple[weakref.ref[InstanceState[Any]], str]] = ()
+
+    @property
+    def status(self) -> Status:
+        """Pending, stored or broken."""
+        if self.ref is not None:
+            return Status.STORED
+        return Status.PENDING if self.error is None else Status.BROKEN
+
+    def require_ref(self) -> StoredObjectRef:
+        """Return the receipt.
+
+        Raises:
+            UnboundAttachmentError: It is not stored yet.
+            InvalidReferenceError: The row holds something that is not a ref.
+        """
+        if self.error is not None:
+            raise InvalidReferenceError(str(self.error)) from self.error
+        if self.ref is None:
+            raise UnboundAttachmentError(
+                "the attachment is not stored yet: flush the session that its row was added to, or await store(Document.file)"
+            )
+        return self.ref
+
+    @property
+    def column_type(self) -> ColumnType:
+        """The type of its column; raises `UnboundAttachmentError` where it belongs to none."""
+        match self.address:
+            case None:
+                raise UnboundAttachmentError(
+                    "the attachment belongs to no column yet: assign it to a row and flush the session, or await"
+                    " store(Document.file)"
+                )
+            case Address():
+                return self.address.find()
+            case column_type:
+                return column_type
+
+    @property
+    def manager(self) -> StorageManager:
+        """The manager of its column; raises as `column_type` does."""
+        return self.column_type.binding().manager
+
+    def fill(self, content: ByteSource, filename: str | None, content_type: str | None, extra: Mapping[str, Any] | None) -> None:
+        """Take what a new attachment is made of."""
+        is_bytes = isinstance(content, bytes | bytearray | memoryview)
+        self.source = content if is_bytes else whole(content)
+        self.is_repeatable = self.source.can_rewind if isinstance(self.source, WholeFile) else is_bytes
+        self.filename, self.content_type, self.extra = filename, content_type, extra
+
+    def copy(self) -> AttachmentState:
+        """Return the state of a pending copy, whose source is this one."""
+        copy = AttachmentState()
+        copy.source, copy.is_repeatable, copy.extra = self, True, self.extra
+        if self.status is Status.PENDING:
+            copy.filename, copy.content_type = self.filename, self.content_type
+        else:
+            ref = self.require_ref()
+            copy.filename, copy.content_type = ref.original_filename, ref.content_type
+        return copy
+
+    def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
+        """Decide where it will be stored, for a column."""
+        names = _names_of(column_type, entity_id)
+        original = self._origin()
+        if not isinstance(original, AttachmentState):
+            given: dict[str, Any] = {
+                "content_type": self.content_type,
+                "original_filename": self.filename,
+                "extra": self.extra,
+            }
+        elif original.manager is manager:
+            return manager._engine.prepare_copy(original.require_ref(), **names)
+        else:
+            ref = original.require_ref()
+            given = {"content_type": ref.content_type, "original_filename": ref.original_filename, "extra": ref.extra}
+        return manager._engine.prepare(**names, **given)
+
+    def record(self, intent: Intent) -> None:
+        """Remember what a journal has recorded about the object that will be stored."""
+        self.intent = intent
+
+    async def put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> StoredObjectRef:
+        """Upload to the prepared location, and become stored."""
+        self.ref, self.address = await self._upload(manager, prepared), column_type
+        return self.ref
+
+    async def _upload(self, manager: StorageManager, prepared: PreparedUpload) -> StoredObjectRef:
+        engine = manager._engine
+        source = self._take_source()
+        if not isinstance(source, AttachmentState):
+            try:
+                return await engine.put(prepared, source)
+            finally:
+                self._drop_consumed()
+        if source.manager is manager:
+            return await engine.copy(source.require_ref(), prepared)
+        async with source.open(verify=True) as stream:
+            return await engine.put(prepared, stream)
+
+    def correct(self, ref: StoredObjectRef) -> None:
+        """Replace the receipt by that of the same object as it was verified."""
+        self.ref = ref
+
+    def release(self) -> None:
+        """Be owned by nothing, so that any row may take the object."""
+        self.owner = Owner.NONE
+
+    def take(self, column_type: ColumnType) -> None:
+        """Be owned by a row of a column; one that was made by `restore` belonged to none before."""
+        if self.address is None or self.owner is Owner.DELETE:
+            self.address = column_type
+        self.owner = Owner.ROW
+
+    def claim(self) -> None:
+        """Let the statements of the current flush write the ref."""
+        self.is_claimed = True
+
+    def mark_written(self) -> None:
+        """Note that a statement has written the ref."""
+        self.is_written = True
+
+    def end_claim(self) -> None:
+        """Let no statement write the ref any more."""
+        self.is_claimed = self.is_written = False
+
+    def settle(self) -> None:
+        """Release the source and the intent, because the row is committed."""
+        self.drop_source()
+        self._spent = self.intent = None
+
+    def undo(self) -> None:
+        """Become pending again, because the object was rolled back."""
+        self.ref = self.intent = None
+        if self.owner is Owner.NONE:
+            self.owner = Owner.ROW
+        self.end_claim()
+
+    def discard(self) -> None:
+        """Note that the object is removed because no row has taken it; `undo` follows."""
+        self._is_discarded = True
+
+    def drop_source(self) -> None:
+        """Release the source: what is stored cannot be stored once more."""
+        self.source, self.is_repeatable = None, False
+
+    def note_assignment(self, state: InstanceState[Any], key: str) -> None:
+        """Remember an instance that it is assigned to while no row holds it."""
+        if self.owner is Owner.NONE:
+            self._assignments = [*self._assignments, (weakref.ref(state), key)]
+
+    def is_assigned(self, attachment: Attachment) -> bool:
+        """Tell whether an instance holds the attachment of this state, so that its row may be flushed later."""
+        states = [(reference(), key) for reference, key in self._assignments]
+        return any(state is not None and state.obj() is not None and state.dict.get(key) is attachment for state, key in states)
+
+    def require_synchronous(self) -> None:
+        """Refuse a stream that only an event loop can read."""
+        origin = self._origin()
+        if not isinstance(origin, AttachmentState):
+            require_synchronous(origin)
+
+    def open(self, offset: int = 0, length: int | None = None, *, verify: bool = False) -> OpeningReader:
+        """Open the object for streaming; raises as `Attachment.open` does."""
+        opening = self.manager.open(self.require_ref(), offset=offset, length=length, verify=verify)
+
+        async def start() -> StoredObjectReader:
+            try:
+                return await opening
+            except ObjectNotFoundError as error:
+                await self.require_current(error)
+                raise
+
+        return OpeningReader(start)
+
+    async def require_current(self, missing: ObjectNotFoundError) -> None:
+        """Raise `StaleAttachmentError` if no row of the column refers to a missing object any more."""
+        column_type, ref = self.column_type, self.require_ref()
+        if await column_type.binding().is_referred_to(column_type.column, ref) is False:
+            raise StaleAttachmentError(
+                f"the object at {ref.location!r} is gone, because its row has been given another file since this attachment was"
+                " read, or has been deleted: load the row again"
+            ) from missing
+
+    def dump(self) -> dict[str, Any]:
+        """Return what a pickle keeps.
+
+        Raises:
+            TypeError: It is pending, and made of a stream.
+        """
+        pickled = {key: value for key, name in _PICKLED.items() if (value := getattr(self, name)) not in (None, False)}
+        if self.status is Status.STORED:
+            pickled.pop("_source", None)
+            pickled.pop("_reusable", None)
+        elif self.status is Status.PENDING:
+            if not isinstance(self.source, bytes | bytearray | memoryview):
+                raise TypeError("an attachment made of a stream cannot be pickled before it is stored")
+            pickled["_source"] = bytes(self.source)
+        if self.owner is Owner.DELETE:
+            pickled["_restored"] = True
+        if self.address is not None and not isinstance(self.address, Address):
+            pickled["_home"] = Address.of(self.address)
+        return pickled
+
+    def load(self, pickled: Mapping[str, Any]) -> None:
+        """Become what a pickle kept."""
+        for key, name in _PICKLED.items():
+            if key in pickled:
+                setattr(self, name, pickled[key])
+        if pickled.get("_restored"):
+            self.owner = Owner.DELETE
+
+    def _origin(self) -> ByteSource | WholeFile | ReadOnce | AttachmentState:
+        """Return what is to be stored: a stream once; bytes, files that can seek and a copy's original after each rollback."""
+        source = self.source
+        if isinstance(source, AttachmentState) and source.status is Status.PENDING:
+            # The original was rolled back as well, so its own content is all that is left.
+            return source._origin()
+        if source is None and self._is_discarded:
+            raise ConsumedSourceError(
+                "the attachment was removed when its form or its request ended, because no row held it; assign it to an instance"
+                " before that"
+            )
+        if source is None:
+            raise ConsumedSourceError(
+                "the attachment's stream was read already, and a stream is read once: make a new attachment, of bytes where it"
+                " shall survive a rollback"
+            )
+        return source
+
+    def _take_source(self) -> ByteSource | WholeFile | ReadOnce | AttachmentState:
+        source = self.source
+        if isinstance(source, AttachmentState) and source.status is Status.PENDING:
+            return source._take_source()
+        origin = self._origin()
+        if not self.is_repeatable:
+            self._spend()
+        return origin
+
+    def _drop_consumed(self) -> None:
+        """Release a file that turned out to be readable only once."""
+        source = self.source
+        if isinstance(source, AttachmentState) and source.status is Status.PENDING:
+            source._drop_consumed()
+        elif isinstance(source, WholeFile) and not source.can_rewind:
+            self._spend()
+
+    def _spend(self) -> None:
+        """Release a source that is read once."""
+        if isinstance(self.source, WholeFile | ReadOnce) and not is_weakly_referable(self.source.held):
+            self._spent = self.source
+        self.drop_source()
 
 
 UploadFile: TypeAlias = SupportsAsyncRead | SupportsRead | AsyncIterable[BytesLike]
@@ -187,60 +523,14 @@ class Attachment:
     """
 
     # Slots, so that what walks through `vars(...)` finds no private state, no bytes and no column.
-    __slots__ = (
-        "__weakref__",
-        "_assignments",
-        "_claimed",
-        "_content_type",
-        "_discarded",
-        "_error",
-        "_extra",
-        "_filename",
-        "_home",
-        "_intent",
-        "_is_written",
-        "_ref",
-        "_restored",
-        "_reusable",
-        "_source",
-        "_spent",
-        "_unowned",
-    )
-
-    _source: ByteSource | WholeFile | ReadOnce | Attachment | None
-    # The source that was read, where nothing but this can remember that: until the commit.
-    _spent: WholeFile | ReadOnce | None
-    # True while the source can be stored once more after a rollback.
-    _reusable: bool
-    _filename: str | None
-    _content_type: str | None
-    _extra: Mapping[str, Any] | None
-    _ref: StoredObjectRef | None
-    _error: InvalidReferenceError | None
-    _home: ColumnType | Address | None
-    # True while a flush writes the ref into the row that owns it: the column type binds no other.
-    _claimed: bool
-    # True once a statement of that flush has written it.
-    _is_written: bool
-    # What a journal has written down about its object, until the row that takes it is committed.
-    _intent: Intent | None
-    # True once it was made by `restore`: a row takes it by undoing the delete that its object waits for.
-    _restored: bool
-    # True from `store` until a row takes it: an object that no row holds yet may be taken without a copy.
-    _unowned: bool
-    # The instances that it was assigned to while no row held it, and the attributes.
-    _assignments: Sequence[tuple[weakref.ref[InstanceState[Any]], str]]
-    # True once it was removed because no row had taken it.
-    _discarded: bool
+    __slots__ = ("__weakref__", "_state")
+    _state: AttachmentState
 
     __pydantic_serializer__: ClassVar[Any] = LazySerializer()
 
     def __new__(cls, *_: Any, **__: Any) -> Self:  # noqa: D102
         self = super().__new__(cls)
-        self._source = self._filename = self._content_type = self._extra = None
-        self._ref = self._error = self._home = self._intent = self._spent = None
-        self._reusable = self._claimed = self._is_written = self._restored = self._unowned = self._discarded = False
-        self._assignments = ()
+        self._state = AttachmentState()
         return self
 
     def __init__(
@@ -256,20 +546,14 @@ class Attachment:
                 f"an attachment is made of bytes or a binary stream, not of {type(content).__name__}: encode text first, assign"
                 " an Attachment as it is, and read an object by its ref with StorageManager.open"
             )
-        self._reusable = isinstance(content, bytes | bytearray | memoryview)
-        if not self._reusable:
+        if not isinstance(content, bytes | bytearray | memoryview):
             iter_chunks(content)  # raises where it is no stream; nothing is read
             if _is_left_empty(content):
                 raise EmptyUploadError("no file was chosen: the upload has neither a name nor content")
             own_filename, own_content_type = upload_names(content)
             filename = own_filename if filename is None else filename
             content_type = own_content_type if content_type is None else content_type
-        self._source = content if self._reusable else whole(content)
-        if isinstance(self._source, WholeFile):
-            self._reusable = self._source.can_rewind
-        self._filename = filename
-        self._content_type = content_type
-        self._extra = None if extra is None else _storable(extra)
+        self._state.fill(content, filename, content_type, None if extra is None else _storable(extra))
 
     @classmethod
     def from_upload(cls, upload: UploadFile, *, extra: Mapping[str, Any] | None = None) -> Self:
@@ -329,30 +613,35 @@ class Attachment:
         if not isinstance(ref, StoredObjectRef):
             raise InvalidReferenceError(f"restore takes a StoredObjectRef, not {type(ref).__name__}")
         self = cls.__new__(cls)
-        self._ref = ref
-        self._restored = True
+        self._state.ref, self._state.owner = ref, Owner.DELETE
         return self
 
     @classmethod
     def _of(cls, ref: StoredObjectRef, column_type: ColumnType) -> Self:
         """Make the stored attachment that a row holds; once per row that is read, so nothing is done twice."""
-        self = cls.__new__(cls)
-        self._ref = ref
-        self._home = column_type
+        self = object.__new__(cls)
+        self._state = state = AttachmentState()
+        state.ref, state.address = ref, column_type
         return self
 
     @classmethod
     def _broken(cls, error: InvalidReferenceError, column_type: ColumnType) -> Self:
         """Make the attachment of a row whose value is not a ref."""
         self = cls.__new__(cls)
-        self._error = error
-        self._home = column_type
+        self._state.error, self._state.address = error, column_type
+        return self
+
+    @classmethod
+    def _in(cls, state: AttachmentState) -> Self:
+        """Make an attachment that is in a state."""
+        self = object.__new__(cls)
+        self._state = state
         return self
 
     @property
     def is_pending(self) -> bool:
         """Whether it is still to be stored."""
-        return self._ref is None and self._error is None
+        return self._state.status is Status.PENDING
 
     @property
     def ref(self) -> StoredObjectRef:
@@ -362,13 +651,7 @@ class Attachment:
             UnboundAttachmentError: It is not stored yet.
             InvalidReferenceError: The row holds something that is not a ref.
         """
-        if self._error is not None:
-            raise InvalidReferenceError(str(self._error)) from self._error
-        if self._ref is None:
-            raise UnboundAttachmentError(
-                "the attachment is not stored yet: flush the session that its row was added to, or await store(Document.file)"
-            )
-        return self._ref
+        return self._state.ref or self._state.require_ref()
 
     @property
     def size(self) -> int:
@@ -388,12 +671,12 @@ class Attachment:
     @property
     def content_type(self) -> str | None:
         """The media type that was given."""
-        return self._content_type if self.is_pending else self.ref.content_type
+        return self._state.content_type if self.is_pending else self.ref.content_type
 
     @property
     def original_filename(self) -> str | None:
         """The name that was given: raw while pending, cleaned once stored."""
-        return self._filename if self.is_pending else self.ref.original_filename
+        return self._state.filename if self.is_pending else self.ref.original_filename
 
     @property
     def manager(self) -> StorageManager:
@@ -402,20 +685,7 @@ class Attachment:
         Raises:
             UnboundAttachmentError: It belongs to no column yet, or `bind_storage` was not called for the column's base.
         """
-        return self._column_type.binding().manager
-
-    @property
-    def _column_type(self) -> ColumnType:
-        match self._home:
-            case None:
-                raise UnboundAttachmentError(
-                    "the attachment belongs to no column yet: assign it to a row and flush the session, or await"
-                    " store(Document.file)"
-                )
-            case Address():
-                return self._home.find()
-            case column_type:
-                return column_type
+        return self._state.manager
 
     async def read(self) -> bytes:
         """Return all bytes, verified; see `StorageManager.get`.
@@ -428,30 +698,12 @@ class Attachment:
         try:
             return await self.manager.get(self.ref)
         except ObjectNotFoundError as error:
-            await self._require_current(error)
+            await self._state.require_current(error)
             raise
 
     def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
         """Open it for streaming; see `StorageManager.open`. Raises as `read` does where the object is gone."""
-        opening = self.manager.open(self.ref, offset=offset, length=length, verify=verify)
-
-        async def start() -> StoredObjectReader:
-            try:
-                return await opening
-            except ObjectNotFoundError as error:
-                await self._require_current(error)
-                raise
-
-        return OpeningReader(start)
-
-    async def _require_current(self, missing: ObjectNotFoundError) -> None:
-        """Tell a row that has moved on from an object that is lost: ask whether any row of the column still refers to it."""
-        column_type = self._column_type
-        if await column_type.binding().is_referred_to(column_type.column, self.ref) is False:
-            raise StaleAttachmentError(
-                f"the object at {self.location!r} is gone, because its row has been given another file since this attachment was"
-                " read, or has been deleted: load the row again"
-            ) from missing
+        return self._state.open(offset, length, verify=verify)
 
     async def exists(self) -> bool:
         """Tell whether its object is there; see `StorageManager.exists`."""
@@ -478,7 +730,7 @@ class Attachment:
         column_type = _home_of(column)
         if self.is_pending:
             await column_type.binding().upload(self, column_type)
-            self._unowned = True
+            self._state.release()
         else:
             column_type.require_fit(self.ref)
         return self
@@ -493,127 +745,21 @@ class Attachment:
         """
         adopted = cls._of(staged, column_type)._copy()
         await column_type.binding().upload(adopted, column_type, verify=verify)
-        adopted._source, adopted._reusable = None, False
-        adopted._unowned = True
+        adopted._state.drop_source()
+        adopted._state.release()
         return adopted
-
-    def _prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
-        """Decide where it will be stored, for a column."""
-        names = _names_of(column_type, entity_id)
-        original = self._origin()
-        if not isinstance(original, Attachment):
-            given: dict[str, Any] = {
-                "content_type": self._content_type,
-                "original_filename": self._filename,
-                "extra": self._extra,
-            }
-        elif original.manager is manager:
-            return manager._engine.prepare_copy(original.ref, **names)
-        else:
-            ref = original.ref
-            given = {"content_type": ref.content_type, "original_filename": ref.original_filename, "extra": ref.extra}
-        return manager._engine.prepare(**names, **given)
-
-    async def _put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
-        """Upload to the prepared location, and become stored."""
-        engine = manager._engine
-        source = self._take_origin()
-        if not isinstance(source, Attachment):
-            try:
-                ref = await engine.put(prepared, source)
-            finally:
-                self._forget_consumed()
-        elif source.manager is manager:
-            ref = await engine.copy(source.ref, prepared)
-        else:
-            async with source.open(verify=True) as stream:
-                ref = await engine.put(prepared, stream)
-        self._ref, self._home = ref, column_type
 
     def _copy(self) -> Attachment:
         """Return a pending attachment that becomes a copy, for another column or row; again so after a rollback."""
-        copy = Attachment.__new__(Attachment)
-        copy._source, copy._reusable = self, True
-        copy._filename, copy._content_type, copy._extra = self.original_filename, self.content_type, self._extra
-        return copy
-
-    def _origin(self) -> ByteSource | WholeFile | ReadOnce | Attachment:
-        """Return what is to be stored: a stream once; bytes, files that can seek and a copy's original after each rollback."""
-        source = self._source
-        if isinstance(source, Attachment) and source.is_pending:
-            # The original was rolled back as well, so its own content is all that is left.
-            return source._origin()
-        if source is None and self._discarded:
-            raise ConsumedSourceError(
-                "the attachment was removed when its form or its request ended, because no row held it; assign it to an instance"
-                " before that"
-            )
-        if source is None:
-            raise ConsumedSourceError(
-                "the attachment's stream was read already, and a stream is read once: make a new attachment, of bytes where it"
-                " shall survive a rollback"
-            )
-        return source
-
-    def _require_synchronous(self) -> None:
-        """Refuse a stream that only an event loop can read."""
-        origin = self._origin()
-        if not isinstance(origin, Attachment):
-            require_synchronous(origin)
-
-    def _take_origin(self) -> ByteSource | WholeFile | ReadOnce | Attachment:
-        source = self._source
-        if isinstance(source, Attachment) and source.is_pending:
-            return source._take_origin()
-        origin = self._origin()
-        if not self._reusable:
-            self._spend()
-        return origin
-
-    def _forget_consumed(self) -> None:
-        """Let go of a file that turned out to be readable only once."""
-        source = self._source
-        if isinstance(source, Attachment) and source.is_pending:
-            source._forget_consumed()
-        elif isinstance(source, WholeFile) and not source.can_rewind:
-            self._spend()
-
-    def _spend(self) -> None:
-        """Let go of a source that is read once."""
-        source = self._source
-        if isinstance(source, WholeFile | ReadOnce) and not is_weakly_referable(source.held):
-            self._spent = source
-        self._source, self._reusable = None, False
-
-    def _undo(self) -> None:
-        """Become pending again, after its object was rolled back; bytes and files that can seek can be stored once more."""
-        self._ref = self._intent = None
-        self._claimed = self._is_written = self._unowned = False
-
-    def _settle(self) -> None:
-        """Let go of the bytes, once its row is committed."""
-        self._source = self._spent = self._intent = None
-        self._reusable = False
-
-    def _note_assignment(self, state: InstanceState[Any], key: str) -> None:
-        if self._unowned:
-            self._assignments = [*self._assignments, (weakref.ref(state), key)]
-
-    @property
-    def _is_assigned(self) -> bool:
-        """Whether an instance holds it whose row may be flushed later."""
-        states = [(reference(), key) for reference, key in self._assignments]
-        return any(state is not None and state.obj() is not None and state.dict.get(key) is self for state, key in states)
-
-    def _forget_claim(self) -> None:
-        self._claimed = self._is_written = False
+        return Attachment._in(self._state.copy())
 
     def __repr__(self) -> str:
-        if self._error is not None:
-            return f"<Attachment broken: {self._error}>"
-        if self._ref is None:
-            return f"<Attachment pending filename={self._filename!r}>"
-        return f"<Attachment size={self._ref.size} filename={self._ref.original_filename!r}>"
+        state = self._state
+        if state.error is not None:
+            return f"<Attachment broken: {state.error}>"
+        if state.ref is None:
+            return f"<Attachment pending filename={state.filename!r}>"
+        return f"<Attachment size={state.ref.size} filename={state.ref.original_filename!r}>"
 
     def describe(self) -> dict[str, Any]:
         """Return what a client may see: size, media type, name and checksum, never where the bytes lie.
@@ -622,10 +768,10 @@ class Attachment:
         Litestar's `type_encoders={Attachment: Attachment.describe}`. One that is pending has no size and no checksum yet, and
         one whose row holds no ref that can be read has nothing to show; what is missing is None.
         """
-        ref = self._ref
+        ref, given = self._state.ref, self._state
         if ref is None:
-            name = None if self._filename is None else clean_filename(self._filename)
-            return {"size": None, "content_type": self._content_type, "original_filename": name, "checksum": None}
+            name = None if given.filename is None else clean_filename(given.filename)
+            return {"size": None, "content_type": given.content_type, "original_filename": name, "checksum": None}
         return {
             "size": ref.size,
             "content_type": ref.content_type,
@@ -647,33 +793,23 @@ class Attachment:
             return True
         if not isinstance(other, Attachment):
             return NotImplemented
-        mine, theirs = self._ref, other._ref
+        mine, theirs = self._state.ref, other._state.ref
         if mine is None or theirs is None:
             return False
         return (mine.backend, mine.location) == (theirs.backend, theirs.location)
 
     def __hash__(self) -> int:
         # By what two that are equal have in common, and what a pending one has already: its hash is the same once it is stored.
-        if self._ref is not None:
-            return hash((self._ref.original_filename, self._ref.content_type))
-        return hash((clean_filename(self._filename), self._content_type))
+        ref, given = self._state.ref, self._state
+        if ref is not None:
+            return hash((ref.original_filename, ref.content_type))
+        return hash((clean_filename(given.filename), given.content_type))
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key in _KEPT if (value := getattr(self, key)) not in (None, False)}
-        if self._ref is not None:
-            state.pop("_source", None)
-            state.pop("_reusable", None)
-        elif self.is_pending:
-            if not isinstance(self._source, bytes | bytearray | memoryview):
-                raise TypeError("an attachment made of a stream cannot be pickled before it is stored")
-            state["_source"] = bytes(self._source)
-        if self._home is not None and not isinstance(self._home, Address):
-            state["_home"] = Address.of(self._home)
-        return state
+        return self._state.dump()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for key, value in state.items():
-            setattr(self, key, value)
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        self._state.load(pickled)
 
     def __copy__(self) -> Attachment:
         return self
@@ -717,7 +853,7 @@ class SyncAttachment:
     def store(self, column: InstrumentedAttribute[Any]) -> Attachment:
         """Upload now, before any transaction; see `Attachment.store`."""
         if self._attachment.is_pending:
-            self._attachment._require_synchronous()
+            self._attachment._state.require_synchronous()
         return self._run(self._attachment.store(column), "store")
 
     def __repr__(self) -> str:

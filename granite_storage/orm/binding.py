@@ -11,10 +11,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from granite_storage.exceptions import ConfigurationError, UnknownPolicyError
+from granite_storage.exceptions import ConfigurationError
 from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
-from granite_storage.orm import _registry, assignment, events
+from granite_storage.orm import events
+from granite_storage.orm._interfaces import add_binding, remove_binding
 from granite_storage.orm._threaded import SessionFactory, as_async_sessions
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment_tables, require_usable
 from granite_storage.orm.journal.journal import StorageJournal
@@ -81,15 +82,14 @@ def bind_storage(
     for column in attachment_tables(metadata).all_attachments():
         require_usable(column)
         if isinstance(column.type, AttachmentType):
-            binding.manager_for(column.type)
-    assignment.require_single(base)
+            column.type.manager_in(binding)
+    events.require_single(base)
     if journal is not None:
         journal.bind(binding)
-    if _registry.add(binding):
+    if add_binding(binding):
         events.listen()
-        assignment.listen()
     try:
-        assignment.guard_base(base)
+        events.guard_base(base)
     except BaseException:
         binding.unbind()
         raise
@@ -135,26 +135,6 @@ class StorageBinding:
         """The base's full name, by which a pickled attachment finds it again."""
         return f"{getattr(self.base, '__module__', '')}.{getattr(self.base, '__qualname__', type(self.base).__qualname__)}"
 
-    def manager_for(self, column_type: ColumnType) -> StorageManager:
-        """Return the manager, once it is sure that it has the policy of a column.
-
-        Raises:
-            UnknownPolicyError: It has not; a model may have been declared after `bind_storage` had looked.
-            ConfigurationError: The policy has a retention, and there is no journal to keep it.
-        """
-        policy = self.manager._engine.policies.get(column_type.storage_key)
-        if policy is None:
-            known = ", ".join(sorted(self.manager.policies)) or "none"
-            raise UnknownPolicyError(
-                f"the attachment column {column_type.label} names the policy {column_type.storage_key!r}, which its manager"
-                f" does not have (there are: {known})"
-            )
-        if self.journal is None and policy.retention:
-            raise ConfigurationError(
-                f"the policy {column_type.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
-            )
-        return self.manager
-
     def ref_columns(self) -> list[Column[Any]]:
         """Return every column of the metadata that holds refs, managed and plain ones."""
         kinds = (AttachmentType, StoredObjectRefType)
@@ -192,10 +172,9 @@ class StorageBinding:
         """Undo `bind_storage`; the last one leaves no listener behind. Idempotent."""
         if self.journal is not None:
             self.journal.release(self)
-        if _registry.remove(self):
+        if remove_binding(self):
             events.unlisten()
-            assignment.unlisten()
-        assignment.release()
+        events.release()
 
     def __repr__(self) -> str:
         return f"<StorageBinding of {self.base_name} to {self.manager!r}>"

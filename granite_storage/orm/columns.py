@@ -7,6 +7,7 @@ import json
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sqlalchemy import (
@@ -18,12 +19,16 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    case,
     cast,
     false,
+    func,
+    literal_column,
     not_,
     or_,
     type_coerce,
 )
+from sqlalchemy import column as named_column
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DontWrapMixin
@@ -32,15 +37,24 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
-from granite_storage.exceptions import ConfigurationError, ContentTooLargeError, InvalidReferenceError, UnboundAttachmentError
-from granite_storage.orm._registry import binding_for, find_binding, unbound_message
+from granite_storage.exceptions import (
+    ConfigurationError,
+    ContentTooLargeError,
+    InvalidReferenceError,
+    UnboundAttachmentError,
+    UnknownPolicyError,
+)
+from granite_storage.orm._interfaces import binding_for, find_binding, unbound_message
 from granite_storage.orm.attachment import Attachment
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
+    from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import Binding
 
 __all__ = [
+    "LOCATION_COLUMN_PREFIX",
+    "LOCATION_INDEX_PREFIX",
     "AttachmentType",
     "Slot",
     "StoredObjectRefType",
@@ -48,10 +62,15 @@ __all__ = [
     "attachment",
     "attachment_tables",
     "keys_of",
+    "location_column_name",
+    "location_index_name",
+    "location_of",
     "portable_storage_ref_type",
     "primary_key_of",
     "require_usable",
     "slots_of",
+    "value_in",
+    "where_json",
 ]
 
 
@@ -269,13 +288,33 @@ class AttachmentType(_RefJSON[Attachment]):
         # It is asked several times for each file, and the words for an error take longer than the answer.
         return find_binding(metadata) or binding_for(metadata, f"the attachment column {self.label}")
 
+    def manager_in(self, binding: Binding) -> StorageManager:
+        """Return the manager of a binding, after checking that it has the column's policy.
+
+        Raises:
+            UnknownPolicyError: It has not; a model may have been declared after `bind_storage` had looked.
+            ConfigurationError: The policy has a retention, and there is no journal to keep it.
+        """
+        policy = binding.manager._engine.policies.get(self.storage_key)
+        if policy is None:
+            known = ", ".join(sorted(binding.manager.policies)) or "none"
+            raise UnknownPolicyError(
+                f"the attachment column {self.label} names the policy {self.storage_key!r}, which its manager does not have"
+                f" (there are: {known})"
+            )
+        if binding.journal is None and policy.retention:
+            raise ConfigurationError(
+                f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
+            )
+        return binding.manager
+
     def require_fit(self, ref: StoredObjectRef) -> None:
         """Refuse an object for the column whose limit it exceeds; one of the column's own policy was let in once.
 
         Raises:
             ContentTooLargeError: It was stored under another policy, and is larger than that of the column allows.
         """
-        limit = self.binding().manager_for(self).policy(self.storage_key).max_size
+        limit = self.manager_in(self.binding()).policy(self.storage_key).max_size
         if ref.storage_key != self.storage_key and limit is not None and ref.size > limit:
             raise ContentTooLargeError(
                 f"the file has {ref.size} bytes, and {self.label} takes at most {limit} (policy {self.storage_key!r}); it was"
@@ -291,18 +330,18 @@ class AttachmentType(_RefJSON[Attachment]):
             raise RefusedReferenceError(f"{label} takes an Attachment or None, not {type(value).__name__}")
         if self._column is not None and find_binding(self.table.metadata) is None:
             raise NotBoundError(unbound_message(self.table.metadata, f"the attachment column {label}"))
-        if not value._claimed:
+        if not value._state.is_claimed:
             raise RefusedReferenceError(
                 f"a statement may not write an Attachment to {label}: add or change an instance, and let the session flush it;"
                 " bulk and Core statements would write a ref whose object belongs to no row"
             )
-        value._is_written = True
+        value._state.mark_written()
         return value.ref.to_dict()
 
     def compare_values(self, x: Any, y: Any) -> bool:  # noqa: D102
         if x is y:
             return True
-        refs = [value._ref if isinstance(value, Attachment) else None for value in (x, y)]
+        refs = [value._state.ref if isinstance(value, Attachment) else None for value in (x, y)]
         return refs[0] is not None and refs[0] == refs[1]
 
     @property
@@ -566,3 +605,60 @@ def attachment_tables(metadata: MetaData) -> Tables:
 
 def _referred_name(constraint: ForeignKeyConstraint) -> str:
     return constraint.elements[0].target_fullname.rpartition(".")[0]
+
+
+# The locations of a column of refs in SQL, the index over them, and the generated column that it needs on MariaDB.
+
+
+LOCATION_INDEX_PREFIX = "ix_granite_storage_location_"
+LOCATION_COLUMN_PREFIX = "granite_storage_location_"
+_LONGEST_NAME = 63
+_DIGITS = 8
+
+
+def location_index_name(table: str, column: str) -> str:
+    """Return the name of the index over a column's locations; it fits every database."""
+    return _fitting(LOCATION_INDEX_PREFIX, f"{table}_{column}")
+
+
+def location_column_name(column: str) -> str:
+    """Return the name of the generated column that holds another column's locations, where no index can be on an expression."""
+    return _fitting(LOCATION_COLUMN_PREFIX, column)
+
+
+def location_of(
+    column: Column[Any], dialect: str, *, is_generated: bool = False
+) -> tuple[ColumnElement[str], ColumnElement[str]]:
+    """Return the backend and the location of a column's refs in SQL, spelled as an index over them would be.
+
+    The keys are literals: a database uses an index on an expression only for the very same expression.
+
+    Args:
+        column: The column of refs.
+        dialect: The name of the database.
+        is_generated: Whether its table has a generated column with the locations.
+    """
+    generated: ColumnElement[str] = named_column(location_column_name(column.name), Text())
+    return value_in(column, "backend", dialect), generated if is_generated else value_in(column, "location", dialect)
+
+
+def value_in(column: Column[Any], key: str, dialect: str) -> ColumnElement[str]:
+    """Return a text that the refs of a column have under a key, in SQL; the key is trusted."""
+    if dialect == "postgresql":
+        return column.op("->>", return_type=Text())(literal_column(f"'{key}'"))
+    extract = func.json_extract if dialect == "sqlite" else func.json_value
+    return extract(column, literal_column(f"'$.{key}'"), type_=Text())
+
+
+def where_json(column: Column[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return what SQLite finds in a column's JSON, and NULL where that is none, instead of an error."""
+    return case((func.json_valid(column) == 1, value))
+
+
+def _fitting(prefix: str, rest: str) -> str:
+    """Cut a name that is too long, and let digits tell it from others that begin alike."""
+    if len(f"{prefix}{rest}".encode()) <= _LONGEST_NAME:
+        return f"{prefix}{rest}"
+    digits = sha256(rest.encode()).hexdigest()[:_DIGITS]
+    room = _LONGEST_NAME - len(prefix) - _DIGITS - 1
+    return f"{prefix}{rest.encode()[:room].decode(errors='ignore')}_{digits}"

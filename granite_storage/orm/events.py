@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, event
-from sqlalchemy.orm import EXT_CONTINUE, InstanceState, Mapper, Session, SessionTransaction
+from sqlalchemy import Connection, Delete, Insert, Result, Update, event
+from sqlalchemy.orm import EXT_CONTINUE, InstanceState, Mapper, ORMExecuteState, Session, SessionTransaction, registry
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm import bulk, flush, transactions
-from granite_storage.orm.columns import slots_of
+from granite_storage.orm._interfaces import find_binding
+from granite_storage.orm._util import written_within
+from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.columns import AttachmentType, require_usable, slots_of
 from granite_storage.orm.unit_of_work import Change
 
-__all__ = ["listen", "unlisten"]
+__all__ = ["guard_base", "listen", "release", "require_single", "unlisten"]
 
 
 def listen() -> None:
@@ -39,7 +44,7 @@ def unlisten() -> None:
 
 
 def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
-    bulk.note_flush(session, context)
+    _flushes[session] = weakref.ref(context)
     unit = transactions.known_unit(session)
     if unit is not None:
         # A flush that failed before its first statement ended nothing.
@@ -52,8 +57,16 @@ def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
     for mapper in mappers.values():
         if id(mapper) not in _idle and slots_of(mapper):
             _stay_last(mapper)
-    changes = flush.changes_of(_concerned(written, mappers, slots_of))
+    changes = _changes_of(_concerned(written, mappers, slots_of))
     _save(session, changes, _concerned(deleted, mappers, flush.concerned_tables), weakref.ref(context))
+
+
+def _changes_of(states: list[InstanceState[Any]]) -> list[Change]:
+    changes = flush.changes_of(states)
+    for change in changes:
+        if change.value is not None:
+            require_sound(change.state.mapper)
+    return changes
 
 
 def _stay_last(mapper: Mapper[Any]) -> None:
@@ -95,6 +108,9 @@ def _save(
         flush.save(session, unit, changes, deletions)
 
 
+# The newest flush of each session.
+_flushes: weakref.WeakKeyDictionary[Session, weakref.ref[UOWTransaction]] = weakref.WeakKeyDictionary()
+
 # Mappers of the newest flush, by identity, whose rows are none of our business. The three below are told of each row of each
 # model: they say so at once and ask to be called as SQLAlchemy itself calls (`raw` and `retval`), without a function in between.
 _idle: set[int] = set()
@@ -114,7 +130,7 @@ def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any])
         unit = transactions.known_unit(session)
         if unit is not None:
             unit.flush.has_written = True
-        changes = flush.changes_of([state])
+        changes = _changes_of([state])
         late = [change for change in changes if unit is None or not unit.flush.has_handled(change.marker, change.value)]
         _save(session, late, [])
         _revise(session)
@@ -174,12 +190,27 @@ def _after_flush(session: Session, _: Any) -> None:
 
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     transactions.begin(transaction, connection)
-    bulk.begin_connection(session, connection)
+    if session in bulk.guards:
+        bulk.begin_connection(session, connection)
 
 
 def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
-    if transaction.parent is not None and not transaction.nested:
+    if transaction.parent is not None and not transaction.nested and not _begins_flush(session):
         bulk.begin_transaction(session, transaction)
+
+
+def _begins_flush(session: Session) -> bool:
+    """Tell whether the part of the transaction that has just begun is that of a flush."""
+    found = _flushes.get(session)
+    context = None if found is None else found()
+    return context is not None and context.has_work and getattr(context, "transaction", None) is None
+
+
+def _on_execute(state: ORMExecuteState) -> Result[Any] | None:
+    """Let `bulk` see the statements that write rows."""
+    if isinstance(state.statement, Insert | Update | Delete) or any(written_within(state.statement)):
+        return bulk.on_execute(state)
+    return None
 
 
 def _after_commit(session: Session) -> None:
@@ -192,7 +223,8 @@ def _after_commit(session: Session) -> None:
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    bulk.end_transaction(session, transaction)
+    if session in bulk.guards:
+        bulk.end_transaction(session, transaction)
     unit = transactions.known_unit(session)
     if unit is None:
         return
@@ -201,6 +233,134 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
     elif transaction in unit.frames:
         unit.abandon_flush()
         unit.end_savepoint(transaction)
+
+
+# Refusing at once, at the assignment, what an attachment attribute may not hold.
+
+
+_SEVERAL = re.compile(
+    r"\b(?:list|set|frozenset|tuple|dict|List|Set|FrozenSet|Tuple|Dict|Sequence|MutableSequence|Collection|Iterable|Mapping)\["
+)
+
+_guarded: weakref.WeakSet[Mapper[Any]] = weakref.WeakSet()
+
+# What is wrong with mappers that were declared after their base was bound: SQLAlchemy raises that once, and goes on.
+_refused: weakref.WeakKeyDictionary[Mapper[Any], str] = weakref.WeakKeyDictionary()
+
+
+def release() -> None:
+    """Guard no attribute any more whose base is not bound."""
+    for mapper in list(_guarded):
+        if not _is_bound(mapper):
+            _guarded.remove(mapper)
+            _refused.pop(mapper, None)
+            for slot in slots_of(mapper):
+                attribute = getattr(mapper.class_, slot.key)
+                if event.contains(attribute, "set", _check):  # not so for one that was added to the class later
+                    event.remove(attribute, "set", _check)
+
+
+def require_single(base: Any) -> None:
+    """Refuse a base that has an attribute which is said to hold several attachments, whether its mapper is configured or not.
+
+    Raises:
+        ConfigurationError: It has; nothing was guarded.
+    """
+    for mapper in _mapped_below(base):
+        for key, column in mapper.columns.items():  # its attributes would configure it
+            refusal = _refusal(mapper, key) if isinstance(column.type, AttachmentType) else None
+            if refusal is not None:
+                raise ConfigurationError(refusal)
+
+
+def guard_base(base: Any) -> None:
+    """Guard the mappers that were configured before their base was bound."""
+    for mapper in _mapped_below(base):
+        if mapper.configured:
+            _guard(mapper)
+
+
+def require_sound(mapper: Mapper[Any]) -> None:
+    """Refuse a mapper that was refused when it was configured.
+
+    Raises:
+        ConfigurationError: It was, for what it says.
+    """
+    refusal = _refused.get(mapper) if _refused else None
+    if refusal is not None:
+        raise ConfigurationError(refusal)
+
+
+def _mapped_below(base: Any) -> list[Mapper[Any]]:
+    mappers = getattr(base, "registry", None) or getattr(base, "_sa_registry", None)
+    if not isinstance(mappers, registry):
+        return []
+    # `mappers.mappers` raises while an abstract concrete base waits for its classes
+    return [manager.mapper for manager in list(mappers._managers) if manager.is_mapped]
+
+
+def require_attachment(value: Any, label: str) -> Attachment | None:
+    """Return a value that may be assigned: refs are minted by the manager, and a managed column takes attachments only.
+
+    Raises:
+        InvalidReferenceError: It is neither an attachment nor None.
+    """
+    if value is None or isinstance(value, Attachment):
+        return value
+    raise InvalidReferenceError(
+        f"{label} is a managed attachment column and takes an Attachment or None, not {type(value).__name__}: write"
+        " Attachment(content, filename=...), or Attachment.from_upload(upload)"
+    )
+
+
+def _guard(mapper: Mapper[Any], _: Any = None) -> None:
+    if mapper in _guarded or not _is_bound(mapper):
+        return
+    _guarded.add(mapper)
+    for slot in slots_of(mapper):
+        event.listen(getattr(mapper.class_, slot.key), "set", _check, raw=True, retval=True, include_key=True)
+    try:
+        for slot in slots_of(mapper):
+            require_usable(slot.column)
+            refusal = _refusal(mapper, slot.key)
+            if refusal is not None:
+                raise ConfigurationError(refusal)
+    except ConfigurationError as error:
+        _refused[mapper] = str(error)
+        raise
+
+
+def _refusal(mapper: Mapper[Any], key: str) -> str | None:
+    """Return what is wrong with an attribute that is said to hold several attachments: a column holds one."""
+    for kind in mapper.class_.__mro__:
+        annotation = vars(kind).get("__annotations__", {}).get(key)
+        if annotation is not None:
+            if _SEVERAL.search(annotation if isinstance(annotation, str) else _text_of(annotation)):
+                return (
+                    f"{mapper.class_.__name__}.{key} is annotated as several attachments, but a column holds one: give each file"
+                    " a row of its own, in a table that the model has a relationship to"
+                )
+            return None
+    return None
+
+
+def _text_of(annotation: Any) -> str:
+    return repr(annotation).replace("typing.", "").replace("collections.abc.", "")
+
+
+def _is_bound(mapper: Mapper[Any]) -> bool:
+    return any(find_binding(slot.column_type.table.metadata) is not None for slot in slots_of(mapper))
+
+
+def _check(state: Any, value: Any, _: Any, initiator: Any, **__: Any) -> Any:
+    require_sound(state.mapper)
+    given = require_attachment(value, f"{state.class_.__name__}.{initiator.key}")
+    if given is not None:
+        given._state.note_assignment(state, initiator.key)
+    return given
+
+
+# The listeners.
 
 
 _RAW = {"raw": True, "retval": True}
@@ -215,7 +375,8 @@ _LISTENERS: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (Session, "after_transaction_create", _after_transaction_create, {}),
     (Session, "after_commit", _after_commit, _FIRST),
     (Session, "after_transaction_end", _after_transaction_end, _FIRST),
-    (Session, "do_orm_execute", bulk.on_execute, {}),
+    (Session, "do_orm_execute", _on_execute, {}),
+    (Mapper, "mapper_configured", _guard, {}),
     (Mapper, "before_insert", _before_insert, _RAW),
     (Mapper, "before_update", _before_write, _RAW),
     (Mapper, "before_delete", _before_delete, _RAW),

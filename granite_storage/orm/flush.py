@@ -1,32 +1,44 @@
-"""What a flush does with objects: read the session's state, let `plan` decide, and upload, move, copy and displace."""
+"""What a flush does with objects: read the session's state, let `unit_of_work` decide, and upload, move, copy and displace."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
+from weakref import WeakKeyDictionary
 
-from sqlalchemy import Column, Connection, Table
+from sqlalchemy import Column, Connection, Engine, Table, text
 from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import Intent, StoredObject
-from granite_storage.orm._registry import binding_for, find_binding
-from granite_storage.orm._util import connection_of, in_greenlet, require_wait, wait
-from granite_storage.orm.assignment import require_sound
-from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, primary_key_of, slots_of
-from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows
-from granite_storage.orm.plan import Assigned, FlushPlan, plan_flush, plan_uploads
+from granite_storage.orm._interfaces import Intent, ObjectKey, StoredObject, binding_for, find_binding
+from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, connection_of, in_greenlet, require_wait, root_engine, wait
+from granite_storage.orm.attachment import Attachment, Owner, Status
+from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, keys_of, primary_key_of, slots_of
+from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows, read_refs, read_rows
 from granite_storage.orm.sharing import refers
 from granite_storage.orm.transactions import require_transactions, watch
-from granite_storage.orm.unit_of_work import UNKNOWN, Change, Displacement, FlushState, Frame, UnitOfWork, put_value
+from granite_storage.orm.unit_of_work import (
+    UNKNOWN,
+    Assigned,
+    Change,
+    Displacement,
+    FlushPlan,
+    FlushState,
+    Frame,
+    LogEntry,
+    UnitOfWork,
+    plan_flush,
+    plan_uploads,
+    put_value,
+)
 from granite_storage.orm.uploads import Upload, store, stored_object
-from granite_storage.orm.written import written_log
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
@@ -108,11 +120,7 @@ _ENTITY_BYTES = 100
 
 def changes_of(states: Iterable[InstanceState[Any]]) -> list[Change]:
     """Return the attachment attributes of new and changed instances that a flush will write."""
-    changes = [change for state in states for slot in slots_of(state.mapper) if (change := _change(state, slot)) is not None]
-    for change in changes:
-        if change.value is not None:
-            require_sound(change.state.mapper)
-    return changes
+    return [change for state in states for slot in slots_of(state.mapper) if (change := _change(state, slot)) is not None]
 
 
 def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
@@ -184,7 +192,7 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
     if any(change.value is not None for change in changes):
         require_wait("storing a file", session)
     written = [change for change in changes if change.value is not None and not flush.has_handled(change.marker, change.value)]
-    replaced = {change.old.ref for change in changes if isinstance(change.old, Attachment) and change.old._ref is not None}
+    replaced = {change.old.ref for change in changes if isinstance(change.old, Attachment) and change.old._state.ref is not None}
     # Where every row that gives something up is known, what is certainly held elsewhere is copied before any row is locked.
     knows_all_rows = not deletions and not any(change.old is UNKNOWN for change in changes)
     uploads = plan_uploads(
@@ -209,7 +217,7 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
 
 def _claim(flush: FlushState, attachment: Attachment) -> None:
     """Let the statements of the flush write the ref of an attachment."""
-    attachment._claimed = True
+    attachment._state.claim()
     flush.claims.append(attachment)
 
 
@@ -255,7 +263,7 @@ def _has_left(state: InstanceState[Any], key: str, ref: StoredObjectRef) -> bool
     history = state.get_history(key, PassiveFlag.PASSIVE_NO_INITIALIZE)
     if not history.has_changes():
         return False
-    return not any(isinstance(value, Attachment) and value._ref == ref for value in history.added)
+    return not any(isinstance(value, Attachment) and value._state.ref == ref for value in history.added)
 
 
 def end(session: Session, unit: UnitOfWork) -> None:
@@ -329,7 +337,7 @@ def _copy_all(session: Session, unit: UnitOfWork, frame: Frame, changes: Sequenc
 
 def _is_referred_to(session: Session, change: Change) -> bool:
     """Tell whether a row of the column that an attachment was read from still refers to its object."""
-    original = change.attachment._column_type
+    original = change.attachment._state.column_type
     if original.table.metadata is not change.slot.column_type.table.metadata:
         return True  # another base's, perhaps in another database: that is not known here
     return refers(connection_of(session, change.state), original.column, change.attachment.ref)
@@ -341,17 +349,17 @@ def _store_all(unit: UnitOfWork, frame: Frame, pending: Sequence[tuple[Change, A
         return
     if not in_greenlet():
         for _, attachment in pending:
-            attachment._require_synchronous()
+            attachment._state.require_synchronous()
     wait(store([Upload(attachment, change.slot.column_type, _entity_id(change)) for change, attachment in pending]))
     for change, attachment in pending:
-        _take(unit, frame, attachment)
+        _take(unit, frame, change, attachment)
         unit.flush.handled[change.marker] = attachment
 
 
-def _take(unit: UnitOfWork, frame: Frame, attachment: Attachment) -> None:
+def _take(unit: UnitOfWork, frame: Frame, change: Change, attachment: Attachment) -> None:
     """Let a row take an object that is new to the transaction."""
     stored = stored_object(attachment)
-    attachment._unowned = False
+    attachment._state.take(change.slot.column_type)
     frame.puts.append((stored, attachment))
     unit.flush.puts.append((stored, attachment))
     unit.flush.log.append((stored, True))
@@ -359,19 +367,20 @@ def _take(unit: UnitOfWork, frame: Frame, attachment: Attachment) -> None:
 
 def _assigned(change: Change, replaced: set[StoredObjectRef]) -> Assigned[Change]:
     """Return what is known of the object of a value that a flush is to write."""
-    given = change.attachment
-    if given.is_pending:
-        return Assigned(change, id(given), None)
-    ours = change.binding.manager
-    manager = ours if given._restored or given._home is change.slot.column_type else given.manager
+    value, given = change.attachment, change.attachment._state
+    if given.status is Status.PENDING:
+        return Assigned(change, id(value), None)
+    ours, ref = change.binding.manager, given.require_ref()
+    is_ours = given.owner is Owner.DELETE or given.address is change.slot.column_type
+    manager = ours if is_ours else given.manager
     return Assigned(
         change,
-        id(given),
-        StoredObject(manager, given.ref).key,
-        is_unowned=given._unowned,
-        is_restored=given._restored,
+        id(value),
+        StoredObject(manager, ref).key,
+        is_unowned=given.owner is Owner.NONE,
+        is_restored=given.owner is Owner.DELETE,
         is_of_another_manager=manager is not ours,
-        is_replaced=given.ref in replaced,
+        is_replaced=ref in replaced,
     )
 
 
@@ -477,28 +486,23 @@ def _execute(session: Session, unit: UnitOfWork, frame: Frame, plan: FlushPlan[C
         raise StaleAttachmentError(
             f"the object at {change.attachment.ref.location!r} was to move to another row, but its row does not hold it any more"
         )
-    for change in plan.restore:
-        change.attachment._home = change.slot.column_type
     for change in (*plan.take, *plan.move, *plan.restore):
         change.slot.column_type.require_fit(change.attachment.ref)
     for change in plan.take:
-        _take(unit, frame, change.attachment)
+        _take(unit, frame, change, change.attachment)
     for change in plan.move:
         given = change.attachment
-        given._home = given._home or change.slot.column_type  # a restored one has none yet
-        given._restored = False
+        given._state.take(change.slot.column_type)
         unit.flush.log.append((StoredObject(given.manager, given.ref), True))
         unit.flush.moved.append(change)
     for change in plan.restore:
-        given = change.attachment
-        stored = StoredObject(given.manager, given.ref)
+        stored = StoredObject(change.binding.manager, change.attachment.ref)
         restore_deleted(unit, change.slot.column_type, stored)
         unit.flush.restored_by[stored.key] = unit.flush.restored[-1]
-        given._restored = False
+        change.attachment._state.take(change.slot.column_type)
     for change in plan.copy:
-        given = change.attachment
-        given._home = given._home or change.slot.column_type
-        given._restored = False
+        if change.attachment._state.owner is Owner.DELETE:
+            change.attachment._state.take(change.slot.column_type)
     _copy_all(session, unit, frame, plan.copy)
 
 
@@ -548,3 +552,204 @@ def current_transaction(session: Session) -> Any:
     if not session.in_transaction():
         session.begin()
     return session.get_nested_transaction() or session.get_transaction()
+
+
+# What a flush has really written and deleted, according to its rows, whatever was planned.
+
+
+def written_log(session: Session, unit: UnitOfWork, planned: Iterable[StoredObject]) -> list[LogEntry]:
+    """Return what the flush that has just run its statements did to objects; attachments that no row has taken may be used again.
+
+    Args:
+        session: The session.
+        unit: Its unit of work.
+        planned: The objects that the flush might have put, moved or displaced.
+
+    Raises:
+        StaleAttachmentError: Two rows hold one object now, because the one that was to give it to the other still holds it.
+    """
+    flush = unit.flush
+    is_certain = _certain(session, flush)
+    holders = _read(session, flush, is_certain)
+    puts = {stored.key: attachment for stored, attachment in flush.puts}
+    taken = {stored.key: stored for stored, is_held in flush.log if is_held}
+    certain = {key for key, attachment in puts.items() if attachment.ref in is_certain}
+    log: list[LogEntry] = []
+    for key, stored in {stored.key: stored for stored in planned}.items():
+        if holders[key] > 1 and key in taken:
+            raise _still_holds(stored.ref)
+        if holders[key] or key in certain:
+            claimed = taken.get(key) or unit.displacement(stored)
+            log += [] if claimed is None else [(claimed, True)]
+        elif key in puts:
+            puts[key]._state.release()
+        else:
+            log.append((unit.origin(stored), False))
+    return log
+
+
+def _certain(session: Session, flush: FlushState) -> set[StoredObjectRef]:
+    """Return what the rows that it was written to hold for certain: nothing in the flush or in the database took it away again.
+
+    Only triggers could, where the flush neither deletes nor replaces rows: where their tables have some, the rows are looked at.
+    One that is not found, such as one that a policy hides, is believed to hold what was written.
+    """
+    if flush.deletions or flush.has_successors:
+        return set()
+    written = [change for change in flush.taken if change.attachment._state.is_written]
+    return {change.attachment.ref for change in written} - _taken_away(session, written)
+
+
+def _taken_away(session: Session, written: Sequence[Change]) -> set[StoredObjectRef]:
+    """Return the refs that rows were to hold, and are there without, because a trigger has put something else in their place."""
+    by_table: dict[tuple[Connection, Table], list[Change]] = {}
+    connections: dict[Any, Connection] = {}
+    for change in written:
+        if change.state.obj() is None:
+            continue
+        # Those of one class share a connection, but for a sharded session.
+        kind = change.state.mapper if session.connection_callable is None else change.state
+        connection = connections.get(kind) or connections.setdefault(kind, connection_of(session, change.state))
+        by_table.setdefault((connection, change.slot.column.table), []).append(change)
+    lost: set[StoredObjectRef] = set()
+    for (connection, table), changes in by_table.items():
+        if has_triggers(connection, table):
+            keys = {id(change): keys_of(change.state, table) for change in changes}
+            columns = list(dict.fromkeys(change.slot.column for change in changes))
+            rows = read_rows(connection, table, {key for some in keys.values() for key in some if None not in key}, columns)
+            for change in changes:
+                seen = [rows[key][change.slot.column] for key in keys[id(change)] if key in rows]
+                if seen and all(_is_another(value, change.attachment.ref) for value in seen):
+                    lost.add(change.attachment.ref)
+    return lost
+
+
+def _is_another(value: Any, ref: StoredObjectRef) -> bool:
+    """Tell whether a column holds nothing, or another object; what cannot be understood may be this one."""
+    if not isinstance(value, Attachment):
+        return value is None
+    held = value._state.ref
+    return held is not None and held.location != ref.location
+
+
+def _read(session: Session, flush: FlushState, certain: set[StoredObjectRef]) -> Counter[ObjectKey]:
+    """Return how many of the rows that the flush has to do with hold each object now."""
+    rows = _RowsToRead()
+    for displaced in flush.displaced:
+        if not _is_surely_deleted(flush, displaced):
+            held, state = displaced.held, displaced.state
+            rows.add(displaced.connection, held.column, {held.primary_key})
+            if state is not None and not displaced.deletes:
+                rows.add(displaced.connection, held.column, keys_of(state, held.table))
+    for connection, vanishing in flush.vanishing:
+        for held in vanishing:
+            rows.add(connection, held.column, {held.primary_key})
+    puts = {attachment.ref for _, attachment in flush.puts}
+    for change in flush.taken:
+        if change.attachment.ref not in puts or change.attachment.ref not in certain:
+            instance = change.state.obj()
+            if instance is not None:  # else nothing has kept it, the flush the least
+                column = change.slot.column
+                rows.add(connection_of(session, change.state), column, keys_of(change.state, column.table))
+    return rows.count()
+
+
+def _is_surely_deleted(flush: FlushState, displaced: Displacement) -> bool:
+    """Tell whether a row need not be looked for.
+
+    MariaDB and MySQL skip no DELETE in silence, and there a look at a row that is gone would lock the gap that it has left.
+    """
+    context = None if flush.context is None else flush.context()
+    if not displaced.deletes or context is None or displaced.connection.dialect.name not in ("mysql", "mariadb"):
+        return False
+    return context.states.get(displaced.state) == (True, False)
+
+
+class _RowsToRead:
+    """Rows to look at, by connection and table, and the columns of theirs."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[tuple[Connection, Table], tuple[set[tuple[Any, ...]], set[Column[Any]]]] = {}
+
+    def add(self, connection: Connection, column: Column[Any], keys: Iterable[tuple[Any, ...]]) -> None:
+        wanted, columns = self._wanted.setdefault((connection, column.table), (set(), set()))
+        wanted.update(key for key in keys if None not in key)
+        columns.add(column)
+
+    def count(self) -> Counter[ObjectKey]:
+        return Counter(_key_of(column, ref) for column, ref in self._held())
+
+    def _held(self) -> Iterator[tuple[Column[Any], StoredObjectRef]]:
+        for (connection, table), (keys, columns) in self._wanted.items():
+            # A row may have been asked for by two spellings of its key.
+            found = read_refs(connection, table, keys, [column for column in table.columns if column in columns])
+            yield from {(held.primary_key, held.column): (held.column, held.ref) for held in found}.values()
+
+
+def _key_of(column: Column[Any], ref: StoredObjectRef) -> ObjectKey:
+    column_type: AttachmentType = column.type  # type: ignore[assignment]  # only attachment columns are asked for
+    return StoredObject(column_type.binding().manager, ref).key
+
+
+def _still_holds(ref: StoredObjectRef) -> StaleAttachmentError:
+    return StaleAttachmentError(
+        f"the object at {ref.location!r} was to move to another row, but the row that it was to leave still holds it after the"
+        " flush: a listener or a trigger has changed that row back; flush the two changes one after the other, and the second"
+        " row gets a copy"
+    )
+
+
+# Triggers: whether the database may write something else into a row than the flush did.
+
+
+_SECONDS = 60.0
+"""How long an answer counts: a trigger that is made meanwhile may leave an object to the garbage collector, and loses none."""
+
+_POSTGRESQL = text("""
+    SELECT EXISTS (
+        SELECT 1 FROM pg_trigger WHERE NOT tgisinternal
+            AND (tgrelid = to_regclass(:name) OR tgrelid IN (SELECT relid FROM pg_partition_tree(to_regclass(:name))))
+    ) OR EXISTS (SELECT 1 FROM pg_class WHERE oid = to_regclass(:name) AND relkind = 'r' AND relhasrules)
+""")
+_MARIADB = text("""
+    SELECT EXISTS (
+        SELECT 1 FROM information_schema.triggers
+        WHERE event_object_schema = COALESCE(:schema, DATABASE()) AND event_object_table = :table
+    )
+""")
+_answers: WeakKeyDictionary[Engine, dict[tuple[str | None, str], tuple[float, bool]]] = WeakKeyDictionary()
+
+
+def has_triggers(connection: Connection, table: Table) -> bool:
+    """Tell whether a table has triggers or rules of its own, by the catalogue of the database; remembered for a minute.
+
+    MariaDB shows them only to roles with the privilege TRIGGER, and to others none.
+    """
+    translated: dict[str | None, str | None] = connection.get_execution_options().get(TRANSLATE_MAP) or {}
+    schema = translated.get(table.schema, table.schema)
+    answers = _answers.setdefault(root_engine(connection.engine), {})
+    until, answer = answers.get((schema, table.name), (0.0, False))
+    if time.monotonic() >= until:
+        answer = _ask(connection, schema, table.name)
+        answers[schema, table.name] = (time.monotonic() + _SECONDS, answer)
+    return answer
+
+
+def _ask(connection: Connection, schema: str | None, table: str) -> bool:
+    quote = connection.dialect.identifier_preparer.quote
+    match connection.dialect.name:
+        case "postgresql":
+            name = ".".join(quote(part) for part in (schema, table) if part)
+            found: Any = connection.execute(_POSTGRESQL, {"name": name}, execution_options=UNTRANSLATED).scalar()
+        case "sqlite":
+            # A trigger may be a temporary one, of a table in another file.
+            schemas = {"temp", *(row[1] for row in connection.exec_driver_sql("PRAGMA database_list"))}
+            parts = [
+                f"SELECT 1 FROM {quote(one)}.sqlite_master"  # noqa: S608  # quoted
+                " WHERE type = 'trigger' AND tbl_name = :table COLLATE NOCASE"
+                for one in sorted(schemas)
+            ]
+            found = connection.execute(text(" UNION ALL ".join(parts)), {"table": table}, execution_options=UNTRANSLATED).first()
+        case _:
+            found = connection.execute(_MARIADB, {"schema": schema, "table": table}, execution_options=UNTRANSLATED).scalar()
+    return bool(found)

@@ -299,8 +299,8 @@ def _refs_in(table: Table, columns: Sequence[Column[Any]], row: Row[Any]) -> Ite
     count = len(table.primary_key)
     for column, value in zip(columns, row[count:], strict=True):
         # A value that cannot be decoded says nothing of an object, so there is none to delete.
-        if isinstance(value, Attachment) and value._ref is not None:
-            yield RowRef(table, tuple(row[:count]), column, value._ref)
+        if isinstance(value, Attachment) and value._state.ref is not None:
+            yield RowRef(table, tuple(row[:count]), column, value._state.ref)
 
 
 def among(table: FromClause, keys: Sequence[tuple[Any, ...]]) -> ColumnElement[bool]:

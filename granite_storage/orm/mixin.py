@@ -88,7 +88,7 @@ class StoredContentMixin:
             await session.flush()
         else:
             await new.store(getattr(type(self), self._content_field()))
-        return None if current is None else current._ref, new.ref
+        return None if current is None else current._state.ref, new.ref
 
     async def get_content(self) -> bytes:
         """Return all bytes of the content, verified; see `Attachment.read`.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import wraps
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -36,7 +35,6 @@ from sqlalchemy import (
     type_coerce,
     union_all,
 )
-from sqlalchemy import column as named_column
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import OperationalError
 
@@ -44,7 +42,7 @@ from granite_storage._tasks import shielded
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id, matches_generated_name
 from granite_storage.orm._util import UNTRANSLATED
-from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, location_column_name, location_of, where_json
 from granite_storage.orm.locking import among
 from granite_storage.refs import StoredObjectRef
 
@@ -55,8 +53,6 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import Binding, JournalTables
 
 __all__ = [
-    "LOCATION_COLUMN_PREFIX",
-    "LOCATION_INDEX_PREFIX",
     "UTF_8",
     "RowValue",
     "RowValues",
@@ -69,17 +65,12 @@ __all__ = [
     "following",
     "is_text",
     "iter_model_storage_refs",
-    "location_column_name",
-    "location_index_name",
-    "location_of",
     "most_at_once",
     "named_in",
     "references_among",
     "selected_extra",
     "selected_text",
     "text_encoding",
-    "value_in",
-    "where_json",
     "with_location_column",
 ]
 
@@ -134,53 +125,13 @@ async def iter_model_storage_refs(session: AsyncSession, model: type[Any], colum
         await result.close()
 
 
-# The locations of a column of refs in SQL, the index over them, and the generated column that it needs on MariaDB.
+# The generated columns that MariaDB needs for an index over locations.
 
-
-LOCATION_INDEX_PREFIX = "ix_granite_storage_location_"
-LOCATION_COLUMN_PREFIX = "granite_storage_location_"
 
 _GENERATED = text(
     "SELECT table_schema, table_name, column_name, table_schema = DATABASE() FROM information_schema.columns"
     " WHERE table_name IN :tables AND column_name IN :names"
 ).bindparams(bindparam("tables", expanding=True), bindparam("names", expanding=True))
-
-_LONGEST_NAME = 63
-_DIGITS = 8
-
-
-def location_index_name(table: str, column: str) -> str:
-    """Return the name of the index over a column's locations; it fits every database."""
-    return _fitting(LOCATION_INDEX_PREFIX, f"{table}_{column}")
-
-
-def location_column_name(column: str) -> str:
-    """Return the name of the generated column that holds another column's locations, where no index can be on an expression."""
-    return _fitting(LOCATION_COLUMN_PREFIX, column)
-
-
-def location_of(
-    column: Column[Any], dialect: str, *, is_generated: bool = False
-) -> tuple[ColumnElement[str], ColumnElement[str]]:
-    """Return the backend and the location of a column's refs in SQL, spelled as an index over them would be.
-
-    The keys are literals: a database uses an index on an expression only for the very same expression.
-
-    Args:
-        column: The column of refs.
-        dialect: The name of the database.
-        is_generated: Whether its table has a generated column with the locations.
-    """
-    generated: ColumnElement[str] = named_column(location_column_name(column.name), Text())
-    return value_in(column, "backend", dialect), generated if is_generated else value_in(column, "location", dialect)
-
-
-def value_in(column: Column[Any], key: str, dialect: str) -> ColumnElement[str]:
-    """Return a text that the refs of a column have under a key, in SQL; the key is trusted."""
-    if dialect == "postgresql":
-        return column.op("->>", return_type=Text())(literal_column(f"'{key}'"))
-    extract = func.json_extract if dialect == "sqlite" else func.json_value
-    return extract(column, literal_column(f"'$.{key}'"), type_=Text())
 
 
 async def with_location_column(connection: AsyncConnection, columns: Collection[Column[Any]]) -> set[Column[Any]]:
@@ -205,15 +156,6 @@ def _may_have_some(dialect: Dialect, columns: Collection[Column[Any]]) -> bool:
 
 def _places(schema: str, table: str, name: str, is_default: bool) -> list[tuple[str | None, str, str]]:
     return [(schema, table, name), *([(None, table, name)] if is_default else [])]
-
-
-def _fitting(prefix: str, rest: str) -> str:
-    """Cut a name that is too long, and let digits tell it from others that begin alike."""
-    if len(f"{prefix}{rest}".encode()) <= _LONGEST_NAME:
-        return f"{prefix}{rest}"
-    digits = sha256(rest.encode()).hexdigest()[:_DIGITS]
-    room = _LONGEST_NAME - len(prefix) - _DIGITS - 1
-    return f"{prefix}{rest.encode()[:room].decode(errors='ignore')}_{digits}"
 
 
 # Every ref of a base, as the database has it: in the order of primary keys, a page at a time.
@@ -395,11 +337,6 @@ def as_stored(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
 def _selected(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
     """Return a column as it can be selected whatever it holds: a text that is not valid would spoil every row of SQLite."""
     return cast(column, LargeBinary) if dialect.name == "sqlite" else as_stored(column, dialect)
-
-
-def where_json(column: Column[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return what SQLite finds in a column's JSON, and NULL where that is none, instead of an error."""
-    return case((func.json_valid(column) == 1, value))
 
 
 def is_text(value: str) -> bool:

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Column, CompoundSelect, Connection, Engine, Text, bindparam, func, select, union_all
 from sqlalchemy.exc import DBAPIError
 
-from granite_storage.orm._registry import active_bindings
+from granite_storage.orm._interfaces import active_bindings
 from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, batches, codes_of, without_pool
-from granite_storage.orm.catalogue import Place, describe_obstacles, mentions_at, read_catalogue
-from granite_storage.orm.columns import attachment_tables
+from granite_storage.orm.columns import attachment_tables, location_of, where_json
+from granite_storage.orm.discovery import Place, describe_obstacles, mentions_at, read_catalogue
 from granite_storage.orm.locking import among
-from granite_storage.orm.references import location_of, where_json
 
 if TYPE_CHECKING:
     from granite_storage.orm._interfaces import StoredObject

@@ -1,4 +1,4 @@
-"""What one session's transaction did to objects, and what follows when it ends: decisions only, no I/O.
+"""What a session's transaction does to objects, what a flush is to do, and what follows at the end: decisions only, no I/O.
 
 Each savepoint has a frame of its own, a log of what happened in it. A released savepoint's log is added to its parent's; one
 that is rolled back leaves nothing but the objects it put, which then have no row. Only the end of the outermost transaction says
@@ -13,10 +13,10 @@ which objects go:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
 
 from sqlalchemy.orm import LoaderCallableStatus
 
@@ -32,7 +32,22 @@ if TYPE_CHECKING:
     from granite_storage.orm.columns import Slot
     from granite_storage.orm.locking import CountedDeletes, RowRef
 
-__all__ = ["UNKNOWN", "Change", "Displacement", "FlushState", "Frame", "LogEntry", "Outcome", "UnitOfWork", "put_value"]
+__all__ = [
+    "UNKNOWN",
+    "Assigned",
+    "Change",
+    "Displacement",
+    "FlushPlan",
+    "FlushState",
+    "Frame",
+    "LogEntry",
+    "Outcome",
+    "UnitOfWork",
+    "UploadPlan",
+    "plan_flush",
+    "plan_uploads",
+    "put_value",
+]
 
 LogEntry: TypeAlias = "tuple[StoredObject, bool]"
 
@@ -133,7 +148,7 @@ class Displacement:
 
 @dataclass(slots=True, eq=False)
 class FlushState:
-    """What one flush is to do; what it has really done is asked of the rows when it has ended: see `written`."""
+    """What one flush is to do; what it has really done is asked of the rows when it has ended."""
 
     # SQLAlchemy's own record of the flush, which knows its session.
     context: weakref.ref[UOWTransaction] | None = None
@@ -221,7 +236,7 @@ class UnitOfWork:
         puts = self.flush.puts
         self._forget_flush()
         for _, attachment in puts:
-            attachment._unowned = True
+            attachment._state.release()
 
     def end_savepoint(self, transaction: SessionTransaction) -> None:
         """Close the frame of a savepoint; what happened in it survives only if it was released."""
@@ -232,7 +247,7 @@ class UnitOfWork:
             return
         self.to_delete += [stored for stored, _ in frame.puts]
         for _, attachment in frame.puts:
-            attachment._undo()
+            attachment._state.undo()
 
     def close(self, transaction: SessionTransaction) -> Frame:
         """Return the frame of the outermost transaction; savepoints that have not ended by themselves end with it, undone."""
@@ -240,7 +255,7 @@ class UnitOfWork:
         for inner in self.frames.values():
             self.to_delete += [stored for stored, _ in inner.puts]
             for _, attachment in inner.puts:
-                attachment._undo()
+                attachment._state.undo()
         self.frames.clear()
         return frame
 
@@ -261,11 +276,11 @@ class UnitOfWork:
         latest = _latest(frame.log)
         for stored, attachment in frame.puts:
             # Whatever the outcome of a COMMIT that was cut off: bytes are stored anew where the same attachment is tried again.
-            is_taken = not attachment._reusable if outcome is Outcome.UNKNOWN else stored.key in latest
+            is_taken = not attachment._state.is_repeatable if outcome is Outcome.UNKNOWN else stored.key in latest
             if outcome is Outcome.ROLLED_BACK or not is_taken:
-                attachment._undo()
+                attachment._state.undo()
             else:
-                attachment._settle()
+                attachment._state.settle()
         match outcome:
             case Outcome.COMMITTED:
                 dropped = [stored for stored, held in latest.values() if not held]
@@ -285,7 +300,7 @@ class UnitOfWork:
         for counted in self.flush.counted:
             counted.close()
         for attachment in self.flush.claims:
-            attachment._forget_claim()
+            attachment._state.end_claim()
         self.flush = FlushState()
 
 
@@ -299,3 +314,142 @@ def _enclosing(transaction: SessionTransaction) -> SessionTransaction | None:
     while outer is not None and outer.parent is not None and not outer.nested:
         outer = outer.parent
     return outer
+
+
+# What a flush is to do with the objects of the values that it writes.
+#
+# Two decisions are made. Before a connection is held: which values are uploaded, and which objects are certainly held elsewhere,
+# so that their rows get copies. When the rows are locked and it is known what they give up: which objects move to another row,
+# and which are copied after all.
+
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned(Generic[C]):
+    """A value that a flush writes into a row, and what is known of its object.
+
+    Attributes:
+        change: The change that writes it.
+        value: Identifies the value: one may be assigned to several rows.
+        object: Identifies its object; None while it is pending.
+        is_unowned: Whether the object was stored before the transaction, and no row has taken it.
+        is_restored: Whether it undoes the delete that its object waits for.
+        is_of_another_manager: Whether the column's manager is another one than that of the object.
+        is_replaced: Whether a row of the same flush held it until now, as far as the session knows.
+    """
+
+    change: C
+    value: Hashable
+    object: Hashable | None
+    is_unowned: bool = False
+    is_restored: bool = False
+    is_of_another_manager: bool = False
+    is_replaced: bool = False
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it is still to be uploaded."""
+        return self.object is None
+
+
+@dataclass(slots=True)
+class UploadPlan(Generic[C]):
+    """What is done before a connection is held.
+
+    Attributes:
+        put: The changes whose pending values are uploaded.
+        copy: The changes that get a copy, because another row certainly keeps the object.
+        undecided: The changes that wait until the rows are locked.
+    """
+
+    put: list[C] = field(default_factory=list)
+    copy: list[C] = field(default_factory=list)
+    undecided: list[C] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class FlushPlan(Generic[C]):
+    """What is done once the rows are locked.
+
+    Attributes:
+        take: The changes whose rows take an object that no row has held.
+        move: The changes whose rows take over what another row gives up.
+        restore: The changes whose rows take an object back that waits to be deleted.
+        copy: The changes that get a copy.
+        stale: The changes whose objects were to move, but whose rows do not hold them any more.
+    """
+
+    take: list[C] = field(default_factory=list)
+    move: list[C] = field(default_factory=list)
+    restore: list[C] = field(default_factory=list)
+    copy: list[C] = field(default_factory=list)
+    stale: list[C] = field(default_factory=list)
+
+
+def plan_uploads(assigned: Iterable[Assigned[C]], *, history: Mapping[Any, bool], knows_all_rows: bool) -> UploadPlan[C]:
+    """Decide what is uploaded and copied before a connection is held.
+
+    Args:
+        assigned: The values, in the order of the changes.
+        history: The objects that the transaction has had to do with: True where a row holds it, False where one gave it up.
+        knows_all_rows: Whether the session knows of each row what it gives up; otherwise nothing is copied yet.
+    """
+    plan: UploadPlan[C] = UploadPlan()
+    uploaded: set[Hashable] = set()
+    for item in assigned:
+        if item.is_pending and item.value not in uploaded:
+            uploaded.add(item.value)
+            plan.put.append(item.change)
+        elif knows_all_rows and (item.is_pending or not _may_move(item, history)):
+            plan.copy.append(item.change)
+        else:
+            plan.undecided.append(item.change)
+    return plan
+
+
+def plan_flush(assigned: Iterable[Assigned[C]], *, displaced: Collection[Hashable], history: Mapping[Any, bool]) -> FlushPlan[C]:
+    """Decide what becomes of the objects of stored values, now that the rows are locked.
+
+    An object has one row at most: the first that wants it takes it, the others get copies.
+
+    Args:
+        assigned: The values, none of them pending, in the order of the changes.
+        displaced: The objects that the locked rows give up.
+        history: The objects that the transaction has had to do with before, as for `plan_uploads`.
+    """
+    plan: FlushPlan[C] = FlushPlan()
+    is_held = {**history, **dict.fromkeys(displaced, False)}
+    used: set[Hashable] = set()
+    restored: set[Hashable] = set()
+    for item in assigned:
+        is_first = item.value not in used
+        if not _may_move(item, is_held, is_first=is_first):
+            plan.copy.append(item.change)
+            continue
+        used.add(item.value)
+        if is_first and item.is_unowned:
+            plan.take.append(item.change)
+        elif is_held.get(item.object) is False:
+            plan.move.append(item.change)
+        elif is_first and item.is_restored and item.object not in restored:
+            restored.add(item.object)  # the journal knows whether it waits; another row of this flush gets a copy
+            plan.restore.append(item.change)
+        elif item.object in is_held:
+            plan.copy.append(item.change)
+            continue
+        else:
+            plan.stale.append(item.change)
+            continue
+        is_held[item.object] = True
+    return plan
+
+
+def _may_move(item: Assigned[C], is_held: Mapping[Any, bool], *, is_first: bool = True) -> bool:
+    """Tell whether a row may take an object over: no row holds it yet, or one gives it up in this transaction."""
+    if item.is_restored and is_first:
+        return True
+    if item.is_of_another_manager:
+        return False
+    return (item.is_unowned and is_first) or item.is_replaced or is_held.get(item.object) is False

@@ -15,13 +15,13 @@ from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._util import can_wait, in_greenlet, wait
+from granite_storage.orm.attachment import Attachment, Owner
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from granite_storage._engine import PreparedUpload
     from granite_storage.orm._interfaces import Binding, ColumnType, Journal, UploadLease
-    from granite_storage.orm.attachment import Attachment
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["Upload", "discard", "remove", "remove_now", "store", "stored_object"]
@@ -94,7 +94,7 @@ async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> N
 async def _delete(item: StoredObject, places: asyncio.Semaphore) -> None:
     async with places:
         try:
-            await item.manager.delete(item.ref)
+            await item.manager._engine.delete(item.ref)
         except asyncio.CancelledError:
             logger.warning("deleting the object %r was broken off; it is left to the garbage collector", item.ref.location)
         except Exception:
@@ -142,7 +142,7 @@ class Upload:
 
 def stored_object(attachment: Attachment) -> StoredObject:
     """Return the object of a stored attachment, with the intent that stands for it until a row has taken it."""
-    return StoredObject(attachment.manager, attachment.ref, attachment._intent)
+    return StoredObject(attachment.manager, attachment.ref, attachment._state.intent)
 
 
 async def store(uploads: Sequence[Upload]) -> None:
@@ -154,7 +154,7 @@ async def store(uploads: Sequence[Upload]) -> None:
     if not uploads:
         return
     prepared = [
-        upload.attachment._prepare(upload.binding.manager_for(upload.column_type), upload.column_type, upload.entity_id)
+        upload.attachment._state.prepare(upload.column_type.manager_in(upload.binding), upload.column_type, upload.entity_id)
         for upload in uploads
     ]
     leases = await _begin(uploads, prepared)
@@ -174,9 +174,9 @@ async def discard(attachments: Iterable[Attachment], *, cancelled: bool = False)
     From then on they are pending, and their streams are consumed: a flush that comes later refuses them. A cancelled caller
     leaves to the journal what it knows of. What could not be removed is logged, and left to the journal or the collector.
     """
-    unowned = [attachment for attachment in attachments if attachment._unowned]
+    unowned = [attachment for attachment in attachments if attachment._state.owner is Owner.NONE]
     for attachment in unowned:
-        attachment._discarded = True
+        attachment._state.discard()
     await _undo(unowned, cancelled)
 
 
@@ -187,12 +187,12 @@ async def _begin(uploads: Sequence[Upload], prepared: Sequence[PreparedUpload]) 
         concerned = [(upload, item) for upload, item in zip(uploads, prepared, strict=True) if upload.binding.journal is journal]
         leases[journal] = lease = await journal.begin_uploads([item for _, item in concerned])
         for (upload, _), intent_id in zip(concerned, lease.ids, strict=True):
-            upload.attachment._intent = Intent(journal, intent_id)
+            upload.attachment._state.record(Intent(journal, intent_id))
     return leases
 
 
 async def _put(upload: Upload, prepared: PreparedUpload, lease: UploadLease | None) -> None:
-    intent = upload.attachment._intent
+    intent = upload.attachment._state.intent
     if lease is None or intent is None:
         await _put_verified(upload, prepared)
         return
@@ -207,9 +207,10 @@ async def _put(upload: Upload, prepared: PreparedUpload, lease: UploadLease | No
 
 
 async def _put_verified(upload: Upload, prepared: PreparedUpload) -> None:
-    await upload.attachment._put(upload.binding.manager, upload.column_type, prepared)
+    state = upload.attachment._state
+    ref = await state.put(upload.binding.manager, upload.column_type, prepared)
     if upload.verify is not None:
-        upload.attachment._ref = await upload.verify(upload.attachment.ref)
+        state.correct(await upload.verify(ref))
 
 
 async def _side_by_side(work: Sequence[Callable[[], Awaitable[None]]], leases: Sequence[UploadLease]) -> None:
@@ -235,9 +236,9 @@ async def _side_by_side(work: Sequence[Callable[[], Awaitable[None]]], leases: S
 
 async def _undo(attachments: Sequence[Attachment], cancelled: bool) -> None:
     """Leave nothing of uploads that no row has seen; what was cut off is as little to be trusted as what has failed."""
-    stored = [stored_object(attachment) for attachment in attachments if attachment._ref is not None]
-    intents = [attachment._intent for attachment in attachments if attachment._intent is not None]
+    stored = [stored_object(attachment) for attachment in attachments if attachment._state.ref is not None]
+    intents = [intent for attachment in attachments if (intent := attachment._state.intent) is not None]
     for attachment in attachments:
-        attachment._undo()
+        attachment._state.undo()
     plain = [item for item in stored if item.intent is None]
     await shielded_cleanup(remove(plain, [] if cancelled else intents), "removing uploads that no row has taken")

@@ -11,8 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import Attachment, StorageJournal, StorageManager, StoragePolicy, attachment, bind_storage, journal_tables
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.orm.columns import StoredObjectRefType
-from granite_storage.orm.references import location_column_name, location_index_name, location_of
+from granite_storage.orm.columns import StoredObjectRefType, location_column_name, location_index_name, location_of
 from tests.alembic.conftest import Target
 from tests.alembic.project import Project
 from tests.alembic.test_autogenerate import MODELS, NOTHING

@@ -53,7 +53,7 @@ def make(path: Path, encoding: str) -> None:
 async def test_references_are_seen(env: GcEnvironment) -> None:
     derived = await env.orphan()
     given = file("c")
-    given._extra = {"thumbnail": derived.location}
+    given._state.extra = {"thumbnail": derived.location}
     await env.add(*[Crate(id=number, file=file(str(number)), scan=await env.orphan()) for number in range(1, 4)])
     await env.add(Crate(id=9, file=given))
     kept, orphan = await env.locations(), await env.orphan()

@@ -57,7 +57,7 @@ class TestMoving:
 
     async def test_what_the_ref_says_of_the_file_stays(self, env: MigrationEnvironment) -> None:
         given = file("a")
-        given._extra = {"own": 1}
+        given._state.extra = {"own": 1}
         await env.add(Shelf(id=1, file=given))
         raw = json.dumps({**(await env.refs())[0].to_dict(), "from_the_future": [1]})
         await env.set_raw(1, raw)

@@ -261,7 +261,7 @@ class TestRemovals:
             await session.commit()
             assert len(transactions._units) == before
             assert doc.file is not None
-            assert doc.file._source is None
+            assert doc.file._state.source is None
             await session.execute(text("SELECT 1"))
         assert len(transactions._units) == before
 

@@ -13,6 +13,7 @@ from granite_storage import StorageManager
 from granite_storage.orm import Attachment, AttachmentType
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm._util import deferred_cancellation
+from granite_storage.orm.attachment import Owner
 from granite_storage.orm.columns import Tables
 from granite_storage.orm.unit_of_work import Outcome, UnitOfWork
 from granite_storage.refs import StoredObjectRef
@@ -40,7 +41,7 @@ def put(unit: UnitOfWork, where: SessionTransaction, *names: str) -> list[Attach
     made = []
     for name in names:
         attachment, item = Attachment(b"x"), stored(name)
-        attachment._ref = item.ref
+        attachment._state.correct(item.ref)
         unit.frame(where).puts.append((item, attachment))
         unit.frame(where).log.append((item, True))
         made.append(attachment)
@@ -118,12 +119,12 @@ def test_history() -> None:
 def test_abandoned_flush_leaves_its_objects_to_nobody() -> None:
     unit, root = UnitOfWork(), transaction()
     attachment, item = Attachment(b"x"), stored("new")
-    attachment._ref = item.ref
+    attachment._state.correct(item.ref)
     unit.frame(root).puts.append((item, attachment))
     unit.flush.puts.append((item, attachment))
     unit.flush.log += [(item, True), (stored("old"), False)]
     unit.abandon_flush()
-    assert attachment._unowned
+    assert attachment._state.owner is Owner.NONE
     assert removed(unit, root, Outcome.COMMITTED) == {"new"}
     assert attachment.is_pending
 

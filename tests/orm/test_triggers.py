@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from granite_storage.orm import written
+from granite_storage.orm import flush
 from tests.orm.databases import Database
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 
@@ -15,11 +15,11 @@ from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 @pytest.fixture(params=["hooks", "journal"])
 async def env(request: pytest.FixtureRequest, database: Database) -> AsyncIterator[OrmEnvironment]:
     """Environments without a journal and with one, where the database can have one."""
-    written._answers.clear()
+    flush._answers.clear()
     async with orm_environment(database, journaled=request.param == "journal" and not database.is_sqlite) as env:
         yield env
         await env.check()
-    written._answers.clear()
+    flush._answers.clear()
 
 
 @asynccontextmanager
@@ -48,7 +48,7 @@ async def trigger(env: OrmEnvironment, event: str, value: str) -> AsyncIterator[
 async def test_update_that_keeps_the_old_value(env: OrmEnvironment) -> None:
     await env.add(Doc(id=1, file=file("a")))
     async with trigger(env, "UPDATE", "OLD.file"):
-        written._answers.clear()
+        flush._answers.clear()
         async with env.sessions.begin() as session:
             (await session.get_one(Doc, 1)).file = file("b")
         await env.check(file_1="a")
@@ -91,8 +91,8 @@ async def test_inside_a_savepoint(env: OrmEnvironment) -> None:
 
 async def test_the_catalogue_is_asked_once(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    original = written._ask
-    monkeypatch.setattr(written, "_ask", lambda *args: asked.append(args[2]) or original(*args))
+    original = flush._ask
+    monkeypatch.setattr(flush, "_ask", lambda *args: asked.append(args[2]) or original(*args))
     for number in range(1, 4):
         await env.add(Doc(id=number, file=file("a")))
     assert asked == ["doc"]
@@ -102,7 +102,7 @@ async def test_the_catalogue_is_asked_once(env: OrmEnvironment, monkeypatch: pyt
 async def test_sessions_with_maps_of_other_keys(env: OrmEnvironment) -> None:
     """SQLAlchemy compiles a statement for one set of keys of a `schema_translate_map`, and refuses it with another one."""
     for mapping in ({"tenant": None}, {None: None}):
-        written._answers.clear()
+        flush._answers.clear()
         async with env.engine.connect() as connection:
             mapped = await connection.execution_options(schema_translate_map=mapping)
-            assert not await mapped.run_sync(written.has_triggers, Doc.__table__)
+            assert not await mapped.run_sync(flush.has_triggers, Doc.__table__)

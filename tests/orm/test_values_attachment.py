@@ -102,7 +102,7 @@ class TestPending:
         given = {"text": "a \\u0000 that is only spelled out, \U0001f600", "list": [1]}
         file = Attachment(b"abc", extra=given)
         given["text"] = "changed"
-        assert file._extra == {"text": "a \\u0000 that is only spelled out, \U0001f600", "list": [1]}
+        assert file._state.extra == {"text": "a \\u0000 that is only spelled out, \U0001f600", "list": [1]}
 
     @pytest.mark.parametrize(
         "make",

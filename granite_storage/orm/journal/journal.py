@@ -13,8 +13,7 @@ from uuid import UUID
 
 from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._interfaces import Intent, JournalTables
-from granite_storage.orm._registry import active_bindings
+from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings
 from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging

@@ -11,9 +11,9 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._util import TRANSLATE_MAP, batches
-from granite_storage.orm.catalogue import Place, describe_obstacles, mentions_at, read_catalogue
+from granite_storage.orm.columns import location_of
+from granite_storage.orm.discovery import Place, describe_obstacles, mentions_at, read_catalogue
 from granite_storage.orm.journal.database import JournalPool, effective, read_translations
-from granite_storage.orm.references import location_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Row

@@ -18,6 +18,7 @@ from granite_storage.exceptions import BackendError
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm import Attachment, bind_storage
+from granite_storage.orm.attachment import Owner
 from granite_storage.orm.journal.direct_uploads import Staging
 from granite_storage.orm.journal.tables import STAGING, clock
 from granite_storage.testing import Operation
@@ -119,7 +120,7 @@ async def test_finished_twice(env: OrmEnvironment, uploads: DirectUploads, clien
     assert await intents(env) == [STAGING, "upload"]
     third = await other.finish(upload.token, Doc.file)
     assert third.ref == first.ref
-    await env.add(Doc(id=1, file=first if first._unowned else second), Doc(id=2, file=third))
+    await env.add(Doc(id=1, file=first if first._state.owner is Owner.NONE else second), Doc(id=2, file=third))
     assert (await uploads.finish(upload.token, Doc.file)).ref == first.ref
     await env.recover()
     await env.check(file_1=CONTENT, file_2=CONTENT)

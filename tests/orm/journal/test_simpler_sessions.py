@@ -14,6 +14,7 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import InvalidReferenceError
 from granite_storage.orm import Attachment, StorageJournal, bulk, flush, uploads
 from granite_storage.orm._interfaces import StoredObject
+from granite_storage.orm.attachment import AttachmentState
 from granite_storage.orm.unit_of_work import UnitOfWork
 from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.variants import (
@@ -79,7 +80,7 @@ async def rolled_back_though_referenced(env: OrmEnvironment, _: pytest.MonkeyPat
     async with env.sessions() as session:
         session.add(Doc(id=1, file=stored))
         await session.flush()
-        stored._claimed = True
+        stored._state.claim()
         async with env.engine.begin() as connection:
             await connection.execute(update(Doc).where(Doc.id == 2).values(other=stored))
         await session.rollback()
@@ -158,7 +159,7 @@ def deleting_where_a_savepoint_is_rolled_back(patch: pytest.MonkeyPatch) -> None
             original(self, transaction)
             return
         for stored, attachment in self.frames.pop(transaction).puts:
-            attachment._unowned = True
+            attachment._state.release()
             delete_at_once(stored)
 
     patch.setattr(UnitOfWork, "end_savepoint", end_savepoint)
@@ -214,11 +215,7 @@ def deleting_at_a_rollback(patch: pytest.MonkeyPatch) -> None:
 
 def deleting_at_a_rollback_and_forgetting_nothing(patch: pytest.MonkeyPatch) -> None:
     """The attachment goes on to be the object that is deleted."""
-
-    def keep(attachment: Attachment) -> None:
-        attachment._unowned = True
-
-    patch.setattr(Attachment, "_undo", keep)
+    patch.setattr(AttachmentState, "undo", AttachmentState.release)
     deleting_at_a_rollback(patch)
 
 
@@ -255,7 +252,7 @@ def writing_past_the_hooks(patch: pytest.MonkeyPatch) -> None:
         for _name, value in bulk._values(statement, state.parameters):
             value = getattr(value, "value", value)
             if isinstance(value, Attachment):
-                value._claimed = True
+                value._state.claim()
 
     patch.setattr(bulk, "_refuse_values", accept)
 

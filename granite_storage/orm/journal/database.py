@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -173,16 +174,21 @@ class JournalPool:
 
 
 class _Engines:
-    """The engines of a pool: one, and another for the event loop of synchronous callers, where connections belong to a loop."""
+    """The engines of a pool: one, and another for the event loop of synchronous callers, where connections belong to a loop.
+
+    A forked child makes its own and closes none of its parent's connections.
+    """
 
     def __init__(self, make: Callable[[], AsyncEngine]) -> None:
         self._make = make
         self._first = make()
         self._on_portal: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
+        self._process = os.getpid()
 
     @property
     def of_caller(self) -> AsyncEngine:
         """The one that the running event loop uses."""
+        self._leave_to_parent()
         if not (portal.is_here and self._first.dialect.is_async):
             return self._first
         loop = asyncio.get_running_loop()
@@ -194,6 +200,7 @@ class _Engines:
 
     async def aclose(self) -> None:
         """Close all connections."""
+        self._leave_to_parent()
         await self._first.dispose()
         if portal.is_used_by(self):
             await portal.run_here(self._dispose_on_portal())
@@ -201,9 +208,16 @@ class _Engines:
 
     def dispose(self) -> None:
         """Close all connections from within an event of SQLAlchemy; those of the other loop some time later."""
+        self._leave_to_parent()
         self._first.sync_engine.dispose()
         if portal.is_used_by(self):
             portal.run_later(self._dispose_on_portal())
+
+    def _leave_to_parent(self) -> None:
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._first.sync_engine.dispose(close=False)
+            self._on_portal.clear()
 
     async def _dispose_on_portal(self) -> None:
         engine = self._on_portal.get(asyncio.get_running_loop())

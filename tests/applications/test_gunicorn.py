@@ -1,0 +1,59 @@
+"""gunicorn with two synchronous workers, whose application was loaded before the fork."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.applications.processes import Program, running, until
+from tests.core.support import files_below
+
+
+@pytest.fixture
+def server(tmp_path: Path, database_url: str) -> Iterator[Program]:
+    options = ["--workers", "2", "--worker-class", "sync", "--preload", "--bind", "127.0.0.1:0", "--no-control-socket"]
+    variables = {"APP_FOLDER": str(tmp_path), "DATABASE_URL": database_url}
+    log = tmp_path / "gunicorn.log"
+    with running("gunicorn", *options, "tests.applications.gunicorn_app:app", log=log, environment=variables) as program:
+        until(
+            lambda: program.said().count("Booting worker") == 2 or program.process.poll() is not None,
+            "gunicorn does not start",
+        )
+        yield program
+
+
+@pytest.fixture
+def client(server: Program) -> Iterator[httpx.Client]:
+    found = re.search(r"Listening at: (http://\S+)", server.said())
+    assert found is not None, server.said()
+    with httpx.Client(base_url=found[1], timeout=60) as client:
+        yield client
+
+
+def test_uploads_downloads_and_deletes(client: httpx.Client, server: Program, tmp_path: Path) -> None:
+    def upload(number: int) -> int:
+        files = {"file": (f"{number}.txt", bytes(number * 50_000), "text/plain")}
+        answer = client.post(f"/documents/{number}", files=files)
+        assert answer.status_code == 200, server.said()
+        return int(answer.json()["process"])
+
+    with ThreadPoolExecutor(4) as pool:
+        processes = set(pool.map(upload, range(1, 21)))
+    assert len(processes) == 2
+    assert not processes & {server.process.pid, os.getpid()}
+
+    answer = client.get("/documents/20")
+    assert answer.content == bytes(1_000_000)
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert client.get("/documents/0").content == b"before the fork"
+
+    assert client.delete("/documents/20").status_code == 200
+    assert client.get("/documents/20").status_code == 404
+    assert client.post("/documents/21?fails=1", files={"file": ("a.txt", b"in vain")}).status_code == 500
+    assert len(files_below(tmp_path / "files")) == 20

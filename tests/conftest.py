@@ -20,6 +20,7 @@ import pytest
 from blockbuster import BlockBuster
 from hypothesis import settings
 
+from granite_storage._portal import portal
 from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
@@ -247,6 +248,7 @@ def _nothing_left(
     descriptors = _descriptors(str(_temporary_folder))
     yield
     turn = functools.partial(_turn, _started_loop)
+    portal.close()  # the loop of synchronous callers is the process's
     _close_generators(_started_loop, generators)
     _require_settled("threads", turn, lambda: [thread.name for thread in _own_threads(threads)])
     _require_settled("open files or connections", turn, lambda: sorted(_descriptors(str(_temporary_folder)) - descriptors))

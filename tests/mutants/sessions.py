@@ -220,8 +220,8 @@ MUTANTS = [
         name="sessions-cancelled-removal-stops",
         rule="Objects of an ended transaction are deleted to the end, though the task is cancelled meanwhile.",
         path="granite_storage/orm/uploads.py",
-        old="await_only(shielded_cleanup(work, what))",
-        new="await_only(work)",
+        old="wait(shielded_cleanup(work, what))",
+        new="wait(work)",
         tests=("tests/orm/test_cancelled_removal.py",),
     ),
     Mutant(
@@ -351,7 +351,7 @@ MUTANTS = [
         path="granite_storage/orm/_util.py",
         old="    return in_greenlet() or not (is_async or portal.is_here)\n",
         new="    return in_greenlet()\n",
-        tests=("tests/orm/synchronous/test_scenarios.py::TestRollback::test_of_an_insert[sqlite-begin-plain]",),
+        tests=("tests/orm/synchronous/test_sources.py::test_scoped_session",),
     ),
     Mutant(
         name="sessions-synchronous-reads-an-async-stream",

@@ -110,11 +110,13 @@ class Portal:
 
     def add_user(self, user: object) -> None:
         """Keep the loop running until the user is released; for callers on the loop."""
-        self._users.add(user)
+        with self._lock:
+            self._users.add(user)
+            self._is_ending = False
 
     def is_used_by(self, user: object) -> bool:
         """Tell whether somebody has used the loop, and was not released since."""
-        return user in self._users
+        return self._loop is not None and user in self._users
 
     def release(self, user: object) -> None:
         """Note that a user needs the loop no more; it ends some time after the last one is released."""
@@ -161,6 +163,8 @@ class Portal:
         with self._lock:
             if call is not None:
                 self._calls.discard(call)
+            if self._loop is None or self._stop is None:
+                self._is_ending = False
             if not self._is_ending or self._calls or self._loop is None or self._stop is None:
                 return
             loop, stop = self._loop, self._stop

@@ -99,6 +99,24 @@ def _all(_: pytest.Item, __: dict[str, Any]) -> bool:
     return True
 
 
+def _repeats_sessions(item: pytest.Item, params: dict[str, Any]) -> bool:
+    """Tell whether a case with synchronous sessions repeats others."""
+    if "env" not in params:
+        return False
+    if item.function.__module__ != "tests.orm.test_scenarios":  # type: ignore[attr-defined]
+        return True
+    match params["database"], params["env"]:
+        case "sqlite-begin", "plain":
+            return False
+        case "psycopg", "journaled":
+            return not _name_of(item).startswith(ON_EVERY_DATABASE["tests/orm/test_scenarios.py"])
+    return True
+
+
+def _name_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[2]
+
+
 PREFIXED_AT_SERVICE = (
     "test_aborted_upload",
     "test_batch",
@@ -135,6 +153,12 @@ INDEPENDENT_OF_SERVICE = (
 """What of the suite asks nothing of the service that obstore talks to."""
 
 REPETITIONS = [
+    Repetition(
+        "tests/orm/synchronous/test_scenarios.py",
+        "the same hooks as for asynchronous sessions decide: the scenarios run on SQLite, and what differs between databases on"
+        " PostgreSQL with a journal",
+        _repeats_sessions,
+    ),
     Repetition(
         "tests/backends/test_conformance.py",
         "a wrapper is one code path over any backend: the suite runs on it once, over memory",
@@ -193,6 +217,7 @@ REPETITIONS = [
 _DATABASES = {
     "tests/gc/test_mentions.py": ("sqlite-begin", "asyncpg", "mariadb"),
     "tests/orm/journal/": ("asyncpg",),
+    "tests/orm/synchronous/": ("sqlite-begin", "psycopg", "asyncpg"),
     "tests/orm/": ("sqlite-begin", "asyncpg"),
     "tests/gc/": ("sqlite-begin", "asyncpg"),
     "tests/verification/": ("sqlite-begin", "asyncpg"),
@@ -296,8 +321,8 @@ def _reason(item: pytest.Item, databases: set[str]) -> str | None:
 
 
 def _reaches_dialects(item: pytest.Item) -> bool:
-    path, _, name = item.nodeid.partition("::")
-    return name.startswith(ON_EVERY_DATABASE.get(path, ()))
+    path = item.nodeid.partition("::")[0]
+    return _name_of(item).startswith(ON_EVERY_DATABASE.get(path, ()))
 
 
 def _function(item: pytest.Item) -> str:

@@ -408,7 +408,8 @@ class _Relocated(Attachment):
     async def _put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
         async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
             copy = await manager._engine.put(prepared, chunks)
-        self._ref, self._home = _keep_metadata(self._original, copy), column_type
+            # Before the reader is closed: a cancellation that comes then has to find what is stored.
+            self._ref, self._home = _keep_metadata(self._original, copy), column_type
 
 
 def _keep_metadata(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:

@@ -519,7 +519,9 @@ class Attachment:
             ref = await engine.copy(source.ref, prepared)
         else:
             async with source.open(verify=True) as stream:
-                ref = await engine.put(prepared, stream)
+                # Before the stream is closed: a cancellation that comes then has to find what is stored.
+                self._ref, self._home = await engine.put(prepared, stream), column_type
+            return
         self._ref, self._home = ref, column_type
 
     def _copy(self) -> Attachment:

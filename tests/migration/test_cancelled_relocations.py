@@ -12,7 +12,6 @@ from granite_storage.orm.references import Scan
 from tests.migration.environment import MigrationEnvironment, Shelf, file
 from tests.orm.test_cancellation import Steps
 
-
 _LATER = pytest.mark.exhaustive("a cancellation in a later turn of the loop comes at an await that another one is tried at")
 
 

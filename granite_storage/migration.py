@@ -404,10 +404,11 @@ class _Relocation(AttachmentState):
         prepared = manager._engine.prepare_copy(self._original, **_names_of(self._held, self._original))
         return replace(prepared, policy=replace(prepared.policy, max_size=None))
 
-    async def _upload(self, manager: StorageManager, prepared: PreparedUpload) -> StoredObjectRef:
+    async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
         async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:
             copy = await manager._engine.put(prepared, chunks)
-        return _keep_metadata(self._original, copy)
+            # Before the reader is closed: a cancellation that comes then has to find what is stored.
+            self._store(_keep_metadata(self._original, copy), column_type)
 
 
 def _keep_metadata(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:

@@ -322,21 +322,26 @@ class AttachmentState:
 
     async def put(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> StoredObjectRef:
         """Upload to the prepared location, and become stored."""
-        self.ref, self.address = await self._upload(manager, prepared), column_type
-        return self.ref
+        await self._upload(manager, column_type, prepared)
+        return self.require_ref()
 
-    async def _upload(self, manager: StorageManager, prepared: PreparedUpload) -> StoredObjectRef:
+    async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
         engine = manager._engine
         source = self._take_source()
         if not isinstance(source, AttachmentState):
             try:
-                return await engine.put(prepared, source)
+                self._store(await engine.put(prepared, source), column_type)
             finally:
                 self._drop_consumed()
-        if source.manager is manager:
-            return await engine.copy(source.require_ref(), prepared)
-        async with source.open(verify=True) as stream:
-            return await engine.put(prepared, stream)
+        elif source.manager is manager:
+            self._store(await engine.copy(source.require_ref(), prepared), column_type)
+        else:
+            async with source.open(verify=True) as stream:
+                # Before the stream is closed: a cancellation that comes then has to find what is stored.
+                self._store(await engine.put(prepared, stream), column_type)
+
+    def _store(self, ref: StoredObjectRef, column_type: ColumnType) -> None:
+        self.ref, self.address = ref, column_type
 
     def correct(self, ref: StoredObjectRef) -> None:
         """Replace the receipt by that of the same object as it was verified."""

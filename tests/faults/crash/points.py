@@ -22,7 +22,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from granite_storage._engine import Engine
 from granite_storage.backends import _local_write, _s3_upload
-from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.unit_of_work import UnitOfWork
@@ -85,7 +84,7 @@ def _needs(*names: str) -> frozenset[str]:
 UPLOADER = [
     Step("the intents", Intents, "record", commits=True),
     Step("the renewal of a lease", Intents, "renew", commits=True, most=1),
-    Step("an upload", Attachment, "_put"),
+    Step("an upload", AttachmentState, "put"),
     Step("a copy", Engine, "copy", most=3),
     Step("the publication of a file", _local_write.AtomicFile, "publish", needs=_needs("local")),
     Step("the creation of an upload in parts", _s3_upload.MultipartUpload, "create", needs=_needs("s3"), most=2),

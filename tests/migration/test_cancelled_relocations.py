@@ -1,0 +1,45 @@
+"""The move of one object, cancelled at each of its awaits: the row has a whole file, and nothing is left beside it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from granite_storage._jobs import Budget, rate_limited
+from granite_storage.migration import relocate
+from granite_storage.orm.references import Scan
+from tests.migration.environment import MigrationEnvironment, Shelf, file
+from tests.orm.test_cancellation import Steps
+
+_LATER = pytest.mark.exhaustive("a cancellation in a later turn of the loop comes at an await that another one is tried at")
+
+
+@pytest.mark.case("CAN-01")
+@pytest.mark.parametrize("turns", [0, *(pytest.param(turns, marks=_LATER) for turns in (1, 2, 3))])
+async def test_at_every_await(env: MigrationEnvironment, turns: int) -> None:
+    step = moved = 0
+    while True:
+        env.write_to("old")
+        await env.add(Shelf(id=1, file=file("a")))
+        binding = env.write_to("new")
+        (row,) = [row async for row in Scan(binding).rows()]
+        held = next(value for value in row.values if value.ref is not None)
+        work = relocate(binding, held, rate_limited=partial(rate_limited, budget=Budget(None)), is_shared=False)
+        steps = Steps(work, {step}, turns)
+        await steps.run()
+        is_moved = (await env.refs())[0].backend == "new"
+        try:
+            await env.check(old=not is_moved)
+        except AssertionError as error:
+            error.add_note(f"cancelled at await {step}")
+            raise
+        moved += is_moved
+        if not steps.reached:
+            break
+        await env.sql("DELETE FROM migration_shelf")
+        for backend in (env.old, env.new):
+            for location in {info.location async for info in backend.iter_objects()}:
+                await backend.delete(location)
+        step += 1
+    assert 0 < moved <= step

@@ -519,6 +519,8 @@ def _entity_id(change: Change) -> str:
     if change.slot.column_type.entity_id is not None:
         return str(change.slot.column_type.entity_id(instance))
     values = [_primary_key_value(change.state, column) for column in change.state.mapper.primary_key]
+    if change.state.key is not None:  # an expired row's values are not loaded
+        values = [known if value is None else value for value, known in zip(values, change.state.key[1], strict=True)]
     if any(value is None for value in values):
         return uuid7_hex()
     cut = _UNSAFE.sub("_", "-".join(map(str, values))).encode()[:_ENTITY_BYTES].decode(errors="ignore")

@@ -13,6 +13,9 @@ from sqlalchemy import URL, make_url
 from granite_storage._portal import portal
 from tests.orm.databases import postgres_database
 
+collect_ignore = ["template", "avatar"]
+"""The tests in these folders are those of an application, which `test_template.py` runs."""
+
 
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])
 def kind(request: pytest.FixtureRequest) -> str:

@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from granite_storage._engine import Engine
 from granite_storage.backends import _local_write, _s3_upload
+from granite_storage.orm.attachment import AttachmentState
 from granite_storage.orm.journal.intents import Intents
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.unit_of_work import UnitOfWork

@@ -8,6 +8,7 @@ import functools
 import gc
 import importlib
 import inspect
+import itertools
 import os
 import threading
 import time
@@ -113,6 +114,20 @@ def pytest_collection_finish() -> None:
 
     A fifth of the time of the tests of attachments went into going through them again and again.
     """
+    _set_aside()
+
+
+_tests_run = itertools.count(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Leave out what earlier tests have left for good as well, such as compiled statements: the collections grow longer else."""
+    if next(_tests_run) % 100 == 0:
+        _set_aside()
+
+
+def _set_aside() -> None:
     gc.collect()
     gc.freeze()
 

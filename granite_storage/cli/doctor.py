@@ -111,7 +111,7 @@ def _check_configuration(binding: StorageBinding) -> list[Check]:
         checks = [Check(CheckResult.NOTE, "models", "no model has a column of refs: check that every model is imported")]
     for column_type in managed:
         try:
-            binding.manager_for(column_type)
+            column_type.manager_in(binding)
         except StorageError as error:
             checks.append(Check(CheckResult.BAD, f"column {column_type.label}", str(error)))
     unused = sorted(set(binding.manager.policies) - {column_type.storage_key for column_type in managed})

@@ -102,6 +102,10 @@ class ColumnType(Protocol):
         """Return the binding of the column's metadata, or raise `UnboundAttachmentError`."""
         ...
 
+    def manager_in(self, binding: Binding) -> StorageManager:
+        """Return the manager of a binding, after checking that it has the column's policy."""
+        ...
+
     def require_fit(self, ref: StoredObjectRef) -> None:
         """Refuse an object that is larger than the column's policy allows."""
         ...
@@ -133,10 +137,6 @@ class Binding(Protocol):
     @property
     def base_name(self) -> str:
         """The base's full name, by which a pickled attachment finds it again."""
-        ...
-
-    def manager_for(self, column_type: ColumnType) -> StorageManager:
-        """Return the manager, once it is sure that it has the policy of a column."""
         ...
 
     def ref_columns(self) -> list[Column[Any]]:

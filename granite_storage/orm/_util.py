@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, Final, ParamSpec, TypeVar
 
 from greenlet import getcurrent
-from sqlalchemy import Connection, CursorResult, Engine, Executable, text
+from sqlalchemy import CTE, Connection, CursorResult, Engine, Executable, Insert, Update, text
 from sqlalchemy.exc import DBAPIError, MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncConnection, async_session
 from sqlalchemy.orm import InstanceState, Session
@@ -37,6 +37,7 @@ __all__ = [
     "try_briefly",
     "wait",
     "without_pool",
+    "written_within",
 ]
 
 
@@ -198,6 +199,14 @@ def codes_of(error: DBAPIError) -> set[str | int]:
     original = error.orig
     found = {getattr(original, "sqlstate", None), getattr(original, "pgcode", None), *getattr(original, "args", ())[:1]}
     return {code for code in found if isinstance(code, str | int)}
+
+
+def written_within(statement: Any) -> Iterator[Insert | Update]:
+    """Yield the statements in a WITH that write rows, which no event tells of."""
+    selected = (getattr(column, "table", column) for column in getattr(statement, "_raw_columns", ()))
+    for source in (*selected, *getattr(statement, "_independent_ctes", ())):
+        if isinstance(source, CTE) and isinstance(source.element, Insert | Update):
+            yield source.element
 
 
 def connection_of(session: Session, state: InstanceState[Any]) -> Connection:

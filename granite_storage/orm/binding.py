@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from granite_storage.exceptions import ConfigurationError, UnknownPolicyError
+from granite_storage.exceptions import ConfigurationError
 from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
 from granite_storage.orm import events
@@ -78,7 +78,7 @@ def bind_storage(
     for column in attachment_tables(metadata).all_attachments():
         require_usable(column)
         if isinstance(column.type, AttachmentType):
-            binding.manager_for(column.type)
+            column.type.manager_in(binding)
     events.require_single(base)
     if journal is not None:
         journal.bind(binding)
@@ -137,26 +137,6 @@ class StorageBinding:
     def base_name(self) -> str:
         """The base's full name, by which a pickled attachment finds it again."""
         return f"{getattr(self.base, '__module__', '')}.{getattr(self.base, '__qualname__', type(self.base).__qualname__)}"
-
-    def manager_for(self, column_type: ColumnType) -> StorageManager:
-        """Return the manager, once it is sure that it has the policy of a column.
-
-        Raises:
-            UnknownPolicyError: It has not; a model may have been declared after `bind_storage` had looked.
-            ConfigurationError: The policy has a retention, and there is no journal to keep it.
-        """
-        policy = self.manager._engine.policies.get(column_type.storage_key)
-        if policy is None:
-            known = ", ".join(sorted(self.manager.policies)) or "none"
-            raise UnknownPolicyError(
-                f"the attachment column {column_type.label} names the policy {column_type.storage_key!r}, which its manager"
-                f" does not have (there are: {known})"
-            )
-        if self.journal is None and policy.retention:
-            raise ConfigurationError(
-                f"the policy {column_type.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
-            )
-        return self.manager
 
     def ref_columns(self) -> list[Column[Any]]:
         """Return every column of the metadata that holds refs, managed and plain ones."""

@@ -5,29 +5,28 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import CTE, Alias, Column, Connection, Delete, FromClause, Insert, Null, Result, Table, Update, event
+from sqlalchemy import Alias, Column, Connection, Delete, FromClause, Insert, Null, Result, Table, Update, event
 from sqlalchemy.ext.horizontal_shard import ShardedSession, set_shard_id
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
-from sqlalchemy.orm.unitofwork import UOWTransaction
 from sqlalchemy.sql.elements import BindParameter
 
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import flush, transactions
 from granite_storage.orm._interfaces import active_bindings
+from granite_storage.orm._util import written_within
 from granite_storage.orm.columns import Tables, attachment_tables, slots_of
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import RowRef, are_there, cascaded, lock_rows, lock_statement, still_referenced
 
-__all__ = ["begin_connection", "begin_transaction", "end_transaction", "execute_bulk", "note_flush", "on_execute", "unlisten_all"]
+__all__ = ["begin_connection", "begin_transaction", "end_transaction", "execute_bulk", "guards", "on_execute", "unlisten_all"]
 
 
 def execute_bulk(state: ORMExecuteState) -> Result[Any] | None:
     """See a statement that a session executes; act where it inserts, updates or deletes rows that have to do with attachments."""
     statement = state.statement
-    for inner in _written_within(statement):
+    for inner in written_within(statement):
         _refuse_values(state, inner, _written(state, inner))
     if not isinstance(statement, Insert | Update | Delete):
         return None
@@ -169,14 +168,6 @@ def _table(target: Any) -> Any:
     return target if metadata is None else metadata.tables.get(target.fullname, target)
 
 
-def _written_within(statement: Any) -> Iterator[Insert | Update]:
-    """Yield the statements in a WITH that write rows, which no event tells of."""
-    selected = (getattr(column, "table", column) for column in getattr(statement, "_raw_columns", ()))
-    for source in (*selected, *getattr(statement, "_independent_ctes", ())):
-        if isinstance(source, CTE) and isinstance(source.element, Insert | Update):
-            yield source.element
-
-
 def _listed_keys(state: ORMExecuteState, statement: Update, table: Table) -> list[tuple[Any, ...]] | None:
     """Return the primary keys of an update by a list of them, the form in which each row's values come with its key."""
     mapper = state.bind_mapper
@@ -256,68 +247,41 @@ def _is_null(value: Any) -> bool:
 # that nothing would ever delete, so it is refused; an INSERT with a file is refused by the column's type, as everywhere.
 
 
-@dataclass(slots=True, eq=False)
-class _Observed:
-    """What is known of a session: its newest flush, the connections it works on, and its bulk operations in progress."""
-
-    flush: weakref.ref[UOWTransaction] | None = None
-    connections: weakref.WeakSet[Connection] = field(default_factory=weakref.WeakSet)
-    guards: weakref.WeakKeyDictionary[SessionTransaction, _Guard] = field(default_factory=weakref.WeakKeyDictionary)
-
-    def begins_flush(self) -> bool:
-        """Tell whether the part of the transaction that has just begun is that of a flush."""
-        context = None if self.flush is None else self.flush()
-        return context is not None and context.has_work and getattr(context, "transaction", None) is None
-
-
-_sessions: weakref.WeakKeyDictionary[Session, _Observed] = weakref.WeakKeyDictionary()
-
-
-def note_flush(session: Session, context: UOWTransaction) -> None:
-    """Remember the flush of a session that is about to begin its own part of the transaction."""
-    _observed(session).flush = weakref.ref(context)
-
-
-def begin_connection(session: Session, connection: Connection) -> None:
-    """Remember a connection that a session works on."""
-    observed = _observed(session)
-    observed.connections.add(connection)
-    for guard in observed.guards.values():
-        guard.listen(connection)
+guards: weakref.WeakKeyDictionary[Session, dict[SessionTransaction, _Guard]] = weakref.WeakKeyDictionary()
+"""The sessions in whose transactions a bulk operation is in progress, which is rare: others need not call what follows."""
 
 
 def begin_transaction(session: Session, transaction: SessionTransaction) -> None:
     """Look at the statements of a part of a transaction that is no flush's, so that it must be a bulk operation's."""
-    observed = _observed(session)
-    if not observed.begins_flush():
-        observed.guards[transaction] = guard = _Guard()
-        for connection in observed.connections:
+    guards.setdefault(session, {})[transaction] = guard = _Guard()
+    around: SessionTransaction | None = transaction
+    while around is not None:
+        for connection, *_ in around._connections.values():
             guard.listen(connection)
+        around = around.parent
+
+
+def begin_connection(session: Session, connection: Connection) -> None:
+    """Look at the statements on a connection that a bulk operation has just begun to work on."""
+    for guard in guards[session].values():
+        guard.listen(connection)
 
 
 def end_transaction(session: Session, transaction: SessionTransaction) -> None:
     """Look at the statements no longer."""
-    observed = _sessions.get(session)
-    guard = None if observed is None else observed.guards.pop(transaction, None)
+    guard = guards[session].pop(transaction, None)
     if guard is not None:
         guard.close()
-    if transaction.parent is None:
-        _sessions.pop(session, None)
+    if not guards[session]:
+        del guards[session]
 
 
 def unlisten_all() -> None:
     """Look at nothing any more."""
-    for observed in list(_sessions.values()):
-        for guard in observed.guards.values():
+    for begun in guards.values():
+        for guard in begun.values():
             guard.close()
-    _sessions.clear()
-
-
-def _observed(session: Session) -> _Observed:
-    found = _sessions.get(session)
-    if found is None:
-        found = _sessions[session] = _Observed()
-    return found
+    guards.clear()
 
 
 class _Guard:

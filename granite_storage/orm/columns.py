@@ -37,12 +37,19 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
-from granite_storage.exceptions import ConfigurationError, ContentTooLargeError, InvalidReferenceError, UnboundAttachmentError
+from granite_storage.exceptions import (
+    ConfigurationError,
+    ContentTooLargeError,
+    InvalidReferenceError,
+    UnboundAttachmentError,
+    UnknownPolicyError,
+)
 from granite_storage.orm._interfaces import binding_for, find_binding, unbound_message
 from granite_storage.orm.attachment import Attachment
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
+    from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import Binding
 
 __all__ = [
@@ -281,13 +288,33 @@ class AttachmentType(_RefJSON[Attachment]):
         # It is asked several times for each file, and the words for an error take longer than the answer.
         return find_binding(metadata) or binding_for(metadata, f"the attachment column {self.label}")
 
+    def manager_in(self, binding: Binding) -> StorageManager:
+        """Return the manager of a binding, after checking that it has the column's policy.
+
+        Raises:
+            UnknownPolicyError: It has not; a model may have been declared after `bind_storage` had looked.
+            ConfigurationError: The policy has a retention, and there is no journal to keep it.
+        """
+        policy = binding.manager._engine.policies.get(self.storage_key)
+        if policy is None:
+            known = ", ".join(sorted(binding.manager.policies)) or "none"
+            raise UnknownPolicyError(
+                f"the attachment column {self.label} names the policy {self.storage_key!r}, which its manager does not have"
+                f" (there are: {known})"
+            )
+        if binding.journal is None and policy.retention:
+            raise ConfigurationError(
+                f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
+            )
+        return binding.manager
+
     def require_fit(self, ref: StoredObjectRef) -> None:
         """Refuse an object for the column whose limit it exceeds; one of the column's own policy was let in once.
 
         Raises:
             ContentTooLargeError: It was stored under another policy, and is larger than that of the column allows.
         """
-        limit = self.binding().manager_for(self).policy(self.storage_key).max_size
+        limit = self.manager_in(self.binding()).policy(self.storage_key).max_size
         if ref.storage_key != self.storage_key and limit is not None and ref.size > limit:
             raise ContentTooLargeError(
                 f"the file has {ref.size} bytes, and {self.label} takes at most {limit} (policy {self.storage_key!r}); it was"

@@ -7,8 +7,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, event
-from sqlalchemy.orm import EXT_CONTINUE, InstanceState, Mapper, Session, SessionTransaction, registry
+from sqlalchemy import Connection, Delete, Insert, Result, Update, event
+from sqlalchemy.orm import EXT_CONTINUE, InstanceState, Mapper, ORMExecuteState, Session, SessionTransaction, registry
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.orm.unitofwork import UOWTransaction
@@ -16,6 +16,7 @@ from sqlalchemy.orm.unitofwork import UOWTransaction
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.orm import bulk, flush, transactions
 from granite_storage.orm._interfaces import find_binding
+from granite_storage.orm._util import written_within
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, require_usable, slots_of
 from granite_storage.orm.unit_of_work import Change
@@ -43,7 +44,7 @@ def unlisten() -> None:
 
 
 def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
-    bulk.note_flush(session, context)
+    _flushes[session] = weakref.ref(context)
     unit = transactions.known_unit(session)
     if unit is not None:
         # A flush that failed before its first statement ended nothing.
@@ -106,6 +107,9 @@ def _save(
         unit.flush.context = unit.flush.context or context
         flush.save(session, unit, changes, deletions)
 
+
+# The newest flush of each session.
+_flushes: weakref.WeakKeyDictionary[Session, weakref.ref[UOWTransaction]] = weakref.WeakKeyDictionary()
 
 # Mappers of the newest flush, by identity, whose rows are none of our business. The three below are told of each row of each
 # model: they say so at once and ask to be called as SQLAlchemy itself calls (`raw` and `retval`), without a function in between.
@@ -186,12 +190,27 @@ def _after_flush(session: Session, _: Any) -> None:
 
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     transactions.begin(transaction, connection)
-    bulk.begin_connection(session, connection)
+    if session in bulk.guards:
+        bulk.begin_connection(session, connection)
 
 
 def _after_transaction_create(session: Session, transaction: SessionTransaction) -> None:
-    if transaction.parent is not None and not transaction.nested:
+    if transaction.parent is not None and not transaction.nested and not _begins_flush(session):
         bulk.begin_transaction(session, transaction)
+
+
+def _begins_flush(session: Session) -> bool:
+    """Tell whether the part of the transaction that has just begun is that of a flush."""
+    found = _flushes.get(session)
+    context = None if found is None else found()
+    return context is not None and context.has_work and getattr(context, "transaction", None) is None
+
+
+def _on_execute(state: ORMExecuteState) -> Result[Any] | None:
+    """Let `bulk` see the statements that write rows."""
+    if isinstance(state.statement, Insert | Update | Delete) or next(written_within(state.statement), None) is not None:
+        return bulk.on_execute(state)
+    return None
 
 
 def _after_commit(session: Session) -> None:
@@ -204,7 +223,8 @@ def _after_commit(session: Session) -> None:
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    bulk.end_transaction(session, transaction)
+    if session in bulk.guards:
+        bulk.end_transaction(session, transaction)
     unit = transactions.known_unit(session)
     if unit is None:
         return
@@ -355,7 +375,7 @@ _LISTENERS: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (Session, "after_transaction_create", _after_transaction_create, {}),
     (Session, "after_commit", _after_commit, _FIRST),
     (Session, "after_transaction_end", _after_transaction_end, _FIRST),
-    (Session, "do_orm_execute", bulk.on_execute, {}),
+    (Session, "do_orm_execute", _on_execute, {}),
     (Mapper, "mapper_configured", _guard, {}),
     (Mapper, "before_insert", _before_insert, _RAW),
     (Mapper, "before_update", _before_write, _RAW),

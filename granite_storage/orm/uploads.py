@@ -94,7 +94,7 @@ async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> N
 async def _delete(item: StoredObject, places: asyncio.Semaphore) -> None:
     async with places:
         try:
-            await item.manager.delete(item.ref)
+            await item.manager._engine.delete(item.ref)
         except asyncio.CancelledError:
             logger.warning("deleting the object %r was broken off; it is left to the garbage collector", item.ref.location)
         except Exception:
@@ -154,7 +154,7 @@ async def store(uploads: Sequence[Upload]) -> None:
     if not uploads:
         return
     prepared = [
-        upload.attachment._state.prepare(upload.binding.manager_for(upload.column_type), upload.column_type, upload.entity_id)
+        upload.attachment._state.prepare(upload.column_type.manager_in(upload.binding), upload.column_type, upload.entity_id)
         for upload in uploads
     ]
     leases = await _begin(uploads, prepared)

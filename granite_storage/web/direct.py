@@ -295,7 +295,7 @@ class DirectUploads:
             BackendError: The backend could not sign.
         """
         column_type = self._column_type_of(attribute)
-        policy = self._binding.manager_for(column_type).policy(column_type.storage_key)
+        policy = column_type.manager_in(self._binding).policy(column_type.storage_key)
         self._require_life(expires_in)
         _require_owner(owner)
         least, most = _resolve_sizes(column_type, policy, size, min_size, max_size)
@@ -444,7 +444,7 @@ class DirectUploads:
             or upload_token.backend not in self._manager.backends
             or column_type is None
             or not _is_of(
-                upload_token.location, column_type, self._binding.manager_for(column_type).policy(column_type.storage_key)
+                upload_token.location, column_type, column_type.manager_in(self._binding).policy(column_type.storage_key)
             )
         ):
             raise UploadTokenError(_INVALID)

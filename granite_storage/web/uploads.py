@@ -152,9 +152,7 @@ def max_size_of(target: Target) -> int | None:
     if isinstance(target, PolicyTarget):
         return target.manager.policy(target.storage_key).max_size
     column_type = _column_type_of(target)
-    return (
-        None if column_type is None else column_type.binding().manager_for(column_type).policy(column_type.storage_key).max_size
-    )
+    return None if column_type is None else column_type.manager_in(column_type.binding()).policy(column_type.storage_key).max_size
 
 
 def _column_type_of(target: object) -> AttachmentType | None:

@@ -35,7 +35,7 @@ nitpick_ignore = [
     ("py:class", "granite_storage.streams.SupportsAsyncRead"),
     ("py:class", "granite_storage.streams.SupportsRead"),
     ("py:class", "granite_storage.gc.references.ReferenceSource"),
-    ("py:class", "granite_storage.gc.scope.CollectionScope"),
+    ("py:class", "granite_storage.gc.collection.CollectionScope"),
     ("py:class", "granite_storage.orm.attachment.UploadFile"),
     ("py:class", "granite_storage.web.uploads.UploadSource"),
     ("py:class", "granite_storage.web.uploads.T"),

@@ -13,9 +13,12 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import TypeAlias
 
+from granite_storage._engine import may_overlap
 from granite_storage._jobs import MOST_KEPT, Run, require_mounted
 from granite_storage._tasks import run_bounded
 from granite_storage.backends.base import ObjectInfo, SupportsCleanup, SupportsClock, close_listing
@@ -28,13 +31,228 @@ from granite_storage.exceptions import (
 )
 from granite_storage.gc.merge import PAGE, Reference, Spool, join_pages, temporary_file
 from granite_storage.gc.references import ReferenceSource
-from granite_storage.gc.report import CollectedObject, DanglingReference, GarbageCollectionReport, OrphanStatus
-from granite_storage.gc.scope import CollectionScope, is_valid, require_one_key
+from granite_storage.locations import check_location, matches_generated_name
 from granite_storage.manager import StorageManager
 from granite_storage.orm._util import batches
 from granite_storage.orm.references import is_text
 
-__all__ = ["CollectionRun", "Removal", "find_dangling"]
+__all__ = [
+    "CollectedObject",
+    "CollectionRun",
+    "CollectionScope",
+    "DanglingReference",
+    "GarbageCollectionReport",
+    "OrphanStatus",
+    "Removal",
+    "find_dangling",
+    "is_valid",
+    "require_one_key",
+]
+
+
+# The report of a collection.
+
+
+class OrphanStatus(StrEnum):
+    """What became of an orphan."""
+
+    ORPHANED = "orphan"
+    DELETED = "deleted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedObject:
+    """An object that a collection has found to be an orphan.
+
+    Attributes:
+        status: What became of it.
+        backend: Its backend's key.
+        location: Its address there.
+        size: Its size in bytes.
+        error: Why it could not be deleted.
+    """
+
+    status: OrphanStatus
+    backend: str
+    location: str
+    size: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DanglingReference:
+    """A reference to an object that is missing.
+
+    Attributes:
+        backend: The backend's key.
+        location: Where the object should be.
+        message: What was found there.
+    """
+
+    backend: str
+    location: str
+    message: str
+
+
+@dataclass(slots=True)
+class GarbageCollectionReport:
+    """What a collection has found and done, in objects and in bytes.
+
+    Every object scanned is referenced, unmanaged, within the grace period, mentioned, referenced on the re-check, or an orphan.
+
+    Attributes:
+        storage_key: The policy whose objects were collected.
+        backend: The backend that they are on.
+        dry_run: Whether the run deletes nothing.
+        scanned: How many objects were listed.
+        scanned_bytes: Their bytes.
+        referenced: How many of them are referenced.
+        referenced_bytes: Their bytes.
+        unmanaged: How many are unreferenced and have a name that this library does not generate; they are never touched.
+        unmanaged_bytes: Their bytes.
+        within_grace_period: How many are unreferenced and not older than the grace period.
+        within_grace_period_bytes: Their bytes.
+        mentioned: How many are unreferenced, but have their generated id in a column that is not one of refs: in JSON at any
+            depth, in text, or in bytes. They are never deleted.
+        mentioned_bytes: Their bytes.
+        mentions: How many of them each column mentions, by its schema, table and name; the first thousand columns.
+        unseen: The first thousand columns that may mention objects and could not be searched, or not in every row: those that
+            this role may not read, those of other servers, those whose rows row-level security may hide, and those of a type
+            that the collector does not know. They keep nothing.
+        referenced_on_recheck: How many nothing referred to at first, but the re-check right before deleting found a row or an
+            entry of the journal that does.
+        referenced_on_recheck_bytes: Their bytes.
+        orphaned: How many are orphans.
+        orphaned_bytes: Their bytes.
+        deleted: How many of them were deleted.
+        deleted_bytes: Their bytes.
+        failed: How many could not be deleted; each is logged, and a later run tries it again.
+        failures: The first thousand of those.
+        unfinished: How many stale temporary files and multipart uploads were removed, on the whole backend.
+        unfinished_error: Why those could not be removed.
+        dangling: The first thousand references found whose objects are missing; `verify` finds all.
+        refusal: Why a run that is not dry would delete nothing; None where it would go ahead.
+        complete: Whether the run has ended.
+    """
+
+    storage_key: str
+    backend: str
+    dry_run: bool
+    scanned: int = 0
+    scanned_bytes: int = 0
+    referenced: int = 0
+    referenced_bytes: int = 0
+    unmanaged: int = 0
+    unmanaged_bytes: int = 0
+    within_grace_period: int = 0
+    within_grace_period_bytes: int = 0
+    mentioned: int = 0
+    mentioned_bytes: int = 0
+    mentions: dict[str, int] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+    referenced_on_recheck: int = 0
+    referenced_on_recheck_bytes: int = 0
+    orphaned: int = 0
+    orphaned_bytes: int = 0
+    deleted: int = 0
+    deleted_bytes: int = 0
+    failed: int = 0
+    failures: list[CollectedObject] = field(default_factory=list)
+    unfinished: int = 0
+    unfinished_error: str | None = None
+    dangling: list[DanglingReference] = field(default_factory=list)
+    refusal: str | None = None
+    complete: bool = False
+
+    @property
+    def share(self) -> float:
+        """Which part of the scanned objects are orphans, from 0 to 1."""
+        return self.orphaned / self.scanned if self.scanned else 0.0
+
+
+# Which objects a collection may touch: those below the policy's prefix, by whole segments, and not below another policy's.
+#
+# Two backends of a manager on one place are refused, by every name of it that is known, though a reference protects its object
+# whatever backend it names.
+
+
+_SLASHES_OF_OURS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionScope:
+    """What a collection may touch: the part of a backend that a policy's objects are in.
+
+    Attributes:
+        storage_key: The policy.
+        backend: The key of the backend that it writes to.
+        prefix: What its locations begin with: empty, or whole segments and a slash.
+        others: The prefixes of other policies inside of it; wherever those write now, their old objects may still be here.
+        sharing: The policies that write to the same place.
+    """
+
+    storage_key: str
+    backend: str
+    prefix: str
+    others: tuple[str, ...]
+    sharing: tuple[str, ...]
+
+    @classmethod
+    def of(cls, manager: StorageManager, storage_key: str) -> CollectionScope:
+        """Return the scope of a policy; raise `UnknownPolicyError` for an unknown one."""
+        policy = manager.policy(storage_key)
+        prefix = _as_prefix(policy.key_prefix)
+        begins = {key: _as_prefix(other.key_prefix) for key, other in manager.policies.items() if key != storage_key}
+        others = sorted({begin for begin in begins.values() if begin != prefix and begin.startswith(prefix)})
+        sharing = sorted(
+            key for key, begin in begins.items() if begin == prefix and manager.policies[key].backend_key == policy.backend_key
+        )
+        return cls(storage_key, policy.backend_key, prefix, tuple(others), tuple(sharing))
+
+    def has(self, location: str) -> bool:
+        """Tell whether a location is in it."""
+        return location.startswith(self.prefix) and not location.startswith(self.others)
+
+    def manages(self, location: str) -> bool:
+        """Tell whether a location in it has the form that this library generates: model, entity, field and a generated name.
+
+        A deeper location may belong to another program that shares the store and has a prefix of its own.
+        """
+        return (
+            location.count("/", len(self.prefix)) == _SLASHES_OF_OURS and matches_generated_name(location) and is_valid(location)
+        )
+
+
+def is_valid(location: str) -> bool:
+    """Tell whether a location may be used at all."""
+    try:
+        check_location(location)
+    except InvalidLocationError:
+        return False
+    return True
+
+
+async def require_one_key(manager: StorageManager, backend_key: str) -> None:
+    """Refuse a backend that shares its objects with another backend of the manager.
+
+    Raises:
+        CollectionRefusedError: Another backend leads to the same objects.
+    """
+    backend = manager.backend(backend_key)
+    for key, other in manager.backends.items():
+        if key != backend_key and await may_overlap(backend, other):
+            raise CollectionRefusedError(
+                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row refers"
+                " to: give the manager one backend for each place, each policy a prefix, and all rows the key of that backend"
+            )
+
+
+def _as_prefix(prefix: str | None) -> str:
+    return f"{prefix}/" if prefix else ""
+
+
+# A run.
 
 
 logger: logging.Logger = logging.getLogger("granite_storage")

@@ -17,11 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from granite_storage._tasks import background, repeat, shielded_cleanup
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.gc.collection import CollectionRun
+from granite_storage.gc.collection import CollectionRun, CollectionScope, GarbageCollectionReport
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.gc.references import GivenReferences, IterReferences, ReferenceSource, require_callable
-from granite_storage.gc.report import GarbageCollectionReport
-from granite_storage.gc.scope import CollectionScope
 from granite_storage.manager import StorageManager
 from granite_storage.orm._util import without_pool
 

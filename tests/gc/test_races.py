@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage import Attachment, StoragePolicy, StoredObjectRef
 from granite_storage.exceptions import CollectionRefusedError
-from granite_storage.gc import checks
+from granite_storage.gc import database as gc_database
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.orm import references
 from granite_storage.orm.journal.tables import clock
@@ -257,7 +257,7 @@ def test_a_delete_that_a_crash_of_the_database_takes_back(with_barrier: bool, mo
         await connection.commit()
 
     if not with_barrier:
-        monkeypatch.setattr(checks, "commit_durably", nothing)
+        monkeypatch.setattr(gc_database, "commit_durably", nothing)
     settings = ("synchronous_commit = off", "wal_writer_delay = '10s'", "wal_writer_flush_after = 1000", "autovacuum = off")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granite-")))

@@ -274,7 +274,7 @@ async def test_row_level_security(postgres_only: Database) -> None:
         try:
             async with env.sessions() as session:
                 await session.execute(text("SET ROLE yard_reader"))
-                from granite_storage.gc.checks import require_fit
+                from granite_storage.gc.database import require_fit
 
                 with pytest.raises(CollectionRefusedError, match="row-level security"):
                     await require_fit(await session.connection(), env.binding.ref_columns())

@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant(
         name="gc-prefix-by-characters",
         rule="A policy's prefix is whole segments.",
-        path="granite_storage/gc/scope.py",
+        path="granite_storage/gc/collection.py",
         old='return f"{prefix}/" if prefix else ""',
         new='return prefix or ""',
         tests=("tests/gc/test_collect.py::test_segments_and_the_places_of_other_policies[sqlite-begin]",),
@@ -80,7 +80,7 @@ MUTANTS = [
     Mutant(
         name="gc-takes-other-policies-objects",
         rule="What lies below another policy's prefix is not collected.",
-        path="granite_storage/gc/scope.py",
+        path="granite_storage/gc/collection.py",
         old="return location.startswith(self.prefix) and not location.startswith(self.others)",
         new="return location.startswith(self.prefix)",
         tests=("tests/gc/test_collect.py::test_segments_and_the_places_of_other_policies[sqlite-begin]",),
@@ -137,7 +137,7 @@ MUTANTS = [
         name="gc-restored-database-accepted",
         rule="A database in which no worker was at work for long is refused: it may have been restored.",
         path="granite_storage/gc/database.py",
-        old="                    await checks.require_heartbeat(connection, base.binding.journal.tables)\n",
+        old="                    await require_heartbeat(connection, base.binding.journal.tables)\n",
         new="                    pass\n",
         tests=("tests/gc/test_races.py::test_a_database_restored_from_a_backup",),
     ),
@@ -160,7 +160,7 @@ MUTANTS = [
     Mutant(
         name="gc-autocommit-accepted",
         rule="Sessions without transactions are refused: an object can be in neither of two places that are read.",
-        path="granite_storage/gc/checks.py",
+        path="granite_storage/gc/database.py",
         old="if begun[0] != begun[1]:",
         new="if begun[0] > begun[1]:",
         tests=("tests/gc/test_races.py::test_levels_at_which_a_row_can_be_in_neither_place[asyncpg-AUTOCOMMIT]",),

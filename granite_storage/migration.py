@@ -40,9 +40,8 @@ from granite_storage.orm._interfaces import StoredObject, find_binding
 from granite_storage.orm.attachment import Attachment, AttachmentState
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced
-from granite_storage.orm.locking import RowRef, among
+from granite_storage.orm.locking import RowRef, among, refers
 from granite_storage.orm.references import RowValue, RowValues, Scan, as_stored
-from granite_storage.orm.sharing import refers
 from granite_storage.orm.uploads import Upload, remove, store, stored_object
 from granite_storage.refs import StoredObjectRef
 

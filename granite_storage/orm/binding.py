@@ -18,7 +18,7 @@ from granite_storage.orm import events
 from granite_storage.orm._interfaces import add_binding, remove_binding
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment_tables, require_usable
 from granite_storage.orm.journal.journal import StorageJournal
-from granite_storage.orm.sharing import refers
+from granite_storage.orm.locking import refers
 from granite_storage.orm.uploads import Upload, store
 from granite_storage.refs import StoredObjectRef
 

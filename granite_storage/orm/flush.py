@@ -21,8 +21,7 @@ from granite_storage.orm._interfaces import Intent, ObjectKey, StoredObject, bin
 from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, connection_of, in_greenlet, require_wait, root_engine, wait
 from granite_storage.orm.attachment import Attachment, Owner, Status
 from granite_storage.orm.columns import AttachmentType, Slot, attachment_tables, keys_of, primary_key_of, slots_of
-from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows, read_refs, read_rows
-from granite_storage.orm.sharing import refers
+from granite_storage.orm.locking import CountedDeletes, RowRef, cascaded, lock_rows, read_refs, read_rows, refers
 from granite_storage.orm.transactions import require_transactions, watch
 from granite_storage.orm.unit_of_work import (
     UNKNOWN,

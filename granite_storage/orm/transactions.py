@@ -24,7 +24,7 @@ from sqlalchemy.util import greenlet_spawn
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm._util import TRANSLATE_MAP, deferred_cancellation, in_greenlet, is_async, root_engine
-from granite_storage.orm.sharing import find_shared, find_shared_afresh
+from granite_storage.orm.locking import find_shared, find_shared_afresh
 from granite_storage.orm.unit_of_work import Frame, Outcome, UnitOfWork
 from granite_storage.orm.uploads import remove_now
 

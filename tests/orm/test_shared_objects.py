@@ -17,7 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage, sharing
+from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage, locking
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import read_catalogue
 from tests.orm.clones import COPIES, bound_beside, cloned, cloned_as, copy_id
@@ -329,7 +329,7 @@ class TestSnapshots:
         """A migration of one tenant holds up the commits of no other: the objects stay."""
         if env.database.is_sqlite:
             pytest.skip("SQLite has one writer")
-        monkeypatch.setattr(sharing, "_LOCK_TIMEOUT", 1)
+        monkeypatch.setattr(locking, "_LOCK_TIMEOUT", 1)
         before = await shared(env, "SELECT 1")
         async with cloned(env) as schema, env.engine.connect() as migration:
             lock = "LOCK TABLE {}.doc IN ACCESS EXCLUSIVE MODE" if env.database.is_postgres else "LOCK TABLES {}.doc WRITE"
@@ -418,7 +418,7 @@ class TestSchemas:
         def read(connection: Any, columns: Any) -> Any:
             return answers.pop() if answers else read_catalogue(connection, columns)
 
-        monkeypatch.setattr(sharing, "read_catalogue", read)
+        monkeypatch.setattr(locking, "read_catalogue", read)
         async with env.sessions.begin() as session:
             await delete_one(session)
         assert len(await env.objects()) == 1

@@ -175,8 +175,13 @@ REPETITIONS = [
     ),
     Repetition(
         "tests/orm/journal/test_scenarios.py",
-        "what a listener makes of a statement is known before anything is written, with a journal and without",
-        _of("test_statement_replaced", unless=lambda params: params["where"] == "Session, after ours"),
+        "which of the listeners are called before ours is SQLAlchemy's, with a journal and without; SQLite has every place",
+        _with("where", "Session, before ours", "a subclass", "one session"),
+    ),
+    Repetition(
+        "tests/orm/journal/test_scenarios.py",
+        "`conditional_savepoint` joins like `create_savepoint` inside a savepoint, and like `rollback_only` elsewhere",
+        _with("mode", "conditional_savepoint"),
     ),
     Repetition(
         "tests/orm/test_cancellation.py",

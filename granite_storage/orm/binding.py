@@ -53,7 +53,7 @@ def bind_storage(
         manager: The manager; the caller closes it.
         session_factory: The application's session maker, for what opens sessions of its own, such as the garbage collector: an
             `async_sessionmaker`, a `sessionmaker`, a `scoped_session` or any function that returns a new session.
-        journal: What makes the promise hold through crashes; None for rollbacks only.
+        journal: The journal, which keeps objects and rows consistent through crashes; None for rollbacks only.
         sessions: Another name of `session_factory`.
 
     Returns:

@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import os
+import sys
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
@@ -135,6 +136,9 @@ class Portal:
         self._reset()
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> _Call[T]:
+        if sys.is_finalizing():  # what the program has left open is dropped; a thread would never start
+            work.close()
+            raise RuntimeError("the interpreter is ending, and nothing can be waited for any more")
         with self._lock:
             if self._loop is None:
                 self._loop = self._started()
@@ -282,7 +286,8 @@ def enter_blocking(entered: AbstractAsyncContextManager[T], name: str, awaited: 
     try:
         yield value
     finally:
-        portal.run(_leave(entered))
+        if not sys.is_finalizing():
+            portal.run(_leave(entered))
 
 
 async def _enter(entered: AbstractAsyncContextManager[T]) -> T:

@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import os
+import sys
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
@@ -143,6 +144,8 @@ class Portal:
         self._reset()
 
     def _begin(self, call: _Call[T]) -> _Call[T]:
+        if sys.is_finalizing():  # what the program has left open is dropped; a thread would never start
+            raise RuntimeError("the interpreter is ending, and nothing can be waited for any more")
         with self._lock:
             if self._loop is None:
                 self._loop = self._started()
@@ -249,7 +252,7 @@ class _Call(Generic[T]):
 
     def cancel(self) -> None:
         """Cancel it; it ends some time later."""
-        if self.loop is not None:
+        if self.loop is not None and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
@@ -307,7 +310,8 @@ def enter_blocking(entered: AbstractAsyncContextManager[T], name: str, awaited: 
     try:
         yield value
     finally:
-        portal.run(_leave(entered))
+        if not sys.is_finalizing():
+            portal.run(_leave(entered))
 
 
 async def _enter(entered: AbstractAsyncContextManager[T]) -> T:

@@ -13,7 +13,16 @@ from pathlib import Path
 from sqlalchemy import create_engine, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
-from granite_storage import Attachment, StorageJournal, StorageManager, StoragePolicy, attachment, bind_storage, journal_tables
+from granite_storage import (
+    Attachment,
+    StorageGarbageCollector,
+    StorageJournal,
+    StorageManager,
+    StoragePolicy,
+    attachment,
+    bind_storage,
+    journal_tables,
+)
 from granite_storage.backends.local import LocalStorageBackend
 
 
@@ -38,7 +47,7 @@ if engine.dialect.name == "postgresql":
     journal_tables(Base.metadata)
     journal = StorageJournal(engine)
 sessions = sessionmaker(engine)
-bind_storage(Base, storage, session_factory=sessions, journal=journal)
+binding = bind_storage(Base, storage, session_factory=sessions, journal=journal)
 Base.metadata.create_all(engine)
 
 
@@ -130,5 +139,21 @@ def work() -> None:
     print([info.location.split("/")[1] for info in storage.sync.list(storage_key="documents")])
 
 
+left_open: list[object] = []
+
+
+def leave_open() -> None:
+    """End with a reader, a listing and a collector still open."""
+    store(1)
+    with sessions() as session:
+        file = session.get_one(Document, 1).file
+    assert file is not None
+    reader, listing = file.sync.open(), storage.sync.list(storage_key="documents")
+    running = StorageGarbageCollector(storage, binding=binding).sync.run_every(timedelta(hours=1))
+    running.__enter__()
+    left_open.extend([reader, listing, running])
+    print([reader.read(1), next(listing).size])
+
+
 if __name__ == "__main__":
-    {"fork": fork, "upload_for_ever": upload_for_ever, "block": block, "work": work}[sys.argv[1]]()
+    {"fork": fork, "leave_open": leave_open, "upload_for_ever": upload_for_ever, "block": block, "work": work}[sys.argv[1]]()

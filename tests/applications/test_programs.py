@@ -13,7 +13,7 @@ import pytest
 from tests.applications.processes import until
 from tests.core.support import PROJECT, files_below
 
-TIMEOUT = 120
+TIMEOUT = 60
 
 
 def start(name: str, folder: Path, url: str) -> subprocess.Popen[str]:
@@ -63,3 +63,8 @@ def test_a_session_blocks_a_loop_and_nothing_else(tmp_path: Path, database_url: 
 @pytest.mark.parametrize("kind", ["postgres"], indirect=True)
 def test_the_worker_of_the_journal(tmp_path: Path, database_url: str) -> None:
     assert run("work", tmp_path, database_url) == "['2']\n"
+
+
+@pytest.mark.parametrize("kind", ["sqlite"], indirect=True)
+def test_a_program_that_leaves_everything_open_ends(tmp_path: Path, database_url: str) -> None:
+    assert run("leave_open", tmp_path, database_url).startswith("[b'1', 1]\n")

@@ -13,11 +13,10 @@ from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
-from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
+from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm import bulk, flush, transactions
 from granite_storage.orm._interfaces import find_binding
 from granite_storage.orm._util import written_within
-from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType, require_usable, slots_of
 from granite_storage.orm.unit_of_work import Change
 
@@ -299,20 +298,6 @@ def _mapped_below(base: Any) -> list[Mapper[Any]]:
     return [manager.mapper for manager in list(mappers._managers) if manager.is_mapped]
 
 
-def require_attachment(value: Any, label: str) -> Attachment | None:
-    """Return a value that may be assigned: refs are minted by the manager, and a managed column takes attachments only.
-
-    Raises:
-        InvalidReferenceError: It is neither an attachment nor None.
-    """
-    if value is None or isinstance(value, Attachment):
-        return value
-    raise InvalidReferenceError(
-        f"{label} is a managed attachment column and takes an Attachment or None, not {type(value).__name__}: write"
-        " Attachment(content, filename=...), or Attachment.from_upload(upload)"
-    )
-
-
 def _guard(mapper: Mapper[Any], _: Any = None) -> None:
     if mapper in _guarded or not _is_bound(mapper):
         return
@@ -354,7 +339,7 @@ def _is_bound(mapper: Mapper[Any]) -> bool:
 
 def _check(state: Any, value: Any, _: Any, initiator: Any, **__: Any) -> Any:
     require_sound(state.mapper)
-    given = require_attachment(value, f"{state.class_.__name__}.{initiator.key}")
+    given = flush.require_attachment(value, f"{state.class_.__name__}.{initiator.key}")
     if given is not None:
         given._state.note_assignment(state, initiator.key)
     return given

@@ -52,6 +52,7 @@ __all__ = [
     "end",
     "recheck_cascades",
     "recheck_moves",
+    "require_attachment",
     "restore_deleted",
     "save",
     "write_displaced",
@@ -128,12 +129,15 @@ def _change(state: InstanceState[Any], slot: Slot) -> Change | None:
         value = state.dict.get(slot.key)
         if value is None and slot.column.default is not None:
             value = _default(state, slot)
-        return None if value is None else Change(state, slot, _require_attachment(value, slot), None, slot.column_type.binding())
-    if not history.has_changes():
+        old = None
+        if value is None:
+            return None
+    elif history.has_changes():
+        value = history.added[0] if history.added else None
+        old = history.deleted[0] if history.deleted else UNKNOWN
+    else:
         return None
-    value = history.added[0] if history.added else None
-    old = history.deleted[0] if history.deleted else UNKNOWN
-    return Change(state, slot, _require_attachment(value, slot), old, slot.column_type.binding())
+    return Change(state, slot, require_attachment(value, slot.column_type.label), old, slot.column_type.binding())
 
 
 def _default(state: InstanceState[Any], slot: Slot) -> Any:
@@ -158,13 +162,17 @@ class _NoContext:
         )
 
 
-def _require_attachment(value: Any, slot: Slot) -> Attachment | None:
-    """Refuse what may not be assigned: refs are minted by the manager, and a managed column takes attachments only."""
+def require_attachment(value: Any, label: str) -> Attachment | None:
+    """Return a value that may be assigned: only the manager makes refs, and a managed column takes attachments only.
+
+    Raises:
+        InvalidReferenceError: It is neither an attachment nor None.
+    """
     if value is None or isinstance(value, Attachment):
         return value
     raise InvalidReferenceError(
-        f"{slot.column_type.table.name}.{slot.key} is a managed attachment column and takes an Attachment,"
-        f" not {type(value).__name__}"
+        f"{label} is a managed attachment column and takes an Attachment or None, not {type(value).__name__}: write"
+        " Attachment(content, filename=...), or Attachment.from_upload(upload)"
     )
 
 

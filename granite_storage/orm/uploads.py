@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.util import greenlet_spawn
 
-from granite_storage._tasks import shielded_cleanup
+from granite_storage._tasks import run_bounded, shielded_cleanup, task_group
 from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._util import can_wait, in_greenlet, wait
@@ -82,25 +82,21 @@ async def _remove_others(
 
 async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> None:
     """Delete objects side by side, and let journals delete theirs; a failure is logged and stops nothing."""
-    places = asyncio.Semaphore(_AT_A_TIME)
     by_journal: dict[Journal, list[UUID]] = {}
     for intent in intents:
         by_journal.setdefault(intent.journal, []).append(intent.id)
     await asyncio.gather(
-        *(_delete(item, places) for item in stored), *(_settle(journal, ids) for journal, ids in by_journal.items())
+        run_bounded(stored, _delete, _CONCURRENCY), *(_settle(journal, ids) for journal, ids in by_journal.items())
     )
 
 
-async def _delete(item: StoredObject, places: asyncio.Semaphore) -> None:
-    async with places:
-        try:
-            await item.manager._engine.delete(item.ref)
-        except asyncio.CancelledError:
-            logger.warning("deleting the object %r was broken off; it is left to the garbage collector", item.ref.location)
-        except Exception:
-            logger.warning(
-                "could not delete the object %r; it is left to the garbage collector", item.ref.location, exc_info=True
-            )
+async def _delete(item: StoredObject) -> None:
+    try:
+        await item.manager._engine.delete(item.ref)
+    except asyncio.CancelledError:
+        logger.warning("deleting the object %r was cancelled; it is left to the garbage collector", item.ref.location)
+    except Exception:
+        logger.warning("could not delete the object %r; it is left to the garbage collector", item.ref.location, exc_info=True)
 
 
 async def _settle(journal: Journal, ids: list[UUID]) -> None:
@@ -115,7 +111,7 @@ def _is_being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-_AT_A_TIME = 8
+_CONCURRENCY = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,21 +213,11 @@ async def _side_by_side(work: Sequence[Callable[[], Awaitable[None]]], leases: S
     if len(work) == 1 and not leases:
         await work[0]()
         return
-    places = asyncio.Semaphore(_AT_A_TIME)
-
-    async def one(put: Callable[[], Awaitable[None]]) -> None:
-        async with places:
-            await put()
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            holding = [group.create_task(lease.hold()) for lease in leases]
-            await asyncio.wait([group.create_task(one(put)) for put in work])
-            for task in holding:
-                task.cancel()
-    except BaseExceptionGroup as errors:
-        # The group has waited for all of them; the first error is the caller's.
-        raise errors.exceptions[0] from None
+    async with task_group() as group:
+        holding = [group.create_task(lease.hold()) for lease in leases]
+        await run_bounded(work, lambda put: put(), _CONCURRENCY)
+        for task in holding:
+            task.cancel()
 
 
 async def _undo(attachments: Sequence[Attachment], cancelled: bool) -> None:

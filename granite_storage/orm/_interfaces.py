@@ -1,4 +1,4 @@
-"""What the modules of this package know of each other: a binding, its journal, a column, and the records that they exchange.
+"""The interfaces between the modules of this package: a binding, its journal, a column, and the records that they exchange.
 
 An attachment finds its manager through its column and the column's binding, and the binding knows columns, sessions and the
 journal. These protocols are the side of each that the others use, so that no module imports one that imports it. The bindings in
@@ -51,10 +51,11 @@ class JournalTables:
     """The tables of a journal.
 
     Attributes:
-        intent: Objects that are being stored, until a row takes them, and objects that a row has given up, until they go.
-        reclaim: Intents that a worker has taken over; no transaction can take them back.
-        decision: Who was first to decide on an upload, for transactions that read from a snapshot older than its intent.
-        meta: The version of the tables, and when a worker was last at work.
+        intent: Objects that are being stored, until the transaction of their row, and displaced objects, until they are deleted.
+        reclaim: Intents that a worker is processing; no transaction can consume them any more.
+        decision: Whether a transaction or a worker decided on an upload first, for transactions whose snapshot is older than its
+            intent.
+        meta: The version of the tables, and when a worker last ran.
     """
 
     intent: Table
@@ -85,17 +86,17 @@ class ColumnType(Protocol):
 
     @property
     def model_name(self) -> str:
-        """The segment of locations that says what kind of row it is."""
+        """The segment of locations that names the model."""
         ...
 
     @property
     def field_name(self) -> str:
-        """The segment of locations that says which of the row's files it is."""
+        """The segment of locations that names the attribute."""
         ...
 
     @property
     def label(self) -> str:
-        """What messages call the column."""
+        """The name of the column in messages."""
         ...
 
     def binding(self) -> Binding:
@@ -107,12 +108,12 @@ class ColumnType(Protocol):
         ...
 
     def require_fit(self, ref: StoredObjectRef) -> None:
-        """Refuse an object that is larger than the column's policy allows."""
+        """Raise `ContentTooLargeError` if an object is larger than the column's policy allows."""
         ...
 
 
 class Binding(Protocol):
-    """What `bind_storage` returns, as far as the modules below it use it."""
+    """The part of `StorageBinding` that the modules below it use."""
 
     @property
     def metadata(self) -> MetaData:
@@ -136,7 +137,7 @@ class Binding(Protocol):
 
     @property
     def base_name(self) -> str:
-        """The base's full name, by which a pickled attachment finds it again."""
+        """The full name of the base, by which an unpickled attachment finds it."""
         ...
 
     def ref_columns(self) -> list[Column[Any]]:
@@ -148,7 +149,7 @@ class Binding(Protocol):
         ...
 
     async def is_referred_to(self, column: Column[Any], ref: StoredObjectRef) -> bool | None:
-        """Tell whether a row of a column refers to an object; None where that is unknown."""
+        """Return whether a row of a column refers to an object; None if that is unknown."""
         ...
 
     async def upload(
@@ -163,7 +164,7 @@ class Binding(Protocol):
 
 
 class UploadLease(Protocol):
-    """The intents of uploads that have begun, and for how long workers leave them alone."""
+    """The intents of uploads in progress, and the lease during which workers ignore them."""
 
     @property
     def ids(self) -> Sequence[UUID]:
@@ -171,11 +172,11 @@ class UploadLease(Protocol):
         ...
 
     def begin(self, intent_id: UUID) -> None:
-        """Raise `StaleAttachmentError` where an upload would begin too late."""
+        """Raise `StaleAttachmentError` if it is too late to begin an upload."""
         ...
 
     def require(self) -> None:
-        """Raise `StaleAttachmentError` where the lease is over for the uploader."""
+        """Raise `StaleAttachmentError` if the lease has expired."""
         ...
 
     async def hold(self) -> None:
@@ -184,27 +185,27 @@ class UploadLease(Protocol):
 
 
 class JournalIntents(Protocol):
-    """What a transaction does to the journal's intents."""
+    """The operations of a transaction on the intents of a journal."""
 
     def consume(self, connection: Connection, ids: Sequence[UUID]) -> None:
-        """Remove intents in the transaction whose rows have taken their objects."""
+        """Delete the intents of objects that rows now refer to, in the transaction of the rows."""
         ...
 
     def displace(self, connection: Connection, displaced: Iterable[tuple[StoredObjectRef, timedelta]]) -> None:
-        """Note, in a transaction, objects that shall go once it is committed."""
+        """Record in a transaction the objects to delete once it is committed."""
         ...
 
     def require_unfenced(self, intents: Iterable[Intent]) -> None:
-        """Raise `StaleAttachmentError` where a worker is about to delete what a transaction restores."""
+        """Raise `StaleAttachmentError` if a worker is about to delete an object that a transaction restores."""
         ...
 
     async def find_delete(self, ref: StoredObjectRef) -> UUID | None:
-        """Return the intent by which an object waits to be deleted."""
+        """Return the intent of the pending delete of an object, or None."""
         ...
 
 
 class Journal(Protocol):
-    """What sessions and the garbage collector ask of a `StorageJournal`."""
+    """The part of `StorageJournal` that sessions and the garbage collector use."""
 
     @property
     def tables(self) -> JournalTables:
@@ -213,37 +214,37 @@ class Journal(Protocol):
 
     @property
     def intents(self) -> JournalIntents:
-        """What transactions do to it."""
+        """The operations of transactions on it."""
         ...
 
     def retention_of(self, ref: StoredObjectRef) -> timedelta:
-        """Return how long an object stays after its row has given it up."""
+        """Return how long an object is kept after it was displaced."""
         ...
 
     async def begin_uploads(self, uploads: Sequence[PreparedUpload]) -> UploadLease:
-        """Write down, durably, which objects are about to be stored."""
+        """Commit durably the intents of objects that are about to be stored."""
         ...
 
     def delete_intent(self, backend: str, location: str) -> Intent:
-        """Return the intent by which an object that a row gives up waits to be deleted."""
+        """Return the intent of the pending delete that displacing an object creates."""
         ...
 
     def wake_workers(self) -> None:
-        """Let workers of this process look for work now."""
+        """Wake the workers of this process."""
         ...
 
     async def settle(self, ids: Sequence[UUID]) -> None:
-        """Delete now what no row has taken."""
+        """Delete the objects of these intents now, unless a row refers to them."""
         ...
 
     async def discard(self, ref: StoredObjectRef) -> None:
-        """Delete an object that was published after its lease was over."""
+        """Delete an object that was stored after its lease had expired."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """What a journal has written down about an object: that it is being stored, or that it shall go."""
+    """An entry of a journal: an object is being stored, or is to be deleted."""
 
     journal: Journal
     id: UUID
@@ -253,7 +254,7 @@ class Intent:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredObject:
-    """An object, the manager that can delete it, and the intent that stands for it where a journal is kept."""
+    """An object, its manager, and its intent if there is a journal."""
 
     manager: StorageManager
     ref: StoredObjectRef
@@ -261,24 +262,24 @@ class StoredObject:
 
     @property
     def key(self) -> ObjectKey:
-        """What makes it the same object as another."""
+        """Identifies the object."""
         return id(self.manager), self.ref.backend, self.ref.location
 
 
-# Which binding serves which metadata: the one place where an attachment finds its manager.
+# The bindings in force.
 
 
 _bindings: list[Binding] = []
 
 
 def add_binding(binding: Binding) -> bool:
-    """Enter a binding, before older ones of the same metadata; return whether it is the only one."""
+    """Add a binding, which takes precedence over older ones of the same metadata; return whether it is the only one."""
     _bindings.append(binding)
     return len(_bindings) == 1
 
 
 def remove_binding(binding: Binding) -> bool:
-    """Take a binding out, which brings an older one of the same metadata back; return whether it was the last one."""
+    """Remove a binding, so that an older one of the same metadata is in force again; return whether it was the last one."""
     if binding not in _bindings:
         return False
     _bindings.remove(binding)
@@ -312,7 +313,7 @@ def binding_for(metadata: MetaData, what: str) -> Binding:
 
 
 def unbound_message(metadata: MetaData, what: str) -> str:
-    """Return what to do where a metadata has no binding; a base may have classes below it that have a metadata of their own."""
+    """Return the message for a metadata without a binding; a base may have subclasses with a metadata of their own."""
     bound = sorted({binding.base_name for binding in active_bindings()})
     if not bound:
         return f"{what} has no storage manager: call bind_storage(Base, manager) for its declarative base at start-up"

@@ -95,7 +95,7 @@ def is_async(session: Session) -> bool:
 
 @contextmanager
 def deferred_cancellation() -> Iterator[None]:
-    """Let a cancellation through at the task's next await instead of here, where it would break off what must be done."""
+    """Postpone a cancellation to the task's next await, where it interrupts no work that must be completed."""
     try:
         yield
     except asyncio.CancelledError:  # which a synchronous session's thread never sees
@@ -155,7 +155,7 @@ _PATIENCE_ON_MARIADB = text("SELECT @@innodb_lock_wait_timeout")
 
 
 def again_after_deadlock(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-    """Do one transaction again when the database has chosen it to end a deadlock between workers, and so has rolled it back."""
+    """Retry a transaction that the database has rolled back to resolve a deadlock."""
 
     @wraps(method)
     async def retried(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -172,7 +172,7 @@ def again_after_deadlock(method: Callable[P, Awaitable[T]]) -> Callable[P, Await
 
 
 async def try_briefly(connection: AsyncConnection, statement: Executable) -> CursorResult[Any] | None:
-    """Execute a statement in a savepoint; return None, with nothing done, where another transaction's lock is in its way."""
+    """Execute a statement in a savepoint; return None, with nothing done, if it would wait for a lock of another transaction."""
     if connection.dialect.name == "postgresql":
         await connection.execute(_BRIEFLY)
         return await _try(connection, statement)
@@ -202,7 +202,7 @@ def codes_of(error: DBAPIError) -> set[str | int]:
 
 
 def written_within(statement: Any) -> Iterator[Insert | Update]:
-    """Yield the statements in a WITH that write rows, which no event tells of."""
+    """Yield the statements in a WITH that write rows, for which there is no event."""
     selected = (getattr(column, "table", column) for column in getattr(statement, "_raw_columns", ()))
     for source in (*selected, *getattr(statement, "_independent_ctes", ())):
         if isinstance(source, CTE) and isinstance(source.element, Insert | Update):

@@ -1,4 +1,4 @@
-"""The value of an attachment attribute: a file on its way into a row, or one that is there."""
+"""The value of an attachment attribute: a file that is to be stored, or one that a row refers to."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Address:
 
     @classmethod
     def of(cls, column_type: ColumnType) -> Self:
-        """Return what finds a column again in another process."""
+        """Return the address of a column, for another process."""
         binding = find_binding(column_type.table.metadata)
         base = "" if binding is None else binding.base_name
         return cls(base, column_type.table.fullname, column_type.field_name, column_type.storage_key)
@@ -74,7 +74,7 @@ class Address:
         """Return the type of the column, in the base that has it.
 
         Raises:
-            UnboundAttachmentError: No base with that column is bound here, or more than one.
+            UnboundAttachmentError: No base with that column is bound in this process, or more than one.
         """
         found = [
             (binding.base_name, column_type)
@@ -91,18 +91,18 @@ class Address:
         )
 
 
-# What a response model shows of an attachment: size, media type, name and checksum, never where the bytes lie.
+# The fields of an attachment in a response model: size, media type, name and checksum, never the location.
 
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 
 def core_schema_of(attachment: type[Attachment]) -> CoreSchema:
-    """Return how pydantic checks and shows attachments.
+    """Return the pydantic schema that validates and serializes attachments.
 
-    In Python they stay what they are, so that `Model(**schema.model_dump())` assigns them; in JSON they are shown. One whose row
-    holds no ref that can be read is shown as null and logged: one bad row must not take down a list. The JSON schema offers no
-    null for it, for a client need not reckon with a damaged database.
+    In Python mode they are unchanged, so that `Model(**schema.model_dump())` assigns them; in JSON mode their fields are shown.
+    An attachment whose row contains no readable ref is shown as null and logged, so that one bad row does not break a list. The
+    JSON schema does not mention that null, because clients need not expect a damaged database.
     """
     from pydantic_core import core_schema
 
@@ -112,7 +112,7 @@ def core_schema_of(attachment: type[Attachment]) -> CoreSchema:
 
 
 class LazySerializer:
-    """Lets pydantic show an attachment where no field says that there is one, as in an endpoint that returns a plain dict."""
+    """Lets pydantic serialize an attachment without a declared field, as in an endpoint that returns a plain dict."""
 
     def __get__(self, instance: object, owner: type[Attachment]) -> SchemaSerializer:
         try:
@@ -125,7 +125,7 @@ class LazySerializer:
 
 
 def fields_schema() -> CoreSchema:
-    """Return the schema of what is shown."""
+    """Return the schema of the fields."""
     from pydantic_core import core_schema
 
     text, field = core_schema.str_schema(), core_schema.typed_dict_field
@@ -142,7 +142,7 @@ def fields_schema() -> CoreSchema:
 
 def _fields(value: Attachment) -> dict[str, Any] | None:
     if value._state.error is not None:
-        logger.warning("an attachment is shown as null, because its row holds no ref that can be read: %s", value._state.error)
+        logger.warning("an attachment is shown as null, because its row contains no readable ref: %s", value._state.error)
         return None
     if value.is_pending:
         raise UnboundAttachmentError("the attachment is not stored yet; flush the session before it is shown")
@@ -448,20 +448,20 @@ class AttachmentState:
             self.owner = Owner.DELETE
 
     def _origin(self) -> ByteSource | WholeFile | ReadOnce | AttachmentState:
-        """Return what is to be stored: a stream once; bytes, files that can seek and a copy's original after each rollback."""
+        """Return the source to store: a stream once; bytes, files that can seek and the original of a copy several times."""
         source = self.source
         if isinstance(source, AttachmentState) and source.status is Status.PENDING:
-            # The original was rolled back as well, so its own content is all that is left.
+            # The original was rolled back as well, and only its own source is left.
             return source._origin()
         if source is None and self._is_discarded:
             raise ConsumedSourceError(
-                "the attachment was removed when its form or its request ended, because no row held it; assign it to an instance"
-                " before that"
+                "the attachment was deleted when its form or its request ended, because no row referred to it; assign it to an"
+                " instance before that"
             )
         if source is None:
             raise ConsumedSourceError(
-                "the attachment's stream was read already, and a stream is read once: make a new attachment, of bytes where it"
-                " shall survive a rollback"
+                "the attachment's stream was already read, and can be read only once: make a new attachment, of bytes if it must"
+                " survive a rollback"
             )
         return source
 
@@ -496,30 +496,29 @@ UploadFile: TypeAlias = SupportsAsyncRead | SupportsRead | AsyncIterable[BytesLi
 class Attachment:
     """A file that belongs to one row: pending until the flush that stores it, then stored.
 
-    Assigning one to a row is all there is to do: the flush uploads it, the commit keeps it and a rollback removes it. An
-    attachment behaves as a value: assigned to a second row it becomes a copy with an object of its own, unless the first row
-    gives it up in the same transaction.
+    Assign one to a row: the flush uploads it, the commit keeps it and a rollback deletes it. An attachment behaves as a value:
+    assigned to a second row it becomes a copy with an object of its own, unless the first row loses it in the same transaction.
 
     Args:
         content: Bytes, or anything that `StorageManager.put_stream` takes, which is read at the flush and never closed. A file
             that can seek is stored from its beginning, however much of it was read before. Bytes and such files can be stored
             again after a rollback; other streams are read once.
-        filename: The client's file name; made safe, never trusted. None for that of `content`, where it is an upload.
-        content_type: The media type, kept as given. None for that of `content`, where it is an upload.
-        extra: Keys of your own to keep in the ref, JSON values without NUL characters and lone surrogates: PostgreSQL keeps
-            neither, so they are refused on every database.
+        filename: The client's file name; made safe, never trusted. None for that of `content`, if it is an upload.
+        content_type: The media type, stored as given. None for that of `content`, if it is an upload.
+        extra: Your own keys in the ref, JSON values without NUL characters and lone surrogates: PostgreSQL cannot store
+            them, so they are refused on every database.
 
     Raises:
         TypeError: The content is neither bytes nor a binary stream.
         EmptyUploadError: The content is an upload without a name and without bytes.
-        InvalidReferenceError: `extra` cannot be kept.
+        InvalidReferenceError: `extra` cannot be stored.
 
     Example:
         >>> Attachment(b"Hello", filename="hello.txt", content_type="text/plain").is_pending
         True
     """
 
-    # Slots, so that what walks through `vars(...)` finds no private state, no bytes and no column.
+    # Slots, so that encoders that use `vars(...)` find no private state, no bytes and no column.
     __slots__ = ("__weakref__", "_state")
     _state: AttachmentState
 
@@ -561,11 +560,11 @@ class Attachment:
 
         Args:
             upload: The uploaded file; read at the flush, and never closed.
-            extra: Keys of your own to keep in the ref.
+            extra: Your own keys in the ref.
 
         Raises:
-            EmptyUploadError: It is a file input that was left empty: it has neither a name nor bytes. Where that is known only
-                when it is read, the flush raises it.
+            EmptyUploadError: It is a file input that was left empty: it has neither a name nor bytes. If that is known only
+                once it is read, the flush raises the error.
         """
         file: Any = upload if is_file(upload) else getattr(upload, "file", upload)
         filename, content_type = upload_names(upload)
@@ -581,31 +580,31 @@ class Attachment:
         without that field is None.
 
         Args:
-            upload: The uploaded file, or what a form holds in its place: None or the empty string.
-            extra: Keys of your own to keep in the ref.
+            upload: The uploaded file, or the value of a form without one: None or the empty string.
+            extra: Your own keys in the ref.
 
         Raises:
-            TypeError: It is a text.
+            TypeError: It is a string.
         """
         if upload is None or upload == "" or _is_left_empty(upload):
             return None
         if isinstance(upload, str):
-            raise TypeError("the field holds a text, not a file; the form needs enctype='multipart/form-data'")
+            raise TypeError("the field contains text, not a file; the form needs enctype='multipart/form-data'")
         return cls.from_upload(upload, extra=extra)
 
     @classmethod
     def restore(cls, ref: StoredObjectRef) -> Self:
-        """Make an attachment that undoes a replacement or delete, while the object's retention lasts.
+        """Make an attachment that undoes a replacement or delete, during the object's retention.
 
-        Assign it to a row like any other: the flush takes the pending delete back, in the row's own transaction. Only an object
-        that waits to be deleted can be restored, which a journal knows; `StoragePolicy(retention=...)` says how long it waits.
+        Assign it to a row like any other: the flush cancels the pending delete, in the transaction of the row. Only an object
+        with a pending delete can be restored, which needs a journal; `StoragePolicy(retention=...)` sets how long it is kept.
 
         Args:
-            ref: What the row held, as the application kept it.
+            ref: The ref that the row had, as the application saved it.
 
         Raises:
-            StaleAttachmentError: At the flush: the object does not wait, or waits no more.
-            ConfigurationError: At the flush: the column's base is bound without a journal.
+            StaleAttachmentError: At the flush: the object has no pending delete.
+            ConfigurationError: At the flush: the base is bound without a journal.
         """
         if not isinstance(ref, StoredObjectRef):
             raise InvalidReferenceError(f"restore takes a StoredObjectRef, not {type(ref).__name__}")
@@ -615,7 +614,7 @@ class Attachment:
 
     @classmethod
     def _of(cls, ref: StoredObjectRef, column_type: ColumnType) -> Self:
-        """Make the stored attachment that a row holds; once per row that is read, so nothing is done twice."""
+        """Make the stored attachment of a row; it is called once per row that is read, and must be fast."""
         self = object.__new__(cls)
         self._state = state = AttachmentState()
         state.ref, state.address = ref, column_type
@@ -637,7 +636,7 @@ class Attachment:
 
     @property
     def is_pending(self) -> bool:
-        """Whether it is still to be stored."""
+        """Whether it is yet to be stored."""
         return self._state.status is Status.PENDING
 
     @property
@@ -707,15 +706,15 @@ class Attachment:
         return await self.manager.exists(self.ref)
 
     async def store(self, column: InstrumentedAttribute[Any]) -> Self:
-        """Upload now, before any transaction; the row that it is assigned to later takes the object as it is.
+        """Upload now, before any transaction; the row that it is assigned to later refers to this object.
 
-        One that is never assigned, or whose process dies, leaves an object that the garbage collector reclaims.
+        If it is never assigned, or the process dies, the garbage collector deletes the object.
 
         Args:
-            column: The attribute it is meant for, such as `Document.file`; its policy decides where the object goes.
+            column: The attribute that it is for, such as `Document.file`; its policy decides where the object is stored.
 
         Raises:
-            ConsumedSourceError: Its stream was read already.
+            ConsumedSourceError: Its stream was already read.
             ContentTooLargeError: It is larger than the column's policy allows, also where it was stored for another one.
             StorageError: As `StorageManager.put_stream`.
         """
@@ -731,9 +730,9 @@ class Attachment:
     async def _adopt(
         cls, staged: StoredObjectRef, column_type: ColumnType, verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]]
     ) -> Attachment:
-        """Copy what a client has stored by itself to where no client can, verify the copy, and let a row take it.
+        """Copy an object that a client has stored directly to a location that no client can write, and verify the copy.
 
-        It cannot be stored a second time: what the client has stored may have changed by then.
+        It cannot be stored a second time, because the client may have changed its object by then.
         """
         adopted = cls._of(staged, column_type)._copy()
         await column_type.binding().upload(adopted, column_type, verify=verify)
@@ -754,11 +753,11 @@ class Attachment:
         return f"<Attachment size={state.ref.size} filename={state.ref.original_filename!r}>"
 
     def describe(self) -> dict[str, Any]:
-        """Return what a client may see: size, media type, name and checksum, never where the bytes lie.
+        """Return the fields that a client may see: size, media type, name and checksum, never the location.
 
-        It is what response models show, for encoders that know nothing of attachments: `json.dumps(..., default=...)`, or
-        Litestar's `type_encoders={Attachment: Attachment.describe}`. One that is pending has no size and no checksum yet, and
-        one whose row holds no ref that can be read has nothing to show; what is missing is None.
+        Response models show the same. It is for encoders that do not know attachments: `json.dumps(..., default=...)`, or
+        Litestar's `type_encoders={Attachment: Attachment.describe}`. Unknown fields are None: a pending attachment has no size
+        and no checksum, and one whose row contains no readable ref has none of the fields.
         """
         ref, given = self._state.ref, self._state
         if ref is None:
@@ -772,15 +771,15 @@ class Attachment:
         }
 
     @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what `vars` gives, to encoders and debuggers
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # the result of `vars`, for encoders and debuggers
         return self.describe()
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Yield what `describe` returns as pairs, so that `dict(attachment)` is that, too."""
+        """Yield the result of `describe` as pairs, for `dict(attachment)`."""
         yield from self.describe().items()
 
     def __eq__(self, other: object) -> bool:
-        """Tell whether both lead to the same object; a pending one is equal to itself only."""
+        """Return whether both refer to the same object; a pending one is equal to itself only."""
         if self is other:
             return True
         if not isinstance(other, Attachment):
@@ -791,7 +790,7 @@ class Attachment:
         return (mine.backend, mine.location) == (theirs.backend, theirs.location)
 
     def __hash__(self) -> int:
-        # By what two that are equal have in common, and what a pending one has already: its hash is the same once it is stored.
+        # Equal attachments have these fields in common, and a pending one has them already, so its hash does not change.
         ref, given = self._state.ref, self._state
         if ref is not None:
             return hash((ref.original_filename, ref.content_type))
@@ -819,7 +818,7 @@ class Attachment:
 
 
 def _is_left_empty(upload: object) -> bool:
-    """Tell whether something is known to be a file input that was left empty: an upload without a name and without bytes."""
+    """Return whether an upload is known to be an empty file input: it has neither a name nor bytes."""
     if not (is_file(upload) and is_form_upload(upload)):
         return False
     return not getattr(upload, "filename", None) and upload_size(upload) == 0
@@ -835,10 +834,10 @@ def _names_of(column_type: ColumnType, entity_id: str) -> dict[str, Any]:
 
 
 def _storable(extra: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the extra keys, frozen, before anything is uploaded that the database would then refuse to refer to."""
+    """Return the extra keys, frozen, or raise before an upload whose ref the database would refuse."""
     kept = read_only(extra, "extra")
     if any(_UNSTORABLE.search(text) for text in _texts(kept)):
-        raise InvalidReferenceError("extra holds a NUL character or a lone surrogate, which PostgreSQL cannot keep in JSON")
+        raise InvalidReferenceError("extra contains a NUL character or a lone surrogate, which PostgreSQL cannot store in JSON")
     return kept
 
 

@@ -1,4 +1,4 @@
-"""Bulk statements of a session: what they displace, and what they must not write."""
+"""Bulk statements of a session: the objects that they displace, and the values that they must not write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["begin_connection", "begin_transaction", "end_transaction", "execute_
 
 
 def execute_bulk(state: ORMExecuteState) -> Result[Any] | None:
-    """See a statement that a session executes; act where it inserts, updates or deletes rows that have to do with attachments."""
+    """Handle a statement of a session that inserts, updates or deletes rows with attachments, or rows that cascade to some."""
     statement = state.statement
     for inner in written_within(statement):
         _refuse_values(state, inner, _written(state, inner))
@@ -84,10 +84,10 @@ def _update(state: ORMExecuteState, statement: Update, written: list[Column[Any]
 
 
 def _displacing(state: ORMExecuteState, reached: Sequence[tuple[Connection, list[RowRef]]]) -> Result[Any]:
-    """Run the statement, and displace what is gone afterwards.
+    """Execute the statement, and displace the objects that its rows no longer refer to.
 
     Raises:
-        ConfigurationError: A row holds a file, and the session commits by itself; the statement has not been run.
+        ConfigurationError: A row holds a file, and the connection is in autocommit mode; the statement was not executed.
     """
     for connection, held in reached:
         if held:
@@ -102,9 +102,9 @@ def _displacing(state: ORMExecuteState, reached: Sequence[tuple[Connection, list
 
 
 def _require_known(result: Result[Any], known: int, parameters: Sequence[Any]) -> None:
-    """Refuse a statement that hit a row which another transaction has committed since the rows were read: its object is unknown.
+    """Raise if a statement matched a row that another transaction has committed since the rows were read: its object is unknown.
 
-    Several sets of parameters may hit a row more than once, so that their number says nothing.
+    Several sets of parameters may match a row more than once, so their row count proves nothing.
     """
     if len(parameters) == 1 and getattr(result, "rowcount", -1) > known:
         raise _hit_unknown_rows()
@@ -112,15 +112,15 @@ def _require_known(result: Result[Any], known: int, parameters: Sequence[Any]) -
 
 def _hit_unknown_rows() -> StaleAttachmentError:
     return StaleAttachmentError(
-        "a bulk statement hit rows that another transaction has committed meanwhile; the transaction may be tried again"
+        "a bulk statement matched rows that another transaction has committed since they were read; retry the transaction"
     )
 
 
 def _connections(state: ORMExecuteState, statement: Update | Delete) -> Iterator[Connection]:
-    """Yield the connections that a statement runs on: one, but for a sharded session."""
+    """Yield the connections that a statement executes on: one, except in a sharded session."""
     session = state.session
     if state.is_orm_statement and state.execution_options.get("autoflush", True):
-        # The statement would flush before it runs, and change what its rows hold after they have been read.
+        # The statement autoflushes, which would change its rows after they were read.
         session._autoflush()
     for arguments in _bind_arguments(state, statement):
         connection = session.connection(bind_arguments=arguments)
@@ -129,7 +129,7 @@ def _connections(state: ORMExecuteState, statement: Update | Delete) -> Iterator
 
 
 def _bind_arguments(state: ORMExecuteState, statement: Update | Delete) -> Iterator[dict[str, Any]]:
-    """Yield what chooses the engine of a statement; for a sharded session once for each shard, which it chooses as it does."""
+    """Yield the bind arguments of a statement; in a sharded session once for each shard that the session chooses."""
     given = {"clause": statement, **state.bind_arguments}
     if not isinstance(state.session, ShardedSession):
         yield given
@@ -157,19 +157,19 @@ def _known(target: Any) -> Iterator[Tables]:
 
 
 def _source(statement: Update | Delete, table: Table) -> FromClause:
-    """Return the table as the criteria of a statement name it: an alias, where the statement writes to one."""
+    """Return the table as the criteria of a statement name it, which may be an alias."""
     return statement.table if isinstance(statement.table, Alias) and _table(statement.table) is table else table
 
 
 def _table(target: Any) -> Any:
-    """Return the metadata's own table for the annotated form or the alias that a statement holds."""
+    """Return the metadata's table for the annotated form or the alias in a statement."""
     target = getattr(target, "element", target)
     metadata = getattr(target, "metadata", None)
     return target if metadata is None else metadata.tables.get(target.fullname, target)
 
 
 def _listed_keys(state: ORMExecuteState, statement: Update, table: Table) -> list[tuple[Any, ...]] | None:
-    """Return the primary keys of an update by a list of them, the form in which each row's values come with its key."""
+    """Return the primary keys of a bulk UPDATE by primary key; None for any other statement."""
     mapper = state.bind_mapper
     if mapper is None or statement.whereclause is not None or not isinstance(state.parameters, list):
         return None
@@ -178,7 +178,7 @@ def _listed_keys(state: ORMExecuteState, statement: Update, table: Table) -> lis
 
 
 def _written(state: ORMExecuteState, statement: Insert | Update) -> Iterator[Column[Any]]:
-    """Yield the attachment columns that a statement writes: by the names of its columns, or of the attributes of a class."""
+    """Yield the attachment columns that a statement writes, by column or attribute names."""
     names = {name for name, _ in _values(statement, state.parameters)}
     names |= {getattr(name, "key", name) for name in getattr(statement, "_select_names", None) or ()}
     if not names:
@@ -196,7 +196,7 @@ def _names(mapper: Mapper[Any] | None, column: Column[Any]) -> set[str]:
 
 
 def _refuse_values(state: ORMExecuteState, statement: Insert | Update, written: Iterable[Column[Any]]) -> None:
-    """Refuse a statement that would write a ref past the hooks, whatever it writes it from."""
+    """Raise if a statement would write a ref without the hooks, from whatever source."""
     values = list(_values(statement, state.parameters))
     copied = {getattr(name, "key", name) for name in getattr(statement, "_select_names", None) or ()}
     overwritten = {name for name, _ in _values_on_conflict(statement)}
@@ -204,8 +204,8 @@ def _refuse_values(state: ORMExecuteState, statement: Insert | Update, written: 
         names = _names(state.bind_mapper, column)
         if names & overwritten:
             raise InvalidReferenceError(
-                f"an upsert may not set the attachment {column.table.name}.{column.name}: the row in its way may hold an object"
-                " that nobody would delete; load the row and assign to it instead"
+                f"an upsert may not set the attachment {column.table.name}.{column.name}: the existing row may hold an object"
+                " that would never be deleted; load the row and assign to it instead"
             )
         if names & copied or any(name in names and not _is_null(value) for name, value in values):
             raise InvalidReferenceError(
@@ -215,7 +215,7 @@ def _refuse_values(state: ORMExecuteState, statement: Insert | Update, written: 
 
 
 def _values(statement: Insert | Update, parameters: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the names and values that a statement writes, from wherever they come."""
+    """Yield the names and values that a statement writes, from all of its sources."""
     sources: list[Any] = [getattr(statement, "_values", None) or {}]
     sources.append(dict(getattr(statement, "_ordered_values", None) or ()))
     sources += [row for rows in getattr(statement, "_multi_values", ()) for row in rows]
@@ -227,7 +227,7 @@ def _values(statement: Insert | Update, parameters: Any) -> Iterator[tuple[str, 
 
 
 def _values_on_conflict(statement: Insert | Update) -> Iterator[tuple[str, Any]]:
-    """Yield the names and values that an upsert writes to a row that is there: each family of dialects keeps them elsewhere."""
+    """Yield the names and values that an upsert writes to an existing row; dialects keep them in different attributes."""
     clause = getattr(statement, "_post_values_clause", None)
     written = getattr(clause, "update_values_to_set", None) or getattr(clause, "update", None) or ()
     items = written.items() if isinstance(written, Mapping) else written
@@ -240,19 +240,19 @@ def _is_null(value: Any) -> bool:
     return value is None or isinstance(value, Null)
 
 
-# Legacy bulk operations, `Session.bulk_update_mappings` and its like: no event tells of them, but of the transaction they
+# Legacy bulk operations such as `Session.bulk_update_mappings`. They have no event, except that of the subtransaction that they
 # begin.
 #
-# While one is in progress, the statements of its session are looked at. An UPDATE of an attachment would displace an object
-# that nothing would ever delete, so it is refused; an INSERT with a file is refused by the column's type, as everywhere.
+# While one is in progress, the statements of its session are checked. An UPDATE of an attachment would displace an object that
+# would never be deleted, so it is refused; an INSERT with a file is refused by the column type, as everywhere.
 
 
 guards: weakref.WeakKeyDictionary[Session, dict[SessionTransaction, _Guard]] = weakref.WeakKeyDictionary()
-"""The sessions in whose transactions a bulk operation is in progress, which is rare: others need not call what follows."""
+"""The sessions with a legacy bulk operation in progress, which is rare; the functions below are called for these only."""
 
 
 def begin_transaction(session: Session, transaction: SessionTransaction) -> None:
-    """Look at the statements of a part of a transaction that is no flush's, so that it must be a bulk operation's."""
+    """Check the statements of a subtransaction that is not a flush's, and so a bulk operation's."""
     guards.setdefault(session, {})[transaction] = guard = _Guard()
     around: SessionTransaction | None = transaction
     while around is not None:
@@ -262,13 +262,13 @@ def begin_transaction(session: Session, transaction: SessionTransaction) -> None
 
 
 def begin_connection(session: Session, connection: Connection) -> None:
-    """Look at the statements on a connection that a bulk operation has just begun to work on."""
+    """Check the statements on a connection that a bulk operation has just begun to use."""
     for guard in guards[session].values():
         guard.listen(connection)
 
 
 def end_transaction(session: Session, transaction: SessionTransaction) -> None:
-    """Look at the statements no longer."""
+    """Stop checking statements when a subtransaction ends."""
     guard = guards[session].pop(transaction, None)
     if guard is not None:
         guard.close()
@@ -277,7 +277,7 @@ def end_transaction(session: Session, transaction: SessionTransaction) -> None:
 
 
 def unlisten_all() -> None:
-    """Look at nothing any more."""
+    """Remove all listeners."""
     for begun in guards.values():
         for guard in begun.values():
             guard.close()
@@ -320,23 +320,23 @@ def _refusal(label: str) -> InvalidReferenceError:
     )
 
 
-# Bulk statements with a `schema_translate_map` of their own: what they displace is in other schemas than the session's.
+# Bulk statements with a `schema_translate_map` of their own: their rows are in other schemas than the session's.
 
 
 _MAP = "schema_translate_map"
 
 
 def on_execute(state: ORMExecuteState) -> Result[Any] | None:
-    """See a statement that a session executes, with the session's connection translating as the statement does.
+    """Handle a statement that a session executes, with the connection translating schemas as the statement does.
 
-    Other listeners may put another statement in the place of one that writes: it is looked at when all of them were called.
+    Other listeners may replace the statement, so it is handled after all of them were called.
 
     Raises:
-        ConfigurationError: The session is a sharded one, so that the statement may have several connections.
+        ConfigurationError: The session is sharded, so the statement may have several connections.
     """
     statement = state.statement
     if len(state._events_todo) > 1 and isinstance(statement, Insert | Update | Delete):
-        # This runs those that are still to be called, and then this one by itself, with a state of the statement that is left.
+        # This calls the remaining listeners, and then this one, with the state of the resulting statement.
         state._events_todo.append(on_execute)
         return state.invoke_statement()
     if _MAP not in state.execution_options or not isinstance(statement, Update | Delete) or not _is_known(statement):
@@ -347,7 +347,7 @@ def on_execute(state: ORMExecuteState) -> Result[Any] | None:
             " set it on the shards' engines"
         )
     if state.is_orm_statement and state.execution_options.get("autoflush", True):
-        # The statement would flush before it runs, and the flush has the session's map.
+        # The statement autoflushes, and the flush needs the map of the session.
         state.session._autoflush()
     connection = state.session.connection(bind_arguments={"clause": statement, **state.bind_arguments})
     with _translating(connection, state.execution_options[_MAP]):

@@ -1,4 +1,4 @@
-"""The column types, and where attachments are: on a mapper, in a table, and below a table by cascades of the database."""
+"""The column types, and the attachments of a mapper, of a table, and of tables that cascades of the database reach."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ T = TypeVar("T")
 def portable_storage_ref_type() -> TypeEngine[Any]:
     """Return the type that a column of refs has in the database, for migrations: JSON, and JSONB on PostgreSQL.
 
-    It is that of `attachment()` and `StoredObjectRefType` columns, and knows no policy and no manager, so a migration that names
-    it stays valid whatever becomes of the models.
+    It is that of `attachment()` and `StoredObjectRefType` columns. It knows no policy and no manager, so a migration that names
+    it remains valid when the models change.
 
     Example:
         >>> from sqlalchemy.dialects import postgresql
@@ -95,22 +95,22 @@ def portable_storage_ref_type() -> TypeEngine[Any]:
 
 
 class _RefComparator(TypeDecorator.Comparator[Any], JSON.Comparator[Any]):
-    """What a column of refs can be asked in SQL: a ref is the same where it leads to the same object.
+    """The SQL operators of a column of refs: refs are equal if they lead to the same object.
 
-    JSON text is equal only where its keys stand in the same order, and some databases compare JSON as text.
+    Some databases compare JSON as text, which differs if its keys are in another order.
     """
 
     __slots__ = ()
 
     def __getitem__(self, index: Any) -> ColumnElement[Any]:
-        # Python iterates by numbers over what it can index: an encoder that walks into a column would never come to its end.
+        # Python iterates by integers over anything that it can index, so an encoder that iterates over a column would never end.
         if isinstance(index, int | slice):
             raise TypeError("the fields of a ref have names: index the column by a string, such as Document.file['size']")
         return type_coerce(self.expr, JSON())[index]
 
     def operate(self, op: Any, *other: Any, **kwargs: Any) -> Any:
         if op is operators.ne and _is_pending(other[0]):
-            return self.expr.is_not(None)  # as it is with any other file: a row without one is neither equal nor unequal
+            return self.expr.is_not(None)  # as with any other file: a row without one is neither equal nor unequal
         if op in _EQUALITIES and _is_ref(other[0]):
             return _EQUALITIES[op](self._leads_to(other[0]))
         if op in _MEMBERSHIPS and isinstance(other[0], list | tuple | set | frozenset) and all(map(_is_ref, other[0])):
@@ -160,13 +160,13 @@ class _RefJSON(TypeDecorator[T]):
         return self.impl_instance.coerce_compared_value(op, value)
 
     def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
-        # PostgreSQL's drivers decode JSON as they fetch, where one value that is nested too deeply would spoil every row.
+        # PostgreSQL's drivers decode JSON as they fetch, and one value that is nested too deeply would fail the whole fetch.
         if isinstance(self.impl_instance, JSONB):
             return type_coerce(cast(column, Text), self)
         return column
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
-        """Turn what the dialect's own processor cannot decode into the library's error too."""
+        """Also turn errors of the dialect's own processor into an `InvalidReferenceError`."""
         inner = self.impl_instance.result_processor(dialect, coltype)
         loads = getattr(dialect, "_json_deserializer", None) or json.loads
 
@@ -179,7 +179,7 @@ class _RefJSON(TypeDecorator[T]):
             except InvalidReferenceError as error:
                 return self._broken(error)
             except (ValueError, TypeError, RecursionError) as error:
-                problem = InvalidReferenceError(f"the column does not hold JSON that can be read: {error}")
+                problem = InvalidReferenceError(f"the column does not contain readable JSON: {error}")
                 problem.__cause__ = error
                 return self._broken(problem)
             return None if ref is None else self._loaded(ref)
@@ -194,17 +194,17 @@ class _RefJSON(TypeDecorator[T]):
 
 
 class RefusedReferenceError(InvalidReferenceError, DontWrapMixin):
-    """An `InvalidReferenceError` that SQLAlchemy raises as it is, not inside of a `StatementError`."""
+    """An `InvalidReferenceError` that SQLAlchemy does not wrap in a `StatementError`."""
 
 
 class NotBoundError(UnboundAttachmentError, DontWrapMixin):
-    """An `UnboundAttachmentError` that SQLAlchemy raises as it is, not inside of a `StatementError`."""
+    """An `UnboundAttachmentError` that SQLAlchemy does not wrap in a `StatementError`."""
 
 
 class StoredObjectRefType(_RefJSON[StoredObjectRef]):
-    """A column of plain refs, the manual level: the application puts, keeps and deletes the objects itself.
+    """A column of plain refs: the application stores and deletes the objects itself.
 
-    A value that is not a ref raises `InvalidReferenceError` where it is loaded.
+    A value that is not a ref raises `InvalidReferenceError` when it is loaded.
     """
 
     cache_ok: bool | None = True
@@ -232,16 +232,16 @@ class StoredObjectRefType(_RefJSON[StoredObjectRef]):
 
 
 class AttachmentType(_RefJSON[Attachment]):
-    """A column of attachments, the managed level: the session's hooks own the life of the objects.
+    """A column of attachments: the hooks of the session store and delete the objects.
 
     Args:
         storage_key: The policy that new objects are stored under.
-        entity_id: Given the instance, returns the segment of the location that says which row it is; None for the primary key.
+        entity_id: Given the instance, returns the segment of the location that names the row; None for the primary key.
     """
 
     cache_ok: bool | None = True
 
-    # How many columns were ever declared, by which what is remembered of classes and tables is known to be out of date.
+    # How many columns were ever declared; a change invalidates the caches of mappers and tables.
     declared: ClassVar[int] = 0
 
     def __init__(self, storage_key: str, *, entity_id: Callable[[Any], str] | None = None) -> None:
@@ -269,31 +269,31 @@ class AttachmentType(_RefJSON[Attachment]):
 
     @property
     def model_name(self) -> str:
-        """The segment of locations that says what kind of row it is: the table's name."""
+        """The segment of locations that names the model: the table's name."""
         return str(self.table.name)
 
     @property
     def field_name(self) -> str:
-        """The segment of locations that says which of the row's files it is: the column's name."""
+        """The segment of locations that names the attribute: the column's name."""
         return str(self.column.name)
 
     @property
     def label(self) -> str:
-        """What messages call the column."""
+        """The name of the column in messages."""
         return f"{self.model_name}.{self.field_name}"
 
     def binding(self) -> Binding:
         """Return the binding of the column's metadata, or raise `UnboundAttachmentError`."""
         metadata = self.column.table.metadata
-        # It is asked several times for each file, and the words for an error take longer than the answer.
+        # It is called several times for each file, and making the message takes longer than the look-up.
         return find_binding(metadata) or binding_for(metadata, f"the attachment column {self.label}")
 
     def manager_in(self, binding: Binding) -> StorageManager:
         """Return the manager of a binding, after checking that it has the column's policy.
 
         Raises:
-            UnknownPolicyError: It has not; a model may have been declared after `bind_storage` had looked.
-            ConfigurationError: The policy has a retention, and there is no journal to keep it.
+            UnknownPolicyError: It has not; a model may have been declared after `bind_storage` was called.
+            ConfigurationError: The policy has a retention, which needs a journal.
         """
         policy = binding.manager._engine.policies.get(self.storage_key)
         if policy is None:
@@ -309,7 +309,7 @@ class AttachmentType(_RefJSON[Attachment]):
         return binding.manager
 
     def require_fit(self, ref: StoredObjectRef) -> None:
-        """Refuse an object for the column whose limit it exceeds; one of the column's own policy was let in once.
+        """Raise if an object is too large for the column; one of the column's own policy was checked when it was stored.
 
         Raises:
             ContentTooLargeError: It was stored under another policy, and is larger than that of the column allows.
@@ -317,7 +317,7 @@ class AttachmentType(_RefJSON[Attachment]):
         limit = self.manager_in(self.binding()).policy(self.storage_key).max_size
         if ref.storage_key != self.storage_key and limit is not None and ref.size > limit:
             raise ContentTooLargeError(
-                f"the file has {ref.size} bytes, and {self.label} takes at most {limit} (policy {self.storage_key!r}); it was"
+                f"the file has {ref.size} bytes, and {self.label} accepts at most {limit} (policy {self.storage_key!r}); it was"
                 f" stored under the policy {ref.storage_key!r}",
                 max_size=limit,
             )
@@ -346,15 +346,14 @@ class AttachmentType(_RefJSON[Attachment]):
 
     @property
     def _static_cache_key(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # there it is a property too
-        # Statements that differ in nothing but the column they read must not share what makes the attachments: it knows the
-        # column, and so the manager.
+        # Statements that differ only in the column must not share a result processor, which knows the column and so the manager.
         return super()._static_cache_key, self._column
 
     def _set_parent(self, parent: Any, outer: bool = False, **kw: Any) -> None:
-        # The type learns its column here, and from it the metadata and so the manager, however a value is loaded.
+        # The type learns its column here, and from it the metadata and the manager, however a value is loaded.
         if isinstance(parent, Column):
             if self._column is not None and self._column is not parent and self._column.type is self:
-                # One type object was given to two columns, as by a `type_annotation_map`; each needs its own.
+                # Two columns were given one type object, as by a `type_annotation_map`; each needs its own.
                 parent.type = own = self.copy()
                 own._set_parent(parent, outer=outer, **kw)
                 return
@@ -366,7 +365,7 @@ class AttachmentType(_RefJSON[Attachment]):
         return Attachment._of(ref, self)
 
     def _broken(self, error: InvalidReferenceError) -> Attachment:
-        """One bad row must not take down a list: the attachment raises when it is used."""
+        """Return an attachment that raises when it is used, so that one bad row does not break a list."""
         return Attachment._broken(error, self)
 
 
@@ -375,13 +374,13 @@ def attachment(storage_key: str, *, entity_id: Callable[[Any], str] | None = Non
 
     Args:
         storage_key: The policy that new objects are stored under.
-        entity_id: Given the instance, returns the segment of the location that says which row it is. By default that is the
-            primary key where it is known before the INSERT, else a fresh UUID.
-        **column_arguments: What `mapped_column` takes beside the type, such as `nullable`, `deferred`, `init` or `default`. A
-            default is None or a function without arguments, which makes an attachment for each new row that has none.
+        entity_id: Given the instance, returns the segment of the location that names the row. By default that is the primary
+            key if it is known before the INSERT, otherwise a new UUID.
+        **column_arguments: Other arguments of `mapped_column`, such as `nullable`, `deferred`, `init` or `default`. A default
+            is None or a function without arguments, which makes an attachment for each new row that has none.
 
     Raises:
-        ConfigurationError: The storage key is none, or a default or the like would write what no session has stored.
+        ConfigurationError: The storage key is not one, or a default would write a file that no session has stored.
 
     Example:
         ```python
@@ -406,7 +405,7 @@ _WRITTEN_ELSEWHERE = ("onupdate", "server_default", "server_onupdate")
 
 
 def require_usable(column: Column[Any]) -> None:
-    """Refuse what would give an attachment column a value that the session's hooks do not see.
+    """Raise if an attachment column gets values that the hooks of the session do not see.
 
     Raises:
         ConfigurationError: Its default is not a function without arguments, or the database or an UPDATE would write it.
@@ -434,14 +433,14 @@ def _takes_no_argument(function: Callable[..., Any]) -> bool:
         inspect.signature(function).bind()
     except TypeError:
         return False
-    except ValueError:  # it is written in C and says nothing
+    except ValueError:  # it is written in C and has no signature
         return True
     return True
 
 
 def _require_null(what: str, value: Any) -> None:
     if value is not None and str(value).strip().upper() != "NULL":
-        raise ConfigurationError(f"{what} would write what no session has stored: leave it out, or use {_EXAMPLE}")
+        raise ConfigurationError(f"{what} would write a file that no session has stored: omit it, or use {_EXAMPLE}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -453,7 +452,7 @@ class Slot:
     column_type: AttachmentType
 
 
-# By the identity of the mapper: it is asked for each row of each flush, and a weak dictionary takes several times as long.
+# By the id of the mapper: it is looked up for each row of each flush, and a weak dictionary takes several times as long.
 _slots: dict[int, tuple[Slot, ...]] = {}
 _slots_declared = 0
 
@@ -462,7 +461,7 @@ def slots_of(mapper: Mapper[Any]) -> tuple[Slot, ...]:
     """Return the attachment attributes of a mapper, inherited ones included."""
     global _slots_declared
     if _slots_declared != AttachmentType.declared:
-        # A class that is mapped already may have been given another column.
+        # A mapped class may have been given another column.
         _slots.clear()
         _slots_declared = AttachmentType.declared
     slots = _slots.get(id(mapper))
@@ -478,9 +477,9 @@ def slots_of(mapper: Mapper[Any]) -> tuple[Slot, ...]:
 
 
 def primary_key_of(state: InstanceState[Any], table: Table) -> tuple[Any, ...]:
-    """Return the primary key by which a table of an instance's mapper knows its row, as it is in the database.
+    """Return the primary key of an instance's row in one of its tables, as it is in the database.
 
-    A row that was inserted by the flush that is under way has the one that its instance says.
+    If the current flush has inserted the row, it is that of the instance.
     """
     mapper: Mapper[Any] = state.mapper
     instance: Any = state.obj()
@@ -492,9 +491,9 @@ def primary_key_of(state: InstanceState[Any], table: Table) -> tuple[Any, ...]:
 
 
 def keys_of(state: InstanceState[Any], table: Table) -> set[tuple[Any, ...]]:
-    """Return the primary keys that the row of an instance may have while a flush changes it: the old one and the new one.
+    """Return the primary keys that the row of an instance may have during a flush: the old one and the new one.
 
-    Nothing is loaded; a part of a key that the instance does not know is None.
+    Nothing is loaded; an unloaded part of a key is None.
     """
     names = [state.mapper.get_property_by_column(column).key for column in table.primary_key]
     current = tuple(state.dict.get(name) for name in names)
@@ -505,7 +504,7 @@ _TABLES_KEY = "granite_storage.tables"
 
 
 class Tables:
-    """What a metadata's tables have to do with attachments; made once per metadata, refreshed as any are added."""
+    """The attachment columns of a metadata, and the cascades that lead to them; refreshed when columns or tables are added."""
 
     def __init__(self, metadata: MetaData) -> None:
         self._metadata = metadata
@@ -517,7 +516,7 @@ class Tables:
         self._by_mapper: weakref.WeakKeyDictionary[Mapper[Any], tuple[Table, ...]] = weakref.WeakKeyDictionary()
 
     def find(self, table: Any) -> Table | None:
-        """Return the metadata's own table for one that a statement holds in an annotated form."""
+        """Return the metadata's table for the annotated form in a statement."""
         if getattr(table, "metadata", None) is not self._metadata:
             return None
         found: Table | None = self._metadata.tables.get(getattr(table, "fullname", ""))
@@ -529,7 +528,7 @@ class Tables:
         return self._attachments.get(table.fullname, ())
 
     def cascades(self, table: Table) -> Sequence[ForeignKeyConstraint]:
-        """Return the foreign keys by which deleting a row of `table` deletes rows that lead to attachments."""
+        """Return the foreign keys by which deleting rows of `table` cascades to attachments."""
         self._refresh()
         return [
             constraint
@@ -538,7 +537,7 @@ class Tables:
         ]
 
     def concerns(self, table: Table) -> bool:
-        """Tell whether a table has attachments, or deleting its rows deletes some elsewhere."""
+        """Return whether a table has attachments, or deleting its rows cascades to some."""
         self._refresh()
         return table.fullname in self._attachments or table.fullname in self._leading
 
@@ -596,7 +595,7 @@ class Tables:
 
 
 def attachment_tables(metadata: MetaData) -> Tables:
-    """Return what the tables of a metadata have to do with attachments."""
+    """Return the `Tables` of a metadata."""
     found: Tables | None = metadata.info.get(_TABLES_KEY)
     if found is None:
         found = metadata.info[_TABLES_KEY] = Tables(metadata)

@@ -576,7 +576,7 @@ class Place:
 
     @property
     def column(self) -> Column[Any]:
-        """The column for statements that translate no schema; they are compiled once, since its table goes by its name."""
+        """The column for statements that translate no schema; they are compiled once, because its table is given by name."""
         found = table(self.table, column(self.name, JSON()), schema=self.schema)
         named: Column[Any] = found.c[self.name]  # type: ignore[assignment]  # the columns of a `TableClause` are of this class
         return named

@@ -1,4 +1,4 @@
-"""The hooks: what SQLAlchemy tells us, handed on to those who decide."""
+"""The listeners for SQLAlchemy's events."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
     _flushes[session] = weakref.ref(context)
     unit = transactions.known_unit(session)
     if unit is not None:
-        # A flush that failed before its first statement ended nothing.
+        # A flush that failed before its first statement has left its plan.
         unit.abandon_flush()
     written, deleted = [*session.new, *session.dirty], [*session.deleted]
     mappers = _mappers_of([*written, *deleted])
@@ -69,7 +69,7 @@ def _changes_of(states: list[InstanceState[Any]]) -> list[Change]:
 
 
 def _stay_last(mapper: Mapper[Any]) -> None:
-    """Let the library see what listeners of one class set: they are called after those of all classes."""
+    """Add a listener after those of one class, to see what they set: they are called after the listeners of all classes."""
     _last.add(id(mapper))
     for name, listener in (("before_insert", _before_insert), ("before_update", _before_write)):
         *_, last = getattr(mapper.dispatch, name)
@@ -82,7 +82,7 @@ def _stay_last(mapper: Mapper[Any]) -> None:
 
 
 def _mappers_of(instances: list[object]) -> dict[type, Mapper[Any]]:
-    """Return the mappers of the instances, each of which is asked for once."""
+    """Return the mappers of the instances by class."""
     samples = dict(zip(map(type, instances), instances, strict=True))
     return {kind: instance_state(sample).mapper for kind, sample in samples.items()}
 
@@ -90,7 +90,7 @@ def _mappers_of(instances: list[object]) -> dict[type, Mapper[Any]]:
 def _concerned(
     instances: list[object], mappers: dict[type, Mapper[Any]], by: Callable[[Mapper[Any]], Sequence[Any]]
 ) -> list[InstanceState[Any]]:
-    """Return the states of the instances that are our business by their mapper."""
+    """Return the states of the instances for whose mapper a function returns anything."""
     kinds = {kind for kind, mapper in mappers.items() if id(mapper) not in _idle and by(mapper)}
     return [instance_state(instance) for instance in instances if type(instance) in kinds] if kinds else []
 
@@ -110,18 +110,18 @@ def _save(
 # The newest flush of each session.
 _flushes: weakref.WeakKeyDictionary[Session, weakref.ref[UOWTransaction]] = weakref.WeakKeyDictionary()
 
-# Mappers of the newest flush, by identity, whose rows are none of our business. The three below are told of each row of each
-# model: they say so at once and ask to be called as SQLAlchemy itself calls (`raw` and `retval`), without a function in between.
+# Ids of the mappers of the newest flush whose rows have no attachments. The three listeners below are called for each row of
+# each model, so they return early for these, and are registered with `raw` and `retval` to be called without a wrapper.
 _idle: set[int] = set()
 
-# Mappers whose classes have listeners of their own, after which the library looks once more, and those of the newest flush that
-# have been asked whether they have.
+# Mappers whose classes have listeners of their own, after which ours is called again; and the ids of those of the newest flush
+# that were checked for such listeners.
 _followed: weakref.WeakSet[Mapper[Any]] = weakref.WeakSet()
 _last: set[int] = set()
 
 
 def _before_write(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]) -> Any:
-    """Save what listeners after ours have set."""
+    """Store attachments that listeners of the application have set since `before_flush`."""
     session = state.session if id(mapper) not in _idle else None
     if session is not None:
         if id(mapper) not in _last and slots_of(mapper):
@@ -143,12 +143,12 @@ def _revise(session: Session) -> None:
 
 
 def _before_write_of_class(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> Any:
-    """Save what the listeners of one class have set."""
+    """Store attachments that the listeners of one class have set."""
     return _before_write(mapper, connection, state)
 
 
 def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> Any:
-    """Save what a new instance displaces that takes over the row of a deleted one or an orphan with the same primary key."""
+    """Displace the objects of a deleted instance or orphan whose row a new instance with the same primary key replaces."""
     session = state.session if id(mapper) not in _idle and slots_of(mapper) else None
     if session is not None:
         instance = state.obj()
@@ -161,15 +161,15 @@ def _before_insert(mapper: Mapper[Any], connection: Connection, state: InstanceS
 
 
 def _has_same_key(mapper: Mapper[Any], replaced: object, instance: object) -> bool:
-    """Tell whether an instance of the session still has the key of a new one, and a row at all."""
+    """Return whether an instance of the session still has a row, with the key of a new one."""
     try:
         return mapper.primary_key_from_instance(replaced) == mapper.primary_key_from_instance(instance)
-    except ObjectDeletedError:  # it was expired, and its row is gone: SQLAlchemy will find the same, and forget it
+    except ObjectDeletedError:  # it was expired and its row is gone, which SQLAlchemy will find as well
         return False
 
 
 def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]) -> Any:
-    """Save the orphans of a relationship, which become deletions only inside the flush."""
+    """Displace the objects of a relationship's orphans, which become deletions only inside the flush."""
     session = state.session if id(mapper) not in _idle and flush.concerned_tables(mapper) else None
     if session is not None:
         _revise(session)
@@ -199,14 +199,14 @@ def _after_transaction_create(session: Session, transaction: SessionTransaction)
 
 
 def _begins_flush(session: Session) -> bool:
-    """Tell whether the part of the transaction that has just begun is that of a flush."""
+    """Return whether the subtransaction that has just begun is that of a flush."""
     found = _flushes.get(session)
     context = None if found is None else found()
     return context is not None and context.has_work and getattr(context, "transaction", None) is None
 
 
 def _on_execute(state: ORMExecuteState) -> Result[Any] | None:
-    """Let `bulk` see the statements that write rows."""
+    """Pass statements that write rows to `bulk`."""
     if isinstance(state.statement, Insert | Update | Delete) or next(written_within(state.statement), None) is not None:
         return bulk.on_execute(state)
     return None
@@ -234,7 +234,7 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
         unit.end_savepoint(transaction)
 
 
-# Refusing at once, at the assignment, what an attachment attribute may not hold.
+# Assignments to attachment attributes are checked at once.
 
 
 _SEVERAL = re.compile(
@@ -243,27 +243,27 @@ _SEVERAL = re.compile(
 
 _guarded: weakref.WeakSet[Mapper[Any]] = weakref.WeakSet()
 
-# What is wrong with mappers that were declared after their base was bound: SQLAlchemy raises that once, and goes on.
+# Errors of mappers that were declared after their base was bound; SQLAlchemy raises such an error only once.
 _refused: weakref.WeakKeyDictionary[Mapper[Any], str] = weakref.WeakKeyDictionary()
 
 
 def release() -> None:
-    """Guard no attribute any more whose base is not bound."""
+    """Remove the listeners of attributes whose base is no longer bound."""
     for mapper in list(_guarded):
         if not _is_bound(mapper):
             _guarded.remove(mapper)
             _refused.pop(mapper, None)
             for slot in slots_of(mapper):
                 attribute = getattr(mapper.class_, slot.key)
-                if event.contains(attribute, "set", _check):  # not so for one that was added to the class later
+                if event.contains(attribute, "set", _check):  # false for an attribute that was added to the class later
                     event.remove(attribute, "set", _check)
 
 
 def require_single(base: Any) -> None:
-    """Refuse a base that has an attribute which is said to hold several attachments, whether its mapper is configured or not.
+    """Raise if a base has an attribute that is annotated as several attachments, whether its mapper is configured or not.
 
     Raises:
-        ConfigurationError: It has; nothing was guarded.
+        ConfigurationError: It has one; no listener was added.
     """
     for mapper in _mapped_below(base):
         for key, column in mapper.columns.items():  # its attributes would configure it
@@ -273,17 +273,17 @@ def require_single(base: Any) -> None:
 
 
 def guard_base(base: Any) -> None:
-    """Guard the mappers that were configured before their base was bound."""
+    """Add the listeners to mappers that were configured before their base was bound."""
     for mapper in _mapped_below(base):
         if mapper.configured:
             _guard(mapper)
 
 
 def require_sound(mapper: Mapper[Any]) -> None:
-    """Refuse a mapper that was refused when it was configured.
+    """Raise the error of a mapper that was refused when it was configured.
 
     Raises:
-        ConfigurationError: It was, for what it says.
+        ConfigurationError: It was refused; the message is the same.
     """
     refusal = _refused.get(mapper) if _refused else None
     if refusal is not None:
@@ -316,7 +316,7 @@ def _guard(mapper: Mapper[Any], _: Any = None) -> None:
 
 
 def _refusal(mapper: Mapper[Any], key: str) -> str | None:
-    """Return what is wrong with an attribute that is said to hold several attachments: a column holds one."""
+    """Return the error of an attribute that is annotated as several attachments, or None."""
     for kind in mapper.class_.__mro__:
         annotation = vars(kind).get("__annotations__", {}).get(key)
         if annotation is not None:
@@ -350,7 +350,7 @@ def _check(state: Any, value: Any, _: Any, initiator: Any, **__: Any) -> Any:
 
 _RAW = {"raw": True, "retval": True}
 
-# Before listeners of the application, which may raise: how a transaction ended must be known all the same.
+# Before listeners of the application, which may raise, so that the end of a transaction is never missed.
 _FIRST = {"insert": True}
 
 _LISTENERS: list[tuple[Any, str, Any, dict[str, Any]]] = [

@@ -64,10 +64,10 @@ __all__ = [
 
 
 def write_entries(unit: UnitOfWork) -> None:
-    """Take back the intents of what rows have taken, and note what they have given up; at the end of a flush.
+    """Consume the intents of objects that rows now refer to, and record the displaced objects; at the end of a flush.
 
-    The rows are written already, which changes nothing: either all of the transaction comes to be or nothing of it. An error here
-    rolls the flush back, and with it what it took back: the next flush that lets a row take the object does it again.
+    The rows are written already, in the same transaction. An error here rolls the flush back with the intents that it consumed;
+    the next flush that writes the ref consumes them again.
     """
     flush = unit.flush
     taken: dict[Journal, list[UUID]] = {}
@@ -91,7 +91,7 @@ def write_entries(unit: UnitOfWork) -> None:
 
 
 def write_displaced(connection: Connection, displaced: Iterable[StoredObject]) -> None:
-    """Note, in the transaction of a connection, that objects shall go."""
+    """Record in the transaction of a connection that objects are to be deleted."""
     by_journal: dict[Journal, list[StoredObject]] = {}
     for stored in displaced:
         if stored.intent is not None:
@@ -101,15 +101,15 @@ def write_displaced(connection: Connection, displaced: Iterable[StoredObject]) -
 
 
 def restore_deleted(unit: UnitOfWork, column_type: AttachmentType, stored: StoredObject) -> None:
-    """Let a row take an object that waits to be deleted, by taking that delete back."""
+    """Assign an object that waits to be deleted to a row, by cancelling its pending delete."""
     journal = column_type.binding().journal
     if journal is None:
         raise ConfigurationError(
-            "an attachment is restored from a journal, and this base is bound without: bind_storage(..., journal=...)"
+            "restoring an attachment needs a journal, and this base is bound without one: bind_storage(..., journal=...)"
         )
     found = wait(journal.intents.find_delete(stored.ref))
     if found is None:
-        raise StaleAttachmentError(f"the object at {stored.ref.location!r} does not wait to be deleted, so it cannot be restored")
+        raise StaleAttachmentError(f"the object at {stored.ref.location!r} has no pending delete, so it cannot be restored")
     unit.flush.restored.append(Intent(journal, found, deletes=True, location=stored.ref.location))
     unit.flush.log.append((stored, True))
 
@@ -150,14 +150,14 @@ def _default(state: InstanceState[Any], slot: Slot) -> Any:
 
 
 class _NoContext:
-    """Stands for the context of a statement, which there is none of yet: the file is uploaded before the INSERT."""
+    """Takes the place of the statement's context: the file is uploaded before the INSERT, so there is no statement yet."""
 
     def __init__(self, label: str) -> None:
         self._label = label
 
     def __getattr__(self, name: str) -> Any:
         raise ConfigurationError(
-            f"the default of {self._label} asks for the statement that inserts the row, but a file is stored before that: make"
+            f"the default of {self._label} uses the context of the INSERT, but the file is stored before that statement: make"
             " the default a function without arguments"
         )
 
@@ -177,9 +177,9 @@ def require_attachment(value: Any, label: str) -> Attachment | None:
 
 
 def clear_unset_attachments(state: InstanceState[Any]) -> None:
-    """Empty the attachments that a new instance does not set, when it takes over the row of another with the same primary key.
+    """Set unset attachments of a new instance to None when it replaces a deleted one with the same primary key.
 
-    SQLAlchemy updates such a row and leaves alone what the new instance does not set: it would keep the old one's files.
+    SQLAlchemy then emits an UPDATE that omits attributes which are not set, and the row would keep the old files.
     """
     for slot in slots_of(state.mapper):
         if slot.key not in state.dict:
@@ -187,10 +187,10 @@ def clear_unset_attachments(state: InstanceState[Any]) -> None:
 
 
 def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletions: Sequence[InstanceState[Any]]) -> None:
-    """Do what the changes and deletions of a flush ask for, before its first statement.
+    """Store, move and copy objects for the changes and deletions of a flush, before its first statement.
 
-    The uploads come first, while the session may not hold a connection yet; then the rows are locked and read; then it is clear
-    which objects are displaced, which of them move to other rows, and what must be copied.
+    Uploads come first, since the session may not hold a connection yet. Then the rows are locked and read, which decides which
+    objects are displaced, which of them move to other rows, and which are copied.
 
     Raises:
         MissingGreenlet: The session is that of an `AsyncSession`, but was made to flush without an `await`.
@@ -200,7 +200,7 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
         require_wait("storing a file", session)
     written = [change for change in changes if change.value is not None and not flush.has_handled(change.marker, change.value)]
     replaced = {change.old.ref for change in changes if isinstance(change.old, Attachment) and change.old._state.ref is not None}
-    # Where every row that gives something up is known, what is certainly held elsewhere is copied before any row is locked.
+    # If every row that loses an object is known, objects that other rows keep are copied before any row is locked.
     knows_all_rows = not deletions and not any(change.old is UNKNOWN for change in changes)
     uploads = plan_uploads(
         [_assigned(change, replaced) for change in written], history=unit.history, knows_all_rows=knows_all_rows
@@ -223,15 +223,15 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
 
 
 def _claim(flush: FlushState, attachment: Attachment) -> None:
-    """Let the statements of the flush write the ref of an attachment."""
+    """Permit the statements of the flush to write the ref of an attachment."""
     attachment._state.claim()
     flush.claims.append(attachment)
 
 
 def recheck_moves(session: Session, unit: UnitOfWork) -> None:
-    """Copy what was to move to another row, where the row that it was to leave keeps it after all; before the first statement.
+    """Copy objects that were planned to move, if their rows keep them after all; before the first statement.
 
-    Listeners that were called after the plan was made may have taken a delete back, or put an old value back.
+    Listeners that run after the plan was made may have cancelled a delete or restored an old value.
     """
     flush = unit.flush
     moved, flush.moved = flush.moved, []
@@ -250,7 +250,7 @@ def _place_of(ref: StoredObjectRef) -> tuple[str, str]:
 
 
 def _still_leaves(displaced: Displacement, context: UOWTransaction) -> bool:
-    """Tell whether a flush is still about to take a ref out of its row, by the state of the row's instance."""
+    """Return whether a flush will still remove a ref from its row, according to the instance."""
     state = displaced.state
     if state is None or state not in context.states or not _is_of_row(state, displaced.held):
         return False
@@ -262,7 +262,7 @@ def _still_leaves(displaced: Displacement, context: UOWTransaction) -> bool:
 
 
 def _is_of_row(state: InstanceState[Any], held: RowRef) -> bool:
-    """Tell whether an instance still stands for the row that held a ref: a listener may have made another row of it."""
+    """Return whether an instance still represents the row that held a ref; a listener may have changed its key."""
     return state.key is not None and primary_key_of(state, held.table) == held.primary_key
 
 
@@ -274,11 +274,11 @@ def _has_left(state: InstanceState[Any], key: str, ref: StoredObjectRef) -> bool
 
 
 def end(session: Session, unit: UnitOfWork) -> None:
-    """Let what a flush has done count, which may be other than what it was to do.
+    """Record what a flush has done, which may differ from its plan.
 
     Raises:
-        StaleAttachmentError: It meant to write to a row that was not there when it looked. Where SQLAlchemy goes on, because a
-            driver does not tell how many rows it has hit, either no row took the file, or one whose own file nobody knows.
+        StaleAttachmentError: A row that it writes to was not there to be locked. SQLAlchemy does not notice where a driver does
+            not report the number of rows; then no row has the file, or a row whose previous file is unknown.
     """
     flush = unit.flush
     if flush.has_missed_rows or any(counted.has_hit_others for counted in flush.counted):
@@ -297,7 +297,7 @@ def end(session: Session, unit: UnitOfWork) -> None:
 
 
 def recheck_cascades(unit: UnitOfWork) -> None:
-    """See what the flush itself has put below the rows that it is about to delete: the database deletes that, too.
+    """Find rows that the flush itself has written below the rows that it deletes, because the database deletes those too.
 
     A flush writes rows before it deletes those that they depend on.
     """
@@ -307,7 +307,7 @@ def recheck_cascades(unit: UnitOfWork) -> None:
 
 
 def displace(log: Frame | FlushState, held: Iterable[RowRef]) -> list[StoredObject]:
-    """Note that rows give up what they hold."""
+    """Record that rows no longer refer to their objects."""
     displaced = [_stored(entry) for entry in held]
     log.log += [(stored, False) for stored in displaced]
     return displaced
@@ -321,7 +321,7 @@ def _stored(entry: RowRef) -> StoredObject:
 
 
 def _copy_all(session: Session, unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> None:
-    """Store a copy of each change's attachment, and let its row take that.
+    """Store a copy of each change's attachment, and assign it to the row.
 
     Raises:
         StaleAttachmentError: An object is gone because its row has been given another file since the attachment was read.
@@ -351,7 +351,7 @@ def _is_referred_to(session: Session, change: Change) -> bool:
 
 
 def _store_all(unit: UnitOfWork, frame: Frame, pending: Sequence[tuple[Change, Attachment]]) -> None:
-    """Store attachments side by side, or none of them, and let their rows take them."""
+    """Store attachments concurrently, or none of them, and assign them to their rows."""
     if not pending:
         return
     if not in_greenlet():
@@ -364,7 +364,7 @@ def _store_all(unit: UnitOfWork, frame: Frame, pending: Sequence[tuple[Change, A
 
 
 def _take(unit: UnitOfWork, frame: Frame, change: Change, attachment: Attachment) -> None:
-    """Let a row take an object that is new to the transaction."""
+    """Assign an object that is new to the transaction to a row."""
     stored = stored_object(attachment)
     attachment._state.take(change.slot.column_type)
     frame.puts.append((stored, attachment))
@@ -394,9 +394,9 @@ def _assigned(change: Change, replaced: set[StoredObjectRef]) -> Assigned[Change
 def _locked_refs(
     session: Session, unit: UnitOfWork, changes: Sequence[Change], deletions: Sequence[InstanceState[Any]]
 ) -> list[RowRef]:
-    """Lock the rows in a fixed order, table by table, and return what they hold now.
+    """Lock the rows in a fixed order, table by table, and return the refs that they hold now.
 
-    What the database will delete along with them is noted, to be looked at again after the flush.
+    Rows that the database deletes with them are recorded, and are read again after the flush.
     """
     connections = _Connections(session)
     wanted: dict[tuple[str, bool, Connection], _Rows] = {}
@@ -483,7 +483,7 @@ def _lock(connection: Connection, rows: _Rows, *, deleting: bool) -> tuple[list[
 
 
 def _execute(session: Session, unit: UnitOfWork, frame: Frame, plan: FlushPlan[Change]) -> None:
-    """Let rows take over the objects that a plan gives them, and store the copies that it asks for.
+    """Assign objects to rows as a plan says, and store its copies.
 
     Raises:
         ContentTooLargeError: An object is larger than the policy of its new column allows.
@@ -491,7 +491,7 @@ def _execute(session: Session, unit: UnitOfWork, frame: Frame, plan: FlushPlan[C
     """
     for change in plan.stale:
         raise StaleAttachmentError(
-            f"the object at {change.attachment.ref.location!r} was to move to another row, but its row does not hold it any more"
+            f"the object at {change.attachment.ref.location!r} was to move to another row, but its row no longer refers to it"
         )
     for change in (*plan.take, *plan.move, *plan.restore):
         change.slot.column_type.require_fit(change.attachment.ref)
@@ -514,7 +514,7 @@ def _execute(session: Session, unit: UnitOfWork, frame: Frame, plan: FlushPlan[C
 
 
 def concerned_tables(mapper: Mapper[Any]) -> Sequence[Table]:
-    """Return the tables of a mapper that have attachments, or whose rows take others along when they are deleted."""
+    """Return the tables of a mapper that have attachments, or whose deletes cascade to tables that have."""
     # A class may be mapped to a join of tables.
     table = next((table for table in mapper.tables if isinstance(table, Table)), None)
     binding = None if table is None else find_binding(table.metadata)
@@ -531,7 +531,7 @@ def _entity_id(change: Change) -> str:
         return uuid7_hex()
     cut = _UNSAFE.sub("_", "-".join(map(str, values))).encode()[:_ENTITY_BYTES].decode(errors="ignore")
     segment = cut.strip(". ")
-    # No location says None, which would look like a key that was not known; a key that is that text has a file all the same.
+    # "None" in a location would look like an unknown key, so a key with that text gets a generated segment.
     return segment if segment not in ("", "None") else uuid7_hex()
 
 
@@ -561,19 +561,23 @@ def current_transaction(session: Session) -> Any:
     return session.get_nested_transaction() or session.get_transaction()
 
 
-# What a flush has really written and deleted, according to its rows, whatever was planned.
+# What a flush has written and deleted, according to its rows.
+#
+# Between the plan of a flush and its statements, listeners of the application, cascades of SQLAlchemy and triggers of the
+# database can change the outcome: a row that was to be deleted is kept, an old value is restored, a new row is expunged. An
+# object is displaced only after its row was read and no longer refers to it.
 
 
 def written_log(session: Session, unit: UnitOfWork, planned: Iterable[StoredObject]) -> list[LogEntry]:
-    """Return what the flush that has just run its statements did to objects; attachments that no row has taken may be used again.
+    """Return what the statements of a flush have done to objects; attachments that no row refers to can be assigned again.
 
     Args:
         session: The session.
         unit: Its unit of work.
-        planned: The objects that the flush might have put, moved or displaced.
+        planned: The objects that the flush planned to store, move or displace.
 
     Raises:
-        StaleAttachmentError: Two rows hold one object now, because the one that was to give it to the other still holds it.
+        StaleAttachmentError: Two rows refer to one object, because the row that it was moved from still refers to it.
     """
     flush = unit.flush
     is_certain = _certain(session, flush)
@@ -596,10 +600,10 @@ def written_log(session: Session, unit: UnitOfWork, planned: Iterable[StoredObje
 
 
 def _certain(session: Session, flush: FlushState) -> set[StoredObjectRef]:
-    """Return what the rows that it was written to hold for certain: nothing in the flush or in the database took it away again.
+    """Return the refs that rows hold for certain, because nothing in the flush or in the database can have removed them.
 
-    Only triggers could, where the flush neither deletes nor replaces rows: where their tables have some, the rows are looked at.
-    One that is not found, such as one that a policy hides, is believed to hold what was written.
+    If the flush neither deletes nor replaces rows, only triggers can; rows of tables with triggers are read. A row that is not
+    found, such as one that row-level security hides, is assumed to hold what was written.
     """
     if flush.deletions or flush.has_successors:
         return set()
@@ -608,7 +612,7 @@ def _certain(session: Session, flush: FlushState) -> set[StoredObjectRef]:
 
 
 def _taken_away(session: Session, written: Sequence[Change]) -> set[StoredObjectRef]:
-    """Return the refs that rows were to hold, and are there without, because a trigger has put something else in their place."""
+    """Return the refs that a trigger has replaced in their rows by another value."""
     by_table: dict[tuple[Connection, Table], list[Change]] = {}
     connections: dict[Any, Connection] = {}
     for change in written:
@@ -632,7 +636,7 @@ def _taken_away(session: Session, written: Sequence[Change]) -> set[StoredObject
 
 
 def _is_another(value: Any, ref: StoredObjectRef) -> bool:
-    """Tell whether a column holds nothing, or another object; what cannot be understood may be this one."""
+    """Return whether a column holds NULL or another object; a value that cannot be decoded may be this one."""
     if not isinstance(value, Attachment):
         return value is None
     held = value._state.ref
@@ -640,7 +644,7 @@ def _is_another(value: Any, ref: StoredObjectRef) -> bool:
 
 
 def _read(session: Session, flush: FlushState, certain: set[StoredObjectRef]) -> Counter[ObjectKey]:
-    """Return how many of the rows that the flush has to do with hold each object now."""
+    """Return how many rows of the flush refer to each object now."""
     rows = _RowsToRead()
     for displaced in flush.displaced:
         if not _is_surely_deleted(flush, displaced):
@@ -655,16 +659,16 @@ def _read(session: Session, flush: FlushState, certain: set[StoredObjectRef]) ->
     for change in flush.taken:
         if change.attachment.ref not in puts or change.attachment.ref not in certain:
             instance = change.state.obj()
-            if instance is not None:  # else nothing has kept it, the flush the least
+            if instance is not None:  # otherwise it was garbage-collected and not flushed
                 column = change.slot.column
                 rows.add(connection_of(session, change.state), column, keys_of(change.state, column.table))
     return rows.count()
 
 
 def _is_surely_deleted(flush: FlushState, displaced: Displacement) -> bool:
-    """Tell whether a row need not be looked for.
+    """Return whether a row need not be read because it is deleted for certain.
 
-    MariaDB and MySQL skip no DELETE in silence, and there a look at a row that is gone would lock the gap that it has left.
+    MariaDB and MySQL skip no DELETE silently, and reading a deleted row there would lock the gap that it leaves.
     """
     context = None if flush.context is None else flush.context()
     if not displaced.deletes or context is None or displaced.connection.dialect.name not in ("mysql", "mariadb"):
@@ -673,7 +677,7 @@ def _is_surely_deleted(flush: FlushState, displaced: Displacement) -> bool:
 
 
 class _RowsToRead:
-    """Rows to look at, by connection and table, and the columns of theirs."""
+    """Rows to read, by connection and table, and which columns of them."""
 
     def __init__(self) -> None:
         self._wanted: dict[tuple[Connection, Table], tuple[set[tuple[Any, ...]], set[Column[Any]]]] = {}
@@ -688,7 +692,7 @@ class _RowsToRead:
 
     def _held(self) -> Iterator[tuple[Column[Any], StoredObjectRef]]:
         for (connection, table), (keys, columns) in self._wanted.items():
-            # A row may have been asked for by two spellings of its key.
+            # A row may have been requested by two spellings of its key.
             found = read_refs(connection, table, keys, [column for column in table.columns if column in columns])
             yield from {(held.primary_key, held.column): (held.column, held.ref) for held in found}.values()
 
@@ -700,17 +704,17 @@ def _key_of(column: Column[Any], ref: StoredObjectRef) -> ObjectKey:
 
 def _still_holds(ref: StoredObjectRef) -> StaleAttachmentError:
     return StaleAttachmentError(
-        f"the object at {ref.location!r} was to move to another row, but the row that it was to leave still holds it after the"
-        " flush: a listener or a trigger has changed that row back; flush the two changes one after the other, and the second"
-        " row gets a copy"
+        f"the object at {ref.location!r} was to move to another row, but its own row still refers to it after the flush:"
+        " a listener or a trigger has restored that row; flush the two changes one after the other, and the second row gets a"
+        " copy"
     )
 
 
-# Triggers: whether the database may write something else into a row than the flush did.
+# Triggers: whether the database may have changed what the flush wrote.
 
 
 _SECONDS = 60.0
-"""How long an answer counts: a trigger that is made meanwhile may leave an object to the garbage collector, and loses none."""
+"""How long an answer is cached. A trigger created meanwhile can leave an orphan to the garbage collector, and loses no object."""
 
 _POSTGRESQL = text("""
     SELECT EXISTS (
@@ -728,9 +732,9 @@ _answers: WeakKeyDictionary[Engine, dict[tuple[str | None, str], tuple[float, bo
 
 
 def has_triggers(connection: Connection, table: Table) -> bool:
-    """Tell whether a table has triggers or rules of its own, by the catalogue of the database; remembered for a minute.
+    """Return whether a table has triggers or rules, according to the catalogue of the database; cached for a minute.
 
-    MariaDB shows them only to roles with the privilege TRIGGER, and to others none.
+    MariaDB shows triggers only to roles with the privilege TRIGGER.
     """
     translated: dict[str | None, str | None] = connection.get_execution_options().get(TRANSLATE_MAP) or {}
     schema = translated.get(table.schema, table.schema)
@@ -749,7 +753,7 @@ def _ask(connection: Connection, schema: str | None, table: str) -> bool:
             name = ".".join(quote(part) for part in (schema, table) if part)
             found: Any = connection.execute(_POSTGRESQL, {"name": name}, execution_options=UNTRANSLATED).scalar()
         case "sqlite":
-            # A trigger may be a temporary one, of a table in another file.
+            # A temporary trigger may belong to a table in another file.
             schemas = {"temp", *(row[1] for row in connection.exec_driver_sql("PRAGMA database_list"))}
             parts = [
                 f"SELECT 1 FROM {quote(one)}.sqlite_master"  # noqa: S608  # quoted

@@ -1,6 +1,6 @@
-"""Which objects rows refer to: what the rows of a flush hold under their locks, and which other rows refer to the same objects.
+"""Which objects rows refer to: the refs of locked rows, and other rows that refer to the same objects.
 
-The identity map may remember something else.
+All of it is read from the database, since the identity map may be out of date.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _AT_A_TIME = 200
 
 @dataclass(frozen=True, slots=True)
 class RowRef:
-    """A ref, and the row and column that hold it."""
+    """A ref, and the row and column that it was read from."""
 
     table: Table
     primary_key: tuple[Any, ...]
@@ -91,9 +91,9 @@ def lock_rows(
     """Lock rows in the order of their primary keys; return the refs they hold, and the primary keys of which there is no row.
 
     A replacement takes the weaker lock, `FOR NO KEY UPDATE` on PostgreSQL, as its UPDATE would: with the stronger one, two
-    inserts of children and the replacement of their parent's file wait for each other in a ring.
+    inserts of children and the replacement of their parent's file would deadlock.
 
-    What is not found is looked for once more where that may help: see `_looks`.
+    Rows that are not found are selected a second time if that may help; see `_looks`.
     """
     take_write_lock(connection, table)
     rows: list[Row[Any]] = []
@@ -109,18 +109,18 @@ def lock_rows(
 
 
 def are_there(connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> bool:
-    """Tell whether there are rows with any of these primary keys, and lock them: nobody else's are overlooked."""
+    """Lock the rows with these primary keys, and return whether there are any."""
     batched = batches(_in_order(primary_keys), _AT_A_TIME)
     return any(_rows(connection, table, [], among(table, keys), deleting=False) for keys in batched)
 
 
 class CountedDeletes:
-    """Counts the rows of a table that a flush deletes, where it has found less of them to lock than it means to delete.
+    """Counts the rows of a table that a flush deletes, if it found fewer rows to lock than it is to delete.
 
     Args:
         connection: The connection of the flush.
         table: The table.
-        known: How many of the rows were found.
+        known: How many rows were found.
     """
 
     def __init__(self, connection: Connection, table: Table, known: int) -> None:
@@ -132,18 +132,18 @@ class CountedDeletes:
 
     @property
     def has_hit_others(self) -> bool:
-        """Whether more rows were deleted than were found: others have been inserted with their primary keys meanwhile."""
+        """Whether more rows were deleted than were found, because others were inserted with the same primary keys since."""
         return self._deleted > self._known
 
     def close(self) -> None:
-        """Count no longer."""
+        """Stop counting."""
         event.remove(self._connection, "after_cursor_execute", self._count)
 
     def _count(
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
         if context is not None and context.isdelete and context.compiled.statement.table is self._table:
-            self._deleted += max(cursor.rowcount, 0)  # of many at once some drivers do not know it
+            self._deleted += max(cursor.rowcount, 0)  # some drivers do not report it for several rows
 
 
 def lock_statement(
@@ -156,16 +156,16 @@ def lock_statement(
     deleting: bool,
     source: FromClause | None = None,
 ) -> tuple[list[RowRef], list[tuple[Any, ...]]]:
-    """Lock the rows that a bulk statement will hit, for each set of parameters; return their refs and their primary keys.
+    """Lock the rows that a bulk statement matches, for each set of parameters; return their refs and their primary keys.
 
     Args:
         connection: The connection.
         table: The table.
-        columns: Its columns of refs that count.
+        columns: The columns of refs to read.
         where: The statement's criteria.
         parameters: Its sets of parameters.
         deleting: Whether it deletes the rows.
-        source: The table as the criteria name it, such as an alias; None where that is the table itself.
+        source: The table as the criteria name it, such as an alias; None for the table itself.
     """
     take_write_lock(connection, table)
     named = table if source is None else source
@@ -193,7 +193,7 @@ def read_refs(
 def read_rows(
     connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]], columns: Sequence[Column[Any]]
 ) -> dict[tuple[Any, ...], dict[Column[Any], Any]]:
-    """Return what is in columns of the rows that are there, by their primary keys, read under their locks."""
+    """Return the values of columns by primary key, read under the locks of the rows."""
     count = len(table.primary_key)
     batched = batches(_in_order(primary_keys), _AT_A_TIME)
     rows = (row for keys in batched for row in _rows(connection, table, columns, among(table, keys), deleting=False))
@@ -201,9 +201,9 @@ def read_rows(
 
 
 def still_referenced(connection: Connection, held: Sequence[RowRef]) -> set[tuple[str, str]]:
-    """Return where the objects are, as (backend, location), that their rows still hold.
+    """Return the objects that their rows still refer to, as pairs of backend and location.
 
-    It reads under the rows' locks: a database that reads from a snapshot would show what the rows held earlier.
+    The rows are read under their locks, because a snapshot would show earlier values.
     """
     found: set[tuple[str, str]] = set()
     for table, column in {(entry.table, entry.column) for entry in held}:
@@ -213,9 +213,9 @@ def still_referenced(connection: Connection, held: Sequence[RowRef]) -> set[tupl
 
 
 def cascaded(connection: Connection, tables: Tables, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> list[RowRef]:
-    """Return the refs of rows that the database will delete, by `ON DELETE CASCADE`, along with rows of `table`.
+    """Return the refs of rows that `ON DELETE CASCADE` will delete along with rows of `table`.
 
-    It follows the foreign keys row by row, so a table that cascades into itself is followed to its end.
+    Foreign keys are followed row by row, also those of a table that refers to itself.
     """
     held: list[RowRef] = []
     seen: set[tuple[str, tuple[Any, ...]]] = set()
@@ -240,10 +240,10 @@ def cascaded(connection: Connection, tables: Tables, table: Table, primary_keys:
 
 
 def take_write_lock(connection: Connection, table: Table) -> None:
-    """On SQLite, take the write lock before anything is read, and wait for it.
+    """On SQLite, acquire the write lock before the first read, and wait for it.
 
-    A read that comes first would make the later write fail at once in WAL mode, whatever the timeout, if another connection has
-    written meanwhile. The statement changes no row and fires no default.
+    After a read, a write would fail at once in WAL mode, whatever the timeout, if another connection has written in between. The
+    statement changes no row and applies no `onupdate`.
     """
     if connection.dialect.name == "sqlite":
         quote = connection.dialect.identifier_preparer
@@ -263,10 +263,10 @@ def _read(
 
 
 def _looks(connection: Connection) -> int:
-    """Return how often rows are looked for, to find all that the statement after that will hit.
+    """Return how often rows are selected, to find all that a later statement will match.
 
-    On PostgreSQL a SELECT that had to wait for a transaction does not see what that one has inserted: of a row that was deleted
-    and inserted anew with its primary key it finds nothing, while an UPDATE that follows hits the new row.
+    On PostgreSQL a SELECT that had to wait for a transaction does not see what that one inserted: it finds no row if the row was
+    deleted and inserted again with its primary key, while an UPDATE that follows matches the new row.
     """
     return 2 if connection.dialect.name == "postgresql" else 1
 
@@ -280,7 +280,7 @@ def _rows(
 
 
 def _missing(keys: Sequence[tuple[Any, ...]], rows: Sequence[Row[Any]], table: Table) -> list[tuple[Any, ...]]:
-    """Return the primary keys without a row; by their number first, since a driver may return another type than was given."""
+    """Return the primary keys without a row; the number is compared first, because a driver may return another type."""
     if len(rows) == len(keys):
         return []
     found = {tuple(row[: len(table.primary_key)]) for row in rows}
@@ -288,7 +288,7 @@ def _missing(keys: Sequence[tuple[Any, ...]], rows: Sequence[Row[Any]], table: T
 
 
 def _named_in(source: FromClause, column: Column[Any]) -> Column[Any]:
-    """Return a table's column as it is of an alias of the table."""
+    """Return the column of an alias that corresponds to a column of the table."""
     found: Any = source.corresponding_column(column)
     return column if found is None else found
 
@@ -305,7 +305,7 @@ def _children(
     constraint: ForeignKeyConstraint,
     columns: Sequence[Column[Any]],
 ) -> Select[Any]:
-    """Select and lock the children of some parents; the parent goes by another name, for a table that refers to itself."""
+    """Select and lock the children of some parents; the parent is aliased, for a table that refers to itself."""
     child, other = constraint.table, parent.alias()
     joined = and_(*(link.parent == other.c[link.column.key] for link in constraint.elements))
     statement = select(*child.primary_key, *columns).join_from(child, other, joined).where(among(other, keys))
@@ -313,20 +313,20 @@ def _children(
 
 
 def _lockable(connection: Connection, table: FromClause) -> FromClause | None:
-    """Return what to lock the rows of alone, where the database can leave out those that a statement joins to them."""
+    """Return the table for `FOR UPDATE OF`, or None if the database does not support it."""
     return table if connection.dialect.name == "postgresql" else None
 
 
 def _refs_in(table: Table, columns: Sequence[Column[Any]], row: Row[Any]) -> Iterator[RowRef]:
     count = len(table.primary_key)
     for column, value in zip(columns, row[count:], strict=True):
-        # A value that cannot be decoded says nothing of an object, so there is none to delete.
+        # A value that cannot be decoded names no object to delete.
         if isinstance(value, Attachment) and value._state.ref is not None:
             yield RowRef(table, tuple(row[:count]), column, value._state.ref)
 
 
 def among(table: FromClause, keys: Sequence[tuple[Any, ...]]) -> ColumnElement[bool]:
-    """Return what holds for the rows with these primary keys."""
+    """Return the criterion for the rows with these primary keys."""
     columns: list[ColumnElement[Any]] = list(table.primary_key)
     if len(columns) == 1:
         return columns[0].in_([key[0] for key in keys])
@@ -341,31 +341,31 @@ def _in_order(keys: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         return sorted(unique, key=repr)
 
 
-# Objects that several rows refer to, which only statements past the session bring about: an object stays while any row does.
+# Objects that several rows refer to, which only SQL without the session can cause: an object is kept while any row refers to it.
 #
-# The transaction that displaces objects asks before its COMMIT, on its own connection: there it sees what it has written itself,
-# in the schema and under the settings that its statements run with. A journal's worker asks by itself before it deletes.
+# The transaction that displaces objects searches before its COMMIT, on its own connection, which sees its own writes and has the
+# schema and settings of its statements. The worker of a journal searches by itself before it deletes.
 
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _MOST_PARAMETERS = 20_000
 _MOST_COLUMNS = 50
-"""Of one statement: PostgreSQL starts workers for one that looks expensive, which takes longer than the statement itself."""
+"""Of one statement: PostgreSQL starts parallel workers for an expensive one, which takes longer than the statement itself."""
 _MOST_ROWS = 200
 _ROLLED_BACK = (1020, 1213)
 """Record changed, deadlock: https://mariadb.com/kb/en/mariadb-error-codes/"""
 _LOCK_WAIT_TIMEOUT = 1205
 _SERIALIZATION_FAILURES = ("40001", "40P01")
 _LOCK_TIMEOUT = 3
-"""Seconds that the question waits for the locks of others: a migration in one schema must not hold up the commits in another."""
+"""Seconds that the search waits for locks: a migration in one schema must not block commits in another."""
 
 
 def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[str]:
-    """Return the locations of the objects that a row refers to, or may refer to, though other rows have let them go.
+    """Return the locations of displaced objects that a row refers to, or may refer to.
 
-    Every base is asked about every object, whatever manager it is bound to: two of them may lead to the same place. An object
-    counts as referred to where the database cannot say: an orphan is better than a file that is lost.
+    The tables of every base are searched for every object, whatever its manager: two managers may lead to the same place. If the
+    database cannot tell, an object counts as referenced: an orphan is better than a lost file.
     """
     bindings = active_bindings()
     columns = list(dict.fromkeys(column for binding in bindings for column in attachment_tables(binding.metadata).refs()))
@@ -380,25 +380,25 @@ def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[
         if isinstance(error, DBAPIError) and _ends_transaction(connection, error):
             raise
         logger.warning(
-            "it is unknown whether other rows refer to %d objects that were displaced; they stay, for the garbage collector: %s",
+            "it is unknown whether other rows refer to %d displaced objects; they are left to the garbage collector: %s",
             len(locations),
             ", ".join(map(repr, locations)),
             exc_info=True,
         )
         return set(locations)
     for location in shared:
-        logger.info("the object %r stays: another row refers to it", location)
+        logger.info("the object %r is kept, because another row refers to it", location)
     return shared
 
 
 def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objects: Sequence[StoredObject]) -> set[str]:
-    """Return what `find_shared` returns to transactions that begin now, on connections of their own.
+    """Return the result of `find_shared` in new transactions, on connections of their own.
 
-    A snapshot does not show rows that others have committed since, and a transaction that is rolled back does not show the rows
-    that the database had committed by itself.
+    A snapshot does not show rows that others have committed since, and a transaction that is rolled back does not show rows that
+    the database has committed implicitly.
 
     Args:
-        places: The engines to ask, each with the options of the connection that the objects were displaced on.
+        places: The engines to connect to, each with the options of the connection that the objects were displaced on.
         objects: The objects.
     """
     shared: set[str] = set()
@@ -411,7 +411,7 @@ def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objec
                 shared |= find_shared(fresh, objects)
         except (DBAPIError, OSError):
             logger.warning(
-                "%d objects of an ended transaction stay: it is unknown whether rows refer to them", len(objects), exc_info=True
+                "%d objects of an ended transaction are kept, since rows may refer to them", len(objects), exc_info=True
             )
             return {item.ref.location for item in objects}
     return shared
@@ -422,19 +422,19 @@ def find_referenced(
 ) -> set[str]:
     """Return which of these locations rows refer to, as the connection's transaction sees them.
 
-    The columns are asked where the connection leads to, and those of the same name in every other schema. Tables that the
-    database does not have are passed over: a base may have some in another one. MariaDB and MySQL answer from a snapshot, in
-    which an object may still be in the row that another transaction has moved it out of: the rows that are found there are read
-    once more under a lock.
+    The columns are searched where the connection resolves them, and those of the same name in every other schema. Tables that the
+    database does not have are ignored: a base may have tables in several databases. MariaDB and MySQL read from a snapshot, in
+    which an object may still be in a row that another transaction has moved it from, so the rows found there are read again under
+    a lock.
 
     Args:
         connection: The connection.
         columns: Columns of refs.
         locations: The locations.
-        required: Those of the columns that tables of their name may not lack.
+        required: Those of the columns that existing tables must have.
 
     Raises:
-        DBAPIError: The database cannot say; its transaction goes on, unless the error has ended it.
+        DBAPIError: The search failed; the transaction continues unless the error has ended it.
         LookupError: A table lacks a column, or this role may not read it.
     """
     wanted = list(dict.fromkeys(locations))
@@ -447,7 +447,7 @@ def find_referenced(
     except DBAPIError as error:
         if _ends_transaction(connection, error):
             raise
-        # One of them was dropped after the catalogue had named it, or has a row whose JSON is damaged.
+        # One of them was dropped since the catalogue was read, or has a row whose JSON is damaged.
         look = partial(_places_again, connection, columns, required)
         places = look()
         found = set()
@@ -464,7 +464,7 @@ def find_referenced(
 
 
 def refers(connection: Connection, column: Column[Any], ref: StoredObjectRef) -> bool:
-    """Tell whether a row of one column refers to an object, under whatever backend's key."""
+    """Return whether a row of one column refers to an object, whatever the backend key of its ref."""
     location = location_of(column, connection.dialect.name)[1]
     if connection.dialect.name == "sqlite":
         location = where_json(column, location)
@@ -493,7 +493,7 @@ def _places(
         raise LookupError(
             "; ".join(f"{problem}, where rows may refer to the same objects: {remedy}" for problem, remedy in obstacles)
         )
-    # In one order, so that the statements are the same for all tenants.
+    # Sorted, so that the statements are the same for all tenants.
     return dict(sorted(places.items(), key=lambda item: item[0].names))
 
 
@@ -512,7 +512,7 @@ def _question(places: tuple[Place, ...], dialect: str, is_guarded: bool) -> Comp
         column = place.column
         _, location = location_of(column, dialect, is_generated=place.is_generated)
         if is_guarded and dialect == "sqlite":
-            # One row whose JSON is damaged would spoil the whole statement; an index has only sound ones.
+            # One row whose JSON is damaged would fail the whole statement; an index has only valid ones.
             location = where_json(column, location)
         parts.append(select(location.label("location")).select_from(column.table).where(location.in_(wanted)))
     return union_all(*parts)
@@ -537,7 +537,7 @@ def _answers(
 def _tolerantly(
     connection: Connection, place: Place, ask: Callable[[], set[str]], look: Callable[[], Collection[Place]]
 ) -> set[str]:
-    """Return what one place is asked; nothing where a look at what places there are tells that it has been dropped meanwhile."""
+    """Search one place; return nothing if it was dropped since the catalogue was read."""
     try:
         with _savepoint(connection):
             return ask()
@@ -550,9 +550,9 @@ def _tolerantly(
 
 
 def _confirmed(connection: Connection, place: Place, primary_key: Sequence[Column[Any]], locations: set[str]) -> set[str]:
-    """Return which of these locations, all of them in the snapshot of the transaction, rows at a place refer to now.
+    """Return which of these locations, all found in the snapshot of the transaction, rows at a place refer to now.
 
-    What the text of a column mentions in the snapshot counts without a second look.
+    Mentions in the text of a column are not re-checked.
     """
     if place.is_text:
         return _answers(connection, (place,), sorted(locations))
@@ -572,9 +572,9 @@ def _confirmed(connection: Connection, place: Place, primary_key: Sequence[Colum
 
 
 def _ends_transaction(connection: Connection, error: DBAPIError) -> bool:
-    """Tell whether the transaction has ended with an error, or cannot commit any more: then the caller has to know, and retries.
+    """Return whether an error has ended the transaction or made it fail at COMMIT, so that the caller must retry it.
 
-    MariaDB and MySQL roll back all of it after a deadlock, and after a timeout where `innodb_rollback_on_timeout` is set.
+    MariaDB and MySQL roll back the transaction after a deadlock, and after a timeout if `innodb_rollback_on_timeout` is set.
     """
     codes = codes_of(error)
     if connection.dialect.name == "postgresql" and not codes.isdisjoint(_SERIALIZATION_FAILURES):
@@ -590,9 +590,9 @@ def _ends_transaction(connection: Connection, error: DBAPIError) -> bool:
 
 @contextmanager
 def _savepoint(connection: Connection) -> Iterator[None]:
-    """Let an error take back nothing but the question, which waits for no lock without end.
+    """Confine an error to the search, and limit how long it waits for locks.
 
-    It is none of SQLAlchemy's savepoints, whose events would tell of work that is undone.
+    It is not one of SQLAlchemy's savepoints, because their events would be taken for a rollback of the session's work.
     """
     match connection.dialect.name:
         case "postgresql":
@@ -601,7 +601,7 @@ def _savepoint(connection: Connection) -> Iterator[None]:
                 connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}s'")
                 yield
             finally:
-                # It has written nothing; what is taken back is the timeout.
+                # It has written nothing; this restores the timeout.
                 if not connection.invalidated:
                     connection.exec_driver_sql("ROLLBACK TO SAVEPOINT granite_storage_question")
         case "mysql" | "mariadb":

@@ -151,7 +151,7 @@ class RowValue:
         table: The table.
         primary_key: The row's primary key, in the order of the table's columns.
         column: The column.
-        raw: The value as the database has it; text, where nobody has put anything else there.
+        raw: The value as the database has it; text, unless something else was written there.
         ref: The ref, where it is one.
         error: Why it is none.
     """
@@ -165,7 +165,7 @@ class RowValue:
 
     @property
     def is_managed(self) -> bool:
-        """Whether it is in an attachment column, whose objects the library looks after."""
+        """Whether it is in an attachment column, whose objects the library stores and deletes."""
         return isinstance(self.column.type, AttachmentType)
 
     @property
@@ -209,7 +209,7 @@ class Scan:
         """Yield the rows that hold something in a column of refs, table by table.
 
         Args:
-            after: The key of the last row that was dealt with; None for all rows.
+            after: The key of the last row that was processed; None for all rows.
 
         Raises:
             ConfigurationError: The key is none of this base's.

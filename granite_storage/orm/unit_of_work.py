@@ -1,13 +1,12 @@
 """What a session's transaction does to objects, what a flush is to do, and what follows at the end: decisions only, no I/O.
 
-Each savepoint has a frame of its own, a log of what happened in it. A released savepoint's log is added to its parent's; one
-that is rolled back leaves nothing but the objects it put, which then have no row. Only the end of the outermost transaction says
-which objects go:
+Each savepoint has a frame, which logs what happened in it. The log of a released savepoint is added to its parent's; of one
+that is rolled back only the stored objects remain, which then have no row. The end of the outermost transaction decides which
+objects are deleted:
 
-- committed: those that were displaced last, those that were put for a row that never took them, and those that a rolled-back
-  savepoint put;
-- rolled back: all that were put;
-- unknown (the COMMIT was cut off in flight): none; a row may point at any of them.
+- committed: displaced objects, objects that were stored for a row that was not written, and those of rolled-back savepoints;
+- rolled back: all that were stored;
+- unknown (the connection was lost during the COMMIT): none, because a row may refer to any of them.
 """
 
 from __future__ import annotations
@@ -67,8 +66,8 @@ class Change:
     Attributes:
         state: The instance.
         slot: The attribute.
-        value: What it shall hold.
-        old: What it held, as far as the session knows: None for nothing, a value, or `UNKNOWN`.
+        value: The new value.
+        old: The previous value as far as the session knows: None, an attachment, or `UNKNOWN`.
         binding: The binding of its column, which each step of the flush needs.
     """
 
@@ -80,36 +79,36 @@ class Change:
 
     @property
     def marker(self) -> tuple[int, str]:
-        """What makes it the same change when it is seen a second time in one flush."""
+        """Identifies the change when it is seen a second time in one flush."""
         return id(self.state), self.slot.key
 
     @property
     def is_pending(self) -> bool:
-        """Whether the instance is still there and holds the value: a listener may have dropped it, or put another one there."""
+        """Whether the instance still holds the value; a listener may have replaced it."""
         return self.state.obj() is not None and self.state.dict.get(self.slot.key) is self.value
 
     @property
     def attachment(self) -> Attachment:
-        """The value, where it is not None."""
+        """The value, if it is not None."""
         return cast("Attachment", self.value)
 
     def replace(self, value: Attachment) -> None:
-        """Give the instance another value than the one that was assigned."""
+        """Replace the assigned value."""
         put_value(self.state, self.slot.key, value)
         self.value = value
 
 
 UNKNOWN = object()
-"""Stands for an old value that the session has not loaded."""
+"""An old value that the session has not loaded."""
 
 
 def put_value(state: InstanceState[Any], key: str, value: Any) -> None:
-    """Give an instance a value that a statement of the flush is to write, and that the application has not assigned.
+    """Set an attribute to a value that the flush writes and the application did not assign.
 
-    It is in the history of the attribute like any other. Validators and listeners of the application do not see it: they could
-    refuse it, or put another value in its place, and they were asked for the value that it stands for.
+    The attribute's history contains it. Validators and listeners are not called: they have seen the value that it replaces, and
+    could refuse this one.
     """
-    # What an assignment does, but for its events; the public functions lose the history, or call the listeners.
+    # This is an assignment without its events; the public functions lose the history or call the listeners.
     state._modified_event(state.dict, state.manager[key].impl, state.dict.get(key, LoaderCallableStatus.NO_VALUE))
     state.dict[key] = value
 
@@ -118,25 +117,25 @@ def put_value(state: InstanceState[Any], key: str, value: Any) -> None:
 class Frame:
     """The log of one transaction or savepoint."""
 
-    # True: the object belongs to a row now. False: no row of this transaction holds it any more.
+    # True: a row refers to the object now. False: no row of this transaction refers to it any more.
     log: list[LogEntry] = field(default_factory=list)
     puts: list[tuple[StoredObject, Attachment]] = field(default_factory=list)
     committed: bool = False
 
     def merge(self, inner: Frame) -> None:
-        """Take over the log of a savepoint that was released."""
+        """Add the log of a released savepoint."""
         self.log += inner.log
         self.puts += inner.puts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Displacement:
-    """A ref that a flush is to take out of its row, as it was read under the row's lock.
+    """A ref that a flush will remove from its row, as it was read under the row's lock.
 
     Attributes:
         connection: The connection that it was read on.
         held: The ref and its row.
-        state: The instance that is changed or deleted; None where the row cannot be told from others.
+        state: The instance that is changed or deleted; None if it is unknown which one has the row.
         deletes: Whether the row is to be deleted.
     """
 
@@ -148,44 +147,44 @@ class Displacement:
 
 @dataclass(slots=True, eq=False)
 class FlushState:
-    """What one flush is to do; what it has really done is asked of the rows when it has ended."""
+    """What one flush plans to do; after its statements the rows are read to find what it did."""
 
-    # SQLAlchemy's own record of the flush, which knows its session.
+    # SQLAlchemy's context of the flush, which refers to its session.
     context: weakref.ref[UOWTransaction] | None = None
     log: list[LogEntry] = field(default_factory=list)
     puts: list[tuple[StoredObject, Attachment]] = field(default_factory=list)
     claims: list[Attachment] = field(default_factory=list)
-    # What rows are to hold after the flush, and what they are not to hold any more.
+    # Values that rows are to hold after the flush, and refs that they are to lose.
     taken: list[Change] = field(default_factory=list)
     displaced: list[Displacement] = field(default_factory=list)
-    # Changes by which a row takes over an object that another one is to lose in the same flush.
+    # Changes that move an object here from another row of the same flush.
     moved: list[Change] = field(default_factory=list)
-    # What has been dealt with: changed attributes, and rows that are deleted.
+    # What has been processed: changed attributes, and deleted rows.
     handled: dict[tuple[int, str], Attachment | None] = field(default_factory=dict)
     deletions: dict[int, InstanceState[Any]] = field(default_factory=dict)
-    # Refs of rows that the database may delete by a cascade, and the connection that can tell whether it did.
+    # Refs of rows that the database may delete by a cascade, and the connection to read them on.
     vanishing: list[tuple[Connection, list[RowRef]]] = field(default_factory=list)
-    # What finds such refs, and whether the flush has written rows since it was asked: those are reached by the cascade, too.
+    # Functions that find such refs, and whether the flush has written rows since, which the cascade may reach too.
     cascading: list[tuple[Connection, Callable[[], list[RowRef]]]] = field(default_factory=list)
     has_written: bool = False
-    # Whether new instances have taken over rows of deleted ones: SQLAlchemy lets several of them take the same.
+    # Whether new instances replace deleted ones with the same key; SQLAlchemy permits several for one row.
     has_successors: bool = False
-    # Rows that were not there to be locked: of those to be replaced whether there are any, and how many of the others are deleted
-    # all the same, because another transaction has inserted them anew.
+    # Rows that were not there to be locked: whether any of them was to be updated, and how many of the others are deleted
+    # nevertheless, because another transaction has inserted them again.
     has_missed_rows: bool = False
     counted: list[CountedDeletes] = field(default_factory=list)
-    # Undone deletes, by the intents that the transaction takes back, and where each journal's tables are written to.
+    # Intents of pending deletes that the transaction cancels, and the connection on which each journal's tables are written.
     restored: list[Intent] = field(default_factory=list)
     restored_by: dict[ObjectKey, Intent] = field(default_factory=dict)
     connections: dict[Journal, Connection] = field(default_factory=dict)
 
     def has_handled(self, marker: tuple[int, str], value: Attachment | None) -> bool:
-        """Tell whether the flush has dealt with this change."""
+        """Return whether the flush has processed this change."""
         return marker in self.handled and self.handled[marker] is value
 
     @property
     def net(self) -> list[LogEntry]:
-        """What the flush comes to: for each object whether a row holds it in the end."""
+        """The result of the flush: for each object whether a row refers to it at the end."""
         return list(_latest(self.log).values())
 
 
@@ -193,7 +192,7 @@ class UnitOfWork:
     """The frames of one session's transaction, from the outermost to the innermost."""
 
     def __init__(self) -> None:
-        # Weak, because a transaction knows its session: one that is dropped without being closed must not be held by this.
+        # Weak, because a transaction refers to its session, and one that is dropped without being closed must be collectable.
         self.frames: weakref.WeakKeyDictionary[SessionTransaction, Frame] = weakref.WeakKeyDictionary()
         self.to_delete: list[StoredObject] = []
         self.flush: FlushState = FlushState()
@@ -201,7 +200,7 @@ class UnitOfWork:
         self.shared: set[str] = set()
 
     def frame(self, transaction: SessionTransaction) -> Frame:
-        """Return the frame of a transaction or savepoint; made when something happens in it, with those around it."""
+        """Return the frame of a transaction or savepoint; created on first use, with the enclosing ones."""
         found = self.frames.get(transaction)
         if found is None:
             around = _enclosing(transaction)
@@ -212,34 +211,34 @@ class UnitOfWork:
 
     @property
     def history(self) -> dict[ObjectKey, bool]:
-        """The objects that came to rows or went from them in this transaction: True where a row holds it now."""
+        """The objects that this transaction stored, moved or displaced: True if a row refers to it now."""
         log = [*(entry for frame in self.frames.values() for entry in frame.log), *self.flush.log]
         return {stored.key: is_held for stored, is_held in log}
 
     def displacement(self, stored: StoredObject) -> StoredObject | None:
-        """Return what an earlier flush of this transaction noted when a row gave the object up, where none has taken it since."""
+        """Return an object as an earlier flush of this transaction displaced it; None if a row refers to it again."""
         earlier = _latest([entry for frame in self.frames.values() for entry in frame.log]).get(stored.key)
         return earlier[0] if earlier is not None and not earlier[1] else None
 
     def origin(self, stored: StoredObject) -> StoredObject:
-        """Return an object with the intent that stands for it already, where it was put or given up earlier and none took it."""
+        """Return an object with its intent if the transaction has stored or displaced it and no row refers to it."""
         put = next((put for put, _ in self.flush.puts if put.key == stored.key), None)
         return put or self.displacement(stored) or stored
 
     def end_flush(self, frame: Frame) -> None:
-        """Let what a flush decided count: its statements are done. No statement may bind its refs any more."""
+        """Add the log of a flush whose statements have run; no later statement may bind its refs."""
         frame.log += self.flush.log
         self._forget_flush()
 
     def abandon_flush(self) -> None:
-        """Forget what a flush decided: it has failed. Any row may still take what it had put, or it has no row."""
+        """Discard the plan of a failed flush; the objects that it stored belong to no row, and any row may take them."""
         puts = self.flush.puts
         self._forget_flush()
         for _, attachment in puts:
             attachment._state.release()
 
     def end_savepoint(self, transaction: SessionTransaction) -> None:
-        """Close the frame of a savepoint; what happened in it survives only if it was released."""
+        """Close the frame of a savepoint, and keep its log only if it was released."""
         frame = self.frames.pop(transaction)
         outer = _enclosing(transaction)
         if frame.committed and outer is not None:
@@ -250,7 +249,7 @@ class UnitOfWork:
             attachment._state.undo()
 
     def close(self, transaction: SessionTransaction) -> Frame:
-        """Return the frame of the outermost transaction; savepoints that have not ended by themselves end with it, undone."""
+        """Return the frame of the outermost transaction; savepoints that are still open are rolled back with it."""
         frame = self.frames.pop(transaction, None) or Frame()
         for inner in self.frames.values():
             self.to_delete += [stored for stored, _ in inner.puts]
@@ -260,7 +259,7 @@ class UnitOfWork:
         return frame
 
     def displaced(self, frame: Frame | None = None) -> list[StoredObject]:
-        """Return the objects that the hooks themselves would delete if the transaction were committed as it is.
+        """Return the objects without an intent that a commit would delete now.
 
         Args:
             frame: The frame of the outermost transaction, where it is closed already.
@@ -275,7 +274,7 @@ class UnitOfWork:
         """Return the objects that are to be deleted now that the outermost transaction has ended."""
         latest = _latest(frame.log)
         for stored, attachment in frame.puts:
-            # Whatever the outcome of a COMMIT that was cut off: bytes are stored anew where the same attachment is tried again.
+            # Whatever the outcome of an interrupted COMMIT, a retry with the same attachment stores its bytes again.
             is_taken = not attachment._state.is_repeatable if outcome is Outcome.UNKNOWN else stored.key in latest
             if outcome is Outcome.ROLLED_BACK or not is_taken:
                 attachment._state.undo()
@@ -309,7 +308,7 @@ def _latest(log: list[LogEntry]) -> dict[ObjectKey, LogEntry]:
 
 
 def _enclosing(transaction: SessionTransaction) -> SessionTransaction | None:
-    """Return the savepoint or transaction around one; the session's own bookkeeping transactions are passed over."""
+    """Return the enclosing savepoint or transaction, skipping the subtransactions of the session itself."""
     outer = transaction.parent
     while outer is not None and outer.parent is not None and not outer.nested:
         outer = outer.parent
@@ -318,9 +317,9 @@ def _enclosing(transaction: SessionTransaction) -> SessionTransaction | None:
 
 # What a flush is to do with the objects of the values that it writes.
 #
-# Two decisions are made. Before a connection is held: which values are uploaded, and which objects are certainly held elsewhere,
-# so that their rows get copies. When the rows are locked and it is known what they give up: which objects move to another row,
-# and which are copied after all.
+# `plan_uploads` decides before a connection is held: which values are uploaded, and which objects other rows certainly keep, so
+# that copies are made. `plan_flush` decides once the rows are locked and the objects that they lose are known: which of those
+# move to another row, and which are copied after all.
 
 
 C = TypeVar("C")
@@ -335,9 +334,9 @@ class Assigned(Generic[C]):
         value: Identifies the value: one may be assigned to several rows.
         object: Identifies its object; None while it is pending.
         is_unowned: Whether the object was stored before the transaction, and no row has taken it.
-        is_restored: Whether it undoes the delete that its object waits for.
+        is_restored: Whether it cancels the pending delete of its object.
         is_of_another_manager: Whether the column's manager is another one than that of the object.
-        is_replaced: Whether a row of the same flush held it until now, as far as the session knows.
+        is_replaced: Whether the flush replaces or clears it in another row, as far as the session knows.
     """
 
     change: C
@@ -356,7 +355,7 @@ class Assigned(Generic[C]):
 
 @dataclass(slots=True)
 class UploadPlan(Generic[C]):
-    """What is done before a connection is held.
+    """What a flush does before it holds a connection.
 
     Attributes:
         put: The changes whose pending values are uploaded.
@@ -371,14 +370,14 @@ class UploadPlan(Generic[C]):
 
 @dataclass(slots=True)
 class FlushPlan(Generic[C]):
-    """What is done once the rows are locked.
+    """What a flush does once the rows are locked.
 
     Attributes:
-        take: The changes whose rows take an object that no row has held.
-        move: The changes whose rows take over what another row gives up.
-        restore: The changes whose rows take an object back that waits to be deleted.
+        take: The changes that assign an object which no row has had.
+        move: The changes whose objects are moved here from another row.
+        restore: The changes that cancel a pending delete.
         copy: The changes that get a copy.
-        stale: The changes whose objects were to move, but whose rows do not hold them any more.
+        stale: The changes whose objects were to move, but whose rows no longer refer to them.
     """
 
     take: list[C] = field(default_factory=list)
@@ -393,8 +392,8 @@ def plan_uploads(assigned: Iterable[Assigned[C]], *, history: Mapping[Any, bool]
 
     Args:
         assigned: The values, in the order of the changes.
-        history: The objects that the transaction has had to do with: True where a row holds it, False where one gave it up.
-        knows_all_rows: Whether the session knows of each row what it gives up; otherwise nothing is copied yet.
+        history: The objects of the transaction: True if a row refers to it, False if it was displaced.
+        knows_all_rows: Whether the session knows which object each row loses; otherwise nothing is copied yet.
     """
     plan: UploadPlan[C] = UploadPlan()
     uploaded: set[Hashable] = set()
@@ -410,14 +409,14 @@ def plan_uploads(assigned: Iterable[Assigned[C]], *, history: Mapping[Any, bool]
 
 
 def plan_flush(assigned: Iterable[Assigned[C]], *, displaced: Collection[Hashable], history: Mapping[Any, bool]) -> FlushPlan[C]:
-    """Decide what becomes of the objects of stored values, now that the rows are locked.
+    """Decide for each stored value whether its object is taken, moved, restored or copied, once the rows are locked.
 
-    An object has one row at most: the first that wants it takes it, the others get copies.
+    An object belongs to at most one row: the first change gets it, the others get copies.
 
     Args:
         assigned: The values, none of them pending, in the order of the changes.
-        displaced: The objects that the locked rows give up.
-        history: The objects that the transaction has had to do with before, as for `plan_uploads`.
+        displaced: The objects that the locked rows lose.
+        history: The objects of the transaction before this flush, as for `plan_uploads`.
     """
     plan: FlushPlan[C] = FlushPlan()
     is_held = {**history, **dict.fromkeys(displaced, False)}
@@ -447,7 +446,7 @@ def plan_flush(assigned: Iterable[Assigned[C]], *, displaced: Collection[Hashabl
 
 
 def _may_move(item: Assigned[C], is_held: Mapping[Any, bool], *, is_first: bool = True) -> bool:
-    """Tell whether a row may take an object over: no row holds it yet, or one gives it up in this transaction."""
+    """Return whether a row may take an object: no row refers to it, or its row loses it in this transaction."""
     if item.is_restored and is_first:
         return True
     if item.is_of_another_manager:

@@ -1,4 +1,4 @@
-"""Storing attachments, intents first where there is a journal, and deleting what a transaction has left to no row."""
+"""Storing attachments, and deleting the objects that no row refers to after a transaction."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def remove_now(
 ) -> None:
     """Delete objects from inside a session's or an engine's event, and log what could not be deleted.
 
-    Where an asynchronous session or connection ends without an `await`, nothing can be awaited; then the objects stay, for the
-    garbage collector. What a journal knows of is its own to delete: what rows have given up is its worker's, which looks after
-    many at once; what was never taken by a row goes at once, unless the task is being cancelled.
+    An asynchronous session or connection that ends without an `await` cannot await the storage; the objects are then left to the
+    garbage collector. Objects with an intent are deleted by their journal: displaced ones by its worker, in batches; uploads
+    that no row refers to at once, unless the task is being cancelled.
 
     Args:
         stored: The objects.
         is_async: Whether the session or connection is an asynchronous one.
-        keep: Returns the locations of those that stay, among the ones that no journal knows of; it may use SQLAlchemy.
+        keep: Given the objects without an intent, returns the locations of those to keep; it may use SQLAlchemy.
     """
     objects = list({item.key: item for item in stored}.values())
     plain = [item for item in objects if item.intent is None]
@@ -81,7 +81,7 @@ async def _remove_others(
 
 
 async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> None:
-    """Delete objects side by side, and let journals delete theirs; a failure is logged and stops nothing."""
+    """Delete objects concurrently, and those of intents by their journals; a failure is logged and stops nothing."""
     by_journal: dict[Journal, list[UUID]] = {}
     for intent in intents:
         by_journal.setdefault(intent.journal, []).append(intent.id)
@@ -116,13 +116,13 @@ _CONCURRENCY = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Upload:
-    """A pending attachment that is to be stored.
+    """A pending attachment to store.
 
     Attributes:
         attachment: The attachment.
-        home: The column it is stored for.
-        entity_id: The segment of its location that says which row.
-        verify: Reads what was stored, and returns its ref as it then is; the upload ends with it, well or not.
+        column_type: The column that it is stored for.
+        entity_id: The segment of its location that names the row.
+        verify: Checks the stored object and returns its final ref; its error fails the upload.
         binding: The binding of the column.
     """
 
@@ -137,15 +137,15 @@ class Upload:
 
 
 def stored_object(attachment: Attachment) -> StoredObject:
-    """Return the object of a stored attachment, with the intent that stands for it until a row has taken it."""
+    """Return the object of a stored attachment, with its intent if there is one."""
     return StoredObject(attachment.manager, attachment.ref, attachment._state.intent)
 
 
 async def store(uploads: Sequence[Upload]) -> None:
-    """Store attachments side by side; if one fails, undo the others, which no row has seen, and raise its error.
+    """Store attachments concurrently; if one fails, delete the others and raise its error.
 
-    What a journal is to know is committed before the first byte is sent, by one commit for all of them. A cancelled caller
-    leaves to the journal what it has begun; without one it waits until nothing of it is left.
+    Their intents are committed to the journal before the first byte is sent, in one transaction. A cancelled caller leaves what
+    it began to the journal; without a journal it waits until everything is deleted.
     """
     if not uploads:
         return
@@ -165,10 +165,10 @@ async def store(uploads: Sequence[Upload]) -> None:
 
 
 async def discard(attachments: Iterable[Attachment], *, cancelled: bool = False) -> None:
-    """Leave nothing of attachments that were stored before any transaction and that no row has taken; pass over all others.
+    """Delete the objects of attachments that were stored before their transaction and that no row refers to; ignore others.
 
-    From then on they are pending, and their streams are consumed: a flush that comes later refuses them. A cancelled caller
-    leaves to the journal what it knows of. What could not be removed is logged, and left to the journal or the collector.
+    The attachments become pending, and their streams stay consumed, so that a later flush raises. A cancelled caller leaves
+    objects with an intent to the journal. Objects that cannot be deleted are logged, and left to the journal or the collector.
     """
     unowned = [attachment for attachment in attachments if attachment._state.owner is Owner.NONE]
     for attachment in unowned:
@@ -177,7 +177,7 @@ async def discard(attachments: Iterable[Attachment], *, cancelled: bool = False)
 
 
 async def _begin(uploads: Sequence[Upload], prepared: Sequence[PreparedUpload]) -> dict[Journal | None, UploadLease]:
-    """Write down what is about to be stored, in each journal that is concerned; one, as a rule."""
+    """Commit the intents of uploads to their journals, of which there is usually one."""
     leases: dict[Journal | None, UploadLease] = {}
     for journal in {journal for upload in uploads if (journal := upload.binding.journal) is not None}:
         concerned = [(upload, item) for upload, item in zip(uploads, prepared, strict=True) if upload.binding.journal is journal]
@@ -197,8 +197,8 @@ async def _put(upload: Upload, prepared: PreparedUpload, lease: UploadLease | No
     try:
         lease.require()
     except StaleAttachmentError:
-        # The program stood still, and workers may have looked for the object for the last time before it was there.
-        await shielded_cleanup(intent.journal.discard(upload.attachment.ref), "discarding an upload that came too late")
+        # The process was suspended, and a worker may have checked for the object for the last time before it existed.
+        await shielded_cleanup(intent.journal.discard(upload.attachment.ref), "discarding an upload that ended after its lease")
         raise
 
 
@@ -221,10 +221,10 @@ async def _side_by_side(work: Sequence[Callable[[], Awaitable[None]]], leases: S
 
 
 async def _undo(attachments: Sequence[Attachment], cancelled: bool) -> None:
-    """Leave nothing of uploads that no row has seen; what was cut off is as little to be trusted as what has failed."""
+    """Delete the objects of uploads that no row refers to; an interrupted upload may have stored its object too."""
     stored = [stored_object(attachment) for attachment in attachments if attachment._state.ref is not None]
     intents = [intent for attachment in attachments if (intent := attachment._state.intent) is not None]
     for attachment in attachments:
         attachment._state.undo()
     plain = [item for item in stored if item.intent is None]
-    await shielded_cleanup(remove(plain, [] if cancelled else intents), "removing uploads that no row has taken")
+    await shielded_cleanup(remove(plain, [] if cancelled else intents), "removing uploads that no row refers to")

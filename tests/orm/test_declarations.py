@@ -172,7 +172,7 @@ class TestDefaults:
 
         binding = bind_storage(Own, manager)
         async with sqlite(tmp_path, Own, "own.db") as sessions:
-            with pytest.raises(ConfigurationError, match=r"default of row\.file asks for the statement"):
+            with pytest.raises(ConfigurationError, match=r"default of row\.file uses the context of the INSERT"):
                 await add(sessions, Row())
         binding.unbind()
 

@@ -71,7 +71,7 @@ async def test_move_to_another_column(sessions: Sessions, manager: StorageManage
     async with sessions() as session:
         user = await session.get_one(User, 1)
         user.avatar, user.film = user.film, None
-        with pytest.raises(ContentTooLargeError, match=r"user\.avatar takes at most 10") as caught:
+        with pytest.raises(ContentTooLargeError, match=r"user\.avatar accepts at most 10") as caught:
             await session.commit()
     assert caught.value.max_size == LIMIT
     await check(sessions, manager, film=LARGE)

@@ -373,7 +373,7 @@ class TestMappers:
                 doc.file = old[0]
 
         await env.add(Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
-        with listening(Doc, "before_update", put_back), pytest.raises(StaleAttachmentError, match="still holds"):
+        with listening(Doc, "before_update", put_back), pytest.raises(StaleAttachmentError, match="still refers"):
             async with env.sessions.begin() as session:
                 one, two = await get(session, 1), await get(session, 2)
                 two.file, one.file = one.file, None

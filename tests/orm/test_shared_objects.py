@@ -191,7 +191,7 @@ class TestDatabases:
         finally:
             await env.engine.dispose()  # SQLite renames by the schema that a connection remembers
             await env.sql("ALTER TABLE note RENAME COLUMN unknown TO scan_ref")
-        assert "unknown whether other rows refer to 1 objects" in caplog.text
+        assert "unknown whether other rows refer to 1 displaced objects" in caplog.text
         assert left in await env.objects()
         await env.backend.delete(left)
         await env.check(file_1="b")

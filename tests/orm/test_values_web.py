@@ -110,7 +110,7 @@ class TestFastAPI:
         first, second = answer.json()
         assert first["file"] is None
         assert second["file"]["size"] == 4
-        assert "holds no ref that can be read" in caplog.text
+        assert "contains no readable ref" in caplog.text
 
     async def test_openapi_says_what_is_shown(self, client: httpx.AsyncClient) -> None:
         schema = (await client.get("/openapi.json")).json()["components"]["schemas"]

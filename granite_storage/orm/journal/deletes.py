@@ -1,12 +1,11 @@
-"""Pending deletes: the intents that objects shall go, one of each object.
+"""Pending deletes: the intents to delete objects, at most one for each object.
 
-The id of such an intent is a function of the object's backend and location. Rows can come to share an object by SQL, and each of
-them nominates it when it is deleted: with ids of their own there would be two intents, an undo would consume one of them, and a
-worker would execute the other. As it is, all transactions that nominate an object insert, or lock, one and the same row. Where it
-is there already it is updated, not left alone: a worker may be about to drop it, because another row still holds the object.
+The id of such an intent is a function of the object's backend and location. SQL can make rows share an object, and each of them
+nominates it when it is deleted. With random ids there would be two intents: a restore would consume one of them, and a worker
+would execute the other. With a derived id all transactions that nominate an object insert, or lock, the same row. An existing row
+is updated, because a worker may be about to remove it after finding another row that refers to the object.
 
-Earlier versions gave each delete intent an id of its own. Those that are left get the id that they would have now before a worker
-or an undo acts on them.
+Earlier versions used random ids. Such an intent gets its derived id before a worker or a restore acts on it.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def delete_id(backend: str, location: str) -> UUID:
 
 @dataclass(frozen=True, slots=True)
 class PendingDelete:
-    """An object that shall go.
+    """An object to delete.
 
     Attributes:
         backend: Its backend's key.
@@ -64,7 +63,7 @@ class PendingDelete:
 
 
 def nominate(connection: Connection, intent: Table, pending: Iterable[PendingDelete], options: dict[str, Any]) -> None:
-    """Write down, in the transaction of a connection, that objects shall go; of several moments for one object the latest counts.
+    """Record in the transaction of a connection the objects to delete; the latest of several due times counts.
 
     The rows are written in the order of their ids, so that transactions that nominate the same objects do not deadlock.
 
@@ -79,12 +78,12 @@ def nominate(connection: Connection, intent: Table, pending: Iterable[PendingDel
 
 
 def has_own_id(row: Row[Any]) -> bool:
-    """Tell whether a delete intent has an id of its own, as earlier versions gave it."""
+    """Return whether a delete intent has a random id, as in earlier versions."""
     return bool(row.kind == DELETE and row.id != delete_id(row.backend, row.location))
 
 
 async def renumber(connection: AsyncConnection, intent: Table, rows: Sequence[Row[Any]]) -> bool:
-    """Give delete intents of earlier versions, which the transaction has locked, the ids that they would have now.
+    """Give delete intents of earlier versions, which the transaction has locked, their derived ids.
 
     One whose new id is being consumed by another transaction, in an undo, is left for later.
 

@@ -1,17 +1,17 @@
-"""Objects that clients store by themselves, and what becomes of their bytes.
+"""Objects that clients store directly, and their copies.
 
-Why it is safe. A client stores when it likes, and perhaps twice; so what it stores is never what a row refers to, only what that
-is copied from. The intent of this staging object is committed before the client may begin, and lasts until no request of it can
-land any more; then a worker deletes it, as an upload that nobody took. A copy has a location and an intent of its own, made anew
-for each attempt, like any other upload. Of several that were copied at the same time one is published, in the staging object's
-intent and by a single UPDATE that finds there what its writer had seen; the others are discarded.
+Why it is safe. A client may store its object at any time, and more than once, so a row never refers to that object but to a copy
+of it. The intent of this staging object is committed before the client may begin, and lasts until no request of the client can
+succeed any more; then a worker deletes the object, like an upload that no row refers to. A copy has its own location and intent,
+new for each attempt, like any other upload. Of several concurrent copies one is published in the staging object's intent, by a
+single UPDATE that compares the previous value; the others are discarded.
 
-A copy takes long and costs as much as its object, so one is made at a time: whoever begins one claims the staging object in its
-intent, in the same way, and renews the claim for as long as it copies. Safety does not depend on claims. One that is not renewed,
-because its process is gone, lapses after a minute.
+A copy takes as long and costs as much as its object, so one is made at a time: a request claims the staging object in its intent,
+in the same way, and renews the claim while it copies. Safety does not depend on claims. A claim that is not renewed, because its
+process has ended, expires after a minute.
 
-Only whoever has published a copy lets a row take it. Whoever finds it published is told where it is and no more: a transaction
-takes back one intent of an object, and which transactions are about to do so nobody can see from outside.
+Only the request that has published a copy assigns it to a row. Others receive its location only: a transaction consumes one
+intent of an object, and transactions that are about to do so cannot be seen from outside.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _RENEWAL_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What has become of a staging object.
+    """The state of a staging object.
 
     Attributes:
         ref: The published copy, where there is one that a row holds or may still take.
@@ -79,7 +79,7 @@ class Staging:
         self._lease = lease.total_seconds()
 
     async def begin(self, backend: str, location: str, lifetime: timedelta) -> UUID:
-        """Commit, durably, that there may be an object for as long as this."""
+        """Commit durably that an object may exist for this long."""
         item = new_id()
         row = {"id": item, "kind": STAGING, "backend": backend, "location": location, "due": clock(lifetime.total_seconds())}
         async with self._pool.durable() as connection:
@@ -87,7 +87,7 @@ class Staging:
         return item
 
     async def find(self, staging_id: UUID) -> Finished:
-        """Return what has become of a staging object; a copy that is waiting to be taken has its whole lease again.
+        """Return the state of a staging object; the lease of a copy that is not yet assigned is renewed.
 
         Raises:
             StaleAttachmentError: Its lifetime is over, and a worker has fenced it.
@@ -111,7 +111,7 @@ class Staging:
         return Finished(ref if there else None, row.upload_id)
 
     async def claim(self, staging_id: UUID, seen: Finished) -> Claim | None:
-        """Claim a staging object, to make a copy of it; None where somebody else has been faster.
+        """Claim a staging object, to make a copy of it; None if another request has claimed it.
 
         A cancelled caller waits until it has given the claim back.
         """
@@ -137,7 +137,7 @@ class Staging:
         return (self._intent.c.id == staging_id) & (self._intent.c.kind == STAGING)
 
     async def _waits(self, connection: AsyncConnection, intent_id: UUID) -> bool:
-        """Tell whether a copy's intent is there, and renew its lease unless a transaction is just taking it back."""
+        """Return whether a copy's intent exists, and renew its lease unless a transaction is consuming it."""
         same = self._intent.c.id == intent_id
         free = await connection.execute(select(self._intent.c.id).where(same).with_for_update(skip_locked=True))
         if free.one_or_none() is not None:
@@ -147,7 +147,7 @@ class Staging:
 
 
 class Claim:
-    """Somebody's claim of a staging object, while a copy of it is made; to be entered once it has been made.
+    """The claim of a staging object while it is copied; to be entered once it has been made.
 
     Args:
         staging: Where it is kept.
@@ -164,7 +164,7 @@ class Claim:
         self._renewing: asyncio.Task[None] | None = None
 
     async def begin(self) -> Claim | None:
-        """Claim it; None where somebody else has been faster."""
+        """Claim it; None if another request has claimed it."""
         note = await self._new_note()
         if not await self._staging.write(self._staging_id, self._before, note):
             return None
@@ -188,7 +188,7 @@ class Claim:
             self._note = None
 
     async def release(self) -> None:
-        """Let somebody else claim it."""
+        """Release it, so that another request may claim the object."""
         note, self._note = self._note, None
         if note is not None:
             await self._staging.write(self._staging_id, note, self._before)
@@ -205,7 +205,7 @@ class Claim:
         await self.release()
 
     async def _stop_renewing(self) -> None:
-        """Let a renewal that has begun end: what it says must be known here."""
+        """Wait until a renewal in progress has ended, because its result must be known."""
         task, self._renewing = self._renewing, None
         if task is not None:
             task.cancel()

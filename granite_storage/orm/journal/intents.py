@@ -1,15 +1,15 @@
-"""The intents of uploads and deletes: recorded before anything happens, and consumed by the transaction that makes it true.
+"""The intents of uploads and deletes: committed before the storage is changed, and consumed by the transaction of the rows.
 
-Why it is safe. An upload's intent is committed before its first byte is sent, so whatever dies, somebody knows of the object.
-The transaction that writes the ref into a row deletes the intent, and that DELETE must hit: a worker that was faster has fenced
-the object, and it will go. Until the transaction ends, its lock on the intent's row keeps every worker away, however long it
-takes and whoever holds it, a prepared transaction included; when it is rolled back, or a savepoint of it is, the intent is
-back. No clock decides anything here but when garbage goes.
+Why it is safe. An upload's intent is committed before its first byte is sent, so the journal names the object whatever crashes.
+The transaction that writes the ref into a row deletes the intent, and that DELETE must match a row: otherwise a worker has fenced
+the object and will delete it. Until the transaction ends, its lock on the intent's row excludes every worker, however long it
+takes; this includes prepared transactions. If it, or a savepoint of it, is rolled back, the intent is there again. Clocks decide
+only when garbage is deleted.
 
-A snapshot that is older than the intent does not see it (REPEATABLE READ and SERIALIZABLE on PostgreSQL), so its DELETE hits
-nothing. There the transaction and the worker both insert the same key into `decision`, and the first one wins. A decision that
-was purged could be inserted anew, which is why the intent is looked for afterwards, in a snapshot of its own: a decision of a
-worker outlives the intent it is about.
+A snapshot that is older than the intent does not see it (REPEATABLE READ and SERIALIZABLE on PostgreSQL), so its DELETE matches
+nothing. Then the transaction and the worker both insert the same key into `decision`, and the first one wins. A decision that
+was purged could be inserted again, so the intent is re-checked afterwards, in a snapshot of its own: a decision of a worker
+outlives its intent.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ _AT_A_TIME = 500
 
 
 def new_id() -> UUID:
-    """Return the id of an intent; ids rise with time, so that the table's index grows at its end."""
+    """Return a new id of an intent; ids increase with time, so that the index of the table grows at its end."""
     return UUID(uuid7_hex())
 
 
 class GroupCommit:
-    """Lets the intents of flushes that come at the same time share a commit: the first one writes for all that wait.
+    """Commits the intents of concurrent flushes together: the first flush writes for all that wait.
 
-    Whoever comes first writes; whoever waits writes next, for those who came meanwhile. A writer that is cancelled waits until
-    it is known whether it has committed: to write the others' intents a second time could be fatal, since a transaction takes
-    back only one intent of an object. Where that stays unknown, nobody uploads.
+    The next writer is one of those that arrived in the meantime. A cancelled writer waits until it is known whether it has
+    committed, because intents must not be written twice: a transaction consumes only one intent of an object. If that remains
+    unknown, none of the flushes uploads.
     """
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ async def _write_for_all(queue: _Queue, insert: Insert) -> None:
 
 
 async def _outcome(writing: asyncio.Future[None]) -> None:
-    """Wait until a write has ended, well or not; a cancelled caller too, for a while."""
+    """Wait until a write has ended; a cancelled caller waits too, for a limited time."""
     try:
         await asyncio.wait([writing])
     except asyncio.CancelledError:
@@ -125,7 +125,7 @@ def _over() -> StaleAttachmentError:
 
 
 class Intents:
-    """What transactions do to the journal.
+    """The operations of transactions on the journal.
 
     Args:
         pool: The journal's own connections.
@@ -166,14 +166,14 @@ class Intents:
                 await connection.execute(insert(self._tables.intent).values(batch))
 
     async def renew(self, ids: Sequence[UUID], lease: timedelta) -> bool:
-        """Let the leases of uploads begin anew; return whether all of them are still there."""
+        """Renew the leases of uploads; return whether all of their intents still exist."""
         intent = self._tables.intent
         async with self._pool.reading() as connection:
             result = await connection.execute(update(intent).where(intent.c.id.in_(ids)).values(due=_after(lease)))
         return result.rowcount == len(ids)
 
     async def note_upload_id(self, intent_id: UUID, upload_id: str) -> None:
-        """Keep the id of an upload in parts, before its first part is sent."""
+        """Save the id of a multipart upload, before its first part is sent."""
         intent = self._tables.intent
         async with self._pool.durable() as connection:
             result = await connection.execute(update(intent).where(intent.c.id == intent_id).values(upload_id=upload_id))
@@ -208,7 +208,7 @@ class Intents:
             )
 
     def displace(self, connection: Connection, displaced: Iterable[tuple[StoredObjectRef, timedelta]]) -> None:
-        """Note, in the transaction that takes refs out of their rows, that their objects shall go, each after its retention."""
+        """Record in the transaction that displaces objects that each is to be deleted after its retention."""
         pending = [PendingDelete(ref.backend, ref.location, retention.total_seconds()) for ref, retention in displaced]
         if pending:
             self._note_schemas(connection)
@@ -221,7 +221,7 @@ class Intents:
         return delete_id(ref.backend, ref.location)
 
     async def find_delete(self, ref: StoredObjectRef) -> UUID | None:
-        """Return the pending intent to delete an object, for an undo to consume.
+        """Return the intent of the pending delete of an object, for a restore to consume.
 
         Those of earlier versions, of which there may be several, become this one.
         """
@@ -236,7 +236,7 @@ class Intents:
         return own_id if found else None
 
     def require_unfenced(self, intents: Iterable[Intent]) -> None:
-        """See that no worker is about to delete objects whose pending deletes the transaction has just consumed.
+        """Raise if a worker is about to delete objects whose pending deletes the transaction has just consumed.
 
         It is seen after the intents were locked by consuming them. An intent of an object that is being deleted says nothing of
         its bytes: rows that shared it can have nominated it one after the other.
@@ -259,7 +259,7 @@ class Intents:
             return found.first() is not None
 
     def _claim(self, connection: Connection, ids: set[UUID]) -> bool:
-        """Claim uploads that the transaction's snapshot does not see; return whether it was in time for all of them."""
+        """Decide for uploads that the transaction's snapshot does not see; return whether it was the first to decide on all."""
         if self._leads_elsewhere(connection, ids):
             raise ConfigurationError(
                 f"the journal's table {self._tables.intent.fullname} is not where the session's transaction looks for it: either"
@@ -285,13 +285,13 @@ class Intents:
             return set(found.scalars()) == ids
 
     def _leads_elsewhere(self, connection: Connection, ids: set[UUID]) -> bool:
-        """Tell whether a transaction that has not hit intents has another table for them than the journal has."""
+        """Return whether a transaction whose DELETE matched nothing resolves the table of intents to another table."""
         if self._pool.is_postgresql:
             return self._place(connection) != wait(self._own_place())
         return wait(self._are_there(ids))  # a DELETE sees what is newer than its snapshot there
 
     def _place(self, connection: Connection) -> tuple[Any, ...]:
-        """Return which table of which database a connection to PostgreSQL has for intents, whatever its snapshot."""
+        """Return the table and database of the intents on a connection to PostgreSQL, whatever its snapshot."""
         intent, quote = self._tables.intent, connection.dialect.identifier_preparer.quote
         names = effective(intent.schema, self._pool.translate_map), intent.name
         return tuple(connection.execute(_PLACE, {"name": ".".join(quote(name) for name in names if name)}).one())
@@ -321,7 +321,7 @@ _SAFE_SHARE = 0.8
 
 
 class Lease:
-    """The lease that the uploads of one flush share.
+    """The lease of the uploads of one flush.
 
     Its end is judged twice: by the database's clock, for the worker, and before that by this machine's monotonic one, for the
     uploader, who then sends nothing more. Neither makes anything safe; they only keep garbage from being made.
@@ -345,7 +345,7 @@ class Lease:
         return self._ids
 
     def begin(self, intent_id: UUID) -> None:
-        """Let the running task begin an upload, and keep the id of an upload in parts with its intent.
+        """Begin an upload in the current task; the id of a multipart upload is saved with its intent.
 
         Raises:
             StaleAttachmentError: The lease is over for the uploader.
@@ -354,12 +354,12 @@ class Lease:
         upload_begun.set(partial(self._intents.note_upload_id, intent_id))
 
     def require(self) -> None:
-        """Raise `StaleAttachmentError` where the lease is over for the uploader: a worker may have been there."""
+        """Raise `StaleAttachmentError` if the lease has expired for the uploader, since a worker may have deleted the object."""
         if self._remaining() <= 0:
             raise _expired()
 
     async def hold(self) -> None:
-        """Renew it until cancelled; raise `StaleAttachmentError` where that fails for too long."""
+        """Renew it until cancelled; raise `StaleAttachmentError` if that fails for too long."""
         while True:
             await asyncio.sleep(min(self._duration.total_seconds() / _RENEWALS, max(self._remaining() / 2, 0)))
             self.require()

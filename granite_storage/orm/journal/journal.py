@@ -1,4 +1,4 @@
-"""The journal: what makes the promise hold through a crash of the process, the machine or the network."""
+"""The journal, which keeps objects and rows consistent through crashes of the process, the machine or the network."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _RARELY = timedelta(days=1)
 
 
 class StorageJournal:
-    """Keeps, in the application's own database, what is about to happen to objects, so that no crash loses or leaks one.
+    """Records in the application's database which objects are about to change, so that no crash loses or leaks one.
 
     Two lines switch it on: make one from the application's engine, and pass it to `bind_storage`. Its tables are declared by
     `journal_tables(Base.metadata)`. From then on
 
     - a committed ref always leads to an object with its bytes,
     - every other object is deleted sooner or later, whatever dies and whenever: by `recover`, or by a `worker`,
-    - and no object is deleted that a row refers to, or that a transaction under way still may.
+    - and no object is deleted that a row refers to, or that a transaction in progress may refer to.
 
     It costs one commit per flush that stores something, on connections of its own, and a row per object that goes.
 
@@ -107,7 +107,7 @@ class StorageJournal:
 
     @property
     def lease(self) -> timedelta:
-        """How long an upload may go without a sign of life."""
+        """How long the lease of an upload lasts without renewal."""
         return self._lease
 
     @property
@@ -131,13 +131,13 @@ class StorageJournal:
 
     @property
     def manager(self) -> StorageManager:
-        """The manager of the objects; `ConfigurationError` where there is none yet."""
+        """The manager of the objects; raises `ConfigurationError` if the journal is not bound yet."""
         if not self._bindings:
             raise ConfigurationError("the journal belongs to no base: pass it to bind_storage(Base, manager, journal=...)")
         return self._bindings[-1].manager
 
     async def check(self) -> None:
-        """See that the database can keep the promise: tables, versions, privileges, storage engines, settings.
+        """Check that the database meets the requirements: tables, versions, privileges, storage engines, settings.
 
         `recover`, `worker` and the first upload do it by themselves; at start-up it says early what is wrong. Rows of a backend
         that the manager does not have, because it was renamed or left out, are kept, and logged as a warning.
@@ -151,7 +151,7 @@ class StorageJournal:
         self._checked = True
 
     async def recover(self) -> RecoveryReport:
-        """Do once all that is due: delete what no transaction took, and what rows have given up.
+        """Run recovery once: delete uploads that no transaction has consumed, and displaced objects that are due.
 
         Any number of processes may do so at the same time. What fails is tried again by a later pass, ever more rarely.
 
@@ -171,7 +171,7 @@ class StorageJournal:
 
     @asynccontextmanager
     async def worker(self, *, interval: timedelta = timedelta(seconds=30)) -> AsyncIterator[None]:
-        """Recover again and again while the block runs, as the task of an application's lifespan.
+        """Run recovery periodically while the block runs, as a task of an application's lifespan.
 
         It looks soon after a transaction of this process has given something up, and every interval for those of other processes.
         Every backend has a loop of its own, so that a slow or dead one holds up no other. Failures are logged and survived. The
@@ -205,12 +205,12 @@ class StorageJournal:
             yield
 
     async def retry_dead_letters(self) -> int:
-        """Let the deletes that were given up be tried again by the next pass; return how many there are."""
+        """Make dead letters due again for the next pass; return how many there are."""
         await self._ensure_checked()
         return await self._recovery().retry_dead_letters()
 
     async def allow_restored_database(self) -> None:
-        """Say that this is the right database, though no worker was at work in it for long, as in one restored from a backup.
+        """Confirm that this is the right database, though no worker ran in it for long, as after a restore from a backup.
 
         Until then the garbage collector deletes nothing.
         """
@@ -232,27 +232,27 @@ class StorageJournal:
 
     @property
     def intents(self) -> Intents:
-        """What transactions do to it; for the session hooks."""
+        """The operations of transactions on it; for the session hooks."""
         return Intents(self._bounded, self.tables, self._commits, self._note_schemas)
 
     def _note_schemas(self, connection: Connection) -> None:
         self._schemas.make_known(connection, self.tables, self._columns())
 
     def retention_of(self, ref: StoredObjectRef) -> timedelta:
-        """Return how long an object waits to be deleted: as its policy says, or the longest there is for one that is gone."""
+        """Return the retention of an object: that of its policy, or the longest of all if the policy no longer exists."""
         policies = self.manager.policies
         own = policies.get(ref.storage_key)
         return own.retention if own is not None else max((policy.retention for policy in policies.values()), default=timedelta(0))
 
     async def begin_uploads(self, uploads: Sequence[PreparedUpload]) -> Lease:
-        """Write down, durably, what is about to be stored; nothing may be stored before this has returned."""
+        """Commit the intents of uploads durably; nothing may be stored before this has returned."""
         await self._ensure_checked()
         begun = time.monotonic()
         ids = await self.intents.record([(upload.policy.backend_key, upload.location) for upload in uploads], self._lease)
         return Lease(self.intents, ids, self._lease, begun)
 
     async def begin_staging(self, backend: str, location: str, *, lifetime: timedelta) -> UUID:
-        """Write down, durably, that a client may store an object by itself; return the id of that.
+        """Commit durably that a client may store an object directly; return the id of its intent.
 
         The object is deleted when its lifetime is over, and once more after another lease, for what has arrived late.
         """
@@ -260,7 +260,7 @@ class StorageJournal:
         return await self._staging.begin(backend, location, lifetime)
 
     async def find_finished(self, staging_id: UUID) -> Finished:
-        """Return what has become of an object that a client was to store; see `Staging.find`."""
+        """Return the state of an object that a client was to store; see `Staging.find`."""
         return await self._staging.find(staging_id)
 
     async def claim_staging(self, staging_id: UUID, seen: Finished) -> Claim | None:
@@ -268,19 +268,19 @@ class StorageJournal:
         return await self._staging.claim(staging_id, seen)
 
     def delete_intent(self, backend: str, location: str) -> Intent:
-        """Return the intent by which an object that a row gives up waits to be deleted; two rows that share it make one."""
+        """Return the intent of the pending delete of a displaced object; two rows that share the object have one intent."""
         return Intent(self, delete_id(backend, location), deletes=True)
 
     def wake_workers(self) -> None:
-        """Let the workers of this process look soon: a transaction has ended that left them something."""
+        """Wake the workers of this process, because a transaction has left work for them."""
         self._alarm.ring()
 
     async def settle(self, ids: Sequence[UUID]) -> None:
-        """Delete at once what a transaction that was rolled back has stored; what is still locked is left to a worker."""
+        """Delete at once the objects that a rolled-back transaction has stored; locked intents are left to a worker."""
         await self._recovery().settle(ids)
 
     async def discard(self, ref: StoredObjectRef) -> None:
-        """Delete an object that no row can ever take, though its intent may be gone: under one of its own, like any other."""
+        """Delete an object that no row can refer to, under a new intent, since its own may be gone."""
         await self.settle([await self.intents.note_delete(ref)])
 
     def bind(self, binding: Binding) -> None:
@@ -297,7 +297,7 @@ class StorageJournal:
         self._checked = False
 
     def release(self, binding: Binding) -> None:
-        """Serve a binding no more."""
+        """Stop serving a binding."""
         if binding in self._bindings:
             self._bindings.remove(binding)
 

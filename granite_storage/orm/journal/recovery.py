@@ -1,23 +1,22 @@
-"""What a worker does with intents that no transaction has consumed: fence, check, delete, and only then forget.
+"""How a worker processes intents that no transaction has consumed: fence, check, delete the object, then delete the entry.
 
-Why it is safe. The fence moves an intent from `intent` to `reclaim` and is committed, durably, before storage is touched: from
-then on no transaction can take the object any more, so what the worker sees afterwards, in a snapshot that is newer than the
-fence, stays true. Open transactions hold locks on their intents' rows, and those are skipped, not waited for. An object that a
-row refers to all the same, under whatever backend's key, is kept. A worker that dies between two steps leaves a row in `reclaim`
-that any other worker resumes, and each step may be done twice.
+Why it is safe. The fence moves an intent from `intent` to `reclaim` and is committed durably before the storage is changed. From
+then on no transaction can consume the intent, so a check for references in a newer snapshot remains valid. Open transactions hold
+locks on the rows of their intents; such rows are skipped. An object that a row refers to nevertheless, under any backend key, is
+kept. A worker that dies between two steps leaves a row in `reclaim` that any other worker resumes, and each step is idempotent.
 
-Rows can share an object, by SQL, and then it is nominated more than once. A newer intent waits while an older one is fenced. A
-worker that another one has overtaken, because it was slow, does nothing more: the fence that it relies on may have been lifted.
-So the check of references sees, in its own snapshot, that the fenced row is still the worker's, and only its last taker lifts a
-fence because the object is referenced. An object that is deleted takes its newer intent along: it would be no evidence of bytes.
+SQL can make rows share an object, which is then nominated more than once. A newer intent waits while an older one is fenced. A
+slow worker whose row was taken over by another one stops, because the fence that it relies on may have been lifted. So the check
+for references also checks, in its own snapshot, that the fenced row still belongs to the worker, and only the last worker of a
+row lifts its fence. Deleting an object also deletes its newer intent, which would no longer prove that the object exists.
 
-A delete that fails is an attempt, and so many attempts make a dead letter. A worker that dies, or that is slower than others have
-patience, has tried nothing; but an object that kills whoever touches it must not do so for ever. So each row counts the workers
-that have taken it over and have not said how it went. Whatever has been left twice is taken over alone from then on, so that the
-counts of its neighbours end with theirs; and what is still left time after time is a dead letter as well.
+A failed delete counts as an attempt, and after a number of attempts the row becomes a dead letter. A worker that dies or is
+overdue has made no attempt; but an object that crashes its workers must not do so forever. So each row counts the workers that
+have taken it over without reporting a result. After two of them a row is taken over alone, so that rows next to it stop counting
+with it; a row that still exceeds the limit becomes a dead letter as well.
 
-After the delete of an upload, or of what a client was to store by itself, its row stays for another lease, empty: a request that
-was cut off may still arrive at the server, and what it stores is deleted then. Afterwards nothing can arrive.
+After the delete of an upload, or of an object that a client was to store directly, the row is kept for another lease: an
+interrupted request may still reach the server, and the object that it stores is deleted then. Afterwards none can arrive.
 """
 
 from __future__ import annotations
@@ -111,7 +110,7 @@ class Recovery:
         self._hold = min(self._lease, 4 * timeout)
 
     async def run(self, backend: str) -> RecoveryReport:
-        """Do all that is due on one backend, named by its key."""
+        """Process everything that is due on one backend, given by its key."""
         report = RecoveryReport()
         limit = _LARGE_BATCH if self._deletes_in_batches(backend) else _BATCH
         while True:
@@ -127,7 +126,7 @@ class Recovery:
         return report
 
     async def settle(self, ids: Sequence[UUID]) -> RecoveryReport:
-        """Do at once what the end of a transaction has made due: its own intents, by their ids, and no others.
+        """Process the intents of an ended transaction at once, by their ids.
 
         Deletes whose retention is not over stay, and so does what a transaction that has not really ended still locks.
         """
@@ -141,7 +140,7 @@ class Recovery:
         return report
 
     async def count_waiting(self, report: RecoveryReport) -> None:
-        """Complete a report with what is not due yet."""
+        """Add the counts of what is not due yet to a report."""
         intent, reclaim = self._tables.intent, self._tables.reclaim
         async with self._pool.reading() as connection:
             counts = select(intent.c.kind, intent.c.backend, func.count()).group_by(intent.c.kind, intent.c.backend)
@@ -157,13 +156,13 @@ class Recovery:
         report.unknown_backends = await self.unknown_backends()
 
     async def unknown_backends(self) -> set[str]:
-        """Return the backends that rows of the journal name, fenced or not, and the manager does not have."""
+        """Return the backends that the journal names and the manager does not have."""
         named = [select(table.c.backend) for table in (self._tables.intent, self._tables.reclaim)]
         async with self._pool.reading() as connection:
             return set((await connection.execute(union(*named))).scalars()) - set(self._manager.backends)
 
     async def retry_dead_letters(self) -> int:
-        """Let dead letters be tried again; return how many there were."""
+        """Make dead letters due again; return how many there were."""
         reclaim = self._tables.reclaim
         async with self._pool.durable() as connection:
             result = await connection.execute(update(reclaim).where(reclaim.c.dead).values(**_UNTRIED, dead=False, due=clock()))
@@ -175,7 +174,7 @@ class Recovery:
 
     @again_after_deadlock
     async def _fence(self, condition: ColumnElement[bool], limit: int = _BATCH) -> tuple[list[_Reclaim], bool]:
-        """Take intents over, durably, before anything is done about their objects.
+        """Fence intents durably, before their objects are deleted.
 
         Returns:
             What was taken over, and whether intents of an earlier version were renumbered, which can be taken over now.
@@ -212,7 +211,7 @@ class Recovery:
         return claimed, renumbered
 
     async def _unfenced(self, connection: AsyncConnection, rows: list[Row[Any]]) -> list[Row[Any]]:
-        """Return the rows whose ids are not fenced; seen once they are locked, from when on nobody else can fence them."""
+        """Return the rows whose ids are not fenced; checked under their locks, so that no other worker can fence them."""
         if not rows:
             return rows
         reclaim = self._tables.reclaim
@@ -220,9 +219,9 @@ class Recovery:
         return [row for row in rows if row.id not in fenced]
 
     async def _undecided(self, connection: AsyncConnection, rows: list[Row[Any]]) -> list[Row[Any]]:
-        """Decide against uploads, where no transaction was first to decide for them; return what may be fenced.
+        """Decide against uploads that no transaction has decided for; return those that may be fenced.
 
-        An intent whose transaction has decided and committed is done with. One whose transaction is under way is left alone.
+        An intent whose transaction has decided and committed is finished. One whose transaction is in progress is skipped.
         """
         decision = self._tables.decision
         uploads = [row.id for row in rows if row.kind == UPLOAD]
@@ -236,7 +235,7 @@ class Recovery:
         return [row for row in rows if row.kind != UPLOAD or row.id in ours]
 
     async def _decide_against(self, connection: AsyncConnection, ids: list[UUID]) -> set[UUID]:
-        """Insert the decisions that can be inserted at once: first together, and one by one where one is locked."""
+        """Insert the decisions that can be inserted without waiting: together, or one by one if one is locked."""
         if not ids:
             return set()
         decided = await self._try_to_decide(connection, ids)
@@ -252,7 +251,7 @@ class Recovery:
 
     @again_after_deadlock
     async def _resume(self, backend: str, limit: int, *, suspected: bool = False) -> list[_Reclaim]:
-        """Take over what is fenced and due: retries, late looks, and what a worker that died has left.
+        """Take over fenced rows that are due: retries, late re-checks, and rows of workers that died.
 
         Args:
             backend: The backend's key.
@@ -286,7 +285,7 @@ class Recovery:
         try:
             own, referenced = await self._check(claimed)
         except Exception:
-            # It is not the objects' fault, and nobody has died.
+            # The objects did not cause it, and no worker has died.
             await self._release(claimed)
             raise
         mine = [item for item in claimed if item.id in own]
@@ -305,7 +304,7 @@ class Recovery:
         return report
 
     async def _check(self, claimed: Sequence[_Reclaim]) -> tuple[set[UUID], set[str]]:
-        """Return which fenced rows are still this worker's own, and which locations rows refer to.
+        """Return which fenced rows still belong to this worker, and which locations rows refer to.
 
         Both are seen in one snapshot, which is newer than the fence: where a row is still the worker's, its fence has stood from
         then until now, and what no row refers to no row can take any more.
@@ -317,7 +316,7 @@ class Recovery:
         return {row.id for row in fenced if taken[row.id] == (row.attempts, row.takeovers)}, referenced
 
     def _in_requests(self, items: Iterable[_Reclaim]) -> list[list[_Reclaim]]:
-        """Put together what one request deletes; what is unfinished is removed one by one."""
+        """Group the rows that one request deletes; unfinished uploads are removed one by one."""
         batches: dict[str, list[_Reclaim]] = {}
         alone: list[list[_Reclaim]] = []
         for item in items:
@@ -331,7 +330,7 @@ class Recovery:
         return isinstance(self._manager.backends.get(backend), SupportsBatchDelete)
 
     async def _remove(self, items: Sequence[_Reclaim]) -> list[tuple[_Reclaim, Exception | None]]:
-        """Delete objects of one backend, or what an unfinished upload has left; return what went wrong with each."""
+        """Delete objects or unfinished uploads of one backend; return the error of each that failed."""
         engine, backend = self._manager._engine, items[0].backend
         try:
             async with asyncio.timeout(self._timeout):
@@ -346,7 +345,7 @@ class Recovery:
 
     @again_after_deadlock
     async def _conclude(self, removed: Sequence[_Reclaim]) -> None:
-        """Forget what is gone for good; of an upload something may still arrive, so look there once more when none can.
+        """Delete the rows of deleted objects; those of uploads are kept for a re-check, since a request may still arrive.
 
         Newer intents to delete the same objects go first. One that a transaction has locked, in an undo that will find the fenced
         row, keeps that row until it is free.
@@ -366,7 +365,7 @@ class Recovery:
             await self._update_own(connection, [item for item in removed if item.location in locked], **again)
 
     async def _drop_newer(self, connection: AsyncConnection, locations: Sequence[str]) -> set[str]:
-        """Remove pending intents to delete objects that are gone; return the locations of those that somebody has locked."""
+        """Delete pending delete intents of objects that are gone; return the locations of those that are locked."""
         intent = self._tables.intent
         newer = select(intent.c.id, intent.c.location).where(intent.c.location.in_(locations), intent.c.kind == DELETE)
         pending: dict[UUID, str] = {row.id: row.location for row in await connection.execute(newer)}
@@ -384,7 +383,7 @@ class Recovery:
 
     @again_after_deadlock
     async def _let_go(self, items: Sequence[_Reclaim]) -> None:
-        """Lift the fences of objects that rows refer to, but not those that another worker has taken over meanwhile."""
+        """Lift the fences of objects that rows refer to, unless another worker has taken the rows over."""
         if not items:
             return
         reclaim, decision = self._tables.reclaim, self._tables.decision
@@ -395,7 +394,7 @@ class Recovery:
                 await connection.execute(delete(decision).where(dropped))
 
     async def _release(self, items: Sequence[_Reclaim]) -> None:
-        """Say of rows that the worker that has taken them over is alive, and does no more about them.
+        """Report that the worker of these rows is alive and releases them.
 
         The count of takeovers goes back by one, which is the number of an earlier worker at most, never of a later one.
         """
@@ -403,13 +402,13 @@ class Recovery:
             await self._update_own(connection, items, takeovers=self._tables.reclaim.c.takeovers - 1)
 
     async def _update_own(self, connection: AsyncConnection, items: Sequence[_Reclaim], **values: Any) -> None:
-        """Change those rows that no other worker has taken over."""
+        """Update those of the rows that no other worker has taken over."""
         reclaim = self._tables.reclaim
         if items:
             await connection.execute(update(reclaim).where(_is_own(reclaim)).values(values), [_own(item) for item in items])
 
     async def _bury(self, item: _Reclaim) -> FailedReclaim:
-        """Make a dead letter of what every worker has died of."""
+        """Make dead letters of rows whose workers have died repeatedly."""
         problem = f"{item.takeovers - 1} workers have taken it over, and none has come to an end"
         return await self._note(item, problem, attempts=item.attempts, dead=True)
 
@@ -419,7 +418,7 @@ class Recovery:
         return await self._note(item, problem, attempts=attempts, dead=attempts >= self._max_attempts)
 
     async def _note(self, item: _Reclaim, problem: str, *, attempts: int, dead: bool) -> FailedReclaim:
-        """Keep with a row what went wrong, and when it is tried again."""
+        """Save the error of a row, and when it is retried."""
         delay = min(_FIRST_RETRY * 2 ** max(attempts - 1, 0), _LONGEST_RETRY)
         said = problem[:_LONGEST_ERROR]
         async with self._pool.reading() as connection:
@@ -450,7 +449,7 @@ def _own(item: _Reclaim) -> dict[str, Any]:
 
 
 def _is_own(reclaim: Table) -> ColumnElement[bool]:
-    """Tell whether the worker that has taken a row over is the last one to do so; see `_own` for the parameters.
+    """Return the criterion that a worker is the last one to take a row over; see `_own` for the parameters.
 
     Takeovers are counted from the last attempt on, so both numbers together are never those of another worker that is at work.
     """

@@ -1,4 +1,4 @@
-"""Which objects rows refer to, as the worker asks before it deletes: every base of the process, in every schema."""
+"""The objects that rows refer to, for the worker before it deletes: in every base of the process and every schema."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
 
 class References:
-    """Looks for references.
+    """Finds references.
 
     Args:
         pool: The journal's own connections.
@@ -128,6 +128,6 @@ class References:
 def _table(original: Table, *columns: Column[Any], schema: str | None) -> TableClause:
     """Return a table as it stands in the database, with some of its columns; no map translates its schema again.
 
-    Its statements are compiled once, since it goes by its name: a `Table` would be a new one each time.
+    Its statements are compiled once, because the table is given by name: a `Table` would be a new one each time.
     """
     return table(original.name, *(column(item.name, item.type) for item in columns), schema=schema)

@@ -1,4 +1,4 @@
-"""The journal's tables, and the clock that all of it goes by: the database's."""
+"""The tables of a journal, and its clock, which is that of the database."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-"""Which form of the tables this code works with; kept in the table `granite_storage_meta`."""
+"""The version of the tables that this code requires; stored in the table `granite_storage_meta`."""
 
 VERSION_NAME = "schema_version"
-"""The name that the version has there."""
+"""The key of the version in that table."""
 
 UPLOAD, DELETE = "upload", "delete"
 STAGING = "staging"
-"""The kind of an intent whose object a client stores by itself; its `upload_id` holds what has become of the bytes."""
+"""The kind of an intent whose object a client stores directly; its `upload_id` contains the state of the upload."""
 COMMIT, ABORT = "commit", "abort"
 
 _KEY = "granite_storage.journal"
@@ -172,7 +172,7 @@ class FailedReclaim:
 
 @dataclass(slots=True)
 class RecoveryReport:
-    """What a pass of recovery did, and what it left for later.
+    """What a pass of recovery did, and what it left.
 
     Attributes:
         claimed: How many intents and unfinished reclaims it took over.
@@ -180,7 +180,7 @@ class RecoveryReport:
         kept: How many it kept because a row refers to them.
         confirmed: How many late looks at the place of a deleted upload ended its row.
         leased: How many uploads are still under their leases.
-        waiting: How many deletes wait for their retention, or for a transaction under way.
+        waiting: How many deletes wait for their retention, or for a transaction in progress.
         failed: What could not be deleted, each with its next attempt.
         unknown_backends: Backends that rows of the journal name and the manager does not have; nothing of theirs is touched.
     """
@@ -195,7 +195,7 @@ class RecoveryReport:
     unknown_backends: set[str] = field(default_factory=set)
 
     def add(self, other: RecoveryReport) -> None:
-        """Take over what another pass did."""
+        """Add the counts of another pass."""
         self.claimed += other.claimed
         self.deleted += other.deleted
         self.kept += other.kept

@@ -1,4 +1,4 @@
-"""The task that recovers for as long as the application runs."""
+"""The task that runs recovery during the life of an application."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PAUSE = 1.0
 
 
 class Alarm:
-    """Wakes the workers of this process when a transaction has left them something to do, from whatever loop or thread."""
+    """Wakes the workers of this process after a transaction that left work for them, from any loop or thread."""
 
     def __init__(self) -> None:
         self._sleepers: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
@@ -42,9 +42,9 @@ class Alarm:
 async def at_work(
     backends: Iterable[str], recover: Callable[[str], Awaitable[object]], interval: timedelta, alarm: Alarm
 ) -> AsyncIterator[None]:
-    """Recover every backend again and again, each in a task of its own: a slow or dead one holds up no other.
+    """Run recovery of every backend periodically, each in a task of its own, so that a slow one does not delay the others.
 
-    What is under way is cancelled when the block ends: any worker resumes it.
+    A pass in progress is cancelled when the block ends; any worker resumes it.
     """
     async with background(*(_recover_forever(backend, recover, interval.total_seconds(), alarm) for backend in backends)):
         yield
@@ -59,5 +59,5 @@ async def _recover_forever(backend: str, recover: Callable[[str], Awaitable[obje
             f"recovering the objects of the backend {backend!r}",
             jitter=_JITTER,
             wake=woken,
-            rest=min(_PAUSE, interval),  # transactions that end meanwhile are looked after together
+            rest=min(_PAUSE, interval),  # transactions that end in the meantime are processed together
         )

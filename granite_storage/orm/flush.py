@@ -440,7 +440,7 @@ def _locked_refs(
 
 
 class _Connections:
-    """Finds the connections of instances; but for a sharded session those of one class share one."""
+    """Finds the connections of instances; those of one class share one, except in a sharded session."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -614,14 +614,10 @@ def _certain(session: Session, flush: FlushState) -> set[StoredObjectRef]:
 def _taken_away(session: Session, written: Sequence[Change]) -> set[StoredObjectRef]:
     """Return the refs that a trigger has replaced in their rows by another value."""
     by_table: dict[tuple[Connection, Table], list[Change]] = {}
-    connections: dict[Any, Connection] = {}
+    connections = _Connections(session)
     for change in written:
-        if change.state.obj() is None:
-            continue
-        # Those of one class share a connection, but for a sharded session.
-        kind = change.state.mapper if session.connection_callable is None else change.state
-        connection = connections.get(kind) or connections.setdefault(kind, connection_of(session, change.state))
-        by_table.setdefault((connection, change.slot.column.table), []).append(change)
+        if change.state.obj() is not None:
+            by_table.setdefault((connections.of(change.state), change.slot.column.table), []).append(change)
     lost: set[StoredObjectRef] = set()
     for (connection, table), changes in by_table.items():
         if has_triggers(connection, table):

@@ -110,8 +110,7 @@ def lock_rows(
 
 def are_there(connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]]) -> bool:
     """Lock the rows with these primary keys, and return whether there are any."""
-    batched = batches(_in_order(primary_keys), _AT_A_TIME)
-    return any(_rows(connection, table, [], among(table, keys), deleting=False) for keys in batched)
+    return any(True for _ in _read(connection, table, primary_keys, []))
 
 
 class CountedDeletes:
@@ -186,8 +185,7 @@ def read_refs(
     connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]], columns: Sequence[Column[Any]]
 ) -> list[RowRef]:
     """Return the refs that rows hold now, read under their locks."""
-    batched = batches(_in_order(primary_keys), _AT_A_TIME)
-    return [held for keys in batched for held in _read(connection, table, columns, among(table, keys), deleting=False)]
+    return [ref for row in _read(connection, table, primary_keys, columns) for ref in _refs_in(table, columns, row)]
 
 
 def read_rows(
@@ -195,8 +193,7 @@ def read_rows(
 ) -> dict[tuple[Any, ...], dict[Column[Any], Any]]:
     """Return the values of columns by primary key, read under the locks of the rows."""
     count = len(table.primary_key)
-    batched = batches(_in_order(primary_keys), _AT_A_TIME)
-    rows = (row for keys in batched for row in _rows(connection, table, columns, among(table, keys), deleting=False))
+    rows = _read(connection, table, primary_keys, columns)
     return {tuple(row[:count]): dict(zip(columns, row[count:], strict=True)) for row in rows}
 
 
@@ -252,14 +249,10 @@ def take_write_lock(connection: Connection, table: Table) -> None:
 
 
 def _read(
-    connection: Connection,
-    table: Table,
-    columns: Sequence[Column[Any]],
-    where: ColumnElement[bool],
-    *,
-    deleting: bool,
-) -> list[RowRef]:
-    return [ref for row in _rows(connection, table, columns, where, deleting=deleting) for ref in _refs_in(table, columns, row)]
+    connection: Connection, table: Table, primary_keys: Iterable[tuple[Any, ...]], columns: Sequence[Column[Any]]
+) -> Iterator[Row[Any]]:
+    for keys in batches(_in_order(primary_keys), _AT_A_TIME):
+        yield from _rows(connection, table, columns, among(table, keys), deleting=False)
 
 
 def _looks(connection: Connection) -> int:

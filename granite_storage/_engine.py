@@ -67,22 +67,6 @@ from granite_storage.streams import (
     size_of,
 )
 
-__all__ = [
-    "Engine",
-    "Lifecycle",
-    "PreparedUpload",
-    "describe_mismatch",
-    "explain_missing",
-    "identities_of",
-    "is_media_type",
-    "may_overlap",
-    "require_positive",
-    "require_ref",
-    "require_seconds",
-    "upload_names",
-]
-
-
 # What is known of an object before its bytes are stored, and the receipt that becomes of it.
 
 

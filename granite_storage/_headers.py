@@ -10,16 +10,6 @@ from urllib.parse import quote
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.locations import clean_filename
 
-__all__ = [
-    "INLINE_TYPES",
-    "Disposition",
-    "content_disposition",
-    "content_security_policy",
-    "require_disposition",
-    "require_inline_types",
-    "served_type",
-]
-
 Disposition: TypeAlias = Literal["attachment", "inline"]
 
 INLINE_TYPES: frozenset[str] = frozenset(

@@ -13,17 +13,6 @@ from granite_storage.backends.base import StorageBackend, SupportsMountCheck
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
 from granite_storage.readers import StoredObjectReader
 
-__all__ = [
-    "MOST_KEPT",
-    "Budget",
-    "Run",
-    "rate_limited",
-    "require_concurrency",
-    "require_mounted",
-    "retry_unavailable",
-    "run_in_order",
-]
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = TypeVar("Report")

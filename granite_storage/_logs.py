@@ -10,8 +10,6 @@ import copy
 import logging
 import re
 
-__all__ = ["redact", "redact_records"]
-
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*://)(?:[^\s/\"'<>]*@)?([^\s?\"'<>]*)(\?[^\s\"'<>]*)?", re.IGNORECASE)
 _NAMED = re.compile(
     r"""\b((?:[\w-]*(?:signature|token|secret|password|passwd|credential|api[_-]?key|account[_-]?key|access[_-]?key)|sig)["']?\s*[=:]\s*)"""

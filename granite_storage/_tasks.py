@@ -13,18 +13,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
-__all__ = [
-    "CLEANUP_TIMEOUT",
-    "background",
-    "repeat",
-    "run_bounded",
-    "shielded",
-    "shielded_cleanup",
-    "task_group",
-    "wait_or_cancel",
-    "wait_uncancelled",
-]
-
 logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")

@@ -21,8 +21,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 from granite_storage._tasks import shielded, wait_uncancelled
 from granite_storage.exceptions import StreamTimeoutError
 
-__all__ = ["ThreadConsumer", "ThreadPool"]
-
 logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")

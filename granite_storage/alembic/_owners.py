@@ -17,8 +17,6 @@ from granite_storage.orm.columns import location_of, value_in, where_json
 from granite_storage.orm.discovery import as_found, find_json_columns, find_with_refs
 from granite_storage.orm.references import as_text, is_text, selected_text, text_encoding
 
-__all__ = ["Owners"]
-
 Address = tuple[str, str]
 
 

@@ -19,19 +19,6 @@ from granite_storage.orm._util import in_greenlet
 from granite_storage.orm.columns import portable_storage_ref_type
 from granite_storage.orm.references import following
 
-__all__ = [
-    "Op",
-    "Step",
-    "StorageThread",
-    "columns_of",
-    "count",
-    "key_pages",
-    "own_transactions",
-    "reflect_table",
-    "require_online",
-    "storage_thread",
-]
-
 T = TypeVar("T")
 
 # `from alembic import op` gives a module that looks like an `Operations` and is none.

@@ -15,18 +15,6 @@ from granite_storage.backends.base import Place
 from granite_storage.exceptions import AccessDeniedError, ObjectExistsError, ObjectNotFoundError
 from granite_storage.locations import RESERVED_PREFIX, uuid7_hex
 
-__all__ = [
-    "AMAZON_DOMAINS",
-    "MARKER",
-    "MARKER_SIZE",
-    "IdentityObject",
-    "bucket_place",
-    "folder_places",
-    "identities_in",
-    "new_marker",
-    "web_place",
-]
-
 MARKER = f"{RESERVED_PREFIX}storage"
 """The name of the marker. It tells a store that is in use from an empty one, and holds its identities."""
 

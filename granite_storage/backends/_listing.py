@@ -21,8 +21,6 @@ from granite_storage.backends.base import ObjectInfo
 from granite_storage.exceptions import BackendError, InvalidLocationError
 from granite_storage.locations import check_location
 
-__all__ = ["Listing", "list_keys"]
-
 _TREE_SERVERS = ("seaweedfs",)
 _PAGE = 1000
 _MAX_SORTED = 10_000

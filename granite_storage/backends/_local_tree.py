@@ -34,17 +34,6 @@ from granite_storage.exceptions import (
 )
 from granite_storage.locations import MAX_LOCATION_BYTES, RESERVED_PREFIX, check_location, uuid7_hex
 
-__all__ = [
-    "CREATE",
-    "MAX_ATTEMPTS",
-    "REFUSED_LINKS",
-    "TEMPORARY_SUFFIX",
-    "ExclusiveNames",
-    "Tree",
-    "temporary_stem",
-    "translated",
-]
-
 logger = logging.getLogger("granite_storage")
 
 DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)

@@ -26,8 +26,6 @@ from granite_storage.backends._local_tree import (
 )
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError
 
-__all__ = ["AtomicFile", "FileWriter"]
-
 logger = logging.getLogger("granite_storage")
 
 _WRITE_SIZE = 512 * 1024

@@ -30,19 +30,6 @@ from granite_storage.exceptions import (
     StorageFullError,
 )
 
-__all__ = [
-    "OWNER",
-    "Answer",
-    "Kind",
-    "ObjectStoreConfigurationError",
-    "StoreClient",
-    "answered",
-    "connected",
-    "info_of",
-    "plain_name",
-    "translate",
-]
-
 T = TypeVar("T")
 
 OWNER = "granitewriteid"

@@ -16,8 +16,6 @@ from granite_storage.backends._obstore_client import OWNER, StoreClient
 from granite_storage.backends._remote import MAX_PARTS, Found, RemoteWriter, error_at
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
 
-__all__ = ["ObjectWriter", "Piece", "slices"]
-
 T = TypeVar("T")
 Piece: TypeAlias = bytes | memoryview
 Receipt: TypeAlias = Mapping[str, Any]

@@ -16,26 +16,6 @@ from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, che
 from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidLocationError, ObjectExistsError
 from granite_storage.locations import MAX_LOCATION_BYTES, check_location
 
-__all__ = [
-    "ANSWER_TIMEOUT",
-    "MAX_PARTS",
-    "Body",
-    "Found",
-    "Opened",
-    "PreconditionFailedError",
-    "RangeNotSatisfiableError",
-    "RemoteReader",
-    "RemoteWriter",
-    "Service",
-    "check_key",
-    "delete_each",
-    "delete_in_batches",
-    "error_at",
-    "open_reader",
-    "read_beginning",
-    "require_expiry",
-]
-
 logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")

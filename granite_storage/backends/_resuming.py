@@ -12,8 +12,6 @@ from typing import Self
 from granite_storage.backends.base import ObjectInfo, ObjectReader, StorageBackend, SupportsReopen, byte_range
 from granite_storage.exceptions import BackendError, BackendUnavailableError
 
-__all__ = ["ConnectionTakenError", "ResumingReader", "open_resuming"]
-
 _MAX_ATTEMPTS = 5
 """How often in a row a body may be cut off without a byte, where its backend says nothing of it."""
 

@@ -30,20 +30,6 @@ from granite_storage.backends._identity import AMAZON_DOMAINS
 from granite_storage.backends._s3_errors import ExpiredCredentialsError, S3ConfigurationError, translate
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError, StorageError
 
-__all__ = [
-    "ConnectionPool",
-    "Lease",
-    "S3Client",
-    "S3Clients",
-    "S3Settings",
-    "ServerTraits",
-    "backoff",
-    "client_config",
-    "is_installed",
-    "threads",
-    "version_of",
-]
-
 logger = logging.getLogger("granite_storage")
 
 threads = ThreadPool("granite-s3", 4)

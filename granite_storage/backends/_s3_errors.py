@@ -22,15 +22,6 @@ from granite_storage.exceptions import (
     StorageFullError,
 )
 
-__all__ = [
-    "ConflictError",
-    "ExpiredCredentialsError",
-    "MissingUploadError",
-    "S3ConfigurationError",
-    "answered",
-    "translate",
-]
-
 
 class S3ConfigurationError(ConfigurationError, BackendError):
     """The server cannot be used as it is configured: the bucket, its region or an ability that the server lacks."""

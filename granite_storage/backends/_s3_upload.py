@@ -32,25 +32,6 @@ from granite_storage.exceptions import (
 from granite_storage.locations import RESERVED_PREFIX
 from granite_storage.streams import INLINE_HASH
 
-__all__ = [
-    "LARGEST_PART",
-    "PROBE_PREFIX",
-    "Body",
-    "BytesSource",
-    "MultipartUpload",
-    "ObjectWriter",
-    "PartSource",
-    "StreamSource",
-    "abort_upload",
-    "abort_uploads",
-    "base64_text",
-    "checksum_header",
-    "date_of",
-    "part_size_of",
-    "probe_conditions",
-    "remove_probes",
-]
-
 logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")

@@ -25,24 +25,6 @@ if TYPE_CHECKING:
     from granite_storage.refs import StoredObjectRef
 
 
-__all__ = [
-    "Binding",
-    "ColumnType",
-    "Intent",
-    "Journal",
-    "JournalIntents",
-    "JournalTables",
-    "ObjectKey",
-    "StoredObject",
-    "UploadLease",
-    "active_bindings",
-    "add_binding",
-    "binding_for",
-    "find_binding",
-    "remove_binding",
-    "unbound_message",
-]
-
 ObjectKey: TypeAlias = tuple[int, str, str]
 
 

@@ -20,27 +20,6 @@ from sqlalchemy.util import await_only
 
 from granite_storage._portal import portal
 
-__all__ = [
-    "TRANSLATE_MAP",
-    "UNTRANSLATED",
-    "again_after_deadlock",
-    "batches",
-    "can_wait",
-    "codes_of",
-    "connection_of",
-    "deferred_cancellation",
-    "dispatchers_of",
-    "in_greenlet",
-    "is_async",
-    "require_wait",
-    "root_engine",
-    "try_briefly",
-    "wait",
-    "without_pool",
-    "written_within",
-]
-
-
 T = TypeVar("T")
 
 TRANSLATE_MAP: Final = "schema_translate_map"

@@ -15,18 +15,6 @@ from starlette.datastructures import Headers
 
 from granite_storage.backends.base import ByteRange
 
-__all__ = [
-    "MAX_RANGES",
-    "Validators",
-    "failed_precondition",
-    "format_date",
-    "header_of",
-    "http_date",
-    "is_entity_tag",
-    "range_applies",
-    "requested_ranges",
-]
-
 MAX_RANGES = 10
 """The most ranges that are sent, once those that lie close together are joined: each may be a request to the storage."""
 _MAX_SPECS = 100

@@ -23,22 +23,6 @@ from granite_storage.streams import MeasuredStream, require_size
 from granite_storage.web._upload_tokens import UploadToken
 from granite_storage.web.errors import UploadMismatchError, UploadMissingError
 
-__all__ = [
-    "HEAD_SIZE",
-    "Claim",
-    "CompletionStore",
-    "Found",
-    "JournalCompletionStore",
-    "MemoryCompletionStore",
-    "Staged",
-    "contradicts",
-    "find_staged",
-    "inspect",
-    "is_known",
-    "require_beginning",
-]
-
-
 # What uploads were finished as: finishing one again gives the same, and one that was refused is not read again.
 
 

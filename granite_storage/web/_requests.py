@@ -20,24 +20,6 @@ from granite_storage.exceptions import ConfigurationError, ConsumedSourceError
 from granite_storage.streams import BytesLike
 from granite_storage.web.errors import MalformedRequestError, RequestTooLargeError, UnsupportedRequestError
 
-__all__ = [
-    "DEFAULT_LIMITS",
-    "MultipartParser",
-    "MultipartReader",
-    "PartHead",
-    "Turn",
-    "UploadLimits",
-    "body_of",
-    "content_type_of",
-    "content_type_to_keep",
-    "declared_size",
-    "media_type_of",
-    "parse_parameters",
-    "read_fields",
-    "require_whole_body",
-]
-
-
 # What a request may bring.
 
 

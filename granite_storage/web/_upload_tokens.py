@@ -14,8 +14,6 @@ from starlette.types import Scope
 
 from granite_storage.signing import TokenSigner
 
-__all__ = ["UploadToken", "UploadTokenSigner", "token_of"]
-
 _ID = re.compile("[0-9a-f]{32}")
 
 

@@ -201,12 +201,14 @@ class CollectionScope:
     @classmethod
     def of(cls, manager: StorageManager, storage_key: str) -> CollectionScope:
         """Return the scope of a policy; raise `UnknownPolicyError` for an unknown one."""
-        policy = manager.policy(storage_key)
+        policy = manager._engine.policy(storage_key)
         prefix = _as_prefix(policy.key_prefix)
-        begins = {key: _as_prefix(other.key_prefix) for key, other in manager.policies.items() if key != storage_key}
+        begins = {key: _as_prefix(other.key_prefix) for key, other in manager._engine.policies.items() if key != storage_key}
         others = sorted({begin for begin in begins.values() if begin != prefix and begin.startswith(prefix)})
         sharing = sorted(
-            key for key, begin in begins.items() if begin == prefix and manager.policies[key].backend_key == policy.backend_key
+            key
+            for key, begin in begins.items()
+            if begin == prefix and manager._engine.policies[key].backend_key == policy.backend_key
         )
         return cls(storage_key, policy.backend_key, prefix, tuple(others), tuple(sharing))
 
@@ -239,8 +241,8 @@ async def require_one_key(manager: StorageManager, backend_key: str) -> None:
     Raises:
         CollectionRefusedError: Another backend leads to the same objects.
     """
-    backend = manager.backend(backend_key)
-    for key, other in manager.backends.items():
+    backend = manager._engine.backend(backend_key)
+    for key, other in manager._engine.backends.items():
         if key != backend_key and await may_overlap(backend, other):
             raise CollectionRefusedError(
                 f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row refers"
@@ -288,7 +290,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
     ) -> None:
         super().__init__(GarbageCollectionReport(scope.storage_key, scope.backend, dry_run))
         self._manager = manager
-        self._backend = manager.backend(scope.backend)
+        self._backend = manager._engine.backend(scope.backend)
         self._scope = scope
         self._source = source
         self._grace_period = grace_period
@@ -552,7 +554,7 @@ class Removal:
 
     def __init__(self, manager: StorageManager, report: GarbageCollectionReport) -> None:
         self._engine = manager._engine
-        self._backend = manager.backend(report.backend)
+        self._backend = manager._engine.backend(report.backend)
         self._report = report
 
     async def remove(self, orphans: Sequence[tuple[str, int]]) -> list[CollectedObject]:
@@ -625,7 +627,7 @@ async def find_dangling(
 
 async def _missing(manager: StorageManager, backend_key: str, locations: Sequence[str]) -> dict[str, str]:
     """Return what is wrong at the locations without an object; one that cannot be read is not reported."""
-    backend, missing = manager.backend(backend_key), dict[str, str]()
+    backend, missing = manager._engine.backend(backend_key), dict[str, str]()
 
     async def look(location: str) -> None:
         try:

@@ -179,7 +179,8 @@ class StorageGarbageCollector:
         if not isinstance(interval, timedelta) or interval <= timedelta(0):
             raise ConfigurationError(f"interval must be a timedelta above 0, not {interval!r}")
         keys = [
-            self._manager.policy(key).storage_key for key in (self._manager.policies if storage_keys is None else storage_keys)
+            self._manager._engine.policy(key).storage_key
+            for key in (self._manager._engine.policies if storage_keys is None else storage_keys)
         ]
 
         async def collect(storage_key: str) -> GarbageCollectionReport:

@@ -237,7 +237,7 @@ async def bound_bases(binding: StorageBinding, backend: str) -> list[BoundBase]:
     Raises:
         CollectionRefusedError: One in another database may have these objects, or it is unknown in which one it is.
     """
-    ours = binding.manager.backend(backend)
+    ours = binding.manager._engine.backend(backend)
     bases = [BoundBase(binding, frozenset({backend}))]
     for other in active_bindings():
         if other.metadata is binding.metadata:
@@ -247,10 +247,10 @@ async def bound_bases(binding: StorageBinding, backend: str) -> list[BoundBase]:
             and _database_url(other.session_factory) is not None
             and _database_url(other.session_factory) == _database_url(binding.session_factory)
         ):
-            here = frozenset(key for key, theirs in other.manager.backends.items() if theirs is ours)
+            here = frozenset(key for key, theirs in other.manager._engine.backends.items() if theirs is ours)
             bases.append(BoundBase(other, here))
             continue
-        for key, theirs in other.manager.backends.items():
+        for key, theirs in other.manager._engine.backends.items():
             shares = await may_overlap(ours, theirs)
             if shares is None or shares:
                 raise CollectionRefusedError(_refusal(other, key, backend, is_certain=shares is True))
@@ -326,7 +326,7 @@ def _find_column(
     connection: Connection, column: Column[Any], base: BoundBase, found: Sequence[FoundColumn]
 ) -> tuple[list[RefColumn], list[RefColumn]]:
     """Return the column that a model's leads to, and those of the same name in other schemas."""
-    known = frozenset(base.binding.manager.backends)
+    known = frozenset(base.binding.manager._engine.backends)
     keys = list(column.table.primary_key)
     real = resolve(connection, column.table)
     namesakes = [
@@ -479,7 +479,7 @@ class DatabaseReferences:
         journals = [tables for tables in (tables_of(base.binding.metadata) for base in bases) if tables is not None]
         of_journals = [table for tables in journals for table in (tables.intent, tables.reclaim)]
         require_one_database(self._sessions, [*(column.table for column in declared), *of_journals])
-        self._identities = await identities_of(self._binding.manager.backend(self._backend))
+        self._identities = await identities_of(self._binding.manager._engine.backend(self._backend))
         await self._inspect_database(bases)
         if allow_restored_database and self._binding.journal is not None:
             await self._binding.journal.allow_restored_database()
@@ -633,7 +633,7 @@ class DatabaseReferences:
         if kind == UNKNOWN_IDENTITY:
             current = next(iter(self._identities or ()), None)
             return f"{where} refers to an object of another store: {describe_mismatch(backend, identity, current)}"
-        known = ", ".join(sorted(self._binding.manager.backends))
+        known = ", ".join(sorted(self._binding.manager._engine.backends))
         return (
             f"{where} names the backend {backend!r}, which the manager does not have (there are: {known}), so it is unknown which"
             " object it refers to: give the manager that backend, or update the rows to the key that it has now"

@@ -112,7 +112,7 @@ class GivenReferences:
     async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
         """Yield the locations of all references, sorted on disk."""
         self._storage_keys.clear()
-        identities = await identities_of(self._manager.backend(backend))
+        identities = await identities_of(self._manager._engine.backend(backend))
         async with temporary_file() as file:
             spool = SortedSpool(file)
             async with aclosing(self._refs()) as refs:
@@ -152,8 +152,8 @@ class GivenReferences:
         """Do nothing: the application has committed the references."""
 
     def _require_understood(self, ref: StoredObjectRef, identities: Sequence[str] | None) -> None:
-        if ref.backend not in self._manager.backends:
-            known = ", ".join(sorted(self._manager.backends))
+        if ref.backend not in self._manager._engine.backends:
+            known = ", ".join(sorted(self._manager._engine.backends))
             raise CollectionRefusedError(
                 f"iter_references returned a reference to {ref.location[:120]!r} on the backend {ref.backend[:120]!r}, which the"
                 f" manager does not have (there are: {known}): give the manager that backend"

@@ -51,7 +51,7 @@ def bind_storage(
         base: The declarative base, `SQLModel`, or anything else that has a `metadata`.
         manager: The manager; the caller closes it.
         session_factory: The application's session maker, for what opens sessions of its own, such as the garbage collector.
-        journal: What makes the promise hold through crashes; None for rollbacks only.
+        journal: The journal, which keeps objects and rows consistent through crashes; None for rollbacks only.
         sessions: Another name of `session_factory`.
 
     Returns:

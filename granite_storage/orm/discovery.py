@@ -1,8 +1,8 @@
-"""What a database has itself, whatever the models say: which tables they mean, and which other columns hold JSON or text.
+"""The tables and columns of a database, according to its catalogue: those that models name, and others with JSON or text.
 
-A model says a table's name and perhaps a schema. Which table that is depends on the schema that a connection translates to and on
-the database's own search path; tables of the same name stand in the schemas of other tenants; and a model that was not imported
-stands in no metadata at all. All functions block: call them with `AsyncConnection.run_sync`.
+A model names a table and perhaps a schema. Which table that is depends on the schema translation of a connection and on the
+search path of the database; the schemas of other tenants have tables of the same name; and a model that was not imported is in
+no metadata. All functions block: call them with `AsyncConnection.run_sync`.
 """
 
 from __future__ import annotations
@@ -208,12 +208,12 @@ class FoundColumn:
         name: The column.
         is_readable: Whether this role may read it.
         is_foreign: Whether its rows are on another server.
-        is_json: Whether it is of JSON into which SQL can look, whatever a value is. PostgreSQL's `json` is not: it holds texts
+        is_json: Whether it is of JSON that SQL can query, whatever a value is. PostgreSQL's `json` is not: it holds texts
             that fail as `jsonb`.
         is_partial: Whether row-level security may hide rows from this role.
         is_binary: Whether it is of bytes; on SQLite, where any column can hold some, it is false.
-        is_unknown: Whether it is of a type of which it is unknown how to look for text in it.
-        nests_bytes: Whether there may be bytes in its values, as in an array of PostgreSQL, without it being of bytes itself.
+        is_unknown: Whether its type is unknown, so that its text cannot be searched.
+        nests_bytes: Whether its values may contain bytes, as in an array of PostgreSQL, though it is not of bytes itself.
     """
 
     schema: str
@@ -229,22 +229,22 @@ class FoundColumn:
 
     @property
     def label(self) -> str:
-        """What a person calls it."""
+        """Its name in messages."""
         return f"{self.schema}.{self.table}.{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class NamedColumn:
-    """A column, or a table without one, that has the name of a model's.
+    """A column with the name of a model's column, or a table with the name of a model's table.
 
     Attributes:
         schema: The schema, as the database calls it.
         table: The table or view.
-        name: The column; None, or any other, where the table has none of those that were asked for.
-        is_default: Whether it is this table that its name means by itself, without a schema.
-        obstacle: What may hide rows from a SELECT of this connection; None where nothing does.
-        form: How it may hold refs, in a table that has rows of its own: as JSON, into which SQL looks by key, or somewhere in its
-            text; None where it cannot hold any.
+        name: The column; None, or any other, if the table has none of the requested ones.
+        is_default: Whether the name of the table without a schema resolves to this table.
+        obstacle: What may hide rows from a SELECT of this connection, or None.
+        form: How it may contain refs, in a table with rows of its own: as JSON that SQL queries by key, or anywhere in its text;
+            None if it cannot contain any.
     """
 
     schema: str
@@ -256,7 +256,7 @@ class NamedColumn:
 
 
 def find_named_columns(connection: Connection, tables: Sequence[str], columns: Sequence[str]) -> list[NamedColumn]:
-    """Return the columns of some names in tables of some names, in every schema that the database shows this role.
+    """Return the columns of given names in tables of given names, in every schema that is visible to this role.
 
     It is one question, of the catalogue alone, on all databases but SQLite, and one more on MariaDB, whose catalogue does not
     show temporary tables: transactions ask it before they commit.
@@ -278,7 +278,7 @@ def find_named_columns(connection: Connection, tables: Sequence[str], columns: S
 
 
 def find_json_columns(connection: Connection) -> list[FoundColumn]:
-    """Return every column of JSON in the tables of every schema that the database shows this role, but its own ones."""
+    """Return every column of JSON in the tables of every schema that is visible to this role, except system schemas."""
     return [column for column in find_text_columns(connection) if column.is_json]
 
 
@@ -302,7 +302,7 @@ def find_text_columns(connection: Connection) -> list[FoundColumn]:
 
 
 def find_tables(connection: Connection, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return schema and name of the tables of these names, in every schema that the database shows this role."""
+    """Return schema and name of the tables of given names, in every schema that is visible to this role."""
     match connection.dialect.name:
         case "postgresql":
             rows: Iterable[Any] = connection.execute(_POSTGRESQL_TABLES, {"names": list(names)}, execution_options=UNTRANSLATED)
@@ -319,7 +319,7 @@ def find_tables(connection: Connection, names: Sequence[str]) -> list[tuple[str,
 
 
 def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
-    """Return schema and name of the table that a connection means by a model's, translated as it translates; None without one."""
+    """Return schema and name of the table that a model's table resolves to on a connection, after translation; or None."""
     translated: dict[str | None, str | None] = connection.get_execution_options().get("schema_translate_map") or {}
     schema = translated.get(table.schema, table.schema)
     match connection.dialect.name:
@@ -338,7 +338,7 @@ def resolve(connection: Connection, table: Table) -> tuple[str, str] | None:
 
 
 def as_found(schema: str, table: str, name: str, *, keys: Iterable[Column[Any]] = ()) -> Column[Any]:
-    """Return a column of refs in a table that is named as the database names it, for statements that translate no schema.
+    """Return a column of refs in a table with its actual name, for statements without schema translation.
 
     Args:
         schema: The schema.
@@ -358,7 +358,7 @@ def _as_found(schema: str, table: str, name: str, keys: tuple[Column[Any], ...])
 
 
 def _attached(connection: Connection) -> list[str]:
-    """Return the databases of an SQLite connection in the order in which it looks for a table."""
+    """Return the databases of an SQLite connection in the order in which it resolves tables."""
     names = [row[1] for row in connection.exec_driver_sql("PRAGMA database_list")]
     return sorted(names, key=lambda name: name != "temp")
 
@@ -399,13 +399,13 @@ def _mariadb_named(connection: Connection, names: dict[str, list[str]]) -> list[
 
 
 def _has_some(connection: Connection) -> bool:
-    """Tell whether a session of MariaDB may have temporary tables: it counts those that it was told to create."""
+    """Return whether a session of MariaDB may have temporary tables, by its counter of those that it created."""
     row = connection.exec_driver_sql(_MARIADB_TEMPORARY).first()
     return row is None or str(row[1]) != "0"
 
 
 def _is_temporary(connection: Connection, schema: str, table: str) -> bool:
-    """Tell whether a name means a temporary table, which shadows the one in the catalogue also where its schema is named."""
+    """Return whether a name resolves to a temporary table, which shadows the one in the catalogue even with its schema."""
     quote = connection.dialect.identifier_preparer.quote
     try:
         row: Any = connection.exec_driver_sql(f"SHOW CREATE TABLE {quote(schema)}.{quote(table)}").first()
@@ -449,7 +449,7 @@ def find_with_refs(
     is_certain: bool = False,
     is_sample: bool,
 ) -> list[Column[Any]]:
-    """Return those of the columns that have a reference which may lead to a store; blocking.
+    """Return those of the columns that contain a reference which may lead to a store; blocking.
 
     Args:
         connection: A connection.
@@ -470,7 +470,7 @@ def find_with_refs(
 
 
 def has_value(column: Column[Any], dialect: str) -> ColumnElement[bool]:
-    """Tell NULL, and the JSON value null, from a reference."""
+    """Return the criterion that a value is neither NULL nor the JSON value null."""
     if dialect == "postgresql":
         return func.jsonb_typeof(cast(column, JSONB)) != "null"
     if dialect == "sqlite":
@@ -479,11 +479,11 @@ def has_value(column: Column[Any], dialect: str) -> ColumnElement[bool]:
 
 
 def is_legible(column: Column[Any], dialect: str) -> ColumnElement[bool]:
-    """Tell whether a value says what it refers to, and is otherwise of the form of a reference; never NULL."""
+    """Return the criterion that a value has the form of a reference; never NULL."""
     texts, number, kind_of = _KINDS[dialect]
     kinds = [kind_of(column, key) == texts for key in ("storage_key", "backend", "location")]
     sound = and_(*kinds, kind_of(column, "size") == number, location_of(column, dialect)[1] != "")
-    if dialect == "sqlite":  # there a look into what is no JSON fails
+    if dialect == "sqlite":  # a JSON function fails there on a value that is not JSON
         return case((func.json_valid(column) == 1, func.coalesce(sound, false())), else_=false())
     return func.coalesce(sound, false())
 
@@ -523,7 +523,7 @@ _KINDS: dict[str, tuple[str, str, Any]] = {
 }
 
 
-# Where the columns of refs are in a database: those that models mean, and those of the same names in every other schema.
+# Where the columns of refs are in a database: those of the models, and those of the same names in every other schema.
 #
 # A table may have been cloned into another schema, with rows that refer to the same objects: of a tenant, of an archive, of a
 # copy for tests. No model declares such a table and no session need have used it, so each check asks the catalogue of the
@@ -546,7 +546,7 @@ _UNESCAPED = re.compile("[0-9A-Za-z._-]+")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A column as it stands in the database.
+    """A column in the database.
 
     Attributes:
         schema: The schema; None for a table that is looked for where its name leads.
@@ -566,17 +566,17 @@ class Place:
 
     @property
     def names(self) -> tuple[str, str, str]:
-        """Its names, to sort by."""
+        """The key to sort by."""
         return self.schema or "", self.table, self.name
 
     @property
     def label(self) -> str:
-        """The table, as messages name it."""
+        """The name of the table in messages."""
         return f"{self.schema}.{self.table}" if self.schema else self.table
 
     @property
     def column(self) -> Column[Any]:
-        """The column for statements that translate no schema; they are compiled once, because its table is given by name."""
+        """The column for statements without schema translation; they are compiled once, because its table is given by name."""
         found = table(self.table, column(self.name, JSON()), schema=self.schema)
         named: Column[Any] = found.c[self.name]  # type: ignore[assignment]  # the columns of a `TableClause` are of this class
         return named
@@ -587,7 +587,7 @@ class Place:
 
 
 class Catalogue:
-    """What a database has at a moment under the names of some columns.
+    """The columns of given names in a database at one moment.
 
     Args:
         connection: A connection, whose dialect tells which names are the same.
@@ -610,16 +610,16 @@ class Catalogue:
                 self._default[name] = schema
 
     def has_table(self, schema: str | None, name: str) -> bool:
-        """Tell whether there is a table, named as a model or a translation of its schema names it."""
+        """Return whether there is a table with the name and schema of a model, or with a translated schema."""
         return self._find(schema, name) is not None
 
     def place(self, schema: str | None, wanted: Column[Any]) -> Place | None:
-        """Return where a model's column is, in a schema that the model names or one that stands for it; None where nowhere."""
+        """Return the place of a model's column, in its schema or in a translated one; None if there is none."""
         named = self._find(schema, wanted.table.name)
         return None if named is None else self._place(named, wanted)
 
     def namesakes(self) -> dict[Place, Column[Any]]:
-        """Return all columns that have the names of a model's column and table and may hold refs, in all schemas."""
+        """Return all columns with the names of a model's column and table that may contain refs, in all schemas."""
         places: dict[Place, Column[Any]] = {}
         by_table: dict[str, list[Column[Any]]] = {}
         for item in self._columns:
@@ -644,7 +644,7 @@ class Catalogue:
         return Place(found.schema, found.table, found.name, is_generated, found.obstacle, found.form == "text")
 
     def _known(self, name: str) -> str:
-        """Return a name of the database, so that it can be compared."""
+        """Return a name of the database in a form that can be compared."""
         return name if self._is_postgresql else name.lower()
 
     def _folded(self, name: str) -> str:
@@ -655,7 +655,7 @@ class Catalogue:
 
 
 def describe_obstacles(places: Iterable[Place], role: str = "this role") -> list[tuple[str, str]]:
-    """Return what hides, or may hide, rows of some places from a role, each with what to do about it."""
+    """Return what hides, or may hide, rows of some places from a role, each with its remedy."""
     labels: dict[Obstacle, set[str]] = {}
     for place in places:
         if place.obstacle is not None:
@@ -685,7 +685,7 @@ def mentions_at(place: Place, dialect: str, locations: Iterable[str]) -> Iterato
 
 
 def read_catalogue(connection: Connection, columns: Sequence[Column[Any]]) -> Catalogue:
-    """Ask a database for all columns that have the names of some, and for the tables that lack them; blocking."""
+    """Read from the catalogue all columns with the names of some, and the tables that lack them; blocking."""
     tables = sorted({_spelled(connection, item.table.name) for item in columns})
     names = {_spelled(connection, item.name) for item in columns}
     if connection.dialect.name in ("mysql", "mariadb"):

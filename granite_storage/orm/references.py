@@ -75,7 +75,7 @@ _AT_A_TIME = 500
 
 
 async def iter_model_storage_refs(session: AsyncSession, model: type[Any], column: str) -> AsyncGenerator[StoredObjectRef, None]:
-    """Yield the refs that the rows of a model hold, streamed from the server, never the whole table in memory.
+    """Yield the refs in the rows of a model, streamed from the server, without loading the whole table into memory.
 
     Args:
         session: An open session; the caller closes it.
@@ -138,22 +138,22 @@ def _places(schema: str, table: str, name: str, is_default: bool) -> list[tuple[
 
 # Every ref of a base, as the database has it: in the order of primary keys, a page at a time.
 #
-# The statements are Core ones, on connections of the application's own sessions: no loader criteria and no filter for soft-
-# deleted rows hides anything. Each page is a transaction of its own, so a scan of any length holds no snapshot and no
-# cursor, and memory is that of one page.
+# The statements are Core statements, on connections of the application's sessions, so that no loader criteria and no filter for
+# soft-deleted rows hide anything. Each page is a transaction of its own: a scan of any length holds no snapshot and no cursor,
+# and needs the memory of one page.
 
 
 @dataclass(frozen=True, slots=True)
 class RowValue:
-    """What one column of one row holds.
+    """The value of one column in one row.
 
     Attributes:
         table: The table.
         primary_key: The row's primary key, in the order of the table's columns.
         column: The column.
         raw: The value as the database has it; text, unless something else was written there.
-        ref: The ref, where it is one.
-        error: Why it is none.
+        ref: The ref, or None if the value is not one.
+        error: Why the value is not a ref, or None.
     """
 
     table: Table
@@ -170,20 +170,20 @@ class RowValue:
 
     @property
     def label(self) -> str:
-        """What a person calls it."""
+        """Its name in messages."""
         return f"{self.table.fullname}.{self.column.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class RowValues:
-    """A row, what its columns of refs hold, and the text by which a later scan goes on after it."""
+    """A row, the values of its columns of refs, and the key after which a later scan continues."""
 
     key: str
     values: tuple[RowValue, ...]
 
 
 class Scan:
-    """Every row with refs of a binding's base.
+    """Reads every row with refs of a binding's base.
 
     Args:
         binding: What `bind_storage(..., session_factory=...)` returned.
@@ -206,7 +206,7 @@ class Scan:
                 raise ConfigurationError(f"the table {table.fullname} has no primary key, so its rows cannot be told apart")
 
     async def rows(self, *, after: str | None = None) -> AsyncGenerator[RowValues, None]:
-        """Yield the rows that hold something in a column of refs, table by table.
+        """Yield the rows with a value in a column of refs, table by table.
 
         Args:
             after: The key of the last row that was processed; None for all rows.
@@ -227,7 +227,7 @@ class Scan:
                     yield row
 
     async def count(self) -> int:
-        """Return how many rows there are."""
+        """Return the number of these rows."""
         total = 0
         for table, columns in self._columns.items():
             async with self._connection(table) as connection:
@@ -235,7 +235,7 @@ class Scan:
         return total
 
     async def read_again(self, held: RowValue) -> RowValue | None:
-        """Return what a column holds now; None where it holds nothing, or the row is gone."""
+        """Return the current value of a column; None if it is NULL or the row is gone."""
         async with self._connection(held.table) as connection:
             statement = select(_selected(held.column, connection.dialect)).where(among(held.table, [held.primary_key]))
             found = (await connection.execute(statement)).first()
@@ -245,7 +245,7 @@ class Scan:
             return _value(held.table, held.primary_key, held.column, found[0], _reader(connection.dialect), encoding)
 
     async def shared(self, refs: Sequence[StoredObjectRef]) -> set[str]:
-        """Return the locations that more than one value refers to, under whatever backend's key."""
+        """Return the locations that more than one value refers to, whatever the backend key."""
         counted: Counter[str] = Counter()
         wanted = sorted({ref.location for ref in refs if is_text(ref.location)})
         for table, columns in self._columns.items():
@@ -254,12 +254,12 @@ class Scan:
         return {location for location, number in counted.items() if number > 1}
 
     async def _found(self, table: Table, column: Column[Any], wanted: Sequence[str]) -> list[str]:
-        """Return which of the locations a column refers to, as often as it does."""
+        """Return the locations that a column refers to, each as often as it does."""
         async with self._connection(table) as connection:
             location = location_of(column, connection.dialect.name)[1]
             try:
                 return list((await connection.execute(select(location).where(location.in_(wanted)))).scalars())
-            except OperationalError:  # on SQLite one value that is no JSON spoils every look into the column
+            except OperationalError:  # on SQLite one value that is not JSON fails every query of the column
                 if connection.dialect.name != "sqlite":
                     raise
                 location = where_json(column, location)
@@ -274,7 +274,7 @@ class Scan:
             after = last
 
     async def _page(self, table: Table, after: tuple[Any, ...] | None) -> tuple[list[RowValues], tuple[Any, ...] | None]:
-        """Return a page, and the primary key that the next one begins after; None where there is no next one."""
+        """Return a page, and the primary key after which the next one begins; None for the last page."""
         columns, keys = self._columns[table], list(table.primary_key)
         async with self._connection(table) as connection:
             read, encoding = _reader(connection.dialect), await connection.run_sync(text_encoding)
@@ -304,17 +304,17 @@ class Scan:
 
 
 def as_stored(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
-    """Return a column as text, undecoded: what cannot be decoded is to be seen too."""
+    """Return a column as text, undecoded, so that values that cannot be decoded are selected too."""
     return cast(column, Text) if dialect.name == "postgresql" else type_coerce(column, Text())
 
 
 def _selected(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
-    """Return a column as it can be selected whatever it holds: a text that is not valid would spoil every row of SQLite."""
+    """Return an expression that selects any value of a column: on SQLite one invalid text would fail every row."""
     return cast(column, LargeBinary) if dialect.name == "sqlite" else as_stored(column, dialect)
 
 
 def is_text(value: str) -> bool:
-    """Tell whether a database can be asked for a string: one with a lone surrogate has no bytes."""
+    """Return whether a string can be a parameter: one with a lone surrogate cannot be encoded."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -327,7 +327,7 @@ def _any(columns: Sequence[Column[Any]]) -> ColumnElement[bool]:
 
 
 def following(statement: Select[Any], keys: Sequence[Column[Any]], after: tuple[Any, ...] | None) -> Select[Any]:
-    """Let a statement begin after a primary key; the first condition, implied by the second, is the one that an index serves."""
+    """Limit a statement to rows after a primary key; the first criterion is implied by the second, and uses the index."""
     if after is None:
         return statement
     ways = [
@@ -351,7 +351,7 @@ def _value(
         raw = raw.decode(encoding) if isinstance(raw, bytes) else raw
         ref = read(raw)
     except UnicodeDecodeError as error:
-        problem = InvalidReferenceError(f"the column does not hold text in {encoding.upper()}: {error.reason}")
+        problem = InvalidReferenceError(f"the column does not contain text in {encoding.upper()}: {error.reason}")
         return RowValue(table, primary_key, column, raw, error=problem)
     except InvalidReferenceError as error:
         return RowValue(table, primary_key, column, raw, error=error)
@@ -391,8 +391,8 @@ def _revived(column: Column[Any], value: Any) -> Any:
 
 # The references to an object: in rows, and in the intents of a journal.
 #
-# The worker and the garbage collector ask here before they delete. All of it is one statement, and so one snapshot: between
-# two statements a transaction can move an object from one place to the other, and both statements would miss it.
+# The worker and the garbage collector search here before they delete. It is one statement, and so one snapshot: between two
+# statements a transaction could move an object from one place to the other, and both would miss it.
 
 
 _MOST_PARAMETERS = 20_000
@@ -408,7 +408,7 @@ _STEM_AS_GLOB = "[0-9a-f]" * 12 + "7" + "[0-9a-f]" * 3 + "[89ab]" + "[0-9a-f]" *
 
 
 def most_at_once(columns: Sequence[Column[Any]], journals: Sequence[JournalTables] = ()) -> int:
-    """Return how many locations one statement can ask for: each stands in it twice for every column and table."""
+    """Return how many locations fit into one statement: each is in it twice for every column and table."""
     return max(1, min(_MOST_LOCATIONS, _MOST_PARAMETERS // (2 * (len(columns) + 2 * len(journals) + 1))))
 
 
@@ -420,7 +420,7 @@ async def find_references(
     journals: Sequence[JournalTables] = (),
     extra: bool = False,
 ) -> set[tuple[str, str]]:
-    """Return which objects are held, as (backend, location), by one statement: whatever backend is named.
+    """Return which objects are referenced, as pairs of backend and location, by one statement, whatever the backend key.
 
     Args:
         connection: A connection in a transaction that has read nothing yet, at READ COMMITTED or stronger.
@@ -432,7 +432,7 @@ async def find_references(
     """
     dialect = connection.dialect
     ids = sorted({found for found in map(generated_id, locations) if found is not None}) if extra else []
-    # What it reads is the database's dictionary: that some column is there says nothing of any row.
+    # This reads the catalogue of the database only: that a column exists does not depend on any row.
     generated = await with_location_column(connection, columns)
     parts = [_referring(column, dialect, locations, ids, is_generated=column in generated) for column in columns]
     parts += [_noted(table, dialect, locations, ids) for journal in journals for table in (journal.intent, journal.reclaim)]
@@ -453,14 +453,14 @@ async def find_references(
 
 
 def references_among(locations: Sequence[str], held: Iterable[str]) -> set[str]:
-    """Return which locations are among those that are held, or have the generated id of one: then it is the same object."""
+    """Return the locations that are referenced, or have the generated id of one that is and so are the same object."""
     found = set(held)
     ids = {generated_id(location) for location in found} - {None}
     return {location for location in locations if location in found or generated_id(location) in ids}
 
 
 def named_in(extra: Any) -> Iterator[str]:
-    """Yield what a ref's `extra` names at any depth that has the form of a location, such as a derived object's."""
+    """Yield the strings in a ref's `extra`, at any depth, that have the form of a location, such as a derived object's."""
     match extra:
         case str():
             if "/" in extra and matches_generated_name(extra):
@@ -474,7 +474,7 @@ def named_in(extra: Any) -> Iterator[str]:
 
 
 def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
-    """Select backend, nothing, and `extra` as JSON text, of the refs whose `extra` may name an object."""
+    """Select backend, NULL, and `extra` as JSON text, of the refs whose `extra` may name an object."""
     text, names_one = _extra_of(column, dialect)
     backend, _ = location_of(column, dialect)
     found: Select[*tuple[Any, ...]] = select(
@@ -486,7 +486,7 @@ def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]
 
 
 def as_text(value: str | bytes | None, encoding: str) -> str:
-    """Return a text as it was selected: SQLite gives bytes in the database's encoding, among which a lone surrogate may be."""
+    """Decode a selected text: SQLite returns bytes in the database's encoding, which may contain a lone surrogate."""
     if value is None or isinstance(value, str):
         return value or ""
     try:
@@ -496,7 +496,7 @@ def as_text(value: str | bytes | None, encoding: str) -> str:
 
 
 def text_encoding(connection: Connection) -> str:
-    """Return the encoding in which a database gives a text that it was told to give as bytes; blocking.
+    """Return the encoding of texts that a database returns as bytes; blocking.
 
     Only SQLite is told so. Its databases are in UTF-8, or in UTF-16 of either byte order, and attached ones are as the main one.
     """
@@ -512,7 +512,7 @@ def _referring(
     column: Column[Any], dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, is_generated: bool
 ) -> Select[*tuple[Any, ...]]:
     backend, location = location_of(column, dialect.name, is_generated=is_generated)
-    if ids and dialect.name == "sqlite":  # there a look into what is no JSON fails
+    if ids and dialect.name == "sqlite":  # a JSON function fails there on a value that is not JSON
         location = case((func.json_valid(column) == 1, location))
     return _among(backend, location, dialect, locations, ids)
 
@@ -524,7 +524,7 @@ def _noted(table: Table, dialect: Dialect, locations: Sequence[str], ids: Sequen
 def _among(
     backend: ColumnElement[str], location: ColumnElement[str], dialect: Dialect, locations: Sequence[str], ids: Sequence[str]
 ) -> Select[*tuple[Any, ...]]:
-    """Select backend, location and nothing, of what is at one of the locations or has one of the generated ids."""
+    """Select backend, location and NULL, of refs with one of the locations or one of the generated ids."""
     wanted: ColumnElement[bool] = location.in_(locations)
     if ids:
         wanted = or_(wanted, _id_in(location, dialect).in_(ids))
@@ -537,7 +537,7 @@ def _among(
 
 
 def selected_text(value: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
-    """Return a text as it can be selected, whatever it is; `as_text` reads it, in the `text_encoding` of the connection."""
+    """Return an expression that selects any text; `as_text` decodes it in the `text_encoding` of the connection."""
     return cast(value, LargeBinary) if dialect == "sqlite" else value
 
 
@@ -554,7 +554,7 @@ def _id_in(location: ColumnElement[str], dialect: Dialect) -> ColumnElement[Any]
 
 
 def _extra_of(column: Column[Any], dialect: str) -> tuple[ColumnElement[Any], ColumnElement[bool]]:
-    """Return `extra` as JSON text, and whether it has something of the form of a generated name; its digits are never escaped."""
+    """Return `extra` as JSON text, and whether it contains the form of a generated name, whose digits are never escaped."""
     if dialect == "postgresql":
         text: ColumnElement[Any] = cast(cast(column, JSONB).op("->", return_type=JSONB())(literal_column("'extra'")), Text())
         return text, text.op("~", is_comparison=True)(f"{GENERATED_STEM}-")

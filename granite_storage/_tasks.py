@@ -35,6 +35,9 @@ async def run_bounded(items: Iterable[T], work: Callable[[T], Awaitable[R]], lim
 
     async with task_group() as group:
         tasks = [group.create_task(run(item)) for item in items]
+        if tasks:
+            # In the block: before Python 3.13 a task that fails while its group is left would leave the caller cancelling.
+            await asyncio.wait(tasks)
     return [task.result() for task in tasks]
 
 

@@ -58,6 +58,14 @@ async def test_an_error_keeps_its_cause() -> None:
     assert isinstance(caught.value.__cause__, OSError)
 
 
+async def test_after_an_error_the_caller_is_not_cancelling() -> None:
+    task = asyncio.current_task()
+    with pytest.raises(ValueError, match="-90 is negative"):
+        await run_bounded([9, -90], Work(), 2)
+    assert task is not None
+    assert task.cancelling() == 0
+
+
 async def test_a_cancelled_caller_leaves_nothing_running() -> None:
     work = Work()
     task = asyncio.create_task(run_bounded(range(9), work, 3))

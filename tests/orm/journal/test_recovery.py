@@ -409,7 +409,7 @@ class TestRetention:
             assert doc.file is not None
             ref, doc.file = doc.file.ref, None
         assert (await journal_of(env).recover()).deleted == 1
-        with pytest.raises(StaleAttachmentError, match="does not wait"):
+        with pytest.raises(StaleAttachmentError, match="has no pending delete"):
             await env.add(Doc(id=2, file=Attachment.restore(ref)))
         with pytest.raises(ObjectNotFoundError):
             await env.manager.get(ref)
@@ -418,7 +418,7 @@ class TestRetention:
         doc = Doc(id=1, file=file("a"))
         await env.add(doc)
         assert doc.file is not None
-        with pytest.raises(StaleAttachmentError, match="does not wait"):
+        with pytest.raises(StaleAttachmentError, match="has no pending delete"):
             await env.add(Doc(id=2, file=Attachment.restore(doc.file.ref)))
         await env.check(file_1="a")
 

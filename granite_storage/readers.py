@@ -240,9 +240,9 @@ class SyncObjectReader(io.BufferedReader):
 
     def __init__(self, reader: StoredObjectReader) -> None:
         super().__init__(_RawReader(reader), _BUFFER_SIZE)
-        self.ref = reader.ref
-        self.info = reader.info
-        self.size = reader.size
+        self.ref: StoredObjectRef = reader.ref
+        self.info: ObjectInfo = reader.info
+        self.size: int = reader.size
 
 
 class _RawReader(io.RawIOBase):

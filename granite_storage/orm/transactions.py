@@ -153,14 +153,15 @@ class ConnectionWatch:
     def must_ask(self, outcome: Outcome) -> bool:
         """Tell whether rows must be looked for anew before anything is deleted.
 
-        A snapshot hides what others have committed. And MariaDB and MySQL commit by themselves before a DDL statement, and keep
-        the rows of tables that know no transactions, so that a rollback leaves rows.
+        A snapshot hides what others have committed. And a rollback leaves rows that were committed before it, unseen by
+        SQLAlchemy: by a COMMIT in SQL or of the driver, such as that of SQLite's `executescript`; by a driver in autocommit mode;
+        by MariaDB and MySQL before a DDL statement and in tables that know no transactions.
         """
         match outcome:
             case Outcome.COMMITTED:
                 return self.has_snapshot
             case Outcome.ROLLED_BACK:
-                return self.engine.dialect.name in ("mysql", "mariadb")
+                return True
             case Outcome.UNKNOWN:
                 return False
 

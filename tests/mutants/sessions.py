@@ -255,6 +255,14 @@ MUTANTS = [
         tests=("tests/orm/test_outer_savepoints.py",),
     ),
     Mutant(
+        name="sessions-rollback-believed",
+        rule="A rollback deletes no object of a row that was committed before it.",
+        path="granite_storage/orm/transactions.py",
+        old="                return True\n",
+        new="                return False\n",
+        tests=("tests/orm/test_shared_objects.py::TestSnapshots::test_commit_that_sqlalchemy_does_not_see[sqlite-driver]",),
+    ),
+    Mutant(
         name="sessions-autocommit-accepted",
         rule="A connection in autocommit mode is refused: a rollback would not bring rows back.",
         path="granite_storage/orm/transactions.py",

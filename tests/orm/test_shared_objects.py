@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, event, text, update
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
@@ -321,6 +321,55 @@ class TestSnapshots:
         finally:
             await env.sql("DROP TABLE IF EXISTS implied")
         await env.check(file_1="a")
+
+    @pytest.mark.case("RA-13")
+    @pytest.mark.parametrize("way", ["statement", "driver"])
+    async def test_commit_that_sqlalchemy_does_not_see(self, env: OrmEnvironment, way: str) -> None:
+        """Such as one before a statement that runs in no transaction, or that of SQLite's `executescript`."""
+        async with env.sessions() as session:
+            session.add(Doc(id=1, file=file("a")))
+            await session.flush()
+            driver = (await (await session.connection()).get_raw_connection()).driver_connection
+            assert driver is not None
+            if way == "statement" or env.database.name == "asyncpg":
+                await session.execute(text("COMMIT"))
+            elif env.database.is_sqlite:
+                await driver.executescript("SELECT 1")
+            else:
+                await driver.commit()
+            await session.rollback()
+        await env.check(file_1="a")
+
+    @pytest.mark.case("RA-13")
+    @pytest.mark.parametrize("database", ["sqlite", "psycopg", "mariadb"], indirect=True)
+    async def test_driver_that_commits_each_statement(self, env: OrmEnvironment) -> None:
+        """The mode is the driver's own, of which SQLAlchemy knows nothing."""
+        mode: dict[str, Any] = {"isolation_level": None} if env.database.is_sqlite else {"autocommit": True}
+        engine = env.database.engine(connect_args=mode)
+        try:
+            async with AsyncSession(engine) as session:
+                session.add(Doc(id=1, file=file("a")))
+                await session.flush()
+                await session.rollback()
+        finally:
+            await engine.dispose()
+        await env.check(file_1="a")
+
+    @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+    async def test_rollback_in_memory(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+        """A second connection would see an empty database."""
+        engine = create_async_engine("sqlite+aiosqlite://")
+        try:
+            async with engine.begin() as connection:
+                await connection.run_sync(Doc.metadata.create_all)
+            async with AsyncSession(engine) as session:
+                session.add(Doc(id=1, file=file("a")))
+                await session.flush()
+                await session.rollback()
+        finally:
+            await engine.dispose()
+        assert await env.objects() == set()
+        assert not caplog.records
 
     @pytest.mark.case("RE-03")
     async def test_table_that_another_one_has_locked(

@@ -91,6 +91,7 @@ def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objec
                     case "sqlite":
                         if not _has_file(fresh):
                             continue
+                        fresh.exec_driver_sql(f"PRAGMA busy_timeout = {_LOCK_TIMEOUT * 1000}")
                     case name:
                         fresh = fresh.execution_options(isolation_level="READ COMMITTED")
                         if name in ("mysql", "mariadb"):

@@ -139,12 +139,14 @@ class ConnectionWatch:
         for work in self.joined:
             units[work.unit] = work.unit.displaced(work.frame)
         objects = [stored for displaced in units.values() for stored in displaced]
+        objects += [stored for stored in self.to_delete if stored.intent is None]
         connection = self.connection
         if objects and connection is not None:
             shared = find_shared(connection, objects)
             self.has_snapshot = connection.dialect.name != "sqlite" and connection.get_isolation_level() != "READ COMMITTED"
             for concerned in units:
                 concerned.shared |= shared
+            self.to_delete = [stored for stored in self.to_delete if stored.intent or stored.ref.location not in shared]
 
     def reset(self) -> None:
         """Forget the transaction that has ended."""

@@ -19,6 +19,7 @@ import io
 import logging
 import os
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -105,6 +106,7 @@ ByteSource: TypeAlias = SupportsRead | SupportsAsyncRead | AsyncIterable[BytesLi
 _ONLY_WRITTEN = re.compile(r"[wax][bt]?|[bt][wax]")
 _MOST_WRAPPERS = 4
 _FILE_TURN_SECONDS = 0.01
+_MOST_KEPT = 100
 _CANCEL_TIMEOUT = 5.0
 
 _HELD_LOCK = 2047
@@ -130,20 +132,18 @@ Claim: TypeAlias = Callable[[object], AbstractContextManager[object]]
 class _Readings:
     """Remembers sources by their identity: not every one has a hash, and equal ones are not the same.
 
-    What was begun is remembered by a weak reference to the source, or to what holds it where it cannot have one.
+    What was begun is remembered by a weak reference. A source that cannot have one is kept, for as long as anything else refers
+    to it as well: another object could be at its address afterwards.
     """
 
     def __init__(self) -> None:
         self._current: dict[int, tuple[object, object]] = {}
         self._begun: dict[int, weakref.ref[Any]] = {}
+        self._kept: dict[int, object] = {}
 
     @contextmanager
-    def claim(self, source: object, holder: object = None) -> Iterator[bool]:
+    def claim(self, source: object) -> Iterator[bool]:
         """Read a source; yield whether it was begun before.
-
-        Args:
-            source: The source.
-            holder: What keeps it, in an attribute `held`, and is remembered where a source cannot have a weak reference.
 
         Raises:
             ConsumedSourceError: It is being read for another object.
@@ -157,24 +157,37 @@ class _Readings:
         try:
             was_begun = self._was_begun(source)
             if not was_begun:
-                self._remember(key, source if is_weakly_referable(source) else holder)
+                self._remember(key, source)
             yield was_begun
         finally:
             self._current.pop(key, None)  # a fork has forgotten it
 
-    def _remember(self, key: int, holder: object) -> None:
-        if holder is not None and is_weakly_referable(holder):
-            self._begun[key] = weakref.ref(holder, lambda _: self._begun.pop(key, None))
+    def _remember(self, key: int, source: object) -> None:
+        if is_weakly_referable(source):
+            self._begun[key] = weakref.ref(source, lambda _: self._begun.pop(key, None))
+            return
+        for kept, count in _references(self._kept).items():
+            if count <= _OWN_REFERENCES:
+                self._kept.pop(kept, None)
+        for oldest in list(self._kept)[: max(0, len(self._kept) - _MOST_KEPT + 1)]:
+            self._kept.pop(oldest, None)
+        self._kept[key] = source
 
     def _was_begun(self, source: object) -> bool:
         reference = self._begun.get(id(source))
-        holder = None if reference is None else reference()
-        return holder is not None and (holder is source or getattr(holder, "held", None) is source)
+        return source is (self._kept.get(id(source)) if reference is None else reference())
 
     def forget_current(self) -> None:
         """Begin anew: a fork has none of the uploads of its parent."""
         self._current.clear()
 
+
+def _references(sources: Mapping[int, object]) -> dict[int, int]:
+    return {key: sys.getrefcount(source) for key, source in list(sources.items())}
+
+
+_OWN_REFERENCES = _references({0: object()})[0]
+"""What `_references` counts where nothing else refers to a source."""
 
 _readings = _Readings()
 
@@ -303,7 +316,7 @@ class WholeFile:
             SizeMismatchError: It cannot seek, and does not yield as many bytes as its `size` says.
         """
         async with _turn_at(self._file):
-            with _readings.claim(self.held, self) as was_begun:
+            with _readings.claim(self.held) as was_begun:
                 size = await self._rewind(was_begun)
                 count = 0
                 async with aclosing(_read(self._readable)) as chunks:
@@ -358,7 +371,7 @@ class ReadOnce:
     @contextmanager
     def _claim(self, iterator: object) -> Iterator[None]:
         source = _read_on_of(iterator)
-        with _readings.claim(source, self if source is self.held else None) as was_begun:
+        with _readings.claim(source) as was_begun:
             if was_begun:
                 raise ConsumedSourceError(
                     f"the stream was read already, and one {type(source).__name__} is read once: pass a new one, or bytes"

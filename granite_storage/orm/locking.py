@@ -387,8 +387,8 @@ def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[
 def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objects: Sequence[StoredObject]) -> set[str]:
     """Return the result of `find_shared` in new transactions, on connections of their own.
 
-    A snapshot does not show rows that others have committed since, and a transaction that is rolled back does not show rows that
-    the database has committed implicitly.
+    A snapshot does not show rows that others have committed since, and a transaction that is rolled back does not show which of
+    its rows were committed before. An SQLite database in memory is not searched, since it has no second connection.
 
     Args:
         places: The engines to connect to, each with the options of the connection that the objects were displaced on.
@@ -398,9 +398,16 @@ def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objec
     for engine, options in places:
         try:
             with without_pool(engine).connect() as connection:
-                fresh = connection.execution_options(isolation_level="READ COMMITTED", **options)
-                if connection.dialect.name in ("mysql", "mariadb"):
-                    fresh.exec_driver_sql(f"SET SESSION innodb_lock_wait_timeout = {_LOCK_TIMEOUT}")
+                fresh = connection.execution_options(**options)
+                match connection.dialect.name:
+                    case "sqlite":
+                        if not _has_file(fresh):
+                            continue
+                        fresh.exec_driver_sql(f"PRAGMA busy_timeout = {_LOCK_TIMEOUT * 1000}")
+                    case name:
+                        fresh = fresh.execution_options(isolation_level="READ COMMITTED")
+                        if name in ("mysql", "mariadb"):
+                            fresh.exec_driver_sql(f"SET SESSION innodb_lock_wait_timeout = {_LOCK_TIMEOUT}")
                 shared |= find_shared(fresh, objects)
         except (DBAPIError, OSError):
             logger.warning(
@@ -408,6 +415,11 @@ def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objec
             )
             return {item.ref.location for item in objects}
     return shared
+
+
+def _has_file(connection: Connection) -> bool:
+    """Tell whether an SQLite database is in a file, which a second connection reads as well."""
+    return any(name == "main" and file for _, name, file in connection.exec_driver_sql("PRAGMA database_list"))
 
 
 def find_referenced(

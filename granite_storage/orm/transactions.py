@@ -139,12 +139,14 @@ class ConnectionWatch:
         for work in self.joined:
             units[work.unit] = work.unit.displaced(work.frame)
         objects = [stored for displaced in units.values() for stored in displaced]
+        objects += [stored for stored in self.to_delete if stored.intent is None]
         connection = self.connection
         if objects and connection is not None:
             shared = find_shared(connection, objects)
             self.has_snapshot = connection.dialect.name != "sqlite" and connection.get_isolation_level() != "READ COMMITTED"
             for concerned in units:
                 concerned.shared |= shared
+            self.to_delete = [stored for stored in self.to_delete if stored.intent or stored.ref.location not in shared]
 
     def reset(self) -> None:
         """Forget the transaction that has ended."""
@@ -153,14 +155,15 @@ class ConnectionWatch:
     def must_ask(self, outcome: Outcome) -> bool:
         """Tell whether rows must be looked for anew before anything is deleted.
 
-        A snapshot hides what others have committed. And MariaDB and MySQL commit by themselves before a DDL statement, and keep
-        the rows of tables that know no transactions, so that a rollback leaves rows.
+        A snapshot hides what others have committed. And a rollback leaves rows that were committed before it, unseen by
+        SQLAlchemy: by a COMMIT in SQL or of the driver, such as that of SQLite's `executescript`; by a driver in autocommit mode;
+        by MariaDB and MySQL before a DDL statement and in tables that know no transactions.
         """
         match outcome:
             case Outcome.COMMITTED:
                 return self.has_snapshot
             case Outcome.ROLLED_BACK:
-                return self.engine.dialect.name in ("mysql", "mariadb")
+                return True
             case Outcome.UNKNOWN:
                 return False
 

@@ -268,7 +268,7 @@ class UnitOfWork:
         latest = _latest([entry for one in frames for entry in one.log])
         dropped = [stored for stored, held in latest.values() if not held]
         never_taken = [stored for one in frames for stored, _ in one.puts if stored.key not in latest]
-        return [stored for stored in (*dropped, *never_taken) if stored.intent is None]
+        return [stored for stored in (*dropped, *never_taken, *self.to_delete) if stored.intent is None]
 
     def end(self, frame: Frame, outcome: Outcome) -> list[StoredObject]:
         """Return the objects that are to be deleted now that the outermost transaction has ended."""

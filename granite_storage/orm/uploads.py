@@ -32,6 +32,9 @@ __all__ = ["Upload", "discard", "remove", "remove_now", "store", "stored_object"
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
+_ANSWER_TIMEOUT = 30.0
+"""Seconds that the end of a transaction waits for a new one: a server that is out of reach may take minutes to say so."""
+
 
 def remove_now(
     stored: Iterable[StoredObject],
@@ -76,7 +79,18 @@ def remove_now(
 async def _remove_others(
     stored: Sequence[StoredObject], intents: Iterable[Intent], keep: Callable[[Sequence[StoredObject]], Collection[str]]
 ) -> None:
-    kept = await greenlet_spawn(keep, stored)
+    try:
+        async with asyncio.timeout(_ANSWER_TIMEOUT):
+            kept = await greenlet_spawn(keep, stored)
+    except TimeoutError:
+        kept = {item.ref.location for item in stored}
+        logger.warning(
+            "the database has not answered in %g seconds whether rows refer to %d objects of an ended transaction; they stay, for"
+            " the garbage collector: %s",
+            _ANSWER_TIMEOUT,
+            len(stored),
+            ", ".join(map(repr, kept)),
+        )
     await remove([item for item in stored if item.ref.location not in kept], intents)
 
 

@@ -14,6 +14,14 @@ MUTANTS = [
         tests=("tests/core/test_streams.py::TestLimit::test_not_a_byte_over_the_limit_passes",),
     ),
     Mutant(
+        name="core-iterators-forgotten",
+        rule="A source that cannot have a weak reference is remembered for as long as anything refers to it.",
+        path="granite_storage/streams.py",
+        old="        self._kept[key] = source\n",
+        new="",
+        tests=("tests/orm/test_sources_given_twice.py::TestOnce::test_again_after_the_commit",),
+    ),
+    Mutant(
         name="core-limit-counts-items",
         rule="The size of a buffer is counted in bytes, not in items.",
         path="granite_storage/streams.py",

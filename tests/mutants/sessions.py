@@ -59,8 +59,8 @@ MUTANTS = [
         name="sessions-savepoint-puts-leak",
         rule="Objects that a rolled-back savepoint put go with the commit of the transaction around it.",
         path="granite_storage/orm/unit_of_work.py",
-        old="for stored in (*dropped, *never_taken, *self.to_delete) if",
-        new="for stored in (*dropped, *never_taken) if",
+        old="for stored in (*dropped, *never_taken, *self.to_delete) if stored.intent or",
+        new="for stored in (*dropped, *never_taken) if stored.intent or",
         tests=("tests/orm/test_scenarios.py::TestSavepoints::test_integrity_error_caught[sqlite-begin]",),
     ),
     Mutant(
@@ -253,6 +253,22 @@ MUTANTS = [
         old="outcome = Outcome.ROLLED_BACK if number <= work.span.first else Outcome.UNKNOWN",
         new="outcome = Outcome.ROLLED_BACK",
         tests=("tests/orm/test_outer_savepoints.py",),
+    ),
+    Mutant(
+        name="sessions-rollback-believed",
+        rule="A rollback deletes no object of a row that was committed before it.",
+        path="granite_storage/orm/transactions.py",
+        old="                return True\n",
+        new="                return False\n",
+        tests=("tests/orm/test_shared_objects.py::TestSnapshots::test_commit_that_sqlalchemy_does_not_see[sqlite-driver]",),
+    ),
+    Mutant(
+        name="sessions-undone-objects-not-asked",
+        rule="Objects of a savepoint that was rolled back stay where another row refers to them.",
+        path="granite_storage/orm/unit_of_work.py",
+        old="(*dropped, *never_taken, *self.to_delete) if stored.intent is None]",
+        new="(*dropped, *never_taken) if stored.intent is None]",
+        tests=("tests/orm/test_shared_objects.py::TestSnapshots::test_ref_of_a_savepoint_that_was_rolled_back[sqlite-False]",),
     ),
     Mutant(
         name="sessions-autocommit-accepted",

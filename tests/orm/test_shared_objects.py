@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import delete, event, text, update
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage, locking
+from granite_storage.orm import Attachment, StoredObjectRefType, attachment, bind_storage, locking, uploads
 from granite_storage.orm.columns import attachment_tables
 from granite_storage.orm.discovery import read_catalogue
 from tests.orm.clones import COPIES, bound_beside, cloned, cloned_as, copy_id
@@ -321,6 +323,102 @@ class TestSnapshots:
         finally:
             await env.sql("DROP TABLE IF EXISTS implied")
         await env.check(file_1="a")
+
+    @pytest.mark.case("RA-13")
+    @pytest.mark.parametrize("way", ["statement", "driver"])
+    async def test_commit_that_sqlalchemy_does_not_see(self, env: OrmEnvironment, way: str) -> None:
+        """Such as one before a statement that runs in no transaction, or that of SQLite's `executescript`."""
+        async with env.sessions() as session:
+            session.add(Doc(id=1, file=file("a")))
+            await session.flush()
+            driver = (await (await session.connection()).get_raw_connection()).driver_connection
+            assert driver is not None
+            if way == "statement" or env.database.name == "asyncpg":
+                await session.execute(text("COMMIT"))
+            elif env.database.is_sqlite:
+                await driver.executescript("SELECT 1")
+            else:
+                await driver.commit()
+            await session.rollback()
+        await env.check(file_1="a")
+
+    @pytest.mark.case("RA-13")
+    @pytest.mark.parametrize("database", ["sqlite", "psycopg", "mariadb"], indirect=True)
+    async def test_driver_that_commits_each_statement(self, env: OrmEnvironment) -> None:
+        """The mode is the driver's own, of which SQLAlchemy knows nothing."""
+        mode: dict[str, Any] = {"isolation_level": None} if env.database.is_sqlite else {"autocommit": True}
+        engine = env.database.engine(connect_args=mode)
+        try:
+            async with AsyncSession(engine) as session:
+                session.add(Doc(id=1, file=file("a")))
+                await session.flush()
+                await session.rollback()
+        finally:
+            await engine.dispose()
+        await env.check(file_1="a")
+
+    @pytest.mark.case("RA-13")
+    @pytest.mark.parametrize("is_joined", [False, True])
+    async def test_ref_of_a_savepoint_that_was_rolled_back(self, env: OrmEnvironment, is_joined: bool) -> None:
+        """SQL gives it to a row, in the transaction around the savepoint."""
+        value = "CAST(:ref AS jsonb)" if env.database.is_postgres else ":ref"
+        insert = text(f"INSERT INTO doc (id, title, file) VALUES (2, '', {value})")  # noqa: S608
+        async with env.engine.connect() as connection, connection.begin():
+            bind = connection if is_joined else env.engine
+            async with AsyncSession(bind, join_transaction_mode="create_savepoint") as session:
+                await session.execute(text("UPDATE doc SET title = ''"))
+                savepoint = session if is_joined else await session.begin_nested()
+                session.add(doc := Doc(id=1, file=file("a")))
+                await session.flush()
+                assert doc.file is not None
+                ref = {"ref": json.dumps(doc.file.ref.to_dict())}
+                await savepoint.rollback()
+                await session.execute(insert, ref)
+                await session.commit()
+        await env.check(file_2="a")
+
+    @pytest.mark.parametrize("database", ["asyncpg"], indirect=True)
+    async def test_database_that_does_not_answer(
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A rollback waits for a new connection no longer than for anything else: the object stays."""
+        monkeypatch.setattr(uploads, "_ANSWER_TIMEOUT", 0.3)
+        arguments = env.database.engine().dialect.create_connect_args(env.database.url)[1]
+        is_silent = False
+
+        async def connect() -> Any:
+            if is_silent:
+                await asyncio.sleep(60)
+            return await asyncpg.connect(**arguments)
+
+        engine = create_async_engine("postgresql+asyncpg://", async_creator=connect)
+        try:
+            async with asyncio.timeout(20), AsyncSession(engine) as session:
+                session.add(Doc(id=1, file=file("a")))
+                await session.flush()
+                is_silent = True
+                await session.rollback()
+        finally:
+            await engine.dispose()
+        assert "has not answered" in caplog.text
+        (left,) = await env.objects()
+        await env.backend.delete(left)
+
+    @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+    async def test_rollback_in_memory(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+        """A second connection would see an empty database."""
+        engine = create_async_engine("sqlite+aiosqlite://")
+        try:
+            async with engine.begin() as connection:
+                await connection.run_sync(Doc.metadata.create_all)
+            async with AsyncSession(engine) as session:
+                session.add(Doc(id=1, file=file("a")))
+                await session.flush()
+                await session.rollback()
+        finally:
+            await engine.dispose()
+        assert await env.objects() == set()
+        assert not caplog.records
 
     @pytest.mark.case("RE-03")
     async def test_table_that_another_one_has_locked(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import gzip
 import io
 import itertools
@@ -15,7 +17,7 @@ import pytest
 from starlette.datastructures import UploadFile
 
 from granite_storage import SizeLimitedStream, StorageManager, streams
-from granite_storage.exceptions import ConsumedSourceError
+from granite_storage.exceptions import ConsumedSourceError, ContentTooLargeError
 from granite_storage.orm import Attachment
 from tests.core.support import SLOT
 from tests.orm.values import Document, Sessions, add, locations
@@ -139,6 +141,25 @@ class TestOnce:
                 await session.commit()
         assert await locations(manager) == set()
 
+    async def test_again_after_the_commit(self, sessions: Sessions, manager: StorageManager, make: Callable[[], Any]) -> None:
+        source = make()
+        await add(sessions, Document(file=Attachment(source)))
+        with pytest.raises(ConsumedSourceError, match="read already"):
+            await add(sessions, Document(file=Attachment(source)))
+        assert len(await locations(manager)) == 1
+
+    async def test_again_when_the_first_attachment_is_gone(
+        self, sessions: Sessions, manager: StorageManager, make: Callable[[], Any]
+    ) -> None:
+        """Such as in a transaction that is tried again after its upload has failed half-way."""
+        source = make()
+        with contextlib.suppress(ContentTooLargeError):
+            await add(sessions, Document(thumbnail=Attachment(source)))
+        gc.collect()
+        with pytest.raises(ConsumedSourceError, match="read already"):
+            await add(sessions, Document(file=Attachment(source)))
+        assert await locations(manager) == set()
+
     async def test_again_after_a_rollback(self, sessions: Sessions, manager: StorageManager, make: Callable[[], Any]) -> None:
         source = make()
         async with sessions() as session:
@@ -173,7 +194,7 @@ async def test_a_limit_around_a_stream_is_that_stream(sessions: Sessions, manage
 
 @pytest.mark.case("RA-06")
 async def test_what_the_manager_has_stored_is_not_there_for_an_attachment(sessions: Sessions, manager: StorageManager) -> None:
-    for source in (generator(), Pipe()):
+    for source in (generator(), iter(CHUNKS), map(bytes, CHUNKS), Pipe()):
         await manager.put_stream(**PLACE, stream=source)
         with pytest.raises(ConsumedSourceError):
             await add(sessions, Document(file=Attachment(source)))
@@ -196,6 +217,33 @@ async def test_another_source_at_the_same_address_is_another(sessions: Sessions)
     for _ in range(20):
         document = await add(sessions, Document(file=Attachment(iter([b"x"]))))
         assert document.file.size == 1
+
+
+@pytest.mark.case("RA-06")
+def test_a_source_that_nothing_else_refers_to_is_let_go() -> None:
+    readings = streams._Readings()
+    held = iter([b"x"])
+    for source in (held, *(iter([b"x"]) for _ in range(20))):
+        with readings.claim(source):
+            pass
+    del source
+    with readings.claim(held) as was_begun:
+        assert was_begun
+    with readings.claim(iter([b"x"])) as was_begun:
+        assert not was_begun
+    assert held in readings._kept.values()
+    assert len(readings._kept) == 2
+
+
+@pytest.mark.case("RA-06")
+def test_sources_in_cycles_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_MOST_KEPT", 10)
+    readings = streams._Readings()
+    sources = [iter([b"x"]) for _ in range(30)]
+    for source in sources:
+        with readings.claim(source):
+            pass
+    assert list(readings._kept.values()) == sources[-10:]
 
 
 def test_a_fork_reads_nothing_of_what_its_parent_reads() -> None:

@@ -21,7 +21,7 @@ from sqlalchemy.util import greenlet_spawn
 from granite_storage.exceptions import BackendUnavailableError
 from granite_storage.orm import Attachment
 from granite_storage.orm._interfaces import StoredObject
-from granite_storage.orm.sharing import find_shared_afresh
+from granite_storage.orm.locking import find_shared_afresh
 from tests.orm.databases import Database
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 

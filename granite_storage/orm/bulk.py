@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import CTE, Alias, Column, Connection, Delete, FromClause, Insert, Null, Result, Table, Update, event
 from sqlalchemy.ext.horizontal_shard import ShardedSession, set_shard_id
-from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
+from sqlalchemy.orm import FromStatement, Mapper, ORMExecuteState, Session, SessionTransaction
 from sqlalchemy.orm.unitofwork import UOWTransaction
 from sqlalchemy.sql.elements import BindParameter
 
@@ -26,7 +26,7 @@ __all__ = ["begin_connection", "begin_transaction", "end_transaction", "execute_
 
 def execute_bulk(state: ORMExecuteState) -> Result[Any] | None:
     """See a statement that a session executes; act where it inserts, updates or deletes rows that have to do with attachments."""
-    statement = state.statement
+    statement = _executed(state)
     for inner in _written_within(statement):
         _refuse_values(state, inner, _written(state, inner))
     if not isinstance(statement, Insert | Update | Delete):
@@ -370,7 +370,7 @@ def on_execute(state: ORMExecuteState) -> Result[Any] | None:
     Raises:
         ConfigurationError: The session is a sharded one, so that the statement may have several connections.
     """
-    statement = state.statement
+    statement = _executed(state)
     if len(state._events_todo) > 1 and isinstance(statement, Insert | Update | Delete):
         # This runs those that are still to be called, and then this one by itself, with a state of the statement that is left.
         state._events_todo.append(on_execute)
@@ -388,6 +388,12 @@ def on_execute(state: ORMExecuteState) -> Result[Any] | None:
     connection = state.session.connection(bind_arguments={"clause": statement, **state.bind_arguments})
     with _translating(connection, state.execution_options[_MAP]):
         return execute_bulk(state)
+
+
+def _executed(state: ORMExecuteState) -> Any:
+    """Return the statement that runs: `select(Document).from_statement(...)` may be about one that writes rows."""
+    statement = state.statement
+    return statement.element if isinstance(statement, FromStatement) else statement
 
 
 def _is_known(statement: Update | Delete) -> bool:

@@ -15,7 +15,7 @@ from greenlet import getcurrent
 from sqlalchemy import CTE, Connection, CursorResult, Engine, Executable, Insert, Update, text
 from sqlalchemy.exc import DBAPIError, MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncConnection, async_session
-from sqlalchemy.orm import InstanceState, Session
+from sqlalchemy.orm import FromStatement, InstanceState, ORMExecuteState, Session
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
@@ -193,6 +193,12 @@ def codes_of(error: DBAPIError) -> set[str | int]:
     original = error.orig
     found = {getattr(original, "sqlstate", None), getattr(original, "pgcode", None), *getattr(original, "args", ())[:1]}
     return {code for code in found if isinstance(code, str | int)}
+
+
+def executed_statement(state: ORMExecuteState) -> Any:
+    """Return the statement that runs: `select(Document).from_statement(...)` may be about one that writes rows."""
+    statement = state.statement
+    return statement.element if isinstance(statement, FromStatement) else statement
 
 
 def written_within(statement: Any) -> Iterator[Insert | Update]:

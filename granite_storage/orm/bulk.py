@@ -15,7 +15,7 @@ from sqlalchemy.sql.elements import BindParameter
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import flush, transactions
 from granite_storage.orm._interfaces import active_bindings
-from granite_storage.orm._util import written_within
+from granite_storage.orm._util import executed_statement, written_within
 from granite_storage.orm.columns import Tables, attachment_tables, slots_of
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import RowRef, are_there, cascaded, lock_rows, lock_statement, still_referenced
@@ -25,7 +25,7 @@ __all__ = ["begin_connection", "begin_transaction", "end_transaction", "execute_
 
 def execute_bulk(state: ORMExecuteState) -> Result[Any] | None:
     """Handle a statement of a session that inserts, updates or deletes rows with attachments, or rows that cascade to some."""
-    statement = state.statement
+    statement = executed_statement(state)
     for inner in written_within(statement):
         _refuse_values(state, inner, _written(state, inner))
     if not isinstance(statement, Insert | Update | Delete):
@@ -334,7 +334,7 @@ def on_execute(state: ORMExecuteState) -> Result[Any] | None:
     Raises:
         ConfigurationError: The session is sharded, so the statement may have several connections.
     """
-    statement = state.statement
+    statement = executed_statement(state)
     if len(state._events_todo) > 1 and isinstance(statement, Insert | Update | Delete):
         # This calls the remaining listeners, and then this one, with the state of the resulting statement.
         state._events_todo.append(on_execute)

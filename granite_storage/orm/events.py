@@ -16,7 +16,7 @@ from sqlalchemy.orm.unitofwork import UOWTransaction
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm import bulk, flush, transactions
 from granite_storage.orm._interfaces import find_binding
-from granite_storage.orm._util import written_within
+from granite_storage.orm._util import executed_statement, written_within
 from granite_storage.orm.columns import AttachmentType, require_usable, slots_of
 from granite_storage.orm.unit_of_work import Change
 
@@ -207,7 +207,8 @@ def _begins_flush(session: Session) -> bool:
 
 def _on_execute(state: ORMExecuteState) -> Result[Any] | None:
     """Pass statements that write rows to `bulk`."""
-    if isinstance(state.statement, Insert | Update | Delete) or next(written_within(state.statement), None) is not None:
+    statement = executed_statement(state)
+    if isinstance(statement, Insert | Update | Delete) or next(written_within(statement), None) is not None:
         return bulk.on_execute(state)
     return None
 

@@ -43,6 +43,19 @@ class TestDelete:
             await session.execute(Doc.__table__.delete().where(Doc.__table__.c.id != 2))
         await env.check(file_2="2", other_2="o2")
 
+    async def test_statement_that_a_select_reads_from(self, env: OrmEnvironment) -> None:
+        """SQLAlchemy's way to get instances from RETURNING."""
+        if env.database.name == "mariadb":
+            pytest.skip("MariaDB has no UPDATE ... RETURNING")
+        await three(env)
+        async with env.sessions.begin() as session:
+            deleted = delete(Doc).where(Doc.id == 1).returning(Doc)
+            assert len((await session.scalars(select(Doc).from_statement(deleted))).all()) == 1
+            updated = update(Doc).where(Doc.id == 2).values(file=None).returning(Doc)
+            (doc,) = await session.scalars(select(Doc).from_statement(updated))
+            assert doc.file is None
+        await env.check(other_2="o2", file_3="3", other_3="o3")
+
     async def test_all_and_rolled_back(self, env: OrmEnvironment) -> None:
         await env.add(Doc(id=1, file=file("a")))
         async with env.sessions() as session:
@@ -288,6 +301,11 @@ class TestRefusals:
         async with env.sessions() as session:
             with pytest.raises(InvalidReferenceError):
                 await session.execute(statement, parameters)
+
+    async def test_statement_that_a_select_reads_from(self, env: OrmEnvironment, stored: Any) -> None:
+        for statement in (insert(Doc).values(id=2, file=stored), update(Doc).values(file=Doc.other)):
+            await self.refused(env, select(Doc).from_statement(statement.returning(Doc)))
+        await env.check(file_1="a", other_1="b")
 
     async def test_ordered_values(self, env: OrmEnvironment, stored: Any) -> None:
         await self.refused(env, update(Doc).ordered_values((Doc.title, "x"), (Doc.file, Doc.other)))

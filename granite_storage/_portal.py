@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
-from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, suppress
 from contextvars import Context, copy_context
 from typing import Any, Generic, TypeVar
 
@@ -181,7 +181,13 @@ def _serve(started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, a
         await stop.wait()
 
     try:
-        asyncio.run(serve())
+        with asyncio.Runner() as runner:
+            serving = runner.get_loop().create_task(serve())
+            while not serving.done():
+                # asyncio lets these two leave the loop after it has given them to the task that raised them, whose caller gets
+                # them: a source or a backend that raises one does not end the loop of all others.
+                with suppress(KeyboardInterrupt, SystemExit):
+                    runner.get_loop().run_until_complete(serving)
     except BaseException as error:
         if started.done():
             raise

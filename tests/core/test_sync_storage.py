@@ -339,6 +339,22 @@ def test_interrupted_upload(manager: StorageManager, error: type[BaseException])
     assert manager.sync.get(ref) == b"abc"
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_source_that_ends_the_program(manager: StorageManager, error: type[BaseException]) -> None:
+    """asyncio lets these two end a loop: that of synchronous callers goes on, and the error is that of its caller alone."""
+
+    def chunks() -> Iterator[bytes]:
+        yield b"x" * 100_000
+        raise error("from the source")
+
+    ref = manager.sync.put_bytes(**SLOT, content=b"another")
+    for _ in range(2):
+        with pytest.raises(error, match="from the source"):
+            manager.sync.put_stream(**SLOT, stream=chunks())
+    assert locations(manager) == [ref.location]
+    assert manager.sync.get(ref) == b"another"
+
+
 def test_closed_during_a_call() -> None:
     """The call is cancelled once it has had its time, and its thread learns why."""
     from concurrent.futures import CancelledError

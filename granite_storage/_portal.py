@@ -12,7 +12,7 @@ import concurrent.futures
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, suppress
 from contextvars import Context, copy_context
 from typing import Any, Generic, TypeVar
@@ -52,11 +52,15 @@ class Portal:
         """Whether the running thread is the portal's own, in which nothing can be waited for."""
         return getattr(_thread, "is_portal", False)
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
+    def run(self, work: Coroutine[Any, Any, T], undo: Callable[[T], Coroutine[Any, Any, object]] | None = None) -> T:
         """Run a coroutine on the loop, in the caller's context, and return its result.
 
         An exception that interrupts the wait, such as `KeyboardInterrupt` or a task queue's time limit, cancels the coroutine
         and is raised once that has ended.
+
+        Args:
+            work: The coroutine.
+            undo: Called with the result where the interrupt came after the coroutine had ended, and before its result was known.
 
         Raises:
             RuntimeError: The caller is on the loop itself, and would wait for itself.
@@ -72,6 +76,8 @@ class Portal:
             return call.result()
         except BaseException:
             call.abandon()
+            if undo is not None and call.has_succeeded:
+                self.run(undo(call.result()))
             raise
         finally:
             self._end(call)
@@ -245,6 +251,11 @@ class _Call(Generic[T]):
         """Wait for it, and return its result."""
         return self.future.result()
 
+    @property
+    def has_succeeded(self) -> bool:
+        """Whether it has ended with a result."""
+        return self.future.done() and self.future.exception() is None
+
     def abandon(self) -> None:
         """Cancel it where it has not ended, and wait for its end."""
         if self.loop is None:
@@ -278,13 +289,16 @@ class _Call(Generic[T]):
             del task
 
 
-def run_blocking(work: Coroutine[Any, Any, T], name: str, awaited: str) -> T:
+def run_blocking(
+    work: Coroutine[Any, Any, T], name: str, awaited: str, undo: Callable[[T], Coroutine[Any, Any, object]] | None = None
+) -> T:
     """Run a coroutine for a synchronous face of the library.
 
     Args:
         work: The coroutine.
         name: The method that was called.
         awaited: What asynchronous code calls instead.
+        undo: See `Portal.run`.
 
     Raises:
         ConfigurationError: An event loop runs in this thread, which would stand still meanwhile.
@@ -294,7 +308,7 @@ def run_blocking(work: Coroutine[Any, Any, T], name: str, awaited: str) -> T:
     except ConfigurationError:
         work.close()
         raise
-    return portal.run(work)
+    return portal.run(work, undo)
 
 
 def require_no_loop(name: str, awaited: str) -> None:

@@ -13,8 +13,8 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Generator
-from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, suppress
 from contextvars import Context, copy_context
 from typing import Any, Generic, TypeVar
 
@@ -53,11 +53,15 @@ class Portal:
         """Whether the running thread is the portal's own, in which nothing can be waited for."""
         return getattr(_thread, "is_portal", False)
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
+    def run(self, work: Coroutine[Any, Any, T], undo: Callable[[T], Coroutine[Any, Any, object]] | None = None) -> T:
         """Run a coroutine on the loop, in the caller's context, and return its result.
 
         An exception that interrupts the wait, such as `KeyboardInterrupt` or a task queue's time limit, cancels the coroutine
         and is raised once that has ended.
+
+        Args:
+            work: The coroutine.
+            undo: Called with the result where the interrupt came after the coroutine had ended, and before its result was known.
 
         Raises:
             RuntimeError: The caller is on the loop itself, and would wait for itself.
@@ -73,6 +77,8 @@ class Portal:
             return call.result()
         except BaseException:
             call.abandon()
+            if undo is not None and call.has_succeeded:
+                self.run(undo(call.result()))
             raise
         finally:
             self._end(call)
@@ -184,7 +190,13 @@ def _serve(started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, a
         await stop.wait()
 
     try:
-        asyncio.run(serve())
+        with asyncio.Runner() as runner:
+            serving = runner.get_loop().create_task(serve())
+            while not serving.done():
+                # asyncio lets these two leave the loop after it has given them to the task that raised them, whose caller gets
+                # them: a source or a backend that raises one does not end the loop of all others.
+                with suppress(KeyboardInterrupt, SystemExit):
+                    runner.get_loop().run_until_complete(serving)
     except BaseException as error:
         if started.done():
             raise
@@ -242,6 +254,11 @@ class _Call(Generic[T]):
         """Wait for it, and return its result."""
         return self.future.result()
 
+    @property
+    def has_succeeded(self) -> bool:
+        """Whether it has ended with a result."""
+        return self.future.done() and self.future.exception() is None
+
     def abandon(self) -> None:
         """Cancel it where it has not ended, and wait for its end."""
         if self.loop is None:
@@ -275,13 +292,16 @@ class _Call(Generic[T]):
             del task
 
 
-def run_blocking(work: Coroutine[Any, Any, T], name: str, awaited: str) -> T:
+def run_blocking(
+    work: Coroutine[Any, Any, T], name: str, awaited: str, undo: Callable[[T], Coroutine[Any, Any, object]] | None = None
+) -> T:
     """Run a coroutine for a synchronous face of the library.
 
     Args:
         work: The coroutine.
         name: The method that was called.
         awaited: What asynchronous code calls instead.
+        undo: See `Portal.run`.
 
     Raises:
         ConfigurationError: An event loop runs in this thread, which would stand still meanwhile.
@@ -291,7 +311,7 @@ def run_blocking(work: Coroutine[Any, Any, T], name: str, awaited: str) -> T:
     except ConfigurationError:
         work.close()
         raise
-    return portal.run(work)
+    return portal.run(work, undo)
 
 
 def require_no_loop(name: str, awaited: str) -> None:

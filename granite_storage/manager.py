@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -449,7 +449,7 @@ class SyncStorage:
             original_filename=original_filename,
             extra=extra,
         )
-        return self._run(work, "put_bytes")
+        return self._run(work, "put_bytes", self._manager.delete)
 
     def put_stream(
         self,
@@ -486,7 +486,7 @@ class SyncStorage:
             size=size,
             checksum=checksum,
         )
-        return self._run(work, "put_stream")
+        return self._run(work, "put_stream", self._manager.delete)
 
     def get(self, ref: StoredObjectRef) -> bytes:
         """Return all bytes of an object, verified; see `StorageManager.get`."""
@@ -549,7 +549,7 @@ class SyncStorage:
             storage_key=storage_key,
             extra=extra,
         )
-        return self._run(work, "copy")
+        return self._run(work, "copy", self._manager.delete)
 
     def close(self) -> None:
         """Close what synchronous callers have opened; see `StorageManager.aclose`. A later call opens it anew."""
@@ -565,5 +565,5 @@ class SyncStorage:
     def __repr__(self) -> str:
         return f"<SyncStorage of {self._manager!r}>"
 
-    def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
-        return run_blocking(work, f"storage.sync.{name}", f"'await storage.{name}(...)'")
+    def _run(self, work: Coroutine[Any, Any, T], name: str, undo: Callable[[T], Coroutine[Any, Any, object]] | None = None) -> T:
+        return run_blocking(work, f"storage.sync.{name}", f"'await storage.{name}(...)'", undo)

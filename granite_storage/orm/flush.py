@@ -357,7 +357,14 @@ def _store_all(unit: UnitOfWork, frame: Frame, pending: Sequence[tuple[Change, A
     if not in_greenlet():
         for _, attachment in pending:
             attachment._state.require_synchronous()
-    wait(store([Upload(attachment, change.slot.column_type, _entity_id(change)) for change, attachment in pending]))
+    try:
+        wait(store([Upload(attachment, change.slot.column_type, _entity_id(change)) for change, attachment in pending]))
+    except BaseException:
+        # A signal may interrupt the wait after the uploads have ended: then the rollback deletes what they stored.
+        for change, attachment in pending:
+            if attachment._state.status is Status.STORED:
+                _take(unit, frame, change, attachment)
+        raise
     for change, attachment in pending:
         _take(unit, frame, change, attachment)
         unit.flush.handled[change.marker] = attachment

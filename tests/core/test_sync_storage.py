@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +30,7 @@ from granite_storage import (
     StorageManager,
     StoragePolicy,
     StoredObjectRef,
+    _portal,
 )
 from granite_storage._portal import portal
 from granite_storage.backends.base import ObjectInfo
@@ -337,6 +338,49 @@ def test_interrupted_upload(manager: StorageManager, error: type[BaseException])
     assert locations(manager) == []
     ref = manager.sync.put_bytes(**SLOT, content=b"abc")
     assert manager.sync.get(ref) == b"abc"
+
+
+def test_interrupted_after_a_put(manager: StorageManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes when the object is stored, before the caller has its ref: the object is deleted."""
+    wait = _portal._Call.result
+    ends: list[bool] = []
+
+    def interrupted(call: Any) -> Any:
+        result = wait(call)
+        if not ends:
+            ends.append(call.has_succeeded)
+            raise KeyboardInterrupt
+        return result
+
+    source = manager.sync.put_bytes(**SLOT, content=b"kept")
+    monkeypatch.setattr(_portal._Call, "result", interrupted)
+    puts: list[Callable[[], object]] = [
+        lambda: manager.sync.put_bytes(**SLOT, content=b"abc"),
+        lambda: manager.sync.put_stream(**SLOT, stream=[b"abc"]),
+        lambda: manager.sync.copy(source, **{name: SLOT[name] for name in ("model_name", "entity_id", "field_name")}),
+    ]
+    for put in puts:
+        ends.clear()
+        with pytest.raises(KeyboardInterrupt):
+            put()
+        assert ends == [True]
+        assert locations(manager) == [source.location]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_source_that_ends_the_program(manager: StorageManager, error: type[BaseException]) -> None:
+    """These two end a loop of asyncio: that of synchronous callers goes on, and the error is that of its caller."""
+
+    def chunks() -> Iterator[bytes]:
+        yield b"x" * 100_000
+        raise error("from the source")
+
+    ref = manager.sync.put_bytes(**SLOT, content=b"another")
+    for _ in range(2):
+        with pytest.raises(error, match="from the source"):
+            manager.sync.put_stream(**SLOT, stream=chunks())
+    assert locations(manager) == [ref.location]
+    assert manager.sync.get(ref) == b"another"
 
 
 def test_closed_during_a_call() -> None:

@@ -20,7 +20,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from starlette.datastructures import UploadFile
 
-from granite_storage import StorageBinding, StorageGarbageCollector, StorageManager, bind_storage
+from granite_storage import StorageBinding, StorageGarbageCollector, StorageManager, _portal, bind_storage
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm import Attachment, _util
 from tests.orm.values import Base, Document, make_manager
@@ -249,3 +249,47 @@ def _bindings() -> list[StorageBinding]:
     from granite_storage.orm._interfaces import active_bindings
 
     return list(active_bindings())  # type: ignore[arg-type]
+
+
+def test_interrupted_after_the_uploads(sessions: Make, manager: StorageManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes when the files are stored, before the flush knows of it: the rollback deletes them."""
+    wait = _portal._Call.result
+
+    def interrupted(call: Any) -> Any:
+        result = wait(call)
+        if call._work.__name__ == "store":
+            raise KeyboardInterrupt
+        return result
+
+    attachments = [Attachment(b"first"), Attachment(b"second")]
+    with monkeypatch.context() as patched, sessions() as session:
+        patched.setattr(_portal._Call, "result", interrupted)
+        session.add_all(Document(file=attachment) for attachment in attachments)
+        with pytest.raises(KeyboardInterrupt):
+            session.flush()
+        assert len(objects(manager)) == 2
+    assert objects(manager) == []
+    with sessions() as session:
+        session.add_all(Document(file=attachment) for attachment in attachments)
+        session.commit()
+    assert len(objects(manager)) == 2
+    assert [attachment.sync.read() for attachment in attachments] == [b"first", b"second"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_source_that_ends_the_program(sessions: Make, manager: StorageManager, error: type[BaseException]) -> None:
+    """One of several files at once; the next flush of the process works."""
+
+    def chunks() -> Iterator[bytes]:
+        yield b"x" * 100_000
+        raise error("from the source")
+
+    with sessions() as session:
+        session.add_all(Document(file=Attachment(source)) for source in (b"before", chunks(), b"after"))
+        with pytest.raises(error, match="from the source"):
+            session.commit()
+    assert objects(manager) == []
+    with sessions() as session:
+        session.add(Document(file=Attachment(b"another")))
+        session.commit()
+    assert len(objects(manager)) == 1

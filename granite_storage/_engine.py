@@ -173,11 +173,11 @@ class Lifecycle:
         self._lock = threading.Lock()
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Stand around one call: refuse it where the manager is closed, and let closing wait for it."""
+    def call(self, *, while_closing: bool = False) -> Iterator[None]:
+        """Stand around one call: refuse it where the manager is closed or, as a rule, closing, and let closing wait for it."""
         state = self._here()
         task = asyncio.current_task()
-        if task not in state.calls:
+        if task not in state.calls and not (while_closing and state.is_closing):
             state.require_open()
         state.calls[task] += 1
         try:
@@ -259,7 +259,13 @@ class _LoopState:
         self._closers: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         self._changed = asyncio.Event()
 
+    @property
+    def is_closing(self) -> bool:
+        return self.closing is not None and not self.closing.done()
+
     def require_open(self) -> None:
+        if self.is_closing:
+            raise ConfigurationError("the storage manager is being closed; a call may begin once that has ended")
         if self.closing is not None:
             raise ConfigurationError("the storage manager is closed; enter it again with 'async with', or make another")
 
@@ -601,9 +607,15 @@ class Engine:
         finally:
             await close_listing(objects)
 
-    async def delete(self, ref: StoredObjectRef) -> None:
-        """Delete an object; one that is not there is no error."""
-        with self._lifecycle.call(), self._at(ref) as backend:
+    async def delete(self, ref: StoredObjectRef, *, while_closing: bool = False) -> None:
+        """Delete an object; one that is not there is no error.
+
+        Args:
+            ref: The object.
+            while_closing: Whether closing waits for this call, too, where it has begun: nothing else deletes what a rollback
+                leaves.
+        """
+        with self._lifecycle.call(while_closing=while_closing), self._at(ref) as backend:
             await backend.delete(ref.location)
 
     async def delete_many(self, backend_key: str, locations: Sequence[str]) -> Mapping[str, StorageError]:

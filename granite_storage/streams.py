@@ -65,7 +65,6 @@ __all__ = [
     "is_local",
     "is_seekable",
     "is_upload",
-    "is_weakly_referable",
     "iter_chunks",
     "joined",
     "size_mismatch",
@@ -163,7 +162,7 @@ class _Readings:
             self._current.pop(key, None)  # a fork has forgotten it
 
     def _remember(self, key: int, source: object) -> None:
-        if is_weakly_referable(source):
+        if _is_weakly_referable(source):
             self._begun[key] = weakref.ref(source, lambda _: self._begun.pop(key, None))
             return
         for kept, count in _references(self._kept).items():
@@ -195,7 +194,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_readings.forget_current)
 
 
-def is_weakly_referable(value: object) -> bool:
+def _is_weakly_referable(value: object) -> bool:
     """Tell whether something can have a weak reference, as generators and files can and the iterator of a list cannot."""
     return type(value).__weakrefoffset__ != 0
 

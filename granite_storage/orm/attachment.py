@@ -33,7 +33,6 @@ from granite_storage.streams import (
     WholeFile,
     is_file,
     is_form_upload,
-    is_weakly_referable,
     iter_chunks,
     require_synchronous,
     upload_size,
@@ -234,8 +233,6 @@ class AttachmentState:
     filename: str | None = None
     content_type: str | None = None
     extra: Mapping[str, Any] | None = None
-    # The source that was read, where nothing but this can remember that: until the commit.
-    _spent: WholeFile | ReadOnce | None = None
     _is_discarded: bool = False
     # The instances that it was assigned to while no row held it, and the attributes.
     _assignments: Sequence[tuple[weakref.ref[InstanceState[Any]], str]] = ()
@@ -372,7 +369,7 @@ class AttachmentState:
     def settle(self) -> None:
         """Release the source and the intent, because the row is committed."""
         self.drop_source()
-        self._spent = self.intent = None
+        self.intent = None
 
     def undo(self) -> None:
         """Become pending again, because the object was rolled back."""
@@ -479,7 +476,7 @@ class AttachmentState:
             return source._take_source()
         origin = self._origin()
         if not self.is_repeatable:
-            self._spend()
+            self.drop_source()
         return origin
 
     def _drop_consumed(self) -> None:
@@ -488,13 +485,7 @@ class AttachmentState:
         if isinstance(source, AttachmentState) and source.status is Status.PENDING:
             source._drop_consumed()
         elif isinstance(source, WholeFile) and not source.can_rewind:
-            self._spend()
-
-    def _spend(self) -> None:
-        """Release a source that is read once."""
-        if isinstance(self.source, WholeFile | ReadOnce) and not is_weakly_referable(self.source.held):
-            self._spent = self.source
-        self.drop_source()
+            self.drop_source()
 
 
 UploadFile: TypeAlias = SupportsAsyncRead | SupportsRead | AsyncIterable[BytesLike]

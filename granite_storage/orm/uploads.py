@@ -106,7 +106,7 @@ async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> N
 
 async def _delete(item: StoredObject) -> None:
     try:
-        await item.manager._engine.delete(item.ref)
+        await item.manager._engine.delete(item.ref, while_closing=True)
     except asyncio.CancelledError:
         logger.warning("deleting the object %r was cancelled; it is left to the garbage collector", item.ref.location)
     except Exception:

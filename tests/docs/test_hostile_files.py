@@ -123,6 +123,16 @@ async def attachments(names: Mapping[str, Any]) -> None:
         await post_too_large(client, "/documents", limit)
 
 
+async def synchronous(names: Mapping[str, Any]) -> None:
+    async with client_of(names["api"]) as client:
+        for file in HOSTILE:
+            answer = require_harmless(await client.post("/documents", params={"title": file.name[:50]}, **form_of(file)))
+            if answer.is_success:
+                whole = require_harmless(await client.get(f"/documents/{answer.json()['id']}"))
+                assert whole.content == file.content
+        await post_too_large(client, "/documents", 50 * MIB, params={"title": "large"})
+
+
 PROGRAMS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Coroutine[Any, Any, None]]]] = {
     "README.md": ("app = FastAPI(", readme),
     "docs/direct-uploads.md": ("stolen = ", direct),
@@ -131,6 +141,7 @@ PROGRAMS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Coroutine[Any, Any,
     "docs/serving.md": ("async def plain", serving),
     "docs/sqlalchemy.md": ("app = FastAPI(", attachments),
     "docs/streams.md": ("app = Starlette(", streams),
+    "docs/synchronous.md": ("api = FastAPI(", synchronous),
 }
 """The text with which the program of a document is complete, and the function that uploads hostile files to it."""
 

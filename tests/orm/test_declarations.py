@@ -331,8 +331,8 @@ class TestMessages:
 
     def test_sessions(self, manager: StorageManager, sessions: Sessions) -> None:
         engine = sessions.kw["bind"]
-        for wrong in (AsyncSession(engine), sessionmaker(create_engine("sqlite://")), "sessions", engine):
+        for wrong in (AsyncSession(engine), "sessions", engine):
             with pytest.raises(ConfigurationError, match="async_sessionmaker"):
                 bind_storage(Base, manager, session_factory=wrong)  # type: ignore[arg-type]
-        for right in (async_sessionmaker(engine), lambda: AsyncSession(engine)):
+        for right in (async_sessionmaker(engine), lambda: AsyncSession(engine), sessionmaker(create_engine("sqlite://"))):
             bind_storage(Base, manager, session_factory=right).unbind()  # type: ignore[arg-type]

@@ -190,6 +190,34 @@ def test_interrupted_flush(sessions: Make, manager: StorageManager, error: type[
         assert session.query(Document).count() == 0
 
 
+def test_rollback_while_the_manager_is_closed(sessions: Make, manager: StorageManager) -> None:
+    """Closing waits for another thread's upload: what the rollback leaves is deleted all the same."""
+    begun, enough = threading.Event(), threading.Event()
+
+    def chunks() -> Iterator[bytes]:
+        while not enough.is_set():
+            begun.set()
+            time.sleep(0.01)
+            yield b"x"
+
+    with sessions() as session:
+        session.add(Document(file=Attachment(b"abc")))
+        session.flush()
+        storing = threading.Thread(target=lambda: Attachment(chunks()).sync.store(Document.file))
+        storing.start()
+        begun.wait(10)
+        closing = threading.Thread(target=manager.sync.close)
+        closing.start()
+        time.sleep(0.1)
+        with pytest.raises(ConfigurationError, match="being closed"):
+            Attachment(b"late").sync.store(Document.file)
+        session.rollback()
+        enough.set()
+        storing.join()
+        closing.join()
+    assert len(objects(manager)) == 1  # that of the other thread
+
+
 def test_collector(sessions: Any, manager: StorageManager) -> None:
     """It reads the rows through the application's synchronous sessions, in threads."""
     from datetime import timedelta

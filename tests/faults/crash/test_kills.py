@@ -71,11 +71,16 @@ class KillSchedule:
             seed=f"{self._seed}-{number}",
             log=str(self._folder / f"{number}.log"),
             point=None if point is None else point.name,
-            count=1 if point is None else self._random.randint(1, point.most),
+            count=self._count(point),
             tasks=self._random.randint(1, 4),
             worker="worker" in needs or self._random.random() < 0.3,
             isolation_level="REPEATABLE READ" if "snapshots" in needs else self._isolation_level(),
         )
+
+    def _count(self, point: Point | None) -> int:
+        """Return at which time of coming to a point it happens; threads are slow to come to a rare one a second time."""
+        count = 1 if point is None else self._random.randint(1, point.most)
+        return 1 if self._setting.is_synchronous else count
 
     def is_own(self, job: Job) -> bool:
         """Tell whether a job is to come to one of the setting's own points."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -84,6 +85,7 @@ def fork() -> None:
 
 def upload_for_ever() -> None:
     """Upload without end, until Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
     def chunks() -> Iterator[bytes]:
         print("uploading", flush=True)

@@ -306,12 +306,15 @@ def test_loop_ends_with_its_last_manager() -> None:
 def test_interrupted_upload(manager: StorageManager, error: type[BaseException]) -> None:
     """As Ctrl-C does, or the time limit of a task queue: nothing is left, and the error is raised."""
     begun, ended = threading.Event(), threading.Event()
+    reads = 0
 
     class Slow(io.RawIOBase):
         def readable(self) -> bool:
             return True
 
         def readinto(self, buffer: Any) -> int:
+            nonlocal reads
+            reads += 1
             begun.set()
             time.sleep(0.02)
             buffer[:1] = b"x"
@@ -335,6 +338,9 @@ def test_interrupted_upload(manager: StorageManager, error: type[BaseException])
         signal.signal(signal.SIGUSR1, usual)
         sender.join()
     assert ended.is_set()
+    until_now = reads
+    time.sleep(0.1)
+    assert reads == until_now
     assert locations(manager) == []
     ref = manager.sync.put_bytes(**SLOT, content=b"abc")
     assert manager.sync.get(ref) == b"abc"
@@ -427,9 +433,13 @@ def test_forked_child(tmp_path: Path) -> None:
     children = [context.Process(target=_in_child, args=(manager, ref, answers)) for _ in range(3)]
     for child in children:
         child.start()
-    found = [answers.get(timeout=20) for _ in children]
-    for child in children:
-        child.join(20)
+    try:
+        found = [answers.get(timeout=20) for _ in children]
+        for child in children:
+            child.join(20)
+    finally:
+        for child in children:
+            child.kill()
     assert [child.exitcode for child in children] == [0, 0, 0]
     assert {content for content, _, _ in found} == {b"parent"}
     assert {manager.sync.get(made) for _, made, _ in found} == {b"child"}

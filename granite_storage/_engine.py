@@ -235,7 +235,7 @@ class Lifecycle:
             await wait_uncancelled(state.closing)
             raise
         finally:
-            if portal.is_here:  # synchronous callers may go on, with what is opened anew
+            if portal.is_here:  # later synchronous calls reopen the backends
                 self._loops.pop(asyncio.get_running_loop(), None)
 
     def _here(self) -> _LoopState:

@@ -98,7 +98,7 @@ class Portal:
             self._end(call)
 
     def run_later(self, work: Coroutine[Any, Any, object]) -> None:
-        """Run a coroutine on the loop; nobody waits for it."""
+        """Run a coroutine on the loop without waiting for it."""
         call = self._begin(_Call(work, copy_context()))
         call.future.add_done_callback(lambda _: self._end(call))
 
@@ -133,7 +133,7 @@ class Portal:
         self._end()
 
     def close(self) -> None:
-        """End the loop, whoever uses it; a later call starts another."""
+        """End the loop even if it is in use; a later call starts another one."""
         with self._lock:
             self._users.clear()
             self._calls.clear()
@@ -144,7 +144,7 @@ class Portal:
             thread.join(CLEANUP_TIMEOUT)
 
     def forget(self) -> None:
-        """Begin anew in a forked child, in which the loop's thread does not exist."""
+        """Reset the state in a forked child, in which the loop's thread does not exist."""
         if self._loop is not None:
             self._inherited.append(self._loop)
         self._reset()

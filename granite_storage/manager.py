@@ -552,7 +552,7 @@ class SyncStorage:
         return self._run(work, "copy", self._manager.delete)
 
     def close(self) -> None:
-        """Close what synchronous callers have opened; see `StorageManager.aclose`. A later call opens it anew."""
+        """Close what synchronous callers have opened; see `StorageManager.aclose`. A later call reopens it."""
         self._run(self._manager._close_here(), "close")
         portal.release(self._manager._lifecycle)
 

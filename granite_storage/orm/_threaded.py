@@ -54,7 +54,7 @@ class Worker:
             raise
 
     def submit(self, function: Callable[[], object]) -> None:
-        """Run a function after what the thread has to do, for nobody who waits."""
+        """Queue a function for the thread without waiting for its result."""
         self._submit(function).add_done_callback(_ignore)
 
     def _submit(self, function: Callable[[], T]) -> asyncio.Future[T]:

@@ -86,7 +86,7 @@ def asked_to_the_end(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P,
     """Let the statements of a short transaction end before a cancellation of its caller is raised.
 
     SQLAlchemy closes the connection of a statement that is cut off, but not its cursor: on SQLite the file then stays locked
-    until the garbage collector finds that. On the other databases nobody would know how a COMMIT has ended.
+    until the garbage collector finds that. On the other databases the outcome of a COMMIT would be unknown.
     """
 
     @wraps(method)

@@ -361,7 +361,7 @@ class SyncJournal:
         return enter_blocking(self._journal.worker(interval=interval), "journal.sync.worker", awaited)
 
     def retry_dead_letters(self) -> int:
-        """Let the deletions that were given up be tried again; see `StorageJournal.retry_dead_letters`."""
+        """Retry the deletes that were moved to the dead letters; see `StorageJournal.retry_dead_letters`."""
         return self._run(self._journal.retry_dead_letters(), "retry_dead_letters")
 
     def allow_restored_database(self) -> None:

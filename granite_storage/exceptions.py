@@ -15,13 +15,17 @@ __all__ = [
     "ConfigurationError",
     "ConsumedSourceError",
     "ContentError",
+    "ContentRejectedError",
     "ContentTooLargeError",
     "EmptyUploadError",
+    "InfectedContentError",
     "InvalidLocationError",
     "InvalidReferenceError",
     "MissingDependencyError",
     "ObjectExistsError",
     "ObjectNotFoundError",
+    "ScanPendingError",
+    "ScannerUnavailableError",
     "SizeMismatchError",
     "StaleAttachmentError",
     "StorageError",
@@ -30,6 +34,7 @@ __all__ = [
     "UnboundAttachmentError",
     "UnknownBackendError",
     "UnknownPolicyError",
+    "UnsupportedContentError",
 ]
 
 
@@ -107,6 +112,53 @@ class SizeMismatchError(ContentError):
 
 class EmptyUploadError(ContentError):
     """An upload has neither a name nor content: a file input of a form that was left empty, and no file to store."""
+
+
+class UnsupportedContentError(ContentError):
+    """The content is of a type that its policy does not accept, or not of the type that it was declared as; nothing was kept.
+
+    The message is for the client.
+
+    Attributes:
+        found: The media type that the content was found to be; None where it is of none that is known.
+        declared: The media type that was declared, or None.
+        accept: What the policy accepts.
+    """
+
+    def __init__(
+        self, message: str = "", *, found: str | None = None, declared: str | None = None, accept: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message)
+        self.found = found
+        self.declared = declared
+        self.accept = accept
+
+
+class ContentRejectedError(ContentError):
+    """An inspector or a validator refuses the content; nothing of it was kept.
+
+    Its message is for the client: a `validate=` function raises it with what the client shall read.
+    """
+
+
+class InfectedContentError(ContentError):
+    """A virus scanner found something in the content: an upload was not kept, or an object that was kept is not served.
+
+    Attributes:
+        signature: What the scanner calls it.
+    """
+
+    def __init__(self, message: str = "", *, signature: str | None = None) -> None:
+        super().__init__(message)
+        self.signature = signature
+
+
+class ScanPendingError(ContentError):
+    """An object is not served yet: the virus scanner has not judged it."""
+
+
+class ScannerUnavailableError(StorageError):
+    """The virus scanner did not answer, or could not judge the content; the upload was not kept, and may be tried again."""
 
 
 class StreamTimeoutError(ContentError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, NoReturn, Self
 
@@ -20,6 +20,8 @@ _MOST_CHARACTERS = 1 << 20
 _MOST_BITS = 1024
 _LARGEST_SIZE = (1 << 63) - 1
 _IDENTITY = "identity"
+PARTS = ("media", "scan")
+"""What a ref may say beside the nine fields."""
 
 
 def _refuse_change(*_: Any, **__: Any) -> NoReturn:
@@ -83,6 +85,12 @@ class StoredObjectRef(_UnknownKeys):
         original_filename: The name that the visitor gave, without path and control characters.
         created_at: When the object was stored: ISO 8601, UTC, microseconds.
         extra: The caller's own keys and the backend's, such as `bucket`; read-only.
+        media: What the content was found to be before it was kept, such as `type`, `width` and `height`; never what a client
+            says. None where nothing looked. Read-only, and left out of the JSON where it is None, as `scan` is.
+        scan: The verdict of a virus scanner: `status` (`clean`, `pending`, `infected` or `failed`), `by` and `at`; None where none
+            was asked.
+
+    The first nine are the ref's identity: refs are equal by them, whatever its `media` and `scan` say.
 
     Example:
         >>> ref = StoredObjectRef("avatars", "local", "user/42/avatar/x.png", 3, "")
@@ -99,11 +107,15 @@ class StoredObjectRef(_UnknownKeys):
     original_filename: str | None = None
     created_at: str | None = None
     extra: dict[str, Any] | None = None
+    media: Mapping[str, Any] | None = field(default=None, compare=False)
+    scan: Mapping[str, Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_unknown", ReadOnlyDict())
-        if self.extra is not None:
-            object.__setattr__(self, "extra", read_only(self.extra, "extra"))
+        for name in ("extra", *PARTS):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, read_only(value, name))
 
     @property
     def identity(self) -> str | None:
@@ -119,13 +131,13 @@ class StoredObjectRef(_UnknownKeys):
         """Return the same ref with another identity, or with none."""
         others = {key: value for key, value in self._unknown.items() if key != _IDENTITY}
         unknown = others if identity is None else {**others, _IDENTITY: identity}
-        return type(self)._rebuilt(tuple(getattr(self, field.name) for field in fields(self)), unknown)
+        return type(self)._rebuilt(tuple(getattr(self, item.name) for item in fields(self)), unknown)
 
     def __hash__(self) -> int:
         return hash((self.backend, self.location))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (tuple(getattr(self, field.name) for field in fields(self)), dict(self._unknown))
+        return _rebuild, (tuple(getattr(self, item.name) for item in fields(self)), dict(self._unknown))
 
     @classmethod
     def _rebuilt(cls, values: Iterable[Any], unknown: Mapping[str, Any]) -> Self:
@@ -155,12 +167,15 @@ class StoredObjectRef(_UnknownKeys):
         properties |= {"size": {"type": "integer", "minimum": 0}}
         properties |= dict.fromkeys(("content_type", "original_filename", "created_at"), optional)
         properties |= {"extra": {"anyOf": [{"type": "object"}, {"type": "null"}]}}
-        return {"type": "object", "title": "StoredObjectRef", "properties": properties, "required": list(properties)}
+        parts = dict.fromkeys(PARTS, {"type": "object"})
+        required = list(properties)
+        return {"type": "object", "title": "StoredObjectRef", "properties": properties | parts, "required": required}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, unknown keys that were read included."""
-        known = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**_plain(self._unknown), **known, "extra": _plain(self.extra)}
+        known = {name: getattr(self, name) for name in _FIELDS}
+        parts = {name: _plain(part) for name in PARTS if (part := getattr(self, name)) is not None}
+        return {**_plain(self._unknown), **known, "extra": _plain(self.extra), **parts}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -174,7 +189,7 @@ class StoredObjectRef(_UnknownKeys):
         """
         if not isinstance(data, Mapping):
             raise InvalidReferenceError(f"a ref must be a mapping, not {type(data).__name__}")
-        names = {field.name for field in fields(cls)}
+        parts = {name: data[name] for name in PARTS if isinstance(data.get(name), Mapping)}
         ref = cls(
             storage_key=_text(data, "storage_key"),
             backend=_text(data, "backend"),
@@ -185,10 +200,14 @@ class StoredObjectRef(_UnknownKeys):
             original_filename=_optional_text(data, "original_filename"),
             created_at=_timestamp(data.get("created_at")),
             extra=_extra(data.get("extra")),
+            **parts,
         )
-        unknown = {key: value for key, value in data.items() if key not in names}
+        unknown = {key: value for key, value in data.items() if key not in _FIELDS and key not in parts}
         object.__setattr__(ref, "_unknown", read_only(unknown, "an unknown key"))
         return ref
+
+
+_FIELDS = tuple(item.name for item in fields(StoredObjectRef) if item.name not in PARTS)
 
 
 def _require_minted(value: object) -> StoredObjectRef:

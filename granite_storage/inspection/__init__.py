@@ -1,0 +1,7 @@
+"""Uploads are judged before they are kept: by type, by inspectors such as `ImageLimits`, and by a virus scanner."""
+
+from __future__ import annotations
+
+from granite_storage.inspection.base import Inspection, Inspector, Scanner, ScanResult, UploadPreview
+
+__all__ = ["Inspection", "Inspector", "ScanResult", "Scanner", "UploadPreview"]

@@ -1,0 +1,117 @@
+"""What looks at an upload before it is kept: inspectors, scanners and strippers, as protocols, and what they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+__all__ = [
+    "HEAD_SIZE",
+    "Inspection",
+    "Inspector",
+    "OnUnavailable",
+    "ScanResult",
+    "Scanner",
+    "UploadPreview",
+    "Validator",
+]
+
+HEAD_SIZE = 64 * 1024
+"""How much of the beginning of an upload is looked at before any of it is stored, in bytes."""
+
+OnUnavailable: TypeAlias = Literal["refuse", "hold", "accept"]
+"""What becomes of an upload that the scanner cannot judge."""
+
+
+@dataclass(frozen=True, slots=True)
+class UploadPreview:
+    """What is known of an upload before any of it is stored.
+
+    Attributes:
+        storage_key: The policy that it is to be stored under.
+        head: Its first bytes, `HEAD_SIZE` of them or all where it has fewer.
+        filename: The name that the client gave, cleaned, or None.
+        declared_type: The media type that the client or the caller declared, or None.
+        content_type: The media type that it will be kept under: found from the content where the policy accepts certain types
+            only, otherwise the declared one.
+        size: How many bytes it has, where that is known already.
+    """
+
+    storage_key: str
+    head: bytes
+    filename: str | None = None
+    declared_type: str | None = None
+    content_type: str | None = None
+    size: int | None = None
+
+
+class Inspection(Protocol):
+    """One look at one upload, piece by piece, in a thread."""
+
+    def feed(self, piece: bytes, /) -> bool:
+        """Look at the next piece, of at most 1 MiB, the first of which begin with the head; return whether more is needed.
+
+        Raises:
+            ContentRejectedError: The upload is refused; the message is for the client.
+        """
+        ...
+
+    def finish(self) -> Mapping[str, Any] | None:
+        """Return what was found, JSON values, for the ref's `media`; called after the last piece, or none where it ended early.
+
+        Raises:
+            ContentRejectedError: The upload is refused.
+        """
+        ...
+
+
+@runtime_checkable
+class Inspector(Protocol):
+    """Looks at the content of uploads while they pass, finds out about them, and may refuse them. It serves several at a time."""
+
+    def begin(self, upload: UploadPreview, /) -> Inspection | None:
+        """Return what looks at this upload; None where it does not concern this inspector. In a thread.
+
+        Raises:
+            ContentRejectedError: The upload is refused; the message is for the client.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScanResult:
+    """The verdict of a scanner.
+
+    Attributes:
+        is_clean: Whether nothing was found.
+        by: The scanner, such as `clamd 1.4.2`.
+        signature: What was found, in the scanner's words; None where nothing was.
+    """
+
+    is_clean: bool
+    by: str
+    signature: str | None = None
+
+
+@runtime_checkable
+class Scanner(Protocol):
+    """Looks for viruses in the whole of an upload. It serves several at a time."""
+
+    @property
+    def on_unavailable(self) -> OnUnavailable:
+        """What becomes of an upload that it cannot judge: it is refused, held back until it is judged, or accepted."""
+        ...
+
+    async def scan(self, content: AsyncIterator[bytes], /) -> ScanResult:
+        """Judge content, in bounded memory and time; it need not be read to its end.
+
+        Raises:
+            ScannerUnavailableError: It cannot be judged.
+        """
+        ...
+
+
+Validator: TypeAlias = Callable[[UploadPreview], Awaitable[object] | object]
+"""A function of the application that looks at an upload before any of it is stored, and may refuse it: it raises
+`ContentRejectedError`, or ValueError, with a message for the client. One that is no coroutine function runs in a thread."""

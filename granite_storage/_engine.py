@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import MappingProxyType
@@ -49,6 +49,8 @@ from granite_storage.exceptions import (
     UnknownBackendError,
     UnknownPolicyError,
 )
+from granite_storage.inspection.base import HEAD_SIZE, Checks, UploadPreview, Validator
+from granite_storage.inspection.gate import Gate, Pieces, Verdict, judge_bytes, validate
 from granite_storage.locations import check_location, clean_filename, make_location
 from granite_storage.policies import StoragePolicy
 from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
@@ -63,6 +65,7 @@ from granite_storage.streams import (
     PacedStream,
     fingerprint,
     is_upload,
+    regrouped,
     require_declared_size,
     require_size,
     size_of,
@@ -89,6 +92,9 @@ class PreparedUpload:
         content_type: Its media type.
         original_filename: Its name, cleaned.
         extra: The caller's own keys.
+        checks: What is asked of its content before it is published; None for nothing.
+        media: What its content was found to be, where it is known already.
+        scan: What a scanner said of it, where it was asked already.
     """
 
     policy: StoragePolicy
@@ -96,6 +102,38 @@ class PreparedUpload:
     content_type: str | None
     original_filename: str | None
     extra: ReadOnlyDict | None
+    checks: Checks | None = None
+    media: Mapping[str, Any] | None = None
+    scan: Mapping[str, Any] | None = None
+
+    @property
+    def preview(self) -> UploadPreview:
+        """What is known of it, as its checks see it, but for its content."""
+        return UploadPreview(
+            self.policy.storage_key, b"", self.original_filename, declared_type=self.content_type, content_type=self.content_type
+        )
+
+    def judged(self, verdict: Verdict) -> PreparedUpload:
+        """Return it as its checks have let it in."""
+        return replace(
+            self,
+            content_type=verdict.content_type,
+            original_filename=verdict.filename,
+            media=verdict.media or self.media,
+            scan=verdict.scan or self.scan,
+        )
+
+    def validated_by(self, validator: Validator) -> PreparedUpload:
+        """Return it with one more function that may refuse it."""
+        checks = self.checks or Checks()
+        return replace(self, checks=replace(checks, validators=(*checks.validators, validator)))
+
+    def as_copy_of(self, ref: StoredObjectRef) -> PreparedUpload:
+        """Return it with what is known of the object that it becomes a copy of, which is not judged twice under one policy."""
+        checks = self.checks
+        if checks is not None and ref.storage_key == self.policy.storage_key and checks.were_passed_by(ref.media, ref.scan):
+            checks = checks.validation
+        return replace(self, checks=checks, media=ref.media, scan=ref.scan)
 
     def receipt(
         self, size: int, checksum: str, details: Mapping[str, Any] | None, identity: str | None = None
@@ -119,6 +157,8 @@ class PreparedUpload:
             original_filename=self.original_filename,
             created_at=canonical_timestamp(datetime.now(UTC)),
             extra=extra or None,
+            media=self.media,
+            scan=self.scan,
         )
         return ref if identity is None else ref.with_identity(identity)
 
@@ -485,7 +525,8 @@ class Engine:
             field_name=field_name,
             original_filename=filename,
         )
-        return PreparedUpload(policy, location, content_type, filename, None if extra is None else read_only(extra, "extra"))
+        own_keys = None if extra is None else read_only(extra, "extra")
+        return PreparedUpload(policy, location, content_type, filename, own_keys, policy.checks)
 
     def prepare_copy(
         self,
@@ -503,7 +544,7 @@ class Engine:
             own_keys = source.extra_keys if isinstance(source, SupportsExtraKeys) else frozenset[str]()
         if extra is None:
             extra = {key: value for key, value in (ref.extra or {}).items() if key not in own_keys}
-        return self.prepare(
+        prepared = self.prepare(
             storage_key=storage_key or ref.storage_key,
             model_name=model_name,
             entity_id=entity_id,
@@ -512,6 +553,7 @@ class Engine:
             original_filename=ref.original_filename,
             extra=extra,
         )
+        return prepared.as_copy_of(ref)
 
     async def put(
         self,
@@ -528,16 +570,40 @@ class Engine:
             require_declared_size(size)
             require_size(size, prepared.policy.max_size)
         limited = ManagedStream(content, prepared.policy.max_size)
-        if self._pace is None:
-            async with self._lifecycle.upload():
-                return await self._store(prepared, MeasuredStream(limited, size=size, checksum=checksum))
-        paced = PacedStream(limited, self._pace)
-        measured = MeasuredStream(paced, size=size, checksum=checksum)
+        stream = limited if self._pace is None else PacedStream(limited, self._pace)
         try:
-            async with self._lifecycle.upload(paced.begin):
-                return await self._store(prepared, measured)
+            async with self._lifecycle.upload(stream.begin if isinstance(stream, PacedStream) else None):
+                return await self._put_stream(prepared, stream, size, checksum)
         except BaseException:
-            await measured.aclose()
+            await stream.aclose()
+            raise
+
+    async def _put_stream(
+        self, prepared: PreparedUpload, stream: ManagedStream | PacedStream, size: int | None, checksum: str | None
+    ) -> StoredObjectRef:
+        if prepared.checks is None:
+            return await self._store(prepared, MeasuredStream(stream, size=size, checksum=checksum))
+        if prepared.checks.strip is None:
+            pieces: Pieces = regrouped(stream)
+        else:  # what is declared is true of what comes in, not of what is stored
+            pieces, size, checksum = MeasuredStream(stream, size=size, checksum=checksum), None, None
+        return await self._store_judged(prepared, pieces, stream.aclose, size, checksum)
+
+    async def _store_judged(
+        self,
+        prepared: PreparedUpload,
+        pieces: Pieces,
+        close: Callable[[], Awaitable[object]],
+        size: int | None,
+        checksum: str | None,
+    ) -> StoredObjectRef:
+        assert prepared.checks is not None  # noqa: S101  # the callers have looked
+        gate = Gate(pieces, prepared.checks, replace(prepared.preview, size=size), close=close)
+        try:
+            await gate.begin()
+            return await self._store(prepared, MeasuredStream(gate, size=size, checksum=checksum), gate)
+        except BaseException:
+            await gate.aclose()
             raise
 
     async def copy(self, ref: StoredObjectRef, prepared: PreparedUpload) -> StoredObjectRef:
@@ -545,7 +611,11 @@ class Engine:
         source = self.backend(ref.backend)
         require_size(ref.size, prepared.policy.max_size)
         try:
-            if prepared.policy.backend_key == ref.backend and isinstance(source, SupportsCopy):
+            checks = prepared.checks
+            if checks is not None and checks.is_only_validation:
+                await self._validate_copy(ref, prepared, checks)
+                prepared = replace(prepared, checks=None)
+            if prepared.checks is None and prepared.policy.backend_key == ref.backend and isinstance(source, SupportsCopy):
                 return await self._copy_on_server(ref, source, prepared)
             return await self._copy_through(ref, prepared)
         except ObjectNotFoundError as error:
@@ -710,19 +780,25 @@ class Engine:
         require_size(size_of(content), prepared.policy.max_size)
         key = prepared.policy.backend_key
         with self._lifecycle.call():
+            if prepared.checks is not None:
+                content, verdict = await judge_bytes(content, prepared.checks, prepared.preview)
+                prepared = prepared.judged(verdict)
             data, checksum = await fingerprint(content)
             with self._attribute_errors(key) as backend:
                 identity = await self._identities.current(key, backend)
                 details = await backend.put_bytes(prepared.location, data, content_type=prepared.content_type)
             return await self._receipt(prepared, len(data), checksum, details, identity)
 
-    async def _store(self, prepared: PreparedUpload, content: MeasuredStream) -> StoredObjectRef:
+    async def _store(
+        self, prepared: PreparedUpload, content: MeasuredStream, gate: Gate | None = None
+    ) -> StoredObjectRef:
         """Store a stream; nothing is awaited between the object's publication and its receipt, so no cancellation parts them."""
         key = prepared.policy.backend_key
+        content_type = prepared.content_type if gate is None else gate.verdict.content_type
         try:
             with self._attribute_errors(key) as backend:
                 identity = await self._identities.current(key, backend)
-                details = await backend.put_stream(prepared.location, content, content_type=prepared.content_type)
+                details = await backend.put_stream(prepared.location, content, content_type=content_type)
         except BaseException:
             await content.aclose()
             raise
@@ -732,6 +808,7 @@ class Engine:
             raise BackendError(
                 f"the backend {key!r} returned before the stream had ended", backend=key, location=prepared.location
             )
+        prepared = prepared if gate is None else prepared.judged(gate.verdict)
         return await self._receipt(prepared, content.size, content.checksum, details, identity)
 
     async def _receipt(
@@ -750,6 +827,11 @@ class Engine:
             backend.delete(prepared.location), f"deleting the object {prepared.location!r}, which has no receipt"
         )
 
+    async def _validate_copy(self, ref: StoredObjectRef, prepared: PreparedUpload, checks: Checks) -> None:
+        async with self.open(ref, length=HEAD_SIZE) as reader:
+            head = await reader.read()
+        await validate(checks, replace(prepared.preview, head=head, size=ref.size))
+
     async def _copy_on_server(self, ref: StoredObjectRef, backend: SupportsCopy, prepared: PreparedUpload) -> StoredObjectRef:
         with self._lifecycle.call(), self._at(ref) as storage:
             require_recorded_size(ref, (await storage.stat(ref.location)).size)
@@ -762,7 +844,10 @@ class Engine:
             reader = await self.open(ref)
             try:
                 content = MeasuredStream(aiter(reader), size=ref.size, checksum=ref.checksum or None)
-                copy = await self._store(prepared, content)
+                if prepared.checks is None:
+                    copy = await self._store(prepared, content)
+                else:
+                    copy = await self._store_judged(prepared, content, content.aclose, None, None)
             except BaseException:
                 await reader.aclose()
                 raise

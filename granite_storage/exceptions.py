@@ -19,6 +19,7 @@ __all__ = [
     "ContentTooLargeError",
     "EmptyUploadError",
     "InfectedContentError",
+    "InfectedObjectError",
     "InvalidLocationError",
     "InvalidReferenceError",
     "MissingDependencyError",
@@ -142,7 +143,7 @@ class ContentRejectedError(ContentError):
 
 
 class InfectedContentError(ContentError):
-    """A virus scanner found something in the content: an upload was not kept, or an object that was kept is not served.
+    """A virus scanner found something in the content; nothing of it was kept.
 
     Attributes:
         signature: What the scanner calls it.
@@ -153,8 +154,12 @@ class InfectedContentError(ContentError):
         self.signature = signature
 
 
-class ScanPendingError(ContentError):
-    """An object is not served yet: the virus scanner has not judged it."""
+class ScanPendingError(StorageError):
+    """An object is not served yet, because the virus scanner has not judged it."""
+
+
+class InfectedObjectError(StorageError):
+    """An object is not served, because a virus scanner found something in it after it was stored."""
 
 
 class ScannerUnavailableError(StorageError):

@@ -133,7 +133,7 @@ class StorageManager:
             entity_id: Which of them, such as a primary key.
             field_name: Which of its files, such as `avatar`.
             content: The bytes; changing the buffer during the call is the caller's mistake.
-            content_type: Its media type, kept as given.
+            content_type: Its media type; kept as given, unless the policy finds it from the content.
             original_filename: The name that the visitor gave; made safe, never trusted.
             extra: Keys of your own to keep in the ref, JSON values; the backend's own keys win.
 
@@ -145,6 +145,10 @@ class StorageManager:
             InvalidLocationError: `model_name`, `entity_id` or `field_name` is not safe.
             InvalidReferenceError: `content_type` or `extra` cannot be kept.
             ContentTooLargeError: It is larger than the policy allows.
+            UnsupportedContentError: The policy does not accept its type, or it is not of the declared type.
+            ContentRejectedError: An inspector or a validator of the policy refuses it.
+            InfectedContentError: The policy's scanner found something in it.
+            ScannerUnavailableError: The scanner could not judge it, and the policy refuses it then.
             BackendError: The backend could not store it.
         """
         if not isinstance(content, bytes | bytearray | memoryview):
@@ -187,7 +191,7 @@ class StorageManager:
             stream: A binary file object (read in a thread), an object with an async `read`, an async iterable or an iterable of
                 bytes. An upload, which is a file object with a `filename`, is read from its beginning; any other stream from its
                 current position. It is never closed.
-            content_type: Its media type, kept as given. None for that of an upload.
+            content_type: Its media type; kept as given, unless the policy finds it from the content. None for that of an upload.
             original_filename: The client's file name; made safe, never trusted. None for that of an upload.
             extra: Keys of your own to keep in the ref, JSON values; the backend's own keys win.
             size: The size in bytes, where the caller knows it; verified, and refused before the first byte if too large.
@@ -201,6 +205,10 @@ class StorageManager:
             InvalidLocationError: `model_name`, `entity_id` or `field_name` is not safe.
             InvalidReferenceError: `content_type`, `extra` or `checksum` cannot be kept.
             ContentTooLargeError: The stream has more bytes than the policy allows.
+            UnsupportedContentError: The policy does not accept its type, or it is not of the declared type.
+            ContentRejectedError: An inspector or a validator of the policy refuses it.
+            InfectedContentError: The policy's scanner found something in it.
+            ScannerUnavailableError: The scanner could not judge it, and the policy refuses it then.
             StreamTimeoutError: It was idle for too long, or too slow; see the arguments of the manager.
             SizeMismatchError: It has not the declared size, or is an upload that cannot seek and has not its own `size`.
             EmptyUploadError: It is an upload without a name and without bytes.
@@ -296,6 +304,8 @@ class StorageManager:
         Raises:
             ConfigurationError: The backend signs no URLs, and the manager has no signer.
             ValueError: `expires_in` is out of bounds, or the disposition is not known.
+            ScanPendingError: A virus scanner has not judged the object yet.
+            InfectedObjectError: It found something in it.
             BackendError: The backend could not sign.
         """
         return await self._engine.url(ref, expires_in=expires_in, disposition=disposition, filename=filename)

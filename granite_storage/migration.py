@@ -399,9 +399,9 @@ class _Relocation(AttachmentState):
         self._rate_limited = rate_limited
 
     def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
-        """Decide where the copy will be: below the same names, and whatever its size, for it was let in once."""
+        """Decide where the copy will be: below the same names, and whatever it is, for it was let in once."""
         prepared = manager._engine.prepare_copy(self._original, **_names_of(self._held, self._original))
-        return replace(prepared, policy=replace(prepared.policy, max_size=None))
+        return replace(prepared, policy=replace(prepared.policy, max_size=None), checks=None)
 
     async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
         async with manager.open(self._original, verify=True) as reader, aclosing(self._rate_limited(reader)) as chunks:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import get_args
 
 from granite_storage.exceptions import ConfigurationError, InvalidLocationError
+from granite_storage.inspection.base import (
+    Checks,
+    Inspector,
+    OnMismatch,
+    OnUnavailable,
+    OnUnstrippable,
+    Scanner,
+    Strip,
+    Validator,
+)
+from granite_storage.inspection.media_types import check_accept
 from granite_storage.locations import check_segment, make_location
 
 __all__ = ["StoragePolicy"]
@@ -25,6 +38,19 @@ class StoragePolicy:
             is the same as None.
         retention: How long an object is kept after its row has given it up, so that a database restored from a backup of that
             age still finds it, and an undo can bring it back. It needs a journal, which remembers what waits.
+        accept: The media types that are accepted, such as `("image/*", "application/pdf")`. The type is found from the content,
+            and is what the ref says; a client's word for it is never taken where the content tells. `image/*` does not accept
+            what a browser runs, such as `image/svg+xml`: that is named, or refused. None accepts anything as it is declared.
+        on_mismatch: What becomes of an upload whose declared type the content contradicts: `refuse`, or `correct` to the type
+            that was found, which must be accepted all the same.
+        inspect: What else looks at the content in passing, such as `ImageLimits`. What is found is kept in the ref's `media`.
+        scanner: What looks for viruses, such as `ClamdScanner("127.0.0.1:3310")`.
+        strip: Metadata to take out of JPEG, PNG and WebP images, without touching their pixels: `location`, or `all` but the
+            orientation and the colour profile. The size and the checksum of the ref are those of what is stored.
+        on_unstrippable: What becomes of pictures, films and sound of other types, of which some say where they were taken:
+            `refuse`, or `keep` them as they are.
+        validate: A function that is shown each upload before any of it is stored, an `UploadPreview`, and refuses it by raising
+            `ContentRejectedError` with a message for the client. A coroutine function is awaited, any other runs in a thread.
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it.
@@ -39,6 +65,14 @@ class StoragePolicy:
     max_size: int | None = None
     key_prefix: str | None = None
     retention: timedelta = timedelta(0)
+    accept: tuple[str, ...] | None = None
+    on_mismatch: OnMismatch = "refuse"
+    inspect: Sequence[Inspector] = ()
+    scanner: Scanner | None = None
+    strip: Strip | None = None
+    on_unstrippable: OnUnstrippable = "refuse"
+    validate: Validator | None = None
+    checks: Checks | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         _require_name("storage_key", self.storage_key)
@@ -49,6 +83,25 @@ class StoragePolicy:
         if self.key_prefix is not None:
             _require_prefix(self.storage_key, self.key_prefix)
         _require_retention(self.storage_key, self.retention)
+        object.__setattr__(self, "inspect", _require_inspectors(self.storage_key, self.inspect))
+        if self.accept is not None:
+            object.__setattr__(self, "accept", check_accept(self.accept))
+        _require_choice(self.storage_key, "on_mismatch", self.on_mismatch, get_args(OnMismatch))
+        _require_choice(self.storage_key, "strip", self.strip, (None, *get_args(Strip)))
+        _require_choice(self.storage_key, "on_unstrippable", self.on_unstrippable, get_args(OnUnstrippable))
+        _require_scanner(self.storage_key, self.scanner)
+        require_validator(f"policy {self.storage_key!r}", self.validate)
+        checks = Checks(
+            accept=self.accept,
+            on_mismatch=self.on_mismatch,
+            inspectors=tuple(self.inspect),
+            scanner=self.scanner,
+            strip=self.strip,
+            on_unstrippable=self.on_unstrippable,
+            validators=() if self.validate is None else (self.validate,),
+        )
+        if checks.needs_type or checks.scanner is not None or checks.validators:
+            object.__setattr__(self, "checks", checks)
 
 
 def _require_name(argument: str, value: object) -> None:
@@ -79,3 +132,34 @@ def _require_prefix(storage_key: str, prefix: object) -> None:
 def _require_retention(storage_key: str, value: object) -> None:
     if not isinstance(value, timedelta) or value < timedelta(0):
         raise ConfigurationError(f"retention of policy {storage_key!r} must be a timedelta that is not negative, not {value!r}")
+
+
+def _require_inspectors(storage_key: str, value: object) -> tuple[Inspector, ...]:
+    if isinstance(value, Inspector):
+        raise ConfigurationError(f"inspect of policy {storage_key!r} must be a list of inspectors: put the {value!r} into one")
+    if not isinstance(value, list | tuple):
+        raise ConfigurationError(f"inspect of policy {storage_key!r} must be a list of inspectors, not {value!r}")
+    for item in value:
+        if isinstance(item, type) or not isinstance(item, Inspector):
+            raise ConfigurationError(f"inspect of policy {storage_key!r} contains {item!r}, which is no inspector: it has no begin()")
+    return tuple(value)
+
+
+def _require_choice(storage_key: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
+    if not any(value is choice or value == choice for choice in choices):
+        known = ", ".join(map(repr, choices))
+        raise ConfigurationError(f"{argument} of policy {storage_key!r} must be one of {known}, not {value!r}")
+
+
+def _require_scanner(storage_key: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, type) or not isinstance(value, Scanner):
+        raise ConfigurationError(f"scanner of policy {storage_key!r} must have scan() and on_unavailable, but is {value!r}")
+    _require_choice(storage_key, "scanner.on_unavailable", value.on_unavailable, get_args(OnUnavailable))
+
+
+def require_validator(owner: str, value: object) -> None:
+    """Refuse what cannot be called to validate an upload."""
+    if value is not None and not callable(value):
+        raise ConfigurationError(f"validate of {owner} must be a function that takes an UploadPreview, not {value!r}")

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, NoReturn, Self
 
-from granite_storage.exceptions import InvalidReferenceError
+from granite_storage.exceptions import InfectedObjectError, InvalidReferenceError, ScanPendingError
 
-__all__ = ["ReadOnlyDict", "ReadOnlyList", "StoredObjectRef", "canonical_checksum", "read_only"]
+__all__ = ["ReadOnlyDict", "ReadOnlyList", "StoredObjectRef", "canonical_checksum", "read_only", "require_scanned"]
 
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
 _MOST_DEPTH = 32
@@ -214,6 +214,24 @@ def _require_minted(value: object) -> StoredObjectRef:
     if not isinstance(value, StoredObjectRef):
         raise ValueError("a StoredObjectRef comes from a StorageManager or from a column of refs, never from a client")
     return value
+
+
+def require_scanned(ref: StoredObjectRef) -> None:
+    """Refuse to serve an object that a scanner has not judged yet, or found something in.
+
+    Raises:
+        ScanPendingError: It is held back until it is judged.
+        InfectedObjectError: Something was found in it.
+    """
+    if ref.scan is None:
+        return
+    match ref.scan.get("status"):
+        case "clean" | "failed":  # a policy that accepts what could not be scanned has accepted it
+            return
+        case "infected":
+            raise InfectedObjectError(f"a virus scanner has found something in the object {ref.location!r}, which is not served")
+        case _:
+            raise ScanPendingError(f"the object {ref.location!r} is not served until a virus scanner has judged it")
 
 
 def canonical_checksum(checksum: object) -> str:

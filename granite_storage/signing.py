@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from granite_storage._headers import Disposition, content_disposition, require_disposition, served_type
 from granite_storage.backends.base import StorageBackend, SupportsPresign
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
-from granite_storage.refs import StoredObjectRef
+from granite_storage.refs import StoredObjectRef, require_scanned
 
 __all__ = ["SignedObject", "TokenSigner", "UrlSigner", "require_base_url", "signed_url"]
 
@@ -169,8 +169,11 @@ class UrlSigner:
 
         Raises:
             ValueError: `expires_in` is less than a second or more than `max_expires_in`, or the disposition is not known.
+            ScanPendingError: A virus scanner has not judged the object yet.
+            InfectedObjectError: It found something in it.
         """
         require_disposition(disposition)
+        require_scanned(ref)
         if not timedelta(seconds=1) <= expires_in <= self.max_expires_in:
             raise ValueError(f"expires_in must be from one second to {self.max_expires_in}, not {expires_in}")
         claims = {name: value for name in _REF_FIELDS if (value := getattr(ref, name)) is not None}
@@ -200,6 +203,7 @@ async def signed_url(
     filename: str | None,
 ) -> str:
     """Return a URL that the backend signs where it can, else the signer; see `StorageManager.url`."""
+    require_scanned(ref)
     if isinstance(backend, SupportsPresign):
         require_disposition(disposition)
         name = ref.original_filename if filename is None else filename

@@ -67,6 +67,7 @@ __all__ = [
     "is_upload",
     "iter_chunks",
     "joined",
+    "regrouped",
     "size_mismatch",
     "upload_size",
     "whole",
@@ -857,7 +858,7 @@ class MeasuredStream:
                 await aclose()
 
     async def _measure(self) -> AsyncGenerator[bytes, None]:
-        async with aclosing(_regrouped(self._chunks)) as pieces:
+        async with aclosing(regrouped(self._chunks)) as pieces:
             async for piece in pieces:
                 self.size += len(piece)
                 if self.declared_size is not None and self.size > self.declared_size:
@@ -968,7 +969,7 @@ def _fingerprint(content: BytesLike) -> tuple[bytes, str]:
     return data, f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-async def _regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, None]:
+async def regrouped(chunks: AsyncIterator[BytesLike]) -> AsyncGenerator[bytes, None]:
     """Join small chunks and cut large ones, and let other tasks run where the source never waits.
 
     A thread that hashes or writes needs the interpreter once for each piece, so few large pieces disturb the event loop less. A

@@ -8,11 +8,15 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 __all__ = [
     "HEAD_SIZE",
+    "Checks",
     "Inspection",
     "Inspector",
+    "OnMismatch",
     "OnUnavailable",
+    "OnUnstrippable",
     "ScanResult",
     "Scanner",
+    "Strip",
     "UploadPreview",
     "Validator",
 ]
@@ -22,6 +26,15 @@ HEAD_SIZE = 64 * 1024
 
 OnUnavailable: TypeAlias = Literal["refuse", "hold", "accept"]
 """What becomes of an upload that the scanner cannot judge."""
+
+OnMismatch: TypeAlias = Literal["refuse", "correct"]
+"""What becomes of a declared media type that the content contradicts."""
+
+Strip: TypeAlias = Literal["location", "all"]
+"""Which metadata is taken out of images: where they were taken, or all that is not needed to show them."""
+
+OnUnstrippable: TypeAlias = Literal["refuse", "keep"]
+"""What becomes of pictures, films and sound out of which no metadata can be taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +117,7 @@ class Scanner(Protocol):
         ...
 
     async def scan(self, content: AsyncIterator[bytes], /) -> ScanResult:
-        """Judge content, in bounded memory and time; it need not be read to its end.
+        """Judge content, in bounded memory and time. That it is clean counts only where all of it was read.
 
         Raises:
             ScannerUnavailableError: It cannot be judged.
@@ -115,3 +128,52 @@ class Scanner(Protocol):
 Validator: TypeAlias = Callable[[UploadPreview], Awaitable[object] | object]
 """A function of the application that looks at an upload before any of it is stored, and may refuse it: it raises
 `ContentRejectedError`, or ValueError, with a message for the client. One that is no coroutine function runs in a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """What a policy asks of an upload, together.
+
+    Attributes:
+        accept: The media types that are accepted, found from the content; None for any, which are then not looked at.
+        on_mismatch: Whether a declared type that the content contradicts is refused or corrected.
+        inspectors: What looks at the content.
+        scanner: What looks for viruses, or None.
+        strip: Which metadata is taken out of images; None for none.
+        on_unstrippable: Whether pictures, films and sound of other types than those it is taken out of are refused or kept.
+        validators: Functions of the application, of the policy and of the column.
+    """
+
+    accept: tuple[str, ...] | None = None
+    on_mismatch: OnMismatch = "refuse"
+    inspectors: tuple[Inspector, ...] = ()
+    scanner: Scanner | None = None
+    strip: Strip | None = None
+    on_unstrippable: OnUnstrippable = "refuse"
+    validators: tuple[Validator, ...] = ()
+
+    @property
+    def needs_type(self) -> bool:
+        """Whether the type of the content has to be found."""
+        return self.accept is not None or bool(self.inspectors) or self.strip is not None
+
+    @property
+    def is_only_validation(self) -> bool:
+        """Whether nothing is asked but the validators."""
+        return not self.needs_type and self.scanner is None
+
+    @property
+    def validation(self) -> Checks | None:
+        """The validators alone; None where there are none."""
+        return Checks(validators=self.validators) if self.validators else None
+
+    def were_passed_by(self, media: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) -> bool:
+        """Tell whether an object of the same policy has passed all but the validators, by what its ref says."""
+        return (not self.needs_type or media is not None) and (self.scanner is None or scan is not None)
+
+    def would_pass(self, media: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) -> bool:
+        """Tell whether an object of another policy passes all of this, by what its ref says; what cannot be told does not pass."""
+        found = None if media is None else media.get("type")
+        is_accepted = self.accept is None or (isinstance(found, str) and accepts(self.accept, found))
+        is_clean = self.scanner is None or (scan is not None and scan.get("status") == "clean")
+        return is_accepted and is_clean and not self.inspectors and self.strip is None and not self.validators

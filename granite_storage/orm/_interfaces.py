@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from granite_storage._engine import PreparedUpload
+    from granite_storage.inspection.base import Validator
     from granite_storage.manager import StorageManager
     from granite_storage.refs import StoredObjectRef
 
@@ -55,6 +56,7 @@ class ColumnType(Protocol):
     """The type of an attachment column, which knows its column and its policy."""
 
     storage_key: str
+    validate: Validator | None
 
     @property
     def column(self) -> Column[Any]:
@@ -90,7 +92,7 @@ class ColumnType(Protocol):
         ...
 
     def require_fit(self, ref: StoredObjectRef) -> None:
-        """Raise `ContentTooLargeError` if an object is larger than the column's policy allows."""
+        """Raise if an object of another policy is larger than the column's policy allows, or has not passed its checks."""
         ...
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
 
@@ -298,6 +298,10 @@ class AttachmentState:
 
     def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where it will be stored, for a column."""
+        prepared = self._prepare(manager, column_type, entity_id)
+        return prepared if column_type.validate is None else prepared.validated_by(column_type.validate)
+
+    def _prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
         names = _names_of(column_type, entity_id)
         original = self._origin()
         if not isinstance(original, AttachmentState):
@@ -311,6 +315,7 @@ class AttachmentState:
         else:
             ref = original.require_ref()
             given = {"content_type": ref.content_type, "original_filename": ref.original_filename, "extra": ref.extra}
+            return replace(manager._engine.prepare(**names, **given), media=ref.media, scan=ref.scan)
         return manager._engine.prepare(**names, **given)
 
     def record(self, intent: Intent) -> None:

@@ -43,9 +43,12 @@ from granite_storage.exceptions import (
     InvalidReferenceError,
     UnboundAttachmentError,
     UnknownPolicyError,
+    UnsupportedContentError,
 )
+from granite_storage.inspection.base import Validator
 from granite_storage.orm._interfaces import binding_for, find_binding, unbound_message
 from granite_storage.orm.attachment import Attachment
+from granite_storage.policies import require_validator
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
@@ -237,6 +240,7 @@ class AttachmentType(_RefJSON[Attachment]):
     Args:
         storage_key: The policy that new objects are stored under.
         entity_id: Given the instance, returns the segment of the location that names the row; None for the primary key.
+        validate: A function that may refuse a new file of this column, as `StoragePolicy.validate` does for all of a policy.
     """
 
     cache_ok: bool | None = True
@@ -244,12 +248,20 @@ class AttachmentType(_RefJSON[Attachment]):
     # How many columns were ever declared; a change invalidates the caches of mappers and tables.
     declared: ClassVar[int] = 0
 
-    def __init__(self, storage_key: str, *, entity_id: Callable[[Any], str] | None = None) -> None:
+    def __init__(
+        self,
+        storage_key: str,
+        *,
+        entity_id: Callable[[Any], str] | None = None,
+        validate: Validator | None = None,
+    ) -> None:
         if not isinstance(storage_key, str) or not storage_key:
             raise ConfigurationError(f"an attachment column needs the storage key of a policy, not {storage_key!r}")
         super().__init__()
         self.storage_key = storage_key
+        require_validator(f"the attachment column of the policy {storage_key!r}", validate)
         self.entity_id = entity_id
+        self.validate = validate
         self._column: Column[Any] | None = None
 
     def __repr__(self) -> str:
@@ -309,13 +321,25 @@ class AttachmentType(_RefJSON[Attachment]):
         return binding.manager
 
     def require_fit(self, ref: StoredObjectRef) -> None:
-        """Raise if an object is too large for the column; one of the column's own policy was checked when it was stored.
+        """Raise if an object does not fit the column; one of the column's own policy was checked when it was stored.
 
         Raises:
             ContentTooLargeError: It was stored under another policy, and is larger than that of the column allows.
+            UnsupportedContentError: It was stored under another policy, and what that found out about it does not show that the
+                column's policy would have let it in; its content can be stored anew.
         """
-        limit = self.manager_in(self.binding()).policy(self.storage_key).max_size
-        if ref.storage_key != self.storage_key and limit is not None and ref.size > limit:
+        policy = self.manager_in(self.binding()).policy(self.storage_key)
+        if ref.storage_key == self.storage_key:
+            return
+        if policy.checks is not None and not policy.checks.would_pass(ref.media, ref.scan):
+            raise UnsupportedContentError(
+                f"{self.label} has checks (policy {self.storage_key!r}) that a file of the policy {ref.storage_key!r} has not"
+                " passed: store its content anew, with Attachment(await file.read(), ...)",
+                found=None if ref.media is None else ref.media.get("type"),
+                declared=ref.content_type,
+            )
+        limit = policy.max_size
+        if limit is not None and ref.size > limit:
             raise ContentTooLargeError(
                 f"the file has {ref.size} bytes, and {self.label} accepts at most {limit} (policy {self.storage_key!r}); it was"
                 f" stored under the policy {ref.storage_key!r}",
@@ -369,13 +393,21 @@ class AttachmentType(_RefJSON[Attachment]):
         return Attachment._broken(error, self)
 
 
-def attachment(storage_key: str, *, entity_id: Callable[[Any], str] | None = None, **column_arguments: Any) -> MappedColumn[Any]:
+def attachment(
+    storage_key: str,
+    *,
+    entity_id: Callable[[Any], str] | None = None,
+    validate: Validator | None = None,
+    **column_arguments: Any,
+) -> MappedColumn[Any]:
     """Declare an attachment attribute of a model.
 
     Args:
         storage_key: The policy that new objects are stored under.
         entity_id: Given the instance, returns the segment of the location that names the row. By default that is the primary
             key if it is known before the INSERT, otherwise a new UUID.
+        validate: A function that is shown each new file of this column, an `UploadPreview`, after the policy's own, and refuses it
+            by raising `ContentRejectedError` with a message for the client.
         **column_arguments: Other arguments of `mapped_column`, such as `nullable`, `deferred`, `init` or `default`. A default
             is None or a function without arguments, which makes an attachment for each new row that has none.
 
@@ -390,7 +422,7 @@ def attachment(storage_key: str, *, entity_id: Callable[[Any], str] | None = Non
             file: Mapped[Attachment | None] = attachment("documents")
         ```
     """
-    column_type = AttachmentType(storage_key, entity_id=entity_id)
+    column_type = AttachmentType(storage_key, entity_id=entity_id, validate=validate)
     for name, value in column_arguments.items():
         if name in _DEFAULTS:
             _require_callable(f"attachment({storage_key!r}, {name}=...)", value)

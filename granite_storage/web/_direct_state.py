@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 from uuid import UUID
 
 from granite_storage.backends.base import ObjectInfo
-from granite_storage.exceptions import ChecksumMismatchError, ObjectNotFoundError, StaleAttachmentError
+from granite_storage.exceptions import ChecksumMismatchError, ObjectNotFoundError, StaleAttachmentError, StorageError
 from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType
@@ -253,7 +253,7 @@ class Staged:
     ref: StoredObjectRef
     identity: str
 
-    def verdict(self, error: UploadMismatchError) -> dict[str, str]:
+    def verdict(self, error: StorageError) -> dict[str, str]:
         """Return what to remember about a refusal."""
         return {"identity": self.identity, "why": str(error)}
 
@@ -276,7 +276,7 @@ async def find_staged(manager: StorageManager, storage_key: str, upload_token: U
         backend=upload_token.backend,
         location=upload_token.location,
         size=0,
-        checksum="",
+        checksum=upload_token.checksum or "",
         content_type=upload_token.content_type,
         original_filename=upload_token.filename,
     )
@@ -312,9 +312,12 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
         SizeMismatchError: It does not have the size that was copied.
         UploadMismatchError: It is not what was announced.
     """
+    # What its policy has judged was compared with the announcement on the way in; what is stored may be without its metadata.
+    was_judged = ref.media is not None or ref.scan is not None
     async with manager.open(ref) as reader:
-        _require_headers(reader.info, upload_token)
-        content = MeasuredStream(aiter(reader), checksum=upload_token.checksum)
+        if not was_judged:
+            _require_headers(reader.info, upload_token)
+        content = MeasuredStream(aiter(reader), checksum=None if was_judged else upload_token.checksum)
         head = b""
         try:
             async for chunk in content:
@@ -323,9 +326,9 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
             raise UploadMismatchError("the file does not have the announced checksum") from error
         finally:
             await content.aclose()
-    if contradicts(head, upload_token.content_type):
+    if not was_judged and contradicts(head, upload_token.content_type):
         raise UploadMismatchError(_WRONG_TYPE)
-    return replace(ref, checksum=content.checksum or "")
+    return replace(ref, checksum=content.checksum or "").with_identity(ref.identity)
 
 
 def _require_headers(info: ObjectInfo, upload_token: UploadToken) -> None:

@@ -20,12 +20,16 @@ from starlette.types import Receive, Scope, Send
 from granite_storage._engine import PreparedUpload
 from granite_storage.backends.base import UploadRequest
 from granite_storage.exceptions import (
+    ChecksumMismatchError,
     ConfigurationError,
+    ContentRejectedError,
+    InfectedContentError,
     InvalidReferenceError,
     ObjectExistsError,
     SizeMismatchError,
     StaleAttachmentError,
     StorageError,
+    UnsupportedContentError,
 )
 from granite_storage.locations import GENERATED_STEM, clean_filename, safe_name, uuid7_hex
 from granite_storage.manager import StorageManager
@@ -345,7 +349,10 @@ class DirectUploads:
         Raises:
             UploadTokenError: The token is changed, expired, or of another owner, attribute or application (403).
             UploadMissingError: No file was uploaded yet (409).
-            UploadMismatchError: It is not what was announced (422).
+            UploadMismatchError: It is not what was announced, or was refused before (422).
+            UnsupportedContentError: The policy does not accept its type (415).
+            ContentRejectedError: An inspector or a validator of the policy refuses it (422).
+            InfectedContentError: The policy's scanner found something in it (422).
             ContentTooLargeError: It has more bytes than announced, or than the policy allows now (413).
             StaleAttachmentError: It was not finished in time, or was replaced meanwhile (409).
             ConfigurationError: The attribute is no attachment of this binding.
@@ -384,9 +391,13 @@ class DirectUploads:
         async with claim as claimed:
             try:
                 attachment = await self._adopt_staged(upload_token, column_type, staged)
-            except UploadMismatchError as error:
+            except (UploadMismatchError, UnsupportedContentError, ContentRejectedError, InfectedContentError) as error:
                 await claimed.refuse(staged.verdict(error))
                 raise
+            except ChecksumMismatchError as error:
+                mismatch = UploadMismatchError("the file does not have the announced checksum")
+                await claimed.refuse(staged.verdict(mismatch))
+                raise mismatch from error
             except SizeMismatchError as error:
                 raise StaleAttachmentError("the file was replaced while the upload was finished; finish it again") from error
             try:

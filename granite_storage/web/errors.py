@@ -16,14 +16,20 @@ from starlette.responses import Response
 
 from granite_storage.exceptions import (
     BackendUnavailableError,
+    ContentRejectedError,
     ContentTooLargeError,
     EmptyUploadError,
+    InfectedContentError,
+    InfectedObjectError,
     ObjectExistsError,
     ObjectNotFoundError,
+    ScannerUnavailableError,
+    ScanPendingError,
     StaleAttachmentError,
     StorageError,
     StorageFullError,
     StreamTimeoutError,
+    UnsupportedContentError,
 )
 
 __all__ = [
@@ -64,7 +70,7 @@ class RequestError(StorageError, HTTPException):
     def __init__(self, message: str = "") -> None:
         Exception.__init__(self, message)
         self.status_code: int = self.status
-        self.detail: str = f"{message[:1].upper()}{message[1:]}."
+        self.detail: str = _as_sentence(message)
         self.headers: Mapping[str, str] | None = None
 
     def __str__(self) -> str:
@@ -72,6 +78,11 @@ class RequestError(StorageError, HTTPException):
 
     def __repr__(self) -> str:
         return Exception.__repr__(self)
+
+
+def _as_sentence(message: str) -> str:
+    end = "" if message.endswith((".", "!", "?")) else "."
+    return f"{message[:1].upper()}{message[1:]}{end}"
 
 
 class MalformedRequestError(RequestError):
@@ -160,9 +171,9 @@ def install_error_handlers(app: Starlette, *, retry_after: int = RETRY_AFTER) ->
 def problem_response(error: StorageError, *, retry_after: int = RETRY_AFTER) -> Response:
     """Return the response to an error of the library, as `application/problem+json`.
 
-    400, 408, 413, 415 and 422 for an error in the request, 403 for an invalid token of a direct upload, 404 for a missing object,
-    409 for a state that has changed meanwhile, 503 with Retry-After for an unavailable storage, 507 for a full one, and 500 for
-    anything else. The body names no location, backend or path.
+    400, 408, 413, 415 and 422 for an error in the request, 403 for an invalid token of a direct upload, 404 for an object that is
+    missing or infected, 409 for a state that has changed meanwhile and for an object that is still to be scanned, 503 with
+    Retry-After for an unavailable storage or scanner, 507 for a full storage, and 500 for anything else. The body names no location, backend or path.
 
     Args:
         error: The error.
@@ -188,6 +199,18 @@ def _problem_of(error: StorageError) -> _Problem:
             return _Problem(413, f"The file is larger than {error.max_size} bytes.", {"max_size": error.max_size})
         case EmptyUploadError():
             return _Problem(422, "No file was chosen.")
+        case UnsupportedContentError():
+            return _Problem(415, _as_sentence(str(error)), {"accept": list(error.accept)} if error.accept else {})
+        case ContentRejectedError():
+            return _Problem(422, _as_sentence(str(error)))
+        case InfectedContentError():
+            return _Problem(422, "The file was refused, because a virus scanner has found something in it.")
+        case ScannerUnavailableError():
+            return _Problem(503, "The file could not be scanned for viruses at the moment.", retry=True)
+        case ScanPendingError():
+            return _Problem(409, "The file has not been scanned for viruses yet.", retry=True)
+        case InfectedObjectError():  # 451 is for what the law forbids (RFC 7725); to a client, this file is not there
+            return _Problem(404, "The file is not there.")
         case StreamTimeoutError():
             return _Problem(408, "The file did not arrive in time.")
         case ObjectNotFoundError():

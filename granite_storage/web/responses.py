@@ -31,11 +31,17 @@ from granite_storage._headers import (
 )
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends.base import ByteRange
-from granite_storage.exceptions import BackendError, ConfigurationError, ObjectNotFoundError
+from granite_storage.exceptions import (
+    BackendError,
+    ConfigurationError,
+    InfectedObjectError,
+    ObjectNotFoundError,
+    ScanPendingError,
+)
 from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
-from granite_storage.refs import StoredObjectRef
+from granite_storage.refs import StoredObjectRef, require_scanned
 from granite_storage.web._conditional import (
     Validators,
     failed_precondition,
@@ -296,7 +302,7 @@ class StoredObjectResponse(Response):
 
     Ranges, preconditions, If-Range and HEAD follow RFC 9110, and the ETag is a strong one made of the checksum. Memory is bounded
     per response, and a client that disconnects or does not read stops the reading. A missing object is answered with 404 and
-    logged as an error. Once the first byte is sent, an answer is whole or broken: an error in the body is logged, and the
+    logged as an error; one that a virus scanner has yet to judge with 409, and one in which it found something with 404. Once the first byte is sent, an answer is whole or broken: an error in the body is logged, and the
     connection is cut.
 
     A browser runs nothing of it: `nosniff`, a Content-Security-Policy that allows a player for audio and video and nothing for
@@ -381,6 +387,7 @@ class StoredObjectResponse(Response):
         """Decide what to send before anything is sent, and send it."""
         headers = MutableHeaders(raw=list(self.raw_headers))
         try:
+            require_scanned(self._ref)
             validators = await self._validators(headers)
             status, ranges = _decide(self._method, self._asked, validators, self._ref.size, whole=self._compressed)
             self._describe(headers, validators)
@@ -395,6 +402,9 @@ class StoredObjectResponse(Response):
             logger.error("a response was 404, because the object of its ref is missing: %s", error)
             kept = [(name, value) for name, value in headers.items() if name not in _OF_THE_OBJECT]
             await send_status(send, 404, kept)
+            return
+        except (ScanPendingError, InfectedObjectError) as error:
+            await send_status(send, 409 if isinstance(error, ScanPendingError) else 404)
             return
         async with first:
             headers.update(body.headers)

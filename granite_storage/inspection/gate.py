@@ -1,0 +1,414 @@
+"""The gate that each upload passes: judged in the same pass in which it is hashed, and refused before anything is published."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Protocol, Self
+
+from granite_storage._tasks import shielded_cleanup
+from granite_storage._threads import ThreadConsumer, ThreadPool
+from granite_storage.exceptions import (
+    ContentRejectedError,
+    InfectedContentError,
+    ScannerUnavailableError,
+    StorageError,
+    UnsupportedContentError,
+)
+from granite_storage.inspection.base import HEAD_SIZE, Checks, Inspection, Scanner, ScanResult, Strip, UploadPreview, Validator
+from granite_storage.inspection.media_types import detect, fit_filename, judge_type
+from granite_storage.inspection.stripping import Stripper, can_strip
+from granite_storage.refs import canonical_timestamp, read_only
+
+__all__ = ["Gate", "Pieces", "Verdict", "judge_bytes", "validate"]
+
+logger = logging.getLogger("granite_storage")
+
+_PIECE = 1 << 20
+_MOST_PENDING = 1 << 20
+_VERDICT_TIMEOUT = 300.0
+_OUTCOMES = {"hold": "is held back until it is", "accept": "is accepted all the same"}
+_BEARS_LOCATION = ("image/", "video/", "audio/")
+_LONGEST_MESSAGE = 500
+
+_threads = ThreadPool("granite-inspect", (os.cpu_count() or 1) + 2)
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What an upload that was let in is kept as.
+
+    Attributes:
+        content_type: Its media type.
+        filename: Its name, with an extension that fits.
+        media: What was found, for the ref.
+        scan: What the scanner said, for the ref.
+    """
+
+    content_type: str | None
+    filename: str | None
+    media: Mapping[str, Any] | None = None
+    scan: Mapping[str, Any] | None = None
+
+
+class Pieces(AsyncIterator[bytes], Protocol):
+    """Content in pieces of at most 1 MiB."""
+
+    async def aclose(self) -> None:
+        """End the iteration early."""
+        ...
+
+
+class Gate:
+    """A stream that is judged while it passes.
+
+    `begin` looks at the head; then the stream is iterated, and ends only once every check has let it in: what publishes at the
+    end of the stream never publishes what is refused.
+
+    Args:
+        pieces: The content.
+        checks: What is asked of it.
+        preview: What is known of it; without a head.
+        close: Closes what the pieces come from.
+
+    Raises:
+        ContentError: From `begin` and from iteration: it is refused.
+        ScannerUnavailableError: The scanner cannot judge it, and it is to be refused then.
+    """
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        checks: Checks,
+        preview: UploadPreview,
+        *,
+        close: Callable[[], Awaitable[object]],
+    ) -> None:
+        self._incoming = pieces
+        self._close = close
+        self._judge = _Judge(checks, preview)
+        self._checks = checks
+        self._kept: deque[bytes] = deque()
+        self._consumer: ThreadConsumer | None = None
+        self._scan: _Scan | None = None
+        self._passed = self._judged()
+
+    @property
+    def verdict(self) -> Verdict:
+        """What it is kept as; complete once the stream has ended."""
+        return self._judge.verdict
+
+    async def begin(self) -> None:
+        """Read the head, and decide what it decides."""
+        head = bytearray()
+        is_whole = True
+        async for piece in self._incoming:
+            self._kept.append(piece)
+            head += piece[: HEAD_SIZE - len(head)]
+            if len(head) == HEAD_SIZE:
+                is_whole = False
+                break
+        await self._judge.look(bytes(head), is_whole=is_whole)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return await self._passed.__anext__()
+
+    async def aclose(self) -> None:
+        """Stop looking, and close the content; idempotent."""
+        try:
+            await self._passed.aclose()
+            await self._incoming.aclose()
+        finally:
+            await self._close()
+
+    async def _judged(self) -> AsyncGenerator[bytes, None]:
+        judge = self._judge
+        self._consumer = ThreadConsumer(_threads, judge.feed, max_pending=_MOST_PENDING)
+        self._scan = None if self._checks.scanner is None else _Scan(self._checks.scanner)
+        try:
+            async for piece in self._all():
+                if judge.wants_more:
+                    await self._consumer.feed(piece)
+                if self._scan is not None:
+                    await self._scan.feed(piece)
+                if judge.stripper is None:
+                    yield piece
+                elif stripped := await _threads.run(judge.stripper.feed, piece):
+                    yield stripped
+            if judge.stripper is not None and (rest := await _threads.run(judge.stripper.finish)):
+                yield rest
+            await self._consumer.drain()
+            await judge.finish()
+            if self._scan is not None:
+                judge.verdict.scan = await self._scan.verdict()
+        finally:
+            await self._consumer.stop()
+            if self._scan is not None:
+                await self._scan.stop()
+
+    async def _all(self) -> AsyncGenerator[bytes, None]:
+        while self._kept:
+            yield self._kept.popleft()
+        async for piece in self._incoming:
+            yield piece
+
+
+async def judge_bytes(content: bytes | bytearray | memoryview, checks: Checks, preview: UploadPreview) -> tuple[bytes, Verdict]:
+    """Judge content that is in memory; return what is to be stored of it, and as what.
+
+    Raises:
+        ContentError: It is refused.
+        ScannerUnavailableError: The scanner cannot judge it, and it is to be refused then.
+    """
+    if not isinstance(content, bytes):
+        content = await _threads.run(bytes, content)
+    judge = _Judge(checks, replace(preview, size=len(content)))
+    await judge.look(content[:HEAD_SIZE], is_whole=len(content) <= HEAD_SIZE)
+    if judge.wants_more:
+        await _threads.run(judge.feed_whole, content)
+    await judge.finish()
+    if checks.scanner is not None:
+        scan = _Scan(checks.scanner)
+        try:
+            for start in range(0, len(content), _PIECE):
+                await scan.feed(content[start : start + _PIECE])
+            judge.verdict.scan = await scan.verdict()
+        finally:
+            await scan.stop()
+    if judge.stripper is not None:
+        content = await _threads.run(judge.strip_whole, content)
+    return content, judge.verdict
+
+
+class _Judge:
+    """What is decided of one upload, apart from how its bytes arrive."""
+
+    def __init__(self, checks: Checks, preview: UploadPreview) -> None:
+        self.verdict = Verdict(preview.declared_type, preview.filename)
+        self.stripper: Stripper | None = None
+        self._checks = checks
+        self._preview = preview
+        self._type: str | None = None
+        self._active: list[Inspection] = []
+        self._ended: list[Inspection] = []
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether an inspector needs more of the content."""
+        return bool(self._active)
+
+    async def look(self, head: bytes, *, is_whole: bool) -> None:
+        """Decide what the head decides."""
+        size = len(head) if is_whole else self._preview.size
+        self._preview = replace(self._preview, head=head, size=size)
+        if self._checks.needs_type:
+            self._find_type(head)
+        self._preview = replace(self._preview, content_type=self.verdict.content_type, filename=self.verdict.filename)
+        await validate(self._checks, self._preview)
+        if self._checks.inspectors:
+            await _threads.run(self._begin)
+
+    def _find_type(self, head: bytes) -> None:
+        checks, preview = self._checks, self._preview
+        if checks.accept is None:
+            self._type = detect(head).content_type or preview.declared_type
+            self.verdict.content_type = preview.declared_type or self._type
+        else:
+            judged = judge_type(
+                head,
+                declared=preview.declared_type,
+                filename=preview.filename,
+                accept=checks.accept,
+                on_mismatch=checks.on_mismatch,
+            )
+            self._type = judged.content_type
+            self.verdict.content_type = judged.content_type
+            self.verdict.filename = fit_filename(preview.filename, judged.content_type)
+        if self._type is not None:
+            self.verdict.media = {"type": self._type}
+        if checks.strip is not None:
+            self._choose_stripper(checks.strip)
+
+    def _choose_stripper(self, strip: Strip) -> None:
+        found = self._type or ""
+        if can_strip(found):
+            self.stripper = Stripper(found, strip)
+        elif found.startswith(_BEARS_LOCATION) and self._checks.on_unstrippable == "refuse":
+            raise UnsupportedContentError(
+                f"no metadata can be taken out of files of the type {found}: send a JPEG, PNG or WebP image",
+                found=found,
+                declared=self._preview.declared_type,
+            )
+
+    def _begin(self) -> None:
+        preview = replace(self._preview, content_type=self._type or self._preview.content_type)
+        self._active = [begun for item in self._checks.inspectors if (begun := item.begin(preview)) is not None]
+
+    def feed(self, piece: bytes) -> None:
+        """Show the inspectors a piece; in a thread."""
+        done = [item for item in self._active if not item.feed(piece)]
+        self._ended += done
+        self._active = [item for item in self._active if item not in done]
+
+    def feed_whole(self, content: bytes) -> None:
+        """Show the inspectors all of the content; in a thread."""
+        for start in range(0, len(content), _PIECE):
+            if self._active:
+                self.feed(content[start : start + _PIECE])
+
+    def strip_whole(self, content: bytes) -> bytes:
+        """Return what is to be stored of the whole content; in a thread."""
+        assert self.stripper is not None  # noqa: S101  # the caller has looked
+        return self.stripper.feed(content) + self.stripper.finish()
+
+    async def finish(self) -> None:
+        """Decide what the whole content decides."""
+        if self._ended or self._active:
+            found = await _threads.run(self._collect)
+            own = {} if self._type is None else {"type": self._type}
+            self.verdict.media = read_only({**found, **own}, "what the inspectors found") or None
+
+    def _collect(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for item in [*self._ended, *self._active]:
+            found |= item.finish() or {}
+        return found
+
+
+async def validate(checks: Checks, preview: UploadPreview) -> None:
+    """Show an upload to the validators, one after the other.
+
+    Raises:
+        ContentRejectedError: One of them refuses it.
+    """
+    for validator in checks.validators:
+        await _validate(validator, preview)
+
+
+async def _validate(validator: Validator, preview: UploadPreview) -> None:
+    try:
+        if inspect.iscoroutinefunction(validator):
+            await validator(preview)
+            return
+        result = await _threads.run(copy_context().run, validator, preview)
+        if inspect.isawaitable(result):
+            await result
+    except StorageError:
+        raise
+    except ValueError as error:
+        raise ContentRejectedError(str(error)[:_LONGEST_MESSAGE]) from error
+
+
+class _Scan:
+    """A scan in progress: a task that takes the pieces as fast as the scanner does, and a bounded number of bytes between."""
+
+    def __init__(self, scanner: Scanner) -> None:
+        self._scanner = scanner
+        self._pieces: deque[bytes] = deque()
+        self._pending = 0
+        self._has_ended = False
+        self._was_read = False
+        self._changed = asyncio.Event()
+        self._task = asyncio.ensure_future(self._run())
+
+    async def feed(self, piece: bytes) -> None:
+        """Hand over a piece; wait while the scanner has too much to read.
+
+        Raises:
+            InfectedContentError: The scanner has found something already.
+        """
+        if not self._task.done():
+            self._pieces.append(piece)
+            self._pending += len(piece)
+            self._changed.set()
+            while self._pending > _MOST_PENDING and not self._task.done():
+                await self._wait_for_change()
+        if self._task.done() and isinstance(result := self._result(), ScanResult):
+            _require_clean(result)
+
+    async def verdict(self) -> Mapping[str, Any]:
+        """Return the verdict on the whole, for the ref.
+
+        Raises:
+            InfectedContentError: The scanner has found something.
+            ScannerUnavailableError: It cannot judge the content, which is to be refused then.
+        """
+        self._has_ended = True
+        self._changed.set()
+        await asyncio.wait([self._task], timeout=_VERDICT_TIMEOUT)
+        result = self._result()
+        if isinstance(result, ScanResult):
+            _require_clean(result)
+            if self._was_read:
+                return _scan_part("clean", result.by)
+            result = ScannerUnavailableError("the scanner called the content clean before it had read all of it")
+        return self._without_verdict(result)
+
+    async def stop(self) -> None:
+        """End the scan; idempotent."""
+        if not self._task.done():
+            self._task.cancel()
+            await shielded_cleanup(asyncio.wait([self._task]), "ending a scan")
+
+    def _without_verdict(self, error: Exception) -> Mapping[str, Any]:
+        on_unavailable = self._scanner.on_unavailable
+        if on_unavailable == "refuse":
+            if isinstance(error, ScannerUnavailableError):
+                raise error
+            raise ScannerUnavailableError(f"the scanner failed: {error}") from error
+        logger.warning("an upload was not scanned and %s", _OUTCOMES[on_unavailable], exc_info=error)
+        return _scan_part("pending" if on_unavailable == "hold" else "failed", None)
+
+    def _result(self) -> ScanResult | Exception:
+        if not self._task.done():
+            return TimeoutError(f"no verdict came within {_VERDICT_TIMEOUT:g} s")
+        return RuntimeError("the scan was cancelled") if self._task.cancelled() else self._task.result()
+
+    async def _run(self) -> ScanResult | Exception:
+        try:
+            async with aclosing(self._content()) as content:
+                result: object = await self._scanner.scan(content)
+            return result if isinstance(result, ScanResult) else TypeError(f"scan() must return a ScanResult, not {result!r}")
+        except Exception as error:
+            return error
+        finally:
+            self._changed.set()
+
+    async def _content(self) -> AsyncGenerator[bytes, None]:
+        while True:
+            while not self._pieces:
+                if self._has_ended:
+                    self._was_read = True
+                    return
+                self._changed.clear()
+                await self._changed.wait()
+            piece = self._pieces.popleft()
+            yield piece
+            self._pending -= len(piece)
+            self._changed.set()
+
+    async def _wait_for_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+def _require_clean(result: ScanResult) -> None:
+    if not result.is_clean:
+        raise InfectedContentError("a virus scanner has found something in the file", signature=result.signature)
+
+
+def _scan_part(status: str, by: str | None) -> Mapping[str, Any]:
+    part = {"status": status, "at": canonical_timestamp(datetime.now(UTC))}
+    return part if by is None else {**part, "by": by}
+

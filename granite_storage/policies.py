@@ -141,7 +141,7 @@ def _require_inspectors(storage_key: str, value: object) -> tuple[Inspector, ...
         raise ConfigurationError(f"inspect of policy {storage_key!r} must be a list of inspectors, not {value!r}")
     for item in value:
         if isinstance(item, type) or not isinstance(item, Inspector):
-            raise ConfigurationError(f"inspect of policy {storage_key!r} contains {item!r}, which is no inspector: it has no begin()")
+            raise ConfigurationError(f"inspect of policy {storage_key!r} contains {item!r}, which has no begin()")
     return tuple(value)
 
 

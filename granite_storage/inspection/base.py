@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from granite_storage.inspection.media_types import accepts
+
 __all__ = [
     "HEAD_SIZE",
     "Checks",
@@ -172,7 +174,7 @@ class Checks:
         return (not self.needs_type or media is not None) and (self.scanner is None or scan is not None)
 
     def would_pass(self, media: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) -> bool:
-        """Tell whether an object of another policy passes all of this, by what its ref says; what cannot be told does not pass."""
+        """Tell whether an object of another policy passes, by what its ref says; what cannot be told does not pass."""
         found = None if media is None else media.get("type")
         is_accepted = self.accept is None or (isinstance(found, str) and accepts(self.accept, found))
         is_clean = self.scanner is None or (scan is not None and scan.get("status") == "clean")

@@ -59,8 +59,16 @@ class Verdict:
     scan: Mapping[str, Any] | None = None
 
 
-class Pieces(AsyncIterator[bytes], Protocol):
+class Pieces(Protocol):
     """Content in pieces of at most 1 MiB."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Iterate the pieces."""
+        ...
+
+    async def __anext__(self) -> bytes:
+        """Return the next piece."""
+        ...
 
     async def aclose(self) -> None:
         """End the iteration early."""
@@ -380,7 +388,7 @@ class _Scan:
             async with aclosing(self._content()) as content:
                 result: object = await self._scanner.scan(content)
             return result if isinstance(result, ScanResult) else TypeError(f"scan() must return a ScanResult, not {result!r}")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever fails in a scanner of others, it has not judged
             return error
         finally:
             self._changed.set()
@@ -411,4 +419,3 @@ def _require_clean(result: ScanResult) -> None:
 def _scan_part(status: str, by: str | None) -> Mapping[str, Any]:
     part = {"status": status, "at": canonical_timestamp(datetime.now(UTC))}
     return part if by is None else {**part, "by": by}
-

@@ -136,9 +136,11 @@ class Gate:
         """Stop looking, and close the content; idempotent."""
         try:
             await self._passed.aclose()
-            await self._incoming.aclose()
         finally:
-            await self._close()
+            try:
+                await self._incoming.aclose()
+            finally:
+                await self._close()
 
     async def _judged(self) -> AsyncGenerator[bytes, None]:
         judge = self._judge
@@ -161,9 +163,11 @@ class Gate:
             if self._scan is not None:
                 judge.verdict.scan = await self._scan.verdict()
         finally:
-            await self._consumer.stop()
-            if self._scan is not None:
-                await self._scan.stop()
+            try:
+                await self._consumer.stop()
+            finally:
+                if self._scan is not None:
+                    await self._scan.stop()
 
     async def _all(self) -> AsyncGenerator[bytes, None]:
         while self._kept:
@@ -326,6 +330,7 @@ class _Scan:
         self._pieces: deque[bytes] = deque()
         self._pending = 0
         self._has_ended = False
+        self._has_stalled = False
         self._was_read = False
         self._changed = asyncio.Event()
         self._task = asyncio.ensure_future(self._run())
@@ -335,15 +340,20 @@ class _Scan:
 
         Raises:
             InfectedContentError: The scanner has found something already.
+            ScannerUnavailableError: It has failed already, and the content is to be refused then.
         """
         if not self._task.done():
             self._pieces.append(piece)
             self._pending += len(piece)
             self._changed.set()
-            while self._pending > _MOST_PENDING and not self._task.done():
-                await self._wait_for_change()
-        if self._task.done() and isinstance(result := self._result(), ScanResult):
+            await self._wait_for_room()
+        if not self._task.done():
+            return
+        result = self._result()
+        if isinstance(result, ScanResult):
             _require_clean(result)
+        elif self._scanner.on_unavailable == "refuse":
+            self._without_verdict(result)
 
     async def verdict(self) -> Mapping[str, Any]:
         """Return the verdict on the whole, for the ref.
@@ -379,8 +389,8 @@ class _Scan:
         return _scan_part("pending" if on_unavailable == "hold" else "failed", None)
 
     def _result(self) -> ScanResult | Exception:
-        if not self._task.done():
-            return TimeoutError(f"no verdict came within {_VERDICT_TIMEOUT:g} s")
+        if self._has_stalled or not self._task.done():
+            return TimeoutError(f"nothing came from the scanner for {_VERDICT_TIMEOUT:g} s")
         return RuntimeError("the scan was cancelled") if self._task.cancelled() else self._task.result()
 
     async def _run(self) -> ScanResult | Exception:
@@ -406,9 +416,16 @@ class _Scan:
             self._pending -= len(piece)
             self._changed.set()
 
-    async def _wait_for_change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
+    async def _wait_for_room(self) -> None:
+        """Wait until the scanner has read most of it; one that does not read for too long is ended."""
+        while self._pending > _MOST_PENDING and not self._task.done():
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(_VERDICT_TIMEOUT):
+                    await self._changed.wait()
+            except TimeoutError:
+                self._has_stalled = True
+                await self.stop()
 
 
 def _require_clean(result: ScanResult) -> None:

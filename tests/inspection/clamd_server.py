@@ -29,6 +29,7 @@ __all__ = [
     "hang",
     "reset",
     "say",
+    "say_last",
     "stop_reading",
     "trickle",
 ]
@@ -240,11 +241,16 @@ async def trickle(conversation: Conversation) -> None:
     raise EndedError
 
 
-def say(text: bytes, *, after: float = 0.0) -> Fault:
+def say(text: bytes) -> Fault:
     """Say something out of turn, and go on as if nothing had been said."""
+    return lambda conversation: conversation.say(text)
+
+
+def say_last(text: bytes) -> Fault:
+    """Say something, and close the connection."""
 
     async def say_it(conversation: Conversation) -> None:
-        await asyncio.sleep(after)
         await conversation.say(text)
+        await close(conversation)
 
     return say_it

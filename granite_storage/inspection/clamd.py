@@ -46,9 +46,9 @@ class ClamdScanner:
     4 KiB is taken from it. An error or a cancellation leaves no connection open. One scanner serves several event loops, and
     processes that are forked; nothing is opened when it is made.
 
-    Its limits in clamd.conf matter: clamd refuses content over `StreamMaxLength`, and by default it says OK of what is over
-    `MaxFileSize`, `MaxScanSize` or `MaxScanTime` without having looked at all of it. `AlertExceedsMax yes` makes that a finding.
-    The connection is neither encrypted nor authenticated.
+    Its settings in clamd.conf matter. It refuses content over `StreamMaxLength`, and content that pauses for `ReadTimeout`. Of
+    what is over `MaxFileSize`, `MaxScanSize` or `MaxScanTime` it says OK without having looked at all of it, unless it has
+    `AlertExceedsMax yes`, which makes that a finding. The connection is neither encrypted nor authenticated.
 
     Args:
         address: Where clamd listens: `host:port`, `[::1]:3310`, or a unix socket, as an absolute path or as `unix:/path`.
@@ -132,6 +132,10 @@ class ClamdScanner:
             reason = "said that the content is clean before it had the whole of it: check what listens there"
         elif b"size limit exceeded" in answer:
             reason = "takes no content of this size: set StreamMaxLength in clamd.conf above the largest upload"
+        elif b"READ TIMED OUT" in answer:
+            reason = (
+                "waited in vain for the rest of the content: set ReadTimeout in clamd.conf above the longest pause of an upload"
+            )
         else:
             reason = self._explain(answer, error)
         raise self._unavailable(reason) from error

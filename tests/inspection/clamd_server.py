@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "EICAR",
@@ -30,6 +31,7 @@ __all__ = [
     "reset",
     "say",
     "say_last",
+    "stop_listening",
     "stop_reading",
     "trickle",
 ]
@@ -65,6 +67,7 @@ class Conversation:
 
     async def meet(self, step: str) -> None:
         if fault := self.server.faults.get(step):
+            self.server.met.set()
             await fault(self)
 
 
@@ -92,6 +95,7 @@ class ClamdServer:
         commands: The commands it was given.
         streams: The sizes of the streams it had the whole of.
         said: The bytes that `flood` could send.
+        met: Set when a fault is met.
         goes_on: Ends what `stop_reading` does; set by `until_left`.
     """
 
@@ -104,7 +108,7 @@ class ClamdServer:
         delay: float = 0.0,
         version: str = VERSION,
     ) -> None:
-        self.faults = dict(faults or {})
+        self.faults: Mapping[str, Fault] = faults or {}
         self.max_length = max_length
         self.opens_zips = opens_zips
         self.delay = delay
@@ -115,6 +119,7 @@ class ClamdServer:
         self.commands: list[bytes] = []
         self.streams: list[int] = []
         self.said = 0
+        self.met = asyncio.Event()
         self.goes_on = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._conversations: set[asyncio.Task[None]] = set()
@@ -203,10 +208,16 @@ async def hang(conversation: Conversation) -> None:
 
 async def stop_reading(conversation: Conversation) -> None:
     """Read nothing more, so that the client's writes come to a halt."""
-    conversation.writer.transport.pause_reading()
+    transport: Any = conversation.writer.transport
+    transport.pause_reading()
     await conversation.server.goes_on.wait()
-    conversation.writer.transport.resume_reading()
+    transport.resume_reading()
     await hang(conversation)
+
+
+async def stop_listening(conversation: Conversation) -> None:
+    """Accept no other connection, and go on with this one."""
+    conversation.server.stop_listening()
 
 
 async def close(conversation: Conversation) -> None:

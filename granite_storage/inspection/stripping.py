@@ -41,7 +41,7 @@ class Stripper:
 
     `location` takes out the GPS tags of EXIF, XMP packets and texts that mention a position or a place, the IPTC record where it
     names a place, and what cannot be searched for one: maker notes (Nikon and Panasonic write names of cities there, and the
-    formats are secret), extended XMP (it may hold another whole JPEG), C2PA manifests, other vendors' segments and unknown chunks.
+    formats are secret), extended XMP (it may hold another whole JPEG), C2PA manifests, other vendors' segments, unknown chunks.
     All else stays, byte for byte; EXIF is written anew from its tags, so that nothing stays in the gaps between them.
 
     `all` leaves what is needed to show the picture, and orientation, which is written anew.
@@ -352,10 +352,10 @@ def _inflate(data: bytes) -> bytes | None:
     return text if decompressor.eof and not decompressor.unused_data else None
 
 
-# WebP (RFC 9649). The size of the file and the flags that say what it holds come first, and metadata comes last. So that both stay
-# right without waiting for the end, no chunk changes its length: what goes becomes a chunk JUNK of zeros, which readers pass over.
-# EXIF stays EXIF, if only with the orientation, and XMP in the mode `location` stays XMP, if only with an empty packet, since their
-# flags stay set. In the mode `all` XMP's flag is cleared, and XMP becomes JUNK.
+# WebP (RFC 9649). The size of the file and the flags that say what is in it come first, metadata comes last. So that both stay
+# right without waiting for the end, no chunk changes its length: what goes becomes a chunk JUNK of zeros, which readers pass
+# over. EXIF stays EXIF, if only with the orientation, and XMP in the mode `location` stays XMP, if only with an empty packet,
+# since their flags stay set. In the mode `all` XMP's flag is cleared, and XMP becomes JUNK.
 
 _WEBP_SHOWN = {b"VP8 ", b"VP8L", b"ALPH"}
 _WEBP_XMP_FLAG = 0x04
@@ -443,7 +443,7 @@ _MINIMAL_EXIF = b"MM\0*\0\0\0\x08\0\x01" + b"\x01\x12\0\x03\0\0\0\x01\0%c\0\0" +
 
 class _Tag(NamedTuple):
     kind: int
-    count: int
+    length: int
     value: bytes
 
 
@@ -549,8 +549,8 @@ def _write_ifd(tags: _Ifd, start: int, following: int, order: str) -> bytes:
         return b""
     entries, values = [struct.pack(order + "H", len(tags))], []
     end = start + 6 + 12 * len(tags)
-    for tag, (kind, count, value) in sorted(tags.items()):
-        entries.append(struct.pack(order + "HHI", tag, kind, count))
+    for tag, (kind, length, value) in sorted(tags.items()):
+        entries.append(struct.pack(order + "HHI", tag, kind, length))
         if len(value) <= 4:
             entries.append(value.ljust(4, b"\0"))
         else:

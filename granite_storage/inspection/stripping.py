@@ -21,7 +21,7 @@ __all__ = ["StripMode", "Stripper", "can_strip"]
 StripMode: TypeAlias = Literal["location", "all"]
 """What goes out of a picture: what tells where it was taken, or all that is not needed to show it."""
 
-_MAX_HELD = 8 << 20
+_MAX_HELD = 4 << 20
 """The longest piece of metadata that is parsed, before and after decompression, in bytes; JPEG has none over 64 KiB."""
 
 _Steps: TypeAlias = Generator[None, None, None]
@@ -36,7 +36,7 @@ def can_strip(content_type: str) -> bool:
 class Stripper:
     """Takes metadata out of one picture that passes in pieces of any size, in bounded memory and without loss.
 
-    Pixels, animation, orientation and colour profile are kept. At most about 8 MiB of metadata is held at a time, of a JPEG
+    Pixels, animation, orientation and colour profile are kept. At most 4 MiB of metadata is parsed at a time, of a JPEG
     64 KiB; what a piece adds to the output is at most what was held and the piece itself.
 
     `location` takes out the GPS tags of EXIF, XMP packets and texts that mention a position or a place, the IPTC record where it
@@ -97,6 +97,7 @@ class _Parser(ABC):
 
     def __init__(self, mode: StripMode) -> None:
         self.is_complete = False
+        self._error: ContentRejectedError | None = None
         self._mode = mode
         self._buffer = bytearray()
         self._output: list[bytes] = []
@@ -106,22 +107,25 @@ class _Parser(ABC):
 
     def advance(self, piece: bytes) -> bytes:
         """Read on as far as the piece leads."""
+        if self._error is not None:
+            raise self._error
         if self.is_complete:
             return b""
         self._buffer += piece
         try:
-            next(self._steps)
-        except StopIteration:
-            self.is_complete = self._has_image
-            self._buffer.clear()
-        output = b"".join(self._output)
-        self._output.clear()
+            next(self._steps, None)
+        except ContentRejectedError as error:
+            self._error = error
+            raise
+        output, self._output = b"".join(self._output), []
         return output
 
     def _run(self) -> _Steps:
         yield from self._read()
         if not self._has_image:
             raise _damaged("it has no picture")
+        self.is_complete = True
+        self._buffer.clear()
 
     @abstractmethod
     def _read(self) -> _Steps:
@@ -311,7 +315,7 @@ class _PngParser(_Parser):
         if plain is None:
             return None
         if not is_profile:
-            return None if _tells_location(b"\n".join([b":" + keyword, *labels, plain])) else content
+            return None if any(map(_tells_location, (b":" + keyword, *labels, plain))) else content
         profile = None if name == b"iTXt" else self._clean_raw_profile(keyword, plain)
         if profile is None or profile == plain:
             return content if profile else None
@@ -319,9 +323,9 @@ class _PngParser(_Parser):
 
     def _clean_raw_profile(self, keyword: bytes, text: bytes) -> bytes | None:
         """Clean what ImageMagick and ExifTool write where they know no chunk of its own for it: a name, a length, and hex."""
-        name, _, *lines = text.split() or [b"", b""]
         try:
-            content = bytes.fromhex(b"".join(lines).decode("ascii"))
+            name, _, digits = text.split(None, 2)
+            content = bytes.fromhex(digits.decode("ascii"))
         except ValueError:
             return None
         kind = keyword[len(_RAW_PROFILE) :].lower()
@@ -372,16 +376,15 @@ class _WebPParser(_Parser):
 
     def _read_chunks(self, remaining: int, *, in_frame: bool) -> _Steps:
         while remaining > 0:
-            if remaining < 8:
-                raise _damaged("a chunk has a wrong length")
-            head = yield from self._take(8)
+            head = (yield from self._take(8)) if remaining >= 8 else b""
             name, size = head[:4], int.from_bytes(head[4:], "little")
-            padding = min(size & 1, remaining - 8 - size)  # some writers leave it out at the end
-            remaining -= 8 + size + padding
+            remaining -= 8 + size
             if remaining < 0:
                 raise _damaged("a chunk has a wrong length")
             yield from self._read_chunk(name, size, in_frame=in_frame)
+            padding = min(size & 1, remaining)  # some writers leave it out at the end
             yield from self._pass(padding, blank=True)
+            remaining -= padding
 
     def _read_chunk(self, name: bytes, size: int, *, in_frame: bool) -> _Steps:
         length = size.to_bytes(4, "little")

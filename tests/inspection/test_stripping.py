@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
@@ -13,6 +14,7 @@ import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -39,61 +41,61 @@ def strip(content_type: str, data: bytes, mode: StripMode, *, size: int = MIB) -
 
 def readable(data: bytes) -> bytes:
     """Return a file and what is packed into it: compressed text, text in hex, text in UTF-16."""
-    unpacked = [data, data.replace(b"\0", b"")]
+    unpacked = [data]
     for found in re.finditer(rb"\x78[\x01\x5e\x9c\xda]", data):
-        try:
+        with contextlib.suppress(zlib.error):
             unpacked.append(zlib.decompressobj().decompress(data[found.start() :], MIB))
-        except zlib.error:
-            continue
     for text in list(unpacked):
-        unpacked += [bytes.fromhex(found.decode()) for found in re.findall(rb"(?:[0-9a-f]{2}){16,}", re.sub(rb"\s", b"", text))]
-    return b"\n".join(unpacked)
+        digits = re.findall(rb"[0-9a-f]{20,}", re.sub(rb"\s", b"", text))
+        unpacked += [
+            bytes.fromhex(each[start : (len(each) - start) // 2 * 2 + start].decode()) for each in digits for start in (0, 1)
+        ]
+    return b"\n".join(unpacked + [text.replace(b"\0", b"") for text in unpacked])
 
 
-@pytest.fixture(params=CORPUS)
-def picture(request: pytest.FixtureRequest) -> Picture:
-    return CORPUS[request.param]
+def strip_all(mode: StripMode, *, endings: tuple[str, ...] = ("",)) -> Iterator[tuple[str, Picture, bytes]]:
+    for name, picture in CORPUS.items():
+        if name.endswith(endings):
+            yield name, picture, strip(picture.content_type, picture.data, mode)
 
 
 class TestPictures:
-    @pytest.mark.parametrize("mode", MODES)
-    def test_pixels_and_presentation_stay(self, picture: Picture, mode: StripMode) -> None:
-        stripped = strip(picture.content_type, picture.data, mode)
-        assert pictures.decode(stripped) == pictures.decode(picture.data)
-        assert pictures.properties(stripped) == pictures.properties(picture.data)
-        assert pictures.properties(stripped)[:2] == (picture.orientation, ICC if picture.has_profile else None)
+    """Each rule on each picture; a failure names the pictures that break it."""
 
     @pytest.mark.parametrize("mode", MODES)
-    def test_nothing_tells_the_place(self, picture: Picture, mode: StripMode) -> None:
-        content = readable(strip(picture.content_type, picture.data, mode))
-        assert [secret for secret in pictures.SECRETS if secret in content] == []
-
-    def test_location_keeps_the_rest(self, picture: Picture) -> None:
-        stripped = strip(picture.content_type, picture.data, "location")
-        assert [kept for kept in picture.kept if kept not in stripped] == []
-
-    def test_all_keeps_no_words(self, picture: Picture) -> None:
-        content = readable(strip(picture.content_type, picture.data, "all"))
-        words = (
-            pictures.CAMERA,
-            pictures.RIGHTS,
-            pictures.REMARK,
-            b"xmpmeta",
-            b"R98",
-            b"VENDOR",
-            b"Raw profile" * (picture.orientation == 1),
-        )
-        assert [word for word in words if word and word in content] == []
+    def test_pixels_stay(self, mode: StripMode) -> None:
+        changed = [name for name, before, after in strip_all(mode) if pictures.decode(after) != pictures.decode(before.data)]
+        assert changed == []
 
     @pytest.mark.parametrize("mode", MODES)
-    def test_stripping_twice_equals_once(self, picture: Picture, mode: StripMode) -> None:
-        once = strip(picture.content_type, picture.data, mode)
-        assert strip(picture.content_type, once, mode) == once
+    def test_presentation_stays(self, mode: StripMode) -> None:
+        for name, before, after in strip_all(mode):
+            assert (name, pictures.properties(after)) == (name, pictures.properties(before.data))
+            expected = before.orientation, ICC if before.has_profile else None
+            assert (name, pictures.properties(after)[:2]) == (name, expected)
 
     @pytest.mark.parametrize("mode", MODES)
-    def test_single_bytes(self, picture: Picture, mode: StripMode) -> None:
-        whole = strip(picture.content_type, picture.data, mode)
-        assert strip(picture.content_type, picture.data, mode, size=1) == whole
+    def test_nothing_tells_the_place(self, mode: StripMode) -> None:
+        found = [(name, secret) for name, _, after in strip_all(mode) for secret in pictures.SECRETS if secret in readable(after)]
+        assert found == []
+
+    def test_location_keeps_the_rest(self) -> None:
+        lost = [
+            (name, kept) for name, before, after in strip_all("location") for kept in before.kept if kept not in readable(after)
+        ]
+        assert lost == []
+
+    def test_all_keeps_no_words(self) -> None:
+        words = (pictures.CAMERA, pictures.RIGHTS, pictures.REMARK, b"xmpmeta", b"R98", b"VENDOR", b"MPF")
+        assert [(name, word) for name, _, after in strip_all("all") for word in words if word in readable(after)] == []
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_stripping_twice_equals_once(self, mode: StripMode) -> None:
+        assert [name for name, each, once in strip_all(mode) if strip(each.content_type, once, mode) != once] == []
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_single_bytes(self, mode: StripMode) -> None:
+        assert [name for name, each, whole in strip_all(mode) if strip(each.content_type, each.data, mode, size=1) != whole] == []
 
     def test_the_secrets_are_found_where_they_are(self) -> None:
         """The search itself works: all pictures but a few have something to find."""
@@ -102,15 +104,13 @@ class TestPictures:
         assert [name for name in CORPUS if name not in telling and not name.endswith(innocent)] == []
 
     @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("name", [name for name in CORPUS if name.endswith(("plain", "grey", "lossless"))])
-    def test_what_has_no_metadata_is_passed_on_as_it_is(self, name: str, mode: StripMode) -> None:
-        picture = CORPUS[name]
-        assert strip(picture.content_type, picture.data, mode) == picture.data
+    def test_what_has_no_metadata_is_passed_on_as_it_is(self, mode: StripMode) -> None:
+        unchanged = {name: before.data == after for name, before, after in strip_all(mode, endings=("plain", "grey", "lossless"))}
+        assert (set(unchanged.values()), len(unchanged)) == ({True}, 6)
 
-    @pytest.mark.parametrize("name", [name for name in CORPUS if name.endswith("kept")])
-    def test_metadata_without_a_place_stays_byte_for_byte(self, name: str) -> None:
-        picture = CORPUS[name]
-        assert strip(picture.content_type, picture.data, "location") == picture.data
+    def test_metadata_without_a_place_stays_byte_for_byte(self) -> None:
+        unchanged = {name: before.data == after for name, before, after in strip_all("location", endings=("kept",))}
+        assert (set(unchanged.values()), len(unchanged)) == ({True}, 3)
 
     @pytest.mark.exhaustive("asks exiftool, a program of the system")
     @pytest.mark.parametrize("mode", MODES)
@@ -140,7 +140,7 @@ class TestExif:
     @staticmethod
     def cleaned(exif: bytes, mode: StripMode = "location") -> bytes:
         """Return the EXIF of a PNG, which may have any length, after stripping; empty where there is none."""
-        data = CORPUS["png palette"].data
+        data = CORPUS["png grey"].data
         stripped = strip("image/png", data[:33] + chunk(b"eXIf", exif) + data[33:], mode)
         with Image.open(io.BytesIO(stripped)) as image:
             image.load()
@@ -162,11 +162,10 @@ class TestExif:
     @pytest.mark.parametrize("order", "<>")
     def test_thumbnail(self, order: str) -> None:
         thumbnail = pictures.saved(Image.effect_noise((16, 8), 50), "JPEG")
-        after = Image.Exif()
-        after.load(self.cleaned(pictures.exif(order, thumbnail=pictures.with_segments(thumbnail, segment(0xFE, PLACE)))))
-        assert after.get_ifd(1)[0x0202] == len(thumbnail)
-        start = after.get_ifd(1)[0x0201]
-        assert self.cleaned(pictures.exif(order, thumbnail=thumbnail))[start:] == thumbnail
+        cleaned = self.cleaned(pictures.exif(order, thumbnail=pictures.with_segments(thumbnail, segment(0xFE, PLACE))))
+        assert cleaned.endswith(thumbnail)
+        assert struct.pack(order + "HHII", 0x0201, 4, 1, len(cleaned) - len(thumbnail)) in cleaned
+        assert struct.pack(order + "HHII", 0x0202, 4, 1, len(thumbnail)) in cleaned
 
     def test_a_damaged_thumbnail_goes(self) -> None:
         assert b"THUMB" not in self.cleaned(pictures.exif(thumbnail=b"\xff\xd8THUMB"))
@@ -187,7 +186,7 @@ class TestExif:
     def test_text_that_mentions_a_position(self, value: bytes) -> None:
         assert value not in self.cleaned(tiff(">", [(0x010E, 7, value), (0x0131, 2, b"Software\0")]))
 
-    HOSTILE = {
+    HOSTILE: ClassVar = {
         "no tags": tiff("<", []),
         "only GPS": tiff("<", [(0x8825, 4, [(1, 2, b"N\0")])]),
         "header only": b"II*\0\x08\0\0\0",
@@ -205,12 +204,12 @@ class TestExif:
     }
 
     @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("name", HOSTILE)
-    def test_hostile(self, name: str, mode: StripMode) -> None:
-        cleaned = self.cleaned(self.HOSTILE[name], mode)
-        assert len(cleaned) <= len(self.HOSTILE[name]) * 2
-        assert cleaned[:4] in (b"", b"II*\0", b"MM\0*")
-        assert self.cleaned(cleaned, mode) == cleaned
+    def test_hostile(self, mode: StripMode) -> None:
+        for name, exif in self.HOSTILE.items():
+            cleaned = self.cleaned(exif, mode)
+            assert len(cleaned) <= max(26, 2 * len(exif)), name
+            assert cleaned[:4] in (b"", b"II*\0", b"MM\0*"), name
+            assert self.cleaned(cleaned, mode) == cleaned, name
 
     def test_longer_than_a_segment(self) -> None:
         """Values that share their bytes do not after cleaning: then no more than the orientation stays."""
@@ -226,16 +225,16 @@ class TestExif:
 
 class TestWebP:
     @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("name", [name for name in CORPUS if name.startswith("webp")])
-    def test_lengths_and_flags(self, name: str, mode: StripMode) -> None:
-        chunks = pictures.webp_chunks(strip("image/webp", CORPUS[name].data, mode))
-        before = pictures.webp_chunks(CORPUS[name].data.removesuffix(PLACE))
-        assert [len(data) for _, data in chunks] == [len(data) for _, data in before]
-        assert {data.strip(b"\0") for name, data in chunks if name == b"JUNK"} <= {b""}
-        if chunks[0][0] == b"VP8X":
-            names = [name for name, _ in chunks]
-            assert bool(chunks[0][1][0] & 0x08) is (b"EXIF" in names)
-            assert bool(chunks[0][1][0] & 0x04) is (b"XMP " in names)
+    def test_lengths_and_flags(self, mode: StripMode) -> None:
+        for picture, after in [each[1:] for each in strip_all(mode) if each[0].startswith("webp")]:
+            chunks = pictures.webp_chunks(after)
+            before = pictures.webp_chunks(picture.data.removesuffix(PLACE))
+            assert [len(data) for _, data in chunks] == [len(data) for _, data in before]
+            assert {data.strip(b"\0") for name, data in chunks if name == b"JUNK"} <= {b""}
+            if chunks[0][0] == b"VP8X":
+                names = [name for name, _ in chunks]
+                assert bool(chunks[0][1][0] & 0x08) is (b"EXIF" in names)
+                assert bool(chunks[0][1][0] & 0x04) is (b"XMP " in names)
 
     def test_exif_stays_a_structure(self) -> None:
         """Even where EXIF is no EXIF: the flag says that there is one."""
@@ -346,10 +345,12 @@ class TestDamage:
     def test_after_damage_nothing_is_passed_on(self) -> None:
         stripper = Stripper("image/jpeg", "all")
         with pytest.raises(ContentRejectedError):
-            stripper.feed(b"\xff\xd8abc")
-        assert stripper.feed(CORPUS["jpeg plain"].data) == b""
-        with pytest.raises(ContentRejectedError):
-            stripper.finish()
+            stripper.feed(CORPUS["jpeg plain"].data[:-2] + segment(0xC4, b"") + b"abc")
+        for _ in range(2):
+            with pytest.raises(ContentRejectedError, match="a segment has a wrong length"):
+                stripper.feed(CORPUS["jpeg plain"].data)
+            with pytest.raises(ContentRejectedError, match="a segment has a wrong length"):
+                stripper.finish()
 
     @pytest.mark.parametrize("content_type", ["image/gif", "image/jpg", "IMAGE/PNG", "text/html", ""])
     def test_other_types(self, content_type: str) -> None:
@@ -364,7 +365,7 @@ class TestDamage:
 
 
 class TestMemory:
-    BOUND = 32 * MIB
+    BOUND = 20 * MIB
 
     @staticmethod
     def peak(content_type: str, mode: StripMode, pieces: Iterator[bytes]) -> int:
@@ -380,7 +381,7 @@ class TestMemory:
         return peak
 
     PNG = CORPUS["png palette"].data
-    CHUNK = struct.pack(">I", 100 * MIB)
+    CHUNK = struct.pack(">I", 24 * MIB)
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize(
@@ -393,23 +394,23 @@ class TestMemory:
             ("image/png", PNG[:33] + CHUNK + b"abCd", bytes(MIB), bytes(4) + PNG[33:]),
             (
                 "image/webp",
-                b"RIFF" + struct.pack("<I", 100 * MIB + 12) + b"WEBPVP8 " + struct.pack("<I", 100 * MIB),
+                b"RIFF" + struct.pack("<I", 24 * MIB + 12) + b"WEBPVP8 " + struct.pack("<I", 24 * MIB),
                 bytes(MIB),
                 b"",
             ),
             (
                 "image/webp",
-                b"RIFF" + struct.pack("<I", 100 * MIB + 22) + b"WEBPVP8 \2\0\0\0abJUNK" + struct.pack("<I", 100 * MIB),
+                b"RIFF" + struct.pack("<I", 24 * MIB + 22) + b"WEBPVP8 \2\0\0\0abJUNK" + struct.pack("<I", 24 * MIB),
                 bytes(MIB),
                 b"",
             ),
         ],
     )
     def test_long(self, content_type: str, before: bytes, piece: bytes, after: bytes, mode: StripMode) -> None:
-        pieces = (part for part in (before, *[piece] * 100, after))
+        pieces = (part for part in (before, *[piece] * 24, after))
         assert self.peak(content_type, mode, pieces) < 8 * MIB
 
-    LONGEST = 8 * MIB
+    LONGEST = 4 * MIB
 
     @pytest.mark.parametrize("mode", MODES)
     def test_longest_metadata(self, mode: StripMode) -> None:
@@ -418,7 +419,8 @@ class TestMemory:
             chunk(b"eXIf", tiff("<", [(0x010F, 2, b"KeptCamera\0"), (0x9C9B, 7, value)])),
             chunk(b"zTXt", b"Comment\0\0" + zlib.compress(value)),
             chunk(
-                b"tEXt", b"Raw profile type exif\0" + pictures.raw_profile(b"exif", pictures.exif() + value[: self.LONGEST // 3])
+                b"tEXt",
+                b"Raw profile type exif\0" + pictures.raw_profile(b"exif", pictures.exif() + value[: int(self.LONGEST / 2.1)]),
             ),
         ]
         for each in metadata:
@@ -459,7 +461,7 @@ def test_any_pieces(name: str, mode: StripMode, cuts: list[int]) -> None:
 
 
 @given(NAMES, st.sampled_from(MODES), st.randoms(use_true_random=False))
-@settings(max_examples=EXAMPLES * 4)
+@settings(max_examples=EXAMPLES * 2)
 def test_damaged_bytes(name: str, mode: StripMode, choices: random.Random) -> None:
     """Bits flipped, parts left out, doubled or overwritten: it is refused, or gives a picture that is stripped already."""
     picture = CORPUS[name]

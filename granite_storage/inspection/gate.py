@@ -23,9 +23,9 @@ from granite_storage.exceptions import (
     StorageError,
     UnsupportedContentError,
 )
-from granite_storage.inspection.base import HEAD_SIZE, Checks, Inspection, Scanner, ScanResult, Strip, UploadPreview, Validator
-from granite_storage.inspection.media_types import detect, fit_filename, judge_type
-from granite_storage.inspection.stripping import Stripper, can_strip
+from granite_storage.inspection.base import HEAD_SIZE, Checks, Inspection, Scanner, ScanResult, UploadPreview, Validator
+from granite_storage.inspection.media_types import Judged, confirm_type, detect, fit_filename, judge_type
+from granite_storage.inspection.stripping import StripMode, Stripper, can_strip
 from granite_storage.refs import canonical_timestamp, read_only
 
 __all__ = ["Gate", "Pieces", "Verdict", "judge_bytes", "validate"]
@@ -148,6 +148,7 @@ class Gate:
         self._scan = None if self._checks.scanner is None else _Scan(self._checks.scanner)
         try:
             async for piece in self._all():
+                judge.keep_tail(piece)
                 if judge.wants_more:
                     await self._consumer.feed(piece)
                 if self._scan is not None:
@@ -187,6 +188,7 @@ async def judge_bytes(content: bytes | bytearray | memoryview, checks: Checks, p
         content = await _threads.run(bytes, content)
     judge = _Judge(checks, replace(preview, size=len(content)))
     await judge.look(content[:HEAD_SIZE], is_whole=len(content) <= HEAD_SIZE)
+    judge.keep_tail(content)
     if judge.wants_more:
         await _threads.run(judge.feed_whole, content)
     await judge.finish()
@@ -212,6 +214,8 @@ class _Judge:
         self._checks = checks
         self._preview = preview
         self._type: str | None = None
+        self._unconfirmed: Judged | None = None
+        self._tail = b""
         self._active: list[Inspection] = []
         self._ended: list[Inspection] = []
 
@@ -244,7 +248,8 @@ class _Judge:
                 accept=checks.accept,
                 on_mismatch=checks.on_mismatch,
             )
-            self._type = judged.content_type
+            self._unconfirmed = judged if judged.needs_tail else None
+            self._type = judged.content_type.partition(";")[0]
             self.verdict.content_type = judged.content_type
             self.verdict.filename = fit_filename(preview.filename, judged.content_type)
         if self._type is not None:
@@ -252,7 +257,7 @@ class _Judge:
         if checks.strip is not None:
             self._choose_stripper(checks.strip)
 
-    def _choose_stripper(self, strip: Strip) -> None:
+    def _choose_stripper(self, strip: StripMode) -> None:
         found = self._type or ""
         if can_strip(found):
             self.stripper = Stripper(found, strip)
@@ -266,6 +271,11 @@ class _Judge:
     def _begin(self) -> None:
         preview = replace(self._preview, content_type=self._type or self._preview.content_type)
         self._active = [begun for item in self._checks.inspectors if (begun := item.begin(preview)) is not None]
+
+    def keep_tail(self, piece: bytes) -> None:
+        """Keep the end of what has passed so far, where it confirms the type."""
+        if self._unconfirmed is not None:
+            self._tail = (self._tail + piece[-HEAD_SIZE:])[-HEAD_SIZE:]
 
     def feed(self, piece: bytes) -> None:
         """Show the inspectors a piece; in a thread."""
@@ -286,6 +296,9 @@ class _Judge:
 
     async def finish(self) -> None:
         """Decide what the whole content decides."""
+        if self._unconfirmed is not None:
+            assert self._checks.accept is not None  # noqa: S101  # it is what there is to confirm
+            confirm_type(self._unconfirmed, self._preview.head, self._tail, accept=self._checks.accept)
         if self._ended or self._active:
             found = await _threads.run(self._collect)
             own = {} if self._type is None else {"type": self._type}

@@ -36,15 +36,15 @@ def can_strip(content_type: str) -> bool:
 class Stripper:
     """Takes metadata out of one picture that passes in pieces of any size, in bounded memory and without loss.
 
-    Pixels, animation, orientation and colour profile are kept. At most 4 MiB of metadata is parsed at a time, of a JPEG
-    64 KiB; what a piece adds to the output is at most what was held and the piece itself.
+    Pixels, animation, orientation and colour profile are kept. Of a JPEG at most 64 KiB are held, of PNG and WebP a chunk of
+    metadata of at most 4 MiB, which takes up to five times that while it is parsed.
 
     `location` takes out the GPS tags of EXIF, XMP packets and texts that mention a position or a place, the IPTC record where it
     names a place, and what cannot be searched for one: maker notes (Nikon and Panasonic write names of cities there, and the
     formats are secret), extended XMP (it may hold another whole JPEG), C2PA manifests, other vendors' segments, unknown chunks.
     All else stays, byte for byte; EXIF is written anew from its tags, so that nothing stays in the gaps between them.
 
-    `all` leaves what is needed to show the picture, and orientation, which is written anew.
+    `all` leaves what is needed to show the picture, and of EXIF the orientation.
 
     Both drop what follows the picture, and the segment that leads there (MPF): motion photos lose their video, stereo pictures
     their second view, gain maps their HDR.
@@ -155,12 +155,9 @@ class _Parser(ABC):
             size -= count
 
     def _clean_exif(self, data: bytes, limit: int) -> bytes | None:
-        """Clean the first EXIF, and drop any other: readers do not agree on which of them counts."""
-        if self._has_exif:
-            return None
-        cleaned = _clean_exif(data, self._mode, limit)
-        self._has_exif = cleaned is not None
-        return cleaned
+        """Clean the first EXIF, which is the one that readers go by, and drop any other."""
+        had_exif, self._has_exif = self._has_exif, True
+        return None if had_exif else _clean_exif(data, self._mode, limit)
 
 
 # JPEG (ITU-T T.81, annex B)
@@ -173,6 +170,8 @@ _MAX_SEGMENT = 0xFFFF - 2
 _EXIF = b"Exif\0\0"
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _PHOTOSHOP = b"Photoshop 3.0\0"
+_JPEG_SEARCHED = {_APP: b"JFIF\0", _APP + 1: _XMP, _APP + 12: b"Ducky", _APP + 14: b"Adobe", _COM: b""}
+"""Segments that are text, or too short to hold much besides, by the beginning of each."""
 
 
 class _JpegParser(_Parser):
@@ -220,22 +219,20 @@ class _JpegParser(_Parser):
 
     def _clean(self, code: int, content: bytes) -> bytes | None:
         """Return what stays of an application's segment or a comment, None where nothing does."""
-        is_all = self._mode == "all"
         if code == _APP + 1 and content.startswith(_EXIF):
             return self._clean_exif(content, _MAX_SEGMENT)
         if code == _APP + 2 and content.startswith(b"ICC_PROFILE\0"):
             return content
-        if code == _APP and content.startswith(b"JFIF\0"):
-            return content[:12].ljust(14, b"\0") if is_all else content  # without its thumbnail
-        if code == _APP + 14 and content.startswith(b"Adobe"):
-            return content[:12] if is_all else content
-        if is_all:
-            return None
-        if code == _APP + 13 and content.startswith(_PHOTOSHOP):
+        if code == _APP + 13 and content.startswith(_PHOTOSHOP) and self._mode == "location":
             resources = _clean_photoshop(content[len(_PHOTOSHOP) :])
             return _PHOTOSHOP + resources if resources else None
-        is_text = code == _COM or (code, content[:5]) == (_APP + 12, b"Ducky") or (code == _APP + 1 and content.startswith(_XMP))
-        return content if is_text and not _tells_location(content) else None
+        if code not in _JPEG_SEARCHED or not content.startswith(_JPEG_SEARCHED[code]):
+            return None
+        if self._mode == "location":
+            return None if _tells_location(content) else content
+        if code == _APP:
+            return content[:12].ljust(14, b"\0")  # without its thumbnail
+        return content[:12] if code == _APP + 14 else None  # how the colours are coded
 
 
 # PNG (W3C PNG 3)
@@ -262,17 +259,19 @@ _PNG_SHOWN = {
 }
 """Chunks that a picture is shown with, and the most bytes that each may have: nothing else hides in them."""
 
-_PNG_SEARCHED = {b"hIST": 512, b"oFFs": 9, b"pCAL": None, b"sCAL": None, b"sPLT": None, b"sTER": 1, b"tIME": 7}
+_PNG_HARMLESS = {b"hIST": 512, b"oFFs": 9, b"sTER": 1, b"tIME": 7}
 _PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
 _RAW_PROFILE = b"raw profile type "
 
 
 class _PngParser(_Parser):
+    _to_inflate = _MAX_HELD  # of all texts together: a thousand small ones that unpack to 4 MiB each would take minutes
+
     def _read(self) -> _Steps:
         if (yield from self._take(8)) != b"\x89PNG\r\n\x1a\n":
             raise _damaged("it does not begin like a PNG")
         self._output.append(b"\x89PNG\r\n\x1a\n")
-        name, kept = b"", _PNG_SHOWN if self._mode == "all" else _PNG_SHOWN | _PNG_SEARCHED
+        name, kept = b"", _PNG_SHOWN if self._mode == "all" else _PNG_SHOWN | _PNG_HARMLESS
         while name != b"IEND":
             is_first = not name
             head = yield from self._take(8)
@@ -311,7 +310,7 @@ class _PngParser(_Parser):
         is_profile = keyword.lower().startswith(_RAW_PROFILE)
         if self._mode == "all" and not is_profile:
             return None
-        plain = _inflate(text) if is_compressed else text
+        plain = self._inflate(text) if is_compressed else text
         if plain is None:
             return None
         if not is_profile:
@@ -330,7 +329,7 @@ class _PngParser(_Parser):
             return None
         kind = keyword[len(_RAW_PROFILE) :].lower()
         if content.startswith(_EXIF) or kind == b"exif":
-            kept = self._clean_exif(content, _MAX_HELD)
+            kept = _clean_exif(content, self._mode, _MAX_HELD)
         elif kind in (b"icc", b"icm"):
             kept = content
         elif self._mode == "all":
@@ -344,16 +343,16 @@ class _PngParser(_Parser):
         hexed = kept.hex()
         return b"\n%s\n%8d\n%s\n" % (name, len(kept), "\n".join(hexed[at : at + 72] for at in range(0, len(hexed), 72)).encode())
 
-
-def _inflate(data: bytes) -> bytes | None:
-    decompressor = zlib.decompressobj()
-    try:
-        text = decompressor.decompress(data, _MAX_HELD)
-    except zlib.error:
-        return None
-    if decompressor.unconsumed_tail:
-        raise ContentRejectedError(f"the image has a compressed text of more than the {_MAX_HELD} bytes that can be searched")
-    return text if decompressor.eof and not decompressor.unused_data else None
+    def _inflate(self, data: bytes) -> bytes | None:
+        decompressor = zlib.decompressobj()
+        try:
+            text = decompressor.decompress(data, self._to_inflate + 1)
+        except zlib.error:
+            return None
+        self._to_inflate -= len(text)
+        if self._to_inflate < 0:
+            raise ContentRejectedError(f"the image has compressed texts of more than the {_MAX_HELD} bytes that can be searched")
+        return text if decompressor.eof and not decompressor.unused_data else None
 
 
 # WebP (RFC 9649). The size of the file and the flags that say what is in it come first, metadata comes last. So that both stay
@@ -414,33 +413,21 @@ class _WebPParser(_Parser):
         size = len(content)
         if name == b"XMP ":
             return (_BLANK_XMP if size >= len(_BLANK_XMP) else b"").ljust(size) if _tells_location(content) else content
-        had_exif, self._has_exif = self._has_exif, True
-        cleaned = _clean_exif(content, self._mode, size) or _minimal_exif(1)
+        had_exif = self._has_exif
+        cleaned = self._clean_exif(content, size) or _minimal_exif(1)
         return None if had_exif or len(cleaned) > size else cleaned.ljust(size, b"\0")
 
 
 # EXIF (CIPA DC-008), the structure of TIFF 6
 
-_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 129: 1}
+_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 129: 1}
 _ORIENTATION, _EXIF_IFD, _INTEROP_IFD, _THUMBNAIL, _THUMBNAIL_SIZE = 0x0112, 0x8769, 0xA005, 0x0201, 0x0202
-_EXIF_DROPPED = {
-    0x8825: "GPS",
-    0x927C: "MakerNote",
-    0xC634: "DNGPrivateData, which holds a maker note",
-    0x83BB: "IPTC",
-    0x8649: "Photoshop's resources",
-    0x0111: "StripOffsets: a place in a TIFF file, as are those that follow",
-    0x0117: "StripByteCounts",
-    0x0144: "TileOffsets",
-    0x0145: "TileByteCounts",
-    0x014A: "SubIFDs",
-    _EXIF_IFD: "written anew",
-    _INTEROP_IFD: "written anew",
-    _THUMBNAIL: "written anew",
-    _THUMBNAIL_SIZE: "written anew",
-}
+_GPS, _MAKER_NOTE, _DNG_MAKER_NOTE, _EXIF_IPTC, _EXIF_PHOTOSHOP = 0x8825, 0x927C, 0xC634, 0x83BB, 0x8649
+_OFFSETS = (0x0111, 0x0117, 0x0144, 0x0145, 0x014A)
+"""Tags of TIFF files that lead to strips, tiles and further IFDs."""
 
-
+_DROPPED_TAGS = {_GPS, _MAKER_NOTE, _DNG_MAKER_NOTE, _EXIF_IPTC, _EXIF_PHOTOSHOP, *_OFFSETS}
+_REWRITTEN_TAGS = {_EXIF_IFD, _INTEROP_IFD, _THUMBNAIL, _THUMBNAIL_SIZE}
 _MINIMAL_EXIF = b"MM\0*\0\0\0\x08\0\x01" + b"\x01\x12\0\x03\0\0\0\x01\0%c\0\0" + b"\0\0\0\0"
 
 
@@ -469,11 +456,11 @@ def _clean_exif(data: bytes, mode: StripMode, limit: int) -> bytes | None:
     minimal = prefix + _minimal_exif(orientation) if 1 < orientation <= 8 else None
     if mode == "all":
         return minimal
-    cleaned = _rebuild_exif(tiff, order, first, second_offset)
-    return minimal if cleaned is None or len(prefix + cleaned) > limit else prefix + cleaned
+    cleaned = prefix + _rebuild_exif(tiff, order, first, second_offset)
+    return cleaned if len(prefix) < len(cleaned) <= limit else minimal
 
 
-def _rebuild_exif(tiff: bytes, order: str, first: _Ifd, second_offset: int) -> bytes | None:
+def _rebuild_exif(tiff: bytes, order: str, first: _Ifd, second_offset: int) -> bytes:
     """Write the four IFDs that EXIF has besides that of GPS anew: no cycle, overlap or gap of the old ones is carried on."""
     details, _ = _read_ifd(tiff, order, _read_number(first, order, _EXIF_IFD))
     interop, _ = _read_ifd(tiff, order, _read_number(details, order, _INTEROP_IFD))
@@ -490,7 +477,7 @@ def _rebuild_exif(tiff: bytes, order: str, first: _Ifd, second_offset: int) -> b
     if thumbnail:
         second |= {_THUMBNAIL: pointer, _THUMBNAIL_SIZE: _Tag(4, 1, struct.pack(order + "I", len(thumbnail)))}
     if not first:
-        return None
+        return b""
 
     ifds = (first, details, interop, second)
     starts = [8]
@@ -531,7 +518,7 @@ def _keep_tags(tags: _Ifd) -> _Ifd:
     return {
         tag: content
         for tag, content in sorted(tags.items())
-        if tag not in _EXIF_DROPPED and content.kind != 13 and not _tells_location(content.value)
+        if tag not in _DROPPED_TAGS | _REWRITTEN_TAGS and content.kind != 13 and not _tells_location(content.value)
     }
 
 
@@ -568,8 +555,10 @@ def _write_ifd(tags: _Ifd, start: int, following: int, order: str) -> bytes:
 _IPTC, _PHOTOSHOP_EXIF = 0x0404, (0x0422, 0x0423)
 _IPTC_PLACE = re.compile(rb"\x1c\x02[\x1a\x1b\x5a\x5c\x5f\x64\x65]")
 _LOCATION = re.compile(
-    rb"latitude|longitude|georss|geotag|(?<![a-z0-9+/])gps"  # the letters before: base64 of a thumbnail has any three of them
-    rb"|[<:]\w*(?:altitude|location)|[<:](?:city|state|country|countrycode|countryname|provincestate|worldregion|lat|long)\b",
+    rb"latitude|longitude|georss|geotag|\bgeo:-?[0-9]"
+    rb"|(?<![a-z0-9+/])gps"  # after none of the letters of base64: a thumbnail in XMP has any three letters somewhere
+    rb"|[<:][\w.-]*(?:altitude|location)"
+    rb"|[<:](?:city|state|country|countrycode|countryname|provincestate|worldregion|lat|lon|long|lng|coordinates)\b",
     re.IGNORECASE,
 )
 

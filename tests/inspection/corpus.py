@@ -445,7 +445,7 @@ def _sound_and_film() -> Iterable[Sample]:
     yield Sample("segment.mp4", _iso_media(b"iso5", b"iso5dash", b"moov"), "video/mp4", declared=("video/mp4",))
     yield Sample("film.m4v", _iso_media(b"M4V ", b"M4V mp42isom", b"moov"), "video/mp4", declared=("video/mp4", "video/x-m4v"))
     yield Sample("film.mov", _iso_media(b"qt  ", b"qt  ", b"wide", b"moov"), "video/quicktime", declared=("video/quicktime",))
-    yield Sample("phone.3gp", _iso_media(b"3gp4", b"isom3gp4", b"moov"), "video/3gpp", declared=("video/3gpp", "audio/3gpp"))
+    yield Sample("phone.3gp", _iso_media(b"3gp4", b"isom3gp4", b"moov"), "video/3gpp", declared=("video/3gpp", "video/3gpp2"))
     yield Sample("film.webm", _ebml(b"webm"), "video/webm", declared=("video/webm",))
     yield Sample("sound.webm", _ebml(b"webm"), "video/webm", declared=("audio/webm",), kept="audio/webm")
     yield Sample("film.mkv", _ebml(b"matroska"), "video/x-matroska", declared=("video/x-matroska", "video/matroska"))
@@ -521,7 +521,7 @@ def _texts() -> Iterable[Sample]:
     yield _text("schema.sql", b"CREATE TABLE rows (id INTEGER);\n", "application/sql", "application/x-sql")
     yield _text("readme.md", b"# Title\n\nSome *text*.\n", "text/markdown", "text/x-markdown")
     yield _text("run.sh", b"#!/bin/sh\nset -e\necho hello\n", "application/x-sh", "text/x-shellscript")
-    yield _text("page.php", b"<?php\necho 'hello';\n?>\n", "application/x-httpd-php", "application/x-php", "text/x-php")
+    yield _text("page.php", b"<?php\necho 'hello';\n?>\n", "application/x-php", "application/x-httpd-php", "text/x-php")
     yield _text("module.py", b'"""A module."""\n\nimport sys\n', "text/x-python")
     yield _text("code.js", b"export const one = 1;\n", "text/javascript", "application/javascript", "application/x-javascript")
     yield _text("look.css", b"body { margin: 0 }\n", "text/css")
@@ -766,7 +766,7 @@ def _false_declarations() -> Iterable[Hostile]:
     yield Hostile("empty svg", b"", "picture.svg", "image/svg+xml", ("image/svg+xml",))
     yield Hostile("empty, not declared, images", b"", "picture.jpg", None, IMAGES)
     skippable = b"\x50\x2a\x4d\x18\0\0\0\0" * 1024
-    yield Hostile("a thousand empty frames", skippable, "a.zst", "application/zstd", ("application/zstd",))
+    yield Hostile("a thousand empty frames", skippable, "picture.png", "image/png", IMAGES)
     chunks = b"\x89PNG\r\n\x1a\n" + (b"\0\0\0\0teXt\0\0\0\0" * 5000)
     yield Hostile("a png of empty chunks", chunks, "picture.png", "image/png", IMAGES, "image/png", "image/png")
     bombed = struct.pack(">I", 60_000) + b"ftyp" + b"zzzz" * 15_000

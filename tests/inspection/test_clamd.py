@@ -154,6 +154,10 @@ class TestVerdicts:
         assert sent < 50
         assert server.streams == []
 
+    async def test_more_after_a_finding(self) -> None:
+        async with ClamdServer(faults={"end": say(b"stream: Some.Virus-1 FOUND\0")}).listening() as server:
+            assert (await ClamdScanner(server.address).scan(stream(b"x"))).signature == "Some.Virus-1"
+
     async def test_odd_signature(self) -> None:
         """What could forge a line of a log is not passed on, and the rest is cut."""
         answer = b"stream: Odd\n\x1b[31m\xff" + b"x" * 1000 + b" FOUND\0"
@@ -205,6 +209,13 @@ class TestPlaces:
             port = server.address.rpartition(":")[2]
             assert (await ClamdScanner(f"scanner.test:{port}").scan(stream(b"x"))).is_clean
             assert (await ClamdScanner(f"scanner.test:{port}").ping()) == VERSION
+
+    async def test_name_server_that_hangs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(4 * SHORT))
+        begun = time.monotonic()
+        with pytest.raises(ScannerUnavailableError, match=r"cannot be reached \(no answer within 0\.05 s\)"):
+            await ClamdScanner("scanner.test:3310", connect_timeout=SHORT).scan(stream(b"x"))
+        assert time.monotonic() - begun < BOUND
 
     async def test_unknown_name(self) -> None:
         with pytest.raises(ScannerUnavailableError, match=r"nowhere\.invalid:3310 cannot be reached") as caught:
@@ -272,18 +283,18 @@ class TestPlaces:
 
 SMALL = (b"a harmless file",)
 LIES: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"\0", "gave no verdict"),
-    "a web server": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "gave no verdict but 'HTTP/1.1 400 Bad Request"),
-    "no NUL": (b"stream: OK", "gave no verdict but 'stream: OK'"),
-    "half of it": (b"stream: O", "gave no verdict"),
-    "a line": (b"stream: OK\n", "gave no verdict"),
-    "two verdicts": (b"stream: OK\0stream: Eicar FOUND\0", "gave no verdict"),
-    "more after OK": (b"stream: OK\0?", "gave no verdict"),
-    "more before OK": (b"stream: stream: OK\0", "gave no verdict"),
-    "OK of a file": (b"/tmp/file: OK\0", "gave no verdict"),
-    "small letters": (b"stream: ok\0", "gave no verdict"),
-    "nothing found": (b"stream:  FOUND\0", "gave no verdict"),
-    "bytes": (b"\xff\xfe\x01\0", "gave no verdict"),
+    "nothing": (b"\0", "is no verdict"),
+    "a web server": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "answered 'HTTP/1.1 400 Bad Request"),
+    "no NUL": (b"stream: OK", "answered 'stream: OK', which"),
+    "half of it": (b"stream: O", "is no verdict"),
+    "a line": (b"stream: OK\n", "is no verdict"),
+    "two verdicts": (b"stream: OK\0stream: Eicar FOUND\0", "is no verdict"),
+    "more after OK": (b"stream: OK\0?", "is no verdict"),
+    "more before OK": (b"stream: stream: OK\0", "is no verdict"),
+    "OK of a file": (b"/tmp/file: OK\0", "is no verdict"),
+    "small letters": (b"stream: ok\0", "is no verdict"),
+    "nothing found": (b"stream:  FOUND\0", "is no verdict"),
+    "bytes": (b"\xff\xfe\x01\0", "is no verdict"),
     "error": (b"stream: Can't open file or directory ERROR\0", "Can't open file or directory ERROR"),
     "unknown command": (b"UNKNOWN COMMAND\0", "UNKNOWN COMMAND"),
     "timed out": (b"COMMAND READ TIMED OUT\n", "ReadTimeout in clamd.conf"),
@@ -325,8 +336,16 @@ class TestFaults:
         async with ClamdServer(faults={step: fault}).listening() as server:
             error = await refused(server, large() if size == "large" else stream(*SMALL))
         if fault is not trickle:
-            assert "did not go on within 0.05 s" in str(error)
+            assert "neither read nor answered for 0.05 s" in str(error)
             assert isinstance(error.__cause__, TimeoutError)
+
+    @pytest.mark.time_bound
+    async def test_is_waited_for_once(self) -> None:
+        """What has not read in time gets no time to answer."""
+        async with ClamdServer(faults={"middle": stop_reading}).listening() as server:
+            begun = time.monotonic()
+            await refused(server, large(), timeout=0.5)
+        assert 0.5 <= time.monotonic() - begun < 0.95
 
     @pytest.mark.parametrize(
         ("step", "fault"),
@@ -350,7 +369,7 @@ class TestFaults:
     async def test_answers_without_an_end(self, step: str) -> None:
         async with ClamdServer(faults={step: flood}).listening() as server:
             error = await refused(server, stream(*SMALL), timeout=BOUND)
-        assert "gave no verdict but 'AAAA" in str(error)
+        assert "answered 'AAAA" in str(error)
         assert len(str(error)) < 500
         assert server.said < 64 * MIB  # what the buffers of a connection hold, which nobody has taken out
 
@@ -397,7 +416,7 @@ class TestFaults:
                     listener.accept()[0].close()
                 except BlockingIOError:
                     break
-            with pytest.raises(ScannerUnavailableError, match="did not go on within"):
+            with pytest.raises(ScannerUnavailableError, match="neither read nor answered"):
                 await scan
 
     async def test_no_more_sockets(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -576,7 +595,7 @@ class TestConcurrency:
             )
             await server.until_left()
         assert isinstance(first, ScannerUnavailableError)
-        assert "did not go on" in str(first)
+        assert "neither read nor answered" in str(first)
         assert isinstance(second, ScannerUnavailableError)
         assert "busy with 1 other scans" in str(second)
         assert server.commands == [b"zINSTREAM\0"]

@@ -160,7 +160,7 @@ class _Parser(ABC):
             return None
         cleaned = _clean_exif(data, self._mode, limit)
         self._has_exif = cleaned is not None
-        return cleaned
+        return cleaned or None
 
 
 # JPEG (ITU-T T.81, annex B)
@@ -173,6 +173,8 @@ _MAX_SEGMENT = 0xFFFF - 2
 _EXIF = b"Exif\0\0"
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _PHOTOSHOP = b"Photoshop 3.0\0"
+_JPEG_SEARCHED = {_APP: b"JFIF\0", _APP + 1: _XMP, _APP + 12: b"Ducky", _APP + 14: b"Adobe", _COM: b""}
+"""Segments that are text, or too short to hold much besides, by the beginning of each."""
 
 
 class _JpegParser(_Parser):
@@ -220,22 +222,23 @@ class _JpegParser(_Parser):
 
     def _clean(self, code: int, content: bytes) -> bytes | None:
         """Return what stays of an application's segment or a comment, None where nothing does."""
-        is_all = self._mode == "all"
         if code == _APP + 1 and content.startswith(_EXIF):
             return self._clean_exif(content, _MAX_SEGMENT)
         if code == _APP + 2 and content.startswith(b"ICC_PROFILE\0"):
             return content
-        if code == _APP and content.startswith(b"JFIF\0"):
-            return content[:12].ljust(14, b"\0") if is_all else content  # without its thumbnail
-        if code == _APP + 14 and content.startswith(b"Adobe"):
-            return content[:12] if is_all else content
-        if is_all:
-            return None
-        if code == _APP + 13 and content.startswith(_PHOTOSHOP):
+        if code == _APP + 13 and content.startswith(_PHOTOSHOP) and self._mode == "location":
             resources = _clean_photoshop(content[len(_PHOTOSHOP) :])
             return _PHOTOSHOP + resources if resources else None
-        is_text = code == _COM or (code, content[:5]) == (_APP + 12, b"Ducky") or (code == _APP + 1 and content.startswith(_XMP))
-        return content if is_text and not _tells_location(content) else None
+        if code not in _JPEG_SEARCHED or not content.startswith(_JPEG_SEARCHED[code]):
+            return None
+        if self._mode == "location":
+            return None if _tells_location(content) else content
+        match code - _APP:
+            case 0:
+                return content[:12].ljust(14, b"\0")  # without its thumbnail
+            case 14:
+                return content[:12]  # how colours are coded
+        return None
 
 
 # PNG (W3C PNG 3)
@@ -458,7 +461,7 @@ def _minimal_exif(orientation: int) -> bytes:
 
 
 def _clean_exif(data: bytes, mode: StripMode, limit: int) -> bytes | None:
-    """Return what stays of EXIF, in at most `limit` bytes; None where nothing does, or it is no EXIF."""
+    """Return what stays of EXIF, in at most `limit` bytes, which may be nothing; None where it is no EXIF."""
     prefix = _EXIF if data.startswith(_EXIF) else b""  # PNG and WebP have none, but some writers put one there
     tiff = data[len(prefix) :]
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
@@ -466,14 +469,14 @@ def _clean_exif(data: bytes, mode: StripMode, limit: int) -> bytes | None:
         return None
     first, second_offset = _read_ifd(tiff, order, *struct.unpack_from(order + "I", tiff, 4))
     orientation = _read_number(first, order, _ORIENTATION)
-    minimal = prefix + _minimal_exif(orientation) if 1 < orientation <= 8 else None
+    minimal = prefix + _minimal_exif(orientation) if 1 < orientation <= 8 else b""
     if mode == "all":
         return minimal
-    cleaned = _rebuild_exif(tiff, order, first, second_offset)
-    return minimal if cleaned is None or len(prefix + cleaned) > limit else prefix + cleaned
+    cleaned = prefix + _rebuild_exif(tiff, order, first, second_offset)
+    return cleaned if len(prefix) < len(cleaned) <= limit else minimal
 
 
-def _rebuild_exif(tiff: bytes, order: str, first: _Ifd, second_offset: int) -> bytes | None:
+def _rebuild_exif(tiff: bytes, order: str, first: _Ifd, second_offset: int) -> bytes:
     """Write the four IFDs that EXIF has besides that of GPS anew: no cycle, overlap or gap of the old ones is carried on."""
     details, _ = _read_ifd(tiff, order, _read_number(first, order, _EXIF_IFD))
     interop, _ = _read_ifd(tiff, order, _read_number(details, order, _INTEROP_IFD))
@@ -490,7 +493,7 @@ def _rebuild_exif(tiff: bytes, order: str, first: _Ifd, second_offset: int) -> b
     if thumbnail:
         second |= {_THUMBNAIL: pointer, _THUMBNAIL_SIZE: _Tag(4, 1, struct.pack(order + "I", len(thumbnail)))}
     if not first:
-        return None
+        return b""
 
     ifds = (first, details, interop, second)
     starts = [8]
@@ -568,8 +571,10 @@ def _write_ifd(tags: _Ifd, start: int, following: int, order: str) -> bytes:
 _IPTC, _PHOTOSHOP_EXIF = 0x0404, (0x0422, 0x0423)
 _IPTC_PLACE = re.compile(rb"\x1c\x02[\x1a\x1b\x5a\x5c\x5f\x64\x65]")
 _LOCATION = re.compile(
-    rb"latitude|longitude|georss|geotag|(?<![a-z0-9+/])gps"  # the letters before: base64 of a thumbnail has any three of them
-    rb"|[<:]\w*(?:altitude|location)|[<:](?:city|state|country|countrycode|countryname|provincestate|worldregion|lat|long)\b",
+    rb"latitude|longitude|georss|geotag|\bgeo:-?[0-9]"
+    rb"|(?<![a-z0-9+/])gps"  # after none of the letters of base64: a thumbnail in XMP has any three letters somewhere
+    rb"|[<:][\w.-]*(?:altitude|location)"
+    rb"|[<:](?:city|state|country|countrycode|countryname|provincestate|worldregion|lat|lon|long|lng|coordinates)\b",
     re.IGNORECASE,
 )
 

@@ -149,6 +149,8 @@ XMP_PLACES = [
     xmp(f'photoshop:Country="{PLACE.decode()}"'),
     xmp(f'xmlns:Iptc4xmpCore="http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/" Iptc4xmpCore:Location="{PLACE.decode()}"'),
     xmp(f'xmlns:geo="http://www.w3.org/2003/01/geo/wgs84_pos#" geo:lat="{DECIMAL.decode()}"'),
+    xmp(f'dc:source="geo:{DECIMAL.decode()},13.4"'),
+    xmp(f'xmlns:d="http://www.dji.com/drone-dji/1.0/" d:Gps-Altitude="{DECIMAL.decode()}"'),
     xmp(f'dc:source="{PLACE.decode()}, GPS {DECIMAL.decode()}"'),
 ]
 XMP_PLACES.append(XMP_PLACES[0].decode().encode("utf-16"))
@@ -231,6 +233,8 @@ def jpegs() -> dict[str, Picture]:
             kept = (CAMERA, RIGHTS, REMARK, b"R98")
             add(f"EXIF {order} {orientation}", restarts, metadata, orientation=orientation, kept=kept)
     add("two EXIFs", plain, *[segment(0xE1, b"Exif\0\0" + exif(order, 8)) for order in "<>"], orientation=8, kept=[CAMERA])
+    add("two EXIFs, the first upright", plain, *[segment(0xE1, b"Exif\0\0" + exif(">", each)) for each in (1, 8)], kept=[CAMERA])
+    add("no EXIF before it", plain, segment(0xE1, b"Exif\0\0" + PLACE), segment(0xE1, b"Exif\0\0" + exif(">", 3)), kept=[CAMERA])
     add("progressive", progressive, segment(0xE1, b"Exif\0\0" + exif()), has_profile=True, orientation=6, kept=[CAMERA])
     between = list(jpeg_scans(progressive))
     at = between[len(between) // 2]

@@ -155,12 +155,9 @@ class _Parser(ABC):
             size -= count
 
     def _clean_exif(self, data: bytes, limit: int) -> bytes | None:
-        """Clean the first EXIF, and drop any other: readers do not agree on which of them counts."""
-        if self._has_exif:
-            return None
-        cleaned = _clean_exif(data, self._mode, limit)
-        self._has_exif = cleaned is not None
-        return cleaned or None
+        """Clean the first EXIF, which is the one that readers go by, and drop any other."""
+        had_exif, self._has_exif = self._has_exif, True
+        return None if had_exif else _clean_exif(data, self._mode, limit)
 
 
 # JPEG (ITU-T T.81, annex B)
@@ -333,7 +330,7 @@ class _PngParser(_Parser):
             return None
         kind = keyword[len(_RAW_PROFILE) :].lower()
         if content.startswith(_EXIF) or kind == b"exif":
-            kept = self._clean_exif(content, _MAX_HELD)
+            kept = _clean_exif(content, self._mode, _MAX_HELD)
         elif kind in (b"icc", b"icm"):
             kept = content
         elif self._mode == "all":
@@ -417,8 +414,8 @@ class _WebPParser(_Parser):
         size = len(content)
         if name == b"XMP ":
             return (_BLANK_XMP if size >= len(_BLANK_XMP) else b"").ljust(size) if _tells_location(content) else content
-        had_exif, self._has_exif = self._has_exif, True
-        cleaned = _clean_exif(content, self._mode, size) or _minimal_exif(1)
+        had_exif = self._has_exif
+        cleaned = self._clean_exif(content, size) or _minimal_exif(1)
         return None if had_exif or len(cleaned) > size else cleaned.ljust(size, b"\0")
 
 
@@ -461,7 +458,7 @@ def _minimal_exif(orientation: int) -> bytes:
 
 
 def _clean_exif(data: bytes, mode: StripMode, limit: int) -> bytes | None:
-    """Return what stays of EXIF, in at most `limit` bytes, which may be nothing; None where it is no EXIF."""
+    """Return what stays of EXIF, in at most `limit` bytes; None where nothing does, or it is no EXIF."""
     prefix = _EXIF if data.startswith(_EXIF) else b""  # PNG and WebP have none, but some writers put one there
     tiff = data[len(prefix) :]
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
@@ -469,7 +466,7 @@ def _clean_exif(data: bytes, mode: StripMode, limit: int) -> bytes | None:
         return None
     first, second_offset = _read_ifd(tiff, order, *struct.unpack_from(order + "I", tiff, 4))
     orientation = _read_number(first, order, _ORIENTATION)
-    minimal = prefix + _minimal_exif(orientation) if 1 < orientation <= 8 else b""
+    minimal = prefix + _minimal_exif(orientation) if 1 < orientation <= 8 else None
     if mode == "all":
         return minimal
     cleaned = prefix + _rebuild_exif(tiff, order, first, second_offset)

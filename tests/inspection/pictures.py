@@ -234,7 +234,6 @@ def jpegs() -> dict[str, Picture]:
             add(f"EXIF {order} {orientation}", restarts, metadata, orientation=orientation, kept=kept)
     add("two EXIFs", plain, *[segment(0xE1, b"Exif\0\0" + exif(order, 8)) for order in "<>"], orientation=8, kept=[CAMERA])
     add("two EXIFs, the first upright", plain, *[segment(0xE1, b"Exif\0\0" + exif(">", each)) for each in (1, 8)], kept=[CAMERA])
-    add("no EXIF before it", plain, segment(0xE1, b"Exif\0\0" + PLACE), segment(0xE1, b"Exif\0\0" + exif(">", 3)), kept=[CAMERA])
     add("progressive", progressive, segment(0xE1, b"Exif\0\0" + exif()), has_profile=True, orientation=6, kept=[CAMERA])
     between = list(jpeg_scans(progressive))
     at = between[len(between) // 2]
@@ -319,6 +318,8 @@ def pngs() -> dict[str, Picture]:
     for writer in (text, compressed):
         profile = raw_profile(b"exif", b"Exif\0\0" + exif("<", 5))
         add(f"raw EXIF {writer.__name__}", palette, writer(b"Raw profile type exif", profile), orientation=5)
+    turned = compressed(b"Raw profile type exif", raw_profile(b"exif", exif("<", 5)))
+    add("raw EXIF before EXIF", palette, turned, chunk(b"eXIf", exif("<", 3)), orientation=3, kept=[CAMERA])
     raw = raw_profile(b"APP1", XMP_NAME + XMP_PLACES[0])
     add("raw APP1", palette, compressed(b"Raw profile type APP1", raw), text(b"Raw profile type xmp", b"\nxmp\n 3\nzz\n"))
     add(

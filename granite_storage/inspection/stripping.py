@@ -36,15 +36,15 @@ def can_strip(content_type: str) -> bool:
 class Stripper:
     """Takes metadata out of one picture that passes in pieces of any size, in bounded memory and without loss.
 
-    Pixels, animation, orientation and colour profile are kept. At most 4 MiB of metadata is parsed at a time, of a JPEG
-    64 KiB; what a piece adds to the output is at most what was held and the piece itself.
+    Pixels, animation, orientation and colour profile are kept. Of a JPEG at most 64 KiB are held, of PNG and WebP a chunk of
+    metadata of at most 4 MiB, which takes up to five times that while it is parsed.
 
     `location` takes out the GPS tags of EXIF, XMP packets and texts that mention a position or a place, the IPTC record where it
     names a place, and what cannot be searched for one: maker notes (Nikon and Panasonic write names of cities there, and the
     formats are secret), extended XMP (it may hold another whole JPEG), C2PA manifests, other vendors' segments, unknown chunks.
     All else stays, byte for byte; EXIF is written anew from its tags, so that nothing stays in the gaps between them.
 
-    `all` leaves what is needed to show the picture, and orientation, which is written anew.
+    `all` leaves what is needed to show the picture, and of EXIF the orientation.
 
     Both drop what follows the picture, and the segment that leads there (MPF): motion photos lose their video, stereo pictures
     their second view, gain maps their HDR.
@@ -230,12 +230,9 @@ class _JpegParser(_Parser):
             return None
         if self._mode == "location":
             return None if _tells_location(content) else content
-        match code - _APP:
-            case 0:
-                return content[:12].ljust(14, b"\0")  # without its thumbnail
-            case 14:
-                return content[:12]  # how colours are coded
-        return None
+        if code == _APP:
+            return content[:12].ljust(14, b"\0")  # without its thumbnail
+        return content[:12] if code == _APP + 14 else None  # how the colours are coded
 
 
 # PNG (W3C PNG 3)
@@ -262,17 +259,19 @@ _PNG_SHOWN = {
 }
 """Chunks that a picture is shown with, and the most bytes that each may have: nothing else hides in them."""
 
-_PNG_SEARCHED = {b"hIST": 512, b"oFFs": 9, b"pCAL": None, b"sCAL": None, b"sPLT": None, b"sTER": 1, b"tIME": 7}
+_PNG_HARMLESS = {b"hIST": 512, b"oFFs": 9, b"sTER": 1, b"tIME": 7}
 _PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
 _RAW_PROFILE = b"raw profile type "
 
 
 class _PngParser(_Parser):
+    _to_inflate = _MAX_HELD  # of all texts together: a thousand small ones that unpack to 4 MiB each would take minutes
+
     def _read(self) -> _Steps:
         if (yield from self._take(8)) != b"\x89PNG\r\n\x1a\n":
             raise _damaged("it does not begin like a PNG")
         self._output.append(b"\x89PNG\r\n\x1a\n")
-        name, kept = b"", _PNG_SHOWN if self._mode == "all" else _PNG_SHOWN | _PNG_SEARCHED
+        name, kept = b"", _PNG_SHOWN if self._mode == "all" else _PNG_SHOWN | _PNG_HARMLESS
         while name != b"IEND":
             is_first = not name
             head = yield from self._take(8)
@@ -311,7 +310,7 @@ class _PngParser(_Parser):
         is_profile = keyword.lower().startswith(_RAW_PROFILE)
         if self._mode == "all" and not is_profile:
             return None
-        plain = _inflate(text) if is_compressed else text
+        plain = self._inflate(text) if is_compressed else text
         if plain is None:
             return None
         if not is_profile:
@@ -344,16 +343,16 @@ class _PngParser(_Parser):
         hexed = kept.hex()
         return b"\n%s\n%8d\n%s\n" % (name, len(kept), "\n".join(hexed[at : at + 72] for at in range(0, len(hexed), 72)).encode())
 
-
-def _inflate(data: bytes) -> bytes | None:
-    decompressor = zlib.decompressobj()
-    try:
-        text = decompressor.decompress(data, _MAX_HELD)
-    except zlib.error:
-        return None
-    if decompressor.unconsumed_tail:
-        raise ContentRejectedError(f"the image has a compressed text of more than the {_MAX_HELD} bytes that can be searched")
-    return text if decompressor.eof and not decompressor.unused_data else None
+    def _inflate(self, data: bytes) -> bytes | None:
+        decompressor = zlib.decompressobj()
+        try:
+            text = decompressor.decompress(data, self._to_inflate + 1)
+        except zlib.error:
+            return None
+        self._to_inflate -= len(text)
+        if self._to_inflate < 0:
+            raise ContentRejectedError(f"the image has compressed texts of more than the {_MAX_HELD} bytes that can be searched")
+        return text if decompressor.eof and not decompressor.unused_data else None
 
 
 # WebP (RFC 9649). The size of the file and the flags that say what is in it come first, metadata comes last. So that both stay
@@ -421,26 +420,14 @@ class _WebPParser(_Parser):
 
 # EXIF (CIPA DC-008), the structure of TIFF 6
 
-_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 129: 1}
+_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 129: 1}
 _ORIENTATION, _EXIF_IFD, _INTEROP_IFD, _THUMBNAIL, _THUMBNAIL_SIZE = 0x0112, 0x8769, 0xA005, 0x0201, 0x0202
-_EXIF_DROPPED = {
-    0x8825: "GPS",
-    0x927C: "MakerNote",
-    0xC634: "DNGPrivateData, which holds a maker note",
-    0x83BB: "IPTC",
-    0x8649: "Photoshop's resources",
-    0x0111: "StripOffsets: a place in a TIFF file, as are those that follow",
-    0x0117: "StripByteCounts",
-    0x0144: "TileOffsets",
-    0x0145: "TileByteCounts",
-    0x014A: "SubIFDs",
-    _EXIF_IFD: "written anew",
-    _INTEROP_IFD: "written anew",
-    _THUMBNAIL: "written anew",
-    _THUMBNAIL_SIZE: "written anew",
-}
+_GPS, _MAKER_NOTE, _DNG_MAKER_NOTE, _EXIF_IPTC, _EXIF_PHOTOSHOP = 0x8825, 0x927C, 0xC634, 0x83BB, 0x8649
+_OFFSETS = (0x0111, 0x0117, 0x0144, 0x0145, 0x014A)
+"""Tags of TIFF files that lead to strips, tiles and further IFDs."""
 
-
+_DROPPED_TAGS = {_GPS, _MAKER_NOTE, _DNG_MAKER_NOTE, _EXIF_IPTC, _EXIF_PHOTOSHOP, *_OFFSETS}
+_REWRITTEN_TAGS = {_EXIF_IFD, _INTEROP_IFD, _THUMBNAIL, _THUMBNAIL_SIZE}
 _MINIMAL_EXIF = b"MM\0*\0\0\0\x08\0\x01" + b"\x01\x12\0\x03\0\0\0\x01\0%c\0\0" + b"\0\0\0\0"
 
 
@@ -531,7 +518,7 @@ def _keep_tags(tags: _Ifd) -> _Ifd:
     return {
         tag: content
         for tag, content in sorted(tags.items())
-        if tag not in _EXIF_DROPPED and content.kind != 13 and not _tells_location(content.value)
+        if tag not in _DROPPED_TAGS | _REWRITTEN_TAGS and content.kind != 13 and not _tells_location(content.value)
     }
 
 

@@ -169,6 +169,10 @@ class TestExif:
         assert struct.pack(order + "HHII", 0x0201, 4, 1, len(cleaned) - len(thumbnail)) in cleaned
         assert struct.pack(order + "HHII", 0x0202, 4, 1, len(thumbnail)) in cleaned
 
+    def test_pointers_of_the_type_ifd(self) -> None:
+        exif = pictures.exif().replace(struct.pack("<HH", 0x8769, 4), struct.pack("<HH", 0x8769, 13))
+        assert self.cleaned(exif) == self.cleaned(pictures.exif())
+
     def test_a_damaged_thumbnail_goes(self) -> None:
         assert b"THUMB" not in self.cleaned(pictures.exif(thumbnail=b"\xff\xd8THUMB"))
 
@@ -434,6 +438,7 @@ class TestMemory:
             ("image/png", PNG[:33], chunk(b"eXIf", bytes(LONGEST + 1))),
             ("image/png", PNG[:33], chunk(b"iTXt", bytes(LONGEST + 1))),
             ("image/png", PNG[:33], chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(20 * MIB)))),
+            ("image/png", PNG[:33], chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(MIB))) * 5),
             ("image/webp", b"", pictures.riff(webp_chunk(b"EXIF", bytes(LONGEST + 1)))),
             ("image/webp", b"", pictures.riff(webp_chunk(b"XMP ", bytes(LONGEST + 1)))),
         ],

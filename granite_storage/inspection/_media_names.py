@@ -68,7 +68,7 @@ _NAMES: dict[str, tuple[str, str]] = {
     "audio/midi": ("audio/mid audio/x-midi", ""),
     "audio/mp4": ("audio/m4a audio/x-m4a", ".m4a"),
     "audio/mpeg": ("audio/mp3 audio/x-mp3", ".mp3"),
-    "audio/ogg": ("application/ogg audio/opus", ".ogg .oga .opus"),
+    "audio/ogg": ("audio/opus", ".ogg .oga .opus"),
     "audio/wav": ("audio/vnd.wave audio/wave audio/x-wav", ""),
     "font/otf": ("application/vnd.ms-opentype application/x-font-otf", ".otf"),
     "font/ttf": ("application/x-font-ttf font/sfnt", ".ttf"),
@@ -147,12 +147,14 @@ def fit_filename(filename: str | None, content_type: str) -> str | None:
     suffix = extension(name)
     theirs = types_by_extension().get(suffix)
     is_risky = suffix in _RISKY
-    if theirs == kind or (theirs is not None and theirs in DECLARABLE.get(kind, ())):
+    if theirs == kind:
         fits = not is_risky or kind not in (OPAQUE, PLAIN)
-    elif is_risky or (suffix and theirs is not None):
-        fits = not is_risky and is_text_type(kind) and is_text_type(theirs or "")
-    else:
+    elif is_risky:
+        fits = False
+    elif theirs is None or theirs == OPAQUE or (is_text_type(kind) and is_text_type(theirs)):
         fits = True
+    else:
+        fits = theirs in DECLARABLE.get(kind, ()) or kind in DECLARABLE.get(theirs, ())
     return name if fits else clean_filename(name + _extension_of(kind))
 
 

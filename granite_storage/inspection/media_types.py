@@ -119,6 +119,7 @@ _ZIP_TYPES = frozenset(
     }
 )
 _OLE_TYPES = frozenset(_OLE_STREAMS.values())
+_GENERAL = {ZIP: _ZIP_TYPES, OLE: _OLE_TYPES, "application/ogg": {"audio/ogg", "video/ogg"}}
 _CONTAINERS = frozenset({ZIP, OLE, "application/gzip", "application/vnd.sqlite3", "image/tiff", "video/x-matroska"})
 
 _HEAD = 8192  # what `filetype` looks at
@@ -198,7 +199,8 @@ def check_accept(accept: object) -> tuple[str, ...]:
 def matches(content_type: str, accept: tuple[str, ...]) -> bool:
     """Tell whether a media type is accepted; case and parameters do not count, nor which of its names a type goes by.
 
-    A wildcard never matches a type that a browser would run: it has to be named.
+    A wildcard never matches a type that a browser would run: it has to be named. Nor does `application/*` match the
+    `application/octet-stream` that stands for any unknown type: only its name does, and `*/*`.
     """
     return _matches(canonical(content_type), accept)
 
@@ -340,7 +342,7 @@ class _Judge:
         found, stated = self.found, self.stated
         if found is None:
             return self._judge_unknown()
-        if stated is None or stated == found or (stated == ZIP and found in _ZIP_TYPES):
+        if stated is None or stated == found or found in _GENERAL.get(stated, ()):
             return self._keep(found, found)
         if stated in DECLARABLE.get(found, ()) or _is_variant(stated, found):
             return self._keep(stated, found)
@@ -403,8 +405,8 @@ def _or(accept: tuple[str, ...]) -> str:
 def _matches(kind: str, accept: tuple[str, ...]) -> bool:
     if any(canonical(one) == kind for one in accept):
         return True
-    family = kind.partition("/")[0]
-    return ("*/*" in accept or f"{family}/*" in accept) and not is_active(kind)
+    family = f"{kind.partition('/')[0]}/*" if kind != OPAQUE else "*/*"
+    return ("*/*" in accept or family in accept) and not is_active(kind)
 
 
 def _read_declared(declared: str | None) -> tuple[str | None, str]:
@@ -518,7 +520,9 @@ def _load_known() -> frozenset[str]:
     programs = {kind for _, kind in _PROGRAMS}
     twins = {kind for kinds in DECLARABLE.values() for kind in kinds}
     detected = {kind for _, kind in _load_matchers()}
-    return frozenset({ZIP, OLE, PDF, RTF, SVG, HTML} | _ZIP_TYPES | _OLE_TYPES | programs | twins | detected)
+    return frozenset(
+        {"application/ogg", "audio/ogg", ZIP, OLE, PDF, RTF, SVG, HTML} | _ZIP_TYPES | _OLE_TYPES | programs | twins | detected
+    )
 
 
 def _find_in_zip(head: bytes, tail: bytes) -> str:

@@ -1,19 +1,19 @@
 """The media type of an upload, found in its content, and whether a policy accepts it.
 
-The detector is `filetype`, weighed against its rivals on the 141 files and 107 hostile twins of `tests/inspection/corpus.py`
-(2026-11-28; hits, misses, wrong answers, the twins taken for what their policy accepts, plain text taken for binary, and the
-microseconds for a PNG, a text and noise of 4 KiB):
+The detector is `filetype`, weighed against its rivals on the 142 files and 107 hostile twins of `tests/inspection/corpus.py`
+(2026-11-28). In this order: hits, misses, wrong answers; twins taken for what their policy accepts; plain text taken for binary;
+microseconds for a PNG, a text and noise of 4 KiB:
 
-    filetype 1.2.0        103  33   5  11  22       7     66     54   108 KiB, pure Python, MIT, last released in 2022
-    puremagic 1.30        102  23  16   7  24     596    348    596   192 KiB, pure Python, MIT, 2025; 2.x needs Python 3.12
-    python-magic 0.4.27   128  12   1  10  15      28  3,482    500   40 KiB and libmagic's 8 MiB of C and tables, MIT, 2022
-    magika 1.0.3          109  19  13   7   2  24,878 28,283 25,692   107 MiB with onnxruntime and NumPy, Apache 2.0, 2026
-    this module on top    141   0   0   0   0       8      8     21
+    filetype 1.2.0        104  33   5  11  22       7     66     54   108 KiB, pure Python, MIT, last released in 2022
+    puremagic 1.30        102  23  17   7  24     596    348    596   192 KiB, pure Python, MIT, 2025; 2.x needs Python 3.12
+    python-magic 0.4.27   129  12   1  10  15      28  3,482    500   40 KiB and libmagic's 8 MiB of C and tables, MIT, 2022
+    magika 1.0.3          109  19  14   7   2  24,878 28,283 25,692   107 MiB with onnxruntime and NumPy, Apache 2.0
+    this module on top    142   0   0   0   0       8      8     21
 
-None may be asked alone: each calls a program with a mark at byte 128 or 257 an accepted type, and plain text a bitmap. Text,
-programs, PDF, zip, compound files and markup are therefore recognised here, by few rules that can be read, and `filetype` knows
-the signatures of the others. It is the only one fast enough for the checks of a 4 KiB upload, and the smallest to read: a
-signature is a function of five lines. It stands still, and so do the formats; `_BRANDS` has what it lacks.
+None may be asked alone: each takes a program with a mark at byte 128 or 257 for a scan or an archive, and all but the slowest take text
+for a bitmap or a sound. Text, markup, programs, PDF, zip archives and compound files are therefore recognised here, by rules that can be read,
+and `filetype` knows the signatures of all others. It alone is fast enough for the checks of a 4 KiB upload, and the easiest to
+read: a signature is a function of five lines. It stands still, but so do the formats; `_BRANDS` has what it lacks.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ microseconds for a PNG, a text and noise of 4 KiB:
     this module on top    142   0   0   0   0       8      8     21
 
 None may be asked alone: each takes a program with a mark at byte 128 or 257 for a scan or an archive, and all but the slowest
-take text for a bitmap or a sound. Text, markup, programs, PDF, zip archives and compound files are therefore recognised here, by
-rules that can be read, and `filetype` knows the signatures of all others. With those out of its way, it alone is fast enough for the
-checks of a 4 KiB upload. It is also the easiest to read: a signature is a function of five lines. It stands still, but so do most
-formats; `_BRANDS` has what it lacks. The last row is no measurement of quality, since the module was written with the corpus; of
-40,574 files with known extensions on a developer's machine it refused 157, each of them rightly.
+take text for a bitmap or a sound. Text, markup, programs, PDF, zip archives and compound files are therefore recognised here,
+by rules that can be read, and `filetype` knows the signatures of all others. With those out of its way, it alone is fast enough
+for the checks of a 4 KiB upload. It is also the easiest to read: a signature is a function of five lines. It stands still, but
+so do most formats; `_BRANDS` has what it lacks. The last row is no measurement of quality, since the module was written with
+the corpus; of 40,574 files with known extensions on a developer's machine it refused 157, each of them rightly.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class ClamdScanner:
     processes that are forked; nothing is opened when it is made.
 
     Its settings in clamd.conf matter. It refuses content over `StreamMaxLength`, and content that pauses for `ReadTimeout`. Of
-    what is over `MaxFileSize`, `MaxScanSize` or `MaxScanTime` it says OK without having looked at all of it, unless it has
+    what is over `MaxFileSize`, `MaxScanSize` or `MaxRecursion` it says OK without having looked at all of it, unless it has
     `AlertExceedsMax yes`, which makes that a finding. The connection is neither encrypted nor authenticated.
 
     Args:

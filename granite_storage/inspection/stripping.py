@@ -128,7 +128,6 @@ class _Parser(ABC):
         if not self._has_image:
             raise _damaged("it has no picture")
         self.is_complete = True
-        self._buffer.clear()
 
     @abstractmethod
     def _read(self) -> _Steps:
@@ -223,7 +222,7 @@ class _JpegParser(_Parser):
     def _clean(self, code: int, content: bytes) -> bytes | None:
         """Return what stays of an application's segment or a comment, None where nothing does."""
         if code == _APP + 1 and content.startswith(_EXIF):
-            return self._clean_exif(content, _MAX_SEGMENT)
+            return None if self._has_image else self._clean_exif(content, _MAX_SEGMENT)  # none counts after a scan
         if code == _APP + 2 and content.startswith(b"ICC_PROFILE\0"):
             return content
         if code == _APP + 13 and content.startswith(_PHOTOSHOP) and self._mode == "location":
@@ -355,7 +354,7 @@ class _PngParser(_Parser):
         self._to_inflate -= len(text)
         if self._to_inflate < 0:
             raise ContentRejectedError(f"the image has compressed texts of more than the {_MAX_HELD} bytes that can be searched")
-        return text if decompressor.eof and not decompressor.unused_data else None
+        return None if decompressor.unused_data else text
 
 
 # WebP (RFC 9649). The size of the file and the flags that say what is in it come first, metadata comes last. So that both stay

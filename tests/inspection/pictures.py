@@ -378,7 +378,7 @@ def webps() -> dict[str, Picture]:
     add("alpha", saved(clear, "WEBP", exif=exif(), xmp=XMP_KEPT), orientation=6, kept=[XMP_KEPT, CAMERA])
     add("animated", saved(clear, "WEBP", **frames, exif=b"Exif\0\0" + exif(), xmp=place), orientation=6, kept=[CAMERA])
     chunks = [webp_chunk(*each) for each in webp_chunks(saved(clear, "WEBP", exif=exif(), xmp=place))]
-    more = [webp_chunk(name, PLACE + b"!") for name in (b"C2PA", b"abcd", b"JUNK", b"EXIF", b"\0\xff\n\r")]
+    more = [webp_chunk(name, PLACE * 5 + b"!") for name in (b"C2PA", b"abcd", b"JUNK", b"EXIF", b"\0\xff\n\r")]
     add("more chunks", riff(*chunks, *more), orientation=6, kept=[CAMERA])
     add("tail", saved(image, "WEBP") + PLACE)
     add("without flags", riff(*[webp_chunk(*each) for each in webp_chunks(saved(image, "WEBP"))], webp_chunk(b"XMP ", place)))

@@ -179,6 +179,11 @@ class TestExif:
         exif = pictures.exif().replace(struct.pack("<HH", 0x8769, 4), struct.pack("<HH", 0x8769, 13))
         assert self.cleaned(exif) == self.cleaned(pictures.exif())
 
+    def test_pointers_to_what_is_not_known_go(self) -> None:
+        kept = [(0x010F, 2, b"KeptCamera\0")]
+        exif = tiff("<", [*kept, (0x9998, 4, b"\x08\0\0\0")]).replace(b"\x98\x99\4\0", b"\x98\x99\x0d\0")
+        assert self.cleaned(exif) == tiff("<", kept)
+
     def test_a_damaged_thumbnail_goes(self) -> None:
         assert b"THUMB" not in self.cleaned(pictures.exif(thumbnail=b"\xff\xd8THUMB"))
 
@@ -240,14 +245,13 @@ class TestExif:
 
     def test_longer_than_a_segment(self) -> None:
         """Values that share their bytes do not after cleaning: then no more than the orientation stays."""
-        entries = [(0x0112, 3, b"\6\0")] + [(tag, 7, b"x" * 9) for tag in range(0x9300, 0x9304)]
-        exif = bytearray(tiff("<", entries) + bytes(30_000))
-        for entry in range(1, 5):
-            struct.pack_into("<II", exif, 10 + 12 * entry + 4, 7_000, 100)
-        more = bytearray(exif)
-        struct.pack_into("<I", more, 10 + 12 + 4, 30_000)
-        jpeg = pictures.with_segments(CORPUS["jpeg plain"].data, segment(0xE1, b"Exif\0\0" + bytes(more)))
-        assert pictures.properties(strip("image/jpeg", jpeg, "location"))[0] == 6
+        details = [(0x9301, 7, b"123456789")]
+        exif = bytearray(tiff("<", [(0x0112, 3, b"\6\0"), (0x8769, 4, details), (0x9300, 7, bytes(40_000))]))
+        struct.pack_into("<II", exif, exif.index(struct.pack("<HHI", 0x9301, 7, 9)) + 4, 40_000, 100)
+        jpeg = CORPUS["jpeg plain"].data
+        stripped = strip("image/jpeg", pictures.with_segments(jpeg, segment(0xE1, b"Exif\0\0" + bytes(exif))), "location")
+        assert pictures.properties(stripped)[0] == 6
+        assert len(stripped) == len(jpeg) + 36
 
 
 class TestWebP:
@@ -333,6 +337,14 @@ class TestJpeg:
     def test_a_position_in_a_marker_of_a_scan(self) -> None:
         data = self.HEAD + b"abc" + segment(0xFE, b"GPS " + PLACE) + segment(0xDA, b"S") + b"def\xff\xd9"
         assert strip("image/jpeg", data, "location") == self.HEAD + b"abc" + segment(0xDA, b"S") + b"def\xff\xd9"
+
+    def test_resources_that_are_cut_off(self) -> None:
+        """They go on in another segment, where nothing tells what they are: none of them stays."""
+        plain = CORPUS["jpeg plain"].data
+        cut = [pictures.IPTC_KEPT[:end] for end in range(1, len(pictures.IPTC_KEPT) - 1)]
+        for last in *cut, pictures.IPTC_KEPT.replace(b"8BIM", b"MeSa"):
+            resources = segment(0xED, pictures.PHOTOSHOP + pictures.RIGHTS_RESOURCE + last)
+            assert strip("image/jpeg", pictures.with_segments(plain, resources), "location") == plain
 
     def test_all_keeps_no_thumbnail_of_jfif(self) -> None:
         thumbnail = b"JFIF\0\1\2\1\0\x48\0\x48\1\1abc"

@@ -507,7 +507,7 @@ def _read_ifd(tiff: bytes, order: str, offset: int) -> tuple[_Ifd, int]:
             start = at + 8
         if size and start + size <= len(tiff) and size <= budget:
             budget -= size
-            tags.setdefault(tag, _Tag(kind, count, tiff[start : start + size]))
+            tags[tag] = _Tag(kind, count, tiff[start : start + size])
     return tags, struct.unpack_from(order + "I", tiff, end)[0] if end + 4 <= len(tiff) else 0
 
 
@@ -519,7 +519,7 @@ def _read_number(tags: _Ifd, order: str, tag: int) -> int:
 def _keep_tags(tags: _Ifd) -> _Ifd:
     return {
         tag: content
-        for tag, content in sorted(tags.items())
+        for tag, content in tags.items()
         if tag not in _DROPPED_TAGS | _REWRITTEN_TAGS and content.kind != 13 and not _tells_location(content.value)
     }
 

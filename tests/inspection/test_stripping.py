@@ -236,12 +236,16 @@ class TestExif:
         jpeg = CORPUS["jpeg plain"].data
         assert strip("image/jpeg", pictures.with_segments(jpeg, segment(0xE1, b"Exif\0\0" + exif)), mode) == jpeg
 
-    @pytest.mark.parametrize("size", [100, 1 << 31])
+    @pytest.mark.parametrize("size", [40, 1 << 31])
     def test_values_that_end_outside_go(self, size: int) -> None:
         exif = tiff("<", [(0x010E, 2, b"0123456789"), (0x010F, 2, b"KeptCamera\0")])
         assert self.cleaned(exif.replace(struct.pack("<HHI", 0x010E, 2, 10), struct.pack("<HHI", 0x010E, 2, size))) == tiff(
             "<", [(0x010F, 2, b"KeptCamera\0")]
         )
+
+    @pytest.mark.parametrize("orientation", [0, 1, 9, 300])
+    def test_orientations_that_change_nothing(self, orientation: int) -> None:
+        assert self.cleaned(tiff(">", [(0x0112, 3, struct.pack(">H", orientation))]), "all") == b""
 
     def test_longer_than_a_segment(self) -> None:
         """Values that share their bytes do not after cleaning: then no more than the orientation stays."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from typing import Any
 
 import httpx
@@ -14,7 +16,7 @@ from granite_storage import StorageManager, StoredObjectRef
 from granite_storage._headers import is_active
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import UnsupportedContentError
-from granite_storage.inspection.media_types import canonical, matches
+from granite_storage.inspection.media_types import DOCX, canonical, matches
 from granite_storage.web import StoredObjectResponse
 from tests.core.support import SLOT, manager_on
 from tests.inspection.corpus import hostile, samples
@@ -59,3 +61,27 @@ async def test_no_accepted_content_is_active(accept: tuple[str, ...], on_mismatc
             assert response.headers["x-content-type-options"] == "nosniff"
             assert canonical(response.headers["content-type"]) in (canonical(ref.content_type), "application/octet-stream")
     assert kept > 5
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_an_archive_is_confirmed_by_its_end(*, is_stream: bool) -> None:
+    """What begins like a Word document and ends with the directory of another archive is no document."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("[Content_Types].xml", "<Types/>")
+        archive.writestr("word/document.xml", "<document/>")
+        archive.writestr("filler", bytes(200_000))
+    document = out.getvalue()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("META-INF/MANIFEST.MF", "Main-Class: Evil")
+    twin = document[:150_000] + out.getvalue()
+    manager = manager_on(MemoryStorageBackend(), accept=(DOCX,))
+
+    async def put(content: bytes) -> StoredObjectRef:
+        if is_stream:
+            return await manager.put_stream(**SLOT, stream=[content[:90_000], content[90_000:]], content_type=DOCX)
+        return await manager.put_bytes(**SLOT, content=content, content_type=DOCX)
+
+    assert (await put(document)).content_type == DOCX
+    with pytest.raises(UnsupportedContentError):
+        await put(twin)

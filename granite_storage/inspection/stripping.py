@@ -239,27 +239,11 @@ class _JpegParser(_Parser):
 
 # PNG (W3C PNG 3)
 
-_PNG_SHOWN: dict[bytes, int | None] = {
-    b"IHDR": 13,
-    b"PLTE": 768,
-    b"IDAT": None,
-    b"IEND": 0,
-    b"acTL": 8,
-    b"fcTL": 26,
-    b"fdAT": None,
-    b"bKGD": 6,
-    b"cHRM": 32,
-    b"cICP": 4,
-    b"cLLI": 8,
-    b"gAMA": 4,
-    b"iCCP": None,
-    b"mDCV": 24,
-    b"pHYs": 9,
-    b"sBIT": 4,
-    b"sRGB": 1,
-    b"tRNS": 256,
-}
-"""Chunks that a picture is shown with, and the most bytes that each may have: nothing else hides in them."""
+_PNG_PICTURE = {b"IHDR": 13, b"PLTE": 768, b"tRNS": 256, b"IDAT": None, b"IEND": 0, b"bKGD": 6, b"pHYs": 9, b"sBIT": 4}
+_PNG_COLOURS = {b"iCCP": None, b"cHRM": 32, b"cICP": 4, b"cLLI": 8, b"gAMA": 4, b"mDCV": 24, b"sRGB": 1}
+_PNG_ANIMATION = {b"acTL": 8, b"fcTL": 26, b"fdAT": None}
+_PNG_SHOWN = _PNG_PICTURE | _PNG_COLOURS | _PNG_ANIMATION
+"""Chunks that a picture is shown with, and the most bytes that each may have, so that nothing else hides in them."""
 
 _PNG_HARMLESS: dict[bytes, int | None] = {b"hIST": 512, b"oFFs": 9, b"sTER": 1, b"tIME": 7}
 _PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt"}

@@ -1,4 +1,4 @@
-"""The databases of the applications: an SQLite file, and PostgreSQL with a journal."""
+"""The databases of the applications: an SQLite file, and PostgreSQL and MariaDB with a journal."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 from sqlalchemy import URL, make_url
 
 from granite_storage._portal import portal
-from tests.orm.databases import postgres_database
+from tests.orm.databases import mariadb, postgres_database
+from tests.services import service
 
 collect_ignore = ["template", "avatar"]
 """The tests in these folders are those of an application, which `test_template.py` runs."""
 
 
-@pytest.fixture(scope="session", params=["sqlite", "postgres"])
+@pytest.fixture(scope="session", params=["sqlite", "postgres", "mariadb"])
 def kind(request: pytest.FixtureRequest) -> str:
     """Which database; its server runs before a test is watched."""
     if request.param == "postgres":
@@ -32,6 +33,8 @@ def database_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> I
         url = make_url(f"sqlite:///{tmp_path}/app.db")
         if kind == "postgres":
             url = stack.enter_context(postgres_database(request.getfixturevalue("postgres_server"), "psycopg")).url
+        elif kind == "mariadb":
+            url = stack.enter_context(service("MariaDB", mariadb())).url.set(drivername="mysql+pymysql")
         yield url.render_as_string(hide_password=False)
 
 

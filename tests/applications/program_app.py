@@ -34,7 +34,7 @@ class Base(DeclarativeBase):
 class Document(Base):
     __tablename__ = "document"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # MariaDB would number a 0
     file: Mapped[Attachment | None] = attachment("documents")
 
 
@@ -44,7 +44,7 @@ storage = StorageManager(
 )
 engine = create_engine(os.environ["DATABASE_URL"])
 journal = None
-if engine.dialect.name == "postgresql":
+if engine.dialect.name != "sqlite":
     journal_tables(Base.metadata)
     journal = StorageJournal(engine)
 sessions = sessionmaker(engine)

@@ -52,7 +52,7 @@ def make_app(url: str, folder: Path) -> tuple[Flask, SQLAlchemy]:
     )
     with app.app_context():
         journal = None
-        if db.engine.dialect.name == "postgresql":
+        if db.engine.dialect.name != "sqlite":
             journal_tables(db.metadata)
             journal = StorageJournal(db.engine)
         binding = bind_storage(db.Model, storage, session_factory=db.session, journal=journal)

@@ -1,4 +1,4 @@
-"""gunicorn with two synchronous workers, whose application was loaded before the fork."""
+"""gunicorn with two workers, synchronous or with threads, whose application was loaded before the fork."""
 
 from __future__ import annotations
 
@@ -16,9 +16,20 @@ from tests.applications.processes import Program, running, until
 from tests.core.support import files_below
 
 
-@pytest.fixture
-def server(tmp_path: Path, database_url: str) -> Iterator[Program]:
-    options = ["--workers", "2", "--worker-class", "sync", "--preload", "--bind", "127.0.0.1:0", "--no-control-socket"]
+@pytest.fixture(params=["sync", "gthread"])
+def server(request: pytest.FixtureRequest, tmp_path: Path, database_url: str) -> Iterator[Program]:
+    threads = ["--threads", "4"] if request.param == "gthread" else []
+    options = [
+        "--workers",
+        "2",
+        "--worker-class",
+        request.param,
+        *threads,
+        "--preload",
+        "--bind",
+        "127.0.0.1:0",
+        "--no-control-socket",
+    ]
     variables = {"APP_FOLDER": str(tmp_path), "DATABASE_URL": database_url}
     log = tmp_path / "gunicorn.log"
     with running("gunicorn", *options, "tests.applications.gunicorn_app:app", log=log, environment=variables) as program:

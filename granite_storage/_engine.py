@@ -64,6 +64,7 @@ from granite_storage.streams import (
     MeasuredStream,
     Pace,
     PacedStream,
+    expected_size,
     fingerprint,
     is_upload,
     regrouped,
@@ -575,32 +576,22 @@ class Engine:
         stream = limited if self._pace is None else PacedStream(limited, self._pace)
         try:
             async with self._lifecycle.upload(stream.begin if isinstance(stream, PacedStream) else None):
-                return await self._put_stream(prepared, stream, size, checksum)
+                if prepared.checks is None:
+                    return await self._store(prepared, MeasuredStream(stream, size=size, checksum=checksum))
+                expected = expected_size(content) if size is None else size
+                if prepared.checks.strip is None:
+                    pieces: Pieces = regrouped(stream)
+                else:  # what is declared is true of what comes in, not of what is stored
+                    pieces, size, checksum = MeasuredStream(stream, size=size, checksum=checksum), None, None
+                gate = Gate(pieces, prepared.checks, replace(prepared.preview, size=expected), close=stream.aclose)
+                return await self._store_judged(prepared, gate, size, checksum)
         except BaseException:
             await stream.aclose()
             raise
 
-    async def _put_stream(
-        self, prepared: PreparedUpload, stream: ManagedStream | PacedStream, size: int | None, checksum: str | None
-    ) -> StoredObjectRef:
-        if prepared.checks is None:
-            return await self._store(prepared, MeasuredStream(stream, size=size, checksum=checksum))
-        if prepared.checks.strip is None:
-            pieces: Pieces = regrouped(stream)
-        else:  # what is declared is true of what comes in, not of what is stored
-            pieces, size, checksum = MeasuredStream(stream, size=size, checksum=checksum), None, None
-        return await self._store_judged(prepared, pieces, stream.aclose, size, checksum)
-
     async def _store_judged(
-        self,
-        prepared: PreparedUpload,
-        pieces: Pieces,
-        close: Callable[[], Awaitable[object]],
-        size: int | None,
-        checksum: str | None,
+        self, prepared: PreparedUpload, gate: Gate, size: int | None, checksum: str | None
     ) -> StoredObjectRef:
-        assert prepared.checks is not None  # noqa: S101  # the callers have looked
-        gate = Gate(pieces, prepared.checks, replace(prepared.preview, size=size), close=close)
         try:
             await gate.begin()
             return await self._store(prepared, MeasuredStream(gate, size=size, checksum=checksum), gate)
@@ -847,7 +838,8 @@ class Engine:
                 if prepared.checks is None:
                     copy = await self._store(prepared, content)
                 else:
-                    copy = await self._store_judged(prepared, content, content.aclose, None, None)
+                    gate = Gate(content, prepared.checks, replace(prepared.preview, size=ref.size), close=content.aclose)
+                    copy = await self._store_judged(prepared, gate, None, None)
             except BaseException:
                 await reader.aclose()
                 raise

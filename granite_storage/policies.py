@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -49,7 +50,8 @@ class StoragePolicy:
         on_unstrippable: What becomes of pictures, films and sound of other types, of which some say where they were taken:
             `refuse`, or `keep` them as they are.
         validate: A function that is shown each upload before any of it is stored, an `UploadPreview`, and refuses it by raising
-            `ContentRejectedError` with a message for the client. A coroutine function is awaited, any other runs in a thread.
+            `ContentRejectedError`, or ValueError itself, with a message for the client. It must return None. A coroutine function
+            is awaited, any other runs in a thread.
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it.
@@ -87,6 +89,8 @@ class StoragePolicy:
         if self.accept is not None:
             object.__setattr__(self, "accept", check_accept(self.accept))
         _require_choice(self.storage_key, "on_mismatch", self.on_mismatch, get_args(OnMismatch))
+        if self.on_mismatch != "refuse" and self.accept is None:
+            raise ConfigurationError(f"on_mismatch of policy {self.storage_key!r} does nothing without accept")
         _require_choice(self.storage_key, "strip", self.strip, (None, *get_args(StripMode)))
         _require_choice(self.storage_key, "on_unstrippable", self.on_unstrippable, get_args(OnUnstrippable))
         _require_scanner(self.storage_key, self.scanner)
@@ -144,6 +148,8 @@ def _require_inspectors(storage_key: str, value: object) -> tuple[Inspector, ...
     for item in value:
         if isinstance(item, type) or not isinstance(item, Inspector):
             raise ConfigurationError(f"inspect of policy {storage_key!r} contains {item!r}, which has no begin()")
+        if inspect.iscoroutinefunction(item.begin):
+            raise ConfigurationError(f"begin() of {item!r}, in inspect of policy {storage_key!r}, must be no coroutine function")
     return tuple(value)
 
 
@@ -163,5 +169,15 @@ def _require_scanner(storage_key: str, value: object) -> None:
 
 def require_validator(owner: str, value: object) -> None:
     """Refuse what cannot be called to validate an upload."""
-    if value is not None and not callable(value):
+    if value is None:
+        return
+    if isinstance(value, type) or not callable(value):
         raise ConfigurationError(f"validate of {owner} must be a function that takes an UploadPreview, not {value!r}")
+    if inspect.isgeneratorfunction(value) or inspect.isasyncgenfunction(value):
+        raise ConfigurationError(f"validate of {owner} has a yield, so that calling it runs nothing; write it without")
+    try:
+        inspect.signature(value).bind(None)
+    except TypeError as error:
+        raise ConfigurationError(f"validate of {owner} must take one argument, the UploadPreview: {error}") from error
+    except ValueError:  # not everything that is written in C has a signature
+        return

@@ -59,6 +59,7 @@ __all__ = [
     "SupportsAsyncRead",
     "SupportsRead",
     "WholeFile",
+    "expected_size",
     "fingerprint",
     "is_file",
     "is_form_upload",
@@ -471,6 +472,13 @@ def upload_size(upload: object) -> int | None:
     except (OSError, ValueError):
         return None
     return int(end)
+
+
+def expected_size(source: Any) -> int | None:
+    """Return the size that a source says of itself before it is read, as uploads and bodies do; None where it says none."""
+    while isinstance(source, SizeLimitedStream | WholeFile | ReadOnce):
+        source = source._file if isinstance(source, WholeFile) else source._source
+    return size_of(source) if isinstance(source, bytes | bytearray | memoryview) else _declared_size(source)
 
 
 def _declared_size(file: object) -> int | None:

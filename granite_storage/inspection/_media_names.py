@@ -30,7 +30,7 @@ _NAMES: dict[str, tuple[str, str]] = {
     JAR: ("application/x-java-archive", ".jar"),
     "application/json": ("application/x-json text/json", ""),
     "application/jsonl": ("", ".jsonl"),
-    OPAQUE: ("", ".bin"),
+    OPAQUE: ("binary/octet-stream", ".bin"),
     PDF: ("application/x-pdf", ""),
     RTF: ("application/x-rtf text/rtf", ".rtf"),
     "application/sql": ("application/x-sql", ".sql"),
@@ -126,10 +126,10 @@ _TEXT_SUFFIXES = ("+json", "+xml", "+yaml", "+json-seq")
 
 _RISKY_NAMES = (
     "ade adp apk app appimage application appref-ms ashx asp aspx bash bat cgi chm cjs class cmd com command cpl csh css "
-    "deb desktop diagcab dll dmg docm dotm dylib elf exe gadget hlp hta htc htm html inf ins iso jar jnlp js jse jsp jspx "
-    "ksh library-ms lnk mht mhtml mjs msc msi msp mst phar php php3 php4 php5 php7 php8 phps pht phtml pif pkg pl potm ppam "
-    "ppsm pptm ps1 psm1 py pyc pyw rb reg rpm run scf scr search-ms settingcontent-ms sh shs shtml so svg svgz swf sys url "
-    "vb vbe vbs vhd vhdx wasm website ws wsc wsf wsh xaml xbap xht xhtml xlam xll xlsm xltm xml xsl xslt zsh"
+    "deb desktop diagcab dll dmg docm dotm dylib elf exe gadget hlp hta htaccess htc htm html inf ins iqy iso jar jnlp js "
+    "jse jsp jspx ksh library-ms lnk mht mhtml mjs msc msi msp mst phar php php3 php4 php5 php7 php8 phps pht phtml pif pkg "
+    "pl potm ppam ppsm pptm ps1 psm1 py pyc pyw rb reg rpm run scf scr search-ms settingcontent-ms sh shs shtml so svg svgz "
+    "swf sys url vb vbe vbs vhd vhdx wasm website ws wsc wsf wsh xaml xbap xht xhtml xlam xll xlsm xltm xml xsl xslt zsh"
 )
 _RISKY = frozenset(f".{name}" for name in _RISKY_NAMES.split())
 """Extensions of what a browser, a server or a desktop runs."""

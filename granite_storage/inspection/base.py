@@ -43,7 +43,7 @@ class UploadPreview:
         declared_type: The media type that the client or the caller declared, or None.
         content_type: The media type that it will be kept under: found from the content where the policy accepts certain types
             only, otherwise the declared one.
-        size: How many bytes it has, where that is known already.
+        size: How many bytes it has, where that is known, or was declared, before it is read; None for most streams.
     """
 
     storage_key: str
@@ -101,6 +101,12 @@ class ScanResult:
     by: str
     signature: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.is_clean, bool):
+            raise TypeError(f"is_clean must be True or False, not {self.is_clean!r}")
+        if self.is_clean and self.signature is not None:
+            raise ValueError(f"a clean result has no signature, but this one has {self.signature!r:.80}")
+
 
 @runtime_checkable
 class Scanner(Protocol):
@@ -122,7 +128,8 @@ class Scanner(Protocol):
 
 Validator: TypeAlias = Callable[[UploadPreview], Awaitable[object] | object]
 """A function of the application that looks at an upload before any of it is stored, and may refuse it: it raises
-`ContentRejectedError`, or ValueError, with a message for the client. One that is no coroutine function runs in a thread."""
+`ContentRejectedError`, or ValueError itself, with a message for the client; what it returns must be None. One that is no
+coroutine function runs in a thread."""
 
 
 @dataclass(frozen=True, slots=True)

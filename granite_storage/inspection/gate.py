@@ -17,10 +17,10 @@ from typing import Any, Protocol, Self
 from granite_storage._tasks import shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.exceptions import (
+    ConfigurationError,
     ContentRejectedError,
     InfectedContentError,
     ScannerUnavailableError,
-    StorageError,
     UnsupportedContentError,
 )
 from granite_storage.inspection.base import HEAD_SIZE, Checks, Inspection, Scanner, ScanResult, UploadPreview, Validator
@@ -38,6 +38,7 @@ _VERDICT_TIMEOUT = 300.0
 _OUTCOMES = {"hold": "is held back until it is", "accept": "is accepted all the same"}
 _BEARS_LOCATION = ("image/", "video/", "audio/")
 _LONGEST_MESSAGE = 500
+_LONGEST_NAME = 200
 
 _threads = ThreadPool("granite-inspect", (os.cpu_count() or 1) + 2)
 
@@ -148,7 +149,7 @@ class Gate:
         self._scan = None if self._checks.scanner is None else _Scan(self._checks.scanner)
         try:
             async for piece in self._all():
-                judge.keep_tail(piece)
+                judge.note(piece)
                 if judge.wants_more:
                     await self._consumer.feed(piece)
                 if self._scan is not None:
@@ -188,7 +189,7 @@ async def judge_bytes(content: bytes | bytearray | memoryview, checks: Checks, p
         content = await _threads.run(bytes, content)
     judge = _Judge(checks, replace(preview, size=len(content)))
     await judge.look(content[:HEAD_SIZE], is_whole=len(content) <= HEAD_SIZE)
-    judge.keep_tail(content)
+    judge.note(content)
     if judge.wants_more:
         await _threads.run(judge.feed_whole, content)
     await judge.finish()
@@ -216,6 +217,7 @@ class _Judge:
         self._type: str | None = None
         self._unconfirmed: Judged | None = None
         self._tail = b""
+        self._is_text = False
         self._active: list[Inspection] = []
         self._ended: list[Inspection] = []
 
@@ -248,6 +250,7 @@ class _Judge:
                 accept=checks.accept,
                 on_mismatch=checks.on_mismatch,
             )
+            self._is_text = judged.is_text
             self._unconfirmed = judged if judged.needs_tail else None
             self._type = judged.content_type.partition(";")[0]
             self.verdict.content_type = judged.content_type
@@ -272,16 +275,24 @@ class _Judge:
         preview = replace(self._preview, content_type=self._type or self._preview.content_type)
         self._active = [begun for item in self._checks.inspectors if (begun := item.begin(preview)) is not None]
 
-    def keep_tail(self, piece: bytes) -> None:
-        """Keep the end of what has passed so far, where it confirms the type."""
+    def note(self, piece: bytes) -> None:
+        """Refuse binary in what is kept as text, and keep the end of what has passed, where that confirms the type."""
+        if self._is_text and b"\0" in piece:
+            raise UnsupportedContentError(
+                "the file begins as text, and goes on with binary content",
+                found="application/octet-stream",
+                declared=self._preview.declared_type,
+                accept=self._checks.accept or (),
+            )
         if self._unconfirmed is not None:
             self._tail = (self._tail + piece[-TAIL_SIZE:])[-TAIL_SIZE:]
 
     def feed(self, piece: bytes) -> None:
         """Show the inspectors a piece; in a thread."""
-        done = [item for item in self._active if not item.feed(piece)]
-        self._ended += done
-        self._active = [item for item in self._active if item not in done]
+        active: list[Inspection] = []
+        for item in self._active:
+            (active if _wants_more(item, piece) else self._ended).append(item)
+        self._active = active
 
     def feed_whole(self, content: bytes) -> None:
         """Show the inspectors all of the content; in a thread."""
@@ -302,12 +313,16 @@ class _Judge:
         if self._ended or self._active:
             found = await _threads.run(self._collect)
             own = {} if self._type is None else {"type": self._type}
-            self.verdict.media = read_only({**found, **own}, "what the inspectors found") or None
+            self.verdict.media = read_only({**own, **found}, "what the inspectors found") or None
 
     def _collect(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for item in [*self._ended, *self._active]:
-            found |= item.finish() or {}
+            own = item.finish()
+            if own is not None and not isinstance(own, Mapping):
+                raise TypeError(f"finish() of {item!r} must return a mapping or None, not {type(own).__name__}")
+            found |= own or {}
+        found.pop("type", None)
         return found
 
 
@@ -324,15 +339,29 @@ async def validate(checks: Checks, preview: UploadPreview) -> None:
 async def _validate(validator: Validator, preview: UploadPreview) -> None:
     try:
         if inspect.iscoroutinefunction(validator):
-            await validator(preview)
-            return
-        result = await _threads.run(copy_context().run, validator, preview)
-        if inspect.isawaitable(result):
-            await result
-    except StorageError:
-        raise
+            result: object = await validator(preview)
+        else:
+            result = await _threads.run(copy_context().run, validator, preview)
+            if inspect.isawaitable(result):
+                result = await result
     except ValueError as error:
-        raise ContentRejectedError(str(error)[:_LONGEST_MESSAGE]) from error
+        if type(error) is not ValueError:  # what decoding or parsing raises is a bug of the validator, not a refusal
+            raise
+        raise ContentRejectedError(str(error)[:_LONGEST_MESSAGE] or "the file is refused") from error
+    if result is not None:
+        raise ConfigurationError(
+            f"the function validate= of the policy {preview.storage_key!r} must return None, and raise ContentRejectedError to"
+            f" refuse an upload, but returned {result!r:.80}"
+        )
+
+
+def _wants_more(inspection: Inspection, piece: bytes) -> bool:
+    wants_more: object = inspection.feed(piece)
+    if not isinstance(wants_more, bool):
+        if inspect.iscoroutine(wants_more):
+            wants_more.close()
+        raise TypeError(f"feed() of {inspection!r} must return True or False, and not be a coroutine function")
+    return wants_more
 
 
 class _Scan:
@@ -448,4 +477,4 @@ def _require_clean(result: ScanResult) -> None:
 
 def _scan_part(status: str, by: str | None) -> Mapping[str, Any]:
     part = {"status": status, "at": canonical_timestamp(datetime.now(UTC))}
-    return part if by is None else {**part, "by": by}
+    return part if by is None else {**part, "by": "".join(filter(str.isprintable, by))[:_LONGEST_NAME]}

@@ -24,7 +24,7 @@ import codecs
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
@@ -171,12 +171,14 @@ class Judged:
     Attributes:
         content_type: The media type that it is kept under, with a charset at most.
         found: The type that was found in the content, `text/plain` and `application/octet-stream` where none was.
+        is_text: Whether it is text in a superset of ASCII, so that a NUL anywhere in it is none.
         needs_tail: Whether `confirm_type` has to see the end of the content too, before the upload is published.
     """
 
     content_type: str
     found: str
     needs_tail: bool = False
+    is_text: bool = False
 
 
 def check_accept(accept: object) -> tuple[str, ...]:
@@ -274,7 +276,10 @@ def judge_type(
     if not head:
         return judge.judge_empty(charset)
     if detected.is_text:
-        return judge.judge_text(charset)
+        judged = judge.judge_text(charset)
+        # Installers and PostScript begin as text, and go on with binary content.
+        is_text = judged.content_type.startswith("text/") and not head.startswith(tuple(mark for mark, _ in _MARKS))
+        return replace(judged, is_text=is_text)
     return judge.judge_binary(is_whole=b"PK\5\6" in head)
 
 
@@ -335,6 +340,8 @@ class _Judge:
     def judge_text(self, charset: str) -> Judged:
         """Judge text, in which HTML or SVG was found, or neither."""
         found, stated = self.found, self.stated
+        if stated == PLAIN and not _matches(PLAIN, self.accept):
+            stated = None  # its name may tell which text it is
         if stated == "application/vnd.ms-excel" and extension(self.filename) in (".csv", ".tsv", ".txt"):
             stated = None  # what Windows declares for CSV where Excel is installed
         if stated is not None and is_text_type(stated) and (stated != SVG or found == SVG):
@@ -353,6 +360,9 @@ class _Judge:
         found, stated = self.found, self.stated
         if found is None:
             return self._judge_unknown()
+        if stated is None and found in (ZIP, OLE) and not is_whole:
+            named = types_by_extension().get(extension(self.filename))
+            stated = named if named in _ZIP_TYPES | _OLE_TYPES else None  # as if it had been declared: its end will tell
         if stated is None or stated == found or _is_general(stated, found):
             return self._keep(found, found)
         if stated in DECLARABLE.get(found, ()) or _is_variant(stated, found):

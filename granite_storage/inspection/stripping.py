@@ -24,6 +24,9 @@ StripMode: TypeAlias = Literal["location", "all"]
 _MAX_HELD = 4 << 20
 """The longest piece of metadata that is parsed, before and after decompression, in bytes; JPEG has none over 64 KiB."""
 
+_FREE_PARTS, _LEAST_PART = 4096, 512
+"""How many segments or chunks a picture may have in any case, and one more for each so many bytes."""
+
 _Steps: TypeAlias = Generator[None, None, None]
 _Held: TypeAlias = Generator[None, None, bytes]
 
@@ -107,6 +110,8 @@ class _Parser(ABC):
         self._steps = self._run()
         self._has_exif = False
         self._has_image = False
+        self._received = 0
+        self._parts = 0
 
     def advance(self, piece: bytes) -> bytes:
         """Read on as far as the piece leads."""
@@ -115,6 +120,7 @@ class _Parser(ABC):
         if self.is_complete:
             return b""
         self._buffer += piece
+        self._received += len(piece)
         try:
             next(self._steps, None)
         except ContentRejectedError as error:
@@ -132,6 +138,12 @@ class _Parser(ABC):
     @abstractmethod
     def _read(self) -> _Steps:
         """Read one picture up to its end."""
+
+    def _count_part(self) -> None:
+        """Refuse a picture that is cut into pieces of a few bytes: a million of them would take ten seconds."""
+        self._parts += 1
+        if self._parts > _FREE_PARTS + self._received // _LEAST_PART:
+            raise _damaged("it consists of too many parts")
 
     def _take(self, size: int) -> _Held:
         while len(self._buffer) < size:
@@ -191,6 +203,7 @@ class _JpegParser(_Parser):
             if fill.end() > 1:
                 yield from self._pass(fill.end() - 1)
                 continue
+            self._count_part()
             marker = yield from self._take(2)
             code = marker[1]
             if code == _EOI:
@@ -259,6 +272,7 @@ class _PngParser(_Parser):
         self._output.append(b"\x89PNG\r\n\x1a\n")
         name, kept = b"", _PNG_SHOWN if self._mode == "all" else _PNG_SHOWN | _PNG_HARMLESS
         while name != b"IEND":
+            self._count_part()
             is_first = not name
             head = yield from self._take(8)
             size, name = int.from_bytes(head[:4], "big"), head[4:]
@@ -361,6 +375,7 @@ class _WebPParser(_Parser):
 
     def _read_chunks(self, remaining: int, *, in_frame: bool) -> _Steps:
         while remaining > 0:
+            self._count_part()
             head = (yield from self._take(8)) if remaining >= 8 else b""
             name, size = head[:4], int.from_bytes(head[4:], "little")
             remaining -= 8 + size

@@ -11,7 +11,14 @@ from typing import Any, Protocol, Self
 from uuid import UUID
 
 from granite_storage.backends.base import ObjectInfo
-from granite_storage.exceptions import ChecksumMismatchError, ObjectNotFoundError, StaleAttachmentError, StorageError
+from granite_storage.exceptions import (
+    ChecksumMismatchError,
+    InfectedContentError,
+    ObjectNotFoundError,
+    StaleAttachmentError,
+    StorageError,
+    UnsupportedContentError,
+)
 from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.columns import AttachmentType
@@ -241,6 +248,12 @@ def _beginning_of(content_type: str) -> re.Pattern[bytes] | None:
 _WRONG_TYPE = "the file is not of the announced media type"
 
 
+_REFUSALS: dict[Any, type[StorageError]] = {
+    error.__name__: error for error in (UploadMismatchError, UnsupportedContentError, InfectedContentError)
+}
+"""Refusals of the content, which are remembered; a validator may change its mind."""
+
+
 @dataclass(frozen=True, slots=True)
 class Staged:
     """What a client has uploaded.
@@ -255,12 +268,12 @@ class Staged:
 
     def verdict(self, error: StorageError) -> dict[str, str]:
         """Return what to remember about a refusal."""
-        return {"identity": self.identity, "why": str(error)}
+        return {"identity": self.identity, "why": str(error), "kind": type(error).__name__}
 
     def require_not_refused(self, verdict: Mapping[str, Any] | None) -> None:
-        """Raise `UploadMismatchError` where this same object was refused before."""
+        """Raise the error with which this same object was refused before."""
         if verdict is not None and verdict["identity"] == self.identity:
-            raise UploadMismatchError(verdict["why"])
+            raise _REFUSALS.get(verdict.get("kind"), UploadMismatchError)(verdict["why"])
 
 
 async def find_staged(manager: StorageManager, storage_key: str, upload_token: UploadToken) -> Staged:

@@ -22,7 +22,6 @@ from granite_storage.backends.base import UploadRequest
 from granite_storage.exceptions import (
     ChecksumMismatchError,
     ConfigurationError,
-    ContentRejectedError,
     InfectedContentError,
     InvalidReferenceError,
     ObjectExistsError,
@@ -391,7 +390,7 @@ class DirectUploads:
         async with claim as claimed:
             try:
                 attachment = await self._adopt_staged(upload_token, column_type, staged)
-            except (UploadMismatchError, UnsupportedContentError, ContentRejectedError, InfectedContentError) as error:
+            except (UploadMismatchError, UnsupportedContentError, InfectedContentError) as error:
                 await claimed.refuse(staged.verdict(error))
                 raise
             except ChecksumMismatchError as error:

@@ -219,6 +219,7 @@ class FilePart:
         name: The name of its field; empty where it is the whole body.
         filename: The client's file name, raw: never use it as a path.
         content_type: The client's media type; not verified.
+        size: How many bytes it has, where it is the whole body and its Content-Length says so; None otherwise.
     """
 
     def __init__(
@@ -230,8 +231,10 @@ class FilePart:
         next_chunk: Callable[[], Awaitable[BytesLike | None]],
         max_size: int | None,
         fields: Sequence[tuple[str, str]] = (),
+        size: int | None = None,
     ) -> None:
         self.name = name
+        self.size = size
         self.filename = filename
         self.content_type = content_type
         self._next_chunk = next_chunk
@@ -426,7 +429,10 @@ async def stream_body(
         require_size(declared_size(request) or 0, maximum)
     content_type = content_type_to_keep(content_type_of(request))
     async with aclosing(body_of(request, limits)) as body:
-        part = FilePart("", filename, content_type, next_chunk=lambda: anext(body, None), max_size=limits.max_file_size)
+        size = declared_size(request)
+        part = FilePart(
+            "", filename, content_type, next_chunk=lambda: anext(body, None), max_size=limits.max_file_size, size=size
+        )
         return await Received().store(part, target)
 
 

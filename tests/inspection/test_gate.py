@@ -8,14 +8,14 @@ import json
 import pickle
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from granite_storage import ConfigurationError, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage import ConfigurationError, SizeLimitedStream, StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import (
     ContentRejectedError,
@@ -23,12 +23,13 @@ from granite_storage.exceptions import (
     InfectedContentError,
     ScannerUnavailableError,
     SizeMismatchError,
+    UnsupportedContentError,
 )
 from granite_storage.inspection import ImageLimits, ScanResult, UploadPreview
 from granite_storage.inspection import gate as gate_module
 from granite_storage.testing._cases.cancelling import Moment, cancel_at_every_await
 from tests.core.support import MIB, SLOT, chunks_of, eventually, left_below, local_manager, manager_on
-from tests.inspection.support import INFECTED, UNAVAILABLE, ScriptedScanner, png
+from tests.inspection.support import INFECTED, UNAVAILABLE, File, ScriptedScanner, png
 
 PICTURE = png(text=b"x" * 5000)
 MOMENTS: list[Moment] = ["at once", "a little later", "twice"]
@@ -110,6 +111,46 @@ async def test_an_inspector_that_refuses_or_fails(
         else:
             await manager.put_stream(**SLOT, stream=content)
     assert left_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("answer", ["a coroutine", None, 1])
+async def test_an_inspector_that_answers_something_else(answer: object) -> None:
+    class Mistaken(Counting):
+        def begin(self, upload: UploadPreview, /) -> Any:
+            async def feed(_: bytes) -> bool:
+                return True
+
+            counted = super().begin(upload)
+            counted.feed = feed if answer == "a coroutine" else lambda _: answer  # type: ignore[method-assign, assignment]
+            return counted
+
+    manager = manager_on(MemoryStorageBackend(), inspect=[Mistaken()])
+    with pytest.raises(TypeError, match=r"feed\(\)"):
+        await manager.put_bytes(**SLOT, content=b"abc")
+    assert await objects(manager) == []
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_text_that_goes_on_as_binary(*, is_stream: bool) -> None:
+    manager = manager_on(MemoryStorageBackend(), accept=("text/plain", "application/x-sh"))
+    content = b"a" * 70_000 + b"\x7fELF\0\0"
+
+    async def put(content_type: str) -> StoredObjectRef:
+        if is_stream:
+            return await manager.put_stream(**SLOT, stream=chunks_of(content[:1000], content[1000:]), content_type=content_type)
+        return await manager.put_bytes(**SLOT, content=content, content_type=content_type)
+
+    with pytest.raises(UnsupportedContentError, match="goes on with binary content"):
+        await put("text/plain")
+    assert await objects(manager) == []
+    assert (await put("application/x-sh")).content_type == "application/x-sh"  # an installer has its archive behind it
+
+
+def test_a_result_that_cannot_be() -> None:
+    with pytest.raises(TypeError, match="True or False"):
+        ScanResult("infected", "a scanner")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no signature"):
+        ScanResult(True, "a scanner", "Eicar-Test")
 
 
 async def test_an_upload_over_the_limit_is_refused_as_ever() -> None:
@@ -250,14 +291,39 @@ class TestValidators:
         with pytest.raises(ContentRejectedError, match="no more than ten"):
             await manager.put_bytes(**SLOT, content=b"abc")
 
-    async def test_another_error_is_the_applications_own(self) -> None:
+    @pytest.mark.parametrize("error", [KeyError("a bug"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "a bug")], ids=repr)
+    async def test_another_error_is_the_applications_own(self, error: Exception) -> None:
         def validate(_: UploadPreview) -> None:
-            raise KeyError("a bug")
+            raise error
 
         manager = manager_on(MemoryStorageBackend(), validate=validate)
-        with pytest.raises(KeyError):
+        with pytest.raises(type(error)):
             await manager.put_bytes(**SLOT, content=b"abc")
         assert await objects(manager) == []
+
+    @pytest.mark.parametrize("answer", [False, True, ContentRejectedError("not raised")], ids=repr)
+    @pytest.mark.parametrize("is_async", [False, True])
+    async def test_an_answer_is_a_mistake(self, answer: object, *, is_async: bool) -> None:
+        async def asynchronously(_: UploadPreview) -> object:
+            return answer
+
+        manager = manager_on(MemoryStorageBackend(), validate=asynchronously if is_async else lambda _: answer)
+        with pytest.raises(ConfigurationError, match="must return None"):
+            await manager.put_bytes(**SLOT, content=b"abc")
+        assert await objects(manager) == []
+
+    async def test_the_size_that_an_upload_says(self) -> None:
+        shown: list[int | None] = []
+
+        def validate(upload: UploadPreview) -> None:
+            shown.append(upload.size)
+
+        manager = manager_on(MemoryStorageBackend(), validate=validate)
+        content = b"x" * 100_000
+        await manager.put_stream(**SLOT, stream=File(content).upload())
+        await manager.put_stream(**SLOT, stream=SizeLimitedStream(File(content).upload(), None))
+        await manager.put_stream(**SLOT, stream=File(content).pieces())
+        assert shown == [100_000, 100_000, None]
 
 
 class TestReceipts:
@@ -301,6 +367,19 @@ class TestReceipts:
         assert ref.to_dict() == data
 
 
+def yields(_: UploadPreview) -> Iterator[None]:
+    yield
+
+
+async def yields_asynchronously(_: UploadPreview) -> AsyncIterator[None]:
+    yield
+
+
+class AsynchronousInspector:
+    async def begin(self, upload: UploadPreview, /) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     "checks",
     [
@@ -316,8 +395,14 @@ class TestReceipts:
         {"strip": "gps"},
         {"on_unstrippable": "drop"},
         {"validate": "a string"},
+        {"validate": lambda: None},
+        {"validate": lambda one, two: None},
+        {"validate": ScriptedScanner},
+        {"validate": yields},
+        {"validate": yields_asynchronously},
+        {"inspect": [AsynchronousInspector()]},
+        {"on_mismatch": "correct"},
     ],
-    ids=str,
 )
 def test_checks_that_cannot_work(checks: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+import time
 import tracemalloc
 import zlib
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from granite_storage.exceptions import ConfigurationError, ContentRejectedError
 from granite_storage.inspection import ImageLimits, UploadPreview
 from granite_storage.inspection.media_types import detect
+from granite_storage.inspection.stripping import Stripper
 from tests.inspection.support import png
 
 SIZE = (37, 21)
@@ -144,7 +146,46 @@ def test_hostile_metadata_of_a_png() -> None:
     assert found["width"] == 3
 
 
-@pytest.mark.parametrize("limits", [{"max_pixels": 0}, {"max_side": "x"}, {"min_side": 0}, {"max_pixels": True}], ids=str)
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_pixels": 0}, {"max_side": "x"}, {"min_side": 0}, {"min_side": 9, "max_side": 8}, {"max_pixels": True}],
+    ids=str,
+)
 def test_limits_that_are_none(limits: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         ImageLimits(**limits)
+
+
+def segments(count: int) -> bytes:
+    """A JPEG of empty comments."""
+    content = drawn("JPEG")
+    return content[:2] + b"\xff\xfe\x00\x02" * count + content[2:]
+
+
+def chunks(count: int) -> bytes:
+    """A PNG of empty texts."""
+    content = png()
+    chunk = struct.pack(">I", 0) + b"tEXt" + struct.pack(">I", zlib.crc32(b"tEXt"))
+    return content[:33] + chunk * count + content[33:]
+
+
+@pytest.mark.parametrize("content", [segments(1_250_000), chunks(400_000)], ids=["jpeg", "png"])
+def test_a_million_parts_take_no_time(content: bytes) -> None:
+    """Each would take microseconds, in Pillow and where metadata is taken out."""
+    begun = time.process_time()
+    kind = detect(content[:65536]).content_type
+    assert kind is not None
+    try:
+        assert look(content)["width"] == 3
+    except ContentRejectedError:
+        assert kind == "image/jpeg"
+    with pytest.raises(ContentRejectedError, match="too many parts"):
+        Stripper(kind, "location").feed(content)
+    assert time.process_time() - begun < 1
+
+
+def test_as_many_parts_as_pictures_have() -> None:
+    for kind, content in (("image/jpeg", segments(900)), ("image/png", chunks(900))):
+        assert look(content)["width"] in (3, SIZE[0])
+        stripper = Stripper(kind, "location")
+        assert stripper.feed(content) + stripper.finish()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import random
 import re
 import time
+import zipfile
 from typing import Any, Literal
 
 import pytest
@@ -585,3 +588,37 @@ def test_the_corpus_is_large_enough() -> None:
     assert len(hostile()) >= 60
     assert HTML in [one.content for one in honest]
     assert SVG in [one.content for one in honest]
+
+
+@pytest.mark.parametrize(
+    ("filename", "declared", "accept", "kept"),
+    [
+        ("report.docx", None, (DOCX,), DOCX),
+        ("report.docx", "application/octet-stream", (DOCX,), DOCX),
+        ("report.docx", "binary/octet-stream", (DOCX,), DOCX),
+        ("report.zip", None, (DOCX,), None),
+    ],
+)
+def test_an_archive_whose_name_says_what_it_is(
+    filename: str, declared: str | None, accept: tuple[str, ...], kept: str | None
+) -> None:
+    """Its directory, at the end, has to agree; here the head shows a picture only."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("word/media/image1.png", random.Random(1).randbytes(100_000))
+        archive.writestr("[Content_Types].xml", "<Types/>")
+        archive.writestr("word/document.xml", "<document/>")
+    content = out.getvalue()
+    head = content[:HEAD_SIZE]
+    if kept is None:
+        with pytest.raises(UnsupportedContentError):
+            judge_type(head, declared=declared, filename=filename, accept=accept)
+        return
+    judged = judge_type(head, declared=declared, filename=filename, accept=accept)
+    confirm_type(judged, head, content[-TAIL_SIZE:], accept=accept)
+    assert judged.content_type == kept
+
+
+def test_plain_text_whose_name_says_which() -> None:
+    judged = judge_type(b"a,b\n1,2\n", declared="text/plain", filename="a.csv", accept=("text/csv",))
+    assert judged.content_type == "text/csv"

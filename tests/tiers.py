@@ -130,6 +130,17 @@ def _place_in_matrix(item: pytest.Item) -> int:
     return place
 
 
+_LISTENERS = ("TestAttributes", "TestBeforeFlush", "TestBulkStatements", "TestMappers")
+_ENDS = (
+    "TestFailedUploads",
+    "TestJoinedToAnExternalTransaction::test_several_transactions_of_one_connection",
+    "TestOneRow::test_primary_key_and_file_changed_together",
+    "TestOneRow::test_two_rows_of_the_same_key_after_a_delete",
+    "TestRollback",
+    "TestTwoPhases",
+)
+
+
 def _repeats_sessions(item: pytest.Item, params: dict[str, Any]) -> bool:
     """Tell whether a case with synchronous sessions repeats others."""
     if "env" not in params:
@@ -138,11 +149,14 @@ def _repeats_sessions(item: pytest.Item, params: dict[str, Any]) -> bool:
         return True
     match params["database"], params["env"]:
         case "sqlite-begin", "plain":
-            return bool(_place_in_matrix(item) % 3)
+            return bool(_place_in_matrix(item) % 3) or _name_of(item).startswith(_LISTENERS)
         case "psycopg", "journaled":
-            reaches = _name_of(item).startswith(ON_EVERY_DATABASE["tests/orm/test_scenarios.py"])
-            return not reaches or bool(_place_in_matrix(item) % 3)
+            return bool(_place_in_matrix(item) % 3) or not _name_of(item).startswith(_ENDS)
     return True
+
+
+_DECIDED_BY_THE_DIALECT = ("TestRefusals::test_upsert[", "TestSnapshots::test_commit_that_sqlalchemy_does_not_see")
+"""What each dialect has a statement of its own for, or a driver of its own way."""
 
 
 def _runs_on_sqlite(item: pytest.Item) -> bool:
@@ -193,7 +207,9 @@ INDEPENDENT_OF_SERVICE = (
 """What of the suite asks nothing of the service that obstore talks to."""
 
 OF_THE_BACKENDS_CODE = (
+    "test_abandoned_listing",
     "test_abandoned_readers",
+    "test_another_process_knows_the_store",
     "test_bounded_memory",
     "test_cancelled_copy",
     "test_cancelled_delete",
@@ -201,13 +217,20 @@ OF_THE_BACKENDS_CODE = (
     "test_cancelled_second_write",
     "test_concurrent_deletes",
     "test_concurrent_ranges",
+    "test_delete_while_listing",
     "test_deleted_while_open",
+    "test_event_loops_one_after_the_other",
+    "test_folders_come_and_go",
+    "test_independent_readers",
     "test_interleaved_writers",
+    "test_killed_after_a_write",
+    "test_killed_writer",
     "test_listings_at_a_time",
     "test_many_readers",
     "test_many_writers",
     "test_race_for_one_location",
     "test_unfinished_write_is_invisible",
+    "test_use_after_close",
 )
 """What of the suite tries how the backend on obstore shares and gives up its work, over whichever store."""
 
@@ -241,13 +264,7 @@ REPETITIONS = [
     Repetition(
         "tests/backends/test_s3_conformance.py",
         "moments, sizes and verbs come together in every third case as well; the odd names stay",
-        _all_but_every(
-            3,
-            *(
-                f"TestSeaweedFS::test_{name}"
-                for name in ("cancelled_", "missing", "never_", "page_sizes", "refused_", "round_trip", "source_raises[", "start_")
-            ),
-        ),
+        lambda item, params: _all_but_every(3, "TestSeaweedFS::")(item, params) and "test_odd_location[" not in item.nodeid,
     ),
     Repetition(
         "tests/backends/test_obstore_conformance.py",
@@ -278,11 +295,33 @@ REPETITIONS = [
         ),
     ),
     Repetition(
+        "tests/backends/test_conformance.py",
+        "the wrappers know no sizes, verbs or moments",
+        _all_but_every(3, "TestMemoryPrefixed::", "TestMemoryBehindFaults::"),
+    ),
+    Repetition(
+        "tests/backends/test_obstore_conformance.py",
+        "in memory nothing of obstore is slow or far away: every second value",
+        _all_but_every(2, "TestMemory::"),
+    ),
+    Repetition(
+        "tests/backends/test_s3",
+        "each fault is tried with some of the requests that it may meet, and each request with some of the faults",
+        lambda item, params: (
+            "conformance" not in item.nodeid and "test_wrong_secret" not in item.nodeid and _all_but_every(2)(item, params)
+        ),
+    ),
+    Repetition(
+        "tests/backends/test_model.py",
+        "another order of the same calls",
+        _all_but_every(2),
+    ),
+    Repetition(
         "tests/backends/",
         "one of three values comes to the same line",
         _all_but_every(
             3,
-            "TestErrors::test_wrong_",
+            "TestErrors::test_wrong_bucket",
             "TestWhatObstoreHolds::test_a_file_is_closed_when_its_call_is_over",
             "test_extra_parameters_go_with_every_write",
             "test_what_the_writer_of_parts_says_is_read_past_the_name",
@@ -329,7 +368,12 @@ REPETITIONS = [
         "every value of a matrix is tried on SQLite with BEGIN: elsewhere each test keeps a third of its combinations",
         lambda item, params: (
             params.get("database") not in (None, "sqlite-begin")
-            and (_runs_on_sqlite(item) or item.nodeid.startswith("tests/orm/journal/test_scenarios.py"))
+            and (
+                _runs_on_sqlite(item)
+                or params["database"] == "mariadb"
+                or item.nodeid.startswith("tests/orm/journal/test_scenarios.py")
+            )
+            and not _name_of(item).startswith(_DECIDED_BY_THE_DIALECT)
             and bool(_place_in_matrix(item) % 3)
         ),
     ),
@@ -339,6 +383,9 @@ REPETITIONS = [
         _all_but_every(
             3,
             "TestBulkStatements::test_statement_replaced",
+            "TestOtherTypes::test_clone_keeps_the_object",
+            "TestSchemas",
+            "TestSnapshots::test_row",
             "test_a_file_is_stored_again_after_a_rollback",
             "test_a_file_read_before_is_stored_whole",
             "test_autocommit",
@@ -367,9 +414,54 @@ REPETITIONS = [
         _of("test_everything_at_random", unless=lambda params: params["seed"] == 0),
     ),
     Repetition(
+        "tests/orm/journal/test_direct_uploads.py",
+        "each step fails, before or after it was done",
+        _all_but_every(2, "test_storage_fails_at_any_step"),
+    ),
+    Repetition(
+        "tests/orm/test_values_postgres.py",
+        "both drivers fetch from a cursor of the server, a thousand rows at a time",
+        lambda item, _: _name_of(item) == "test_refs_are_streamed_from_the_server[psycopg]",
+    ),
+    Repetition(
+        "tests/gc/test_utf16.py",
+        "shapes and encodings come together in every third case as well",
+        _all_but_every(3),
+    ),
+    Repetition(
+        "tests/gc/test_races.py",
+        "without the barrier it is another race with the same end",
+        _of("test_a_delete_that_a_crash_of_the_database_takes_back", unless=lambda params: params["with_barrier"]),
+    ),
+    Repetition(
+        "tests/faults/test_disk.py",
+        "the calls are the same, but for those that bring to the disk",
+        _all_but_every(2, "test_a_kill_before_any_system_call_leaves_all_or_nothing"),
+    ),
+    Repetition(
+        "tests/testing/",
+        "the fixtures and the messages are the same",
+        _all_but_every(2, "test_a_missing_server_is_said", "test_fixtures"),
+    ),
+    Repetition(
+        "tests/migration/test_migrate.py",
+        "what is moved does not depend on the database; what the journal adds is seen where a run fails",
+        lambda item, params: params.get("database") == "asyncpg" and not _name_of(item).startswith("TestFailures"),
+    ),
+    Repetition(
+        "tests/alembic/test_paths.py",
+        "an object that is gone is noticed where one that has changed is",
+        _of("test_nothing_is_dropped_where_an_object_is_wrong", unless=lambda params: params["damage"] != "gone"),
+    ),
+    Repetition(
         "tests/gc/test_mentions.py",
         "the shapes of values are tried on PostgreSQL; how another database looks into a column, one of three shows",
         _all_but_every(3, only=lambda params: params.get("database") in ("sqlite-begin", "mariadb")),
+    ),
+    Repetition(
+        "tests/gc/test_mentions.py",
+        "a mention is found by its text: every second shape",
+        _all_but_every(2, "test_json_of_which", "test_text"),
     ),
     Repetition(
         "tests/gc/",
@@ -411,12 +503,20 @@ REPETITIONS = [
     Repetition(
         "tests/applications/",
         "the program is the same: PostgreSQL is what such programs run on",
-        _with("kind", "sqlite"),
+        lambda item, params: (
+            params.get("kind") == "sqlite"
+            and _name_of(item).startswith(("test_forks", "test_interrupt", "test_tasks", "test_uploads"))
+        ),
     ),
     Repetition(
         "tests/gallery/test_command.py",
         "the other end, and the other services, are reached by the same way",
         lambda item, params: params.get("services") == "as it is" or params.get("end") == 2,
+    ),
+    Repetition(
+        "tests/cli/test_commands.py",
+        "PostgreSQL is tried with a journal, SQLite without one",
+        _with("shop_url", "postgres"),
     ),
     Repetition(
         "tests/cli/test_commands.py",
@@ -477,7 +577,20 @@ _DECIDED_BY_THE_DRIVER = (
 )
 """What a second driver of PostgreSQL may do otherwise: connections that break, errors, two phases."""
 
+_DECIDED_BY_BEGIN = (
+    "tests/orm/test_concurrent",
+    "tests/orm/test_scenarios.py::TestFailedUploads",
+    "tests/orm/test_scenarios.py::TestRollback",
+    "tests/orm/test_scenarios.py::TestSavepoints",
+    "tests/orm/test_scenarios.py::TestTwoPhases",
+    "tests/orm/test_shared_objects.py::",
+    "tests/orm/test_unknown_commit.py::",
+)
+"""What Python's driver of SQLite does otherwise, which begins transactions late and leaves savepoints to themselves."""
+
+_WITHOUT_BEGIN = "the same statements as with BEGIN; `_DECIDED_BY_BEGIN` is tried without it"
 _SECOND_DRIVER = "the same statements on the same server as through asyncpg; `_DECIDED_BY_THE_DRIVER` is tried with both"
+_WITH_A_JOURNAL = "every scenario runs on PostgreSQL with a journal, which adds statements to those without one"
 _ONE_DATABASE = "the rule is the same on every database, and the tests of `ON_EVERY_DATABASE` reach what differs"
 _ONE_MIGRATION = "the journal is tried on PostgreSQL, its absence on SQLite; every other combination repeats one of them"
 
@@ -544,6 +657,10 @@ def _reason(item: pytest.Item, databases: set[str]) -> str | None:
             return rule.reason
     if "database" not in params:
         return None
+    if params["database"] == "sqlite" and "sqlite-begin" in databases and not item.nodeid.startswith(_DECIDED_BY_BEGIN):
+        return _WITHOUT_BEGIN
+    if params["database"] == "asyncpg" and item.nodeid.startswith("tests/orm/test_scenarios.py"):
+        return _WITH_A_JOURNAL
     if params["database"] == "psycopg" and "asyncpg" in databases and not item.nodeid.startswith(_DECIDED_BY_THE_DRIVER):
         return _SECOND_DRIVER
     if _reaches_dialects(item):

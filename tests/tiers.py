@@ -130,7 +130,6 @@ def _place_in_matrix(item: pytest.Item) -> int:
     return place
 
 
-_LISTENERS = ("TestAttributes", "TestBeforeFlush", "TestBulkStatements", "TestMappers")
 _ENDS = (
     "TestFailedUploads",
     "TestJoinedToAnExternalTransaction::test_several_transactions_of_one_connection",
@@ -149,9 +148,9 @@ def _repeats_sessions(item: pytest.Item, params: dict[str, Any]) -> bool:
         return True
     match params["database"], params["env"]:
         case "sqlite-begin", "plain":
-            return bool(_place_in_matrix(item) % 3) or _name_of(item).startswith(_LISTENERS)
+            return _place_in_matrix(item) > 0
         case "psycopg", "journaled":
-            return bool(_place_in_matrix(item) % 3) or not _name_of(item).startswith(_ENDS)
+            return _place_in_matrix(item) > 0 or not _name_of(item).startswith(_ENDS)
     return True
 
 
@@ -405,8 +404,8 @@ REPETITIONS = [
     ),
     Repetition(
         "tests/orm/synchronous/",
-        "the listeners meet hooks that are the same for both kinds of sessions: once, on SQLite",
-        _of("test_random_listeners", unless=lambda params: params["database"] == "sqlite-begin"),
+        "the listeners meet hooks that are the same for both kinds of sessions",
+        _of("test_random_listeners"),
     ),
     Repetition(
         "tests/orm/journal/test_direct_uploads.py",

@@ -21,10 +21,10 @@ from tests.tiers import is_exhaustive
 LOCAL = [point for point in POINTS if "s3" not in point.needs]
 S3 = [point for point in POINTS if "s3" in point.needs]
 SETTINGS: dict[str, list[Point]] = {
-    "asyncpg-local": LOCAL if is_exhaustive() else LOCAL[::6],
+    "asyncpg-local": LOCAL if is_exhaustive() else LOCAL[::9],
     "psycopg-local": [],
-    "threads-local": LOCAL if is_exhaustive() else LOCAL[3::9],
-    "asyncpg-seaweedfs": S3 if is_exhaustive() else S3[1::4],
+    "threads-local": LOCAL if is_exhaustive() else LOCAL[3::18],
+    "asyncpg-seaweedfs": S3 if is_exhaustive() else S3[1::5],
     "psycopg-moto": S3[::3],
     "mariadb-local": [],
 }

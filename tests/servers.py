@@ -19,8 +19,10 @@ import tempfile
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +39,8 @@ ACCESS_KEY = "AKIDGRANITETEST"
 SECRET_KEY = "granite-test-secret"
 REGION = "us-east-1"
 START_TIMEOUT = 60.0
+_RESTING = 6
+"""How many buckets rest before one is used again."""
 
 
 def new_session(
@@ -72,10 +76,12 @@ class S3Server:
         endpoint_url: Where it listens.
     """
 
-    def __init__(self, name: str, endpoint_url: str) -> None:
+    def __init__(self, name: str, endpoint_url: str, filer_url: str | None = None) -> None:
         self.name = name
         self.endpoint_url = endpoint_url
+        self._filer_url = filer_url
         self._lock = threading.Lock()
+        self._resting: deque[str] = deque()
 
     @property
     def session_kwargs(self) -> dict[str, str]:
@@ -119,19 +125,54 @@ class S3Server:
 
     def remove_bucket(self, bucket: str) -> None:
         """Remove a bucket and what is in it; blocking."""
+        self._empty_bucket(bucket)
+        with self._client() as client:
+            client.delete_bucket(Bucket=bucket)
+
+    def _empty_bucket(self, bucket: str) -> None:
         with self._client() as client:
             for upload in client.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
                 client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
             while entries := client.list_objects_v2(Bucket=bucket).get("Contents"):
                 client.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": entry["Key"]} for entry in entries]})
-            client.delete_bucket(Bucket=bucket)
 
     @contextlib.asynccontextmanager
     async def bucket(self) -> AsyncIterator[str]:
-        """Give a bucket for one test, and remove it."""
-        bucket = await self.make_bucket()
+        """Give an empty bucket for one test, and then remove it, or keep it: SeaweedFS takes a while to use a new one."""
+        bucket = await asyncio.to_thread(self._take_bucket)
         yield bucket
-        await asyncio.to_thread(self.remove_bucket, bucket)
+        await asyncio.to_thread(self.remove_bucket if self._filer_url is None else self._rest_bucket, bucket)
+
+    def _take_bucket(self) -> str:
+        """Return a bucket that has rested for some tests, so that what still arrived from the last one is found, or a new one."""
+        while len(self._resting) > _RESTING:
+            bucket = self._resting.popleft()
+            if self._is_bare(bucket):
+                return bucket
+            self.remove_bucket(bucket)
+        return self.new_bucket()
+
+    def _rest_bucket(self, bucket: str) -> None:
+        """Empty a bucket past the protocol, to which folders are nothing, and keep it."""
+        for path in self._entries(bucket):
+            url = (
+                f"{self._filer_url}{urllib.parse.quote(path, errors='surrogateescape')}?recursive=true&ignoreRecursiveError=true"
+            )
+            with contextlib.suppress(urllib.error.HTTPError), self._requested(url, "DELETE"):
+                pass
+        self._resting.append(bucket)
+
+    def _is_bare(self, bucket: str) -> bool:
+        return not self._entries(bucket)
+
+    def _entries(self, bucket: str) -> list[str]:
+        """Return the paths of what SeaweedFS keeps in the folder of a bucket: objects, folders, unfinished uploads."""
+        with self._requested(f"{self._filer_url}/buckets/{bucket}/?limit=1000", "GET") as answer:
+            return [entry["FullPath"] for entry in json.load(answer).get("Entries") or ()]
+
+    def _requested(self, url: str, method: str) -> Any:
+        request = urllib.request.Request(url, method=method, headers={"Accept": "application/json"})  # noqa: S310  # it is ours
+        return urllib.request.urlopen(request, timeout=30)  # noqa: S310
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:
@@ -175,7 +216,7 @@ def seaweedfs() -> Iterator[S3Server]:
         folder = Path(name)
         ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
         process = stack.enter_context(_weed(folder, ports))
-        server = S3Server("seaweedfs", f"http://127.0.0.1:{ports['s3.port']}")
+        server = S3Server("seaweedfs", *(f"http://127.0.0.1:{ports[port]}" for port in ("s3.port", "filer.port")))
         _wait_until_ready(server, process, folder / "weed.log")
         yield server
 

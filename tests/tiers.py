@@ -95,8 +95,49 @@ def _of(
     return lambda item, params: getattr(item, "originalname", item.name) == function and not unless(params)
 
 
-def _all(_: pytest.Item, __: dict[str, Any]) -> bool:
-    return True
+_SURROUNDINGS = frozenset({"backend", "database", "env", "servers"})
+
+
+def _all_but_every(
+    number: int, *functions: str, only: Callable[[dict[str, Any]], bool] = lambda _: True
+) -> Callable[[pytest.Item, dict[str, Any]], bool]:
+    """Choose most cases of matrices: one of so many stays, along the diagonals, so that each has some of every value.
+
+    Args:
+        number: One of how many stays.
+        *functions: The tests, `TestClass::test_name` or `test_name`; a beginning stands for all that begin so.
+        only: Which of their cases are meant, by their parameters.
+    """
+    return lambda item, params: (
+        _name_of(item).startswith(functions or "") and only(params) and bool(_place_in_matrix(item) % number)
+    )
+
+
+def _place_in_matrix(item: pytest.Item) -> int:
+    """Return the number of a case in the matrix of its test, whatever it runs on and whichever others are chosen."""
+    params, place = _params(item), 0
+    for mark in item.iter_markers("parametrize"):
+        names, sets = (*mark.args, *mark.kwargs.values())[:2]
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+        if not _SURROUNDINGS.isdisjoint(names):
+            continue
+        for number, given in enumerate(sets):
+            values = getattr(given, "values", (given,) if len(names) == 1 else given)
+            values = (given,) if callable(values) else values
+            if all(params.get(name) is value for name, value in zip(names, values, strict=True)):
+                place += number
+                break
+    return place
+
+
+_ENDS = (
+    "TestFailedUploads",
+    "TestJoinedToAnExternalTransaction::test_several_transactions_of_one_connection",
+    "TestOneRow::test_primary_key_and_file_changed_together",
+    "TestOneRow::test_two_rows_of_the_same_key_after_a_delete",
+    "TestRollback",
+    "TestTwoPhases",
+)
 
 
 def _repeats_sessions(item: pytest.Item, params: dict[str, Any]) -> bool:
@@ -107,10 +148,22 @@ def _repeats_sessions(item: pytest.Item, params: dict[str, Any]) -> bool:
         return True
     match params["database"], params["env"]:
         case "sqlite-begin", "plain":
-            return False
+            return _place_in_matrix(item) > 0
         case "psycopg", "journaled":
-            return not _name_of(item).startswith(ON_EVERY_DATABASE["tests/orm/test_scenarios.py"])
+            return _place_in_matrix(item) > 0 or not _name_of(item).startswith(_ENDS)
     return True
+
+
+_DECIDED_BY_THE_DIALECT = ("TestRefusals::test_upsert[", "TestSnapshots::test_commit_that_sqlalchemy_does_not_see")
+"""What each dialect has a statement of its own for, or a driver of its own way."""
+
+
+def _runs_on_sqlite(item: pytest.Item) -> bool:
+    """Tell whether a test runs on every database, or at least on SQLite with BEGIN."""
+    fixtures = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+    params = getattr(next(iter(reversed(fixtures.get("database", ()))), None), "params", None)
+    marked = [mark for mark in item.iter_markers("parametrize") if "database" in mark.args[0]]
+    return not marked and "sqlite-begin" in (params or ())
 
 
 def _name_of(item: pytest.Item) -> str:
@@ -152,6 +205,34 @@ INDEPENDENT_OF_SERVICE = (
 )
 """What of the suite asks nothing of the service that obstore talks to."""
 
+OF_THE_BACKENDS_CODE = (
+    "test_abandoned_listing",
+    "test_abandoned_readers",
+    "test_another_process_knows_the_store",
+    "test_bounded_memory",
+    "test_cancelled_copy",
+    "test_cancelled_delete",
+    "test_cancelled_listing",
+    "test_cancelled_second_write",
+    "test_concurrent_deletes",
+    "test_concurrent_ranges",
+    "test_delete_while_listing",
+    "test_deleted_while_open",
+    "test_event_loops_one_after_the_other",
+    "test_folders_come_and_go",
+    "test_independent_readers",
+    "test_interleaved_writers",
+    "test_killed_after_a_write",
+    "test_killed_writer",
+    "test_listings_at_a_time",
+    "test_many_readers",
+    "test_many_writers",
+    "test_race_for_one_location",
+    "test_unfinished_write_is_invisible",
+    "test_use_after_close",
+)
+"""What of the suite tries how the backend on obstore shares and gives up its work, over whichever store."""
+
 REPETITIONS = [
     Repetition(
         "tests/orm/synchronous/test_scenarios.py",
@@ -175,27 +256,281 @@ REPETITIONS = [
         _in_class("TestSeaweedFSPrefixed", apart_from=PREFIXED_AT_SERVICE),
     ),
     Repetition(
+        "tests/backends/test_s3_conformance.py",
+        "the first of the cases without a prefix, and another part of them, are enough to show that it is put before each name",
+        _all_but_every(3, "TestSeaweedFSPrefixed::"),
+    ),
+    Repetition(
+        "tests/backends/test_s3_conformance.py",
+        "moments, sizes and verbs come together in every third case as well; the odd names stay",
+        lambda item, params: _all_but_every(3, "TestSeaweedFS::")(item, params) and "test_odd_location[" not in item.nodeid,
+    ),
+    Repetition(
+        "tests/backends/test_obstore_conformance.py",
+        "obstore tells S3, a disk and memory apart below our code: each runs every case of some, and some cases of each",
+        _all_but_every(3, "TestSeaweedFS::", "TestLocal::"),
+    ),
+    Repetition(
+        "tests/backends/test_obstore_conformance.py",
+        "our code decides it, over memory as over S3",
+        _in_class("TestSeaweedFS", only=OF_THE_BACKENDS_CODE),
+    ),
+    Repetition(
         "tests/backends/test_obstore_conformance.py",
         "the backend's own code decides it, and the suite runs on it over memory",
         _in_class("TestSeaweedFS", "TestLocal", only=INDEPENDENT_OF_SERVICE),
     ),
     Repetition(
-        "tests/backends/test_obstore_conformance.py",
+        "tests/backends/",
         "Azurite takes minutes to install and to answer; the backend's own code is that of S3 and memory",
-        _in_class("TestAzurite"),
+        lambda item, params: _in_class("TestAzurite")(item, params) or "azurite_server" in getattr(item, "fixturenames", ()),
     ),
     Repetition(
         "tests/backends/test_s3.py",
         "pages of 1 and of 2 names end at every place that pages of 3 end at; moto has no tree, so one size is enough there",
         _of(
             "test_folders_and_their_neighbours",
-            unless=lambda params: params["page_size"] in ((1, 2, None) if params["fixture"] == "weed" else (1, None)),
+            unless=lambda params: params["page_size"] in ((1, 2, None) if params["fixture"] == "weed" else (None,)),
         ),
+    ),
+    Repetition(
+        "tests/backends/test_conformance.py",
+        "the wrappers know no sizes, verbs or moments",
+        _all_but_every(3, "TestMemoryPrefixed::", "TestMemoryBehindFaults::"),
+    ),
+    Repetition(
+        "tests/backends/test_obstore_conformance.py",
+        "in memory nothing of obstore is slow or far away: every second value",
+        _all_but_every(2, "TestMemory::"),
+    ),
+    Repetition(
+        "tests/backends/test_s3",
+        "each fault is tried with some of the requests that it may meet, and each request with some of the faults",
+        lambda item, params: (
+            "conformance" not in item.nodeid and "test_wrong_secret" not in item.nodeid and _all_but_every(2)(item, params)
+        ),
+    ),
+    Repetition(
+        "tests/backends/test_model.py",
+        "another order of the same calls",
+        _all_but_every(2),
+    ),
+    Repetition(
+        "tests/backends/",
+        "one of three values comes to the same line",
+        _all_but_every(
+            3,
+            "TestErrors::test_wrong_bucket",
+            "TestWhatObstoreHolds::test_a_file_is_closed_when_its_call_is_over",
+            "test_extra_parameters_go_with_every_write",
+            "test_what_the_writer_of_parts_says_is_read_past_the_name",
+        ),
+    ),
+    Repetition(
+        "tests/faults/test_cancellation.py",
+        "moments, verbs and backends come together in every third case as well",
+        _all_but_every(3, "test_a_copy", "test_a_read[", "test_a_write"),
+    ),
+    Repetition(
+        "tests/docs/test_sqlite_backend.py",
+        "the example is simple: what it does in one case of a matrix it does in the others",
+        _all_but_every(3),
+    ),
+    Repetition(
+        "tests/web/",
+        "one of three combinations shows what the parameters decide by themselves",
+        _all_but_every(
+            3,
+            "test_a_body_that_goes_wrong",
+            "test_a_content_encoding_is_refused",
+            "test_a_download",
+            "test_a_form_whatever_the_sizes_of_its_pieces",
+        ),
+    ),
+    Repetition(
+        "tests/web/",
+        "the first and every other hostile input take the longest way",
+        _all_but_every(2, "test_a_hostile_form_does_not_hold_the_loop", "test_data_that_looks_like_boundaries_costs"),
     ),
     Repetition(
         "tests/web/test_connections.py",
         "a backend sees the same stream break off, whichever way the client leaves; memory is tried with each",
         _of("test_a_client_that_goes_away", unless=lambda params: params["backend"] == "memory" or params["leaving"] == "abort"),
+    ),
+    Repetition(
+        "tests/web/test_connections.py",
+        "how it leaves, how the size is told and what is in between come together in every second case as well",
+        _all_but_every(2, "test_a_client_that_goes_away["),
+    ),
+    Repetition(
+        "tests/orm/",
+        "every value of a matrix is tried on SQLite with BEGIN: elsewhere each test keeps a third of its combinations",
+        lambda item, params: (
+            params.get("database") not in (None, "sqlite-begin")
+            and (
+                _runs_on_sqlite(item)
+                or params["database"] == "mariadb"
+                or item.nodeid.startswith("tests/orm/journal/test_scenarios.py")
+            )
+            and not _name_of(item).startswith(_DECIDED_BY_THE_DIALECT)
+            and bool(_place_in_matrix(item) % 3)
+        ),
+    ),
+    Repetition(
+        "tests/orm/",
+        "places and values come together in every third combination as well",
+        _all_but_every(
+            3,
+            "TestBulkStatements::test_statement_replaced",
+            "TestOtherTypes::test_clone_keeps_the_object",
+            "TestSchemas",
+            "TestSnapshots::test_row",
+            "test_a_file_is_stored_again_after_a_rollback",
+            "test_a_file_read_before_is_stored_whole",
+            "test_autocommit",
+            "test_put_stream_stores_an_upload_whole",
+            "test_synchronous_session",
+        ),
+    ),
+    Repetition(
+        "tests/orm/test_sources_given_twice.py",
+        "what can be read once only is known by its type: every second one shows it",
+        _all_but_every(2),
+    ),
+    Repetition(
+        "tests/orm/test_disconnects_and_signals.py",
+        "each stage with one number of interrupts",
+        _all_but_every(2, "test_a_keyboard_interrupt"),
+    ),
+    Repetition(
+        "tests/orm/synchronous/",
+        "the listeners meet hooks that are the same for both kinds of sessions",
+        _of("test_random_listeners"),
+    ),
+    Repetition(
+        "tests/orm/journal/test_direct_uploads.py",
+        "the same machine in another order",
+        _of("test_everything_at_random", unless=lambda params: params["seed"] == 0),
+    ),
+    Repetition(
+        "tests/orm/journal/test_direct_uploads.py",
+        "each step fails, before or after it was done",
+        _all_but_every(2, "test_storage_fails_at_any_step"),
+    ),
+    Repetition(
+        "tests/orm/test_values_postgres.py",
+        "both drivers fetch from a cursor of the server, a thousand rows at a time",
+        lambda item, _: _name_of(item) == "test_refs_are_streamed_from_the_server[psycopg]",
+    ),
+    Repetition(
+        "tests/gc/test_utf16.py",
+        "shapes and encodings come together in every third case as well",
+        _all_but_every(3),
+    ),
+    Repetition(
+        "tests/gc/test_races.py",
+        "without the barrier it is another race with the same end",
+        _of("test_a_delete_that_a_crash_of_the_database_takes_back", unless=lambda params: params["with_barrier"]),
+    ),
+    Repetition(
+        "tests/faults/test_disk.py",
+        "the calls are the same, but for those that bring to the disk",
+        _all_but_every(2, "test_a_kill_before_any_system_call_leaves_all_or_nothing"),
+    ),
+    Repetition(
+        "tests/testing/",
+        "the fixtures and the messages are the same",
+        _all_but_every(2, "test_a_missing_server_is_said", "test_fixtures"),
+    ),
+    Repetition(
+        "tests/migration/test_migrate.py",
+        "what is moved does not depend on the database; what the journal adds is seen where a run fails",
+        lambda item, params: params.get("database") == "asyncpg" and not _name_of(item).startswith("TestFailures"),
+    ),
+    Repetition(
+        "tests/alembic/test_paths.py",
+        "an object that is gone is noticed where one that has changed is",
+        _of("test_nothing_is_dropped_where_an_object_is_wrong", unless=lambda params: params["damage"] != "gone"),
+    ),
+    Repetition(
+        "tests/gc/test_mentions.py",
+        "the shapes of values are tried on PostgreSQL; how another database looks into a column, one of three shows",
+        _all_but_every(3, only=lambda params: params.get("database") in ("sqlite-begin", "mariadb")),
+    ),
+    Repetition(
+        "tests/gc/test_mentions.py",
+        "a mention is found by its text: every second shape",
+        _all_but_every(2, "test_json_of_which", "test_text"),
+    ),
+    Repetition(
+        "tests/gc/",
+        "which values are refused is decided before any database is asked",
+        _all_but_every(
+            3,
+            "test_what_is_no_reference_stops_the_run",
+            "test_a_reference_that_leads_out",
+            only=lambda params: params.get("database") == "asyncpg",
+        ),
+    ),
+    Repetition(
+        "tests/verification/",
+        "what is found does not depend on the database: on PostgreSQL the scan of the tables is tried",
+        lambda item, params: (
+            params.get("database") == "asyncpg" and not _name_of(item).startswith(("TestScan", "TestFindings::test_a"))
+        ),
+    ),
+    Repetition(
+        "tests/migration/test_migrate.py",
+        "the shortest time and one of the longer ones end a run before and in its writes",
+        _of("test_cancelled_and_run_again", unless=lambda params: params["seconds"] in (0.001, 0.04)),
+    ),
+    Repetition(
+        "tests/migration/test_live_traffic.py",
+        "the same traffic as on PostgreSQL, where more of it goes on at a time",
+        _with("database", "sqlite-begin"),
+    ),
+    Repetition(
+        "tests/alembic/",
+        "the same SQL as through the other driver of the database",
+        _with("kind", "aiosqlite", "psycopg"),
+    ),
+    Repetition(
+        "tests/alembic/test_conversions.py",
+        "the batches and the crash are ours, on whichever database; what differs the conversion of blobs shows on each",
+        _of("test_text_becomes_files_through_a_crash_and_comes_back", unless=lambda params: params["kind"] == "sqlite"),
+    ),
+    Repetition(
+        "tests/applications/",
+        "the program is the same: PostgreSQL is what such programs run on",
+        lambda item, params: (
+            params.get("kind") == "sqlite"
+            and _name_of(item).startswith(("test_forks", "test_interrupt", "test_tasks", "test_uploads"))
+        ),
+    ),
+    Repetition(
+        "tests/gallery/test_command.py",
+        "the other end, and the other services, are reached by the same way",
+        lambda item, params: params.get("services") == "as it is" or params.get("end") == 2,
+    ),
+    Repetition(
+        "tests/cli/test_commands.py",
+        "PostgreSQL is tried with a journal, SQLite without one",
+        _with("shop_url", "postgres"),
+    ),
+    Repetition(
+        "tests/cli/test_commands.py",
+        "the command hands a signal on in one place: once by each, and killed once",
+        lambda item, params: (
+            (_name_of(item).startswith("TestMigrate::test_killed") and params["shop_url"] == "sqlite")
+            or (_name_of(item).startswith("TestMigrate::test_stopped") and params["shop_url"] == "sqlite")
+            or (_name_of(item).startswith("TestVerify::test_stopped") and params["shop_url"] != "sqlite")
+            or (_name_of(item).startswith("TestGc::test_stopped") and params["number"] == 9)
+        ),
+    ),
+    Repetition(
+        "tests/faults/crash/test_workers.py",
+        "the workers take the same steps as on PostgreSQL, where the rows of a journal were first locked so",
+        lambda item, params: _name_of(item).startswith("test_two_workers") and params.get("servers") == "mariadb-local",
     ),
     Repetition(
         "tests/orm/journal/test_scenarios.py",
@@ -241,7 +576,20 @@ _DECIDED_BY_THE_DRIVER = (
 )
 """What a second driver of PostgreSQL may do otherwise: connections that break, errors, two phases."""
 
+_DECIDED_BY_BEGIN = (
+    "tests/orm/test_concurrent",
+    "tests/orm/test_scenarios.py::TestFailedUploads",
+    "tests/orm/test_scenarios.py::TestRollback",
+    "tests/orm/test_scenarios.py::TestSavepoints",
+    "tests/orm/test_scenarios.py::TestTwoPhases",
+    "tests/orm/test_shared_objects.py::",
+    "tests/orm/test_unknown_commit.py::",
+)
+"""What Python's driver of SQLite does otherwise, which begins transactions late and leaves savepoints to themselves."""
+
+_WITHOUT_BEGIN = "the same statements as with BEGIN; `_DECIDED_BY_BEGIN` is tried without it"
 _SECOND_DRIVER = "the same statements on the same server as through asyncpg; `_DECIDED_BY_THE_DRIVER` is tried with both"
+_WITH_A_JOURNAL = "every scenario runs on PostgreSQL with a journal, which adds statements to those without one"
 _ONE_DATABASE = "the rule is the same on every database, and the tests of `ON_EVERY_DATABASE` reach what differs"
 _ONE_MIGRATION = "the journal is tried on PostgreSQL, its absence on SQLite; every other combination repeats one of them"
 
@@ -308,6 +656,10 @@ def _reason(item: pytest.Item, databases: set[str]) -> str | None:
             return rule.reason
     if "database" not in params:
         return None
+    if params["database"] == "sqlite" and "sqlite-begin" in databases and not item.nodeid.startswith(_DECIDED_BY_BEGIN):
+        return _WITHOUT_BEGIN
+    if params["database"] == "asyncpg" and item.nodeid.startswith("tests/orm/test_scenarios.py"):
+        return _WITH_A_JOURNAL
     if params["database"] == "psycopg" and "asyncpg" in databases and not item.nodeid.startswith(_DECIDED_BY_THE_DRIVER):
         return _SECOND_DRIVER
     if _reaches_dialects(item):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.core.support import PROJECT, files_below
+from tests.tiers import is_exhaustive
 
 HERE = Path(__file__).parent
 
@@ -86,7 +87,8 @@ def test_an_avatar_is_added(project: Path, tmp_path: Path, postgres_url: str) ->
         return done.stdout
 
     run("alembic", "upgrade", "head")
-    assert "14 passed" in run("pytest", "-q")
+    if is_exhaustive():  # these are among the tests that it has afterwards
+        assert "14 passed" in run("pytest", "-q")
 
     shutil.copytree(HERE / "avatar", project, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name, edits in EDITS.items():

@@ -16,7 +16,7 @@ from granite_storage.migration import migrate
 from tests.migration.environment import MigrationEnvironment, Shelf, file
 from tests.tiers import is_exhaustive
 
-ROWS = 60 if is_exhaustive() else 30
+ROWS = 60 if is_exhaustive() else 20
 RETRIABLE = (StaleAttachmentError, ObjectNotFoundError, StaleDataError, SAWarning, DBAPIError)
 """What a writer may be told, with a migration or without: another transaction was faster."""
 

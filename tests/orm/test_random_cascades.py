@@ -21,7 +21,7 @@ from granite_storage.exceptions import StaleAttachmentError
 from tests.orm.environment import Child, Node, OrmEnvironment, Parent, Tag, file
 from tests.tiers import repetitions, seed
 
-TRANSACTIONS = repetitions("GRANITE_CASCADES", default=40, exhaustive=150)
+TRANSACTIONS = repetitions("GRANITE_CASCADES", default=25, exhaustive=150)
 SEED = seed()
 MOST = 4
 KINDS: list[type[Any]] = [Node, Parent, Child, Tag]

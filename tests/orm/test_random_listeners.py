@@ -30,7 +30,7 @@ from tests.tiers import is_exhaustive
 
 TRANSACTIONS = int(os.environ.get("GRANITE_LISTENERS", "0"))
 SEED = int(os.environ.get("GRANITE_LISTENERS_SEED", "15"))
-DEFAULTS = {"sqlite-begin": 250 if is_exhaustive() else 120, "asyncpg": 60}
+DEFAULTS = {"sqlite-begin": 250, "asyncpg": 60} if is_exhaustive() else {"sqlite-begin": 60, "asyncpg": 30}
 MOST = 4
 COLUMNS = {Doc: ["file", "other"], Note: ["scan"], Parent: ["file"], Child: ["file"]}
 KINDS: list[type[Any]] = list(COLUMNS)

@@ -28,7 +28,7 @@ from tests.orm.databases import sqlite
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 from tests.tiers import repetitions, seed
 
-EXAMPLES = repetitions("GRANITE_SESSIONS", default=30, exhaustive=2000)
+EXAMPLES = repetitions("GRANITE_SESSIONS", default=16, exhaustive=2000)
 SEED = seed()
 STEPS = 14
 COLUMNS = ["file", "other"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sqlalchemy import ForeignKey, text
+from sqlalchemy import ForeignKey, MetaData, event, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
@@ -89,14 +90,30 @@ def make_manager() -> StorageManager:
 
 @asynccontextmanager
 async def sqlite(folder: Path, base: Any = Base, name: str = "values.db") -> AsyncIterator[Sessions]:
-    """Sessions on a new SQLite file with the tables of a base."""
-    engine = create_async_engine(f"sqlite+aiosqlite:///{folder / name}")
+    """Sessions on a new SQLite file with the tables of a base; the first of such files is copied from then on."""
+    path, metadata = folder / name, base.metadata
+    names, content = _empty.get(metadata, (None, b""))
+    is_known = names == set(metadata.tables)
+    if is_known:
+        path.write_bytes(content)
+    engine = create_async_engine(f"sqlite+aiosqlite:///{path}")
+    event.listen(engine.sync_engine, "connect", _without_waiting_for_the_disk)
     try:
-        async with engine.begin() as connection:
-            await connection.run_sync(base.metadata.create_all)
+        if not is_known:
+            async with engine.begin() as connection:
+                await connection.run_sync(metadata.create_all)
+            _empty[metadata] = set(metadata.tables), path.read_bytes()
         yield async_sessionmaker(engine, expire_on_commit=False)
     finally:
         await engine.dispose()
+
+
+_empty: weakref.WeakKeyDictionary[MetaData, tuple[set[str], bytes]] = weakref.WeakKeyDictionary()
+"""The names of a base's tables, and a file in which there is nothing but them."""
+
+
+def _without_waiting_for_the_disk(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA synchronous = OFF").close()
 
 
 async def locations(manager: StorageManager) -> set[str]:

@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.tiers import is_exhaustive
+
 Failures = Mapping[str, Mapping[str, str]]
 
 EXPECTED = [
@@ -45,7 +47,11 @@ EXPECTED = [
     ("WithoutBackend", "test_stat", "TestWithoutBackend must override the fixture `backend`"),
 ]
 
-IN_FULL = ["Sound", "BlindToFolders", "IgnoresOptions", "KeepsAnAbilityQuiet", "WrapsSourceErrors"]
+IN_FULL = [
+    "Sound",
+    "BlindToFolders",
+    *(["IgnoresOptions", "KeepsAnAbilityQuiet", "WrapsSourceErrors"] if is_exhaustive() else []),
+]
 """Those that run through the whole suite, and not only the case that must fail."""
 
 

@@ -11,7 +11,7 @@ __all__ = ["KILLS", "MANY", "SECOND_DRIVER", "SEED"]
 KILLS = repetitions("GRANITE_CRASH_KILLS", default=8, exhaustive=200)
 """How many kills there are, at the least.
 
-Each setting has its share, and comes to each of its own points once; in the default tier to a third of them.
+Each setting has its share, and comes to each of its own points once; in the default tier to some of them.
 """
 
 MANY = 500

@@ -18,8 +18,9 @@ from tests.faults.crash.children import Child, ChildProcesses
 from tests.faults.crash.models import Setting
 from tests.faults.crash.options import KILLS, MANY, SEED
 from tests.faults.crash.points import POINTS, Point
+from tests.tiers import is_exhaustive
 
-SOME = 3
+SOME = 3 if is_exhaustive() else 1
 LEASE = 0.6
 _QUIET = [point for point in POINTS if "during" not in point.name]
 

@@ -19,11 +19,12 @@ from granite_storage.orm.journal.recovery import Recovery
 from tests.faults.crash.audit import Audit
 from tests.faults.crash.models import Book, content_of
 from tests.faults.crash.options import KILLS, MANY, SECOND_DRIVER, SEED
+from tests.tiers import is_exhaustive
 
 STEPS = [(Recovery, name) for name in ("_fence", "_resume", "_check", "_remove", "_conclude", "_let_go")]
 MOMENTS = [f"{moment} {name}" for _, name in STEPS for moment in ("before", "after")]
 PAIRS = list(product(MOMENTS, MOMENTS))
-SOME = 12
+SOME = 12 if is_exhaustive() else 8
 
 
 @dataclass(eq=False)

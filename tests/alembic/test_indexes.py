@@ -159,7 +159,7 @@ def test_the_journal_comes_and_goes(target: Target, tmp_path: Path) -> None:
     project = Project.made(tmp_path, target.url, MODELS, template=target.template)
     project.revision("journal", JOURNAL)
     project.alembic("upgrade", "head")
-    assert target.ask("SELECT value FROM granite_storage_meta WHERE name = 'schema_version'") == [("1",)]
+    assert target.ask("SELECT value FROM granite_storage_meta WHERE name = 'schema_version'") == [("2",)]
     written = project.autogenerate("rest")
     assert "granite_storage_" not in written.replace("granite_storage import", "")
     if target.url.get_backend_name() == "sqlite":

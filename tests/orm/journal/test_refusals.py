@@ -83,7 +83,7 @@ class TestTables:
         async with changed(
             env,
             "UPDATE granite_storage_meta SET value = '99' WHERE name = 'schema_version'",
-            "UPDATE granite_storage_meta SET value = '1' WHERE name = 'schema_version'",
+            "UPDATE granite_storage_meta SET value = '2' WHERE name = 'schema_version'",
         ):
             await require_refused(env, "version 99")
 

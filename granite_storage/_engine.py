@@ -804,9 +804,7 @@ class Engine:
                 details = await backend.put_bytes(prepared.location, data, content_type=prepared.content_type)
             return await self._receipt(prepared, len(data), checksum, details, identity)
 
-    async def _store(
-        self, prepared: PreparedUpload, content: MeasuredStream, gate: Gate | None = None
-    ) -> StoredObjectRef:
+    async def _store(self, prepared: PreparedUpload, content: MeasuredStream, gate: Gate | None = None) -> StoredObjectRef:
         """Store a stream; nothing is awaited between the object's publication and its receipt, so no cancellation parts them."""
         key = prepared.policy.backend_key
         content_type = prepared.content_type if gate is None else gate.verdict.content_type

@@ -82,11 +82,18 @@ def served_type(content_type: str | None) -> str:
     Content-Disposition where `<script src>` loads the object, but never runs bytes of that type under `nosniff`. Text without
     a charset is said to be UTF-8: browsers would take it for windows-1252.
     """
-    if content_type is None or not _MEDIA_TYPE.fullmatch(content_type) or _is_active(_essence(content_type)):
+    if content_type is None or not _MEDIA_TYPE.fullmatch(content_type) or is_active(content_type):
         return _OPAQUE
     if content_type[:5].lower() == "text/" and not _CHARSET.search(content_type):
         return f"{content_type.rstrip(' ;')}; charset=utf-8"
     return content_type
+
+
+def is_active(content_type: str) -> bool:
+    """Tell whether a browser could run it; a word counts wherever it begins a part of the name, as in `image/svg+xml`."""
+    essence = _essence(content_type)
+    words = re.split(r"[/.+-]", essence)
+    return essence.startswith(_ACTIVE_FAMILIES) or any(word.startswith(_ACTIVE_WORDS) for word in words)
 
 
 def content_security_policy(content_type: str) -> str:
@@ -137,9 +144,3 @@ def require_inline_types(types: Collection[str]) -> frozenset[str]:
 
 def _essence(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
-
-
-def _is_active(essence: str) -> bool:
-    """Tell whether a browser could run it; a word counts wherever it begins a part of the name, as in `image/svg+xml`."""
-    words = re.split(r"[/.+-]", essence)
-    return essence.startswith(_ACTIVE_FAMILIES) or any(word.startswith(_ACTIVE_WORDS) for word in words)

@@ -11,14 +11,13 @@ from granite_storage.exceptions import ConfigurationError, InvalidLocationError
 from granite_storage.inspection.base import (
     Checks,
     Inspector,
-    OnMismatch,
     OnUnavailable,
     OnUnstrippable,
     Scanner,
-    Strip,
     Validator,
 )
-from granite_storage.inspection.media_types import check_accept
+from granite_storage.inspection.media_types import OnMismatch, check_accept, require_detector
+from granite_storage.inspection.stripping import StripMode
 from granite_storage.locations import check_segment, make_location
 
 __all__ = ["StoragePolicy"]
@@ -54,6 +53,7 @@ class StoragePolicy:
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it.
+        MissingDependencyError: The type of the content is to be found, and `granite-storage[inspect]` is not installed.
 
     Example:
         >>> StoragePolicy("avatars", "local", max_size=2 * 1024 * 1024, key_prefix="avatars").max_size
@@ -69,7 +69,7 @@ class StoragePolicy:
     on_mismatch: OnMismatch = "refuse"
     inspect: Sequence[Inspector] = ()
     scanner: Scanner | None = None
-    strip: Strip | None = None
+    strip: StripMode | None = None
     on_unstrippable: OnUnstrippable = "refuse"
     validate: Validator | None = None
     checks: Checks | None = field(init=False, repr=False, compare=False, default=None)
@@ -87,7 +87,7 @@ class StoragePolicy:
         if self.accept is not None:
             object.__setattr__(self, "accept", check_accept(self.accept))
         _require_choice(self.storage_key, "on_mismatch", self.on_mismatch, get_args(OnMismatch))
-        _require_choice(self.storage_key, "strip", self.strip, (None, *get_args(Strip)))
+        _require_choice(self.storage_key, "strip", self.strip, (None, *get_args(StripMode)))
         _require_choice(self.storage_key, "on_unstrippable", self.on_unstrippable, get_args(OnUnstrippable))
         _require_scanner(self.storage_key, self.scanner)
         require_validator(f"policy {self.storage_key!r}", self.validate)
@@ -100,6 +100,8 @@ class StoragePolicy:
             on_unstrippable=self.on_unstrippable,
             validators=() if self.validate is None else (self.validate,),
         )
+        if checks.needs_type:
+            require_detector()
         if checks.needs_type or checks.scanner is not None or checks.validators:
             object.__setattr__(self, "checks", checks)
 
@@ -146,7 +148,7 @@ def _require_inspectors(storage_key: str, value: object) -> tuple[Inspector, ...
         raise ConfigurationError(f"inspect of policy {storage_key!r} must be a list of inspectors, not {value!r}")
     for item in value:
         if isinstance(item, type) or not isinstance(item, Inspector):
-            raise ConfigurationError(f"inspect of policy {storage_key!r} contains {item!r}, which is no inspector: it has no begin()")
+            raise ConfigurationError(f"inspect of policy {storage_key!r} contains {item!r}, which has no begin()")
     return tuple(value)
 
 

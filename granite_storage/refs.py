@@ -87,8 +87,8 @@ class StoredObjectRef(_UnknownKeys):
         extra: The caller's own keys and the backend's, such as `bucket`; read-only.
         media: What the content was found to be before it was kept, such as `type`, `width` and `height`; never what a client
             says. None where nothing looked. Read-only, and left out of the JSON where it is None, as `scan` is.
-        scan: The verdict of a virus scanner: `status` (`clean`, `pending`, `infected` or `failed`), `by` and `at`; None where none
-            was asked.
+        scan: The verdict of a virus scanner: `status` (`clean`, `pending`, `infected` or `failed`), `by` and `at`; None where
+            none was asked.
 
     The first nine are the ref's identity: refs are equal by them, whatever its `media` and `scan` say.
 
@@ -167,7 +167,7 @@ class StoredObjectRef(_UnknownKeys):
         properties |= {"size": {"type": "integer", "minimum": 0}}
         properties |= dict.fromkeys(("content_type", "original_filename", "created_at"), optional)
         properties |= {"extra": {"anyOf": [{"type": "object"}, {"type": "null"}]}}
-        parts = dict.fromkeys(PARTS, {"type": "object"})
+        parts = {name: {"type": "object"} for name in PARTS}
         required = list(properties)
         return {"type": "object", "title": "StoredObjectRef", "properties": properties | parts, "required": required}
 

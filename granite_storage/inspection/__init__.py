@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from granite_storage.inspection.base import Inspection, Inspector, Scanner, ScanResult, UploadPreview
+from granite_storage.inspection.clamd import ClamdScanner
+from granite_storage.inspection.images import ImageLimits
 
-__all__ = ["Inspection", "Inspector", "ScanResult", "Scanner", "UploadPreview"]
+__all__ = ["ClamdScanner", "ImageLimits", "Inspection", "Inspector", "ScanResult", "Scanner", "UploadPreview"]

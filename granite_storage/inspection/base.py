@@ -6,17 +6,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from granite_storage.inspection.media_types import OnMismatch, matches
+from granite_storage.inspection.stripping import StripMode
+
 __all__ = [
     "HEAD_SIZE",
     "Checks",
     "Inspection",
     "Inspector",
-    "OnMismatch",
     "OnUnavailable",
     "OnUnstrippable",
     "ScanResult",
     "Scanner",
-    "Strip",
     "UploadPreview",
     "Validator",
 ]
@@ -26,12 +27,6 @@ HEAD_SIZE = 64 * 1024
 
 OnUnavailable: TypeAlias = Literal["refuse", "hold", "accept"]
 """What becomes of an upload that the scanner cannot judge."""
-
-OnMismatch: TypeAlias = Literal["refuse", "correct"]
-"""What becomes of a declared media type that the content contradicts."""
-
-Strip: TypeAlias = Literal["location", "all"]
-"""Which metadata is taken out of images: where they were taken, or all that is not needed to show them."""
 
 OnUnstrippable: TypeAlias = Literal["refuse", "keep"]
 """What becomes of pictures, films and sound out of which no metadata can be taken."""
@@ -148,7 +143,7 @@ class Checks:
     on_mismatch: OnMismatch = "refuse"
     inspectors: tuple[Inspector, ...] = ()
     scanner: Scanner | None = None
-    strip: Strip | None = None
+    strip: StripMode | None = None
     on_unstrippable: OnUnstrippable = "refuse"
     validators: tuple[Validator, ...] = ()
 
@@ -172,8 +167,8 @@ class Checks:
         return (not self.needs_type or media is not None) and (self.scanner is None or scan is not None)
 
     def would_pass(self, media: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) -> bool:
-        """Tell whether an object of another policy passes all of this, by what its ref says; what cannot be told does not pass."""
+        """Tell whether an object of another policy passes, by what its ref says; what cannot be told does not pass."""
         found = None if media is None else media.get("type")
-        is_accepted = self.accept is None or (isinstance(found, str) and accepts(self.accept, found))
+        is_accepted = self.accept is None or (isinstance(found, str) and matches(found, self.accept))
         is_clean = self.scanner is None or (scan is not None and scan.get("status") == "clean")
         return is_accepted and is_clean and not self.inspectors and self.strip is None and not self.validators

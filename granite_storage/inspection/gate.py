@@ -23,9 +23,9 @@ from granite_storage.exceptions import (
     StorageError,
     UnsupportedContentError,
 )
-from granite_storage.inspection.base import HEAD_SIZE, Checks, Inspection, Scanner, ScanResult, Strip, UploadPreview, Validator
-from granite_storage.inspection.media_types import detect, fit_filename, judge_type
-from granite_storage.inspection.stripping import Stripper, can_strip
+from granite_storage.inspection.base import HEAD_SIZE, Checks, Inspection, Scanner, ScanResult, UploadPreview, Validator
+from granite_storage.inspection.media_types import Judged, confirm_type, detect, fit_filename, judge_type
+from granite_storage.inspection.stripping import StripMode, Stripper, can_strip
 from granite_storage.refs import canonical_timestamp, read_only
 
 __all__ = ["Gate", "Pieces", "Verdict", "judge_bytes", "validate"]
@@ -59,8 +59,16 @@ class Verdict:
     scan: Mapping[str, Any] | None = None
 
 
-class Pieces(AsyncIterator[bytes], Protocol):
+class Pieces(Protocol):
     """Content in pieces of at most 1 MiB."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Iterate the pieces."""
+        ...
+
+    async def __anext__(self) -> bytes:
+        """Return the next piece."""
+        ...
 
     async def aclose(self) -> None:
         """End the iteration early."""
@@ -128,9 +136,11 @@ class Gate:
         """Stop looking, and close the content; idempotent."""
         try:
             await self._passed.aclose()
-            await self._incoming.aclose()
         finally:
-            await self._close()
+            try:
+                await self._incoming.aclose()
+            finally:
+                await self._close()
 
     async def _judged(self) -> AsyncGenerator[bytes, None]:
         judge = self._judge
@@ -138,6 +148,7 @@ class Gate:
         self._scan = None if self._checks.scanner is None else _Scan(self._checks.scanner)
         try:
             async for piece in self._all():
+                judge.keep_tail(piece)
                 if judge.wants_more:
                     await self._consumer.feed(piece)
                 if self._scan is not None:
@@ -153,9 +164,11 @@ class Gate:
             if self._scan is not None:
                 judge.verdict.scan = await self._scan.verdict()
         finally:
-            await self._consumer.stop()
-            if self._scan is not None:
-                await self._scan.stop()
+            try:
+                await self._consumer.stop()
+            finally:
+                if self._scan is not None:
+                    await self._scan.stop()
 
     async def _all(self) -> AsyncGenerator[bytes, None]:
         while self._kept:
@@ -175,6 +188,7 @@ async def judge_bytes(content: bytes | bytearray | memoryview, checks: Checks, p
         content = await _threads.run(bytes, content)
     judge = _Judge(checks, replace(preview, size=len(content)))
     await judge.look(content[:HEAD_SIZE], is_whole=len(content) <= HEAD_SIZE)
+    judge.keep_tail(content)
     if judge.wants_more:
         await _threads.run(judge.feed_whole, content)
     await judge.finish()
@@ -200,6 +214,8 @@ class _Judge:
         self._checks = checks
         self._preview = preview
         self._type: str | None = None
+        self._unconfirmed: Judged | None = None
+        self._tail = b""
         self._active: list[Inspection] = []
         self._ended: list[Inspection] = []
 
@@ -232,7 +248,8 @@ class _Judge:
                 accept=checks.accept,
                 on_mismatch=checks.on_mismatch,
             )
-            self._type = judged.content_type
+            self._unconfirmed = judged if judged.needs_tail else None
+            self._type = judged.content_type.partition(";")[0]
             self.verdict.content_type = judged.content_type
             self.verdict.filename = fit_filename(preview.filename, judged.content_type)
         if self._type is not None:
@@ -240,7 +257,7 @@ class _Judge:
         if checks.strip is not None:
             self._choose_stripper(checks.strip)
 
-    def _choose_stripper(self, strip: Strip) -> None:
+    def _choose_stripper(self, strip: StripMode) -> None:
         found = self._type or ""
         if can_strip(found):
             self.stripper = Stripper(found, strip)
@@ -254,6 +271,11 @@ class _Judge:
     def _begin(self) -> None:
         preview = replace(self._preview, content_type=self._type or self._preview.content_type)
         self._active = [begun for item in self._checks.inspectors if (begun := item.begin(preview)) is not None]
+
+    def keep_tail(self, piece: bytes) -> None:
+        """Keep the end of what has passed so far, where it confirms the type."""
+        if self._unconfirmed is not None:
+            self._tail = (self._tail + piece[-HEAD_SIZE:])[-HEAD_SIZE:]
 
     def feed(self, piece: bytes) -> None:
         """Show the inspectors a piece; in a thread."""
@@ -274,6 +296,9 @@ class _Judge:
 
     async def finish(self) -> None:
         """Decide what the whole content decides."""
+        if self._unconfirmed is not None:
+            assert self._checks.accept is not None  # noqa: S101  # it is what there is to confirm
+            confirm_type(self._unconfirmed, self._preview.head, self._tail, accept=self._checks.accept)
         if self._ended or self._active:
             found = await _threads.run(self._collect)
             own = {} if self._type is None else {"type": self._type}
@@ -318,6 +343,7 @@ class _Scan:
         self._pieces: deque[bytes] = deque()
         self._pending = 0
         self._has_ended = False
+        self._has_stalled = False
         self._was_read = False
         self._changed = asyncio.Event()
         self._task = asyncio.ensure_future(self._run())
@@ -327,15 +353,20 @@ class _Scan:
 
         Raises:
             InfectedContentError: The scanner has found something already.
+            ScannerUnavailableError: It has failed already, and the content is to be refused then.
         """
         if not self._task.done():
             self._pieces.append(piece)
             self._pending += len(piece)
             self._changed.set()
-            while self._pending > _MOST_PENDING and not self._task.done():
-                await self._wait_for_change()
-        if self._task.done() and isinstance(result := self._result(), ScanResult):
+            await self._wait_for_room()
+        if not self._task.done():
+            return
+        result = self._result()
+        if isinstance(result, ScanResult):
             _require_clean(result)
+        elif self._scanner.on_unavailable == "refuse":
+            self._without_verdict(result)
 
     async def verdict(self) -> Mapping[str, Any]:
         """Return the verdict on the whole, for the ref.
@@ -371,8 +402,8 @@ class _Scan:
         return _scan_part("pending" if on_unavailable == "hold" else "failed", None)
 
     def _result(self) -> ScanResult | Exception:
-        if not self._task.done():
-            return TimeoutError(f"no verdict came within {_VERDICT_TIMEOUT:g} s")
+        if self._has_stalled or not self._task.done():
+            return TimeoutError(f"nothing came from the scanner for {_VERDICT_TIMEOUT:g} s")
         return RuntimeError("the scan was cancelled") if self._task.cancelled() else self._task.result()
 
     async def _run(self) -> ScanResult | Exception:
@@ -380,7 +411,7 @@ class _Scan:
             async with aclosing(self._content()) as content:
                 result: object = await self._scanner.scan(content)
             return result if isinstance(result, ScanResult) else TypeError(f"scan() must return a ScanResult, not {result!r}")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever fails in a scanner of others, it has not judged
             return error
         finally:
             self._changed.set()
@@ -398,9 +429,16 @@ class _Scan:
             self._pending -= len(piece)
             self._changed.set()
 
-    async def _wait_for_change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
+    async def _wait_for_room(self) -> None:
+        """Wait until the scanner has read most of it; one that does not read for too long is ended."""
+        while self._pending > _MOST_PENDING and not self._task.done():
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(_VERDICT_TIMEOUT):
+                    await self._changed.wait()
+            except TimeoutError:
+                self._has_stalled = True
+                await self.stop()
 
 
 def _require_clean(result: ScanResult) -> None:
@@ -411,4 +449,3 @@ def _require_clean(result: ScanResult) -> None:
 def _scan_part(status: str, by: str | None) -> Mapping[str, Any]:
     part = {"status": status, "at": canonical_timestamp(datetime.now(UTC))}
     return part if by is None else {**part, "by": by}
-

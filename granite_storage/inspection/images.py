@@ -1,4 +1,4 @@
-"""The limits of images, read from their headers: nothing is decoded, so a picture of 3 KB never becomes one of 12 GB in memory."""
+"""The limits of images, read from their headers: nothing is decoded, so 3 KB never become 12 GB of pixels in memory."""
 
 from __future__ import annotations
 

@@ -411,8 +411,8 @@ def attachment(
         storage_key: The policy that new objects are stored under.
         entity_id: Given the instance, returns the segment of the location that names the row. By default that is the primary
             key if it is known before the INSERT, otherwise a new UUID.
-        validate: A function that is shown each new file of this column, an `UploadPreview`, after the policy's own, and refuses it
-            by raising `ContentRejectedError` with a message for the client.
+        validate: A function that is shown each new file of this column, an `UploadPreview`, after the policy's own, and refuses
+            it by raising `ContentRejectedError` with a message for the client.
         **column_arguments: Other arguments of `mapped_column`, such as `nullable`, `deferred`, `init` or `default`. A default
             is None or a function without arguments, which makes an attachment for each new row that has none.
 

@@ -173,7 +173,8 @@ def problem_response(error: StorageError, *, retry_after: int = RETRY_AFTER) -> 
 
     400, 408, 413, 415 and 422 for an error in the request, 403 for an invalid token of a direct upload, 404 for an object that is
     missing or infected, 409 for a state that has changed meanwhile and for an object that is still to be scanned, 503 with
-    Retry-After for an unavailable storage or scanner, 507 for a full storage, and 500 for anything else. The body names no location, backend or path.
+    Retry-After for an unavailable storage or scanner, 507 for a full storage, and 500 for anything else. The body
+    names no location, backend or path.
 
     Args:
         error: The error.

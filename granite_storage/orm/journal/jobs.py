@@ -183,9 +183,11 @@ class Jobs:
 
         async def work(job: _Job) -> None:
             try:
-                report.scanned += await self._scan(job)
+                judged = await self._scan(job)
             except ScannerUnavailableError:
                 unavailable.add(job.address)
+            else:
+                report.scanned += judged
 
         for suspected, limit in ((False, _CONCURRENCY), (True, 1)):
             while jobs := await self._claim(backend, limit, unavailable, suspected=suspected):

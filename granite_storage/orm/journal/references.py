@@ -127,8 +127,9 @@ class References:
         for some in batches(enumerate(own), _MOST_PARAMETERS):
             parts: list[Select[*tuple[Any, ...]]] = []
             for number, (place, _) in some:
-                is_here = location_of(place.column, self._pool.dialect, is_generated=place.is_generated)[1] == location
-                parts.append(select(literal_column(str(number))).select_from(place.column.table).where(is_here))
+                found_in = place.column
+                is_here = location_of(found_in, self._pool.dialect, is_generated=place.is_generated)[1] == location
+                parts.append(select(literal_column(str(number))).select_from(found_in.table).where(is_here))
             holders |= set(await connection.scalars(union_all(*parts), execution_options={TRANSLATE_MAP: None}))
         return [own[number] for number in sorted(holders)]
 

@@ -43,6 +43,11 @@ class ScriptedScanner:
         self.judged: Counter[bytes] = Counter()
         self.asked: Counter[bytes] = Counter()
 
+    @staticmethod
+    def new_gate() -> Gate:
+        """Return a gate, for `gates`."""
+        return Gate()
+
     async def scan(self, content: AsyncIterator[bytes], /) -> ScanResult:
         whole = b"".join([piece async for piece in content])
         self.asked[whole] += 1

@@ -77,6 +77,7 @@ _NAMES: dict[str, tuple[str, str]] = {
     "image/avif": ("", ".avif"),
     "image/bmp": ("image/x-bmp image/x-ms-bmp", ""),
     "image/heic": ("image/heif", ".heic .heif"),
+    "image/jp2": ("image/jpx image/jpeg2000", ".jp2"),
     "image/jpeg": ("image/jpg image/pjpeg", ".jpg"),
     "image/png": ("image/apng image/x-png", ".png .apng"),
     SVG: ("image/svg", ""),

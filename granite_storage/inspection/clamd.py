@@ -42,12 +42,12 @@ _TCP_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]@]+)):(\
 class ClamdScanner:
     """Scans uploads with clamd, which gets each of them over a connection of its own, as a stream.
 
-    An upload is clean only where clamd says so of the whole of it. Every wait for clamd is bounded, and no more than an answer of
-    4 KiB is taken from it. An error or a cancellation leaves no connection open. One scanner serves several event loops, and
+    An upload is clean only where clamd says so of the whole of it. Every wait for clamd is bounded, and an answer is read to a
+    few KiB only. An error or a cancellation leaves no connection open. One scanner serves several event loops, and
     processes that are forked; nothing is opened when it is made.
 
     Its settings in clamd.conf matter. It refuses content over `StreamMaxLength`, and content that pauses for `ReadTimeout`. Of
-    what is over `MaxFileSize`, `MaxScanSize` or `MaxScanTime` it says OK without having looked at all of it, unless it has
+    what is over `MaxFileSize`, `MaxScanSize` or `MaxRecursion` it says OK without having looked at all of it, unless it has
     `AlertExceedsMax yes`, which makes that a finding. The connection is neither encrypted nor authenticated.
 
     Args:
@@ -124,7 +124,7 @@ class ClamdScanner:
 
     def _judge(self, answer: bytes, is_whole: bool, error: OSError | None) -> str | None:
         """Return the signature that was found, None where the content is clean."""
-        if found := _FOUND.fullmatch(answer):
+        if found := _FOUND.match(answer):  # whatever follows, and however early it came
             return _printable(found[1])
         if answer == _CLEAN and is_whole:
             return None
@@ -142,9 +142,9 @@ class ClamdScanner:
 
     def _explain(self, answer: bytes, error: OSError | None) -> str:
         if answer:
-            return f"gave no verdict but {_printable(answer)!r}: see clamd's log"
+            return f"answered {_printable(answer)!r}, which is no verdict: see clamd's log"
         if isinstance(error, TimeoutError):
-            return f"did not go on within {self._timeout:g} s: see whether it runs and is overloaded, or set a longer timeout"
+            return f"neither read nor answered for {self._timeout:g} s: check whether it is overloaded, or set a longer timeout"
         return "closed the connection without an answer: see clamd's log, and whether the content is over its StreamMaxLength"
 
     def _unavailable(self, reason: str) -> ScannerUnavailableError:
@@ -224,7 +224,7 @@ class ClamdScanner:
 
     def _unreachable(self, error: Exception | None) -> ScannerUnavailableError:
         what = f"no answer within {self._connect_timeout:g} s" if isinstance(error, TimeoutError) else str(error)
-        return self._unavailable(f"cannot be reached ({what}): see whether it runs, and listens there (clamd.conf)")
+        return self._unavailable(f"cannot be reached ({what}): check that it runs, and that clamd.conf has it listen there")
 
 
 class _Connection:

@@ -24,7 +24,7 @@ from granite_storage.exceptions import (
     UnsupportedContentError,
 )
 from granite_storage.inspection.base import HEAD_SIZE, Checks, Inspection, Scanner, ScanResult, UploadPreview, Validator
-from granite_storage.inspection.media_types import Judged, confirm_type, detect, fit_filename, judge_type
+from granite_storage.inspection.media_types import TAIL_SIZE, Judged, confirm_type, detect, fit_filename, judge_type
 from granite_storage.inspection.stripping import StripMode, Stripper, can_strip
 from granite_storage.refs import canonical_timestamp, read_only
 
@@ -275,7 +275,7 @@ class _Judge:
     def keep_tail(self, piece: bytes) -> None:
         """Keep the end of what has passed so far, where it confirms the type."""
         if self._unconfirmed is not None:
-            self._tail = (self._tail + piece[-HEAD_SIZE:])[-HEAD_SIZE:]
+            self._tail = (self._tail + piece[-TAIL_SIZE:])[-TAIL_SIZE:]
 
     def feed(self, piece: bytes) -> None:
         """Show the inspectors a piece; in a thread."""

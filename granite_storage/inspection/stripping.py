@@ -57,8 +57,11 @@ class Stripper:
         ValueError: The content type or the mode is none of these.
 
     Example:
-        >>> stripper = Stripper("image/jpeg", "location")
-        >>> stripped = b"".join([stripper.feed(piece) for piece in pieces] + [stripper.finish()])
+        >>> stripper = Stripper("image/jpeg", "all")
+        >>> stripper.feed(bytes.fromhex("ffd8 fffe00064e6f7465 ffda0002 aabb ffd9")).hex(" ", 2)
+        'ffd8 ffda 0002 aabb ffd9'
+        >>> stripper.finish()
+        b''
     """
 
     def __init__(self, content_type: str, mode: StripMode) -> None:
@@ -98,7 +101,7 @@ class _Parser(ABC):
     def __init__(self, mode: StripMode) -> None:
         self.is_complete = False
         self._error: ContentRejectedError | None = None
-        self._mode = mode
+        self._mode: StripMode = mode
         self._buffer = bytearray()
         self._output: list[bytes] = []
         self._steps = self._run()
@@ -237,7 +240,7 @@ class _JpegParser(_Parser):
 
 # PNG (W3C PNG 3)
 
-_PNG_SHOWN = {
+_PNG_SHOWN: dict[bytes, int | None] = {
     b"IHDR": 13,
     b"PLTE": 768,
     b"IDAT": None,
@@ -259,7 +262,7 @@ _PNG_SHOWN = {
 }
 """Chunks that a picture is shown with, and the most bytes that each may have: nothing else hides in them."""
 
-_PNG_HARMLESS = {b"hIST": 512, b"oFFs": 9, b"sTER": 1, b"tIME": 7}
+_PNG_HARMLESS: dict[bytes, int | None] = {b"hIST": 512, b"oFFs": 9, b"sTER": 1, b"tIME": 7}
 _PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
 _RAW_PROFILE = b"raw profile type "
 

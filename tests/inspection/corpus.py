@@ -207,6 +207,7 @@ def _images() -> Iterable[Sample]:
         "image/vnd.microsoft.icon",
         declared=("image/vnd.microsoft.icon", "image/x-icon", "image/ico"),
     )
+    yield Sample("picture.jp2", picture("JPEG2000"), "image/jp2", declared=("image/jp2", "image/jpx"))
     yield Sample("picture.avif", picture("AVIF"), "image/avif", declared=("image/avif",))
     yield Sample("photo.heic", _iso_media(b"heic", b"mif1heic", b"meta"), "image/heic", declared=("image/heic",))
     yield Sample("photo.heif", _iso_media(b"mif1", b"mif1heic", b"meta"), "image/heic", declared=("image/heic", "image/heif"))

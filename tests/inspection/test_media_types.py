@@ -14,6 +14,7 @@ from granite_storage._headers import is_active
 from granite_storage.exceptions import ConfigurationError, UnsupportedContentError
 from granite_storage.inspection._media_names import DECLARABLE
 from granite_storage.inspection.media_types import (
+    TAIL_SIZE,
     Detected,
     Judged,
     check_accept,
@@ -38,6 +39,7 @@ from tests.inspection.corpus import (
     WORD,
     XLSX,
     Hostile,
+    content_of,
     hostile,
     noise,
     ole,
@@ -65,7 +67,7 @@ def judge(
     head = content[:HEAD_SIZE]
     judged = judge_type(head, declared=declared, filename=filename, accept=accept, on_mismatch=on_mismatch)
     if judged.needs_tail:
-        confirm_type(judged, head, content[-HEAD_SIZE:], accept=accept)
+        confirm_type(judged, head, content[-TAIL_SIZE:], accept=accept)
     return judged
 
 
@@ -309,7 +311,7 @@ class TestArchives:
         content = zip_of([*early, *parts(OPENPYXL)])
         judged = judge_type(content[:HEAD_SIZE], declared=XLSX, filename=None, accept=accept)
         assert judged == Judged(XLSX, "application/zip", needs_tail=True)
-        confirm_type(judged, content[:HEAD_SIZE], content[-HEAD_SIZE:], accept=accept)
+        confirm_type(judged, content[:HEAD_SIZE], content[-TAIL_SIZE:], accept=accept)
         for names in (WORD, "readme.txt", "META-INF/MANIFEST.MF Main.class", f"{OPENPYXL} META-INF/MANIFEST.MF"):
             other = zip_of([*early, *parts(names)])
             with pytest.raises(UnsupportedContentError, match=f"not {re.escape(XLSX)}"):
@@ -319,6 +321,21 @@ class TestArchives:
         content = zip_of([*parts(WORD), ("word/media/image1.png", noise(100_000)), ("word/vbaProject.bin", b"macros")])
         with pytest.raises(UnsupportedContentError, match=r"macroenabled\.12, not"):
             judge(content, declared=DOCX, accept=(DOCX,))
+
+    def test_macros_that_are_declared(self) -> None:
+        macros = "application/vnd.ms-word.document.macroEnabled.12"
+        slow = [*parts(WORD), ("word/media/image1.png", noise(100_000))]
+        for content in (zip_of(parts(f"{WORD} word/vbaProject.bin")), zip_of([*slow, ("word/vbaProject.bin", b"macros")])):
+            assert judge(content, declared=macros, accept=(macros,)).content_type == macros.lower()
+        for content in (zip_of(parts(WORD)), zip_of(slow)):
+            with pytest.raises(UnsupportedContentError):
+                judge(content, declared=macros, accept=(macros,))
+
+    def test_a_document_without_its_end(self) -> None:
+        content = zip_of([*parts(WORD), ("word/media/image1.png", noise(100_000))])
+        with pytest.raises(UnsupportedContentError, match="an archive"):
+            judge(content[:-2000], declared=DOCX, accept=(DOCX, "application/zip"))
+        assert judge(content, declared=DOCX, accept=(DOCX,)).content_type == DOCX
 
     def test_a_program_at_the_end_of_an_archive(self) -> None:
         content = zip_of([("readme.txt", noise(100_000)), ("META-INF/MANIFEST.MF", b"Main-Class: Main")])
@@ -331,6 +348,24 @@ class TestArchives:
         assert judge(zip_of(parts(WORD)), declared=template, accept=(template,)).content_type == template
         with pytest.raises(UnsupportedContentError):
             judge(zip_of(parts(OPENPYXL)), declared=template, accept=(template, XLSX))
+        late = zip_of([("customXml/item1.xml", noise(100_000)), *parts(WORD)])
+        assert judge(late, declared=template, accept=(template,)).content_type == template
+        with pytest.raises(UnsupportedContentError):
+            judge(noise(400), declared=template, accept=(template,))
+        slides = "application/vnd.ms-powerpoint.slideshow.macroenabled.12"
+        content = zip_of(parts("[Content_Types].xml ppt/presentation.xml ppt/vbaProject.bin"))
+        assert judge(content, declared=slides, accept=(slides,)).content_type == slides
+
+    def test_general_names(self) -> None:
+        for declared, content, kept in (
+            ("application/zip", zip_of(parts(WORD)), DOCX),
+            (OLE, ole("WordDocument"), "application/msword"),
+            ("application/ogg", content_of("film.ogv"), "video/ogg"),
+            ("application/ogg", content_of("song.ogg"), "audio/ogg"),
+        ):
+            assert judge(content, declared=declared, accept=(kept,)).content_type == kept
+            with pytest.raises(UnsupportedContentError):
+                judge(content, declared=declared, accept=(declared,))
 
     def test_a_format_inside_a_container_is_believed_where_both_are_accepted(self) -> None:
         kmz = "application/vnd.google-earth.kmz"
@@ -460,7 +495,7 @@ def test_nothing_active_is_kept_under_wildcards_and_nothing_else_is_raised(
     head = content[:HEAD_SIZE]
     try:
         judged = judge_type(head, declared=declared, filename=filename, accept=accept, on_mismatch=on_mismatch)
-        confirm_type(judged, head, content[-HEAD_SIZE:], accept=accept)
+        confirm_type(judged, head, content[-TAIL_SIZE:], accept=accept)
     except UnsupportedContentError:
         return
     assert not is_active(judged.content_type)
@@ -524,7 +559,7 @@ def test_time_is_bounded(content: bytes) -> None:
     took = []
     for _ in range(3):
         began = time.thread_time()
-        detect(content[:HEAD_SIZE], content[-HEAD_SIZE:])
+        detect(content[:HEAD_SIZE], content[-TAIL_SIZE:])
         took.append(time.thread_time() - began)
     assert min(took) < 0.05  # a hundredth of a second on any machine of today
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import random
 import re
@@ -179,14 +180,13 @@ class TestExif:
     def test_gaps_are_left_out(self) -> None:
         assert PLACE not in self.cleaned(pictures.exif() + PLACE)
 
-    @pytest.mark.parametrize("tag", [0x8825, 0x927C, 0xC634, 0x83BB, 0x8649, 0x014A])
-    @pytest.mark.parametrize("where", ["first", "details", "second"])
-    def test_tags_that_go(self, tag: int, where: str) -> None:
+    @pytest.mark.parametrize("tag", [0x8825, 0x927C, 0xC634, 0x83BB, 0x8649, 0x014A, 0x0111, 0x0117, 0x0144, 0x0145])
+    def test_tags_that_go(self, tag: int) -> None:
         entries = [(0x010F, 2, b"KeptCamera\0"), (tag, 7, PLACE)]
-        exif = tiff("<", [(0x8769, 4, entries), (0x9999, 7, b"12345")] if where == "details" else entries)
-        assert PLACE in exif
-        assert PLACE not in self.cleaned(exif)
-        assert where == "second" or b"KeptCamera" in self.cleaned(exif)
+        for exif in tiff("<", entries), tiff(">", [(0x8769, 4, entries), (0x9999, 7, b"12345")]):
+            assert PLACE in exif
+            assert PLACE not in self.cleaned(exif)
+            assert b"KeptCamera" in self.cleaned(exif)
 
     @pytest.mark.parametrize("value", [b"GPS 52.52", b"\0".join([b"G", b"P", b"S", b" ", b"5", b"2"]), b"Latitude=52.52"])
     def test_text_that_mentions_a_position(self, value: bytes) -> None:
@@ -274,7 +274,6 @@ class TestWebP:
 class TestJpeg:
     HEAD = b"\xff\xd8" + segment(0xDB, b"Q") + segment(0xDA, b"S")
 
-    @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize(
         "scan",
         [
@@ -287,9 +286,9 @@ class TestJpeg:
             segment(0xC4, b"H") + segment(0xDA, b"S") + b"xyz" + segment(0xDC, b"N") + segment(0xCC, b"A") + segment(0xDA, b"S"),
         ],
     )
-    def test_scans_are_copied(self, scan: bytes, mode: StripMode) -> None:
+    def test_scans_are_copied(self, scan: bytes) -> None:
         data = self.HEAD + scan + b"\xff\xd9"
-        for size in (1, 2, 3, MIB):
+        for mode, size in itertools.product(MODES, (1, 2, 3, MIB)):
             assert strip("image/jpeg", data + PLACE, mode, size=size) == data
 
     def test_a_position_in_a_marker_of_a_scan(self) -> None:
@@ -342,11 +341,10 @@ class TestDamage:
             ("image/webp", pictures.riff(webp_chunk(b"ANMF", bytes(20))), "a chunk has a wrong length"),
         ],
     )
-    @pytest.mark.parametrize("mode", MODES)
-    def test_wrong_structure(self, content_type: str, data: bytes, message: str, mode: StripMode) -> None:
-        with pytest.raises(ContentRejectedError, match=message) as caught:
-            strip(content_type, data, mode)
-        assert str(caught.value).startswith("the image is damaged: ")
+    def test_wrong_structure(self, content_type: str, data: bytes, message: str) -> None:
+        for mode in MODES:
+            with pytest.raises(ContentRejectedError, match=f"^the image is damaged: .*{message}"):
+                strip(content_type, data, mode)
 
     def test_after_damage_nothing_is_passed_on(self) -> None:
         stripper = Stripper("image/jpeg", "all")
@@ -387,7 +385,7 @@ class TestMemory:
         return peak
 
     PNG = CORPUS["png palette"].data
-    CHUNK = struct.pack(">I", 24 * MIB)
+    CHUNK = struct.pack(">I", 12 * MIB)
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize(
@@ -400,21 +398,21 @@ class TestMemory:
             ("image/png", PNG[:33] + CHUNK + b"abCd", bytes(MIB), bytes(4) + PNG[33:]),
             (
                 "image/webp",
-                b"RIFF" + struct.pack("<I", 24 * MIB + 12) + b"WEBPVP8 " + struct.pack("<I", 24 * MIB),
+                b"RIFF" + struct.pack("<I", 12 * MIB + 12) + b"WEBPVP8 " + struct.pack("<I", 12 * MIB),
                 bytes(MIB),
                 b"",
             ),
             (
                 "image/webp",
-                b"RIFF" + struct.pack("<I", 24 * MIB + 22) + b"WEBPVP8 \2\0\0\0abJUNK" + struct.pack("<I", 24 * MIB),
+                b"RIFF" + struct.pack("<I", 12 * MIB + 22) + b"WEBPVP8 \2\0\0\0abJUNK" + struct.pack("<I", 12 * MIB),
                 bytes(MIB),
                 b"",
             ),
         ],
     )
     def test_long(self, content_type: str, before: bytes, piece: bytes, after: bytes, mode: StripMode) -> None:
-        pieces = (part for part in (before, *[piece] * 24, after))
-        assert self.peak(content_type, mode, pieces) < 8 * MIB
+        pieces = (part for part in (before, *[piece] * 12, after))
+        assert self.peak(content_type, mode, pieces) < 6 * MIB
 
     LONGEST = 4 * MIB
 

@@ -112,7 +112,9 @@ async def raw(env: OrmEnvironment, number: int = 1) -> str:
 
 
 @contextlib.asynccontextmanager
-async def stopped_while_scanning(env: OrmEnvironment, scanner: ScriptedScanner, content: bytes, verdict: Verdict) -> AsyncIterator[None]:
+async def stopped_while_scanning(
+    env: OrmEnvironment, scanner: ScriptedScanner, content: bytes, verdict: Verdict
+) -> AsyncIterator[None]:
     """Let a worker scan one content, and go on with the verdict only once the block has ended; it has ended then, too."""
     scanner.verdicts[content] = verdict
     gate = scanner.gates[content] = Gate()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -23,7 +22,6 @@ from granite_storage.orm.journal import jobs as jobs_module
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import RecoveryReport
 from granite_storage.refs import require_scanned
-from tests.core.support import eventually
 from tests.orm.databases import Database
 from tests.orm.environment import Base, Doc, Note, OrmEnvironment, file
 from tests.orm.journal.scans import (
@@ -39,7 +37,7 @@ from tests.orm.journal.scans import (
     stopped_while_scanning,
 )
 from tests.orm.journal.sharing import copy_by_sql
-from tests.orm.journal.test_recovery import retention, rows
+from tests.orm.journal.test_recovery import retention
 from tests.orm.test_cancellation import Steps
 
 
@@ -426,7 +424,9 @@ class TestWorkers:
         assert await journal_of(env).retry_dead_letters() == 1
         assert (await journal_of(env).recover()).scanned == 1
 
-    async def test_a_missing_object(self, env: OrmEnvironment, scanner: ScriptedScanner, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_a_missing_object(
+        self, env: OrmEnvironment, scanner: ScriptedScanner, caplog: pytest.LogCaptureFixture
+    ) -> None:
         await hold(env)
         ref = (await env.references())["doc", 1, "file"]
         content = await env.manager.get(ref)
@@ -568,9 +568,7 @@ class TestElsewhere:
         await hold(env)
         await env.sql("DELETE FROM doc")
         await hold(env, "b", 2)
-        collector = StorageGarbageCollector(
-            env.manager, binding=env.binding, grace_period=timedelta(0), max_deleted_share=1.0
-        )
+        collector = StorageGarbageCollector(env.manager, binding=env.binding, grace_period=timedelta(0), max_deleted_share=1.0)
         report = await collector.collect(storage_key="docs", dry_run=False)
         assert (report.deleted, report.mentioned) == (1, 0)
         assert len(await env.objects()) == 1

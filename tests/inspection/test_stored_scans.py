@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from granite_storage import ConfigurationError, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage.alembic import sources
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import (
     ChecksumMismatchError,
@@ -21,7 +23,7 @@ from granite_storage.inspection import ScanResult, scanning
 from granite_storage.refs import require_scanned
 from tests.inspection.support import INFECTED, UNAVAILABLE, ScriptedScanner
 
-SLOT = {"storage_key": "files", "model_name": "letter", "entity_id": "1", "field_name": "file"}
+SLOT: dict[str, Any] = {"storage_key": "files", "model_name": "letter", "entity_id": "1", "field_name": "file"}
 
 
 def make_manager(scanner: ScriptedScanner | None) -> StorageManager:
@@ -127,3 +129,12 @@ async def test_synchronous() -> None:
     assert scanned.scan is not None
     assert scanned.scan["status"] == "clean"
     await asyncio.to_thread(manager.sync.close)
+
+
+async def test_a_migration_holds_nothing_back() -> None:
+    """It records no job, so what it stores is judged or refused, and nothing is left of it."""
+    manager = make_manager(ScriptedScanner("hold", fails=UNAVAILABLE))
+    place = sources.Place("files", "letter", (1,), "file")
+    with pytest.raises(ScannerUnavailableError, match="run it again"):
+        await sources.store_bytes(manager, place, b"content", None, None)
+    assert [info async for info in manager.list(storage_key="files")] == []

@@ -254,14 +254,6 @@ MUTANTS = [
         tests=("tests/orm/journal/test_scans.py::TestRowsThatChange::test_another_part_of_the_value[asyncpg]",),
     ),
     Mutant(
-        name="scan-late-verdict-replaces-another",
-        rule="A verdict replaces none that was given meanwhile.",
-        path="granite_storage/orm/journal/jobs.py",
-        old='return value if isinstance(scan, dict) and scan.get("status") == "pending" else None',
-        new="return value if isinstance(scan, dict) else None",
-        tests=("tests/orm/journal/test_scans.py::TestRowsThatChange::test_judged_meanwhile[asyncpg]",),
-    ),
-    Mutant(
         name="scan-job-goes-without-a-second-look",
         rule="A job goes only where no row holds its object unjudged, as a new statement says.",
         path="granite_storage/orm/journal/jobs.py",

@@ -36,8 +36,9 @@ from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import batches, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate, renumber
-from granite_storage.orm.journal.jobs import enqueue_scans, is_held
+from granite_storage.orm.journal.jobs import enqueue_scans
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
+from granite_storage.refs import is_held
 
 if TYPE_CHECKING:
     from sqlalchemy import Column

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
     from granite_storage.orm.discovery import Place
 
-__all__ = ["SCAN", "Jobs", "enqueue_scans", "is_held", "job_id"]
+__all__ = ["SCAN", "Jobs", "enqueue_scans", "job_id"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -81,11 +81,6 @@ _MOST_REPORTED = 1000
 def job_id(backend: str, location: str, key: str) -> UUID:
     """Return the id of a job, a function of its object and of what is to be done: an object has one job of each kind."""
     return derived_id(backend, location, key)
-
-
-def is_held(ref: StoredObjectRef) -> bool:
-    """Tell whether an object is held until a scanner has judged it."""
-    return ref.scan is not None and ref.scan.get("status") == "pending"
 
 
 def enqueue_scans(

@@ -140,8 +140,8 @@ async def _keep_if(manager: StorageManager, ref: StoredObjectRef, check: Corouti
         await check
         if is_held(ref):
             raise ScannerUnavailableError(
-                "the scanner of the policy could not judge a file, and a migration holds none back: run it again once the scanner is"
-                " available"
+                "the scanner of the policy could not judge a file, and a migration holds none back: run it again once the scanner"
+                " is available"
             )
     except BaseException:
         await remove(manager, ref)

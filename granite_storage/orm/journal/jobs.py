@@ -67,6 +67,8 @@ _CONCURRENCY = 2
 _LEFT_IN_COMPANY = 2
 _RENEWALS = 3
 _TRIES = 3
+_LONGEST_WAIT = 30.0
+"""Seconds that a verdict waits for transactions that have locked the rows of its object; then it is given anew, later."""
 _FIRST_RETRY = 5.0
 _LONGEST_RETRY = 3600.0
 _JITTER = 0.25
@@ -254,6 +256,11 @@ class Jobs:
         try:
             async with background(self._renew(job)):
                 verdict = await self._judge(job)
+                async with asyncio.timeout(_LONGEST_WAIT):
+                    is_settled = await self._is_settled(job, verdict)
+        except TimeoutError:
+            await self._note(job, f"other transactions have locked its rows for {_LONGEST_WAIT:g} s")
+            return 0
         except (ObjectNotFoundError, ContentError) as error:
             if not await self._is_settled(job, None):
                 await self._note(job, _described(error), is_dead=True)
@@ -263,7 +270,7 @@ class Jobs:
             if isinstance(error, ScannerUnavailableError):
                 raise
             return 0
-        if not await self._is_settled(job, verdict):
+        if not is_settled:
             await self._update_own(job, due=clock(_FIRST_RETRY), takeovers=0)
             return 0
         if verdict is not None and verdict["status"] == "infected":

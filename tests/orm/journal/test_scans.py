@@ -229,6 +229,21 @@ class TestRowsThatChange:
         value = json.loads(await raw(env))
         assert (value["scan"]["status"], value["variants"]) == ("clean", {"thumb": 1})
 
+    async def test_a_transaction_that_takes_long(
+        self, env: OrmEnvironment, scanner: ScriptedScanner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It does not keep the worker for ever."""
+        monkeypatch.setattr(jobs_module, "_LONGEST_WAIT", 0.3)
+        await hold(env)
+        scanner.default = "clean"
+        async with env.engine.begin() as connection:
+            await connection.execute(text("SELECT id FROM doc WHERE id = 1 FOR UPDATE"))
+            report = await journal_of(env).recover()
+        assert (report.scanned, report.held) == (0, 1)
+        assert "have locked its rows" in (await jobs(env))[0].error
+        await make_due(env)
+        assert (await journal_of(env).recover()).scanned == 1
+
     async def test_judged_meanwhile(self, env: OrmEnvironment, scanner: ScriptedScanner) -> None:
         """A late verdict does not replace an earlier one."""
         await hold(env)

@@ -51,6 +51,7 @@ from granite_storage.exceptions import (
 )
 from granite_storage.inspection.base import HEAD_SIZE, Checks, UploadPreview, Validator
 from granite_storage.inspection.gate import Gate, Pieces, Verdict, judge_bytes, validate
+from granite_storage.inspection.media_types import fit_location
 from granite_storage.inspection.scanning import scan_stored
 from granite_storage.locations import check_location, clean_filename, make_location
 from granite_storage.policies import StoragePolicy
@@ -524,7 +525,8 @@ class Engine:
             model_name=model_name,
             entity_id=entity_id,
             field_name=field_name,
-            original_filename=filename,
+            # A web server on a folder goes by the extension, whatever the receipt says.
+            original_filename=filename if policy.accept is None else fit_location(filename, policy.accept),
         )
         own_keys = None if extra is None else read_only(extra, "extra")
         return PreparedUpload(policy, location, content_type, filename, own_keys, policy.checks)

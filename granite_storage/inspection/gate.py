@@ -66,11 +66,11 @@ class Pieces(Protocol):
         """Iterate the pieces."""
         ...
 
-    async def __anext__(self) -> bytes:
+    def __anext__(self) -> Awaitable[bytes]:
         """Return the next piece."""
         ...
 
-    async def aclose(self) -> None:
+    def aclose(self) -> Awaitable[None]:
         """End the iteration early."""
         ...
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from granite_storage.exceptions import ConfigurationError, ContentRejectedError, MissingDependencyError
 from granite_storage.inspection.base import Inspection, UploadPreview
+from granite_storage.inspection.media_types import canonical
 
 __all__ = ["ImageLimits"]
 
@@ -118,7 +119,8 @@ class _PillowReader:
 
     def __call__(self, header: bytes, /) -> dict[str, Any] | None:
         Image = _require_pillow()  # noqa: N806
-        for name in [name for name, mime in Image.MIME.items() if mime == self._content_type and name in Image.OPEN]:
+        names = [name for name, mime in Image.MIME.items() if canonical(mime) == self._content_type and name in Image.OPEN]
+        for name in names:
             factory, _ = Image.OPEN[name]
             try:
                 image = factory(io.BytesIO(header), "")
@@ -130,6 +132,10 @@ class _PillowReader:
             except Exception:  # noqa: BLE001, S112  # what a cut off or hostile header raises differs from plugin to plugin
                 continue
             return found
+        # Pillow reads a PNG up to its pixels, and gives up where texts before them are long.
+        if self._content_type == "image/png" and header[12:16] == b"IHDR" and len(header) >= 24:
+            width, height = struct.unpack_from(">II", header, 16)
+            return {"width": width, "height": height}
         return None
 
 

@@ -58,10 +58,12 @@ __all__ = [
     "Detected",
     "Judged",
     "OnMismatch",
+    "canonical",
     "check_accept",
     "confirm_type",
     "detect",
     "fit_filename",
+    "fit_location",
     "judge_type",
     "matches",
     "require_detector",
@@ -204,6 +206,12 @@ def matches(content_type: str, accept: tuple[str, ...]) -> bool:
     `application/octet-stream` that stands for any unknown type: only its name does, and `*/*`.
     """
     return _matches(canonical(content_type), accept)
+
+
+def fit_location(filename: str | None, accept: tuple[str, ...]) -> str | None:
+    """Return a file name, for an object whose type is not known yet, that has no extension of a type that is not accepted."""
+    named = types_by_extension().get(extension(filename))
+    return filename if named is not None and matches(named, accept) else fit_filename(filename, OPAQUE)
 
 
 def require_detector() -> None:

@@ -128,7 +128,6 @@ class _Parser(ABC):
         if not self._has_image:
             raise _damaged("it has no picture")
         self.is_complete = True
-        self._buffer.clear()
 
     @abstractmethod
     def _read(self) -> _Steps:
@@ -223,7 +222,7 @@ class _JpegParser(_Parser):
     def _clean(self, code: int, content: bytes) -> bytes | None:
         """Return what stays of an application's segment or a comment, None where nothing does."""
         if code == _APP + 1 and content.startswith(_EXIF):
-            return self._clean_exif(content, _MAX_SEGMENT)
+            return None if self._has_image else self._clean_exif(content, _MAX_SEGMENT)  # none counts after a scan
         if code == _APP + 2 and content.startswith(b"ICC_PROFILE\0"):
             return content
         if code == _APP + 13 and content.startswith(_PHOTOSHOP) and self._mode == "location":
@@ -240,27 +239,11 @@ class _JpegParser(_Parser):
 
 # PNG (W3C PNG 3)
 
-_PNG_SHOWN: dict[bytes, int | None] = {
-    b"IHDR": 13,
-    b"PLTE": 768,
-    b"IDAT": None,
-    b"IEND": 0,
-    b"acTL": 8,
-    b"fcTL": 26,
-    b"fdAT": None,
-    b"bKGD": 6,
-    b"cHRM": 32,
-    b"cICP": 4,
-    b"cLLI": 8,
-    b"gAMA": 4,
-    b"iCCP": None,
-    b"mDCV": 24,
-    b"pHYs": 9,
-    b"sBIT": 4,
-    b"sRGB": 1,
-    b"tRNS": 256,
-}
-"""Chunks that a picture is shown with, and the most bytes that each may have: nothing else hides in them."""
+_PNG_PICTURE = {b"IHDR": 13, b"PLTE": 768, b"tRNS": 256, b"IDAT": None, b"IEND": 0, b"bKGD": 6, b"pHYs": 9, b"sBIT": 4}
+_PNG_COLOURS = {b"iCCP": None, b"cHRM": 32, b"cICP": 4, b"cLLI": 8, b"gAMA": 4, b"mDCV": 24, b"sRGB": 1}
+_PNG_ANIMATION = {b"acTL": 8, b"fcTL": 26, b"fdAT": None}
+_PNG_SHOWN = _PNG_PICTURE | _PNG_COLOURS | _PNG_ANIMATION
+"""Chunks that a picture is shown with, and the most bytes that each may have, so that nothing else hides in them."""
 
 _PNG_HARMLESS: dict[bytes, int | None] = {b"hIST": 512, b"oFFs": 9, b"sTER": 1, b"tIME": 7}
 _PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
@@ -355,7 +338,7 @@ class _PngParser(_Parser):
         self._to_inflate -= len(text)
         if self._to_inflate < 0:
             raise ContentRejectedError(f"the image has compressed texts of more than the {_MAX_HELD} bytes that can be searched")
-        return text if decompressor.eof and not decompressor.unused_data else None
+        return None if decompressor.unused_data else text
 
 
 # WebP (RFC 9649). The size of the file and the flags that say what is in it come first, metadata comes last. So that both stay
@@ -508,7 +491,7 @@ def _read_ifd(tiff: bytes, order: str, offset: int) -> tuple[_Ifd, int]:
             start = at + 8
         if size and start + size <= len(tiff) and size <= budget:
             budget -= size
-            tags.setdefault(tag, _Tag(kind, count, tiff[start : start + size]))
+            tags[tag] = _Tag(kind, count, tiff[start : start + size])
     return tags, struct.unpack_from(order + "I", tiff, end)[0] if end + 4 <= len(tiff) else 0
 
 
@@ -520,7 +503,7 @@ def _read_number(tags: _Ifd, order: str, tag: int) -> int:
 def _keep_tags(tags: _Ifd) -> _Ifd:
     return {
         tag: content
-        for tag, content in sorted(tags.items())
+        for tag, content in tags.items()
         if tag not in _DROPPED_TAGS | _REWRITTEN_TAGS and content.kind != 13 and not _tells_location(content.value)
     }
 

@@ -142,7 +142,11 @@ def xmp(*properties: str) -> bytes:
     ).encode()
 
 
-XMP_KEPT = xmp(f'dc:source="{REMARK.decode()}"', 'photoshop:Credit="opacity and velocity of states"')
+XMP_KEPT = xmp(
+    f'dc:source="{REMARK.decode()}"',
+    'dc:relation="base64 of aGpSAb+gpS/GPS1"',
+    'photoshop:Credit="opacity and velocity of states"',
+)
 XMP_PLACES = [
     xmp(f'exif:GPSLatitude="{DECIMAL.decode()}N"'),
     xmp(f'photoshop:City="{PLACE.decode()}"'),
@@ -150,7 +154,7 @@ XMP_PLACES = [
     xmp(f'xmlns:Iptc4xmpCore="http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/" Iptc4xmpCore:Location="{PLACE.decode()}"'),
     xmp(f'xmlns:geo="http://www.w3.org/2003/01/geo/wgs84_pos#" geo:lat="{DECIMAL.decode()}"'),
     xmp(f'dc:source="geo:{DECIMAL.decode()},13.4"'),
-    xmp(f'xmlns:d="http://www.dji.com/drone-dji/1.0/" d:Gps-Altitude="{DECIMAL.decode()}"'),
+    xmp(f'xmlns:d="http://www.dji.com/drone-dji/1.0/" d:Flight-Altitude="{DECIMAL.decode()}"'),
     xmp(f'dc:source="{PLACE.decode()}, GPS {DECIMAL.decode()}"'),
 ]
 XMP_PLACES.append(XMP_PLACES[0].decode().encode("utf-16"))
@@ -378,7 +382,7 @@ def webps() -> dict[str, Picture]:
     add("alpha", saved(clear, "WEBP", exif=exif(), xmp=XMP_KEPT), orientation=6, kept=[XMP_KEPT, CAMERA])
     add("animated", saved(clear, "WEBP", **frames, exif=b"Exif\0\0" + exif(), xmp=place), orientation=6, kept=[CAMERA])
     chunks = [webp_chunk(*each) for each in webp_chunks(saved(clear, "WEBP", exif=exif(), xmp=place))]
-    more = [webp_chunk(name, PLACE + b"!") for name in (b"C2PA", b"abcd", b"JUNK", b"EXIF", b"\0\xff\n\r")]
+    more = [webp_chunk(name, PLACE * 5 + b"!") for name in (b"C2PA", b"abcd", b"JUNK", b"EXIF", b"\0\xff\n\r")]
     add("more chunks", riff(*chunks, *more), orientation=6, kept=[CAMERA])
     add("tail", saved(image, "WEBP") + PLACE)
     add("without flags", riff(*[webp_chunk(*each) for each in webp_chunks(saved(image, "WEBP"))], webp_chunk(b"XMP ", place)))

@@ -86,6 +86,11 @@ class TestPictures:
         ]
         assert lost == []
 
+    def test_all_keeps_no_exif_of_an_upright_picture(self) -> None:
+        """But in WebP, where a flag has said that there is some."""
+        upright = [(name, after) for name, before, after in strip_all("all") if before.orientation == 1 and name[:4] != "webp"]
+        assert [name for name, after in upright if b"MM\0*" in readable(after) or b"II*\0" in readable(after)] == []
+
     def test_all_keeps_no_words(self) -> None:
         words = (pictures.CAMERA, pictures.RIGHTS, pictures.REMARK, b"xmpmeta", b"R98", b"VENDOR", b"MPF")
         assert [(name, word) for name, _, after in strip_all("all") for word in words if word in readable(after)] == []
@@ -174,6 +179,11 @@ class TestExif:
         exif = pictures.exif().replace(struct.pack("<HH", 0x8769, 4), struct.pack("<HH", 0x8769, 13))
         assert self.cleaned(exif) == self.cleaned(pictures.exif())
 
+    def test_pointers_to_what_is_not_known_go(self) -> None:
+        kept = [(0x010F, 2, b"KeptCamera\0")]
+        exif = tiff("<", [*kept, (0x9998, 4, b"\x08\0\0\0")]).replace(b"\x98\x99\4\0", b"\x98\x99\x0d\0")
+        assert self.cleaned(exif) == tiff("<", kept)
+
     def test_a_damaged_thumbnail_goes(self) -> None:
         assert b"THUMB" not in self.cleaned(pictures.exif(thumbnail=b"\xff\xd8THUMB"))
 
@@ -205,6 +215,9 @@ class TestExif:
         "values over each other": b"II*\0\x08\0\0\0\x10\x27"
         + b"".join(struct.pack("<HHII", tag, 7, 120_000, 8) for tag in range(10_000)),
         "unknown types": tiff("<", [(0x010F, 2, b"KeptCamera\0")]).replace(b"\x0f\x01\2\0", b"\x0f\x01\x55\0"),
+        "orientation 0": tiff(">", [(0x0112, 3, b"\0\0")]),
+        "orientation 300": tiff(">", [(0x0112, 3, b"\1\x2c")]),
+        "orientation of 2**32 - 1": tiff(">", [(0x0112, 4, b"\xff" * 4)]),
         "no TIFF": b"abcdefghijklmnop",
         "empty": b"",
     }
@@ -217,16 +230,32 @@ class TestExif:
             assert cleaned[:4] in (b"", b"II*\0", b"MM\0*"), name
             assert self.cleaned(cleaned, mode) == cleaned, name
 
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("exif", [tiff("<", [(0x8825, 4, [(1, 2, b"N\0")])]), b"II*\0", b"no TIFF"])
+    def test_of_which_nothing_stays(self, exif: bytes, mode: StripMode) -> None:
+        jpeg = CORPUS["jpeg plain"].data
+        assert strip("image/jpeg", pictures.with_segments(jpeg, segment(0xE1, b"Exif\0\0" + exif)), mode) == jpeg
+
+    @pytest.mark.parametrize("size", [40, 1 << 31])
+    def test_values_that_end_outside_go(self, size: int) -> None:
+        exif = tiff("<", [(0x010E, 2, b"0123456789"), (0x010F, 2, b"KeptCamera\0")])
+        assert self.cleaned(exif.replace(struct.pack("<HHI", 0x010E, 2, 10), struct.pack("<HHI", 0x010E, 2, size))) == tiff(
+            "<", [(0x010F, 2, b"KeptCamera\0")]
+        )
+
+    @pytest.mark.parametrize("orientation", [0, 1, 9, 300])
+    def test_orientations_that_change_nothing(self, orientation: int) -> None:
+        assert self.cleaned(tiff(">", [(0x0112, 3, struct.pack(">H", orientation))]), "all") == b""
+
     def test_longer_than_a_segment(self) -> None:
         """Values that share their bytes do not after cleaning: then no more than the orientation stays."""
-        entries = [(0x0112, 3, b"\6\0")] + [(tag, 7, b"x" * 9) for tag in range(0x9300, 0x9304)]
-        exif = bytearray(tiff("<", entries) + bytes(30_000))
-        for entry in range(1, 5):
-            struct.pack_into("<II", exif, 10 + 12 * entry + 4, 7_000, 100)
-        more = bytearray(exif)
-        struct.pack_into("<I", more, 10 + 12 + 4, 30_000)
-        jpeg = pictures.with_segments(CORPUS["jpeg plain"].data, segment(0xE1, b"Exif\0\0" + bytes(more)))
-        assert pictures.properties(strip("image/jpeg", jpeg, "location"))[0] == 6
+        details = [(0x9301, 7, b"123456789")]
+        exif = bytearray(tiff("<", [(0x0112, 3, b"\6\0"), (0x8769, 4, details), (0x9300, 7, bytes(40_000))]))
+        struct.pack_into("<II", exif, exif.index(struct.pack("<HHI", 0x9301, 7, 9)) + 4, 39_000, 100)
+        jpeg = CORPUS["jpeg plain"].data
+        stripped = strip("image/jpeg", pictures.with_segments(jpeg, segment(0xE1, b"Exif\0\0" + bytes(exif))), "location")
+        assert pictures.properties(stripped)[0] == 6
+        assert len(stripped) == len(jpeg) + 36
 
 
 class TestWebP:
@@ -239,8 +268,8 @@ class TestWebP:
             assert {data.strip(b"\0") for name, data in chunks if name == b"JUNK"} <= {b""}
             if chunks[0][0] == b"VP8X":
                 names = [name for name, _ in chunks]
-                assert bool(chunks[0][1][0] & 0x08) is (b"EXIF" in names)
-                assert bool(chunks[0][1][0] & 0x04) is (b"XMP " in names)
+                assert names.count(b"EXIF") == bool(chunks[0][1][0] & 0x08)
+                assert names.count(b"XMP ") == bool(chunks[0][1][0] & 0x04)
 
     def test_exif_stays_a_structure(self) -> None:
         """Even where EXIF is no EXIF: the flag says that there is one."""
@@ -254,6 +283,19 @@ class TestWebP:
     def test_too_short_for_exif(self) -> None:
         data = pictures.saved(pictures.photo(), "WEBP", exif=b"place")
         assert dict(pictures.webp_chunks(strip("image/webp", data, "all")))[b"JUNK"] == bytes(5)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_frames_that_are_none(self, mode: StripMode) -> None:
+        """Too short a frame is no frame, and neither is one inside another, however deep."""
+        picture = CORPUS["webp plain"].data[12:]
+        nested = b""
+        for _ in range(2000):
+            nested = webp_chunk(b"ANMF", bytes(16) + nested)
+        flat = bytes(16) + webp_chunk(b"JUNK", bytes(len(nested) - 32))
+        for frame, expected in (webp_chunk(b"ANMF", PLACE), (b"JUNK", bytes(10))), (nested, (b"ANMF", flat)):
+            stripped = strip("image/webp", pictures.riff(frame, picture), mode)
+            assert pictures.webp_chunks(stripped)[0] == expected
+            assert stripped.endswith(picture)
 
     def test_frames(self) -> None:
         """Unknown chunks inside a frame go, too."""
@@ -291,9 +333,22 @@ class TestJpeg:
         for mode, size in itertools.product(MODES, (1, 2, 3, MIB)):
             assert strip("image/jpeg", data + PLACE, mode, size=size) == data
 
+    @pytest.mark.parametrize("mode", MODES)
+    def test_fill_bytes_are_copied(self, mode: StripMode) -> None:
+        data = b"\xff\xd8\xff\xff\xff" + self.HEAD[2:] + b"a" + segment(0xC4, b"H") + b"\xff\xff\xff\xd9"
+        assert strip("image/jpeg", data, mode) == strip("image/jpeg", data, mode, size=1) == data
+
     def test_a_position_in_a_marker_of_a_scan(self) -> None:
         data = self.HEAD + b"abc" + segment(0xFE, b"GPS " + PLACE) + segment(0xDA, b"S") + b"def\xff\xd9"
         assert strip("image/jpeg", data, "location") == self.HEAD + b"abc" + segment(0xDA, b"S") + b"def\xff\xd9"
+
+    def test_resources_that_are_cut_off(self) -> None:
+        """They go on in another segment, where nothing tells what they are: none of them stays."""
+        plain = CORPUS["jpeg plain"].data
+        cut = [pictures.IPTC_KEPT[:end] for end in range(1, len(pictures.IPTC_KEPT) - 1)]
+        for last in *cut, pictures.IPTC_KEPT.replace(b"8BIM", b"MeSa"):
+            resources = segment(0xED, pictures.PHOTOSHOP + pictures.RIGHTS_RESOURCE + last)
+            assert strip("image/jpeg", pictures.with_segments(plain, resources), "location") == plain
 
     def test_all_keeps_no_thumbnail_of_jfif(self) -> None:
         thumbnail = b"JFIF\0\1\2\1\0\x48\0\x48\1\1abc"
@@ -444,6 +499,19 @@ class TestMemory:
     def test_too_long_to_be_searched(self, content_type: str, before: bytes, data: bytes) -> None:
         with pytest.raises(ContentRejectedError, match="that can be searched"):
             self.peak(content_type, "location", iter([before + data]))
+
+    def test_texts_that_unpack_to_too_much(self) -> None:
+        """Nor is the last of them unpacked further than needed to see it."""
+        full = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(self.LONGEST)))
+        bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(40 * MIB)))
+        stripper = Stripper("image/png", "location")
+        stripper.feed(self.PNG[:33] + full)
+        tracemalloc.start()
+        with pytest.raises(ContentRejectedError, match="that can be searched"):
+            stripper.feed(bomb)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MIB
 
     def test_all_needs_not_search_texts(self) -> None:
         data = self.PNG[:33] + chunk(b"iTXt", bytes(self.LONGEST + 1)) + self.PNG[33:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import backends, core, gc, journal, sessions, tools, web
+from tests.mutants import backends, core, gc, inspection, journal, sessions, tools, web
 from tests.mutants.mutant import Mutant
 
 __all__ = ["MUTANTS"]
@@ -14,5 +14,6 @@ MUTANTS: list[Mutant] = [
     *journal.MUTANTS,
     *gc.MUTANTS,
     *web.MUTANTS,
+    *inspection.MUTANTS,
     *tools.MUTANTS,
 ]

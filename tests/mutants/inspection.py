@@ -1,0 +1,156 @@
+"""Mutants of judging: types, names, images, metadata, scanners, validators, receipts."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+_GATE = "granite_storage/inspection/gate.py"
+_WAYS = "tests/inspection/test_ways_in.py"
+_DEEP = "tests/inspection/test_gate.py"
+
+MUTANTS = [
+    Mutant(
+        name="inspection-copies-are-not-judged",
+        rule="A copy from another policy is judged by the policy that it comes to.",
+        path="granite_storage/_engine.py",
+        old="if checks is not None and ref.storage_key == self.policy.storage_key and checks",
+        new="if checks is not None and checks",
+        tests=("tests/inspection/test_rows.py::test_a_copy_to_a_stricter_policy_is_judged",),
+    ),
+    Mutant(
+        name="inspection-held-copies-are-free",
+        rule="A copy of what waits for the scanner waits, too, whatever its policy asks.",
+        path="granite_storage/_engine.py",
+        old="return replace(self, checks=checks, media=ref.media, scan=ref.scan)",
+        new="return replace(self, checks=checks, media=ref.media)",
+        tests=(f"{_DEEP}::TestReceipts::test_a_copy_of_what_is_held_is_held",),
+    ),
+    Mutant(
+        name="inspection-parts-in-equality",
+        rule="Refs are equal by the nine fields, whatever was found of their content.",
+        path="granite_storage/refs.py",
+        old="media: Mapping[str, Any] | None = field(default=None, compare=False)",
+        new="media: Mapping[str, Any] | None = field(default=None)",
+        tests=(f"{_DEEP}::TestReceipts::test_equality_and_json",),
+    ),
+    Mutant(
+        name="inspection-part-of-a-scan",
+        rule="A clean verdict counts only where the scanner has read all of the content.",
+        path=_GATE,
+        old="            if self._was_read:\n",
+        new="            if True:\n",
+        tests=(f"{_DEEP}::TestScanners::test_a_verdict_on_a_part_is_not_believed",),
+    ),
+    Mutant(
+        name="inspection-scanner-forgotten",
+        rule="A scan ends with its upload, also where the clean-up is cancelled once more.",
+        path=_GATE,
+        old="            finally:\n                if self._scan is not None:\n                    await self._scan.stop()\n",
+        new="            finally:\n                pass\n",
+        tests=(f"{_DEEP}::test_a_cancel_at_every_await_leaves_nothing",),
+    ),
+    Mutant(
+        name="inspection-unscanned-accepted",
+        rule="Where a scanner refuses what it cannot judge, the upload is refused.",
+        path=_GATE,
+        old='        if on_unavailable == "refuse":\n            if',
+        new='        if on_unavailable == "never":\n            if',
+        tests=(f"{_WAYS}::test_an_absent_scanner_refuses",),
+    ),
+    Mutant(
+        name="inspection-pending-is-served",
+        rule="What waits for the scanner is not served.",
+        path="granite_storage/refs.py",
+        old='        case "clean" | "failed":  #',
+        new='        case "clean" | "failed" | "pending":  #',
+        tests=(f"{_WAYS}::test_no_url_of_what_is_not_clean",),
+    ),
+    Mutant(
+        name="inspection-validators-are-not-asked",
+        rule="A validator of the application sees each upload.",
+        path=_GATE,
+        old="        await validate(self._checks, self._preview)\n",
+        new="",
+        tests=(f"{_WAYS}::test_the_application_refuses",),
+    ),
+    Mutant(
+        name="inspection-inspector-names-the-type",
+        rule="The type in a receipt is the one that was found, whatever an inspector says.",
+        path=_GATE,
+        old="{**found, **own}",
+        new="{**own, **found}",
+        tests=(f"{_DEEP}::test_pieces_of_any_size",),
+    ),
+    Mutant(
+        name="inspection-end-of-archives",
+        rule="An archive is confirmed by its end before it is published.",
+        path=_GATE,
+        old="self._unconfirmed = judged if judged.needs_tail else None",
+        new="self._unconfirmed = None",
+        tests=("tests/inspection/test_served.py::test_an_archive_is_confirmed_by_its_end",),
+    ),
+    Mutant(
+        name="inspection-name-of-another-type",
+        rule="The name of an upload has no extension of another type than that it is kept as.",
+        path=_GATE,
+        old="fit_filename(preview.filename, judged.content_type)",
+        new="preview.filename",
+        tests=(f"{_WAYS}::test_a_contradicted_type_is_corrected", "tests/inspection/test_served.py"),
+    ),
+    Mutant(
+        name="inspection-location-of-another-type",
+        rule="A location has no extension of a type that its policy does not accept.",
+        path="granite_storage/_engine.py",
+        old="filename if policy.accept is None else fit_location(filename, policy.accept)",
+        new="filename",
+        tests=("tests/inspection/test_served.py",),
+    ),
+    Mutant(
+        name="inspection-wildcard-accepts-svg",
+        rule="A wildcard does not accept what a browser runs.",
+        path="granite_storage/inspection/media_types.py",
+        old=" in accept) and not is_active(kind)",
+        new=" in accept)",
+        tests=("tests/inspection/test_served.py",),
+    ),
+    Mutant(
+        name="inspection-large-side",
+        rule="Neither side of an image is longer than allowed.",
+        path="granite_storage/inspection/images.py",
+        old="max(width, height) > self.max_side",
+        new="min(width, height) > self.max_side",
+        tests=("tests/inspection/test_images.py::test_the_limits",),
+    ),
+    Mutant(
+        name="inspection-image-without-size",
+        rule="An image whose size cannot be told is refused.",
+        path="granite_storage/inspection/images.py",
+        old='raise ContentRejectedError("the size of the image cannot be read',
+        new='return {}\n            raise ContentRejectedError("the size of the image cannot be read',
+        tests=("tests/inspection/test_images.py::test_what_is_only_a_beginning",),
+    ),
+    Mutant(
+        name="inspection-declared-after-stripping",
+        rule="A declared checksum is that of what comes in.",
+        path="granite_storage/_engine.py",
+        old="pieces, size, checksum = MeasuredStream(stream, size=size, checksum=checksum), None, None",
+        new="pieces = MeasuredStream(stream, size=size, checksum=checksum)",
+        tests=("tests/inspection/test_stripped_uploads.py::test_what_is_declared_is_of_what_comes_in",),
+    ),
+    Mutant(
+        name="inspection-unstrippable-kept",
+        rule="A picture out of which no metadata can be taken is refused, unless the policy keeps it.",
+        path=_GATE,
+        old='self._checks.on_unstrippable == "refuse"',
+        new='self._checks.on_unstrippable == "never"',
+        tests=("tests/inspection/test_stripped_uploads.py::test_what_cannot_be_stripped",),
+    ),
+    Mutant(
+        name="inspection-moves-are-not-judged",
+        rule="A row takes a file of another policy only where its receipt shows that it would have been let in.",
+        path="granite_storage/orm/columns.py",
+        old="if policy.checks is not None and not policy.checks.would_pass(ref.media, ref.scan):",
+        new="if False:",
+        tests=("tests/inspection/test_rows.py::test_a_file_of_another_policy",),
+    ),
+]

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -52,6 +52,7 @@ from granite_storage.exceptions import (
 from granite_storage.inspection.base import HEAD_SIZE, Checks, UploadPreview, Validator
 from granite_storage.inspection.gate import Gate, Pieces, Verdict, judge_bytes, validate
 from granite_storage.inspection.media_types import fit_location
+from granite_storage.inspection.scanning import scan_stored
 from granite_storage.locations import check_location, clean_filename, make_location
 from granite_storage.policies import StoragePolicy
 from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
@@ -640,6 +641,20 @@ class Engine:
         with self._lifecycle.call():
             async with self.open(ref, verify=True) as reader:
                 return await reader.read()
+
+    async def scan(self, ref: StoredObjectRef) -> StoredObjectRef:
+        """Have an object scanned by the scanner of its policy; return the ref with the verdict."""
+        require_ref(ref)
+        policy = self.policy(ref.storage_key)
+        if policy.scanner is None:
+            raise ConfigurationError(
+                f"the policy {policy.storage_key!r} has no scanner, so its objects cannot be scanned: give it one, with"
+                " StoragePolicy(..., scanner=...)"
+            )
+        with self._lifecycle.call():
+            async with self.open(ref, verify=True) as reader, aclosing(regrouped(aiter(reader))) as pieces:
+                verdict = await scan_stored(policy.scanner, pieces)
+        return type(ref).from_dict({**ref.to_dict(), "scan": verdict})
 
     async def exists(self, ref: StoredObjectRef) -> bool:
         """Tell whether an object is there."""

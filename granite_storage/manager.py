@@ -264,6 +264,30 @@ class StorageManager:
         """
         return self._engine.open(ref, offset=offset, length=length, verify=verify)
 
+    async def scan(self, ref: StoredObjectRef) -> StoredObjectRef:
+        """Scan the stored object anew, with the scanner of its policy.
+
+        It is for applications that keep refs themselves: the caller keeps the ref that is returned in place of the one that was
+        given, and decides what becomes of an infected object. Nothing else changes. The rows of attachments are judged by the
+        worker of a journal.
+
+        Args:
+            ref: The object, whatever its ref says of an earlier scan.
+
+        Returns:
+            The same ref with the verdict as its `scan`: `clean`, or `infected` with the `signature` that was found.
+
+        Raises:
+            ScannerUnavailableError: The scanner could not judge it.
+            UnknownPolicyError: The policy of the ref is not there.
+            ConfigurationError: The policy has no scanner.
+            ObjectNotFoundError: The object is not there.
+            SizeMismatchError: It has not the size that the ref says.
+            ChecksumMismatchError: It has not the checksum that the ref says.
+            BackendError: It could not be read.
+        """
+        return await self._engine.scan(ref)
+
     async def exists(self, ref: StoredObjectRef) -> bool:
         """Tell whether the object is there; a backend that refuses permission or is out of reach raises, it is not False."""
         return await self._engine.exists(ref)
@@ -506,6 +530,10 @@ class SyncStorage:
         """Open an object, or a range of one, as a binary file; see `StorageManager.open`."""
         opening = self._manager.open(ref, offset=offset, length=length, verify=verify)
         return SyncObjectReader(self._run(opening.start(), "open"))
+
+    def scan(self, ref: StoredObjectRef) -> StoredObjectRef:
+        """Scan the stored object anew; see `StorageManager.scan`."""
+        return self._run(self._manager.scan(ref), "scan")
 
     def exists(self, ref: StoredObjectRef) -> bool:
         """Tell whether the object is there; see `StorageManager.exists`."""

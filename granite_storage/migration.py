@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, ColumnElement, Connection, LargeBinary, Text, Update, bindparam, cast, update
+from sqlalchemy import ColumnElement, Connection, LargeBinary, Text, Update, bindparam, cast, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -41,7 +41,7 @@ from granite_storage.orm.attachment import Attachment, AttachmentState
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import RowRef, among, refers
-from granite_storage.orm.references import RowValue, RowValues, Scan, as_stored, asked_to_the_end
+from granite_storage.orm.references import RowValue, RowValues, Scan, as_stored, asked_to_the_end, keeping_other_columns
 from granite_storage.orm.uploads import Upload, remove, store, stored_object
 from granite_storage.refs import StoredObjectRef
 
@@ -455,7 +455,9 @@ class _Swap:
 
     def _consume_intent(self, connection: Connection, stored: StoredObject) -> None:
         if stored.intent is not None:
-            stored.intent.journal.intents.consume(connection, [stored.intent.id])
+            intents = stored.intent.journal.intents
+            intents.consume(connection, [stored.intent.id])
+            intents.enqueue(connection, [(self._held.column, self._copy.ref)])
 
     def _is_referred_to(self, connection: Connection) -> bool:
         """Tell whether another value still refers to the original, under whatever backend's key."""
@@ -466,13 +468,9 @@ class _Swap:
 def _compare_and_set(held: RowValue, ref: StoredObjectRef, connection: Connection) -> Update:
     """Return an UPDATE that hits only a row with exactly the same value; columns with `onupdate` keep their values."""
     table = held.table
-    kept = {column: column for column in table.columns if _has_onupdate(column) and column is not held.column}
     statement = update(table).where(among(table, [held.primary_key]), _still_holds(held, connection))
-    return statement.values({held.column: bindparam(None, ref, type_=StoredObjectRefType()), **kept})
-
-
-def _has_onupdate(column: Column[Any]) -> bool:
-    return column.computed is None and (column.onupdate is not None or column.server_onupdate is not None)
+    new = bindparam(None, ref, type_=StoredObjectRefType())
+    return statement.values({held.column: new, **keeping_other_columns(held.column)})
 
 
 def _still_holds(held: RowValue, connection: Connection) -> ColumnElement[bool]:

@@ -109,6 +109,11 @@ class StoragePolicy:
         if checks.needs_type or checks.scanner is not None or checks.validators:
             object.__setattr__(self, "checks", checks)
 
+    @property
+    def may_hold(self) -> bool:
+        """Whether its scanner may hold an upload back until it can judge it."""
+        return self.scanner is not None and self.scanner.on_unavailable == "hold"
+
 
 def _require_name(argument: str, value: object) -> None:
     if not isinstance(value, str) or not value:

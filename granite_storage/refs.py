@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Self
 
 from granite_storage.exceptions import InfectedObjectError, InvalidReferenceError, ScanPendingError
 
-__all__ = ["ReadOnlyDict", "ReadOnlyList", "StoredObjectRef", "canonical_checksum", "read_only", "require_scanned"]
+__all__ = ["ReadOnlyDict", "ReadOnlyList", "StoredObjectRef", "canonical_checksum", "is_held", "read_only", "require_scanned"]
 
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
 _MOST_DEPTH = 32
@@ -232,6 +232,11 @@ def require_scanned(ref: StoredObjectRef) -> None:
             raise InfectedObjectError(f"a virus scanner has found something in the object {ref.location!r}, which is not served")
         case _:
             raise ScanPendingError(f"the object {ref.location!r} is not served until a virus scanner has judged it")
+
+
+def is_held(ref: StoredObjectRef) -> bool:
+    """Tell whether an object is held back until a scanner has judged it."""
+    return ref.scan is not None and ref.scan.get("status") == "pending"
 
 
 def canonical_checksum(checksum: object) -> str:

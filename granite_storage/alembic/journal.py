@@ -14,7 +14,14 @@ from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clo
 
 __all__ = ["create_journal_tables", "drop_journal_tables", "upgrade_journal_tables"]
 
-STEPS: dict[int, Callable[[Op, JournalTables], None]] = {}
+
+def _add_jobs(op: Op, tables: JournalTables) -> None:
+    """Create the table of jobs, unless a migration by autogenerate has done so."""
+    if not inspect(op.get_bind()).has_table(tables.job.name, schema=tables.job.schema):
+        op.get_context().impl.create_table(tables.job)
+
+
+STEPS: dict[int, Callable[[Op, JournalTables], None]] = {1: _add_jobs}
 """The upgrade of the tables from each version to the next one."""
 
 
@@ -75,8 +82,10 @@ def drop_journal_tables(op: Op, *, schema: str | None = None, discard_pending: b
     context, tables = op.get_context(), _tables(schema)
     if not discard_pending:
         _require_nothing_pending(require_online(op, "looking for what the journal has left to do"), tables)
+    inspector = None if context.as_sql else inspect(op.get_bind())
     for table in reversed(tables.all):
-        context.impl.drop_table(table)
+        if inspector is None or inspector.has_table(table.name, schema=schema):  # an earlier version had fewer of them
+            context.impl.drop_table(table)
 
 
 def _tables(schema: str | None) -> JournalTables:
@@ -93,9 +102,11 @@ def _now(dialect: str) -> Any:
 
 
 def _require_nothing_pending(connection: Connection, tables: JournalTables) -> None:
-    pending = sum(count(connection, table, table.c.id.is_not(None)) for table in (tables.intent, tables.reclaim))
+    has_jobs = inspect(connection).has_table(tables.job.name, schema=tables.job.schema)
+    used = (tables.intent, tables.reclaim, *((tables.job,) if has_jobs else ()))
+    pending = sum(count(connection, table, table.c.id.is_not(None)) for table in used)
     if pending:
         raise ConfigurationError(
-            f"the journal still has {pending} objects to delete or to check: let its worker finish, or pass"
+            f"the journal still has {pending} objects to delete, to check or to scan: let its worker finish, or pass"
             " discard_pending=True to leave them as orphans"
         )

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from granite_storage._tasks import run_bounded, shielded, shielded_cleanup
-from granite_storage.exceptions import ChecksumMismatchError, InvalidLocationError, ObjectNotFoundError
+from granite_storage.exceptions import ChecksumMismatchError, InvalidLocationError, ObjectNotFoundError, ScannerUnavailableError
 from granite_storage.locations import check_location, check_segment, uuid7_hex
 from granite_storage.manager import StorageManager
-from granite_storage.refs import StoredObjectRef, canonical_timestamp
+from granite_storage.refs import StoredObjectRef, canonical_timestamp, is_held
 
 __all__ = [
     "CopyOf",
@@ -138,6 +138,11 @@ async def _remove_all(manager: StorageManager, refs: Sequence[StoredObjectRef]) 
 async def _keep_if(manager: StorageManager, ref: StoredObjectRef, check: Coroutine[Any, Any, None]) -> Stored:
     try:
         await check
+        if is_held(ref):
+            raise ScannerUnavailableError(
+                "the scanner of the policy could not judge a file, and a migration holds none back: run it again once the scanner"
+                " is available"
+            )
     except BaseException:
         await remove(manager, ref)
         raise

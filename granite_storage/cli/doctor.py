@@ -29,7 +29,7 @@ from granite_storage.locations import make_location
 from granite_storage.manager import StorageManager
 from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.columns import AttachmentType
-from granite_storage.orm.journal.tables import clock, tables_of
+from granite_storage.orm.journal.tables import RecoveryReport, clock, tables_of
 
 __all__ = ["doctor_command"]
 
@@ -230,11 +230,16 @@ async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
         yield Check(CheckResult.NOTE, "journal", "none: the garbage collector has to delete what a crash leaves behind")
         return
     try:
+        report = RecoveryReport()
         async with asyncio.timeout(_TIMEOUT):
             await binding.journal.check()
+            await binding.journal._jobs().count(report)
         yield Check(
             CheckResult.GOOD, "journal", f"the database can keep the journal's promise; leases of {binding.journal.lease}"
         )
+        if report.held or report.failed:
+            said = f"{report.held} objects are held until they are scanned, and {len(report.failed)} that cannot be scanned"
+            yield Check(CheckResult.BAD if report.failed else CheckResult.NOTE, "scans", said)
     except (StorageError, SQLAlchemyError, OSError, TimeoutError) as error:
         yield Check(CheckResult.BAD, "journal", f"{type(error).__name__}: {error}")
 

@@ -45,6 +45,8 @@ _COUNTED = (
     "deleted",
 )
 
+_RECOVERY = ("claimed", "deleted", "kept", "confirmed", "leased", "waiting", "scanned", "held")
+
 # verify
 
 
@@ -194,7 +196,7 @@ def _show_recovery(context: CommandContext, report: RecoveryReport) -> None:
         }
         for item in report.failed
     ]
-    counts = {name: getattr(report, name) for name in ("claimed", "deleted", "kept", "confirmed", "leased", "waiting")}
+    counts = {name: getattr(report, name) for name in _RECOVERY}
     if context.output.as_json:
         context.output.record({"report": {**counts, "failed": failed, "unknown_backends": sorted(report.unknown_backends)}})
         return

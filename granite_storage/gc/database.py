@@ -533,7 +533,7 @@ class DatabaseReferences:
         `find_references`.
         """
         references = [item.column for item in self._ref_columns if item.is_declared]
-        journals = [table for tables in self._journals for table in (tables.intent, tables.reclaim)]
+        journals = [table for tables in self._journals for table in (tables.intent, tables.reclaim, tables.job)]
         try:
             async with self._snapshot(compiled_cache=None) as connection:  # no statement comes twice
                 found = find_mentions(connection, locations, self._identities, references=references, journals=journals)

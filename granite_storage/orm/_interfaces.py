@@ -39,17 +39,19 @@ class JournalTables:
         decision: Whether a transaction or a worker decided on an upload first, for transactions whose snapshot is older than its
             intent.
         meta: The version of the tables, and when a worker last ran.
+        job: What is still to be done for the object of a row, such as a scan.
     """
 
     intent: Table
     reclaim: Table
     decision: Table
     meta: Table
+    job: Table
 
     @property
     def all(self) -> tuple[Table, ...]:
         """All of them."""
-        return self.intent, self.reclaim, self.decision, self.meta
+        return self.intent, self.reclaim, self.decision, self.meta, self.job
 
 
 class ColumnType(Protocol):
@@ -177,6 +179,10 @@ class JournalIntents(Protocol):
 
     def displace(self, connection: Connection, displaced: Iterable[tuple[StoredObjectRef, timedelta]]) -> None:
         """Record in a transaction the objects to delete once it is committed."""
+        ...
+
+    def enqueue(self, connection: Connection, written: Iterable[tuple[Column[Any], StoredObjectRef]]) -> None:
+        """Record in a transaction what is to be done for the objects of the refs that it writes, such as a scan."""
         ...
 
     def require_unfenced(self, intents: Iterable[Intent]) -> None:

@@ -61,9 +61,9 @@ def bind_storage(
 
     Raises:
         ConfigurationError: The base has no metadata, an attachment column names a policy that the manager does not have or one
-            with a retention and there is no journal, has a default that no session can store, or is annotated as several
-            attachments; `session_factory` makes no sessions, or is given under both names; or the journal's tables are not
-            declared beside the models.
+            with a retention, or a scanner that may hold files back, and there is no journal, has a default that no session can
+            store, or is annotated as several attachments; `session_factory` makes no sessions, or is given under both names; or
+            the journal's tables are not declared beside the models.
     """
     metadata = getattr(base, "metadata", None)
     if not isinstance(metadata, MetaData):

@@ -305,7 +305,7 @@ class AttachmentType(_RefJSON[Attachment]):
 
         Raises:
             UnknownPolicyError: It has not; a model may have been declared after `bind_storage` was called.
-            ConfigurationError: The policy has a retention, which needs a journal.
+            ConfigurationError: The policy has a retention, or a scanner that may hold a file back, which needs a journal.
         """
         policy = binding.manager._engine.policies.get(self.storage_key)
         if policy is None:
@@ -317,6 +317,11 @@ class AttachmentType(_RefJSON[Attachment]):
         if binding.journal is None and policy.retention:
             raise ConfigurationError(
                 f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
+            )
+        if binding.journal is None and policy.may_hold:
+            raise ConfigurationError(
+                f"the scanner of the policy {self.storage_key!r} holds files back while it is unavailable, which needs a journal,"
+                " whose worker scans them later: bind_storage(..., journal=...), or a scanner with on_unavailable='refuse'"
             )
         return binding.manager
 

@@ -64,7 +64,7 @@ __all__ = [
 
 
 def write_entries(unit: UnitOfWork) -> None:
-    """Consume the intents of objects that rows now refer to, and record the displaced objects; at the end of a flush.
+    """Consume the intents of objects that rows now refer to, record the displaced ones, and what is still to be done for the new.
 
     The rows are written already, in the same transaction. An error here rolls the flush back with the intents that it consumed;
     the next flush that writes the ref consumes them again.
@@ -88,6 +88,8 @@ def write_entries(unit: UnitOfWork) -> None:
         journal.intents.require_unfenced(intent for intent in flush.restored if intent.journal is journal)
     for journal, connection in flush.connections.items():
         write_displaced(connection, [stored for stored in displaced if stored.intent and stored.intent.journal is journal])
+        taken_by = [change for change in flush.taken if change.binding.journal is journal]
+        journal.intents.enqueue(connection, [(change.slot.column, change.attachment.ref) for change in taken_by])
 
 
 def write_displaced(connection: Connection, displaced: Iterable[StoredObject]) -> None:
@@ -504,8 +506,11 @@ def _execute(session: Session, unit: UnitOfWork, frame: Frame, plan: FlushPlan[C
         change.slot.column_type.require_fit(change.attachment.ref)
     for change in plan.take:
         _take(unit, frame, change, change.attachment)
+    read = {stored.key: stored.ref for stored, is_held in unit.log if not is_held} if plan.move else {}
     for change in plan.move:
         given = change.attachment
+        # What was read under the lock: a worker may have changed parts of it since the session loaded the value.
+        given._state.correct(read.get(StoredObject(given.manager, given.ref).key, given.ref))
         given._state.take(change.slot.column_type)
         unit.flush.log.append((StoredObject(given.manager, given.ref), True))
         unit.flush.moved.append(change)

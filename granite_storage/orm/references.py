@@ -65,6 +65,7 @@ __all__ = [
     "following",
     "is_text",
     "iter_model_storage_refs",
+    "keeping_other_columns",
     "most_at_once",
     "named_in",
     "references_among",
@@ -332,6 +333,12 @@ class Scan:
 def as_stored(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:
     """Return a column as text, undecoded, so that values that cannot be decoded are selected too."""
     return cast(column, Text) if dialect.name == "postgresql" else type_coerce(column, Text())
+
+
+def keeping_other_columns(column: Column[Any]) -> dict[Column[Any], Column[Any]]:
+    """Return the values with which an UPDATE of a column lets others of its table be, though they change with each UPDATE."""
+    others = (item for item in column.table.columns if item is not column and item.computed is None)
+    return {item: item for item in others if item.onupdate is not None or item.server_onupdate is not None}
 
 
 def _selected(column: Column[Any], dialect: Dialect) -> ColumnElement[Any]:

@@ -212,8 +212,12 @@ class UnitOfWork:
     @property
     def history(self) -> dict[ObjectKey, bool]:
         """The objects that this transaction stored, moved or displaced: True if a row refers to it now."""
-        log = [*(entry for frame in self.frames.values() for entry in frame.log), *self.flush.log]
-        return {stored.key: is_held for stored, is_held in log}
+        return {stored.key: is_held for stored, is_held in self.log}
+
+    @property
+    def log(self) -> list[LogEntry]:
+        """What this transaction has done to objects, in order."""
+        return [*(entry for frame in self.frames.values() for entry in frame.log), *self.flush.log]
 
     def displacement(self, stored: StoredObject) -> StoredObject | None:
         """Return an object as an earlier flush of this transaction displaced it; None if a row refers to it again."""

@@ -159,7 +159,7 @@ def test_the_journal_comes_and_goes(target: Target, tmp_path: Path) -> None:
     project = Project.made(tmp_path, target.url, MODELS, template=target.template)
     project.revision("journal", JOURNAL)
     project.alembic("upgrade", "head")
-    assert target.ask("SELECT value FROM granite_storage_meta WHERE name = 'schema_version'") == [("1",)]
+    assert target.ask("SELECT value FROM granite_storage_meta WHERE name = 'schema_version'") == [("2",)]
     written = project.autogenerate("rest")
     assert "granite_storage_" not in written.replace("granite_storage import", "")
     if target.url.get_backend_name() == "sqlite":
@@ -175,5 +175,26 @@ def test_the_journal_comes_and_goes(target: Target, tmp_path: Path) -> None:
             path.unlink()
     project.revision("again", again, down="journal")
     assert "version 99" in project.alembic("upgrade", "again", fails=True)
+    project.alembic("downgrade", "base")
+    assert not {name for name in target.tables() if name.startswith("granite_storage")}
+
+
+def test_the_journal_of_the_version_before(target: Target, tmp_path: Path) -> None:
+    """Autogenerate finds the table that it lacks, and the helper creates it."""
+    project = Project.made(tmp_path, target.url, MODELS, template=target.template)
+    project.revision("journal", JOURNAL)
+    project.alembic("upgrade", "head")
+    target.ask_nothing("DROP TABLE granite_storage_job")
+    target.ask_nothing("UPDATE granite_storage_meta SET value = '1' WHERE name = 'schema_version'")
+    assert "create_table('granite_storage_job'" in project.autogenerate("jobs")
+    for path in project.versions():
+        if path.name != "journal.py":
+            path.unlink()
+    upgrade = JOURNAL.replace("    create_journal_tables(op)\n", "").replace("drop_journal_tables(op)", "pass")
+    project.revision("upgraded", upgrade, down="journal")
+    project.alembic("upgrade", "head")
+    assert "granite_storage_job" in target.tables()
+    assert target.ask("SELECT value FROM granite_storage_meta WHERE name = 'schema_version'") == [("2",)]
+    target.ask_nothing("DROP TABLE granite_storage_job")
     project.alembic("downgrade", "base")
     assert not {name for name in target.tables() if name.startswith("granite_storage")}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select, text
+from sqlalchemy import Table, event, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -309,6 +309,15 @@ async def test_two_collectors_at_once(env: GcEnvironment) -> None:
     assert len(await env.locations()) == 1
 
 
+async def _wait_for_heartbeat(env: GcEnvironment, meta: Table) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            async with env.engine.connect() as connection:
+                if (await connection.execute(select(meta.c.value).where(meta.c.name == "heartbeat"))).first():
+                    return
+            await asyncio.sleep(0.02)
+
+
 @pytest.mark.case("DBF-23")
 async def test_a_database_restored_from_a_backup(journaled_env: GcEnvironment) -> None:
     """The heartbeat of its backup is old, also for a collector that comes after the first worker has beaten again."""
@@ -317,10 +326,10 @@ async def test_a_database_restored_from_a_backup(journaled_env: GcEnvironment) -
     await env.orphan()
     env.age()
     assert env.journal is not None
-    async with env.journal.worker(interval=timedelta(seconds=30)):
-        await asyncio.sleep(0.3)
-    assert (await env.collect(dry_run=True)).orphaned == 1
     meta = env.journal.tables.meta
+    async with env.journal.worker(interval=timedelta(seconds=30)):
+        await _wait_for_heartbeat(env, meta)
+    assert (await env.collect(dry_run=True)).orphaned == 1
     async with env.engine.begin() as connection:
         await connection.execute(meta.update().where(meta.c.name == "heartbeat").values(changed=clock(-7200.0)))
     with pytest.raises(CollectionRefusedError, match="allow_restored_database"):

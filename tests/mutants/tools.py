@@ -129,8 +129,8 @@ MUTANTS = [
         name="migration-touches-changed-at",
         rule="A migration changes no other column of a row.",
         path="granite_storage/migration.py",
-        old="return statement.values({held.column: bindparam(None, ref, type_=StoredObjectRefType()), **kept})",
-        new="return statement.values({held.column: bindparam(None, ref, type_=StoredObjectRefType())})",
+        old="return statement.values({held.column: new, **keeping_other_columns(held.column)})",
+        new="return statement.values({held.column: new})",
         tests=("tests/migration/test_migrate.py::TestMoving::test_nobody_is_told_that_the_row_has_changed[sqlite-begin-plain]",),
     ),
     Mutant(

@@ -31,6 +31,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.inspection import Scanner
 from granite_storage.orm import (
     Attachment,
     AttachmentType,
@@ -419,11 +420,18 @@ def _foreign_keys_off(connection: Any, _: Any) -> None:
 
 @contextlib.asynccontextmanager
 async def orm_environment(
-    database: Database, *, backend: Any = None, journaled: bool = False, max_size: int = 1 << 20, **options: Any
+    database: Database,
+    *,
+    backend: Any = None,
+    journaled: bool = False,
+    max_size: int = 1 << 20,
+    scanner: Scanner | None = None,
+    **options: Any,
 ) -> AsyncIterator[OrmEnvironment]:
     """Give an environment with empty tables and an empty storage; keyword arguments go to the engine."""
     store = FaultInjectingBackend(MemoryStorageBackend() if backend is None else backend)
-    manager = StorageManager(backends={"store": store}, policies={"docs": StoragePolicy("docs", "store", max_size=max_size)})
+    policy = StoragePolicy("docs", "store", max_size=max_size, scanner=scanner)
+    manager = StorageManager(backends={"store": store}, policies={"docs": policy})
     async with database.opened(Base.metadata, **options) as engine:
         sessions = database.sessionmaker(engine, expire_on_commit=False)
         journal = StorageJournal(engine.sync_engine if database.is_synchronous else engine) if journaled else None

@@ -446,15 +446,18 @@ def _translation(named: Iterable[str | None], mapping: Mapping[str | None, str |
 
 
 _OLDEST_MARIADB = (10, 6)
+_WITHOUT_JOBS = "1"
+"""The version of the tables before there was one for jobs."""
 
 
-async def check_database(pool: JournalPool, tables: JournalTables, others: list[Table]) -> None:
+async def check_database(pool: JournalPool, tables: JournalTables, others: list[Table], *, has_jobs: bool) -> None:
     """Refuse tables, storage engines and settings of the database with which the journal could not keep its promise.
 
     Args:
         pool: The journal's own connections.
         tables: The journal's tables.
         others: The tables of the application that have attachments.
+        has_jobs: Whether jobs are recorded from now on, of which processes with version 1 of the tables know nothing.
 
     Raises:
         ConfigurationError: The message says what to do.
@@ -464,8 +467,18 @@ async def check_database(pool: JournalPool, tables: JournalTables, others: list[
             names = [(effective(table.schema, pool.translate_map), table.name) for table in (*tables.all, *others)]
             await _check_mariadb(connection, names)
     for table in tables.all:
-        await _check_table(pool, table)
-    await _check_version(pool, tables)
+        try:
+            await _check_table(pool, table)
+        except ConfigurationError as error:
+            if table is tables.job and await _read_version(pool, tables) == _WITHOUT_JOBS:
+                raise ConfigurationError(
+                    f"the journal's tables are of version {_WITHOUT_JOBS}, without {table.name}, and this library works with"
+                    f" version {SCHEMA_VERSION}: create that table, by a migration that Alembic's --autogenerate writes, by"
+                    " upgrade_journal_tables(op) where create_journal_tables(op) has made the others, or by"
+                    " Base.metadata.create_all. It does not disturb processes of the earlier version"
+                ) from error
+            raise
+    await _check_version(pool, tables, has_jobs=has_jobs)
 
 
 async def _check_table(pool: JournalPool, table: Table) -> None:
@@ -487,16 +500,30 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
         ) from error
 
 
-async def _check_version(pool: JournalPool, tables: JournalTables) -> None:
+async def _check_version(pool: JournalPool, tables: JournalTables, *, has_jobs: bool) -> None:
+    """See that the tables are of this version; those of version 1 are where the table that it lacks is there.
+
+    So processes of both versions can work side by side. They are recorded as this version, which the earlier one refuses, once
+    there may be jobs.
+    """
     meta = tables.meta
     async with pool.durable() as connection:
         await insert_if_absent(connection, tables, {"name": VERSION_NAME, "value": str(SCHEMA_VERSION), "changed": clock()})
-        found = (await connection.execute(select(meta.c.value).where(meta.c.name == VERSION_NAME))).scalar_one()
-    if found != str(SCHEMA_VERSION):
+        if has_jobs:
+            is_older = (meta.c.name == VERSION_NAME) & (meta.c.value == _WITHOUT_JOBS)
+            await connection.execute(meta.update().where(is_older).values(value=str(SCHEMA_VERSION), changed=clock()))
+    found = await _read_version(pool, tables)
+    if found not in (str(SCHEMA_VERSION), _WITHOUT_JOBS):
         raise ConfigurationError(
             f"the journal's tables are of version {found}, and this library works with version {SCHEMA_VERSION}:"
             " run the migrations of the library's version, or install the version of the library that made them"
         )
+
+
+async def _read_version(pool: JournalPool, tables: JournalTables) -> str | None:
+    meta = tables.meta
+    async with pool.reading() as connection:
+        return (await connection.execute(select(meta.c.value).where(meta.c.name == VERSION_NAME))).scalar_one_or_none()
 
 
 async def _check_mariadb(connection: AsyncConnection, tables: list[tuple[str | None, str]]) -> None:

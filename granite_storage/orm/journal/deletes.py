@@ -26,19 +26,24 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from granite_storage.orm._util import batches, try_briefly
 from granite_storage.orm.journal.tables import DELETE, clock
 
-__all__ = ["PendingDelete", "delete_id", "has_own_id", "nominate", "renumber"]
+__all__ = ["PendingDelete", "delete_id", "derived_id", "has_own_id", "nominate", "renumber"]
 
 _AT_A_TIME = 500
 _ID_BYTES = 16
 
 
 def delete_id(backend: str, location: str) -> UUID:
-    """Return the id of the intent to delete an object.
+    """Return the id of the intent to delete an object, a function of its backend's key and its location."""
+    return derived_id(backend, location)
 
-    It is the first 16 bytes of the SHA-256 of its backend's key, a line feed, which no location has, and its location, in the
-    form of a UUID of version 5, which is name-based: MariaDB takes no arbitrary bytes for a UUID.
+
+def derived_id(*names: str) -> UUID:
+    """Return the id that follows from names, such as a backend's key and a location.
+
+    It is the first 16 bytes of the SHA-256 of the names, with line feeds between, which no location has, in the form of a UUID of
+    version 5, which is name-based: MariaDB takes no arbitrary bytes for a UUID.
     """
-    digest = sha256(f"{backend}\n{location}".encode("utf-8", "surrogatepass")).digest()
+    digest = sha256("\n".join(names).encode("utf-8", "surrogatepass")).digest()
     return UUID(bytes=digest[:_ID_BYTES], version=5)
 
 

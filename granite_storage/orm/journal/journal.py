@@ -18,6 +18,7 @@ from granite_storage.orm.journal.database import JournalPool, KnownSchemas, acce
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
 from granite_storage.orm.journal.intents import GroupCommit, Intents, Lease
+from granite_storage.orm.journal.jobs import Jobs
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import RecoveryReport, tables_of
@@ -39,6 +40,7 @@ T = TypeVar("T")
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _OPERATION_TIMEOUT = 30.0
+_JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
 
 
@@ -148,7 +150,9 @@ class StorageJournal:
         Raises:
             ConfigurationError: Something is missing or unfit; the message says what to do.
         """
-        await check_database(self._bounded, self.tables, sorted({column.table for column in self._columns()}, key=str))
+        others = sorted({column.table for column in self._columns()}, key=str)
+        may_hold = any(policy.may_hold for policy in self.manager.policies.values())
+        await check_database(self._bounded, self.tables, others, has_jobs=may_hold)
         for backend in sorted(await self._recovery().unknown_backends()):
             logger.warning("the journal keeps rows of the backend %r, which the manager does not have: its objects stay", backend)
         self._checked = True
@@ -156,19 +160,22 @@ class StorageJournal:
     async def recover(self) -> RecoveryReport:
         """Run recovery once: delete uploads that no transaction has consumed, and displaced objects that are due.
 
+        Objects that are held until a scanner has judged them are scanned, those that are due, and their rows get the verdict.
         Any number of processes may do so at the same time. What fails is tried again by a later pass, ever more rarely.
 
         Raises:
             ConfigurationError: As `check`.
         """
         await self._ensure_checked()
-        recovery = self._recovery()
+        recovery, jobs = self._recovery(), self._jobs()
         report = RecoveryReport()
         async with asyncio.TaskGroup() as group:
-            passes = [group.create_task(recovery.run(backend)) for backend in self.manager.backends]
+            works = (work.run(backend) for work in (recovery, jobs) for backend in self.manager.backends)
+            passes = [group.create_task(work) for work in works]
         for done in passes:
             report.add(done.result())
         await recovery.count_waiting(report)
+        await jobs.count(report)
         await beat(self._pool, self.tables, within=_RARELY)
         return report
 
@@ -177,9 +184,10 @@ class StorageJournal:
         """Run recovery periodically while the block runs, as a task of an application's lifespan.
 
         It looks soon after a transaction of this process has given something up, and every interval for those of other processes.
-        Every backend has a loop of its own, so that a slow or dead one holds up no other. Failures are logged and survived. The
-        loops end with the block, promptly; what they leave unfinished any other worker resumes. Where the base is bound again
-        meanwhile, the worker goes on with the new manager, for those backends that it began with.
+        Every backend has a loop of its own, so that a slow or dead one holds up no other, and another loop for the scans of held
+        objects, which may take minutes. Failures are logged and survived. The loops end with the block, promptly; what they leave
+        unfinished any other worker resumes. Where the base is bound again meanwhile, the worker goes on with the new manager, for
+        those backends that it began with.
 
         Args:
             interval: The pause between two passes, give or take a quarter.
@@ -204,13 +212,20 @@ class StorageJournal:
                 await self._recovery().run(backend)
             await beat(self._pool, self.tables, within=interval)
 
-        async with at_work(self.manager.backends, recover, interval, self._alarm):
+        async def scan(backend: str) -> None:
+            if backend in self.manager.backends:
+                await self._jobs().run(backend)
+
+        async with (
+            at_work(self.manager.backends, recover, interval, self._alarm),
+            at_work(self.manager.backends, scan, interval, self._alarm, what="scanning the held objects"),
+        ):
             yield
 
     async def retry_dead_letters(self) -> int:
-        """Make dead letters due again for the next pass; return how many there are."""
+        """Make dead letters due again for the next pass, deletes and scans; return how many there are."""
         await self._ensure_checked()
-        return await self._recovery().retry_dead_letters()
+        return await self._recovery().retry_dead_letters() + await self._jobs().retry_dead()
 
     async def allow_restored_database(self) -> None:
         """Confirm that this is the right database, though no worker ran in it for long, as after a restore from a backup.
@@ -325,6 +340,17 @@ class StorageJournal:
         own = set(self._bindings)
         others = [column for binding in active_bindings() if binding not in own for column in binding.ref_columns()]
         return References(pool, self.tables, self._columns(), list(dict.fromkeys(others)))
+
+    def _jobs(self) -> Jobs:
+        return Jobs(
+            self._pool,
+            self.tables,
+            self.manager,
+            self._references_by(self._pool),
+            self._columns(),
+            lease=min(self._lease, _JOB_LEASE),
+            max_attempts=self._max_attempts,
+        )
 
     def _recovery(self) -> Recovery:
         return Recovery(

@@ -157,7 +157,7 @@ class Recovery:
 
     async def unknown_backends(self) -> set[str]:
         """Return the backends that the journal names and the manager does not have."""
-        named = [select(table.c.backend) for table in (self._tables.intent, self._tables.reclaim)]
+        named = [select(table.c.backend) for table in (self._tables.intent, self._tables.reclaim, self._tables.job)]
         async with self._pool.reading() as connection:
             return set((await connection.execute(union(*named))).scalars()) - set(self._manager.backends)
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Select, Table, TableClause, column, null, select, table, text, union_all
+from sqlalchemy import Column, Select, Table, TableClause, column, literal_column, null, select, table, text, union_all
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._util import TRANSLATE_MAP, batches
 from granite_storage.orm.columns import location_of
-from granite_storage.orm.discovery import Place, describe_obstacles, mentions_at, read_catalogue
+from granite_storage.orm.discovery import Catalogue, Place, describe_obstacles, mentions_at, read_catalogue
 from granite_storage.orm.journal.database import JournalPool, effective, read_translations
 
 if TYPE_CHECKING:
@@ -103,6 +103,38 @@ class References:
         Raises:
             ConfigurationError: Rows of one of them are, or may be, hidden from this role.
         """
+        catalogue, wanted = await self._wanted(connection)
+        own = self._pool.translate_map
+        # One that is not there is asked all the same: its error keeps everything until the table is there.
+        places = [catalogue.place(schema, item) or Place(schema, item.table.name, item.name) for schema, item in wanted]
+        found = (catalogue.place(effective(item.table.schema, own), item) for item in self._others)
+        places += [place for place in found if place is not None]
+        places += catalogue.namesakes()
+        _require_visible(places)
+        return sorted(set(places), key=lambda place: place.names)
+
+    async def find_holders(self, connection: AsyncConnection, location: str) -> list[tuple[Place, Column[Any]]]:
+        """Return which columns of the journal's own bases refer to an object now, in every schema that was made known.
+
+        Raises:
+            ConfigurationError: Rows of one of them are, or may be, hidden from this role.
+        """
+        catalogue, wanted = await self._wanted(connection)
+        found = {place: item for schema, item in wanted if (place := catalogue.place(schema, item)) is not None}
+        _require_visible(found)
+        own = sorted(found.items(), key=lambda item: item[0].names)
+        holders: set[int] = set()
+        for some in batches(enumerate(own), _MOST_PARAMETERS):
+            parts: list[Select[*tuple[Any, ...]]] = []
+            for number, (place, _) in some:
+                found_in = place.column
+                is_here = location_of(found_in, self._pool.dialect, is_generated=place.is_generated)[1] == location
+                parts.append(select(literal_column(str(number))).select_from(found_in.table).where(is_here))
+            holders |= set(await connection.scalars(union_all(*parts), execution_options={TRANSLATE_MAP: None}))
+        return [own[number] for number in sorted(holders)]
+
+    async def _wanted(self, connection: AsyncConnection) -> tuple[Catalogue, list[tuple[str | None, Column[Any]]]]:
+        """Return the catalogue of the database, and the journal's own columns, each with every schema that it may be in."""
         own, learned = self._pool.translate_map, await read_translations(connection, self._tables)
         catalogue = await connection.run_sync(read_catalogue, list(dict.fromkeys((*self._columns, *self._others))))
         used = [own]
@@ -111,18 +143,16 @@ class References:
             maps = (own, *learned)
             used = [one for one in maps if any(catalogue.has_table(effective(schema, one), name) for schema, name in tables)]
         wanted = dict.fromkeys((effective(item.table.schema, one), item) for one in used or [own] for item in self._columns)
-        # One that is not there is asked all the same: its error keeps everything until the table is there.
-        places = [catalogue.place(schema, item) or Place(schema, item.table.name, item.name) for schema, item in wanted]
-        found = (catalogue.place(effective(item.table.schema, own), item) for item in self._others)
-        places += [place for place in found if place is not None]
-        places += catalogue.namesakes()
-        problems = [problem for problem, _ in describe_obstacles(places, "the journal's role")]
-        if problems:
-            raise ConfigurationError(
-                f"{'; '.join(problems)}, where rows may refer to the same objects as those of the models do, so nothing is"
-                " deleted: let this role see all of their rows, or give StorageJournal an engine of a role that does"
-            )
-        return sorted(set(places), key=lambda place: place.names)
+        return catalogue, list(wanted)
+
+
+def _require_visible(places: Iterable[Place]) -> None:
+    problems = [problem for problem, _ in describe_obstacles(places, "the journal's role")]
+    if problems:
+        raise ConfigurationError(
+            f"{'; '.join(problems)}, where rows may refer to the same objects as those of the models do, so nothing is"
+            " deleted: let this role see all of their rows, or give StorageJournal an engine of a role that does"
+        )
 
 
 def _table(original: Table, *columns: Column[Any], schema: str | None) -> TableClause:

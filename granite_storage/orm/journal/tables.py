@@ -30,8 +30,11 @@ __all__ = [
     "tables_of",
 ]
 
-SCHEMA_VERSION = 1
-"""The version of the tables that this code requires; stored in the table `granite_storage_meta`."""
+SCHEMA_VERSION = 2
+"""The version of the tables that this code requires; stored in the table `granite_storage_meta`.
+
+Version 2 added `granite_storage_job`, and changed nothing else.
+"""
 
 VERSION_NAME = "schema_version"
 """The key of the version in that table."""
@@ -121,6 +124,22 @@ def _declare(metadata: MetaData, schema: str | None) -> JournalTables:
             Column("value", Text(), nullable=False),
             Column("changed", _Time, nullable=False),
         ),
+        job=table(
+            "job",
+            Column("id", Uuid(), primary_key=True),
+            Column("table_name", _Key, nullable=False),
+            Column("column_name", _Key, nullable=False),
+            Column("backend", _Key, nullable=False),
+            Column("location", _Exact, nullable=False),
+            Column("key", _Key, nullable=False),
+            Column("recipe", Text(), nullable=False),
+            Column("due", _Time, nullable=False),
+            Column("attempts", Integer(), nullable=False),
+            Column("takeovers", Integer(), nullable=False),
+            Column("error", Text()),
+            Column("dead", Boolean(), nullable=False),
+            Index("ix_granite_storage_job_due", "backend", "due"),
+        ),
     )
 
 
@@ -153,7 +172,7 @@ def _on_mariadb(element: clock, compiler: Any, **kw: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FailedReclaim:
-    """An object that could not be deleted.
+    """An object that could not be deleted, or not be scanned.
 
     Attributes:
         backend: Its backend's key.
@@ -181,7 +200,9 @@ class RecoveryReport:
         confirmed: How many late looks at the place of a deleted upload ended its row.
         leased: How many uploads are still under their leases.
         waiting: How many deletes wait for their retention, or for a transaction in progress.
-        failed: What could not be deleted, each with its next attempt.
+        failed: What could not be deleted, each with its next attempt, and what cannot be scanned.
+        scanned: How many held objects it scanned, whose rows now have the verdict.
+        held: How many are held until a scanner has judged them, and are tried again.
         unknown_backends: Backends that rows of the journal name and the manager does not have; nothing of theirs is touched.
     """
 
@@ -191,6 +212,8 @@ class RecoveryReport:
     confirmed: int = 0
     leased: int = 0
     waiting: int = 0
+    scanned: int = 0
+    held: int = 0
     failed: list[FailedReclaim] = field(default_factory=list)
     unknown_backends: set[str] = field(default_factory=set)
 
@@ -200,4 +223,5 @@ class RecoveryReport:
         self.deleted += other.deleted
         self.kept += other.kept
         self.confirmed += other.confirmed
+        self.scanned += other.scanned
         self.failed += other.failed

@@ -40,23 +40,30 @@ class Alarm:
 
 @asynccontextmanager
 async def at_work(
-    backends: Iterable[str], recover: Callable[[str], Awaitable[object]], interval: timedelta, alarm: Alarm
+    backends: Iterable[str],
+    recover: Callable[[str], Awaitable[object]],
+    interval: timedelta,
+    alarm: Alarm,
+    *,
+    what: str = "recovering the objects",
 ) -> AsyncIterator[None]:
     """Run recovery of every backend periodically, each in a task of its own, so that a slow one does not delay the others.
 
     A pass in progress is cancelled when the block ends; any worker resumes it.
     """
-    async with background(*(_recover_forever(backend, recover, interval.total_seconds(), alarm) for backend in backends)):
+    seconds = interval.total_seconds()
+    loops = (_recover_forever(partial(recover, item), seconds, alarm, f"{what} of the backend {item!r}") for item in backends)
+    async with background(*loops):
         yield
 
 
-async def _recover_forever(backend: str, recover: Callable[[str], Awaitable[object]], interval: float, alarm: Alarm) -> None:
+async def _recover_forever(recover: Callable[[], Awaitable[object]], interval: float, alarm: Alarm, what: str) -> None:
     woken = asyncio.Event()
     with alarm.heard_by(woken):
         await repeat(
-            partial(recover, backend),
+            recover,
             interval,
-            f"recovering the objects of the backend {backend!r}",
+            what,
             jitter=_JITTER,
             wake=woken,
             rest=min(_PAUSE, interval),  # transactions that end in the meantime are processed together

@@ -26,6 +26,14 @@ async def asyncpg_database(request: pytest.FixtureRequest) -> AsyncIterator[Data
 
 
 @pytest.fixture(scope="session")
+async def psycopg_database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
+    """PostgreSQL, with synchronous sessions."""
+    async with new_database(request, "psycopg") as found:
+        found.is_synchronous = True
+        yield found
+
+
+@pytest.fixture(scope="session")
 async def mariadb_database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
     """MariaDB alone."""
     async with new_database(request, "mariadb") as found:

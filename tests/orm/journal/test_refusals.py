@@ -19,6 +19,7 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, journal_tables
 from tests.orm.databases import Database
 from tests.orm.environment import Base, Doc, OrmEnvironment, file
+from tests.orm.journal.scans import ScriptedScanner
 
 
 def journal_of(env: OrmEnvironment) -> StorageJournal:
@@ -83,9 +84,49 @@ class TestTables:
         async with changed(
             env,
             "UPDATE granite_storage_meta SET value = '99' WHERE name = 'schema_version'",
-            "UPDATE granite_storage_meta SET value = '1' WHERE name = 'schema_version'",
+            "UPDATE granite_storage_meta SET value = '2' WHERE name = 'schema_version'",
         ):
             await require_refused(env, "version 99")
+
+    async def test_the_version_before(self, env: OrmEnvironment) -> None:
+        """It lacks the table of jobs; the message names it, and every way to create it."""
+        await journal_of(env).check()
+        async with (
+            changed(
+                env,
+                "UPDATE granite_storage_meta SET value = '1' WHERE name = 'schema_version'",
+                "UPDATE granite_storage_meta SET value = '2' WHERE name = 'schema_version'",
+            ),
+            changed(
+                env,
+                "ALTER TABLE granite_storage_job RENAME TO moved_away",
+                "ALTER TABLE moved_away RENAME TO granite_storage_job",
+            ),
+        ):
+            await require_refused(env, "version 1, without granite_storage_job.*autogenerate.*upgrade_journal_tables.*create_all")
+
+    async def test_processes_of_the_version_before_go_on_until_something_may_be_held(self, env: OrmEnvironment) -> None:
+        """They refuse tables of a later version, so these are not recorded as such before jobs can be in them."""
+        await journal_of(env).check()
+        question = "SELECT value FROM granite_storage_meta WHERE name = 'schema_version'"
+        scanner = ScriptedScanner()
+        async with changed(
+            env,
+            "UPDATE granite_storage_meta SET value = '1' WHERE name = 'schema_version'",
+            "UPDATE granite_storage_meta SET value = '2' WHERE name = 'schema_version'",
+        ):
+            for on_unavailable, version in (("refuse", "1"), ("hold", "2")):
+                scanner.on_unavailable = on_unavailable  # type: ignore[assignment]
+                policies = {"docs": StoragePolicy("docs", "store", scanner=scanner)}
+                journal = StorageJournal(env.engine)
+                binding = bind_storage(Base, StorageManager(backends=env.manager.backends, policies=policies), journal=journal)
+                try:
+                    await journal.check()
+                finally:
+                    binding.unbind()
+                    await journal.aclose()
+                async with env.engine.connect() as connection:
+                    assert (await connection.execute(text(question))).scalar_one() == version
 
     async def test_no_privilege(self, env: OrmEnvironment) -> None:
         if not env.database.is_postgres:

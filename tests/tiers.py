@@ -501,6 +501,11 @@ REPETITIONS = [
     ),
     Repetition(
         "tests/applications/",
+        "on MariaDB and with gunicorn's threads the program is the same",
+        lambda _, params: params.get("kind") == "mariadb" or params.get("server") == "gthread",
+    ),
+    Repetition(
+        "tests/applications/",
         "the program is the same: PostgreSQL is what such programs run on",
         lambda item, params: (
             params.get("kind") == "sqlite"

@@ -33,7 +33,13 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 
 from granite_storage._tasks import background, run_bounded, shielded
 from granite_storage.backends.base import SupportsMountCheck
-from granite_storage.exceptions import BackendUnavailableError, ContentError, ObjectNotFoundError, ScannerUnavailableError
+from granite_storage.exceptions import (
+    BackendUnavailableError,
+    ConfigurationError,
+    ContentError,
+    ObjectNotFoundError,
+    ScannerUnavailableError,
+)
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches
 from granite_storage.orm.columns import location_of, portable_storage_ref_type
@@ -70,6 +76,7 @@ _TRIES = 3
 _LONGEST_WAIT = 30.0
 """Seconds that a verdict waits for transactions that have locked the rows of its object; then it is given anew, later."""
 _FIRST_RETRY = 5.0
+_PAUSE_FOR_OTHERS = 300.0
 _LONGEST_RETRY = 3600.0
 _JITTER = 0.25
 _MOST_DOUBLINGS = 20
@@ -265,6 +272,11 @@ class Jobs:
             if not await self._is_settled(job, None):
                 await self._note(job, _described(error), is_dead=True)
             return 0
+        except ConfigurationError as error:
+            # Perhaps another process can do it, so the pauses do not grow.
+            await self._update_own(job, error=_described(error), due=clock(_PAUSE_FOR_OTHERS), takeovers=0)
+            logger.warning("the object %r, which is held, cannot be scanned by this process: %s", job.location, error)
+            return 0
         except Exception as error:
             await self._note(job, _described(error))
             if isinstance(error, ScannerUnavailableError):
@@ -352,12 +364,12 @@ class Jobs:
 
     async def _note(self, job: _Job, problem: str, *, is_dead: bool = False) -> None:
         """Save why a job has failed, and when it is tried again."""
-        attempts, said = job.attempts + 1, problem[:_LONGEST_ERROR]
+        attempts = job.attempts + 1
         delay = min(_FIRST_RETRY * 2 ** min(job.attempts, _MOST_DOUBLINGS), _LONGEST_RETRY)
         due = clock(delay * random.uniform(1 - _JITTER, 1))  # noqa: S311  # not a secret
-        await self._update_own(job, error=said, dead=is_dead, due=due, attempts=attempts, takeovers=0)
+        await self._update_own(job, error=problem, dead=is_dead, due=due, attempts=attempts, takeovers=0)
         told, onward = (logger.error, "a dead letter") if is_dead else (logger.warning, "is tried again")
-        told("the object %r, which is held, was not scanned (attempt %d, %s): %s", job.location, attempts, onward, said)
+        told("the object %r, which is held, was not scanned (attempt %d, %s): %s", job.location, attempts, onward, problem)
 
     async def _update_own(self, job: _Job, **values: Any) -> None:
         """Update a job, unless another worker has taken it over."""
@@ -392,4 +404,4 @@ def _unjudged(raw: Any, job: _Job) -> dict[str, Any] | None:
 
 
 def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]

@@ -12,7 +12,7 @@ MUTANTS = [
         old="case Outcome.UNKNOWN:\n                return []",
         new="case Outcome.UNKNOWN:\n                return [stored for stored, _ in frame.puts]",
         tests=(
-            "tests/orm/test_unknown_commit.py::test_connection_is_cut_at_the_commit[before the answer-asyncpg-without a journal]",
+            "tests/orm/test_unknown_commit.py::test_connection_is_cut_at_the_commit[before the server-asyncpg-without a journal]",
         ),
     ),
     Mutant(
@@ -209,12 +209,12 @@ MUTANTS = [
         tests=("tests/orm/test_concurrency.py::TestConnections::test_none_is_held_while_uploading[sqlite-begin]",),
     ),
     Mutant(
-        name="sessions-failed-upload-keeps-the-others",
-        rule="Where one upload of a flush fails, the others are to_delete_after_rollback.",
+        name="sessions-failed-upload-keeps-its-object",
+        rule="Where an upload fails, what it has stored is removed.",
         path="granite_storage/orm/uploads.py",
         old="        await _undo([upload.attachment for upload in uploads], isinstance(error, asyncio.CancelledError))\n",
         new="        del error\n",
-        tests=("tests/orm/test_failed_uploads.py",),
+        tests=("tests/web/test_direct.py::test_what_is_not_as_announced_is_refused",),
     ),
     Mutant(
         name="sessions-cancelled-removal-stops",

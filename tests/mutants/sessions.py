@@ -12,7 +12,7 @@ MUTANTS = [
         old="case Outcome.UNKNOWN:\n                return []",
         new="case Outcome.UNKNOWN:\n                return [stored for stored, _ in frame.puts]",
         tests=(
-            "tests/orm/test_unknown_commit.py::test_connection_is_cut_at_the_commit[before the server-asyncpg-without a journal]",
+            "tests/orm/test_unknown_commit.py::test_connection_is_cut_at_the_commit[before the answer-asyncpg-without a journal]",
         ),
     ),
     Mutant(
@@ -22,7 +22,7 @@ MUTANTS = [
         old="return self.committing and not self.refused",
         new="return False",
         tests=(
-            "tests/orm/test_unknown_commit.py::test_connection_is_cut_at_the_commit[before the answer-asyncpg-without a journal]",
+            "tests/orm/test_unknown_commit.py::test_connection_is_cut_at_the_commit[before the server-asyncpg-without a journal]",
         ),
     ),
     Mutant(

@@ -62,8 +62,9 @@ class CommitProxy:
     async def _pump(self, source: asyncio.StreamReader, to: asyncio.StreamWriter, lost: asyncio.Event, *, watched: bool) -> None:
         while data := await source.read(65536):
             if watched and self.cut is not None and b"COMMIT" in data:
+                cut, self.cut = self.cut, None  # later connections go through
                 lost.set()
-                if self.cut == "before the server":
+                if cut == "before the server":
                     return
             elif not watched and lost.is_set():
                 return

@@ -4,7 +4,7 @@ A location is `[key_prefix/]model_name/entity_id/field_name/<uuid7 as 32 hex dig
 never overwritten; it begins with the time, so a listing is in order of creation; and a person can read it.
 
 What the application names (model, entity, field, prefix) is refused when it is unsafe, because it is a mistake to be seen. What a
-visitor names (the file) is made safe, because an upload must not fail for it.
+client names (the file) is made safe, because an upload must not fail for it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def make_location(
         model_name: What kind of thing owns the object, such as `user`.
         entity_id: Which of them.
         field_name: Which of its files.
-        original_filename: The name that a visitor gave, cleaned by `clean_filename` or not; None if there is none.
+        original_filename: The client's file name, cleaned by `clean_filename` or not; None if there is none.
 
     Raises:
         InvalidLocationError: A part is unsafe or the text of None, or the whole would be longer than `MAX_LOCATION_BYTES`.
@@ -143,7 +143,7 @@ def generated_id(location: str) -> str | None:
 
 
 def clean_filename(filename: str | None) -> str | None:
-    """Return what a ref keeps of the name that a visitor gave, or None if nothing is left of it.
+    """Return what a ref keeps of the client's file name, or None if nothing is left of it.
 
     The last component after slashes and backslashes (on every system), without control and bidirectional-override
     characters, lone surrogates replaced, at most 255 bytes with its extension kept; otherwise as given.
@@ -166,7 +166,7 @@ def safe_name(filename: str | None, *, max_bytes: int = MAX_SEGMENT_BYTES - 33) 
     the extension, which is lower case. A server that picks a handler by any of several extensions finds just one.
 
     Args:
-        filename: The name that a visitor gave, or None.
+        filename: The client's file name, or None.
         max_bytes: The most UTF-8 bytes the name may have.
     """
     cleaned = unicodedata.normalize("NFC", clean_filename(filename) or "").rstrip(". ")

@@ -36,7 +36,7 @@ class StorageManager:
     Args:
         backends: The backends by their keys. The manager closes them.
         policies: The policies by their storage keys.
-        drain_timeout: How long `aclose` waits for calls under way before it cancels them, in seconds.
+        drain_timeout: How long `aclose` waits for calls in progress before it cancels them, in seconds.
         max_concurrent_uploads: How many streams are stored at a time on one event loop, which bounds the memory that any number
             of them takes. A stream takes its place when its first piece is there; others wait with that piece. None for any
             number.
@@ -134,7 +134,7 @@ class StorageManager:
             field_name: Which of its files, such as `avatar`.
             content: The bytes; changing the buffer during the call is the caller's mistake.
             content_type: Its media type; kept as given, unless the policy finds it from the content.
-            original_filename: The name that the visitor gave; made safe, never trusted.
+            original_filename: The client's file name; made safe, never trusted.
             extra: Keys of your own to keep in the ref, JSON values; the backend's own keys win.
 
         Returns:
@@ -418,7 +418,7 @@ class StorageManager:
     async def aclose(self) -> None:
         """Close what this event loop and synchronous callers have opened; idempotent.
 
-        New calls are refused at once. Calls under way have `drain_timeout` to end; then they are cancelled, and leave nothing
+        New calls are refused at once. Calls in progress have `drain_timeout` to end; then they are cancelled, and leave nothing
         behind. Readers that are still open are closed. When it is cancelled itself, it cancels the calls at once, and closes
         everything all the same.
         """

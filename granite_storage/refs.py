@@ -82,7 +82,7 @@ class StoredObjectRef(_UnknownKeys):
         size: Bytes written.
         checksum: `sha256:<64 lower-case hex digits>`; empty where it is unknown, as in refs of other origin.
         content_type: The media type that the writer gave.
-        original_filename: The name that the visitor gave, without path and control characters.
+        original_filename: The client's file name, without path and control characters.
         created_at: When the object was stored: ISO 8601, UTC, microseconds.
         extra: The caller's own keys and the backend's, such as `bucket`; read-only.
         media: What the content was found to be before it was kept, such as `type`, `width` and `height`; never what a client

@@ -132,7 +132,7 @@ class UrlSigner:
     """Signs URLs that `granite_storage.web.SignedFiles` serves.
 
     Everything that the answer depends on is in the URL and signed, with a key made for this one purpose, and so is the base URL:
-    nothing can be changed, and a URL has exactly one form. What is signed can be read by whoever has the URL.
+    nothing can be changed, and a URL has exactly one form. What is signed can be read by anyone who has the URL.
 
     Args:
         base_url: Where `SignedFiles` is mounted, as clients see it, such as `https://example.com/files`. URLs are built from it

@@ -261,7 +261,7 @@ class ObjectStoreBackend:
         """Return a URL that serves a GET of the object, with its stored content type, until it expires.
 
         obstore signs no headers of the answer. So this is not `SupportsPresign`, and `StorageManager.url` does not use it: what a
-        visitor uploaded is served as the type that the visitor declared. The URL grants what it says to whoever has it: do not
+        client uploaded is served as the type that the client declared. The URL grants what it says to anyone who has it: do not
         log it.
 
         Args:

@@ -443,7 +443,7 @@ class S3StorageBackend:
     ) -> str:
         """Return a URL that serves a GET until it expires, after seven days at the most; see `SupportsPresign.presign_get`.
 
-        The URL grants what it says to whoever has it: do not log it. It ends with the credentials that sign it, if these are
+        The URL grants what it says to anyone who has it: do not log it. It ends with the credentials that sign it, if these are
         temporary and end sooner; the log warns of that once for each of them.
         """
         self._check(location)

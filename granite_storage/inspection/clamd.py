@@ -99,7 +99,7 @@ class ClamdScanner:
         """Have content judged; an error of the content itself is raised as it is.
 
         Args:
-            content: The content, which is not read on once clamd has answered; whoever made it closes it.
+            content: The content, which is not read on once clamd has answered; its maker closes it.
 
         Raises:
             ScannerUnavailableError: clamd could not be reached, took too long, refused the content, or said what is no verdict.

@@ -189,7 +189,10 @@ async def judge_bytes(content: bytes | bytearray | memoryview, checks: Checks, p
         content = await _threads.run(bytes, content)
     judge = _Judge(checks, replace(preview, size=len(content)))
     await judge.look(content[:HEAD_SIZE], is_whole=len(content) <= HEAD_SIZE)
-    judge.note(content)
+    if judge.notes and len(content) > _PIECE:
+        await _threads.run(judge.note, content)
+    else:
+        judge.note(content)
     if judge.wants_more:
         await _threads.run(judge.feed_whole, content)
     await judge.finish()
@@ -225,6 +228,11 @@ class _Judge:
     def wants_more(self) -> bool:
         """Whether an inspector needs more of the content."""
         return bool(self._active)
+
+    @property
+    def notes(self) -> bool:
+        """Whether `note` looks at what it is given."""
+        return self._is_text or self._unconfirmed is not None
 
     async def look(self, head: bytes, *, is_whole: bool) -> None:
         """Decide what the head decides."""

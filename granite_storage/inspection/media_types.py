@@ -362,7 +362,9 @@ class _Judge:
             return self._judge_unknown()
         if stated is None and found in (ZIP, OLE) and not is_whole:
             named = types_by_extension().get(extension(self.filename))
-            stated = named if named in _ZIP_TYPES | _OLE_TYPES else None  # as if it had been declared: its end will tell
+            stated = (
+                named if named is not None and (_is_archive(named) or named in _OLE_TYPES) else None
+            )  # as if it had been declared: its end will tell
         if stated is None or stated == found or _is_general(stated, found):
             return self._keep(found, found)
         if stated in DECLARABLE.get(found, ()) or _is_variant(stated, found):

@@ -510,7 +510,7 @@ def _execute(session: Session, unit: UnitOfWork, frame: Frame, plan: FlushPlan[C
     for change in plan.move:
         given = change.attachment
         # What was read under the lock: a worker may have changed parts of it since the session loaded the value.
-        given._state.correct(read.get(StoredObject(given.manager, given.ref).key, given.ref))
+        given._state.correct(read.get(StoredObject(change.binding.manager, given.ref).key, given.ref))
         given._state.take(change.slot.column_type)
         unit.flush.log.append((StoredObject(given.manager, given.ref), True))
         unit.flush.moved.append(change)

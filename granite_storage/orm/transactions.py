@@ -168,7 +168,7 @@ class ConnectionWatch:
                 return False
 
     def resolve(self, outcome: Outcome, *, in_progress: bool = False) -> None:
-        """Act on the end of the outer transaction, which may still be under way."""
+        """Act on the end of the outer transaction, which may still be in progress."""
         joined, self.joined = self.joined, []
         to_delete, self.to_delete = self.to_delete, []
         keep = _asking([self], outcome)
@@ -253,7 +253,7 @@ def expect_end(session: Session, transaction: SessionTransaction) -> None:
 def _look_after(
     loop: asyncio.AbstractEventLoop, session: Session, transaction: SessionTransaction, unit: SessionWork, committing: Any
 ) -> None:
-    """Conclude a transaction whose commit is over, as its greenlet tells; look again later where it is not."""
+    """Conclude a transaction whose commit is over, as its greenlet tells; check again later where it is not."""
     unit.watchdog = None
     if known_unit(session) is not unit:
         return
@@ -378,7 +378,7 @@ def _on_rollback_prepared(connection: Connection, *_: Any) -> None:
 
 
 def _on_rollback_savepoint(connection: Connection, name: str, _: Any) -> None:
-    """Take back the work of sessions that had ended inside a savepoint of the outer transaction.
+    """Undo the work of sessions that had ended inside a savepoint of the outer transaction.
 
     Of work that was done partly before the savepoint, nobody can tell which part is undone: nothing is deleted of it.
     """
@@ -422,7 +422,7 @@ def _on_checkin(_: Any, record: Any) -> None:
 
 
 def _on_invalidate(_: Any, record: Any, __: Any) -> None:
-    """The connection is given up, and with it its transaction: a session that was cancelled as it ended tells no more of it."""
+    """The connection is dropped, and with it its transaction: a session that was cancelled as it ended tells no more of it."""
     found = record.info.get(_INFO_KEY)
     if found is None:
         return

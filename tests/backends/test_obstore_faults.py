@@ -468,6 +468,7 @@ class TestReadingFromAPoorService:
                 await read(backend, "cut")
         assert service.requests == 2
 
+    @pytest.mark.time_bound
     @pytest.mark.case("CAN-03")
     @pytest.mark.parametrize("cancelled", [False, True])
     async def test_a_reader_that_is_closed_lets_go_soon(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -67,8 +68,11 @@ def programs() -> Iterator[Programs]:
     found = _installed()
     wanted = os.environ.get("CI") or os.environ.get("INSTALL_CHROMIUM")
     if found is None and wanted and os.geteuid() == 0 and shutil.which("apt-get"):
-        _install()
-        found = _installed()
+        with _alone():  # another process of the tests may be at it
+            found = _installed()
+            if found is None:
+                _install()
+                found = _installed()
     if found is None:
         raise LookupError(
             "no Chromium or Chrome with its chromedriver is on the path (on Debian, INSTALL_CHROMIUM=1 lets root install them)"
@@ -80,6 +84,14 @@ def _installed() -> Programs | None:
     browser = next((path for path in map(shutil.which, BROWSERS) if path), None)
     driver = shutil.which("chromedriver")
     return Programs(browser, driver) if browser and driver else None
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until no other process installs."""
+    with Path(__file__).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _install() -> None:

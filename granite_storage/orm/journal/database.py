@@ -302,8 +302,8 @@ def _small_pool(pool: Pool, size: int, *, is_async: bool) -> Pool:
 
 # The heartbeat of the workers, in the table `granite_storage_meta`, and the gaps in it.
 #
-# A database that was restored from a backup has the heartbeat of the backup, and so has one that was out of use. Whoever
-# beats first after such a silence notes it, and the note stays until a person has confirmed the database: meanwhile the
+# A database that was restored from a backup has the heartbeat of the backup, and so has one that was out of use. The process
+# that beats first after such a silence notes it, and the note stays until a person has confirmed the database: meanwhile the
 # garbage collector deletes nothing, for what it would take for orphans may be the files of a database that is about to be
 # restored once more.
 

@@ -105,7 +105,7 @@ class FaultCases(Cases):
 
     @pytest.mark.parametrize("delay", [0.0, 0.001, 0.003, 0.01, 0.03])
     async def test_late_write_after_a_delete(self, backend: StorageBackend, delay: float) -> None:
-        """A write that is cancelled under way and then deleted does not come up later."""
+        """A write that is cancelled in progress and then deleted does not come up later."""
         writer = asyncio.ensure_future(put(backend, "put_stream", "late", self.content("parts")))
         await asyncio.sleep(delay)
         writer.cancel()
@@ -135,7 +135,7 @@ class FaultCases(Cases):
         await self.require_whole(backend, "written/object", bytes(self.parts_size), "after its writer was killed")
 
     async def test_cleanup_leaves_what_is_under_way(self, backend: StorageBackend) -> None:
-        """Clearing away what is old disturbs no write under way and no object."""
+        """Clearing away what is old disturbs no write in progress and no object."""
         self.needs("supports_cleanup")
         assert isinstance(backend, SupportsCleanup), "supports_cleanup is declared, but there is no cleanup_incomplete()"
         reached, go_on = asyncio.Event(), asyncio.Event()
@@ -169,7 +169,7 @@ class FaultCases(Cases):
         await self.require_whole(backend, "kept", b"...", "after a clean-up")
 
     async def test_errors_are_of_the_family(self, backend: StorageBackend) -> None:
-        """An error is a `StorageError`, and not an `OSError`, which web frameworks take for a visitor who went away."""
+        """An error is a `StorageError`, and not an `OSError`, which web frameworks take for a client that disconnected."""
         with must_raise(ObjectNotFoundError, "open() of a missing object must raise") as caught:
             await backend.open("missing")
         assert isinstance(caught.error, StorageError), f"{caught.error!r} is not a StorageError"

@@ -98,7 +98,7 @@ class LocationCases(Cases):
 
     @pytest.mark.parametrize("kind", HOSTILE)
     async def test_hostile_location(self, backend: StorageBackend, kind: str) -> None:
-        """A location that is not safe is refused by every call before anything is touched, whoever let it through."""
+        """A location that is not safe is refused by every call before anything is touched, whatever let it through."""
         await backend.put_bytes("safe", b"...")
         for location in HOSTILE[kind]:
             for verb, call in _calls(backend, location).items():

@@ -135,7 +135,7 @@ class WriteCases(Cases):
         "error",
         [
             RuntimeError("the source broke"),
-            ConnectionResetError("the visitor went away"),
+            ConnectionResetError("the client disconnected"),
             TimeoutError("the source is slow"),
             ObjectNotFoundError("another backend's error", location="elsewhere"),
             ChecksumMismatchError("the check at the end failed"),

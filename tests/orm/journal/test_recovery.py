@@ -422,6 +422,16 @@ class TestRetention:
             await env.add(Doc(id=2, file=Attachment.restore(doc.file.ref)))
         await env.check(file_1="a")
 
+    async def test_what_a_row_gives_up_in_the_same_flush_moves(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions.begin() as session:
+            doc = await session.get_one(Doc, 1)
+            assert doc.file is not None
+            ref, doc.file = doc.file.ref, None
+            session.add(Doc(id=2, file=Attachment.restore(ref)))
+        await env.recover()
+        await env.check(file_2="a")
+
     async def test_two_rows_that_restore_one_object(self, env: OrmEnvironment) -> None:
         """One takes it back, and the other gets a copy."""
         await env.add(Doc(id=1, file=file("a")))

@@ -281,7 +281,7 @@ MUTANTS = [
         name="scan-verdict-lost-in-a-move",
         rule="The value that moves is the one read under the lock of its row, not the one in memory.",
         path="granite_storage/orm/flush.py",
-        old="        given._state.correct(read.get(StoredObject(given.manager, given.ref).key, given.ref))\n",
+        old="        given._state.correct(read.get(StoredObject(change.binding.manager, given.ref).key, given.ref))\n",
         new="",
         tests=("tests/orm/journal/test_scans.py::TestFlushes::test_a_session_that_has_not_heard_of_the_verdict[asyncpg]",),
     ),

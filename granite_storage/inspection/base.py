@@ -177,5 +177,7 @@ class Checks:
         """Tell whether an object of another policy passes, by what its ref says; what cannot be told does not pass."""
         found = None if media is None else media.get("type")
         is_accepted = self.accept is None or (isinstance(found, str) and matches(found, self.accept))
-        is_clean = self.scanner is None or (scan is not None and scan.get("status") == "clean")
-        return is_accepted and is_clean and not self.inspectors and self.strip is None and not self.validators
+        status = None if scan is None else scan.get("status")
+        # What waits for a scanner may wait here, too.
+        is_scanned = self.scanner is None or status == "clean" or (status == "pending" and self.scanner.on_unavailable == "hold")
+        return is_accepted and is_scanned and not self.inspectors and self.strip is None and not self.validators

@@ -78,7 +78,7 @@ class Audit:
     async def expire(self) -> None:
         """Let all waits be over, but for what a transaction has locked."""
         tables = self.place.journal.tables
-        for table in (tables.intent, tables.reclaim) if self.place.setting.is_local else (tables.intent,):
+        for table in (tables.intent, tables.job, *((tables.reclaim,) if self.place.setting.is_local else ())):
             async with self.place.engine.begin() as connection:
                 free = (
                     await connection.scalars(table.select().with_only_columns(table.c.id).with_for_update(skip_locked=True))
@@ -90,7 +90,7 @@ class Audit:
         tables = self.place.journal.tables
         found: dict[str, list[Any]] = {}
         async with self.place.engine.connect() as connection:
-            for table in (tables.intent, tables.reclaim, tables.decision):
+            for table in (tables.intent, tables.reclaim, tables.decision, tables.job):
                 if rows := list(await connection.execute(table.select())):
                     found[table.name] = rows
         return found
@@ -115,9 +115,19 @@ class Audit:
         for where, (ref, says) in references.items():
             assert await self.place.manager.exists(ref), f"I1: {where} refers to {ref.location}, which is gone"
             assert await self.place.manager.get(ref) == content_of(says), f"I1: {where} has other bytes than it says"
+        await self.check_jobs([ref for ref, _ in references.values()])
         locations = [ref.location for ref, _ in references.values()]
         assert len(set(locations)) == len(locations), f"two rows share an object: {locations}"
         return references
+
+    async def check_jobs(self, refs: list[StoredObjectRef]) -> None:
+        """Check that what is held is to be scanned (D2), and that all else was."""
+        job = self.place.journal.tables.job
+        async with self.place.engine.connect() as connection:
+            known = set(await connection.scalars(job.select().with_only_columns(job.c.location)))
+        for ref in refs:
+            assert ref.scan is not None, f"{ref.location} was never scanned"
+            assert ref.scan["status"] == "clean" or ref.location in known, f"D2: {ref.location} is held, and no job scans it"
 
     async def check_everything(self) -> None:
         """Check I1 and I2, when the journal is empty."""

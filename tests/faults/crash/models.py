@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -15,6 +16,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from granite_storage import StorageManager, StoragePolicy
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.exceptions import ScannerUnavailableError
+from granite_storage.inspection import ScanResult
+from granite_storage.inspection.base import OnUnavailable
 from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, journal_tables
 from tests.orm.awaited import AwaitedEngine, AwaitedSessions
 
@@ -56,6 +60,19 @@ def content_of(says: str) -> bytes:
     size = int(says.rpartition("-")[2])
     block = hashlib.sha256(says.encode()).digest() * 2048
     return (block * (size // len(block) + 1))[:size]
+
+
+class OftenAway:
+    """A scanner that finds nothing, and is not there each third time: what it cannot judge is held."""
+
+    on_unavailable: OnUnavailable = "hold"
+
+    async def scan(self, content: AsyncIterator[bytes], /) -> ScanResult:
+        if random.random() < 0.3:
+            raise ScannerUnavailableError("it is away")
+        async for _ in content:
+            pass
+        return ScanResult(True, "often away")
 
 
 @dataclass(frozen=True)
@@ -104,8 +121,8 @@ class Setting:
         engine = self._engine(name, isolation_level, **options)
         backend = self.backend()
         policies = {
-            "plain": StoragePolicy("plain", "store"),
-            "kept": StoragePolicy("kept", "store", retention=timedelta(seconds=self.retention)),
+            "plain": StoragePolicy("plain", "store", scanner=OftenAway()),
+            "kept": StoragePolicy("kept", "store", scanner=OftenAway(), retention=timedelta(seconds=self.retention)),
         }
         manager = StorageManager(backends={"store": backend}, policies=policies)
         journal = StorageJournal(engine.sync_engine if self.is_synchronous else engine, lease=timedelta(seconds=self.lease))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, delete, insert, select, update
+from sqlalchemy import create_engine, delete, event, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -28,6 +28,8 @@ async def synchronously(env: OrmEnvironment, work: Work, **options: Any) -> None
     def run() -> None:
         url = env.database.url
         engine = create_engine(url.set(drivername=url.drivername.replace("+aiosqlite", "")), **options)
+        if engine.dialect.name == "sqlite":  # without which nothing cascades
+            event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA foreign_keys = ON"))
         try:
             with Session(engine) as session:
                 work(session)

@@ -126,6 +126,8 @@ class Gate:
                 is_whole = False
                 break
         await self._judge.look(bytes(head), is_whole=is_whole)
+        if self._checks.inspectors:
+            await _threads.run(self._judge.begin)
 
     def __aiter__(self) -> Self:
         return self
@@ -193,9 +195,9 @@ async def judge_bytes(content: bytes | bytearray | memoryview, checks: Checks, p
         await _threads.run(judge.note, content)
     else:
         judge.note(content)
-    if judge.wants_more:
-        await _threads.run(judge.feed_whole, content)
-    await judge.finish()
+    judge.confirm()
+    if checks.inspectors:
+        await _threads.run(judge.inspect_whole, content)
     if checks.scanner is not None:
         scan = _Scan(checks.scanner)
         try:
@@ -242,8 +244,6 @@ class _Judge:
             self._find_type(head)
         self._preview = replace(self._preview, content_type=self.verdict.content_type, filename=self.verdict.filename)
         await validate(self._checks, self._preview)
-        if self._checks.inspectors:
-            await _threads.run(self._begin)
 
     def _find_type(self, head: bytes) -> None:
         checks, preview = self._checks, self._preview
@@ -279,7 +279,8 @@ class _Judge:
                 declared=self._preview.declared_type,
             )
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Begin the inspections; in a thread."""
         preview = replace(self._preview, content_type=self._type or self._preview.content_type)
         self._active = [begun for item in self._checks.inspectors if (begun := item.begin(preview)) is not None]
 
@@ -302,11 +303,13 @@ class _Judge:
             (active if _wants_more(item, piece) else self._ended).append(item)
         self._active = active
 
-    def feed_whole(self, content: bytes) -> None:
-        """Show the inspectors all of the content; in a thread."""
+    def inspect_whole(self, content: bytes) -> None:
+        """Show the inspectors all of the content, and keep what they find; in a thread, in one go: content may be small."""
+        self.begin()
         for start in range(0, len(content), _PIECE):
             if self._active:
                 self.feed(content[start : start + _PIECE])
+        self._collect()
 
     def strip_whole(self, content: bytes) -> bytes:
         """Return what is to be stored of the whole content; in a thread."""
@@ -315,15 +318,17 @@ class _Judge:
 
     async def finish(self) -> None:
         """Decide what the whole content decides."""
+        self.confirm()
+        if self._ended or self._active:
+            await _threads.run(self._collect)
+
+    def confirm(self) -> None:
+        """Refuse an archive whose end does not confirm its beginning."""
         if self._unconfirmed is not None:
             assert self._checks.accept is not None  # noqa: S101  # it is what there is to confirm
             confirm_type(self._unconfirmed, self._preview.head, self._tail, accept=self._checks.accept)
-        if self._ended or self._active:
-            found = await _threads.run(self._collect)
-            own = {} if self._type is None else {"type": self._type}
-            self.verdict.media = read_only({**own, **found}, "what the inspectors found") or None
 
-    def _collect(self) -> dict[str, Any]:
+    def _collect(self) -> None:
         found: dict[str, Any] = {}
         for item in [*self._ended, *self._active]:
             own = item.finish()
@@ -331,7 +336,8 @@ class _Judge:
                 raise TypeError(f"finish() of {item!r} must return a mapping or None, not {type(own).__name__}")
             found |= own or {}
         found.pop("type", None)
-        return found
+        own_type = {} if self._type is None else {"type": self._type}
+        self.verdict.media = read_only({**own_type, **found}, "what the inspectors found") or None
 
 
 async def validate(checks: Checks, preview: UploadPreview) -> None:

@@ -22,6 +22,8 @@ __all__ = [
     "Validator",
 ]
 
+_LONGEST_TEXT = 200
+
 HEAD_SIZE = 64 * 1024
 """How much of the beginning of an upload is looked at before any of it is stored, in bytes."""
 
@@ -95,6 +97,8 @@ class ScanResult:
         is_clean: Whether nothing was found.
         by: The scanner, such as `clamd 1.4.2`.
         signature: What was found, in the scanner's words; None where nothing was.
+
+    Both texts are kept in rows, so that they are cut at 200 characters and lose what cannot be printed: no database takes a NUL.
     """
 
     is_clean: bool
@@ -106,6 +110,13 @@ class ScanResult:
             raise TypeError(f"is_clean must be True or False, not {self.is_clean!r}")
         if self.is_clean and self.signature is not None:
             raise ValueError(f"a clean result has no signature, but this one has {self.signature!r:.80}")
+        object.__setattr__(self, "by", _shortened(self.by))
+        if self.signature is not None:
+            object.__setattr__(self, "signature", _shortened(self.signature))
+
+
+def _shortened(text: str) -> str:
+    return "".join(filter(str.isprintable, text))[:_LONGEST_TEXT]
 
 
 @runtime_checkable

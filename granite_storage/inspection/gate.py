@@ -38,7 +38,6 @@ _VERDICT_TIMEOUT = 300.0
 _OUTCOMES = {"hold": "is held back until it is", "accept": "is accepted all the same"}
 _BEARS_LOCATION = ("image/", "video/", "audio/")
 _LONGEST_MESSAGE = 500
-_LONGEST_NAME = 200
 
 _threads = ThreadPool("granite-inspect", (os.cpu_count() or 1) + 2)
 
@@ -491,4 +490,4 @@ def _require_clean(result: ScanResult) -> None:
 
 def _scan_part(status: str, by: str | None) -> Mapping[str, Any]:
     part = {"status": status, "at": canonical_timestamp(datetime.now(UTC))}
-    return part if by is None else {**part, "by": "".join(filter(str.isprintable, by))[:_LONGEST_NAME]}
+    return part if by is None else {**part, "by": by}

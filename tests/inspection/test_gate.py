@@ -153,6 +153,12 @@ def test_a_result_that_cannot_be() -> None:
         ScanResult(True, "a scanner", "Eicar-Test")
 
 
+def test_a_result_fits_into_a_row() -> None:
+    result = ScanResult(False, "scan\0ner" + "x" * 1000, "Ei\0car\n" + "y" * 1000)
+    assert result.by == ("scanner" + "x" * 1000)[:200]
+    assert result.signature == ("Eicar" + "y" * 1000)[:200]
+
+
 async def test_an_upload_over_the_limit_is_refused_as_ever() -> None:
     manager = manager_on(MemoryStorageBackend(), max_size=2 * MIB, inspect=[Counting()], scanner=ScriptedScanner())
     with pytest.raises(ContentTooLargeError):

@@ -265,7 +265,7 @@ class StorageManager:
         return self._engine.open(ref, offset=offset, length=length, verify=verify)
 
     async def scan(self, ref: StoredObjectRef) -> StoredObjectRef:
-        """Scan the stored object anew, with the scanner of its policy.
+        """Scan the stored object again, with the scanner of its policy.
 
         It is for applications that keep refs themselves: the caller keeps the ref that is returned in place of the one that was
         given, and decides what becomes of an infected object. Nothing else changes. The rows of attachments are judged by the
@@ -532,7 +532,7 @@ class SyncStorage:
         return SyncObjectReader(self._run(opening.start(), "open"))
 
     def scan(self, ref: StoredObjectRef) -> StoredObjectRef:
-        """Scan the stored object anew; see `StorageManager.scan`."""
+        """Scan the stored object again; see `StorageManager.scan`."""
         return self._run(self._manager.scan(ref), "scan")
 
     def exists(self, ref: StoredObjectRef) -> bool:

@@ -1,4 +1,4 @@
-"""The scan of an object that is stored already: one that was held back, or one that is to be judged anew."""
+"""The scan of an object that is stored already: one that was held back, or one that is to be judged again."""
 
 from __future__ import annotations
 

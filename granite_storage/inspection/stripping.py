@@ -45,7 +45,7 @@ class Stripper:
     `location` takes out the GPS tags of EXIF, XMP packets and texts that mention a position or a place, the IPTC record where it
     names a place, and what cannot be searched for one: maker notes (Nikon and Panasonic write names of cities there, and the
     formats are secret), extended XMP (it may hold another whole JPEG), C2PA manifests, other vendors' segments, unknown chunks.
-    All else stays, byte for byte; EXIF is written anew from its tags, so that nothing stays in the gaps between them.
+    All else stays, byte for byte; EXIF is rebuilt from its tags, so that nothing stays in the gaps between them.
 
     `all` leaves what is needed to show the picture, and of EXIF the orientation.
 

@@ -331,7 +331,7 @@ class AttachmentType(_RefJSON[Attachment]):
         Raises:
             ContentTooLargeError: It was stored under another policy, and is larger than that of the column allows.
             UnsupportedContentError: It was stored under another policy, and what that found out about it does not show that the
-                column's policy would have let it in; its content can be stored anew.
+                column's policy would have let it in; its content can be stored again.
         """
         policy = self.manager_in(self.binding()).policy(self.storage_key)
         if ref.storage_key == self.storage_key:
@@ -339,7 +339,7 @@ class AttachmentType(_RefJSON[Attachment]):
         if policy.checks is not None and not policy.checks.would_pass(ref.media, ref.scan):
             raise UnsupportedContentError(
                 f"{self.label} has checks (policy {self.storage_key!r}) that a file of the policy {ref.storage_key!r} has not"
-                " passed: store its content anew, with Attachment(await file.read(), ...)",
+                " passed: store its content again, with Attachment(await file.read(), ...)",
                 found=None if ref.media is None else ref.media.get("type"),
                 declared=ref.content_type,
             )

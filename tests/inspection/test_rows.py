@@ -81,7 +81,7 @@ async def test_a_file_of_another_policy(
         await take()
         assert await locations(manager) == before
         return
-    with pytest.raises(error, match="store its content anew"):
+    with pytest.raises(error, match="store its content again"):
         await take()
     assert await locations(manager) == before
     async with sessions.begin() as session:

@@ -74,7 +74,7 @@ _LEFT_IN_COMPANY = 2
 _RENEWALS = 3
 _TRIES = 3
 _LONGEST_WAIT = 30.0
-"""Seconds that a verdict waits for transactions that have locked the rows of its object; then it is given anew, later."""
+"""Seconds that a verdict waits for transactions that have locked the rows of its object; it is tried again later."""
 _FIRST_RETRY = 5.0
 _PAUSE_FOR_OTHERS = 300.0
 _LONGEST_RETRY = 3600.0

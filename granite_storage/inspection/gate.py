@@ -30,7 +30,7 @@ from granite_storage.refs import canonical_timestamp, read_only
 
 __all__ = ["Gate", "Pieces", "Verdict", "judge_bytes", "validate"]
 
-logger = logging.getLogger("granite_storage")
+logger: logging.Logger = logging.getLogger("granite_storage")
 
 _PIECE = 1 << 20
 _MOST_PENDING = 1 << 20

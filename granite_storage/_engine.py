@@ -98,6 +98,8 @@ class PreparedUpload:
         checks: What is asked of its content before it is published; None for nothing.
         media: What its content was found to be, where it is known already.
         scan: What a scanner said of it, where it was asked already.
+        source: The location of its original, if it is a variant.
+        recipe: The digest of the recipe that it is made by, if it is a variant.
     """
 
     policy: StoragePolicy
@@ -108,6 +110,8 @@ class PreparedUpload:
     checks: Checks | None = None
     media: Mapping[str, Any] | None = None
     scan: Mapping[str, Any] | None = None
+    source: str | None = None
+    recipe: str | None = None
 
     @property
     def preview(self) -> UploadPreview:
@@ -162,6 +166,7 @@ class PreparedUpload:
             extra=extra or None,
             media=self.media,
             scan=self.scan,
+            recipe=self.recipe,
         )
         return ref if identity is None else ref.with_identity(identity)
 

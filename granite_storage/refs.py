@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, NoReturn, Self
 
 from granite_storage.exceptions import InfectedObjectError, InvalidReferenceError, ScanPendingError
 
-__all__ = ["ReadOnlyDict", "ReadOnlyList", "StoredObjectRef", "canonical_checksum", "is_held", "read_only", "require_scanned"]
+__all__ = [
+    "ReadOnlyDict",
+    "ReadOnlyList",
+    "StoredObjectRef",
+    "canonical_checksum",
+    "is_held",
+    "iter_refs",
+    "read_only",
+    "require_scanned",
+]
 
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}")
 _MOST_DEPTH = 32
@@ -20,7 +29,8 @@ _MOST_CHARACTERS = 1 << 20
 _MOST_BITS = 1024
 _LARGEST_SIZE = (1 << 63) - 1
 _IDENTITY = "identity"
-PARTS = ("media", "scan")
+_JSON_PARTS = ("media", "scan")
+PARTS = (*_JSON_PARTS, "variants", "recipe")
 """What a ref may say beside the nine fields."""
 
 
@@ -89,8 +99,11 @@ class StoredObjectRef(_UnknownKeys):
             says. None where nothing looked. Read-only, and left out of the JSON where it is None, as `scan` is.
         scan: The verdict of a virus scanner: `status` (`clean`, `pending`, `infected` or `failed`), `by` and `at`; None where
             none was asked.
+        variants: The refs of the objects that were derived from this one, by the names of the variants; read-only. A variant has
+            no variants of its own. None where there are none.
+        recipe: Of a variant: the digest of the recipe that it was made by. None for every other object.
 
-    The first nine are the ref's identity: refs are equal by them, whatever its `media` and `scan` say.
+    The first nine are the ref's identity: refs are equal by them, whatever the others say.
 
     Example:
         >>> ref = StoredObjectRef("avatars", "local", "user/42/avatar/x.png", 3, "")
@@ -109,13 +122,17 @@ class StoredObjectRef(_UnknownKeys):
     extra: dict[str, Any] | None = None
     media: Mapping[str, Any] | None = field(default=None, compare=False)
     scan: Mapping[str, Any] | None = field(default=None, compare=False)
+    variants: Mapping[str, StoredObjectRef] | None = field(default=None, compare=False)
+    recipe: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_unknown", ReadOnlyDict())
-        for name in ("extra", *PARTS):
+        for name in ("extra", *_JSON_PARTS):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, read_only(value, name))
+        if self.variants is not None:
+            object.__setattr__(self, "variants", _variants(self.variants))
 
     @property
     def identity(self) -> str | None:
@@ -132,6 +149,11 @@ class StoredObjectRef(_UnknownKeys):
         others = {key: value for key, value in self._unknown.items() if key != _IDENTITY}
         unknown = others if identity is None else {**others, _IDENTITY: identity}
         return type(self)._rebuilt(tuple(getattr(self, item.name) for item in fields(self)), unknown)
+
+    def with_variants(self, variants: Mapping[str, StoredObjectRef] | None) -> Self:
+        """Return the same ref with other variants, or with none."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)} | {"variants": variants or None}
+        return type(self)._rebuilt(tuple(values.values()), self._unknown)
 
     def __hash__(self) -> int:
         return hash((self.backend, self.location))
@@ -167,14 +189,18 @@ class StoredObjectRef(_UnknownKeys):
         properties |= {"size": {"type": "integer", "minimum": 0}}
         properties |= dict.fromkeys(("content_type", "original_filename", "created_at"), optional)
         properties |= {"extra": {"anyOf": [{"type": "object"}, {"type": "null"}]}}
-        parts = {name: {"type": "object"} for name in PARTS}
+        parts = {name: {"type": "object"} for name in (*_JSON_PARTS, "variants")} | {"recipe": text}
         required = list(properties)
         return {"type": "object", "title": "StoredObjectRef", "properties": properties | parts, "required": required}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, unknown keys that were read included."""
         known = {name: getattr(self, name) for name in _FIELDS}
-        parts = {name: _plain(part) for name in PARTS if (part := getattr(self, name)) is not None}
+        parts: dict[str, Any] = {name: _plain(part) for name in _JSON_PARTS if (part := getattr(self, name)) is not None}
+        if self.variants is not None:
+            parts["variants"] = {name: variant.to_dict() for name, variant in self.variants.items()}
+        if self.recipe is not None:
+            parts["recipe"] = self.recipe
         return {**_plain(self._unknown), **known, "extra": _plain(self.extra), **parts}
 
     @classmethod
@@ -189,7 +215,11 @@ class StoredObjectRef(_UnknownKeys):
         """
         if not isinstance(data, Mapping):
             raise InvalidReferenceError(f"a ref must be a mapping, not {type(data).__name__}")
-        parts = {name: data[name] for name in PARTS if isinstance(data.get(name), Mapping)}
+        parts: dict[str, Any] = {name: data[name] for name in _JSON_PARTS if isinstance(data.get(name), Mapping)}
+        if data.get("variants") is not None:
+            parts["variants"] = _read_variants(data["variants"])
+        if isinstance(data.get("recipe"), str):
+            parts["recipe"] = data["recipe"]
         ref = cls(
             storage_key=_text(data, "storage_key"),
             backend=_text(data, "backend"),
@@ -237,6 +267,17 @@ def require_scanned(ref: StoredObjectRef) -> None:
 def is_held(ref: StoredObjectRef) -> bool:
     """Tell whether an object is held back until a scanner has judged it."""
     return ref.scan is not None and ref.scan.get("status") == "pending"
+
+
+def iter_refs(ref: StoredObjectRef) -> Iterator[StoredObjectRef]:
+    """Yield every object that a ref names: its own, and those of its variants.
+
+    Whatever deletes, keeps, moves or counts the objects of a value goes through this function, or through
+    `granite_storage.orm.columns.variants_in` in SQL, so that no variant is forgotten.
+    """
+    yield ref
+    if ref.variants is not None:
+        yield from ref.variants.values()
 
 
 def canonical_checksum(checksum: object) -> str:
@@ -316,6 +357,36 @@ def _plain(value: Any) -> Any:
             return [_plain(item) for item in value]
         case _:
             return value
+
+
+def _variants(variants: Mapping[str, StoredObjectRef]) -> ReadOnlyDict:
+    """Return a read-only copy of the variants of a ref, which have no variants of their own."""
+    if isinstance(variants, ReadOnlyDict):
+        return variants
+    for name, variant in variants.items():
+        if not isinstance(name, str) or not name or not isinstance(variant, StoredObjectRef):
+            raise InvalidReferenceError(f"variants maps names to refs, not {_shown(name)} to {_shown(variant)}")
+        if variant.variants is not None:
+            raise InvalidReferenceError(f"the variant {_shown(name)} has variants of its own")
+    return ReadOnlyDict(variants)
+
+
+def _read_variants(value: object) -> dict[str, StoredObjectRef]:
+    """Read the variants in the JSON of a ref.
+
+    Unlike other parts, these are not passed over where this version cannot read them: their objects would be taken for orphans.
+    """
+    if not isinstance(value, Mapping):
+        raise InvalidReferenceError(f"variants must be a mapping, not {type(value).__name__}")
+    variants: dict[str, StoredObjectRef] = {}
+    for name, data in value.items():
+        if isinstance(data, Mapping) and data.get("variants") is not None:
+            raise InvalidReferenceError(f"the variant {_shown(name)} has variants of its own")
+        try:
+            variants[name] = StoredObjectRef.from_dict(data)
+        except InvalidReferenceError as error:
+            raise InvalidReferenceError(f"the variant {_shown(name)} is not a ref: {error}") from error
+    return variants
 
 
 def _text(data: Mapping[str, Any], name: str) -> str:

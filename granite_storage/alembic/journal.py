@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection, MetaData, func, insert, inspect, select, update
+from sqlalchemy import Column, Connection, MetaData, func, insert, inspect, select, update
 
 from granite_storage.alembic._transactions import Op, count, require_online
 from granite_storage.exceptions import ConfigurationError
@@ -15,13 +15,17 @@ from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clo
 __all__ = ["create_journal_tables", "drop_journal_tables", "upgrade_journal_tables"]
 
 
-def _add_jobs(op: Op, tables: JournalTables) -> None:
-    """Create the table of jobs, unless a migration by autogenerate has done so."""
-    if not inspect(op.get_bind()).has_table(tables.job.name, schema=tables.job.schema):
+def _add_jobs_and_sources(op: Op, tables: JournalTables) -> None:
+    """Create the table of jobs and the columns of the originals, where a migration by autogenerate has not done so."""
+    inspector, schema = inspect(op.get_bind()), tables.job.schema
+    if not inspector.has_table(tables.job.name, schema=schema):
         op.get_context().impl.create_table(tables.job)
+    for table in (tables.intent, tables.reclaim):
+        if "source" not in {column["name"] for column in inspector.get_columns(table.name, schema=schema)}:
+            op.get_context().impl.add_column(table.name, Column("source", table.c.source.type), schema=schema)
 
 
-STEPS: dict[int, Callable[[Op, JournalTables], None]] = {1: _add_jobs}
+STEPS: dict[int, Callable[[Op, JournalTables], None]] = {1: _add_jobs_and_sources}
 """The upgrade of the tables from each version to the next one."""
 
 

@@ -244,16 +244,31 @@ class Intent:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredObject:
-    """An object, its manager, and its intent if there is a journal."""
+    """An object with its variants, its manager, and its intent if there is a journal.
+
+    A variant goes where its original goes: it has no entry of its own where a transaction records what it does to objects.
+
+    Attributes:
+        manager: The manager.
+        ref: The ref of the object, with those of its variants.
+        intent: Its intent.
+        variant_intents: The intents of the variants that the transaction stores with it.
+    """
 
     manager: StorageManager
     ref: StoredObjectRef
     intent: Intent | None = None
+    variant_intents: tuple[Intent, ...] = ()
 
     @property
     def key(self) -> ObjectKey:
         """Identifies the object."""
         return id(self.manager), self.ref.backend, self.ref.location
+
+    @property
+    def intents(self) -> tuple[Intent, ...]:
+        """Its intent and those of its variants."""
+        return self.variant_intents if self.intent is None else (self.intent, *self.variant_intents)
 
 
 # The bindings in force.

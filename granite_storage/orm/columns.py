@@ -73,6 +73,8 @@ __all__ = [
     "require_usable",
     "slots_of",
     "value_in",
+    "variant_locations",
+    "variants_in",
     "where_json",
 ]
 
@@ -684,6 +686,27 @@ def value_in(column: Column[Any], key: str, dialect: str) -> ColumnElement[str]:
         return column.op("->>", return_type=Text())(literal_column(f"'{key}'"))
     extract = func.json_extract if dialect == "sqlite" else func.json_value
     return extract(column, literal_column(f"'$.{key}'"), type_=Text())
+
+
+def variants_in(column: Column[Any], dialect: str) -> ColumnElement[str]:
+    """Return the variants in a column's refs as JSON text, in SQL; NULL where there are none. `variant_locations` reads it."""
+    if dialect == "postgresql":
+        return cast(column.op("->", return_type=JSONB())(literal_column("'variants'")), Text())
+    return func.json_extract(column, literal_column("'$.variants'"), type_=Text())
+
+
+def variant_locations(variants: str | None) -> set[str]:
+    """Return the locations of variants as `variants_in` selects them.
+
+    Raises:
+        InvalidReferenceError: They are none that this version can read.
+    """
+    if variants is None:
+        return set()
+    try:
+        return {variant["location"] for variant in json.loads(variants).values()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InvalidReferenceError(f"a row has variants that cannot be read: {variants[:120]!r}") from error
 
 
 def where_json(column: Column[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -447,7 +447,7 @@ def _translation(named: Iterable[str | None], mapping: Mapping[str | None, str |
 
 _OLDEST_MARIADB = (10, 6)
 _WITHOUT_JOBS = "1"
-"""The version of the tables before there was one for jobs."""
+"""The version of the tables before there were jobs and variants."""
 
 
 async def check_database(pool: JournalPool, tables: JournalTables, others: list[Table], *, has_jobs: bool) -> None:
@@ -470,12 +470,12 @@ async def check_database(pool: JournalPool, tables: JournalTables, others: list[
         try:
             await _check_table(pool, table)
         except ConfigurationError as error:
-            if table is tables.job and await _read_version(pool, tables) == _WITHOUT_JOBS:
+            if table is not tables.meta and await _read_version(pool, tables) == _WITHOUT_JOBS:
                 raise ConfigurationError(
-                    f"the journal's tables are of version {_WITHOUT_JOBS}, without {table.name}, and this library works with"
-                    f" version {SCHEMA_VERSION}: create that table, by a migration that Alembic's --autogenerate writes, by"
-                    " upgrade_journal_tables(op) where create_journal_tables(op) has made the others, or by"
-                    " Base.metadata.create_all. It does not disturb processes of the earlier version"
+                    f"the journal's tables are of version {_WITHOUT_JOBS}, without {tables.job.name} and the columns 'source' of"
+                    f" {tables.intent.name} and {tables.reclaim.name}, and this library works with version {SCHEMA_VERSION}: add"
+                    " them, by a migration that Alembic's --autogenerate writes, or by upgrade_journal_tables(op) where"
+                    " create_journal_tables(op) has made the tables. They do not disturb processes of the earlier version"
                 ) from error
             raise
     await _check_version(pool, tables, has_jobs=has_jobs)

@@ -55,11 +55,13 @@ class PendingDelete:
         backend: Its backend's key.
         location: Its address there.
         due: When: a moment of the database, or so many seconds from now.
+        source: The location of its original, if it is a variant.
     """
 
     backend: str
     location: str
     due: datetime | float
+    source: str | None = None
 
     @property
     def id(self) -> UUID:
@@ -98,7 +100,7 @@ async def renumber(connection: AsyncConnection, intent: Table, rows: Sequence[Ro
     dialect = connection.dialect.name
 
     async def renumbered(rows: Sequence[Row[Any]]) -> bool:
-        pending = _latest(PendingDelete(row.backend, row.location, row.due) for row in rows)
+        pending = _latest(PendingDelete(row.backend, row.location, row.due, row.source) for row in rows)
         if await try_briefly(connection, _upsert(dialect, intent, pending)) is None:
             return False
         await connection.execute(delete(intent).where(intent.c.id.in_([row.id for row in rows])))
@@ -116,6 +118,7 @@ def _upsert(dialect: str, intent: Table, pending: Sequence[PendingDelete]) -> In
             "kind": DELETE,
             "backend": item.backend,
             "location": item.location,
+            "source": item.source,
             "due": item.due if isinstance(item.due, datetime) else clock(item.due),
         }
         for item in pending

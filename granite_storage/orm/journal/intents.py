@@ -38,7 +38,7 @@ from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate, renumber
 from granite_storage.orm.journal.jobs import enqueue_scans
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
-from granite_storage.refs import is_held
+from granite_storage.refs import is_held, iter_refs
 
 if TYPE_CHECKING:
     from sqlalchemy import Column
@@ -48,8 +48,9 @@ if TYPE_CHECKING:
 
 __all__ = ["GroupCommit", "Intents", "Lease", "new_id"]
 
-NewIntent: TypeAlias = tuple[UUID, str, str]
-"""The id, the backend and the location of an upload."""
+UploadPlace: TypeAlias = tuple[str, str, str | None]
+"""The backend and the location of an upload, and the location of its original if it is a variant."""
+NewIntent: TypeAlias = tuple[UUID, UploadPlace]
 Insert: TypeAlias = Callable[[Sequence[NewIntent]], Awaitable[None]]
 
 _MOST_AT_ONCE = 64
@@ -146,24 +147,24 @@ class Intents:
         self._commits = commits
         self._note_schemas = note_schemas
 
-    async def record(self, places: Sequence[tuple[str, str]], lease: timedelta) -> list[UUID]:
+    async def record(self, places: Sequence[UploadPlace], lease: timedelta) -> list[UUID]:
         """Commit the intents of uploads, durably, before anything is uploaded; all of them at once.
 
         Args:
-            places: The backend and the location of each object.
+            places: Where the objects will be.
             lease: How long the uploads have.
 
         Returns:
             Their ids, in the same order.
         """
-        new = [(new_id(), backend, location) for backend, location in places]
+        new = [(new_id(), place) for place in places]
         await self._commits.write(new, partial(self._insert, lease))
-        return [item for item, _, _ in new]
+        return [item for item, _ in new]
 
     async def _insert(self, lease: timedelta, intents: Sequence[NewIntent]) -> None:
         rows = [
-            {"id": item, "kind": UPLOAD, "backend": backend, "location": location, "due": _after(lease)}
-            for item, backend, location in intents
+            {"id": item, "kind": UPLOAD, "backend": backend, "location": location, "source": source, "due": _after(lease)}
+            for item, (backend, location, source) in intents
         ]
         async with self._pool.durable() as connection:
             for batch in batches(rows, _AT_A_TIME):
@@ -212,8 +213,12 @@ class Intents:
             )
 
     def displace(self, connection: Connection, displaced: Iterable[tuple[StoredObjectRef, timedelta]]) -> None:
-        """Record in the transaction that displaces objects that each is to be deleted after its retention."""
-        pending = [PendingDelete(ref.backend, ref.location, retention.total_seconds()) for ref, retention in displaced]
+        """Record in the transaction that displaces objects that each is to be deleted after its retention, with its variants."""
+        pending = [
+            PendingDelete(one.backend, one.location, retention.total_seconds(), None if one is ref else ref.location)
+            for ref, retention in displaced
+            for one in iter_refs(ref)
+        ]
         if pending:
             self._note_schemas(connection)
             nominate(connection, self._tables.intent, pending, self._pool.options)

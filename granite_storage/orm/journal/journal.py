@@ -271,7 +271,8 @@ class StorageJournal:
         """Commit the intents of uploads durably; nothing may be stored before this has returned."""
         await self._ensure_checked()
         begun = time.monotonic()
-        ids = await self.intents.record([(upload.policy.backend_key, upload.location) for upload in uploads], self._lease)
+        places = [(upload.policy.backend_key, upload.location, upload.source) for upload in uploads]
+        ids = await self.intents.record(places, self._lease)
         return Lease(self.intents, ids, self._lease, begun)
 
     async def begin_staging(self, backend: str, location: str, *, lifetime: timedelta) -> UUID:

@@ -70,6 +70,7 @@ class _Reclaim:
     backend: str
     location: str
     upload_id: str | None
+    source: str | None
     attempts: int
     takeovers: int
     emptied: bool
@@ -191,7 +192,7 @@ class Recovery:
                 rows = await self._undecided(connection, rows)
             if not rows:
                 return [], renumbered
-            claimed = [_Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, 0, 1, False) for row in rows]
+            claimed = [_reclaim(row, attempts=0, takeovers=1, emptied=False) for row in rows]
             new = [
                 {
                     "id": item.id,
@@ -199,6 +200,7 @@ class Recovery:
                     "backend": item.backend,
                     "location": item.location,
                     "upload_id": item.upload_id,
+                    "source": item.source,
                     "attempts": 0,
                     "takeovers": 1,
                     "emptied": False,
@@ -273,10 +275,7 @@ class Recovery:
                 mine = reclaim.c.id.in_([row.id for row in rows])
                 taken = {"due": clock(self._hold), "takeovers": reclaim.c.takeovers + 1}
                 await connection.execute(update(reclaim).where(mine).values(taken))
-        return [
-            _Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, row.attempts, row.takeovers + 1, row.emptied)
-            for row in rows
-        ]
+        return [_reclaim(row, attempts=row.attempts, takeovers=row.takeovers + 1, emptied=row.emptied) for row in rows]
 
     async def _process(self, claimed: Sequence[_Reclaim]) -> RecoveryReport:
         deadly = [item for item in claimed if item.takeovers > _LEFT_IN_COMPANY + self._max_attempts]
@@ -312,7 +311,7 @@ class Recovery:
         if not claimed:
             return set(), set()
         taken = {item.id: (item.attempts, item.takeovers) for item in claimed}
-        fenced, referenced = await self._references.check(taken, [item.location for item in claimed])
+        fenced, referenced = await self._references.check(taken, {item.location: item.source for item in claimed})
         return {row.id for row in fenced if taken[row.id] == (row.attempts, row.takeovers)}, referenced
 
     def _in_requests(self, items: Iterable[_Reclaim]) -> list[list[_Reclaim]]:
@@ -442,6 +441,11 @@ class Recovery:
 
 
 _UNTRIED = {"attempts": 0, "takeovers": 0}
+
+
+def _reclaim(row: Row[Any], *, attempts: int, takeovers: int, emptied: bool) -> _Reclaim:
+    what = (row.id, row.kind, row.backend, row.location, row.upload_id, row.source)
+    return _Reclaim(*what, attempts, takeovers, emptied)
 
 
 def _own(item: _Reclaim) -> dict[str, Any]:

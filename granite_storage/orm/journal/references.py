@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._util import TRANSLATE_MAP, batches
-from granite_storage.orm.columns import location_of
+from granite_storage.orm.columns import location_of, variant_locations, variants_in
 from granite_storage.orm.discovery import Catalogue, Place, describe_obstacles, mentions_at, read_catalogue
 from granite_storage.orm.journal.database import JournalPool, effective, read_translations
 
@@ -48,26 +48,39 @@ class References:
 
     async def find(self, locations: Iterable[str]) -> set[str]:
         """Return those of the locations that rows refer to, whatever backend they name."""
-        return {row.location for row in await self._rows([], locations)}
+        return {row.location for row in await self._rows([], dict.fromkeys(locations))}
 
-    async def check(self, fenced: Iterable[Any], locations: Iterable[str]) -> tuple[list[Row[Any]], set[str]]:
-        """Return rows of `reclaim` by their ids, and those of the locations that rows refer to; all of it in one snapshot."""
+    async def check(self, fenced: Iterable[Any], objects: Mapping[str, str | None]) -> tuple[list[Row[Any]], set[str]]:
+        """Return rows of `reclaim`, and which objects rows refer to; all of it in one snapshot.
+
+        Args:
+            fenced: The ids of the rows of `reclaim`.
+            objects: The locations of the objects; a variant's with the location of its original, in whose row alone it may be.
+
+        Raises:
+            InvalidReferenceError: A row that holds an original has variants that this version cannot read.
+        """
         reclaim = self._tables.reclaim
         seen = (reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers, reclaim.c.location)
         own = _table(reclaim, *seen, schema=effective(reclaim.schema, self._pool.translate_map))
-        rows = await self._rows([select(*own.c).where(own.c.id.in_(list(fenced)))], locations)
-        return [row for row in rows if row.id is not None], {row.location for row in rows if row.id is None}
+        is_fenced = own.c.id.in_(list(fenced))
+        rows = await self._rows([select(*own.c, null().label("variants")).where(is_fenced)], objects)
+        referenced = {row.location for row in rows if row.id is None and row.location is not None}
+        nested = [variant_locations(row.variants) for row in rows if row.id is None]
+        return [row for row in rows if row.id is not None], referenced.union(*nested)
 
-    async def _rows(self, first: list[Select[*tuple[Any, ...]]], locations: Iterable[str]) -> list[Row[Any]]:
-        wanted = sorted(set(locations))
+    async def _rows(self, first: list[Select[*tuple[Any, ...]]], objects: Mapping[str, str | None]) -> list[Row[Any]]:
+        wanted = sorted(objects), sorted({source for source in objects.values() if source is not None})
         for _ in range(_TRIES - 1):
             # A table may have been dropped after the catalogue had named it.
             with suppress(DBAPIError):
-                return await self._ask(first, wanted)
-        return await self._ask(first, wanted)
+                return await self._ask(first, *wanted)
+        return await self._ask(first, *wanted)
 
-    async def _ask(self, first: list[Select[*tuple[Any, ...]]], locations: Sequence[str]) -> list[Row[Any]]:
-        selects = [*first, *(await self._selects(locations) if locations else [])]
+    async def _ask(
+        self, first: list[Select[*tuple[Any, ...]]], locations: Sequence[str], sources: Sequence[str]
+    ) -> list[Row[Any]]:
+        selects = [*first, *(await self._selects(locations, sources) if locations else [])]
         statements = list(batches(selects, max(1, _MOST_PARAMETERS // max(len(locations), 1))))
         rows: list[Row[Any]] = []
         async with self._pool.reading() as connection:
@@ -78,20 +91,26 @@ class References:
                 rows += found
         return rows
 
-    async def _selects(self, locations: Sequence[str]) -> list[Select[*tuple[Any, ...]]]:
+    async def _selects(self, locations: Sequence[str], sources: Sequence[str]) -> list[Select[*tuple[Any, ...]]]:
         async with self._pool.reading() as connection:
             places = await self._places(connection)
         selects: list[Select[*tuple[Any, ...]]] = []
         for place in places:
             column = place.column
             _, location = location_of(column, self._pool.dialect, is_generated=place.is_generated)
-            nothing = null().label("id"), null().label("attempts"), null().label("takeovers")
+            nothing, no_variants = [null().label(name) for name in ("id", "attempts", "takeovers")], null().label("variants")
             if place.is_text:
                 mentions = mentions_at(place, self._pool.dialect, locations)
-                selects += [select(*nothing, named.label("location")).where(is_there) for named, is_there in mentions]
+                selects += [
+                    select(*nothing, named.label("location"), no_variants).where(is_there) for named, is_there in mentions
+                ]
                 continue
-            found = select(*nothing, location.label("location")).select_from(column.table).where(location.in_(locations))
-            selects.append(found)
+            found = select(*nothing, location.label("location"), no_variants).select_from(column.table)
+            selects.append(found.where(location.in_(locations)))
+            if sources:
+                held = variants_in(column, self._pool.dialect)
+                found = select(*nothing, null().label("location"), held.label("variants")).select_from(column.table)
+                selects.append(found.where(location.in_(sources), held.is_not(None)))
         return selects
 
     async def _places(self, connection: AsyncConnection) -> list[Place]:

@@ -33,7 +33,7 @@ __all__ = [
 SCHEMA_VERSION = 2
 """The version of the tables that this code requires; stored in the table `granite_storage_meta`.
 
-Version 2 added `granite_storage_job`, and changed nothing else.
+Version 2 added `granite_storage_job`, and to the intents and their reclaims the location of the original of what is derived.
 """
 
 VERSION_NAME = "schema_version"
@@ -95,6 +95,7 @@ def _declare(metadata: MetaData, schema: str | None) -> JournalTables:
             Column("backend", _Key, nullable=False),
             Column("location", _Exact, nullable=False),
             Column("upload_id", Text()),
+            Column("source", _Exact),
             Column("due", _Time, nullable=False),
         ]
 

@@ -189,8 +189,8 @@ class JournalIntents(Protocol):
         """Raise `StaleAttachmentError` if a worker is about to delete an object that a transaction restores."""
         ...
 
-    async def find_delete(self, ref: StoredObjectRef) -> UUID | None:
-        """Return the intent of the pending delete of an object, or None."""
+    async def find_deletes(self, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False) -> dict[str, UUID]:
+        """Return the intents of the pending deletes of objects, by their locations."""
         ...
 
 

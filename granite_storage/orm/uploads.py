@@ -16,11 +16,13 @@ from granite_storage.exceptions import StaleAttachmentError
 from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._util import can_wait, in_greenlet, wait
 from granite_storage.orm.attachment import Attachment, Owner
+from granite_storage.refs import iter_refs
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from granite_storage._engine import PreparedUpload
+    from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import Binding, ColumnType, Journal, UploadLease
     from granite_storage.refs import StoredObjectRef
 
@@ -55,7 +57,7 @@ def remove_now(
     """
     objects = list({item.key: item for item in stored}.values())
     plain = [item for item in objects if item.intent is None]
-    intents = [item.intent for item in objects if item.intent is not None]
+    intents = [intent for item in objects for intent in item.intents]
     for journal in {intent.journal for intent in intents}:
         journal.wake_workers()
     intents = [intent for intent in intents if not intent.deletes]
@@ -95,22 +97,24 @@ async def _remove_others(
 
 
 async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> None:
-    """Delete objects concurrently, and those of intents by their journals; a failure is logged and stops nothing."""
+    """Delete objects and their variants concurrently, and those of intents by their journals; failures are logged only."""
     by_journal: dict[Journal, list[UUID]] = {}
     for intent in intents:
         by_journal.setdefault(intent.journal, []).append(intent.id)
+    objects = [(item.manager, ref) for item in stored for ref in iter_refs(item.ref)]
     await asyncio.gather(
-        run_bounded(stored, _delete, _CONCURRENCY), *(_settle(journal, ids) for journal, ids in by_journal.items())
+        run_bounded(objects, _delete, _CONCURRENCY), *(_settle(journal, ids) for journal, ids in by_journal.items())
     )
 
 
-async def _delete(item: StoredObject) -> None:
+async def _delete(stored: tuple[StorageManager, StoredObjectRef]) -> None:
+    manager, ref = stored
     try:
-        await item.manager._engine.delete(item.ref, while_closing=True)
+        await manager._engine.delete(ref, while_closing=True)
     except asyncio.CancelledError:
-        logger.warning("deleting the object %r was cancelled; it is left to the garbage collector", item.ref.location)
+        logger.warning("deleting the object %r was cancelled; it is left to the garbage collector", ref.location)
     except Exception:
-        logger.warning("could not delete the object %r; it is left to the garbage collector", item.ref.location, exc_info=True)
+        logger.warning("could not delete the object %r; it is left to the garbage collector", ref.location, exc_info=True)
 
 
 async def _settle(journal: Journal, ids: list[UUID]) -> None:

@@ -275,8 +275,8 @@ def without_tombstone(patch: pytest.MonkeyPatch) -> None:
 def without_claim_of_an_undo(patch: pytest.MonkeyPatch) -> None:
     original, consume, restored = flush.restore_deleted, Intents.consume, set[Any]()
 
-    def restore(unit: Any, column_type: Any, stored: Any) -> None:
-        original(unit, column_type, stored)
+    def restore(unit: Any, change: Any) -> None:
+        original(unit, change)
         restored.add(unit.flush.restored[-1].id)
 
     def consume_others(self: Intents, connection: Any, ids: list[Any]) -> None:

@@ -366,7 +366,7 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
     if binding.session_factory is None or not isinstance(column_type, AttachmentType) or held.ref is None:
         raise TypeError("only what an attachment column holds can be relocated, through a binding with sessions")
     copy = Attachment._in(_Relocation(held.ref, held, rate_limited))
-    await store([Upload(copy, column_type, "")])
+    await store([Upload(copy, column_type, "", has_variants=False)])
     swap = _Swap(held, held.ref, copy, is_shared=is_shared)
     try:
         return await _commit(binding.session_factory, swap)

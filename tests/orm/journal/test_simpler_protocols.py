@@ -331,7 +331,7 @@ def without_second_look(patch: pytest.MonkeyPatch) -> None:
 def _claimed(row: Any) -> Any:
     from granite_storage.orm.journal.recovery import _Reclaim
 
-    return _Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, 0, 1, False)
+    return _Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, row.source, 0, 1, False)
 
 
 VARIANTS: list[tuple[Scenario, Callable[[pytest.MonkeyPatch], None], str]] = [

@@ -35,6 +35,11 @@ async def restore(env: OrmEnvironment, ref: StoredObjectRef) -> None:
         (await session.get_one(Doc, 1)).file = Attachment.restore(ref)
 
 
+async def test_a_row_that_sql_has_copied_keeps_the_variants(env: OrmEnvironment) -> None:
+    """The worker looks for a variant in the rows that hold its original."""
+    await test_variants_in_rows.test_a_row_that_sql_has_copied_keeps_the_variants(env)
+
+
 async def test_each_of_them_is_noted_with_its_original(env: OrmEnvironment) -> None:
     ref = await given_up(env, "thumb", "card")
     assert env.journal is not None
@@ -48,6 +53,17 @@ async def test_each_of_them_is_noted_with_its_original(env: OrmEnvironment) -> N
 async def test_an_undo_brings_them_back(env: OrmEnvironment) -> None:
     ref = await given_up(env, "thumb", "card")
     await restore(env, ref)
+    await env.recover()
+    assert await shown(env) == {1: {"": b"one", "thumb": b"thumb of one", "card": b"card of one"}}
+
+
+async def test_a_worker_waits_for_an_undo_that_is_not_committed(env: OrmEnvironment) -> None:
+    ref = await given_up(env, "thumb", "card")
+    assert env.journal is not None
+    async with env.sessions.begin() as session:
+        (await session.get_one(Doc, 1)).file = Attachment.restore(ref)
+        await session.flush()
+        await env.journal.recover()
     await env.recover()
     assert await shown(env) == {1: {"": b"one", "thumb": b"thumb of one", "card": b"card of one"}}
 

@@ -318,7 +318,8 @@ class Jobs:
             return report
 
         async def work(jobs: Sequence[_Job]) -> None:
-            report.derived += await self._derive(jobs)
+            made = await self._derive(jobs)
+            report.derived += made
 
         own = tuple_(self._job.c.key, self._job.c.recipe).in_(sorted(self._declared))
         for suspected, limit in ((False, _JOBS_AT_A_TIME), (True, 1)):

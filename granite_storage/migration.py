@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.binding import StorageBinding
+    from granite_storage.orm.unit_of_work import Frame
     from granite_storage.readers import StoredObjectReader
 
 __all__ = ["MigratedObject", "Migration", "MigrationReport", "MigrationStatus", "RateLimited", "migrate", "relocate"]
@@ -447,17 +448,19 @@ class _Swap:
         if connection.execute(_compare_and_set(held, self._copy.ref, connection)).rowcount != 1:
             return False
         frame.log.append((stored, True))
-        self._consume_intent(connection, stored)
+        self._consume_intent(connection, stored, frame)
         if not (self._is_shared and self._is_referred_to(connection)):
             original = RowRef(held.table, held.primary_key, held.column, self._original)
             write_displaced(connection, flush.displace(frame, [original]))
         return True
 
-    def _consume_intent(self, connection: Connection, stored: StoredObject) -> None:
+    def _consume_intent(self, connection: Connection, stored: StoredObject, frame: Frame) -> None:
         if stored.intent is not None:
             intents = stored.intent.journal.intents
             intents.consume(connection, [stored.intent.id])
-            intents.enqueue(connection, [(self._held.column, self._copy.ref)])
+            column = self._held.column
+            if intents.enqueue(connection, [(column, self._copy.ref)], [(column, self._original)]):
+                frame.wakes.add(stored.intent.journal)
 
     def _is_referred_to(self, connection: Connection) -> bool:
         """Tell whether another value still refers to the original, under whatever backend's key."""

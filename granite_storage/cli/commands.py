@@ -8,7 +8,7 @@ import click
 
 from granite_storage import __version__
 from granite_storage.cli.doctor import doctor_command
-from granite_storage.cli.maintenance import gc_command, migrate_command, recover_command, verify_command
+from granite_storage.cli.maintenance import derive_command, gc_command, migrate_command, recover_command, verify_command
 from granite_storage.cli.objects import cp_command, ls_command, stat_command
 from granite_storage.cli.runtime import Settings
 
@@ -44,6 +44,7 @@ def command_line(context: click.Context, app: str | None, app_dir: Path, debug: 
 
 for _command in (
     cp_command,
+    derive_command,
     doctor_command,
     gc_command,
     ls_command,

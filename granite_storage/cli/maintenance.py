@@ -1,4 +1,4 @@
-"""The commands that maintain all objects: `verify`, `recover`, `gc` and `migrate`."""
+"""The commands that maintain all objects: `verify`, `recover`, `gc`, `migrate` and `derive`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ from granite_storage.gc import CollectedObject, CollectionRun, GarbageCollection
 from granite_storage.migration import MigratedObject, Migration, MigrationStatus, migrate
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.journal.tables import RecoveryReport, clock
+from granite_storage.orm.variants import Which
+from granite_storage.rederivation import Rederivation, RederivationStatus, RederivedVariant, rederive
 from granite_storage.verification import Finding, Verification, verify
 
-__all__ = ["gc_command", "migrate_command", "recover_command", "verify_command"]
+__all__ = ["derive_command", "gc_command", "migrate_command", "recover_command", "verify_command"]
 
 _MOST_SHOWN = 20
 _COUNTED = (
@@ -45,7 +47,20 @@ _COUNTED = (
     "deleted",
 )
 
-_RECOVERY = ("claimed", "deleted", "kept", "confirmed", "leased", "waiting", "scanned", "held")
+_RECOVERY = (
+    "claimed",
+    "deleted",
+    "kept",
+    "confirmed",
+    "leased",
+    "waiting",
+    "scanned",
+    "held",
+    "derived",
+    "underived",
+    "effects",
+    "pending_effects",
+)
 
 # verify
 
@@ -453,3 +468,114 @@ def _show_migration(context: CommandContext, migration: Migration) -> None:
     if not report.complete:
         onward = "" if report.key is None else f" and --after '{report.key}'"
         context.output.note(f"not complete; every row refers to an existing object. To continue, run the same command{onward}")
+
+
+# derive
+
+
+@click.command("derive")
+@click.option("--only-missing", "which", flag_value="missing", default=True, help="What is missing.  [default]")
+@click.option("--stale", "which", flag_value="stale", help="Also what another recipe, or version of an effect, has made.")
+@click.option("--all", "which", flag_value="all", help="Everything, whether it is there or not.")
+@click.option("--column", "columns", multiple=True, metavar="TABLE.COLUMN", help="Only this column; may be given again.")
+@click.option("--variant", "names", multiple=True, metavar="NAME", help="Only this variant or effect; may be given again.")
+@click.option("--drop-undeclared", is_flag=True, help="Also delete variants that their columns do not declare any more.")
+@AFTER
+@CONCURRENCY
+@RATE
+@YES
+@DRY_RUN
+@JSON
+@click.pass_obj
+def derive_command(
+    settings: Settings,
+    which: Which,
+    columns: Sequence[str],
+    names: Sequence[str],
+    drop_undeclared: bool,
+    after: str | None,
+    concurrency: int | None,
+    rate: float | None,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Make the variants of files that rows hold already, and call their effects.
+
+    The application may keep running. By default nothing is replaced or deleted, and nothing is asked. With --stale, --all or
+    --drop-undeclared variants leave their rows and are deleted as files that were replaced: without --yes the command shows what
+    there is to do, and asks. The rate counts the bytes of the originals.
+    """
+    more: dict[str, Any] = {} if concurrency is None else {"concurrency": concurrency}
+    deletes = which != "missing" or drop_undeclared
+
+    async def work(context: CommandContext) -> Exit | None:
+        derivation = rederive(
+            context.binding,
+            which=which,
+            columns=columns,
+            names=names,
+            drop_undeclared=drop_undeclared,
+            after=after,
+            bytes_per_second=rate,
+            **more,
+        )
+        if dry_run or (deletes and not yes):
+            count = await _show_underived(context, derivation)
+            if dry_run or not count or not context.confirm("Make these, and delete what they take the places of?", yes=yes):
+                return None
+        try:
+            await _derive(context, derivation)
+        finally:
+            _show_rederivation(context, derivation)
+        return None if derivation.report.complete and not derivation.report.failed else Exit.FOUND
+
+    run(settings, work, as_json=as_json)
+
+
+async def _show_underived(context: CommandContext, derivation: Rederivation) -> int:
+    waiting = sorted((await derivation.waiting()).items())
+    if context.output.as_json:
+        named = [
+            {"column": column, "variant": name, "because": because, "files": number}
+            for (column, name, because), number in waiting
+        ]
+        context.output.record({"waiting": named})
+    elif waiting:
+        rows = [(*names, number) for names, number in waiting]
+        context.output.table(["column", "variant", "because", "files"], rows)
+    else:
+        context.output.line("nothing is to be made")
+    return sum(number for _, number in waiting)
+
+
+async def _derive(context: CommandContext, derivation: Rederivation) -> None:
+    report = derivation.report
+    total = await derivation.count()
+    with context.stoppable(derivation.stop), context.output.progress("deriving", total) as bar:
+        async for item in derivation.on_progress(lambda: bar.reach(report.rows, report.bytes_read)):
+            if context.output.as_json or item.status is RederivationStatus.FAILED:
+                _show_rederived(context, item)
+
+
+def _show_rederived(context: CommandContext, item: RederivedVariant) -> None:
+    if context.output.as_json:
+        what = {"table": item.table, "primary_key": item.primary_key, "column": item.column, "variant": item.name}
+        context.output.record({"object": item.status.value, **what, "message": item.message})
+        return
+    row = ", ".join(map(str, item.primary_key))
+    context.output.line(f"{item.status.value}: {item.table} {row} {item.column} {item.name}: {item.message}", "red")
+
+
+def _show_rederivation(context: CommandContext, derivation: Rederivation) -> None:
+    report = derivation.report
+    counts = {status.value: number for status, number in sorted(report.counts.items())}
+    if context.output.as_json:
+        known = {"rows": report.rows, "bytes_read": report.bytes_read, "counts": counts, "failed": report.failed}
+        context.output.record({"report": {**known, "key": report.key, "complete": report.complete}})
+    else:
+        shown = {"rows": f"{report.rows:,}", **{name: f"{number:,}" for name, number in counts.items()}}
+        context.output.facts({**shown, "originals read": format_size(report.bytes_read)})
+    if not report.complete:
+        onward = "" if report.key is None else f" and --after '{report.key}'"
+        context.output.note(f"not complete; every row is as it should be. To continue, run the same command{onward}")

@@ -125,14 +125,25 @@ class Effect:
     """What is derived from a file and kept elsewhere, such as a document in a search index.
 
     Attributes:
-        put: Called after a file has come to a row.
-        remove: Called after it has left the row.
-        version: Another number lets `put` be called again for every row.
+        put: Called after a file has come to a row, once for each row that holds it.
+        remove: Called after no row of a column with this effect holds the file any more. Its bytes may be gone by then, unless
+            the policy's retention is longer than the queue. It may be called without a `put` before.
+        version: Another one lets `granite-storage derive --stale` call `put` again for every row.
+        timeout: The longest that a call may take, in seconds; it is cancelled then, and tried again.
     """
 
     put: EffectHandler
     remove: EffectHandler
     version: int | str = 1
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        for argument in ("put", "remove"):
+            if not callable(handler := getattr(self, argument)):
+                raise ConfigurationError(f"{argument} of an effect must be an async function of an EffectEvent, not {handler!r}")
+        if isinstance(self.version, bool) or not isinstance(self.version, int | str):
+            raise ConfigurationError(f"the version of an effect must be a number or a text, not {self.version!r}")
+        require_positive("the timeout of an effect", self.timeout, (int, float))
 
 
 def stable_digest(kind: str, name: str, parameters: Mapping[str, Any]) -> str:

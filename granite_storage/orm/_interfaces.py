@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from granite_storage.exceptions import UnboundAttachmentError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from granite_storage._engine import PreparedUpload
-    from granite_storage.derived import Recipe
+    from granite_storage.derived import Effect, Recipe
     from granite_storage.inspection.base import Validator
     from granite_storage.manager import StorageManager
     from granite_storage.refs import StoredObjectRef
@@ -84,6 +84,11 @@ class ColumnType(Protocol):
     @property
     def variants(self) -> Mapping[str, DeclaredVariant]:
         """The variants that the column declares, by their names."""
+        ...
+
+    @property
+    def effects(self) -> Mapping[str, Effect]:
+        """The effects that the column declares, by their names."""
         ...
 
     @property
@@ -211,8 +216,13 @@ class JournalIntents(Protocol):
         """Record in a transaction the objects to delete once it is committed."""
         ...
 
-    def enqueue(self, connection: Connection, written: Iterable[tuple[Column[Any], StoredObjectRef]]) -> None:
-        """Record in a transaction what is to be done for the objects of the refs that it writes, such as a scan."""
+    def enqueue(
+        self,
+        connection: Connection,
+        written: Iterable[tuple[Column[Any], StoredObjectRef]],
+        left: Iterable[tuple[Column[Any], StoredObjectRef]] = (),
+    ) -> bool:
+        """Record in a transaction what is to be done for the objects of refs that it writes, or that columns may have lost."""
         ...
 
     def require_unfenced(self, intents: Iterable[Intent]) -> None:
@@ -253,7 +263,14 @@ class Journal(Protocol):
         """Wake the workers of this process."""
         ...
 
-    async def make_variant(self, column_type: ColumnType, source: StoredObjectRef, variant: DeclaredVariant) -> StoredObjectRef:
+    async def make_variant(
+        self,
+        column_type: ColumnType,
+        source: StoredObjectRef,
+        variant: DeclaredVariant,
+        *,
+        which: Literal["missing", "stale", "all"] = "missing",
+    ) -> StoredObjectRef:
         """Make a variant of the object of a committed row, and return what the row holds then."""
         ...
 

@@ -22,7 +22,7 @@ from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, att
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.locking import refers
 from granite_storage.orm.uploads import Upload, store
-from granite_storage.orm.variants import make_without_journal, share
+from granite_storage.orm.variants import Which, drop_without_journal, make_without_journal, share
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
@@ -170,11 +170,20 @@ class StorageBinding:
             logger.warning("it is unknown whether a row refers to the object %r", ref.location, exc_info=True)
             return None
 
-    async def make_variant(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> StoredObjectRef:
+    async def make_variant(
+        self, column_type: ColumnType, source: StoredObjectRef, name: str, *, which: Which = "missing"
+    ) -> StoredObjectRef:
         """Make a variant of the object of a committed row, and return what the row holds then; see `Attachment.variant`."""
         declared, journal = column_type.variants[name], self.journal
         make = partial(make_without_journal, self) if journal is None else journal.make_variant
-        return await share((self, source.backend, source.location, name), lambda: make(column_type, source, declared))
+        key = (self, source.backend, source.location, name, which)
+        return await share(key, lambda: make(column_type, source, declared, which=which))
+
+    async def drop_variant(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool:
+        """Take a variant that no column declares any more out of the rows of its original; return whether one had it."""
+        if self.journal is None:
+            return await drop_without_journal(self, column_type, source, name)
+        return await self.journal.drop_variant(source, name)
 
     def unbind(self) -> None:
         """Undo `bind_storage`; the last one leaves no listener behind. Idempotent."""

@@ -98,6 +98,7 @@ def _displacing(state: ORMExecuteState, reached: Sequence[tuple[Connection, list
         remaining = still_referenced(connection, held)
         displaced = flush.displace(frame, [entry for entry in held if entry.place not in remaining])
         write_displaced(connection, displaced)
+        flush.write_left(connection, frame, held)
     return result
 
 

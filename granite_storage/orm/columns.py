@@ -39,7 +39,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
-from granite_storage.derived import Missing, Recipe, When
+from granite_storage.derived import Effect, Missing, Recipe, When
 from granite_storage.exceptions import (
     ConfigurationError,
     ContentTooLargeError,
@@ -247,6 +247,7 @@ class AttachmentType(_RefJSON[Attachment]):
         entity_id: Given the instance, returns the segment of the location that names the row; None for the primary key.
         validate: A function that may refuse a new file of this column, as `StoragePolicy.validate` does for all of a policy.
         variants: The recipes of what is derived from its files, by the names of the variants.
+        effects: What is derived from its files and kept elsewhere, by the names of the effects.
     """
 
     cache_ok: bool | None = True
@@ -261,6 +262,7 @@ class AttachmentType(_RefJSON[Attachment]):
         entity_id: Callable[[Any], str] | None = None,
         validate: Validator | None = None,
         variants: Mapping[str, Recipe] | None = None,
+        effects: Mapping[str, Effect] | None = None,
     ) -> None:
         if not isinstance(storage_key, str) or not storage_key:
             raise ConfigurationError(f"an attachment column needs the storage key of a policy, not {storage_key!r}")
@@ -270,6 +272,7 @@ class AttachmentType(_RefJSON[Attachment]):
         self.entity_id = entity_id
         self.validate = validate
         self._variants = _declared_variants(storage_key, {} if variants is None else variants)
+        self._effects = _declared_effects(storage_key, {} if effects is None else effects)
         self._column: Column[Any] | None = None
 
     def __repr__(self) -> str:
@@ -286,6 +289,11 @@ class AttachmentType(_RefJSON[Attachment]):
     def variants(self) -> Mapping[str, DeclaredVariant]:
         """The variants that the column declares, by their names; read-only."""
         return self._variants
+
+    @property
+    def effects(self) -> Mapping[str, Effect]:
+        """The effects that the column declares, by their names; read-only."""
+        return self._effects
 
     @property
     def table(self) -> Table:
@@ -319,7 +327,7 @@ class AttachmentType(_RefJSON[Attachment]):
         Raises:
             UnknownPolicyError: It has not; a model may have been declared after `bind_storage` was called.
             ConfigurationError: The policy has a retention, or a scanner that may hold a file back, or the column has variants
-                that are made after the commit, which needs a journal.
+                that are made after the commit or effects, which needs a journal.
         """
         policy = binding.manager._engine.policies.get(self.storage_key)
         if policy is None:
@@ -341,6 +349,11 @@ class AttachmentType(_RefJSON[Attachment]):
             raise ConfigurationError(
                 f"the attachment column {self.label} has variants that are made after the commit ({', '.join(late)}), which needs"
                 " a journal, whose worker makes them: bind_storage(..., journal=...), or recipes with when='flush' or 'request'"
+            )
+        if binding.journal is None and self._effects:
+            raise ConfigurationError(
+                f"the attachment column {self.label} has effects ({', '.join(self._effects)}), which need a journal, whose worker"
+                " calls them after the commit: bind_storage(..., journal=...)"
             )
         return binding.manager
 
@@ -449,6 +462,28 @@ def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> Mappi
     return MappingProxyType(declared)
 
 
+def _declared_effects(storage_key: str, effects: Mapping[str, Effect]) -> Mapping[str, Effect]:
+    """Return what a column declares, checked.
+
+    Raises:
+        ConfigurationError: A name cannot be one of an effect, or an effect is none.
+    """
+    column = f"the attachment column of the policy {storage_key!r}"
+    if not isinstance(effects, Mapping):
+        raise ConfigurationError(f"effects of {column} must map names to effects, not be a {type(effects).__name__}")
+    for name, effect in effects.items():
+        if not isinstance(name, str) or _VARIANT_NAME.fullmatch(name) is None:
+            raise ConfigurationError(
+                f"an effect of {column} is called {name!r}: a name has at most {_LONGEST_VARIANT_NAME} letters, digits, hyphens"
+                " and underscores of ASCII, and begins with a letter or a digit"
+            )
+        if not isinstance(effect, Effect):
+            raise ConfigurationError(
+                f"the effect {name!r} of {column} is a {type(effect).__name__}: write Effect(put=..., remove=...)"
+            )
+    return MappingProxyType(dict(effects))
+
+
 _LONGEST_VARIANT_NAME = 40
 _VARIANT_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{_LONGEST_VARIANT_NAME - 1}}}")
 
@@ -459,6 +494,7 @@ def attachment(
     entity_id: Callable[[Any], str] | None = None,
     validate: Validator | None = None,
     variants: Mapping[str, Recipe] | None = None,
+    effects: Mapping[str, Effect] | None = None,
     **column_arguments: Any,
 ) -> MappedColumn[Any]:
     """Declare an attachment attribute of a model.
@@ -472,12 +508,15 @@ def attachment(
         variants: The recipes of what is derived from each file, such as thumbnails, by the names of the variants: letters,
             digits, hyphens and underscores. A variant lives and dies with its file. Those that are made after the commit
             (`when="later"`) need a journal.
+        effects: What is derived from each file and kept elsewhere, such as a document in a search index, by the names of the
+            effects, which are formed as those of variants: what the journal's worker calls when a file has come to a row or has
+            left it. Columns that declare effects of one name declare the same effect.
         **column_arguments: Other arguments of `mapped_column`, such as `nullable`, `deferred`, `init` or `default`. A default
             is None or a function without arguments, which makes an attachment for each new row that has none.
 
     Raises:
         ConfigurationError: The storage key is not one, a default would write a file that no session has stored, or a variant
-            has a name that cannot be one, or no recipe.
+            or an effect has a name that cannot be one, or is none.
 
     Example:
         ```python
@@ -487,7 +526,7 @@ def attachment(
             file: Mapped[Attachment | None] = attachment("documents")
         ```
     """
-    column_type = AttachmentType(storage_key, entity_id=entity_id, validate=validate, variants=variants)
+    column_type = AttachmentType(storage_key, entity_id=entity_id, validate=validate, variants=variants, effects=effects)
     for name, value in column_arguments.items():
         if name in _DEFAULTS:
             _require_callable(f"attachment({storage_key!r}, {name}=...)", value)

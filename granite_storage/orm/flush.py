@@ -57,13 +57,14 @@ __all__ = [
     "save",
     "write_displaced",
     "write_entries",
+    "write_left",
 ]
 
 
 # What a flush writes into the journal, in the transaction of its rows.
 
 
-def write_entries(unit: UnitOfWork) -> None:
+def write_entries(unit: UnitOfWork, frame: Frame) -> None:
     """Consume the intents of objects that rows now refer to, record the displaced ones, and what is still to be done for the new.
 
     The rows are written already, in the same transaction. An error here rolls the flush back with the intents that it consumed;
@@ -84,10 +85,14 @@ def write_entries(unit: UnitOfWork) -> None:
     for journal, ids in taken.items():
         journal.intents.consume(flush.connections[journal], ids)
         journal.intents.require_unfenced(intent for intent in flush.restored if intent.journal is journal)
+    # Whether they have lost them or not, which the worker sees.
+    left = [*(entry.held for entry in flush.displaced), *(held for _, cascaded in flush.vanishing for held in cascaded)]
     for journal, connection in flush.connections.items():
         write_displaced(connection, [stored for stored in displaced if stored.intent and stored.intent.journal is journal])
         taken_by = [change for change in flush.taken if change.binding.journal is journal]
-        journal.intents.enqueue(connection, [(change.slot.column, change.attachment.ref) for change in taken_by])
+        written = [(change.slot.column, change.attachment.ref) for change in taken_by]
+        if journal.intents.enqueue(connection, written, _affected(left).get(journal, ())):
+            frame.wakes.add(journal)
 
 
 def write_displaced(connection: Connection, displaced: Iterable[StoredObject]) -> None:
@@ -125,6 +130,23 @@ def restore_deleted(unit: UnitOfWork, change: Change) -> None:
     unit.flush.restored_by[stored.key] = cancelled
     unit.flush.log.append((stored, True))
     state.take(change.slot.column_type)
+
+
+def write_left(connection: Connection, frame: Frame, left: Iterable[RowRef]) -> None:
+    """Record in the transaction of a connection that columns may have lost refs, for their effects."""
+    for journal, lost in _affected(left).items():
+        if journal.intents.enqueue(connection, (), lost):
+            frame.wakes.add(journal)
+
+
+def _affected(left: Iterable[RowRef]) -> dict[Journal, list[tuple[Column[Any], StoredObjectRef]]]:
+    """Return the refs in columns that have effects, by their journals."""
+    found: dict[Journal, list[tuple[Column[Any], StoredObjectRef]]] = {}
+    for entry in left:
+        column_type: AttachmentType = entry.column.type  # type: ignore[assignment]  # only attachment columns are read under locks
+        if column_type.effects and (journal := column_type.binding().journal) is not None:
+            found.setdefault(journal, []).append((entry.column, entry.ref))
+    return found
 
 
 _UNSAFE = re.compile(r"[^\w.@=+-]+")
@@ -303,8 +325,9 @@ def end(session: Session, unit: UnitOfWork) -> None:
     flush.log = written_log(session, unit, [*(stored for stored, _ in flush.log), *vanished])
     held = {stored.key for stored, is_held in flush.log if is_held}
     flush.restored = [intent for key, cancelled in flush.restored_by.items() if key in held for intent in cancelled]
-    write_entries(unit)
-    unit.end_flush(unit.frame(current_transaction(session)))
+    frame = unit.frame(current_transaction(session))
+    write_entries(unit, frame)
+    unit.end_flush(frame)
 
 
 def recheck_cascades(unit: UnitOfWork) -> None:

@@ -173,7 +173,7 @@ class ConnectionWatch:
         to_delete, self.to_delete = self.to_delete, []
         keep = _asking([self], outcome)
         self.reset()
-        removed = [stored for work in joined for stored in work.unit.end(work.frame, outcome)]
+        removed = [stored for work in joined for stored in _end(work.unit, work.frame, outcome)]
         if outcome is Outcome.UNKNOWN:
             return
         if in_progress:
@@ -291,7 +291,15 @@ def conclude(session: Session, transaction: SessionTransaction) -> None:
     keep = _asking(spans, outcome)
     for item in spans:
         item.reset()
-    remove_now(unit.end(frame, outcome), is_async=is_async(session) or any(item.is_async for item in spans), keep=keep)
+    remove_now(_end(unit, frame, outcome), is_async=is_async(session) or any(item.is_async for item in spans), keep=keep)
+
+
+def _end(unit: UnitOfWork, frame: Frame, outcome: Outcome) -> list[StoredObject]:
+    """Return the objects that are to be deleted now, and wake the workers that have something to do."""
+    if outcome is Outcome.COMMITTED:
+        for journal in frame.wakes:
+            journal.wake_workers()
+    return unit.end(frame, outcome)
 
 
 def _asking(watches: Iterable[ConnectionWatch], outcome: Outcome) -> Callable[[Sequence[StoredObject]], set[str]] | None:

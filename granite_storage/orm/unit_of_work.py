@@ -121,11 +121,14 @@ class Frame:
     log: list[LogEntry] = field(default_factory=list)
     puts: list[tuple[StoredObject, Attachment]] = field(default_factory=list)
     committed: bool = False
+    # Whose workers have something to do once it is committed.
+    wakes: set[Journal] = field(default_factory=set)
 
     def merge(self, inner: Frame) -> None:
         """Add the log of a released savepoint."""
         self.log += inner.log
         self.puts += inner.puts
+        self.wakes |= inner.wakes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, ColumnElement, Connection, bindparam, select, update
@@ -24,7 +24,7 @@ from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.locations import matches_generated_name, uuid7_hex
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.columns import location_of, portable_storage_ref_type, where_json
-from granite_storage.orm.locking import among, take_write_lock
+from granite_storage.orm.locking import among, refers, take_write_lock
 from granite_storage.orm.references import as_stored, find_location_columns, keeping_other_columns
 from granite_storage.orm.uploads import make_variant, prepare_variant, remove
 from granite_storage.refs import StoredObjectRef, require_scanned
@@ -32,6 +32,7 @@ from granite_storage.refs import StoredObjectRef, require_scanned
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+    from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant
     from granite_storage.orm.columns import AttachmentType
 
@@ -39,20 +40,28 @@ __all__ = [
     "LONGEST_WAIT",
     "Holding",
     "MadeVariant",
+    "Which",
     "choose_rows",
+    "drop_without_journal",
     "entity_of",
     "is_held_at",
+    "is_kept",
     "lock_holdings",
     "make_without_journal",
     "not_committed",
     "read_holdings",
     "share",
+    "undeclared_in",
+    "value_of",
     "write_variants",
 ]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 T = TypeVar("T")
+
+Which: TypeAlias = Literal["missing", "stale", "all"]
+"""Which variants are made: those that are missing, those of another recipe as well, or all of them again."""
 
 LONGEST_WAIT = 30.0
 """Seconds that a variant waits for transactions that have locked the rows of its original."""
@@ -99,6 +108,12 @@ class Holding:
         declared, found = self.column_type.variants.get(name), self.variants.get(name)
         return declared is not None and declared.digest == recipe and (found is None or found.get("recipe") != recipe)
 
+    def takes(self, name: str, made: MadeVariant) -> bool:
+        """Return whether the row is to have a variant that was made, where it holds what was seen before."""
+        declared = self.column_type.variants.get(name)
+        is_forced = made.replaces_same and declared is not None and declared.digest == made.ref.recipe
+        return is_forced or self.wants(name, made.ref.recipe)
+
     def location_of(self, name: str) -> str | None:
         """Return the location of a variant; None where it is missing."""
         return self.variants.get(name, {}).get("location")
@@ -111,10 +126,17 @@ class MadeVariant:
     Attributes:
         ref: Its ref.
         seen: What the rows of its original held under its name before it was made: locations, and None where it was missing.
+        replaces_same: Whether it takes the place of one by the same recipe, too.
     """
 
     ref: StoredObjectRef
     seen: frozenset[str | None]
+    replaces_same: bool = False
+
+
+def is_kept(held: StoredObjectRef, declared: DeclaredVariant, which: Which) -> bool:
+    """Return whether a ref has a variant that need not be made."""
+    return (which == "missing" and declared.name in (held.variants or {})) or (which == "stale" and declared.is_in(held))
 
 
 def is_held_at(column: Column[Any], location: str, dialect: str, *, is_generated: bool) -> ColumnElement[bool]:
@@ -137,7 +159,7 @@ def read_holdings(
         options: The execution options that lead to the table.
     """
     found = connection.execute(select(as_stored(column, connection.dialect)).where(is_here), execution_options=options)
-    values = (_value(raw, place) for (raw,) in found)
+    values = (value_of(raw, place) for (raw,) in found)
     return [Holding(column, is_here, value, options) for value in values if value is not None]
 
 
@@ -154,7 +176,7 @@ def lock_holdings(
     for row in connection.execute(select(*keys).where(is_here).order_by(*keys), execution_options=options).all():
         is_row = among(table, [tuple(row)]) & is_here
         locked = select(as_stored(column, connection.dialect)).where(is_row).with_for_update(key_share=True)
-        values = [_value(raw, place) for (raw,) in connection.execute(locked, execution_options=options)]
+        values = [value_of(raw, place) for (raw,) in connection.execute(locked, execution_options=options)]
         holdings += [Holding(column, is_row, value, options) for value in values if value is not None]
     return holdings
 
@@ -162,12 +184,13 @@ def lock_holdings(
 def choose_rows(holdings: Sequence[Holding], made: Mapping[str, MadeVariant]) -> dict[str, list[Holding]]:
     """Return which variants may be set, and in which of the locked rows.
 
-    A row that has a variant by the same recipe keeps it, and one whose column does not declare it does not get it. Of the others
-    each must hold what was seen before, or the variant is left out: an older recipe must not replace the result of a newer one.
+    A row that has a variant by the same recipe keeps it, unless it is made again, and one whose column does not declare it does
+    not get it. Of the others each must hold what was seen before, or the variant is left out: an older recipe must not replace
+    the result of a newer one.
     """
     chosen: dict[str, list[Holding]] = {}
     for name, variant in made.items():
-        lacking = [holding for holding in holdings if holding.wants(name, variant.ref.recipe)]
+        lacking = [holding for holding in holdings if holding.takes(name, variant)]
         if lacking and all(holding.location_of(name) in variant.seen for holding in lacking):
             chosen[name] = lacking
     return chosen
@@ -178,6 +201,8 @@ def write_variants(
 ) -> list[StoredObjectRef]:
     """Set variants in locked rows, one UPDATE for each; return those that they take the places of.
 
+    Those that are chosen and were not made are taken out.
+
     Raises:
         StaleAttachmentError: A row does not hold the object any more, though it is locked.
     """
@@ -186,13 +211,23 @@ def write_variants(
         names = [name for name, holdings in chosen.items() if holding in holdings]
         variants = holding.variants
         displaced += [StoredObjectRef.from_dict(variants[name]) for name in names if name in variants]
-        value = {**holding.value, "variants": {**variants, **{name: made[name].ref.to_dict() for name in names}}}
+        left = {name: variant for name, variant in variants.items() if name in made or name not in names}
+        now = {**left, **{name: made[name].ref.to_dict() for name in names if name in made}}
+        value = {name: part for name, part in holding.value.items() if name != "variants"} | ({"variants": now} if now else {})
         new = bindparam(None, value, type_=portable_storage_ref_type())
         values = {holding.column: new, **keeping_other_columns(holding.column)}
         written = update(holding.column.table).where(holding.is_row).values(values)
         if connection.execute(written, execution_options=holding.options).rowcount != 1:
             raise StaleAttachmentError(f"a locked row no longer holds the object at {holding.value['location']!r}")
     return displaced
+
+
+def undeclared_in(holdings: Sequence[Holding], names: Iterable[str]) -> dict[str, list[Holding]]:
+    """Return which of the locked rows have variants of these names that their columns do not declare."""
+    found = {
+        name: [item for item in holdings if name in item.variants and name not in item.column_type.variants] for name in names
+    }
+    return {name: some for name, some in found.items() if some}
 
 
 def entity_of(source: StoredObjectRef) -> str:
@@ -210,7 +245,7 @@ def not_committed(source: StoredObjectRef) -> StaleAttachmentError:
     )
 
 
-def _value(raw: Any, place: tuple[str, str]) -> dict[str, Any] | None:
+def value_of(raw: Any, place: tuple[str, str]) -> dict[str, Any] | None:
     """Return a value of a column as it is, if it holds the object at a place."""
     try:
         value = json.loads(raw)
@@ -271,7 +306,12 @@ class _Fate(Enum):
 
 
 async def make_without_journal(
-    binding: Binding, column_type: ColumnType, source: StoredObjectRef, declared: DeclaredVariant
+    binding: Binding,
+    column_type: ColumnType,
+    source: StoredObjectRef,
+    declared: DeclaredVariant,
+    *,
+    which: Which = "missing",
 ) -> StoredObjectRef:
     """Make a variant of the object of a committed row, and return what the row holds then.
 
@@ -284,39 +324,52 @@ async def make_without_journal(
         DerivationFailedError: It could not be made now.
         StorageError: It could not be stored.
     """
-    if binding.session_factory is None:
-        raise ConfigurationError("making a variant when it is asked for needs sessions: bind_storage(..., session_factory=...)")
-    held = await shielded(_read(binding.session_factory, column_type, source))
-    if held is None:
+    setting = _Setting(_require_sessions(binding), column_type, source, declared.name)
+    holdings = await setting.read()
+    if not holdings:
         raise not_committed(source)
-    if declared.name in (held.variants or {}):
+    held = holdings[0].ref
+    if is_kept(held, declared, which):
         return held
     require_scanned(held)
     manager = column_type.manager_in(binding)
     prepared = prepare_variant(manager, column_type, entity_of(held), held.location, held.storage_key, declared)
-    setting = _Setting(binding.session_factory, column_type, source, declared.name)
+    seen = frozenset(holding.location_of(declared.name) for holding in holdings)
     stored: list[StoredObjectRef] = []
     try:
         await make_variant(manager, held, prepared, declared.recipe, stored.append)
-        await shielded(setting.run(stored[0]))
+        await shielded(setting.run({declared.name: MadeVariant(stored[0], seen, which == "all")}))
     finally:
         if setting.fate is _Fate.IN_DOUBT:
             logger.warning("it is unknown whether a row has the variant %r, which stays", prepared.location)
         elif setting.fate is _Fate.UNSET and stored:
             what = "deleting a variant that no row has taken"
             await shielded_cleanup(remove([StoredObject(manager, ref) for ref in stored], []), what)
+        await setting.delete_displaced(manager)
     if setting.held is None or declared.name not in (setting.held.variants or {}):
         raise not_committed(source)
     return setting.held
 
 
-async def _read(
-    sessions: async_sessionmaker[AsyncSession], column_type: ColumnType, source: StoredObjectRef
-) -> StoredObjectRef | None:
-    async with sessions() as session:
-        connection = await session.connection(bind_arguments={"clause": column_type.table})
-        found = await connection.run_sync(_find, read_holdings, column_type.column, source)
-        return found[0].ref if found else None
+async def drop_without_journal(binding: Binding, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool:
+    """Take a variant that its column does not declare out of the rows of its original; return whether one had it.
+
+    Raises:
+        ConfigurationError: The base was bound without a session factory.
+        StaleAttachmentError: Others have locked the row for long.
+    """
+    setting = _Setting(_require_sessions(binding), column_type, source, name)
+    try:
+        await shielded(setting.run({}))
+    finally:
+        await setting.delete_displaced(column_type.manager_in(binding))
+    return setting.fate is _Fate.SET
+
+
+def _require_sessions(binding: Binding) -> async_sessionmaker[AsyncSession]:
+    if binding.session_factory is None:
+        raise ConfigurationError("making a variant when it is asked for needs sessions: bind_storage(..., session_factory=...)")
+    return binding.session_factory
 
 
 def _find(
@@ -328,7 +381,7 @@ def _find(
 
 
 class _Setting:
-    """Sets a variant in the rows of its original, in a transaction of its own.
+    """Sets a variant in the rows of its original, or takes it out, in a transaction of its own.
 
     Attributes:
         fate: Whether rows have it.
@@ -342,18 +395,28 @@ class _Setting:
         self._column_type = column_type
         self._source = source
         self._name = name
+        self._displaced: list[StoredObjectRef] = []
         self.fate = _Fate.UNSET
         self.held: StoredObjectRef | None = None
 
-    async def run(self, variant: StoredObjectRef) -> None:
-        """Set it where it is missing."""
+    async def read(self) -> list[Holding]:
+        """Return the rows that hold the original."""
+        return await shielded(self._read())
+
+    async def _read(self) -> list[Holding]:
+        async with self._sessions() as session:
+            connection = await session.connection(bind_arguments={"clause": self._column_type.table})
+            return await connection.run_sync(_find, read_holdings, self._column_type.column, self._source)
+
+    async def run(self, made: Mapping[str, MadeVariant]) -> None:
+        """Set what was made where the rows hold what was seen; without it take out what is not declared."""
         async with self._sessions() as session:
             connection = await session.connection(bind_arguments={"clause": self._column_type.table})
             # SQLite bounds the wait itself, and a statement that is cut off there leaves the file locked.
             limit = None if connection.dialect.name == "sqlite" else LONGEST_WAIT
             try:
                 async with asyncio.timeout(limit):
-                    is_set = await connection.run_sync(self._write, variant)
+                    is_set = await connection.run_sync(self._write, made)
             except TimeoutError:
                 raise StaleAttachmentError(
                     f"other transactions have locked the row of the object at {self._source.location!r} for {LONGEST_WAIT:g} s:"
@@ -364,14 +427,24 @@ class _Setting:
                 await session.commit()
                 self.fate = _Fate.SET
 
-    def _write(self, connection: Connection, variant: StoredObjectRef) -> bool:
+    async def delete_displaced(self, manager: StorageManager) -> None:
+        """Delete what no row has any more; where that is unknown, it stays, for the garbage collector."""
+        if self.fate is _Fate.SET and self._displaced:
+            await shielded_cleanup(
+                remove([StoredObject(manager, ref) for ref in self._displaced], []), "deleting variants that rows have given up"
+            )
+
+    def _write(self, connection: Connection, made: Mapping[str, MadeVariant]) -> bool:
         column = self._column_type.column
         take_write_lock(connection, column.table)
         holdings = _find(connection, lock_holdings, column, self._source)
-        made = {self._name: MadeVariant(variant, frozenset([None]))}
-        chosen = choose_rows(holdings, made)
-        write_variants(connection, chosen, made)
-        refs: Iterable[StoredObjectRef] = (holding.ref for holding in holdings)
-        held = next(iter(refs), None)
-        self.held = held.with_variants({**(held.variants or {}), self._name: variant}) if held and chosen else held
+        chosen = choose_rows(holdings, made) if made else undeclared_in(holdings, [self._name])
+        displaced = write_variants(connection, chosen, made)
+        # A row of another column that SQL has copied the value to has the same variants; the collector deletes them in time.
+        others = (item for item in self._column_type.binding().ref_columns() if item is not column)
+        is_shared = bool(displaced) and any(refers(connection, item, self._source) for item in others)
+        self._displaced = [] if is_shared else displaced
+        held = next((holding.ref for holding in holdings), None)
+        new = {name: variant.ref for name, variant in made.items()}
+        self.held = held.with_variants({**(held.variants or {}), **new}) if held and chosen else held
         return bool(chosen)

@@ -201,8 +201,8 @@ MUTANTS = [
         name="journal-bulk-delete-unrecorded",
         rule="What a bulk statement displaces has a delete intent like everything else.",
         path="granite_storage/orm/bulk.py",
-        old="    write_displaced(connection, displaced)\n",
-        new="",
+        old="        write_displaced(connection, displaced)\n        flush.write_left",
+        new="        flush.write_left",
         tests=("tests/orm/journal/test_recovery.py::TestRetention::test_bulk_deletes_wait_too[asyncpg]",),
     ),
     Mutant(
@@ -240,9 +240,9 @@ MUTANTS = [
     Mutant(
         name="scan-verdict-for-another-backend",
         rule="A verdict reaches only a value that still names the backend and the location that were scanned.",
-        path="granite_storage/orm/journal/jobs.py",
-        old='if not isinstance(value, dict) or (value.get("backend"), value.get("location")) != (job.backend, job.location):',
-        new="if not isinstance(value, dict):",
+        path="granite_storage/orm/variants.py",
+        old='if isinstance(value, dict) and (value.get("backend"), value.get("location")) == place else None',
+        new='if isinstance(value, dict) and value.get("location") == place[1] else None',
         tests=("tests/orm/journal/test_scans.py::TestRowsThatChange::test_another_backend[asyncpg]",),
     ),
     Mutant(
@@ -273,8 +273,8 @@ MUTANTS = [
         name="scan-job-forgotten-by-a-migration",
         rule="A migration records the job of the copy of a held object.",
         path="granite_storage/migration.py",
-        old="            intents.enqueue(connection, [(self._held.column, self._copy.ref)])\n",
-        new="",
+        old="intents.enqueue(connection, [(column, self._copy.ref)], [(column, self._original)])",
+        new="intents.enqueue(connection, [], [(column, self._original)])",
         tests=("tests/orm/journal/test_scans.py::TestFlushes::test_a_migration[asyncpg]",),
     ),
     Mutant(

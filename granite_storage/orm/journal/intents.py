@@ -36,6 +36,7 @@ from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import batches, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
+from granite_storage.orm.journal.effects import enqueue_effects
 from granite_storage.orm.journal.jobs import enqueue_jobs, jobs_of
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
 from granite_storage.refs import iter_refs
@@ -223,12 +224,29 @@ class Intents:
             self._note_schemas(connection)
             nominate(connection, self._tables.intent, pending, self._pool.options)
 
-    def enqueue(self, connection: Connection, written: Iterable[tuple[Column[Any], StoredObjectRef]]) -> None:
-        """Record in the transaction that writes refs what a worker is to do for their objects; see `jobs_of`."""
+    def enqueue(
+        self,
+        connection: Connection,
+        written: Iterable[tuple[Column[Any], StoredObjectRef]],
+        left: Iterable[tuple[Column[Any], StoredObjectRef]] = (),
+    ) -> bool:
+        """Record in the transaction that writes refs what a worker is to do for their objects; see `jobs_of`.
+
+        Args:
+            connection: The connection of the transaction.
+            written: The columns and the refs that it writes to them.
+            left: The columns and the refs that they may have lost, for the effects.
+
+        Returns:
+            Whether there is anything to do.
+        """
+        written = list(written)
         jobs = [job for column, ref in written for job in jobs_of(column, ref)]
-        if jobs:
+        enqueue_jobs(connection, self._tables.job, jobs, self._pool.options)
+        has_effects = enqueue_effects(connection, self._tables.job, [*left, *written], self._pool.options)
+        if jobs or has_effects:
             self._note_schemas(connection)
-            enqueue_jobs(connection, self._tables.job, jobs, self._pool.options)
+        return bool(jobs) or has_effects
 
     async def note_delete(self, ref: StoredObjectRef) -> UUID:
         """Commit, durably, the intent to delete an object at once; return its id."""

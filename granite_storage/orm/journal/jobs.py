@@ -23,7 +23,6 @@ own recipes. A variant that takes the place of another one, of an older recipe, 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,11 +62,15 @@ from granite_storage.orm.variants import (
     LONGEST_WAIT,
     Holding,
     MadeVariant,
+    Which,
     choose_rows,
     entity_of,
+    is_kept,
     lock_holdings,
     not_committed,
     read_holdings,
+    undeclared_in,
+    value_of,
     write_variants,
 )
 from granite_storage.refs import StoredObjectRef, is_held, require_scanned
@@ -79,12 +82,28 @@ if TYPE_CHECKING:
     from granite_storage.orm._interfaces import ColumnType, DeclaredVariant, Journal
     from granite_storage.orm.discovery import Place
 
-__all__ = ["SCAN", "Jobs", "NewJob", "enqueue_jobs", "has_variants", "job_id", "jobs_of", "variant_key", "variants_of"]
+__all__ = [
+    "EFFECT",
+    "SCAN",
+    "Jobs",
+    "LeasedJob",
+    "NewJob",
+    "enqueue_jobs",
+    "has_variants",
+    "job_id",
+    "job_options",
+    "job_rows",
+    "jobs_of",
+    "variant_key",
+    "variants_of",
+]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 SCAN: Final = "scan"
 """The key of the job to scan an object that is held."""
+EFFECT: Final = "effect:"
+"""The beginning of the keys of effects' jobs; `granite_storage.orm.journal.effects` has the rest."""
 _VARIANT: Final = "variant:"
 
 Address: TypeAlias = tuple[str, str]
@@ -239,7 +258,10 @@ class _Job:
         """What is to be done, in messages."""
         if self.key == SCAN:
             return f"scanning the object {self.location!r}, which is held,"
-        return f"making the variant {self.variant!r} of the object {self.location!r}"
+        return f"{_described_key(self.key)} of the object {self.location!r}"
+
+
+LeasedJob: TypeAlias = _Job
 
 
 class _StillHeldError(Exception):
@@ -273,6 +295,7 @@ class Jobs:
         max_attempts: int,
     ) -> None:
         self._pool = pool
+        self._tables = tables
         self._job = tables.job
         self._intent = tables.intent
         self._manager = manager
@@ -283,6 +306,7 @@ class Jobs:
         self._declared = {
             (variant_key(declared.name), declared.digest) for column in columns for declared in variants_of(column).values()
         }
+        self._keys_after_scan = {key for key, _ in self._declared}
         self._lease = lease.total_seconds()
         self._max_attempts = max_attempts
 
@@ -332,7 +356,9 @@ class Jobs:
         await self._forget_dead(backend, own)
         return report
 
-    async def make(self, column_type: ColumnType, source: StoredObjectRef, declared: DeclaredVariant) -> StoredObjectRef:
+    async def make(
+        self, column_type: ColumnType, source: StoredObjectRef, declared: DeclaredVariant, *, which: Which = "missing"
+    ) -> StoredObjectRef:
         """Make a variant of an object now, and return what the row holds then.
 
         Raises:
@@ -344,9 +370,9 @@ class Jobs:
         held = await self._held_in(column_type, job)
         if held is None:
             raise not_committed(source)
-        if declared.name in (held.variants or {}):
+        if is_kept(held, declared, which):
             return held
-        await self._make_all([job], held, column_type, raises=True)
+        await self._make_all([job], held, column_type, raises=True, replaces_same=which == "all")
         held = await self._held_in(column_type, job)
         if held is None or declared.name not in (held.variants or {}):
             raise not_committed(source)
@@ -359,7 +385,8 @@ class Jobs:
             counts = select(job.c.key, func.count()).where(job.c.dead.is_(False)).group_by(job.c.key)
             found: dict[str, int] = {key: count for key, count in await connection.execute(counts)}  # noqa: C416  # rows, not pairs
             report.held = found.pop(SCAN, 0)
-            report.underived = sum(found.values())
+            report.pending_effects = sum(count for key, count in found.items() if key.startswith(EFFECT))
+            report.underived = sum(found.values()) - report.pending_effects
             dead = select(job).where(job.c.dead).order_by(job.c.due).limit(_MOST_REPORTED)
             report.failed += [
                 FailedReclaim(row.backend, row.location, f"{_described_key(row.key)}: {row.error}", row.attempts, None)
@@ -452,9 +479,9 @@ class Jobs:
         return True
 
     async def _expedite(self, scan: _Job) -> None:
-        """Let the jobs for the variants of an object be due that waited for its scan."""
+        """Let the jobs of an object be due that waited for its scan."""
         job = self._job
-        ids = sorted(job_id(scan.backend, scan.location, key) for key, _ in self._declared)
+        ids = sorted(job_id(scan.backend, scan.location, key) for key in self._keys_after_scan)
         if ids:
             statement = update(job).where(job.c.id == bindparam("mine", type_=job.c.id.type), job.c.dead.is_(False))
             async with self._pool.reading() as connection:
@@ -548,7 +575,37 @@ class Jobs:
                 await self._fail(job, error)
             return 0
 
-    async def _make_all(self, jobs: Sequence[_Job], source: StoredObjectRef, column_type: ColumnType, *, raises: bool) -> int:
+    async def drop(self, source: StoredObjectRef, name: str) -> bool:
+        """Take a variant out of the rows of its original whose columns do not declare it; return whether one had it.
+
+        Raises:
+            StaleAttachmentError: Other transactions have locked the rows for long.
+        """
+        try:
+            async with asyncio.timeout(LONGEST_WAIT):
+                return await self._drop(source, name)
+        except TimeoutError:
+            raise _locked_for_long(source.location) from None
+
+    @again_after_deadlock
+    async def _drop(self, source: StoredObjectRef, name: str) -> bool:
+        key = variant_key(name)
+        job = _Job(job_id(source.backend, source.location, key), ("", ""), *job_place(source), 0, 0, key, "")
+        async with self._pool.reading() as connection:
+            chosen = undeclared_in(await self._holdings(connection, job, lock_holdings), [name])
+            displaced = await connection.run_sync(write_variants, chosen, {})
+            await connection.run_sync(nominate, self._intent, self._pending(job, displaced), {})
+        return bool(chosen)
+
+    async def _make_all(
+        self,
+        jobs: Sequence[_Job],
+        source: StoredObjectRef,
+        column_type: ColumnType,
+        *,
+        raises: bool,
+        replaces_same: bool = False,
+    ) -> int:
         """Make variants of one object and let its rows have them; return how many they have got.
 
         Args:
@@ -556,6 +613,7 @@ class Jobs:
             source: The original.
             column_type: The column of a row that holds it, and declares the variants.
             raises: Whether to raise what prevents it, rather than to note it with the jobs.
+            replaces_same: Whether they take the places of others by the same recipes, too.
         """
         try:
             require_scanned(source)
@@ -581,7 +639,7 @@ class Jobs:
             name = job.variant
 
             def keep(ref: StoredObjectRef) -> None:
-                made[name] = MadeVariant(ref, seen[name])
+                made[name] = MadeVariant(ref, seen[name], replaces_same)
 
             try:
                 lease.begin(ids[name])
@@ -632,9 +690,7 @@ class Jobs:
                 if not made:
                     return None
             except TimeoutError:
-                raise StaleAttachmentError(
-                    f"other transactions have locked the rows of the object at {jobs[0].location!r} for {LONGEST_WAIT:g} s"
-                ) from None
+                raise _locked_for_long(jobs[0].location) from None
         return None
 
     @again_after_deadlock
@@ -765,6 +821,8 @@ def _job(row: Row[Any], takeovers: int) -> _Job:
 
 
 def _described_key(key: str) -> str:
+    if key.startswith(EFFECT):
+        return f"the effect {key.removeprefix(EFFECT)!r}"
     return "scanning" if key == SCAN else f"making the variant {key.removeprefix(_VARIANT)!r}"
 
 
@@ -784,15 +842,19 @@ def _options(place: Place, column: Column[Any]) -> dict[str, Any]:
 
 def _unjudged(raw: Any, job: _Job) -> dict[str, Any] | None:
     """Return a value of a column as it is, if it holds the object of a job and says that it is to be judged."""
-    try:
-        value = json.loads(raw)
-    except (TypeError, ValueError):
-        return None
-    if not isinstance(value, dict) or (value.get("backend"), value.get("location")) != (job.backend, job.location):
+    if (value := value_of(raw, job.place)) is None:
         return None
     scan = value.get("scan")
     return value if isinstance(scan, dict) and scan.get("status") == "pending" else None
 
 
+def _locked_for_long(location: str) -> StaleAttachmentError:
+    return StaleAttachmentError(f"other transactions have locked the rows of the object at {location!r} for {LONGEST_WAIT:g} s")
+
+
 def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
+
+
+job_rows = _is_here
+job_options = _options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -17,8 +17,9 @@ from granite_storage.orm._interfaces import Intent, JournalTables, active_bindin
 from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
+from granite_storage.orm.journal.effects import EffectJobs, effects_of
 from granite_storage.orm.journal.intents import GroupCommit, Intents, Lease
-from granite_storage.orm.journal.jobs import Jobs, has_variants
+from granite_storage.orm.journal.jobs import has_variants
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import RecoveryReport, tables_of
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
     from granite_storage._engine import PreparedUpload
     from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant
+    from granite_storage.orm.variants import Which
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["StorageJournal", "SyncJournal"]
 
 T = TypeVar("T")
+WorkCallback = TypeVar("WorkCallback", bound="Callable[[], object]")
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -107,6 +110,7 @@ class StorageJournal:
         self._tables: JournalTables | None = None
         self._checked = False
         self._alarm = Alarm()
+        self._callbacks: list[Callable[[], object]] = []
         self._commits = GroupCommit()
         self._schemas = KnownSchemas(self._bounded)
 
@@ -152,7 +156,8 @@ class StorageJournal:
         """
         others = sorted({column.table for column in self._columns()}, key=str)
         may_hold = any(policy.may_hold for policy in self.manager.policies.values())
-        await check_database(self._bounded, self.tables, others, has_jobs=may_hold or has_variants(self._columns()))
+        has_jobs = may_hold or has_variants(self._columns()) or bool(effects_of(self._columns()))
+        await check_database(self._bounded, self.tables, others, has_jobs=has_jobs)
         for backend in sorted(await self._recovery().unknown_backends()):
             logger.warning("the journal keeps rows of the backend %r, which the manager does not have: its objects stay", backend)
         self._checked = True
@@ -161,7 +166,7 @@ class StorageJournal:
         """Run recovery once: delete uploads that no transaction has consumed, and displaced objects that are due.
 
         Objects that are held until a scanner has judged them are scanned, those that are due, and their rows get the verdict.
-        Variants that are due are made, and their rows get them.
+        Variants that are due are made, and their rows get them. Effects that are due are called.
         Any number of processes may do so at the same time. What fails is tried again by a later pass, ever more rarely.
 
         Raises:
@@ -171,7 +176,8 @@ class StorageJournal:
         recovery, jobs = self._recovery(), self._jobs()
         report = RecoveryReport()
         async with asyncio.TaskGroup() as group:
-            works = (work(backend) for work in (recovery.run, jobs.run, jobs.derive) for backend in self.manager.backends)
+            kinds = (recovery.run, jobs.run, jobs.derive, jobs.call_effects)
+            works = (work(backend) for work in kinds for backend in self.manager.backends)
             passes = [group.create_task(work) for work in works]
         for done in passes:
             report.add(done.result())
@@ -186,9 +192,9 @@ class StorageJournal:
 
         It looks soon after a transaction of this process has given something up, and every interval for those of other processes.
         Every backend has a loop of its own, so that a slow or dead one holds up no other, and further loops for the scans of held
-        objects, which may take minutes, and for the variants that are to be made. Failures are logged and survived. The loops end
-        with the block, promptly; what they leave unfinished any other worker resumes. Where the base is bound again meanwhile,
-        the worker goes on with the new manager, for those backends that it began with.
+        objects, which may take minutes, for the variants that are to be made, and for the effects. Failures are logged and
+        survived. The loops end with the block, promptly; what they leave unfinished any other worker resumes. Where the base is
+        bound again meanwhile, the worker goes on with the new manager, for those backends that it began with.
 
         Args:
             interval: The pause between two passes, give or take a quarter.
@@ -221,15 +227,20 @@ class StorageJournal:
             if backend in self.manager.backends:
                 await self._jobs().derive(backend)
 
+        async def call_effects(backend: str) -> None:
+            if backend in self.manager.backends:
+                await self._jobs().call_effects(backend)
+
         async with (
             at_work(self.manager.backends, recover, interval, self._alarm),
             at_work(self.manager.backends, scan, interval, self._alarm, what="scanning the held objects"),
             at_work(self.manager.backends, derive, interval, self._alarm, what="making the variants of the objects"),
+            at_work(self.manager.backends, call_effects, interval, self._alarm, what="calling the effects of the objects"),
         ):
             yield
 
     async def retry_dead_letters(self) -> int:
-        """Make dead letters due again for the next pass, deletes, scans and variants; return how many there are."""
+        """Make dead letters due again for the next pass, deletes, scans, variants and effects; return how many there are."""
         await self._ensure_checked()
         return await self._recovery().retry_dead_letters() + await self._jobs().retry_dead()
 
@@ -304,11 +315,55 @@ class StorageJournal:
     def wake_workers(self) -> None:
         """Wake the workers of this process, because a transaction has left work for them."""
         self._alarm.ring()
+        for callback in self._callbacks:
+            try:
+                callback()
+            except Exception:
+                logger.exception("a callback of on_work failed; the next pass of a worker does what there is to do")
 
-    async def make_variant(self, column_type: ColumnType, source: StoredObjectRef, variant: DeclaredVariant) -> StoredObjectRef:
+    def on_work(self, callback: WorkCallback) -> WorkCallback:
+        """Call a function after each commit of this process that leaves work for a worker: the place to wake a task queue.
+
+        It is called in the thread of the session and, where that is asynchronous, on its event loop, so it must not wait. It is
+        only a hint: what a process dies of before that, the next `recover` does. It is returned, so this may be a decorator.
+
+        Example:
+            ```python
+            @journal.on_work
+            def wake():
+                recover_files.delay()  # a task that calls journal.recover()
+            ```
+        """
+        if not callable(callback):
+            raise ConfigurationError(f"on_work takes a function without arguments, not {callback!r}")
+        self._callbacks.append(callback)
+        return callback
+
+    async def make_variant(
+        self, column_type: ColumnType, source: StoredObjectRef, variant: DeclaredVariant, *, which: Which = "missing"
+    ) -> StoredObjectRef:
         """Make a variant of the object of a committed row, and return what the row holds then; see `Attachment.variant`."""
         await self._ensure_checked()
-        return await self._jobs().make(column_type, source, variant)
+        return await self._jobs().make(column_type, source, variant, which=which)
+
+    async def drop_variant(self, source: StoredObjectRef, name: str) -> bool:
+        """Take a variant that no column declares any more out of the rows of its original; return whether one had it."""
+        await self._ensure_checked()
+        return await self._jobs().drop(source, name)
+
+    async def call_effect(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool | None:
+        """Call an effect for a file now; see `EffectJobs.call_now`."""
+        await self._ensure_checked()
+        return await self._jobs().call_now(column_type, source, name)
+
+    async def find_pending_effects(self, which: Which) -> dict[str, list[str]]:
+        """Return for which effects `put` is to be called for every row: by column, their names."""
+        await self._ensure_checked()
+        return await self._jobs().find_pending(which)
+
+    async def note_effects(self, passed: Mapping[str, Sequence[str]]) -> None:
+        """Note that it was called for every row."""
+        await self._jobs().note_passes(passed)
 
     async def settle(self, ids: Sequence[UUID]) -> None:
         """Delete at once the objects that a rolled-back transaction has stored; locked intents are left to a worker."""
@@ -327,6 +382,7 @@ class StorageJournal:
         tables = _tables_for(binding.metadata)
         if self._bindings and (self.manager is not binding.manager or self.tables is not tables):
             raise ConfigurationError("a journal serves one manager and one set of tables: make another one for another base")
+        effects_of([*self._columns(), *binding.ref_columns()])
         self._bindings.append(binding)
         self._tables = tables
         self._checked = False
@@ -353,8 +409,8 @@ class StorageJournal:
         others = [column for binding in active_bindings() if binding not in own for column in binding.ref_columns()]
         return References(pool, self.tables, self._columns(), list(dict.fromkeys(others)))
 
-    def _jobs(self) -> Jobs:
-        return Jobs(
+    def _jobs(self) -> EffectJobs:
+        return EffectJobs(
             self._pool,
             self.tables,
             self.manager,

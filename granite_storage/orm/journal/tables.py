@@ -173,7 +173,7 @@ def _on_mariadb(element: clock, compiler: Any, **kw: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FailedReclaim:
-    """An object that could not be deleted or scanned, or of which a variant could not be made.
+    """An object that could not be deleted or scanned, or of which a variant or an effect has failed.
 
     Attributes:
         backend: Its backend's key.
@@ -206,6 +206,8 @@ class RecoveryReport:
         held: How many are held until a scanner has judged them, and are tried again.
         derived: How many variants it made, which rows now have.
         underived: How many variants are still to be made.
+        effects: How many effects it called for a file.
+        pending_effects: How many are still to be called.
         unknown_backends: Backends that rows of the journal name and the manager does not have; nothing of theirs is touched.
     """
 
@@ -219,6 +221,8 @@ class RecoveryReport:
     held: int = 0
     derived: int = 0
     underived: int = 0
+    effects: int = 0
+    pending_effects: int = 0
     failed: list[FailedReclaim] = field(default_factory=list)
     unknown_backends: set[str] = field(default_factory=set)
 
@@ -230,4 +234,5 @@ class RecoveryReport:
         self.confirmed += other.confirmed
         self.scanned += other.scanned
         self.derived += other.derived
+        self.effects += other.effects
         self.failed += other.failed

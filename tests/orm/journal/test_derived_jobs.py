@@ -1,4 +1,4 @@
-"""Variants that a worker makes: the rows that hold the original get them, and no others; whatever happens in between, none is lost.
+"""Variants that a worker makes: the rows that hold the original get them, and no others; whatever happens, none is lost.
 
 `TestSimplifications` has a test for each rule of the deriver that must not be simplified.
 """

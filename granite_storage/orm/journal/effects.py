@@ -1,0 +1,342 @@
+"""Effects: what is derived from a file and kept elsewhere, such as a document in a search index.
+
+Each transaction that gives a file to a row, or takes it away, records a job for each effect of the column. The job says that
+something has changed, and nothing else. The worker looks at the rows: where one of a column with this effect holds the file it
+calls `put`, otherwise `remove`. So the last call fits the rows, in whatever order the jobs come.
+
+Why the last call is not missed. There is one job for an effect and a file. Each transaction that records it gives it a new
+token, in the transaction of the rows. The worker deletes the job only with the token that it had before it looked at the rows;
+where it is another one meanwhile, the job stays, and is due. A transaction that has not committed yet holds up that DELETE, or is
+held up by it and inserts the job anew.
+
+Why calls for a file do not overlap. The job is leased to one worker; a transaction that records it meanwhile lets the lease be.
+The worker renews the lease while the handler runs, and cancels the handler where it cannot. What is killed between the call and
+the DELETE is called again. So handlers are called at least once, and must be idempotent.
+
+The job has the ref, because a row that has lost the file cannot tell it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from sqlalchemy import Column, Connection, Insert, Table, case, delete, select, update
+from sqlalchemy.dialects.mysql import insert as mysql_insert
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+
+from granite_storage._tasks import run_bounded, shielded, task_group
+from granite_storage.derived.base import Effect, EffectEvent
+from granite_storage.exceptions import (
+    ConfigurationError,
+    DerivationFailedError,
+    InfectedObjectError,
+    ScanPendingError,
+    StaleAttachmentError,
+)
+from granite_storage.orm._util import again_after_deadlock, batches
+from granite_storage.orm.columns import AttachmentType
+from granite_storage.orm.journal.database import insert_if_absent
+from granite_storage.orm.journal.jobs import EFFECT, Jobs, LeasedJob, job_id, job_options, job_rows
+from granite_storage.orm.journal.tables import RecoveryReport, clock
+from granite_storage.orm.references import as_stored
+from granite_storage.orm.variants import value_of
+from granite_storage.refs import StoredObjectRef, require_scanned
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from granite_storage.manager import StorageManager
+    from granite_storage.orm._interfaces import ColumnType, Journal, JournalTables
+    from granite_storage.orm.journal.database import JournalPool
+    from granite_storage.orm.journal.references import References
+    from granite_storage.orm.variants import Which
+
+__all__ = ["EffectJobs", "effect_key", "effects_of", "enqueue_effects"]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+_AT_A_TIME = 500
+_CONCURRENCY = 4
+_RENEWALS = 3
+_SAFE_SHARE = 0.8
+_PAUSE_FOR_SCANS = 300.0
+
+
+def effect_key(name: str) -> str:
+    """Return the key of the jobs of an effect."""
+    return f"{EFFECT}{name}"
+
+
+def effects_in(column: Column[Any]) -> Mapping[str, Effect]:
+    """Return the effects that a column declares, by their names."""
+    return column.type.effects if isinstance(column.type, AttachmentType) else {}
+
+
+def effects_of(columns: Iterable[Column[Any]]) -> dict[str, Effect]:
+    """Return the effects that columns declare, by their names.
+
+    Raises:
+        ConfigurationError: Two columns declare different ones under one name. A file that moves from one to the other would leave
+            the one effect and come to the other by one job.
+    """
+    found: dict[str, tuple[Effect, Column[Any]]] = {}
+    for column in columns:
+        for name, effect in effects_in(column).items():
+            other, first = found.setdefault(name, (effect, column))
+            if other != effect:
+                raise ConfigurationError(
+                    f"the columns {first.table.fullname}.{first.name} and {column.table.fullname}.{column.name} declare different"
+                    f" effects under the name {name!r}: give both the same Effect, or the effects different names"
+                )
+    return {name: effect for name, (effect, _) in found.items()}
+
+
+def enqueue_effects(
+    connection: Connection,
+    job: Table,
+    changed: Iterable[tuple[Column[Any], StoredObjectRef]],
+    options: Mapping[str, Any],
+    *,
+    names: Collection[str] | None = None,
+) -> bool:
+    """Record in the transaction of a connection that files have come to rows or left them; return whether there was an effect.
+
+    Args:
+        connection: The connection.
+        job: The journal's table of jobs.
+        changed: The columns, and the refs that they hold now or have held.
+        options: Execution options that say where the table is.
+        names: Which effects; None for all.
+    """
+    rows: dict[Any, dict[str, Any]] = {}
+    for column, ref in changed:
+        for name in effects_in(column):
+            if names is not None and name not in names:
+                continue
+            key, place = effect_key(name), {"backend": ref.backend, "location": ref.location}
+            said = json.dumps({"token": uuid4().hex, "ref": ref.with_variants(None).to_dict()})
+            address = {"table_name": column.table.fullname, "column_name": column.name}
+            own = job_id(ref.backend, ref.location, key)
+            state = {"due": clock(), "attempts": 0, "takeovers": 0, "dead": False}
+            rows[own] = {"id": own, **address, **place, "key": key, "recipe": said, **state}
+    # In the order of their ids, so that transactions that record the same jobs do not deadlock.
+    for batch in batches([rows[own] for own in sorted(rows)], _AT_A_TIME):
+        connection.execute(_upsert(connection.dialect.name, job, batch), execution_options=dict(options))
+    return bool(rows)
+
+
+def _upsert(dialect: str, job: Table, rows: Sequence[dict[str, Any]]) -> Insert:
+    renewed = ("table_name", "column_name", "recipe", "dead")
+    # A worker has it in hand: it would be called by two of them at a time if it were due now.
+    is_leased = job.c.takeovers > 0
+    if dialect == "postgresql":
+        new = postgresql_insert(job).values(rows)
+        values = {
+            "due": case((is_leased, job.c.due), else_=new.excluded.due),
+            "attempts": case((is_leased, job.c.attempts), else_=0),
+        }
+        return new.on_conflict_do_update(
+            index_elements=[job.c.id], set_={**values, **{name: new.excluded[name] for name in renewed}}
+        )
+    inserted = mysql_insert(job).values(rows)
+    values = {
+        "due": case((is_leased, job.c.due), else_=inserted.inserted.due),
+        "attempts": case((is_leased, job.c.attempts), else_=0),
+    }
+    return inserted.on_duplicate_key_update({**values, **{name: inserted.inserted[name] for name in renewed}})
+
+
+class EffectJobs(Jobs):
+    """Takes over jobs of every kind and does them; its arguments are those of `Jobs`."""
+
+    def __init__(
+        self,
+        pool: JournalPool,
+        tables: JournalTables,
+        manager: StorageManager,
+        references: References,
+        columns: Iterable[Column[Any]],
+        journal: Journal,
+        *,
+        lease: timedelta,
+        max_attempts: int,
+    ) -> None:
+        self._columns = list(columns)
+        super().__init__(pool, tables, manager, references, self._columns, journal, lease=lease, max_attempts=max_attempts)
+        self._effects = effects_of(self._columns)
+        self._keys_after_scan |= {effect_key(name) for name in self._effects}
+
+    async def call_effects(self, backend: str) -> RecoveryReport:
+        """Call the effects that are due of files on one backend, given by its key."""
+        report = RecoveryReport()
+        if not self._effects:
+            return report
+
+        async def work(job: LeasedJob) -> None:
+            is_called = await self._call(job)
+            report.effects += is_called
+
+        own = self._job.c.key.in_(sorted(map(effect_key, self._effects)))
+        for suspected, limit in ((False, _CONCURRENCY), (True, 1)):
+            while jobs := await self._claim(backend, limit, own, suspected=suspected):
+                await run_bounded(jobs, work, limit)
+        return report
+
+    async def call_now(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool | None:
+        """Call an effect for a file now, as if it had just come to its row.
+
+        Returns:
+            Whether that has succeeded; None where another worker has the job in hand, and will call it.
+        """
+        column, key = column_type.column, effect_key(name)
+        async with self._pool.durable() as connection:
+            await connection.run_sync(enqueue_effects, self._job, [(column, source)], {}, names=[name])
+        own = self._job.c.id == job_id(source.backend, source.location, key)
+        jobs = await self._claim(source.backend, 1, own, suspected=False)
+        return await self._call(jobs[0]) if jobs else None
+
+    async def find_pending(self, which: Which) -> dict[str, list[str]]:
+        """Return for which effects a pass over all rows is to be made: by column, their names.
+
+        No row says which effects were called for it, so the journal notes for which versions a pass was made.
+
+        Args:
+            which: Those without a pass, those without one of their version, or all.
+        """
+        meta = self._tables.meta
+        async with self._pool.reading() as connection:
+            notes = dict((await connection.execute(select(meta.c.name, meta.c.value))).tuples().all())
+        pending: dict[str, list[str]] = {}
+        for column in self._columns:
+            for name, effect in effects_in(column).items():
+                noted = notes.get(_note_of(column, name))
+                if which == "all" or noted is None or (which == "stale" and noted != str(effect.version)):
+                    pending.setdefault(f"{column.table.fullname}.{column.name}", []).append(name)
+        return pending
+
+    async def note_passes(self, passed: Mapping[str, Iterable[str]]) -> None:
+        """Note that a pass over all rows was made for effects, given as `find_pending` returns them."""
+        meta = self._tables.meta
+        async with self._pool.durable() as connection:
+            for column in self._columns:
+                for name in passed.get(f"{column.table.fullname}.{column.name}", ()):
+                    new = {"value": str(effects_in(column)[name].version), "changed": clock()}
+                    noted = update(meta).where(meta.c.name == _note_of(column, name)).values(new)
+                    if (await connection.execute(noted)).rowcount == 0:
+                        await insert_if_absent(connection, self._tables, {"name": _note_of(column, name), **new})
+
+    async def _call(self, job: LeasedJob) -> bool:
+        """Call the handler that fits the rows, and delete the job; return whether that has succeeded."""
+        if await self._is_deadly(job):
+            return False
+        effect = self._effects[job.key.removeprefix(EFFECT)]
+        try:
+            events = await self._events(job)
+            handler = effect.put if events else effect.remove
+            try:
+                async with asyncio.timeout(effect.timeout), task_group() as group:
+                    holding = group.create_task(self._hold(job))
+                    for event in events or [self._removal(job)]:
+                        await handler(event)
+                    holding.cancel()
+            except TimeoutError as error:
+                raise DerivationFailedError(f"the handler took longer than {effect.timeout:g} s, or met a timeout") from error
+        except ScanPendingError as error:
+            await self._postpone([job], _PAUSE_FOR_SCANS, error)
+            return False
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the job
+            problem = f"{type(error).__name__}: {error}"[:500]
+            await self._note(job, problem, is_dead=job.attempts + 1 >= self._max_attempts)
+            return False
+        # Cancelled in between it would be called once more, for nothing.
+        await shielded(self._finish(job))
+        return True
+
+    async def _events(self, job: LeasedJob) -> list[EffectEvent]:
+        """Return the rows that hold the file of a job, without those whose files may not be read.
+
+        Raises:
+            ScanPendingError: A virus scanner has not judged it yet.
+        """
+        name = job.key.removeprefix(EFFECT)
+        events: list[EffectEvent] = []
+        async with self._pool.reading() as connection:
+            for place, column in await self._references.find_holders(connection, job.location):
+                if name not in effects_in(column):
+                    continue
+                keys = list(column.table.primary_key)
+                found = select(*keys, as_stored(column, connection.dialect)).where(job_rows(place, column, job, connection))
+                for *key, raw in await connection.execute(found, execution_options=job_options(place, column)):
+                    if (value := value_of(raw, job.place)) is None:
+                        continue
+                    ref = StoredObjectRef.from_dict(value)
+                    try:
+                        require_scanned(ref)
+                    except InfectedObjectError:
+                        continue
+                    events.append(EffectEvent(ref, f"{column.table.fullname}.{column.name}", tuple(key)))
+        return events
+
+    def _removal(self, job: LeasedJob) -> EffectEvent:
+        return EffectEvent(StoredObjectRef.from_dict(json.loads(job.recipe)["ref"]), ".".join(job.address))
+
+    async def _hold(self, job: LeasedJob) -> None:
+        """Renew the lease of a job until cancelled.
+
+        Raises:
+            StaleAttachmentError: It is over, or nearly: the handler must end before another worker calls it.
+        """
+        renewed = time.monotonic()
+        while True:
+            await asyncio.sleep(self._lease / _RENEWALS)
+            asked = time.monotonic()
+            left = renewed + self._lease * _SAFE_SHARE - asked
+            try:
+                async with asyncio.timeout(max(left, 0)), self._pool.reading() as connection:
+                    result = await connection.execute(update(self._job).where(self._is_own(job)).values(due=clock(self._lease)))
+            except Exception as error:
+                if left <= 0:
+                    raise StaleAttachmentError("the lease of the job could not be renewed in time") from error
+                logger.warning("the lease of %s could not be renewed and is tried again: %s", job.what, error)
+                continue
+            if result.rowcount == 0:
+                raise StaleAttachmentError("another worker has taken the job over")
+            renewed = asked
+
+    def _is_own(self, job: LeasedJob) -> Any:
+        return (self._job.c.id == job.id) & (self._job.c.takeovers == job.takeovers)
+
+    @again_after_deadlock
+    async def _finish(self, job: LeasedJob) -> None:
+        """Delete a job, or let it be due where a transaction has recorded it anew."""
+        table = self._job
+        async with self._pool.reading() as connection:
+            result = await connection.execute(delete(table).where(self._is_own(job), table.c.recipe == job.recipe))
+            if result.rowcount == 0:
+                await connection.execute(self._released(job))
+
+    async def _update_own(self, job: LeasedJob, **values: Any) -> None:
+        if not job.key.startswith(EFFECT):
+            await super()._update_own(job, **values)
+            return
+        table = self._job
+        async with self._pool.reading() as connection:
+            own = update(table).where(self._is_own(job), table.c.recipe == job.recipe)
+            if (await connection.execute(own.values(values))).rowcount == 0:
+                # What has failed is not what is to be done now.
+                await connection.execute(self._released(job))
+
+    def _released(self, job: LeasedJob) -> Any:
+        return update(self._job).where(self._is_own(job)).values(due=clock(), attempts=0, takeovers=0)
+
+
+def _note_of(column: Column[Any], name: str) -> str:
+    digest = sha256("\n".join((column.table.fullname, column.name, name)).encode()).hexdigest()
+    return f"{EFFECT}{digest[:32]}"

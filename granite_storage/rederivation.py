@@ -1,0 +1,330 @@
+"""Making variants anew for the rows that are there already: those that are missing, those of changed recipes, or all of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, get_args
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from granite_storage._jobs import (
+    MOST_KEPT,
+    Budget,
+    Run,
+    require_concurrency,
+    require_mounted,
+    retry_unavailable,
+    run_in_order,
+)
+from granite_storage.exceptions import (
+    BackendUnavailableError,
+    ConfigurationError,
+    InfectedObjectError,
+    ObjectNotFoundError,
+    ScanPendingError,
+    StaleAttachmentError,
+    StorageError,
+    StorageFullError,
+    UnknownBackendError,
+)
+from granite_storage.orm._interfaces import find_binding
+from granite_storage.orm.columns import AttachmentType
+from granite_storage.orm.references import RowValue, RowValues, Scan
+from granite_storage.orm.variants import Which, is_kept
+from granite_storage.refs import StoredObjectRef
+
+if TYPE_CHECKING:
+    from granite_storage.orm.binding import StorageBinding
+
+__all__ = ["Rederivation", "RederivationReport", "RederivationStatus", "RederivedVariant", "rederive"]
+
+_CONCURRENCY = 4
+_TRIES = 3
+
+
+class RederivationStatus(StrEnum):
+    """What became of a variant, or of what an effect has made of a file."""
+
+    MADE = "made"
+    DROPPED = "dropped"
+    CALLED = "effect called"
+    RECORDED = "left to the worker"
+    HELD = "held for a scanner"
+    CHANGED = "changed meanwhile"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class RederivedVariant:
+    """A variant, or an effect, that a run has processed.
+
+    Attributes:
+        status: What became of it.
+        table: The table's name, with its schema where it has one.
+        primary_key: The row's primary key.
+        column: The column's name.
+        name: The name of the variant or of the effect.
+        ref: The original; None where the column holds something that is no ref.
+        message: Why it was not made.
+    """
+
+    status: RederivationStatus
+    table: str
+    primary_key: tuple[Any, ...]
+    column: str
+    name: str
+    ref: StoredObjectRef | None
+    message: str = ""
+
+
+@dataclass(slots=True)
+class RederivationReport:
+    """What a run has done.
+
+    Attributes:
+        rows: How many rows were read.
+        counts: How many variants and effects were processed, by what became of them.
+        failures: The first thousand that failed.
+        bytes_read: How many bytes the originals have of which variants were made, each counted once for each variant.
+        key: The key of the last row up to which every row is done, for `rederive(..., after=key)`; None before the first.
+        complete: Whether it has come to its end.
+    """
+
+    rows: int = 0
+    counts: Counter[RederivationStatus] = field(default_factory=Counter)
+    failures: list[RederivedVariant] = field(default_factory=list)
+    bytes_read: int = 0
+    key: str | None = None
+    complete: bool = False
+
+    @property
+    def failed(self) -> int:
+        """How many failed."""
+        return self.counts[RederivationStatus.FAILED]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is to be done for one value of a row: a variant to be made, one to be dropped, or an effect to be called."""
+
+    kind: str
+    name: str
+
+
+class Rederivation(Run[RederivedVariant, RederivationReport]):
+    """What `rederive` returns: iterate over it for what it processes, or await it for the report."""
+
+    def __init__(
+        self,
+        binding: StorageBinding,
+        which: Which,
+        columns: Collection[str],
+        names: Collection[str],
+        drop_undeclared: bool,
+        concurrency: int,
+        after: str | None,
+        budget: Budget,
+    ) -> None:
+        super().__init__(RederivationReport(key=after))
+        self._binding = binding
+        self._scan = Scan(binding)
+        self._which: Which = which
+        self._columns = frozenset(columns)
+        self._names = frozenset(names)
+        self._drop_undeclared = drop_undeclared
+        self._concurrency = concurrency
+        self._budget = budget
+        self._is_whole = after is None
+        self._effects: Mapping[str, Sequence[str]] = {}
+
+    async def count(self) -> int:
+        """Return how many rows there are to read, to show progress."""
+        return await self._scan.count()
+
+    async def waiting(self) -> dict[tuple[str, str, str], int]:
+        """Return how much there is to do, by column, variant or effect, and what is to be done. Nothing is changed."""
+        await self._find_effects()
+        found: Counter[tuple[str, str, str]] = Counter()
+        async with aclosing(self._scan.rows(after=self.report.key)) as rows:
+            async for row in rows:
+                for held in row.values:
+                    found.update((held.label, wanted.name, wanted.kind) for wanted in self._wanted(held))
+        return dict(found)
+
+    async def _items(self) -> AsyncGenerator[RederivedVariant, None]:
+        report = self.report
+        await self._find_effects()
+        rows = self._scan.rows(after=report.key)
+        results = run_in_order(rows, self._process_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
+        async with aclosing(results):
+            async for row, processed in results:
+                for item in processed:
+                    report.counts[item.status] += 1
+                    if item.status is RederivationStatus.FAILED and len(report.failures) < MOST_KEPT:
+                        report.failures.append(item)
+                    yield item
+                report.rows += 1
+                report.key = row.key
+                self._on_progress()
+        report.complete = not self._stopped
+        if report.complete and self._is_whole and self._effects and self._binding.journal is not None:
+            await self._binding.journal.note_effects(self._effects)
+
+    async def _find_effects(self) -> None:
+        journal = self._binding.journal
+        found = {} if journal is None else await journal.find_pending_effects(self._which)
+        self._effects = {
+            column: chosen
+            for column, names in found.items()
+            if (chosen := [name for name in names if self._concerns(name)]) and (not self._columns or column in self._columns)
+        }
+
+    async def _process_row(self, row: RowValues) -> Sequence[RederivedVariant]:
+        return [await self._process(held, wanted) for held in row.values for wanted in self._wanted(held)]
+
+    def _wanted(self, held: RowValue) -> Iterator[_Wanted]:
+        """Yield what is to be done for a value."""
+        column_type = held.column.type
+        if not isinstance(column_type, AttachmentType) or (self._columns and held.label not in self._columns):
+            return
+        if held.ref is None:
+            if column_type.variants or held.label in self._effects:
+                yield _Wanted("undecodable", "")
+            return
+        for declared in column_type.variants.values():
+            is_missing = declared.name not in (held.ref.variants or {})
+            # One that is made when it is asked for is missing until then, and not by mistake.
+            is_asked_for = declared.name in self._names if is_missing and declared.recipe.when == "request" else True
+            if is_asked_for and self._concerns(declared.name) and not is_kept(held.ref, declared, self._which):
+                yield _Wanted(
+                    "missing" if is_missing else "other recipe" if not declared.is_in(held.ref) else "again", declared.name
+                )
+        for name in self._effects.get(held.label, ()):
+            yield _Wanted("effect", name)
+        if self._drop_undeclared:
+            for name in held.ref.variants or {}:
+                if name not in column_type.variants and self._concerns(name):
+                    yield _Wanted("undeclared", name)
+
+    def _concerns(self, name: str) -> bool:
+        return not self._names or name in self._names
+
+    async def _process(self, held: RowValue, wanted: _Wanted) -> RederivedVariant:
+        """Do what is wanted for a value; where a writer has replaced the file, for the new one."""
+        error: Exception | None = held.error
+        for _ in range(_TRIES):
+            if held.ref is None:
+                return _processed(RederivationStatus.FAILED, held, wanted, held.error)
+            try:
+                return await self._do(held, held.ref, wanted)
+            except (BackendUnavailableError, StorageFullError):
+                raise
+            except (ScanPendingError, InfectedObjectError) as problem:
+                return _processed(RederivationStatus.HELD, held, wanted, problem)
+            except ConfigurationError as problem:
+                if not isinstance(problem, UnknownBackendError):
+                    raise
+                error = problem
+            except (StorageError, SQLAlchemyError) as problem:
+                error = problem
+            found = await self._scan.read_again(held)
+            if found is None or wanted not in self._wanted(found):
+                return _processed(RederivationStatus.CHANGED, held, wanted, "a writer changed it first")
+            is_same = found.ref is not None and found.ref.location == held.ref.location
+            if is_same and not isinstance(error, StaleAttachmentError | SQLAlchemyError):
+                if isinstance(error, ObjectNotFoundError):
+                    await require_mounted(held.ref.backend, self._binding.manager.backend(held.ref.backend))
+                return _processed(RederivationStatus.FAILED, held, wanted, error)
+            held = found
+        return _processed(RederivationStatus.FAILED, held, wanted, error)
+
+    async def _do(self, held: RowValue, ref: StoredObjectRef, wanted: _Wanted) -> RederivedVariant:
+        column_type: AttachmentType = held.column.type  # type: ignore[assignment]  # nothing is wanted of other columns
+        if wanted.kind == "undeclared":
+            dropped = await self._binding.drop_variant(column_type, ref, wanted.name)
+            return _processed(RederivationStatus.DROPPED if dropped else RederivationStatus.CHANGED, held, wanted)
+        if wanted.kind == "effect" and self._binding.journal is not None:
+            called = await self._binding.journal.call_effect(column_type, ref, wanted.name)
+            await self._budget.spend(ref.size)
+            if called is None:
+                return _processed(RederivationStatus.RECORDED, held, wanted, "another worker calls it")
+            message = "" if called else "it is recorded, and a worker of the journal tries it again; its report has the error"
+            return _processed(RederivationStatus.CALLED if called else RederivationStatus.FAILED, held, wanted, message)
+        seen = (ref.variants or {}).get(wanted.name)
+        now = await retry_unavailable(lambda: self._binding.make_variant(column_type, ref, wanted.name, which=self._which))
+        self.report.bytes_read += ref.size
+        await self._budget.spend(ref.size)
+        made = (now.variants or {})[wanted.name]
+        is_new = seen is None or made.location != seen.location
+        return _processed(RederivationStatus.MADE if is_new else RederivationStatus.CHANGED, held, wanted)
+
+
+def rederive(
+    binding: StorageBinding,
+    *,
+    which: Which = "missing",
+    columns: Collection[str] = (),
+    names: Collection[str] = (),
+    drop_undeclared: bool = False,
+    concurrency: int = _CONCURRENCY,
+    after: str | None = None,
+    bytes_per_second: float | None = None,
+) -> Rederivation:
+    """Make the variants of the files that rows hold already, while the application keeps reading and writing.
+
+    It is what a new variant, or a changed recipe, needs once every process declares it. Each variant is made, and set in its row,
+    exactly as when it is asked for: by compare-and-set on the file, so that a writer that replaces the file meanwhile wins. What
+    it takes the place of is deleted as one that was replaced: with a journal after its retention. At every moment each row shows
+    variants of its own file that exist.
+
+    Effects are called as if their files had just come to the rows: those for which no run over all rows was made yet, with
+    `"stale"` those whose version has changed since, with `"all"` all. A run that has begun at the first row and come to its end
+    is noted as one. A call that fails is recorded in the journal, whose worker tries it again.
+
+    It may be stopped, cancelled or killed at any time; another run does what is left.
+
+    Args:
+        binding: What `bind_storage(..., session_factory=...)` returned; it must be in force.
+        which: `"missing"`; `"stale"`: those of another recipe than the column declares now, too; or `"all"`. One that is made
+            when it is asked for (`when="request"`) and is missing is made only where `names` contains it.
+        columns: Whose files, as `table.column`; none for all.
+        names: Which variants and effects; none for all.
+        drop_undeclared: Whether variants that their columns do not declare any more leave the rows, and are deleted.
+        concurrency: How many rows are processed at a time.
+        after: The `report.key` of an earlier run, to continue after it.
+        bytes_per_second: The most bytes of originals that are read per second; None for no limit.
+
+    Returns:
+        A job: `async for item in rederive(...)` yields each variant as it is processed, `await rederive(...)` returns the report.
+
+    Raises:
+        ConfigurationError: No column declares what is asked for, the binding has no sessions or is not in force, a table has no
+            primary key, or `after` is no key of it.
+        BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
+        StorageFullError: While it runs: a backend is full.
+    """
+    if which not in get_args(Which):
+        raise ConfigurationError(f"which must be one of {', '.join(map(repr, get_args(Which)))}, not {which!r}")
+    if find_binding(binding.metadata) is not binding:
+        raise ConfigurationError(
+            "the binding is not in force, because it was unbound or its base was bound again: pass the current one"
+        )
+    types = [column.type for column in binding.ref_columns() if isinstance(column.type, AttachmentType)]
+    known = sorted(f"{item.table.fullname}.{item.column.name}" for item in types)
+    if unknown := sorted(set(columns).difference(known)):
+        raise ConfigurationError(f"{unknown[0]!r} is no attachment column (there are: {', '.join(known) or 'none'})")
+    declared = sorted({name for item in types for name in (*item.variants, *item.effects)})
+    if (unknown := sorted(set(names).difference(declared))) and not drop_undeclared:
+        raise ConfigurationError(
+            f"no column declares a variant or an effect {unknown[0]!r} (there are: {', '.join(declared) or 'none'})"
+        )
+    concurrency = require_concurrency(concurrency)
+    return Rederivation(binding, which, columns, names, drop_undeclared, concurrency, after, Budget(bytes_per_second))
+
+
+def _processed(status: RederivationStatus, held: RowValue, wanted: _Wanted, message: object = "") -> RederivedVariant:
+    return RederivedVariant(status, held.table.fullname, held.primary_key, held.column.name, wanted.name, held.ref, str(message))

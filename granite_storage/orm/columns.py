@@ -285,7 +285,7 @@ class AttachmentType(_RefJSON[Attachment]):
     @property
     def variants(self) -> Mapping[str, DeclaredVariant]:
         """The variants that the column declares, by their names; read-only."""
-        return self._variants
+        return MappingProxyType(self._variants)
 
     @property
     def table(self) -> Table:
@@ -417,7 +417,7 @@ class AttachmentType(_RefJSON[Attachment]):
         return Attachment._broken(error, self)
 
 
-def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> Mapping[str, DeclaredVariant]:
+def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> dict[str, DeclaredVariant]:
     """Return what a column declares, checked.
 
     Raises:
@@ -446,7 +446,7 @@ def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> Mappi
         if not isinstance(digest, str) or not digest:
             raise ConfigurationError(f"digest() of the variant {name!r} of {column} must return a text, not {digest!r}")
         declared[name] = DeclaredVariant(name, recipe, digest)
-    return MappingProxyType(declared)
+    return declared
 
 
 _LONGEST_VARIANT_NAME = 40

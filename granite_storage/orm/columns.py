@@ -288,12 +288,12 @@ class AttachmentType(_RefJSON[Attachment]):
     @property
     def variants(self) -> Mapping[str, DeclaredVariant]:
         """The variants that the column declares, by their names; read-only."""
-        return self._variants
+        return MappingProxyType(self._variants)
 
     @property
     def effects(self) -> Mapping[str, Effect]:
         """The effects that the column declares, by their names; read-only."""
-        return self._effects
+        return MappingProxyType(self._effects)
 
     @property
     def table(self) -> Table:
@@ -430,7 +430,7 @@ class AttachmentType(_RefJSON[Attachment]):
         return Attachment._broken(error, self)
 
 
-def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> Mapping[str, DeclaredVariant]:
+def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> dict[str, DeclaredVariant]:
     """Return what a column declares, checked.
 
     Raises:
@@ -459,10 +459,10 @@ def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> Mappi
         if not isinstance(digest, str) or not digest:
             raise ConfigurationError(f"digest() of the variant {name!r} of {column} must return a text, not {digest!r}")
         declared[name] = DeclaredVariant(name, recipe, digest)
-    return MappingProxyType(declared)
+    return declared
 
 
-def _declared_effects(storage_key: str, effects: Mapping[str, Effect]) -> Mapping[str, Effect]:
+def _declared_effects(storage_key: str, effects: Mapping[str, Effect]) -> dict[str, Effect]:
     """Return what a column declares, checked.
 
     Raises:
@@ -481,7 +481,7 @@ def _declared_effects(storage_key: str, effects: Mapping[str, Effect]) -> Mappin
             raise ConfigurationError(
                 f"the effect {name!r} of {column} is a {type(effect).__name__}: write Effect(put=..., remove=...)"
             )
-    return MappingProxyType(dict(effects))
+    return dict(effects)
 
 
 _LONGEST_VARIANT_NAME = 40

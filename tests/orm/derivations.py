@@ -106,9 +106,14 @@ def declared(recipes: Mapping[str, Recipe], *others: tuple[str, Mapping[str, Rec
     with contextlib.ExitStack() as stack:
         for name, some in (("file", recipes), *others):
             found, made = column_type(name, model), AttachmentType("docs", variants=some)
-            stack.callback(setattr, found, "_variants", found._variants)
-            found._variants = made._variants
+            stack.callback(_declare, found, dict(found._variants))
+            _declare(found, made._variants)
         yield
+
+
+def _declare(found: AttachmentType, variants: Mapping[str, Any]) -> None:
+    found._variants.clear()  # SQLAlchemy has copies of the type, which share it
+    found._variants.update(variants)
 
 
 def journal_of(env: OrmEnvironment) -> StorageJournal:

@@ -751,7 +751,7 @@ class Jobs:
         """Return the ref that a row of a column holds of the object of a job."""
         async with self._pool.reading() as connection:
             holdings = await self._holdings(connection, job, read_holdings)
-        return next((holding.ref for holding in holdings if holding.column_type is column_type), None)
+        return next((holding.ref for holding in holdings if holding.column is column_type.column), None)
 
     async def _fail(self, job: _Job, error: Exception) -> None:
         """Note why a variant was not made; it is tried again where that may help, and where a row still lacks it."""

@@ -1,7 +1,4 @@
-"""Variants that a worker makes: the rows that hold the original get them, and no others; whatever happens, none is lost.
-
-`TestSimplifications` has a test for each rule of the deriver that must not be simplified.
-"""
+"""Variants that a worker makes: the rows that hold the original get them, and no others; none is lost on the way."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from sqlalchemy import delete, select, text, update
 
 from granite_storage.orm import Attachment
 from granite_storage.orm.journal import jobs as jobs_module
+from granite_storage.orm.journal.jobs import Jobs
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import RecoveryReport, clock
 from tests.orm.databases import Database
@@ -34,6 +32,7 @@ from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 from tests.orm.journal.sharing import copy_by_sql
 from tests.orm.journal.test_recovery import retention
 from tests.orm.journal.test_scans import set_raw
+from tests.orm.journal.variants import expire
 from tests.orm.test_cancellation import Steps
 
 
@@ -193,6 +192,7 @@ class TestRecipes:
                 [row] = (await connection.execute(select(intent))).all()
             assert (row.kind, row.source) == ("delete", (await ref_of(env)).location)
             assert len(await env.objects()) == 3
+        await env.recover()
 
     async def test_jobs_of_another_version_of_the_application(self, env: OrmEnvironment) -> None:
         """A process that does not have the recipe leaves its jobs alone."""
@@ -250,9 +250,10 @@ class TestRows:
             await env.add(Doc(id=1, file=file("x")))
             async with stopped_in(env, recipe), env.sessions.begin() as session:
                 (await session.get_one(Doc, 1)).file = file("y")
-            assert await shown(env) == {}, "it is another file's"
             await derive(env)
-            assert await shown(env) == {"thumb": recipe.result(b"y")}
+            assert await shown(env) == {"thumb": recipe.result(b"y")}, "the first one is another file's"
+            await env.recover()
+            assert len(await env.objects()) == 2
             assert await jobs(env) == []
 
     async def test_deleted(self, env: OrmEnvironment) -> None:
@@ -317,6 +318,56 @@ class TestRows:
                 await hide(env, "variant:one")
                 assert await journal_of(env)._jobs().derive("store")
             assert await shown(env) == {"one": first.result(b"x"), "two": second.result(b"x")}
+
+    async def test_another_part_of_the_value(self, env: OrmEnvironment) -> None:
+        """Whoever writes it while the deriver waits for the row does not lose it."""
+        recipe = Upper()
+        with declared({"thumb": recipe}):
+            await env.add(Doc(id=1, file=file("x")))
+            changed = json.dumps({**(await ref_of(env)).to_dict(), "novelty": 1})
+            async with env.engine.begin() as connection:
+                await set_raw(env, changed, connection)
+                working = asyncio.create_task(journal_of(env).recover())
+                await asyncio.sleep(0.5)
+                assert not working.done()
+            await working
+            assert await shown(env) == {"thumb": recipe.result(b"x")}
+            assert (await ref_of(env)).to_dict()["novelty"] == 1
+
+    async def test_replaced_while_it_is_set(self, env: OrmEnvironment) -> None:
+        """The row that the deriver waits for holds another file once it is locked."""
+        recipe = Upper()
+        with declared({"thumb": recipe}):
+            await env.add(Doc(id=1, file=file("x")))
+            async with env.sessions() as session, session.begin():
+                (await session.get_one(Doc, 1)).file = file("y")
+                await session.flush()
+                working = asyncio.create_task(journal_of(env).recover())
+                await asyncio.sleep(0.5)
+            await working
+            await derive(env)
+            assert await shown(env) == {"thumb": recipe.result(b"y")}
+
+    async def test_moved_by_sql(self, env: OrmEnvironment) -> None:
+        """The job knows nothing of it, and the row is found by the location of the original."""
+        recipe = Upper()
+        with declared({"thumb": recipe}, ("other", {"thumb": recipe})):
+            await env.add(Doc(id=1, file=file("x")))
+            await env.sql("UPDATE doc SET other = file WHERE id = 1")
+            await env.sql("UPDATE doc SET file = NULL WHERE id = 1")
+            assert await derive(env) == 1
+            assert await shown(env, 1, "other") == {"thumb": recipe.result(b"x")}
+
+    async def test_another_backend(self, env: OrmEnvironment) -> None:
+        """The same location elsewhere is another object."""
+        recipe = Upper()
+        with declared({"thumb": recipe}):
+            await env.add(Doc(id=1, file=file("x")))
+            here = (await ref_of(env)).to_dict()
+            async with stopped_in(env, recipe):
+                await set_raw(env, json.dumps({**here, "backend": "elsewhere"}))
+            assert (await ref_of(env)).variants is None
+            await set_raw(env, json.dumps(here))
 
     async def test_rows_that_share_it(self, env: OrmEnvironment) -> None:
         recipe = Upper()
@@ -421,6 +472,43 @@ class TestFailures:
             await env.add(*(Doc(id=number, file=file("x" if number % 2 else "y")) for number in range(1, 11)))
             assert await derive(env) == 5
             assert len(await jobs(env)) == 5
+
+    async def test_the_transaction_fails(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The intent is consumed in the transaction of the rows: what they have not got, it settles."""
+        recipe = Upper()
+
+        def fail(*_: Any) -> Any:
+            raise ZeroDivisionError("a mistake")
+
+        with declared({"thumb": recipe}):
+            await env.add(Doc(id=1, file=file("x")))
+            with monkeypatch.context() as patch:
+                patch.setattr(jobs_module, "nominate", fail)
+                assert await derive(env) == 0
+            assert await shown(env) == {}
+            await env.recover()
+            assert len(await env.objects()) == 1
+            assert await derive(env) == 1
+
+    async def test_reclaimed_before_it_is_set(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A worker has taken the deriver for dead, and has deleted what it has stored: no row shows that."""
+        recipe = Upper()
+        publish = Jobs._publish
+
+        async def late(self: Jobs, jobs: Any, made: Any, ids: Any) -> Any:
+            await expire(env)
+            await journal_of(env)._recovery().run("store")
+            return await publish(self, jobs, made, ids)
+
+        with declared({"thumb": recipe}):
+            await env.add(Doc(id=1, file=file("x")))
+            with monkeypatch.context() as patch:
+                patch.setattr(Jobs, "_publish", late)
+                assert await derive(env) == 0
+            assert await shown(env) == {}
+            [job] = await jobs(env)
+            assert (job.attempts, job.dead) == (0, False)
+            assert await derive(env) == 1
 
     async def test_any_error(self, env: OrmEnvironment) -> None:
         recipe = Upper()

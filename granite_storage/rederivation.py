@@ -259,7 +259,7 @@ class Rederivation(Run[RederivedVariant, RederivationReport]):
         self.report.bytes_read += ref.size
         await self._budget.spend(ref.size)
         made = (now.variants or {})[wanted.name]
-        is_new = seen is None or made.location != seen.location
+        is_new = made.recipe == column_type.variants[wanted.name].digest and (seen is None or made.location != seen.location)
         return _processed(RederivationStatus.MADE if is_new else RederivationStatus.CHANGED, held, wanted)
 
 

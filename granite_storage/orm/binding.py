@@ -176,7 +176,7 @@ class StorageBinding:
         """Make a variant of the object of a committed row, and return what the row holds then; see `Attachment.variant`."""
         declared, journal = column_type.variants[name], self.journal
         make = partial(make_without_journal, self) if journal is None else journal.make_variant
-        key = (self, source.backend, source.location, name, which)
+        key = (self, source.backend, source.location, name, declared.digest, which)
         return await share(key, lambda: make(column_type, source, declared, which=which))
 
     async def drop_variant(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+from collections.abc import AsyncIterator
+from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
@@ -19,9 +23,29 @@ from granite_storage import (
     journal_tables,
 )
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.derived import Derivation, DerivationSource
 from granite_storage.testing import FaultInjectingBackend
 
 print("an application may print what it likes")  # noqa: T201
+
+
+class Shout:
+    """Makes a file again, in capitals and slowly."""
+
+    when, missing = "flush", "nothing"
+
+    def digest(self, name: str, /) -> str:
+        return f"{name}:{os.environ['RECIPE']}"
+
+    @contextlib.asynccontextmanager
+    async def make(self, source: DerivationSource, /) -> AsyncIterator[Derivation]:
+        async with source.open() as chunks:
+            content = b"".join([chunk async for chunk in chunks])
+        await asyncio.sleep(float(os.environ.get("DERIVING", "0")))
+        yield Derivation(content.upper() + os.environ["RECIPE"].encode(), "text/plain")
+
+
+variants: dict[str, Any] = {name: Shout() for name in os.environ.get("VARIANTS", "").split()}
 
 
 class Base(DeclarativeBase):
@@ -31,7 +55,7 @@ class Base(DeclarativeBase):
 class Document(Base):
     __tablename__ = "shop_document"
     id: Mapped[int] = mapped_column(primary_key=True)
-    file: Mapped[Attachment | None] = attachment("documents")
+    file: Mapped[Attachment | None] = attachment("documents", variants=variants)
 
 
 journal_tables(Base.metadata)

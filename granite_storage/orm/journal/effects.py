@@ -212,7 +212,8 @@ class EffectJobs(Jobs):
         """
         meta = self._tables.meta
         async with self._pool.reading() as connection:
-            notes = dict((await connection.execute(select(meta.c.name, meta.c.value))).tuples().all())
+            found = await connection.execute(select(meta.c.name, meta.c.value))
+            notes: dict[str, str] = {name: value for name, value in found}  # noqa: C416  # rows, not pairs
         pending: dict[str, list[str]] = {}
         for column in self._columns:
             for name, effect in effects_in(column).items():

@@ -26,7 +26,7 @@ MUTANTS = [
         path=_ROWS,
         old="""        is_row = among(table, [tuple(row)]) & is_here
         locked = select(as_stored(column, connection.dialect)).where(is_row).with_for_update(key_share=True)
-        values = [_value(raw, place) for (raw,) in connection.execute(locked, execution_options=options)]
+        values = [value_of(raw, place) for (raw,) in connection.execute(locked, execution_options=options)]
 """,
         new="""        is_row = among(table, [tuple(row)])
         locked = select(as_stored(column, connection.dialect)).where(is_row).with_for_update(key_share=True)

@@ -63,8 +63,9 @@ class ImageVariant:
     | animated GIF, WebP, PNG or AVIF | the first frame; with `animated=True` all of them, with their times |
     | animated, with more pixels than `max_pixels` in all frames together | the first frame |
 
-    The engine `vips` needs less memory for large images, opens no BMP, and makes no animations; the remainder of the table
-    holds for it, too. All loaders but that of the recognized format are blocked.
+    The engine `vips` needs less memory for large images. It opens neither BMP nor sequences of AVIF, reads an orientation in PNG
+    only before the pixels, has a profile of its own for CMYK, and makes no animations; the remainder of the table holds for it,
+    too. All loaders but that of the recognized format are blocked.
 
     Args:
         fit: The box, width and height in pixels, that the whole image fits into.

@@ -233,13 +233,14 @@ def _forget_all() -> None:
         processes.forget()
 
 
-def _close_all() -> None:
+def close_all() -> None:
+    """End the worker processes of this process; later calls start others."""
     for processes in _all_processes:
         processes.close()
 
 
 os.register_at_fork(after_in_child=_forget_all)
-atexit.register(_close_all)
+atexit.register(close_all)
 
 _processes = WorkerProcesses()
 

@@ -375,7 +375,7 @@ class _Worker:
         try:
             with theirs:
                 self._process = subprocess.Popen(  # noqa: S603  # our own program
-                    [sys.executable, "-I", _worker.__file__, str(theirs.fileno())],
+                    [sys.executable, "-IB" if sys.dont_write_bytecode else "-I", _worker.__file__, str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,

@@ -57,7 +57,7 @@ async def variants(meter: Meter, *, engine: str, count: int) -> None:
 
     async def one() -> None:
         async with recipe.make(source) as made:
-            assert made.media is not None and made.media["width"] == SIDE
+            assert (made.media or {})["width"] == SIDE
 
     await repeat(one, PROCESSES)
     async with meter.measure(operations=count):
@@ -140,8 +140,8 @@ def photographs(title: str, engine: str, **bounds: Any) -> Comparison:
 
 
 COMPARISONS = [
-    photographs("24 MP JPEG to a WebP of 200 pixels", "pillow", reach=0.9, max_memory=8 * MIB, max_stall=0.02),
-    photographs("the same with libvips", "vips", max_memory=8 * MIB, max_stall=0.02),
+    photographs("24 MP JPEG to a WebP of 200 pixels", "pillow", reach=0.9, max_memory=8 * MIB, max_stall=0.05),
+    photographs("the same with libvips", "vips", max_memory=8 * MIB, max_stall=0.05),
     Comparison(
         "derived: a function that does nothing",
         {"granite": Contender(calls), "ProcessPoolExecutor": Contender(executor_calls)},

@@ -117,7 +117,7 @@ class TestFailures:
         group = int(await call(pool, functions.name_process))
         with pytest.raises(DerivationFailedError, match="status 5"):
             await call(pool, functions.fork_and_hang)
-        await eventually(lambda: not [one for one in psutil.process_iter() if is_in_group(one, group)])
+        await eventually(lambda: not [one for one in psutil.process_iter() if is_in_group(one, group)], within=15)
 
     async def test_a_refusal_keeps_the_process(self, pool: WorkerProcesses) -> None:
         first = await call(pool, functions.name_process)

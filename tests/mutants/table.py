@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import backends, core, gc, inspection, journal, sessions, tools, web
+from tests.mutants import backends, core, derived, gc, inspection, journal, sessions, tools, web
 from tests.mutants.mutant import Mutant
 
 __all__ = ["MUTANTS"]
@@ -15,5 +15,6 @@ MUTANTS: list[Mutant] = [
     *gc.MUTANTS,
     *web.MUTANTS,
     *inspection.MUTANTS,
+    *derived.MUTANTS,
     *tools.MUTANTS,
 ]

@@ -44,24 +44,26 @@ class ImageVariant:
     An image is never made larger, is turned upright, and is in sRGB. It carries nothing else of the original: no place, no
     camera, no comment, no colour profile.
 
-    | Original | Result |
-    |---|---|
-    | JPEG, PNG, GIF, WebP, AVIF, BMP, TIFF, by their first bytes | is made; of a TIFF or MPO of several images the first |
-    | anything else, such as SVG, EPS, PDF or HEIC | refused; no library looks at it |
-    | more than `max_pixels` | refused before it is decoded |
-    | cut off or damaged | refused |
-    | more memory or time than the limits allow | fails, and may be tried again |
-    | smaller than the box | its own size; with `fill`, the largest region of the box's proportions |
-    | 1 pixel high or wide | its shorter side stays 1 pixel |
-    | EXIF orientation, also in PNG, WebP and TIFF; `irot` and `imir` of AVIF | turned |
-    | with a colour profile | converted to sRGB; a profile that is damaged or does not fit is ignored |
-    | CMYK | converted to sRGB, by its profile or else by the simple formula |
-    | transparent | stays so; put on `background` if there is one, and for JPEG on white |
-    | palette, black and white | full colours, grey |
-    | 16 bits a channel | the upper 8 bits |
-    | 32 bits a channel, integers or floating point (TIFF) | refused: these are no colours |
-    | animated GIF, WebP, PNG or AVIF | the first frame; with `animated=True` all of them, with their times |
-    | animated, with more pixels than `max_pixels` in all frames together | the first frame |
+    ======================================  ==============================================================================
+    Original                                Result
+    ======================================  ==============================================================================
+    JPEG, PNG, GIF, WebP, AVIF, BMP, TIFF   made, by the decoder that the first bytes name; of several images the first
+    SVG, EPS, PDF, HEIC, anything else      refused; no library looks at it
+    more than `max_pixels`                  refused before it is decoded
+    cut off or damaged                      refused
+    takes more memory or time than allowed  fails, and may be tried again
+    smaller than the box                    its own size; with `fill`, the largest region of the box's proportions
+    1 pixel high or wide                    its shorter side stays 1 pixel
+    EXIF orientation, `irot` and `imir`     turned, in every format
+    with a colour profile                   converted to sRGB; a profile that is damaged or does not fit is ignored
+    CMYK                                    converted to sRGB, by its profile or else by the simple formula
+    transparent                             stays so; put on `background` if there is one, and for JPEG on white
+    palette, black and white                full colours, grey
+    16 bits a channel                       the upper 8 bits
+    32 bits a channel (TIFF)                refused: integers and floating point are no colours
+    animated GIF, WebP, PNG or AVIF         the first frame; with `animated=True` all of them, with their times
+    animated, `max_pixels` in all frames    the first frame, where all frames together have more pixels
+    ======================================  ==============================================================================
 
     The engine `vips` needs less memory for large images. It opens neither BMP nor sequences of AVIF, reads an orientation in PNG
     only before the pixels, has a profile of its own for CMYK, and makes no animations; the remainder of the table holds for it,

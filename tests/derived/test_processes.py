@@ -348,7 +348,7 @@ def run(function, **options):
 
 def program(tmp_path: Path, body: str) -> list[str]:
     (tmp_path / "program.py").write_text(PROGRAM + textwrap.dedent(body))
-    return [sys.executable, str(tmp_path / "program.py")]
+    return [sys.executable, "-W", "ignore::DeprecationWarning", str(tmp_path / "program.py")]  # of fork, since Python 3.12
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from PIL import AvifImagePlugin, Image, ImageCms, ImageSequence
 
-from granite_storage.derived._rendering import MOST_PLACEHOLDER, PLACEHOLDERS, data_url, plan, recognize
+from granite_storage.derived._rendering import MOST_PLACEHOLDER, PLACEHOLDERS, make_data_url, plan, recognize
 from granite_storage.derived.base import Derivation
 from granite_storage.exceptions import DerivationRefusedError
 
@@ -181,7 +181,7 @@ def _make_placeholder(image: Image.Image) -> str | None:
     for side, quality in PLACEHOLDERS:
         size, region = plan(image.size, (side, side), crop=False)
         small = image.resize(size, Image.Resampling.BICUBIC, box=region, reducing_gap=_GAP)
-        url = data_url(_save(small, "webp", {"quality": quality, "alpha_quality": quality, "method": 6}))
+        url = make_data_url(_save(small, "webp", {"quality": quality, "alpha_quality": quality, "method": 6}))
         if len(url) <= MOST_PLACEHOLDER:
             return url
     return None

@@ -63,6 +63,6 @@ def plan(size: tuple[int, int], box: tuple[int, int], crop: bool) -> tuple[tuple
     return new, (left, top, left + region_width, top + region_height)
 
 
-def data_url(webp: bytes) -> str:
+def make_data_url(webp: bytes) -> str:
     """Return a WebP image as a data URL."""
     return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"

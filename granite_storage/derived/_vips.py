@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 os.environ["VIPS_BLOCK_UNTRUSTED"] = "1"
 os.environ["VIPS_CONCURRENCY"] = "1"  # one process, one processor
 
-from granite_storage.derived._rendering import MOST_PLACEHOLDER, PLACEHOLDERS, data_url, plan, recognize
+from granite_storage.derived._rendering import MOST_PLACEHOLDER, PLACEHOLDERS, make_data_url, plan, recognize
 from granite_storage.derived.base import Derivation
 from granite_storage.exceptions import DerivationRefusedError
 
@@ -92,7 +92,7 @@ def _make_placeholder(image: Any) -> str | None:
     for side, quality in PLACEHOLDERS:
         size, _ = plan((image.width, image.height), (side, side), crop=False)
         small = image.thumbnail_image(size[0], height=size[1], size="force")
-        url = data_url(small.webpsave_buffer(Q=quality, alpha_q=quality, effort=6, keep="none"))
+        url = make_data_url(small.webpsave_buffer(Q=quality, alpha_q=quality, effort=6, keep="none"))
         if len(url) <= MOST_PLACEHOLDER:
             return url
     return None

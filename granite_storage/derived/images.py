@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import PurePath
 from typing import Any, Literal, TypeAlias
 
@@ -15,9 +14,9 @@ from granite_storage.derived.base import (
     DerivationSource,
     Missing,
     When,
+    make_digest,
     require_choice,
     require_positive,
-    stable_digest,
 )
 from granite_storage.derived.processes import MIB, Limits, run_in_process
 from granite_storage.exceptions import ConfigurationError, MissingDependencyError
@@ -36,6 +35,7 @@ _CODE = 1
 _ENGINES = {"pillow": ("_pillow", "PIL", "Pillow", "images"), "vips": ("_vips", "pyvips", "pyvips", "vips")}
 _MOST_SIDE = 16383
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
+_PLACEHOLDER = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]{1,377}")
 
 
 class ImageVariant:
@@ -159,7 +159,7 @@ class ImageVariant:
 
     def digest(self, name: str, /) -> str:
         """Return what identifies the recipe under this name of a variant; see `Recipe.digest`."""
-        return stable_digest("image", name, self._parameters | {"engine": self.engine, "code": _CODE})
+        return make_digest("image", name, self._parameters | {"engine": self.engine, "code": _CODE})
 
     @asynccontextmanager
     async def make(self, source: DerivationSource, /) -> AsyncIterator[Derivation]:
@@ -167,4 +167,16 @@ class ImageVariant:
         arguments = self._parameters | {"max_pixels": self._max_pixels}
         async with run_in_process(self._function, arguments, source, self._limits) as made:
             stem = PurePath(source.ref.original_filename or "").stem
-            yield replace(made, filename=f"{stem}.{self.format}" if stem else None)
+            filename = f"{stem}.{self.format}" if stem else None
+            yield Derivation(made.content, f"image/{self.format}", self._check(made.media or {}), filename)
+
+    def _check(self, media: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the receipt may say: a decoder that a hostile file has taken over could say anything."""
+        found: dict[str, Any] = {"type": f"image/{self.format}"}
+        for name, most in (("width", _MOST_SIDE), ("height", _MOST_SIDE), ("frames", self._max_pixels)):
+            if type(value := media.get(name)) is int and 0 < value <= most:
+                found[name] = value
+        placeholder = media.get("placeholder")
+        if self._parameters["placeholder"] and isinstance(placeholder, str) and _PLACEHOLDER.fullmatch(placeholder):
+            found["placeholder"] = placeholder
+        return found

@@ -47,6 +47,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 
 MIB = 1 << 20
 _MOST_JOBS = 500
+_MOST_TEXT = 255
 _INLINE_RESULT = MIB
 _POLL_SECONDS = 0.5
 _START_SECONDS = 30.0
@@ -129,12 +130,12 @@ class WorkerProcesses:
         """
         if source.ref.size > limits.max_source:
             raise DerivationRefusedError(f"the file has {source.ref.size} bytes; at most {limits.max_source} can be processed")
-        files = await _on_disk(_Files, undo=_Files.close)
+        files = await _use_disk(_Files, undo=_Files.close)
         try:
             async with self._place():
                 await _copy(source, files.source, limits.max_source)
                 found = await self._call(function, arguments, files, limits)
-            yield await _on_disk(_read_result, files.result, found, limits.max_size)
+            yield await _use_disk(_read_result, files.result, found, limits.max_size)
         finally:
             await shielded_cleanup(_file_threads.run(files.close), "closing temporary files")
 
@@ -245,7 +246,7 @@ atexit.register(close_all)
 _processes = WorkerProcesses()
 
 
-def open_descriptors() -> set[int]:
+def list_descriptors() -> set[int]:
     """Return the descriptors of the sockets to processes, for those who look for leaks."""
     return {worker.fileno() for processes in _all_processes for worker in list(processes.workers)}
 
@@ -285,7 +286,7 @@ class _Files:
         self.result.close()
 
 
-async def _on_disk(function: Any, *args: Any, undo: Any = None) -> Any:
+async def _use_disk(function: Any, *args: Any, undo: Any = None) -> Any:
     try:
         return await _file_threads.run(function, *args, undo=undo)
     except OSError as error:
@@ -299,8 +300,8 @@ async def _copy(source: DerivationSource, file: IO[bytes], max_source: int) -> N
             size += len(chunk)
             if size > max_source:
                 raise DerivationRefusedError(f"the file has more than {max_source} bytes, the most that can be processed")
-            await _on_disk(file.write, chunk)
-    await _on_disk(_rewind, file)
+            await _use_disk(file.write, chunk)
+    await _use_disk(_rewind, file)
 
 
 def _rewind(file: IO[bytes]) -> None:
@@ -319,7 +320,10 @@ def _read_result(file: IO[bytes], found: dict[str, Any], max_size: int) -> Deriv
         media = None if media is None else read_only(media, "media")
     except InvalidReferenceError as error:
         raise DerivationFailedError(f"the derivation failed: {error}") from error
-    return Derivation(content, str(content_type or ""), media, None if filename is None else str(filename))
+    for text in (content_type, filename):
+        if text is not None and not (isinstance(text, str) and text.isprintable() and len(text) <= _MOST_TEXT):
+            raise DerivationFailedError(f"the derivation failed: {text!r:.80} is no media type and no file name")
+    return Derivation(content, content_type or "", media, filename)
 
 
 def _path_of(descriptor: int) -> str:

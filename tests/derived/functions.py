@@ -136,6 +136,9 @@ def answer_strangely(file: BinaryIO) -> Any:
         b"number": 7,
         b"media": Derivation(b"", media={"x": object()}),
         b"deep": Derivation(b"", media=json.loads('{"x":' + "[" * 500 + "]" * 500 + "}")),
+        b"type": Derivation(b"", "text/html\r\nSet-Cookie: x=1"),
+        b"name": Derivation(b"", filename="a\nb"),
+        b"long name": Derivation(b"", filename="a" * 256),
         b"long": Derivation(b"", media={"x": "y" * 300_000}),
     }[file.read()]
 
@@ -170,6 +173,12 @@ class Holder:
     @staticmethod
     def static(file: BinaryIO) -> bytes:
         return file.read().lower()
+
+
+def take_over(_: BinaryIO, **arguments: Any) -> Derivation:
+    """Say of an image what a decoder might say that runs the code of a hostile file."""
+    media = {"type": "text/html", "width": "1", "height": -1, "frames": True, "placeholder": "javascript:alert(1)", "x": 1}
+    return Derivation(b"<script>", "text/html", media, "a.html")
 
 
 def list_loaders(file: BinaryIO, **arguments: Any) -> str:

@@ -466,6 +466,11 @@ class TestHostileFiles:
             assert isinstance(made.content, bytes)
             assert not any(word in made.content for word in (b"<script", b"<?php", b"PK\3\4", b"%PDF"))
 
+    async def test_a_decoder_that_was_taken_over_says_nothing_of_the_receipt(self) -> None:
+        recipe = ImageVariant(fit=(9, 9), placeholder=True)
+        recipe._function = "tests.derived.functions:take_over"
+        assert await derive(recipe, b"") == Derivation(b"<script>", "image/webp", {"type": "image/webp"})
+
 
 class TestVips:
     @pytest.mark.skipif(not HAS_VIPS, reason='pyvips is missing: pip install "granite-storage[vips]"')
@@ -477,7 +482,9 @@ class TestVips:
     async def test_no_loader_is_open_but_one(self) -> None:
         recipe = ImageVariant(fit=(9, 9), engine="vips")
         recipe._function = "tests.derived.functions:list_loaders"
-        assert await derive(recipe, saved(corners(), "PNG")) == Derivation(b"VipsForeignLoadPngFile", "", None)
+        assert await derive(recipe, saved(corners(), "PNG")) == Derivation(
+            b"VipsForeignLoadPngFile", "image/webp", {"type": "image/webp"}
+        )
 
 
 class TestDeclaration:

@@ -129,7 +129,7 @@ class TestFailures:
         assert await call(pool, functions.write_to_stdout) == b"abc"
         assert capfd.readouterr() == ("", "")
 
-    @pytest.mark.parametrize("kind", ["none", "number", "media", "deep", "long"])
+    @pytest.mark.parametrize("kind", ["none", "number", "media", "deep", "type", "name", "long name", "long"])
     async def test_a_strange_result_is_a_failure(self, pool: WorkerProcesses, kind: str) -> None:
         with pytest.raises(DerivationFailedError):
             await call(pool, functions.answer_strangely, kind.encode())

@@ -29,14 +29,19 @@ from granite_storage.exceptions import (
 from tests.derived.support import derive, source_of
 from tests.inspection import corpus, pictures
 from tests.inspection.pictures import chunk, saved
+from tests.services import unavailable
 
 MIB = 1 << 20
 HAS_VIPS = importlib.util.find_spec("pyvips") is not None
-ENGINES = [
-    "pillow",
-    pytest.param("vips", marks=pytest.mark.skipif(not HAS_VIPS, reason='pyvips is missing: pip install "granite-storage[vips]"')),
-]
-engines = pytest.mark.parametrize("engine", ENGINES)
+engines = pytest.mark.parametrize("engine", ["pillow", "vips"])
+
+
+@pytest.fixture(autouse=True)
+def _engine_is_installed(request: pytest.FixtureRequest) -> None:
+    case = getattr(request.node, "callspec", None)
+    needs_vips = request.cls is TestVips or (case is not None and case.params.get("engine") == "vips")
+    if needs_vips and not HAS_VIPS:
+        unavailable('pyvips is missing: pip install "granite-storage[vips]"')
 
 
 def opened(made: Derivation) -> Image.Image:
@@ -473,12 +478,10 @@ class TestHostileFiles:
 
 
 class TestVips:
-    @pytest.mark.skipif(not HAS_VIPS, reason='pyvips is missing: pip install "granite-storage[vips]"')
     async def test_a_bitmap_is_refused(self) -> None:
         with pytest.raises(DerivationRefusedError, match="AVIF or TIFF"):
             await variant(saved(corners(), "BMP"), engine="vips")
 
-    @pytest.mark.skipif(not HAS_VIPS, reason='pyvips is missing: pip install "granite-storage[vips]"')
     async def test_no_loader_is_open_but_one(self) -> None:
         recipe = ImageVariant(fit=(9, 9), engine="vips")
         recipe._function = "tests.derived.functions:list_loaders"

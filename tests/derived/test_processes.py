@@ -237,6 +237,7 @@ class TestMany:
         made = await asyncio.to_thread(lambda: portal.run(derive(recipe(functions.shout), b"abc")))
         assert made.content == b"ABC"
 
+    @pytest.mark.time_bound
     async def test_the_loop_turns_meanwhile(self, pool: WorkerProcesses) -> None:
         await call(pool, functions.shout)
         worst, before = 0.0, time.perf_counter()
@@ -273,7 +274,7 @@ class TestCancellation:
             task.cancel()
         began = time.monotonic()
         assert all(isinstance(one, asyncio.CancelledError) for one in await asyncio.gather(*tasks, return_exceptions=True))
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         assert await call(pool, functions.shout) == b"ABC"
 
     async def test_a_result_that_is_in_use(self, pool: WorkerProcesses) -> None:
@@ -297,7 +298,7 @@ class TestLifetime:
     async def test_idle_processes_end_and_are_waited_for(self) -> None:
         pool = WorkerProcesses(2, idle_timeout=0.2)
         pid = int(await call(pool, functions.name_process))
-        await eventually(lambda: not pool.workers and not psutil.pid_exists(pid), within=10)
+        await eventually(lambda: not pool.workers and not psutil.pid_exists(pid), within=30)
         assert int(await call(pool, functions.name_process)) != pid
         await asyncio.to_thread(pool.close)
 

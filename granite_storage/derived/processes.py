@@ -432,7 +432,7 @@ class _Worker:
             if left <= 0:
                 raise TimeoutError
             # The socket stays open where a child of the process holds it; so the process is watched, too.
-            if not select.select([self._socket], [], [], min(left, _POLL_SECONDS))[0]:
+            if not self._is_readable(min(left, _POLL_SECONDS)):
                 if self._process.poll() is not None:
                     raise EOFError
                 continue
@@ -448,7 +448,12 @@ class _Worker:
 
     def has_ended(self) -> bool:
         """Tell whether the process has ended, or sends what nobody asked for."""
-        return bool(select.select([self._socket], [], [], 0)[0])
+        return self._is_readable(0)
+
+    def _is_readable(self, seconds: float) -> bool:
+        poller = select.poll()  # select() takes no descriptor above 1023, which a busy server has
+        poller.register(self._socket, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
 
     def kill(self) -> None:
         """Kill the process and its children, which may have outlived it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -232,6 +233,17 @@ class TestMany:
 
         await asyncio.gather(*(asyncio.to_thread(run) for _ in range(3)))
         assert len(pool.workers) <= 2
+
+    async def test_a_program_with_many_open_files(self, pool: WorkerProcesses) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], min(limits[1], 4096)), limits[1]))
+        with contextlib.ExitStack() as stack:
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+            highest = 0
+            while highest < 1100:
+                highest = stack.enter_context(open(os.devnull)).fileno()
+            assert await asyncio.gather(*(call(pool, functions.shout) for _ in range(3))) == [b"ABC"] * 3
+            assert max(worker.fileno() for worker in pool.workers) > 1023
 
     async def test_the_loop_of_synchronous_callers(self) -> None:
         made = await asyncio.to_thread(lambda: portal.run(derive(recipe(functions.shout), b"abc")))

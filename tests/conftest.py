@@ -10,6 +10,7 @@ import importlib
 import inspect
 import itertools
 import os
+import sys
 import threading
 import time
 import weakref
@@ -164,6 +165,14 @@ def _temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     tmp_path_factory.getbasetemp()  # made now, so that pytest's own folders are not below this one
     with termination.temporary_folder() as folder:
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes_of_derivations(_temporary_folder: Path) -> Iterator[None]:
+    """Keep the worker processes from one test to the next, and end them before the folder that they may work in goes."""
+    yield
+    if (derived := sys.modules.get("granite_storage.derived.processes")) is not None:
+        derived.close_all()
 
 
 @pytest.fixture(scope="session")

@@ -235,6 +235,16 @@ OF_THE_BACKENDS_CODE = (
 
 REPETITIONS = [
     Repetition(
+        "tests/derived/test_images.py",
+        "libvips is asked for the same as Pillow, and every third case tells whether it understands",
+        _all_but_every(3, only=lambda params: params.get("engine") == "vips"),
+    ),
+    Repetition(
+        "tests/derived/test_images.py",
+        "each orientation is turned by one line, in whichever format it is found",
+        _all_but_every(3, "TestTurns::", only=lambda params: params.get("engine") == "pillow"),
+    ),
+    Repetition(
         "tests/orm/synchronous/test_scenarios.py",
         "the same hooks as for asynchronous sessions decide: the scenarios run on SQLite, and what differs between databases on"
         " PostgreSQL with a journal",

@@ -11,7 +11,7 @@ from granite_storage.exceptions import ConfigurationError, ContentRejectedError,
 from granite_storage.inspection.base import Inspection, UploadPreview
 from granite_storage.inspection.media_types import canonical
 
-__all__ = ["ImageLimits"]
+__all__ = ["ImageLimits", "read_webp"]
 
 _MOST_HEADER = 1 << 20
 _ORIENTATION = 0x0112
@@ -179,7 +179,7 @@ def _require_pillow() -> Any:
     return Image
 
 
-def _read_webp(header: bytes) -> dict[str, Any] | None:
+def read_webp(header: bytes) -> dict[str, Any] | None:
     """Return the size of a WebP image. Source: RFC 9649, sections 2.5 to 2.7."""
     kind, body = header[12:16], header[20:]
     if kind == b"VP8X" and len(body) >= 10:
@@ -230,6 +230,6 @@ def _spatial_extents(header: bytes, start: int, stop: int, depth: int) -> list[t
 
 
 _READERS: dict[str, _Reader] = {
-    "image/webp": _read_webp,
+    "image/webp": read_webp,
     **dict.fromkeys(("image/avif", "image/heic", "image/heif", "image/heic-sequence", "image/heif-sequence"), _read_heif),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import backends, core, derived, gc, inspection, journal, sessions, tools, web
+from tests.mutants import backends, core, derived, derivers, gc, inspection, journal, sessions, tools, web
 from tests.mutants.mutant import Mutant
 
 __all__ = ["MUTANTS"]
@@ -16,5 +16,6 @@ MUTANTS: list[Mutant] = [
     *web.MUTANTS,
     *inspection.MUTANTS,
     *derived.MUTANTS,
+    *derivers.MUTANTS,
     *tools.MUTANTS,
 ]

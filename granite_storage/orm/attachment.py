@@ -399,8 +399,12 @@ class AttachmentState:
         self.is_claimed = self.is_written = False
 
     def settle(self) -> None:
-        """Release the source and the intent, because the row is committed."""
+        """Release the source and the intent, because the row is committed; workers may make what is derived from it now."""
         self.drop_source()
+        if self.intent is not None and self.ref is not None and not isinstance(self.address, Address | None):
+            declared = self.address.variants.values()
+            if any(item.recipe.when != "request" and not item.is_in(self.ref) for item in declared):
+                self.intent.journal.wake_workers()
         self.intent, self.variant_intents = None, ()
 
     def undo(self) -> None:

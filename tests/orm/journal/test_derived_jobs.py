@@ -103,8 +103,9 @@ class TestMade:
     async def test_a_worker(self, env: OrmEnvironment) -> None:
         recipes = {"thumb": Upper()}
         with declared(recipes):
-            await env.add(Doc(id=1, file=file("x")))
-            async with journal_of(env).worker(interval=timedelta(seconds=0.05)), asyncio.timeout(30):
+            async with journal_of(env).worker(interval=timedelta(hours=1)), asyncio.timeout(30):
+                await asyncio.sleep(0.2)
+                await env.add(Doc(id=1, file=file("x")))  # which wakes it
                 while await shown(env) != expected(recipes, "x"):  # noqa: ASYNC110  # nobody tells
                     await asyncio.sleep(0.02)
 

@@ -12,6 +12,7 @@ from granite_storage.inspection.stripping import StripMode
 __all__ = [
     "HEAD_SIZE",
     "Checks",
+    "HeadInspector",
     "Inspection",
     "Inspector",
     "OnUnavailable",
@@ -87,6 +88,20 @@ class Inspector(Protocol):
             ContentRejectedError: The upload is refused; the message is for the client.
         """
         ...
+
+
+class HeadInspector:
+    """An inspector that is asked before it begins whether a short look at the head is enough, which saves it a thread."""
+
+    def inspect_head(self, upload: UploadPreview, /) -> Mapping[str, Any] | None:
+        """Return what was found, as `Inspection.finish` does, where nothing more is needed; None where it begins.
+
+        It runs on the event loop, and looks at a few KiB.
+
+        Raises:
+            ContentRejectedError: The upload is refused; the message is for the client.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

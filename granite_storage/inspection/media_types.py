@@ -89,6 +89,7 @@ _PROGRAMS = (
     (b"\xce\xfa\xed\xfe", "application/x-mach-binary"),
     (b"\xcf\xfa\xed\xfe", "application/x-mach-binary"),
 )
+_PROGRAM_MARKS = tuple(mark for mark, _ in _PROGRAMS)
 """Asked before all others: what runs must not pass for a type whose mark stands further behind, as DICOM's and tar's do."""
 
 _BRANDS = {
@@ -280,7 +281,7 @@ def judge_type(
         # Installers and PostScript begin as text, and go on with binary content.
         is_text = judged.content_type.startswith("text/") and not head.startswith(tuple(mark for mark, _ in _MARKS))
         return replace(judged, is_text=is_text)
-    return judge.judge_binary(is_whole=b"PK\5\6" in head)
+    return judge.judge_binary(is_whole=head.startswith(b"PK") and b"PK\5\6" in head)
 
 
 def confirm_type(judged: Judged, head: bytes, tail: bytes, *, accept: tuple[str, ...]) -> None:
@@ -516,9 +517,8 @@ def _end_of_doctype(text: bytes, place: int) -> int:
 
 
 def _find_binary(head: bytes, tail: bytes) -> str | None:
-    for mark, program in _PROGRAMS:
-        if head.startswith(mark):
-            return program
+    if head.startswith(_PROGRAM_MARKS):
+        return next(program for mark, program in _PROGRAMS if head.startswith(mark))
     if head.startswith((b"PK\3\4", b"PK\5\6", b"PK\7\x08")):
         return _find_in_zip(head, tail)
     if head.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"):

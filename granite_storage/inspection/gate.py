@@ -35,6 +35,7 @@ from granite_storage.inspection.base import (
     Validator,
 )
 from granite_storage.inspection.media_types import TAIL_SIZE, Judged, confirm_type, detect, fit_filename, judge_type
+from granite_storage.inspection.scanning import judge_outcome
 from granite_storage.inspection.stripping import StripMode, Stripper, can_strip
 from granite_storage.refs import ReadOnlyDict, canonical_timestamp, read_only
 
@@ -438,11 +439,10 @@ class _Scan:
             await self._wait_for_room()
         if not self._task.done():
             return
-        result = self._result()
-        if isinstance(result, ScanResult):
-            _require_clean(result)
-        elif self._scanner.on_unavailable == "refuse":
-            self._without_verdict(result)
+        outcome = self._outcome()
+        is_refused = not outcome.is_clean if isinstance(outcome, ScanResult) else self._scanner.on_unavailable == "refuse"
+        if is_refused:  # whether what is called clean was read to its end is told there
+            self._decide(outcome)
 
     async def verdict(self) -> Mapping[str, Any]:
         """Return the verdict on the whole, for the ref.
@@ -454,13 +454,7 @@ class _Scan:
         self._has_ended = True
         self._changed.set()
         await asyncio.wait([self._task], timeout=_VERDICT_TIMEOUT)
-        result = self._result()
-        if isinstance(result, ScanResult):
-            _require_clean(result)
-            if self._was_read:
-                return _scan_part("clean", result.by)
-            result = ScannerUnavailableError("the scanner called the content clean before it had read all of it")
-        return self._without_verdict(result)
+        return self._decide(self._outcome())
 
     async def stop(self) -> None:
         """End the scan; idempotent."""
@@ -468,25 +462,29 @@ class _Scan:
             self._task.cancel()
             await shielded_cleanup(asyncio.wait([self._task]), "ending a scan")
 
-    def _without_verdict(self, error: Exception) -> Mapping[str, Any]:
-        on_unavailable = self._scanner.on_unavailable
-        if on_unavailable == "refuse":
-            if isinstance(error, ScannerUnavailableError):
-                raise error
-            raise ScannerUnavailableError(f"the scanner failed: {error}") from error
-        logger.warning("an upload was not scanned and %s", _OUTCOMES[on_unavailable], exc_info=error)
-        return _scan_part("pending" if on_unavailable == "hold" else "failed", None)
+    def _decide(self, outcome: object) -> Mapping[str, Any]:
+        try:
+            part = judge_outcome(outcome, was_read=self._was_read)
+        except ScannerUnavailableError as error:
+            on_unavailable = self._scanner.on_unavailable
+            if on_unavailable == "refuse":
+                raise
+            logger.warning("an upload was not scanned and %s", _OUTCOMES[on_unavailable], exc_info=error)
+            status = "pending" if on_unavailable == "hold" else "failed"
+            return {"status": status, "at": canonical_timestamp(datetime.now(UTC))}
+        if part["status"] == "infected":
+            raise InfectedContentError("a virus scanner has found something in the file", signature=part.get("signature"))
+        return part
 
-    def _result(self) -> ScanResult | Exception:
+    def _outcome(self) -> object:
         if self._has_stalled or not self._task.done():
-            return TimeoutError(f"nothing came from the scanner for {_VERDICT_TIMEOUT:g} s")
+            return TimeoutError(f"nothing came from it for {_VERDICT_TIMEOUT:g} s")
         return RuntimeError("the scan was cancelled") if self._task.cancelled() else self._task.result()
 
-    async def _run(self) -> ScanResult | Exception:
+    async def _run(self) -> object:
         try:
             async with aclosing(self._content()) as content:
-                result: object = await self._scanner.scan(content)
-            return result if isinstance(result, ScanResult) else TypeError(f"scan() must return a ScanResult, not {result!r}")
+                return await self._scanner.scan(content)
         except Exception as error:  # noqa: BLE001  # whatever fails in a scanner of others, it has not judged
             return error
         finally:
@@ -515,13 +513,3 @@ class _Scan:
             except TimeoutError:
                 self._has_stalled = True
                 await self.stop()
-
-
-def _require_clean(result: ScanResult) -> None:
-    if not result.is_clean:
-        raise InfectedContentError("a virus scanner has found something in the file", signature=result.signature)
-
-
-def _scan_part(status: str, by: str | None) -> Mapping[str, Any]:
-    part = {"status": status, "at": canonical_timestamp(datetime.now(UTC))}
-    return part if by is None else {**part, "by": by}

@@ -36,9 +36,9 @@ MUTANTS = [
     Mutant(
         name="inspection-part-of-a-scan",
         rule="A clean verdict counts only where the scanner has read all of the content.",
-        path=_GATE,
-        old="            if self._was_read:\n",
-        new="            if True:\n",
+        path="granite_storage/inspection/scanning.py",
+        old="    if not was_read:\n",
+        new="    if False:\n",
         tests=(f"{_DEEP}::TestScanners::test_a_verdict_on_a_part_is_not_believed",),
     ),
     Mutant(
@@ -53,8 +53,8 @@ MUTANTS = [
         name="inspection-unscanned-accepted",
         rule="Where a scanner refuses what it cannot judge, the upload is refused.",
         path=_GATE,
-        old='        if on_unavailable == "refuse":\n            if',
-        new='        if on_unavailable == "never":\n            if',
+        old='            if on_unavailable == "refuse":\n                raise\n',
+        new="",
         tests=(f"{_WAYS}::test_an_absent_scanner_refuses",),
     ),
     Mutant(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from granite_storage._headers import Disposition
 from granite_storage._portal import portal
@@ -50,8 +50,6 @@ from granite_storage.exceptions import (
     UnknownPolicyError,
 )
 from granite_storage.inspection.base import HEAD_SIZE, Checks, UploadPreview, Validator
-from granite_storage.inspection.gate import Gate, Pieces, Verdict, judge_bytes, validate
-from granite_storage.inspection.media_types import fit_location
 from granite_storage.inspection.scanning import scan_stored
 from granite_storage.locations import check_location, clean_filename, make_location
 from granite_storage.policies import StoragePolicy
@@ -73,6 +71,11 @@ from granite_storage.streams import (
     require_size,
     size_of,
 )
+
+if TYPE_CHECKING:
+    from granite_storage.inspection.gate import Gate, Pieces, Verdict
+
+# What judges uploads takes as long to load as the rest, and only some policies need it: they have loaded it.
 
 # What is known of an object before its bytes are stored, and the receipt that becomes of it.
 
@@ -524,13 +527,17 @@ class Engine:
         policy = self.policy(storage_key)
         _require_content_type(content_type)
         filename = clean_filename(original_filename)
+        location_name = filename
+        if policy.accept is not None:  # a web server on a folder goes by the extension, whatever the receipt says
+            from granite_storage.inspection.media_types import fit_location
+
+            location_name = fit_location(filename, policy.accept)
         location = make_location(
             key_prefix=policy.key_prefix,
             model_name=model_name,
             entity_id=entity_id,
             field_name=field_name,
-            # A web server on a folder goes by the extension, whatever the receipt says.
-            original_filename=filename if policy.accept is None else fit_location(filename, policy.accept),
+            original_filename=location_name,
         )
         own_keys = None if extra is None else read_only(extra, "extra")
         return PreparedUpload(policy, location, content_type, filename, own_keys, policy.checks)
@@ -582,6 +589,8 @@ class Engine:
             async with self._lifecycle.upload(stream.begin if isinstance(stream, PacedStream) else None):
                 if prepared.checks is None:
                     return await self._store(prepared, MeasuredStream(stream, size=size, checksum=checksum))
+                from granite_storage.inspection.gate import Gate
+
                 expected = expected_size(content) if size is None else size
                 if prepared.checks.strip is None:
                     pieces: Pieces = regrouped(stream)
@@ -792,6 +801,8 @@ class Engine:
         key = prepared.policy.backend_key
         with self._lifecycle.call():
             if prepared.checks is not None:
+                from granite_storage.inspection.gate import judge_bytes
+
                 content, verdict = await judge_bytes(content, prepared.checks, prepared.preview)
                 prepared = prepared.judged(verdict)
             data, checksum = await fingerprint(content)
@@ -837,6 +848,8 @@ class Engine:
         )
 
     async def _validate_copy(self, ref: StoredObjectRef, prepared: PreparedUpload, checks: Checks) -> None:
+        from granite_storage.inspection.gate import validate
+
         async with self.open(ref, length=HEAD_SIZE) as reader:
             head = await reader.read()
         await validate(checks, replace(prepared.preview, head=head, size=ref.size))
@@ -856,6 +869,8 @@ class Engine:
                 if prepared.checks is None:
                     copy = await self._store(prepared, content)
                 else:
+                    from granite_storage.inspection.gate import Gate
+
                     gate = Gate(content, prepared.checks, replace(prepared.preview, size=ref.size), close=content.aclose)
                     copy = await self._store_judged(prepared, gate, None, None)
             except BaseException:

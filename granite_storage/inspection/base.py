@@ -6,19 +6,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from granite_storage.inspection.media_types import OnMismatch, matches
-from granite_storage.inspection.stripping import StripMode
-
 __all__ = [
     "HEAD_SIZE",
     "Checks",
     "HeadInspector",
     "Inspection",
     "Inspector",
+    "OnMismatch",
     "OnUnavailable",
     "OnUnstrippable",
     "ScanResult",
     "Scanner",
+    "StripMode",
     "UploadPreview",
     "Validator",
 ]
@@ -27,6 +26,12 @@ _LONGEST_TEXT = 200
 
 HEAD_SIZE = 64 * 1024
 """How much of the beginning of an upload is looked at before any of it is stored, in bytes."""
+
+OnMismatch: TypeAlias = Literal["refuse", "correct"]
+"""What becomes of an upload whose content contradicts the declared type."""
+
+StripMode: TypeAlias = Literal["location", "all"]
+"""What goes out of a picture: what tells where it was taken, or all that is not needed to show it."""
 
 OnUnavailable: TypeAlias = Literal["refuse", "hold", "accept"]
 """What becomes of an upload that the scanner cannot judge."""
@@ -201,6 +206,8 @@ class Checks:
 
     def would_pass(self, media: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) -> bool:
         """Tell whether an object of another policy passes, by what its ref says; what cannot be told does not pass."""
+        from granite_storage.inspection.media_types import matches  # which the policy has loaded
+
         found = None if media is None else media.get("type")
         is_accepted = self.accept is None or (isinstance(found, str) and matches(found, self.accept))
         status = None if scan is None else scan.get("status")

@@ -26,7 +26,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from granite_storage._headers import is_active
 from granite_storage.exceptions import ConfigurationError, MissingDependencyError, UnsupportedContentError
@@ -57,7 +57,6 @@ __all__ = [
     "TAIL_SIZE",
     "Detected",
     "Judged",
-    "OnMismatch",
     "canonical",
     "check_accept",
     "confirm_type",
@@ -72,9 +71,6 @@ __all__ = [
 
 TAIL_SIZE = 66 * 1024
 """How much of the end of an upload `confirm_type` has to see: the end of a zip archive and its longest comment, in bytes."""
-
-OnMismatch: TypeAlias = Literal["refuse", "correct"]
-"""What becomes of an upload whose content contradicts the declared type."""
 
 _BINARY_FAMILIES = ("image/", "audio/", "video/", "font/")
 
@@ -251,7 +247,7 @@ def detect(head: bytes, tail: bytes = b"") -> Detected:
 
 
 def judge_type(
-    head: bytes, *, declared: str | None, filename: str | None, accept: tuple[str, ...], on_mismatch: OnMismatch = "refuse"
+    head: bytes, *, declared: str | None, filename: str | None, accept: tuple[str, ...], on_mismatch: str = "refuse"
 ) -> Judged:
     """Return the media type that an upload is kept under, or refuse it.
 
@@ -327,7 +323,7 @@ class _Judge:
     stated: str | None
     filename: str | None
     accept: tuple[str, ...]
-    on_mismatch: OnMismatch
+    on_mismatch: str
 
     def judge_empty(self, charset: str) -> Judged:
         """Judge what has no content: only text can be empty."""

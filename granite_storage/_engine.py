@@ -15,8 +15,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from types import MappingProxyType
+from functools import cache, partial
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from granite_storage._headers import Disposition
@@ -75,7 +75,14 @@ from granite_storage.streams import (
 if TYPE_CHECKING:
     from granite_storage.inspection.gate import Gate, Pieces, Verdict
 
-# What judges uploads takes as long to load as the rest, and only some policies need it: they have loaded it.
+
+@cache
+def _gate() -> ModuleType:
+    """Return what judges uploads. It takes as long to load as the rest, so only the policies that need it have loaded it."""
+    from granite_storage.inspection import gate
+
+    return gate
+
 
 # What is known of an object before its bytes are stored, and the receipt that becomes of it.
 
@@ -529,9 +536,7 @@ class Engine:
         filename = clean_filename(original_filename)
         location_name = filename
         if policy.accept is not None:  # a web server on a folder goes by the extension, whatever the receipt says
-            from granite_storage.inspection.media_types import fit_location
-
-            location_name = fit_location(filename, policy.accept)
+            location_name = _gate().fit_location(filename, policy.accept)
         location = make_location(
             key_prefix=policy.key_prefix,
             model_name=model_name,
@@ -589,14 +594,12 @@ class Engine:
             async with self._lifecycle.upload(stream.begin if isinstance(stream, PacedStream) else None):
                 if prepared.checks is None:
                     return await self._store(prepared, MeasuredStream(stream, size=size, checksum=checksum))
-                from granite_storage.inspection.gate import Gate
-
                 expected = expected_size(content) if size is None else size
                 if prepared.checks.strip is None:
                     pieces: Pieces = regrouped(stream)
                 else:  # what is declared is true of what comes in, not of what is stored
                     pieces, size, checksum = MeasuredStream(stream, size=size, checksum=checksum), None, None
-                gate = Gate(pieces, prepared.checks, replace(prepared.preview, size=expected), close=stream.aclose)
+                gate = _gate().Gate(pieces, prepared.checks, replace(prepared.preview, size=expected), close=stream.aclose)
                 return await self._store_judged(prepared, gate, size, checksum)
         except BaseException:
             await stream.aclose()
@@ -801,9 +804,7 @@ class Engine:
         key = prepared.policy.backend_key
         with self._lifecycle.call():
             if prepared.checks is not None:
-                from granite_storage.inspection.gate import judge_bytes
-
-                content, verdict = await judge_bytes(content, prepared.checks, prepared.preview)
+                content, verdict = await _gate().judge_bytes(content, prepared.checks, prepared.preview)
                 prepared = prepared.judged(verdict)
             data, checksum = await fingerprint(content)
             with self._attribute_errors(key) as backend:
@@ -848,11 +849,9 @@ class Engine:
         )
 
     async def _validate_copy(self, ref: StoredObjectRef, prepared: PreparedUpload, checks: Checks) -> None:
-        from granite_storage.inspection.gate import validate
-
         async with self.open(ref, length=HEAD_SIZE) as reader:
             head = await reader.read()
-        await validate(checks, replace(prepared.preview, head=head, size=ref.size))
+        await _gate().validate(checks, replace(prepared.preview, head=head, size=ref.size))
 
     async def _copy_on_server(self, ref: StoredObjectRef, backend: SupportsCopy, prepared: PreparedUpload) -> StoredObjectRef:
         with self._lifecycle.call(), self._at(ref) as storage:
@@ -869,9 +868,7 @@ class Engine:
                 if prepared.checks is None:
                     copy = await self._store(prepared, content)
                 else:
-                    from granite_storage.inspection.gate import Gate
-
-                    gate = Gate(content, prepared.checks, replace(prepared.preview, size=ref.size), close=content.aclose)
+                    gate = _gate().Gate(content, prepared.checks, replace(prepared.preview, size=ref.size), close=content.aclose)
                     copy = await self._store_judged(prepared, gate, None, None)
             except BaseException:
                 await reader.aclose()

@@ -35,12 +35,12 @@ from granite_storage.inspection.base import (
     UploadPreview,
     Validator,
 )
-from granite_storage.inspection.media_types import TAIL_SIZE, Judged, confirm_type, detect, fit_filename, judge_type
+from granite_storage.inspection.media_types import TAIL_SIZE, Judged, confirm_type, detect, fit_filename, fit_location, judge_type
 from granite_storage.inspection.scanning import judge_outcome
 from granite_storage.inspection.stripping import Stripper, can_strip
 from granite_storage.refs import ReadOnlyDict, canonical_timestamp, read_only
 
-__all__ = ["Gate", "Pieces", "Verdict", "judge_bytes", "validate"]
+__all__ = ["Gate", "Pieces", "Verdict", "fit_location", "judge_bytes", "validate"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 

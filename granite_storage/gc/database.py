@@ -15,6 +15,7 @@ from sqlalchemy import (
     ARRAY,
     Column,
     ColumnElement,
+    CompoundSelect,
     Connection,
     LargeBinary,
     MetaData,
@@ -24,14 +25,15 @@ from sqlalchemy import (
     case,
     cast,
     collate,
+    false,
     func,
     inspect,
     literal,
     literal_column,
     not_,
-    null,
     select,
     text,
+    true,
     union_all,
 )
 from sqlalchemy.exc import DBAPIError, ProgrammingError
@@ -45,13 +47,14 @@ from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
 from granite_storage.orm._interfaces import JournalTables, active_bindings
 from granite_storage.orm._util import batches
-from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, location_of, value_in
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, location_of, unnest_variants, value_in
 from granite_storage.orm.discovery import (
     FoundColumn,
     as_found,
     find_tables,
     find_text_columns,
     find_with_refs,
+    has_legible_variants,
     has_value,
     is_legible,
     resolve,
@@ -66,6 +69,7 @@ from granite_storage.orm.references import (
     named_in,
     references_among,
     selected_extra,
+    selected_extra_of_variants,
     selected_text,
     text_encoding,
 )
@@ -132,6 +136,8 @@ class RefColumn:
 def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select location and kind of all references in the byte order of the locations, and NULL for what is no reference.
 
+    A ref that nests variants is as many references; one whose variants cannot be read is none.
+
     It is one statement, so a reference that moves from one column to another meanwhile is seen in one of them.
 
     Args:
@@ -139,53 +145,67 @@ def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Seq
         dialect: The name of the database.
         identities: Those that the store of the objects in question answers to; None where it has none to compare with.
     """
-    found = union_all(*(_locations(column, dialect, identities) for column in columns)).subquery("found")
+    parts = [part for column in columns for part in _locations(column, dialect, identities)]
+    found = union_all(*parts).subquery("found")
     location = selected_text(found.c.location, dialect)
     return select(location, found.c.kind).order_by(_collate_bytes(found.c.location, dialect))
 
 
 def select_first(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
-    """Select the primary key, the backend and the identity of a row whose reference is of a kind."""
-    ref = column.column
-    wanted = and_(
-        has_value(ref, dialect),
-        case((is_legible(ref, dialect), _kind(column, dialect, identities)), else_=null()) == literal_column(str(kind)),
-    )
-    said = (location_of(ref, dialect)[0], value_in(ref, "identity", dialect))
-    found = select(*ref.table.primary_key, *(selected_text(value, dialect) for value in said))
-    return found.where(wanted).limit(1)
+    """Select the primary key, the backend and the identity of a row whose reference, or that to a variant, is of a kind."""
+    ref, variants = column.column, unnest_variants(column.column, dialect)
+    found: list[Select[*tuple[Any, ...]]] = []
+    for value, source in ((ref, ref.table), (variants.c.value, ref.table.join(variants, true()))):
+        wanted = case((is_legible(value, dialect), _kind(value, column, dialect, identities))) == literal_column(str(kind))
+        said = (selected_text(value_in(value, key, dialect), dialect) for key in ("backend", "identity"))
+        if dialect == "sqlite":
+            said = (case((is_legible(value, dialect), text)) for text in said)
+        keys = (key.label(f"key_{number}") for number, key in enumerate(ref.table.primary_key))
+        found.append(select(*keys, *said).select_from(source).where(has_value(ref, dialect), wanted))
+    return select(union_all(*found).subquery("found")).limit(1)
 
 
-def select_counts(column: RefColumn, dialect: str) -> Select[*tuple[Any, ...]]:
-    """Select backend, identity and number of the references of a column."""
-    ref = column.column
-    backend, identity = location_of(ref, dialect)[0], value_in(ref, "identity", dialect)
-    if dialect == "sqlite":  # reading a value that is no JSON fails there
-        backend, identity = (case((is_legible(ref, dialect), value)) for value in (backend, identity))
-    counted = select(selected_text(backend, dialect), selected_text(identity, dialect), func.count())
-    return counted.where(is_legible(ref, dialect)).group_by(backend, identity)
+def select_counts(column: RefColumn, dialect: str) -> CompoundSelect[*tuple[Any, ...]]:
+    """Select backend, identity and number of the references of a column, and of those to variants by themselves."""
+    ref, variants = column.column, unnest_variants(column.column, dialect)
+    found: list[Select[*tuple[Any, ...]]] = []
+    for value, source in ((ref, ref.table), (variants.c.value, ref.table.join(variants, true()))):
+        backend, identity = (value_in(value, key, dialect) for key in ("backend", "identity"))
+        legible = is_legible(value, dialect)
+        if dialect == "sqlite":  # reading a value that is no JSON fails there
+            backend, identity = (case((legible, text)) for text in (backend, identity))
+        counted = select(selected_text(backend, dialect), selected_text(identity, dialect), func.count())
+        found.append(counted.select_from(source).where(legible).group_by(backend, identity))
+    return union_all(*found)
 
 
 def select_first_illegible(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select the primary key of a row whose value is no reference."""
-    wrong = and_(has_value(column, dialect), not_(is_legible(column, dialect)))
+    wrong = and_(has_value(column, dialect), not_(_is_legible_whole(column, dialect)))
     return select(*column.table.primary_key, literal_column("1")).where(wrong).limit(1)
 
 
-def _locations(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
-    ref = column.column
-    legible = is_legible(ref, dialect)
-    kind = _kind(column, dialect, identities)
+def _is_legible_whole(column: Column[Any], dialect: str) -> ColumnElement[bool]:
+    """Return the criterion that a value is a reference whose variants can be read as well; never NULL."""
+    return case((is_legible(column, dialect), has_legible_variants(column, dialect)), else_=false())
+
+
+def _locations(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> list[Select[*tuple[Any, ...]]]:
+    ref, variants = column.column, unnest_variants(column.column, dialect)
+    legible = _is_legible_whole(ref, dialect) if column.is_declared else is_legible(ref, dialect)
     found = select(
         case((legible, location_of(ref, dialect)[1])).label("location"),
-        case((legible, kind), else_=literal_column(str(ELSEWHERE))).label("kind"),
+        case((legible, _kind(ref, column, dialect, identities)), else_=literal_column(str(ELSEWHERE))).label("kind"),
     ).where(has_value(ref, dialect))
-    return found if column.is_declared else found.where(legible)
+    nested = select(
+        case((is_legible(variants.c.value, dialect), value_in(variants.c.value, "location", dialect))).label("location"),
+        _kind(variants.c.value, column, dialect, identities).label("kind"),
+    ).select_from(ref.table.join(variants, true()))
+    return [found if column.is_declared else found.where(legible), nested.where(is_legible(variants.c.value, dialect))]
 
 
-def _kind(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> ColumnElement[int]:
-    backend = location_of(column.column, dialect)[0]
-    identity = value_in(column.column, "identity", dialect)
+def _kind(ref: ColumnElement[Any], column: RefColumn, dialect: str, identities: Sequence[str] | None) -> ColumnElement[int]:
+    backend, identity = (value_in(ref, key, dialect) for key in ("backend", "identity"))
     kinds: list[tuple[ColumnElement[bool], Any]] = []
     if identities is not None:
         kinds.append(
@@ -600,10 +620,11 @@ class DatabaseReferences:
             await self._refuse(wrong)
 
     async def _iter_named(self) -> AsyncGenerator[Reference, None]:
-        """Yield what the `extra` of refs name, whatever backend those refs name."""
+        """Yield what the `extra` of refs and of their variants name, whatever backend those refs name."""
         for chunk in batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT):
             async with self._connection() as connection:
-                parts = [selected_extra(item.column, connection.dialect.name) for item in chunk]
+                dialect = connection.dialect.name
+                parts = [part(item.column, dialect) for item in chunk for part in (selected_extra, selected_extra_of_variants)]
                 result = await connection.stream(union_all(*parts).execution_options(yield_per=PAGE))
                 try:
                     async for of_backend, _, extra in result:

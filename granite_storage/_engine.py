@@ -114,6 +114,11 @@ class PreparedUpload:
     recipe: str | None = None
 
     @property
+    def max_size(self) -> int | None:
+        """The most bytes that it may have; None for any number, as of a variant, which no client sends."""
+        return self.policy.max_size if self.source is None else None
+
+    @property
     def preview(self) -> UploadPreview:
         """What is known of it, as its checks see it, but for its content."""
         return UploadPreview(
@@ -141,6 +146,13 @@ class PreparedUpload:
         if checks is not None and ref.storage_key == self.policy.storage_key and checks.were_passed_by(ref.media, ref.scan):
             checks = checks.validation
         return replace(self, checks=checks, media=ref.media, scan=ref.scan)
+
+    def derived_as(self, content_type: str | None, filename: str | None, media: Mapping[str, Any] | None) -> PreparedUpload:
+        """Return a variant with what its recipe says of the content, now that it is made."""
+        _require_content_type(content_type or None)
+        return replace(
+            self, content_type=content_type or None, original_filename=clean_filename(filename), media=media or self.media
+        )
 
     def receipt(
         self, size: int, checksum: str, details: Mapping[str, Any] | None, identity: str | None = None
@@ -537,6 +549,29 @@ class Engine:
         own_keys = None if extra is None else read_only(extra, "extra")
         return PreparedUpload(policy, location, content_type, filename, own_keys, policy.checks)
 
+    def prepare_variant(
+        self, source: str, name: str, recipe: str, *, storage_key: str, model_name: str, entity_id: str, field_name: str
+    ) -> PreparedUpload:
+        """Choose the location of a variant, as `prepare` does; what clients may send does not bind it.
+
+        Args:
+            source: The location of its original.
+            name: The name of the variant.
+            recipe: The digest of its recipe.
+            storage_key: The policy of its original.
+            model_name: A segment of its location, as the next two.
+            entity_id: The second one.
+            field_name: The third one.
+        """
+        prepared = self.prepare(
+            storage_key=storage_key,
+            model_name=model_name,
+            entity_id=entity_id,
+            field_name=field_name,
+            original_filename=name,
+        )
+        return replace(prepared, original_filename=None, checks=None, source=source, recipe=recipe)
+
     def prepare_copy(
         self,
         ref: StoredObjectRef,
@@ -577,8 +612,8 @@ class Engine:
             return await self._put_bytes(prepared, cast(BytesLike, content))
         if size is not None:
             require_declared_size(size)
-            require_size(size, prepared.policy.max_size)
-        limited = ManagedStream(content, prepared.policy.max_size)
+            require_size(size, prepared.max_size)
+        limited = ManagedStream(content, prepared.max_size)
         stream = limited if self._pace is None else PacedStream(limited, self._pace)
         try:
             async with self._lifecycle.upload(stream.begin if isinstance(stream, PacedStream) else None):
@@ -790,7 +825,7 @@ class Engine:
             raise
 
     async def _put_bytes(self, prepared: PreparedUpload, content: BytesLike) -> StoredObjectRef:
-        require_size(size_of(content), prepared.policy.max_size)
+        require_size(size_of(content), prepared.max_size)
         key = prepared.policy.backend_key
         with self._lifecycle.call():
             if prepared.checks is not None:

@@ -17,6 +17,8 @@ __all__ = [
     "ContentError",
     "ContentRejectedError",
     "ContentTooLargeError",
+    "DerivationFailedError",
+    "DerivationRefusedError",
     "EmptyUploadError",
     "InfectedContentError",
     "InfectedObjectError",
@@ -152,6 +154,20 @@ class InfectedContentError(ContentError):
     def __init__(self, message: str = "", *, signature: str | None = None) -> None:
         super().__init__(message)
         self.signature = signature
+
+
+class DerivationRefusedError(ContentError):
+    """A file cannot be derived from the original, now or later: it is damaged, of another type, or too large when decoded.
+
+    Its message is for the client: a function of the application raises it with what the client shall read.
+    """
+
+
+class DerivationFailedError(StorageError):
+    """A file could not be derived from the original; it may be tried again.
+
+    Its process died, ran out of time or memory, or its function raised.
+    """
 
 
 class ScanPendingError(StorageError):

@@ -389,7 +389,7 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
     names = list(held.ref.variants or {})
     states = [relocation, *(_VariantRelocation(held.ref, name, held, rate_limited, relocation) for name in names)]
     copies = [Attachment._in(state) for state in states]
-    await store([Upload(copy, column_type, "") for copy in copies])
+    await store([Upload(copy, column_type, "", has_variants=False) for copy in copies])
     swap = _Swap(held, held.ref, names, copies, is_shared=is_shared)
     try:
         return await _commit(binding.session_factory, swap)

@@ -1,9 +1,10 @@
-"""Connections that a pool keeps from one test to the next, so that they are not taken for something a test has left open."""
+"""What pools keep from one test to the next, connections and worker processes, and no test has left open."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import weakref
 from typing import Any
@@ -29,8 +30,10 @@ def keep_files_below(folder: os.PathLike[str]) -> None:
 
 
 def pooled_descriptors() -> set[str]:
-    """Return the numbers of the open sockets of pooled connections."""
+    """Return the numbers of the open sockets of pooled connections and processes."""
     found: set[str] = set()
+    if (derived := sys.modules.get("granite_storage.derived.processes")) is not None:
+        found |= set(map(str, derived.open_descriptors()))
     for owner in list(_sockets):
         with contextlib.suppress(Exception):  # closed meanwhile: each driver says so in its own way
             socket = owner.get_extra_info("socket") if hasattr(owner, "get_extra_info") else owner

@@ -7,7 +7,7 @@ force are listed here too.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from granite_storage._engine import PreparedUpload
+    from granite_storage.derived import Recipe
     from granite_storage.inspection.base import Validator
     from granite_storage.manager import StorageManager
     from granite_storage.refs import StoredObjectRef
@@ -54,11 +55,36 @@ class JournalTables:
         return self.intent, self.reclaim, self.decision, self.meta, self.job
 
 
+@dataclass(frozen=True, slots=True)
+class DeclaredVariant:
+    """A variant that a column declares.
+
+    Attributes:
+        name: Its name.
+        recipe: What makes it.
+        digest: The digest of the recipe under this name.
+    """
+
+    name: str
+    recipe: Recipe
+    digest: str
+
+    def is_in(self, ref: StoredObjectRef) -> bool:
+        """Whether a ref has the variant, made by this recipe."""
+        found = None if ref.variants is None else ref.variants.get(self.name)
+        return found is not None and found.recipe == self.digest
+
+
 class ColumnType(Protocol):
     """The type of an attachment column, which knows its column and its policy."""
 
     storage_key: str
     validate: Validator | None
+
+    @property
+    def variants(self) -> Mapping[str, DeclaredVariant]:
+        """The variants that the column declares, by their names."""
+        ...
 
     @property
     def column(self) -> Column[Any]:
@@ -138,6 +164,10 @@ class Binding(Protocol):
         """Return whether a row of a column refers to an object; None if that is unknown."""
         ...
 
+    async def make_variant(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> StoredObjectRef:
+        """Make a variant of the object of a committed row, and return what the row holds then."""
+        ...
+
     async def upload(
         self,
         attachment: Any,
@@ -189,8 +219,8 @@ class JournalIntents(Protocol):
         """Raise `StaleAttachmentError` if a worker is about to delete an object that a transaction restores."""
         ...
 
-    async def find_delete(self, ref: StoredObjectRef) -> UUID | None:
-        """Return the intent of the pending delete of an object, or None."""
+    async def find_deletes(self, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False) -> dict[str, UUID]:
+        """Return the intents of the pending deletes of objects, by their locations."""
         ...
 
 
@@ -221,6 +251,10 @@ class Journal(Protocol):
 
     def wake_workers(self) -> None:
         """Wake the workers of this process."""
+        ...
+
+    async def make_variant(self, column_type: ColumnType, source: StoredObjectRef, variant: DeclaredVariant) -> StoredObjectRef:
+        """Make a variant of the object of a committed row, and return what the row holds then."""
         ...
 
     async def settle(self, ids: Sequence[UUID]) -> None:

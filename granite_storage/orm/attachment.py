@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import weakref
-from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
@@ -213,6 +213,7 @@ class AttachmentState:
         is_claimed: Whether a statement of the current flush may write the ref; the column type binds no other.
         is_written: Whether one has written it.
         intent: What a journal has recorded about the object, until the row that takes it is committed.
+        variant_intents: What it has recorded about the variants that were stored with the object, as long.
         address: Its column, or where a pickled one finds it; None until it is stored.
         is_repeatable: Whether the source can be stored once more after a rollback.
         filename: The file name that it was made with.
@@ -228,6 +229,7 @@ class AttachmentState:
     is_claimed: bool = False
     is_written: bool = False
     intent: Intent | None = None
+    variant_intents: tuple[Intent, ...] = ()
     source: ByteSource | WholeFile | ReadOnce | AttachmentState | None = None
     is_repeatable: bool = False
     filename: str | None = None
@@ -349,6 +351,17 @@ class AttachmentState:
         """Replace the receipt by that of the same object as it was verified."""
         self.ref = ref
 
+    @property
+    def intents(self) -> tuple[Intent, ...]:
+        """What a journal has recorded about the object and the variants that were stored with it."""
+        return self.variant_intents if self.intent is None else (self.intent, *self.variant_intents)
+
+    def add_variants(self, variants: Mapping[str, StoredObjectRef], intents: Iterable[Intent] = ()) -> None:
+        """Have variants as well, and remember what a journal has recorded about those that were stored just now."""
+        ref = self.require_ref()
+        self.ref = ref.with_variants({**(ref.variants or {}), **variants})
+        self.variant_intents = (*self.variant_intents, *intents)
+
     def release(self) -> None:
         """Be owned by nothing, so that any row may take the object."""
         self.owner = Owner.NONE
@@ -374,11 +387,12 @@ class AttachmentState:
     def settle(self) -> None:
         """Release the source and the intent, because the row is committed."""
         self.drop_source()
-        self.intent = None
+        self.intent, self.variant_intents = None, ()
 
     def undo(self) -> None:
         """Become pending again, because the object was rolled back."""
         self.ref = self.intent = None
+        self.variant_intents = ()
         if self.owner is Owner.NONE:
             self.owner = Owner.ROW
         self.end_claim()

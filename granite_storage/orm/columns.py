@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
 
 from sqlalchemy import (
     JSON,
@@ -38,6 +40,7 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
+from granite_storage.derived import Missing, Recipe, When
 from granite_storage.exceptions import (
     ConfigurationError,
     ContentTooLargeError,
@@ -47,7 +50,7 @@ from granite_storage.exceptions import (
     UnsupportedContentError,
 )
 from granite_storage.inspection.base import Validator
-from granite_storage.orm._interfaces import binding_for, find_binding, unbound_message
+from granite_storage.orm._interfaces import DeclaredVariant, binding_for, find_binding, unbound_message
 from granite_storage.orm.attachment import Attachment
 from granite_storage.policies import require_validator
 from granite_storage.refs import StoredObjectRef
@@ -245,6 +248,7 @@ class AttachmentType(_RefJSON[Attachment]):
         storage_key: The policy that new objects are stored under.
         entity_id: Given the instance, returns the segment of the location that names the row; None for the primary key.
         validate: A function that may refuse a new file of this column, as `StoragePolicy.validate` does for all of a policy.
+        variants: The recipes of what is derived from its files, by the names of the variants.
     """
 
     cache_ok: bool | None = True
@@ -258,6 +262,7 @@ class AttachmentType(_RefJSON[Attachment]):
         *,
         entity_id: Callable[[Any], str] | None = None,
         validate: Validator | None = None,
+        variants: Mapping[str, Recipe] | None = None,
     ) -> None:
         if not isinstance(storage_key, str) or not storage_key:
             raise ConfigurationError(f"an attachment column needs the storage key of a policy, not {storage_key!r}")
@@ -266,6 +271,7 @@ class AttachmentType(_RefJSON[Attachment]):
         require_validator(f"the attachment column of the policy {storage_key!r}", validate)
         self.entity_id = entity_id
         self.validate = validate
+        self._variants = _declared_variants(storage_key, {} if variants is None else variants)
         self._column: Column[Any] | None = None
 
     def __repr__(self) -> str:
@@ -277,6 +283,11 @@ class AttachmentType(_RefJSON[Attachment]):
         if self._column is None:
             raise ConfigurationError(f"{self!r} belongs to no column")
         return self._column
+
+    @property
+    def variants(self) -> Mapping[str, DeclaredVariant]:
+        """The variants that the column declares, by their names; read-only."""
+        return self._variants
 
     @property
     def table(self) -> Table:
@@ -309,7 +320,8 @@ class AttachmentType(_RefJSON[Attachment]):
 
         Raises:
             UnknownPolicyError: It has not; a model may have been declared after `bind_storage` was called.
-            ConfigurationError: The policy has a retention, or a scanner that may hold a file back, which needs a journal.
+            ConfigurationError: The policy has a retention, or a scanner that may hold a file back, or the column has variants
+                that are made after the commit, which needs a journal.
         """
         policy = binding.manager._engine.policies.get(self.storage_key)
         if policy is None:
@@ -326,6 +338,11 @@ class AttachmentType(_RefJSON[Attachment]):
             raise ConfigurationError(
                 f"the scanner of the policy {self.storage_key!r} holds files back while it is unavailable, which needs a journal,"
                 " whose worker scans them later: bind_storage(..., journal=...), or a scanner with on_unavailable='refuse'"
+            )
+        if binding.journal is None and (late := [name for name, item in self._variants.items() if item.recipe.when == "later"]):
+            raise ConfigurationError(
+                f"the attachment column {self.label} has variants that are made after the commit ({', '.join(late)}), which needs"
+                " a journal, whose worker makes them: bind_storage(..., journal=...), or recipes with when='flush' or 'request'"
             )
         return binding.manager
 
@@ -402,11 +419,48 @@ class AttachmentType(_RefJSON[Attachment]):
         return Attachment._broken(error, self)
 
 
+def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> Mapping[str, DeclaredVariant]:
+    """Return what a column declares, checked.
+
+    Raises:
+        ConfigurationError: A name cannot be one of a variant, or a recipe is none.
+    """
+    column = f"the attachment column of the policy {storage_key!r}"
+    if not isinstance(recipes, Mapping):
+        raise ConfigurationError(f"variants of {column} must map names to recipes, not be a {type(recipes).__name__}")
+    declared: dict[str, DeclaredVariant] = {}
+    for name, recipe in recipes.items():
+        if not isinstance(name, str) or _VARIANT_NAME.fullmatch(name) is None:
+            raise ConfigurationError(
+                f"a variant of {column} is called {name!r}: a name has at most {_LONGEST_VARIANT_NAME} letters, digits, hyphens"
+                " and underscores of ASCII, and begins with a letter or a digit"
+            )
+        if isinstance(recipe, type) or not isinstance(recipe, Recipe):
+            raise ConfigurationError(
+                f"the variant {name!r} of {column} is a {type(recipe).__name__}, not a recipe, which has when, missing, digest() and"
+                " make(), such as Derived or ImageVariant"
+            )
+        for argument, choices in (("when", get_args(When)), ("missing", get_args(Missing))):
+            if (value := getattr(recipe, argument)) not in choices:
+                known = ", ".join(map(repr, choices))
+                raise ConfigurationError(f"{argument} of the variant {name!r} of {column} must be one of {known}, not {value!r}")
+        digest = recipe.digest(name)
+        if not isinstance(digest, str) or not digest:
+            raise ConfigurationError(f"digest() of the variant {name!r} of {column} must return a text, not {digest!r}")
+        declared[name] = DeclaredVariant(name, recipe, digest)
+    return MappingProxyType(declared)
+
+
+_LONGEST_VARIANT_NAME = 40
+_VARIANT_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{_LONGEST_VARIANT_NAME - 1}}}")
+
+
 def attachment(
     storage_key: str,
     *,
     entity_id: Callable[[Any], str] | None = None,
     validate: Validator | None = None,
+    variants: Mapping[str, Recipe] | None = None,
     **column_arguments: Any,
 ) -> MappedColumn[Any]:
     """Declare an attachment attribute of a model.
@@ -417,11 +471,15 @@ def attachment(
             key if it is known before the INSERT, otherwise a new UUID.
         validate: A function that is shown each new file of this column, an `UploadPreview`, after the policy's own, and refuses
             it by raising `ContentRejectedError` with a message for the client.
+        variants: The recipes of what is derived from each file, such as thumbnails, by the names of the variants: letters,
+            digits, hyphens and underscores. A variant lives and dies with its file. Those that are made after the commit
+            (`when="later"`) need a journal.
         **column_arguments: Other arguments of `mapped_column`, such as `nullable`, `deferred`, `init` or `default`. A default
             is None or a function without arguments, which makes an attachment for each new row that has none.
 
     Raises:
-        ConfigurationError: The storage key is not one, or a default would write a file that no session has stored.
+        ConfigurationError: The storage key is not one, a default would write a file that no session has stored, or a variant
+            has a name that cannot be one, or no recipe.
 
     Example:
         ```python
@@ -431,7 +489,7 @@ def attachment(
             file: Mapped[Attachment | None] = attachment("documents")
         ```
     """
-    column_type = AttachmentType(storage_key, entity_id=entity_id, validate=validate)
+    column_type = AttachmentType(storage_key, entity_id=entity_id, validate=validate, variants=variants)
     for name, value in column_arguments.items():
         if name in _DEFAULTS:
             _require_callable(f"attachment({storage_key!r}, {name}=...)", value)

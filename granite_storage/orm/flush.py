@@ -38,7 +38,7 @@ from granite_storage.orm.unit_of_work import (
     put_value,
 )
 from granite_storage.orm.uploads import Upload, store, stored_object
-from granite_storage.refs import StoredObjectRef
+from granite_storage.refs import StoredObjectRef, iter_refs
 
 if TYPE_CHECKING:
     from granite_storage.orm._interfaces import Journal
@@ -75,9 +75,7 @@ def write_entries(unit: UnitOfWork) -> None:
     put = {stored.key for stored, _ in flush.puts}
     for stored, held in flush.net:
         if held:
-            earlier = unit.displacement(stored)
-            intent = stored.intent if earlier is None else earlier.intent
-            if intent is not None:
+            for intent in (unit.displacement(stored) or stored).intents:
                 taken.setdefault(intent.journal, []).append(intent.id)
         elif stored.key not in put:
             displaced.append(stored)
@@ -102,18 +100,31 @@ def write_displaced(connection: Connection, displaced: Iterable[StoredObject]) -
         journal.intents.displace(connection, [(item.ref, journal.retention_of(item.ref)) for item in items])
 
 
-def restore_deleted(unit: UnitOfWork, column_type: AttachmentType, stored: StoredObject) -> None:
-    """Assign an object that waits to be deleted to a row, by cancelling its pending delete."""
-    journal = column_type.binding().journal
+def restore_deleted(unit: UnitOfWork, change: Change) -> None:
+    """Assign an object that waits to be deleted to a row, by cancelling its pending delete and those of its variants.
+
+    A variant that no longer waits to be deleted is left out: another transaction may have given it to another row, or it is gone.
+    """
+    state = change.attachment._state
+    ref, journal = state.require_ref(), change.binding.journal
     if journal is None:
         raise ConfigurationError(
             "restoring an attachment needs a journal, and this base is bound without one: bind_storage(..., journal=...)"
         )
-    found = wait(journal.intents.find_delete(stored.ref))
-    if found is None:
-        raise StaleAttachmentError(f"the object at {stored.ref.location!r} has no pending delete, so it cannot be restored")
-    unit.flush.restored.append(Intent(journal, found, deletes=True, location=stored.ref.location))
+    found = wait(journal.intents.find_deletes([ref]))
+    if ref.location not in found:
+        raise StaleAttachmentError(f"the object at {ref.location!r} has no pending delete, so it cannot be restored")
+    if ref.variants is not None:
+        waiting = wait(journal.intents.find_deletes(list(ref.variants.values()), without_fenced=True))
+        kept = {name: variant for name, variant in ref.variants.items() if variant.location in waiting}
+        found |= waiting
+        state.correct(ref.with_variants(kept))
+    stored = StoredObject(change.binding.manager, state.require_ref())
+    cancelled = [Intent(journal, item, deletes=True, location=location) for location, item in found.items()]
+    unit.flush.restored += cancelled
+    unit.flush.restored_by[stored.key] = cancelled
     unit.flush.log.append((stored, True))
+    state.take(change.slot.column_type)
 
 
 _UNSAFE = re.compile(r"[^\w.@=+-]+")
@@ -291,9 +302,7 @@ def end(session: Session, unit: UnitOfWork) -> None:
     vanished = [_stored(held) for _, cascaded in flush.vanishing for held in cascaded]
     flush.log = written_log(session, unit, [*(stored for stored, _ in flush.log), *vanished])
     held = {stored.key for stored, is_held in flush.log if is_held}
-    for key, intent in flush.restored_by.items():
-        if key not in held:
-            flush.restored.remove(intent)
+    flush.restored = [intent for key, cancelled in flush.restored_by.items() if key in held for intent in cancelled]
     write_entries(unit)
     unit.end_flush(unit.frame(current_transaction(session)))
 
@@ -318,8 +327,10 @@ def displace(log: Frame | FlushState, held: Iterable[RowRef]) -> list[StoredObje
 def _stored(entry: RowRef) -> StoredObject:
     column_type: AttachmentType = entry.column.type  # type: ignore[assignment]  # only attachment columns are read under locks
     binding = column_type.binding()
-    intent = None if binding.journal is None else binding.journal.delete_intent(*entry.place)
-    return StoredObject(binding.manager, entry.ref, intent)
+    if binding.journal is None:
+        return StoredObject(binding.manager, entry.ref)
+    own, *others = [binding.journal.delete_intent(ref.backend, ref.location) for ref in iter_refs(entry.ref)]
+    return StoredObject(binding.manager, entry.ref, own, tuple(others))
 
 
 def _copy_all(session: Session, unit: UnitOfWork, frame: Frame, changes: Sequence[Change]) -> None:
@@ -515,10 +526,7 @@ def _execute(session: Session, unit: UnitOfWork, frame: Frame, plan: FlushPlan[C
         unit.flush.log.append((StoredObject(given.manager, given.ref), True))
         unit.flush.moved.append(change)
     for change in plan.restore:
-        stored = StoredObject(change.binding.manager, change.attachment.ref)
-        restore_deleted(unit, change.slot.column_type, stored)
-        unit.flush.restored_by[stored.key] = unit.flush.restored[-1]
-        change.attachment._state.take(change.slot.column_type)
+        restore_deleted(unit, change)
     for change in plan.copy:
         if change.attachment._state.owner is Owner.DELETE:
             change.attachment._state.take(change.slot.column_type)

@@ -175,7 +175,7 @@ class FlushState:
     counted: list[CountedDeletes] = field(default_factory=list)
     # Intents of pending deletes that the transaction cancels, and the connection on which each journal's tables are written.
     restored: list[Intent] = field(default_factory=list)
-    restored_by: dict[ObjectKey, Intent] = field(default_factory=dict)
+    restored_by: dict[ObjectKey, list[Intent]] = field(default_factory=dict)
     connections: dict[Journal, Connection] = field(default_factory=dict)
 
     def has_handled(self, marker: tuple[int, str], value: Attachment | None) -> bool:

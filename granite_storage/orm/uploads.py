@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Self
 
 from sqlalchemy.util import greenlet_spawn
 
-from granite_storage._tasks import run_bounded, shielded_cleanup, task_group
-from granite_storage.exceptions import StaleAttachmentError
+from granite_storage._tasks import run_bounded, shielded, shielded_cleanup, task_group
+from granite_storage.derived import DerivationSource
+from granite_storage.exceptions import DerivationFailedError, StaleAttachmentError
 from granite_storage.orm._interfaces import Intent, StoredObject
 from granite_storage.orm._util import can_wait, in_greenlet, wait
 from granite_storage.orm.attachment import Attachment, Owner
+from granite_storage.refs import is_held, iter_refs
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from granite_storage._engine import PreparedUpload
-    from granite_storage.orm._interfaces import Binding, ColumnType, Journal, UploadLease
+    from granite_storage.derived import Recipe
+    from granite_storage.manager import StorageManager
+    from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant, Journal, UploadLease
     from granite_storage.refs import StoredObjectRef
 
-__all__ = ["Upload", "discard", "remove", "remove_now", "store", "stored_object"]
+__all__ = ["Upload", "discard", "make_variant", "prepare_variant", "remove", "remove_now", "store", "stored_object"]
 
 
 # Deletion after a transaction: a failure is logged and never raised.
@@ -55,7 +59,7 @@ def remove_now(
     """
     objects = list({item.key: item for item in stored}.values())
     plain = [item for item in objects if item.intent is None]
-    intents = [item.intent for item in objects if item.intent is not None]
+    intents = [intent for item in objects for intent in item.intents]
     for journal in {intent.journal for intent in intents}:
         journal.wake_workers()
     intents = [intent for intent in intents if not intent.deletes]
@@ -95,22 +99,24 @@ async def _remove_others(
 
 
 async def remove(stored: Iterable[StoredObject], intents: Iterable[Intent]) -> None:
-    """Delete objects concurrently, and those of intents by their journals; a failure is logged and stops nothing."""
+    """Delete objects and their variants concurrently, and those of intents by their journals; failures are logged only."""
     by_journal: dict[Journal, list[UUID]] = {}
     for intent in intents:
         by_journal.setdefault(intent.journal, []).append(intent.id)
+    objects = [(item.manager, ref) for item in stored for ref in iter_refs(item.ref)]
     await asyncio.gather(
-        run_bounded(stored, _delete, _CONCURRENCY), *(_settle(journal, ids) for journal, ids in by_journal.items())
+        run_bounded(objects, _delete, _CONCURRENCY), *(_settle(journal, ids) for journal, ids in by_journal.items())
     )
 
 
-async def _delete(item: StoredObject) -> None:
+async def _delete(stored: tuple[StorageManager, StoredObjectRef]) -> None:
+    manager, ref = stored
     try:
-        await item.manager._engine.delete(item.ref, while_closing=True)
+        await manager._engine.delete(ref, while_closing=True)
     except asyncio.CancelledError:
-        logger.warning("deleting the object %r was cancelled; it is left to the garbage collector", item.ref.location)
+        logger.warning("deleting the object %r was cancelled; it is left to the garbage collector", ref.location)
     except Exception:
-        logger.warning("could not delete the object %r; it is left to the garbage collector", item.ref.location, exc_info=True)
+        logger.warning("could not delete the object %r; it is left to the garbage collector", ref.location, exc_info=True)
 
 
 async def _settle(journal: Journal, ids: list[UUID]) -> None:
@@ -126,6 +132,7 @@ def _is_being_cancelled() -> bool:
 
 
 _CONCURRENCY = 8
+_DERIVATIONS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,6 +144,7 @@ class Upload:
         column_type: The column that it is stored for.
         entity_id: The segment of its location that names the row.
         verify: Checks the stored object and returns its final ref; its error fails the upload.
+        has_variants: Whether the variants that its column makes in the flush are made.
         binding: The binding of the column.
     """
 
@@ -144,6 +152,7 @@ class Upload:
     column_type: ColumnType
     entity_id: str
     verify: Callable[[StoredObjectRef], Awaitable[StoredObjectRef]] | None = None
+    has_variants: bool = True
     binding: Binding = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,31 +160,79 @@ class Upload:
 
 
 def stored_object(attachment: Attachment) -> StoredObject:
-    """Return the object of a stored attachment, with its intent if there is one."""
-    return StoredObject(attachment.manager, attachment.ref, attachment._state.intent)
+    """Return the object of a stored attachment, with its intent and those of its variants if there are any."""
+    state = attachment._state
+    return StoredObject(attachment.manager, attachment.ref, state.intent, state.variant_intents)
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """An upload that is being stored, and the variants that are made with it.
+
+    Attributes:
+        upload: The upload.
+        prepared: Where its object will be.
+        variants: Where its variants will be, by their names.
+        intents: What a journal has recorded about those.
+        made: The variants that are stored.
+    """
+
+    upload: Upload
+    prepared: PreparedUpload
+    variants: Mapping[str, PreparedUpload]
+    intents: dict[str, Intent] = field(default_factory=dict)
+    made: dict[str, StoredObjectRef] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, upload: Upload) -> Self:
+        """Decide where the objects of an upload will be."""
+        column_type, entity_id = upload.column_type, upload.entity_id
+        manager = column_type.manager_in(upload.binding)
+        prepared = upload.attachment._state.prepare(manager, column_type, entity_id)
+        declared = column_type.variants.values() if upload.has_variants else ()
+        variants = {
+            item.name: prepare_variant(manager, column_type, entity_id, prepared.location, prepared.policy.storage_key, item)
+            for item in declared
+            if item.recipe.when == "flush"
+        }
+        return cls(upload, prepared, variants)
+
+    def complete(self) -> None:
+        """Give the attachment the variants that are stored; those that are not are missing until a worker has made them."""
+        if self.made:
+            state = self.upload.attachment._state
+            intents = [self.intents[name] for name in self.made if name in self.intents]
+            state.add_variants(self.made, intents)
+
+    @property
+    def stored_variants(self) -> list[StoredObject]:
+        """The objects of its variants, until the attachment has them."""
+        manager = self.upload.binding.manager
+        return [StoredObject(manager, ref, self.intents.get(name)) for name, ref in self.made.items()]
 
 
 async def store(uploads: Sequence[Upload]) -> None:
-    """Store attachments concurrently; if one fails, delete the others and raise its error.
+    """Store attachments concurrently, and then the variants that are made in the flush; if one fails, delete all the others.
 
     Their intents are committed to the journal before the first byte is sent, in one transaction. A cancelled caller leaves what
     it began to the journal; without a journal it waits until everything is deleted.
+
+    A variant whose recipe fails is left to the journal's worker, as are all of an original that is held for a scanner. Without a
+    journal the failure is raised. One that a recipe refuses is an error, as any other refused upload.
     """
     if not uploads:
         return
-    prepared = [
-        upload.attachment._state.prepare(upload.column_type.manager_in(upload.binding), upload.column_type, upload.entity_id)
-        for upload in uploads
-    ]
-    leases = await _begin(uploads, prepared)
-    work = [
-        partial(_put, upload, item, leases.get(upload.binding.journal)) for upload, item in zip(uploads, prepared, strict=True)
-    ]
+    items = [_Item.of(upload) for upload in uploads]
+    leases = await _begin(items)
     try:
-        await _side_by_side(work, list(leases.values()))
+        await _put_all(items, leases)
     except BaseException as error:
-        await _undo([upload.attachment for upload in uploads], isinstance(error, asyncio.CancelledError))
+        variants = [stored for item in items for stored in item.stored_variants]
+        intents = [intent for item in items for intent in item.intents.values()]
+        await _undo([upload.attachment for upload in uploads], isinstance(error, asyncio.CancelledError), variants, intents)
         raise
+    for item in items:
+        item.complete()
 
 
 async def discard(attachments: Iterable[Attachment], *, cancelled: bool = False) -> None:
@@ -190,29 +247,81 @@ async def discard(attachments: Iterable[Attachment], *, cancelled: bool = False)
     await _undo(unowned, cancelled)
 
 
-async def _begin(uploads: Sequence[Upload], prepared: Sequence[PreparedUpload]) -> dict[Journal | None, UploadLease]:
-    """Commit the intents of uploads to their journals, of which there is usually one."""
+async def _begin(items: Sequence[_Item]) -> dict[Journal | None, UploadLease]:
+    """Commit the intents of uploads and their variants to their journals, of which there is usually one."""
     leases: dict[Journal | None, UploadLease] = {}
-    for journal in {journal for upload in uploads if (journal := upload.binding.journal) is not None}:
-        concerned = [(upload, item) for upload, item in zip(uploads, prepared, strict=True) if upload.binding.journal is journal]
-        leases[journal] = lease = await journal.begin_uploads([item for _, item in concerned])
-        for (upload, _), intent_id in zip(concerned, lease.ids, strict=True):
-            upload.attachment._state.record(Intent(journal, intent_id))
+    for journal in {journal for item in items if (journal := item.upload.binding.journal) is not None}:
+        concerned = [item for item in items if item.upload.binding.journal is journal]
+        prepared = [one for item in concerned for one in (item.prepared, *item.variants.values())]
+        leases[journal] = lease = await journal.begin_uploads(prepared)
+        ids = iter(lease.ids)
+        for item in concerned:
+            item.upload.attachment._state.record(Intent(journal, next(ids)))
+            item.intents = {name: Intent(journal, next(ids)) for name in item.variants}
     return leases
 
 
-async def _put(upload: Upload, prepared: PreparedUpload, lease: UploadLease | None) -> None:
-    intent = upload.attachment._state.intent
-    if lease is None or intent is None:
-        await _put_verified(upload, prepared)
+async def _put_all(items: Sequence[_Item], leases: Mapping[Journal | None, UploadLease]) -> None:
+    puts = [partial(_put, item, leases.get(item.upload.binding.journal)) for item in items]
+    variants = [partial(_put_variant, item, name, leases.get(item.upload.binding.journal)) for item in items for name in item.variants]
+    if len(puts) == 1 and not variants and not leases:
+        await puts[0]()
         return
-    lease.begin(intent.id)
-    await _put_verified(upload, prepared)
+    async with task_group() as group:
+        holding = [group.create_task(lease.hold()) for lease in leases.values()]
+        await run_bounded(puts, _call, _CONCURRENCY)
+        await run_bounded(variants, _call, _DERIVATIONS)
+        for task in holding:
+            task.cancel()
+
+
+async def _call(work: Callable[[], Awaitable[None]]) -> None:
+    await work()
+
+
+async def _put(item: _Item, lease: UploadLease | None) -> None:
+    state = item.upload.attachment._state
+    if lease is not None and state.intent is not None:
+        lease.begin(state.intent.id)
+    await _put_verified(item.upload, item.prepared)
+    await _require_lease(lease, state.intent, state.require_ref())
+
+
+async def _put_variant(item: _Item, name: str, lease: UploadLease | None) -> None:
+    upload, intent = item.upload, item.intents.get(name)
+    source = upload.attachment.ref
+    if is_held(source):
+        return
+
+    def keep(ref: StoredObjectRef) -> None:
+        item.made[name] = ref
+
+    if lease is not None and intent is not None:
+        lease.begin(intent.id)
+    try:
+        recipe = upload.column_type.variants[name].recipe
+        await make_variant(upload.binding.manager, source, item.variants[name], recipe, keep)
+    except DerivationFailedError as error:
+        if intent is None:
+            raise
+        logger.warning(
+            "the variant %r of the object %r could not be made in the flush and is left to the journal's worker: %s",
+            name,
+            source.location,
+            error,
+        )
+    if name in item.made:
+        await _require_lease(lease, intent, item.made[name])
+
+
+async def _require_lease(lease: UploadLease | None, intent: Intent | None, ref: StoredObjectRef) -> None:
+    """Delete an object that was stored after its lease: a worker may have looked for it for the last time before it existed."""
+    if lease is None or intent is None:
+        return
     try:
         lease.require()
     except StaleAttachmentError:
-        # The process was suspended, and a worker may have checked for the object for the last time before it existed.
-        await shielded_cleanup(intent.journal.discard(upload.attachment.ref), "discarding an upload that ended after its lease")
+        await shielded_cleanup(intent.journal.discard(ref), "discarding an upload that ended after its lease")
         raise
 
 
@@ -223,22 +332,80 @@ async def _put_verified(upload: Upload, prepared: PreparedUpload) -> None:
         state.correct(await upload.verify(ref))
 
 
-async def _side_by_side(work: Sequence[Callable[[], Awaitable[None]]], leases: Sequence[UploadLease]) -> None:
-    if len(work) == 1 and not leases:
-        await work[0]()
-        return
-    async with task_group() as group:
-        holding = [group.create_task(lease.hold()) for lease in leases]
-        await run_bounded(work, lambda put: put(), _CONCURRENCY)
-        for task in holding:
-            task.cancel()
+async def _undo(
+    attachments: Sequence[Attachment], cancelled: bool, variants: Sequence[StoredObject] = (), intents: Sequence[Intent] = ()
+) -> None:
+    """Delete the objects of uploads that no row refers to; an interrupted upload may have stored its object too.
 
-
-async def _undo(attachments: Sequence[Attachment], cancelled: bool) -> None:
-    """Delete the objects of uploads that no row refers to; an interrupted upload may have stored its object too."""
-    stored = [stored_object(attachment) for attachment in attachments if attachment._state.ref is not None]
-    intents = [intent for attachment in attachments if (intent := attachment._state.intent) is not None]
+    Args:
+        attachments: The attachments.
+        cancelled: Whether the caller is cancelled.
+        variants: The variants that were stored, and that the attachments do not have yet.
+        intents: What a journal has recorded about those.
+    """
+    stored = [*(stored_object(attachment) for attachment in attachments if attachment._state.ref is not None), *variants]
+    own = [intent for attachment in attachments for intent in attachment._state.intents]
     for attachment in attachments:
         attachment._state.undo()
     plain = [item for item in stored if item.intent is None]
-    await shielded_cleanup(remove(plain, [] if cancelled else intents), "removing uploads that no row refers to")
+    await shielded_cleanup(remove(plain, [] if cancelled else [*own, *intents]), "removing uploads that no row refers to")
+
+
+# Variants: each has a location and an intent of its own, and is derived from what was stored.
+
+
+def prepare_variant(
+    manager: StorageManager, column_type: ColumnType, entity_id: str, source: str, storage_key: str, declared: DeclaredVariant
+) -> PreparedUpload:
+    """Decide where a variant will be.
+
+    Args:
+        manager: The manager.
+        column_type: The column whose recipe it is.
+        entity_id: The segment of its location that names the row.
+        source: The location of its original.
+        storage_key: The policy of its original.
+        declared: What the column says of it.
+    """
+    return manager._engine.prepare_variant(
+        source,
+        declared.name,
+        declared.digest,
+        storage_key=storage_key,
+        model_name=column_type.model_name,
+        entity_id=entity_id,
+        field_name=column_type.field_name,
+    )
+
+
+async def make_variant(
+    manager: StorageManager,
+    source: StoredObjectRef,
+    prepared: PreparedUpload,
+    recipe: Recipe,
+    keep: Callable[[StoredObjectRef], None],
+) -> None:
+    """Make a variant of a stored object, and store it.
+
+    Args:
+        manager: The manager.
+        source: The original.
+        prepared: Where the variant will be.
+        recipe: What makes it.
+        keep: Called with its ref as soon as it is stored: a cancellation that comes then has to find it.
+    """
+    engine = manager._engine
+    async with recipe.make(DerivationSource(source, partial(engine.open, source, verify=True))) as derived:
+        prepared = prepared.derived_as(derived.content_type, derived.filename, derived.media)
+        if isinstance(derived.content, bytes | bytearray | memoryview):
+            keep(await engine.put(prepared, derived.content))
+            return
+        file = await shielded(asyncio.to_thread(derived.content.open, "rb"), undo=_close)
+        try:
+            keep(await engine.put(prepared, file))
+        finally:
+            await shielded_cleanup(_close(file), "closing the file of a variant")
+
+
+async def _close(file: IO[bytes]) -> None:
+    await asyncio.to_thread(file.close)

@@ -18,6 +18,8 @@ from granite_storage.exceptions import (
     BackendUnavailableError,
     ContentRejectedError,
     ContentTooLargeError,
+    DerivationFailedError,
+    DerivationRefusedError,
     EmptyUploadError,
     InfectedContentError,
     InfectedObjectError,
@@ -173,8 +175,8 @@ def problem_response(error: StorageError, *, retry_after: int = RETRY_AFTER) -> 
 
     400, 408, 413, 415 and 422 for an error in the request, 403 for an invalid token of a direct upload, 404 for an object that is
     missing or infected, 409 for a state that has changed meanwhile and for an object that is still to be scanned, 503 with
-    Retry-After for an unavailable storage or scanner, 507 for a full storage, and 500 for anything else. The body
-    names no location, backend or path.
+    Retry-After for an unavailable storage or scanner and for a failed derivation, 507 for a full storage, and 500 for anything
+    else. The body names no location, backend or path.
 
     Args:
         error: The error.
@@ -202,12 +204,14 @@ def _problem_of(error: StorageError) -> _Problem:
             return _Problem(422, "No file was chosen.")
         case UnsupportedContentError():
             return _Problem(415, _as_sentence(str(error)), {"accept": list(error.accept)} if error.accept else {})
-        case ContentRejectedError():
+        case ContentRejectedError() | DerivationRefusedError():
             return _Problem(422, _as_sentence(str(error)))
         case InfectedContentError():
             return _Problem(422, "The file was refused, because a virus scanner has found something in it.")
         case ScannerUnavailableError():
             return _Problem(503, "The file could not be scanned for viruses at the moment.", retry=True)
+        case DerivationFailedError():
+            return _Problem(503, "The file could not be processed at the moment.", retry=True)
         case ScanPendingError():
             return _Problem(409, "The file has not been scanned for viruses yet.", retry=True)
         case InfectedObjectError():  # 451 is for what the law forbids (RFC 7725); to a client, this file is not there

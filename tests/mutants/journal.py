@@ -115,8 +115,8 @@ MUTANTS = [
         name="journal-ignores-retention",
         rule="A displaced object waits for its policy's retention.",
         path="granite_storage/orm/journal/intents.py",
-        old="PendingDelete(ref.backend, ref.location, retention.total_seconds())",
-        new="PendingDelete(ref.backend, ref.location, 0.0)",
+        old="PendingDelete(one.backend, one.location, retention.total_seconds(), ",
+        new="PendingDelete(one.backend, one.location, 0.0, ",
         tests=("tests/orm/journal/test_recovery.py::TestRetention::test_a_replaced_object_waits[asyncpg]",),
     ),
     Mutant(
@@ -182,8 +182,8 @@ MUTANTS = [
         name="journal-cancelled-save-cleans-up-itself",
         rule="A cancelled task leaves what it has stored to the journal.",
         path="granite_storage/orm/uploads.py",
-        old="[] if cancelled else intents",
-        new="intents",
+        old="[] if cancelled else [*own, *intents]",
+        new="[*own, *intents]",
         tests=("tests/orm/journal/test_recovery.py::TestCancelled::test_a_cancelled_save_is_left_to_the_worker[asyncpg]",),
     ),
     Mutant(

@@ -43,6 +43,7 @@ from granite_storage.orm import (
     journal_tables,
 )
 from granite_storage.orm.journal.tables import JournalTables, clock
+from granite_storage.refs import iter_refs
 from granite_storage.testing import FaultInjectingBackend
 from tests.orm.awaited import AwaitedConnection, AwaitedSession, AwaitedSessions
 from tests.orm.databases import Database
@@ -346,7 +347,8 @@ class OrmEnvironment:
         self, references: dict[tuple[str, Any, str], StoredObjectRef], going: Collection[str] = ()
     ) -> None:
         """Check that the objects are those that rows refer to, one each; others may be there that recovery deletes at once."""
-        locations, objects = [ref.location for ref in references.values()], await self.objects()
+        locations = [one.location for ref in references.values() for one in iter_refs(ref)]
+        objects = await self.objects()
         assert len(set(locations)) == len(locations), "two rows share an object"
         referenced = set(locations)
         dangling, orphans = referenced - objects, objects - referenced - set(going)
@@ -354,6 +356,9 @@ class OrmEnvironment:
         assert not orphans, f"orphans: {orphans}"
 
     async def _read(self, references: dict[tuple[str, Any, str], StoredObjectRef]) -> dict[tuple[str, Any, str], bytes]:
+        for ref in references.values():
+            for variant in (ref.variants or {}).values():
+                await self.manager.get(variant)
         return {place: await self.manager.get(ref) for place, ref in references.items()}
 
     def check_connections(self) -> None:

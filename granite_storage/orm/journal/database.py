@@ -470,7 +470,7 @@ async def check_database(pool: JournalPool, tables: JournalTables, others: list[
         try:
             await _check_table(pool, table)
         except ConfigurationError as error:
-            if table is not tables.meta and await _read_version(pool, tables) == _WITHOUT_JOBS:
+            if await _is_of_version_1(pool, tables):
                 raise ConfigurationError(
                     f"the journal's tables are of version {_WITHOUT_JOBS}, without {tables.job.name} and the columns 'source' of"
                     f" {tables.intent.name} and {tables.reclaim.name}, and this library works with version {SCHEMA_VERSION}: add"
@@ -479,6 +479,13 @@ async def check_database(pool: JournalPool, tables: JournalTables, others: list[
                 ) from error
             raise
     await _check_version(pool, tables, has_jobs=has_jobs)
+
+
+async def _is_of_version_1(pool: JournalPool, tables: JournalTables) -> bool:
+    try:
+        return await _read_version(pool, tables) == _WITHOUT_JOBS
+    except DBAPIError:
+        return False
 
 
 async def _check_table(pool: JournalPool, table: Table) -> None:

@@ -35,7 +35,7 @@ from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import batches, wait
 from granite_storage.orm.journal.database import JournalPool, effective
-from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate, renumber
+from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
 from granite_storage.orm.journal.jobs import enqueue_scans
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
 from granite_storage.refs import is_held, iter_refs
@@ -236,20 +236,31 @@ class Intents:
             await connection.run_sync(self.displace, [(ref, timedelta(0))])
         return delete_id(ref.backend, ref.location)
 
-    async def find_delete(self, ref: StoredObjectRef) -> UUID | None:
-        """Return the intent of the pending delete of an object, for a restore to consume.
+    async def find_deletes(self, refs: Sequence[StoredObjectRef], *, without_fenced: bool = False) -> dict[str, UUID]:
+        """Return the intents of the pending deletes of objects, for a restore to consume.
 
-        Those of earlier versions, of which there may be several, become this one.
+        Those of earlier versions, of which there may be several for an object, become one.
+
+        Args:
+            refs: The objects.
+            without_fenced: Whether to leave out those that a worker has taken over as well.
+
+        Returns:
+            The ids by the locations; an object without a pending delete is missing.
         """
-        intent, own_id = self._tables.intent, delete_id(ref.backend, ref.location)
-        same = (intent.c.kind == DELETE, intent.c.backend == ref.backend, intent.c.location == ref.location)
+        intent = self._tables.intent
+        own_ids = {(ref.backend, ref.location): delete_id(ref.backend, ref.location) for ref in refs}
+        same = (intent.c.kind == DELETE, intent.c.location.in_([ref.location for ref in refs]))
         async with self._pool.reading() as connection:
-            found = set((await connection.execute(select(intent.c.id).where(*same))).scalars())
-        if found - {own_id}:
+            rows = [
+                row for row in await connection.execute(select(intent).where(*same)) if (row.backend, row.location) in own_ids
+            ]
+        if others := [row.id for row in rows if has_own_id(row)]:
             async with self._pool.durable() as connection:
-                others = select(intent).where(intent.c.id.in_(found - {own_id})).with_for_update(skip_locked=True)
-                await renumber(connection, intent, list(await connection.execute(others)))
-        return own_id if found else None
+                outdated = select(intent).where(intent.c.id.in_(others)).with_for_update(skip_locked=True)
+                await renumber(connection, intent, list(await connection.execute(outdated)))
+        fenced = await self._fenced([ref.location for ref in refs]) if without_fenced and rows else frozenset[str]()
+        return {row.location: own_ids[row.backend, row.location] for row in rows if row.location not in fenced}
 
     def require_unfenced(self, intents: Iterable[Intent]) -> None:
         """Raise if a worker is about to delete objects whose pending deletes the transaction has just consumed.
@@ -260,19 +271,19 @@ class Intents:
         Raises:
             StaleAttachmentError: A worker has taken one of the objects over.
         """
-        locations = [intent.location for intent in intents]
-        fenced: bool = bool(locations) and wait(self._fenced(locations))
+        locations: list[str | None] = [intent.location for intent in intents]
+        fenced: set[str] = wait(self._fenced(locations)) if locations else set()
         if fenced:
             raise StaleAttachmentError(
                 "an object that was to be restored is just being deleted, as another row had given it up before;"
                 " the transaction may be tried again"
             )
 
-    async def _fenced(self, locations: Sequence[str | None]) -> bool:
+    async def _fenced(self, locations: Sequence[str | None]) -> set[str]:
         reclaim = self._tables.reclaim
         async with self._pool.reading() as connection:
-            found = await connection.execute(select(reclaim.c.id).where(reclaim.c.location.in_(locations)).limit(1))
-            return found.first() is not None
+            found = await connection.execute(select(reclaim.c.location).where(reclaim.c.location.in_(locations)))
+            return set(found.scalars())
 
     def _claim(self, connection: Connection, ids: set[UUID]) -> bool:
         """Decide for uploads that the transaction's snapshot does not see; return whether it was the first to decide on all."""

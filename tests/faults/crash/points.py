@@ -95,7 +95,7 @@ UPLOADER = [
     Step("taking the intents back", Intents, "consume"),
     Step("a decision", Intents, "_decide", needs=_needs("postgres", "snapshots"), most=2),
     Step("the intents to delete", Intents, "displace"),
-    Step("undoing a delete", Intents, "find_delete", most=2),
+    Step("undoing a delete", Intents, "find_deletes", most=2),
     Step("what follows the end of a transaction", UnitOfWork, "end"),
 ]
 

@@ -220,7 +220,7 @@ class TestRowsThatChange:
         """The value is read under the lock, so what another job has just written stays."""
         await hold(env)
         scanner.default = "clean"
-        changed = json.dumps({**json.loads(await raw(env)), "variants": {"thumb": 1}})
+        changed = json.dumps({**json.loads(await raw(env)), "digests": {"sha1": 1}})
         async with env.engine.begin() as connection:
             await set_raw(env, changed, connection)
             working = asyncio.create_task(journal_of(env).recover())
@@ -228,7 +228,7 @@ class TestRowsThatChange:
             assert not working.done()
         await working
         value = json.loads(await raw(env))
-        assert (value["scan"]["status"], value["variants"]) == ("clean", {"thumb": 1})
+        assert (value["scan"]["status"], value["digests"]) == ("clean", {"sha1": 1})
 
     async def test_a_transaction_that_takes_long(
         self, env: OrmEnvironment, scanner: ScriptedScanner, monkeypatch: pytest.MonkeyPatch

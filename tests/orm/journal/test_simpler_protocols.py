@@ -275,8 +275,8 @@ def without_tombstone(patch: pytest.MonkeyPatch) -> None:
 def without_claim_of_an_undo(patch: pytest.MonkeyPatch) -> None:
     original, consume, restored = flush.restore_deleted, Intents.consume, set[Any]()
 
-    def restore(unit: Any, column_type: Any, stored: Any) -> None:
-        original(unit, column_type, stored)
+    def restore(unit: Any, change: Any) -> None:
+        original(unit, change)
         restored.add(unit.flush.restored[-1].id)
 
     def consume_others(self: Intents, connection: Any, ids: list[Any]) -> None:
@@ -331,7 +331,7 @@ def without_second_look(patch: pytest.MonkeyPatch) -> None:
 def _claimed(row: Any) -> Any:
     from granite_storage.orm.journal.recovery import _Reclaim
 
-    return _Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, 0, 1, False)
+    return _Reclaim(row.id, row.kind, row.backend, row.location, row.upload_id, row.source, 0, 1, False)
 
 
 VARIANTS: list[tuple[Scenario, Callable[[pytest.MonkeyPatch], None], str]] = [

@@ -1,0 +1,29 @@
+"""Files derived from files: recipes for thumbnails, previews and text, and the processes that make them."""
+
+from __future__ import annotations
+
+from granite_storage.derived.base import (
+    Derivation,
+    DerivationSource,
+    Effect,
+    EffectEvent,
+    EffectHandler,
+    Missing,
+    Recipe,
+    When,
+)
+from granite_storage.derived.functions import Derived
+from granite_storage.derived.processes import limit_processes
+
+__all__ = [
+    "Derivation",
+    "DerivationSource",
+    "Derived",
+    "Effect",
+    "EffectEvent",
+    "EffectHandler",
+    "Missing",
+    "Recipe",
+    "When",
+    "limit_processes",
+]

@@ -1,0 +1,157 @@
+"""The program of a worker process: it runs one function after the other, within limits, and ends when its parent does.
+
+It is started as a file, not as a module: nothing of the application is imported before a function asks for it, and the
+application's main module never is. It speaks JSON over a socket: what a decoder of hostile files sends must not be unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import IO, Any
+
+HEADER = struct.Struct(">I")
+MOST_ANSWER = 256 * 1024
+_MOST_TEXT = 4000
+_GRACE = 5.0
+
+
+def main() -> None:
+    """Serve the parent at the other end of the socket until it is closed, or nothing comes for the idle time."""
+    os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in (signal.SIGALRM, signal.SIGIO, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_DFL)
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    settings, _ = _receive(channel)
+    sys.path[:] = settings["path"]
+    while True:
+        channel.settimeout(settings["idle"])
+        try:
+            request, descriptors = _receive(channel)
+        except (EOFError, OSError):
+            return
+        channel.settimeout(None)
+        answer = json.dumps(_serve(channel, request, descriptors)).encode()
+        channel.sendall(HEADER.pack(len(answer)) + answer)
+
+
+def _receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    head, descriptors, _, _ = socket.recv_fds(channel, HEADER.size, 2)
+    head += _receive_exactly(channel, HEADER.size - len(head)) if head else b""
+    if not head:
+        raise EOFError
+    request: dict[str, Any] = json.loads(_receive_exactly(channel, HEADER.unpack(head)[0]))
+    return request, descriptors
+
+
+def _receive_exactly(channel: socket.socket, size: int) -> bytes:
+    received = bytearray()
+    while len(received) < size:
+        piece = channel.recv(size - len(received))
+        if not piece:
+            raise EOFError
+        received += piece
+    return bytes(received)
+
+
+def _serve(channel: socket.socket, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+    source, result = descriptors
+    try:
+        with _limits(channel, request), _open_path(source) as file, os.fdopen(result, "wb", closefd=False) as output:
+            return _run(request, file, output)
+    except MemoryError:
+        # Only now is there memory again for what has to be said.
+        return {"error": f"{request['function']} ran out of memory", "is_worn": True}
+    except BaseException as error:  # noqa: BLE001  # also what ends a program: this one goes on
+        errors = sys.modules.get("granite_storage.exceptions")
+        if errors is not None and isinstance(error, errors.DerivationRefusedError):
+            return {"refused": str(error)[:_MOST_TEXT]}
+        said = traceback.format_exception_only(error)[-1].strip()[:_MOST_TEXT]
+        return {"error": f"{request['function']} raised {said}", "traceback": traceback.format_exc()[-_MOST_TEXT:]}
+    finally:
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def _run(request: dict[str, Any], file: IO[bytes], output: IO[bytes]) -> dict[str, Any]:
+    module, _, qualname = request["function"].partition(":")
+    function: Any = importlib.import_module(module)
+    for name in qualname.split("."):
+        function = getattr(function, name)
+    value = function(file, **request["arguments"])
+    found = {}
+    if not isinstance(value, bytes | bytearray | memoryview | str):
+        found = {name: getattr(value, name, None) or None for name in ("content_type", "media", "filename")}
+        if found["media"] is not None:
+            found["media"] = dict(found["media"])
+        value = value.content
+    if isinstance(value, os.PathLike):
+        with open(value, "rb") as made:
+            shutil.copyfileobj(made, output, 1 << 20)
+    else:
+        output.write(value.encode() if isinstance(value, str) else value)
+    output.flush()
+    json.dumps(found)
+    return found
+
+
+def _open_path(descriptor: int) -> IO[bytes]:
+    """Open the original under a path, for libraries and programs that want one; the file itself has no name."""
+    path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    return open(path if os.path.exists(path) else f"/dev/fd/{descriptor}", "rb")
+
+
+@contextlib.contextmanager
+def _limits(channel: socket.socket, request: dict[str, Any]) -> Iterator[None]:
+    """Let the kernel end this process where time is up, or the parent is gone, even if Python never runs again."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = math.ceil(used.ru_utime + used.ru_stime + request["timeout"]) + 1
+    limits = {
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_FSIZE: request["max_size"],
+        resource.RLIMIT_DATA: request["max_memory"],
+        # Shared mappings are no data; a library may reserve far more of these, and of private ones, than it uses.
+        resource.RLIMIT_AS: 2 * request["max_memory"] + (1 << 30),
+    }
+    flags = fcntl.fcntl(channel, fcntl.F_GETFL)
+    try:
+        for limit, most in limits.items():
+            _set_limit(limit, most)
+        signal.setitimer(signal.ITIMER_REAL, request["timeout"] + _GRACE)
+        fcntl.fcntl(channel, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(channel, fcntl.F_SETFL, flags | os.O_ASYNC)  # SIGIO, which ends the process, when the other end is closed
+        if os.getppid() != request["parent"]:
+            raise EOFError("the parent is gone")
+        yield
+    finally:
+        for limit in limits:
+            _set_limit(limit, resource.RLIM_INFINITY)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(channel, fcntl.F_SETFL, flags)
+
+
+def _set_limit(limit: int, most: int) -> None:
+    hard = resource.getrlimit(limit)[1]
+    soft = most if hard == resource.RLIM_INFINITY else hard if most == resource.RLIM_INFINITY else min(most, hard)
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses some
+        resource.setrlimit(limit, (soft, hard))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What a derived file is made from and by: recipes, their sources and results, as protocols and dataclasses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
+
+from granite_storage.exceptions import ConfigurationError
+from granite_storage.refs import StoredObjectRef
+
+__all__ = [
+    "Derivation",
+    "DerivationSource",
+    "Effect",
+    "EffectEvent",
+    "EffectHandler",
+    "Missing",
+    "Recipe",
+    "When",
+    "require_choice",
+    "require_positive",
+    "stable_digest",
+]
+
+When: TypeAlias = Literal["flush", "later", "request"]
+"""When a derived file is made: in the flush that stores the original, by the journal's worker, or when it is asked for."""
+
+Missing: TypeAlias = Literal["nothing", "original"]
+"""What a reader sees while the derived file is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class DerivationSource:
+    """The original that a file is derived from.
+
+    Attributes:
+        ref: The receipt of the original.
+        open: Opens it: an async context manager of chunks of bytes, such as `StorageManager.open(ref, verify=True)` returns.
+    """
+
+    ref: StoredObjectRef
+    open: Callable[[], AbstractAsyncContextManager[AsyncIterable[bytes]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """A derived file.
+
+    Attributes:
+        content: Its bytes, or where there are many, the path of a temporary file that is there while `Recipe.make` is entered.
+        content_type: Its media type; a function's result may leave it empty for that of the recipe.
+        media: What it is, JSON values for the receipt's `media`: `width`, `height`, `frames`, `placeholder`. None for nothing.
+        filename: The name under which it is downloaded, or None.
+    """
+
+    content: bytes | Path
+    content_type: str = ""
+    media: Mapping[str, Any] | None = None
+    filename: str | None = None
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """Makes one derived file of an original, again and again with the same result. It serves several originals at a time."""
+
+    @property
+    def when(self) -> When:
+        """When the file is made."""
+        ...
+
+    @property
+    def missing(self) -> Missing:
+        """What a reader sees while the file is missing."""
+        ...
+
+    def digest(self, name: str, /) -> str:
+        """Return what identifies the recipe under this name of a variant, `sha256:` and 32 hex digits.
+
+        It is the same in every process and on every Python, and another one where anything differs that decides the content:
+        then the file is to be made anew. `when`, `missing` and the limits are no part of it.
+        """
+        ...
+
+    def make(self, source: DerivationSource, /) -> AbstractAsyncContextManager[Derivation]:
+        """Make the file; what is temporary about it is gone when the context manager exits.
+
+        Raises:
+            DerivationRefusedError: No file can be made of this original; more attempts change nothing.
+            DerivationFailedError: It failed, and may be tried again.
+            StorageError: The original could not be read.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EffectEvent:
+    """A file has come to a row, or has left it.
+
+    Attributes:
+        ref: The receipt of the file.
+        column: The address of the column, such as `documents.file`.
+        key: The primary key of the row, or None where the row is gone.
+    """
+
+    ref: StoredObjectRef
+    column: str
+    key: tuple[Any, ...] | None = None
+
+
+class EffectHandler(Protocol):
+    """Does something outside of the storage. It may be called more than once for one event, and must then change nothing."""
+
+    def __call__(self, event: EffectEvent, /) -> Awaitable[object]:
+        """Handle the event; an exception is a failed attempt."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What is derived from a file and kept elsewhere, such as a document in a search index.
+
+    Attributes:
+        put: Called after a file has come to a row.
+        remove: Called after it has left the row.
+        version: Another number lets `put` be called again for every row.
+    """
+
+    put: EffectHandler
+    remove: EffectHandler
+    version: int | str = 1
+
+
+def stable_digest(kind: str, name: str, parameters: Mapping[str, Any]) -> str:
+    """Return a digest of JSON values that is the same everywhere."""
+    text = json.dumps([kind, name, parameters], sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def require_choice(argument: str, value: object, choices: object) -> None:
+    """Raise `ConfigurationError` where a value is none of those that a `Literal` has."""
+    if not isinstance(value, str) or value not in get_args(choices):
+        allowed = ", ".join(map(repr, get_args(choices)))
+        raise ConfigurationError(f"{argument} must be one of {allowed}, not {value!r}")
+
+
+def require_positive(argument: str, value: object, kinds: type | tuple[type, ...] = int) -> None:
+    """Raise `ConfigurationError` where a value is no positive number."""
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):  # type: ignore[operator]
+        raise ConfigurationError(f"{argument} must be a positive number, not {value!r}")

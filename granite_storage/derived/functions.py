@@ -1,0 +1,129 @@
+"""Files that a function of the application makes: text, pages, stills."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any, BinaryIO, TypeAlias
+
+from granite_storage.derived.base import Derivation, DerivationSource, Missing, When, require_choice, stable_digest
+from granite_storage.derived.processes import MIB, Limits, run_in_process
+from granite_storage.exceptions import ConfigurationError, DerivationFailedError, StorageError
+
+__all__ = ["Derived"]
+
+Function: TypeAlias = (
+    Callable[[BinaryIO], bytes | str | Derivation] | Callable[[DerivationSource], Awaitable[bytes | str | Derivation]]
+)
+
+
+class Derived:
+    """A file that a function makes of the original.
+
+    A plain function gets the original as a binary file, whose `name` is a path, and runs in a worker process within limits. It
+    must be importable there. A coroutine function gets a `DerivationSource` and runs on the event loop: it is for services that
+    do the work elsewhere, and must not decode anything itself; of the limits it has `timeout` and `max_size`.
+
+    Both return bytes, text, or a `Derivation` with what the receipt shall say. They raise `DerivationRefusedError` where no file
+    can be made of this original; any other error is a failure that is tried again.
+
+    Args:
+        function: The function. Its module and name are part of the recipe's digest, its code is not.
+        content_type: The media type of the file.
+        when: When it is made: `flush`, `later` or `request`.
+        version: Another number or text makes all files anew: change it with the function's code.
+        timeout: The longest that it may take, in seconds, and in a process the most processor time.
+        max_memory: The most private memory of its process, in bytes. One that needs more fails and is no refusal: the limit is
+            the application's, not the file's, and may be raised.
+        max_source: The largest original, in bytes; a larger one is refused.
+        max_size: The largest result, in bytes, and the largest file that the function may write.
+        missing: What a reader sees while the file is missing: `nothing` or `original`.
+        filename: The name under which it is downloaded.
+
+    Raises:
+        ConfigurationError: An argument is wrong, or a process could not import the function.
+
+    Example:
+        >>> from json import load
+        >>> Derived(load, content_type="application/json", when="later")
+        Derived(json:load, content_type='application/json', when='later', version=1)
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        *,
+        content_type: str,
+        when: When = "flush",
+        version: int | str = 1,
+        timeout: float = 60.0,
+        max_memory: int = 1024 * MIB,
+        max_source: int = 256 * MIB,
+        max_size: int = 64 * MIB,
+        missing: Missing = "nothing",
+        filename: str | None = None,
+    ) -> None:
+        require_choice("when", when, When)
+        require_choice("missing", missing, Missing)
+        if not isinstance(content_type, str) or "/" not in content_type:
+            raise ConfigurationError(f"content_type must be a media type, not {content_type!r}")
+        self.function = function
+        self.identity: str = _identify(function)
+        self.content_type = content_type
+        self.when: When = when
+        self.version = version
+        self.missing: Missing = missing
+        self.filename = filename
+        self._limits = Limits(timeout, max_memory, max_source, max_size)
+
+    def __repr__(self) -> str:
+        return f"Derived({self.identity}, content_type={self.content_type!r}, when={self.when!r}, version={self.version!r})"
+
+    def digest(self, name: str, /) -> str:
+        """Return what identifies the recipe under this name of a variant."""
+        parameters = {"content_type": self.content_type, "version": self.version, "filename": self.filename}
+        return stable_digest("function", name, {"function": self.identity, **parameters})
+
+    @asynccontextmanager
+    async def make(self, source: DerivationSource, /) -> AsyncIterator[Derivation]:
+        """Make the file; see `Recipe.make`."""
+        if inspect.iscoroutinefunction(self.function):
+            yield self._complete(await self._await(source))
+            return
+        async with run_in_process(self.identity, {}, source, self._limits) as made:
+            yield self._complete(made)
+
+    def _complete(self, made: Derivation) -> Derivation:
+        return replace(made, content_type=made.content_type or self.content_type, filename=made.filename or self.filename)
+
+    async def _await(self, source: DerivationSource) -> Derivation:
+        function: Any = self.function
+        try:
+            async with asyncio.timeout(self._limits.timeout):
+                value = await function(source)
+        except StorageError:
+            raise
+        except Exception as error:
+            raise DerivationFailedError(f"the derivation failed: {self.identity} raised {type(error).__name__}") from error
+        made = value if isinstance(value, Derivation) else Derivation(value.encode() if isinstance(value, str) else bytes(value))
+        if isinstance(made.content, bytes) and len(made.content) > self._limits.max_size:
+            size = len(made.content)
+            raise DerivationFailedError(f"the derivation failed: it has {size} bytes, more than {self._limits.max_size}")
+        return made
+
+
+def _identify(function: Any) -> str:
+    """Return `module:qualname` of a function that another process can import."""
+    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if not callable(function) or not module or not qualname or inspect.ismethod(function):
+        problem = "it is no plain function"
+    elif "<" in qualname:
+        problem = "it is a lambda or is defined inside another function"
+    elif module == "__main__" and not inspect.iscoroutinefunction(function):
+        problem = "it is defined in the program that runs, which a worker process does not import"
+    else:
+        return f"{module}:{qualname}"
+    raise ConfigurationError(f"a worker process cannot import {function!r:.80}: {problem}; define it at the top of a module")

@@ -1,0 +1,179 @@
+"""Functions that worker processes run in the tests: honest ones, and what a decoder of a hostile file may do."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, BinaryIO
+
+from granite_storage.derived import Derivation, DerivationSource
+from granite_storage.exceptions import DerivationRefusedError
+
+
+def shout(file: BinaryIO) -> bytes:
+    return file.read().upper()
+
+
+def count(file: BinaryIO) -> str:
+    return str(len(file.read()))
+
+
+def describe(file: BinaryIO) -> Derivation:
+    return Derivation(file.read(3), "text/csv", {"pages": 2, "title": "ü"}, "page.csv")
+
+
+def lengthen(file: BinaryIO) -> bytes:
+    return file.read() * 1_000_000
+
+
+def name_process(_: BinaryIO) -> str:
+    return str(os.getpid())
+
+
+def read_by_program(file: BinaryIO) -> bytes:
+    return subprocess.run(["/bin/cat", file.name], capture_output=True, check=True).stdout
+
+
+def list_modules(_: BinaryIO) -> str:
+    return " ".join(sys.modules)
+
+
+def refuse(_: BinaryIO) -> bytes:
+    raise DerivationRefusedError("this is no poem")
+
+
+def fail(_: BinaryIO) -> bytes:
+    raise ValueError("cannot read this")
+
+
+def segfault(_: BinaryIO) -> bytes:
+    ctypes.string_at(0)
+    return b""
+
+
+def abort(_: BinaryIO) -> bytes:
+    os.abort()
+
+
+def exit_at_once(_: BinaryIO) -> bytes:
+    os._exit(3)
+
+
+def exit_politely(_: BinaryIO) -> bytes:
+    sys.exit(4)
+
+
+def interrupt(_: BinaryIO) -> bytes:
+    raise KeyboardInterrupt
+
+
+def eat_memory(_: BinaryIO) -> bytes:
+    eaten = []
+    while True:
+        eaten.append(bytearray(8 << 20))
+
+
+def loop(_: BinaryIO) -> bytes:
+    while True:
+        pass
+
+
+def sleep(_: BinaryIO) -> bytes:
+    time.sleep(600)
+    return b""
+
+
+def sleep_a_little(file: BinaryIO) -> bytes:
+    time.sleep(0.05)
+    return file.read()
+
+
+def fork_and_hang(file: BinaryIO) -> bytes:
+    """Leave children that hold all descriptors, then die."""
+    for _ in range(3):
+        if os.fork() == 0:
+            time.sleep(600)
+    os._exit(5)
+
+
+def fork_in_session(_: BinaryIO) -> bytes:
+    if os.fork() == 0:
+        time.sleep(600)
+    time.sleep(600)
+    return b""
+
+
+def write_to_stdout(file: BinaryIO) -> bytes:
+    sys.stdout.write("x" * 1_000_000)
+    sys.stderr.write("y" * 1_000_000)
+    for descriptor in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, b"z" * 100_000)
+    return file.read()
+
+
+def close_all(_: BinaryIO) -> bytes:
+    os.closerange(0, 1000)
+    return b"x"
+
+
+def close_all_and_hang(_: BinaryIO) -> bytes:
+    os.closerange(0, 1000)
+    time.sleep(600)
+    return b"x"
+
+
+def babble(_: BinaryIO) -> bytes:
+    """Write into every descriptor, the one to the parent included."""
+    for descriptor in range(3, 64):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, b"\xff" * 4096)
+    return b"x"
+
+
+def answer_strangely(file: BinaryIO) -> Any:
+    return {
+        b"none": None,
+        b"number": 7,
+        b"media": Derivation(b"", media={"x": object()}),
+        b"deep": Derivation(b"", media={"x": [[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]}),
+        b"long": Derivation(b"", media={"x": "y" * 300_000}),
+        b"name": Derivation(b"", filename=7),  # type: ignore[arg-type]
+    }[file.read()]
+
+
+def fill_disk(_: BinaryIO) -> bytes:
+    with tempfile.TemporaryFile() as file:
+        for _ in range(1000):
+            file.write(bytes(1 << 20))
+    return b""
+
+
+async def shout_elsewhere(source: DerivationSource) -> bytes:
+    async with source.open() as chunks:
+        return b"".join([chunk async for chunk in chunks]).upper()
+
+
+async def hang_elsewhere(source: DerivationSource) -> bytes:
+    import asyncio
+
+    await asyncio.sleep(600)
+    return b""
+
+
+async def fail_elsewhere(source: DerivationSource) -> bytes:
+    raise ValueError("secret")
+
+
+class Holder:
+    def method(self, file: BinaryIO) -> bytes:
+        return file.read()
+
+    @staticmethod
+    def static(file: BinaryIO) -> bytes:
+        return file.read().lower()

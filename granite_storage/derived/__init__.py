@@ -13,6 +13,8 @@ from granite_storage.derived.base import (
     When,
 )
 from granite_storage.derived.functions import Derived
+from granite_storage.derived.images import ImageVariant
+from granite_storage.derived.pictures import ImageCandidate, Picture, PictureSource, picture, srcset
 from granite_storage.derived.processes import limit_processes
 
 __all__ = [
@@ -22,8 +24,14 @@ __all__ = [
     "Effect",
     "EffectEvent",
     "EffectHandler",
+    "ImageCandidate",
+    "ImageVariant",
     "Missing",
+    "Picture",
+    "PictureSource",
     "Recipe",
     "When",
     "limit_processes",
+    "picture",
+    "srcset",
 ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
 from granite_storage._engine import upload_names
 from granite_storage._portal import run_blocking
 from granite_storage.exceptions import (
+    ConfigurationError,
     ConsumedSourceError,
     EmptyUploadError,
     InvalidReferenceError,
@@ -40,15 +41,28 @@ from granite_storage.streams import (
 )
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
     from pydantic_core import CoreSchema, SchemaSerializer
     from sqlalchemy.orm import InstanceState, InstrumentedAttribute
 
     from granite_storage._engine import PreparedUpload
+    from granite_storage._headers import Disposition
     from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import ColumnType, Intent
 
-__all__ = ["Address", "Attachment", "LazySerializer", "SyncAttachment", "core_schema_of", "fields_schema"]
+__all__ = [
+    "Address",
+    "Attachment",
+    "AttachmentVariant",
+    "AttachmentVariants",
+    "LazySerializer",
+    "SyncAttachment",
+    "SyncAttachmentVariant",
+    "core_schema_of",
+    "fields_schema",
+]
 
 T = TypeVar("T")
 
@@ -421,9 +435,11 @@ class AttachmentState:
         if not isinstance(origin, AttachmentState):
             require_synchronous(origin)
 
-    def open(self, offset: int = 0, length: int | None = None, *, verify: bool = False) -> OpeningReader:
-        """Open the object for streaming; raises as `Attachment.open` does."""
-        opening = self.manager.open(self.require_ref(), offset=offset, length=length, verify=verify)
+    def open(
+        self, offset: int = 0, length: int | None = None, *, verify: bool = False, ref: StoredObjectRef | None = None
+    ) -> OpeningReader:
+        """Open the object for streaming, or a variant of it by its ref; raises as `Attachment.open` does."""
+        opening = self.manager.open(ref or self.require_ref(), offset=offset, length=length, verify=verify)
 
         async def start() -> StoredObjectReader:
             try:
@@ -724,6 +740,45 @@ class Attachment:
         return await self.manager.exists(self.ref)
 
     @property
+    def variants(self) -> AttachmentVariants:
+        """What is derived from it, by the names that its column declares; nothing is loaded or made.
+
+        Raises:
+            UnboundAttachmentError: It is not stored yet.
+            InvalidReferenceError: The row holds something that is not a ref.
+        """
+        self._state.require_ref()
+        return AttachmentVariants(self._state)
+
+    async def variant(self, name: str) -> AttachmentVariant:
+        """Return what is derived from it under a name; it is made now if it is missing, and kept in the row.
+
+        One that an older recipe made is not missing. It is made in a transaction of its own, which waits for others that have
+        changed the row: commit yours first. Several callers in one process that ask for the same one share the work.
+
+        Args:
+            name: One of the names that the column declares.
+
+        Raises:
+            ConfigurationError: The column declares no such name, or the base is bound with neither a journal nor sessions.
+            StaleAttachmentError: No committed row holds the file: it is not committed yet, or the row has another one now.
+            DerivationRefusedError: None can be made of this file; more attempts change nothing.
+            DerivationFailedError: It could not be made now.
+            ScanPendingError: A virus scanner has not judged the file yet.
+            InfectedObjectError: It found something in it.
+            StorageError: The file could not be read, or the result not be stored.
+        """
+        state = self._state
+        ref, column_type = state.require_ref(), state.column_type
+        if name not in column_type.variants:
+            known = ", ".join(column_type.variants) or "none"
+            raise ConfigurationError(f"{column_type.label} declares no variant {name!r} (there are: {known})")
+        if name not in (ref.variants or {}):
+            held = await column_type.binding().make_variant(column_type, ref, name)
+            state.add_variants(held.variants or {})
+        return AttachmentVariant(state, name, (state.require_ref().variants or {})[name])
+
+    @property
     def sync(self) -> SyncAttachment:
         """The same verbs for synchronous code, in threads without a running event loop."""
         return SyncAttachment(self)
@@ -840,6 +895,158 @@ class Attachment:
         return {**handler(fields_schema()), "title": "Attachment"}
 
 
+class AttachmentVariant:
+    """A file that is derived from an attachment, or the original in its place where the recipe says so.
+
+    Attributes:
+        name: The name that the column declares.
+        ref: The receipt of its object.
+    """
+
+    __slots__ = ("_state", "name", "ref")
+
+    def __init__(self, state: AttachmentState, name: str, ref: StoredObjectRef) -> None:
+        self._state = state
+        self.name = name
+        self.ref = ref
+
+    @property
+    def is_original(self) -> bool:
+        """Whether it is the original, because what is derived from it is missing."""
+        return self.ref.recipe is None
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return self.ref.size
+
+    @property
+    def checksum(self) -> str:
+        """`sha256:<hex>`."""
+        return self.ref.checksum
+
+    @property
+    def location(self) -> str:
+        """Its address inside its backend."""
+        return self.ref.location
+
+    @property
+    def content_type(self) -> str | None:
+        """The media type that its recipe gave."""
+        return self.ref.content_type
+
+    @property
+    def original_filename(self) -> str | None:
+        """The name that its recipe gave, or None."""
+        return self.ref.original_filename
+
+    @property
+    def media(self) -> Mapping[str, Any] | None:
+        """What its recipe says of the content, such as `width` and `height`."""
+        return self.ref.media
+
+    async def read(self) -> bytes:
+        """Return all bytes, verified; raises as `Attachment.read`."""
+        try:
+            return await self._state.manager.get(self.ref)
+        except ObjectNotFoundError as error:
+            await self._state.require_current(error)
+            raise
+
+    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
+        """Open it for streaming; raises as `Attachment.open`."""
+        return self._state.open(offset, length, verify=verify, ref=self.ref)
+
+    async def exists(self) -> bool:
+        """Tell whether its object is there."""
+        return await self._state.manager.exists(self.ref)
+
+    async def url(self, *, expires_in: timedelta, disposition: Disposition = "attachment", filename: str | None = None) -> str:
+        """Return a URL with which anybody can read it until it expires; see `StorageManager.url`."""
+        return await self._state.manager.url(self.ref, expires_in=expires_in, disposition=disposition, filename=filename)
+
+    @property
+    def sync(self) -> SyncAttachmentVariant:
+        """The same verbs for synchronous code, in threads without a running event loop."""
+        return SyncAttachmentVariant(self)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both have the same object."""
+        if not isinstance(other, AttachmentVariant):
+            return NotImplemented
+        return (self.ref.backend, self.ref.location) == (other.ref.backend, other.ref.location)
+
+    def __hash__(self) -> int:
+        return hash(self.ref)
+
+    def __repr__(self) -> str:
+        return f"<AttachmentVariant {self.name!r} size={self.ref.size}{' original' if self.is_original else ''}>"
+
+
+class AttachmentVariants(Mapping[str, "AttachmentVariant | None"]):
+    """What is derived from an attachment, by name: the names that its column declares, and others that its row has.
+
+    The value under a declared name that is missing, because it is not made yet or cannot be made, is the original where the
+    recipe has `missing="original"`, and None where it has `missing="nothing"`. A name that is neither declared nor there raises
+    `KeyError`. What an older recipe made is shown until it is made anew.
+    """
+
+    __slots__ = ("_state",)
+
+    def __init__(self, state: AttachmentState) -> None:
+        self._state = state
+
+    def __getitem__(self, name: str) -> AttachmentVariant | None:
+        ref = self._state.require_ref()
+        found = (ref.variants or {}).get(name)
+        if found is None:
+            if self._state.column_type.variants[name].recipe.missing == "nothing":
+                return None
+            found = ref
+        return AttachmentVariant(self._state, name, found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self._state.column_type.variants, *(self._state.require_ref().variants or ()))))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"<AttachmentVariants {', '.join(self)}>"
+
+
+class SyncAttachmentVariant:
+    """The verbs of an `AttachmentVariant` for synchronous code."""
+
+    __slots__ = ("_variant",)
+
+    def __init__(self, variant: AttachmentVariant) -> None:
+        self._variant = variant
+
+    def read(self) -> bytes:
+        """Return all bytes, verified; see `AttachmentVariant.read`."""
+        return self._run(self._variant.read(), "read")
+
+    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> SyncObjectReader:
+        """Open it as a binary file; see `AttachmentVariant.open`."""
+        opening = self._variant.open(offset=offset, length=length, verify=verify)
+        return SyncObjectReader(self._run(opening.start(), "open"))
+
+    def exists(self) -> bool:
+        """Tell whether its object is there; see `AttachmentVariant.exists`."""
+        return self._run(self._variant.exists(), "exists")
+
+    def url(self, *, expires_in: timedelta, disposition: Disposition = "attachment", filename: str | None = None) -> str:
+        """Return a URL with which anybody can read it until it expires; see `AttachmentVariant.url`."""
+        return self._run(self._variant.url(expires_in=expires_in, disposition=disposition, filename=filename), "url")
+
+    def __repr__(self) -> str:
+        return f"<SyncAttachmentVariant of {self._variant!r}>"
+
+    def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        return run_blocking(work, f"variant.sync.{name}", f"'await variant.{name}(...)'")
+
+
 class SyncAttachment:
     """The verbs of an `Attachment` for synchronous code: `user.avatar.sync.read()`.
 
@@ -863,6 +1070,10 @@ class SyncAttachment:
     def exists(self) -> bool:
         """Tell whether its object is there; see `Attachment.exists`."""
         return self._run(self._attachment.exists(), "exists")
+
+    def variant(self, name: str) -> AttachmentVariant:
+        """Return what is derived from it under a name, made now if it is missing; see `Attachment.variant`."""
+        return self._run(self._attachment.variant(name), "variant")
 
     def store(self, column: InstrumentedAttribute[Any]) -> Attachment:
         """Upload now, before any transaction; see `Attachment.store`."""

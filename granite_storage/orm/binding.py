@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, MetaData
@@ -21,6 +22,7 @@ from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, att
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.locking import refers
 from granite_storage.orm.uploads import Upload, store
+from granite_storage.orm.variants import make_without_journal, share
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
@@ -167,6 +169,12 @@ class StorageBinding:
         except SQLAlchemyError:
             logger.warning("it is unknown whether a row refers to the object %r", ref.location, exc_info=True)
             return None
+
+    async def make_variant(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> StoredObjectRef:
+        """Make a variant of the object of a committed row, and return what the row holds then; see `Attachment.variant`."""
+        declared, journal = column_type.variants[name], self.journal
+        make = partial(make_without_journal, self) if journal is None else journal.make_variant
+        return await share((self, source.backend, source.location, name), lambda: make(column_type, source, declared))
 
     def unbind(self) -> None:
         """Undo `bind_storage`; the last one leaves no listener behind. Idempotent."""

@@ -437,8 +437,8 @@ def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> Mappi
             )
         if isinstance(recipe, type) or not isinstance(recipe, Recipe):
             raise ConfigurationError(
-                f"the variant {name!r} of {column} is a {type(recipe).__name__}, not a recipe, which has when, missing, digest() and"
-                " make(), such as Derived or ImageVariant"
+                f"the variant {name!r} of {column} is a {type(recipe).__name__}, not a recipe, which has when, missing, digest()"
+                " and make(), such as Derived or ImageVariant"
             )
         for argument, choices in (("when", get_args(When)), ("missing", get_args(Missing))):
             if (value := getattr(recipe, argument)) not in choices:

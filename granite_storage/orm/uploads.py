@@ -227,9 +227,7 @@ async def store(uploads: Sequence[Upload]) -> None:
     try:
         await _put_all(items, leases)
     except BaseException as error:
-        variants = [stored for item in items for stored in item.stored_variants]
-        intents = [intent for item in items for intent in item.intents.values()]
-        await _undo([upload.attachment for upload in uploads], isinstance(error, asyncio.CancelledError), variants, intents)
+        await _undo([upload.attachment for upload in uploads], isinstance(error, asyncio.CancelledError), items)
         raise
     for item in items:
         item.complete()
@@ -262,8 +260,9 @@ async def _begin(items: Sequence[_Item]) -> dict[Journal | None, UploadLease]:
 
 
 async def _put_all(items: Sequence[_Item], leases: Mapping[Journal | None, UploadLease]) -> None:
-    puts = [partial(_put, item, leases.get(item.upload.binding.journal)) for item in items]
-    variants = [partial(_put_variant, item, name, leases.get(item.upload.binding.journal)) for item in items for name in item.variants]
+    leased = [(item, leases.get(item.upload.binding.journal)) for item in items]
+    puts = [partial(_put, item, lease) for item, lease in leased]
+    variants = [partial(_put_variant, item, name, lease) for item, lease in leased for name in item.variants]
     if len(puts) == 1 and not variants and not leases:
         await puts[0]()
         return
@@ -332,23 +331,22 @@ async def _put_verified(upload: Upload, prepared: PreparedUpload) -> None:
         state.correct(await upload.verify(ref))
 
 
-async def _undo(
-    attachments: Sequence[Attachment], cancelled: bool, variants: Sequence[StoredObject] = (), intents: Sequence[Intent] = ()
-) -> None:
+async def _undo(attachments: Sequence[Attachment], cancelled: bool, items: Sequence[_Item] = ()) -> None:
     """Delete the objects of uploads that no row refers to; an interrupted upload may have stored its object too.
 
     Args:
         attachments: The attachments.
         cancelled: Whether the caller is cancelled.
-        variants: The variants that were stored, and that the attachments do not have yet.
-        intents: What a journal has recorded about those.
+        items: The uploads that were in progress, whose variants the attachments do not have yet.
     """
-    stored = [*(stored_object(attachment) for attachment in attachments if attachment._state.ref is not None), *variants]
-    own = [intent for attachment in attachments for intent in attachment._state.intents]
+    stored = [stored_object(attachment) for attachment in attachments if attachment._state.ref is not None]
+    stored += [variant for item in items for variant in item.stored_variants]
+    intents = [intent for attachment in attachments for intent in attachment._state.intents]
+    intents += [intent for item in items for intent in item.intents.values()]
     for attachment in attachments:
         attachment._state.undo()
     plain = [item for item in stored if item.intent is None]
-    await shielded_cleanup(remove(plain, [] if cancelled else [*own, *intents]), "removing uploads that no row refers to")
+    await shielded_cleanup(remove(plain, [] if cancelled else intents), "removing uploads that no row refers to")
 
 
 # Variants: each has a location and an intent of its own, and is derived from what was stored.

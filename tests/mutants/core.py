@@ -33,7 +33,7 @@ MUTANTS = [
         name="core-content-in-memory-unlimited",
         rule="Content in memory is under the policy's limit, too.",
         path="granite_storage/_engine.py",
-        old="        require_size(size_of(content), prepared.policy.max_size)\n",
+        old="        require_size(size_of(content), prepared.max_size)\n",
         new="",
         tests=("tests/core/test_streams.py::TestLimit::test_content_in_memory",),
     ),

@@ -182,8 +182,8 @@ MUTANTS = [
         name="journal-cancelled-save-cleans-up-itself",
         rule="A cancelled task leaves what it has stored to the journal.",
         path="granite_storage/orm/uploads.py",
-        old="[] if cancelled else [*own, *intents]",
-        new="[*own, *intents]",
+        old="[] if cancelled else intents",
+        new="intents",
         tests=("tests/orm/journal/test_recovery.py::TestCancelled::test_a_cancelled_save_is_left_to_the_worker[asyncpg]",),
     ),
     Mutant(

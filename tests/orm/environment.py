@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import uuid
-from collections.abc import AsyncIterator, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +31,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
+from granite_storage.derived import Recipe
 from granite_storage.inspection import Scanner
 from granite_storage.orm import (
     Attachment,
@@ -65,6 +66,7 @@ __all__ = [
     "Photo",
     "Report",
     "Tag",
+    "declared_variants",
     "file",
     "orm_environment",
     "other_base",
@@ -224,6 +226,7 @@ class OrmEnvironment:
     binding: StorageBinding
     sessions: async_sessionmaker[AsyncSession]
     journal: StorageJournal | None = None
+    variants: Mapping[str, Recipe] = field(default_factory=dict)
 
     def sessionmaker(self, session_class: type[Session] | sessionmaker[Session], **options: Any) -> Any:
         """Return what makes sessions of a class of the test's own."""
@@ -356,10 +359,12 @@ class OrmEnvironment:
         assert not orphans, f"orphans: {orphans}"
 
     async def _read(self, references: dict[tuple[str, Any, str], StoredObjectRef]) -> dict[tuple[str, Any, str], bytes]:
-        for ref in references.values():
-            for variant in (ref.variants or {}).values():
-                await self.manager.get(variant)
-        return {place: await self.manager.get(ref) for place, ref in references.items()}
+        found = {place: await self.manager.get(ref) for place, ref in references.items()}
+        for place, ref in references.items():
+            variants = {name: await self.manager.get(variant) for name, variant in (ref.variants or {}).items()}
+            if "upper" in self.variants:
+                assert variants == {"upper": found[place].upper()}, f"the row {place} shows a variant of another file, or none"
+        return found
 
     def check_connections(self) -> None:
         """Check that no connection is in use."""
@@ -376,7 +381,8 @@ class OrmEnvironment:
         """Remove an object past everybody, as a broken storage would."""
         async with self.sessions() as session:
             found = await session.get_one(type(instance), instance.id)
-            await self.manager.delete(getattr(found, name).ref)
+            for ref in iter_refs(getattr(found, name).ref):
+                await self.manager.delete(ref)
 
     async def no_foreign_keys(self) -> None:
         """Let SQLite check and cascade nothing, as it does by itself."""
@@ -431,9 +437,13 @@ async def orm_environment(
     journaled: bool = False,
     max_size: int = 1 << 20,
     scanner: Scanner | None = None,
+    variants: Mapping[str, Recipe] | None = None,
     **options: Any,
 ) -> AsyncIterator[OrmEnvironment]:
-    """Give an environment with empty tables and an empty storage; keyword arguments go to the engine."""
+    """Give an environment with empty tables and an empty storage, and the same variants of every file.
+
+    Other keyword arguments go to the engine.
+    """
     store = FaultInjectingBackend(MemoryStorageBackend() if backend is None else backend)
     policy = StoragePolicy("docs", "store", max_size=max_size, scanner=scanner)
     manager = StorageManager(backends={"store": store}, policies={"docs": policy})
@@ -445,14 +455,29 @@ async def orm_environment(
         if journal is not None and not options:
             # The tables are the same for all tests, and the check costs thirty round trips.
             journal._checked, database.is_checked = database.is_checked, True
-        env = OrmEnvironment(database, engine, store, manager, binding, sessions, journal)
+        env = OrmEnvironment(database, engine, store, manager, binding, sessions, journal, variants or {})
         try:
-            yield env
+            with declared_variants(env.variants):
+                yield env
         finally:
             env.binding.unbind()
             await manager.aclose()
             if journal is not None:
                 await journal.aclose()
+
+
+@contextlib.contextmanager
+def declared_variants(variants: Mapping[str, Recipe]) -> Iterator[None]:
+    """Let every attachment column of the models declare these variants."""
+    types = [column.type for table in Base.metadata.tables.values() for column in table.columns]
+    changed = [item for item in types if isinstance(item, AttachmentType)] if variants else []
+    for item in changed:
+        item._variants = AttachmentType(item.storage_key, variants=variants)._variants
+    try:
+        yield
+    finally:
+        for item in changed:
+            item._variants = {}
 
 
 @contextlib.contextmanager

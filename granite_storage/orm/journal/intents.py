@@ -36,9 +36,9 @@ from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import batches, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
-from granite_storage.orm.journal.jobs import enqueue_scans
+from granite_storage.orm.journal.jobs import enqueue_jobs, jobs_of
 from granite_storage.orm.journal.tables import COMMIT, DELETE, UPLOAD, clock
-from granite_storage.refs import is_held, iter_refs
+from granite_storage.refs import iter_refs
 
 if TYPE_CHECKING:
     from sqlalchemy import Column
@@ -224,11 +224,11 @@ class Intents:
             nominate(connection, self._tables.intent, pending, self._pool.options)
 
     def enqueue(self, connection: Connection, written: Iterable[tuple[Column[Any], StoredObjectRef]]) -> None:
-        """Record in the transaction that writes refs which of their objects a worker is to scan; see `enqueue_scans`."""
-        held = [(column, ref) for column, ref in written if is_held(ref)]
-        if held:
+        """Record in the transaction that writes refs what a worker is to do for their objects; see `jobs_of`."""
+        jobs = [job for column, ref in written for job in jobs_of(column, ref)]
+        if jobs:
             self._note_schemas(connection)
-            enqueue_scans(connection, self._tables.job, held, self._pool.options)
+            enqueue_jobs(connection, self._tables.job, jobs, self._pool.options)
 
     async def note_delete(self, ref: StoredObjectRef) -> UUID:
         """Commit, durably, the intent to delete an object at once; return its id."""

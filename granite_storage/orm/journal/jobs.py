@@ -1,4 +1,4 @@
-"""Jobs: what is still to be done for the object of a row, such as the scan of one that is held, and the worker that does it.
+"""Jobs: what is still to be done for the object of a row, the scan of one that is held or a variant, and the worker that does it.
 
 Why it is safe. The flush that brings an object into a row records the job in its own transaction, so none is lost. The worker
 finds the rows by the object's location, because a move takes the job along, and scans the object while it holds no lock. Then it
@@ -13,6 +13,11 @@ A job belongs to a worker for a lease, which it renews. That only keeps two of t
 nothing to write. A failure is an attempt, and the next one comes later, ever more rarely; but an object stays held until it is
 judged. A job is dead where more attempts change nothing: its object is missing or damaged though a row refers to it, or it has
 killed its workers repeatedly, as with `reclaim`.
+
+A variant is made in the same way, by the steps of `granite_storage.orm.variants`. It is an object of its own, with an upload
+intent that is committed first, and that the transaction consumes which lets the rows have it. So whatever happens in between, the
+intent settles the object, and the job is due again. A job belongs to a recipe, by its digest: a process does only those of its
+own recipes. A variant that takes the place of another one, of an older recipe, displaces it in the same transaction.
 """
 
 from __future__ import annotations
@@ -21,48 +26,66 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import Column, ColumnElement, Connection, Insert, Table, bindparam, delete, func, select, tuple_, update
+from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bindparam, delete, func, select, tuple_, update
 from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 
-from granite_storage._tasks import background, run_bounded, shielded
+from granite_storage._tasks import background, run_bounded, shielded, shielded_cleanup
 from granite_storage.backends.base import SupportsMountCheck
 from granite_storage.exceptions import (
     BackendUnavailableError,
     ConfigurationError,
     ContentError,
+    InfectedObjectError,
     ObjectNotFoundError,
     ScannerUnavailableError,
+    ScanPendingError,
+    StaleAttachmentError,
 )
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches
-from granite_storage.orm.columns import location_of, portable_storage_ref_type
+from granite_storage.orm.columns import AttachmentType, location_of, portable_storage_ref_type
 from granite_storage.orm.journal.database import JournalPool
-from granite_storage.orm.journal.deletes import derived_id
+from granite_storage.orm.journal.deletes import PendingDelete, derived_id, nominate
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, clock
 from granite_storage.orm.locking import among
 from granite_storage.orm.references import as_stored, keeping_other_columns
-from granite_storage.refs import StoredObjectRef
+from granite_storage.orm.uploads import make_variant, prepare_variant
+from granite_storage.orm.variants import (
+    LONGEST_WAIT,
+    Holding,
+    MadeVariant,
+    choose_rows,
+    entity_of,
+    lock_holdings,
+    not_committed,
+    read_holdings,
+    write_variants,
+)
+from granite_storage.refs import StoredObjectRef, is_held, require_scanned
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from granite_storage.manager import StorageManager
+    from granite_storage.orm._interfaces import ColumnType, DeclaredVariant, Journal
     from granite_storage.orm.discovery import Place
 
-__all__ = ["SCAN", "Jobs", "enqueue_scans", "job_id"]
+__all__ = ["SCAN", "Jobs", "NewJob", "enqueue_jobs", "has_variants", "job_id", "jobs_of", "variant_key", "variants_of"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 SCAN: Final = "scan"
 """The key of the job to scan an object that is held."""
+_VARIANT: Final = "variant:"
 
 Address: TypeAlias = tuple[str, str]
 """The full name of a table, and the name of a column."""
@@ -70,6 +93,7 @@ Holder: TypeAlias = "tuple[Place, Column[Any]]"
 
 _AT_A_TIME = 500
 _CONCURRENCY = 2
+_JOBS_AT_A_TIME = 8
 _LEFT_IN_COMPANY = 2
 _RENEWALS = 3
 _TRIES = 3
@@ -87,34 +111,89 @@ _MOST_REPORTED = 1000
 # What a transaction records.
 
 
+def variant_key(name: str) -> str:
+    """Return the key of the job to make a variant."""
+    return f"{_VARIANT}{name}"
+
+
+def variants_of(column: Column[Any]) -> Mapping[str, DeclaredVariant]:
+    """Return the variants that a column declares, by their names."""
+    return column.type.variants if isinstance(column.type, AttachmentType) else {}
+
+
+def has_variants(columns: Iterable[Column[Any]]) -> bool:
+    """Return whether a column declares variants."""
+    return any(map(variants_of, columns))
+
+
+def job_place(ref: StoredObjectRef) -> tuple[str, str]:
+    """Return the backend and the location of an object."""
+    return ref.backend, ref.location
+
+
 def job_id(backend: str, location: str, key: str) -> UUID:
     """Return the id of a job, a function of its object and of what is to be done: an object has one job of each kind."""
     return derived_id(backend, location, key)
 
 
-def enqueue_scans(
-    connection: Connection, job: Table, held: Iterable[tuple[Column[Any], StoredObjectRef]], options: dict[str, Any]
-) -> None:
-    """Record in the transaction of a connection the objects to scan; a job that is there is due again, and begins anew.
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job to record.
+
+    Attributes:
+        column: The column that the ref of its object is written to.
+        ref: The ref.
+        key: What is to be done.
+        recipe: The digest of the recipe of a variant.
+    """
+
+    column: Column[Any]
+    ref: StoredObjectRef
+    key: str
+    recipe: str = ""
+
+    @property
+    def id(self) -> UUID:
+        """Its id."""
+        return job_id(self.ref.backend, self.ref.location, self.key)
+
+
+def jobs_of(column: Column[Any], ref: StoredObjectRef) -> Iterator[NewJob]:
+    """Yield what is to be done for the object of a ref that a transaction writes.
+
+    It is to be scanned if it is held, and the variants are to be made that its column wants without being asked, and that the
+    ref lacks or has by another recipe.
+    """
+    if is_held(ref):
+        yield NewJob(column, ref, SCAN)
+    for declared in variants_of(column).values():
+        if declared.recipe.when != "request" and not declared.is_in(ref):
+            yield NewJob(column, ref, variant_key(declared.name), declared.digest)
+
+
+def enqueue_jobs(connection: Connection, job: Table, jobs: Iterable[NewJob], options: dict[str, Any]) -> None:
+    """Record jobs in the transaction of a connection; one that is there is due again, and begins anew.
 
     The rows are written in the order of their ids, so that transactions that record the same jobs do not deadlock.
 
     Args:
         connection: The connection.
         job: The journal's table of jobs.
-        held: The refs of the objects, each with the column that it is written to.
+        jobs: The jobs.
         options: Execution options that say where the table is.
     """
     rows = {
-        job_id(ref.backend, ref.location, SCAN): {
-            "table_name": column.table.fullname,
-            "column_name": column.name,
-            "backend": ref.backend,
-            "location": ref.location,
+        item.id: {
+            "table_name": item.column.table.fullname,
+            "column_name": item.column.name,
+            "backend": item.ref.backend,
+            "location": item.ref.location,
+            "key": item.key,
+            "recipe": item.recipe,
         }
-        for column, ref in held
+        for item in jobs
     }
-    common = {"key": SCAN, "recipe": "", "due": clock(), "dead": False, **_UNTRIED}
+    common = {"due": clock(), "dead": False, **_UNTRIED}
     new = [{"id": item, **rows[item], **common} for item in sorted(rows)]
     for batch in batches(new, _AT_A_TIME):
         connection.execute(_upsert(connection.dialect.name, job, batch), execution_options=options)
@@ -142,10 +221,29 @@ class _Job:
     location: str
     attempts: int
     takeovers: int
+    key: str
+    recipe: str
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The backend and the location of its object."""
+        return self.backend, self.location
+
+    @property
+    def variant(self) -> str:
+        """The name of the variant that is to be made."""
+        return self.key.removeprefix(_VARIANT)
+
+    @property
+    def what(self) -> str:
+        """What is to be done, in messages."""
+        if self.key == SCAN:
+            return f"scanning the object {self.location!r}, which is held,"
+        return f"making the variant {self.variant!r} of the object {self.location!r}"
 
 
 class _StillHeldError(Exception):
-    """A row that holds the object unjudged has appeared, so its job stays."""
+    """A row has appeared for which the job is still to be done, so it stays."""
 
 
 class Jobs:
@@ -157,6 +255,7 @@ class Jobs:
         manager: Whose backends have the objects, and whose policies have the scanners.
         references: What tells which rows hold an object.
         columns: The columns whose jobs this process does.
+        journal: The journal, which records uploads.
         lease: How long a job is this worker's own without renewal.
         max_attempts: After how many deaths of workers that had nothing else in hand a job is dead.
     """
@@ -168,15 +267,22 @@ class Jobs:
         manager: StorageManager,
         references: References,
         columns: Iterable[Column[Any]],
+        journal: Journal,
         *,
         lease: timedelta,
         max_attempts: int,
     ) -> None:
         self._pool = pool
         self._job = tables.job
+        self._intent = tables.intent
         self._manager = manager
         self._references = references
+        self._journal = journal
+        columns = list(columns)
         self._addresses = {(column.table.fullname, column.name) for column in columns}
+        self._declared = {
+            (variant_key(declared.name), declared.digest) for column in columns for declared in variants_of(column).values()
+        }
         self._lease = lease.total_seconds()
         self._max_attempts = max_attempts
 
@@ -184,6 +290,7 @@ class Jobs:
         """Scan what is due on one backend, given by its key; of a column whose scanner is unavailable only the first few."""
         report = RecoveryReport()
         unavailable: set[Address] = set()
+        table = self._job
 
         async def work(job: _Job) -> None:
             try:
@@ -194,19 +301,67 @@ class Jobs:
                 report.scanned += judged
 
         for suspected, limit in ((False, _CONCURRENCY), (True, 1)):
-            while jobs := await self._claim(backend, limit, unavailable, suspected=suspected):
+            while addresses := sorted(self._addresses - unavailable):
+                due = (table.c.key == SCAN) & tuple_(table.c.table_name, table.c.column_name).in_(addresses)
+                if not (jobs := await self._claim(backend, limit, due, suspected=suspected)):
+                    break
                 await run_bounded(jobs, work, limit)
         return report
 
+    async def derive(self, backend: str) -> RecoveryReport:
+        """Make the variants that are due of objects on one backend, given by its key.
+
+        Only those whose recipes are this process's own: another version of the application may have others.
+        """
+        report = RecoveryReport()
+        if not self._declared:
+            return report
+
+        async def work(jobs: Sequence[_Job]) -> None:
+            report.derived += await self._derive(jobs)
+
+        own = tuple_(self._job.c.key, self._job.c.recipe).in_(sorted(self._declared))
+        for suspected, limit in ((False, _JOBS_AT_A_TIME), (True, 1)):
+            while jobs := await self._claim(backend, limit, own, suspected=suspected):
+                by_object: dict[tuple[str, str], list[_Job]] = {}
+                for job in jobs:
+                    by_object.setdefault(job.place, []).append(job)
+                async with background(*map(self._renew, jobs)):
+                    await run_bounded(by_object.values(), work, _CONCURRENCY)
+        await self._forget_dead(backend, own)
+        return report
+
+    async def make(self, column_type: ColumnType, source: StoredObjectRef, declared: DeclaredVariant) -> StoredObjectRef:
+        """Make a variant of an object now, and return what the row holds then.
+
+        Raises:
+            StaleAttachmentError: No committed row holds the object, or others have locked it for long.
+            StorageError: The variant could not be made, or not be stored.
+        """
+        key = variant_key(declared.name)
+        job = _Job(job_id(source.backend, source.location, key), ("", ""), *job_place(source), 0, 0, key, declared.digest)
+        held = await self._held_in(column_type, job)
+        if held is None:
+            raise not_committed(source)
+        if declared.name in (held.variants or {}):
+            return held
+        await self._make_all([job], held, column_type, raises=True)
+        held = await self._held_in(column_type, job)
+        if held is None or declared.name not in (held.variants or {}):
+            raise not_committed(source)
+        return held
+
     async def count(self, report: RecoveryReport) -> None:
-        """Add to a report how many objects are held, and what cannot be scanned."""
+        """Add to a report how many objects are held, how many variants are to be made, and what cannot be scanned or made."""
         job = self._job
         async with self._pool.reading() as connection:
-            counts = select(func.count()).select_from(job).where(job.c.dead.is_(False), job.c.key == SCAN)
-            report.held = (await connection.execute(counts)).scalar_one()
+            counts = select(job.c.key, func.count()).where(job.c.dead.is_(False)).group_by(job.c.key)
+            found: dict[str, int] = {key: count for key, count in await connection.execute(counts)}  # noqa: C416  # rows, not pairs
+            report.held = found.pop(SCAN, 0)
+            report.underived = sum(found.values())
             dead = select(job).where(job.c.dead).order_by(job.c.due).limit(_MOST_REPORTED)
             report.failed += [
-                FailedReclaim(row.backend, row.location, f"scanning: {row.error}", row.attempts, None)
+                FailedReclaim(row.backend, row.location, f"{_described_key(row.key)}: {row.error}", row.attempts, None)
                 for row in await connection.execute(dead)
             ]
 
@@ -218,25 +373,22 @@ class Jobs:
         return result.rowcount
 
     @again_after_deadlock
-    async def _claim(self, backend: str, limit: int, without: Collection[Address], *, suspected: bool) -> list[_Job]:
+    async def _claim(self, backend: str, limit: int, own: ColumnElement[bool], *, suspected: bool) -> list[_Job]:
         """Take over jobs that are due.
 
         Args:
             backend: The backend's key.
             limit: The most jobs.
-            without: The columns whose jobs are left alone.
+            own: Which jobs are meant.
             suspected: Whether to take those over that workers have left repeatedly, or all others.
         """
-        job, addresses = self._job, sorted(self._addresses.difference(without))
-        if not addresses:
-            return []
+        job = self._job
         was_left = job.c.takeovers >= _LEFT_IN_COMPANY
         due = (
             (job.c.backend == backend)
             & (job.c.due <= clock())
             & job.c.dead.is_(False)
-            & (job.c.key == SCAN)
-            & tuple_(job.c.table_name, job.c.column_name).in_(addresses)
+            & own
             & (was_left if suspected else ~was_left)
         )
         async with self._pool.reading() as connection:
@@ -246,10 +398,7 @@ class Jobs:
                 taken = {"due": clock(self._lease), "takeovers": job.c.takeovers + 1}
                 statement = update(job).where(job.c.id == bindparam("mine", type_=job.c.id.type)).values(taken)
                 await connection.execute(statement, [{"mine": row.id} for row in rows])
-        return [
-            _Job(row.id, (row.table_name, row.column_name), row.backend, row.location, row.attempts, row.takeovers + 1)
-            for row in rows
-        ]
+        return [_job(row, row.takeovers + 1) for row in rows]
 
     async def _scan(self, job: _Job) -> int:
         """Have an object scanned, and write the verdict; return how many objects were judged, 0 or 1.
@@ -257,8 +406,7 @@ class Jobs:
         Raises:
             ScannerUnavailableError: The scanner cannot judge it now; that is noted.
         """
-        if job.takeovers > _LEFT_IN_COMPANY + self._max_attempts:
-            await self._note(job, f"{job.takeovers - 1} workers have taken it over, and none has come to an end", is_dead=True)
+        if await self._is_deadly(job):
             return 0
         try:
             async with background(self._renew(job)):
@@ -291,7 +439,25 @@ class Jobs:
                 verdict.get("signature"),
                 job.location,
             )
+        elif verdict is not None:
+            await self._expedite(job)
         return int(verdict is not None)
+
+    async def _is_deadly(self, job: _Job) -> bool:
+        """Make a job dead that has killed too many workers, and return whether it was."""
+        if job.takeovers <= _LEFT_IN_COMPANY + self._max_attempts:
+            return False
+        await self._note(job, f"{job.takeovers - 1} workers have taken it over, and none has come to an end", is_dead=True)
+        return True
+
+    async def _expedite(self, scan: _Job) -> None:
+        """Let the jobs for the variants of an object be due that waited for its scan."""
+        job = self._job
+        ids = sorted(job_id(scan.backend, scan.location, key) for key, _ in self._declared)
+        if ids:
+            statement = update(job).where(job.c.id == bindparam("mine", type_=job.c.id.type), job.c.dead.is_(False))
+            async with self._pool.reading() as connection:
+                await connection.execute(statement.values(due=clock()), [{"mine": item} for item in ids])
 
     async def _judge(self, job: _Job) -> Mapping[str, Any] | None:
         """Return the verdict of the scanner; None where no row holds the object unjudged."""
@@ -356,6 +522,216 @@ class Jobs:
                 written = update(table).where(is_row).values({column: new, **keeping_other_columns(column)})
                 await connection.execute(written, execution_options=options)
 
+    # The variants.
+
+    async def _derive(self, jobs: Sequence[_Job]) -> int:
+        """Make the variants that are due of one object; return how many its rows have got."""
+        jobs = [job for job in jobs if not await self._is_deadly(job)]
+        if not jobs:
+            return 0
+        try:
+            async with self._pool.reading() as connection:
+                holdings = await self._holdings(connection, jobs[0], read_holdings)
+            wanted: dict[AttachmentType, tuple[StoredObjectRef, list[_Job]]] = {}
+            idle: list[_Job] = []
+            for job in jobs:
+                if lacking := _lacking(job, holdings):
+                    wanted.setdefault(lacking[0].column_type, (lacking[0].ref, []))[1].append(job)
+                else:
+                    idle.append(job)
+            if await self._publish_patiently(idle) is None:
+                await self._postpone(idle, _FIRST_RETRY)
+            return sum([await self._make_all(some, ref, item, raises=False) for item, (ref, some) in wanted.items()])
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the jobs
+            for job in jobs:
+                await self._fail(job, error)
+            return 0
+
+    async def _make_all(self, jobs: Sequence[_Job], source: StoredObjectRef, column_type: ColumnType, *, raises: bool) -> int:
+        """Make variants of one object and let its rows have them; return how many they have got.
+
+        Args:
+            jobs: The jobs, or what stands for them.
+            source: The original.
+            column_type: The column of a row that holds it, and declares the variants.
+            raises: Whether to raise what prevents it, rather than to note it with the jobs.
+        """
+        try:
+            require_scanned(source)
+        except (ScanPendingError, InfectedObjectError) as error:
+            if raises:
+                raise
+            await self._postpone(jobs, _PAUSE_FOR_OTHERS, error)
+            return 0
+        seen = await self._seen(jobs)
+        entity_id = entity_of(source)
+        prepared = {
+            job.variant: prepare_variant(
+                self._manager, column_type, entity_id, source.location, source.storage_key, column_type.variants[job.variant]
+            )
+            for job in jobs
+        }
+        lease = await self._journal.begin_uploads(list(prepared.values()))
+        ids = dict(zip(prepared, lease.ids, strict=True))
+        made: dict[str, MadeVariant] = {}
+        errors: dict[str, Exception] = {}
+
+        async def make(job: _Job) -> None:
+            name = job.variant
+
+            def keep(ref: StoredObjectRef) -> None:
+                made[name] = MadeVariant(ref, seen[name])
+
+            try:
+                lease.begin(ids[name])
+                await make_variant(self._manager, source, prepared[name], column_type.variants[name].recipe, keep)
+                lease.require()
+            except Exception as error:
+                made.pop(name, None)
+                if raises:
+                    raise
+                errors[name] = error
+
+        try:
+            async with background(lease.hold()):
+                await run_bounded(jobs, make, _CONCURRENCY)
+                published = await self._publish_patiently([job for job in jobs if job.variant in made], made, ids)
+        except BaseException as error:
+            if not isinstance(error, asyncio.CancelledError):
+                await self._settle_uploads(list(ids.values()))
+            raise
+        await self._settle_uploads([item for name, item in ids.items() if name not in (published or ())])
+        for job in jobs:
+            if job.variant in errors:
+                await self._fail(job, errors[job.variant])
+            elif published is None or job.variant not in published:
+                await self._postpone([job], _FIRST_RETRY)  # unless it is gone
+        return len(published or ())
+
+    async def _settle_uploads(self, ids: Sequence[UUID]) -> None:
+        """Let the journal delete what no row has taken; its worker does it later where that fails."""
+        if ids:
+            await shielded_cleanup(self._journal.settle(ids), "deleting variants that no row has taken")
+
+    async def _publish_patiently(
+        self, jobs: Sequence[_Job], made: Mapping[str, MadeVariant] | None = None, ids: Mapping[str, UUID] | None = None
+    ) -> set[str] | None:
+        """Do as `_publish`, again where a row has moved meanwhile; None where jobs are still to be done, and nothing has changed.
+
+        Raises:
+            StaleAttachmentError: Other transactions have locked the rows for long.
+        """
+        if not jobs:
+            return set()
+        for _ in range(_TRIES):
+            try:
+                async with asyncio.timeout(LONGEST_WAIT):
+                    return await self._publish(jobs, made or {}, ids or {})
+            except _StillHeldError:
+                if not made:
+                    return None
+            except TimeoutError:
+                raise StaleAttachmentError(
+                    f"other transactions have locked the rows of the object at {jobs[0].location!r} for {LONGEST_WAIT:g} s"
+                ) from None
+        return None
+
+    @again_after_deadlock
+    async def _publish(self, jobs: Sequence[_Job], made: Mapping[str, MadeVariant], ids: Mapping[str, UUID]) -> set[str]:
+        """Set variants in the rows that hold their original, and delete the jobs that are done or have no row any more.
+
+        Args:
+            jobs: The jobs of one object.
+            made: The variants that are stored.
+            ids: The intents of their uploads.
+
+        Returns:
+            The names of those that rows have now.
+        """
+        async with self._pool.reading() as connection:
+            holdings = await self._holdings(connection, jobs[0], lock_holdings) if made else []
+            chosen = choose_rows(holdings, made)
+            for item in sorted(ids[name] for name in chosen):
+                consumed = await connection.execute(delete(self._intent).where(self._intent.c.id == item))
+                if consumed.rowcount != 1:
+                    raise StaleAttachmentError("a variant was reclaimed before its row could take it")
+            displaced = await connection.run_sync(write_variants, chosen, made)
+            await connection.run_sync(nominate, self._intent, self._pending(jobs[0], displaced), {})
+            # What the rows held under its name has changed meanwhile: the job stays.
+            overtaken = {job.variant for job in jobs if job.variant in made and _lacking(job, holdings)}.difference(chosen)
+            done = sorted((job for job in jobs if job.variant not in overtaken), key=attrgetter("id"))
+            for job in done:
+                own = (self._job.c.id == job.id) & (self._job.c.recipe == job.recipe)
+                await connection.execute(delete(self._job).where(own))
+            # Only now, when no flush can record the jobs: a row that another transaction moved was not found above.
+            holdings = await self._holdings(connection, jobs[0], read_holdings)
+            if any(_lacking(job, holdings) for job in done):
+                raise _StillHeldError
+        return set(chosen)
+
+    def _pending(self, job: _Job, displaced: Iterable[StoredObjectRef]) -> list[PendingDelete]:
+        return [
+            PendingDelete(ref.backend, ref.location, self._journal.retention_of(ref).total_seconds(), job.location)
+            for ref in displaced
+        ]
+
+    async def _holdings(self, connection: AsyncConnection, job: _Job, find: Callable[..., list[Holding]]) -> list[Holding]:
+        """Return the rows of attachment columns that hold the object of a job, in every schema."""
+        holdings: list[Holding] = []
+        for place, column in await self._references.find_holders(connection, job.location):
+            if isinstance(column.type, AttachmentType):
+                is_here, options = _is_here(place, column, job, connection), _options(place, column)
+                holdings += await connection.run_sync(find, column, is_here, job.place, options)
+        return holdings
+
+    async def _seen(self, jobs: Sequence[_Job]) -> dict[str, frozenset[str | None]]:
+        """Return what the rows hold now under the names of variants."""
+        async with self._pool.reading() as connection:
+            holdings = await self._holdings(connection, jobs[0], read_holdings)
+        return {job.variant: frozenset(holding.location_of(job.variant) for holding in holdings) for job in jobs}
+
+    async def _held_in(self, column_type: ColumnType, job: _Job) -> StoredObjectRef | None:
+        """Return the ref that a row of a column holds of the object of a job."""
+        async with self._pool.reading() as connection:
+            holdings = await self._holdings(connection, job, read_holdings)
+        return next((holding.ref for holding in holdings if holding.column_type is column_type), None)
+
+    async def _fail(self, job: _Job, error: Exception) -> None:
+        """Note why a variant was not made; it is tried again where that may help, and where a row still lacks it."""
+        problem = _described(error)
+        match error:
+            case StaleAttachmentError():
+                await self._postpone([job], _FIRST_RETRY, error)
+            case ConfigurationError():
+                # Perhaps another process can do it, so the pauses do not grow.
+                await self._postpone([job], _PAUSE_FOR_OTHERS, error)
+                logger.warning("%s cannot be done by this process: %s", job.what, error)
+            case ContentError() | ObjectNotFoundError():
+                if await self._publish_patiently([job]) is None:
+                    await self._note(job, problem, is_dead=not await self._is_unmounted(job))
+            case _:
+                await self._note(job, problem, is_dead=job.attempts + 1 >= self._max_attempts)
+
+    async def _is_unmounted(self, job: _Job) -> bool:
+        backend = self._manager.backend(job.backend)
+        return isinstance(backend, SupportsMountCheck) and not await backend.is_mounted()
+
+    async def _postpone(self, jobs: Sequence[_Job], seconds: float, error: Exception | None = None) -> None:
+        """Let jobs be due later; nothing was attempted."""
+        for job in jobs:
+            said = {} if error is None else {"error": _described(error)}
+            await self._update_own(job, due=clock(seconds), takeovers=0, **said)
+
+    async def _forget_dead(self, backend: str, own: ColumnElement[bool]) -> None:
+        """Delete dead jobs to make variants of objects that no row holds any more; look again in an hour at the others."""
+        job = self._job
+        dead = select(job).where(job.c.backend == backend, job.c.dead, job.c.due <= clock(), own).limit(_AT_A_TIME)
+        async with self._pool.reading() as connection:
+            found = [_job(row, row.takeovers) for row in await connection.execute(dead)]
+        for item in found:
+            if await self._publish_patiently([item]) is None:
+                await self._update_own(item, due=clock(_LONGEST_RETRY))
+
     async def _renew(self, job: _Job) -> None:
         """Renew the lease of a job until cancelled."""
         while True:
@@ -369,7 +745,7 @@ class Jobs:
         due = clock(delay * random.uniform(1 - _JITTER, 1))  # noqa: S311  # not a secret
         await self._update_own(job, error=problem, dead=is_dead, due=due, attempts=attempts, takeovers=0)
         told, onward = (logger.error, "a dead letter") if is_dead else (logger.warning, "is tried again")
-        told("the object %r, which is held, was not scanned (attempt %d, %s): %s", job.location, attempts, onward, problem)
+        told("%s failed (attempt %d, %s): %s", job.what, attempts, onward, problem)
 
     async def _update_own(self, job: _Job, **values: Any) -> None:
         """Update a job, unless another worker has taken it over."""
@@ -382,8 +758,22 @@ class Jobs:
 _UNTRIED = {"attempts": 0, "takeovers": 0}
 
 
+def _job(row: Row[Any], takeovers: int) -> _Job:
+    address = row.table_name, row.column_name
+    return _Job(row.id, address, row.backend, row.location, row.attempts, takeovers, row.key, row.recipe)
+
+
+def _described_key(key: str) -> str:
+    return "scanning" if key == SCAN else f"making the variant {key.removeprefix(_VARIANT)!r}"
+
+
 def _is_here(place: Place, column: Column[Any], job: _Job, connection: AsyncConnection) -> ColumnElement[bool]:
     return location_of(column, connection.dialect.name, is_generated=place.is_generated)[1] == job.location
+
+
+def _lacking(job: _Job, holdings: Iterable[Holding]) -> list[Holding]:
+    """Return the rows that are still to get the variant of a job."""
+    return [holding for holding in holdings if holding.wants(job.variant, job.recipe)]
 
 
 def _options(place: Place, column: Column[Any]) -> dict[str, Any]:

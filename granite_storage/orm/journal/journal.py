@@ -18,7 +18,7 @@ from granite_storage.orm.journal.database import JournalPool, KnownSchemas, acce
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
 from granite_storage.orm.journal.intents import GroupCommit, Intents, Lease
-from granite_storage.orm.journal.jobs import Jobs
+from granite_storage.orm.journal.jobs import Jobs, has_variants
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import RecoveryReport, tables_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from granite_storage._engine import PreparedUpload
     from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import Binding
+    from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant
     from granite_storage.refs import StoredObjectRef
 
 __all__ = ["StorageJournal", "SyncJournal"]
@@ -152,7 +152,7 @@ class StorageJournal:
         """
         others = sorted({column.table for column in self._columns()}, key=str)
         may_hold = any(policy.may_hold for policy in self.manager.policies.values())
-        await check_database(self._bounded, self.tables, others, has_jobs=may_hold)
+        await check_database(self._bounded, self.tables, others, has_jobs=may_hold or has_variants(self._columns()))
         for backend in sorted(await self._recovery().unknown_backends()):
             logger.warning("the journal keeps rows of the backend %r, which the manager does not have: its objects stay", backend)
         self._checked = True
@@ -161,6 +161,7 @@ class StorageJournal:
         """Run recovery once: delete uploads that no transaction has consumed, and displaced objects that are due.
 
         Objects that are held until a scanner has judged them are scanned, those that are due, and their rows get the verdict.
+        Variants that are due are made, and their rows get them.
         Any number of processes may do so at the same time. What fails is tried again by a later pass, ever more rarely.
 
         Raises:
@@ -170,7 +171,7 @@ class StorageJournal:
         recovery, jobs = self._recovery(), self._jobs()
         report = RecoveryReport()
         async with asyncio.TaskGroup() as group:
-            works = (work.run(backend) for work in (recovery, jobs) for backend in self.manager.backends)
+            works = (work(backend) for work in (recovery.run, jobs.run, jobs.derive) for backend in self.manager.backends)
             passes = [group.create_task(work) for work in works]
         for done in passes:
             report.add(done.result())
@@ -184,10 +185,10 @@ class StorageJournal:
         """Run recovery periodically while the block runs, as a task of an application's lifespan.
 
         It looks soon after a transaction of this process has given something up, and every interval for those of other processes.
-        Every backend has a loop of its own, so that a slow or dead one holds up no other, and another loop for the scans of held
-        objects, which may take minutes. Failures are logged and survived. The loops end with the block, promptly; what they leave
-        unfinished any other worker resumes. Where the base is bound again meanwhile, the worker goes on with the new manager, for
-        those backends that it began with.
+        Every backend has a loop of its own, so that a slow or dead one holds up no other, and further loops for the scans of held
+        objects, which may take minutes, and for the variants that are to be made. Failures are logged and survived. The loops end
+        with the block, promptly; what they leave unfinished any other worker resumes. Where the base is bound again meanwhile,
+        the worker goes on with the new manager, for those backends that it began with.
 
         Args:
             interval: The pause between two passes, give or take a quarter.
@@ -216,14 +217,19 @@ class StorageJournal:
             if backend in self.manager.backends:
                 await self._jobs().run(backend)
 
+        async def derive(backend: str) -> None:
+            if backend in self.manager.backends:
+                await self._jobs().derive(backend)
+
         async with (
             at_work(self.manager.backends, recover, interval, self._alarm),
             at_work(self.manager.backends, scan, interval, self._alarm, what="scanning the held objects"),
+            at_work(self.manager.backends, derive, interval, self._alarm, what="making the variants of the objects"),
         ):
             yield
 
     async def retry_dead_letters(self) -> int:
-        """Make dead letters due again for the next pass, deletes and scans; return how many there are."""
+        """Make dead letters due again for the next pass, deletes, scans and variants; return how many there are."""
         await self._ensure_checked()
         return await self._recovery().retry_dead_letters() + await self._jobs().retry_dead()
 
@@ -299,6 +305,11 @@ class StorageJournal:
         """Wake the workers of this process, because a transaction has left work for them."""
         self._alarm.ring()
 
+    async def make_variant(self, column_type: ColumnType, source: StoredObjectRef, variant: DeclaredVariant) -> StoredObjectRef:
+        """Make a variant of the object of a committed row, and return what the row holds then; see `Attachment.variant`."""
+        await self._ensure_checked()
+        return await self._jobs().make(column_type, source, variant)
+
     async def settle(self, ids: Sequence[UUID]) -> None:
         """Delete at once the objects that a rolled-back transaction has stored; locked intents are left to a worker."""
         await self._recovery().settle(ids)
@@ -349,6 +360,7 @@ class StorageJournal:
             self.manager,
             self._references_by(self._pool),
             self._columns(),
+            self,
             lease=min(self._lease, _JOB_LEASE),
             max_attempts=self._max_attempts,
         )

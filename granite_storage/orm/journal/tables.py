@@ -173,7 +173,7 @@ def _on_mariadb(element: clock, compiler: Any, **kw: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FailedReclaim:
-    """An object that could not be deleted, or not be scanned.
+    """An object that could not be deleted or scanned, or of which a variant could not be made.
 
     Attributes:
         backend: Its backend's key.
@@ -201,9 +201,11 @@ class RecoveryReport:
         confirmed: How many late looks at the place of a deleted upload ended its row.
         leased: How many uploads are still under their leases.
         waiting: How many deletes wait for their retention, or for a transaction in progress.
-        failed: What could not be deleted, each with its next attempt, and what cannot be scanned.
+        failed: What could not be deleted, each with its next attempt, and what cannot be scanned or derived.
         scanned: How many held objects it scanned, whose rows now have the verdict.
         held: How many are held until a scanner has judged them, and are tried again.
+        derived: How many variants it made, which rows now have.
+        underived: How many variants are still to be made.
         unknown_backends: Backends that rows of the journal name and the manager does not have; nothing of theirs is touched.
     """
 
@@ -215,6 +217,8 @@ class RecoveryReport:
     waiting: int = 0
     scanned: int = 0
     held: int = 0
+    derived: int = 0
+    underived: int = 0
     failed: list[FailedReclaim] = field(default_factory=list)
     unknown_backends: set[str] = field(default_factory=set)
 
@@ -225,4 +229,5 @@ class RecoveryReport:
         self.kept += other.kept
         self.confirmed += other.confirmed
         self.scanned += other.scanned
+        self.derived += other.derived
         self.failed += other.failed

@@ -1,0 +1,64 @@
+"""What both engines agree on: which images are opened, what of them is shown, and in which size."""
+
+from __future__ import annotations
+
+import base64
+from typing import BinaryIO
+
+from granite_storage.exceptions import DerivationRefusedError
+
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+)
+
+
+PLACEHOLDERS = ((32, 30), (32, 5), (24, 5), (16, 5), (8, 5))
+"""Sides in pixels and qualities that are tried until a placeholder is small enough."""
+
+MOST_PLACEHOLDER = 400
+"""The longest placeholder, in bytes."""
+
+
+def recognize(file: BinaryIO) -> str:
+    """Return the name that Pillow has for the format, and leave the file at its start.
+
+    Raises:
+        DerivationRefusedError: It is none that is opened, such as SVG, EPS or HEIC.
+    """
+    head = file.read(256)
+    file.seek(0)
+    for signature, name in _SIGNATURES:
+        if head.startswith(signature):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:8] == b"ftyp":
+        brands = head[8 : int.from_bytes(head[:4], "big")]
+        if b"avif" in brands or b"avis" in brands:
+            return "AVIF"
+    raise DerivationRefusedError("the file is no image of a type that can be shown: JPEG, PNG, GIF, WebP, AVIF, BMP or TIFF")
+
+
+def plan(size: tuple[int, int], box: tuple[int, int], crop: bool) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
+    """Return the new size, and the region of the image that it shows; nothing is ever made larger."""
+    width, height = size
+    if not crop:
+        scale = min(1.0, box[0] / width, box[1] / height)
+        return (max(1, round(width * scale)), max(1, round(height * scale))), (0, 0, width, height)
+    # The largest region of the wanted proportions, in the middle.
+    region_width, region_height = min(width, height * box[0] / box[1]), min(height, width * box[1] / box[0])
+    left, top = (width - region_width) / 2, (height - region_height) / 2
+    scale = min(1.0, box[0] / region_width)
+    new = (max(1, round(region_width * scale)), max(1, round(region_height * scale)))
+    return new, (left, top, left + region_width, top + region_height)
+
+
+def data_url(webp: bytes) -> str:
+    """Return a WebP image as a data URL."""
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"

@@ -1,0 +1,377 @@
+"""Variants in the rows: how they are read and set, and how one is made when it is asked for.
+
+A variant is set by compare-and-set on the location of its original. The rows that hold the original are locked, and their values
+read under the lock. Each must still hold under the variant's name what was seen there before the variant was made. Then the whole
+value is written as it was read, with the variant in it, and no other column. Nothing that was read before the lock is written
+back: another variant may have come meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Column, ColumnElement, Connection, bindparam, select, update
+
+from granite_storage._tasks import shielded, shielded_cleanup, wait_uncancelled
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
+from granite_storage.locations import matches_generated_name, uuid7_hex
+from granite_storage.orm._interfaces import StoredObject
+from granite_storage.orm.columns import location_of, portable_storage_ref_type, where_json
+from granite_storage.orm.locking import among, take_write_lock
+from granite_storage.orm.references import as_stored, find_location_columns, keeping_other_columns
+from granite_storage.orm.uploads import make_variant, prepare_variant, remove
+from granite_storage.refs import StoredObjectRef, require_scanned
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+    from granite_storage.orm._interfaces import Binding, ColumnType, DeclaredVariant
+    from granite_storage.orm.columns import AttachmentType
+
+__all__ = [
+    "LONGEST_WAIT",
+    "Holding",
+    "MadeVariant",
+    "choose_rows",
+    "entity_of",
+    "is_held_at",
+    "lock_holdings",
+    "make_without_journal",
+    "not_committed",
+    "read_holdings",
+    "share",
+    "write_variants",
+]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+T = TypeVar("T")
+
+LONGEST_WAIT = 30.0
+"""Seconds that a variant waits for transactions that have locked the rows of its original."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Holding:
+    """A row that holds an object, and the value of its column.
+
+    Attributes:
+        column: The column.
+        is_row: The criterion of the row, for as long as it holds the object.
+        value: Its JSON.
+        options: The execution options that lead to the table.
+    """
+
+    column: Column[Any]
+    is_row: ColumnElement[bool]
+    value: dict[str, Any]
+    options: Mapping[str, Any]
+
+    @property
+    def column_type(self) -> AttachmentType:
+        """The type of the column."""
+        return cast("AttachmentType", self.column.type)
+
+    @property
+    def ref(self) -> StoredObjectRef:
+        """The value as a ref; raises `InvalidReferenceError` where it is none."""
+        return StoredObjectRef.from_dict(self.value)
+
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """The JSON of its variants, by their names."""
+        found = self.value.get("variants")
+        if found is None:
+            return {}
+        if not isinstance(found, dict) or not all(isinstance(variant, dict) for variant in found.values()):
+            raise InvalidReferenceError(f"the row of the object {self.value['location']!r} has variants that cannot be read")
+        return found
+
+    def wants(self, name: str, recipe: str | None) -> bool:
+        """Return whether the column declares a variant by a recipe, and the row does not have it so."""
+        declared, found = self.column_type.variants.get(name), self.variants.get(name)
+        return declared is not None and declared.digest == recipe and (found is None or found.get("recipe") != recipe)
+
+    def location_of(self, name: str) -> str | None:
+        """Return the location of a variant; None where it is missing."""
+        return self.variants.get(name, {}).get("location")
+
+
+@dataclass(frozen=True, slots=True)
+class MadeVariant:
+    """A variant that is stored, and that no row refers to yet.
+
+    Attributes:
+        ref: Its ref.
+        seen: What the rows of its original held under its name before it was made: locations, and None where it was missing.
+    """
+
+    ref: StoredObjectRef
+    seen: frozenset[str | None]
+
+
+def is_held_at(column: Column[Any], location: str, dialect: str, *, is_generated: bool) -> ColumnElement[bool]:
+    """Return the criterion for the rows of a column that hold the object at a location."""
+    _, found = location_of(column, dialect, is_generated=is_generated)
+    # A JSON function fails there on a value that is not JSON.
+    return (where_json(column, found) if dialect == "sqlite" else found) == location
+
+
+def read_holdings(
+    connection: Connection, column: Column[Any], is_here: ColumnElement[bool], place: tuple[str, str], options: Mapping[str, Any]
+) -> list[Holding]:
+    """Return the rows of a column that hold an object, without locking them.
+
+    Args:
+        connection: The connection.
+        column: The column.
+        is_here: The criterion for the rows.
+        place: The backend and the location of the object: the same location elsewhere is another object.
+        options: The execution options that lead to the table.
+    """
+    found = connection.execute(select(as_stored(column, connection.dialect)).where(is_here), execution_options=options)
+    values = (_value(raw, place) for (raw,) in found)
+    return [Holding(column, is_here, value, options) for value in values if value is not None]
+
+
+def lock_holdings(
+    connection: Connection, column: Column[Any], is_here: ColumnElement[bool], place: tuple[str, str], options: Mapping[str, Any]
+) -> list[Holding]:
+    """Lock the rows of a column that hold an object, in the order of their primary keys, and return what they hold now.
+
+    The arguments are those of `read_holdings`.
+    """
+    table, keys = column.table, list(column.table.primary_key)
+    holdings: list[Holding] = []
+    # Row by row: on MariaDB a list may lock other rows on the way.
+    for row in connection.execute(select(*keys).where(is_here).order_by(*keys), execution_options=options).all():
+        is_row = among(table, [tuple(row)]) & is_here
+        locked = select(as_stored(column, connection.dialect)).where(is_row).with_for_update(key_share=True)
+        values = [_value(raw, place) for (raw,) in connection.execute(locked, execution_options=options)]
+        holdings += [Holding(column, is_row, value, options) for value in values if value is not None]
+    return holdings
+
+
+def choose_rows(holdings: Sequence[Holding], made: Mapping[str, MadeVariant]) -> dict[str, list[Holding]]:
+    """Return which variants may be set, and in which of the locked rows.
+
+    A row that has a variant by the same recipe keeps it, and one whose column does not declare it does not get it. Of the others
+    each must hold what was seen before, or the variant is left out: an older recipe must not replace the result of a newer one.
+    """
+    chosen: dict[str, list[Holding]] = {}
+    for name, variant in made.items():
+        lacking = [holding for holding in holdings if holding.wants(name, variant.ref.recipe)]
+        if lacking and all(holding.location_of(name) in variant.seen for holding in lacking):
+            chosen[name] = lacking
+    return chosen
+
+
+def write_variants(
+    connection: Connection, chosen: Mapping[str, Sequence[Holding]], made: Mapping[str, MadeVariant]
+) -> list[StoredObjectRef]:
+    """Set variants in locked rows, one UPDATE for each; return those that they take the places of.
+
+    Raises:
+        StaleAttachmentError: A row does not hold the object any more, though it is locked.
+    """
+    displaced: list[StoredObjectRef] = []
+    for holding in dict.fromkeys(holding for holdings in chosen.values() for holding in holdings):
+        names = [name for name, holdings in chosen.items() if holding in holdings]
+        variants = holding.variants
+        displaced += [StoredObjectRef.from_dict(variants[name]) for name in names if name in variants]
+        value = {**holding.value, "variants": {**variants, **{name: made[name].ref.to_dict() for name in names}}}
+        new = bindparam(None, value, type_=portable_storage_ref_type())
+        values = {holding.column: new, **keeping_other_columns(holding.column)}
+        written = update(holding.column.table).where(holding.is_row).values(values)
+        if connection.execute(written, execution_options=holding.options).rowcount != 1:
+            raise StaleAttachmentError(f"a locked row no longer holds the object at {holding.value['location']!r}")
+    return displaced
+
+
+def entity_of(source: StoredObjectRef) -> str:
+    """Return the segment of an original's location that names its row, where the library has generated it; else a new one."""
+    segments = source.location.split("/")
+    is_generated = matches_generated_name(source.location) and len(segments) > 3
+    return segments[-3] if is_generated else uuid7_hex()
+
+
+def not_committed(source: StoredObjectRef) -> StaleAttachmentError:
+    """Return the error for an original that no committed row holds."""
+    return StaleAttachmentError(
+        f"no committed row holds the object at {source.location!r}, so a variant of it cannot be kept: commit the transaction"
+        " that stores it first, or load the row again where it has been given another file"
+    )
+
+
+def _value(raw: Any, place: tuple[str, str]) -> dict[str, Any] | None:
+    """Return a value of a column as it is, if it holds the object at a place."""
+    try:
+        value = json.loads(raw)
+    except (TypeError, ValueError):
+        return None
+    return value if isinstance(value, dict) and (value.get("backend"), value.get("location")) == place else None
+
+
+# Variants that are made when they are asked for. Callers in one process that ask for the same one share the work.
+
+
+@dataclass(slots=True, eq=False)
+class _Shared:
+    task: asyncio.Task[Any]
+    waiting: int = 0
+
+
+_shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, _Shared]] = WeakKeyDictionary()
+
+
+async def share(key: Hashable, work: Callable[[], Awaitable[T]]) -> T:
+    """Return the result of some work, which all callers with the same key share; it is cancelled with the last of them."""
+    in_progress = _shared.setdefault(asyncio.get_running_loop(), {})
+    entry = in_progress.get(key)
+    if entry is None:
+        entry = in_progress[key] = _Shared(asyncio.create_task(_run(work)))
+        entry.task.add_done_callback(lambda _: _forget(in_progress, key, entry))
+    entry.waiting += 1
+    try:
+        result: T = await asyncio.shield(entry.task)
+    except asyncio.CancelledError:
+        if entry.waiting == 1 and not entry.task.done():
+            _forget(in_progress, key, entry)
+            entry.task.cancel()
+            await wait_uncancelled(entry.task)
+        raise
+    finally:
+        entry.waiting -= 1
+    return result
+
+
+async def _run(work: Callable[[], Awaitable[T]]) -> T:
+    return await work()
+
+
+def _forget(in_progress: dict[Hashable, _Shared], key: Hashable, entry: _Shared) -> None:
+    if in_progress.get(key) is entry:
+        del in_progress[key]
+
+
+# Without a journal: the object is deleted again unless its row has it; where that is unknown, it is kept.
+
+
+class _Fate(Enum):
+    UNSET = auto()
+    IN_DOUBT = auto()
+    SET = auto()
+
+
+async def make_without_journal(
+    binding: Binding, column_type: ColumnType, source: StoredObjectRef, declared: DeclaredVariant
+) -> StoredObjectRef:
+    """Make a variant of the object of a committed row, and return what the row holds then.
+
+    Raises:
+        ConfigurationError: The base was bound without a session factory.
+        StaleAttachmentError: No committed row holds the object, or others have locked it for long.
+        ScanPendingError: A virus scanner has not judged the original yet.
+        InfectedObjectError: It found something in it.
+        DerivationRefusedError: The variant cannot be made of this original.
+        DerivationFailedError: It could not be made now.
+        StorageError: It could not be stored.
+    """
+    if binding.session_factory is None:
+        raise ConfigurationError("making a variant when it is asked for needs sessions: bind_storage(..., session_factory=...)")
+    held = await shielded(_read(binding.session_factory, column_type, source))
+    if held is None:
+        raise not_committed(source)
+    if declared.name in (held.variants or {}):
+        return held
+    require_scanned(held)
+    manager = column_type.manager_in(binding)
+    prepared = prepare_variant(manager, column_type, entity_of(held), held.location, held.storage_key, declared)
+    setting = _Setting(binding.session_factory, column_type, source, declared.name)
+    stored: list[StoredObjectRef] = []
+    try:
+        await make_variant(manager, held, prepared, declared.recipe, stored.append)
+        await shielded(setting.run(stored[0]))
+    finally:
+        if setting.fate is _Fate.IN_DOUBT:
+            logger.warning("it is unknown whether a row has the variant %r, which stays", prepared.location)
+        elif setting.fate is _Fate.UNSET and stored:
+            what = "deleting a variant that no row has taken"
+            await shielded_cleanup(remove([StoredObject(manager, ref) for ref in stored], []), what)
+    if setting.held is None or declared.name not in (setting.held.variants or {}):
+        raise not_committed(source)
+    return setting.held
+
+
+async def _read(
+    sessions: async_sessionmaker[AsyncSession], column_type: ColumnType, source: StoredObjectRef
+) -> StoredObjectRef | None:
+    async with sessions() as session:
+        connection = await session.connection(bind_arguments={"clause": column_type.table})
+        found = await connection.run_sync(_find, read_holdings, column_type.column, source)
+        return found[0].ref if found else None
+
+
+def _find(
+    connection: Connection, find: Callable[..., list[Holding]], column: Column[Any], source: StoredObjectRef
+) -> list[Holding]:
+    is_generated = column in find_location_columns(connection, [column])
+    is_here = is_held_at(column, source.location, connection.dialect.name, is_generated=is_generated)
+    return find(connection, column, is_here, (source.backend, source.location), {})
+
+
+class _Setting:
+    """Sets a variant in the rows of its original, in a transaction of its own.
+
+    Attributes:
+        fate: Whether rows have it.
+        held: What a row holds now.
+    """
+
+    def __init__(
+        self, sessions: async_sessionmaker[AsyncSession], column_type: ColumnType, source: StoredObjectRef, name: str
+    ) -> None:
+        self._sessions = sessions
+        self._column_type = column_type
+        self._source = source
+        self._name = name
+        self.fate = _Fate.UNSET
+        self.held: StoredObjectRef | None = None
+
+    async def run(self, variant: StoredObjectRef) -> None:
+        """Set it where it is missing."""
+        async with self._sessions() as session:
+            connection = await session.connection(bind_arguments={"clause": self._column_type.table})
+            # SQLite bounds the wait itself, and a statement that is cut off there leaves the file locked.
+            limit = None if connection.dialect.name == "sqlite" else LONGEST_WAIT
+            try:
+                async with asyncio.timeout(limit):
+                    is_set = await connection.run_sync(self._write, variant)
+            except TimeoutError:
+                raise StaleAttachmentError(
+                    f"other transactions have locked the row of the object at {self._source.location!r} for {LONGEST_WAIT:g} s:"
+                    " try again, and commit a transaction of your own that has changed it first"
+                ) from None
+            if is_set:
+                self.fate = _Fate.IN_DOUBT
+                await session.commit()
+                self.fate = _Fate.SET
+
+    def _write(self, connection: Connection, variant: StoredObjectRef) -> bool:
+        column = self._column_type.column
+        take_write_lock(connection, column.table)
+        holdings = _find(connection, lock_holdings, column, self._source)
+        made = {self._name: MadeVariant(variant, frozenset([None]))}
+        chosen = choose_rows(holdings, made)
+        write_variants(connection, chosen, made)
+        refs: Iterable[StoredObjectRef] = (holding.ref for holding in holdings)
+        held = next(iter(refs), None)
+        self.held = held.with_variants({**(held.variants or {}), self._name: variant}) if held and chosen else held
+        return bool(chosen)

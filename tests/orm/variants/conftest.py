@@ -1,0 +1,33 @@
+"""Environments whose every attachment column has a variant that is made in the flush."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from granite_storage.backends.local import LocalStorageBackend
+from tests.orm.conftest import new_database
+from tests.orm.databases import Database
+from tests.orm.environment import OrmEnvironment, orm_environment
+from tests.orm.variants.recipes import Upper
+
+
+@pytest.fixture(scope="session", params=["sqlite-begin", "asyncpg", "psycopg", "mariadb"])
+async def database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
+    """Every database, with a journal where it can have one."""
+    async with new_database(request, request.param) as found:
+        yield found
+
+
+@pytest.fixture
+async def env(database: Database, tmp_path: Path) -> AsyncIterator[OrmEnvironment]:
+    """Empty tables and an empty storage; checked afterwards, with the variants."""
+    backend = LocalStorageBackend(tmp_path / "store", fsync=False) if database.is_sqlite else None
+    async with orm_environment(database, backend=backend, journaled=not database.is_sqlite, variants={"upper": Upper()}) as env:
+        yield env
+        if database.is_sqlite:
+            await env.check()
+        else:
+            await env.check_recovery()

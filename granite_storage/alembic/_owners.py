@@ -111,10 +111,8 @@ def _select(connection: Connection, column: Column[Any], wanted: Sequence[str], 
 def _select_variants(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[Any]:
     """Return backend, location and identity of the variants in the refs of a column that lead to one of the locations."""
     dialect = connection.dialect.name
-    variants = unnest_variants(column, dialect)
-    texts = [value_in(variants.c.value, key, dialect) for key in ("backend", "location", "identity")]
-    if dialect == "sqlite":
-        texts = [where_json(variants.c.value, text) for text in texts]
+    variants, variant = unnest_variants(column, dialect)
+    texts = [value_in(variant, key, dialect) for key in ("backend", "location", "identity")]
     found = select(*(selected_text(text, dialect) for text in texts)).select_from(column.table.join(variants, true()))
     return _run(connection, column, found.where(texts[1].in_(wanted)))
 

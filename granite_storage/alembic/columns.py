@@ -121,7 +121,7 @@ def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema
     _require_done(connection, found, found.c[source], found.c[target], ())
     kept = count(connection, found, found.c[source].is_not(None))
     logger.warning("%d objects of %s.%s remain in storage, and no row refers to them any more", kept, table, source)
-    variants = unnest_variants(found.c[source], connection.dialect.name)
+    variants, _ = unnest_variants(found.c[source], connection.dialect.name)
     nested = select(func.count()).select_from(found.join(variants, true()))
     if number := connection.execute(nested).scalar_one():
         logger.warning("%d variants of these objects remain as well, for the garbage collector", number)

@@ -17,6 +17,7 @@ from sqlalchemy import (
     ColumnElement,
     CompoundSelect,
     Connection,
+    FromClause,
     LargeBinary,
     MetaData,
     Select,
@@ -47,16 +48,16 @@ from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
 from granite_storage.orm._interfaces import JournalTables, active_bindings
 from granite_storage.orm._util import batches
-from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, location_of, unnest_variants, value_in
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, unnest_variants, value_in
 from granite_storage.orm.discovery import (
     FoundColumn,
     as_found,
     find_tables,
     find_text_columns,
     find_with_refs,
-    has_legible_variants,
     has_value,
     is_legible,
+    may_nest,
     resolve,
 )
 from granite_storage.orm.journal.database import find_gap
@@ -153,9 +154,9 @@ def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Seq
 
 def select_first(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select the primary key, the backend and the identity of a row whose reference, or that to a variant, is of a kind."""
-    ref, variants = column.column, unnest_variants(column.column, dialect)
+    ref = column.column
     found: list[Select[*tuple[Any, ...]]] = []
-    for value, source in ((ref, ref.table), (variants.c.value, ref.table.join(variants, true()))):
+    for value, source in _values(ref, dialect):
         wanted = case((is_legible(value, dialect), _kind(value, column, dialect, identities))) == literal_column(str(kind))
         said = (selected_text(value_in(value, key, dialect), dialect) for key in ("backend", "identity"))
         if dialect == "sqlite":
@@ -167,9 +168,8 @@ def select_first(column: RefColumn, dialect: str, kind: int, identities: Sequenc
 
 def select_counts(column: RefColumn, dialect: str) -> CompoundSelect[*tuple[Any, ...]]:
     """Select backend, identity and number of the references of a column, and of those to variants by themselves."""
-    ref, variants = column.column, unnest_variants(column.column, dialect)
     found: list[Select[*tuple[Any, ...]]] = []
-    for value, source in ((ref, ref.table), (variants.c.value, ref.table.join(variants, true()))):
+    for value, source in _values(column.column, dialect):
         backend, identity = (value_in(value, key, dialect) for key in ("backend", "identity"))
         legible = is_legible(value, dialect)
         if dialect == "sqlite":  # reading a value that is no JSON fails there
@@ -180,28 +180,41 @@ def select_counts(column: RefColumn, dialect: str) -> CompoundSelect[*tuple[Any,
 
 
 def select_first_illegible(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
-    """Select the primary key of a row whose value is no reference."""
-    wrong = and_(has_value(column, dialect), not_(_is_legible_whole(column, dialect)))
-    return select(*column.table.primary_key, literal_column("1")).where(wrong).limit(1)
+    """Select the primary key of a row whose value is no reference, or has variants that cannot be read."""
+    found: list[Select[*tuple[Any, ...]]] = []
+    for value, source in _values(column, dialect):
+        keys = (key.label(f"key_{number}") for number, key in enumerate(column.table.primary_key))
+        wrong = not_(_is_legible_whole(value, dialect, is_variant=value is not column))
+        found.append(select(*keys, literal_column("1").label("one")).select_from(source).where(has_value(column, dialect), wrong))
+    return select(union_all(*found).subquery("found")).limit(1)
 
 
-def _is_legible_whole(column: Column[Any], dialect: str) -> ColumnElement[bool]:
-    """Return the criterion that a value is a reference whose variants can be read as well; never NULL."""
-    return case((is_legible(column, dialect), has_legible_variants(column, dialect)), else_=false())
+def _values(column: Column[Any], dialect: str) -> list[tuple[ColumnElement[Any], FromClause]]:
+    """Return the values of a column, and those of the variants in them, each with the table that they are in."""
+    variants, variant = unnest_variants(column, dialect)
+    return [(column, column.table), (variant, column.table.join(variants, true()))]
+
+
+def _is_legible_whole(value: ColumnElement[Any], dialect: str, *, is_variant: bool) -> ColumnElement[bool]:
+    """Return the criterion that a value is a reference, and has what can be variants; never NULL."""
+    return case((is_legible(value, dialect), may_nest(value, dialect, is_variant=is_variant)), else_=false())
 
 
 def _locations(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> list[Select[*tuple[Any, ...]]]:
-    ref, variants = column.column, unnest_variants(column.column, dialect)
-    legible = _is_legible_whole(ref, dialect) if column.is_declared else is_legible(ref, dialect)
-    found = select(
-        case((legible, location_of(ref, dialect)[1])).label("location"),
-        case((legible, _kind(ref, column, dialect, identities)), else_=literal_column(str(ELSEWHERE))).label("kind"),
-    ).where(has_value(ref, dialect))
-    nested = select(
-        case((is_legible(variants.c.value, dialect), value_in(variants.c.value, "location", dialect))).label("location"),
-        _kind(variants.c.value, column, dialect, identities).label("kind"),
-    ).select_from(ref.table.join(variants, true()))
-    return [found if column.is_declared else found.where(legible), nested.where(is_legible(variants.c.value, dialect))]
+    found: list[Select[*tuple[Any, ...]]] = []
+    for value, source in _values(column.column, dialect):
+        is_variant = value is not column.column
+        legible = is_legible(value, dialect)
+        if column.is_declared:
+            legible = _is_legible_whole(value, dialect, is_variant=is_variant)
+        one = select(
+            case((legible, value_in(value, "location", dialect))).label("location"),
+            case((legible, _kind(value, column, dialect, identities)), else_=literal_column(str(ELSEWHERE))).label("kind"),
+        ).select_from(source)
+        if not is_variant:
+            one = one.where(has_value(column.column, dialect))
+        found.append(one if column.is_declared else one.where(legible))
+    return found
 
 
 def _kind(ref: ColumnElement[Any], column: RefColumn, dialect: str, identities: Sequence[str] | None) -> ColumnElement[int]:

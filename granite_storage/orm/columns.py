@@ -773,25 +773,28 @@ def variant_locations(variants: str | None) -> set[str]:
     return locations
 
 
-def unnest_variants(column: ColumnElement[Any], dialect: str) -> TableValuedAlias:
-    """Return the variants in a column's refs as a table in SQL, to join with that of the column, or to ask whether it has rows.
+def unnest_variants(column: ColumnElement[Any], dialect: str) -> tuple[TableValuedAlias, ColumnElement[Any]]:
+    """Return the variants in a column's refs as a table in SQL, to join with that of the column, and its JSON values.
 
-    Its column `value` is the JSON of a variant's ref, which `location_of`, `value_in` and `is_legible` read like that of any
-    other. What is no variant of a readable ref has no row, or one with another value: `has_legible_variants` tells.
+    Each is that of a variant's ref, which `value_in` and `is_legible` read like that of any other. A value that is none is
+    something else or NULL; where the variants are no mapping at all, there is no row.
     """
     match dialect:
         case "postgresql":
             variants = cast(column, JSONB).op("->", return_type=JSONB())(literal_column("'variants'"))
             of_object = case((func.jsonb_typeof(variants) == "object", variants))
-            return func.jsonb_each(of_object).table_valued(named_column("key", Text()), named_column("value", JSONB()))
+            variant = func.jsonb_each(of_object).table_valued(named_column("key", Text()), named_column("value", JSONB()))
+            return variant, variant.c.value
         case "sqlite":  # a JSON function fails there on a value that is not JSON
             kind = case((func.json_valid(column) == 1, func.json_type(column, literal_column("'$.variants'"))))
             of_object = case((kind == "object", func.json_extract(column, literal_column("'$.variants'"), type_=Text())))
-            return func.json_each(of_object).table_valued(named_column("value", Text()), named_column("type", Text()))
+            variant = func.json_each(of_object).table_valued(named_column("value", Text()), named_column("type", Text()))
+            return variant, case((variant.c.type == "object", variant.c.value))
         case _:
             of_json = case((func.json_valid(column) == 1, column))
             each = func.json_table(of_json, literal_column("'$.variants.*' COLUMNS (value JSON PATH '$')"))
-            return each.table_valued(named_column("value", Text()))
+            variant = each.table_valued(named_column("value", Text()))
+            return variant, variant.c.value
 
 
 def where_json(column: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -34,7 +34,6 @@ from sqlalchemy import (
     func,
     literal,
     literal_column,
-    not_,
     or_,
     select,
     table,
@@ -63,9 +62,9 @@ __all__ = [
     "find_tables",
     "find_text_columns",
     "find_with_refs",
-    "has_legible_variants",
     "has_value",
     "is_legible",
+    "may_nest",
     "mentions_at",
     "read_catalogue",
     "resolve",
@@ -490,21 +489,17 @@ def is_legible(column: ColumnElement[Any], dialect: str) -> ColumnElement[bool]:
     return func.coalesce(sound, false())
 
 
-def has_legible_variants(column: ColumnElement[Any], dialect: str) -> ColumnElement[bool]:
-    """Return the criterion that a value which is JSON has no variants, or only references without variants; never NULL."""
-    kinds, kind_of = _KINDS[dialect]
-    variants = unnest_variants(column, dialect)
-    sound = and_(is_legible(variants.c.value, dialect), _has_none(variants.c.value, dialect))
-    if dialect == "sqlite":  # there a text in JSON may be JSON itself
-        sound = and_(variants.c.type == kinds.mapping, sound)
-    is_wrong = exists(select(literal_column("1")).select_from(variants).where(not_(sound)))
-    is_mapping = func.coalesce(kind_of(column, "variants"), "") == kinds.mapping
-    return case((_has_none(column, dialect), true()), (is_mapping, not_(is_wrong)), else_=false())
+def may_nest(value: ColumnElement[Any], dialect: str, *, is_variant: bool = False) -> ColumnElement[bool]:
+    """Return the criterion that what a legible reference has for variants can be some, whose values are to be asked; never NULL.
 
-
-def _has_none(value: ColumnElement[Any], dialect: str) -> ColumnElement[bool]:
+    Args:
+        value: The reference.
+        dialect: The name of the database.
+        is_variant: Whether it is a variant itself, which has none.
+    """
     kinds, kind_of = _KINDS[dialect]
-    return func.coalesce(kind_of(value, "variants"), kinds.null) == kinds.null
+    allowed = [kinds.null] if is_variant else [kinds.null, kinds.mapping]
+    return func.coalesce(kind_of(value, "variants"), kinds.null).in_(allowed)
 
 
 def _kind_on_postgresql(column: ColumnElement[Any], key: str) -> ColumnElement[Any]:
@@ -535,8 +530,8 @@ def _refs_in(
             here = identity.in_(identities) if is_certain else or_(identity.is_(None), identity.in_(identities))
         return case((is_legible(ref, dialect), here), else_=false())
 
-    variants = unnest_variants(value, dialect)
-    nests_one = exists(select(literal_column("1")).select_from(variants).where(leads_here(variants.c.value)))
+    variants, variant = unnest_variants(value, dialect)
+    nests_one = exists(select(literal_column("1")).select_from(variants).where(leads_here(variant)))
     return select(literal_column("1")).where(has_value(value, dialect), or_(leads_here(value), nests_one))
 
 

@@ -536,9 +536,9 @@ def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]
 
 def selected_extra_of_variants(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
     """Select what `selected_extra` does, of the variants in the refs."""
-    variants = unnest_variants(column, dialect)
-    text, names_one = _extra_of(variants.c.value, dialect)
-    backend = value_in(variants.c.value, "backend", dialect)
+    variants, variant = unnest_variants(column, dialect)
+    text, names_one = _extra_of(variant, dialect)
+    backend = value_in(variant, "backend", dialect)
     found: Select[*tuple[Any, ...]] = select(
         selected_text(backend, dialect).label("backend"),
         cast(null(), LargeBinary if dialect == "sqlite" else Text()).label("location"),
@@ -583,11 +583,8 @@ def _nesting(
     column: Column[Any], dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, extra: bool
 ) -> Select[*tuple[Any, ...]]:
     """Select backend, location and `extra` of the variants in refs; those to which nothing leads by any of these are left out."""
-    variants = unnest_variants(column, dialect.name)
-    found = variants.c.value
+    variants, found = unnest_variants(column, dialect.name)
     backend, location = (value_in(found, key, dialect.name) for key in ("backend", "location"))
-    if dialect.name == "sqlite":
-        backend, location = (where_json(found, text) for text in (backend, location))
     wanted = _is_among(location, dialect, locations, ids)
     names: ColumnElement[Any] = null()
     if extra:

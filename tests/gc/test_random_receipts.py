@@ -125,12 +125,8 @@ async def test_the_same_objects_in_python_in_sql_and_for_the_collector(env: GcEn
             found = (await connection.execute(select(own, nested).where(column.is_not(None)))).all()
             in_sql = {ref for ref, _ in found}.union(*(variant_locations(variants) for _, variants in found))
             assert in_sql == expected[column.name]
-            unnested = unnest_variants(column, dialect)
-            each = (
-                select(value_in(unnested.c.value, "location", dialect))
-                .select_from(column.table)
-                .join(unnested, column.is_not(None))
-            )
+            unnested, variant = unnest_variants(column, dialect)
+            each = select(value_in(variant, "location", dialect)).select_from(column.table).join(unnested, column.is_not(None))
             assert {ref for ref, _ in found} | set((await connection.execute(each)).scalars()) == expected[column.name]
     async with env.sessions() as session:
         for name, locations in expected.items():

@@ -239,8 +239,9 @@ def test_a_mention_in_a_value_of_two_stores() -> None:
     ours, theirs, unknown = ({**WHOLE, "identity": name} for name in ("ours", "theirs", None))
     for variants, is_elsewhere in (({}, True), (None, True), ({"a": theirs}, True), ({"a": theirs, "b": ours}, False)):
         assert _is_elsewhere(json.dumps({**theirs, "variants": variants}), {"ours"}) is is_elsewhere
-    for variants in ({"a": unknown}, {"a": 7}, [ours], "text"):
-        assert not _is_elsewhere(json.dumps({**theirs, "variants": variants}), {"ours"})
+    doubtful: list[Any] = [{"a": unknown}, {"a": 7}, [ours], "text"]
+    for other in doubtful:
+        assert not _is_elsewhere(json.dumps({**theirs, "variants": other}), {"ours"})
 
 
 async def test_a_value_on_two_backends(plain_env: GcEnvironment) -> None:

@@ -24,6 +24,7 @@ _SEED = "GRANITE_SEED"
 _FIXED_SEED = 20_261_128
 
 ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
+    "tests/gc/test_random_receipts.py": ("",),
     "tests/gc/test_schemas_of_tenants.py": ("test_a_copy_in_a_schema_without_a_table_of_a_model",),
     "tests/orm/test_scenarios.py": (
         "TestFailedUploads",

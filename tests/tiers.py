@@ -8,16 +8,18 @@ each with its reason: a rule of `REPETITIONS` below, or the marker `exhaustive("
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-__all__ = ["choose", "configure", "is_exhaustive", "repetitions", "report_header", "seed"]
+__all__ = ["choose", "configure", "is_exhaustive", "may_be_passed_over", "narrow", "repetitions", "report_header", "seed"]
 
 _TIER = "GRANITE_EXHAUSTIVE"
 _SEED = "GRANITE_SEED"
@@ -626,6 +628,49 @@ def configure(config: pytest.Config) -> None:
 def report_header() -> str:
     """Return the line that says which tier runs, and how to repeat its random choices."""
     return f"tier: {'exhaustive' if is_exhaustive() else 'default'}; {_SEED}={seed()} repeats its random choices"
+
+
+class _Case:
+    """A case of a test whose item has not been made: what the rules read of an item."""
+
+    def __init__(self, definition: Any, call: Any) -> None:
+        self._definition = definition
+        self.callspec = call
+        self.nodeid = f"{definition.nodeid}[{call.id}]"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._definition, name)
+
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        """Return the marker of the case's parameters, else of its test."""
+        found: pytest.Mark | None = next((mark for mark in self.callspec.marks if mark.name == name), None)
+        return found or self._definition.get_closest_marker(name)  # type: ignore[no-any-return]
+
+
+def narrow(metafunc: pytest.Metafunc) -> None:
+    """Let pytest make no items of what `choose` would leave out: to make them takes as long as all else in collecting.
+
+    A test of which nothing stays keeps one case, marked so that `choose` leaves it out: without any it would run unparametrized.
+    """
+    calls: list[Any] = metafunc._calls
+    if is_exhaustive() or not calls:
+        return
+    databases = {str(call.params.get("database")) for call in calls}
+    reasons = [_reason(_Case(metafunc.definition, call), databases) for call in calls]  # type: ignore[arg-type]
+    kept = [call for call, reason in zip(calls, reasons, strict=True) if reason is None]
+    if not kept:
+        kept = [dataclasses.replace(calls[0], marks=[pytest.mark.exhaustive(reasons[0]).mark])]
+    calls[:] = kept
+
+
+def may_be_passed_over(path: Path, config: pytest.Config) -> bool:
+    """Tell whether a file has no test that a run chooses: most have none with time bounds."""
+    return (
+        config.option.markexpr == "time_bound"
+        and path.name.startswith("test_")
+        and path.suffix == ".py"
+        and "time_bound" not in path.read_text()
+    )
 
 
 def choose(config: pytest.Config, items: list[pytest.Item]) -> None:

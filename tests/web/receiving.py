@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import StaticPool
@@ -67,7 +67,9 @@ def engine_of(folder: Path) -> AsyncEngine:
     """Return an engine on a new database in a new folder, with the tables in it."""
     folder.mkdir()
     (folder / "rows.db").write_bytes(_empty_tables())
-    return create_async_engine(f"sqlite+aiosqlite:///{folder / 'rows.db'}")
+    engine = create_async_engine(f"sqlite+aiosqlite:///{folder / 'rows.db'}")
+    event.listen(engine.sync_engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF").close())
+    return engine
 
 
 def manager_of(backend: StorageBackend, max_size: int | None = 400 * MIB) -> StorageManager:

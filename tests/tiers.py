@@ -259,6 +259,11 @@ REPETITIONS = [
     ),
     Repetition(
         "tests/backends/test_s3_conformance.py",
+        "the odd names are tried without a prefix, which is put before each of them as before any other",
+        _all_but_every(8, "TestSeaweedFSPrefixed::test_odd_location["),
+    ),
+    Repetition(
+        "tests/backends/test_s3_conformance.py",
         "the first of the cases without a prefix, and another part of them, are enough to show that it is put before each name",
         _all_but_every(3, "TestSeaweedFSPrefixed::"),
     ),
@@ -275,7 +280,7 @@ REPETITIONS = [
     Repetition(
         "tests/backends/test_obstore_conformance.py",
         "our code decides it, over memory as over S3",
-        _in_class("TestSeaweedFS", only=OF_THE_BACKENDS_CODE),
+        _in_class("TestSeaweedFS", "TestLocal", only=OF_THE_BACKENDS_CODE),
     ),
     Repetition(
         "tests/backends/test_obstore_conformance.py",
@@ -311,6 +316,11 @@ REPETITIONS = [
         lambda item, params: (
             "conformance" not in item.nodeid and "test_wrong_secret" not in item.nodeid and _all_but_every(2)(item, params)
         ),
+    ),
+    Repetition(
+        "tests/backends/test_s3.py",
+        "every request is signed in one place",
+        _all_but_every(3, "TestErrors::test_wrong_secret["),
     ),
     Repetition(
         "tests/backends/test_model.py",
@@ -403,6 +413,21 @@ REPETITIONS = [
         "tests/orm/test_disconnects_and_signals.py",
         "each stage with one number of interrupts",
         _all_but_every(2, "test_a_keyboard_interrupt"),
+    ),
+    Repetition(
+        "tests/orm/test_random_sessions.py",
+        "the same machine; how synchronous sessions end, their scenarios show",
+        _with("machine", "synchronous"),
+    ),
+    Repetition(
+        "tests/orm/synchronous/test_scenarios.py",
+        "what is a value, a relation or unknown to the session is read by hooks that are the same for both kinds of sessions",
+        _in_class("TestRelations", "TestValues", "TestWhatTheSessionDoesNotKnow"),
+    ),
+    Repetition(
+        "tests/orm/journal/test_simpler",
+        "it shows that a scenario can fail, which a change of the scenarios alone would alter; the scenarios themselves are run",
+        lambda item, _: _name_of(item).startswith("test_a_simpler_variant_breaks"),
     ),
     Repetition(
         "tests/orm/synchronous/",
@@ -503,8 +528,13 @@ REPETITIONS = [
     ),
     Repetition(
         "tests/applications/",
-        "on MariaDB and with gunicorn's threads the program is the same",
-        lambda _, params: params.get("kind") == "mariadb" or params.get("server") == "gthread",
+        "on MariaDB the program is the same",
+        _with("kind", "mariadb"),
+    ),
+    Repetition(
+        "tests/applications/test_gunicorn.py",
+        "gunicorn's processes fork as those of test_programs.py do",
+        lambda item, _: True,
     ),
     Repetition(
         "tests/applications/",
@@ -513,6 +543,26 @@ REPETITIONS = [
             params.get("kind") == "sqlite"
             and _name_of(item).startswith(("test_forks", "test_interrupt", "test_tasks", "test_uploads"))
         ),
+    ),
+    Repetition(
+        "tests/gallery/test_command.py",
+        "a gallery that moves to a bucket finds what is in its folder as well",
+        _of("test_what_is_in_a_folder_is_there_again"),
+    ),
+    Repetition(
+        "tests/mutants/test_runner.py",
+        "an interrupt of the runner endangers no data, and its end is that of any of our runs",
+        _of("test_an_interrupt_leaves_nothing_running"),
+    ),
+    Repetition(
+        "tests/alembic/test_autogenerate.py",
+        "in processes of its own the generic template runs as the asynchronous one does",
+        _of("test_each_template_in_processes_of_their_own", unless=lambda params: params["template"] == "async"),
+    ),
+    Repetition(
+        "tests/inspection/test_clamd.py",
+        "sizes, addresses and moments come together in every third case as well",
+        _all_but_every(3, "TestCancellation::test_at_every_await["),
     ),
     Repetition(
         "tests/gallery/test_command.py",

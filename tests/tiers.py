@@ -703,7 +703,7 @@ class _Case:
     def get_closest_marker(self, name: str) -> pytest.Mark | None:
         """Return the marker of the case's parameters, else of its test."""
         found: pytest.Mark | None = next((mark for mark in self.callspec.marks if mark.name == name), None)
-        return found or self._definition.get_closest_marker(name)  # type: ignore[no-any-return]
+        return found or self._definition.get_closest_marker(name)
 
 
 def narrow(metafunc: pytest.Metafunc) -> None:

@@ -598,7 +598,10 @@ class Jobs:
                 await make_variant(self._manager, source, prepared[name], column_type.variants[name].recipe, keep)
                 lease.require()
             except Exception as error:
-                made.pop(name, None)
+                late = made.pop(name, None)
+                if late is not None and isinstance(error, StaleAttachmentError):
+                    # The process was suspended, and a worker may have checked for the object for the last time before it existed.
+                    await shielded_cleanup(self._journal.discard(late.ref), "discarding a variant that came after its lease")
                 if raises:
                     raise
                 errors[name] = error

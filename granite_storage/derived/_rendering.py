@@ -6,7 +6,7 @@ import base64
 from typing import BinaryIO
 
 from granite_storage.exceptions import DerivationRefusedError
-from granite_storage.inspection.images import read_webp
+from granite_storage.inspection._image_headers import read_webp
 
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),

@@ -64,7 +64,7 @@ class TestDeclaration:
             ("tests.derived.functions:shout", "no plain function"),
             (None, "no plain function"),
         ],
-        ids=str,
+        ids=["lambda", "nested", "method", "partial", "main", "text", "nothing"],
     )
     def test_what_a_process_cannot_import(self, function: Any, problem: str) -> None:
         with pytest.raises(ConfigurationError, match=f"{problem}.*; define it at the top of a module"):

@@ -273,7 +273,7 @@ MUTANTS = [
         name="scan-job-forgotten-by-a-migration",
         rule="A migration records the job of the copy of a held object.",
         path="granite_storage/migration.py",
-        old="            intents.enqueue(connection, [(self._held.column, self._copy.ref)])\n",
+        old="            intents.enqueue(connection, [(self._held.column, self._ref)])\n",
         new="",
         tests=("tests/orm/journal/test_scans.py::TestFlushes::test_a_migration[asyncpg]",),
     ),

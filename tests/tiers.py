@@ -49,6 +49,7 @@ ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
     "tests/orm/test_triggers.py": ("",),
     "tests/orm/test_unknown_commit.py": ("",),
     "tests/orm/journal/test_database_faults.py": ("",),
+    "tests/orm/journal/test_derived_jobs.py": ("TestRows",),
     "tests/orm/journal/test_recovery.py": ("TestReports", "TestWorker"),
     "tests/orm/journal/test_refusals.py": ("",),
     "tests/orm/journal/test_shared_objects.py": ("TestElsewhere",),

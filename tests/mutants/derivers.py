@@ -171,7 +171,7 @@ MUTANTS = [
         path=_UPLOADS,
         old="    stored += [variant for item in items for variant in item.stored_variants]\n",
         new="",
-        tests=(f"{_FLUSH}::TestFailures::test_an_upload_that_fails[sqlite-begin-3]",),
+        tests=(f"{_FLUSH}::TestFailures::test_refused_after_another_was_stored[sqlite-begin]",),
     ),
     Mutant(
         name="deriver-variants-under-no-intent",

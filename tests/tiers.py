@@ -446,6 +446,14 @@ REPETITIONS = [
         _in_class("TestRelations", "TestValues", "TestWhatTheSessionDoesNotKnow"),
     ),
     Repetition(
+        "tests/orm/variants/test_scenarios.py",
+        "a variant goes where its original goes, which the scenarios without one show: those with savepoints, bulk statements and"
+        " listeners that change what a flush does are tried with both",
+        lambda item, _: (
+            not _name_of(item).startswith(("TestOneRow", "TestSavepoints", "TestUpdate", "TestDelete", "test_random"))
+        ),
+    ),
+    Repetition(
         "tests/orm/journal/test_simpler",
         "it shows that a scenario can fail, which a change of the scenarios alone would alter; the scenarios themselves are run",
         lambda item, _: _name_of(item).startswith("test_a_simpler_variant_breaks"),
@@ -636,6 +644,7 @@ _DATABASES = {
     "tests/gc/test_mentions.py": ("sqlite-begin", "asyncpg", "mariadb"),
     "tests/orm/journal/": ("asyncpg",),
     "tests/orm/synchronous/": ("sqlite-begin", "psycopg", "asyncpg"),
+    "tests/orm/variants/": ("asyncpg",),
     "tests/orm/": ("sqlite-begin", "asyncpg"),
     "tests/gc/": ("sqlite-begin", "asyncpg"),
     "tests/verification/": ("sqlite-begin", "asyncpg"),

@@ -45,7 +45,7 @@ _COUNTED = (
     "deleted",
 )
 
-_RECOVERY = ("claimed", "deleted", "kept", "confirmed", "leased", "waiting", "scanned", "held")
+_RECOVERY = ("claimed", "deleted", "kept", "confirmed", "leased", "waiting", "scanned", "held", "derived", "underived")
 
 # verify
 

@@ -15,9 +15,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from types import MappingProxyType
-from typing import Any, TypeAlias, cast
+from functools import cache, partial
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from granite_storage._headers import Disposition
 from granite_storage._portal import portal
@@ -50,8 +50,6 @@ from granite_storage.exceptions import (
     UnknownPolicyError,
 )
 from granite_storage.inspection.base import HEAD_SIZE, Checks, UploadPreview, Validator
-from granite_storage.inspection.gate import Gate, Pieces, Verdict, judge_bytes, validate
-from granite_storage.inspection.media_types import fit_location
 from granite_storage.inspection.scanning import scan_stored
 from granite_storage.locations import check_location, clean_filename, make_location
 from granite_storage.policies import StoragePolicy
@@ -73,6 +71,18 @@ from granite_storage.streams import (
     require_size,
     size_of,
 )
+
+if TYPE_CHECKING:
+    from granite_storage.inspection.gate import Gate, Pieces, Verdict
+
+
+@cache
+def _gate() -> ModuleType:
+    """Return what judges uploads. It takes as long to load as the rest, so only the policies that need it have loaded it."""
+    from granite_storage.inspection import gate
+
+    return gate
+
 
 # What is known of an object before its bytes are stored, and the receipt that becomes of it.
 
@@ -127,10 +137,13 @@ class PreparedUpload:
 
     def judged(self, verdict: Verdict) -> PreparedUpload:
         """Return it as its checks have let it in."""
-        return replace(
-            self,
-            content_type=verdict.content_type,
-            original_filename=verdict.filename,
+        return PreparedUpload(  # in half the time that replace() takes
+            self.policy,
+            self.location,
+            verdict.content_type,
+            verdict.filename,
+            self.extra,
+            self.checks,
             media=verdict.media or self.media,
             scan=verdict.scan or self.scan,
         )
@@ -538,13 +551,15 @@ class Engine:
         policy = self.policy(storage_key)
         _require_content_type(content_type)
         filename = clean_filename(original_filename)
+        location_name = filename
+        if policy.accept is not None:  # a web server on a folder goes by the extension, whatever the receipt says
+            location_name = _gate().fit_location(filename, policy.accept)
         location = make_location(
             key_prefix=policy.key_prefix,
             model_name=model_name,
             entity_id=entity_id,
             field_name=field_name,
-            # A web server on a folder goes by the extension, whatever the receipt says.
-            original_filename=filename if policy.accept is None else fit_location(filename, policy.accept),
+            original_filename=location_name,
         )
         own_keys = None if extra is None else read_only(extra, "extra")
         return PreparedUpload(policy, location, content_type, filename, own_keys, policy.checks)
@@ -624,7 +639,7 @@ class Engine:
                     pieces: Pieces = regrouped(stream)
                 else:  # what is declared is true of what comes in, not of what is stored
                     pieces, size, checksum = MeasuredStream(stream, size=size, checksum=checksum), None, None
-                gate = Gate(pieces, prepared.checks, replace(prepared.preview, size=expected), close=stream.aclose)
+                gate = _gate().Gate(pieces, prepared.checks, replace(prepared.preview, size=expected), close=stream.aclose)
                 return await self._store_judged(prepared, gate, size, checksum)
         except BaseException:
             await stream.aclose()
@@ -829,7 +844,7 @@ class Engine:
         key = prepared.policy.backend_key
         with self._lifecycle.call():
             if prepared.checks is not None:
-                content, verdict = await judge_bytes(content, prepared.checks, prepared.preview)
+                content, verdict = await _gate().judge_bytes(content, prepared.checks, prepared.preview)
                 prepared = prepared.judged(verdict)
             data, checksum = await fingerprint(content)
             with self._attribute_errors(key) as backend:
@@ -876,7 +891,7 @@ class Engine:
     async def _validate_copy(self, ref: StoredObjectRef, prepared: PreparedUpload, checks: Checks) -> None:
         async with self.open(ref, length=HEAD_SIZE) as reader:
             head = await reader.read()
-        await validate(checks, replace(prepared.preview, head=head, size=ref.size))
+        await _gate().validate(checks, replace(prepared.preview, head=head, size=ref.size))
 
     async def _copy_on_server(self, ref: StoredObjectRef, backend: SupportsCopy, prepared: PreparedUpload) -> StoredObjectRef:
         with self._lifecycle.call(), self._at(ref) as storage:
@@ -893,7 +908,7 @@ class Engine:
                 if prepared.checks is None:
                     copy = await self._store(prepared, content)
                 else:
-                    gate = Gate(content, prepared.checks, replace(prepared.preview, size=ref.size), close=content.aclose)
+                    gate = _gate().Gate(content, prepared.checks, replace(prepared.preview, size=ref.size), close=content.aclose)
                     copy = await self._store_judged(prepared, gate, None, None)
             except BaseException:
                 await reader.aclose()

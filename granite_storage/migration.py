@@ -36,14 +36,14 @@ from granite_storage.exceptions import (
 )
 from granite_storage.locations import matches_generated_name, uuid7_hex
 from granite_storage.orm import flush, transactions
-from granite_storage.orm._interfaces import StoredObject, find_binding
+from granite_storage.orm._interfaces import Intent, find_binding
 from granite_storage.orm.attachment import Attachment, AttachmentState
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import RowRef, among, refers
 from granite_storage.orm.references import RowValue, RowValues, Scan, as_stored, asked_to_the_end, keeping_other_columns
 from granite_storage.orm.uploads import Upload, remove, store, stored_object
-from granite_storage.refs import StoredObjectRef
+from granite_storage.refs import StoredObjectRef, iter_refs
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -104,7 +104,7 @@ class MigrationReport:
     Attributes:
         rows: How many rows were read, in all passes.
         passes: How many passes were started.
-        moved: How many objects were moved.
+        moved: How many objects were moved, variants included.
         bytes_moved: How many bytes they have.
         changed: How many references a writer replaced or removed before their object could be moved.
         manual: How many references are in plain columns of refs, which only the application may change.
@@ -155,8 +155,9 @@ class Migration(Run[MigratedObject, MigrationReport]):
             async for row in rows:
                 for held in row.values:
                     if held.is_managed and held.ref is not None and self._concerns(held):
-                        number, size = found.get(held.ref.backend, (0, 0))
-                        found[held.ref.backend] = number + 1, size + held.ref.size
+                        for ref in iter_refs(held.ref):
+                            number, size = found.get(ref.backend, (0, 0))
+                            found[ref.backend] = number + 1, size + ref.size
         return found
 
     async def _items(self) -> AsyncGenerator[MigratedObject, None]:
@@ -188,8 +189,9 @@ class Migration(Run[MigratedObject, MigrationReport]):
         report = self.report
         match moved.status:
             case MigrationStatus.MOVED:
-                report.moved += 1
-                report.bytes_moved += moved.ref.size if moved.ref is not None else 0
+                sizes = [ref.size for ref in iter_refs(moved.ref)] if moved.ref is not None else []
+                report.moved += len(sizes)
+                report.bytes_moved += sum(sizes)
             case MigrationStatus.CHANGED:
                 report.changed += 1
             case MigrationStatus.MANUAL:
@@ -227,7 +229,8 @@ class Migration(Run[MigratedObject, MigrationReport]):
             return False  # each is reported once
         if held.ref is None:
             return True
-        return held.ref.storage_key == self._storage_key and held.ref.backend != self._to_backend
+        is_elsewhere = any(ref.backend != self._to_backend for ref in iter_refs(held.ref))
+        return held.ref.storage_key == self._storage_key and is_elsewhere
 
     async def _move_row(self, item: tuple[RowValues, set[str]]) -> list[MigratedObject]:
         row, shared = item
@@ -264,8 +267,9 @@ class Migration(Run[MigratedObject, MigrationReport]):
                 return _to_migrated(MigrationStatus.CHANGED, held, "a writer changed it first")
             if error is not None and found.raw == held.raw and not _is_transient(error):
                 if isinstance(error, ObjectNotFoundError):
-                    await require_mounted(held.ref.backend, self._binding.manager.backend(held.ref.backend))
-                return _to_migrated(MigrationStatus.FAILED, held, error)
+                    for backend in {ref.backend for ref in iter_refs(held.ref)}:
+                        await require_mounted(backend, self._binding.manager.backend(backend))
+                return _to_migrated(MigrationStatus.FAILED, held, _describe(error, held.ref))
             held = found
         return _to_migrated(MigrationStatus.CHANGED, held, error or f"writers changed it first, {_TRIES} times")
 
@@ -286,6 +290,8 @@ def migrate(
     bytes_per_second: float | None = None,
 ) -> Migration:
     """Move the objects of a storage key to another backend, while the application keeps reading and writing.
+
+    An object and its variants move together, or stay: where one of them cannot be copied, the row keeps all that it has.
 
     The policy must already write to the new backend in every process, or new files would keep arriving on the old one. Each
     object on any other backend is copied, and its checksum verified on the way; its row gets the copy's ref by a compare-and-set;
@@ -333,6 +339,18 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, SQLAlchemyError | StaleAttachmentError)
 
 
+def _describe(error: Exception, ref: StoredObjectRef) -> str:
+    """Return what an error says, and where it is about a variant, what to do: the original stays where it is because of it."""
+    location = getattr(error, "location", None)
+    name = next((name for name, variant in (ref.variants or {}).items() if variant.location == location), None)
+    if name is None:
+        return str(error)
+    return (
+        f"the variant {name!r} cannot be copied, so its original stays as well: {error}; make the variant again, and run the"
+        " migration once more"
+    )
+
+
 def _to_migrated(status: MigrationStatus, held: RowValue, message: object = "") -> MigratedObject:
     return MigratedObject(status, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))
 
@@ -346,7 +364,9 @@ def _to_migrated(status: MigrationStatus, held: RowValue, message: object = "") 
 
 
 async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: RateLimited, is_shared: bool) -> bool:
-    """Copy the object of an attachment column to where its policy writes now, and let the row refer to the copy.
+    """Copy the object of an attachment column and its variants to where its policy writes now; let the row refer to the copies.
+
+    All of them are copied, whichever backend they are on: a variant belongs to the location of its original, which changes.
 
     Args:
         binding: The binding in force for the base.
@@ -356,24 +376,27 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
             goes with the last one.
 
     Returns:
-        Whether the row refers to the copy now; False where a writer was faster, and then nothing is left of the copy.
+        Whether the row refers to the copies now; False where a writer was faster, and then nothing is left of them.
 
     Raises:
-        StorageError: The object could not be copied, or is not what its ref says; nothing is left of the copy.
-        SQLAlchemyError: The database refused the swap; nothing is left of the copy, except where it is unknown whether it has
-            committed: then both objects stay, for the journal or the garbage collector.
+        StorageError: An object could not be copied, or is not what its ref says; nothing is left of the copies.
+        SQLAlchemyError: The database refused the swap; nothing is left of the copies, except where it is unknown whether it has
+            committed: then all objects stay, for the journal or the garbage collector.
     """
     column_type = held.column.type
     if binding.session_factory is None or not isinstance(column_type, AttachmentType) or held.ref is None:
         raise TypeError("only what an attachment column holds can be relocated, through a binding with sessions")
-    copy = Attachment._in(_Relocation(held.ref, held, rate_limited))
-    await store([Upload(copy, column_type, "", has_variants=False)])
-    swap = _Swap(held, held.ref, copy, is_shared=is_shared)
+    relocation = _Relocation(held.ref, held, rate_limited)
+    names = list(held.ref.variants or {})
+    states = [relocation, *(_VariantRelocation(held.ref, name, held, rate_limited, relocation) for name in names)]
+    copies = [Attachment._in(state) for state in states]
+    await store([Upload(copy, column_type, "", has_variants=False) for copy in copies])
+    swap = _Swap(held, held.ref, names, copies, is_shared=is_shared)
     try:
         return await _commit(binding.session_factory, swap)
     finally:
         if not swap.is_told:
-            await shielded_cleanup(_discard_copy(copy), "deleting a copy that its row could not be told of")
+            await shielded_cleanup(_discard_copies(copies), "deleting copies that their row could not be told of")
 
 
 @asked_to_the_end
@@ -386,9 +409,10 @@ async def _commit(sessions: async_sessionmaker[AsyncSession], swap: _Swap) -> bo
         return False
 
 
-async def _discard_copy(copy: Attachment) -> None:
-    stored = stored_object(copy)
-    await remove([stored] if stored.intent is None else [], [] if stored.intent is None else [stored.intent])
+async def _discard_copies(copies: Sequence[Attachment]) -> None:
+    stored = [stored_object(copy) for copy in copies]
+    plain = [item for item in stored if item.intent is None]
+    await remove(plain, [item.intent for item in stored if item.intent is not None])
 
 
 class _Relocation(AttachmentState):
@@ -398,10 +422,17 @@ class _Relocation(AttachmentState):
         self._original = original
         self._held = held
         self._rate_limited = rate_limited
+        self.location: str | None = None
 
     def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
         """Decide where the copy will be: below the same names, and whatever it is, for it was let in once."""
-        prepared = manager._engine.prepare_copy(self._original, **_names_of(self._held, self._original))
+        prepared = self._prepare_as_it_is(manager, self._original.storage_key)
+        self.location = prepared.location
+        return prepared
+
+    def _prepare_as_it_is(self, manager: StorageManager, storage_key: str) -> PreparedUpload:
+        names = _names_of(self._held, self._original)
+        prepared = manager._engine.prepare_copy(self._original, storage_key=storage_key, **names)
         return replace(prepared, policy=replace(prepared.policy, max_size=None), checks=None)
 
     async def _upload(self, manager: StorageManager, column_type: ColumnType, prepared: PreparedUpload) -> None:
@@ -411,10 +442,27 @@ class _Relocation(AttachmentState):
             self._store(_keep_metadata(self._original, copy), column_type)
 
 
+class _VariantRelocation(_Relocation):
+    """The state of a copy of a variant, which goes to where its original does."""
+
+    def __init__(
+        self, original: StoredObjectRef, name: str, held: RowValue, rate_limited: RateLimited, source: _Relocation
+    ) -> None:
+        super().__init__((original.variants or {})[name], held, rate_limited)
+        self._storage_key = original.storage_key
+        self._source = source
+
+    def prepare(self, manager: StorageManager, column_type: ColumnType, entity_id: str) -> PreparedUpload:
+        """Decide where the copy will be; the original's copy is prepared before."""
+        prepared = self._prepare_as_it_is(manager, self._storage_key)
+        return replace(prepared, source=self._source.location, recipe=self._original.recipe)
+
+
 def _keep_metadata(original: StoredObjectRef, copy: StoredObjectRef) -> StoredObjectRef:
     """Return the copy's ref with what the original's says of the file: its name, its age, and what newer versions wrote."""
     moved = {"backend": copy.backend, "location": copy.location, "size": copy.size, "checksum": copy.checksum}
-    ref = StoredObjectRef.from_dict({**original.to_dict(), **moved, "extra": copy.to_dict()["extra"]})
+    said = original.with_variants(None).to_dict()
+    ref = StoredObjectRef.from_dict({**said, **moved, "extra": copy.to_dict()["extra"]})
     return ref.with_identity(copy.identity)
 
 
@@ -427,12 +475,30 @@ def _names_of(held: RowValue, ref: StoredObjectRef) -> dict[str, Any]:
 
 
 class _Swap:
-    """The statements of the transaction that lets a row refer to the copy; run inside a session."""
+    """The statements of the transaction that lets a row refer to the copies; run inside a session.
 
-    def __init__(self, held: RowValue, original: StoredObjectRef, copy: Attachment, *, is_shared: bool) -> None:
+    Args:
+        held: What the column holds.
+        original: Its ref.
+        names: The names of its variants.
+        copies: The copy of the object, and those of its variants.
+        is_shared: Whether another value refers to the same object.
+    """
+
+    def __init__(
+        self,
+        held: RowValue,
+        original: StoredObjectRef,
+        names: Sequence[str],
+        copies: Sequence[Attachment],
+        *,
+        is_shared: bool,
+    ) -> None:
         self._held = held
         self._original = original
-        self._copy = copy
+        self._copies = copies
+        own, *variants = [copy.ref for copy in copies]
+        self._ref = own.with_variants(dict(zip(names, variants, strict=True)))
         self._is_shared = is_shared
         self.is_told = False
 
@@ -442,25 +508,24 @@ class _Swap:
         transactions.require_transactions(connection)
         transactions.watch(session, connection)
         frame = transactions.unit_of(session).frame(flush.current_transaction(session))
-        stored = stored_object(self._copy)
-        frame.puts.append((stored, self._copy))
+        stored = [stored_object(copy) for copy in self._copies]
+        frame.puts += zip(stored, self._copies, strict=True)
         self.is_told = True
-        if connection.execute(_compare_and_set(held, self._copy.ref, connection)).rowcount != 1:
+        if connection.execute(_compare_and_set(held, self._ref, connection)).rowcount != 1:
             return False
-        frame.log.append((stored, True))
-        self._consume_intent(connection, stored, frame)
+        frame.log += [(item, True) for item in stored]
+        self._consume_intents(connection, [item.intent for item in stored if item.intent is not None], frame)
         if not (self._is_shared and self._is_referred_to(connection)):
             original = RowRef(held.table, held.primary_key, held.column, self._original)
             write_displaced(connection, flush.displace(frame, [original]))
         return True
 
-    def _consume_intent(self, connection: Connection, stored: StoredObject, frame: Frame) -> None:
-        if stored.intent is not None:
-            intents = stored.intent.journal.intents
-            intents.consume(connection, [stored.intent.id])
-            column = self._held.column
-            if intents.enqueue(connection, [(column, self._copy.ref)], [(column, self._original)]):
-                frame.wakes.add(stored.intent.journal)
+    def _consume_intents(self, connection: Connection, consumed: Sequence[Intent], frame: Frame) -> None:
+        if consumed:
+            journal, column = consumed[0].journal, self._held.column
+            journal.intents.consume(connection, [intent.id for intent in consumed])
+            if journal.intents.enqueue(connection, [(column, self._ref)], [(column, self._original)]):
+                frame.wakes.add(journal)
 
     def _is_referred_to(self, connection: Connection) -> bool:
         """Tell whether another value still refers to the original, under whatever backend's key."""

@@ -12,13 +12,13 @@ from granite_storage.exceptions import ConfigurationError, InvalidLocationError
 from granite_storage.inspection.base import (
     Checks,
     Inspector,
+    OnMismatch,
     OnUnavailable,
     OnUnstrippable,
     Scanner,
+    StripMode,
     Validator,
 )
-from granite_storage.inspection.media_types import OnMismatch, check_accept, require_detector
-from granite_storage.inspection.stripping import StripMode
 from granite_storage.locations import check_segment, make_location
 
 __all__ = ["StoragePolicy"]
@@ -87,6 +87,8 @@ class StoragePolicy:
         _require_retention(self.storage_key, self.retention)
         object.__setattr__(self, "inspect", _require_inspectors(self.storage_key, self.inspect))
         if self.accept is not None:
+            from granite_storage.inspection.media_types import check_accept
+
             object.__setattr__(self, "accept", check_accept(self.accept))
         _require_choice(self.storage_key, "on_mismatch", self.on_mismatch, get_args(OnMismatch))
         if self.on_mismatch != "refuse" and self.accept is None:
@@ -105,8 +107,11 @@ class StoragePolicy:
             validators=() if self.validate is None else (self.validate,),
         )
         if checks.needs_type:
+            from granite_storage.inspection.media_types import require_detector
+
             require_detector()
         if checks.needs_type or checks.scanner is not None or checks.validators:
+            load_gate()
             object.__setattr__(self, "checks", checks)
 
     @property
@@ -172,6 +177,11 @@ def _require_scanner(storage_key: str, value: object) -> None:
     _require_choice(storage_key, "scanner.on_unavailable", value.on_unavailable, get_args(OnUnavailable))
 
 
+def load_gate() -> None:
+    """Load what judges uploads: loading reads files, which an upload on the event loop must not wait for."""
+    from granite_storage.inspection import gate  # noqa: F401
+
+
 def require_validator(owner: str, value: object) -> None:
     """Refuse what cannot be called to validate an upload."""
     if value is None:
@@ -180,6 +190,7 @@ def require_validator(owner: str, value: object) -> None:
         raise ConfigurationError(f"validate of {owner} must be a function that takes an UploadPreview, not {value!r}")
     if inspect.isgeneratorfunction(value) or inspect.isasyncgenfunction(value):
         raise ConfigurationError(f"validate of {owner} has a yield, so that calling it runs nothing; write it without")
+    load_gate()
     try:
         inspect.signature(value).bind(None)
     except TypeError as error:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from granite_storage._jobs import (
     MOST_KEPT,
@@ -43,6 +43,9 @@ __all__ = ["Finding", "Problem", "Verification", "VerificationReport", "verify"]
 _CONCURRENCY = 16
 _ATTEMPTS = 3
 
+_Named: TypeAlias = "tuple[str | None, StoredObjectRef]"
+"""A ref, and its name among the variants of another; None where it is that of the row."""
+
 
 class Problem(StrEnum):
     """What can be wrong with a reference."""
@@ -66,8 +69,9 @@ class Finding:
         table: The table's name, with its schema where it has one.
         primary_key: The row's primary key.
         column: The column's name.
-        ref: The ref, where the column contains one.
+        ref: The ref, where the column contains one; that of the variant where it is about one.
         message: What exactly was found.
+        variant: The name of the variant that it is about; None where it is about the object of the row itself.
     """
 
     problem: Problem
@@ -76,11 +80,17 @@ class Finding:
     column: str
     ref: StoredObjectRef | None
     message: str
+    variant: str | None = None
 
     @property
     def is_harmless(self) -> bool:
         """Whether the object may be intact: it is unknown what its checksum should be."""
         return self.problem is Problem.UNKNOWN_CHECKSUM
+
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether nothing is lost: the object is a variant, which can be made again from its original."""
+        return self.variant is not None
 
 
 @dataclass(slots=True)
@@ -89,9 +99,10 @@ class VerificationReport:
 
     Attributes:
         rows: How many rows were read.
-        checked: How many references were compared with their objects.
+        checked: How many references were compared with their objects; those to variants are counted by themselves.
         bytes_read: How many bytes of objects were read; 0 where it is not deep.
         counts: The number of findings of each kind.
+        replaceable: How many of the findings that are not harmless are about variants, which can be made again.
         findings: The first thousand of them.
         key: The key of the last row up to which every row is checked, for `verify(..., after=key)`; None before the first.
         complete: Whether it has come to its end.
@@ -101,6 +112,7 @@ class VerificationReport:
     checked: int = 0
     bytes_read: int = 0
     counts: Counter[Problem] = field(default_factory=Counter)
+    replaceable: int = 0
     findings: list[Finding] = field(default_factory=list)
     key: str | None = None
     complete: bool = False
@@ -138,6 +150,7 @@ class Verification(Run[Finding, VerificationReport]):
             async for row, findings in results:
                 for finding in findings:
                     report.counts[finding.problem] += 1
+                    report.replaceable += finding.is_replaceable and not finding.is_harmless
                     if len(report.findings) < MOST_KEPT:
                         report.findings.append(finding)
                     yield finding
@@ -147,32 +160,37 @@ class Verification(Run[Finding, VerificationReport]):
         report.complete = not self._stopped
 
     async def _verify_row(self, row: RowValues) -> Sequence[Finding]:
-        findings = [await self._verify_value(held) for held in row.values if self._concerns(held)]
-        return [finding for finding in findings if finding is not None]
+        return [finding for held in row.values for finding in await self._verify_value(held)]
 
-    def _concerns(self, held: RowValue) -> bool:
-        """Tell whether a value has the storage key; a value that cannot be decoded may have it."""
-        return self._storage_key is None or held.ref is None or held.ref.storage_key == self._storage_key
+    def _named(self, held: RowValue) -> list[_Named]:
+        """Return the refs of a value that have the storage key, by the names of their variants."""
+        if held.ref is None:
+            return []
+        named: list[_Named] = [(None, held.ref), *(held.ref.variants or {}).items()]
+        return [(name, ref) for name, ref in named if self._storage_key is None or ref.storage_key == self._storage_key]
 
-    async def _verify_value(self, held: RowValue) -> Finding | None:
+    async def _verify_value(self, held: RowValue) -> list[Finding]:
         """Compare a value; where something is wrong, re-check the row, whose file may have been replaced meanwhile."""
-        self.report.checked += 1
+        self.report.checked += len(self._named(held)) if held.ref is not None else 1
         for _ in range(_ATTEMPTS):
-            finding = await self._compare(held)
-            if finding is None or finding.is_harmless:
-                return finding
+            findings = await self._compare_all(held)
+            if all(finding.is_harmless for finding in findings):
+                return findings
             found = await self._scan.read_again(held)
-            if found is None or not self._concerns(found):
-                return None
+            if found is None:
+                return []
             if found.raw == held.raw:
-                return finding
+                return findings
             held = found
-        return None  # it is replaced faster than it can be checked
+        return []  # it is replaced faster than it can be checked
 
-    async def _compare(self, held: RowValue) -> Finding | None:
-        ref = held.ref
-        if ref is None:
-            return _finding(Problem.UNDECODABLE, held, held.error)
+    async def _compare_all(self, held: RowValue) -> list[Finding]:
+        if held.ref is None:  # it may have the storage key
+            return [_finding(Problem.UNDECODABLE, held, None, None, held.error)]
+        compared = [await self._compare(held, name, ref) for name, ref in self._named(held)]
+        return [finding for finding in compared if finding is not None]
+
+    async def _compare(self, held: RowValue, name: str | None, ref: StoredObjectRef) -> Finding | None:
         try:
             await self._require_mounted(ref)
             await retry_unavailable(lambda: self._require_object(ref))
@@ -183,8 +201,10 @@ class Verification(Run[Finding, VerificationReport]):
                 # Its disk may have been unmounted since the last check.
                 self._mounted.discard(ref.backend)
                 await self._require_mounted(ref)
-            return _finding(_problem(error), held, error)
-        return None if ref.checksum else _finding(Problem.UNKNOWN_CHECKSUM, held, "the ref has no checksum to compare with")
+            return _finding(_problem(error), held, name, ref, error)
+        if ref.checksum:
+            return None
+        return _finding(Problem.UNKNOWN_CHECKSUM, held, name, ref, "the ref has no checksum to compare with")
 
     async def _require_object(self, ref: StoredObjectRef) -> None:
         if not self._deep:
@@ -210,6 +230,8 @@ def verify(
     bytes_per_second: float | None = None,
 ) -> Verification:
     """Compare every reference with its object; nothing is changed, neither a row nor an object.
+
+    Variants are objects as others are. A finding names the one that it is about, and says that it can be made again.
 
     Every attachment column and every plain column of refs is read, all rows of them, in the order of the primary keys. What a
     writer replaces meanwhile is re-checked before it is reported. An unavailable backend ends the run with its error:
@@ -255,5 +277,10 @@ def _problem(error: StorageError) -> Problem:
     raise error
 
 
-def _finding(problem: Problem, held: RowValue, message: object) -> Finding:
-    return Finding(problem, held.table.fullname, held.primary_key, held.column.name, held.ref, str(message))
+def _finding(problem: Problem, held: RowValue, name: str | None, ref: StoredObjectRef | None, message: object) -> Finding:
+    said = str(message)
+    if name is not None:
+        said = f"the variant {name!r}: {said}"
+        if problem is not Problem.UNKNOWN_CHECKSUM:
+            said += "; nothing is lost, as it can be made again from its original"
+    return Finding(problem, held.table.fullname, held.primary_key, held.column.name, ref, said, name)

@@ -10,10 +10,12 @@ import importlib
 import inspect
 import itertools
 import os
+import re
+import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +101,27 @@ def pytest_report_header() -> str:
     return tiers.report_header()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Collect without looking for garbage among a million objects that stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Pass over the files that have nothing for this run; to import and to collect them all takes ten seconds."""
+    return True if tiers.may_be_passed_over(collection_path, config) else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Leave out what the tier does not run, as soon as all parameters are known."""
+    tiers.narrow(metafunc)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the cases of the public suite with the rows they stand for, and choose the tier."""
@@ -133,12 +156,15 @@ def _set_aside() -> None:
 
 
 @pytest.fixture(scope="session")
-def _blocking_calls() -> BlockBuster:
-    """What `_nothing_blocks` watches; to make it takes as long as a quick test."""
+def _blocking_calls() -> Iterator[BlockBuster]:
+    """What `_nothing_blocks` watches; to make it, or to put it in place, takes as long as a quick test."""
     watched = BlockBuster("granite_storage", excluded_modules=["granite_storage.testing"])
     for function in watched.functions.values():
         function.can_block_in("asyncpg/connection.py", {"connect"})
-    return watched
+    try:
+        yield watched
+    finally:
+        watched.deactivate()
 
 
 @pytest.fixture(autouse=True)
@@ -149,11 +175,10 @@ def _nothing_blocks(_blocking_calls: BlockBuster) -> Iterator[BlockBuster]:
     connection: asyncpg looks for a file of passwords.
     """
     allowed = {function: list(function.can_block_functions) for function in _blocking_calls.functions.values()}
-    _blocking_calls.activate()
+    _blocking_calls.activate()  # it stays so until the end, where no test ends it
     try:
         yield _blocking_calls
     finally:
-        _blocking_calls.deactivate()
         for function, exceptions in allowed.items():
             function.can_block_functions[:] = exceptions
 
@@ -164,6 +189,30 @@ def _temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     tmp_path_factory.getbasetemp()  # made now, so that pytest's own folders are not below this one
     with termination.temporary_folder() as folder:
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes_of_derivations(_temporary_folder: Path) -> Iterator[None]:
+    """Keep the worker processes from one test to the next, and end them before the folder that they may work in goes."""
+    yield
+    if (derived := sys.modules.get("granite_storage.derived.processes")) is not None:
+        derived.close_all()
+
+
+_folders_made = itertools.count()
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each test, as pytest's.
+
+    Pytest's own looks through those of all earlier tests for a free number, and puts a link to the newest: it takes longer than
+    most tests.
+    """
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    path = tmp_path_factory.getbasetemp() / f"{name}{next(_folders_made)}"
+    path.mkdir(mode=0o700)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -283,21 +332,20 @@ def _no_binding_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_task_left(request: pytest.FixtureRequest, _nothing_left: None) -> None:
+def _no_task_left(
+    request: pytest.FixtureRequest, _nothing_left: None, _started_loop: asyncio.AbstractEventLoop
+) -> Iterator[None]:
     """Fail a coroutine test that leaves a task behind."""
-    if inspect.iscoroutinefunction(getattr(request.node, "obj", None)):
-        request.getfixturevalue("_watched_loop")
-
-
-@pytest.fixture
-async def _watched_loop() -> AsyncIterator[None]:
-    before = asyncio.all_tasks()
+    if not inspect.iscoroutinefunction(getattr(request.node, "obj", None)):
+        yield
+        return
+    before = asyncio.all_tasks(_started_loop)
     yield
     deadline = time.monotonic() + SETTLING
-    while left := asyncio.all_tasks() - before - {asyncio.current_task()}:
+    while left := asyncio.all_tasks(_started_loop) - before:
         if time.monotonic() > deadline:
             pytest.fail(f"the test left tasks behind: {left}")
-        await asyncio.sleep(0.01)
+        _turn(_started_loop, 0.01)
 
 
 def _servers_of(request: pytest.FixtureRequest) -> list[str]:

@@ -8,22 +8,25 @@ each with its reason: a rule of `REPETITIONS` below, or the marker `exhaustive("
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-__all__ = ["choose", "configure", "is_exhaustive", "repetitions", "report_header", "seed"]
+__all__ = ["choose", "configure", "is_exhaustive", "may_be_passed_over", "narrow", "repetitions", "report_header", "seed"]
 
 _TIER = "GRANITE_EXHAUSTIVE"
 _SEED = "GRANITE_SEED"
 _FIXED_SEED = 20_261_128
 
 ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
+    "tests/gc/test_random_receipts.py": ("",),
     "tests/gc/test_schemas_of_tenants.py": ("test_a_copy_in_a_schema_without_a_table_of_a_model",),
     "tests/orm/test_scenarios.py": (
         "TestFailedUploads",
@@ -36,7 +39,7 @@ ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
         "TestOneRow::test_primary_key_and_file_changed_together",
         "TestOneRow::test_two_rows_of_the_same_key_after_a_delete",
     ),
-    "tests/orm/test_bulk.py": ("TestDelete", "TestUpdate"),
+    "tests/orm/test_bulk.py": ("TestDelete", "TestRefusals::test_upsert[", "TestUpdate"),
     "tests/orm/test_concurrency.py": ("",),
     "tests/orm/test_concurrent_commits.py": ("",),
     "tests/orm/test_concurrent_writers.py": ("",),
@@ -46,6 +49,7 @@ ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
     "tests/orm/test_triggers.py": ("",),
     "tests/orm/test_unknown_commit.py": ("",),
     "tests/orm/journal/test_database_faults.py": ("",),
+    "tests/orm/journal/test_derived_jobs.py": ("TestRows",),
     "tests/orm/journal/test_recovery.py": ("TestReports", "TestWorker"),
     "tests/orm/journal/test_refusals.py": ("",),
     "tests/orm/journal/test_shared_objects.py": ("TestElsewhere",),
@@ -235,6 +239,16 @@ OF_THE_BACKENDS_CODE = (
 
 REPETITIONS = [
     Repetition(
+        "tests/derived/test_images.py",
+        "libvips is asked for the same as Pillow, and every third case tells whether it understands",
+        _all_but_every(3, only=lambda params: params.get("engine") == "vips"),
+    ),
+    Repetition(
+        "tests/derived/test_images.py",
+        "each orientation is turned by one line, in whichever format it is found",
+        _all_but_every(3, "TestTurns::", only=lambda params: params.get("engine") == "pillow"),
+    ),
+    Repetition(
         "tests/orm/synchronous/test_scenarios.py",
         "the same hooks as for asynchronous sessions decide: the scenarios run on SQLite, and what differs between databases on"
         " PostgreSQL with a journal",
@@ -257,6 +271,11 @@ REPETITIONS = [
     ),
     Repetition(
         "tests/backends/test_s3_conformance.py",
+        "the odd names are tried without a prefix, which is put before each of them as before any other",
+        _all_but_every(8, "TestSeaweedFSPrefixed::test_odd_location["),
+    ),
+    Repetition(
+        "tests/backends/test_s3_conformance.py",
         "the first of the cases without a prefix, and another part of them, are enough to show that it is put before each name",
         _all_but_every(3, "TestSeaweedFSPrefixed::"),
     ),
@@ -273,7 +292,7 @@ REPETITIONS = [
     Repetition(
         "tests/backends/test_obstore_conformance.py",
         "our code decides it, over memory as over S3",
-        _in_class("TestSeaweedFS", only=OF_THE_BACKENDS_CODE),
+        _in_class("TestSeaweedFS", "TestLocal", only=OF_THE_BACKENDS_CODE),
     ),
     Repetition(
         "tests/backends/test_obstore_conformance.py",
@@ -309,6 +328,11 @@ REPETITIONS = [
         lambda item, params: (
             "conformance" not in item.nodeid and "test_wrong_secret" not in item.nodeid and _all_but_every(2)(item, params)
         ),
+    ),
+    Repetition(
+        "tests/backends/test_s3.py",
+        "every request is signed in one place",
+        _all_but_every(3, "TestErrors::test_wrong_secret["),
     ),
     Repetition(
         "tests/backends/test_model.py",
@@ -393,6 +417,15 @@ REPETITIONS = [
         ),
     ),
     Repetition(
+        "tests/orm/test_shared_objects.py",
+        "both ways end in one question to the copies; which types it can be put to, one way shows",
+        lambda item, params: (
+            _name_of(item).startswith("TestOtherTypes::test_clone_keeps_the_object")
+            and params["way"].__name__ != "delete_one"
+            and params["kind"] != "text"
+        ),
+    ),
+    Repetition(
         "tests/orm/test_sources_given_twice.py",
         "what can be read once only is known by its type: every second one shows it",
         _all_but_every(2),
@@ -401,6 +434,29 @@ REPETITIONS = [
         "tests/orm/test_disconnects_and_signals.py",
         "each stage with one number of interrupts",
         _all_but_every(2, "test_a_keyboard_interrupt"),
+    ),
+    Repetition(
+        "tests/orm/test_random_sessions.py",
+        "the same machine; how synchronous sessions end, their scenarios show",
+        _with("machine", "synchronous"),
+    ),
+    Repetition(
+        "tests/orm/synchronous/test_scenarios.py",
+        "what is a value, a relation or unknown to the session is read by hooks that are the same for both kinds of sessions",
+        _in_class("TestRelations", "TestValues", "TestWhatTheSessionDoesNotKnow"),
+    ),
+    Repetition(
+        "tests/orm/variants/test_scenarios.py",
+        "a variant goes where its original goes, which the scenarios without one show: those with savepoints, bulk statements and"
+        " listeners that change what a flush does are tried with both",
+        lambda item, _: (
+            not _name_of(item).startswith(("TestOneRow", "TestSavepoints", "TestUpdate", "TestDelete", "test_random"))
+        ),
+    ),
+    Repetition(
+        "tests/orm/journal/test_simpler",
+        "it shows that a scenario can fail, which a change of the scenarios alone would alter; the scenarios themselves are run",
+        lambda item, _: _name_of(item).startswith("test_a_simpler_variant_breaks"),
     ),
     Repetition(
         "tests/orm/synchronous/",
@@ -501,8 +557,13 @@ REPETITIONS = [
     ),
     Repetition(
         "tests/applications/",
-        "on MariaDB and with gunicorn's threads the program is the same",
-        lambda _, params: params.get("kind") == "mariadb" or params.get("server") == "gthread",
+        "on MariaDB the program is the same",
+        _with("kind", "mariadb"),
+    ),
+    Repetition(
+        "tests/applications/test_gunicorn.py",
+        "gunicorn's processes fork as those of test_programs.py do",
+        lambda item, _: True,
     ),
     Repetition(
         "tests/applications/",
@@ -511,6 +572,26 @@ REPETITIONS = [
             params.get("kind") == "sqlite"
             and _name_of(item).startswith(("test_forks", "test_interrupt", "test_tasks", "test_uploads"))
         ),
+    ),
+    Repetition(
+        "tests/gallery/test_command.py",
+        "a gallery that moves to a bucket finds what is in its folder as well",
+        _of("test_what_is_in_a_folder_is_there_again"),
+    ),
+    Repetition(
+        "tests/mutants/test_runner.py",
+        "an interrupt of the runner endangers no data, and its end is that of any of our runs",
+        _of("test_an_interrupt_leaves_nothing_running"),
+    ),
+    Repetition(
+        "tests/alembic/test_autogenerate.py",
+        "in processes of its own the generic template runs as the asynchronous one does",
+        _of("test_each_template_in_processes_of_their_own", unless=lambda params: params["template"] == "async"),
+    ),
+    Repetition(
+        "tests/inspection/test_clamd.py",
+        "sizes, addresses and moments come together in every third case as well",
+        _all_but_every(3, "TestCancellation::test_at_every_await["),
     ),
     Repetition(
         "tests/gallery/test_command.py",
@@ -563,6 +644,7 @@ _DATABASES = {
     "tests/gc/test_mentions.py": ("sqlite-begin", "asyncpg", "mariadb"),
     "tests/orm/journal/": ("asyncpg",),
     "tests/orm/synchronous/": ("sqlite-begin", "psycopg", "asyncpg"),
+    "tests/orm/variants/": ("asyncpg",),
     "tests/orm/": ("sqlite-begin", "asyncpg"),
     "tests/gc/": ("sqlite-begin", "asyncpg"),
     "tests/verification/": ("sqlite-begin", "asyncpg"),
@@ -626,6 +708,49 @@ def configure(config: pytest.Config) -> None:
 def report_header() -> str:
     """Return the line that says which tier runs, and how to repeat its random choices."""
     return f"tier: {'exhaustive' if is_exhaustive() else 'default'}; {_SEED}={seed()} repeats its random choices"
+
+
+class _Case:
+    """A case of a test whose item has not been made: what the rules read of an item."""
+
+    def __init__(self, definition: Any, call: Any) -> None:
+        self._definition = definition
+        self.callspec = call
+        self.nodeid = f"{definition.nodeid}[{call.id}]"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._definition, name)
+
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        """Return the marker of the case's parameters, else of its test."""
+        found: pytest.Mark | None = next((mark for mark in self.callspec.marks if mark.name == name), None)
+        return found or self._definition.get_closest_marker(name)
+
+
+def narrow(metafunc: pytest.Metafunc) -> None:
+    """Let pytest make no items of what `choose` would leave out: to make them takes as long as all else in collecting.
+
+    A test of which nothing stays keeps one case, marked so that `choose` leaves it out: without any it would run unparametrized.
+    """
+    calls: list[Any] = metafunc._calls
+    if is_exhaustive() or not calls:
+        return
+    databases = {str(call.params.get("database")) for call in calls}
+    reasons = [_reason(_Case(metafunc.definition, call), databases) for call in calls]  # type: ignore[arg-type]
+    kept = [call for call, reason in zip(calls, reasons, strict=True) if reason is None]
+    if not kept:
+        kept = [dataclasses.replace(calls[0], marks=[pytest.mark.exhaustive(reasons[0]).mark])]
+    calls[:] = kept
+
+
+def may_be_passed_over(path: Path, config: pytest.Config) -> bool:
+    """Tell whether a file has no test that a run chooses: most have none with time bounds."""
+    return (
+        config.option.markexpr == "time_bound"
+        and path.name.startswith("test_")
+        and path.suffix == ".py"
+        and "time_bound" not in path.read_text()
+    )
 
 
 def choose(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import StorageBackend, StorageManager, StoragePolicy
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.inspection import ImageLimits
 from granite_storage.orm import Attachment, attachment, bind_storage
 from granite_storage.web import UnsupportedRequestError
 
@@ -55,6 +56,7 @@ class Note(Base):
 
 
 def require_taken(content_type: str | None) -> None:
+    """Refuse by what is declared, before a byte is read; the policy refuses by the content."""
     media_type = (content_type or "").partition(";")[0].strip().lower()
     if media_type not in TAKEN and f"{media_type.partition('/')[0]}/*" not in TAKEN:
         raise UnsupportedRequestError("the gallery takes pictures, films, sound, plain text, PDF and ZIP")
@@ -75,7 +77,15 @@ WRITTEN_TO = "bucket" if "bucket" in backends else "disk"
 storage = StorageManager(
     backends=backends,
     policies={
-        "gallery": StoragePolicy("gallery", WRITTEN_TO, max_size=MAX_SIZE, key_prefix="gallery"),
+        "gallery": StoragePolicy(
+            "gallery",
+            WRITTEN_TO,
+            max_size=MAX_SIZE,
+            key_prefix="gallery",
+            accept=TAKEN,
+            on_mismatch="correct",  # people rename files
+            inspect=[ImageLimits()],
+        ),
         "notes": StoragePolicy("notes", WRITTEN_TO, max_size=1024, key_prefix="notes"),
     },
 )

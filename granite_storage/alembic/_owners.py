@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Column, Connection, select
+from sqlalchemy import Column, Connection, Select, select, true
 from sqlalchemy.exc import OperationalError
 
 from granite_storage._engine import identities_of, may_overlap
@@ -13,7 +13,7 @@ from granite_storage.alembic._transactions import StorageThread
 from granite_storage.alembic.sources import InPlace
 from granite_storage.exceptions import BackendError
 from granite_storage.manager import StorageManager
-from granite_storage.orm.columns import location_of, value_in, where_json
+from granite_storage.orm.columns import location_of, unnest_variants, value_in, where_json
 from granite_storage.orm.discovery import as_found, find_json_columns, find_with_refs
 from granite_storage.orm.references import as_text, is_text, selected_text, text_encoding
 
@@ -44,7 +44,7 @@ class Owners:
         return {(key, item.location) for key in self._keys_like(item.backend)}
 
     def find_taken(self, connection: Connection, items: Sequence[InPlace]) -> set[Address]:
-        """Return the addresses of those objects that a row refers to."""
+        """Return the addresses of those objects that a row refers to, as its own or as a variant."""
         wanted = sorted({item.location for item in items if is_text(item.location)})
         if not wanted:
             return set()
@@ -84,7 +84,7 @@ class Owners:
 
 
 def _find_rows(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Return backend, location and identity of the refs of a column that lead to one of the locations."""
+    """Return backend, location and identity of the refs of a column, and of their variants, that lead to one of the locations."""
     dialect = connection.dialect.name
     try:
         rows = _select(connection, column, wanted, is_safe=False)
@@ -92,6 +92,7 @@ def _find_rows(connection: Connection, column: Column[Any], wanted: Sequence[str
         if dialect != "sqlite":
             raise
         rows = _select(connection, column, wanted, is_safe=True)
+    rows += _select_variants(connection, column, wanted)
     encoding = text_encoding(connection)
     found = (tuple(as_text(value, encoding) for value in row) for row in rows)
     return [(backend, location, identity) for backend, location, identity in found]
@@ -104,6 +105,19 @@ def _select(connection: Connection, column: Column[Any], wanted: Sequence[str], 
     if is_safe:
         location = where_json(column, location)
     statement = select(*(selected_text(value, dialect) for value in (backend, location, identity))).where(location.in_(wanted))
+    return _run(connection, column, statement)
+
+
+def _select_variants(connection: Connection, column: Column[Any], wanted: Sequence[str]) -> list[Any]:
+    """Return backend, location and identity of the variants in the refs of a column that lead to one of the locations."""
+    dialect = connection.dialect.name
+    variants, variant = unnest_variants(column, dialect)
+    texts = [value_in(variant, key, dialect) for key in ("backend", "location", "identity")]
+    found = select(*(selected_text(text, dialect) for text in texts)).select_from(column.table.join(variants, true()))
+    return _run(connection, column, found.where(texts[1].in_(wanted)))
+
+
+def _run(connection: Connection, column: Column[Any], statement: Select[Any]) -> list[Any]:
     if column.table.schema is not None:
         statement = statement.execution_options(schema_translate_map={})
     return list(connection.execute(statement))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from sqlalchemy import Column, Connection, Index, MetaData, Table, and_, select
+from sqlalchemy import Column, Connection, Index, MetaData, Table, and_, func, select, true
 from sqlalchemy.dialects import mysql
 
 from granite_storage._jobs import require_concurrency
@@ -16,7 +16,13 @@ from granite_storage.alembic._transactions import Op, columns_of, count, key_pag
 from granite_storage.alembic.sources import read_whole
 from granite_storage.exceptions import ContentError
 from granite_storage.manager import StorageManager
-from granite_storage.orm.columns import location_column_name, location_index_name, location_of, portable_storage_ref_type
+from granite_storage.orm.columns import (
+    location_column_name,
+    location_index_name,
+    location_of,
+    portable_storage_ref_type,
+    unnest_variants,
+)
 from granite_storage.orm.locking import among
 from granite_storage.refs import StoredObjectRef
 
@@ -93,7 +99,10 @@ def drop_converted_column(
 
 
 def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema: str | None = None) -> None:
-    """Drop a column of refs, once every row has its old value back; the objects stay where they are.
+    """Drop a column of refs, once every row has its old value back; the objects and their variants stay where they are.
+
+    How many that are is logged. No row refers to them any more, so the garbage collector deletes those that nothing mentions, as
+    a column of paths mentions an object. Variants are not converted: nothing but the dropped column knows of them.
 
     Args:
         op: Alembic's `op`.
@@ -112,6 +121,10 @@ def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema
     _require_done(connection, found, found.c[source], found.c[target], ())
     kept = count(connection, found, found.c[source].is_not(None))
     logger.warning("%d objects of %s.%s remain in storage, and no row refers to them any more", kept, table, source)
+    variants, _ = unnest_variants(found.c[source], connection.dialect.name)
+    nested = select(func.count()).select_from(found.join(variants, true()))
+    if number := connection.execute(nested).scalar_one():
+        logger.warning("%d variants of these objects remain as well, for the garbage collector", number)
     op.drop_column(table, source, schema=schema)
 
 

@@ -361,7 +361,7 @@ def storage_to_text(
     """Restore the content of a column of refs to a text column, for a downgrade; verified, in steps, resumable.
 
     The objects stay where they are, because it is unknown whether the migration will commit. Those without a reference afterwards
-    are orphans.
+    are orphans. So are their variants, which are not restored: they stay as long as the column of refs is there.
 
     Raises:
         ObjectNotFoundError: An object is missing.
@@ -403,6 +403,8 @@ def storage_to_paths(
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Write the path, key or URL by which another library knows each object, for a downgrade; no object is touched.
+
+    Variants have no path in the other column. They stay as long as the column of refs is there, and are orphans afterwards.
 
     Args:
         op: Alembic's `op`.

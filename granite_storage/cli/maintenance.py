@@ -115,13 +115,14 @@ def _show_finding(context: CommandContext, finding: Finding) -> None:
                 "table": finding.table,
                 "primary_key": finding.primary_key,
                 "column": finding.column,
+                "variant": finding.variant,
                 "ref": None if finding.ref is None else finding.ref.to_dict(),
                 "message": finding.message,
             }
         )
         return
     row = ", ".join(map(str, finding.primary_key))
-    style = "yellow" if finding.is_harmless else "red"
+    style = "yellow" if finding.is_harmless or finding.is_replaceable else "red"
     context.output.line(f"{finding.problem.value}: {finding.table} {row} {finding.column}: {finding.message}", style)
 
 
@@ -130,10 +131,13 @@ def _show_verification(context: CommandContext, verification: Verification) -> N
     if context.output.as_json:
         counts = {problem.value: number for problem, number in report.counts.items()}
         known = {"rows": report.rows, "checked": report.checked, "bytes_read": report.bytes_read}
+        known["replaceable"] = report.replaceable
         context.output.record({"report": {**known, "counts": counts, "key": report.key, "complete": report.complete}})
     else:
         facts = {"references checked": f"{report.checked:,}", "problems": f"{report.problems:,}"}
         facts |= {f"  {problem.value}": f"{number:,}" for problem, number in sorted(report.counts.items())}
+        if report.replaceable:
+            facts["of variants, which can be made again"] = f"{report.replaceable:,}"
         if report.bytes_read:
             facts["bytes read"] = format_size(report.bytes_read)
         context.output.facts(facts)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from PIL import AvifImagePlugin, Image, ImageCms, ImageSequence
 
-from granite_storage.derived._rendering import MOST_PLACEHOLDER, PLACEHOLDERS, data_url, plan, recognize
+from granite_storage.derived._rendering import MOST_PLACEHOLDER, PLACEHOLDERS, make_data_url, plan, recognize
 from granite_storage.derived.base import Derivation
 from granite_storage.exceptions import DerivationRefusedError
 
@@ -54,7 +54,7 @@ def render(
     Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]  # Pillow raises beyond twice as many, and warns before
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     with _refusing(max_pixels), warnings.catch_warnings(action="ignore"):
-        image = Image.open(file, formats=[recognize(file)])
+        image = Image.open(file, formats=[recognize(file, max_pixels)])
         frames = getattr(image, "n_frames", 1) if animated else 1
         is_animated = frames > 1 and frames * image.width * image.height <= max_pixels
         durations: list[int] = []
@@ -62,7 +62,7 @@ def render(
         for frame in ImageSequence.Iterator(image) if is_animated else [image]:
             images.append(_flatten(_shape(frame, box, crop), image_format, background))
             durations.append(int(frame.info.get("duration") or 100))
-        loop = int(image.info.get("loop", 1))
+        loop = int(image.info.get("loop", 1 if image.format == "GIF" else 0))  # a GIF that says nothing is shown once
     first = images[0]
     options = _OPTIONS[image_format] | ({} if quality is None else {"quality": quality})
     if is_animated:
@@ -181,7 +181,7 @@ def _make_placeholder(image: Image.Image) -> str | None:
     for side, quality in PLACEHOLDERS:
         size, region = plan(image.size, (side, side), crop=False)
         small = image.resize(size, Image.Resampling.BICUBIC, box=region, reducing_gap=_GAP)
-        url = data_url(_save(small, "webp", {"quality": quality, "alpha_quality": quality, "method": 6}))
+        url = make_data_url(_save(small, "webp", {"quality": quality, "alpha_quality": quality, "method": 6}))
         if len(url) <= MOST_PLACEHOLDER:
             return url
     return None

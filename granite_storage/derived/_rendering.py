@@ -6,6 +6,7 @@ import base64
 from typing import BinaryIO
 
 from granite_storage.exceptions import DerivationRefusedError
+from granite_storage.inspection._image_headers import read_webp
 
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -25,11 +26,11 @@ MOST_PLACEHOLDER = 400
 """The longest placeholder, in bytes."""
 
 
-def recognize(file: BinaryIO) -> str:
+def recognize(file: BinaryIO, max_pixels: int) -> str:
     """Return the name that Pillow has for the format, and leave the file at its start.
 
     Raises:
-        DerivationRefusedError: It is none that is opened, such as SVG, EPS or HEIC.
+        DerivationRefusedError: It is none that is opened, such as SVG, EPS or HEIC, or a WebP of too many pixels.
     """
     head = file.read(256)
     file.seek(0)
@@ -37,6 +38,9 @@ def recognize(file: BinaryIO) -> str:
         if head.startswith(signature):
             return name
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        size = read_webp(head)  # a decoder makes room for all pixels before it tells how many there are
+        if size is not None and size["width"] * size["height"] > max_pixels:
+            raise DerivationRefusedError(f"the image has more than {max_pixels} pixels")
         return "WEBP"
     if head[4:8] == b"ftyp":
         brands = head[8 : int.from_bytes(head[:4], "big")]
@@ -59,6 +63,6 @@ def plan(size: tuple[int, int], box: tuple[int, int], crop: bool) -> tuple[tuple
     return new, (left, top, left + region_width, top + region_height)
 
 
-def data_url(webp: bytes) -> str:
+def make_data_url(webp: bytes) -> str:
     """Return a WebP image as a data URL."""
     return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"

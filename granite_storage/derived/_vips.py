@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 os.environ["VIPS_BLOCK_UNTRUSTED"] = "1"
 os.environ["VIPS_CONCURRENCY"] = "1"  # one process, one processor
 
-from granite_storage.derived._rendering import MOST_PLACEHOLDER, PLACEHOLDERS, data_url, plan, recognize
+from granite_storage.derived._rendering import MOST_PLACEHOLDER, PLACEHOLDERS, make_data_url, plan, recognize
 from granite_storage.derived.base import Derivation
 from granite_storage.exceptions import DerivationRefusedError
 
@@ -45,7 +45,7 @@ def render(
     Raises:
         DerivationRefusedError: The image has too many pixels, is damaged, or of a type that is not opened.
     """
-    loader = _LOADERS.get(recognize(file))
+    loader = _LOADERS.get(recognize(file, max_pixels))
     if loader is None:
         raise DerivationRefusedError("the file is no image of a type that can be shown: JPEG, PNG, GIF, WebP, AVIF or TIFF")
     pyvips.cache_set_max(0)
@@ -63,7 +63,7 @@ def render(
         size, _ = plan((width, height), box, crop)
         how = {"crop": "centre", "size": "down"} if crop else {"size": "force"}
         image = pyvips.Image.thumbnail(
-            file.name, size[0], height=size[1], output_profile="srgb", fail_on="truncated", **how
+            file.name, size[0], height=size[1], output_profile="srgb", fail_on="error", **how
         ).colourspace("srgb")
         image = image.cast("uchar").copy_memory()  # until now, nothing was decoded
     if image.hasalpha() and (background is not None or image_format == "jpeg"):
@@ -92,7 +92,7 @@ def _make_placeholder(image: Any) -> str | None:
     for side, quality in PLACEHOLDERS:
         size, _ = plan((image.width, image.height), (side, side), crop=False)
         small = image.thumbnail_image(size[0], height=size[1], size="force")
-        url = data_url(small.webpsave_buffer(Q=quality, alpha_q=quality, effort=6, keep="none"))
+        url = make_data_url(small.webpsave_buffer(Q=quality, alpha_q=quality, effort=6, keep="none"))
         if len(url) <= MOST_PLACEHOLDER:
             return url
     return None

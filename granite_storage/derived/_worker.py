@@ -112,8 +112,10 @@ def _run(request: dict[str, Any], file: IO[bytes], output: IO[bytes]) -> dict[st
 
 def _open_path(descriptor: int) -> IO[bytes]:
     """Open the original under a path, for libraries and programs that want one; the file itself has no name."""
-    path = f"/proc/{os.getpid()}/fd/{descriptor}"
-    return open(path if os.path.exists(path) else f"/dev/fd/{descriptor}", "rb")
+    for path in (f"/proc/{os.getpid()}/fd/{descriptor}", f"/dev/fd/{descriptor}"):
+        if os.path.exists(path):
+            return open(path, "rb")
+    return os.fdopen(descriptor, "rb", closefd=False)
 
 
 @contextlib.contextmanager

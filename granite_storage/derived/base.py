@@ -22,9 +22,9 @@ __all__ = [
     "Missing",
     "Recipe",
     "When",
+    "make_digest",
     "require_choice",
     "require_positive",
-    "stable_digest",
 ]
 
 When: TypeAlias = Literal["flush", "later", "request"]
@@ -146,7 +146,7 @@ class Effect:
         require_positive("the timeout of an effect", self.timeout, (int, float))
 
 
-def stable_digest(kind: str, name: str, parameters: Mapping[str, Any]) -> str:
+def make_digest(kind: str, name: str, parameters: Mapping[str, Any]) -> str:
     """Return a digest of JSON values that is the same everywhere."""
     text = json.dumps([kind, name, parameters], sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:32]}"

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, BinaryIO, TypeAlias
 
-from granite_storage.derived.base import Derivation, DerivationSource, Missing, When, require_choice, stable_digest
+from granite_storage.derived.base import Derivation, DerivationSource, Missing, When, make_digest, require_choice
 from granite_storage.derived.processes import MIB, Limits, run_in_process
 from granite_storage.exceptions import ConfigurationError, DerivationFailedError, StorageError
 
@@ -85,7 +85,7 @@ class Derived:
     def digest(self, name: str, /) -> str:
         """Return what identifies the recipe under this name of a variant."""
         parameters = {"content_type": self.content_type, "version": self.version, "filename": self.filename}
-        return stable_digest("function", name, {"function": self.identity, **parameters})
+        return make_digest("function", name, {"function": self.identity, **parameters})
 
     @asynccontextmanager
     async def make(self, source: DerivationSource, /) -> AsyncIterator[Derivation]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import PurePath
 from typing import Any, Literal, TypeAlias
 
@@ -15,9 +14,9 @@ from granite_storage.derived.base import (
     DerivationSource,
     Missing,
     When,
+    make_digest,
     require_choice,
     require_positive,
-    stable_digest,
 )
 from granite_storage.derived.processes import MIB, Limits, run_in_process
 from granite_storage.exceptions import ConfigurationError, MissingDependencyError
@@ -36,6 +35,7 @@ _CODE = 1
 _ENGINES = {"pillow": ("_pillow", "PIL", "Pillow", "images"), "vips": ("_vips", "pyvips", "pyvips", "vips")}
 _MOST_SIDE = 16383
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
+_PLACEHOLDER = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]{1,377}")
 
 
 class ImageVariant:
@@ -44,27 +44,30 @@ class ImageVariant:
     An image is never made larger, is turned upright, and is in sRGB. It carries nothing else of the original: no place, no
     camera, no comment, no colour profile.
 
-    | Original | Result |
-    |---|---|
-    | JPEG, PNG, GIF, WebP, AVIF, BMP, TIFF, by their first bytes | is made; of a TIFF or MPO of several images the first |
-    | anything else, such as SVG, EPS, PDF or HEIC | refused; no library looks at it |
-    | more than `max_pixels` | refused before it is decoded |
-    | cut off or damaged | refused |
-    | more memory or time than the limits allow | fails, and may be tried again |
-    | smaller than the box | its own size; with `fill`, the largest region of the box's proportions |
-    | 1 pixel high or wide | its shorter side stays 1 pixel |
-    | EXIF orientation, also in PNG, WebP and TIFF; `irot` and `imir` of AVIF | turned |
-    | with a colour profile | converted to sRGB; a profile that is damaged or does not fit is ignored |
-    | CMYK | converted to sRGB, by its profile or else by the simple formula |
-    | transparent | stays so; put on `background` if there is one, and for JPEG on white |
-    | palette, black and white | full colours, grey |
-    | 16 bits a channel | the upper 8 bits |
-    | 32 bits a channel, integers or floating point (TIFF) | refused: these are no colours |
-    | animated GIF, WebP, PNG or AVIF | the first frame; with `animated=True` all of them, with their times |
-    | animated, with more pixels than `max_pixels` in all frames together | the first frame |
+    ======================================  ==============================================================================
+    Original                                Result
+    ======================================  ==============================================================================
+    JPEG, PNG, GIF, WebP, AVIF, BMP, TIFF   made, by the decoder that the first bytes name; of several images the first
+    SVG, EPS, PDF, HEIC, anything else      refused; no library looks at it
+    more than `max_pixels`                  refused before it is decoded
+    cut off or damaged                      refused
+    takes more memory or time than allowed  fails, and may be tried again
+    smaller than the box                    its own size; with `fill`, the largest region of the box's proportions
+    1 pixel high or wide                    its shorter side stays 1 pixel
+    EXIF orientation, `irot` and `imir`     turned, in every format
+    with a colour profile                   converted to sRGB; a profile that is damaged or does not fit is ignored
+    CMYK                                    converted to sRGB, by its profile or else by the simple formula
+    transparent                             stays so; put on `background` if there is one, and for JPEG on white
+    palette, black and white                full colours, grey
+    16 bits a channel                       the upper 8 bits
+    32 bits a channel (TIFF)                refused: integers and floating point are no colours
+    animated GIF, WebP, PNG or AVIF         the first frame; with `animated=True` all of them, with their times
+    animated, `max_pixels` in all frames    the first frame, where all frames together have more pixels
+    ======================================  ==============================================================================
 
-    The engine `vips` needs less memory for large images, opens no BMP, and makes no animations; the remainder of the table
-    holds for it, too. All loaders but that of the recognized format are blocked.
+    The engine `vips` needs less memory for large images. It opens neither BMP nor sequences of AVIF, reads an orientation in PNG
+    only before the pixels, has a profile of its own for CMYK, and makes no animations; the remainder of the table holds for it,
+    too. All loaders but that of the recognized format are blocked.
 
     Args:
         fit: The box, width and height in pixels, that the whole image fits into.
@@ -156,7 +159,7 @@ class ImageVariant:
 
     def digest(self, name: str, /) -> str:
         """Return what identifies the recipe under this name of a variant; see `Recipe.digest`."""
-        return stable_digest("image", name, self._parameters | {"engine": self.engine, "code": _CODE})
+        return make_digest("image", name, self._parameters | {"engine": self.engine, "code": _CODE})
 
     @asynccontextmanager
     async def make(self, source: DerivationSource, /) -> AsyncIterator[Derivation]:
@@ -164,4 +167,16 @@ class ImageVariant:
         arguments = self._parameters | {"max_pixels": self._max_pixels}
         async with run_in_process(self._function, arguments, source, self._limits) as made:
             stem = PurePath(source.ref.original_filename or "").stem
-            yield replace(made, filename=f"{stem}.{self.format}" if stem else None)
+            filename = f"{stem}.{self.format}" if stem else None
+            yield Derivation(made.content, f"image/{self.format}", self._check(made.media or {}), filename)
+
+    def _check(self, media: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the receipt may say: a decoder that a hostile file has taken over could say anything."""
+        found: dict[str, Any] = {"type": f"image/{self.format}"}
+        for name, most in (("width", _MOST_SIDE), ("height", _MOST_SIDE), ("frames", self._max_pixels)):
+            if type(value := media.get(name)) is int and 0 < value <= most:
+                found[name] = value
+        placeholder = media.get("placeholder")
+        if self._parameters["placeholder"] and isinstance(placeholder, str) and _PLACEHOLDER.fullmatch(placeholder):
+            found["placeholder"] = placeholder
+        return found

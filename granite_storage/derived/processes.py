@@ -47,6 +47,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 
 MIB = 1 << 20
 _MOST_JOBS = 500
+_MOST_TEXT = 255
 _INLINE_RESULT = MIB
 _POLL_SECONDS = 0.5
 _START_SECONDS = 30.0
@@ -129,12 +130,12 @@ class WorkerProcesses:
         """
         if source.ref.size > limits.max_source:
             raise DerivationRefusedError(f"the file has {source.ref.size} bytes; at most {limits.max_source} can be processed")
-        files = await _on_disk(_Files, undo=_Files.close)
+        files = await _use_disk(_Files, undo=_Files.close)
         try:
             async with self._place():
                 await _copy(source, files.source, limits.max_source)
                 found = await self._call(function, arguments, files, limits)
-            yield await _on_disk(_read_result, files.result, found, limits.max_size)
+            yield await _use_disk(_read_result, files.result, found, limits.max_size)
         finally:
             await shielded_cleanup(_file_threads.run(files.close), "closing temporary files")
 
@@ -233,18 +234,19 @@ def _forget_all() -> None:
         processes.forget()
 
 
-def _close_all() -> None:
+def close_all() -> None:
+    """End the worker processes of this process; later calls start others."""
     for processes in _all_processes:
         processes.close()
 
 
 os.register_at_fork(after_in_child=_forget_all)
-atexit.register(_close_all)
+atexit.register(close_all)
 
 _processes = WorkerProcesses()
 
 
-def open_descriptors() -> set[int]:
+def list_descriptors() -> set[int]:
     """Return the descriptors of the sockets to processes, for those who look for leaks."""
     return {worker.fileno() for processes in _all_processes for worker in list(processes.workers)}
 
@@ -284,7 +286,7 @@ class _Files:
         self.result.close()
 
 
-async def _on_disk(function: Any, *args: Any, undo: Any = None) -> Any:
+async def _use_disk(function: Any, *args: Any, undo: Any = None) -> Any:
     try:
         return await _file_threads.run(function, *args, undo=undo)
     except OSError as error:
@@ -298,8 +300,8 @@ async def _copy(source: DerivationSource, file: IO[bytes], max_source: int) -> N
             size += len(chunk)
             if size > max_source:
                 raise DerivationRefusedError(f"the file has more than {max_source} bytes, the most that can be processed")
-            await _on_disk(file.write, chunk)
-    await _on_disk(_rewind, file)
+            await _use_disk(file.write, chunk)
+    await _use_disk(_rewind, file)
 
 
 def _rewind(file: IO[bytes]) -> None:
@@ -318,7 +320,10 @@ def _read_result(file: IO[bytes], found: dict[str, Any], max_size: int) -> Deriv
         media = None if media is None else read_only(media, "media")
     except InvalidReferenceError as error:
         raise DerivationFailedError(f"the derivation failed: {error}") from error
-    return Derivation(content, str(content_type or ""), media, None if filename is None else str(filename))
+    for text in (content_type, filename):
+        if text is not None and not (isinstance(text, str) and text.isprintable() and len(text) <= _MOST_TEXT):
+            raise DerivationFailedError(f"the derivation failed: {text!r:.80} is no media type and no file name")
+    return Derivation(content, content_type or "", media, filename)
 
 
 def _path_of(descriptor: int) -> str:
@@ -374,7 +379,7 @@ class _Worker:
         try:
             with theirs:
                 self._process = subprocess.Popen(  # noqa: S603  # our own program
-                    [sys.executable, "-I", _worker.__file__, str(theirs.fileno())],
+                    [sys.executable, "-IB" if sys.dont_write_bytecode else "-I", _worker.__file__, str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
@@ -427,7 +432,7 @@ class _Worker:
             if left <= 0:
                 raise TimeoutError
             # The socket stays open where a child of the process holds it; so the process is watched, too.
-            if not select.select([self._socket], [], [], min(left, _POLL_SECONDS))[0]:
+            if not self._is_readable(min(left, _POLL_SECONDS)):
                 if self._process.poll() is not None:
                     raise EOFError
                 continue
@@ -443,7 +448,12 @@ class _Worker:
 
     def has_ended(self) -> bool:
         """Tell whether the process has ended, or sends what nobody asked for."""
-        return bool(select.select([self._socket], [], [], 0)[0])
+        return self._is_readable(0)
+
+    def _is_readable(self, seconds: float) -> bool:
+        poller = select.poll()  # select() takes no descriptor above 1023, which a busy server has
+        poller.register(self._socket, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
 
     def kill(self) -> None:
         """Kill the process and its children, which may have outlived it."""

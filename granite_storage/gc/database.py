@@ -15,7 +15,9 @@ from sqlalchemy import (
     ARRAY,
     Column,
     ColumnElement,
+    CompoundSelect,
     Connection,
+    FromClause,
     LargeBinary,
     MetaData,
     Select,
@@ -24,14 +26,15 @@ from sqlalchemy import (
     case,
     cast,
     collate,
+    false,
     func,
     inspect,
     literal,
     literal_column,
     not_,
-    null,
     select,
     text,
+    true,
     union_all,
 )
 from sqlalchemy.exc import DBAPIError, ProgrammingError
@@ -45,7 +48,7 @@ from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
 from granite_storage.orm._interfaces import JournalTables, active_bindings
 from granite_storage.orm._util import batches
-from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, location_of, value_in
+from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, unnest_variants, value_in
 from granite_storage.orm.discovery import (
     FoundColumn,
     as_found,
@@ -54,6 +57,7 @@ from granite_storage.orm.discovery import (
     find_with_refs,
     has_value,
     is_legible,
+    may_nest,
     resolve,
 )
 from granite_storage.orm.journal.database import find_gap
@@ -66,6 +70,7 @@ from granite_storage.orm.references import (
     named_in,
     references_among,
     selected_extra,
+    selected_extra_of_variants,
     selected_text,
     text_encoding,
 )
@@ -132,6 +137,8 @@ class RefColumn:
 def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
     """Select location and kind of all references in the byte order of the locations, and NULL for what is no reference.
 
+    A ref that nests variants is as many references; one whose variants cannot be read is none.
+
     It is one statement, so a reference that moves from one column to another meanwhile is seen in one of them.
 
     Args:
@@ -139,53 +146,79 @@ def select_locations(columns: Sequence[RefColumn], dialect: str, identities: Seq
         dialect: The name of the database.
         identities: Those that the store of the objects in question answers to; None where it has none to compare with.
     """
-    found = union_all(*(_locations(column, dialect, identities) for column in columns)).subquery("found")
+    parts = [part for column in columns for part in _locations(column, dialect, identities)]
+    found = union_all(*parts).subquery("found")
     location = selected_text(found.c.location, dialect)
     return select(location, found.c.kind).order_by(_collate_bytes(found.c.location, dialect))
 
 
 def select_first(column: RefColumn, dialect: str, kind: int, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
-    """Select the primary key, the backend and the identity of a row whose reference is of a kind."""
+    """Select the primary key, the backend and the identity of a row whose reference, or that to a variant, is of a kind."""
     ref = column.column
-    wanted = and_(
-        has_value(ref, dialect),
-        case((is_legible(ref, dialect), _kind(column, dialect, identities)), else_=null()) == literal_column(str(kind)),
-    )
-    said = (location_of(ref, dialect)[0], value_in(ref, "identity", dialect))
-    found = select(*ref.table.primary_key, *(selected_text(value, dialect) for value in said))
-    return found.where(wanted).limit(1)
+    found: list[Select[*tuple[Any, ...]]] = []
+    for value, source in _values(ref, dialect):
+        wanted = case((is_legible(value, dialect), _kind(value, column, dialect, identities))) == literal_column(str(kind))
+        said = (selected_text(value_in(value, key, dialect), dialect) for key in ("backend", "identity"))
+        if dialect == "sqlite":
+            said = (case((is_legible(value, dialect), text)) for text in said)
+        keys = (key.label(f"key_{number}") for number, key in enumerate(ref.table.primary_key))
+        found.append(select(*keys, *said).select_from(source).where(has_value(ref, dialect), wanted))
+    return select(union_all(*found).subquery("found")).limit(1)
 
 
-def select_counts(column: RefColumn, dialect: str) -> Select[*tuple[Any, ...]]:
-    """Select backend, identity and number of the references of a column."""
-    ref = column.column
-    backend, identity = location_of(ref, dialect)[0], value_in(ref, "identity", dialect)
-    if dialect == "sqlite":  # reading a value that is no JSON fails there
-        backend, identity = (case((is_legible(ref, dialect), value)) for value in (backend, identity))
-    counted = select(selected_text(backend, dialect), selected_text(identity, dialect), func.count())
-    return counted.where(is_legible(ref, dialect)).group_by(backend, identity)
+def select_counts(column: RefColumn, dialect: str) -> CompoundSelect[*tuple[Any, ...]]:
+    """Select backend, identity and number of the references of a column, and of those to variants by themselves."""
+    found: list[Select[*tuple[Any, ...]]] = []
+    for value, source in _values(column.column, dialect):
+        backend, identity = (value_in(value, key, dialect) for key in ("backend", "identity"))
+        legible = is_legible(value, dialect)
+        if dialect == "sqlite":  # reading a value that is no JSON fails there
+            backend, identity = (case((legible, text)) for text in (backend, identity))
+        counted = select(selected_text(backend, dialect), selected_text(identity, dialect), func.count())
+        found.append(counted.select_from(source).where(legible).group_by(backend, identity))
+    return union_all(*found)
 
 
 def select_first_illegible(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
-    """Select the primary key of a row whose value is no reference."""
-    wrong = and_(has_value(column, dialect), not_(is_legible(column, dialect)))
-    return select(*column.table.primary_key, literal_column("1")).where(wrong).limit(1)
+    """Select the primary key of a row whose value is no reference, or has variants that cannot be read."""
+    found: list[Select[*tuple[Any, ...]]] = []
+    for value, source in _values(column, dialect):
+        keys = (key.label(f"key_{number}") for number, key in enumerate(column.table.primary_key))
+        wrong = not_(_is_legible_whole(value, dialect, is_variant=value is not column))
+        found.append(select(*keys, literal_column("1").label("one")).select_from(source).where(has_value(column, dialect), wrong))
+    return select(union_all(*found).subquery("found")).limit(1)
 
 
-def _locations(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> Select[*tuple[Any, ...]]:
-    ref = column.column
-    legible = is_legible(ref, dialect)
-    kind = _kind(column, dialect, identities)
-    found = select(
-        case((legible, location_of(ref, dialect)[1])).label("location"),
-        case((legible, kind), else_=literal_column(str(ELSEWHERE))).label("kind"),
-    ).where(has_value(ref, dialect))
-    return found if column.is_declared else found.where(legible)
+def _values(column: Column[Any], dialect: str) -> list[tuple[ColumnElement[Any], FromClause]]:
+    """Return the values of a column, and those of the variants in them, each with the table that they are in."""
+    variants, variant = unnest_variants(column, dialect)
+    return [(column, column.table), (variant, column.table.join(variants, true()))]
 
 
-def _kind(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> ColumnElement[int]:
-    backend = location_of(column.column, dialect)[0]
-    identity = value_in(column.column, "identity", dialect)
+def _is_legible_whole(value: ColumnElement[Any], dialect: str, *, is_variant: bool) -> ColumnElement[bool]:
+    """Return the criterion that a value is a reference, and has what can be variants; never NULL."""
+    return case((is_legible(value, dialect), may_nest(value, dialect, is_variant=is_variant)), else_=false())
+
+
+def _locations(column: RefColumn, dialect: str, identities: Sequence[str] | None) -> list[Select[*tuple[Any, ...]]]:
+    found: list[Select[*tuple[Any, ...]]] = []
+    for value, source in _values(column.column, dialect):
+        is_variant = value is not column.column
+        legible = is_legible(value, dialect)
+        if column.is_declared:
+            legible = _is_legible_whole(value, dialect, is_variant=is_variant)
+        one = select(
+            case((legible, value_in(value, "location", dialect))).label("location"),
+            case((legible, _kind(value, column, dialect, identities)), else_=literal_column(str(ELSEWHERE))).label("kind"),
+        ).select_from(source)
+        if not is_variant:
+            one = one.where(has_value(column.column, dialect))
+        found.append(one if column.is_declared else one.where(legible))
+    return found
+
+
+def _kind(ref: ColumnElement[Any], column: RefColumn, dialect: str, identities: Sequence[str] | None) -> ColumnElement[int]:
+    backend, identity = (value_in(ref, key, dialect) for key in ("backend", "identity"))
     kinds: list[tuple[ColumnElement[bool], Any]] = []
     if identities is not None:
         kinds.append(
@@ -600,10 +633,11 @@ class DatabaseReferences:
             await self._refuse(wrong)
 
     async def _iter_named(self) -> AsyncGenerator[Reference, None]:
-        """Yield what the `extra` of refs name, whatever backend those refs name."""
+        """Yield what the `extra` of refs and of their variants name, whatever backend those refs name."""
         for chunk in batches(self._ref_columns, _COLUMNS_IN_A_STATEMENT):
             async with self._connection() as connection:
-                parts = [selected_extra(item.column, connection.dialect.name) for item in chunk]
+                dialect = connection.dialect.name
+                parts = [part(item.column, dialect) for item in chunk for part in (selected_extra, selected_extra_of_variants)]
                 result = await connection.stream(union_all(*parts).execution_options(yield_per=PAGE))
                 try:
                     async for of_backend, _, extra in result:

@@ -197,15 +197,20 @@ def _iter_ids(text: str) -> Iterator[str]:
 
 
 def _is_elsewhere(text: str, identities: Collection[str]) -> bool:
-    """Tell whether a value is a reference that says that it is of another store."""
+    """Tell whether a value is a reference that says that it is of another store, as its variants do."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return False
     if not isinstance(value, dict) or not isinstance(value.get("location"), str):
         return False
-    identity = value.get("identity")
-    return isinstance(identity, str) and identity not in identities
+    variants = value.get("variants") or {}
+    said = (
+        [one.get("identity") if isinstance(one, dict) else None for one in variants.values()]
+        if isinstance(variants, dict)
+        else [None]
+    )
+    return all(isinstance(identity, str) and identity not in identities for identity in (value.get("identity"), *said))
 
 
 @asynccontextmanager

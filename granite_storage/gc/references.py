@@ -16,7 +16,7 @@ from granite_storage.gc.merge import Reference, SortedSpool, take_page, temporar
 from granite_storage.locations import generated_id
 from granite_storage.manager import StorageManager
 from granite_storage.orm.references import named_in, references_among
-from granite_storage.refs import StoredObjectRef
+from granite_storage.refs import StoredObjectRef, iter_refs
 
 __all__ = ["GivenReferences", "IterReferences", "ReferenceSource", "require_callable"]
 
@@ -81,7 +81,7 @@ class ReferenceSource(Protocol):
 IterReferences: TypeAlias = Callable[
     [], Iterable[StoredObjectRef | None] | AsyncIterable[StoredObjectRef | None] | Awaitable[Iterable[StoredObjectRef | None]]
 ]
-"""Returns all references at that moment; it is called several times in a collection.
+"""Returns all references at that moment, each with its variants; it is called several times in a collection.
 
 An iterator that is not read to its end is closed by its `aclose` or `close`.
 """
@@ -117,12 +117,13 @@ class GivenReferences:
             spool = SortedSpool(file)
             async with aclosing(self._refs()) as refs:
                 async for ref in refs:
-                    is_here = ref.backend == backend
-                    self._require_understood(ref, identities if is_here else None)
-                    if is_here:
-                        self._storage_keys.add(ref.storage_key)
-                    for location in _locations(ref):
-                        await spool.add(location, is_here)
+                    for one in iter_refs(ref):
+                        is_here = one.backend == backend
+                        self._require_understood(one, identities if is_here else None)
+                        if is_here:
+                            self._storage_keys.add(one.storage_key)
+                        for location in _locations(one):
+                            await spool.add(location, is_here)
             yield spool.pages()
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
@@ -136,7 +137,8 @@ class GivenReferences:
         held: set[str] = set()
         async with aclosing(self._refs()) as refs:
             async for ref in refs:
-                held.update(found for found in _locations(ref) if found in wanted or generated_id(found) in wanted)
+                named = (location for one in iter_refs(ref) for location in _locations(one))
+                held.update(found for found in named if found in wanted or generated_id(found) in wanted)
         return references_among(locations, held)
 
     def require_complete(self, storage_keys: Sequence[str]) -> None:

@@ -6,18 +6,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from granite_storage.inspection.media_types import OnMismatch, matches
-from granite_storage.inspection.stripping import StripMode
-
 __all__ = [
     "HEAD_SIZE",
     "Checks",
+    "HeadInspector",
     "Inspection",
     "Inspector",
+    "OnMismatch",
     "OnUnavailable",
     "OnUnstrippable",
     "ScanResult",
     "Scanner",
+    "StripMode",
     "UploadPreview",
     "Validator",
 ]
@@ -26,6 +26,12 @@ _LONGEST_TEXT = 200
 
 HEAD_SIZE = 64 * 1024
 """How much of the beginning of an upload is looked at before any of it is stored, in bytes."""
+
+OnMismatch: TypeAlias = Literal["refuse", "correct"]
+"""What becomes of an upload whose content contradicts the declared type."""
+
+StripMode: TypeAlias = Literal["location", "all"]
+"""What goes out of a picture: what tells where it was taken, or all that is not needed to show it."""
 
 OnUnavailable: TypeAlias = Literal["refuse", "hold", "accept"]
 """What becomes of an upload that the scanner cannot judge."""
@@ -87,6 +93,20 @@ class Inspector(Protocol):
             ContentRejectedError: The upload is refused; the message is for the client.
         """
         ...
+
+
+class HeadInspector:
+    """An inspector that is asked before it begins whether a short look at the head is enough, which saves it a thread."""
+
+    def inspect_head(self, upload: UploadPreview, /) -> Mapping[str, Any] | None:
+        """Return what was found, as `Inspection.finish` does, where nothing more is needed; None where it begins.
+
+        It runs on the event loop, and looks at a few KiB.
+
+        Raises:
+            ContentRejectedError: The upload is refused; the message is for the client.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +206,8 @@ class Checks:
 
     def would_pass(self, media: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) -> bool:
         """Tell whether an object of another policy passes, by what its ref says; what cannot be told does not pass."""
+        from granite_storage.inspection.media_types import matches  # which the policy has loaded
+
         found = None if media is None else media.get("type")
         is_accepted = self.accept is None or (isinstance(found, str) and matches(found, self.accept))
         status = None if scan is None else scan.get("status")

@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, get_args
 
 from granite_storage.exceptions import ConfigurationError, ScannerUnavailableError
@@ -56,6 +56,9 @@ class ClamdScanner:
         timeout: The longest wait in seconds for clamd to read the next 256 KiB, for its answer once it has the whole, and for one
             of the other scans to end where `max_concurrent` are in progress. It should be above `MaxScanTime`.
         connect_timeout: The longest wait in seconds for the addresses of a host name, and for a connection to each of them.
+        content_timeout: The longest wait in seconds for the next piece of the content; after it the scan makes room for others:
+            an upload comes in pieces of 64 KiB to 1 MiB, however small those are that its client sends. It should not be above
+            clamd's `ReadTimeout`.
         max_concurrent: How many scans are in progress at a time on each event loop. All processes together should need no more
             than clamd's `MaxThreads`; it keeps others waiting.
 
@@ -72,12 +75,14 @@ class ClamdScanner:
         on_unavailable: OnUnavailable = "refuse",
         timeout: float = 150.0,
         connect_timeout: float = 5.0,
+        content_timeout: float = 120.0,
         max_concurrent: int = 10,
     ) -> None:
         self._family, self._address = _parse_address(address)
         if on_unavailable not in get_args(OnUnavailable):
             raise ConfigurationError(f"a ClamdScanner's on_unavailable must be refuse, hold or accept, not {on_unavailable!r}")
-        for argument, seconds in (("timeout", timeout), ("connect_timeout", connect_timeout)):
+        timeouts = {"timeout": timeout, "connect_timeout": connect_timeout, "content_timeout": content_timeout}
+        for argument, seconds in timeouts.items():
             is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
             if not is_number or not math.isfinite(seconds) or seconds <= 0:
                 raise ConfigurationError(f"a ClamdScanner's {argument} must be a number of seconds above 0, not {seconds!r}")
@@ -87,6 +92,7 @@ class ClamdScanner:
         self._name = address
         self._timeout = timeout
         self._connect_timeout = connect_timeout
+        self._content_timeout = content_timeout
         self._max_concurrent = max_concurrent
         self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -105,8 +111,8 @@ class ClamdScanner:
             ScannerUnavailableError: clamd could not be reached, took too long, refused the content, or said what is no verdict.
         """
         async with self._room():
-            async with self._connect(self._timeout) as connection:
-                is_whole = await connection.send_content(content)
+            async with self._connect(self._timeout) as connection, aclosing(self._pace(content)) as pieces:
+                is_whole = await connection.send_content(pieces)
                 answer = await connection.read_answer()
             signature = self._judge(answer, is_whole, connection.error)
             return ScanResult(is_clean=signature is None, by=await self._describe(), signature=signature)
@@ -121,6 +127,25 @@ class ClamdScanner:
         if answer != b"PONG\0":
             raise self._unavailable(self._explain(answer, error)) from error
         return await self._describe()
+
+    async def _pace(self, content: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        """Yield the content, unless it keeps clamd and the others that wait for it waiting."""
+        while True:
+            limit = asyncio.timeout(self._content_timeout)
+            try:
+                async with limit:
+                    piece = await anext(content)
+            except StopAsyncIteration:
+                return
+            except TimeoutError as error:
+                if not limit.expired():  # it is the content's own
+                    raise
+                reason = (
+                    f"was sent nothing for {self._content_timeout:g} s, since the upload paused: where uploads may, set a longer"
+                    " content_timeout, and ReadTimeout in clamd.conf"
+                )
+                raise self._unavailable(reason) from error
+            yield piece
 
     def _judge(self, answer: bytes, is_whole: bool, error: OSError | None) -> str | None:
         """Return the signature that was found, None where the content is clean."""

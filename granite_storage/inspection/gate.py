@@ -23,12 +23,24 @@ from granite_storage.exceptions import (
     ScannerUnavailableError,
     UnsupportedContentError,
 )
-from granite_storage.inspection.base import HEAD_SIZE, Checks, Inspection, Scanner, ScanResult, UploadPreview, Validator
-from granite_storage.inspection.media_types import TAIL_SIZE, Judged, confirm_type, detect, fit_filename, judge_type
-from granite_storage.inspection.stripping import StripMode, Stripper, can_strip
-from granite_storage.refs import canonical_timestamp, read_only
+from granite_storage.inspection.base import (
+    HEAD_SIZE,
+    Checks,
+    HeadInspector,
+    Inspection,
+    Inspector,
+    Scanner,
+    ScanResult,
+    StripMode,
+    UploadPreview,
+    Validator,
+)
+from granite_storage.inspection.media_types import TAIL_SIZE, Judged, confirm_type, detect, fit_filename, fit_location, judge_type
+from granite_storage.inspection.scanning import judge_outcome
+from granite_storage.inspection.stripping import Stripper, can_strip
+from granite_storage.refs import ReadOnlyDict, canonical_timestamp, read_only
 
-__all__ = ["Gate", "Pieces", "Verdict", "judge_bytes", "validate"]
+__all__ = ["Gate", "Pieces", "Verdict", "fit_location", "judge_bytes", "validate"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -125,7 +137,7 @@ class Gate:
                 is_whole = False
                 break
         await self._judge.look(bytes(head), is_whole=is_whole)
-        if self._checks.inspectors:
+        if not self._judge.inspect_head():
             await _threads.run(self._judge.begin)
 
     def __aiter__(self) -> Self:
@@ -188,14 +200,14 @@ async def judge_bytes(content: bytes | bytearray | memoryview, checks: Checks, p
     """
     if not isinstance(content, bytes):
         content = await _threads.run(bytes, content)
-    judge = _Judge(checks, replace(preview, size=len(content)))
+    judge = _Judge(checks, preview, size=len(content))
     await judge.look(content[:HEAD_SIZE], is_whole=len(content) <= HEAD_SIZE)
     if judge.notes and len(content) > _PIECE:
         await _threads.run(judge.note, content)
     else:
         judge.note(content)
     judge.confirm()
-    if checks.inspectors:
+    if not judge.inspect_head():
         await _threads.run(judge.inspect_whole, content)
     if checks.scanner is not None:
         scan = _Scan(checks.scanner)
@@ -213,17 +225,20 @@ async def judge_bytes(content: bytes | bytearray | memoryview, checks: Checks, p
 class _Judge:
     """What is decided of one upload, apart from how its bytes arrive."""
 
-    def __init__(self, checks: Checks, preview: UploadPreview) -> None:
+    def __init__(self, checks: Checks, preview: UploadPreview, *, size: int | None = None) -> None:
         self.verdict = Verdict(preview.declared_type, preview.filename)
         self.stripper: Stripper | None = None
         self._checks = checks
         self._preview = preview
+        self._size = preview.size if size is None else size
         self._type: str | None = None
         self._unconfirmed: Judged | None = None
         self._tail = b""
         self._is_text = False
+        self._waiting: list[Inspector] = []
         self._active: list[Inspection] = []
         self._ended: list[Inspection] = []
+        self._found: dict[str, Any] = {}
 
     @property
     def wants_more(self) -> bool:
@@ -237,11 +252,17 @@ class _Judge:
 
     async def look(self, head: bytes, *, is_whole: bool) -> None:
         """Decide what the head decides."""
-        size = len(head) if is_whole else self._preview.size
-        self._preview = replace(self._preview, head=head, size=size)
         if self._checks.needs_type:
             self._find_type(head)
-        self._preview = replace(self._preview, content_type=self.verdict.content_type, filename=self.verdict.filename)
+        if self._checks.validators or self._checks.inspectors or self._unconfirmed is not None:  # making one takes microseconds
+            self._preview = UploadPreview(
+                self._preview.storage_key,
+                head,
+                self.verdict.filename,
+                self._preview.declared_type,
+                self.verdict.content_type,
+                len(head) if is_whole else self._size,
+            )
         await validate(self._checks, self._preview)
 
     def _find_type(self, head: bytes) -> None:
@@ -263,7 +284,7 @@ class _Judge:
             self.verdict.content_type = judged.content_type
             self.verdict.filename = fit_filename(preview.filename, judged.content_type)
         if self._type is not None:
-            self.verdict.media = {"type": self._type}
+            self.verdict.media = ReadOnlyDict({"type": self._type})
         if checks.strip is not None:
             self._choose_stripper(checks.strip)
 
@@ -278,10 +299,25 @@ class _Judge:
                 declared=self._preview.declared_type,
             )
 
+    def inspect_head(self) -> bool:
+        """Ask the inspectors that a short look at the head may be enough for; return whether that was all."""
+        if not self._checks.inspectors:
+            return True
+        if self._type is not None and self._type != self._preview.content_type:
+            self._preview = replace(self._preview, content_type=self._type)
+        for item in self._checks.inspectors:
+            found = item.inspect_head(self._preview) if isinstance(item, HeadInspector) else None
+            if found is None:
+                self._waiting.append(item)
+            else:
+                self._found |= found
+        if self._found and not self._waiting:  # they are our own, and their numbers need no copy that takes microseconds
+            self.verdict.media = ReadOnlyDict({**(self.verdict.media or {}), **self._found})
+        return not self._waiting
+
     def begin(self) -> None:
         """Begin the inspections; in a thread."""
-        preview = replace(self._preview, content_type=self._type or self._preview.content_type)
-        self._active = [begun for item in self._checks.inspectors if (begun := item.begin(preview)) is not None]
+        self._active = [begun for item in self._waiting if (begun := item.begin(self._preview)) is not None]
 
     def note(self, piece: bytes) -> None:
         """Refuse binary in what is kept as text, and keep the end of what has passed, where that confirms the type."""
@@ -318,7 +354,7 @@ class _Judge:
     async def finish(self) -> None:
         """Decide what the whole content decides."""
         self.confirm()
-        if self._ended or self._active:
+        if self._waiting:
             await _threads.run(self._collect)
 
     def confirm(self) -> None:
@@ -328,7 +364,7 @@ class _Judge:
             confirm_type(self._unconfirmed, self._preview.head, self._tail, accept=self._checks.accept)
 
     def _collect(self) -> None:
-        found: dict[str, Any] = {}
+        found = self._found
         for item in [*self._ended, *self._active]:
             own = item.finish()
             if own is not None and not isinstance(own, Mapping):
@@ -404,11 +440,10 @@ class _Scan:
             await self._wait_for_room()
         if not self._task.done():
             return
-        result = self._result()
-        if isinstance(result, ScanResult):
-            _require_clean(result)
-        elif self._scanner.on_unavailable == "refuse":
-            self._without_verdict(result)
+        outcome = self._outcome()
+        is_refused = not outcome.is_clean if isinstance(outcome, ScanResult) else self._scanner.on_unavailable == "refuse"
+        if is_refused:  # whether what is called clean was read to its end is told there
+            self._decide(outcome)
 
     async def verdict(self) -> Mapping[str, Any]:
         """Return the verdict on the whole, for the ref.
@@ -420,13 +455,7 @@ class _Scan:
         self._has_ended = True
         self._changed.set()
         await asyncio.wait([self._task], timeout=_VERDICT_TIMEOUT)
-        result = self._result()
-        if isinstance(result, ScanResult):
-            _require_clean(result)
-            if self._was_read:
-                return _scan_part("clean", result.by)
-            result = ScannerUnavailableError("the scanner called the content clean before it had read all of it")
-        return self._without_verdict(result)
+        return self._decide(self._outcome())
 
     async def stop(self) -> None:
         """End the scan; idempotent."""
@@ -434,25 +463,29 @@ class _Scan:
             self._task.cancel()
             await shielded_cleanup(asyncio.wait([self._task]), "ending a scan")
 
-    def _without_verdict(self, error: Exception) -> Mapping[str, Any]:
-        on_unavailable = self._scanner.on_unavailable
-        if on_unavailable == "refuse":
-            if isinstance(error, ScannerUnavailableError):
-                raise error
-            raise ScannerUnavailableError(f"the scanner failed: {error}") from error
-        logger.warning("an upload was not scanned and %s", _OUTCOMES[on_unavailable], exc_info=error)
-        return _scan_part("pending" if on_unavailable == "hold" else "failed", None)
+    def _decide(self, outcome: object) -> Mapping[str, Any]:
+        try:
+            part = judge_outcome(outcome, was_read=self._was_read)
+        except ScannerUnavailableError as error:
+            on_unavailable = self._scanner.on_unavailable
+            if on_unavailable == "refuse":
+                raise
+            logger.warning("an upload was not scanned and %s", _OUTCOMES[on_unavailable], exc_info=error)
+            status = "pending" if on_unavailable == "hold" else "failed"
+            return {"status": status, "at": canonical_timestamp(datetime.now(UTC))}
+        if part["status"] == "infected":
+            raise InfectedContentError("a virus scanner has found something in the file", signature=part.get("signature"))
+        return part
 
-    def _result(self) -> ScanResult | Exception:
+    def _outcome(self) -> object:
         if self._has_stalled or not self._task.done():
-            return TimeoutError(f"nothing came from the scanner for {_VERDICT_TIMEOUT:g} s")
+            return TimeoutError(f"nothing came from it for {_VERDICT_TIMEOUT:g} s")
         return RuntimeError("the scan was cancelled") if self._task.cancelled() else self._task.result()
 
-    async def _run(self) -> ScanResult | Exception:
+    async def _run(self) -> object:
         try:
             async with aclosing(self._content()) as content:
-                result: object = await self._scanner.scan(content)
-            return result if isinstance(result, ScanResult) else TypeError(f"scan() must return a ScanResult, not {result!r}")
+                return await self._scanner.scan(content)
         except Exception as error:  # noqa: BLE001  # whatever fails in a scanner of others, it has not judged
             return error
         finally:
@@ -481,13 +514,3 @@ class _Scan:
             except TimeoutError:
                 self._has_stalled = True
                 await self.stop()
-
-
-def _require_clean(result: ScanResult) -> None:
-    if not result.is_clean:
-        raise InfectedContentError("a virus scanner has found something in the file", signature=result.signature)
-
-
-def _scan_part(status: str, by: str | None) -> Mapping[str, Any]:
-    part = {"status": status, "at": canonical_timestamp(datetime.now(UTC))}
-    return part if by is None else {**part, "by": by}

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import io
-import struct
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
 
 from granite_storage.exceptions import ConfigurationError, ContentRejectedError, MissingDependencyError
-from granite_storage.inspection.base import Inspection, UploadPreview
+from granite_storage.inspection._image_headers import (
+    QUICK,
+    Found,
+    orientation_in,
+    read_heif,
+    read_icon,
+    read_jpeg,
+    read_jpeg2000_size,
+    read_png_size,
+    read_tags,
+)
+from granite_storage.inspection.base import HeadInspector, Inspection, UploadPreview
 from granite_storage.inspection.media_types import canonical
 
 __all__ = ["ImageLimits"]
 
 _MOST_HEADER = 1 << 20
-_ORIENTATION = 0x0112
-_MOST_BOXES = 4096
+_QUICK_HEADER = 8192
 _MOST_PARTS = 1000
+_WIDTH, _HEIGHT, _SAMPLES = 0x0100, 0x0101, 0x0115
+_MOST_SAMPLES = 6
 
 
-class ImageLimits:
+class ImageLimits(HeadInspector):
     """Refuses images that are too large to show, or whose size cannot be told, and finds out width, height and orientation.
 
-    It looks at the header, of at most 1 MiB, with Pillow's reader of that one format; AVIF, HEIC and WebP are read without it. An
-    image whose header cannot be read there is refused. SVG has no size in pixels and is let through, as is what is no image.
+    It looks at the header, of at most 1 MiB. JPEG, PNG, GIF, WebP, AVIF, HEIC and icons need no more than that; bitmaps,
+    TIFF, JPEG 2000, Photoshop's files and unusual JPEGs are shown to Pillow's reader of that one format, in a thread. An image
+    whose header cannot be read there is refused. SVG has no size in pixels and is let through, as is what is no image.
 
-    The ref's `media` has `width` and `height` in pixels, as they are stored, `orientation` where an EXIF header turns the image
-    (2 to 8), and `frames` where the header tells that there are several.
+    The ref's `media` has `width` and `height` in pixels, as they are stored; `orientation` where the EXIF header of a JPEG, PNG
+    or TIFF turns the image (2 to 8); and `frames` of a moving PNG. Those of a GIF or WebP would take all of the file to count.
 
     Args:
         max_pixels: The most pixels, width times height; None for any number.
@@ -55,12 +68,21 @@ class ImageLimits:
     def __repr__(self) -> str:
         return f"ImageLimits(max_pixels={self.max_pixels}, max_side={self.max_side}, min_side={self.min_side})"
 
+    def inspect_head(self, upload: UploadPreview, /) -> Mapping[str, Any] | None:
+        """Return the size of an image that a few KiB tell it of, nothing for anything else; None where it takes more."""
+        if type(self).begin is not ImageLimits.begin:
+            return None  # a subclass looks at more, or at less
+        if not _has_pixels(upload.content_type):
+            return {}
+        read = QUICK.get(upload.content_type or "")
+        found = None if read is None else read(upload.head[:_QUICK_HEADER])
+        if found is not None:
+            self.require(found["width"], found["height"])
+        return found
+
     def begin(self, upload: UploadPreview, /) -> Inspection | None:
         """Return what looks at an image; None for anything else."""
-        content_type = upload.content_type or ""
-        if not content_type.startswith("image/") or content_type == "image/svg+xml":
-            return None
-        return _HeaderInspection(self, content_type)
+        return _HeaderInspection(self, upload.content_type or "") if _has_pixels(upload.content_type) else None
 
     def require(self, width: int, height: int) -> None:
         """Refuse a size that is out of bounds.
@@ -78,9 +100,14 @@ class ImageLimits:
             )
 
 
+def _has_pixels(content_type: str | None) -> bool:
+    return content_type is not None and content_type.startswith("image/") and content_type != "image/svg+xml"
+
+
 class _HeaderInspection:
     def __init__(self, limits: ImageLimits, content_type: str) -> None:
         self._limits = limits
+        self._content_type = content_type
         self._read = _READERS.get(content_type) or _PillowReader(content_type)
         self._content = bytearray()
         self._tried = 0
@@ -97,75 +124,108 @@ class _HeaderInspection:
         """Return the size of the image."""
         if self._found is None and self._tried < len(self._content):
             self._look()
+        if self._found is None and self._content_type == "image/png":
+            self._keep(read_png_size(bytes(self._content)))  # what stands before its pixels is too long, or damaged
         if self._found is None:
             raise ContentRejectedError("the size of the image cannot be read: it is damaged, or its header is too long")
         return self._found
 
     def _look(self) -> None:
         self._tried = len(self._content)
-        found = self._read(bytes(self._content))
+        self._keep(self._read(bytes(self._content)))
+
+    def _keep(self, found: Found | None) -> None:
         if found is not None:
             self._limits.require(found["width"], found["height"])
             self._found = found
             self._content.clear()
 
 
-class _Reader(Protocol):
-    def __call__(self, header: bytes, /) -> dict[str, Any] | None: ...
-
-
 class _PillowReader:
-    """Reads a header with Pillow's plugin of one format: none of the others ever sees hostile bytes, and none decodes."""
+    """Reads a header with Pillow's plugin of one format: none of the others ever sees hostile bytes, and none decodes.
+
+    Pillow warns of what it finds odd, or logs it, and neither can be silenced for one thread only. So no plugin is shown what it
+    would complain of.
+    """
 
     def __init__(self, content_type: str) -> None:
         self._content_type = content_type
 
-    def __call__(self, header: bytes, /) -> dict[str, Any] | None:
-        if _has_many_parts(header, self._content_type):
-            return _read_png(header)
+    def __call__(self, header: bytes, /) -> Found | None:
         Image = _require_pillow()  # noqa: N806
-        names = [name for name, mime in Image.MIME.items() if canonical(mime) == self._content_type and name in Image.OPEN]
-        for name in names:
-            factory, _ = Image.OPEN[name]
-            try:
-                image = factory(io.BytesIO(header), "")
-                found: dict[str, Any] = {"width": image.size[0], "height": image.size[1]}
-                if (frames := getattr(image, "n_frames", 1) if name == "PNG" else 1) > 1:
-                    found["frames"] = frames
-                if (orientation := _orientation_of(Image, image)) > 1:
-                    found["orientation"] = orientation
-            except Exception:  # noqa: BLE001, S112  # what a cut off or hostile header raises differs from plugin to plugin
-                continue
-            return found
-        return _read_png(header)  # Pillow reads one up to its pixels, and gives up where texts before them are long
+        for name, mime in Image.MIME.items():
+            if canonical(mime) == self._content_type and name in Image.OPEN:
+                found = _open_image(Image.OPEN[name][0], header)
+                if found is not None:
+                    return found
+        return None
 
 
-def _has_many_parts(header: bytes, content_type: str) -> bool:
-    """Tell whether a header is cut into thousands of parts, each of which would take Pillow microseconds."""
-    place, step = {"image/jpeg": (2, 2), "image/png": (8, 12)}.get(content_type, (len(header), 0))
+def _open_image(factory: Callable[[io.BytesIO, str], Any], header: bytes) -> Found | None:
+    try:
+        image = factory(io.BytesIO(header), "")
+        width, height = image.size
+        exif = image.info.get("exif")
+    except Exception:  # noqa: BLE001  # what a cut off or hostile header raises differs from plugin to plugin
+        return None
+    return {"width": width, "height": height, **(orientation_in(exif) if isinstance(exif, bytes) else {})}
+
+
+def _read_unusual_jpeg(header: bytes) -> Found | None:
+    """Read a JPEG, with Pillow where it is unusual."""
+    if (found := read_jpeg(header)) is not None:
+        return found
+    return None if _has_many_parts(header) else _open_image(_load_jpeg_reader(), header)
+
+
+@lru_cache(maxsize=1)
+def _load_jpeg_reader() -> Callable[[io.BytesIO, str], Any]:
+    from PIL import JpegImagePlugin
+
+    class JpegHeader(JpegImagePlugin.JpegImageFile):
+        """A JPEG whose EXIF is not read for its resolution, of which Pillow would warn where it is damaged."""
+
+        def _read_dpi_from_exif(self) -> None:
+            pass
+
+    return JpegHeader
+
+
+def _has_many_parts(header: bytes) -> bool:
+    """Tell whether a JPEG is cut into thousands of parts, each of which would take Pillow microseconds."""
+    place = 2
     for _ in range(_MOST_PARTS):
-        if place + 8 > len(header) or header[place : place + 2] == b"\xff\xda" or header[place + 4 : place + 8] == b"IDAT":
+        if place + 4 > len(header) or header[place : place + 2] == b"\xff\xda":
             return False
-        size = struct.unpack_from(">H", header, place + 2)[0] if step == 2 else struct.unpack_from(">I", header, place)[0]
-        place += step + size
+        place += 2 + int.from_bytes(header[place + 2 : place + 4], "big")
     return True
 
 
-def _read_png(header: bytes) -> dict[str, Any] | None:
-    if not header.startswith(b"\x89PNG\r\n\x1a\n") or header[12:16] != b"IHDR" or len(header) < 24:
+def _read_tiff(header: bytes) -> Found | None:
+    """Read a TIFF that Pillow knows; of tags that lie outside, or have too many values or samples, it would complain."""
+    tags, is_sound = read_tags(header)
+    if not is_sound or not all(tags.get(tag, (0, 0))[:2] in ((3, 1), (4, 1)) for tag in (_WIDTH, _HEIGHT)):
         return None
-    width, height = struct.unpack_from(">II", header, 16)
-    return {"width": width, "height": height}
+    if any(_expects_one(tag) and count != 1 for tag, (_, count, _) in tags.items()):
+        return None
+    kind, _, samples = tags.get(_SAMPLES, (3, 1, 1))
+    if kind not in (3, 4) or samples > _MOST_SAMPLES:
+        return None
+    if _PillowReader("image/tiff")(header) is None:
+        return None
+    return {"width": tags[_WIDTH][2], "height": tags[_HEIGHT][2], **orientation_in(header)}
 
 
-def _orientation_of(Image: Any, image: Any) -> int:  # noqa: N803
-    exif = image.info.get("exif")
-    if not isinstance(exif, bytes):
-        return 1
-    tags = Image.Exif()
-    tags.load(exif)
-    value = tags.get(_ORIENTATION, 1)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+def _expects_one(tag: int) -> bool:
+    from PIL import TiffTags
+
+    return TiffTags.lookup(tag).length == 1
+
+
+def _read_jpeg2000(header: bytes) -> Found | None:
+    """Read a JPEG 2000 that Pillow knows. It believes a box, and what is decoded is the codestream: both say the same."""
+    found = _PillowReader("image/jp2")(header)
+    return found if found is not None and read_jpeg2000_size(header) == (found["width"], found["height"]) else None
 
 
 def _require_pillow() -> Any:
@@ -179,57 +239,11 @@ def _require_pillow() -> Any:
     return Image
 
 
-def _read_webp(header: bytes) -> dict[str, Any] | None:
-    """Return the size of a WebP image. Source: RFC 9649, sections 2.5 to 2.7."""
-    kind, body = header[12:16], header[20:]
-    if kind == b"VP8X" and len(body) >= 10:
-        width, height = (int.from_bytes(body[start : start + 3], "little") + 1 for start in (4, 7))
-    elif kind == b"VP8L" and len(body) >= 5 and body[0] == 0x2F:
-        bits = int.from_bytes(body[1:5], "little")
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    elif kind == b"VP8 " and len(body) >= 10 and body[3:6] == b"\x9d\x01\x2a":
-        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", body, 6))
-    else:
-        return None
-    return {"width": width, "height": height}
-
-
-def _read_heif(header: bytes) -> dict[str, Any] | None:
-    """Return the size of the largest picture of an AVIF or HEIC file. Source: ISO/IEC 23008-12, section 6.5.3."""
-    sizes = list(_spatial_extents(header, 0, len(header), 0))
-    if not sizes:
-        return None
-    width, height = max(sizes, key=lambda size: size[0] * size[1])
-    return {"width": width, "height": height}
-
-
-_CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0}
-
-
-def _spatial_extents(header: bytes, start: int, stop: int, depth: int) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for _ in range(_MOST_BOXES):
-        if start + 8 > stop:
-            break
-        size, kind = struct.unpack_from(">I4s", header, start)
-        begin = start + 8
-        if size == 1 and begin + 8 <= stop:
-            size = struct.unpack_from(">Q", header, begin)[0]
-            begin += 8
-        end = stop if size == 0 else start + size
-        if end <= start:
-            break
-        if kind in _CONTAINERS and end > stop:
-            return []  # the rest of it is still to come
-        if kind == b"ispe" and begin + 12 <= min(end, stop):
-            found.append(struct.unpack_from(">II", header, begin + 4))
-        elif kind in _CONTAINERS and depth < len(_CONTAINERS):
-            found += _spatial_extents(header, begin + _CONTAINERS[kind], end, depth + 1)
-        start = end
-    return found
-
-
-_READERS: dict[str, _Reader] = {
-    "image/webp": _read_webp,
-    **dict.fromkeys(("image/avif", "image/heic", "image/heif", "image/heic-sequence", "image/heif-sequence"), _read_heif),
+_READERS: dict[str, Callable[[bytes], Found | None]] = {
+    **QUICK,
+    "image/jpeg": _read_unusual_jpeg,
+    "image/tiff": _read_tiff,
+    "image/jp2": _read_jpeg2000,
+    "image/vnd.microsoft.icon": read_icon,  # Pillow would decode it
+    **dict.fromkeys(("image/avif", "image/heic", "image/heif", "image/heic-sequence", "image/heif-sequence"), read_heif),
 }

@@ -26,7 +26,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from granite_storage._headers import is_active
 from granite_storage.exceptions import ConfigurationError, MissingDependencyError, UnsupportedContentError
@@ -57,7 +57,6 @@ __all__ = [
     "TAIL_SIZE",
     "Detected",
     "Judged",
-    "OnMismatch",
     "canonical",
     "check_accept",
     "confirm_type",
@@ -73,9 +72,6 @@ __all__ = [
 TAIL_SIZE = 66 * 1024
 """How much of the end of an upload `confirm_type` has to see: the end of a zip archive and its longest comment, in bytes."""
 
-OnMismatch: TypeAlias = Literal["refuse", "correct"]
-"""What becomes of an upload whose content contradicts the declared type."""
-
 _BINARY_FAMILIES = ("image/", "audio/", "video/", "font/")
 
 _PROGRAMS = (
@@ -89,6 +85,7 @@ _PROGRAMS = (
     (b"\xce\xfa\xed\xfe", "application/x-mach-binary"),
     (b"\xcf\xfa\xed\xfe", "application/x-mach-binary"),
 )
+_PROGRAM_MARKS = tuple(mark for mark, _ in _PROGRAMS)
 """Asked before all others: what runs must not pass for a type whose mark stands further behind, as DICOM's and tar's do."""
 
 _BRANDS = {
@@ -250,7 +247,7 @@ def detect(head: bytes, tail: bytes = b"") -> Detected:
 
 
 def judge_type(
-    head: bytes, *, declared: str | None, filename: str | None, accept: tuple[str, ...], on_mismatch: OnMismatch = "refuse"
+    head: bytes, *, declared: str | None, filename: str | None, accept: tuple[str, ...], on_mismatch: str = "refuse"
 ) -> Judged:
     """Return the media type that an upload is kept under, or refuse it.
 
@@ -280,7 +277,7 @@ def judge_type(
         # Installers and PostScript begin as text, and go on with binary content.
         is_text = judged.content_type.startswith("text/") and not head.startswith(tuple(mark for mark, _ in _MARKS))
         return replace(judged, is_text=is_text)
-    return judge.judge_binary(is_whole=b"PK\5\6" in head)
+    return judge.judge_binary(is_whole=head.startswith(b"PK") and b"PK\5\6" in head)
 
 
 def confirm_type(judged: Judged, head: bytes, tail: bytes, *, accept: tuple[str, ...]) -> None:
@@ -326,7 +323,7 @@ class _Judge:
     stated: str | None
     filename: str | None
     accept: tuple[str, ...]
-    on_mismatch: OnMismatch
+    on_mismatch: str
 
     def judge_empty(self, charset: str) -> Judged:
         """Judge what has no content: only text can be empty."""
@@ -516,9 +513,8 @@ def _end_of_doctype(text: bytes, place: int) -> int:
 
 
 def _find_binary(head: bytes, tail: bytes) -> str | None:
-    for mark, program in _PROGRAMS:
-        if head.startswith(mark):
-            return program
+    if head.startswith(_PROGRAM_MARKS):
+        return next(program for mark, program in _PROGRAMS if head.startswith(mark))
     if head.startswith((b"PK\3\4", b"PK\5\6", b"PK\7\x08")):
         return _find_in_zip(head, tail)
     if head.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"):

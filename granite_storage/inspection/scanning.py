@@ -1,4 +1,4 @@
-"""The scan of an object that is stored already: one that was held back, or one that is to be judged again."""
+"""What a scanner says of content, and the scan of an object that is stored already."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from granite_storage.exceptions import ScannerUnavailableError
 from granite_storage.inspection.base import Scanner, ScanResult
 from granite_storage.refs import canonical_timestamp
 
-__all__ = ["scan_stored"]
+__all__ = ["judge_outcome", "scan_stored"]
 
 _LONGEST_SCAN = 3600.0
 
@@ -29,24 +29,38 @@ async def scan_stored(scanner: Scanner, content: AsyncIterator[bytes]) -> Mappin
             read all of it.
     """
     source = _Source(content)
+    limit = asyncio.timeout(_LONGEST_SCAN)
+    outcome: object
     try:
-        async with asyncio.timeout(_LONGEST_SCAN), aclosing(source.pieces()) as pieces:
-            result: object = await scanner.scan(pieces)
-    except ScannerUnavailableError:
-        source.require_sound()
-        raise
-    except Exception as error:
-        source.require_sound()
-        problem = f"no verdict came within {_LONGEST_SCAN:g} s" if isinstance(error, TimeoutError) else f"it failed: {error}"
-        raise ScannerUnavailableError(f"the scanner has not judged the object: {problem}") from error
+        async with limit, aclosing(source.pieces()) as pieces:
+            outcome = await scanner.scan(pieces)
+    except Exception as error:  # noqa: BLE001  # whatever fails in a scanner of others, it has not judged
+        outcome = TimeoutError(f"no verdict came within {_LONGEST_SCAN:g} s") if limit.expired() else error
     source.require_sound()
-    if not isinstance(result, ScanResult):
-        raise ScannerUnavailableError(f"scan() must return a ScanResult, not {type(result).__name__}")
-    found = {"by": result.by, "at": canonical_timestamp(datetime.now(UTC))}
-    if not result.is_clean:
-        return {"status": "infected", **({} if result.signature is None else {"signature": result.signature}), **found}
-    if not source.was_read:
-        raise ScannerUnavailableError("the scanner called the object clean before it had read all of it")
+    return judge_outcome(outcome, was_read=source.was_read)
+
+
+def judge_outcome(outcome: object, *, was_read: bool) -> Mapping[str, Any]:
+    """Return what a scan says of the content that was scanned, clean or infected, for the ref's `scan`.
+
+    Args:
+        outcome: What the scanner returned, or the error that it raised.
+        was_read: Whether it has read all of the content.
+
+    Raises:
+        ScannerUnavailableError: It has not judged the whole of the content.
+    """
+    if isinstance(outcome, ScannerUnavailableError):
+        raise outcome
+    if isinstance(outcome, Exception):
+        raise ScannerUnavailableError(f"the scanner failed: {outcome}") from outcome
+    if not isinstance(outcome, ScanResult):
+        raise ScannerUnavailableError(f"the scanner failed: scan() must return a ScanResult, not {outcome!r:.80}")
+    found = {"by": outcome.by, "at": canonical_timestamp(datetime.now(UTC))}
+    if not outcome.is_clean:
+        return {"status": "infected", **({} if outcome.signature is None else {"signature": outcome.signature}), **found}
+    if not was_read:
+        raise ScannerUnavailableError("the scanner called the content clean before it had read all of it")
     return {"status": "clean", **found}
 
 

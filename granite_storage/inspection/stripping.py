@@ -12,14 +12,12 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from granite_storage.exceptions import ContentRejectedError
+from granite_storage.inspection.base import StripMode
 
-__all__ = ["StripMode", "Stripper", "can_strip"]
-
-StripMode: TypeAlias = Literal["location", "all"]
-"""What goes out of a picture: what tells where it was taken, or all that is not needed to show it."""
+__all__ = ["Stripper", "can_strip"]
 
 _MAX_HELD = 4 << 20
 """The longest piece of metadata that is parsed, before and after decompression, in bytes; JPEG has none over 64 KiB."""

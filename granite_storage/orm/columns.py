@@ -36,6 +36,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DontWrapMixin
 from sqlalchemy.orm import InstanceState, MappedColumn, Mapper, mapped_column
 from sqlalchemy.sql import operators
+from sqlalchemy.sql.selectable import TableValuedAlias
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
@@ -75,6 +76,7 @@ __all__ = [
     "primary_key_of",
     "require_usable",
     "slots_of",
+    "unnest_variants",
     "value_in",
     "variant_locations",
     "variants_in",
@@ -777,7 +779,7 @@ def location_of(
     return value_in(column, "backend", dialect), generated if is_generated else value_in(column, "location", dialect)
 
 
-def value_in(column: Column[Any], key: str, dialect: str) -> ColumnElement[str]:
+def value_in(column: ColumnElement[Any], key: str, dialect: str) -> ColumnElement[str]:
     """Return a text that the refs of a column have under a key, in SQL; the key is trusted."""
     if dialect == "postgresql":
         return column.op("->>", return_type=Text())(literal_column(f"'{key}'"))
@@ -801,12 +803,40 @@ def variant_locations(variants: str | None) -> set[str]:
     if variants is None:
         return set()
     try:
-        return {variant["location"] for variant in json.loads(variants).values()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found = json.loads(variants)
+        locations = set() if found is None else {variant["location"] for variant in found.values()}
+        if not all(isinstance(location, str) for location in locations):
+            raise TypeError("a location is a text")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidReferenceError(f"a row has variants that cannot be read: {variants[:120]!r}") from error
+    return locations
 
 
-def where_json(column: Column[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
+def unnest_variants(column: ColumnElement[Any], dialect: str) -> tuple[TableValuedAlias, ColumnElement[Any]]:
+    """Return the variants in a column's refs as a table in SQL, to join with that of the column, and its JSON values.
+
+    Each is that of a variant's ref, which `value_in` and `is_legible` read like that of any other. A value that is none is
+    something else or NULL; where the variants are no mapping at all, there is no row.
+    """
+    match dialect:
+        case "postgresql":
+            variants = cast(column, JSONB).op("->", return_type=JSONB())(literal_column("'variants'"))
+            of_object = case((func.jsonb_typeof(variants) == "object", variants))
+            variant = func.jsonb_each(of_object).table_valued(named_column("key", Text()), named_column("value", JSONB()))
+            return variant, variant.c.value
+        case "sqlite":  # a JSON function fails there on a value that is not JSON
+            kind = case((func.json_valid(column) == 1, func.json_type(column, literal_column("'$.variants'"))))
+            of_object = case((kind == "object", func.json_extract(column, literal_column("'$.variants'"), type_=Text())))
+            variant = func.json_each(of_object).table_valued(named_column("value", Text()), named_column("type", Text()))
+            return variant, case((variant.c.type == "object", variant.c.value))
+        case _:
+            of_json = case((func.json_valid(column) == 1, column))
+            each = func.json_table(of_json, literal_column("'$.variants.*' COLUMNS (value JSON PATH '$')"))
+            variant = each.table_valued(named_column("value", Text()))
+            return variant, variant.c.value
+
+
+def where_json(column: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
     """Return what SQLite finds in a column's JSON, and NULL where that is none, instead of an error."""
     return case((func.json_valid(column) == 1, value))
 

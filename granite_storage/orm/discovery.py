@@ -8,7 +8,7 @@ no metadata. All functions block: call them with `AsyncConnection.run_sync`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -46,7 +46,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage.locations import GENERATED_ID_LENGTH, generated_id
 from granite_storage.orm._util import UNTRANSLATED, batches, codes_of
-from granite_storage.orm.columns import StoredObjectRefType, location_column_name, location_of, value_in
+from granite_storage.orm.columns import StoredObjectRefType, location_column_name, unnest_variants, value_in
 
 __all__ = [
     "Catalogue",
@@ -64,6 +64,7 @@ __all__ = [
     "find_with_refs",
     "has_value",
     "is_legible",
+    "may_nest",
     "mentions_at",
     "read_catalogue",
     "resolve",
@@ -478,25 +479,38 @@ def has_value(column: Column[Any], dialect: str) -> ColumnElement[bool]:
     return and_(column.is_not(None), func.coalesce(func.json_type(column), "") != "NULL")
 
 
-def is_legible(column: Column[Any], dialect: str) -> ColumnElement[bool]:
-    """Return the criterion that a value has the form of a reference; never NULL."""
-    texts, number, kind_of = _KINDS[dialect]
-    kinds = [kind_of(column, key) == texts for key in ("storage_key", "backend", "location")]
-    sound = and_(*kinds, kind_of(column, "size") == number, location_of(column, dialect)[1] != "")
+def is_legible(column: ColumnElement[Any], dialect: str) -> ColumnElement[bool]:
+    """Return the criterion that a value has the form of a reference, whatever its variants are; never NULL."""
+    kinds, kind_of = _KINDS[dialect]
+    texts = [kind_of(column, key) == kinds.text for key in ("storage_key", "backend", "location")]
+    sound = and_(*texts, kind_of(column, "size") == kinds.number, value_in(column, "location", dialect) != "")
     if dialect == "sqlite":  # a JSON function fails there on a value that is not JSON
         return case((func.json_valid(column) == 1, func.coalesce(sound, false())), else_=false())
     return func.coalesce(sound, false())
 
 
-def _kind_on_postgresql(column: Column[Any], key: str) -> ColumnElement[Any]:
+def may_nest(value: ColumnElement[Any], dialect: str, *, is_variant: bool = False) -> ColumnElement[bool]:
+    """Return the criterion that what a legible reference has for variants can be some, whose values are to be asked; never NULL.
+
+    Args:
+        value: The reference.
+        dialect: The name of the database.
+        is_variant: Whether it is a variant itself, which has none.
+    """
+    kinds, kind_of = _KINDS[dialect]
+    allowed = [kinds.null] if is_variant else [kinds.null, kinds.mapping]
+    return func.coalesce(kind_of(value, "variants"), kinds.null).in_(allowed)
+
+
+def _kind_on_postgresql(column: ColumnElement[Any], key: str) -> ColumnElement[Any]:
     return func.jsonb_typeof(cast(column, JSONB).op("->", return_type=JSONB())(literal_column(f"'{key}'")))
 
 
-def _kind_on_sqlite(column: Column[Any], key: str) -> ColumnElement[Any]:
+def _kind_on_sqlite(column: ColumnElement[Any], key: str) -> ColumnElement[Any]:
     return func.json_type(column, literal_column(f"'$.{key}'"))
 
 
-def _kind_on_mariadb(column: Column[Any], key: str) -> ColumnElement[Any]:
+def _kind_on_mariadb(column: ColumnElement[Any], key: str) -> ColumnElement[Any]:
     return func.json_type(func.json_extract(column, literal_column(f"'$.{key}'")))
 
 
@@ -508,18 +522,35 @@ def _refs_in(
         value: Column[Any] = rows.c[column.name]  # type: ignore[assignment]  # it is one of a subquery
     else:
         value = column
-    identity = value_in(value, "identity", dialect)
-    here: ColumnElement[bool] = true()
-    if identities is not None:
-        here = identity.in_(identities) if is_certain else or_(identity.is_(None), identity.in_(identities))
-    return select(literal_column("1")).where(has_value(value, dialect), case((is_legible(value, dialect), here), else_=false()))
+
+    def leads_here(ref: ColumnElement[Any]) -> ColumnElement[bool]:
+        here: ColumnElement[bool] = true()
+        if identities is not None:
+            identity = value_in(ref, "identity", dialect)
+            here = identity.in_(identities) if is_certain else or_(identity.is_(None), identity.in_(identities))
+        return case((is_legible(ref, dialect), here), else_=false())
+
+    variants, variant = unnest_variants(value, dialect)
+    nests_one = exists(select(literal_column("1")).select_from(variants).where(leads_here(variant)))
+    return select(literal_column("1")).where(has_value(value, dialect), or_(leads_here(value), nests_one))
 
 
-_KINDS: dict[str, tuple[str, str, Any]] = {
-    "postgresql": ("string", "number", _kind_on_postgresql),
-    "sqlite": ("text", "integer", _kind_on_sqlite),
-    "mysql": ("STRING", "INTEGER", _kind_on_mariadb),
-    "mariadb": ("STRING", "INTEGER", _kind_on_mariadb),
+@dataclass(frozen=True, slots=True)
+class _Kinds:
+    """What a database calls the types of JSON."""
+
+    text: str
+    number: str
+    mapping: str
+    null: str
+
+
+_ON_MARIADB = _Kinds("STRING", "INTEGER", "OBJECT", "NULL")
+_KINDS: dict[str, tuple[_Kinds, Callable[[ColumnElement[Any], str], ColumnElement[Any]]]] = {
+    "postgresql": (_Kinds("string", "number", "object", "null"), _kind_on_postgresql),
+    "sqlite": (_Kinds("text", "integer", "object", "null"), _kind_on_sqlite),
+    "mysql": (_ON_MARIADB, _kind_on_mariadb),
+    "mariadb": (_ON_MARIADB, _kind_on_mariadb),
 }
 
 

@@ -32,6 +32,7 @@ from sqlalchemy import (
     or_,
     select,
     text,
+    true,
     type_coerce,
     union_all,
 )
@@ -42,9 +43,17 @@ from granite_storage._tasks import shielded
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id, matches_generated_name
 from granite_storage.orm._util import UNTRANSLATED
-from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, location_column_name, location_of, where_json
+from granite_storage.orm.columns import (
+    AttachmentType,
+    StoredObjectRefType,
+    location_column_name,
+    location_of,
+    unnest_variants,
+    value_in,
+    where_json,
+)
 from granite_storage.orm.locking import among
-from granite_storage.refs import StoredObjectRef
+from granite_storage.refs import StoredObjectRef, iter_refs
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -70,6 +79,7 @@ __all__ = [
     "named_in",
     "references_among",
     "selected_extra",
+    "selected_extra_of_variants",
     "selected_text",
     "text_encoding",
     "with_location_column",
@@ -100,6 +110,8 @@ def asked_to_the_end(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P,
 async def iter_model_storage_refs(session: AsyncSession, model: type[Any], column: str) -> AsyncGenerator[StoredObjectRef, None]:
     """Yield the refs in the rows of a model, streamed from the server, without loading the whole table into memory.
 
+    Each is followed by those of its variants, so that every object that a row refers to is yielded.
+
     Args:
         session: An open session; the caller closes it.
         model: The mapped class.
@@ -121,7 +133,8 @@ async def iter_model_storage_refs(session: AsyncSession, model: type[Any], colum
     try:
         async for ref in result:
             if ref is not None:
-                yield ref
+                for one in iter_refs(ref):
+                    yield one
     finally:
         await result.close()
 
@@ -441,8 +454,8 @@ _STEM_AS_GLOB = "[0-9a-f]" * 12 + "7" + "[0-9a-f]" * 3 + "[89ab]" + "[0-9a-f]" *
 
 
 def most_at_once(columns: Sequence[Column[Any]], journals: Sequence[JournalTables] = ()) -> int:
-    """Return how many locations fit into one statement: each is in it twice for every column and table."""
-    return max(1, min(_MOST_LOCATIONS, _MOST_PARAMETERS // (2 * (len(columns) + 2 * len(journals) + 1))))
+    """Return how many locations fit into one statement: each is in it twice for every table, and four times for every column."""
+    return max(1, min(_MOST_LOCATIONS, _MOST_PARAMETERS // (2 * (2 * len(columns) + 2 * len(journals) + 1))))
 
 
 async def find_references(
@@ -454,6 +467,8 @@ async def find_references(
     extra: bool = False,
 ) -> set[tuple[str, str]]:
     """Return which objects are referenced, as pairs of backend and location, by one statement, whatever the backend key.
+
+    A variant is referenced by the row whose ref nests it, as an original is.
 
     Args:
         connection: A connection in a transaction that has read nothing yet, at READ COMMITTED or stronger.
@@ -468,6 +483,7 @@ async def find_references(
     # This reads the catalogue of the database only: that a column exists does not depend on any row.
     generated = await with_location_column(connection, columns)
     parts = [_referring(column, dialect, locations, ids, is_generated=column in generated) for column in columns]
+    parts += [_nesting(column, dialect, locations, ids, extra=extra) for column in columns]
     parts += [_noted(table, dialect, locations, ids) for journal in journals for table in (journal.intent, journal.reclaim)]
     if extra:
         parts += [selected_extra(column, dialect.name) for column in columns]
@@ -477,9 +493,9 @@ async def find_references(
     wanted = {*locations, *ids}
     encoding = await connection.run_sync(text_encoding)
     for backend, location, names in await connection.execute(union_all(*parts)):
-        if names is None:
+        if location is not None:
             held.add((as_text(backend, encoding), as_text(location, encoding)))
-        else:
+        if names is not None:
             found = ((as_text(backend, encoding), name) for name in named_in(json.loads(names)))
             held.update((of, name) for of, name in found if name in wanted or generated_id(name) in wanted)
     return held
@@ -518,6 +534,19 @@ def selected_extra(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]
     return found.where(names_one)
 
 
+def selected_extra_of_variants(column: Column[Any], dialect: str) -> Select[*tuple[Any, ...]]:
+    """Select what `selected_extra` does, of the variants in the refs."""
+    variants, variant = unnest_variants(column, dialect)
+    text, names_one = _extra_of(variant, dialect)
+    backend = value_in(variant, "backend", dialect)
+    found: Select[*tuple[Any, ...]] = select(
+        selected_text(backend, dialect).label("backend"),
+        cast(null(), LargeBinary if dialect == "sqlite" else Text()).label("location"),
+        text.label("extra"),
+    )
+    return found.select_from(column.table.join(variants, true())).where(names_one)
+
+
 def as_text(value: str | bytes | None, encoding: str) -> str:
     """Decode a selected text: SQLite returns bytes in the database's encoding, which may contain a lone surrogate."""
     if value is None or isinstance(value, str):
@@ -550,6 +579,25 @@ def _referring(
     return _among(backend, location, dialect, locations, ids)
 
 
+def _nesting(
+    column: Column[Any], dialect: Dialect, locations: Sequence[str], ids: Sequence[str], *, extra: bool
+) -> Select[*tuple[Any, ...]]:
+    """Select backend, location and `extra` of the variants in refs; those to which nothing leads by any of these are left out."""
+    variants, found = unnest_variants(column, dialect.name)
+    backend, location = (value_in(found, key, dialect.name) for key in ("backend", "location"))
+    wanted = _is_among(location, dialect, locations, ids)
+    names: ColumnElement[Any] = null()
+    if extra:
+        text, names_one = _extra_of(found, dialect.name)
+        wanted, names = or_(wanted, names_one), case((names_one, text))
+    nested: Select[*tuple[Any, ...]] = select(
+        selected_text(backend, dialect.name).label("backend"),
+        selected_text(location, dialect.name).label("location"),
+        cast(names, Text()).label("extra"),
+    )
+    return nested.select_from(column.table.join(variants, true())).where(wanted)
+
+
 def _noted(table: Table, dialect: Dialect, locations: Sequence[str], ids: Sequence[str]) -> Select[*tuple[Any, ...]]:
     return _among(table.c.backend, table.c.location, dialect, locations, ids)
 
@@ -558,15 +606,19 @@ def _among(
     backend: ColumnElement[str], location: ColumnElement[str], dialect: Dialect, locations: Sequence[str], ids: Sequence[str]
 ) -> Select[*tuple[Any, ...]]:
     """Select backend, location and NULL, of refs with one of the locations or one of the generated ids."""
-    wanted: ColumnElement[bool] = location.in_(locations)
-    if ids:
-        wanted = or_(wanted, _id_in(location, dialect).in_(ids))
     found: Select[*tuple[Any, ...]] = select(
         selected_text(backend, dialect.name).label("backend"),
         selected_text(location, dialect.name).label("location"),
         cast(null(), Text()).label("extra"),
     )
-    return found.where(wanted)
+    return found.where(_is_among(location, dialect, locations, ids))
+
+
+def _is_among(
+    location: ColumnElement[str], dialect: Dialect, locations: Sequence[str], ids: Sequence[str]
+) -> ColumnElement[bool]:
+    wanted: ColumnElement[bool] = location.in_(locations)
+    return or_(wanted, _id_in(location, dialect).in_(ids)) if ids else wanted
 
 
 def selected_text(value: ColumnElement[str], dialect: str) -> ColumnElement[Any]:
@@ -586,7 +638,7 @@ def _id_in(location: ColumnElement[str], dialect: Dialect) -> ColumnElement[Any]
     return func.left(func.substring(location, "[^/]*$"), GENERATED_ID_LENGTH)
 
 
-def _extra_of(column: Column[Any], dialect: str) -> tuple[ColumnElement[Any], ColumnElement[bool]]:
+def _extra_of(column: ColumnElement[Any], dialect: str) -> tuple[ColumnElement[Any], ColumnElement[bool]]:
     """Return `extra` as JSON text, and whether it contains the form of a generated name, whose digits are never escaped."""
     if dialect == "postgresql":
         text: ColumnElement[Any] = cast(cast(column, JSONB).op("->", return_type=JSONB())(literal_column("'extra'")), Text())

@@ -179,22 +179,52 @@ def test_the_journal_comes_and_goes(target: Target, tmp_path: Path) -> None:
     assert not {name for name in target.tables() if name.startswith("granite_storage")}
 
 
-def test_the_journal_of_the_version_before(target: Target, tmp_path: Path) -> None:
-    """Autogenerate finds the table that it lacks, and the helper creates it."""
+@pytest.mark.parametrize("way", ["the helper", "autogenerate, then the helper"])
+def test_the_journal_of_the_version_before(target: Target, tmp_path: Path, way: str) -> None:
+    """Autogenerate finds the table and the columns that it lacks, and the helper adds what is not there yet."""
     project = Project.made(tmp_path, target.url, MODELS, template=target.template)
     project.revision("journal", JOURNAL)
     project.alembic("upgrade", "head")
     target.ask_nothing("DROP TABLE granite_storage_job")
+    for name in ("intent", "reclaim"):
+        target.ask_nothing(f"ALTER TABLE granite_storage_{name} DROP COLUMN source")
     target.ask_nothing("UPDATE granite_storage_meta SET value = '1' WHERE name = 'schema_version'")
-    assert "create_table('granite_storage_job'" in project.autogenerate("jobs")
-    for path in project.versions():
-        if path.name != "journal.py":
-            path.unlink()
+    target.ask_nothing(
+        "INSERT INTO granite_storage_intent (id, kind, backend, location, due)"
+        " VALUES ('0192f0c0-0000-7000-8000-000000000000', 'delete', 'b', 'x', '2020-01-01')"
+    )
+    written = project.autogenerate("jobs")
+    assert "create_table('granite_storage_job'" in written
+    assert written.count("sa.Column('source'") == 2
+    (generated,) = [path for path in project.versions() if path.name != "journal.py"]
+    head = generated.name.partition("_")[0]
+    if way == "the helper":
+        generated.unlink()
+        head = "journal"
+    else:
+        project.alembic("upgrade", "head")
+        assert NOTHING in project.alembic("check")
     upgrade = JOURNAL.replace("    create_journal_tables(op)\n", "").replace("drop_journal_tables(op)", "pass")
-    project.revision("upgraded", upgrade, down="journal")
+    project.revision("upgraded", upgrade, down=head)
     project.alembic("upgrade", "head")
     assert "granite_storage_job" in target.tables()
+    assert "granite_storage_" not in project.autogenerate("nothing of the journal").replace("granite_storage import", "")
     assert target.ask("SELECT value FROM granite_storage_meta WHERE name = 'schema_version'") == [("2",)]
-    target.ask_nothing("DROP TABLE granite_storage_job")
+    assert target.ask("SELECT location, source FROM granite_storage_intent") == [("x", None)]
+    assert target.ask("SELECT count(source) FROM granite_storage_reclaim") == [(0,)]
+
+
+def test_the_upgrade_is_needed_once(target: Target, tmp_path: Path) -> None:
+    """A migration that was cut off between the two tables goes on, and one that runs again changes nothing."""
+    project = Project.made(tmp_path, target.url, MODELS, template=target.template)
+    project.revision("journal", JOURNAL)
+    project.alembic("upgrade", "head")
+    target.ask_nothing("ALTER TABLE granite_storage_reclaim DROP COLUMN source")
+    target.ask_nothing("UPDATE granite_storage_meta SET value = '1' WHERE name = 'schema_version'")
+    upgrade = JOURNAL.replace("    create_journal_tables(op)\n", "").replace("drop_journal_tables(op)", "pass")
+    for down, name in (("journal", "upgraded"), ("upgraded", "again")):
+        project.revision(name, upgrade, down=down)
+        project.alembic("upgrade", "head")
+        assert {"source"} <= target.columns("granite_storage_reclaim") & target.columns("granite_storage_intent")
     project.alembic("downgrade", "base")
     assert not {name for name in target.tables() if name.startswith("granite_storage")}

@@ -16,8 +16,16 @@ import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 
-from granite_storage import ObjectNotFoundError, StorageManager, StoragePolicy
-from granite_storage.alembic import CopyOf, InPlace, PlainPath, add_storage_column, paths_to_storage
+from granite_storage import ObjectNotFoundError, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage.alembic import (
+    CopyOf,
+    InPlace,
+    PlainPath,
+    add_storage_column,
+    drop_restored_column,
+    paths_to_storage,
+    storage_to_paths,
+)
 from granite_storage.backends.base import StorageBackend
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
@@ -109,6 +117,43 @@ def test_the_second_column_gets_a_copy(op: Operations, tmp_path: Path) -> None:
     assert convert(op, storage, "photo", PlainPath("local")) == (1, 0, 0)
     assert convert(op, storage, "thumb", PlainPath("local")) == (0, 1, 0)
     assert locations(op, "photo_file") == ["cat.png"] != locations(op, "thumb_file")
+
+
+@pytest.mark.case("RE-03")
+def test_a_variant_of_another_file_has_an_owner(op: Operations, tmp_path: Path) -> None:
+    """A ref that nests it owns it: its original would take it along."""
+    for name in ("cat.png", "cat-small.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    storage = storage_of(local=LocalStorageBackend(tmp_path, fsync=False))
+    insert(op, id=1, photo="cat.png", thumb="cat-small.png")
+    assert convert(op, storage, "photo", PlainPath("local")) == (1, 0, 0)
+    (raw,) = op.get_bind().execute(sa.text("SELECT photo_file FROM page")).scalars()
+    small = {**json.loads(raw), "location": "cat-small.png"}
+    insert(op, id=2, photo_file="{broken")
+    op.get_bind().execute(sa.text("UPDATE page SET photo_file = :raw WHERE id = 1"), {"raw": nesting(raw, small)})
+    op.get_bind().commit()
+    assert convert(op, storage, "thumb", PlainPath("local")) == (0, 1, 0)
+    assert locations(op, "thumb_file") != ["cat-small.png"]
+
+
+@pytest.mark.case("RE-03")
+@pytest.mark.parametrize("kind", ["sqlite", "psycopg", "mariadb"], indirect=True)
+def test_a_variant_of_another_table_has_an_owner(target: Target, tmp_path: Path) -> None:
+    project = with_photos(target, tmp_path)
+    (tmp_path / "files/b").mkdir()
+    (tmp_path / "files/b/only.png").write_bytes(b"only")
+    project.alembic("upgrade", "head")
+    [(key, raw)] = target.ask("SELECT id, file FROM photo WHERE file IS NOT NULL")[:1]
+    small = {**decoded(raw), "location": "b/only.png"}
+    literal = nesting(json.dumps(decoded(raw)), small).replace("'", "''").replace(":", "\\:")
+    target.ask_nothing(f"UPDATE photo SET file = '{literal}' WHERE id = {key!r}")  # noqa: S608
+    project.revision("second", SECOND, down="paths")
+    assert "report 0 2 0" in project.alembic("upgrade", "head")
+
+
+def nesting(raw: str, variant: dict[str, Any]) -> str:
+    """Return a ref in JSON with a variant."""
+    return json.dumps({**json.loads(raw), "variants": {"$.small": variant}})
 
 
 @pytest.mark.case("RE-03", "RA-07")
@@ -209,3 +254,34 @@ def test_what_is_no_regular_file(op: Operations, tmp_path: Path, kind: str) -> N
     assert not came, "it was opened as if somebody wrote to it"
     assert convert(op, storage, "photo", lambda _: CopyOf(path), skip_missing=True) == (0, 0, 1)
     assert convert(op, storage, "photo", lambda _: InPlace("local", "odd"), skip_missing=True) == (0, 0, 1)
+
+
+def test_the_way_back_says_what_becomes_of_variants(op: Operations, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They have no path in the old column, and stay for the garbage collector, as the objects do."""
+    names = ("cat.png", "cat-small.png", "cat-large.png")
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    storage = storage_of(local=LocalStorageBackend(tmp_path, fsync=False))
+    insert(op, id=1, photo="cat.png")
+    insert(op, id=2)
+    assert convert(op, storage, "photo", PlainPath("local")) == (1, 0, 0)
+    (raw,) = op.get_bind().execute(sa.text("SELECT photo_file FROM page WHERE id = 1")).scalars()
+    variants = {name: {**json.loads(raw), "location": name} for name in names[1:]}
+    whole = json.dumps({**json.loads(raw), "variants": variants})
+    op.get_bind().execute(sa.text("UPDATE page SET photo_file = :raw, photo = NULL WHERE id = 1"), {"raw": whole})
+    op.get_bind().commit()
+    seen: list[StoredObjectRef] = []
+
+    def back(ref: StoredObjectRef) -> str:
+        seen.append(ref)
+        return PlainPath("local").back(ref)
+
+    report = storage_to_paths(op, "page", "photo_file", "photo", mapping=back)
+    assert (report.stored, [set(ref.variants or ()) for ref in seen]) == (1, [set(names[1:])])
+    assert op.get_bind().execute(sa.text("SELECT photo_file FROM page WHERE id = 1")).scalar() == whole, "the refs stay whole"
+    with caplog.at_level("WARNING"):
+        drop_restored_column(op, "page", "photo_file", "photo")
+    said = [record.getMessage() for record in caplog.records]
+    assert "1 objects of page.photo_file remain in storage, and no row refers to them any more" in said
+    assert "2 variants of these objects remain as well, for the garbage collector" in said
+    assert {path.name for path in tmp_path.glob("*.png")} == set(names)

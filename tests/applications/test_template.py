@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.core.support import PROJECT, files_below
-from tests.tiers import is_exhaustive
 
 HERE = Path(__file__).parent
 
@@ -71,6 +70,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
+@pytest.mark.exhaustive("eight programs for what test_alembic.py, test_fastapi.py and test_sessions.py do in this one")
 def test_an_avatar_is_added(project: Path, tmp_path: Path, postgres_url: str) -> None:
     environment = {
         **os.environ,
@@ -87,8 +87,7 @@ def test_an_avatar_is_added(project: Path, tmp_path: Path, postgres_url: str) ->
         return done.stdout
 
     run("alembic", "upgrade", "head")
-    if is_exhaustive():  # these are among the tests that it has afterwards
-        assert "14 passed" in run("pytest", "-q")
+    assert "14 passed" in run("pytest", "-q")
 
     shutil.copytree(HERE / "avatar", project, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name, edits in EDITS.items():

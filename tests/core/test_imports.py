@@ -40,6 +40,28 @@ def test_a_name_of_the_core_loads_no_other_package(name: str) -> None:
     assert foreign(imported(f"granite_storage.{name}")) == set()
 
 
+def loaded_after(use: str) -> set[str]:
+    """Return the modules that judge uploads, and what they build on, which a program loads."""
+    modules = ("filetype", "mimetypes", "PIL", "granite_storage.inspection.")
+    program = f"import json, sys\n{use}\nprint(json.dumps([*sys.modules]))"
+    named = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
+    return {name.removeprefix("granite_storage.inspection.") for name in named if name.startswith(modules)}
+
+
+def test_what_judges_uploads_is_loaded_with_the_first_policy_that_needs_it() -> None:
+    """All of it, then: an upload on the event loop must not wait for a disk."""
+    core = "from granite_storage import StorageManager, StoragePolicy, bind_storage, attachment\n"
+    policy = 'StoragePolicy("files", "local")\n'
+    needed = loaded_after(core + policy)
+    assert needed == {"base", "scanning"}
+    assert loaded_after("from granite_storage.inspection import Scanner") == {"base"}
+    for use in ('StoragePolicy("files", "local", validate=print)', 'attachment("files", validate=print)'):
+        more = loaded_after(core + use)
+        assert {"gate", "media_types", "stripping"} <= more
+        assert not {"clamd", "images", "PIL"} & more
+    assert "filetype" in loaded_after(core + 'StoragePolicy("files", "local", accept=("image/*",))')
+
+
 def test_neither_the_command_nor_the_web_is_loaded_with_what_applications_use() -> None:
     loaded = imported(
         "from granite_storage import StorageManager, bind_storage, StorageGarbageCollector\n"

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.programs import program
+
 ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples/quickstart.py"
 
 
-def quickstart(*arguments: str | Path) -> str:
-    command = [sys.executable, "-X", "utf8", str(ROOT / "examples/quickstart.py"), "--mebibytes", "8", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, check=True, text=True, encoding="utf-8", timeout=120).stdout
+def quickstart(folder: Path, *arguments: str | Path) -> str:
+    """Run the demo in this process, and return what it says."""
+    said = io.StringIO()
+    with program(folder, os.environ), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", [str(DEMO), "--mebibytes", "8", *map(str, arguments)])
+        runpy.run_path(str(DEMO), run_name="__main__")
+    return said.getvalue()
 
 
 def test_it_finds_files_of_its_own() -> None:
-    output = quickstart()
+    command = [sys.executable, "-X", "utf8", str(DEMO), "--mebibytes", "8"]
+    output = subprocess.run(command, capture_output=True, check=True, text=True, encoding="utf-8", timeout=120).stdout
     assert "stored README.md" in output
     assert "lecture.mp4" in output
     assert "ContentTooLargeError" in output
@@ -32,7 +44,8 @@ def test_it_stores_the_files_given(tmp_path: Path) -> None:
     (tmp_path / "über [1].txt").write_bytes(b"text")
     (tmp_path / "film.mkv").write_bytes(bytes(1_000_000))
     root = tmp_path / "storage"
-    output = quickstart("--root", root, "--large", tmp_path / "film.mkv", tmp_path / "empty.txt", tmp_path / "über [1].txt")
+    given = tmp_path / "empty.txt", tmp_path / "über [1].txt"
+    output = quickstart(tmp_path, "--root", root, "--large", tmp_path / "film.mkv", *given)
     assert "stored empty.txt" in output
     assert "stored über [1].txt" in output
     assert [path.name for path in root.iterdir()] == [".granite-storage"]
@@ -40,11 +53,11 @@ def test_it_stores_the_files_given(tmp_path: Path) -> None:
 
 def test_a_file_over_the_limit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "large.bin").write_bytes(bytes(17 * 1024 * 1024))
-    assert "refused large.bin" in quickstart(tmp_path / "large.bin")
+    assert "refused large.bin" in quickstart(tmp_path, tmp_path / "large.bin")
 
 
-def test_a_file_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(subprocess.CalledProcessError) as caught:
-        quickstart(tmp_path / "nothing")
-    assert caught.value.returncode == 2
-    assert "is not a file" in caught.value.stderr
+def test_a_file_that_is_not_there_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        quickstart(tmp_path, tmp_path / "nothing")
+    assert caught.value.code == 2
+    assert "is not a file" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -101,13 +102,6 @@ def fork_and_hang(file: BinaryIO) -> bytes:
     os._exit(5)
 
 
-def fork_in_session(_: BinaryIO) -> bytes:
-    if os.fork() == 0:
-        time.sleep(600)
-    time.sleep(600)
-    return b""
-
-
 def write_to_stdout(file: BinaryIO) -> bytes:
     sys.stdout.write("x" * 1_000_000)
     sys.stderr.write("y" * 1_000_000)
@@ -141,9 +135,11 @@ def answer_strangely(file: BinaryIO) -> Any:
         b"none": None,
         b"number": 7,
         b"media": Derivation(b"", media={"x": object()}),
-        b"deep": Derivation(b"", media={"x": [[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]}),
+        b"deep": Derivation(b"", media=json.loads('{"x":' + "[" * 500 + "]" * 500 + "}")),
+        b"type": Derivation(b"", "text/html\r\nSet-Cookie: x=1"),
+        b"name": Derivation(b"", filename="a\nb"),
+        b"long name": Derivation(b"", filename="a" * 256),
         b"long": Derivation(b"", media={"x": "y" * 300_000}),
-        b"name": Derivation(b"", filename=7),  # type: ignore[arg-type]
     }[file.read()]
 
 
@@ -177,3 +173,32 @@ class Holder:
     @staticmethod
     def static(file: BinaryIO) -> bytes:
         return file.read().lower()
+
+
+def take_over(_: BinaryIO, **arguments: Any) -> Derivation:
+    """Say of an image what a decoder might say that runs the code of a hostile file."""
+    media = {"type": "text/html", "width": "1", "height": -1, "frames": True, "placeholder": "javascript:alert(1)", "x": 1}
+    return Derivation(b"<script>", "text/html", media, "a.html")
+
+
+def list_loaders(file: BinaryIO, **arguments: Any) -> str:
+    """Make an image with libvips, then tell which loaders would open a file."""
+    import pyvips
+
+    from granite_storage.derived._vips import render
+
+    render(file, **arguments)
+    found = []
+    for suffix, content in {"png": None, "svg": b"<svg/>", "csv": b"1,2", "ppm": b"P6 1 1 255\n123"}.items():
+        if content is None:
+            found.append(pyvips.vips_lib.vips_foreign_find_load(file.name.encode()))
+        else:
+            with tempfile.NamedTemporaryFile(suffix=f".{suffix}") as other:
+                other.write(content)
+                other.flush()
+                found.append(pyvips.vips_lib.vips_foreign_find_load(other.name.encode()))
+    return " ".join(pyvips.ffi.string(name).decode() for name in found if name != pyvips.ffi.NULL)
+
+
+async def refuse_elsewhere(source: DerivationSource) -> bytes:
+    raise DerivationRefusedError("this is no poem")

@@ -80,7 +80,7 @@ def shown_width(visit: Page, selector: str) -> int:
 
 
 def test_an_upload_shows_how_far_it_is(visit: Page, tmp_path: Path) -> None:
-    content = os.urandom(2_000_000)
+    content = b"%PDF-1.7\n" + os.urandom(2_000_000)
     (tmp_path / "report.pdf").write_bytes(content)
     visit.slow_down(1_000_000)
     chosen(visit, tmp_path / "report.pdf")
@@ -123,18 +123,17 @@ def test_a_file_goes_straight_to_the_storage(visit: Page, tmp_path: Path) -> Non
 
 
 def test_a_file_that_is_sent_directly_is_what_it_says(visit: Page) -> None:
-    visit.complaints_expected += ["413", "415", "422"]
+    visit.complaints_expected += ["413", "415"]
     visit.one("#direct").click()
     files = [("large.mkv", "video/x-matroska", 20_000_000), ("page.html", "text/html", 100), ("false.png", "image/png", 100)]
     visit.run(DROP, files)
-    eventually(lambda: len(visit.all(".failed")) == 3)
+    eventually(lambda: len(visit.all(".failed")) == 2)
     assert sorted(visit.texts(".failed .state")) == [
         "It is larger than 3 MB, the most that is taken here.",
-        "The file is not of the announced media type.",
         "The gallery takes pictures, films, sound, plain text, PDF and ZIP.",
     ]
+    eventually(lambda: names(visit) == ["false.png.txt"])  # it is text, and says so now
     assert len([path for _, path in visit.answers() if path.startswith("/uploads")]) == 1
-    assert names(visit) == []
 
 
 def test_several_files_are_dropped(visit: Page, tmp_path: Path) -> None:
@@ -170,9 +169,10 @@ def test_a_picture_is_looked_at(visit: Page, tmp_path: Path) -> None:
 
 
 def test_a_picture_that_is_none_has_a_tile(visit: Page, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"this is no picture")
-    chosen(visit, tmp_path / "broken.png")
-    assert eventually(lambda: visit.texts(".item .tile")) == ["png"]
+    header = b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0" + bytes(10)  # and no picture
+    (tmp_path / "broken.webp").write_bytes(header)
+    chosen(visit, tmp_path / "broken.webp")
+    assert eventually(lambda: visit.texts(".item .tile")) == ["webp"]
 
 
 @pytest.mark.time_bound
@@ -269,14 +269,14 @@ def test_an_upload_that_is_cancelled_leaves_nothing(visit: Page, tmp_path: Path)
 
 
 HOSTILE = {
-    "<img src=x onerror='document.title=1'>.zip": "<img src=x onerror='document.title=1'>.zip",
-    "</bdi><script>document.title=1</script>.zip": "script>.zip",
-    "invoice\u202egnp.zip": "invoicegnp.zip",
+    "<img src=x onerror='document.title=1'>.txt": "<img src=x onerror='document.title=1'>.txt",
+    "</bdi><script>document.title=1</script>.txt": "script>.txt",
+    "invoice\u202egnp.txt": "invoicegnp.txt",
 }
 
 
 def test_names_are_only_text(visit: Page) -> None:
-    visit.run(DROP, [(name, "application/zip", 10) for name in HOSTILE])
+    visit.run(DROP, [(name, "text/plain", 10) for name in HOSTILE])
     eventually(lambda: len(names(visit)) == 3)
     assert sorted(names(visit)) == sorted(HOSTILE.values())
     for preview in visit.all(".preview"):

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests.gallery.support import stored
+from tests.inspection.corpus import content_of
 from tests.orm.databases import postgres, postgres_database
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def objects(services: tuple[dict[str, str], S3Server | None], tmp_path: Path) ->
 async def test_a_gallery_on_any_database_and_storage(
     tmp_path: Path, services: tuple[dict[str, str], S3Server | None], objects: Objects
 ) -> None:
-    content = os.urandom(12_000_000)
+    content = content_of("film.mkv") + os.urandom(12_000_000)
     text = {"content-type": "text/plain"}
     async with started(tmp_path, {**services[0], "MAX_SIZE": "20_000_000"}) as client:
         uploads = [client.post("/items", params={"name": f"{n}.txt"}, content=b"%d" % n, headers=text) for n in range(10)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from sqlalchemy import create_engine, select
+from sqlalchemy import create_engine, event, select
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from starlette.applications import Starlette
@@ -286,13 +286,15 @@ async def make_shop(folder: Path, **checks: Any) -> AsyncIterator[Shop]:
     """A shop on SQLite and in memory."""
     url = f"sqlite:///{folder / 'shop.db'}"
     engine = create_engine(url)
+    async_engine = create_async_engine(url.replace("sqlite", "sqlite+aiosqlite"))
+    for each in (engine, async_engine.sync_engine):
+        event.listen(each, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF").close())
     await asyncio.to_thread(Base.metadata.create_all, engine)
     policies = {
         "files": StoragePolicy("files", "memory", max_size=10_000_000, **checks),
         "plain": StoragePolicy("plain", "memory"),
     }
     manager = StorageManager(backends={"memory": MemoryStorageBackend()}, policies=policies)
-    async_engine = create_async_engine(url.replace("sqlite", "sqlite+aiosqlite"))
     binding = bind_storage(Base, manager)
     uploads = DirectUploads(binding, secret="s" * 40, base_url="http://test/uploads")
     try:

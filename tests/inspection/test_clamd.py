@@ -94,6 +94,9 @@ async def refused(server: ClamdServer, content: AsyncIterator[bytes], **options:
     return caught.value
 
 
+TIMEOUTS = ("timeout", "connect_timeout", "content_timeout")
+
+
 class TestVerdicts:
     @pytest.mark.parametrize(
         "chunks",
@@ -264,7 +267,11 @@ class TestPlaces:
         [
             {"on_unavailable": "ignore"},
             {"on_unavailable": None},
-            *({name: value} for name in ("timeout", "connect_timeout") for value in (0, -1, True, None, "1", float("nan"))),
+            *(
+                {name: value}
+                for name in ("timeout", "connect_timeout", "content_timeout")
+                for value in (0, -1, True, None, "1", float("nan"))
+            ),
             {"timeout": float("inf")},
             {"max_concurrent": 0},
             {"max_concurrent": 1.5},
@@ -478,6 +485,29 @@ class TestContent:
         async with ClamdServer().listening() as server:
             result = await ClamdScanner(server.address, timeout=0.4).scan(slowly([b"one", EICAR], 0.6))
         assert not result.is_clean
+
+    async def test_a_pause_makes_room_for_others(self) -> None:
+        """Slow clients hold all places, and give them up; clamd is told by the connection that closes."""
+        ended = 0
+
+        async def paused() -> AsyncIterator[bytes]:
+            nonlocal ended
+            yield b"one"
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended += 1
+
+        async with ClamdServer().listening() as server:
+            scanner = ClamdScanner(server.address, content_timeout=0.2, max_concurrent=2)
+            slow = [asyncio.create_task(scanner.scan(paused())) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            assert (await scanner.scan(stream(b"quick"))).is_clean
+            for result in await asyncio.gather(*slow, return_exceptions=True):
+                assert isinstance(result, ScannerUnavailableError)
+                assert "was sent nothing for 0.2 s, since the upload paused" in str(result)
+            await server.until_left()
+        assert ended == 2
 
     async def test_is_read_in_bounded_memory(self) -> None:
         """No more is taken from the content than clamd has room for."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import pytest
 
@@ -14,12 +15,14 @@ from granite_storage.alembic import sources
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import (
     ChecksumMismatchError,
+    InfectedContentError,
     InfectedObjectError,
     ObjectNotFoundError,
     ScannerUnavailableError,
     UnknownPolicyError,
 )
 from granite_storage.inspection import ScanResult, scanning
+from granite_storage.inspection.base import OnUnavailable
 from granite_storage.refs import require_scanned
 from tests.inspection.support import INFECTED, UNAVAILABLE, ScriptedScanner
 
@@ -90,6 +93,37 @@ async def test_what_cannot_be_judged(trouble: str, monkeypatch: pytest.MonkeyPat
 
 async def say_nothing(self: ScriptedScanner, content: AsyncIterator[bytes], /) -> ScanResult:
     return None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("was_read", [True, False])
+@pytest.mark.parametrize(
+    "outcome", [ScanResult(True, "x 1"), ScanResult(False, "x 1", "bad"), UNAVAILABLE, TimeoutError("late"), None], ids=str
+)
+async def test_one_judgement_for_streams_and_objects(outcome: object, was_read: bool) -> None:
+    """What a scanner says of an upload, it would say of the object."""
+
+    class Stub:
+        on_unavailable: OnUnavailable = "refuse"
+
+        async def scan(self, content: AsyncIterator[bytes], /) -> ScanResult:
+            if was_read:
+                assert [piece async for piece in content]
+            if isinstance(outcome, Exception):
+                raise outcome
+            return cast(ScanResult, outcome)
+
+    said: list[str] = []
+    plain = make_manager(None)
+    ref = await plain.put_bytes(content=b"content", **SLOT)
+    scanning = StorageManager(backends=plain.backends, policies={"files": StoragePolicy("files", "memory", scanner=Stub())})
+    for scan in (partial(scanning.put_bytes, content=b"content", **SLOT), partial(scanning.scan, ref)):
+        try:
+            part = (await scan()).scan
+            assert part is not None
+            said.append(part["status"])
+        except (ScannerUnavailableError, InfectedContentError) as error:
+            said.append("infected" if isinstance(error, InfectedContentError) else str(error))
+    assert said[0] == said[1]
 
 
 async def test_an_object_that_cannot_be_read() -> None:

@@ -15,9 +15,9 @@ __all__ = ["database"]
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out a journal on SQLite, which has none."""
-    out = [item for item in items if _is_impossible(item)]
+    out = {item for item in items if _is_impossible(item)}
     items[:] = [item for item in items if item not in out]
-    config.hook.pytest_deselected(items=out)
+    config.hook.pytest_deselected(items=list(out))
 
 
 def _is_impossible(item: pytest.Item) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -26,10 +27,11 @@ from granite_storage import (
 )
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm.journal.tables import clock
+from granite_storage.refs import iter_refs
 from granite_storage.testing import FaultInjectingBackend
 from tests.orm.databases import Database
 
-__all__ = ["Base", "MigrationEnvironment", "Parcel", "Shelf", "file", "hide_deleted", "migration_environment"]
+__all__ = ["Base", "MigrationEnvironment", "Parcel", "Shelf", "file", "give_variants", "hide_deleted", "migration_environment"]
 
 
 class Base(DeclarativeBase):
@@ -79,6 +81,22 @@ def hide_deleted() -> Any:
         yield
     finally:
         event.remove(Session, "do_orm_execute", hide)
+
+
+async def give_variants(env: MigrationEnvironment, number: int, **contents: bytes) -> StoredObjectRef:
+    """Give the file of a shelf variants, as a worker does: past every session. Return its ref."""
+    async with env.sessions() as session:
+        held = (await session.get_one(Shelf, number)).file
+    assert held is not None
+    variants = dict(held.ref.variants or {})
+    for name, content in contents.items():
+        stored = await env.manager.put_bytes(
+            storage_key="docs", model_name="migration_shelf", entity_id=str(number), field_name="file", content=content
+        )
+        variants[name] = StoredObjectRef.from_dict({**stored.to_dict(), "recipe": f"digest of {name}", "made_at": "today"})
+    ref = held.ref.with_variants(variants)
+    await env.set_raw(number, json.dumps(ref.to_dict()))
+    return ref
 
 
 @dataclass
@@ -151,7 +169,7 @@ class MigrationEnvironment:
     async def check(self, *, old: int = 0) -> None:
         """Check that each backend has just the objects that rows refer to, that all have their bytes, and how many are old."""
         await self.recover()
-        refs = await self.refs()
+        refs = [one for ref in await self.refs() for one in iter_refs(ref)]
         for name in ("old", "new"):
             locations = {ref.location for ref in refs if ref.backend == name}
             objects = await self.objects(name)

@@ -273,8 +273,8 @@ MUTANTS = [
         name="scan-job-forgotten-by-a-migration",
         rule="A migration records the job of the copy of a held object.",
         path="granite_storage/migration.py",
-        old="intents.enqueue(connection, [(column, self._copy.ref)], [(column, self._original)])",
-        new="intents.enqueue(connection, [], [(column, self._original)])",
+        old="journal.intents.enqueue(connection, [(column, self._ref)], [(column, self._original)])",
+        new="journal.intents.enqueue(connection, [], [(column, self._original)])",
         tests=("tests/orm/journal/test_scans.py::TestFlushes::test_a_migration[asyncpg]",),
     ),
     Mutant(

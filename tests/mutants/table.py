@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import backends, core, derived, effects, gc, inspection, journal, sessions, tools, web
+from tests.mutants import backends, core, derived, derivers, effects, gc, inspection, journal, nested, sessions, tools, web
 from tests.mutants.mutant import Mutant
 
 __all__ = ["MUTANTS"]
@@ -13,9 +13,11 @@ MUTANTS: list[Mutant] = [
     *sessions.MUTANTS,
     *journal.MUTANTS,
     *gc.MUTANTS,
+    *nested.MUTANTS,
     *web.MUTANTS,
     *inspection.MUTANTS,
     *derived.MUTANTS,
+    *derivers.MUTANTS,
     *effects.MUTANTS,
     *tools.MUTANTS,
 ]

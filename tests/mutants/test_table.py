@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from granite_storage.testing import BackendConformance
 from tests.mutants.mutant import problems_of
@@ -28,6 +33,21 @@ def test_each_edit_fits_the_code() -> None:
 def test_each_names_a_rule_and_tests_that_are_there() -> None:
     assert [mutant.name for mutant in MUTANTS if not (mutant.rule.endswith(".") and mutant.tests)] == []
     assert [test for mutant in MUTANTS for test in mutant.tests if not is_there(test)] == []
+
+
+@pytest.mark.exhaustive("it collects all tests of the default tier in a process of its own")
+def test_each_is_noticed_in_the_default_tier() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GRANITE_", "PYTEST_"))}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    listed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=240).stdout
+    default = listed.splitlines()
+    missing = [test for mutant in MUTANTS for test in mutant.tests if not any(is_of(case, test) for case in default)]
+    assert missing == []
+
+
+def is_of(case: str, test: str) -> bool:
+    """Tell whether a case is one of those that pytest runs for an argument."""
+    return case == test or case.startswith((f"{test}::", f"{test}["))
 
 
 def is_there(test: str) -> bool:

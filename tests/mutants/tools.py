@@ -137,8 +137,8 @@ MUTANTS = [
         name="verification-reports-replaced-files",
         rule="A file that is replaced while it is verified is re-checked.",
         path="granite_storage/verification.py",
-        old="            if found.raw == held.raw:\n                return finding\n",
-        new="            return finding\n",
+        old="            if found.raw == held.raw:\n                return findings\n",
+        new="            return findings\n",
         tests=(
             "tests/verification/test_verify.py::TestNothingIsMissingThatCouldNotBeLookedFor"
             "::test_what_is_replaced_meanwhile_is_rechecked[sqlite-begin]",

@@ -160,6 +160,19 @@ class TestFailures:
                 await env.add(Doc(id=1, file=file("y")), Doc(id=2, file=file("x")))
             await env.check()
 
+    async def test_refused_after_another_was_stored(self, env: OrmEnvironment) -> None:
+        recipe, gate = Upper(when="flush"), Gate()
+        recipe.refused, recipe.gate = {b"x"}, gate
+        with declared({"thumb": recipe, "text": Upper("b", when="flush")}):
+            saving = asyncio.create_task(save(env, Doc(id=1, file=file("x"))))
+            async with asyncio.timeout(30):
+                while len(await env.objects()) < 2:  # noqa: ASYNC110  # nobody tells
+                    await asyncio.sleep(0.01)
+            gate.opened.set()
+            with pytest.raises(DerivationRefusedError):
+                await saving
+            await env.check()
+
     async def test_any_other_error(self, env: OrmEnvironment) -> None:
         recipe = Upper(when="flush")
         recipe.error = ZeroDivisionError("a mistake")

@@ -18,7 +18,7 @@ from granite_storage.orm import Attachment, StorageBinding, bind_storage, iter_m
 from tests.orm.values import Base, Document, Receipt, Sessions, add, as_json
 
 DEEP = "[" * 5_000 + "]" * 5_000
-MANY = 50_000
+MANY = 20_000
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from tests.orm.values import (
     write_raw,
 )
 
-MANY = 50_000
+MANY = 20_000
 
 
 def a_ref(number: int) -> StoredObjectRef:

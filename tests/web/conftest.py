@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from granite_storage import StorageBackend, StorageManager
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.orm import bind_storage
-from tests.web.receiving import App, Base, manager_of
+from tests.web.receiving import App, Base, engine_of, manager_of
 from tests.web.serving import memory_manager
 
 
@@ -33,9 +34,7 @@ async def receiving_manager(request: pytest.FixtureRequest) -> AsyncIterator[Sto
 
 @pytest.fixture
 async def receiving(receiving_manager: StorageManager, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[App]:
-    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('database') / 'rows.db'}")
-    async with engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    engine = engine_of(tmp_path_factory.getbasetemp() / f"database-{uuid.uuid4().hex}")
     sessions = async_sessionmaker(engine, expire_on_commit=False)
     binding = bind_storage(Base, receiving_manager, session_factory=sessions)
     yield App(receiving_manager, sessions)

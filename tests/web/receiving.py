@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import uvicorn
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy import create_engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.pool import StaticPool
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -47,6 +52,24 @@ class Document(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     title: Mapped[str]
     file: Mapped[Attachment | None] = attachment("files")
+
+
+@functools.cache
+def _empty_tables() -> bytes:
+    """The file of a database in which the tables are, since to create them for each test takes longer than most."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        engine = create_engine("sqlite://", poolclass=StaticPool, creator=lambda: connection)
+        Base.metadata.create_all(engine)
+        return connection.serialize()
+
+
+def engine_of(folder: Path) -> AsyncEngine:
+    """Return an engine on a new database in a new folder, with the tables in it."""
+    folder.mkdir()
+    (folder / "rows.db").write_bytes(_empty_tables())
+    engine = create_async_engine(f"sqlite+aiosqlite:///{folder / 'rows.db'}")
+    event.listen(engine.sync_engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF").close())
+    return engine
 
 
 def manager_of(backend: StorageBackend, max_size: int | None = 400 * MIB) -> StorageManager:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import httpx
 import pytest
 from fastapi import Depends, FastAPI, HTTPException
-from sqlalchemy import select
+from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from granite_storage import StoredObjectRef
+from granite_storage import StaleAttachmentError, StoredObjectRef
 from granite_storage.orm import Attachment
 from granite_storage.web import UploadForm, UploadLimits, install_error_handlers, upload_body, upload_form
 from tests.web.receiving import App, Document, stored_in
@@ -92,3 +92,34 @@ async def test_a_body(api: httpx.AsyncClient, receiving: App) -> None:
 
 async def test_a_ref(api: httpx.AsyncClient) -> None:
     assert (await api.put("/ref", content=b"abc")).json() == 3
+
+
+@pytest.mark.case("RB-22")
+@pytest.mark.parametrize(("scope", "expected"), [("request", 200), ("function", 409)])
+async def test_a_session_dependency_whose_commit_fails(
+    receiving: App, scope: Literal["request", "function"], expected: int
+) -> None:
+    """Documented in docs/sqlalchemy.md: only a dependency of the scope "function" commits before the response is sent."""
+    app = FastAPI()
+    install_error_handlers(app)
+
+    async def transaction() -> AsyncIterator[AsyncSession]:
+        async with receiving.sessions.begin() as session:
+            event.listen(session.sync_session, "before_commit", _refuse)
+            yield session
+
+    async def add(session: AsyncSession) -> None:
+        session.add(Document(title="x", file=Attachment(b"abc")))
+        await session.flush()
+
+    add.__annotations__["session"] = Annotated[AsyncSession, Depends(transaction, scope=scope)]
+    app.add_api_route("/documents", add, methods=["POST"])
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = await client.post("/documents")
+    assert response.status_code == expected
+    assert await stored_in(receiving.manager) == []
+
+
+def _refuse(_: object) -> None:
+    raise StaleAttachmentError("the database has refused the COMMIT")

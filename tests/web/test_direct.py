@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import time
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,7 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from granite_storage import ContentTooLargeError, StorageManager
 from granite_storage.backends.wrappers import PrefixedBackend
@@ -35,7 +36,7 @@ from granite_storage.web import (
 from granite_storage.web._direct_state import HEAD_SIZE, contradicts
 from tests.servers import S3Server
 from tests.web.direct_uploads import PDF, Client, client_of, uploads_of
-from tests.web.receiving import Base, Document, manager_of, stored_in
+from tests.web.receiving import Base, Document, engine_of, manager_of, stored_in
 
 SHA = "sha256:" + hashlib.sha256(PDF).hexdigest()
 
@@ -79,9 +80,7 @@ class Direct:
 async def direct(
     request: pytest.FixtureRequest, receiving_manager: StorageManager, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Direct]:
-    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('database') / 'rows.db'}")
-    async with engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    engine = engine_of(tmp_path_factory.getbasetemp() / f"database-{uuid.uuid4().hex}")
     sessions = async_sessionmaker(engine, expire_on_commit=False)
     binding = bind_storage(Base, receiving_manager, session_factory=sessions)
     uploads = uploads_of(binding)

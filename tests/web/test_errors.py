@@ -33,6 +33,8 @@ ERRORS: list[tuple[StorageError, int]] = [
     (exceptions.StaleAttachmentError(MESSAGE), 409),
     (exceptions.BackendUnavailableError(MESSAGE, **SECRETS), 503),
     (exceptions.StorageFullError(MESSAGE, **SECRETS), 507),
+    (exceptions.DerivationFailedError(MESSAGE), 503),
+    (exceptions.DerivationRefusedError("the image is damaged"), 422),
     (exceptions.AccessDeniedError(MESSAGE, **SECRETS), 500),
     (exceptions.BackendError(MESSAGE, **SECRETS), 500),
     (exceptions.ChecksumMismatchError(MESSAGE, expected="secret", actual="secret"), 500),

@@ -367,13 +367,13 @@ class Jobs:
         """
         key = variant_key(declared.name)
         job = _Job(job_id(source.backend, source.location, key), ("", ""), *job_place(source), 0, 0, key, declared.digest)
-        held = await self._held_in(column_type, job)
+        holdings, held = await self._look(column_type, job)
         if held is None:
             raise not_committed(source)
         if is_kept(held, declared, which):
             return held
-        await self._make_all([job], held, column_type, raises=True, replaces_same=which == "all")
-        held = await self._held_in(column_type, job)
+        await self._make_all([job], held, column_type, holdings, raises=True, replaces_same=which == "all")
+        _, held = await self._look(column_type, job)
         if held is None or declared.name not in (held.variants or {}):
             raise not_committed(source)
         return held
@@ -569,7 +569,8 @@ class Jobs:
                     idle.append(job)
             if await self._publish_patiently(idle) is None:
                 await self._postpone(idle, _FIRST_RETRY)
-            return sum([await self._make_all(some, ref, item, raises=False) for item, (ref, some) in wanted.items()])
+            counts = [await self._make_all(some, ref, item, holdings, raises=False) for item, (ref, some) in wanted.items()]
+            return sum(counts)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the jobs
             for job in jobs:
                 await self._fail(job, error)
@@ -602,6 +603,7 @@ class Jobs:
         jobs: Sequence[_Job],
         source: StoredObjectRef,
         column_type: ColumnType,
+        holdings: Sequence[Holding],
         *,
         raises: bool,
         replaces_same: bool = False,
@@ -612,6 +614,7 @@ class Jobs:
             jobs: The jobs, or what stands for them.
             source: The original.
             column_type: The column of a row that holds it, and declares the variants.
+            holdings: The rows that hold it, as they are before the variants are made.
             raises: Whether to raise what prevents it, rather than to note it with the jobs.
             replaces_same: Whether they take the places of others by the same recipes, too.
         """
@@ -622,7 +625,7 @@ class Jobs:
                 raise
             await self._postpone(jobs, _PAUSE_FOR_OTHERS, error)
             return 0
-        seen = await self._seen(jobs)
+        seen = {job.variant: frozenset(holding.location_of(job.variant) for holding in holdings) for job in jobs}
         entity_id = entity_of(source)
         prepared = {
             job.variant: prepare_variant(
@@ -646,7 +649,10 @@ class Jobs:
                 await make_variant(self._manager, source, prepared[name], column_type.variants[name].recipe, keep)
                 lease.require()
             except Exception as error:
-                made.pop(name, None)
+                late = made.pop(name, None)
+                if late is not None and isinstance(error, StaleAttachmentError):
+                    # The process was suspended, and a worker may have checked for the object for the last time before it existed.
+                    await shielded_cleanup(self._journal.discard(late.ref), "discarding a variant that came after its lease")
                 if raises:
                     raise
                 errors[name] = error
@@ -741,17 +747,11 @@ class Jobs:
                 holdings += await connection.run_sync(find, column, is_here, job.place, options)
         return holdings
 
-    async def _seen(self, jobs: Sequence[_Job]) -> dict[str, frozenset[str | None]]:
-        """Return what the rows hold now under the names of variants."""
-        async with self._pool.reading() as connection:
-            holdings = await self._holdings(connection, jobs[0], read_holdings)
-        return {job.variant: frozenset(holding.location_of(job.variant) for holding in holdings) for job in jobs}
-
-    async def _held_in(self, column_type: ColumnType, job: _Job) -> StoredObjectRef | None:
-        """Return the ref that a row of a column holds of the object of a job."""
+    async def _look(self, column_type: ColumnType, job: _Job) -> tuple[list[Holding], StoredObjectRef | None]:
+        """Return the rows that hold the object of a job, and the ref in a row of a column."""
         async with self._pool.reading() as connection:
             holdings = await self._holdings(connection, job, read_holdings)
-        return next((holding.ref for holding in holdings if holding.column is column_type.column), None)
+        return holdings, next((holding.ref for holding in holdings if holding.column is column_type.column), None)
 
     async def _fail(self, job: _Job, error: Exception) -> None:
         """Note why a variant was not made; it is tried again where that may help, and where a row still lacks it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +15,9 @@ from sqlalchemy.pool import NullPool
 
 from granite_storage import StoredObjectRef
 from granite_storage.orm import Attachment
+from granite_storage.orm.journal.jobs import SCAN
 from granite_storage.orm.journal.tables import clock
+from granite_storage.refs import iter_refs
 from tests.faults.crash.children import PATIENCE
 from tests.faults.crash.models import Base, Book, Place, Setting, Shelf, content_of
 
@@ -115,8 +118,13 @@ class Audit:
         for where, (ref, says) in references.items():
             assert await self.place.manager.exists(ref), f"I1: {where} refers to {ref.location}, which is gone"
             assert await self.place.manager.get(ref) == content_of(says), f"I1: {where} has other bytes than it says"
+            for variant in (ref.variants or {}).values():
+                assert await self.place.manager.exists(variant), f"I1: {where} has a variant at {variant.location}, which is gone"
+                found, wanted = await self.place.manager.get(variant), hashlib.sha256(content_of(says)).hexdigest().encode()
+                assert found == wanted, f"D1: {where} shows a variant of another file"
         await self.check_jobs([ref for ref, _ in references.values()])
-        locations = [ref.location for ref, _ in references.values()]
+        await self.check_variants({where: ref for where, (ref, _) in references.items()})
+        locations = [one.location for ref, _ in references.values() for one in iter_refs(ref)]
         assert len(set(locations)) == len(locations), f"two rows share an object: {locations}"
         return references
 
@@ -129,9 +137,19 @@ class Audit:
             assert ref.scan is not None, f"{ref.location} was never scanned"
             assert ref.scan["status"] == "clean" or ref.location in known, f"D2: {ref.location} is held, and no job scans it"
 
+    async def check_variants(self, refs: dict[tuple[str, int, str], StoredObjectRef]) -> None:
+        """Check that each variant is there, or is to be made (D2)."""
+        job = self.place.journal.tables.job
+        async with self.place.engine.connect() as connection:
+            rows = await connection.execute(job.select().with_only_columns(job.c.location).where(job.c.key != SCAN))
+            known = set(rows.scalars())
+        for (table, key, name), ref in refs.items():
+            lacks = table == "book" and "sum" not in (ref.variants or {})
+            assert not lacks or ref.location in known, f"D2: {name} of book {key} has no variant, and no job makes it"
+
     async def check_everything(self) -> None:
         """Check I1 and I2, when the journal is empty."""
-        references = {ref.location for ref, _ in (await self.check_rows()).values()}
+        references = {one.location for ref, _ in (await self.check_rows()).values() for one in iter_refs(ref)}
         orphans = await self.objects() - references
         assert not orphans, f"I2: nothing refers to {orphans}"
         assert not await self.open_uploads(), "I2: an upload in parts was left open"

@@ -16,6 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from granite_storage import StorageManager, StoragePolicy
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.derived import Derivation, DerivationSource, Missing, When
 from granite_storage.exceptions import ScannerUnavailableError
 from granite_storage.inspection import ScanResult
 from granite_storage.inspection.base import OnUnavailable
@@ -31,6 +32,25 @@ class Base(DeclarativeBase):
     pass
 
 
+@dataclass(frozen=True)
+class Sum:
+    """The SHA-256 of a file, as text: by it the audit sees whose variant it is."""
+
+    when: When
+    missing: Missing = "nothing"
+
+    def digest(self, name: str) -> str:
+        return f"{name}-1"
+
+    @contextlib.asynccontextmanager
+    async def make(self, source: DerivationSource) -> AsyncIterator[Derivation]:
+        found = hashlib.sha256()
+        async with source.open() as chunks:
+            async for chunk in chunks:
+                found.update(chunk)
+        yield Derivation(found.hexdigest().encode(), "text/plain")
+
+
 class Shelf(Base):
     """Takes its books along when it is deleted."""
 
@@ -41,14 +61,14 @@ class Shelf(Base):
 
 
 class Book(Base):
-    """Has two files: one that goes at once where it is replaced, and one that is kept for a while."""
+    """Has two files: one that goes at once where it is replaced, and one that is kept for a while; both have a variant."""
 
     __tablename__ = "book"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     shelf_id: Mapped[int | None] = mapped_column(ForeignKey("shelf.id", ondelete="CASCADE"))
-    file: Mapped[Attachment | None] = attachment("plain")
+    file: Mapped[Attachment | None] = attachment("plain", variants={"sum": Sum("flush")})
     file_says: Mapped[str | None] = mapped_column(String(60))
-    kept: Mapped[Attachment | None] = attachment("kept")
+    kept: Mapped[Attachment | None] = attachment("kept", variants={"sum": Sum("later")})
     kept_says: Mapped[str | None] = mapped_column(String(60))
 
 

@@ -24,6 +24,7 @@ from granite_storage._engine import Engine
 from granite_storage.backends import _local_write, _s3_upload
 from granite_storage.orm.attachment import AttachmentState
 from granite_storage.orm.journal.intents import Intents
+from granite_storage.orm.journal.jobs import Jobs
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.unit_of_work import UnitOfWork
 
@@ -108,6 +109,12 @@ RECOVERY = [
     Step("lifting a fence", Recovery, "_let_go", commits=True, needs=_needs("worker"), most=2, matters=_was_given_something),
 ]
 
+DERIVERS = [
+    Step("taking over jobs", Jobs, "_claim", commits=True, needs=_needs("worker"), matters=_found_something),
+    Step("making variants", Jobs, "_make_all", needs=_needs("worker"), most=3),
+    Step("publishing variants", Jobs, "_publish", commits=True, needs=_needs("worker"), most=3),
+]
+
 MIDDLE = "in the middle of a stream"
 _DIALECT = {
     "do_commit": "COMMIT",
@@ -121,7 +128,7 @@ _OWN = [
     *(Point(f"{moment} the ROLLBACK") for moment in ("before", "after")),
     *(Point(f"after the {name}", most=3) for name in _DIALECT.values() if "SAVEPOINT" in name),
 ]
-POINTS = [*(point for step in UPLOADER + RECOVERY for point in step.points()), Point(MIDDLE), *_OWN]
+POINTS = [*(point for step in UPLOADER + RECOVERY + DERIVERS for point in step.points()), Point(MIDDLE), *_OWN]
 
 
 def points_for(*, abilities: set[str]) -> list[Point]:
@@ -182,7 +189,7 @@ class Trap:
 
     def set(self, engine: AsyncEngine) -> None:
         """Wrap every step, and what the engine's sessions do."""
-        for step in UPLOADER + RECOVERY:
+        for step in UPLOADER + RECOVERY + DERIVERS:
             setattr(step.owner, step.function, self._wrapped(step))
         for function, name in _DIALECT.items():
             self._wrap_dialect(engine.dialect, function, name)

@@ -58,14 +58,17 @@ _REPEATED = pytest.mark.exhaustive("the same signal as with workers or through n
     [
         pytest.param(Run("test_in_a_coroutine", "postgres seaweedfs moto", signal.SIGINT, to_group=True), id="Ctrl-C"),
         pytest.param(Run("test_in_a_call", "postgres seaweedfs", signal.SIGTERM), id="SIGTERM", marks=_REPEATED),
-        pytest.param(Run("test_in_a_call", "postgres", signal.SIGTERM, 128 + signal.SIGINT, through_nox=True), id="SIGTERM-nox"),
+        pytest.param(
+            Run("test_in_a_coroutine", "postgres", signal.SIGTERM, 128 + signal.SIGINT, workers=2, through_nox=True),
+            id="SIGTERM-nox-workers",
+        ),
         pytest.param(Run("test_that_swallows_its_cancellation test_after_it", "", signal.SIGTERM), id="SIGTERM-swallowed"),
         pytest.param(
             Run("test_in_a_call", "postgres seaweedfs", signal.SIGKILL, -signal.SIGKILL),
             id="SIGKILL",
             marks=pytest.mark.exhaustive("nobody ends a run so without being told to; the watchdog is the same as after SIGTERM"),
         ),
-        pytest.param(Run("test_in_a_coroutine", "postgres", signal.SIGTERM, workers=2), id="SIGTERM-workers"),
+        pytest.param(Run("test_in_a_coroutine", "postgres", signal.SIGTERM, workers=2), id="SIGTERM-workers", marks=_REPEATED),
         pytest.param(
             Run("test_in_a_coroutine", "postgres seaweedfs", signal.SIGINT, to_group=True, workers=2),
             id="Ctrl-C-workers",

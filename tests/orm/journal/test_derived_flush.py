@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from granite_storage import Attachment, StoredObjectRef
 from granite_storage.orm.journal.tables import clock
 from tests.orm import test_derived_flush
 from tests.orm.databases import Database
-from tests.orm.derivations import Upper, declared, expected, jobs, journal_of, shown
+from tests.orm.derivations import Upper, column_type, declared, expected, jobs, journal_of, shown
 from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.orm.journal.scans import scan_env
 
@@ -54,3 +55,19 @@ async def test_an_original_that_is_held(database: Database) -> None:
             assert await shown(env) == expected(recipes, "x")
             assert await jobs(env) == []
             await env.check_recovery()
+
+
+async def test_what_a_client_has_stored_directly(env: OrmEnvironment) -> None:
+    """The copy that a row takes has variants of its own, which the transaction of the row takes with it."""
+    recipes = {"thumb": Upper(when="flush")}
+    with declared(recipes):
+        staged = await env.manager.put_bytes(storage_key="docs", model_name="doc", entity_id="1", field_name="file", content=b"x")
+        adopted = await Attachment._adopt(staged, column_type(), unchanged)
+        assert set(adopted.variants) == {"thumb"}
+        await env.add(Doc(id=1, file=adopted))
+        await env.manager.delete(staged)
+        assert await shown(env) == expected(recipes, "x")
+
+
+async def unchanged(ref: StoredObjectRef) -> StoredObjectRef:
+    return ref

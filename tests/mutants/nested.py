@@ -1,0 +1,107 @@
+"""Mutants of what walks references and must walk those that a ref nests."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+_GC = "tests/gc/test_variants.py"
+_MIGRATION = "tests/migration/test_variants.py"
+
+MUTANTS = [
+    Mutant(
+        name="nested-collector-is-blind",
+        rule="A variant that a row names is referenced.",
+        path="granite_storage/gc/database.py",
+        old="return [(column, column.table), (variant, column.table.join(variants, true()))]",
+        new="return [(column, column.table)]",
+        tests=(f"{_GC}::test_a_variant_lives_and_dies_with_its_row",),
+    ),
+    Mutant(
+        name="nested-recheck-is-blind",
+        rule="The re-check before a delete looks into values, too.",
+        path="granite_storage/orm/references.py",
+        old="    parts += [_nesting(column, dialect, locations, ids, extra=extra) for column in columns]\n",
+        new="",
+        tests=(f"{_GC}::test_a_variant_that_comes_after_the_nomination",),
+    ),
+    Mutant(
+        name="nested-unreadable-variants-are-passed-over",
+        rule="Variants that this version cannot read stop the collector.",
+        path="granite_storage/orm/discovery.py",
+        old='    return func.coalesce(kind_of(value, "variants"), kinds.null).in_(allowed)\n',
+        new="    return true() if allowed else false()\n",
+        tests=(f"{_GC}::test_variants_that_cannot_be_read_stop_the_run",),
+    ),
+    Mutant(
+        name="nested-place-of-the-original",
+        rule="A variant is in the store that it names itself.",
+        path="granite_storage/gc/database.py",
+        old="case((legible, _kind(value, column, dialect, identities)), else_",
+        new="case((legible, _kind(column.column, column, dialect, identities)), else_",
+        tests=(f"{_GC}::test_a_variant_of_an_unknown_place_stops_the_run",),
+    ),
+    Mutant(
+        name="nested-mention-of-the-original",
+        rule="A value is another store's only where its variants are, too.",
+        path="granite_storage/gc/mentions.py",
+        old='for identity in (value.get("identity"), *said)',
+        new='for identity in (value.get("identity"),)',
+        tests=(f"{_GC}::test_a_mention_in_a_value_of_two_stores",),
+    ),
+    Mutant(
+        name="nested-given-references-are-blind",
+        rule="The variants of references that the application gives are referenced.",
+        path="granite_storage/gc/references.py",
+        old="for one in iter_refs(ref):\n                        is_here",
+        new="for one in (ref,):\n                        is_here",
+        tests=(f"{_GC}::test_references_that_the_caller_gives",),
+    ),
+    Mutant(
+        name="nested-model-refs-are-blind",
+        rule="Every object that the rows of a model refer to is yielded.",
+        path="granite_storage/orm/references.py",
+        old="                for one in iter_refs(ref):\n                    yield one\n",
+        new="                yield ref\n",
+        tests=(f"{_GC}::test_references_that_the_caller_gives",),
+    ),
+    Mutant(
+        name="nested-migration-leaves-variants",
+        rule="An object and its variants move together.",
+        path="granite_storage/migration.py",
+        old="    names = list(held.ref.variants or {})\n",
+        new="    names: list[str] = []\n",
+        tests=(f"{_MIGRATION}::test_there_and_back",),
+    ),
+    Mutant(
+        name="nested-migration-sees-the-original-only",
+        rule="A value is moved where any of its objects is on another backend.",
+        path="granite_storage/migration.py",
+        old="any(ref.backend != self._to_backend for ref in iter_refs(held.ref))",
+        new="held.ref.backend != self._to_backend",
+        tests=(f"{_MIGRATION}::test_a_value_of_which_a_part_is_there_already",),
+    ),
+    Mutant(
+        name="nested-migration-without-source",
+        rule="The intent of a variant's copy names the copy of its original, whose row the worker looks into.",
+        path="granite_storage/migration.py",
+        old="return replace(prepared, source=self._source.location, recipe",
+        new="return replace(prepared, recipe",
+        tests=(f"{_MIGRATION}::test_all_objects_of_a_value",),
+    ),
+    Mutant(
+        name="nested-verification-passes-over",
+        rule="Variants are verified as other objects are.",
+        path="granite_storage/verification.py",
+        old="[(None, held.ref), *(held.ref.variants or {}).items()]",
+        new="[(None, held.ref)]",
+        tests=("tests/verification/test_variants.py",),
+    ),
+    Mutant(
+        name="nested-variants-are-adopted",
+        rule="A variant has an owner, and no other row adopts it.",
+        path="granite_storage/alembic/_owners.py",
+        old="    rows += _select_variants(connection, column, wanted)\n",
+        new="",
+        tests=("tests/alembic/test_one_owner.py::test_a_variant_of_another_file_has_an_owner",),
+    ),
+]

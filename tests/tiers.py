@@ -49,6 +49,11 @@ ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
     "tests/orm/test_triggers.py": ("",),
     "tests/orm/test_unknown_commit.py": ("",),
     "tests/orm/journal/test_database_faults.py": ("",),
+    "tests/orm/journal/test_effects.py": (
+        "TestMoves::test_while_it_is_put",
+        "TestFailures::test_a_change",
+        "TestRows::test_comes",
+    ),
     "tests/orm/journal/test_derived_jobs.py": ("TestRows",),
     "tests/orm/journal/test_recovery.py": ("TestReports", "TestWorker"),
     "tests/orm/journal/test_refusals.py": ("",),

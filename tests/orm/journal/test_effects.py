@@ -174,7 +174,9 @@ class TestTransactions:
     async def test_a_worker(self, env: OrmEnvironment) -> None:
         index = SearchIndex(env)
         with with_effects({"search": index.effect}):
-            async with journal_of(env).worker(interval=timedelta(minutes=5)), asyncio.timeout(30):
+            # On MariaDB a claim skips what another loop is just looking at, so the next pass has to come.
+            interval = timedelta(seconds=0.5 if env.database.name == "mariadb" else 300)
+            async with journal_of(env).worker(interval=interval), asyncio.timeout(30):
                 await asyncio.sleep(0.2)
                 await env.add(Doc(id=1, file=file("x")))
                 while not index.documents:  # noqa: ASYNC110  # nobody tells

@@ -367,7 +367,7 @@ class TestReceipts:
             judged.media["type"] = "text/html"  # type: ignore[index]
 
     def test_parts_of_another_shape_are_kept(self) -> None:
-        data = {**StoredObjectRef("files", "store", "x", 3, "").to_dict(), "media": "odd", "variants": {"a": {}}, "scan": None}
+        data = {**StoredObjectRef("files", "store", "x", 3, "").to_dict(), "media": "odd", "digests": {"a": {}}, "scan": None}
         ref = StoredObjectRef.from_dict(data)
         assert (ref.media, ref.scan) == (None, None)
         assert ref.to_dict() == data

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["StorageJournal", "SyncJournal"]
 
 T = TypeVar("T")
-WorkCallback = TypeVar("WorkCallback", bound="Callable[[], object]")
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -328,7 +327,7 @@ class StorageJournal:
             except Exception:
                 logger.exception("a callback of on_work failed; the next pass of a worker does what there is to do")
 
-    def on_work(self, callback: WorkCallback) -> WorkCallback:
+    def on_work(self, callback: Callable[[], object]) -> Callable[[], object]:
         """Call a function after each commit of this process that leaves work for a worker: the place to wake a task queue.
 
         It is called in the thread of the session and, where that is asynchronous, on its event loop, so it must not wait. It is

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 from granite_storage.exceptions import ConfigurationError
+from granite_storage.inspection._media_names import OPAQUE, canonical
+from granite_storage.inspection.media_types import check_accept, matches
 from granite_storage.refs import StoredObjectRef
 
 __all__ = [
@@ -21,7 +23,10 @@ __all__ = [
     "EffectHandler",
     "Missing",
     "Recipe",
+    "SupportsAccept",
     "When",
+    "check_accepted_types",
+    "is_accepted",
     "make_digest",
     "require_choice",
     "require_positive",
@@ -97,6 +102,16 @@ class Recipe(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsAccept(Protocol):
+    """A recipe for originals of certain media types; there is no variant of others, and the recipe is not called for them."""
+
+    @property
+    def accept(self) -> tuple[str, ...] | None:
+        """The media ranges, such as `image/*`; None for originals of all types."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EffectEvent:
     """A file has come to a row, or has left it.
@@ -133,6 +148,34 @@ class Effect:
     put: EffectHandler
     remove: EffectHandler
     version: int | str = 1
+
+
+def check_accepted_types(accept: object) -> tuple[str, ...] | None:
+    """Return the media ranges of a recipe, lower case; None for all types.
+
+    Raises:
+        ConfigurationError: They are none, or there are none.
+    """
+    if accept is None:
+        return None
+    if accept == ():
+        raise ConfigurationError("accept of a recipe is empty, so that it would never be used; None accepts all types")
+    return check_accept(accept)
+
+
+def is_accepted(ref: StoredObjectRef, accept: tuple[str, ...] | None) -> bool:
+    """Tell whether an original is of one of the media types that a recipe is for.
+
+    What was found in the content counts, otherwise what the client said. An original of which neither says anything is accepted:
+    the recipe looks at it.
+    """
+    if accept is None:
+        return True
+    found = None if ref.media is None else ref.media.get("type")
+    if isinstance(found, str):
+        return matches(found, accept)
+    stated = ref.content_type or OPAQUE
+    return canonical(stated) == OPAQUE or matches(stated, accept)
 
 
 def make_digest(kind: str, name: str, parameters: Mapping[str, Any]) -> str:

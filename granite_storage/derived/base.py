@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.inspection._media_names import OPAQUE, canonical
-from granite_storage.inspection.media_types import check_accept, matches
 from granite_storage.refs import StoredObjectRef
 
 __all__ = [
@@ -31,6 +29,8 @@ __all__ = [
     "require_choice",
     "require_positive",
 ]
+
+_UNKNOWN = "application/octet-stream"
 
 When: TypeAlias = Literal["flush", "later", "request"]
 """When a derived file is made: in the flush that stores the original, by the journal's worker, or when it is asked for."""
@@ -160,6 +160,8 @@ def check_accepted_types(accept: object) -> tuple[str, ...] | None:
         return None
     if accept == ():
         raise ConfigurationError("accept of a recipe is empty, so that it would never be used; None accepts all types")
+    from granite_storage.inspection.media_types import check_accept
+
     return check_accept(accept)
 
 
@@ -171,11 +173,13 @@ def is_accepted(ref: StoredObjectRef, accept: tuple[str, ...] | None) -> bool:
     """
     if accept is None:
         return True
+    from granite_storage.inspection.media_types import canonical, matches  # which the recipe has loaded
+
     found = None if ref.media is None else ref.media.get("type")
     if isinstance(found, str):
         return matches(found, accept)
-    stated = ref.content_type or OPAQUE
-    return canonical(stated) == OPAQUE or matches(stated, accept)
+    stated = ref.content_type or _UNKNOWN
+    return canonical(stated) == _UNKNOWN or matches(stated, accept)
 
 
 def make_digest(kind: str, name: str, parameters: Mapping[str, Any]) -> str:

@@ -196,6 +196,8 @@ class Rederivation(Run[RederivedVariant, RederivationReport]):
                 yield _Wanted("undecodable", "")
             return
         for declared in column_type.variants.values():
+            if not declared.is_for(held.ref):
+                continue
             is_missing = declared.name not in (held.ref.variants or {})
             # One that is made when it is asked for is missing until then, and not by mistake.
             is_asked_for = declared.name in self._names if is_missing and declared.recipe.when == "request" else True

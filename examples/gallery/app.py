@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as PathParameter
@@ -136,6 +136,26 @@ async def show(item_id: Id, request: Request, download: bool = False) -> StoredO
     async with sessions() as session:
         item = await found(session, item_id)
     return StoredObjectResponse(item.file, request, disposition="attachment" if download else "inline")
+
+
+@app.api_route("/items/{item_id}/{name}", methods=["GET", "HEAD"], response_class=Response)
+async def show_variant(item_id: Id, name: Literal["thumb", "preview"], request: Request, v: str = "") -> StoredObjectResponse:
+    """Stream an item's thumbnail or preview; a browser keeps it for good where `v` is the beginning of its checksum."""
+    async with sessions() as session:
+        variant = (await found(session, item_id)).file.variants[name]
+    if variant is None:
+        raise HTTPException(404, f"There is no {name} of this item, or not yet.")
+    is_exact = v == variant.checksum.removeprefix("sha256:")[:12]
+    return StoredObjectResponse(variant, request, disposition="inline", immutable=is_exact)
+
+
+@app.post("/items/{item_id}/preview", response_model=ItemOut)
+async def make_preview(item_id: Id) -> Item:
+    """Make the preview of a picture, unless it is there already; all who ask meanwhile wait for the same one."""
+    async with sessions() as session:
+        item = await found(session, item_id)
+    await item.file.variant("preview")
+    return item
 
 
 @app.delete("/items/{item_id}", status_code=204)

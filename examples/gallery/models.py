@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import String
@@ -12,8 +13,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from granite_storage import StorageBackend, StorageManager, StoragePolicy
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.derived import ImageVariant
 from granite_storage.inspection import ImageLimits
-from granite_storage.orm import Attachment, attachment, bind_storage
+from granite_storage.orm import Attachment, AttachmentVariant, attachment, bind_storage
 from granite_storage.web import UnsupportedRequestError
 
 FOLDER = Path(os.environ.get("GALLERY_FOLDER", "data"))
@@ -27,12 +29,37 @@ class Base(DeclarativeBase):
 
 
 class Item(Base):
-    """A file in the gallery."""
+    """A file in the gallery; a picture has a thumbnail from the start, and a preview once somebody has looked at it."""
 
     __tablename__ = "item"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    file: Mapped[Attachment] = attachment("gallery", nullable=False)
+    file: Mapped[Attachment] = attachment(
+        "gallery",
+        nullable=False,
+        variants={
+            "thumb": ImageVariant(fit=(480, 480)),
+            "preview": ImageVariant(fit=(1600, 1600), when="request"),
+        },
+    )
+
+    @property
+    def thumb(self) -> AttachmentVariant | None:
+        return self.file.variants["thumb"]
+
+    @property
+    def preview(self) -> AttachmentVariant | None:
+        return self.file.variants["preview"]
+
+
+class PictureOut(BaseModel):
+    """A thumbnail or a preview; `media` has its width and height."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    size: int
+    checksum: str
+    media: dict[str, Any]
 
 
 class ItemOut(BaseModel):
@@ -42,6 +69,8 @@ class ItemOut(BaseModel):
 
     id: int
     file: Attachment
+    thumb: PictureOut | None
+    preview: PictureOut | None
 
 
 class Note(Base):

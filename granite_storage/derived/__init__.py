@@ -10,6 +10,7 @@ from granite_storage.derived.base import (
     EffectHandler,
     Missing,
     Recipe,
+    SupportsAccept,
     When,
 )
 from granite_storage.derived.functions import Derived
@@ -30,6 +31,7 @@ __all__ = [
     "Picture",
     "PictureSource",
     "Recipe",
+    "SupportsAccept",
     "When",
     "limit_processes",
     "picture",

@@ -21,11 +21,16 @@ __all__ = [
     "EffectHandler",
     "Missing",
     "Recipe",
+    "SupportsAccept",
     "When",
+    "check_accepted_types",
+    "is_accepted",
     "make_digest",
     "require_choice",
     "require_positive",
 ]
+
+_UNKNOWN = "application/octet-stream"
 
 When: TypeAlias = Literal["flush", "later", "request"]
 """When a derived file is made: in the flush that stores the original, by the journal's worker, or when it is asked for."""
@@ -97,6 +102,16 @@ class Recipe(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsAccept(Protocol):
+    """A recipe for originals of certain media types; there is no variant of others, and the recipe is not called for them."""
+
+    @property
+    def accept(self) -> tuple[str, ...] | None:
+        """The media ranges, such as `image/*`; None for originals of all types."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EffectEvent:
     """A file has come to a row, or has left it.
@@ -144,6 +159,38 @@ class Effect:
         if isinstance(self.version, bool) or not isinstance(self.version, int | str):
             raise ConfigurationError(f"the version of an effect must be a number or a text, not {self.version!r}")
         require_positive("the timeout of an effect", self.timeout, (int, float))
+
+
+def check_accepted_types(accept: object) -> tuple[str, ...] | None:
+    """Return the media ranges of a recipe, lower case; None for all types.
+
+    Raises:
+        ConfigurationError: They are none, or there are none.
+    """
+    if accept is None:
+        return None
+    if accept == ():
+        raise ConfigurationError("accept of a recipe is empty, so that it would never be used; None accepts all types")
+    from granite_storage.inspection.media_types import check_accept
+
+    return check_accept(accept)
+
+
+def is_accepted(ref: StoredObjectRef, accept: tuple[str, ...] | None) -> bool:
+    """Tell whether an original is of one of the media types that a recipe is for.
+
+    What was found in the content counts, otherwise what the client said. An original of which neither says anything is accepted:
+    the recipe looks at it.
+    """
+    if accept is None:
+        return True
+    from granite_storage.inspection.media_types import canonical, matches  # which the recipe has loaded
+
+    found = None if ref.media is None else ref.media.get("type")
+    if isinstance(found, str):
+        return matches(found, accept)
+    stated = ref.content_type or _UNKNOWN
+    return canonical(stated) == _UNKNOWN or matches(stated, accept)
 
 
 def make_digest(kind: str, name: str, parameters: Mapping[str, Any]) -> str:

@@ -9,7 +9,15 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, BinaryIO, TypeAlias
 
-from granite_storage.derived.base import Derivation, DerivationSource, Missing, When, make_digest, require_choice
+from granite_storage.derived.base import (
+    Derivation,
+    DerivationSource,
+    Missing,
+    When,
+    check_accepted_types,
+    make_digest,
+    require_choice,
+)
 from granite_storage.derived.processes import MIB, Limits, run_in_process
 from granite_storage.exceptions import ConfigurationError, DerivationFailedError, StorageError
 
@@ -34,6 +42,8 @@ class Derived:
         function: The function. Its module and name are part of the recipe's digest, its code is not.
         content_type: The media type of the file.
         when: When it is made: `flush`, `later` or `request`.
+        accept: The media types of the originals that the function is for, such as `("application/pdf",)`; those of other types
+            have no such variant, and one of unknown type is shown to the function. None for all.
         version: Another number or text makes all files anew: change it with the function's code.
         timeout: The longest that it may take, in seconds, and in a process the most processor time.
         max_memory: The most private memory of its process, in bytes. One that needs more fails and is no refusal: the limit is
@@ -58,6 +68,7 @@ class Derived:
         *,
         content_type: str,
         when: When = "flush",
+        accept: tuple[str, ...] | None = None,
         version: int | str = 1,
         timeout: float = 60.0,
         max_memory: int = 1024 * MIB,
@@ -74,6 +85,7 @@ class Derived:
         self.identity: str = _identify(function)
         self.content_type = content_type
         self.when: When = when
+        self.accept = check_accepted_types(accept)
         self.version = version
         self.missing: Missing = missing
         self.filename = filename

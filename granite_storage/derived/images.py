@@ -14,6 +14,7 @@ from granite_storage.derived.base import (
     DerivationSource,
     Missing,
     When,
+    check_accepted_types,
     make_digest,
     require_choice,
     require_positive,
@@ -48,7 +49,8 @@ class ImageVariant:
     Original                                Result
     ======================================  ==============================================================================
     JPEG, PNG, GIF, WebP, AVIF, BMP, TIFF   made, by the decoder that the first bytes name; of several images the first
-    SVG, EPS, PDF, HEIC, anything else      refused; no library looks at it
+    HEIC, anything else that is an image    refused; no library looks at it
+    PDF, SVG, anything that is no image     has no such variant, and is stored without it; see `accept`
     more than `max_pixels`                  refused before it is decoded
     cut off or damaged                      refused
     takes more memory or time than allowed  fails, and may be tried again
@@ -75,6 +77,8 @@ class ImageVariant:
         format: `webp`, `jpeg`, `png` or `avif`.
         quality: From 1 to 100; by default 80 for WebP, 82 for JPEG and 60 for AVIF. PNG has none.
         when: When it is made: `flush`, `later` or `request`.
+        accept: The media types of the originals that have the variant; those of other types are stored without it. None for all.
+            An original of unknown type is looked at, and refused where it is no image.
         background: The colour behind a transparent image, `#rrggbb`; None keeps it transparent where the format can.
         animated: Whether an animation stays one, in WebP.
         placeholder: Whether the receipt's `media` gets a `placeholder`: a tiny WebP as a data URL of at most 400 bytes.
@@ -105,6 +109,7 @@ class ImageVariant:
         format: Format = "webp",
         quality: int | None = None,
         when: When = "flush",
+        accept: tuple[str, ...] | None = ("image/*",),
         background: str | None = None,
         animated: bool = False,
         placeholder: bool = False,
@@ -137,6 +142,7 @@ class ImageVariant:
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(f"ImageVariant needs {name}: install granite-storage[{extra}]")
         self.when: When = when
+        self.accept = check_accepted_types(accept)
         self.missing: Missing = missing
         self.format = format
         self.engine = engine

@@ -1,7 +1,7 @@
 """Files that commit and roll back with the rows of SQLAlchemy's ORM."""
 
 from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.attachment import Attachment, AttachmentVariant, AttachmentVariants
 from granite_storage.orm.binding import StorageBinding, bind_storage
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment, portable_storage_ref_type
 from granite_storage.orm.journal.journal import StorageJournal
@@ -12,6 +12,8 @@ from granite_storage.orm.references import iter_model_storage_refs
 __all__ = [
     "Attachment",
     "AttachmentType",
+    "AttachmentVariant",
+    "AttachmentVariants",
     "FailedReclaim",
     "JournalTables",
     "RecoveryReport",

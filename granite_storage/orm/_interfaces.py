@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from granite_storage.derived.base import is_accepted
 from granite_storage.exceptions import UnboundAttachmentError
 
 if TYPE_CHECKING:
@@ -63,16 +64,26 @@ class DeclaredVariant:
         name: Its name.
         recipe: What makes it.
         digest: The digest of the recipe under this name.
+        accept: The media types of the originals that have it; None for all.
     """
 
     name: str
     recipe: Recipe
     digest: str
+    accept: tuple[str, ...] | None = None
+
+    def is_for(self, ref: StoredObjectRef) -> bool:
+        """Whether an original has the variant at all, by its media type."""
+        return is_accepted(ref, self.accept)
 
     def is_in(self, ref: StoredObjectRef) -> bool:
         """Whether a ref has the variant, made by this recipe."""
         found = None if ref.variants is None else ref.variants.get(self.name)
         return found is not None and found.recipe == self.digest
+
+    def is_due(self, ref: StoredObjectRef) -> bool:
+        """Whether a ref is to get the variant without being asked, and does not have it by this recipe."""
+        return self.recipe.when != "request" and self.is_for(ref) and not self.is_in(ref)
 
 
 class ColumnType(Protocol):

@@ -762,7 +762,8 @@ class Attachment:
         Raises:
             ConfigurationError: The column declares no such name, or the base is bound with neither a journal nor sessions.
             StaleAttachmentError: No committed row holds the file: it is not committed yet, or the row has another one now.
-            DerivationRefusedError: None can be made of this file; more attempts change nothing.
+            DerivationRefusedError: None can be made of this file, or the recipe is not for files of its type; more attempts
+                change nothing.
             DerivationFailedError: It could not be made now.
             ScanPendingError: A virus scanner has not judged the file yet.
             InfectedObjectError: It found something in it.
@@ -911,6 +912,11 @@ class AttachmentVariant:
         self.ref = ref
 
     @property
+    def manager(self) -> StorageManager:
+        """The manager that has stored it."""
+        return self._state.manager
+
+    @property
     def is_original(self) -> bool:
         """Whether it is the original, because what is derived from it is missing."""
         return self.ref.recipe is None
@@ -987,8 +993,9 @@ class AttachmentVariants(Mapping[str, "AttachmentVariant | None"]):
     """What is derived from an attachment, by name: the names that its column declares, and others that its row has.
 
     The value under a declared name that is missing, because it is not made yet or cannot be made, is the original where the
-    recipe has `missing="original"`, and None where it has `missing="nothing"`. A name that is neither declared nor there raises
-    `KeyError`. What an older recipe made is shown until it is made anew.
+    recipe has `missing="original"`, and None where it has `missing="nothing"`. It is None, too, where the recipe is not for
+    originals of this media type. A name that is neither declared nor there raises `KeyError`. What an older recipe made is shown
+    until it is made anew.
     """
 
     __slots__ = ("_state",)
@@ -1000,7 +1007,8 @@ class AttachmentVariants(Mapping[str, "AttachmentVariant | None"]):
         ref = self._state.require_ref()
         found = (ref.variants or {}).get(name)
         if found is None:
-            if self._state.column_type.variants[name].recipe.missing == "nothing":
+            declared = self._state.column_type.variants[name]
+            if declared.recipe.missing == "nothing" or not declared.is_for(ref):
                 return None
             found = ref
         return AttachmentVariant(self._state, name, found)

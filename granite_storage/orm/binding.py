@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from granite_storage.exceptions import ConfigurationError
+from granite_storage.exceptions import ConfigurationError, DerivationRefusedError
 from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
 from granite_storage.orm import events
@@ -175,6 +175,9 @@ class StorageBinding:
     ) -> StoredObjectRef:
         """Make a variant of the object of a committed row, and return what the row holds then; see `Attachment.variant`."""
         declared, journal = column_type.variants[name], self.journal
+        if not declared.is_for(source):
+            found = (source.media or {}).get("type") or source.content_type
+            raise DerivationRefusedError(f"there is no {name!r} of a file of the type {found}")
         make = partial(make_without_journal, self) if journal is None else journal.make_variant
         key = (self, source.backend, source.location, name, declared.digest, which)
         return await share(key, lambda: make(column_type, source, declared, which=which))

@@ -40,7 +40,8 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
-from granite_storage.derived import Effect, Missing, Recipe, When
+from granite_storage.derived import Effect, Missing, Recipe, SupportsAccept, When
+from granite_storage.derived.base import check_accepted_types
 from granite_storage.exceptions import (
     ConfigurationError,
     ContentTooLargeError,
@@ -460,7 +461,8 @@ def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> dict[
         digest = recipe.digest(name)
         if not isinstance(digest, str) or not digest:
             raise ConfigurationError(f"digest() of the variant {name!r} of {column} must return a text, not {digest!r}")
-        declared[name] = DeclaredVariant(name, recipe, digest)
+        accept = check_accepted_types(recipe.accept) if isinstance(recipe, SupportsAccept) else None
+        declared[name] = DeclaredVariant(name, recipe, digest, accept)
     return declared
 
 

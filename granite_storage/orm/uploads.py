@@ -197,12 +197,18 @@ class _Item:
         }
         return cls(upload, prepared, variants)
 
+    def is_for(self, name: str) -> bool:
+        """Tell whether what is stored has a variant: its media type is known only now."""
+        return self.upload.column_type.variants[name].is_for(self.upload.attachment.ref)
+
     def complete(self) -> None:
-        """Give the attachment the variants that are stored; those that are not are missing until a worker has made them."""
-        if self.made:
-            state = self.upload.attachment._state
-            intents = [self.intents[name] for name in self.made if name in self.intents]
-            state.add_variants(self.made, intents)
+        """Give the attachment the variants that are stored; those that are not are missing until a worker has made them.
+
+        The intents of those that it cannot have go to the transaction of its row, too, though nothing was stored for them.
+        """
+        intents = [intent for name, intent in self.intents.items() if name in self.made or not self.is_for(name)]
+        if self.made or intents:
+            self.upload.attachment._state.add_variants(self.made, intents)
 
     @property
     def stored_variants(self) -> list[StoredObject]:
@@ -290,6 +296,8 @@ async def _put_variant(item: _Item, name: str, lease: UploadLease | None) -> Non
     upload, intent = item.upload, item.intents.get(name)
     source = upload.attachment.ref
     if is_held(source):
+        return
+    if not item.is_for(name):
         return
 
     def keep(ref: StoredObjectRef) -> None:

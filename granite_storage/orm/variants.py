@@ -104,9 +104,11 @@ class Holding:
         return found
 
     def wants(self, name: str, recipe: str | None) -> bool:
-        """Return whether the column declares a variant by a recipe, and the row does not have it so."""
+        """Return whether the column declares a variant of this original by a recipe, and the row does not have it so."""
         declared, found = self.column_type.variants.get(name), self.variants.get(name)
-        return declared is not None and declared.digest == recipe and (found is None or found.get("recipe") != recipe)
+        if declared is None or declared.digest != recipe or (found is not None and found.get("recipe") == recipe):
+            return False
+        return declared.accept is None or declared.is_for(self.ref)
 
     def takes(self, name: str, made: MadeVariant) -> bool:
         """Return whether the row is to have a variant that was made, where it holds what was seen before."""

@@ -39,7 +39,7 @@ from granite_storage.exceptions import (
     ScanPendingError,
 )
 from granite_storage.manager import StorageManager
-from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.attachment import Attachment, AttachmentVariant
 from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
 from granite_storage.refs import StoredObjectRef, require_scanned
 from granite_storage.web._conditional import (
@@ -316,9 +316,9 @@ class StoredObjectResponse(Response):
     It is a response of Starlette and FastAPI, and an ASGI application that Litestar returns as well.
 
     Args:
-        stored: A stored attachment, or a ref with its `manager`.
+        stored: A stored attachment, a variant of one, or a ref with its `manager`.
         request: The request; its method and headers are read.
-        manager: The manager of a ref; an attachment has its own.
+        manager: The manager of a ref; an attachment and a variant have their own.
         disposition: `inline` lets a browser show it in its window where that is safe.
         filename: The name to save it under; None for the one it was uploaded with.
         inline_types: The exact media types that may be shown inline; never what a browser would run.
@@ -339,7 +339,7 @@ class StoredObjectResponse(Response):
 
     def __init__(
         self,
-        stored: Attachment | StoredObjectRef,
+        stored: Attachment | AttachmentVariant | StoredObjectRef,
         request: Request,
         *,
         manager: StorageManager | None = None,
@@ -477,8 +477,10 @@ class StoredObjectResponse(Response):
         return Validators(f"W/{etag.removeprefix('W/')}" if self._compressed else etag, modified)
 
 
-def _resolve(stored: Attachment | StoredObjectRef, manager: StorageManager | None) -> tuple[StoredObjectRef, StorageManager]:
-    if isinstance(stored, Attachment):
+def _resolve(
+    stored: Attachment | AttachmentVariant | StoredObjectRef, manager: StorageManager | None
+) -> tuple[StoredObjectRef, StorageManager]:
+    if isinstance(stored, Attachment | AttachmentVariant):
         return stored.ref, manager or stored.manager
     require_ref(stored)
     if manager is None:

@@ -10,14 +10,16 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from sqlalchemy import delete
 from starlette.applications import Starlette
 from starlette.routing import Route
 from sybil import Sybil
 from sybil.parsers.myst import CodeBlockParser
 
-from granite_storage import StorageManager, StoredObjectRef
+from granite_storage import StorageError, StorageManager, StoredObjectRef
 from tests.docs.hostile import HOSTILE, MIB, File, client_of, form_of, post_too_large, require_harmless
 from tests.docs.test_documents import DOCUMENTS, ROOT, bucket_server, database, evaluate, surroundings
 
@@ -133,8 +135,27 @@ async def synchronous(names: Mapping[str, Any]) -> None:
         await post_too_large(client, "/documents", 50 * MIB, params={"title": "large"})
 
 
+async def derived(names: Mapping[str, Any]) -> None:
+    photo, attachment, sessions = names["Photo"], names["Attachment"], names["sessions"]
+    async with names["engine"].begin() as connection:
+        await connection.run_sync(names["Base"].metadata.create_all)
+    async with client_of(names["app"]) as client:
+        for file in HOSTILE:
+            row = photo(owner="a", file=attachment(file.content, filename=file.name, content_type=file.kind))
+            try:
+                async with sessions.begin() as session:
+                    session.add(row)
+            except StorageError:
+                continue
+            for name in ("thumb", "large", file.name.replace("/", "")):
+                require_harmless(await client.get(f"/photos/{row.id}/{quote(name)}"))
+        async with sessions.begin() as session:
+            await session.execute(delete(photo))
+
+
 PROGRAMS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Coroutine[Any, Any, None]]]] = {
     "README.md": ("app = FastAPI(", readme),
+    "docs/derived.md": ("app = FastAPI(", derived),
     "docs/direct-uploads.md": ("stolen = ", direct),
     "docs/guide.md": ("async def download", guide),
     "docs/receiving.md": ("Content Too Large", receiving),

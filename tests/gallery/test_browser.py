@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pillow_heif
 import pytest
+from PIL import Image
 from selenium.webdriver import ActionChains
 from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.keys import Keys
@@ -152,14 +154,18 @@ def test_several_files_are_dropped(visit: Page, tmp_path: Path) -> None:
 
 
 def test_a_picture_is_looked_at(visit: Page, tmp_path: Path) -> None:
-    (tmp_path / "lichen.png").write_bytes(png(320, 240))
+    """Its thumbnail is in the list, and a click shows itself."""
+    (tmp_path / "lichen.png").write_bytes(png(2000, 1500))
     chosen(visit, tmp_path / "lichen.png")
-    assert shown_width(visit, ".item img") == 320
+    assert shown_width(visit, ".item img") == 480
+    sizes = visit.run("return ['width', 'height'].map((name) => document.querySelector('.item img').getAttribute(name))")
+    assert sizes == ["480", "360"]  # so that nothing jumps when it is loaded
+    assert [path.split("?")[0] for _, path in visit.answers() if path.startswith("/items/")] == ["/items/1/thumb"]
     preview = visit.one(".item .preview")
     assert preview.accessible_name == "Look at lichen.png"
     preview.send_keys(Keys.ENTER)
     assert visit.one("#viewer").is_displayed()
-    assert shown_width(visit, "#viewer img") == 320
+    assert shown_width(visit, "#viewer img") == 2000
     assert visit.one("#viewer").accessible_name == "lichen.png"
     assert visit.texts("#viewer dd")[0] == "image/png"
     assert len(visit.texts("#viewer .checksum")[0]) == 64
@@ -168,11 +174,76 @@ def test_a_picture_is_looked_at(visit: Page, tmp_path: Path) -> None:
     assert visit.driver.switch_to.active_element == preview
 
 
-def test_a_picture_that_is_none_has_a_tile(visit: Page, tmp_path: Path) -> None:
+def test_a_smaller_copy_is_made_while_the_visitor_looks(visit: Page, tmp_path: Path) -> None:
+    """The page says so, and shows the copy as soon as it is there; the next time it is there at once."""
+    (tmp_path / "lichen.png").write_bytes(png(2000, 1500))
+    chosen(visit, tmp_path / "lichen.png")
+    eventually(lambda: names(visit) == ["lichen.png"])
+    # The answer is held back until the test lets it go.
+    visit.run(
+        """
+        const given = window.fetch;
+        window.letGo = null;
+        window.fetch = async (url, options) => {
+          const answer = await given(url, options);
+          if (String(url).endsWith("/preview")) await new Promise((resolve) => (window.letGo = resolve));
+          return answer;
+        };
+        """
+    )
+    visit.one(".item .preview").click()
+    eventually(lambda: visit.run("return window.letGo !== null"))
+    assert visit.texts("#viewer .copy") == ["A smaller copy is being made…"]
+    assert visit.all("#viewer .copy a") == []
+    visit.run("window.letGo()")
+    assert visit.one("#viewer .copy a").text.startswith("Smaller copy: 1600 × 1200, ")
+    copied = """
+      const [done] = arguments;
+      fetch(document.querySelector(".copy a").href).then((one) => done([one.status, one.headers.get("content-type")]));
+    """
+    assert visit.waits_for(copied) == [200, "image/webp"]
+    visit.one("#viewer button").click()
+
+    visit.open()
+    eventually(lambda: names(visit) == ["lichen.png"])
+    visit.answers()
+    visit.one(".item .preview").click()
+    assert visit.one("#viewer .copy a").text.startswith("Smaller copy: 1600 × 1200, ")
+    assert [path for _, path in visit.answers() if path.endswith("/preview")] == []
+    assert len(stored(tmp_path)) == 3
+
+
+def test_a_picture_that_no_browser_shows_is_looked_at(visit: Page, tmp_path: Path) -> None:
+    """A TIFF is a download; its thumbnail stands for it, and then its preview."""
+    Image.new("RGB", (1000, 500), "teal").save(tmp_path / "scan.tiff")
+    chosen(visit, tmp_path / "scan.tiff")
+    assert shown_width(visit, ".item img") == 480
+    visit.one(".item .preview").click()
+    eventually(lambda: shown_width(visit, "#viewer img") == 1000)
+
+
+def test_a_picture_that_cannot_be_shown_is_refused_in_words(visit: Page, tmp_path: Path) -> None:
+    visit.complaints_expected += ["422"]
     header = b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0" + bytes(10)  # and no picture
     (tmp_path / "broken.webp").write_bytes(header)
-    chosen(visit, tmp_path / "broken.webp")
-    assert eventually(lambda: visit.texts(".item .tile")) == ["webp"]
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), "teal")).save(tmp_path / "phone.heic", quality=80)
+    chosen(visit, tmp_path / "broken.webp", tmp_path / "phone.heic")
+    eventually(lambda: len(visit.all(".failed")) == 2)
+    heic, broken = sorted(visit.texts(".failed .state"))
+    assert heic.startswith("The file is no image of a type that can be shown: JPEG, PNG,")
+    assert broken == "The image is damaged and cannot be read."
+    assert names(visit) == []
+    assert stored(tmp_path) == {}
+
+
+def test_a_thumbnail_that_is_gone_has_a_tile(visit: Page, tmp_path: Path) -> None:
+    visit.complaints_expected += ["404"]
+    headers = {"X-Gallery": "1", "Content-Type": "image/png"}
+    assert httpx.post(f"{visit.address}/items?name=a.png", content=png(20, 10), headers=headers).status_code == 201
+    for path in (tmp_path / "data" / "files" / "gallery").rglob("*-thumb"):
+        path.unlink()
+    visit.open()
+    assert eventually(lambda: visit.texts(".item .tile")) == ["png"]
 
 
 @pytest.mark.time_bound
@@ -216,7 +287,12 @@ def test_a_file_is_replaced(visit: Page, tmp_path: Path) -> None:
     chosen(visit, tmp_path / "new.png", field="#replacement")
     eventually(lambda: names(visit) == ["new.png"])
     assert shown_width(visit, ".item img") == 200
-    assert list(stored(tmp_path).values()) == [png(200, 100)]
+    original, thumb = stored(tmp_path).values()
+    assert {original[:4], thumb[:4]} == {b"\x89PNG", b"RIFF"}
+    visit.one(".item .delete").click()
+    visit.one("#question [value=delete]").click()
+    eventually(lambda: visit.one("#empty").is_displayed())
+    assert stored(tmp_path) == {}
 
 
 def test_a_file_is_deleted_when_that_is_meant(visit: Page, tmp_path: Path) -> None:

@@ -45,13 +45,21 @@ class Upper:
     """Makes text upper-case, behind a word of its own; by its content an original may be refused, or fail for now."""
 
     def __init__(
-        self, word: str = "", *, when: When = "later", missing: Missing = "nothing", version: int = 1, folder: Path | None = None
+        self,
+        word: str = "",
+        *,
+        when: When = "later",
+        missing: Missing = "nothing",
+        version: int = 1,
+        folder: Path | None = None,
+        accept: tuple[str, ...] | None = None,
     ) -> None:
         self.word = word
         self.when: When = when
         self.missing: Missing = missing
         self.version = version
         self.folder = folder
+        self.accept = accept
         self.made: Counter[bytes] = Counter()
         self.refused: set[bytes] = set()
         self.failing: set[bytes] = set()

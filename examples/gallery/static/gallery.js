@@ -28,7 +28,7 @@ function extensionOf({ original_filename, content_type }) {
 }
 
 // The checksum is there so that a browser that has the old file asks for the new one.
-const addressOf = (item) => `/items/${item.id}/file?v=${item.file.checksum.slice(7, 19)}`;
+const addressOf = (item, name = "file") => `/items/${item.id}/${name}?v=${item[name].checksum.slice(7, 19)}`;
 
 function cardOf(item) {
   const card = copyOf("item-template");
@@ -50,8 +50,17 @@ function cardOf(item) {
   return card;
 }
 
-/** What stands for an item on its card: itself, where the gallery lets a browser show it. */
+/** A thumbnail or a preview, whose size is known before it is loaded. */
+function variantOf(item, name) {
+  const { width, height } = item[name].media;
+  const picture = Object.assign(new Image(width, height), { alt: "", loading: "lazy", src: addressOf(item, name) });
+  picture.onerror = () => picture.replaceWith(tileOf(item));
+  return picture;
+}
+
+/** What stands for an item on its card: its thumbnail, or itself, where the gallery lets a browser show it. */
 function pictureOf(item) {
+  if (item.thumb) return variantOf(item, "thumb");
   const kind = kindOf(item.file);
   if (kind === "image" || kind === "video") {
     const picture = document.createElement(kind === "image" ? "img" : "video");
@@ -112,7 +121,7 @@ function view(item) {
   const viewer = element("viewer");
   const kind = kindOf(item.file);
   const stage = viewer.querySelector(".stage");
-  let shown = tileOf(item);
+  let shown = item.thumb ? variantOf(item, "thumb") : tileOf(item);
   if (kind === "image") {
     shown = Object.assign(new Image(), { src: addressOf(item), alt: nameOf(item) });
   } else if (kind === "video" || kind === "audio") {
@@ -131,8 +140,35 @@ function view(item) {
   viewer.querySelector(".type").textContent = item.file.content_type ?? "unknown";
   viewer.querySelector(".size").textContent = `${bytes(item.file.size)} (${item.file.size.toLocaleString("en")})`;
   viewer.querySelector(".checksum").textContent = item.file.checksum.slice(7);
-  viewer.querySelector("a").href = `${addressOf(item)}&download=true`;
+  viewer.querySelector(".buttons a").href = `${addressOf(item)}&download=true`;
+  viewer.dataset.id = item.id;
   viewer.showModal();
+  offerPreview(item);
+}
+
+/** A smaller copy of a picture. The first visitor who looks at it has it made, and sees so until it is there. */
+async function offerPreview(item) {
+  const viewer = element("viewer");
+  const line = viewer.querySelector(".copy");
+  line.hidden = !item.thumb;
+  if (!item.thumb) return;
+  line.textContent = "A smaller copy is being made…";
+  line.classList.toggle("waiting", !item.preview);
+  let told;
+  try {
+    if (!item.preview) Object.assign(item, await ask(`/items/${item.id}/preview`, { method: "POST" }));
+    const { media, size } = item.preview;
+    told = document.createElement("a");
+    Object.assign(told, { href: addressOf(item, "preview"), target: "_blank" });
+    told.textContent = `Smaller copy: ${media.width} × ${media.height}, ${bytes(size)}`;
+  } catch (error) {
+    told = error.message;
+  }
+  if (!viewer.open || viewer.dataset.id !== String(item.id)) return;
+  line.replaceChildren(told);
+  line.classList.remove("waiting");
+  const stand = viewer.querySelector('.stage img[loading="lazy"]'); // for a picture that the browser is not let to show
+  if (stand && item.preview) stand.replaceWith(variantOf(item, "preview"));
 }
 
 element("viewer").querySelector("button").onclick = () => element("viewer").close();

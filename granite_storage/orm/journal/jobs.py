@@ -180,13 +180,13 @@ class NewJob:
 def jobs_of(column: Column[Any], ref: StoredObjectRef) -> Iterator[NewJob]:
     """Yield what is to be done for the object of a ref that a transaction writes.
 
-    It is to be scanned if it is held, and the variants are to be made that its column wants without being asked, and that the
-    ref lacks or has by another recipe.
+    It is to be scanned if it is held, and the variants are to be made that its column wants of its media type without being
+    asked, and that the ref lacks or has by another recipe.
     """
     if is_held(ref):
         yield NewJob(column, ref, SCAN)
     for declared in variants_of(column).values():
-        if declared.recipe.when != "request" and not declared.is_in(ref):
+        if declared.is_due(ref):
             yield NewJob(column, ref, variant_key(declared.name), declared.digest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import select
 
 from granite_storage import Attachment, StoredObjectRef
 from granite_storage.orm.journal.tables import clock
@@ -31,6 +32,38 @@ async def test_intents_come_first(env: OrmEnvironment, monkeypatch: pytest.Monke
     assert (first, other) == ((None, None), (None, None))
     assert variant[0] == (await env.references())["doc", 1, "file"].location
     assert variant[1] == "upper::1:thumb"
+
+
+async def test_another_type_leaves_nothing_to_do(env: OrmEnvironment) -> None:
+    """Neither a job nor an intent remains of the variants that its file does not have, whether it is committed or rolled back."""
+    now, later = Upper("a", when="flush", accept=("image/*",)), Upper("b", accept=("image/*",))
+    with declared({"thumb": now, "card": later}):
+        async with env.sessions() as session:
+            session.add(Doc(id=2, file=Attachment(b"y", content_type="text/plain")))
+            await session.flush()
+            await session.rollback()
+        await env.add(Doc(id=1, file=Attachment(b"x", content_type="text/plain")))
+        assert await jobs(env) == []
+        async with env.engine.connect() as connection:
+            intent = journal_of(env).tables.intent
+            assert list(await connection.execute(select(intent))) == []
+        await journal_of(env).recover()
+        assert await shown(env) == {}
+    assert not now.made
+    assert not later.made
+
+
+async def test_a_recipe_that_is_not_for_its_type_any_more(env: OrmEnvironment) -> None:
+    """Its jobs are done."""
+    with declared({"card": Upper()}):
+        await env.add(Doc(id=1, file=Attachment(b"x", content_type="text/plain")))
+        assert len(await jobs(env)) == 1
+    changed = Upper(accept=("image/*",))
+    with declared({"card": changed}):
+        report = await journal_of(env).recover()
+        assert (report.derived, report.failed) == (0, [])
+        assert await jobs(env) == []
+        assert not changed.made
 
 
 async def test_an_original_that_is_held(database: Database) -> None:

@@ -16,13 +16,14 @@ from granite_storage.derived import Derivation, DerivationSource, Missing, Recip
 from granite_storage.exceptions import DerivationFailedError, DerivationRefusedError
 from granite_storage.orm import AttachmentType, StorageJournal
 from granite_storage.orm.journal.tables import clock
-from tests.orm.environment import Doc, OrmEnvironment
+from tests.orm.environment import Base, Doc, OrmEnvironment
 
 __all__ = [
     "Gate",
     "Upper",
     "column_type",
     "declared",
+    "declared_everywhere",
     "expected",
     "jobs",
     "journal_of",
@@ -116,6 +117,18 @@ def declared(recipes: Mapping[str, Recipe], *others: tuple[str, Mapping[str, Rec
             found, made = column_type(name, model), AttachmentType("docs", variants=some)
             stack.callback(_declare, found, dict(found._variants))
             _declare(found, made._variants)
+        yield
+
+
+@contextlib.contextmanager
+def declared_everywhere(recipes: Mapping[str, Recipe]) -> Iterator[None]:
+    """Let every attachment column of the models declare variants while the block runs."""
+    types = [column.type for table in Base.metadata.tables.values() for column in table.columns]
+    with contextlib.ExitStack() as stack:
+        for found in types:
+            if isinstance(found, AttachmentType):
+                stack.callback(_declare, found, dict(found._variants))
+                _declare(found, AttachmentType("docs", variants=recipes)._variants)
         yield
 
 

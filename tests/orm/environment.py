@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import uuid
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -31,7 +31,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.derived import Recipe
 from granite_storage.inspection import Scanner
 from granite_storage.orm import (
     Attachment,
@@ -66,7 +65,6 @@ __all__ = [
     "Photo",
     "Report",
     "Tag",
-    "declared_variants",
     "file",
     "orm_environment",
     "other_base",
@@ -217,7 +215,7 @@ def file(content: str | bytes = b"content", filename: str | None = "report.txt")
 
 @dataclass
 class OrmEnvironment:
-    """What a test of transactions has to do with."""
+    """What a test of transactions has to do with; `variants` says what every file has: by their names, how they are derived."""
 
     database: Database
     engine: AsyncEngine
@@ -226,7 +224,7 @@ class OrmEnvironment:
     binding: StorageBinding
     sessions: async_sessionmaker[AsyncSession]
     journal: StorageJournal | None = None
-    variants: Mapping[str, Recipe] = field(default_factory=dict)
+    variants: Mapping[str, Callable[[bytes], bytes]] = field(default_factory=dict)
 
     def sessionmaker(self, session_class: type[Session] | sessionmaker[Session], **options: Any) -> Any:
         """Return what makes sessions of a class of the test's own."""
@@ -362,8 +360,9 @@ class OrmEnvironment:
         found = {place: await self.manager.get(ref) for place, ref in references.items()}
         for place, ref in references.items():
             variants = {name: await self.manager.get(variant) for name, variant in (ref.variants or {}).items()}
-            if "upper" in self.variants:
-                assert variants == {"upper": found[place].upper()}, f"the row {place} shows a variant of another file, or none"
+            if self.variants:
+                wanted = {name: derive(found[place]) for name, derive in self.variants.items()}
+                assert variants == wanted, f"the row {place} shows a variant of another file, or none"
         return found
 
     def check_connections(self) -> None:
@@ -437,13 +436,9 @@ async def orm_environment(
     journaled: bool = False,
     max_size: int = 1 << 20,
     scanner: Scanner | None = None,
-    variants: Mapping[str, Recipe] | None = None,
     **options: Any,
 ) -> AsyncIterator[OrmEnvironment]:
-    """Give an environment with empty tables and an empty storage, and the same variants of every file.
-
-    Other keyword arguments go to the engine.
-    """
+    """Give an environment with empty tables and an empty storage; keyword arguments go to the engine."""
     store = FaultInjectingBackend(MemoryStorageBackend() if backend is None else backend)
     policy = StoragePolicy("docs", "store", max_size=max_size, scanner=scanner)
     manager = StorageManager(backends={"store": store}, policies={"docs": policy})
@@ -455,29 +450,14 @@ async def orm_environment(
         if journal is not None and not options:
             # The tables are the same for all tests, and the check costs thirty round trips.
             journal._checked, database.is_checked = database.is_checked, True
-        env = OrmEnvironment(database, engine, store, manager, binding, sessions, journal, variants or {})
+        env = OrmEnvironment(database, engine, store, manager, binding, sessions, journal)
         try:
-            with declared_variants(env.variants):
-                yield env
+            yield env
         finally:
             env.binding.unbind()
             await manager.aclose()
             if journal is not None:
                 await journal.aclose()
-
-
-@contextlib.contextmanager
-def declared_variants(variants: Mapping[str, Recipe]) -> Iterator[None]:
-    """Let every attachment column of the models declare these variants."""
-    types = [column.type for table in Base.metadata.tables.values() for column in table.columns]
-    changed = [item for item in types if isinstance(item, AttachmentType)] if variants else []
-    for item in changed:
-        item._variants = AttachmentType(item.storage_key, variants=variants)._variants
-    try:
-        yield
-    finally:
-        for item in changed:
-            item._variants = {}
 
 
 @contextlib.contextmanager

@@ -66,6 +66,11 @@ class TestWhich:
             assert before["thumb"].location != after["thumb"].location
             assert await shown(env) == expected({"thumb": recipe}, "1")
 
+    async def test_another_type(self, env: OrmEnvironment) -> None:
+        await env.add(Doc(id=1, file=Attachment(b"1", content_type="text/plain")))
+        with declared({"thumb": Upper("a", when="flush", accept=("image/*",))}):
+            assert (await rederive(env.binding)).counts == {}
+
     async def test_those_that_are_asked_for(self, env: OrmEnvironment) -> None:
         await fill(env, 1)
         recipe = Upper("a", when="request")

@@ -10,8 +10,8 @@ import pytest
 from granite_storage.backends.local import LocalStorageBackend
 from tests.orm.conftest import new_database
 from tests.orm.databases import Database
+from tests.orm.derivations import Upper, declared_everywhere
 from tests.orm.environment import OrmEnvironment, orm_environment
-from tests.orm.variants.recipes import Upper
 
 
 @pytest.fixture(scope="session", params=["sqlite-begin", "asyncpg", "psycopg", "mariadb"])
@@ -25,9 +25,12 @@ async def database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
 async def env(database: Database, tmp_path: Path) -> AsyncIterator[OrmEnvironment]:
     """Empty tables and an empty storage; checked afterwards, with the variants."""
     backend = LocalStorageBackend(tmp_path / "store", fsync=False) if database.is_sqlite else None
-    async with orm_environment(database, backend=backend, journaled=not database.is_sqlite, variants={"upper": Upper()}) as env:
-        yield env
-        if database.is_sqlite:
-            await env.check()
-        else:
-            await env.check_recovery()
+    recipe = Upper(when="flush")
+    with declared_everywhere({"upper": recipe}):
+        async with orm_environment(database, backend=backend, journaled=not database.is_sqlite) as env:
+            env.variants = {"upper": recipe.result}
+            yield env
+            if database.is_sqlite:
+                await env.check()
+            else:
+                await env.check_recovery()

@@ -37,6 +37,7 @@ __all__ = [
     "UnboundAttachmentError",
     "UnknownBackendError",
     "UnknownPolicyError",
+    "UnknownVariantError",
     "UnsupportedContentError",
 ]
 
@@ -55,6 +56,12 @@ class UnknownPolicyError(ConfigurationError, LookupError):
 
 class UnknownBackendError(ConfigurationError, LookupError):
     """No backend has the given key."""
+
+
+class UnknownVariantError(ConfigurationError, KeyError):
+    """An attachment column declares no variant of the given name."""
+
+    __str__ = Exception.__str__
 
 
 class MissingDependencyError(ConfigurationError, ImportError):

@@ -23,7 +23,7 @@ from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends.base import StorageBackend
 from granite_storage.cli.output import escape_text
 from granite_storage.cli.runtime import JSON, CommandContext, Exit, Settings, run
-from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, StorageError
+from granite_storage.exceptions import BackendUnavailableError, CollectionRefusedError, DerivationRefusedError, StorageError
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.locations import make_location
 from granite_storage.manager import StorageManager
@@ -237,9 +237,12 @@ async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
         yield Check(
             CheckResult.GOOD, "journal", f"the database can keep the journal's promise; leases of {binding.journal.lease}"
         )
+        refused = [item for item in report.failed if DerivationRefusedError.__name__ in item.error]
+        failed = len(report.failed) - len(refused)
         if report.held or report.failed:
-            said = f"{report.held} objects are held until they are scanned, and {len(report.failed)} that cannot be scanned"
-            yield Check(CheckResult.BAD if report.failed else CheckResult.NOTE, "scans", said)
+            said = f"{report.held} objects are held until they are scanned; {failed} jobs have failed for good"
+            refused_too = f"; {len(refused)} variants cannot be made of their originals" if refused else ""
+            yield Check(CheckResult.BAD if failed else CheckResult.NOTE, "jobs", said + refused_too)
     except (StorageError, SQLAlchemyError, OSError, TimeoutError) as error:
         yield Check(CheckResult.BAD, "journal", f"{type(error).__name__}: {error}")
 

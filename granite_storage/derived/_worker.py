@@ -45,7 +45,10 @@ def main() -> None:
         except (EOFError, OSError):
             return
         channel.settimeout(None)
-        answer = json.dumps(_serve(channel, request, descriptors)).encode()
+        answered = _serve(channel, request, descriptors)
+        if _leaves_something():
+            answered["is_worn"] = True
+        answer = json.dumps(answered).encode()
         channel.sendall(HEADER.pack(len(answer)) + answer)
 
 
@@ -88,6 +91,18 @@ def _serve(channel: socket.socket, request: dict[str, Any], descriptors: list[in
                 os.close(descriptor)
 
 
+def _leaves_something() -> bool:
+    """Tell whether the function has left a thread or a child, which the parent then ends with this process."""
+    threading = sys.modules.get("threading")
+    if threading is not None and threading.active_count() > 1:
+        return True
+    with contextlib.suppress(ChildProcessError):  # there is none
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            continue
+        return True
+    return False
+
+
 def _run(request: dict[str, Any], file: IO[bytes], output: IO[bytes]) -> dict[str, Any]:
     module, _, qualname = request["function"].partition(":")
     function: Any = importlib.import_module(module)
@@ -96,6 +111,8 @@ def _run(request: dict[str, Any], file: IO[bytes], output: IO[bytes]) -> dict[st
     value = function(file, **request["arguments"])
     found = {}
     if not isinstance(value, bytes | bytearray | memoryview | str):
+        if not hasattr(value, "content"):
+            raise TypeError(f"it must return bytes, text or a Derivation, not {type(value).__name__}")
         found = {name: getattr(value, name, None) or None for name in ("content_type", "media", "filename")}
         if found["media"] is not None:
             found["media"] = dict(found["media"])

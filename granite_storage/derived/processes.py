@@ -29,7 +29,8 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -52,6 +53,11 @@ _INLINE_RESULT = MIB
 _POLL_SECONDS = 0.5
 _START_SECONDS = 30.0
 _EXIT_SECONDS = 0.5
+
+_NO_PROCESS = "no worker process was free for {:g} s"
+
+in_background: ContextVar[bool] = ContextVar("granite_derived_in_background", default=False)
+"""Whether nobody waits for what is derived."""
 
 _file_threads = ThreadPool("granite-derived-file", 4)
 
@@ -76,6 +82,15 @@ class Limits:
         require_positive("timeout", self.timeout, (int, float))
         for name in ("max_memory", "max_source", "max_size"):
             require_positive(name, getattr(self, name))
+
+
+class _Places:
+    """The places that calls on one event loop wait for."""
+
+    def __init__(self, max_processes: int) -> None:
+        place = asyncio.Semaphore(2 * max_processes)
+        self.all = (place,)
+        self.background = (asyncio.Semaphore(max(1, max_processes - 1)), place)
 
 
 class WorkerProcesses:
@@ -103,7 +118,7 @@ class WorkerProcesses:
         self._idle: list[_Worker] = []
         self.workers: set[_Worker] = set()
         self._is_closed = False
-        self._places: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+        self._places: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Places] = weakref.WeakKeyDictionary()
         self._watched: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, float] = weakref.WeakKeyDictionary()
 
     def forget(self) -> None:
@@ -126,13 +141,14 @@ class WorkerProcesses:
 
         Raises:
             DerivationRefusedError: The function raised it, or the original is too large.
-            DerivationFailedError: The process died or was killed at a limit, or the function raised something else.
+            DerivationFailedError: The process died or was killed at a limit, the function raised something else, or no process
+                was free for as long as the call may take.
         """
         if source.ref.size > limits.max_source:
             raise DerivationRefusedError(f"the file has {source.ref.size} bytes; at most {limits.max_source} can be processed")
         files = await _use_disk(_Files, undo=_Files.close)
         try:
-            async with self._place():
+            async with self._place(limits.timeout):
                 await _copy(source, files.source, limits.max_source)
                 found = await self._call(function, arguments, files, limits)
             yield await _use_disk(_read_result, files.result, found, limits.max_size)
@@ -150,9 +166,21 @@ class WorkerProcesses:
         for worker in idle:
             self._dispose(worker)
 
-    def _place(self) -> asyncio.Semaphore:
-        """Bound how many originals lie on the disk: those that are processed, and as many that are about to be."""
-        return self._places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(2 * self.max_processes))
+    @asynccontextmanager
+    async def _place(self, timeout: float) -> AsyncIterator[None]:
+        """Bound how many originals lie on the disk: those that are processed, and as many that are about to be.
+
+        What is in the background leaves a process to others, where there are several.
+        """
+        places = self._places.setdefault(asyncio.get_running_loop(), _Places(self.max_processes))
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(timeout):
+                    for one in places.background if in_background.get() else places.all:
+                        await stack.enter_async_context(one)
+            except TimeoutError as error:
+                raise DerivationFailedError(_NO_PROCESS.format(timeout)) from error
+            yield
 
     async def _call(self, function: str, arguments: Mapping[str, Any], files: _Files, limits: Limits) -> dict[str, Any]:
         request = {
@@ -338,12 +366,15 @@ class _Call:
         self._processes = processes
         self._request = request
         self._descriptors = descriptors
+        self._deadline = time.monotonic() + request["timeout"]
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
         self._is_cancelled = False
 
     def perform(self) -> dict[str, Any]:
         """Call the function and return the answer."""
+        if time.monotonic() > self._deadline:
+            return {"error": _NO_PROCESS.format(self._request["timeout"])}
         worker = self._processes.take()
         is_healthy = False
         try:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
 from granite_storage._engine import upload_names
 from granite_storage._portal import run_blocking
 from granite_storage.exceptions import (
-    ConfigurationError,
     ConsumedSourceError,
     EmptyUploadError,
     InvalidReferenceError,
     ObjectNotFoundError,
     StaleAttachmentError,
     UnboundAttachmentError,
+    UnknownVariantError,
 )
 from granite_storage.locations import clean_filename
 from granite_storage.orm._interfaces import active_bindings, find_binding
@@ -127,15 +127,26 @@ def core_schema_of(attachment: type[Attachment]) -> CoreSchema:
     return core_schema.is_instance_schema(attachment, serialization=serialization)
 
 
+def variant_schema_of(variant: type[AttachmentVariant]) -> CoreSchema:
+    """Return the pydantic schema of variants, which are shown by the same fields."""
+    from pydantic_core import core_schema
+
+    serialization = core_schema.plain_serializer_function_ser_schema(
+        variant.describe, return_schema=fields_schema(), when_used="json"
+    )
+    return core_schema.is_instance_schema(variant, serialization=serialization)
+
+
 class LazySerializer:
     """Lets pydantic serialize an attachment without a declared field, as in an endpoint that returns a plain dict."""
 
-    def __get__(self, instance: object, owner: type[Attachment]) -> SchemaSerializer:
+    def __get__(self, instance: object, owner: type[Attachment | AttachmentVariant]) -> SchemaSerializer:
         try:
             from pydantic_core import SchemaSerializer
         except ImportError:
             raise AttributeError("__pydantic_serializer__") from None
-        serializer = SchemaSerializer(core_schema_of(owner))
+        schema = core_schema_of(owner) if issubclass(owner, Attachment) else variant_schema_of(owner)
+        serializer = SchemaSerializer(schema)
         owner.__pydantic_serializer__ = serializer
         return serializer
 
@@ -760,7 +771,8 @@ class Attachment:
             name: One of the names that the column declares.
 
         Raises:
-            ConfigurationError: The column declares no such name, or the base is bound with neither a journal nor sessions.
+            UnknownVariantError: The column declares no such name.
+            ConfigurationError: The base is bound with neither a journal nor sessions.
             StaleAttachmentError: No committed row holds the file: it is not committed yet, or the row has another one now.
             DerivationRefusedError: None can be made of this file, or the recipe is not for files of its type; more attempts
                 change nothing.
@@ -772,10 +784,13 @@ class Attachment:
         state = self._state
         ref, column_type = state.require_ref(), state.column_type
         if name not in column_type.variants:
-            known = ", ".join(column_type.variants) or "none"
-            raise ConfigurationError(f"{column_type.label} declares no variant {name!r} (there are: {known})")
+            raise _unknown_variant(column_type, name)
         if name not in (ref.variants or {}):
-            held = await column_type.binding().make_variant(column_type, ref, name)
+            try:
+                held = await column_type.binding().make_variant(column_type, ref, name)
+            except ObjectNotFoundError as error:
+                await state.require_current(error)
+                raise
             state.add_variants(held.variants or {})
         return AttachmentVariant(state, name, (state.require_ref().variants or {})[name])
 
@@ -906,6 +921,8 @@ class AttachmentVariant:
 
     __slots__ = ("_state", "name", "ref")
 
+    __pydantic_serializer__: ClassVar[Any] = LazySerializer()
+
     def __init__(self, state: AttachmentState, name: str, ref: StoredObjectRef) -> None:
         self._state = state
         self.name = name
@@ -971,6 +988,23 @@ class AttachmentVariant:
         """Return a URL with which anybody can read it until it expires; see `StorageManager.url`."""
         return await self._state.manager.url(self.ref, expires_in=expires_in, disposition=disposition, filename=filename)
 
+    def describe(self) -> dict[str, Any]:
+        """Return what may be shown of it: size, media type, name and checksum, never its location."""
+        return {
+            "size": self.size,
+            "content_type": self.content_type,
+            "original_filename": self.original_filename,
+            "checksum": self.checksum,
+        }
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # the result of `vars`, for encoders and debuggers
+        return self.describe()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Yield the result of `describe` as pairs, for `dict(variant)`."""
+        yield from self.describe().items()
+
     @property
     def sync(self) -> SyncAttachmentVariant:
         """The same verbs for synchronous code, in threads without a running event loop."""
@@ -985,6 +1019,23 @@ class AttachmentVariant:
     def __hash__(self) -> int:
         return hash(self.ref)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _variant_of, (Attachment._in(self._state), self.name, self.ref)
+
+    def __copy__(self) -> AttachmentVariant:
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> AttachmentVariant:
+        return self
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
+        return variant_schema_of(cls)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(fields_schema()), "title": "AttachmentVariant"}
+
     def __repr__(self) -> str:
         return f"<AttachmentVariant {self.name!r} size={self.ref.size}{' original' if self.is_original else ''}>"
 
@@ -994,8 +1045,8 @@ class AttachmentVariants(Mapping[str, "AttachmentVariant | None"]):
 
     The value under a declared name that is missing, because it is not made yet or cannot be made, is the original where the
     recipe has `missing="original"`, and None where it has `missing="nothing"`. It is None, too, where the recipe is not for
-    originals of this media type. A name that is neither declared nor there raises `KeyError`. What an older recipe made is shown
-    until it is made anew.
+    originals of this media type. A name that is neither declared nor there raises `UnknownVariantError`, a `KeyError`. What an
+    older recipe made is shown until it is made anew.
     """
 
     __slots__ = ("_state",)
@@ -1007,7 +1058,10 @@ class AttachmentVariants(Mapping[str, "AttachmentVariant | None"]):
         ref = self._state.require_ref()
         found = (ref.variants or {}).get(name)
         if found is None:
-            declared = self._state.column_type.variants[name]
+            column_type = self._state.column_type
+            declared = column_type.variants.get(name)
+            if declared is None:
+                raise _unknown_variant(column_type, name)
             if declared.recipe.missing == "nothing" or not declared.is_for(ref):
                 return None
             found = ref
@@ -1019,8 +1073,24 @@ class AttachmentVariants(Mapping[str, "AttachmentVariant | None"]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _variants_of, (Attachment._in(self._state),)
+
     def __repr__(self) -> str:
         return f"<AttachmentVariants {', '.join(self)}>"
+
+
+def _variant_of(attachment: Attachment, name: str, ref: StoredObjectRef) -> AttachmentVariant:
+    return AttachmentVariant(attachment._state, name, ref)
+
+
+def _variants_of(attachment: Attachment) -> AttachmentVariants:
+    return AttachmentVariants(attachment._state)
+
+
+def _unknown_variant(column_type: ColumnType, name: str) -> UnknownVariantError:
+    known = ", ".join(column_type.variants) or "none"
+    return UnknownVariantError(f"{column_type.label} declares no variant {name!r:.60} (there are: {known})")
 
 
 class SyncAttachmentVariant:

@@ -31,6 +31,7 @@ from granite_storage.exceptions import (
     StorageError,
     StorageFullError,
     StreamTimeoutError,
+    UnknownVariantError,
     UnsupportedContentError,
 )
 
@@ -218,7 +219,7 @@ def _problem_of(error: StorageError) -> _Problem:
             return _Problem(404, "The file is not there.")
         case StreamTimeoutError():
             return _Problem(408, "The file did not arrive in time.")
-        case ObjectNotFoundError():
+        case ObjectNotFoundError() | UnknownVariantError():
             return _Problem(404, "The file is not there.")
         case ObjectExistsError() | StaleAttachmentError():
             return _Problem(409, "Something has changed meanwhile; the request may be tried again.")

@@ -48,6 +48,7 @@ WITHOUT_ADVISORY = {
     "sphinx",
     "sqlmodel",
     "sybil",
+    "taskiq",
     "types-aiofiles",
     "types-greenlet",
 }

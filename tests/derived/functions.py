@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Any, BinaryIO
 
@@ -92,6 +93,21 @@ def sleep(_: BinaryIO) -> bytes:
 def sleep_a_little(file: BinaryIO) -> bytes:
     time.sleep(0.05)
     return file.read()
+
+
+def leave_a_child(_: BinaryIO) -> str:
+    """Return what goes on running, and which process was asked."""
+    child = subprocess.Popen(["sleep", "600"])  # noqa: S607
+    return f"{os.getpid()} {child.pid}"
+
+
+def leave_a_thread(_: BinaryIO) -> str:
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    return str(os.getpid())
+
+
+def return_nothing(_: BinaryIO) -> None:
+    pass
 
 
 def fork_and_hang(file: BinaryIO) -> bytes:

@@ -24,7 +24,7 @@ from granite_storage import StoredObjectRef
 from granite_storage._portal import portal
 from granite_storage.derived import Derivation, DerivationSource, Derived, limit_processes
 from granite_storage.derived import processes as module
-from granite_storage.derived.processes import Limits, WorkerProcesses
+from granite_storage.derived.processes import Limits, WorkerProcesses, in_background
 from granite_storage.exceptions import ConfigurationError, DerivationFailedError, DerivationRefusedError
 from tests.core.support import PROJECT, eventually
 from tests.derived import functions
@@ -82,6 +82,7 @@ class TestResults:
 
 FAILURES: dict[Callable[..., Any], str] = {
     functions.fail: "functions:fail raised ValueError: cannot read this",
+    functions.return_nothing: "raised TypeError: it must return bytes, text or a Derivation, not NoneType",
     functions.segfault: "was ended by SIGSEGV",
     functions.abort: "was ended by SIGABRT",
     functions.exit_at_once: "ended with status 3",
@@ -188,6 +189,47 @@ class TestSources:
 
         with pytest.raises(ConnectionResetError, match="gone"):
             await derive(recipe(functions.shout), DerivationSource(StoredObjectRef("files", "memory", "x", 9, ""), opened))
+
+
+class TestLeftBehind:
+    """What a function has started ends with its process, which is not used again."""
+
+    async def test_a_child(self, pool: WorkerProcesses) -> None:
+        process, child = map(int, (await call(pool, functions.leave_a_child)).split())
+        assert int(await call(pool, functions.name_process)) != process
+        await asyncio.to_thread(wait_for, lambda: not is_running(child))
+
+    async def test_a_thread(self, pool: WorkerProcesses) -> None:
+        process = await call(pool, functions.leave_a_thread)
+        assert await call(pool, functions.name_process) != process
+
+
+class TestWaiting:
+    """A file that keeps a process busy holds up others for a bounded time, and what nobody waits for holds up nobody."""
+
+    async def test_no_process_is_free(self, pool: WorkerProcesses) -> None:
+        slow = [asyncio.create_task(call(pool, functions.sleep)) for _ in range(2)]
+        await asyncio.to_thread(wait_for, lambda: len(pool.workers) == 2)
+        late = [call(pool, functions.shout, limits=Limits(timeout=0.5)) for _ in range(4)]
+        for result in await asyncio.gather(*late, return_exceptions=True):
+            assert isinstance(result, DerivationFailedError)
+            assert str(result).endswith("no worker process was free for 0.5 s")
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        assert await call(pool, functions.shout) == b"ABC"
+
+    async def test_the_background_leaves_a_process_to_others(self, pool: WorkerProcesses) -> None:
+        async def in_the_background() -> None:
+            in_background.set(True)
+            await call(pool, functions.sleep)
+
+        slow = [asyncio.create_task(in_the_background()) for _ in range(6)]
+        await asyncio.sleep(0.3)
+        assert await call(pool, functions.shout, limits=Limits(timeout=10)) == b"ABC"
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
 
 
 class TestMany:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import pickle
 from datetime import timedelta
+from typing import Any
 
 import pytest
+from fastapi.encoders import jsonable_encoder
+from pydantic import TypeAdapter
 from sqlalchemy import delete, text
 
 from granite_storage import Attachment, ConfigurationError, StaleAttachmentError
@@ -15,9 +19,13 @@ from granite_storage.exceptions import (
     DerivationFailedError,
     DerivationRefusedError,
     UnboundAttachmentError,
+    UnknownVariantError,
 )
+from granite_storage.orm import AttachmentVariant
 from granite_storage.orm import binding as binding_module
 from granite_storage.orm import variants as variants_module
+from granite_storage.orm.journal import jobs as jobs_module
+from granite_storage.web import problem_response
 from tests.orm.databases import Database
 from tests.orm.derivations import Gate, Upper, declared, expected, ref_of, shown
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
@@ -147,10 +155,30 @@ class TestAsked:
         with declared({"card": Upper(when="request")}):
             await env.add(Doc(id=1, file=file("x"), other=file("y")))
             attachment = await stored(env)
-            with pytest.raises(ConfigurationError, match=r"doc.file declares no variant 'thumb' \(there are: card\)"):
+            with pytest.raises(UnknownVariantError, match=r"^doc.file declares no variant 'thumb' \(there are: card\)$") as found:
                 await attachment.variant("thumb")
+            assert problem_response(found.value).status_code == 404
             with pytest.raises(KeyError):
                 attachment.variants["thumb"]
+            assert "thumb" not in attachment.variants
+
+    async def test_replaced_before_it_is_read(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        recipe = Upper(when="request")
+        original = variants_module.make_variant
+
+        async def make(*args: Any) -> Any:
+            async with env.sessions.begin() as session:
+                (await session.get_one(Doc, 1)).file = file("y")
+            await env.recover()
+            return await original(*args)
+
+        with declared({"card": recipe}):
+            await env.add(Doc(id=1, file=file("x")))
+            attachment = await stored(env)
+            monkeypatch.setattr(variants_module, "make_variant", make)
+            monkeypatch.setattr(jobs_module, "make_variant", make)
+            with pytest.raises(StaleAttachmentError):
+                await attachment.variant("card")
 
     @pytest.mark.parametrize("error", [DerivationRefusedError, DerivationFailedError, BackendUnavailableError])
     async def test_it_cannot_be_made(self, env: OrmEnvironment, error: type[Exception]) -> None:
@@ -223,6 +251,20 @@ class TestShown:
             copied = pickle.loads(pickle.dumps(attachment))  # noqa: S301  # our own
             assert copied.variants["a"] == variant
             assert hash(copied.variants["a"]) == hash(variant)
+            for other in (pickle.loads(pickle.dumps(variant)), copy.deepcopy(variant)):  # noqa: S301  # our own
+                assert await other.read() == await variant.read()
+            assert len(pickle.dumps(attachment.variants)) < 2000
+
+    async def test_what_is_shown_of_one(self, env: OrmEnvironment) -> None:
+        """The same four fields as of an attachment, and never where it is."""
+        with declared({"a": Upper(when="flush")}):
+            await env.add(Doc(id=1, file=file("x")))
+            variant = (await stored(env)).variants["a"]
+            assert variant is not None
+            shown = {"size": 3, "content_type": "text/x-upper", "original_filename": "upper.txt", "checksum": variant.checksum}
+            assert shown == variant.describe() == dict(variant) == vars(variant)
+            assert TypeAdapter(dict[str, AttachmentVariant]).dump_python({"a": variant}, mode="json") == {"a": shown}
+            assert jsonable_encoder({"a": variant}) == {"a": shown}
 
     async def test_what_is_not_declared_any_more(self, env: OrmEnvironment) -> None:
         with declared({"a": Upper(when="flush")}):

@@ -44,7 +44,7 @@ from granite_storage.orm._util import again_after_deadlock, batches
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.database import insert_if_absent
 from granite_storage.orm.journal.jobs import EFFECT, Jobs, LeasedJob, job_id, job_options, job_rows
-from granite_storage.orm.journal.tables import RecoveryReport, clock
+from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error
 from granite_storage.orm.references import as_stored
 from granite_storage.orm.variants import value_of
 from granite_storage.refs import StoredObjectRef, require_scanned
@@ -253,7 +253,7 @@ class EffectJobs(Jobs):
             await self._postpone([job], _PAUSE_FOR_SCANS, error)
             return False
         except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the job
-            problem = f"{type(error).__name__}: {error}"[:500]
+            problem = describe_error(error)
             await self._note(job, problem, is_dead=job.attempts + 1 >= self._max_attempts)
             return False
         # Cancelled in between it would be called once more, for nothing.

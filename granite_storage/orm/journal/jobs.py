@@ -38,10 +38,13 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 
 from granite_storage._tasks import background, run_bounded, shielded, shielded_cleanup
 from granite_storage.backends.base import SupportsMountCheck
+from granite_storage.derived.processes import in_background
 from granite_storage.exceptions import (
     BackendUnavailableError,
     ConfigurationError,
     ContentError,
+    DerivationFailedError,
+    DerivationRefusedError,
     InfectedObjectError,
     ObjectNotFoundError,
     ScannerUnavailableError,
@@ -54,7 +57,7 @@ from granite_storage.orm.columns import AttachmentType, location_of, portable_st
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import PendingDelete, derived_id, nominate
 from granite_storage.orm.journal.references import References
-from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, clock
+from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, clock, describe_error
 from granite_storage.orm.locking import among
 from granite_storage.orm.references import as_stored, keeping_other_columns
 from granite_storage.orm.uploads import make_variant, prepare_variant
@@ -112,6 +115,8 @@ Holder: TypeAlias = "tuple[Place, Column[Any]]"
 
 _AT_A_TIME = 500
 _CONCURRENCY = 2
+_MOST_DERIVATIONS = 5
+"""How often a recipe may fail: a file that takes too long or too much memory does so each time, and keeps a process busy."""
 _JOBS_AT_A_TIME = 8
 _LEFT_IN_COMPANY = 2
 _RENEWALS = 3
@@ -123,7 +128,6 @@ _PAUSE_FOR_OTHERS = 300.0
 _LONGEST_RETRY = 3600.0
 _JITTER = 0.25
 _MOST_DOUBLINGS = 20
-_LONGEST_ERROR = 500
 _MOST_REPORTED = 1000
 
 
@@ -446,15 +450,15 @@ class Jobs:
             return 0
         except (ObjectNotFoundError, ContentError) as error:
             if not await self._is_settled(job, None):
-                await self._note(job, _described(error), is_dead=True)
+                await self._note(job, describe_error(error), is_dead=True)
             return 0
         except ConfigurationError as error:
             # Perhaps another process can do it, so the pauses do not grow.
-            await self._update_own(job, error=_described(error), due=clock(_PAUSE_FOR_OTHERS), takeovers=0)
+            await self._update_own(job, error=describe_error(error), due=clock(_PAUSE_FOR_OTHERS), takeovers=0)
             logger.warning("the object %r, which is held, cannot be scanned by this process: %s", job.location, error)
             return 0
         except Exception as error:
-            await self._note(job, _described(error))
+            await self._note(job, describe_error(error))
             if isinstance(error, ScannerUnavailableError):
                 raise
             return 0
@@ -644,6 +648,7 @@ class Jobs:
             def keep(ref: StoredObjectRef) -> None:
                 made[name] = MadeVariant(ref, seen[name], replaces_same)
 
+            in_background.set(not raises)
             try:
                 lease.begin(ids[name])
                 await make_variant(self._manager, source, prepared[name], column_type.variants[name].recipe, keep)
@@ -755,7 +760,7 @@ class Jobs:
 
     async def _fail(self, job: _Job, error: Exception) -> None:
         """Note why a variant was not made; it is tried again where that may help, and where a row still lacks it."""
-        problem = _described(error)
+        problem = describe_error(error)
         match error:
             case StaleAttachmentError():
                 await self._postpone([job], _FIRST_RETRY, error)
@@ -765,7 +770,11 @@ class Jobs:
                 logger.warning("%s cannot be done by this process: %s", job.what, error)
             case ContentError() | ObjectNotFoundError():
                 if await self._publish_patiently([job]) is None:
-                    await self._note(job, problem, is_dead=not await self._is_unmounted(job))
+                    is_refused = isinstance(error, DerivationRefusedError)
+                    await self._note(job, problem, is_dead=not await self._is_unmounted(job), is_outcome=is_refused)
+            case DerivationFailedError():
+                most = min(self._max_attempts, _MOST_DERIVATIONS)
+                await self._note(job, problem, is_dead=job.attempts + 1 >= most)
             case _:
                 await self._note(job, problem, is_dead=job.attempts + 1 >= self._max_attempts)
 
@@ -776,7 +785,7 @@ class Jobs:
     async def _postpone(self, jobs: Sequence[_Job], seconds: float, error: Exception | None = None) -> None:
         """Let jobs be due later; nothing was attempted."""
         for job in jobs:
-            said = {} if error is None else {"error": _described(error)}
+            said = {} if error is None else {"error": describe_error(error)}
             await self._update_own(job, due=clock(seconds), takeovers=0, **said)
 
     async def _forget_dead(self, backend: str, own: ColumnElement[bool]) -> None:
@@ -795,13 +804,14 @@ class Jobs:
             await asyncio.sleep(self._lease / _RENEWALS)
             await shielded(self._update_own(job, due=clock(self._lease)))
 
-    async def _note(self, job: _Job, problem: str, *, is_dead: bool = False) -> None:
-        """Save why a job has failed, and when it is tried again."""
+    async def _note(self, job: _Job, problem: str, *, is_dead: bool = False, is_outcome: bool = False) -> None:
+        """Save why a job has failed, and when it is tried again; that a recipe refuses an original is nobody's fault."""
         attempts = job.attempts + 1
         delay = min(_FIRST_RETRY * 2 ** min(job.attempts, _MOST_DOUBLINGS), _LONGEST_RETRY)
         due = clock(delay * random.uniform(1 - _JITTER, 1))  # noqa: S311  # not a secret
         await self._update_own(job, error=problem, dead=is_dead, due=due, attempts=attempts, takeovers=0)
-        told, onward = (logger.error, "a dead letter") if is_dead else (logger.warning, "is tried again")
+        told = logger.info if is_outcome else logger.error if is_dead else logger.warning
+        onward = "a dead letter" if is_dead else "is tried again"
         told("%s failed (attempt %d, %s): %s", job.what, attempts, onward, problem)
 
     async def _update_own(self, job: _Job, **values: Any) -> None:
@@ -850,10 +860,6 @@ def _unjudged(raw: Any, job: _Job) -> dict[str, Any] | None:
 
 def _locked_for_long(location: str) -> StaleAttachmentError:
     return StaleAttachmentError(f"other transactions have locked the rows of the object at {location!r} for {LONGEST_WAIT:g} s")
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
 
 
 job_rows = _is_here

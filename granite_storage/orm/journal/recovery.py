@@ -40,7 +40,7 @@ from granite_storage.orm._util import again_after_deadlock, try_briefly
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import has_own_id, renumber
 from granite_storage.orm.journal.references import References
-from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, FailedReclaim, RecoveryReport, clock
+from granite_storage.orm.journal.tables import ABORT, COMMIT, DELETE, UPLOAD, FailedReclaim, RecoveryReport, clock, describe_error
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
@@ -57,7 +57,6 @@ _DELETES_AT_A_TIME = 8
 _LEFT_IN_COMPANY = 2
 _FIRST_RETRY = 5.0
 _LONGEST_RETRY = 3600.0
-_LONGEST_ERROR = 500
 _MOST_REPORTED = 1000
 
 
@@ -413,20 +412,19 @@ class Recovery:
 
     async def _fail(self, item: _Reclaim, error: Exception) -> FailedReclaim:
         attempts = item.attempts + 1
-        problem = f"{type(error).__name__}: {error}"
+        problem = describe_error(error)
         return await self._note(item, problem, attempts=attempts, dead=attempts >= self._max_attempts)
 
     async def _note(self, item: _Reclaim, problem: str, *, attempts: int, dead: bool) -> FailedReclaim:
         """Save the error of a row, and when it is retried."""
         delay = min(_FIRST_RETRY * 2 ** max(attempts - 1, 0), _LONGEST_RETRY)
-        said = problem[:_LONGEST_ERROR]
         async with self._pool.reading() as connection:
-            noted = {"error": said, "dead": dead, "due": clock(delay), "attempts": attempts, "takeovers": 0}
+            noted = {"error": problem, "dead": dead, "due": clock(delay), "attempts": attempts, "takeovers": 0}
             await self._update_own(connection, [item], **noted)
         told = logger.error if dead else logger.warning
-        told("could not delete the object %r (attempt %d%s): %s", item.location, attempts, ", the last" * dead, said)
+        told("could not delete the object %r (attempt %d%s): %s", item.location, attempts, ", the last" * dead, problem)
         next_attempt = None if dead else datetime.now(UTC) + timedelta(seconds=delay)
-        return FailedReclaim(item.backend, item.location, said, attempts, next_attempt)
+        return FailedReclaim(item.backend, item.location, problem, attempts, next_attempt)
 
     async def _drop(self, connection: AsyncConnection, table: Table, ids: Iterable[UUID]) -> None:
         wanted = list(ids)

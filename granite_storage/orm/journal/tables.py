@@ -26,6 +26,7 @@ __all__ = [
     "FailedReclaim",
     "RecoveryReport",
     "clock",
+    "describe_error",
     "journal_tables",
     "tables_of",
 ]
@@ -166,6 +167,15 @@ def _on_postgresql(element: clock, compiler: Any, **kw: Any) -> str:
 @compiles(clock, "mariadb")
 def _on_mariadb(element: clock, compiler: Any, **kw: Any) -> str:
     return f"TIMESTAMPADD(MICROSECOND, 1000000 * {compiler.process(element.clauses, **kw)}, UTC_TIMESTAMP(6))"
+
+
+_LONGEST_ERROR = 500
+
+
+def describe_error(error: Exception) -> str:
+    """Return what the journal keeps of an error: printable characters, as PostgreSQL stores no others in every text."""
+    text = f"{type(error).__name__}: {error}"[: 2 * _LONGEST_ERROR]
+    return "".join(character if character.isprintable() else " " for character in text)[:_LONGEST_ERROR]
 
 
 # The report of a pass of recovery.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from celery import Celery
+from kombu.transport import filesystem
 from sqlalchemy import create_engine, text
 
 from tests.applications.processes import Program, running, until
@@ -28,12 +31,21 @@ def worker(tmp_path: Path, database_url: str) -> Iterator[Program]:
 
 
 @pytest.fixture
-def client(tmp_path: Path, worker: Program) -> Iterator[Celery]:
+def client(tmp_path: Path, worker: Program, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
+    monkeypatch.setattr(filesystem.Channel, "_put", put_whole)
     queue = str(tmp_path / "queue")
     options = {"data_folder_in": queue, "data_folder_out": queue, "control_folder": str(tmp_path / "control")}
     backend = f"file://{tmp_path}/results"
     with Celery(broker="filesystem://", backend=backend, broker_transport_options=options, set_as_current=False) as client:
         yield client
+
+
+def put_whole(channel: filesystem.Channel, queue: str, payload: object, **_: object) -> None:
+    """Put a message that is there at once: celery's worker would take one that is only half written, and end."""
+    message = Path(channel.data_folder_out) / f"{time.monotonic_ns()}.{queue}.msg"
+    unfinished = message.with_suffix(".part")
+    unfinished.write_text(json.dumps(payload))
+    unfinished.rename(message)
 
 
 def files(folder: Path) -> list[Path]:

@@ -181,11 +181,11 @@ def deleting_where_a_savepoint_is_released(patch: pytest.MonkeyPatch) -> None:
 def deleting_at_the_flush(patch: pytest.MonkeyPatch) -> None:
     original = flush.write_entries
 
-    def write(unit: UnitOfWork) -> None:
+    def write(unit: UnitOfWork, *args: Any) -> None:
         for stored, held in unit.flush.net:
             if not held:
                 delete_at_once(stored)
-        original(unit)
+        original(unit, *args)
 
     patch.setattr(flush, "write_entries", write)
 

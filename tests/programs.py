@@ -34,7 +34,7 @@ def program(folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
         _restored_variables(environment),
         contextlib.chdir(folder),
         _restored_imports(folder),
-        _restored_logging(),
+        restored_logging(),
         _restored_signals(),
         _restored_bindings(),
     ):
@@ -72,7 +72,7 @@ def _restored_imports(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _restored_logging() -> Iterator[None]:
+def restored_logging() -> Iterator[None]:
     """Alembic's templates call `logging.config.fileConfig`, which disables each logger and removes pytest's handlers."""
     before = {logger: _logger_state(logger) for logger in _loggers()}
     try:

@@ -14,6 +14,7 @@ from granite_storage import ConfigurationError
 from tests.orm.databases import Database
 from tests.orm.derivations import Upper, declared, expected, journal_of, shown
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
+from tests.programs import restored_logging
 
 
 async def until_derived(env: OrmEnvironment, recipes: dict[str, Upper], content: str) -> None:
@@ -59,12 +60,13 @@ async def test_celery(psycopg_database: Database) -> None:
         journal.on_work(recover_files.delay)
         with declared(recipes):
             worker = start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=30.0)
-            await asyncio.to_thread(worker.__enter__)
-            try:
-                await env.add(Doc(id=1, file=file("x")))
-                await until_derived(env, recipes, "x")
-            finally:
-                await asyncio.to_thread(worker.__exit__, None, None, None)
+            with restored_logging():  # it sets the level of all loggers
+                await asyncio.to_thread(worker.__enter__)
+                try:
+                    await env.add(Doc(id=1, file=file("x")))
+                    await until_derived(env, recipes, "x")
+                finally:
+                    await asyncio.to_thread(worker.__exit__, None, None, None)
         await env.check_recovery()
 
 

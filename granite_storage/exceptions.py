@@ -61,7 +61,8 @@ class UnknownBackendError(ConfigurationError, LookupError):
 class UnknownVariantError(ConfigurationError, KeyError):
     """An attachment column declares no variant of the given name."""
 
-    __str__ = Exception.__str__
+    def __str__(self) -> str:
+        return Exception.__str__(self)
 
 
 class MissingDependencyError(ConfigurationError, ImportError):

@@ -85,7 +85,7 @@ class Derived:
         self.identity: str = _identify(function)
         self.content_type = content_type
         self.when: When = when
-        self.accept = check_accepted_types(accept)
+        self.accept: tuple[str, ...] | None = check_accepted_types(accept)
         self.version = version
         self.missing: Missing = missing
         self.filename = filename

@@ -142,7 +142,7 @@ class ImageVariant:
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(f"ImageVariant needs {name}: install granite-storage[{extra}]")
         self.when: When = when
-        self.accept = check_accepted_types(accept)
+        self.accept: tuple[str, ...] | None = check_accepted_types(accept)
         self.missing: Missing = missing
         self.format = format
         self.engine = engine

@@ -105,7 +105,7 @@ class WorkerProcesses:
     """
 
     def __init__(self, max_processes: int | None = None, idle_timeout: float = 60.0) -> None:
-        self.max_processes = min(os.cpu_count() or 1, 4) if max_processes is None else max_processes
+        self.max_processes: int = min(os.cpu_count() or 1, 4) if max_processes is None else max_processes
         self.idle_timeout = idle_timeout
         require_positive("max_processes", self.max_processes)
         require_positive("idle_timeout", idle_timeout, (int, float))
@@ -404,7 +404,7 @@ class _Worker:
 
     def __init__(self, idle_timeout: float) -> None:
         self.jobs = 0
-        self.idle_since = time.monotonic()
+        self.idle_since: float = time.monotonic()
         self._is_disposed = False
         self._socket, theirs = socket.socketpair()
         try:

@@ -925,8 +925,8 @@ class AttachmentVariant:
 
     def __init__(self, state: AttachmentState, name: str, ref: StoredObjectRef) -> None:
         self._state = state
-        self.name = name
-        self.ref = ref
+        self.name: str = name
+        self.ref: StoredObjectRef = ref
 
     @property
     def manager(self) -> StorageManager:

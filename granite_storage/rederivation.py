@@ -1,4 +1,4 @@
-"""Making variants anew for the rows that are there already: those that are missing, those of changed recipes, or all of them."""
+"""Making variants again for the rows that are there already: those that are missing, those of changed recipes, or all of them."""
 
 from __future__ import annotations
 

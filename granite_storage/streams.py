@@ -179,7 +179,7 @@ class _Readings:
         return source is (self._kept.get(id(source)) if reference is None else reference())
 
     def forget_current(self) -> None:
-        """Begin anew: a fork has none of the uploads of its parent."""
+        """Start over: a fork has none of the uploads of its parent."""
         self._current.clear()
 
 
@@ -1063,7 +1063,7 @@ class _Group:
 
     @classmethod
     def forget_all(cls) -> None:
-        """Begin anew: a fork has none of the uploads of its parent."""
+        """Start over: a fork has none of the uploads of its parent."""
         cls._all_sizes, cls._lock = 0, threading.Lock()
 
 

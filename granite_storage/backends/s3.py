@@ -386,7 +386,7 @@ class S3StorageBackend:
         try:
             return await self._write(client, location, BytesSource(content), content_type)
         except ConflictError:
-            # S3 wants a multipart upload in conflict with another write made anew, which only bytes can be
+            # S3 wants a multipart upload in conflict with another write made again, which only bytes can be
             return await self._write(client, location, BytesSource(content), content_type)
 
     async def put_stream(

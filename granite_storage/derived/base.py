@@ -87,7 +87,7 @@ class Recipe(Protocol):
         """Return what identifies the recipe under this name of a variant, `sha256:` and 32 hex digits.
 
         It is the same in every process and on every Python, and another one where anything differs that decides the content:
-        then the file is to be made anew. `when`, `missing` and the limits are no part of it.
+        then the file is to be made again. `when`, `missing` and the limits are no part of it.
         """
         ...
 

@@ -44,7 +44,7 @@ class Derived:
         when: When it is made: `flush`, `later` or `request`.
         accept: The media types of the originals that the function is for, such as `("application/pdf",)`; those of other types
             have no such variant, and one of unknown type is shown to the function. None for all.
-        version: Another number or text makes all files anew: change it with the function's code.
+        version: Another number or text makes all files again: change it with the function's code.
         timeout: The longest that it may take, in seconds, and in a process the most processor time.
         max_memory: The most private memory of its process, in bytes. One that needs more fails and is no refusal: the limit is
             the application's, not the file's, and may be raised.

@@ -31,7 +31,7 @@ Engine: TypeAlias = Literal["pillow", "vips"]
 """Which library makes the image."""
 
 _CODE = 1
-"""The version of the code that makes images: another number makes all of them anew."""
+"""The version of the code that makes images: another number makes all of them again."""
 
 _ENGINES = {"pillow": ("_pillow", "PIL", "Pillow", "images"), "vips": ("_vips", "pyvips", "pyvips", "vips")}
 _MOST_SIDE = 16383

@@ -460,7 +460,7 @@ def _clean_exif(data: bytes, mode: StripMode, limit: int) -> bytes | None:
 
 
 def _rebuild_exif(tiff: bytes, order: str, first: _Ifd, second_offset: int) -> bytes:
-    """Write the four IFDs that EXIF has besides that of GPS anew: no cycle, overlap or gap of the old ones is carried on."""
+    """Write the four IFDs that EXIF has besides that of GPS again: no cycle, overlap or gap of the old ones is carried on."""
     details, _ = _read_ifd(tiff, order, _read_number(first, order, _EXIF_IFD))
     interop, _ = _read_ifd(tiff, order, _read_number(details, order, _INTEROP_IFD))
     second, _ = _read_ifd(tiff, order, second_offset)

@@ -1046,7 +1046,7 @@ class AttachmentVariants(Mapping[str, "AttachmentVariant | None"]):
     The value under a declared name that is missing, because it is not made yet or cannot be made, is the original where the
     recipe has `missing="original"`, and None where it has `missing="nothing"`. It is None, too, where the recipe is not for
     originals of this media type. A name that is neither declared nor there raises `UnknownVariantError`, a `KeyError`. What an
-    older recipe made is shown until it is made anew.
+    older recipe made is shown until it is made again.
     """
 
     __slots__ = ("_state",)

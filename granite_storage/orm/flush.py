@@ -318,7 +318,7 @@ def end(session: Session, unit: UnitOfWork) -> None:
     flush = unit.flush
     if flush.has_missed_rows or any(counted.has_hit_others for counted in flush.counted):
         raise StaleAttachmentError(
-            "another transaction has deleted a row whose file was being replaced, or inserted one anew that was being deleted;"
+            "another transaction has deleted a row whose file was being replaced, or inserted one again that was being deleted;"
             " the transaction may be tried again"
         )
     vanished = [_stored(held) for _, cascaded in flush.vanishing for held in cascaded]

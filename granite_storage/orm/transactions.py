@@ -153,7 +153,7 @@ class ConnectionWatch:
         self.committing = self.refused = self.prepared = self.has_snapshot = False
 
     def must_ask(self, outcome: Outcome) -> bool:
-        """Tell whether rows must be looked for anew before anything is deleted.
+        """Tell whether rows must be looked for again before anything is deleted.
 
         A snapshot hides what others have committed. And a rollback leaves rows that were committed before it, unseen by
         SQLAlchemy: by a COMMIT in SQL or of the driver, such as that of SQLite's `executescript`; by a driver in autocommit mode;

@@ -7,7 +7,7 @@ calls `put`, otherwise `remove`. So the last call fits the rows, in whatever ord
 Why the last call is not missed. There is one job for an effect and a file. Each transaction that records it gives it a new
 token, in the transaction of the rows. The worker deletes the job only with the token that it had before it looked at the rows;
 where it is another one meanwhile, the job stays, and is due. A transaction that has not committed yet holds up that DELETE, or is
-held up by it and inserts the job anew.
+held up by it and inserts the job again.
 
 Why calls for a file do not overlap. The job is leased to one worker; a transaction that records it meanwhile lets the lease be.
 The worker renews the lease while the handler runs, and cancels the handler where it cannot. What is killed between the call and
@@ -316,7 +316,7 @@ class EffectJobs(Jobs):
 
     @again_after_deadlock
     async def _finish(self, job: LeasedJob) -> None:
-        """Delete a job, or let it be due where a transaction has recorded it anew."""
+        """Delete a job, or let it be due where a transaction has recorded it again."""
         table = self._job
         async with self._pool.reading() as connection:
             result = await connection.execute(delete(table).where(self._is_own(job), table.c.recipe == job.recipe))

@@ -195,7 +195,7 @@ def jobs_of(column: Column[Any], ref: StoredObjectRef) -> Iterator[NewJob]:
 
 
 def enqueue_jobs(connection: Connection, job: Table, jobs: Iterable[NewJob], options: dict[str, Any]) -> None:
-    """Record jobs in the transaction of a connection; one that is there is due again, and begins anew.
+    """Record jobs in the transaction of a connection; one that is there is due again, and starts over.
 
     The rows are written in the order of their ids, so that transactions that record the same jobs do not deadlock.
 

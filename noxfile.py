@@ -139,7 +139,7 @@ def advisories(session: nox.Session) -> None:
     """Ask for published advisories of what CI installs, and of the oldest versions that the package admits."""
     session.install("pip-audit>=2.10", "uv")
     floors = Path(session.create_tmp()) / "floors.txt"
-    extras = [f"--extra={extra}" for extra in ("alembic", "cli", "gallery", "inspect", "obstore", "s3", "web")]
+    extras = [f"--extra={extra}" for extra in ("alembic", "cli", "gallery", "images", "inspect", "obstore", "s3", "vips", "web")]
     session.run("uv", "pip", "compile", "-q", "--resolution=lowest-direct", *extras, "pyproject.toml", "-o", str(floors))
     for requirements in (CONSTRAINTS, floors):
         session.run("pip-audit", "--strict", "--disable-pip", "--no-deps", "-r", str(requirements))

@@ -57,7 +57,7 @@ _EXIT_SECONDS = 0.5
 _NO_PROCESS = "no worker process was free for {:g} s"
 
 in_background: ContextVar[bool] = ContextVar("granite_derived_in_background", default=False)
-"""Whether nobody waits for what is derived."""
+"""Whether a worker derives, so that no caller waits for the result."""
 
 _file_threads = ThreadPool("granite-derived-file", 4)
 
@@ -478,7 +478,7 @@ class _Worker:
         return self._socket.fileno()
 
     def has_ended(self) -> bool:
-        """Tell whether the process has ended, or sends what nobody asked for."""
+        """Tell whether the process has ended, or sends data without a request."""
         return self._is_readable(0)
 
     def _is_readable(self, seconds: float) -> bool:

@@ -433,7 +433,7 @@ class _Setting:
         """Delete what no row has any more; where that is unknown, it stays, for the garbage collector."""
         if self.fate is _Fate.SET and self._displaced:
             await shielded_cleanup(
-                remove([StoredObject(manager, ref) for ref in self._displaced], []), "deleting variants that rows have given up"
+                remove([StoredObject(manager, ref) for ref in self._displaced], []), "deleting variants that rows no longer have"
             )
 
     def _write(self, connection: Connection, made: Mapping[str, MadeVariant]) -> bool:

@@ -134,7 +134,7 @@ def enqueue_effects(
 
 def _upsert(dialect: str, job: Table, rows: Sequence[dict[str, Any]]) -> Insert:
     renewed = ("table_name", "column_name", "recipe", "dead")
-    # A worker has it in hand: it would be called by two of them at a time if it were due now.
+    # A worker is processing it: two of them would call it at a time if it were due now.
     is_leased = job.c.takeovers > 0
     if dialect == "postgresql":
         new = postgresql_insert(job).values(rows)
@@ -193,7 +193,7 @@ class EffectJobs(Jobs):
         """Call an effect for a file now, as if it had just come to its row.
 
         Returns:
-            Whether that has succeeded; None where another worker has the job in hand, and will call it.
+            Whether that has succeeded; None where another worker is processing the job, and will call it.
         """
         column, key = column_type.column, effect_key(name)
         async with self._pool.durable() as connection:

@@ -805,7 +805,7 @@ class Jobs:
             await shielded(self._update_own(job, due=clock(self._lease)))
 
     async def _note(self, job: _Job, problem: str, *, is_dead: bool = False, is_outcome: bool = False) -> None:
-        """Save why a job has failed, and when it is tried again; that a recipe refuses an original is nobody's fault."""
+        """Save why a job has failed, and when it is tried again; a refusal of a recipe is an outcome, not a fault."""
         attempts = job.attempts + 1
         delay = min(_FIRST_RETRY * 2 ** min(job.attempts, _MOST_DOUBLINGS), _LONGEST_RETRY)
         due = clock(delay * random.uniform(1 - _JITTER, 1))  # noqa: S311  # not a secret

@@ -442,7 +442,7 @@ class _Scan:
             return
         outcome = self._outcome()
         is_refused = not outcome.is_clean if isinstance(outcome, ScanResult) else self._scanner.on_unavailable == "refuse"
-        if is_refused:  # whether what is called clean was read to its end is told there
+        if is_refused:  # `verdict` checks that what is called clean was read to its end
             self._decide(outcome)
 
     async def verdict(self) -> Mapping[str, Any]:

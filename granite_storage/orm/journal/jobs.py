@@ -36,6 +36,7 @@ from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bi
 from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 
+from granite_storage._logs import fields_of
 from granite_storage._tasks import background, run_bounded, shielded, shielded_cleanup
 from granite_storage.backends.base import SupportsMountCheck
 from granite_storage.derived.processes import in_background
@@ -455,7 +456,9 @@ class Jobs:
         except ConfigurationError as error:
             # Perhaps another process can do it, so the pauses do not grow.
             await self._update_own(job, error=describe_error(error), due=clock(_PAUSE_FOR_OTHERS), takeovers=0)
-            logger.warning("the object %r, which is held, cannot be scanned by this process: %s", job.location, error)
+            logger.warning(
+                "the object %r, which is held, cannot be scanned by this process: %s", job.location, error, extra=fields_of(job)
+            )
             return 0
         except Exception as error:
             await self._note(job, describe_error(error))
@@ -470,6 +473,7 @@ class Jobs:
                 "a virus scanner has found %r in the object %r, which is kept and not served",
                 verdict.get("signature"),
                 job.location,
+                extra=fields_of(job),
             )
         elif verdict is not None:
             await self._expedite(job)
@@ -767,7 +771,7 @@ class Jobs:
             case ConfigurationError():
                 # Perhaps another process can do it, so the pauses do not grow.
                 await self._postpone([job], _PAUSE_FOR_OTHERS, error)
-                logger.warning("%s cannot be done by this process: %s", job.what, error)
+                logger.warning("%s cannot be done by this process: %s", job.what, error, extra=fields_of(job))
             case ContentError() | ObjectNotFoundError():
                 if await self._publish_patiently([job]) is None:
                     is_refused = isinstance(error, DerivationRefusedError)
@@ -812,7 +816,7 @@ class Jobs:
         await self._update_own(job, error=problem, dead=is_dead, due=due, attempts=attempts, takeovers=0)
         told = logger.info if is_outcome else logger.error if is_dead else logger.warning
         onward = "a dead letter" if is_dead else "is tried again"
-        told("%s failed (attempt %d, %s): %s", job.what, attempts, onward, problem)
+        told("%s failed (attempt %d, %s): %s", job.what, attempts, onward, problem, extra=fields_of(job))
 
     async def _update_own(self, job: _Job, **values: Any) -> None:
         """Update a job, unless another worker has taken it over."""

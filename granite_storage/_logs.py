@@ -32,11 +32,11 @@ def fields_of(subject: object = None, **known: str) -> dict[str, str]:
         subject: A ref, an upload that was prepared, a job, or a report.
         known: The fields themselves, where no such thing has them.
     """
+    values = {name: getattr(subject, name, None) for name in FIELDS} | known
     policy = getattr(subject, "policy", None)
-    values = {name: getattr(subject, name, None) for name in FIELDS}
     if policy is not None:
         values |= {"backend": policy.backend_key, "storage_key": policy.storage_key}
-    return {name: value for name, value in (values | known).items() if isinstance(value, str)}
+    return {name: value for name, value in values.items() if isinstance(value, str)}
 
 
 def redact(text: str) -> str:

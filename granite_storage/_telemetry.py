@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import Token
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from importlib.util import find_spec
 from inspect import iscoroutinefunction
 from types import TracebackType
@@ -21,15 +22,19 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 from granite_storage._logs import fields_of, redact
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
     from opentelemetry.metrics import Counter, Histogram, Meter
     from opentelemetry.metrics import _Gauge as Gauge
-    from opentelemetry.trace import Tracer
+    from opentelemetry.trace import Span, Tracer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 IS_INSTALLED = find_spec("opentelemetry") is not None
 
 _NAMESPACE = "granite_storage"
+_OUTCOME = f"{_NAMESPACE}.outcome"
+_OPERATION = f"{_NAMESPACE}.operation"
+_DIRECTION = f"{_NAMESPACE}.io.direction"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -146,17 +151,17 @@ def begun(operation: str, subject: object, *, is_current: bool = True) -> Abstra
 def count_read(ref: object, size: int) -> None:
     """Count bytes that were read of an object."""
     if _instruments is not None and size:
-        _instruments.bytes.add(size, _labels_of(ref) | _direction("read"))
+        _instruments.bytes.add(size, {**_labels_of(ref), _DIRECTION: "read"})
 
 
 def note_garbage(seconds: float, kind: Literal["pending", "orphan"], subject: object) -> None:
     """Record the age of the oldest garbage that a pass has left, 0 for none."""
     if _instruments is not None:
-        _instruments.garbage.set(max(seconds, 0.0), _labels_of(subject) | {f"{_NAMESPACE}.garbage.kind": kind})
+        _instruments.garbage.set(max(seconds, 0.0), {**_labels_of(subject), f"{_NAMESPACE}.garbage.kind": kind})
 
 
 class _Operation:
-    __slots__ = ("_began", "_instruments", "_is_current", "_labels", "_operation", "_scope", "_span", "_subject")
+    __slots__ = ("_began", "_instruments", "_is_current", "_labels", "_operation", "_span", "_subject", "_token")
 
     def __init__(self, instruments: Instruments, operation: str, subject: object, is_current: bool) -> None:
         self._instruments = instruments
@@ -170,36 +175,32 @@ class _Operation:
         if self._operation == "put":
             size: int = getattr(result, "size", 0)
             self._span.set_attribute(f"{_NAMESPACE}.size", size)
-            self._instruments.bytes.add(size, self._labels | _direction("write"))
+            self._instruments.bytes.add(size, {**self._labels, _DIRECTION: "write"})
 
     def __enter__(self) -> Self:
-        from opentelemetry.trace import use_span
-
-        attributes = dict(self._labels)
-        location = getattr(self._subject, "location", None)
-        if self._instruments.has_locations and isinstance(location, str):
-            attributes[f"{_NAMESPACE}.location"] = location
+        attributes = self._labels
+        if self._instruments.has_locations and "location" in (found := fields_of(self._subject)):
+            attributes = {**attributes, f"{_NAMESPACE}.location": found["location"]}
         self._span = self._instruments.tracer.start_span(f"{_NAMESPACE}.{self._operation}", attributes=attributes)
-        self._scope = use_span(self._span, record_exception=False, set_status_on_exception=False) if self._is_current else None
-        if self._scope is not None:
-            self._scope.__enter__()
+        self._token = _enter_span(self._span) if self._is_current else None
         self._began = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         seconds = time.perf_counter() - self._began
-        if self._scope is not None:
-            self._scope.__exit__(None, None, None)
+        if self._token is not None:
+            _leave_span(self._token)
         is_error = isinstance(error, Exception)
-        outcome = {f"{_NAMESPACE}.outcome": "ok" if error is None else "error" if is_error else "cancelled"}
+        outcome = {_OUTCOME: "ok" if error is None else "error" if is_error else "cancelled"}
         if is_error and error is not None:
             outcome["error.type"] = _name_of(type(error))
             self._describe(error)
-        labels = self._labels | outcome | {f"{_NAMESPACE}.operation": self._operation}
+        labels = {**self._labels, **outcome, _OPERATION: self._operation}
         self._instruments.seconds.record(seconds, labels)
         if is_error:
             self._instruments.errors.add(1, labels)
-        self._span.set_attributes(outcome)
+        if self._span.is_recording():
+            self._span.set_attributes(outcome)
         self._span.end()
 
     def _describe(self, error: BaseException) -> None:
@@ -211,14 +212,28 @@ class _Operation:
         self._span.set_status(StatusCode.ERROR, name)
 
 
-def _labels_of(subject: object) -> dict[str, str]:
+def _enter_span(span: Span) -> Token[Context]:
+    from opentelemetry import context, trace
+
+    return context.attach(trace.set_span_in_context(span))
+
+
+def _leave_span(token: Token[Context]) -> None:
+    from opentelemetry import context
+
+    context.detach(token)
+
+
+def _labels_of(subject: object) -> Mapping[str, str]:
     """Return the backend and the policy that something concerns."""
     found = {"backend": subject} if isinstance(subject, str) else fields_of(subject)
-    return {f"{_NAMESPACE}.{name}": value for name, value in found.items() if name != "location"}
+    return _labels(found.get("backend"), found.get("storage_key"))
 
 
-def _direction(direction: Literal["read", "write"]) -> dict[str, str]:
-    return {f"{_NAMESPACE}.io.direction": direction}
+@lru_cache(maxsize=1024)
+def _labels(backend: str | None, storage_key: str | None) -> Mapping[str, str]:
+    found = {f"{_NAMESPACE}.backend": backend, f"{_NAMESPACE}.storage_key": storage_key}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _name_of(kind: type[BaseException]) -> str:

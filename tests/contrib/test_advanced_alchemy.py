@@ -160,6 +160,13 @@ async def test_update_many_of_a_row_that_is_not_there(shelf: Shelf) -> None:
     assert await shelf.contents() == {1: "a1", 2: "b1", 3: None}
 
 
+async def test_update_many_is_committed_as_a_whole(shelf: Shelf) -> None:
+    shelf.kit.faults.fail("put_bytes", nth=3)  # the file of the second row, after the variant of the first
+    with pytest.raises(BackendUnavailableError):
+        await shelf.run("update_many", [{"id": 1, "file": file("a2")}, {"id": 2, "file": file("b2")}], auto_commit=True)
+    assert await shelf.contents() == {1: "a1", 2: "b1", 3: None}
+
+
 async def test_upsert(shelf: Shelf) -> None:
     assert (await shelf.run("upsert", {"id": 4, "title": "d", "file": file("d1")}))[4] == "d1"
     assert (await shelf.run("upsert", {"title": "d", "file": file("d2")}, match_fields=["title"]))[4] == "d2"

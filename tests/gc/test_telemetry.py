@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from opentelemetry import trace
 
 from granite_storage.exceptions import CollectionRefusedError
 from tests.gc.environment import Crate, GcEnvironment, file
@@ -20,6 +21,7 @@ async def test_the_oldest_orphan_that_is_left(plain_env: GcEnvironment) -> None:
         with recorded.tracer.start_as_current_span("request") as request:
             async for _ in plain_env.collector().collection(storage_key="docs"):
                 assert not recorded.spans("granite_storage.collect")
+                assert trace.get_current_span() is request
         (span,) = recorded.spans("granite_storage.collect")
         assert recorded.attributes(span) == {**DOCS, "granite_storage.outcome": "ok"}
         assert recorded.parent(span) == request.get_span_context().span_id

@@ -135,7 +135,7 @@ class Recovery:
         tables = self._tables.intent, self._tables.reclaim
         dues = [select(func.min(table.c.due)).where(table.c.backend == backend) for table in tables]
         async with self._pool.reading() as connection:
-            now = await connection.scalar(select(clock()))
+            now = (await connection.execute(select(clock()))).scalar_one()
             found = [due for due in [await connection.scalar(due) for due in dues] if due is not None]
         return max([0.0, *((_in_utc(now) - _in_utc(due)).total_seconds() for due in found)])
 

@@ -32,7 +32,7 @@ def _describe(schema: dict[str, Any], app: Starlette) -> None:
     from fastapi import routing
     from fastapi.openapi.utils import validation_error_definition, validation_error_response_definition
 
-    # Before FastAPI 0.139 the routes of routers are among those of the application.
+    # In earlier versions the routes of routers are among those of the application.
     find_routes: Any = getattr(routing, "iter_route_contexts", iter)
     for route in find_routes(app.routes):
         body = next(_bodies_of(getattr(route, "dependant", None)), None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from granite_storage._portal import run_blocking
-from granite_storage._tasks import shielded, shielded_cleanup
+from granite_storage._tasks import shielded
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.manager import StorageManager
+from granite_storage.orm._threaded import SessionFactory
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.binding import StorageBinding, bind_storage
 from granite_storage.orm.columns import AttachmentType, attachment_tables
@@ -32,17 +34,12 @@ _BACKEND = "memory"
 
 
 class _Kit:
-    """What both kinds have.
-
-    Attributes:
-        storage: The manager. Every policy stores in `faults`.
-        faults: The backend, which keeps objects in memory and fails when told to.
-        binding: The binding of the base, in effect until the block ends.
-    """
-
-    storage: StorageManager
-    faults: FaultInjectingBackend
-    binding: StorageBinding
+    def __init__(self, base: Any, policies: Mapping[str, StoragePolicy] | None, session_factory: SessionFactory) -> None:
+        policies = _declared_by(base) if policies is None else policies
+        self.faults: FaultInjectingBackend = FaultInjectingBackend(MemoryStorageBackend())
+        backends = dict.fromkeys((policy.backend_key for policy in policies.values()), self.faults)
+        self.storage: StorageManager = StorageManager(backends=backends, policies=policies)
+        self.binding: StorageBinding = bind_storage(base, self.storage, session_factory=session_factory)
 
     async def _find_objects(self) -> list[ObjectInfo]:
         return [info async for info in self.faults.inner.iter_objects()]
@@ -65,9 +62,10 @@ class BoundStorage(_Kit):
         binding: The binding of the base, in effect until the block ends.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, base: Any, policies: Mapping[str, StoragePolicy] | None, engine: AsyncEngine) -> None:
         self.engine = engine
         self.sessions: async_sessionmaker[AsyncSession] = async_sessionmaker(engine, expire_on_commit=False)
+        super().__init__(base, policies, self.sessions)
 
     async def objects(self) -> list[ObjectInfo]:
         """Return all objects that are stored, in the order of their locations."""
@@ -85,19 +83,12 @@ class BoundStorage(_Kit):
 
 
 class SyncBoundStorage(_Kit):
-    """What `with bound_storage(Base)` gives.
+    """What `with bound_storage(Base)` gives: the attributes of `BoundStorage`, with a synchronous engine and its sessions."""
 
-    Attributes:
-        engine: The engine.
-        sessions: Makes sessions on it, which keep what they have loaded after a commit.
-        storage: The manager. Every policy stores in `faults`.
-        faults: The backend, which keeps objects in memory and fails when told to.
-        binding: The binding of the base, in effect until the block ends.
-    """
-
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, base: Any, policies: Mapping[str, StoragePolicy] | None, engine: Engine) -> None:
         self.engine = engine
         self.sessions: sessionmaker[Session] = sessionmaker(engine, expire_on_commit=False)
+        super().__init__(base, policies, self.sessions)
 
     def objects(self) -> list[ObjectInfo]:
         """Return all objects that are stored, in the order of their locations."""
@@ -150,86 +141,63 @@ class bound_storage:  # noqa: N801  # it is called as a function
         self._base = base
         self._policies = policies
         self._engine = engine
-        self._folder: str | None = None
-        self._kit: BoundStorage | SyncBoundStorage | None = None
 
-    async def __aenter__(self) -> BoundStorage:
+    @asynccontextmanager
+    async def _open(self) -> AsyncGenerator[BoundStorage, None]:
         engine = self._engine
         if isinstance(engine, Engine):
             raise ConfigurationError("'async with bound_storage' needs an AsyncEngine; a synchronous one goes with 'with'")
-        if engine is None:
-            self._folder = await shielded(asyncio.to_thread(tempfile.mkdtemp), undo=_remove)
-            engine = create_async_engine(f"sqlite+aiosqlite:///{Path(self._folder, 'kit.db')}")
-            _hasten(engine.sync_engine)
-        kit = BoundStorage(engine)
-        self._kit = kit
-        try:
-            if self._folder is not None:
+        async with AsyncExitStack() as stack:
+            if engine is None:
+                folder = await shielded(asyncio.to_thread(tempfile.mkdtemp), undo=_remove)
+                stack.push_async_callback(_remove, folder)
+                engine = create_async_engine(f"sqlite+aiosqlite:///{Path(folder, 'kit.db')}")
+                stack.push_async_callback(engine.dispose)
+                _hasten(engine.sync_engine)
                 async with engine.begin() as connection:
                     await connection.run_sync(self._base.metadata.create_all)
-            self._bind(kit, kit.sessions)
-        except BaseException:
-            await self.__aexit__()
-            raise
-        return kit
+            kit = BoundStorage(self._base, self._policies, engine)
+            stack.push_async_callback(kit.storage.aclose)
+            stack.callback(kit.binding.unbind)
+            yield kit
 
-    async def __aexit__(self, *_: object) -> None:
-        await shielded_cleanup(self._close(), "closing the storage of a test")
-
-    async def _close(self) -> None:
-        kit, folder = self._unbind(), self._folder
-        if kit is None:
-            return
-        if hasattr(kit, "storage"):
-            await kit.storage.aclose()
-        if folder is not None and isinstance(kit, BoundStorage):
-            await kit.engine.dispose()
-            await _remove(folder)
-
-    def __enter__(self) -> SyncBoundStorage:
+    @contextmanager
+    def _open_synchronously(self) -> Generator[SyncBoundStorage, None, None]:
         engine = self._engine
         if isinstance(engine, AsyncEngine):
             raise ConfigurationError("'with bound_storage' needs a synchronous engine; an AsyncEngine goes with 'async with'")
-        if engine is None:
-            self._folder = tempfile.mkdtemp()
-            engine = create_engine(f"sqlite:///{Path(self._folder, 'kit.db')}")
-            _hasten(engine)
-        kit = SyncBoundStorage(engine)
-        self._kit = kit
-        try:
-            if self._folder is not None:
+        with ExitStack() as stack:
+            if engine is None:
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                engine = create_engine(f"sqlite:///{Path(folder, 'kit.db')}")
+                stack.callback(engine.dispose)
+                _hasten(engine)
                 self._base.metadata.create_all(engine)
-            self._bind(kit, kit.sessions)
-        except BaseException:
-            self.__exit__()
-            raise
-        return kit
+            kit = SyncBoundStorage(self._base, self._policies, engine)
+            stack.callback(kit.storage.sync.close)
+            stack.callback(kit.binding.unbind)
+            yield kit
 
-    def __exit__(self, *_: object) -> None:
-        kit = self._unbind()
-        if kit is not None and hasattr(kit, "storage"):
-            kit.storage.sync.close()
-        if isinstance(kit, SyncBoundStorage) and self._folder is not None:
-            kit.engine.dispose()
-            shutil.rmtree(self._folder, ignore_errors=True)
+    async def __aenter__(self) -> BoundStorage:
+        self._opened = self._open()
+        return await self._opened.__aenter__()
 
-    def _bind(self, kit: BoundStorage | SyncBoundStorage, sessions: Any) -> None:
-        policies = self._declared() if self._policies is None else self._policies
-        kit.faults = FaultInjectingBackend(MemoryStorageBackend())
-        backends = dict.fromkeys((policy.backend_key for policy in policies.values()), kit.faults)
-        kit.storage = StorageManager(backends=backends, policies=policies)
-        kit.binding = bind_storage(self._base, kit.storage, session_factory=sessions)
+    async def __aexit__(self, *raised: Any) -> bool | None:
+        return await self._opened.__aexit__(*raised)
 
-    def _declared(self) -> dict[str, StoragePolicy]:
-        columns = attachment_tables(self._base.metadata).all_attachments()
-        keys = [column.type.storage_key for column in columns if isinstance(column.type, AttachmentType)]
-        return {key: StoragePolicy(key, _BACKEND, key_prefix=key) for key in keys}
+    def __enter__(self) -> SyncBoundStorage:
+        self._opened_synchronously = self._open_synchronously()
+        return self._opened_synchronously.__enter__()
 
-    def _unbind(self) -> BoundStorage | SyncBoundStorage | None:
-        kit, self._kit = self._kit, None
-        if kit is not None and hasattr(kit, "binding"):
-            kit.binding.unbind()
-        return kit
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._opened_synchronously.__exit__(*raised)
+
+
+def _declared_by(base: Any) -> dict[str, StoragePolicy]:
+    """Return a policy for each storage key that the attachments of a base name."""
+    columns = attachment_tables(base.metadata).all_attachments()
+    keys = [column.type.storage_key for column in columns if isinstance(column.type, AttachmentType)]
+    return {key: StoragePolicy(key, _BACKEND, key_prefix=key) for key in keys}
 
 
 def _hasten(engine: Engine) -> None:

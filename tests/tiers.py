@@ -45,6 +45,7 @@ ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
     "tests/orm/test_concurrent_writers.py": ("",),
     "tests/orm/test_disconnects_and_signals.py": ("",),
     "tests/orm/test_random_cascades.py": ("",),
+    "tests/orm/test_random_derivers.py": ("",),
     "tests/orm/test_shared_objects.py": ("TestDatabases::test_object_that", "TestSchemas", "TestSnapshots"),
     "tests/orm/test_triggers.py": ("",),
     "tests/orm/test_unknown_commit.py": ("",),

@@ -29,7 +29,7 @@ from granite_storage.locations import make_location
 from granite_storage.manager import StorageManager
 from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.columns import AttachmentType
-from granite_storage.orm.journal.tables import RecoveryReport, clock, tables_of
+from granite_storage.orm.journal.tables import clock, tables_of
 
 __all__ = ["doctor_command"]
 
@@ -230,10 +230,9 @@ async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
         yield Check(CheckResult.NOTE, "journal", "none: the garbage collector has to delete what a crash leaves behind")
         return
     try:
-        report = RecoveryReport()
         async with asyncio.timeout(_TIMEOUT):
             await binding.journal.check()
-            await binding.journal._jobs().count(report)
+            report = await binding.journal.count_jobs()
         yield Check(
             CheckResult.GOOD, "journal", f"the database can keep the journal's promise; leases of {binding.journal.lease}"
         )

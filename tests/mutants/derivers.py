@@ -5,7 +5,8 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 _ROWS = "granite_storage/orm/variants.py"
-_JOBS = "granite_storage/orm/journal/jobs.py"
+_QUEUE = "granite_storage/orm/journal/jobs.py"
+_JOBS = "granite_storage/orm/journal/variant_jobs.py"
 _UPLOADS = "granite_storage/orm/uploads.py"
 _FLUSH = "tests/orm/test_derived_flush.py"
 _DERIVER = "tests/orm/journal/test_derived_jobs.py"
@@ -80,7 +81,7 @@ MUTANTS = [
     Mutant(
         name="deriver-no-jobs-of-flushes",
         rule="A flush records a job for each variant that its value lacks, in its own transaction.",
-        path=_JOBS,
+        path=_QUEUE,
         old="        if declared.is_due(ref):\n",
         new="        if False:\n",
         tests=(f"{_DERIVER}::TestMade::test_after_the_commit[asyncpg]",),
@@ -96,9 +97,9 @@ MUTANTS = [
     Mutant(
         name="deriver-job-dropped-when-taken",
         rule="A job stays until it is done, so that another worker does what one that died has left.",
-        path=_JOBS,
+        path=_QUEUE,
         old='                await connection.execute(statement, [{"mine": row.id} for row in rows])\n',
-        new="                await connection.execute(delete(job).where(job.c.id.in_([row.id for row in rows])))\n",
+        new="                await connection.execute(job.delete().where(job.c.id.in_([row.id for row in rows])))\n",
         tests=(f"{_DERIVER}::TestFailures::test_a_worker_that_dies[asyncpg]",),
     ),
     Mutant(
@@ -121,8 +122,8 @@ MUTANTS = [
         name="deriver-jobs-of-others",
         rule="A process does only the jobs of its own recipes.",
         path=_JOBS,
-        old="own = tuple_(self._job.c.key, self._job.c.recipe).in_(sorted(self._declared))",
-        new="own = self._job.c.key.in_(sorted(key for key, _ in self._declared))",
+        old="own = tuple_(self._job.c.key, self._job.c.recipe).in_(sorted(recipes))",
+        new="own = self._job.c.key.in_(sorted(key for key, _ in recipes))",
         tests=(f"{_DERIVER}::TestRecipes::test_jobs_of_another_version_of_the_application[asyncpg]",),
     ),
     Mutant(

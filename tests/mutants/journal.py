@@ -248,7 +248,7 @@ MUTANTS = [
     Mutant(
         name="scan-verdict-without-a-lock",
         rule="The value that a verdict is put into is read under the lock of its row.",
-        path="granite_storage/orm/journal/jobs.py",
+        path="granite_storage/orm/journal/scans.py",
         old=".where(is_row).with_for_update(key_share=True)",
         new=".where(is_row)",
         tests=("tests/orm/journal/test_scans.py::TestRowsThatChange::test_another_part_of_the_value[asyncpg]",),
@@ -256,15 +256,15 @@ MUTANTS = [
     Mutant(
         name="scan-job-goes-without-a-second-look",
         rule="A job goes only where no row holds its object unjudged, as a new statement says.",
-        path="granite_storage/orm/journal/jobs.py",
-        old="            if await self._find_held(connection, job) is not None:\n                raise _StillHeldError\n",
+        path="granite_storage/orm/journal/scans.py",
+        old="            if await self._find_held(connection, job) is not None:\n                raise StillHeldError\n",
         new="",
         tests=("tests/orm/journal/test_scans.py::TestRowsThatChange::test_moved_while_the_verdict_is_written[asyncpg]",),
     ),
     Mutant(
         name="scan-asks-a-dead-scanner-for-each-object",
         rule="A scanner that is unavailable is not asked for every object that waits.",
-        path="granite_storage/orm/journal/jobs.py",
+        path="granite_storage/orm/journal/scans.py",
         old="unavailable.add(job.address)",
         new="pass",
         tests=("tests/orm/journal/test_scans.py::TestVerdicts::test_a_scanner_that_is_down_for_long[asyncpg]",),

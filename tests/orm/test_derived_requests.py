@@ -24,7 +24,7 @@ from granite_storage.exceptions import (
 from granite_storage.orm import AttachmentVariant
 from granite_storage.orm import binding as binding_module
 from granite_storage.orm import variants as variants_module
-from granite_storage.orm.journal import jobs as jobs_module
+from granite_storage.orm.journal import variant_jobs
 from granite_storage.web import problem_response
 from tests.orm.databases import Database
 from tests.orm.derivations import Gate, Upper, declared, expected, ref_of, shown
@@ -176,7 +176,7 @@ class TestAsked:
             await env.add(Doc(id=1, file=file("x")))
             attachment = await stored(env)
             monkeypatch.setattr(variants_module, "make_variant", make)
-            monkeypatch.setattr(jobs_module, "make_variant", make)
+            monkeypatch.setattr(variant_jobs, "make_variant", make)
             with pytest.raises(StaleAttachmentError):
                 await attachment.variant("card")
 

@@ -42,42 +42,35 @@ from granite_storage.exceptions import (
     StaleAttachmentError,
 )
 from granite_storage.orm._util import again_after_deadlock, batches
-from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.database import insert_if_absent
-from granite_storage.orm.journal.jobs import EFFECT, Jobs, LeasedJob, job_id, job_options, job_rows
+from granite_storage.orm.journal.jobs import (
+    AT_A_TIME,
+    EFFECT,
+    PAUSE_FOR_OTHERS,
+    RENEWALS,
+    JobQueue,
+    LeasedJob,
+    effect_key,
+    effects_in,
+    job_id,
+    job_options,
+    job_rows,
+)
 from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error
 from granite_storage.orm.references import as_stored
 from granite_storage.orm.variants import value_of
 from granite_storage.refs import StoredObjectRef, require_scanned
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
-    from granite_storage.manager import StorageManager
-    from granite_storage.orm._interfaces import ColumnType, Journal, JournalTables
-    from granite_storage.orm.journal.database import JournalPool
-    from granite_storage.orm.journal.references import References
+    from granite_storage.orm._interfaces import ColumnType
     from granite_storage.orm.variants import Which
 
-__all__ = ["EffectJobs", "effect_key", "effects_of", "enqueue_effects"]
+__all__ = ["EffectJobs", "effects_of", "enqueue_effects"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
-_AT_A_TIME = 500
 _CONCURRENCY = 4
-_RENEWALS = 3
 _SAFE_SHARE = 0.8
-_PAUSE_FOR_SCANS = 300.0
-
-
-def effect_key(name: str) -> str:
-    """Return the key of the jobs of an effect."""
-    return f"{EFFECT}{name}"
-
-
-def effects_in(column: Column[Any]) -> Mapping[str, Effect]:
-    """Return the effects that a column declares, by their names."""
-    return column.type.effects if isinstance(column.type, AttachmentType) else {}
 
 
 def effects_of(columns: Iterable[Column[Any]]) -> dict[str, Effect]:
@@ -128,7 +121,7 @@ def enqueue_effects(
             state = {"due": clock(), "attempts": 0, "takeovers": 0, "dead": False}
             rows[own] = {"id": own, **address, **place, "key": key, "recipe": said, **state}
     # In the order of their ids, so that transactions that record the same jobs do not deadlock.
-    for batch in batches([rows[own] for own in sorted(rows)], _AT_A_TIME):
+    for batch in batches([rows[own] for own in sorted(rows)], AT_A_TIME):
         connection.execute(_upsert(connection.dialect.name, job, batch), execution_options=dict(options))
     return bool(rows)
 
@@ -154,37 +147,20 @@ def _upsert(dialect: str, job: Table, rows: Sequence[dict[str, Any]]) -> Insert:
     return inserted.on_duplicate_key_update({**values, **{name: inserted.inserted[name] for name in renewed}})
 
 
-class EffectJobs(Jobs):
-    """Takes over jobs of every kind and does them; its arguments are those of `Jobs`."""
-
-    def __init__(
-        self,
-        pool: JournalPool,
-        tables: JournalTables,
-        manager: StorageManager,
-        references: References,
-        columns: Iterable[Column[Any]],
-        journal: Journal,
-        *,
-        lease: timedelta,
-        max_attempts: int,
-    ) -> None:
-        self._columns = list(columns)
-        super().__init__(pool, tables, manager, references, self._columns, journal, lease=lease, max_attempts=max_attempts)
-        self._effects = effects_of(self._columns)
-        self._keys_after_scan |= {effect_key(name) for name in self._effects}
+class EffectJobs(JobQueue):
+    """Calls effects for the files that have come to rows or left them; its arguments are those of `JobQueue`."""
 
     async def call_effects(self, backend: str) -> RecoveryReport:
         """Call the effects that are due of files on one backend, given by its key."""
         report = RecoveryReport()
-        if not self._effects:
+        if not (effects := effects_of(self._columns)):
             return report
 
         async def work(job: LeasedJob) -> None:
             is_called = await self._call(job)
             report.effects += is_called
 
-        own = self._job.c.key.in_(sorted(map(effect_key, self._effects)))
+        own = self._job.c.key.in_(sorted(map(effect_key, effects)))
         for suspected, limit in ((False, _CONCURRENCY), (True, 1)):
             while jobs := await self._claim(backend, limit, own, suspected=suspected):
                 await run_bounded(jobs, work, limit)
@@ -238,7 +214,7 @@ class EffectJobs(Jobs):
         """Call the handler that fits the rows, and delete the job; return whether that has succeeded."""
         if await self._is_deadly(job):
             return False
-        effect = self._effects[job.key.removeprefix(EFFECT)]
+        effect = effects_of(self._columns)[job.key.removeprefix(EFFECT)]
         try:
             events = await self._events(job)
             handler = effect.put if events else effect.remove
@@ -251,7 +227,7 @@ class EffectJobs(Jobs):
             except TimeoutError as error:
                 raise DerivationFailedError(f"the handler took longer than {effect.timeout:g} s, or met a timeout") from error
         except ScanPendingError as error:
-            await self._postpone([job], _PAUSE_FOR_SCANS, error)
+            await self._postpone([job], PAUSE_FOR_OTHERS, error)
             return False
         except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the job
             problem = describe_error(error)
@@ -297,7 +273,7 @@ class EffectJobs(Jobs):
         """
         renewed = time.monotonic()
         while True:
-            await asyncio.sleep(self._lease / _RENEWALS)
+            await asyncio.sleep(self._lease / RENEWALS)
             asked = time.monotonic()
             left = renewed + self._lease * _SAFE_SHARE - asked
             try:
@@ -327,9 +303,6 @@ class EffectJobs(Jobs):
                 await connection.execute(self._released(job))
 
     async def _update_own(self, job: LeasedJob, **values: Any) -> None:
-        if not job.key.startswith(EFFECT):
-            await super()._update_own(job, **values)
-            return
         table = self._job
         async with self._pool.reading() as connection:
             own = update(table).where(self._is_own(job), table.c.recipe == job.recipe)

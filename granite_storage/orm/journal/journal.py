@@ -20,10 +20,12 @@ from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
 from granite_storage.orm.journal.effects import EffectJobs, effects_of
 from granite_storage.orm.journal.intents import GroupCommit, Intents, Lease
-from granite_storage.orm.journal.jobs import has_variants
+from granite_storage.orm.journal.jobs import JobQueue, has_variants
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
+from granite_storage.orm.journal.scans import ScanJobs
 from granite_storage.orm.journal.tables import RecoveryReport, tables_of
+from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["StorageJournal", "SyncJournal"]
 
 T = TypeVar("T")
+Queue = TypeVar("Queue", bound=JobQueue)
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -177,14 +180,14 @@ class StorageJournal:
             ConfigurationError: As `check`.
         """
         await self._ensure_checked()
-        recovery, jobs = self._recovery(), self._jobs()
+        recovery = self._recovery()
         report = RecoveryReport()
 
         async def do_jobs(backend: str) -> RecoveryReport:
             # One after the other: on MariaDB a claim skips what another one is just looking at.
-            done = await jobs.run(backend)
-            done.add(await jobs.derive(backend))
-            done.add(await jobs.call_effects(backend))
+            done = await self._jobs(ScanJobs).scan(backend)
+            done.add(await self._jobs(VariantJobs).derive(backend))
+            done.add(await self._jobs(EffectJobs).call_effects(backend))
             return done
 
         async with asyncio.TaskGroup() as group:
@@ -193,7 +196,7 @@ class StorageJournal:
         for done in passes:
             report.add(done.result())
         await recovery.count_waiting(report)
-        await jobs.count(report)
+        await self._jobs(JobQueue).count(report)
         await beat(self._pool, self.tables, within=_RARELY)
         return report
 
@@ -232,15 +235,15 @@ class StorageJournal:
 
         async def scan(backend: str) -> None:
             if backend in self.manager.backends:
-                await self._jobs().run(backend)
+                await self._jobs(ScanJobs).scan(backend)
 
         async def derive(backend: str) -> None:
             if backend in self.manager.backends:
-                await self._jobs().derive(backend)
+                await self._jobs(VariantJobs).derive(backend)
 
         async def call_effects(backend: str) -> None:
             if backend in self.manager.backends:
-                await self._jobs().call_effects(backend)
+                await self._jobs(EffectJobs).call_effects(backend)
 
         async with (
             at_work(self.manager.backends, recover, interval, self._alarm),
@@ -253,7 +256,13 @@ class StorageJournal:
     async def retry_dead_letters(self) -> int:
         """Make dead letters due again for the next pass, deletes, scans, variants and effects; return how many there are."""
         await self._ensure_checked()
-        return await self._recovery().retry_dead_letters() + await self._jobs().retry_dead()
+        return await self._recovery().retry_dead_letters() + await self._jobs(JobQueue).retry_dead()
+
+    async def count_jobs(self) -> RecoveryReport:
+        """Count the jobs that are still to be done, and those that have failed for good, without doing any."""
+        report = RecoveryReport()
+        await self._jobs(JobQueue).count(report)
+        return report
 
     async def allow_restored_database(self) -> None:
         """Confirm that this is the right database, though no worker ran in it for long, as after a restore from a backup.
@@ -355,26 +364,26 @@ class StorageJournal:
     ) -> StoredObjectRef:
         """Make a variant of the object of a committed row, and return what the row holds then; see `Attachment.variant`."""
         await self._ensure_checked()
-        return await self._jobs().make(column_type, source, variant, which=which)
+        return await self._jobs(VariantJobs).make(column_type, source, variant, which=which)
 
     async def drop_variant(self, source: StoredObjectRef, name: str) -> bool:
         """Take a variant that no column declares any more out of the rows of its original; return whether one had it."""
         await self._ensure_checked()
-        return await self._jobs().drop(source, name)
+        return await self._jobs(VariantJobs).drop(source, name)
 
     async def call_effect(self, column_type: ColumnType, source: StoredObjectRef, name: str) -> bool | None:
         """Call an effect for a file now; see `EffectJobs.call_now`."""
         await self._ensure_checked()
-        return await self._jobs().call_now(column_type, source, name)
+        return await self._jobs(EffectJobs).call_now(column_type, source, name)
 
     async def find_pending_effects(self, which: Which) -> dict[str, list[str]]:
         """Return for which effects `put` is to be called for every row: by column, their names."""
         await self._ensure_checked()
-        return await self._jobs().find_pending(which)
+        return await self._jobs(EffectJobs).find_pending(which)
 
     async def note_effects(self, passed: Mapping[str, Sequence[str]]) -> None:
         """Note that it was called for every row."""
-        await self._jobs().note_passes(passed)
+        await self._jobs(EffectJobs).note_passes(passed)
 
     async def settle(self, ids: Sequence[UUID]) -> None:
         """Delete at once the objects that a rolled-back transaction has stored; locked intents are left to a worker."""
@@ -420,8 +429,8 @@ class StorageJournal:
         others = [column for binding in active_bindings() if binding not in own for column in binding.ref_columns()]
         return References(pool, self.tables, self._columns(), list(dict.fromkeys(others)))
 
-    def _jobs(self) -> EffectJobs:
-        return EffectJobs(
+    def _jobs(self, kind: type[Queue]) -> Queue:
+        return kind(
             self._pool,
             self.tables,
             self.manager,

@@ -24,8 +24,9 @@ from granite_storage._engine import Engine
 from granite_storage.backends import _local_write, _s3_upload
 from granite_storage.orm.attachment import AttachmentState
 from granite_storage.orm.journal.intents import Intents
-from granite_storage.orm.journal.jobs import Jobs
+from granite_storage.orm.journal.jobs import JobQueue
 from granite_storage.orm.journal.recovery import Recovery
+from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.unit_of_work import UnitOfWork
 
 __all__ = ["MIDDLE", "POINTS", "RECOVERY", "Point", "Trap", "points_for"]
@@ -110,9 +111,9 @@ RECOVERY = [
 ]
 
 DERIVERS = [
-    Step("taking over jobs", Jobs, "_claim", commits=True, needs=_needs("worker"), matters=_found_something),
-    Step("making variants", Jobs, "_make_all", needs=_needs("worker"), most=3),
-    Step("publishing variants", Jobs, "_publish", commits=True, needs=_needs("worker"), most=3),
+    Step("taking over jobs", JobQueue, "_claim", commits=True, needs=_needs("worker"), matters=_found_something),
+    Step("making variants", VariantJobs, "_make_all", needs=_needs("worker"), most=3),
+    Step("publishing variants", VariantJobs, "_publish", commits=True, needs=_needs("worker"), most=3),
 ]
 
 MIDDLE = "in the middle of a stream"

@@ -14,20 +14,21 @@ from granite_storage import StorageManager, StoragePolicy
 from granite_storage._engine import Engine
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.orm import StorageJournal, bind_storage
-from granite_storage.orm.journal import jobs
+from granite_storage.orm.journal import variant_jobs
+from granite_storage.orm.journal.variant_jobs import VariantJobs
 from tests.orm.derivations import Upper, declared
 from tests.orm.environment import Base
 
 RECIPES = {"thumb": Upper("a"), "card": Upper("b")}
 STEPS: dict[str, tuple[Any, str]] = {
-    "the claim": (jobs.Jobs, "_claim"),
+    "the claim": (VariantJobs, "_claim"),
     "the intents": (StorageJournal, "begin_uploads"),
     "an upload": (Engine, "put"),
-    "the locks": (jobs, "choose_rows"),
-    "the rows": (jobs, "write_variants"),
-    "the displaced": (jobs, "nominate"),
-    "the transaction": (jobs.Jobs, "_publish"),
-    "the settlement": (jobs.Jobs, "_settle_uploads"),
+    "the locks": (variant_jobs, "choose_rows"),
+    "the rows": (variant_jobs, "write_variants"),
+    "the displaced": (variant_jobs, "nominate"),
+    "the transaction": (VariantJobs, "_publish"),
+    "the settlement": (VariantJobs, "_settle_uploads"),
 }
 
 
@@ -64,7 +65,7 @@ async def main(url: str, root: str, step: str) -> None:
     bind_storage(Base, manager, journal=journal)
     trap(step)
     with declared(RECIPES):
-        await journal._jobs().derive("store")
+        await journal._jobs(VariantJobs).derive("store")
 
 
 if __name__ == "__main__":

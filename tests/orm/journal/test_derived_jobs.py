@@ -12,10 +12,10 @@ from sqlalchemy import delete, select, text, update
 
 from granite_storage.exceptions import DerivationRefusedError
 from granite_storage.orm import Attachment
-from granite_storage.orm.journal import jobs as jobs_module
-from granite_storage.orm.journal.jobs import Jobs
+from granite_storage.orm.journal import variant_jobs
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import RecoveryReport, clock
+from granite_storage.orm.journal.variant_jobs import VariantJobs
 from tests.orm.databases import Database
 from tests.orm.derivations import (
     Upper,
@@ -84,13 +84,13 @@ class TestMade:
             assert (after["novelty"], after["digests"]) == ([1, {"a": None}], {"etag": "e"})
 
     async def test_several_of_one_object_are_one_update(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-        written, write = [], jobs_module.write_variants
+        written, write = [], variant_jobs.write_variants
 
         def count(connection: Any, chosen: Any, made: Any) -> Any:
             written.append(sorted(chosen))
             return write(connection, chosen, made)
 
-        monkeypatch.setattr(jobs_module, "write_variants", count)
+        monkeypatch.setattr(variant_jobs, "write_variants", count)
         with declared({name: Upper(name) for name in "abc"}):
             await env.add(Doc(id=1, file=file("x")))
             await derive(env)
@@ -215,7 +215,7 @@ class TestRecipes:
             async with stopped_in(env, old):
                 with declared({"thumb": new}):
                     await enqueue(env)
-                    assert await journal_of(env)._jobs().derive("store")
+                    assert await journal_of(env)._jobs(VariantJobs).derive("store")
                 assert await shown(env) == {"thumb": new.result(b"x")}
             assert await shown(env) == {"thumb": new.result(b"x")}
         with declared({"thumb": new}):
@@ -318,7 +318,7 @@ class TestRows:
             async with stopped_in(env, first):
                 await make_due(env)
                 await hide(env, "variant:one")
-                assert await journal_of(env)._jobs().derive("store")
+                assert await journal_of(env)._jobs(VariantJobs).derive("store")
             assert await shown(env) == {"one": first.result(b"x"), "two": second.result(b"x")}
 
     async def test_another_part_of_the_value(self, env: OrmEnvironment) -> None:
@@ -385,7 +385,7 @@ class TestRows:
         recipe = Upper()
         with declared({"thumb": recipe}):
             await env.add(Doc(id=1, file=file("x")))
-            monkeypatch.setattr(jobs_module, "LONGEST_WAIT", 0.3)
+            monkeypatch.setattr(variant_jobs, "LONGEST_WAIT", 0.3)
             async with env.engine.begin() as connection:
                 await connection.execute(text("SELECT id FROM doc WHERE id = 1 FOR UPDATE"))
                 assert await derive(env) == 0
@@ -496,7 +496,7 @@ class TestFailures:
         with declared({"thumb": recipe}):
             await env.add(Doc(id=1, file=file("x")))
             with monkeypatch.context() as patch:
-                patch.setattr(jobs_module, "nominate", fail)
+                patch.setattr(variant_jobs, "nominate", fail)
                 assert await derive(env) == 0
             assert await shown(env) == {}
             await env.recover()
@@ -506,9 +506,9 @@ class TestFailures:
     async def test_reclaimed_before_it_is_set(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
         """A worker has taken the deriver for dead, and has deleted what it has stored: no row shows that."""
         recipe = Upper()
-        publish = Jobs._publish
+        publish = VariantJobs._publish
 
-        async def late(self: Jobs, jobs: Any, made: Any, ids: Any) -> Any:
+        async def late(self: VariantJobs, jobs: Any, made: Any, ids: Any) -> Any:
             await expire(env)
             await journal_of(env)._recovery().run("store")
             return await publish(self, jobs, made, ids)
@@ -516,7 +516,7 @@ class TestFailures:
         with declared({"thumb": recipe}):
             await env.add(Doc(id=1, file=file("x")))
             with monkeypatch.context() as patch:
-                patch.setattr(Jobs, "_publish", late)
+                patch.setattr(VariantJobs, "_publish", late)
                 assert await derive(env) == 0
             assert await shown(env) == {}
             [job] = await jobs(env)
@@ -568,7 +568,7 @@ class TestFailures:
         recipe = Upper()
         with declared({"thumb": recipe}):
             await env.add(Doc(id=1, file=file("x")))
-            await journal_of(env)._jobs()._claim("store", 8, journal_of(env).tables.job.c.key != "", suspected=False)
+            await journal_of(env)._jobs(VariantJobs)._claim("store", 8, journal_of(env).tables.job.c.key != "", suspected=False)
             assert (await journal_of(env).recover()).derived == 0, "its lease is not over"
             assert await derive(env) == 1
 
@@ -590,7 +590,7 @@ class TestFailures:
         with declared({"thumb": recipe}):
             while reached:
                 await env.add(Doc(id=1, file=file("x")))
-                steps = Steps(journal_of(env)._jobs().derive("store"), {at}, 0)  # type: ignore[arg-type]
+                steps = Steps(journal_of(env)._jobs(VariantJobs).derive("store"), {at}, 0)  # type: ignore[arg-type]
                 await steps.run()
                 reached = steps.reached
                 assert bool(await shown(env)) is not bool(await jobs(env))

@@ -13,6 +13,7 @@ from sqlalchemy import delete
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage.exceptions import ObjectNotFoundError, StaleAttachmentError
+from granite_storage.orm.journal.variant_jobs import VariantJobs
 from tests.orm.derivations import Upper, declared, expected, jobs, journal_of, make_due, ref_of, shown
 from tests.orm.environment import Doc, OrmEnvironment, file
 from tests.tiers import is_exhaustive, repetitions, seed
@@ -23,12 +24,12 @@ EIGHT = {f"v{number}": Upper(str(number)) for number in range(8)}
 @pytest.mark.timeout(7200)
 async def test_64_jobs_on_one_row(env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight derivers, each with eight jobs for one of eight variants each: eight of eight."""
-    monkeypatch.setattr("granite_storage.orm.journal.jobs._JOBS_AT_A_TIME", 1)
+    monkeypatch.setattr("granite_storage.orm.journal.variant_jobs._JOBS_AT_A_TIME", 1)
     with declared(EIGHT):
         for number in range(repetitions("GRANITE_DERIVER_ROUNDS", default=2, exhaustive=1000)):
             content = f"x{number}"
             await env.add(Doc(id=1, file=file(content)))
-            working = [asyncio.create_task(journal_of(env)._jobs().derive("store")) for _ in range(8)]
+            working = [asyncio.create_task(journal_of(env)._jobs(VariantJobs).derive("store")) for _ in range(8)]
             again = asyncio.create_task(make_due(env))  # what one has taken over, others take over as well
             await asyncio.gather(*working, again)
             await journal_of(env).recover()
@@ -73,7 +74,7 @@ async def test_beside_writers(env: OrmEnvironment) -> None:
         writers = [asyncio.create_task(write()) for _ in range(2)]
         while not all(task.done() for task in writers):
             await make_due(env)
-            await asyncio.gather(*(journal_of(env)._jobs().derive("store") for _ in range(2)))
+            await asyncio.gather(*(journal_of(env)._jobs(VariantJobs).derive("store") for _ in range(2)))
         await asyncio.gather(*writers)
         for _ in range(3):
             await make_due(env)
@@ -153,7 +154,7 @@ async def test_a_writer_at_every_await(env: OrmEnvironment, write: Callable[[Orm
     with declared(recipes, ("other", recipes)):
         while reached:
             await env.add(Doc(id=1, file=file("x"), other=file("z")), Doc(id=2))
-            deriver = journal_of(env)._jobs()
+            deriver = journal_of(env)._jobs(VariantJobs)
             mine = journal_of(env).tables.job.c.location == (await ref_of(env)).location
             working = Interleaved(
                 deriver._derive(await deriver._claim("store", 8, mine, suspected=False)), at, partial(write, env)

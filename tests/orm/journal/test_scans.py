@@ -18,8 +18,9 @@ from granite_storage.exceptions import InfectedObjectError, ScanPendingError
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.migration import migrate
 from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage
-from granite_storage.orm.journal import jobs as jobs_module
+from granite_storage.orm.journal import scans
 from granite_storage.orm.journal.references import References
+from granite_storage.orm.journal.scans import ScanJobs
 from granite_storage.orm.journal.tables import RecoveryReport
 from granite_storage.refs import require_scanned
 from tests.orm.databases import Database
@@ -165,8 +166,8 @@ class TestRowsThatChange:
             return found if found["scan"]["status"] == "pending" else None
 
         monkeypatch.setattr(References, "find_holders", remember)
-        monkeypatch.setattr(jobs_module, "_is_here", lambda *_: true())
-        monkeypatch.setattr(jobs_module, "_unjudged", unjudged)
+        monkeypatch.setattr(scans, "job_rows", lambda *_: true())
+        monkeypatch.setattr(scans, "_unjudged", unjudged)
         await replaced_while_it_is_scanned(env, scanner)
         assert await status(env) == "infected"
 
@@ -234,7 +235,7 @@ class TestRowsThatChange:
         self, env: OrmEnvironment, scanner: ScriptedScanner, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It does not keep the worker for ever."""
-        monkeypatch.setattr(jobs_module, "_LONGEST_WAIT", 0.3)
+        monkeypatch.setattr(scans, "LONGEST_WAIT", 0.3)
         await hold(env)
         scanner.default = "clean"
         async with env.engine.begin() as connection:
@@ -502,7 +503,7 @@ class TestWorkers:
         scanner.default = "clean"
 
         async def work() -> None:
-            await journal_of(env)._jobs().run("store")
+            await journal_of(env)._jobs(ScanJobs).scan("store")
 
         at, reached = 0, True
         while reached:

@@ -1,0 +1,375 @@
+"""The variants that the journal's worker makes of the files of committed rows.
+
+A variant is made by the steps of `granite_storage.orm.variants`. It is an object of its own, with an upload intent that is
+committed first, and that the transaction consumes which lets the rows have it. So whatever happens in between, the intent settles
+the object, and the job is due again. A job belongs to a recipe, by its digest: a process does only those of its own recipes. A
+variant that takes the place of another one, of an older recipe, displaces it in the same transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, delete, select, tuple_
+
+from granite_storage._logs import fields_of
+from granite_storage._tasks import background, run_bounded, shielded_cleanup
+from granite_storage.derived.processes import in_background
+from granite_storage.exceptions import (
+    ConfigurationError,
+    ContentError,
+    DerivationFailedError,
+    DerivationRefusedError,
+    InfectedObjectError,
+    ObjectNotFoundError,
+    ScanPendingError,
+    StaleAttachmentError,
+)
+from granite_storage.orm._util import again_after_deadlock
+from granite_storage.orm.columns import AttachmentType
+from granite_storage.orm.journal.deletes import PendingDelete, nominate
+from granite_storage.orm.journal.jobs import (
+    AT_A_TIME,
+    CONCURRENCY,
+    FIRST_RETRY,
+    LONGEST_RETRY,
+    PAUSE_FOR_OTHERS,
+    TRIES,
+    JobQueue,
+    LeasedJob,
+    StillHeldError,
+    job_id,
+    job_options,
+    job_place,
+    job_rows,
+    variant_key,
+    variants_of,
+)
+from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error
+from granite_storage.orm.uploads import make_variant, prepare_variant
+from granite_storage.orm.variants import (
+    LONGEST_WAIT,
+    Holding,
+    MadeVariant,
+    Which,
+    choose_rows,
+    entity_of,
+    is_kept,
+    lock_holdings,
+    not_committed,
+    read_holdings,
+    undeclared_in,
+    write_variants,
+)
+from granite_storage.refs import StoredObjectRef, require_scanned
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from granite_storage.orm._interfaces import ColumnType, DeclaredVariant
+
+__all__ = ["VariantJobs"]
+
+logger: logging.Logger = logging.getLogger("granite_storage")
+
+_MOST_DERIVATIONS = 5
+"""How often a recipe may fail: a file that takes too long or too much memory does so each time, and keeps a process busy."""
+_JOBS_AT_A_TIME = 8
+
+
+class VariantJobs(JobQueue):
+    """Makes variants, and lets the rows of their originals have them; its arguments are those of `JobQueue`."""
+
+    async def derive(self, backend: str) -> RecoveryReport:
+        """Make the variants that are due of objects on one backend, given by its key.
+
+        Only those whose recipes are this process's own: another version of the application may have others.
+        """
+        report = RecoveryReport()
+        declared = [variant for column in self._columns for variant in variants_of(column).values()]
+        if not declared:
+            return report
+
+        async def work(jobs: Sequence[LeasedJob]) -> None:
+            made = await self._derive(jobs)
+            report.derived += made
+
+        recipes = {(variant_key(variant.name), variant.digest) for variant in declared}
+        own = tuple_(self._job.c.key, self._job.c.recipe).in_(sorted(recipes))
+        for suspected, limit in ((False, _JOBS_AT_A_TIME), (True, 1)):
+            while jobs := await self._claim(backend, limit, own, suspected=suspected):
+                by_object: dict[tuple[str, str], list[LeasedJob]] = {}
+                for job in jobs:
+                    by_object.setdefault(job.place, []).append(job)
+                async with background(*map(self._renew, jobs)):
+                    await run_bounded(by_object.values(), work, CONCURRENCY)
+        await self._forget_dead(backend, own)
+        return report
+
+    async def make(
+        self, column_type: ColumnType, source: StoredObjectRef, declared: DeclaredVariant, *, which: Which = "missing"
+    ) -> StoredObjectRef:
+        """Make a variant of an object now, and return what the row holds then.
+
+        Raises:
+            StaleAttachmentError: No committed row holds the object, or others have locked it for long.
+            StorageError: The variant could not be made, or not be stored.
+        """
+        key = variant_key(declared.name)
+        job = LeasedJob(job_id(source.backend, source.location, key), ("", ""), *job_place(source), 0, 0, key, declared.digest)
+        holdings, held = await self._look(column_type, job)
+        if held is None:
+            raise not_committed(source)
+        if is_kept(held, declared, which):
+            return held
+        await self._make_all([job], held, column_type, holdings, raises=True, replaces_same=which == "all")
+        _, held = await self._look(column_type, job)
+        if held is None or declared.name not in (held.variants or {}):
+            raise not_committed(source)
+        return held
+
+    async def drop(self, source: StoredObjectRef, name: str) -> bool:
+        """Take a variant out of the rows of its original whose columns do not declare it; return whether one had it.
+
+        Raises:
+            StaleAttachmentError: Other transactions have locked the rows for long.
+        """
+        try:
+            async with asyncio.timeout(LONGEST_WAIT):
+                return await self._drop(source, name)
+        except TimeoutError:
+            raise _locked_for_long(source.location) from None
+
+    @again_after_deadlock
+    async def _drop(self, source: StoredObjectRef, name: str) -> bool:
+        key = variant_key(name)
+        job = LeasedJob(job_id(source.backend, source.location, key), ("", ""), *job_place(source), 0, 0, key, "")
+        async with self._pool.reading() as connection:
+            chosen = undeclared_in(await self._holdings(connection, job, lock_holdings), [name])
+            displaced = await connection.run_sync(write_variants, chosen, {})
+            await connection.run_sync(nominate, self._intent, self._pending(job, displaced), {})
+        return bool(chosen)
+
+    async def _derive(self, jobs: Sequence[LeasedJob]) -> int:
+        """Make the variants that are due of one object; return how many its rows have got."""
+        jobs = [job for job in jobs if not await self._is_deadly(job)]
+        if not jobs:
+            return 0
+        try:
+            async with self._pool.reading() as connection:
+                holdings = await self._holdings(connection, jobs[0], read_holdings)
+            wanted: dict[AttachmentType, tuple[StoredObjectRef, list[LeasedJob]]] = {}
+            idle: list[LeasedJob] = []
+            for job in jobs:
+                if lacking := _lacking(job, holdings):
+                    wanted.setdefault(lacking[0].column_type, (lacking[0].ref, []))[1].append(job)
+                else:
+                    idle.append(job)
+            if await self._publish_patiently(idle) is None:
+                await self._postpone(idle, FIRST_RETRY)
+            counts = [await self._make_all(some, ref, item, holdings, raises=False) for item, (ref, some) in wanted.items()]
+            return sum(counts)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is kept with the jobs
+            for job in jobs:
+                await self._fail(job, error)
+            return 0
+
+    async def _make_all(
+        self,
+        jobs: Sequence[LeasedJob],
+        source: StoredObjectRef,
+        column_type: ColumnType,
+        holdings: Sequence[Holding],
+        *,
+        raises: bool,
+        replaces_same: bool = False,
+    ) -> int:
+        """Make variants of one object and let its rows have them; return how many they have got.
+
+        Args:
+            jobs: The jobs, or what stands for them.
+            source: The original.
+            column_type: The column of a row that holds it, and declares the variants.
+            holdings: The rows that hold it, as they are before the variants are made.
+            raises: Whether to raise what prevents it, rather than to note it with the jobs.
+            replaces_same: Whether they take the places of others by the same recipes, too.
+        """
+        try:
+            require_scanned(source)
+        except (ScanPendingError, InfectedObjectError) as error:
+            if raises:
+                raise
+            await self._postpone(jobs, PAUSE_FOR_OTHERS, error)
+            return 0
+        seen = {job.variant: frozenset(holding.location_of(job.variant) for holding in holdings) for job in jobs}
+        entity_id = entity_of(source)
+        prepared = {
+            job.variant: prepare_variant(
+                self._manager, column_type, entity_id, source.location, source.storage_key, column_type.variants[job.variant]
+            )
+            for job in jobs
+        }
+        lease = await self._journal.begin_uploads(list(prepared.values()))
+        ids = dict(zip(prepared, lease.ids, strict=True))
+        made: dict[str, MadeVariant] = {}
+        errors: dict[str, Exception] = {}
+
+        async def make(job: LeasedJob) -> None:
+            name = job.variant
+
+            def keep(ref: StoredObjectRef) -> None:
+                made[name] = MadeVariant(ref, seen[name], replaces_same)
+
+            in_background.set(not raises)
+            try:
+                lease.begin(ids[name])
+                await make_variant(self._manager, source, prepared[name], column_type.variants[name].recipe, keep)
+                lease.require()
+            except Exception as error:
+                late = made.pop(name, None)
+                if late is not None and isinstance(error, StaleAttachmentError):
+                    # The process was suspended, and a worker may have checked for the object for the last time before it existed.
+                    await shielded_cleanup(self._journal.discard(late.ref), "discarding a variant that came after its lease")
+                if raises:
+                    raise
+                errors[name] = error
+
+        try:
+            async with background(lease.hold()):
+                await run_bounded(jobs, make, CONCURRENCY)
+                published = await self._publish_patiently([job for job in jobs if job.variant in made], made, ids)
+        except BaseException as error:
+            if not isinstance(error, asyncio.CancelledError):
+                await self._settle_uploads(list(ids.values()))
+            raise
+        await self._settle_uploads([item for name, item in ids.items() if name not in (published or ())])
+        for job in jobs:
+            if job.variant in errors:
+                await self._fail(job, errors[job.variant])
+            elif published is None or job.variant not in published:
+                await self._postpone([job], FIRST_RETRY)  # unless it is gone
+        return len(published or ())
+
+    async def _settle_uploads(self, ids: Sequence[UUID]) -> None:
+        """Let the journal delete what no row has taken; its worker does it later where that fails."""
+        if ids:
+            await shielded_cleanup(self._journal.settle(ids), "deleting variants that no row has taken")
+
+    async def _publish_patiently(
+        self, jobs: Sequence[LeasedJob], made: Mapping[str, MadeVariant] | None = None, ids: Mapping[str, UUID] | None = None
+    ) -> set[str] | None:
+        """Do as `_publish`, again where a row has moved meanwhile; None where jobs are still to be done, and nothing has changed.
+
+        Raises:
+            StaleAttachmentError: Other transactions have locked the rows for long.
+        """
+        if not jobs:
+            return set()
+        for _ in range(TRIES):
+            try:
+                async with asyncio.timeout(LONGEST_WAIT):
+                    return await self._publish(jobs, made or {}, ids or {})
+            except StillHeldError:
+                if not made:
+                    return None
+            except TimeoutError:
+                raise _locked_for_long(jobs[0].location) from None
+        return None
+
+    @again_after_deadlock
+    async def _publish(self, jobs: Sequence[LeasedJob], made: Mapping[str, MadeVariant], ids: Mapping[str, UUID]) -> set[str]:
+        """Set variants in the rows that hold their original, and delete the jobs that are done or have no row any more.
+
+        Args:
+            jobs: The jobs of one object.
+            made: The variants that are stored.
+            ids: The intents of their uploads.
+
+        Returns:
+            The names of those that rows have now.
+        """
+        async with self._pool.reading() as connection:
+            holdings = await self._holdings(connection, jobs[0], lock_holdings) if made else []
+            chosen = choose_rows(holdings, made)
+            for item in sorted(ids[name] for name in chosen):
+                consumed = await connection.execute(delete(self._intent).where(self._intent.c.id == item))
+                if consumed.rowcount != 1:
+                    raise StaleAttachmentError("a variant was reclaimed before its row could take it")
+            displaced = await connection.run_sync(write_variants, chosen, made)
+            await connection.run_sync(nominate, self._intent, self._pending(jobs[0], displaced), {})
+            # What the rows held under its name has changed meanwhile: the job stays.
+            overtaken = {job.variant for job in jobs if job.variant in made and _lacking(job, holdings)}.difference(chosen)
+            done = sorted((job for job in jobs if job.variant not in overtaken), key=attrgetter("id"))
+            for job in done:
+                own = (self._job.c.id == job.id) & (self._job.c.recipe == job.recipe)
+                await connection.execute(delete(self._job).where(own))
+            # Only now, when no flush can record the jobs: a row that another transaction moved was not found above.
+            holdings = await self._holdings(connection, jobs[0], read_holdings)
+            if any(_lacking(job, holdings) for job in done):
+                raise StillHeldError
+        return set(chosen)
+
+    def _pending(self, job: LeasedJob, displaced: Iterable[StoredObjectRef]) -> list[PendingDelete]:
+        return [
+            PendingDelete(ref.backend, ref.location, self._journal.retention_of(ref).total_seconds(), job.location)
+            for ref in displaced
+        ]
+
+    async def _holdings(self, connection: AsyncConnection, job: LeasedJob, find: Callable[..., list[Holding]]) -> list[Holding]:
+        """Return the rows of attachment columns that hold the object of a job, in every schema."""
+        holdings: list[Holding] = []
+        for place, column in await self._references.find_holders(connection, job.location):
+            if isinstance(column.type, AttachmentType):
+                is_here, options = job_rows(place, column, job, connection), job_options(place, column)
+                holdings += await connection.run_sync(find, column, is_here, job.place, options)
+        return holdings
+
+    async def _look(self, column_type: ColumnType, job: LeasedJob) -> tuple[list[Holding], StoredObjectRef | None]:
+        """Return the rows that hold the object of a job, and the ref in a row of a column."""
+        async with self._pool.reading() as connection:
+            holdings = await self._holdings(connection, job, read_holdings)
+        return holdings, next((holding.ref for holding in holdings if holding.column is column_type.column), None)
+
+    async def _fail(self, job: LeasedJob, error: Exception) -> None:
+        """Note why a variant was not made; it is tried again where that may help, and where a row still lacks it."""
+        problem = describe_error(error)
+        match error:
+            case StaleAttachmentError():
+                await self._postpone([job], FIRST_RETRY, error)
+            case ConfigurationError():
+                # Perhaps another process can do it, so the pauses do not grow.
+                await self._postpone([job], PAUSE_FOR_OTHERS, error)
+                logger.warning("%s cannot be done by this process: %s", job.what, error, extra=fields_of(job))
+            case ContentError() | ObjectNotFoundError():
+                if await self._publish_patiently([job]) is None:
+                    is_refused = isinstance(error, DerivationRefusedError)
+                    await self._note(job, problem, is_dead=not await self._is_unmounted(job), is_outcome=is_refused)
+            case DerivationFailedError():
+                most = min(self._max_attempts, _MOST_DERIVATIONS)
+                await self._note(job, problem, is_dead=job.attempts + 1 >= most)
+            case _:
+                await self._note(job, problem, is_dead=job.attempts + 1 >= self._max_attempts)
+
+    async def _forget_dead(self, backend: str, own: ColumnElement[bool]) -> None:
+        """Delete dead jobs to make variants of objects that no row holds any more; look again in an hour at the others."""
+        job = self._job
+        dead = select(job).where(job.c.backend == backend, job.c.dead, job.c.due <= clock(), own).limit(AT_A_TIME)
+        async with self._pool.reading() as connection:
+            found = [LeasedJob.from_row(row, row.takeovers) for row in await connection.execute(dead)]
+        for item in found:
+            if await self._publish_patiently([item]) is None:
+                await self._update_own(item, due=clock(LONGEST_RETRY))
+
+
+def _lacking(job: LeasedJob, holdings: Iterable[Holding]) -> list[Holding]:
+    """Return the rows that are still to get the variant of a job."""
+    return [holding for holding in holdings if holding.wants(job.variant, job.recipe)]
+
+
+def _locked_for_long(location: str) -> StaleAttachmentError:
+    return StaleAttachmentError(f"other transactions have locked the rows of the object at {location!r} for {LONGEST_WAIT:g} s")

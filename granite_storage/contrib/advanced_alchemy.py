@@ -18,7 +18,7 @@ try:
     from advanced_alchemy.repository.typing import ModelT
 except ImportError as _error:
     raise MissingDependencyError(
-        "granite_storage.contrib.advanced_alchemy needs advanced-alchemy: pip install advanced-alchemy"
+        "granite_storage.contrib.advanced_alchemy needs advanced-alchemy: pip install 'granite-storage[advanced-alchemy]'"
     ) from _error
 
 __all__ = ["AttachmentAsyncRepository", "AttachmentSyncRepository"]

@@ -15,7 +15,7 @@ from tests.telemetry import recording
 PENDING = {"granite_storage.backend": "store", "granite_storage.garbage.kind": "pending"}
 
 
-async def test_overdue_deletes(env: OrmEnvironment) -> None:
+async def test_overdue_deletes(env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
     journal = journal_of(env)
     await env.add(Doc(id=1, file=file("a")))
     async with env.sessions.begin() as session:
@@ -29,6 +29,9 @@ async def test_overdue_deletes(env: OrmEnvironment) -> None:
     assert [(recorded.attributes(span)) for span in recorded.spans("granite_storage.recover")] == [
         {"granite_storage.backend": "store", "granite_storage.outcome": "ok"}
     ]
+    (record,) = [record for record in caplog.records if record.msg.startswith("could not delete")]
+    assert record.__dict__["backend"] == "store"
+    assert record.__dict__["location"] in record.getMessage()
     # It is retried in a few seconds, so it is not overdue.
     assert recorded.sums("granite_storage.garbage.age") == [(PENDING, 0.0)]
     async with env.engine.begin() as connection:

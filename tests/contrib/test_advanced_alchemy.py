@@ -107,7 +107,7 @@ async def shelf(request: pytest.FixtureRequest, postgres: Database) -> AsyncIter
         if request.param == "sqlite-sync":
             bound = bound_storage(Base)
             shelf = Shelf(await asyncio.to_thread(bound.__enter__), SyncService)
-            stack.push_async_callback(asyncio.to_thread, bound.__exit__)
+            stack.push_async_callback(asyncio.to_thread, bound.__exit__, None, None, None)
         else:
             engine = None
             if request.param == "asyncpg":

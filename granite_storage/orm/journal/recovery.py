@@ -133,11 +133,10 @@ class Recovery:
     async def _overdue(self, backend: str) -> float:
         """Return by how many seconds the oldest object that is to be deleted is overdue; 0 where none is."""
         tables = self._tables.intent, self._tables.reclaim
-        dues = [select(func.min(table.c.due)).where(table.c.backend == backend) for table in tables]
+        dues = [select(func.min(table.c.due)).where(table.c.backend == backend).scalar_subquery() for table in tables]
         async with self._pool.reading() as connection:
-            now = (await connection.execute(select(clock()))).scalar_one()
-            found = [due for due in [await connection.scalar(due) for due in dues] if due is not None]
-        return max([0.0, *((_in_utc(now) - _in_utc(due)).total_seconds() for due in found)])
+            now, *found = (await connection.execute(select(clock(), *dues))).one()
+        return max([0.0, *((_in_utc(now) - _in_utc(due)).total_seconds() for due in found if due is not None)])
 
     async def settle(self, ids: Sequence[UUID]) -> RecoveryReport:
         """Process the intents of an ended transaction at once, by their ids.

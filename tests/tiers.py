@@ -44,6 +44,7 @@ ON_EVERY_DATABASE: dict[str, tuple[str, ...]] = {
     "tests/orm/test_concurrent_commits.py": ("",),
     "tests/orm/test_concurrent_writers.py": ("",),
     "tests/orm/test_disconnects_and_signals.py": ("",),
+    "tests/orm/test_interrupted_commits.py": ("",),
     "tests/orm/test_random_cascades.py": ("",),
     "tests/orm/test_random_derivers.py": ("",),
     "tests/orm/test_shared_objects.py": ("TestDatabases::test_object_that", "TestSchemas", "TestSnapshots"),

@@ -485,7 +485,7 @@ class SyncJournal:
 
     def close(self) -> None:
         """Close the journal's connections; see `StorageJournal.aclose`."""
-        self._run(self._journal.aclose(), "aclose")
+        run_blocking(self._journal.aclose(), "journal.sync.close", "'await journal.aclose()'")
 
     def __enter__(self) -> Self:
         return self

@@ -156,7 +156,7 @@ def constraints(session: nox.Session) -> None:
 @nox.session(python=RUNNING)
 def docs(session: nox.Session) -> None:
     """Build the documentation into `docs/_build/html`; a warning is an error."""
-    session.install(".[alembic,cli,docs,obstore,s3,web]")
+    session.install(".[advanced-alchemy,alembic,cli,docs,litestar,obstore,s3,web]")
     session.run("sphinx-build", "-W", "-n", "--keep-going", "-E", "docs", "docs/_build/html")
 
 

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 from granite_storage._portal import portal, run_blocking
 from granite_storage._tasks import shielded_cleanup
+from granite_storage._telemetry import count_read
 from granite_storage.backends._resuming import ResumingReader
 from granite_storage.backends.base import ObjectInfo, ObjectReader
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError, SizeMismatchError
@@ -197,6 +198,7 @@ class StoredObjectReader:
         if wanted == 0:
             return b""
         chunk = await self._source.read(wanted)
+        count_read(self.ref, len(chunk))
         if self._sha256 is not None:
             await self._sha256.update(chunk)
             await self._verify()

@@ -34,6 +34,7 @@ from granite_storage.exceptions import (
     UnknownVariantError,
     UnsupportedContentError,
 )
+from granite_storage.web._openapi import describe_bodies
 
 __all__ = [
     "RETRY_AFTER",
@@ -109,9 +110,17 @@ class RequestTooLargeError(RequestError):
 
 
 class MissingFieldError(RequestError, KeyError):
-    """A form does not have a field or a file that the application needs."""
+    """A form does not have a field or a file that the application needs.
+
+    Attributes:
+        names: The names of all that is missing, where they were required of the form; empty for one that was asked for later.
+    """
 
     status = 422
+
+    def __init__(self, message: str = "", *, names: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 class UnsupportedRequestError(RequestError):
@@ -153,7 +162,8 @@ def install_error_handlers(app: Starlette, *, retry_after: int = RETRY_AFTER) ->
     """Let a Starlette or FastAPI application answer the library's errors with problem details.
 
     Errors of the server (5xx) are logged with the details that the client does not get. A client that disconnects while it sends
-    is no error: nothing is answered or logged.
+    is no error: nothing is answered or logged. The OpenAPI document of a FastAPI application shows the bodies that `upload_form`
+    and `upload_body` receive.
 
     Args:
         app: The application.
@@ -169,6 +179,7 @@ def install_error_handlers(app: Starlette, *, retry_after: int = RETRY_AFTER) ->
 
     app.add_exception_handler(StorageError, on_storage_error)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
+    describe_bodies(app)
 
 
 def problem_response(error: StorageError, *, retry_after: int = RETRY_AFTER) -> Response:

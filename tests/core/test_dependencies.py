@@ -38,6 +38,8 @@ WITHOUT_ADVISORY = {
     "mypy",
     "myst-parser",
     "obstore",
+    "opentelemetry-api",
+    "opentelemetry-sdk",
     "psycopg",
     "pyright",
     "pytest-asyncio",

@@ -31,6 +31,7 @@ from sqlalchemy import Column, Connection, Insert, Table, case, delete, select, 
 from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 
+from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded, shielded, task_group
 from granite_storage.derived.base import Effect, EffectEvent
 from granite_storage.exceptions import (
@@ -281,7 +282,9 @@ class EffectJobs(JobQueue):
             except Exception as error:
                 if left <= 0:
                     raise StaleAttachmentError("the lease of the job could not be renewed in time") from error
-                logger.warning("the lease of %s could not be renewed and is tried again: %s", job.what, error)
+                logger.warning(
+                    "the lease of %s could not be renewed and is tried again: %s", job.what, error, extra=fields_of(job)
+                )
                 continue
             if result.rowcount == 0:
                 raise StaleAttachmentError("another worker has taken the job over")

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
 
+from granite_storage._logs import fields_of
 from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings
@@ -161,7 +162,11 @@ class StorageJournal:
         has_jobs = may_hold or has_variants(self._columns()) or bool(effects_of(self._columns()))
         await check_database(self._bounded, self.tables, others, has_jobs=has_jobs)
         for backend in sorted(await self._recovery().unknown_backends()):
-            logger.warning("the journal keeps rows of the backend %r, which the manager does not have: its objects stay", backend)
+            logger.warning(
+                "the journal keeps rows of the backend %r, which the manager does not have: its objects stay",
+                backend,
+                extra=fields_of(backend=backend),
+            )
         self._checked = True
 
     async def recover(self) -> RecoveryReport:

@@ -320,7 +320,7 @@ class AttachmentList(list[AttachedFile]):
     def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
         from pydantic_core import core_schema
 
-        files = core_schema.list_schema(handler(AttachedFile))
+        files = core_schema.list_schema(handler.generate_schema(AttachedFile))
         serialization = core_schema.plain_serializer_function_ser_schema(list, return_schema=files, when_used="json")
         return core_schema.is_instance_schema(cls, serialization=serialization)
 

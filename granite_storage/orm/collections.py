@@ -34,7 +34,7 @@ from granite_storage.derived import Effect, Recipe
 from granite_storage.exceptions import CollectionFullError, ConfigurationError
 from granite_storage.inspection.base import Validator
 from granite_storage.orm._util import connection_of
-from granite_storage.orm.attachment import Attachment, UploadFile, core_schema_of, fields_schema
+from granite_storage.orm.attachment import Attachment, LazySerializer, UploadFile, core_schema_of, fields_schema
 from granite_storage.orm.columns import AttachmentType, portable_storage_ref_type, primary_key_of, value_in
 from granite_storage.orm.locking import read_rows, take_write_lock
 from granite_storage.streams import ByteSource
@@ -176,6 +176,7 @@ class AttachedFile:
         **values: Values of other attributes, such as `parent_id`.
     """
 
+    __pydantic_serializer__: ClassVar[Any] = LazySerializer()
     _declared: ClassVar[_Declared]
     if TYPE_CHECKING:
         id: Mapped[int]

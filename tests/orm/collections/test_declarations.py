@@ -265,6 +265,7 @@ class TestShown:
             {"id": photo["id"], "file": photo["file"]} for photo in expected
         ]
         assert jsonable_encoder(stored.photos) == expected
+        assert json.loads(TypeAdapter(Any).dump_json({"photos": stored.photos})) == {"photos": expected}
         assert [photo.describe() for photo in stored.photos] == expected
         with pytest.raises(ValueError, match="instance of AttachmentList"):
             AlbumOut.model_validate({"id": 1, "photos": [{"id": 1}]})

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, SupportsIndex, TypeAlias, cast
 
-from sqlalchemy import BigInteger, Column, ForeignKeyConstraint, Index, Integer, Table, Text, func, select
+from sqlalchemy import JSON, BigInteger, Column, ForeignKeyConstraint, Index, Integer, Table, Text, func, select
 from sqlalchemy import cast as sql_cast
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import (
@@ -35,7 +35,7 @@ from granite_storage.exceptions import CollectionFullError, ConfigurationError
 from granite_storage.inspection.base import Validator
 from granite_storage.orm._util import connection_of
 from granite_storage.orm.attachment import Attachment, LazySerializer, UploadFile, core_schema_of, fields_schema
-from granite_storage.orm.columns import AttachmentType, portable_storage_ref_type, primary_key_of, value_in
+from granite_storage.orm.columns import AttachmentType, primary_key_of, value_in
 from granite_storage.orm.locking import read_rows, take_write_lock
 from granite_storage.streams import ByteSource
 
@@ -386,10 +386,11 @@ class _Declared:
             Column("position", BigInteger, nullable=False, default=_next_position),
             Column("file", self.column_type(), nullable=False),
             Column("caption", Text),
-            Column("extra", portable_storage_ref_type()),
+            Column("extra", JSON(none_as_null=True)),
             ForeignKeyConstraint(names, list(self.links), ondelete="CASCADE"),
             Index(None, *names, "position"),
             schema=parent.schema,
+            sqlite_autoincrement=True,  # SQLite would give the id of a file that was deleted to the next one
         )
 
     def _listen(self, mapper: Mapper[Any], _: Any) -> None:

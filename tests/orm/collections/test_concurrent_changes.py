@@ -109,7 +109,10 @@ def _may_be_tried_again(error: DBAPIError) -> bool:
 async def test_two_hundred_changes(env: OrmEnvironment) -> None:
     await env.add(album())
     users = _Users(env)
-    await asyncio.gather(*map(users.act, range(repetitions("GRANITE_COLLECTION_CHANGES", default=60, exhaustive=200))))
+    # With BEGIN, SQLite refuses most of them several times; the file without it has two hundred in the default tier as well.
+    few = 40 if env.database.name == "sqlite-begin" else 200
+    number = repetitions("GRANITE_COLLECTION_CHANGES", default=few, exhaustive=200)
+    await asyncio.gather(*map(users.act, range(number)))
     async with env.sessions() as session:
         rows = (await session.execute(select(Photo.position, Photo.id, Photo.file["original_filename"].as_string()))).all()
         names = sorted(name for *_, name in rows)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, SupportsIndex, TypeAlias, cast
 
-from sqlalchemy import JSON, BigInteger, Column, ForeignKeyConstraint, Index, Integer, Table, Text, func, select
+from sqlalchemy import JSON, BigInteger, Column, ForeignKeyConstraint, Integer, Table, Text, UniqueConstraint, func, select
 from sqlalchemy import cast as sql_cast
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import (
@@ -388,7 +388,8 @@ class _Declared:
             Column("caption", Text),
             Column("extra", JSON(none_as_null=True)),
             ForeignKeyConstraint(names, list(self.links), ondelete="CASCADE"),
-            Index(None, *names, "position"),
+            # An index that is created and dropped with its table, as MariaDB requires of one that a foreign key uses.
+            UniqueConstraint(*names, "position", "id"),
             schema=parent.schema,
             sqlite_autoincrement=True,  # SQLite would give the id of a file that was deleted to the next one
         )

@@ -171,7 +171,7 @@ async def test_names() -> None:
             naming_convention={
                 "fk": "fk_%(table_name)s_%(column_0_name)s",
                 "pk": "pk_%(table_name)s",
-                "ix": "ix_%(column_0_label)s",
+                "uq": "uq_%(table_name)s_%(column_0_name)s",
             },
         )
 
@@ -182,8 +182,7 @@ async def test_names() -> None:
 
     assert set(Base.metadata.tables) == {"main.doc", "main.papers"}
     papers = Base.metadata.tables["main.papers"]
-    assert {constraint.name for constraint in papers.constraints} == {"fk_papers_parent_no", "pk_papers"}
-    assert [index.name for index in papers.indexes] == ["ix_main_papers_parent_no"]
+    assert {constraint.name for constraint in papers.constraints} == {"fk_papers_parent_no", "pk_papers", "uq_papers_parent_no"}
     assert file_class(Doc.extra_files).__name__ == "DocExtraFilesFile"
     await require_kept(Base, Doc, Doc(extra_files=[b"a", b"b"]), "extra_files")
 

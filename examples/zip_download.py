@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
@@ -45,7 +45,7 @@ def _chunks_of(file: Attachment) -> Iterator[bytes]:
             yield chunk
 
 
-async def _in_thread(chunks: Generator[bytes]) -> AsyncIterator[bytes]:
+async def _in_thread(chunks: Generator[bytes, None, None]) -> AsyncGenerator[bytes, None]:
     loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1)
     try:
         while chunk := await loop.run_in_executor(thread, next, chunks, b""):

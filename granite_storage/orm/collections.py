@@ -255,7 +255,13 @@ class AttachmentList(list[AttachedFile]):
     It is the list of a relationship of SQLAlchemy, with every operation of `list`. What is added may be an attachment, bytes or
     an uploaded file as well, for which a row is made. What is removed is deleted with its file, unless it is added to the same
     collection of another parent, which moves the row.
+
+    Args:
+        files: What the list holds at first, for an assignment such as `album.photos = AttachmentList([...])`.
     """
+
+    def __init__(self, files: Iterable[NewFile] = (), /) -> None:
+        super().__init__(cast(Iterable[AttachedFile], files))
 
     def append(self, file: NewFile) -> None:
         """Add a file at the end.

@@ -56,7 +56,7 @@ def named(text: str) -> Attachment:
 
 def album(number: int = 1, texts: str = "") -> Album:
     """Return a new album with a photo for each letter."""
-    return Album(id=number, photos=AttachmentList(map(named, texts)))  # type: ignore[arg-type]
+    return Album(id=number, photos=AttachmentList(map(named, texts)))
 
 
 async def load(session: Any, model: Any = Album, key: Any = 1, name: str = "photos") -> Any:

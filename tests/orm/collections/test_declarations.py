@@ -65,7 +65,7 @@ async def test_dataclass() -> None:
         files: Mapped[AttachmentList] = attachments("docs", default_factory=AttachmentList, repr=False)
         others: Mapped[AttachmentList] = attachments("docs", init=False)
 
-    letter = Letter("hello", AttachmentList([Attachment(b"a")]))  # type: ignore[list-item]
+    letter = Letter("hello", AttachmentList([Attachment(b"a")]))
     letter.files.append(b"b")
     assert Letter("hello").files == []
     await require_kept(Base, Letter, letter)

@@ -673,8 +673,8 @@ def _added(session: Session) -> list[AttachedFile]:
 
 
 def _is_added(file: AttachedFile) -> bool:
-    state = instance_state(file)
-    names = ("file", "parent", *file._declared.links.values())
+    state, declared = instance_state(file), file._declared
+    names = ["parent", *declared.links.values(), *(["file"] if declared.max_total_size is not None else [])]
     return state.key is None or any(state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE).has_changes() for name in names)
 
 

@@ -93,7 +93,8 @@ def _arrange(files: Sequence[AttachedFile], placed: Collection[int] = ()) -> Non
     """
     if not all(isinstance(file, AttachedFile) for file in files):
         return  # no instance has the list yet; its assignment makes the rows
-    kept = _longest_increasing({i: key for i, file in enumerate(files) if i not in placed and (key := _key_of(file)) is not None})
+    known = {i: key for i, file in enumerate(files) if i not in placed and (key := _position_of(file)) is not None}
+    kept = _longest_increasing(known)
     start = 0
     while start < len(files):
         if start in kept:
@@ -122,9 +123,9 @@ def _between(files: Sequence[AttachedFile], start: int, stop: int) -> tuple[int,
         start, stop = max(start - 1, 0), min(stop + 1, len(files))
 
 
-def _longest_increasing(keys: Mapping[int, tuple[int, int]]) -> set[int]:
-    """Return the indices of as many files as possible that are in the order of their keys already."""
-    tails: list[tuple[int, int]] = []  # by length: the smallest key that ends so many files in order, and its index
+def _longest_increasing(keys: Mapping[int, int]) -> set[int]:
+    """Return the indices of as many files as possible that are in the order of their keys already; equal keys are in none."""
+    tails: list[int] = []  # by length: the smallest key that ends so many files in order, and its index
     ends: list[int] = []
     before: dict[int, int | None] = {}
     for index, key in keys.items():
@@ -148,11 +149,6 @@ def _position_of(file: AttachedFile) -> int | None:
 def _id_of(file: AttachedFile) -> int | None:
     identity = instance_state(file).identity
     return None if identity is None else cast(int, identity[0])
-
-
-def _key_of(file: AttachedFile) -> tuple[int, int] | None:
-    position, identity = _position_of(file), _id_of(file)
-    return None if position is None else (position, 1 << 63 if identity is None else identity)
 
 
 # The files and their list.

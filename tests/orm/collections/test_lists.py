@@ -206,6 +206,11 @@ class TestOrder:
             found = await load(session)
             found.photos.insert(2, named("x"))
         assert await shown(env) == "abxc"
+        await env.sql("UPDATE album_photos SET position = 7")
+        async with env.sessions.begin() as session:
+            found = await load(session)
+            found.photos.reverse()
+        assert await shown(env) == "xcba"
 
     async def test_other_order_of_a_query(self, env: OrmEnvironment) -> None:
         """What a query loads in an order of its own is not moved."""
@@ -311,6 +316,18 @@ class TestRemoving:
             await session.flush()
             assert photos[1].id != identity
         assert await shown(env) == "ayc"
+
+    async def test_ids_are_not_used_again(self, env: OrmEnvironment) -> None:
+        """A page that still shows a file which was deleted does not name another one by its id."""
+        await env.add(album(1, "ab"))
+        async with env.sessions.begin() as session:
+            found = await load(session)
+            deleted = found.photos.pop().id
+        async with env.sessions.begin() as session:
+            found = await load(session)
+            found.photos.append(named("c"))
+            await session.flush()
+            assert found.photos[1].id > deleted
 
     async def test_no_file(self, env: OrmEnvironment) -> None:
         await env.add(album(1, "ab"))

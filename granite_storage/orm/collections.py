@@ -669,17 +669,21 @@ def _added(session: Session) -> list[AttachedFile]:
 
 
 def _is_added(file: AttachedFile) -> bool:
+    """Return whether a file may exceed a limit: a new one, one that is moved, and where sizes count, one that is replaced."""
     state, declared = instance_state(file), file._declared
+    if state.dict.get("parent", file) is None:
+        return False  # it was taken out of its list, and is deleted
     names = ["parent", *declared.links.values(), *(["file"] if declared.max_total_size is not None else [])]
     return state.key is None or any(state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE).has_changes() for name in names)
 
 
 def _parent_key(file: AttachedFile) -> tuple[Any, ...]:
     """Return the primary key of the row that a file will belong to; with None in it where the row is not inserted yet."""
-    parent = instance_dict(file).get("parent")
-    if parent is not None:
-        return primary_key_of(instance_state(parent), cast(Table, file._declared.parent))
-    return tuple(getattr(file, name) for name in file._declared.links.values())
+    state, links = instance_state(file), file._declared.links.values()
+    parent = state.dict.get("parent")
+    if parent is None or any(state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE).has_changes() for name in links):
+        return tuple(getattr(file, name) for name in links)
+    return primary_key_of(instance_state(parent), cast(Table, file._declared.parent))
 
 
 def _known_size(file: AttachedFile) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from sqlalchemy.orm import aliased, joinedload
 from sqlalchemy.orm.exc import DetachedInstanceError
 from starlette.datastructures import Headers, UploadFile
 
-from granite_storage import StoredObjectRef
+from granite_storage import StorageGarbageCollector, StoredObjectRef
 from granite_storage.exceptions import BackendUnavailableError, EmptyUploadError
 from granite_storage.orm import AttachmentList, append_files, count_files, file_class, sum_sizes
+from granite_storage.verification import verify
 from tests.orm.collections.models import UPPER, Album, Base, Series, album, load, named, shown
 from tests.orm.environment import OrmEnvironment
 from tests.tiers import repetitions, seed
@@ -531,6 +533,15 @@ class TestReading:
         async with env.sessions.begin() as session:
             await session.merge(found, options=[])
         assert await shown(env) == "ba"
+
+    async def test_collected_and_verified(self, env: OrmEnvironment) -> None:
+        """The generated table is one of the models': no tool has to be told of it."""
+        await env.add(album(1, "abc"))
+        collector = StorageGarbageCollector(env.manager, binding=env.binding, grace_period=timedelta(0))
+        report = await collector.collect(storage_key="docs", dry_run=False)
+        assert (report.referenced, report.deleted) == (6, 0)
+        checked = await verify(env.binding, deep=True)
+        assert (checked.checked, len(checked.findings)) == (6, 0)
 
     def test_where_it_is_found(self) -> None:
         assert Photo.__name__ == "AlbumPhotosFile"

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from tests.mutants import backends, core, derived, derivers, effects, gc, inspection, journal, nested, sessions, tools, web
+from tests.mutants import (
+    backends,
+    collections,
+    core,
+    derived,
+    derivers,
+    effects,
+    gc,
+    inspection,
+    journal,
+    nested,
+    sessions,
+    tools,
+    web,
+)
 from tests.mutants.mutant import Mutant
 
 __all__ = ["MUTANTS"]
@@ -11,6 +25,7 @@ MUTANTS: list[Mutant] = [
     *core.MUTANTS,
     *backends.MUTANTS,
     *sessions.MUTANTS,
+    *collections.MUTANTS,
     *journal.MUTANTS,
     *gc.MUTANTS,
     *nested.MUTANTS,

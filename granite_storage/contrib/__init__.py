@@ -1,0 +1,1 @@
+"""Adapters of other packages, one module each; none is imported before it is asked for."""

@@ -150,7 +150,7 @@ class TestRefusals:
         ("field", "file", "reason"),
         [
             ("avatar", ("big.png", picture() + bytes(MAX_SIZE), "image/png"), f"larger than {MAX_SIZE} bytes"),
-            ("avatar", ("page.png", b"<html><script>", "image/png"), "image/*"),
+            ("avatar", ("page.png", b"<html><script>", "image/png"), "but it is text (text/html)"),
             ("cv", ("bad.txt", b"about me", "text/plain"), "This name is not allowed."),
         ],
         ids=["size", "type", "validator"],

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from granite_storage.exceptions import (
     BackendUnavailableError,
+    CollectionFullError,
     ContentRejectedError,
     ContentTooLargeError,
     DerivationFailedError,
@@ -215,6 +216,11 @@ def _problem_of(error: StorageError) -> _Problem:
             return _Problem(error.status, error.detail)
         case ContentTooLargeError():
             return _Problem(413, f"The file is larger than {error.max_size} bytes.", {"max_size": error.max_size})
+        case CollectionFullError(max_files=None):
+            limit = {"max_total_size": error.max_total_size}
+            return _Problem(413, f"The files are larger than {error.max_total_size} bytes together.", limit)
+        case CollectionFullError():
+            return _Problem(413, f"There can be at most {error.max_files} files.", {"max_files": error.max_files})
         case EmptyUploadError():
             return _Problem(422, "No file was chosen.")
         case UnsupportedContentError():

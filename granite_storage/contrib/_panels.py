@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Self
+from typing import Any, Self, cast
+from urllib.parse import urlencode
 
 from markupsafe import Markup
 from starlette.datastructures import FormData, UploadFile
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from granite_storage._headers import INLINE_TYPES
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StorageError, UnknownVariantError
 from granite_storage.orm.attachment import Attachment, AttachmentVariant
+from granite_storage.orm.collections import AttachedFile, AttachmentList, declared_collection
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.uploads import discard
 from granite_storage.web.errors import client_message
@@ -24,16 +26,93 @@ from granite_storage.web.responses import StoredObjectResponse
 
 __all__ = [
     "FileAction",
-    "FileChange",
     "FileView",
+    "FormFile",
+    "FormFiles",
     "discarded_unless_assigned",
     "render_file",
-    "render_input",
     "serve",
     "store",
 ]
 
 _PREVIEWS = ("preview", "thumb", "thumbnail")
+
+
+# How a file is shown.
+
+
+@dataclass(frozen=True, slots=True)
+class FileView:
+    """What a page shows of a file.
+
+    Attributes:
+        name: The client's file name.
+        description: Its size, for a reader.
+        content_type: Its media type.
+        url: Where the panel serves it; empty where it may not be read, or cannot.
+        preview: The name of the variant to show in its place; None for the file itself, where a browser can show it.
+        key: The primary key of its row in a collection; None elsewhere.
+    """
+
+    name: str
+    description: str
+    content_type: str
+    url: str
+    preview: str | None
+    key: int | None = None
+
+    @classmethod
+    def of(cls, file: Attachment | AttachedFile, url: str, preview: str | None = None) -> Self:
+        """Return what is shown of an attachment.
+
+        Args:
+            file: The attachment of a row, or a file of a collection.
+            url: Where the panel serves the attachment, or the files of the collection.
+            preview: The name of a variant; None for `preview`, `thumb` or `thumbnail`, where the column declares one.
+
+        Raises:
+            UnknownVariantError: The column declares no such variant.
+        """
+        attachment, key = (file.file, file.id) if isinstance(file, AttachedFile) else (file, None)
+        if url and key is not None:
+            url = _with_query(url, "file", key)
+        try:
+            size, variants = attachment.size, attachment.variants
+        except InvalidReferenceError:
+            return cls("unreadable", "", "", "", None, key)
+        name = next((one for one in _PREVIEWS if one in variants), None) if preview is None else preview
+        made = variants[name] if name is not None else None
+        shown = name if made is not None and not made.is_original else None
+        return cls(str(attachment), _format_size(size), attachment.content_type or "", url, shown, key)
+
+
+def render_file(view: FileView) -> Markup:
+    """Return a picture, a player or neither, and a link with the name of the file."""
+    label = Markup("{} <small>{}</small>").format(view.name, view.description)
+    if not view.url:
+        return label
+    family = view.content_type.partition("/")[0] if view.content_type in INLINE_TYPES else ""
+    link = Markup('<a href="{}" target="_blank" rel="noopener">{}</a>')
+    if view.preview is not None or family == "image":
+        source = view.url if view.preview is None else _with_query(view.url, "variant", view.preview)
+        picture = Markup('<img src="{}" alt="" loading="lazy" style="max-width: 10rem; max-height: 6rem">').format(source)
+        return link.format(view.url, picture + Markup("<br>") + label)
+    player = Markup('<{0} src="{1}" controls preload="none" style="max-width: 20rem"></{0}><br>').format(family, view.url)
+    return (player if family in ("audio", "video") else Markup("")) + link.format(view.url, label)
+
+
+def _with_query(url: str, name: str, value: object) -> str:
+    return f"{url}{'&' if '?' in url else '?'}{urlencode({name: value})}"
+
+
+def _format_size(size: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
+
+# Forms.
 
 
 class FileAction(Enum):
@@ -44,38 +123,151 @@ class FileAction(Enum):
     CLEAR = "clear"
 
 
-@dataclass(slots=True)
-class FileChange:
-    """What a form asks for.
+def _uploads_of(request: Request, form: FormData, name: str) -> list[UploadFile]:
+    uploads = [item for item in form.getlist(name) if isinstance(item, UploadFile)]
+    for item in uploads:  # panels do not close the files of their forms
+        weakref.finalize(request, item.file.close)
+    return [item for item in uploads if item.filename or item.size]
+
+
+@dataclass(frozen=True, slots=True)
+class FormFile:
+    """One file of a form.
 
     Attributes:
-        action: What becomes of the present file.
-        upload: The new file, where there is one.
+        present: What is shown of the file that the row has, where it has one.
+        action: What becomes of it.
+        uploads: The new file, where there is one.
     """
 
+    present: FileView | None = None
     action: FileAction = FileAction.KEEP
-    upload: UploadFile | None = None
+    uploads: Sequence[UploadFile] = ()
 
-    @classmethod
-    def of(cls, request: Request, form: FormData, name: str) -> Self:
-        """Return what a form asks for in a field; one without its choice asks to replace where it has a file, else to keep."""
-        uploads = [item for item in form.getlist(name) if isinstance(item, UploadFile)]
-        for item in uploads:  # panels do not close the files of their forms
-            weakref.finalize(request, item.file.close)
-        upload = next((item for item in reversed(uploads) if item.filename or item.size), None)
-        asked = form.get(f"{name}-action")
+    def read(self, request: Request, form: FormData, name: str) -> Self:
+        """Return what a form asks for; one without its choice asks to replace where it has a file, else to keep."""
+        uploads = _uploads_of(request, form, name)[-1:]
         known = {action.value: action for action in FileAction}
-        return cls(known.get(str(asked), FileAction.KEEP if upload is None else FileAction.REPLACE), upload)
+        asked = known.get(str(form.get(f"{name}-action")), FileAction.REPLACE if uploads else FileAction.KEEP)
+        return replace(self, action=asked, uploads=uploads)
 
     def problem(self, *, required: bool, has_file: bool) -> str | None:
         """Return what is wrong with it, for the reader of the form; None where nothing is."""
-        if self.action is FileAction.REPLACE and self.upload is None:
+        if self.action is FileAction.REPLACE and not self.uploads:
             return "Choose the new file."
-        if self.action is not FileAction.REPLACE and self.upload is not None:
+        if self.action is not FileAction.REPLACE and self.uploads:
             return "A file is chosen, but it is not to replace the present one: choose Replace, or no file."
         if required and (self.action is FileAction.CLEAR or (self.action is FileAction.KEEP and not has_file)):
             return "A file is required."
         return None
+
+    def render(self, name: str, column_type: AttachmentType, *, required: bool, invalid: bool) -> Markup:
+        """Return the present file with the choice of what becomes of it, and the input for a new one."""
+        change = "let one = document.getElementById('{}-replace'); if (one) one.checked = this.files.length > 0"
+        options = Markup(' onchange="{}"{}').format(
+            change.format(name), Markup(" required") if required and self.present is None else ""
+        )
+        present = Markup("")
+        if self.present is not None:
+            choices = [one for one in FileAction if not (required and one is FileAction.CLEAR)]
+            present = render_file(self.present) + Markup("<div>{}</div>").format(
+                Markup("").join(_RADIO.format(name, one.value, _checked(one is self.action), one.name.title()) for one in choices)
+            )
+        return _render_field(present + _render_chooser(name, column_type, options), invalid=invalid)
+
+
+@dataclass(frozen=True, slots=True)
+class FormFiles:
+    """Several files of a form, in an order.
+
+    Attributes:
+        present: What is shown of the files that the row has.
+        uploads: The files to add.
+        order: The primary keys of the present files in their new order.
+        removed: Those of the files to remove.
+    """
+
+    present: Sequence[FileView] = ()
+    uploads: Sequence[UploadFile] = ()
+    order: Sequence[int] = ()
+    removed: Collection[int] = ()
+
+    def read(self, request: Request, form: FormData, name: str) -> Self:
+        """Return what a form asks for; files that it does not name stay, such as those that were added meanwhile."""
+        order, removed = ([int(str(key)) for key in form.getlist(f"{name}-{of}") if str(key).isdecimal()] for of in _LISTS)
+        return replace(self, uploads=_uploads_of(request, form, name), order=order, removed=removed)
+
+    def problem(self, *, required: bool, has_file: bool) -> str | None:
+        """Return what is wrong with it: nothing."""
+        return None
+
+    def require_room(self, attribute: Any, files: AttachmentList | None, new: Sequence[Attachment]) -> None:
+        """Refuse more files than the collection takes, as its flush would.
+
+        Raises:
+            ValueError: There would be too many; the message is for the reader of the form.
+        """
+        refs = [file.file._state.ref for file in files or () if file.id not in self.removed]
+        sizes = [0 if ref is None else ref.size for ref in [*refs, *(one.ref for one in new)]]
+        try:
+            cast(Any, declared_collection(attribute)).require(len(sizes), sum(sizes))
+        except StorageError as error:
+            raise ValueError(client_message(error)) from error
+
+    def copies(self, files: Sequence[AttachedFile]) -> list[AttachedFile]:
+        """Return copies of the files that stay, in their order, for a new row."""
+        ranks = {key: rank for rank, key in enumerate(self.order)}
+        kept = [file for file in files if file.id not in self.removed]
+        return [file.copy() for file in sorted(kept, key=lambda file: ranks.get(file.id, len(ranks)))]
+
+    def apply(self, files: AttachmentList, new: Sequence[Attachment]) -> None:
+        """Remove, reorder and add files of a row."""
+        for file in [one for one in files if one.id in self.removed]:
+            files.remove(file)
+        files.reorder(self.order)
+        files.extend(new)
+
+    def render(self, name: str, column_type: AttachmentType, *, required: bool, invalid: bool) -> Markup:
+        """Return the present files, to drag and to remove, and the input for new ones."""
+        ranks = {key: rank for rank, key in enumerate(self.order)}
+        rows = Markup("").join(
+            _ROW.format(name, view.key, render_file(view), _checked(view.key in self.removed), _UP)
+            for view in sorted(self.present, key=lambda view: ranks.get(view.key or 0, len(ranks)))
+        )
+        present = Markup('<ol class="list-unstyled" ondragover="{}" ondrop="event.preventDefault()">{}</ol>').format(_DRAG, rows)
+        return _render_field(present + _render_chooser(name, column_type, Markup(" multiple")), invalid=invalid)
+
+
+_LISTS = ("order", "removed")
+_RADIO = Markup(
+    '<label class="form-check form-check-inline"><input class="form-check-input" type="radio" name="{0}-action" id="{0}-{1}"'
+    ' value="{1}"{2}> {3}</label>'
+)
+_ROW = Markup(
+    '<li draggable="true" style="cursor: move" ondragstart="this.dataset.moved = 1" ondragend="delete this.dataset.moved">'
+    '<input type="hidden" name="{0}-order" value="{1}">{2} <button type="button" class="btn btn-sm" title="Up" onclick="{4}">'
+    '&uarr;</button> <label class="form-check form-check-inline"><input class="form-check-input" type="checkbox"'
+    ' name="{0}-removed" value="{1}"{3}> Remove</label></li>'
+)
+_UP = "let row = this.closest('li'); if (row.previousElementSibling) row.previousElementSibling.before(row)"
+_DRAG = (
+    "event.preventDefault(); let over = event.target.closest('li'), moved = this.querySelector('[data-moved]');"
+    " if (over && moved && over !== moved) { let box = over.getBoundingClientRect();"
+    " event.clientY > box.top + box.height / 2 ? over.after(moved) : over.before(moved) }"
+)
+
+
+def _render_chooser(name: str, column_type: AttachmentType, options: Markup) -> Markup:
+    accept = ",".join(column_type.binding().manager.policy(column_type.storage_key).accept or ())
+    return Markup('<input type="file" class="form-control" id="{0}" name="{0}" accept="{1}"{2}>').format(name, accept, options)
+
+
+def _render_field(content: Markup, *, invalid: bool) -> Markup:
+    return Markup('<div class="{}">{}</div>').format("is-invalid" if invalid else "", content)
+
+
+def _checked(checked: bool) -> Markup:
+    return Markup(" checked" if checked else "")
 
 
 async def store(upload: UploadFile, column: Any) -> Attachment:
@@ -107,114 +299,27 @@ async def discarded_unless_assigned(stored: list[Attachment]) -> AsyncIterator[N
         await discard(stored, cancelled=cancelled)
 
 
-# How a file is shown.
+# Files as responses.
 
 
-@dataclass(frozen=True, slots=True)
-class FileView:
-    """What a page shows of a file.
-
-    Attributes:
-        name: The client's file name.
-        description: Its size, for a reader.
-        content_type: Its media type.
-        url: Where the panel serves it; empty where it may not be read, or cannot.
-        preview: The name of the variant to show in its place; None for the file itself, where a browser can show it.
-    """
-
-    name: str
-    description: str
-    content_type: str
-    url: str
-    preview: str | None
-
-    @classmethod
-    def of(cls, attachment: Attachment, url: str, preview: str | None = None) -> Self:
-        """Return what is shown of an attachment.
-
-        Args:
-            attachment: The attachment of a row.
-            url: Where the panel serves it.
-            preview: The name of a variant; None for `preview`, `thumb` or `thumbnail`, where the column declares one.
-
-        Raises:
-            UnknownVariantError: The column declares no such variant.
-        """
-        try:
-            size, variants = attachment.size, attachment.variants
-        except InvalidReferenceError:
-            return cls("unreadable", "", "", "", None)
-        name = next((one for one in _PREVIEWS if one in variants), None) if preview is None else preview
-        made = variants[name] if name is not None else None
-        shown = name if made is not None and not made.is_original else None
-        return cls(str(attachment), _format_size(size), attachment.content_type or "", url, shown)
-
-
-def render_file(view: FileView) -> Markup:
-    """Return a picture, a player or neither, and a link with the name of the file."""
-    label = Markup("{} <small>{}</small>").format(view.name, view.description)
-    if not view.url:
-        return label
-    family = view.content_type.partition("/")[0] if view.content_type in INLINE_TYPES else ""
-    link = Markup('<a href="{}" target="_blank" rel="noopener">{}</a>')
-    if view.preview is not None or family == "image":
-        source = view.url if view.preview is None else f"{view.url}{'&' if '?' in view.url else '?'}variant={view.preview}"
-        picture = Markup('<img src="{}" alt="" loading="lazy" style="max-width: 10rem; max-height: 6rem">').format(source)
-        return link.format(view.url, picture + Markup("<br>") + label)
-    player = Markup('<{0} src="{1}" controls preload="none" style="max-width: 20rem"></{0}><br>').format(family, view.url)
-    return (player if family in ("audio", "video") else Markup("")) + link.format(view.url, label)
-
-
-def render_input(
-    name: str, column_type: AttachmentType, view: FileView | None, *, required: bool, invalid: bool, action: FileAction
-) -> Markup:
-    """Return the form's part of one file: the present one with the choice of what becomes of it, and the input for a new one."""
-    chosen = Markup("""<input type="file" class="form-control" id="{0}" name="{0}" accept="{1}"{2}{3}>""").format(
-        name,
-        ",".join(_accepted(column_type)),
-        Markup(" required") if required and view is None else "",
-        Markup(
-            """ onchange="let one = document.getElementById('{}-replace'); if (one) one.checked = this.files.length > 0" """
-        ).format(name),
-    )
-    present = Markup("")
-    if view is not None:
-        choices = [one for one in FileAction if not (required and one is FileAction.CLEAR)]
-        radios = Markup(" ").join(
-            Markup(
-                '<label class="form-check form-check-inline"><input class="form-check-input" type="radio" name="{0}-action"'
-                ' id="{0}-{1}" value="{1}"{2}> {3}</label>'
-            ).format(name, one.value, Markup(" checked") if one is action else "", one.value.capitalize())
-            for one in choices
-        )
-        present = render_file(view) + Markup("<div>{}</div>").format(radios)
-    return Markup('<div class="{}">{}{}</div>').format("is-invalid" if invalid else "", present, chosen)
-
-
-def _accepted(column_type: AttachmentType) -> tuple[str, ...]:
-    return column_type.binding().manager.policy(column_type.storage_key).accept or ()
-
-
-def _format_size(size: int) -> str:
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size} bytes"
-
-
-def serve(attachment: object, request: Request) -> StoredObjectResponse:
+def serve(value: object, request: Request) -> StoredObjectResponse:
     """Answer a request for the file of a row, or for the variant that its query names; inline where that is safe.
+
+    Args:
+        value: The value of the row's attribute: an attachment, or a collection of which the query names a file.
+        request: The request.
 
     Raises:
         HTTPException: There is no such file.
     """
-    stored: Attachment | AttachmentVariant | None = attachment if isinstance(attachment, Attachment) else None
+    if isinstance(value, AttachmentList):
+        value = next((one.file for one in value if str(one.id) == request.query_params.get("file")), None)
     name = request.query_params.get("variant")
     try:
-        if stored is not None and name is not None:
-            stored = stored.variants[name]
-        if stored is not None:
-            return StoredObjectResponse(stored, request, disposition="inline")
+        if isinstance(value, Attachment) and name is not None:
+            value = value.variants[name]
+        if isinstance(value, Attachment | AttachmentVariant):
+            return StoredObjectResponse(value, request, disposition="inline")
     except (InvalidReferenceError, UnknownVariantError):
         pass
     raise HTTPException(404)

@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from markupsafe import Markup
 from sqladmin import ModelView, expose
-from sqladmin.forms import ModelConverter, converts
-from sqlalchemy import inspect
-from sqlalchemy.orm import ColumnProperty
+from sqladmin.forms import ModelConverter
+from sqladmin.helpers import get_object_identifier
+from sqlalchemy import event, inspect
+from sqlalchemy.orm import object_session
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -21,17 +22,18 @@ from wtforms import Field, ValidationError
 
 from granite_storage.contrib._panels import (
     FileAction,
-    FileChange,
     FileView,
+    FormFile,
+    FormFiles,
     discarded_unless_assigned,
     render_file,
-    render_input,
     serve,
     store,
 )
 from granite_storage.exceptions import ContentRejectedError
 from granite_storage.orm.attachment import Attachment
-from granite_storage.orm.columns import AttachmentType, slots_of
+from granite_storage.orm.collections import AttachmentList, declared_collection
+from granite_storage.orm.columns import AttachmentType
 
 __all__ = ["AttachmentAdmin", "AttachmentConverter", "AttachmentField"]
 
@@ -40,12 +42,11 @@ _editing: ContextVar[Request | None] = ContextVar("_editing", default=None)
 
 
 @dataclass
-class _FormFile:
-    """The value of a field: the present file, what shall become of it, and the field that shows what is wrong."""
+class _Value:
+    """The value of a field: what the row has, what the form asks for, and the field that says what is wrong."""
 
-    present: Attachment | None = None
-    view: FileView | None = None
-    change: FileChange | None = None
+    present: Attachment | AttachmentList | None
+    form: FormFile | FormFiles
     field: AttachmentField | None = None
 
 
@@ -53,63 +54,74 @@ class _Widget:
     input_type = "file"
 
     def __call__(self, field: AttachmentField, **_: Any) -> Markup:
-        value = field.data or _FormFile()
-        return render_input(
-            field.name,
-            field.column_type,
-            value.view,
-            required=field.is_required,
-            invalid=bool(field.errors),
-            action=value.change.action if value.change is not None else FileAction.KEEP,
-        )
+        form = field.data.form if field.data else FormFiles() if field.is_collection else FormFile()
+        return form.render(field.name, field.column_type, required=field.is_required, invalid=bool(field.errors))
 
 
-class AttachmentField(Field):
-    """A file of a form; `AttachmentConverter` makes one for each attachment column.
+class AttachmentField(Field):  # type: ignore[misc]  # WTForms has no types
+    """The file or the files of an attribute in a form; `AttachmentConverter` makes one for each.
 
     Args:
-        column_type: The type of the column.
+        column_type: The type of the column of the files.
         is_required: Whether the row must have a file.
-        options: The options of a WTForms field.
+        is_collection: Whether it may have several.
+        **options: The options of a WTForms field.
     """
 
     widget = _Widget()
-    data: _FormFile | None
+    data: _Value | None
 
-    def __init__(self, *, column_type: AttachmentType, is_required: bool, **options: Any) -> None:
+    def __init__(self, *, column_type: AttachmentType, is_required: bool, is_collection: bool, **options: Any) -> None:
         self.column_type = column_type
         self.is_required = is_required
+        self.is_collection = is_collection
         super().__init__(**options)
 
     def process_formdata(self, valuelist: list[Any]) -> None:
         """Take what `AttachmentAdmin` has read from the form."""
-        if valuelist and isinstance(valuelist[0], _FormFile):
+        if valuelist and isinstance(valuelist[0], _Value):
             self.data = valuelist[0]
             self.data.field = self
 
     def pre_validate(self, form: Any) -> None:
         """Refuse a choice that contradicts itself, and a required file that is missing."""
-        value = self.data or _FormFile()
-        change = value.change or FileChange()
-        if problem := change.problem(required=self.is_required, has_file=value.present is not None):
+        has_file = self.data is not None and self.data.present is not None
+        asked = self.data.form if self.data is not None else FormFile()
+        if problem := asked.problem(required=self.is_required, has_file=has_file):
             raise ValidationError(problem)
 
 
 class AttachmentConverter(ModelConverter):
-    """sqladmin's converter of columns to fields, which knows attachment columns as well."""
+    """sqladmin's converter of columns to fields, which knows attachments as well."""
 
-    @converts(f"{AttachmentType.__module__}.{AttachmentType.__name__}")
-    def convert_attachment(self, model: type, prop: ColumnProperty[Any], kwargs: dict[str, Any]) -> Any:
-        """Return the field of an attachment column."""
-        column = prop.columns[0]
-        return AttachmentField(column_type=cast(AttachmentType, column.type), is_required=not column.nullable, **kwargs)
+    def get_converter(self, prop: Any) -> Any:
+        """Return what makes the field of an attribute."""
+        return _convert if _is_attached(prop) else super().get_converter(prop)
+
+    async def _prepare_relationship(self, prop: Any, kwargs: dict[str, Any], *args: Any, **options: Any) -> dict[str, Any]:
+        # sqladmin would load all files of all rows to choose from.
+        return kwargs if _is_attached(prop) else await super()._prepare_relationship(prop, kwargs, *args, **options)
+
+
+def _is_attached(prop: Any) -> bool:
+    return declared_collection(prop.class_attribute) is not None or isinstance(
+        getattr(prop.class_attribute, "type", None), AttachmentType
+    )
+
+
+def _convert(*, model: type, prop: Any, kwargs: dict[str, Any]) -> Any:
+    attribute = prop.class_attribute
+    is_collection = declared_collection(attribute) is not None
+    is_required = not is_collection and not prop.columns[0].nullable
+    return AttachmentField(column_type=attribute.type, is_required=is_required, is_collection=is_collection, **kwargs)
 
 
 class AttachmentAdmin(ModelView):
     """A `ModelView` whose model has attachments: `class UserAdmin(AttachmentAdmin, model=User)`.
 
-    A form keeps the present file, replaces or clears it. A new file is stored before the transaction of its row, and is deleted
-    unless that is committed; what its policy refuses is said at its field. Files are served to those who may see or edit the row.
+    A form keeps the present file, replaces or clears it; the files of a collection are dragged into an order, removed and added.
+    A new file is stored before the transaction of its row, and is deleted unless that is committed; what its policy refuses is
+    said at its field. Files are served to those who may see or edit the row.
 
     Attributes:
         attachment_previews: The variant to show of an attribute's files, by the attribute's name; otherwise `preview`, `thumb` or
@@ -118,6 +130,15 @@ class AttachmentAdmin(ModelView):
 
     attachment_previews: ClassVar[dict[str, str]] = {}
     form_converter = AttachmentConverter
+
+    def __init__(self) -> None:
+        super().__init__()
+        attached = [prop for prop in inspect(self.model).attrs if _is_attached(prop)]
+        self._attached = [prop.key for prop in attached]
+        self._collections = [prop.key for prop in attached if declared_collection(prop.class_attribute) is not None]
+        self._non_link_related_fields = [*self._non_link_related_fields, *self._collections]
+        # On the instance, so that a hook of the application need not call this one.
+        self.on_model_change = self._assign_collections  # type: ignore[method-assign]
 
     async def create_context(self, request: Request) -> dict[str, Any]:
         """Read the files of the form before sqladmin does."""
@@ -133,43 +154,58 @@ class AttachmentAdmin(ModelView):
     async def get_form_data_for_edit(self, obj: Any) -> dict[str, Any]:
         """Return the values of the row's fields, with the files as they are shown."""
         data = await super().get_form_data_for_edit(obj)
-        return {key: self._form_file(obj, key) if isinstance(value, Attachment) else value for key, value in data.items()}
+        return {key: self._value_of(obj, key) if key in self._attached else value for key, value in data.items()}
 
     async def insert_model(self, request: Request, data: dict[str, Any]) -> Any:
         """Store the files of the form, and insert the row; a row that is saved as new gets copies of the files it keeps."""
-        async with self._stored_files(data) as values:
+        async with self._stored_files(data) as new:
+            values = {key: _inserted(value, new[key]) if isinstance(value, _Value) else value for key, value in data.items()}
             return await super().insert_model(request, values)
 
     async def update_model(self, request: Request, pk: str, data: dict[str, Any]) -> Any:
         """Store the files of the form, and update the row."""
-        async with self._stored_files(data) as values:
-            kept = [key for key, value in data.items() if isinstance(value, _FormFile) and _action_of(value) is FileAction.KEEP]
-            return await super().update_model(request, pk, {key: values[key] for key in values if key not in kept})
+        async with self._stored_files(data) as new:
+            values: dict[str, Any] = {}
+            for key, value in data.items():
+                if not isinstance(value, _Value):
+                    values[key] = value
+                elif isinstance(value.form, FormFiles):
+                    values[key] = value.form, new[key]
+                elif value.form.action is not FileAction.KEEP:
+                    values[key] = next(iter(new[key]), None)
+            return await super().update_model(request, pk, values)
+
+    async def get_prop_value(self, obj: Any, prop: str) -> Any:
+        """Return the value of an attribute; the names of the files for a collection."""
+        value = await super().get_prop_value(obj, prop)
+        return ", ".join(str(one.file) for one in value) if isinstance(value, AttachmentList) else value
 
     async def get_list_value(self, obj: Any, prop: str, request: Request | None = None) -> tuple[Any, Any]:
         """Return the value of a column, and what the list shows of it."""
         value, shown = await super().get_list_value(obj, prop, request)
-        return value, shown if prop in self._list_formatters else self._show(obj, prop, value, shown, request)
+        return value, shown if prop in self._list_formatters else self._show(obj, prop, shown, request)
 
     async def get_detail_value(self, obj: Any, prop: str, request: Request | None = None) -> tuple[Any, Any]:
         """Return the value of a column, and what the details show of it."""
         value, shown = await super().get_detail_value(obj, prop, request)
-        return value, shown if prop in self._detail_formatters else self._show(obj, prop, value, shown, request)
+        return value, shown if prop in self._detail_formatters else self._show(obj, prop, shown, request)
 
     async def custom_export_cell(self, row: Any, name: str, value: Any) -> str | None:
         """Export the name of a file."""
-        return str(value) if isinstance(value, Attachment) else await super().custom_export_cell(row, name, value)
+        return str(value or "") if name in self._attached else await super().custom_export_cell(row, name, value)
 
     @expose("/file/{column}/{pk:path}", methods=["GET"], include_in_schema=False)
     async def serve_attachment(self, request: Request) -> Response:
         """Serve a file of a row to those who may see or edit the row."""
         name = request.path_params["column"]
-        if name not in {*self._list_prop_names, *self._details_prop_names, *self._form_prop_names}:
+        if name not in {*self._list_prop_names, *self._details_prop_names, *self._form_prop_names}.intersection(self._attached):
             raise HTTPException(404)
         row = await self.get_object_for_details(request)
-        if row is not None and not (await self.check_can_view_details(request, row) or await self.check_can_edit(request, row)):
+        if row is None:
+            raise HTTPException(404)
+        if not (await self.check_can_view_details(request, row) or await self.check_can_edit(request, row)):
             raise HTTPException(403)
-        return serve(getattr(row, name, None), request)
+        return serve(await super().get_prop_value(row, name), request)
 
     async def _read_files(self, request: Request, row: Any) -> None:
         """Put a value that knows the present file in the place of each file of the form.
@@ -180,58 +216,74 @@ class AttachmentAdmin(ModelView):
         if request.method != "POST":
             return
         form = await request.form()
-        names = [slot.key for slot in slots_of(inspect(self.model)) if slot.key in self._form_prop_names]
-        files: list[Any] = []
+        names = [name for name in self._attached if name in self._form_prop_names]
+        values: list[Any] = []
         for name in names:
-            file = self._form_file(row, name)
-            file.change = FileChange.of(request, form, name)
-            files.append((name, file))
-        request._form = FormData([*((key, value) for key, value in form.multi_items() if key not in names), *files])
+            value = self._value_of(row, name)
+            value.form = value.form.read(request, form, name)
+            values.append((name, value))
+        request._form = FormData([*((key, item) for key, item in form.multi_items() if key not in names), *values])
 
-    def _form_file(self, row: Any, name: str) -> _FormFile:
-        present, request = getattr(row, name, None), _editing.get()
-        view = self._view(row, name, present, request) if present is not None and request is not None else None
-        return _FormFile(present, view)
+    def _value_of(self, row: Any, name: str) -> _Value:
+        present, views = getattr(row, name, None), self._views(row, name, _editing.get())
+        return _Value(present, FormFiles(views) if name in self._collections else FormFile(next(iter(views), None)))
 
-    def _view(self, row: Any, name: str, attachment: Attachment, request: Request) -> FileView:
-        may_read = self.can_view_details or self.can_edit
-        route = f"admin:view-{self.identity}-serve_attachment"
-        url = str(request.url_for(route, column=name, pk=self._identifier(row))) if may_read else ""
-        return FileView.of(attachment, url, self.attachment_previews.get(name))
+    def _views(self, row: Any, name: str, request: Request | None) -> list[FileView]:
+        value = getattr(row, name, None)
+        files = value if isinstance(value, AttachmentList) else [] if value is None else [value]
+        url = ""
+        if request is not None and files and (self.can_view_details or self.can_edit):
+            route = f"admin:view-{self.identity}-serve_attachment"
+            url = str(request.url_for(route, column=name, pk=str(get_object_identifier(row))))
+        return [FileView.of(file, url, self.attachment_previews.get(name)) for file in files]
 
-    def _identifier(self, row: Any) -> str:
-        from sqladmin.helpers import get_object_identifier
-
-        return str(get_object_identifier(row))
-
-    def _show(self, row: Any, name: str, value: Any, shown: Any, request: Request | None) -> Any:
-        if not isinstance(value, Attachment):
+    def _show(self, row: Any, name: str, shown: Any, request: Request | None) -> Any:
+        if name not in self._attached:
             return shown
-        return str(value) if request is None else render_file(self._view(row, name, value, request))
+        return Markup("<br>").join(render_file(view) for view in self._views(row, name, request))
 
     @asynccontextmanager
-    async def _stored_files(self, data: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Store the new files, and yield the values of the row; raise where one is refused, with the reason at its field."""
+    async def _stored_files(self, data: dict[str, Any]) -> AsyncIterator[dict[str, list[Attachment]]]:
+        """Store the new files, and yield them by their fields; raise where one is refused, with the reason at its field."""
+        new: dict[str, list[Attachment]] = {}
         stored: list[Attachment] = []
-        values, problems = dict(data), []
+        problems: list[str] = []
         async with discarded_unless_assigned(stored):
             for key, value in data.items():
-                if not isinstance(value, _FormFile):
+                if not isinstance(value, _Value):
                     continue
-                values[key] = value.present if _action_of(value) is FileAction.KEEP else None
-                if value.change is None or value.change.upload is None:
-                    continue
+                new[key], attribute = [], getattr(self.model, key)
                 try:
-                    values[key] = await store(value.change.upload, getattr(self.model, key))
-                    stored.append(values[key])
+                    for upload in value.form.uploads:
+                        new[key].append(await store(upload, attribute))
+                        stored.append(new[key][-1])
+                    if isinstance(value.form, FormFiles):
+                        value.form.require_room(attribute, value.present, new[key])
                 except ValueError as error:
                     problems.append(f"{key}: {error}")
                     if value.field is not None:
                         value.field.errors = [*value.field.errors, str(error)]
             if problems:
                 raise ContentRejectedError(" ".join(problems))
-            yield values
+            yield new
+
+    async def _assign_collections(self, data: dict[str, Any], model: Any, is_created: bool, request: Request) -> None:
+        for key in [name for name in self._collections if name in data]:
+            given = data.pop(key)
+            if is_created:
+                setattr(model, key, given)
+            else:
+                _apply_at_commit(model, key, *given)
+        await type(self).on_model_change(self, data, model, is_created, request)
 
 
-def _action_of(file: _FormFile) -> FileAction:
-    return FileAction.KEEP if file.change is None else file.change.action
+def _inserted(value: _Value, new: list[Attachment]) -> Any:
+    """Return the value of an attribute of a new row."""
+    if isinstance(value.form, FormFiles):
+        return [*value.form.copies(value.present or ()), *new]
+    return next(iter(new), value.present if value.form.action is FileAction.KEEP else None)
+
+
+def _apply_at_commit(row: Any, key: str, form: FormFiles, new: list[Attachment]) -> None:
+    """Change the files of a row where its session may load them: in the thread of a synchronous one."""
+    event.listen(object_session(row), "before_commit", lambda _: form.apply(getattr(row, key), new), once=True)

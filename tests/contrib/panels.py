@@ -15,7 +15,7 @@ from PIL import Image
 from sqlalchemy import create_engine, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, selectinload
 from sqlalchemy.pool import NullPool
 
 from granite_storage import Attachment, StorageManager, StoragePolicy, attachment, bind_storage
@@ -23,6 +23,7 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.derived import ImageVariant
 from granite_storage.exceptions import ContentRejectedError
 from granite_storage.inspection.base import UploadPreview
+from granite_storage.orm.collections import AttachmentList, attachments
 from tests.orm.values import locations
 
 ENGINES = ("async", "sync")
@@ -44,6 +45,7 @@ class User(Base):
     name: Mapped[str] = mapped_column(unique=True)
     avatar: Mapped[Attachment | None] = attachment("images", variants={"thumb": ImageVariant(fit=(32, 32))})
     cv: Mapped[Attachment | None] = attachment("documents", validate=refuse_bad_names)
+    photos: Mapped[AttachmentList] = attachments("images", max_files=3, variants={"thumb": ImageVariant(fit=(32, 32))})
 
 
 class Contract(Base):
@@ -77,7 +79,8 @@ class Panel:
 
     async def rows(self, model: type[Any] = User) -> list[Any]:
         """Return the rows in order."""
-        statement = select(model).order_by(model.id)
+        options = [selectinload(User.photos)] if model is User else []
+        statement = select(model).order_by(model.id).options(*options)
         if isinstance(self.engine, AsyncEngine):
             async with AsyncSession(self.engine) as session:
                 return list(await session.scalars(statement))
@@ -87,7 +90,8 @@ class Panel:
     async def check(self) -> list[Any]:
         """Return the users, after comparing the objects in the storage with what all rows refer to."""
         users = await self.rows()
-        files = [file for user in users for file in (user.avatar, user.cv)] + [one.scan for one in await self.rows(Contract)]
+        files = [file for user in users for file in (user.avatar, user.cv, *(one.file for one in user.photos))]
+        files += [one.scan for one in await self.rows(Contract)]
         refs = [file.ref for file in files if file is not None]
         refs += [variant for ref in refs for variant in (ref.variants or {}).values()]
         assert await locations(self.manager) == {ref.location for ref in refs}
@@ -116,6 +120,10 @@ async def database(kind: str, folder: Path) -> AsyncIterator[tuple[Engine | Asyn
         sync_engine.dispose()
         binding.unbind()
         await manager.aclose()
+
+
+def names_of(user: Any) -> list[str]:
+    return [str(one.file) for one in user.photos]
 
 
 def text_of(html: str) -> str:

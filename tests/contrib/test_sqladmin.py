@@ -15,11 +15,11 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 
 from granite_storage.contrib.sqladmin import AttachmentAdmin
-from tests.contrib.panels import ENGINES, MAX_SIZE, NOTHING, Contract, Panel, User, database, picture, png, text_of
+from tests.contrib.panels import ENGINES, MAX_SIZE, NOTHING, Contract, Panel, User, database, names_of, picture, png, text_of
 
 
 class UserAdmin(AttachmentAdmin, model=User):
-    column_list = (User.id, User.name, User.avatar, User.cv)
+    column_list = (User.id, User.name, User.avatar, User.cv, User.photos)
     column_searchable_list = (User.name,)
     column_sortable_list = (User.name,)
     save_as = True
@@ -145,6 +145,83 @@ class TestForms:
         assert [(one.title, one.scan.original_filename) for one in await panel.rows(Contract)] == [("Two", "one.pdf")]
 
 
+PHOTOS = ["a.png", "b.png", "c.png"]
+
+
+class TestCollections:
+    async def create(self, panel: Panel, *names: str, status: int = 302, path: str = "create", **data: Any) -> httpx.Response:
+        files = [("photos", png(name)) for name in names] or [("photos", NOTHING)]
+        answer = await panel.client.post(f"/user/{path}", data={"name": "Ada", "save": "Save", **data}, files=files)
+        assert answer.status_code == status, text_of(answer.text)
+        return answer
+
+    async def test_create(self, panel: Panel) -> None:
+        assert re.search(r'name="photos"[^>]* multiple', (await panel.client.get("/user/create")).text)
+        await self.create(panel, *PHOTOS)
+        [user] = await panel.check()
+        assert names_of(user) == PHOTOS
+        page = await panel.client.get("/user/edit/1")
+        assert re.findall(r'name="photos-order" value="(\d)"', page.text) == ["1", "2", "3"]
+        assert len(sources(page)) == 3
+        answer = await panel.client.get(sources(page)[1])
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/webp")
+        for path in ("/user/list", "/user/details/1"):
+            assert len(sources(await panel.client.get(path))) == 3
+        assert (await panel.client.get("/user/file/photos/1?file=9")).status_code == 404
+        assert "a.png, b.png, c.png" in (await panel.client.get("/user/export/csv")).text
+        assert (await panel.client.get("/user/export/json")).json()[0]["photos"] == "a.png, b.png, c.png"
+
+    async def test_reorder_remove_and_add(self, panel: Panel) -> None:
+        await self.create(panel, *PHOTOS)
+        await self.create(panel, path="edit/1", **{"photos-order": ["3", "1", "2"]})
+        [user] = await panel.check()
+        assert names_of(user) == ["c.png", "a.png", "b.png"]
+        await self.create(panel, "d.png", path="edit/1", **{"photos-order": ["3", "2", "1"], "photos-removed": ["2"]})
+        [user] = await panel.check()
+        assert names_of(user) == ["c.png", "a.png", "d.png"]
+
+    async def test_edit_of_another_field(self, panel: Panel) -> None:
+        await self.create(panel, *PHOTOS)
+        answer = await panel.client.post("/user/edit/1", data={"name": "Grace", "save": "Save"})
+        assert answer.status_code == 302
+        [user] = await panel.check()
+        assert (user.name, names_of(user)) == ("Grace", PHOTOS)
+
+    async def test_too_many(self, panel: Panel) -> None:
+        page = await self.create(panel, *PHOTOS, "d.png", status=400)
+        assert "3 files" in page.text
+        assert await panel.check() == []
+        await self.create(panel, *PHOTOS)
+        page = await self.create(panel, "d.png", path="edit/1", status=400, **{"photos-order": ["3", "2", "1"]})
+        assert re.findall(r'name="photos-order" value="(\d)"', page.text) == ["3", "2", "1"]
+        [user] = await panel.check()
+        assert names_of(user) == PHOTOS
+
+    async def test_one_that_is_refused(self, panel: Panel) -> None:
+        files = [("photos", png("a.png")), ("photos", ("page.png", b"<html><script>", "image/png"))]
+        page = await panel.client.post("/user/create", data={"name": "Ada", "save": "Save"}, files=files)
+        assert page.status_code == 400
+        assert "but it is text" in page.text
+        assert await panel.check() == []
+
+    async def test_saved_as_new(self, panel: Panel) -> None:
+        await self.create(panel, *PHOTOS)
+        asked = {"name": "Grace", "save": "Save as new", "photos-order": ["3", "2", "1"], "photos-removed": ["2"]}
+        await self.create(panel, path="edit/1", **asked)
+        ada, grace = await panel.check()
+        assert (names_of(ada), names_of(grace)) == (PHOTOS, ["c.png", "a.png"])
+
+    async def test_hook_of_the_application(self, panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def on_model_change(_: Any, data: dict[str, Any], model: Any, is_created: bool, request: Request) -> None:
+            data["name"] = data["name"].upper()
+
+        monkeypatch.setattr(UserAdmin, "on_model_change", on_model_change)
+        await self.create(panel, *PHOTOS)
+        await self.create(panel, path="edit/1", **{"photos-removed": ["1", "2"]})
+        [user] = await panel.check()
+        assert (user.name, names_of(user)) == ("ADA", ["c.png"])
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("field", "file", "reason"),
@@ -201,7 +278,7 @@ class TestPages:
         await create(panel, avatar=png())
         await create(panel, "Grace")
         answer = await panel.client.get("/user/export/csv")
-        assert answer.text.splitlines()[1:] == ["1,Ada,me.png,None", "2,Grace,None,None"]
+        assert answer.text.splitlines()[1:] == ["1,Ada,me.png,None,", "2,Grace,None,None,"]
         rows = (await panel.client.get("/user/export/json")).json()
         assert [row["avatar"] for row in rows] == ["me.png", None]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 from urllib.parse import urlencode
 
 from markupsafe import Markup
@@ -30,12 +30,19 @@ __all__ = [
     "FormFile",
     "FormFiles",
     "discarded_unless_assigned",
-    "render_file",
+    "is_attached",
+    "render_files",
     "serve",
-    "store",
+    "views_of",
 ]
 
+T = TypeVar("T")
 _PREVIEWS = ("preview", "thumb", "thumbnail")
+
+
+def is_attached(attribute: object) -> bool:
+    """Tell whether an attribute of a model has attachments: one, or a collection of them."""
+    return isinstance(getattr(attribute, "type", None), AttachmentType)
 
 
 # How a file is shown.
@@ -86,8 +93,18 @@ class FileView:
         return cls(str(attachment), _format_size(size), attachment.content_type or "", url, shown, key)
 
 
-def render_file(view: FileView) -> Markup:
-    """Return a picture, a player or neither, and a link with the name of the file."""
+def views_of(value: object, url: str, preview: str | None) -> list[FileView]:
+    """Return what is shown of the value of an attribute: of an attachment, of a collection, or of None."""
+    files = value if isinstance(value, AttachmentList) else [value] if isinstance(value, Attachment) else []
+    return [FileView.of(file, url, preview) for file in files]
+
+
+def render_files(views: Iterable[FileView]) -> Markup:
+    """Return the HTML of the files of an attribute."""
+    return Markup("<br>").join(map(_render_file, views))
+
+
+def _render_file(view: FileView) -> Markup:
     label = Markup("{} <small>{}</small>").format(view.name, view.description)
     if not view.url:
         return label
@@ -130,19 +147,57 @@ def _uploads_of(request: Request, form: FormData, name: str) -> list[UploadFile]
     return [item for item in uploads if item.filename or item.size]
 
 
-@dataclass(frozen=True, slots=True)
-class FormFile:
+class _Form:
+    """What a form asks for: what the classes of one and of several files have in common."""
+
+    uploads: Sequence[UploadFile]
+    errors: list[str]
+
+    async def store(self, attribute: Any, stored: list[Attachment]) -> list[Attachment]:
+        """Store the new files before their transaction, so that the form can be shown again with what a policy refuses.
+
+        Args:
+            attribute: The attribute that they are for.
+            stored: Where they are noted; see `discarded_unless_assigned`.
+
+        Raises:
+            ValueError: A file cannot be stored; the message is for the reader of the form.
+            ConfigurationError: None can ever be.
+        """
+        first = len(stored)
+        with _readable():
+            for upload in self.uploads:
+                stored.append(await Attachment.from_upload(upload).store(attribute))
+        return stored[first:]
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except StorageError as error:
+        raise ValueError(client_message(error)) from error
+
+
+@dataclass(slots=True)
+class FormFile(_Form):
     """One file of a form.
 
     Attributes:
-        present: What is shown of the file that the row has, where it has one.
+        value: The attachment that the row has, or something else than None where there is a row that has one if it must.
+        views: What is shown of it, where it has one.
         action: What becomes of it.
         uploads: The new file, where there is one.
+        errors: What is wrong.
     """
 
-    present: FileView | None = None
+    value: Any = None
+    views: Sequence[FileView] = ()
     action: FileAction = FileAction.KEEP
     uploads: Sequence[UploadFile] = ()
+    errors: list[str] = field(default_factory=list)
 
     def read(self, request: Request, form: FormData, name: str) -> Self:
         """Return what a form asks for; one without its choice asks to replace where it has a file, else to keep."""
@@ -151,13 +206,13 @@ class FormFile:
         asked = known.get(str(form.get(f"{name}-action")), FileAction.REPLACE if uploads else FileAction.KEEP)
         return replace(self, action=asked, uploads=uploads)
 
-    def problem(self, *, required: bool, has_file: bool) -> str | None:
+    def problem(self, *, required: bool) -> str | None:
         """Return what is wrong with it, for the reader of the form; None where nothing is."""
         if self.action is FileAction.REPLACE and not self.uploads:
             return "Choose the new file."
         if self.action is not FileAction.REPLACE and self.uploads:
             return "A file is chosen, but it is not to replace the present one: choose Replace, or no file."
-        if required and (self.action is FileAction.CLEAR or (self.action is FileAction.KEEP and not has_file)):
+        if required and (self.action is FileAction.CLEAR or (self.action is FileAction.KEEP and self.value is None)):
             return "A file is required."
         return None
 
@@ -165,77 +220,69 @@ class FormFile:
         """Return the present file with the choice of what becomes of it, and the input for a new one."""
         change = "let one = document.getElementById('{}-replace'); if (one) one.checked = this.files.length > 0"
         options = Markup(' onchange="{}"{}').format(
-            change.format(name), Markup(" required") if required and self.present is None else ""
+            change.format(name), Markup(" required") if required and not self.views else ""
         )
-        present = Markup("")
-        if self.present is not None:
+        present = render_files(self.views)
+        if self.views:
             choices = [one for one in FileAction if not (required and one is FileAction.CLEAR)]
-            present = render_file(self.present) + Markup("<div>{}</div>").format(
-                Markup("").join(_RADIO.format(name, one.value, _checked(one is self.action), one.name.title()) for one in choices)
-            )
+            radios = [_RADIO.format(name, one.value, _checked(one is self.action), one.name.title()) for one in choices]
+            present += Markup("<div>{}</div>").format(Markup("").join(radios))
         return _render_field(present + _render_chooser(name, column_type, options), invalid=invalid)
 
 
-@dataclass(frozen=True, slots=True)
-class FormFiles:
+@dataclass(slots=True)
+class FormFiles(_Form):
     """Several files of a form, in an order.
 
     Attributes:
-        present: What is shown of the files that the row has.
+        value: The files that the row has, or something else than None where there is a row.
+        views: What is shown of them.
         uploads: The files to add.
         order: The primary keys of the present files in their new order.
         removed: Those of the files to remove.
+        errors: What is wrong.
     """
 
-    present: Sequence[FileView] = ()
+    value: Any = None
+    views: Sequence[FileView] = ()
     uploads: Sequence[UploadFile] = ()
     order: Sequence[int] = ()
     removed: Collection[int] = ()
+    errors: list[str] = field(default_factory=list)
 
     def read(self, request: Request, form: FormData, name: str) -> Self:
         """Return what a form asks for; files that it does not name stay, such as those that were added meanwhile."""
         order, removed = ([int(str(key)) for key in form.getlist(f"{name}-{of}") if str(key).isdecimal()] for of in _LISTS)
         return replace(self, uploads=_uploads_of(request, form, name), order=order, removed=removed)
 
-    def problem(self, *, required: bool, has_file: bool) -> str | None:
+    def problem(self, *, required: bool) -> str | None:
         """Return what is wrong with it: nothing."""
         return None
 
-    def require_room(self, attribute: Any, files: AttachmentList | None, new: Sequence[Attachment]) -> None:
-        """Refuse more files than the collection takes, as its flush would.
+    def arrange(self, attribute: Any, files: Iterable[AttachedFile], new: Sequence[Attachment]) -> list[Any]:
+        """Return the files that stay, in their order, and the new ones.
 
         Raises:
-            ValueError: There would be too many; the message is for the reader of the form.
+            ValueError: There would be more than the collection takes; the message is for the reader of the form.
         """
-        refs = [file.file._state.ref for file in files or () if file.id not in self.removed]
-        sizes = [0 if ref is None else ref.size for ref in [*refs, *(one.ref for one in new)]]
-        try:
-            cast(Any, declared_collection(attribute)).require(len(sizes), sum(sizes))
-        except StorageError as error:
-            raise ValueError(client_message(error)) from error
-
-    def copies(self, files: Sequence[AttachedFile]) -> list[AttachedFile]:
-        """Return copies of the files that stay, in their order, for a new row."""
-        ranks = {key: rank for rank, key in enumerate(self.order)}
-        kept = [file for file in files if file.id not in self.removed]
-        return [file.copy() for file in sorted(kept, key=lambda file: ranks.get(file.id, len(ranks)))]
-
-    def apply(self, files: AttachmentList, new: Sequence[Attachment]) -> None:
-        """Remove, reorder and add files of a row."""
-        for file in [one for one in files if one.id in self.removed]:
-            files.remove(file)
-        files.reorder(self.order)
-        files.extend(new)
+        kept = self._sorted([file for file in files if file.id not in self.removed], lambda file: file.id)
+        refs = [one._state.ref for one in (*(file.file for file in kept), *new)]
+        with _readable():
+            cast(Any, declared_collection(attribute)).require(len(refs), sum(0 if ref is None else ref.size for ref in refs))
+        return [*kept, *new]
 
     def render(self, name: str, column_type: AttachmentType, *, required: bool, invalid: bool) -> Markup:
         """Return the present files, to drag and to remove, and the input for new ones."""
-        ranks = {key: rank for rank, key in enumerate(self.order)}
         rows = Markup("").join(
-            _ROW.format(name, view.key, render_file(view), _checked(view.key in self.removed), _UP)
-            for view in sorted(self.present, key=lambda view: ranks.get(view.key or 0, len(ranks)))
+            _ROW.format(name, view.key, render_files([view]), _checked(view.key in self.removed), _UP)
+            for view in self._sorted(self.views, lambda view: view.key)
         )
         present = Markup('<ol class="list-unstyled" ondragover="{}" ondrop="event.preventDefault()">{}</ol>').format(_DRAG, rows)
         return _render_field(present + _render_chooser(name, column_type, Markup(" multiple")), invalid=invalid)
+
+    def _sorted(self, items: Iterable[T], key_of: Callable[[T], int | None]) -> list[T]:
+        ranks: dict[int | None, int] = {key: rank for rank, key in enumerate(self.order)}
+        return sorted(items, key=lambda item: ranks.get(key_of(item), len(ranks)))
 
 
 _LISTS = ("order", "removed")
@@ -267,22 +314,7 @@ def _render_field(content: Markup, *, invalid: bool) -> Markup:
 
 
 def _checked(checked: bool) -> Markup:
-    return Markup(" checked" if checked else "")
-
-
-async def store(upload: UploadFile, column: Any) -> Attachment:
-    """Store an uploaded file before its transaction, so that what its policy refuses is known while the form can be shown again.
-
-    Raises:
-        ValueError: The file cannot be stored; the message is for the reader of the form.
-        ConfigurationError: It can never be.
-    """
-    try:
-        return await Attachment.from_upload(upload).store(column)
-    except ConfigurationError:
-        raise
-    except StorageError as error:
-        raise ValueError(client_message(error)) from error
+    return Markup(" checked") if checked else Markup("")
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 from PIL import Image
-from sqlalchemy import create_engine, select
+from sqlalchemy import create_engine, select, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, selectinload
@@ -86,6 +86,16 @@ class Panel:
                 return list(await session.scalars(statement))
         with Session(self.engine) as session:
             return list(session.scalars(statement))
+
+    async def spoil(self) -> None:
+        """Write something that is no ref into the avatar of each user."""
+        statement = text("UPDATE user SET avatar = '{}'")
+        if isinstance(self.engine, AsyncEngine):
+            async with self.engine.begin() as connection:
+                await connection.execute(statement)
+        else:
+            with self.engine.begin() as connection:
+                connection.execute(statement)
 
     async def check(self) -> list[Any]:
         """Return the users, after comparing the objects in the storage with what all rows refer to."""

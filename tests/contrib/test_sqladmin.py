@@ -268,6 +268,14 @@ class TestPages:
         answer = await panel.client.get("/user/file/avatar/1")
         assert (answer.content, answer.headers["content-type"]) == (picture(), "image/png")
 
+    async def test_row_that_holds_no_ref(self, panel: Panel) -> None:
+        await create(panel, avatar=png())
+        await panel.spoil()
+        for path in ("/user/list", "/user/details/1", "/user/edit/1"):
+            page = await panel.client.get(path)
+            assert (page.status_code, "unreadable" in page.text) == (200, True)
+        assert (await panel.client.get("/user/file/avatar/1")).status_code == 404
+
     async def test_search_and_sort(self, panel: Panel) -> None:
         await create(panel, avatar=png())
         await create(panel, "Grace", avatar=png())

@@ -22,11 +22,11 @@ from starlette_admin.contrib.sqla import Admin, ModelView
 
 from granite_storage.contrib.starlette_admin import AttachmentField, AttachmentPlugin
 from granite_storage.exceptions import ConfigurationError
-from tests.contrib.panels import ENGINES, MAX_SIZE, NOTHING, Contract, Panel, User, database, picture, png, text_of
+from tests.contrib.panels import ENGINES, MAX_SIZE, NOTHING, Contract, Panel, User, database, names_of, picture, png, text_of
 
 
 class UserView(ModelView):
-    fields = ("id", "name", "avatar", AttachmentField(User.cv, help_text="A PDF"))
+    fields = ("id", "name", "avatar", AttachmentField(User.cv, help_text="A PDF"), AttachmentField(User.photos))
     inline_editable_fields = ("name",)
 
 
@@ -171,6 +171,68 @@ class TestForms:
         assert (user.name, user.avatar.original_filename) == ("Grace", "me.png")
 
 
+PHOTOS = ["a.png", "b.png", "c.png"]
+
+
+class TestCollections:
+    async def create(self, panel: Panel, *names: str, status: int = 303, path: str = "create", **data: Any) -> httpx.Response:
+        files = [("photos", png(name)) for name in names] or [("photos", NOTHING)]
+        answer = await panel.client.post(f"/user/{path}", data={"name": "Ada", **data}, files=files)
+        assert answer.status_code == status, text_of(answer.text)
+        return answer
+
+    async def edit(self, panel: Panel, *names: str, **data: Any) -> httpx.Response:
+        return await self.create(panel, *names, path="edit?pk=1", **data)
+
+    async def test_create(self, panel: Panel) -> None:
+        assert re.search(r'name="photos"[^>]* multiple', (await panel.client.get("/user/create")).text)
+        await self.create(panel, *PHOTOS)
+        [user] = await panel.check()
+        assert names_of(user) == PHOTOS
+        page = await panel.client.get("/user/edit?pk=1")
+        assert re.findall(r'name="photos-order" value="(\d)"', page.text) == ["1", "2", "3"]
+        assert len(sources(page)) == 3
+        answer = await panel.client.get(sources(page)[1])
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/webp")
+        for path in ("/user/list", "/user/detail?pk=1"):
+            assert len(sources(await panel.client.get(path))) == 3
+        assert (await panel.client.get(f"{FILE}/photos?pk=1&file=9")).status_code == 404
+        answer = await panel.client.post("/_api/user/action?name=export", data={"format": "csv", "scope": "page"})
+        assert "a.png, b.png, c.png" in answer.text
+
+    async def test_reorder_remove_and_add(self, panel: Panel) -> None:
+        await self.create(panel, *PHOTOS)
+        await self.edit(panel, **{"photos-order": ["3", "1", "2"]})
+        [user] = await panel.check()
+        assert names_of(user) == ["c.png", "a.png", "b.png"]
+        await self.edit(panel, "d.png", **{"photos-order": ["3", "2", "1"], "photos-removed": ["2"]})
+        [user] = await panel.check()
+        assert names_of(user) == ["c.png", "a.png", "d.png"]
+
+    async def test_edit_of_another_field(self, panel: Panel) -> None:
+        await self.create(panel, *PHOTOS)
+        assert (await panel.client.post("/user/edit?pk=1", data={"name": "Grace"})).status_code == 303
+        [user] = await panel.check()
+        assert (user.name, names_of(user)) == ("Grace", PHOTOS)
+
+    async def test_too_many(self, panel: Panel) -> None:
+        page = await self.create(panel, *PHOTOS, "d.png", status=422)
+        assert "3 files" in page.text
+        assert await panel.check() == []
+        await self.create(panel, *PHOTOS)
+        page = await self.edit(panel, "d.png", status=422, **{"photos-order": ["3", "2", "1"]})
+        assert re.findall(r'name="photos-order" value="(\d)"', page.text) == ["1", "2", "3"]
+        [user] = await panel.check()
+        assert names_of(user) == PHOTOS
+
+    async def test_one_that_is_refused(self, panel: Panel) -> None:
+        files = [("photos", png("a.png")), ("photos", ("page.png", b"<html><script>", "image/png"))]
+        page = await panel.client.post("/user/create", data={"name": "Ada"}, files=files)
+        assert page.status_code == 422
+        assert "but it is text" in page.text
+        assert await panel.check() == []
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("field", "file", "reason"),
@@ -226,6 +288,14 @@ class TestPages:
         answer = await panel.client.get(f"{FILE}/avatar?pk=1")
         assert (answer.content, answer.headers["content-type"]) == (picture(), "image/png")
 
+    async def test_row_that_holds_no_ref(self, panel: Panel) -> None:
+        await create(panel, avatar=png())
+        await panel.spoil()
+        for path in ("/user/list", "/user/detail?pk=1", "/user/edit?pk=1"):
+            page = await panel.client.get(path)
+            assert (page.status_code, "unreadable" in page.text) == (200, True)
+        assert (await panel.client.get(f"{FILE}/avatar?pk=1")).status_code == 404
+
     async def test_search_and_sort(self, panel: Panel) -> None:
         await create(panel, avatar=png())
         await create(panel, "Grace", avatar=png())
@@ -236,7 +306,7 @@ class TestPages:
         await create(panel, avatar=png())
         await create(panel, "Grace")
         answer = await panel.client.post("/_api/user/action?name=export", data={"format": "csv", "scope": "page"})
-        assert answer.text.splitlines()[1:] == ["1,Ada,me.png,", "2,Grace,,"]
+        assert answer.text.splitlines()[1:] == ["1,Ada,me.png,,", "2,Grace,,,"]
         answer = await panel.client.post("/_api/user/action?name=export", data={"format": "json", "scope": "page"})
         assert [row["Avatar"] for row in answer.json()] == ["me.png", ""]
 

@@ -121,7 +121,7 @@ async def database(kind: str, folder: Path) -> AsyncIterator[tuple[Engine | Asyn
     Base.metadata.create_all(sync_engine)
     engine: Engine | AsyncEngine = sync_engine
     if kind == "async":
-        engine = create_async_engine(f"sqlite+aiosqlite:///{folder / 'panel.db'}")
+        engine = create_async_engine(f"sqlite+aiosqlite:///{folder / 'panel.db'}", poolclass=NullPool)
     try:
         yield engine, manager
     finally:

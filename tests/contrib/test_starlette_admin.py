@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-from blockbuster import BlockBuster
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 from starlette.applications import Starlette
@@ -80,13 +79,6 @@ async def edit(panel: Panel, pk: int = 1, status: int = 303, **fields: Any) -> h
 
 def sources(page: httpx.Response, tag: str = "img") -> list[str]:
     return [one.replace("&amp;", "&") for one in re.findall(rf'<{tag} src="([^"]*)"', page.text)]
-
-
-@pytest.fixture(autouse=True)
-def _blocking_of_the_panel(_nothing_blocks: BlockBuster) -> None:
-    """starlette-admin fetches the rows of synchronous sessions on the event loop, also when the file of one is asked for."""
-    for name in ("sqlite3.Cursor.fetchall", "sqlite3.Cursor.fetchmany", "sqlite3.Cursor.fetchone"):
-        _nothing_blocks.functions[name].can_block_in("starlette_admin/contrib/sqla/view.py", {"find_by_pk"})
 
 
 FILE = "/plugins/granite-storage/user"

@@ -1,1 +1,1 @@
-"""Adapters of other packages, one module each; none is imported before it is asked for."""
+"""Integrations with web frameworks and admin panels."""

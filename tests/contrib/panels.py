@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 from PIL import Image
-from sqlalchemy import create_engine, select, text
+from sqlalchemy import ForeignKey, create_engine, select, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, selectinload
@@ -52,6 +52,7 @@ class Contract(Base):
     __tablename__ = "contract"
     id: Mapped[int] = mapped_column(primary_key=True)
     title: Mapped[str]
+    owner_id: Mapped[int | None] = mapped_column(ForeignKey("user.id", ondelete="SET NULL"))
     scan: Mapped[Attachment] = attachment("documents")
 
 
@@ -65,7 +66,16 @@ def png(name: str = "me.png", colour: str = "teal") -> tuple[str, bytes, str]:
     return name, picture(colour), "image/png"
 
 
-NOTHING = ("", b"", "application/octet-stream")
+class _Empty(str):
+    """An empty file name, which httpx would leave out, and a browser sends."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return True
+
+
+NOTHING = (_Empty(), b"", "application/octet-stream")
 """What a browser sends for a file input that was left empty."""
 
 

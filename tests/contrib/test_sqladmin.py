@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -29,6 +29,11 @@ class ContractAdmin(AttachmentAdmin, model=Contract):
     column_list = (Contract.title,)
     column_details_exclude_list = (Contract.scan,)
     form_columns = (Contract.title, Contract.scan)
+    instances: ClassVar[list[ContractAdmin]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instances.append(self)
 
 
 class TokenAuthentication(AuthenticationBackend):
@@ -86,6 +91,18 @@ class TestForms:
         await edit(panel, name="Grace", **{"avatar-action": "keep"})
         [user] = await panel.check()
         assert (user.name, user.avatar) == ("Grace", before.avatar)
+
+    async def test_kept_file_is_not_written(self, panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So that one that another user puts in its place meanwhile stays."""
+        written: list[str] = []
+
+        async def on_model_change(_: Any, data: dict[str, Any], model: Any, is_created: bool, request: Request) -> None:
+            written.extend(data)
+
+        await create(panel, avatar=png())
+        monkeypatch.setattr(UserAdmin, "on_model_change", on_model_change)
+        await edit(panel, **{"cv-action": "clear"})
+        assert written == ["name", "cv"]
 
     async def test_edit_that_replaces_the_file(self, panel: Panel) -> None:
         await create(panel, avatar=png())
@@ -317,6 +334,14 @@ class TestServing:
         monkeypatch.setattr(UserAdmin, "can_edit", False)
         assert (await panel.client.get("/user/file/avatar/1")).status_code == 403
         assert sources(await panel.client.get("/user/list")) == []
+
+    async def test_hidden_attribute(self, panel: Panel) -> None:
+        scan = {"scan": ("one.pdf", b"%PDF-1.7", "application/pdf")}
+        await panel.client.post("/contract/create", data={"title": "One", "save": "Save"}, files=scan)
+        assert (await panel.client.get("/contract/file/scan/1")).status_code == 200  # the form shows it
+        view = ContractAdmin.instances[-1]
+        view._form_prop_names = ["title"]
+        assert (await panel.client.get("/contract/file/scan/1")).status_code == 404
 
     @pytest.mark.parametrize("path", ["avatar/7", "cv/1", "name/1", "nothing/1", "avatar/1?variant=other"])
     async def test_missing_file(self, panel: Panel, path: str) -> None:

@@ -17,14 +17,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette_admin.auth import AdminUser, BaseAuthProvider
-from starlette_admin.contrib.sqla import Admin, ModelView
+from starlette_admin.contrib.sqla import Admin, InlineModelView, ModelView
 
 from granite_storage.contrib.starlette_admin import AttachmentField, AttachmentPlugin
 from granite_storage.exceptions import ConfigurationError
 from tests.contrib.panels import ENGINES, MAX_SIZE, NOTHING, Contract, Panel, User, database, names_of, picture, png, text_of
 
 
+class ContractInline(InlineModelView):
+    model = Contract
+    fk_attr = "owner_id"
+    fields = ("title", "scan")
+
+
 class UserView(ModelView):
+    inlines = (ContractInline,)
     fields = ("id", "name", "avatar", AttachmentField(User.cv, help_text="A PDF"), AttachmentField(User.photos))
     inline_editable_fields = ("name",)
 
@@ -225,6 +232,31 @@ class TestCollections:
         assert await panel.check() == []
 
 
+class TestInlineRows:
+    """The rows of contracts in the form of their owner."""
+
+    async def save(self, panel: Panel, status: int = 303, files: Any = None, **data: Any) -> httpx.Response:
+        form = {"name": "Ada", **{f"inlines.contract.{key}": value for key, value in data.items()}}
+        parts = {f"inlines.contract.{key}": value for key, value in (files or {}).items()}
+        answer = await panel.client.post("/user/edit?pk=1", data=form, files={"avatar": NOTHING, **parts})
+        assert answer.status_code == status, text_of(answer.text)[-2000:]
+        return answer
+
+    async def test_single_files(self, panel: Panel) -> None:
+        await create(panel)
+        pdf = ("one.pdf", b"%PDF-1.7", "application/pdf")
+        await self.save(panel, **{"0.title": "One"}, files={"0.scan": pdf})
+        page = await panel.client.get("/user/edit?pk=1")
+        assert "one.pdf" in page.text
+        rows: dict[str, Any] = {"0.pk": "1", "0.title": "First", "1.title": "Two"}
+        page = await self.save(panel, 422, **rows, files={"0.scan": NOTHING, "1.scan": NOTHING})
+        assert "A file is required." in page.text
+        await self.save(panel, **rows, **{"0.scan-action": "keep"}, files={"0.scan": NOTHING, "1.scan": ("two.pdf", *pdf[1:])})
+        await panel.check()
+        found = [(one.title, one.owner_id, str(one.scan)) for one in await panel.rows(Contract)]
+        assert found == [("First", 1, "one.pdf"), ("Two", 1, "two.pdf")]
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("field", "file", "reason"),
@@ -326,6 +358,11 @@ class TestServing:
         assert (await panel.client.get(f"{FILE}/avatar?pk=1")).status_code == 200
         monkeypatch.setattr(UserView, "can_edit", lambda *_: False)
         assert (await panel.client.get(f"{FILE}/avatar?pk=1")).status_code == 403
+
+    async def test_hidden_attribute(self, panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+        await create(panel, avatar=png())
+        monkeypatch.setattr(UserView, "can_access_field", lambda _, __, field, **___: field.name != "avatar")
+        assert (await panel.client.get(f"{FILE}/avatar?pk=1")).status_code == 404
 
     @pytest.mark.parametrize(
         "path", ["user/avatar?pk=7", "user/avatar?pk=x", "user/avatar", "user/cv?pk=1", "user/name?pk=1", "other/avatar?pk=1"]

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from tests.mutants import backends, core, derived, derivers, effects, gc, inspection, journal, nested, sessions, tools, web
+from tests.mutants import (
+    backends,
+    core,
+    derived,
+    derivers,
+    effects,
+    gc,
+    inspection,
+    journal,
+    nested,
+    panels,
+    sessions,
+    tools,
+    web,
+)
 from tests.mutants.mutant import Mutant
 
 __all__ = ["MUTANTS"]
@@ -15,6 +29,7 @@ MUTANTS: list[Mutant] = [
     *gc.MUTANTS,
     *nested.MUTANTS,
     *web.MUTANTS,
+    *panels.MUTANTS,
     *inspection.MUTANTS,
     *derived.MUTANTS,
     *derivers.MUTANTS,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from markupsafe import Markup
 from sqladmin import ModelView, expose
-from sqladmin.forms import ModelConverter
+from sqladmin.forms import ModelConverter, ModelConverterBase
 from sqladmin.helpers import get_object_identifier
 from sqlalchemy import event
 from sqlalchemy.orm import object_session
@@ -46,7 +46,7 @@ class AttachmentField(FileField):  # type: ignore[misc]  # WTForms has no types
     errors: Any
 
     def __init__(self, *, column_type: AttachmentType, is_required: bool, is_collection: bool, **options: Any) -> None:
-        self.column_type, self.is_required = column_type, is_required
+        self._column_type, self._is_required = column_type, is_required
         self._empty = FormFiles() if is_collection else FormFile()
         super().__init__(**options)
 
@@ -58,13 +58,13 @@ class AttachmentField(FileField):  # type: ignore[misc]  # WTForms has no types
         """Refuse a choice that contradicts itself, and a required file that is missing."""
         asked = self.data or self._empty
         asked.errors = self.errors  # to which `AttachmentAdmin` adds what a policy refuses
-        if problem := asked.problem(required=self.is_required):
+        if problem := asked.problem(required=self._is_required):
             raise ValidationError(problem)
 
     def __call__(self, **_: Any) -> Markup:
         """Return the HTML."""
         form = self.data or self._empty
-        return form.render(self.name, self.column_type, required=self.is_required, invalid=bool(self.errors))
+        return form.render(self.name, self._column_type, required=self._is_required, invalid=bool(self.errors))
 
 
 class AttachmentConverter(ModelConverter):
@@ -99,7 +99,7 @@ class AttachmentAdmin(ModelView):
     """
 
     attachment_previews: ClassVar[dict[str, str]] = {}
-    form_converter = AttachmentConverter
+    form_converter: ClassVar[type[ModelConverterBase]] = AttachmentConverter
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class AttachmentAdmin(ModelView):
             for name in set(self._attached).difference(formatters):
                 formatters[name], with_request[name] = self._show, True
         # On the instance, so that a hook of the application need not call this one.
-        self.on_model_change = self._assign_collections  # type: ignore[method-assign]
+        vars(self)["on_model_change"] = self._assign_collections
 
     async def create_context(self, request: Request) -> dict[str, Any]:
         """Read the files of the form before sqladmin does."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, SupportsIndex, TypeAlias, cast
 
-from sqlalchemy import BigInteger, Column, ForeignKeyConstraint, Index, Integer, Table, Text, func, select
+from sqlalchemy import JSON, BigInteger, Column, ForeignKeyConstraint, Integer, Table, Text, UniqueConstraint, func, select
 from sqlalchemy import cast as sql_cast
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import (
@@ -34,8 +34,8 @@ from granite_storage.derived import Effect, Recipe
 from granite_storage.exceptions import CollectionFullError, ConfigurationError
 from granite_storage.inspection.base import Validator
 from granite_storage.orm._util import connection_of
-from granite_storage.orm.attachment import Attachment, UploadFile, core_schema_of, fields_schema
-from granite_storage.orm.columns import AttachmentType, portable_storage_ref_type, primary_key_of, value_in
+from granite_storage.orm.attachment import Attachment, LazySerializer, UploadFile, core_schema_of, fields_schema
+from granite_storage.orm.columns import AttachmentType, primary_key_of, value_in
 from granite_storage.orm.locking import read_rows, take_write_lock
 from granite_storage.streams import ByteSource
 
@@ -93,7 +93,8 @@ def _arrange(files: Sequence[AttachedFile], placed: Collection[int] = ()) -> Non
     """
     if not all(isinstance(file, AttachedFile) for file in files):
         return  # no instance has the list yet; its assignment makes the rows
-    kept = _longest_increasing({i: key for i, file in enumerate(files) if i not in placed and (key := _key_of(file)) is not None})
+    known = {i: key for i, file in enumerate(files) if i not in placed and (key := _position_of(file)) is not None}
+    kept = _longest_increasing(known)
     start = 0
     while start < len(files):
         if start in kept:
@@ -122,9 +123,9 @@ def _between(files: Sequence[AttachedFile], start: int, stop: int) -> tuple[int,
         start, stop = max(start - 1, 0), min(stop + 1, len(files))
 
 
-def _longest_increasing(keys: Mapping[int, tuple[int, int]]) -> set[int]:
-    """Return the indices of as many files as possible that are in the order of their keys already."""
-    tails: list[tuple[int, int]] = []  # by length: the smallest key that ends so many files in order, and its index
+def _longest_increasing(keys: Mapping[int, int]) -> set[int]:
+    """Return the indices of as many files as possible that are in the order of their keys already; equal keys are in none."""
+    tails: list[int] = []  # by length: the smallest key that ends so many files in order, and its index
     ends: list[int] = []
     before: dict[int, int | None] = {}
     for index, key in keys.items():
@@ -150,11 +151,6 @@ def _id_of(file: AttachedFile) -> int | None:
     return None if identity is None else cast(int, identity[0])
 
 
-def _key_of(file: AttachedFile) -> tuple[int, int] | None:
-    position, identity = _position_of(file), _id_of(file)
-    return None if position is None else (position, 1 << 63 if identity is None else identity)
-
-
 # The files and their list.
 
 
@@ -176,6 +172,7 @@ class AttachedFile:
         **values: Values of other attributes, such as `parent_id`.
     """
 
+    __pydantic_serializer__: ClassVar[Any] = LazySerializer()
     _declared: ClassVar[_Declared]
     if TYPE_CHECKING:
         id: Mapped[int]
@@ -254,7 +251,13 @@ class AttachmentList(list[AttachedFile]):
     It is the list of a relationship of SQLAlchemy, with every operation of `list`. What is added may be an attachment, bytes or
     an uploaded file as well, for which a row is made. What is removed is deleted with its file, unless it is added to the same
     collection of another parent, which moves the row.
+
+    Args:
+        files: What the list holds at first, for an assignment such as `album.photos = AttachmentList([...])`.
     """
+
+    def __init__(self, files: Iterable[NewFile] = (), /) -> None:
+        super().__init__(cast(Iterable[AttachedFile], files))
 
     def append(self, file: NewFile) -> None:
         """Add a file at the end.
@@ -320,7 +323,7 @@ class AttachmentList(list[AttachedFile]):
     def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
         from pydantic_core import core_schema
 
-        files = core_schema.list_schema(handler(AttachedFile))
+        files = core_schema.list_schema(handler.generate_schema(AttachedFile))
         serialization = core_schema.plain_serializer_function_ser_schema(list, return_schema=files, when_used="json")
         return core_schema.is_instance_schema(cls, serialization=serialization)
 
@@ -385,10 +388,12 @@ class _Declared:
             Column("position", BigInteger, nullable=False, default=_next_position),
             Column("file", self.column_type(), nullable=False),
             Column("caption", Text),
-            Column("extra", portable_storage_ref_type()),
+            Column("extra", JSON(none_as_null=True)),
             ForeignKeyConstraint(names, list(self.links), ondelete="CASCADE"),
-            Index(None, *names, "position"),
+            # An index that is created and dropped with its table, as MariaDB requires of one that a foreign key uses.
+            UniqueConstraint(*names, "position", "id"),
             schema=parent.schema,
+            sqlite_autoincrement=True,  # SQLite would give the id of a file that was deleted to the next one
         )
 
     def _listen(self, mapper: Mapper[Any], _: Any) -> None:
@@ -664,17 +669,21 @@ def _added(session: Session) -> list[AttachedFile]:
 
 
 def _is_added(file: AttachedFile) -> bool:
-    state = instance_state(file)
-    names = ("file", "parent", *file._declared.links.values())
+    """Return whether a file may exceed a limit: a new one, one that is moved, and where sizes count, one that is replaced."""
+    state, declared = instance_state(file), file._declared
+    if state.dict.get("parent", file) is None:
+        return False  # it was taken out of its list, and is deleted
+    names = ["parent", *declared.links.values(), *(["file"] if declared.max_total_size is not None else [])]
     return state.key is None or any(state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE).has_changes() for name in names)
 
 
 def _parent_key(file: AttachedFile) -> tuple[Any, ...]:
     """Return the primary key of the row that a file will belong to; with None in it where the row is not inserted yet."""
-    parent = instance_dict(file).get("parent")
-    if parent is not None:
-        return primary_key_of(instance_state(parent), cast(Table, file._declared.parent))
-    return tuple(getattr(file, name) for name in file._declared.links.values())
+    state, links = instance_state(file), file._declared.links.values()
+    parent = state.dict.get("parent")
+    if parent is None or any(state.get_history(name, PassiveFlag.PASSIVE_NO_INITIALIZE).has_changes() for name in links):
+        return tuple(getattr(file, name) for name in links)
+    return primary_key_of(instance_state(parent), cast(Table, file._declared.parent))
 
 
 def _known_size(file: AttachedFile) -> int:

@@ -326,8 +326,8 @@ def _refusal(mapper: Mapper[Any], key: str) -> str | None:
         if annotation is not None:
             if _SEVERAL.search(annotation if isinstance(annotation, str) else _text_of(annotation)):
                 return (
-                    f"{mapper.class_.__name__}.{key} is annotated as several attachments, but a column holds one: give each file"
-                    " a row of its own, in a table that the model has a relationship to"
+                    f"{mapper.class_.__name__}.{key} is annotated as several attachments, but a column holds one: declare it as"
+                    " Mapped[AttachmentList] = attachments(...), which gives each file a row of its own"
                 )
             return None
     return None

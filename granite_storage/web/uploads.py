@@ -19,6 +19,7 @@ from granite_storage._tasks import shielded_cleanup
 from granite_storage.manager import StorageManager
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.collections import declared_collection
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.uploads import discard, remove
 from granite_storage.refs import StoredObjectRef
@@ -133,7 +134,17 @@ class FileList:
 
 
 FileTarget: TypeAlias = Target | FileList
-"""Where the files of a field are stored: a target for one file, or a `FileList`."""
+"""Where the files of a field are stored: a target for one file, a `FileList`, or an attribute that `attachments` declares."""
+
+
+def _with_lists(files: Mapping[str, FileTarget], limits: UploadLimits) -> dict[str, FileTarget]:
+    """Return the targets, with the list that a collection of attachments takes as many files into as it may have."""
+
+    def of(target: FileTarget) -> FileTarget:
+        declared = declared_collection(target)
+        return target if declared is None else FileList(cast(Target, target), declared.max_files or max(limits.max_files, 1))
+
+    return {name: of(target) for name, target in files.items()}
 
 
 def require_target(target: object) -> None:
@@ -351,7 +362,8 @@ async def stream_upload(
         request: The request; its body must not have been read.
         files: Where the file of each field goes: an attachment attribute such as `Document.file`, a `PolicyTarget`, or a
             coroutine function that takes a `FilePart` and returns the value to keep in the form. A field takes one file, or as
-            many as its `FileList` says. Surplus files, and files of other fields, are refused before they are stored.
+            many as its `FileList` or its collection takes, such as `Album.photos`. Surplus files, and files of other fields, are
+            refused before they are stored.
         limits: The limits of the form.
 
     Returns:
@@ -367,6 +379,7 @@ async def stream_upload(
         ClientDisconnect: The client went away.
         StorageError: As `StorageManager.put_stream`.
     """
+    files = _with_lists(files, limits)
     for target in files.values():
         require_target(target.target if isinstance(target, FileList) else target)
     require_whole_body(request, limits)
@@ -544,6 +557,7 @@ def upload_form(files: Mapping[str, FileTarget], *, limits: UploadLimits = DEFAU
     an instance stay, whose row may be flushed later. Arguments and errors are those of `stream_upload`. The endpoint must not
     have `Form` or `File` parameters: FastAPI would read the body first.
     """
+    files = _with_lists(files, limits)
 
     async def form(request: Request) -> AsyncIterator[UploadForm]:
         async with await stream_upload(request, files, limits=limits) as received:

@@ -51,6 +51,7 @@ WITHOUT_ADVISORY = {
     "taskiq",
     "types-aiofiles",
     "types-greenlet",
+    "zipstream-ng",
 }
 """What was looked up, too, and had none on that day."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutants import (
     backends,
+    collections,
     core,
     derived,
     derivers,
@@ -25,6 +26,7 @@ MUTANTS: list[Mutant] = [
     *core.MUTANTS,
     *backends.MUTANTS,
     *sessions.MUTANTS,
+    *collections.MUTANTS,
     *journal.MUTANTS,
     *gc.MUTANTS,
     *nested.MUTANTS,

@@ -321,6 +321,7 @@ class TestPages:
         assert await panel.check() == []
 
 
+@pytest.mark.parametrize("panel", ["async"], indirect=True)  # the sessions make no difference
 class TestServing:
     async def test_nobody_else_gets_a_file(self, panel: Panel) -> None:
         await create(panel, avatar=png())

@@ -845,6 +845,10 @@ class Attachment:
             return f"<Attachment pending filename={state.filename!r}>"
         return f"<Attachment size={state.ref.size} filename={state.ref.original_filename!r}>"
 
+    def __str__(self) -> str:
+        """Return its file name, for templates, lists and exports; what `repr` says where it has none."""
+        return self.describe()["original_filename"] or repr(self)
+
     def describe(self) -> dict[str, Any]:
         """Return the fields that a client may see: size, media type, name and checksum, never the location.
 

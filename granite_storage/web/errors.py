@@ -47,6 +47,7 @@ __all__ = [
     "UploadMismatchError",
     "UploadMissingError",
     "UploadTokenError",
+    "client_message",
     "install_error_handlers",
     "problem_response",
 ]
@@ -195,14 +196,27 @@ def problem_response(error: StorageError, *, retry_after: int = RETRY_AFTER) -> 
         error: The error.
         retry_after: The value of Retry-After, in seconds.
     """
-    problem = _problem_of(error)
-    if problem.status >= 500:
-        logger.error("a request failed with status %d", problem.status, exc_info=error)
+    problem = _logged_problem_of(error)
     status = HTTPStatus(problem.status)
     title = _TITLES.get(problem.status, status.phrase)
     content = {"type": "about:blank", "title": title, "status": problem.status, "detail": problem.detail, **problem.more}
     headers = {"Cache-Control": "no-store"} | ({"Retry-After": str(retry_after)} if problem.retry else {})
     return Response(json.dumps(content), problem.status, headers, "application/problem+json")
+
+
+def client_message(error: StorageError) -> str:
+    """Return what a client may read of an error, for a form that is shown again: the `detail` of `problem_response`.
+
+    Errors of the server (5xx) are logged with the details that the client does not get.
+    """
+    return _logged_problem_of(error).detail
+
+
+def _logged_problem_of(error: StorageError) -> _Problem:
+    problem = _problem_of(error)
+    if problem.status >= 500:
+        logger.error("a request failed with status %d", problem.status, exc_info=error)
+    return problem
 
 
 def _problem_of(error: StorageError) -> _Problem:

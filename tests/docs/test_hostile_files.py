@@ -28,17 +28,20 @@ __all__ = ["bucket_server", "database", "surroundings"]
 
 async def readme(names: Mapping[str, Any]) -> None:
     app = names["app"]
-    async with app.router.lifespan_context(app), client_of(app) as client:
+    names["USERS"]["secret"] = "anna"
+    headers = {"Authorization": "Bearer secret"}
+    async with app.router.lifespan_context(app), client_of(app, headers=headers) as client:
         for file in HOSTILE:
-            answer = require_harmless(await client.post("/documents", params={"title": file.name[:50]}, **form_of(file)))
+            answer = require_harmless(await client.post("/documents", **form_of(file)))
             if answer.is_success:
                 url = f"/documents/{answer.json()['id']}/file"
                 whole = require_harmless(await client.get(url))
                 assert whole.content == file.content
                 part = require_harmless(await client.get(url, headers={"Range": "bytes=0-0"}))
                 assert (part.status_code, part.content) == (206, file.content[:1])
+                require_harmless(await client.get(url, params={"thumb": True}))
                 assert (await client.delete(f"/documents/{answer.json()['id']}")).status_code == 204
-        await post_too_large(client, "/documents", 50 * MIB, params={"title": "large"})
+        await post_too_large(client, "/documents", 50 * MIB, media_type="application/pdf", begin=b"%PDF-1.7\n")
         assert (await client.delete("/documents/999999")).status_code == 404
         assert [path for path in Path("uploads/document").rglob("*") if path.is_file()] == []
 

@@ -20,6 +20,7 @@ from sybil import Sybil
 from sybil.parsers.myst import CodeBlockParser
 
 from granite_storage import StorageError, StorageManager, StoredObjectRef
+from tests.core.support import files_below
 from tests.docs.hostile import HOSTILE, MIB, File, client_of, form_of, post_too_large, require_harmless
 from tests.docs.test_documents import DOCUMENTS, ROOT, bucket_server, database, evaluate, surroundings
 
@@ -30,6 +31,7 @@ async def readme(names: Mapping[str, Any]) -> None:
     app = names["app"]
     names["USERS"]["secret"] = "anna"
     headers = {"Authorization": "Bearer secret"}
+    before = files_below(Path("uploads"))
     async with app.router.lifespan_context(app), client_of(app, headers=headers) as client:
         for file in HOSTILE:
             answer = require_harmless(await client.post("/documents", **form_of(file)))
@@ -43,7 +45,7 @@ async def readme(names: Mapping[str, Any]) -> None:
                 assert (await client.delete(f"/documents/{answer.json()['id']}")).status_code == 204
         await post_too_large(client, "/documents", 50 * MIB, media_type="application/pdf", begin=b"%PDF-1.7\n")
         assert (await client.delete("/documents/999999")).status_code == 404
-        assert [path for path in Path("uploads/document").rglob("*") if path.is_file()] == []
+        assert files_below(Path("uploads")) == before
 
 
 async def stored(manager: StorageManager, file: File) -> StoredObjectRef:
@@ -157,7 +159,7 @@ async def derived(names: Mapping[str, Any]) -> None:
 
 
 PROGRAMS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Coroutine[Any, Any, None]]]] = {
-    "README.md": ("app = FastAPI(", readme),
+    "README.md": ("report.file.sync.read", readme),
     "docs/derived.md": ("app = FastAPI(", derived),
     "docs/direct-uploads.md": ("stolen = ", direct),
     "docs/guide.md": ("async def download", guide),

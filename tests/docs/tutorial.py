@@ -57,7 +57,7 @@ def steps_of(page: Path) -> Iterator[File | Command]:
     for block in BLOCK.finditer(page.read_text()):
         if block["kind"] == "console":
             for text in re.split(r"^\$ ", block["text"], flags=re.MULTILINE)[1:]:
-                command, _, output = text.partition("\n")
+                command, _, output = re.sub(r"\\\n\s*", "", text).partition("\n")
                 yield Command(command, output.strip())
         elif file := FILE.match(block["text"]):
             yield File(file["name"], file["how"], file["text"])

@@ -21,6 +21,8 @@ extensions = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "Granite Storage"
+html_static_path = ["_static"]
+html_css_files = ["doors.css"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

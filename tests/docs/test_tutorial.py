@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from tests.docs.tutorial import EXAMPLE, PAGES, Command, File, steps_of, write_f
 from tests.orm.databases import postgres_database
 from tests.programs import program
 from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.services import unavailable
 
 ADDRESS = "http://127.0.0.1:8000"
 PREPARATIONS = ("mkdir", "python -m venv", "pip", "createdb")
@@ -247,6 +249,21 @@ async def test_hostile_files_get_harmless_responses(example: Any) -> None:
             nothing = {"Authorization": "Bearer other"}
             for method, url in (("PUT", "/me/avatar"), ("POST", "/documents"), ("GET", "/documents/1/file")):
                 assert (await client.request(method, url, headers=nothing)).status_code == 401
+
+
+def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        unavailable("nginx is missing")
+    site = (
+        (EXAMPLE / "nginx.conf").read_text().replace("app:8000", "127.0.0.1:8000").replace("listen 80;", "listen 127.0.0.1:8089;")
+    )
+    (tmp_path / "site.conf").write_text(site)
+    logs = f"error_log stderr; pid {tmp_path}/pid;"
+    temporary = " ".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (tmp_path / "nginx.conf").write_text(f"{logs} events {{}} http {{ access_log off; {temporary} include site.conf; }}")
+    done = subprocess.run([program, "-t", "-c", tmp_path / "nginx.conf"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_containers_get_what_the_application_reads() -> None:

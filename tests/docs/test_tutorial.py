@@ -206,7 +206,7 @@ def test_the_pages_run_and_build_the_example(tmp_path: Path, databases: list[str
     built = {name: (written / name).read_text() for name in files_below(written)}
     assert built == {name: (EXAMPLE / name).read_text() for name in built}
     there = {name for name in files_below(EXAMPLE) if "cache" not in name and not name.startswith("migrations/versions/")}
-    assert there - set(built) == WRITTEN_BY_ALEMBIC | {"README.md", "ruff.toml"}
+    assert there - set(built) == WRITTEN_BY_ALEMBIC | {"README.md", "pytest.ini", "ruff.toml"}
 
 
 @pytest.fixture
@@ -249,6 +249,12 @@ async def test_hostile_files_get_harmless_responses(example: Any) -> None:
             nothing = {"Authorization": "Bearer other"}
             for method, url in (("PUT", "/me/avatar"), ("POST", "/documents"), ("GET", "/documents/1/file")):
                 assert (await client.request(method, url, headers=nothing)).status_code == 401
+
+
+@pytest.mark.exhaustive("page 5 runs the same tests, before the journal")
+def test_the_tests_of_the_example_pass_with_its_journal(databases: list[str], tmp_path: Path) -> None:
+    reader = Reader(EXAMPLE, {**os.environ, "FILES": str(tmp_path / "files")}, databases[0])
+    reader.run(Command("DATABASE_URL=... python -m pytest", "8 passed"))
 
 
 def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:

@@ -12,10 +12,17 @@ project = "Granite Storage"
 copyright = "Granite Storage contributors"
 version = release = granite_storage.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "Granite Storage"
+html_static_path = ["_static"]
+html_css_files = ["doors.css"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -23,13 +30,16 @@ myst_heading_anchors = 3
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_type_aliases = {name: f"granite_storage.streams.{name}" for name in ("ByteSource", "BytesLike")}
+autodoc_type_aliases = {
+    name: f"granite_storage.streams.{name}" for name in ("ByteSource", "BytesLike")
+}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-# Names of other projects are not linked, so that the build needs no network; every name of this one must resolve.
+# Names of other projects are not linked, so that the build needs no network; every
+# name of this one must resolve.
 nitpick_ignore_regex = [(r"py:.*", r"(?!granite_storage\.).*")]
 nitpick_ignore = [
     ("py:class", "granite_storage.streams.SupportsAsyncRead"),
@@ -44,7 +54,9 @@ nitpick_ignore = [
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)$")
 
 
-def fences_to_directives(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def fences_to_directives(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
     """Let docstrings have fenced code blocks, as the other documents do."""
     result: list[str] = []
     inside = False

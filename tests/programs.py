@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from granite_storage.orm._interfaces import active_bindings
@@ -67,8 +68,14 @@ def _restored_imports(folder: Path) -> Iterator[None]:
     finally:
         sys.path[:], sys.dont_write_bytecode = path, writes_none
         for name in set(sys.modules) - modules:
-            if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(folder):
+            if any(Path(place).is_relative_to(folder) for place in _places_of(sys.modules[name])):
                 del sys.modules[name]
+
+
+def _places_of(module: ModuleType) -> list[str]:
+    """Return the file of a module, or the folders of a package that has none."""
+    file = getattr(module, "__file__", None)
+    return [file] if file else [*getattr(module, "__path__", [])]
 
 
 @contextlib.contextmanager

@@ -98,11 +98,20 @@ class Offered:
             yield bytes(65536)
 
 
-async def post_too_large(client: httpx.AsyncClient, url: str, limit: int, *, form: bool = True, **options: Any) -> None:
+async def post_too_large(
+    client: httpx.AsyncClient,
+    url: str,
+    limit: int,
+    *,
+    form: bool = True,
+    media_type: str = "image/png",
+    begin: bytes = b"\x89PNG\r\n\x1a\n",
+    **options: Any,
+) -> None:
     """Check that a file over the limit gets a 413, and that hardly more than the limit is read."""
-    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
-    offered = Offered((head if form else b"") + b"\x89PNG\r\n\x1a\n", limit + 64 * MIB)
-    kind = "multipart/form-data; boundary=x" if form else "image/png"
+    head = f'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\nContent-Type: {media_type}\r\n\r\n'.encode()
+    offered = Offered((head if form else b"") + begin, limit + 64 * MIB)
+    kind = "multipart/form-data; boundary=x" if form else media_type
     method = options.pop("method", "POST")
     answer = await client.request(method, url, content=offered, headers={"Content-Type": kind}, **options)
     assert answer.status_code == 413, answer.text

@@ -26,6 +26,7 @@ from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server, moto_s3
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RUN_HERE = [path for path in DOCUMENTS if path.parent.name != "tutorial"]  # `test_tutorial.py` runs that
 BLOCK = re.compile(r"^ *```python$|^<!--- invisible-code-block: python$|^% invisible-code-block: python$", re.MULTILINE)
 
 
@@ -71,7 +72,7 @@ def surroundings(bucket_server: S3Server, database: None, tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("surroundings")
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", RUN_HERE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_document_runs(path: Path) -> None:
     """The blocks of one document share a namespace and an event loop; one that awaits nothing runs outside of it."""
     document = Sybil(parsers=[CodeBlockParser("python", evaluate)]).parse(path)

@@ -20,6 +20,7 @@ from sybil import Sybil
 from sybil.parsers.myst import CodeBlockParser
 
 from granite_storage import StorageError, StorageManager, StoredObjectRef
+from tests.core.support import files_below
 from tests.docs.hostile import HOSTILE, MIB, File, client_of, form_of, post_too_large, require_harmless
 from tests.docs.test_documents import DOCUMENTS, ROOT, bucket_server, database, evaluate, surroundings
 
@@ -28,19 +29,33 @@ __all__ = ["bucket_server", "database", "surroundings"]
 
 async def readme(names: Mapping[str, Any]) -> None:
     app = names["app"]
-    async with app.router.lifespan_context(app), client_of(app) as client:
+    names["USERS"]["secret"] = "anna"
+    headers = {"Authorization": "Bearer secret"}
+    before = files_below(Path("uploads"))
+    async with app.router.lifespan_context(app), client_of(app, headers=headers) as client:
         for file in HOSTILE:
-            answer = require_harmless(await client.post("/documents", params={"title": file.name[:50]}, **form_of(file)))
+            answer = require_harmless(await client.post("/documents", **form_of(file)))
             if answer.is_success:
                 url = f"/documents/{answer.json()['id']}/file"
                 whole = require_harmless(await client.get(url))
                 assert whole.content == file.content
                 part = require_harmless(await client.get(url, headers={"Range": "bytes=0-0"}))
                 assert (part.status_code, part.content) == (206, file.content[:1])
+                require_harmless(await client.get(url, params={"thumb": True}))
                 assert (await client.delete(f"/documents/{answer.json()['id']}")).status_code == 204
-        await post_too_large(client, "/documents", 50 * MIB, params={"title": "large"})
+        await post_too_large(client, "/documents", 50 * MIB, media_type="application/pdf", begin=b"%PDF-1.7\n")
         assert (await client.delete("/documents/999999")).status_code == 404
-        assert [path for path in Path("uploads/document").rglob("*") if path.is_file()] == []
+        assert files_below(Path("uploads")) == before
+
+
+async def landing(names: Mapping[str, Any]) -> None:
+    async with client_of(names["app"]) as client:
+        for file in HOSTILE:
+            answer = require_harmless(await client.post("/documents", **form_of(file)))
+            if answer.is_success:
+                kept = require_harmless(await client.get(f"/documents/{answer.json()['id']}/file"))
+                assert kept.content == file.content
+        await post_too_large(client, "/documents", MIB, media_type="application/pdf", begin=b"%PDF-1.7\n")
 
 
 async def stored(manager: StorageManager, file: File) -> StoredObjectRef:
@@ -154,9 +169,10 @@ async def derived(names: Mapping[str, Any]) -> None:
 
 
 PROGRAMS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Coroutine[Any, Any, None]]]] = {
-    "README.md": ("app = FastAPI(", readme),
+    "README.md": ("report.file.sync.read", readme),
     "docs/derived.md": ("app = FastAPI(", derived),
     "docs/direct-uploads.md": ("stolen = ", direct),
+    "docs/index.md": ('@app.get("/documents', landing),
     "docs/guide.md": ("async def download", guide),
     "docs/receiving.md": ("Content Too Large", receiving),
     "docs/serving.md": ("async def plain", serving),
@@ -166,7 +182,7 @@ PROGRAMS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Coroutine[Any, Any,
 }
 """The text with which the program of a document is complete, and the function that uploads hostile files to it."""
 
-HARMLESS = {"docs/quickstart.md"}
+HARMLESS = {"docs/cors.md", "docs/without-sqlalchemy.md"}
 """Programs that accept and show no files."""
 
 PROGRAM = re.compile(
@@ -210,9 +226,9 @@ def sources() -> Iterable[Path]:
 
 def test_no_program_is_overlooked() -> None:
     found = {str(path.relative_to(ROOT)) for path in sources() if PROGRAM.search(python_of(path))}
-    gallery = {name for name in found if name.startswith("examples/gallery/")}
-    assert found - gallery == set(PROGRAMS) | HARMLESS
-    assert gallery  # it is posted to below
+    examples = {name for name in found if name.startswith("examples/")}
+    assert found - examples == set(PROGRAMS) | HARMLESS
+    assert {name.split("/")[1] for name in examples} == {"gallery", "team_files"}  # their own tests post to them
 
 
 @pytest.mark.case("RE-08")

@@ -113,8 +113,8 @@ class Address:
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 
-def core_schema_of(attachment: type[Attachment]) -> CoreSchema:
-    """Return the pydantic schema that validates and serializes attachments.
+def core_schema_of(file: type[_StoredFile]) -> CoreSchema:
+    """Return the pydantic schema that validates and serializes attachments or variants.
 
     In Python mode they are unchanged, so that `Model(**schema.model_dump())` assigns them; in JSON mode their fields are shown.
     An attachment whose row contains no readable ref is shown as null and logged, so that one bad row does not break a list. The
@@ -124,29 +124,18 @@ def core_schema_of(attachment: type[Attachment]) -> CoreSchema:
 
     shown = core_schema.nullable_schema(fields_schema())
     serialization = core_schema.plain_serializer_function_ser_schema(_fields, return_schema=shown, when_used="json")
-    return core_schema.is_instance_schema(attachment, serialization=serialization)
-
-
-def variant_schema_of(variant: type[AttachmentVariant]) -> CoreSchema:
-    """Return the pydantic schema of variants, which are shown by the same fields."""
-    from pydantic_core import core_schema
-
-    serialization = core_schema.plain_serializer_function_ser_schema(
-        variant.describe, return_schema=fields_schema(), when_used="json"
-    )
-    return core_schema.is_instance_schema(variant, serialization=serialization)
+    return core_schema.is_instance_schema(file, serialization=serialization)
 
 
 class LazySerializer:
     """Lets pydantic serialize an attachment without a declared field, as in an endpoint that returns a plain dict."""
 
-    def __get__(self, instance: object, owner: type[Attachment | AttachmentVariant]) -> SchemaSerializer:
+    def __get__(self, instance: object, owner: type[_StoredFile]) -> SchemaSerializer:
         try:
             from pydantic_core import SchemaSerializer
         except ImportError:
             raise AttributeError("__pydantic_serializer__") from None
-        schema = core_schema_of(owner) if issubclass(owner, Attachment) else variant_schema_of(owner)
-        serializer = SchemaSerializer(schema)
+        serializer = SchemaSerializer(core_schema_of(owner))
         owner.__pydantic_serializer__ = serializer
         return serializer
 
@@ -167,11 +156,11 @@ def fields_schema() -> CoreSchema:
     )
 
 
-def _fields(value: Attachment) -> dict[str, Any] | None:
+def _fields(value: _StoredFile) -> dict[str, Any] | None:
     if value._state.error is not None:
         logger.warning("an attachment is shown as null, because its row contains no readable ref: %s", value._state.error)
         return None
-    if value.is_pending:
+    if value._state.status is Status.PENDING:
         raise UnboundAttachmentError("the attachment is not stored yet; flush the session before it is shown")
     return value.describe()
 
@@ -365,7 +354,7 @@ class AttachmentState:
         elif source.manager is manager:
             self._store(await engine.copy(source.require_ref(), prepared), column_type)
         else:
-            async with source.open(verify=True) as stream:
+            async with Attachment._in(source).open(verify=True) as stream:
                 # Before the stream is closed: a cancellation that comes then has to find what is stored.
                 self._store(await engine.put(prepared, stream), column_type)
 
@@ -446,21 +435,6 @@ class AttachmentState:
         if not isinstance(origin, AttachmentState):
             require_synchronous(origin)
 
-    def open(
-        self, offset: int = 0, length: int | None = None, *, verify: bool = False, ref: StoredObjectRef | None = None
-    ) -> OpeningReader:
-        """Open the object for streaming, or a variant of it by its ref; raises as `Attachment.open` does."""
-        opening = self.manager.open(ref or self.require_ref(), offset=offset, length=length, verify=verify)
-
-        async def start() -> StoredObjectReader:
-            try:
-                return await opening
-            except ObjectNotFoundError as error:
-                await self.require_current(error)
-                raise
-
-        return OpeningReader(start)
-
     async def require_current(self, missing: ObjectNotFoundError) -> None:
         """Raise `StaleAttachmentError` if no row of the column refers to a missing object any more."""
         column_type, ref = self.column_type, self.require_ref()
@@ -538,7 +512,109 @@ UploadFile: TypeAlias = SupportsAsyncRead | SupportsRead | AsyncIterable[BytesLi
 """What a web framework passes for a file of a form, such as Starlette's `UploadFile` or werkzeug's `FileStorage`."""
 
 
-class Attachment:
+class _StoredFile:
+    """What attachments and their variants have in common: a ref, the state of the attachment, and so a manager."""
+
+    # Slots, so that encoders that use `vars(...)` find no private state, no bytes and no column.
+    __slots__ = ()
+    _state: AttachmentState
+
+    __pydantic_serializer__: ClassVar[Any] = LazySerializer()
+
+    @property
+    def ref(self) -> StoredObjectRef:
+        """The receipt of the stored object."""
+        raise NotImplementedError
+
+    @property
+    def manager(self) -> StorageManager:
+        """The manager that stores it, found from its column.
+
+        Raises:
+            UnboundAttachmentError: It belongs to no column yet, or `bind_storage` was not called for the column's base.
+        """
+        return self._state.manager
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes; raises as `ref` does."""
+        return self.ref.size
+
+    @property
+    def checksum(self) -> str:
+        """`sha256:<hex>`, empty where unknown; raises as `ref` does."""
+        return self.ref.checksum
+
+    @property
+    def location(self) -> str:
+        """Its address inside its backend; raises as `ref` does."""
+        return self.ref.location
+
+    async def read(self) -> bytes:
+        """Return all bytes, verified; see `StorageManager.get`.
+
+        Raises:
+            StaleAttachmentError: The object is gone because its row has been given another file since this attachment was read,
+                or has been deleted; known where `bind_storage` was given `sessions`. Load the row again.
+            StorageError: As `StorageManager.get`.
+        """
+        try:
+            return await self.manager.get(self.ref)
+        except ObjectNotFoundError as error:
+            await self._state.require_current(error)
+            raise
+
+    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
+        """Open it for streaming; see `StorageManager.open`. Raises as `read` does where the object is gone."""
+        opening = self.manager.open(self.ref, offset=offset, length=length, verify=verify)
+
+        async def start() -> StoredObjectReader:
+            try:
+                return await opening
+            except ObjectNotFoundError as error:
+                await self._state.require_current(error)
+                raise
+
+        return OpeningReader(start)
+
+    async def exists(self) -> bool:
+        """Tell whether its object is there; see `StorageManager.exists`."""
+        return await self.manager.exists(self.ref)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields that a client may see: size, media type, name and checksum, never the location."""
+        ref = self.ref
+        return {
+            "size": ref.size,
+            "content_type": ref.content_type,
+            "original_filename": ref.original_filename,
+            "checksum": ref.checksum,
+        }
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # the result of `vars`, for encoders and debuggers
+        return self.describe()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Yield the result of `describe` as pairs, for `dict(attachment)`."""
+        yield from self.describe().items()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        return self
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema_of(cls)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(fields_schema()), "title": cls.__name__}
+
+
+class Attachment(_StoredFile):
     """A file that belongs to one row: pending until the flush that stores it, then stored.
 
     Assign one to a row: the flush uploads it, the commit keeps it and a rollback deletes it. An attachment behaves as a value:
@@ -563,11 +639,7 @@ class Attachment:
         True
     """
 
-    # Slots, so that encoders that use `vars(...)` find no private state, no bytes and no column.
     __slots__ = ("__weakref__", "_state")
-    _state: AttachmentState
-
-    __pydantic_serializer__: ClassVar[Any] = LazySerializer()
 
     def __new__(cls, *_: Any, **__: Any) -> Self:  # noqa: D102
         self = super().__new__(cls)
@@ -695,21 +767,6 @@ class Attachment:
         return self._state.ref or self._state.require_ref()
 
     @property
-    def size(self) -> int:
-        """Its size in bytes; raises as `ref` does."""
-        return self.ref.size
-
-    @property
-    def checksum(self) -> str:
-        """`sha256:<hex>`, empty where unknown; raises as `ref` does."""
-        return self.ref.checksum
-
-    @property
-    def location(self) -> str:
-        """Its address inside its backend; raises as `ref` does."""
-        return self.ref.location
-
-    @property
     def content_type(self) -> str | None:
         """The media type that was given."""
         return self._state.content_type if self.is_pending else self.ref.content_type
@@ -718,37 +775,6 @@ class Attachment:
     def original_filename(self) -> str | None:
         """The name that was given: raw while pending, cleaned once stored."""
         return self._state.filename if self.is_pending else self.ref.original_filename
-
-    @property
-    def manager(self) -> StorageManager:
-        """The manager that stores it, found from its column.
-
-        Raises:
-            UnboundAttachmentError: It belongs to no column yet, or `bind_storage` was not called for the column's base.
-        """
-        return self._state.manager
-
-    async def read(self) -> bytes:
-        """Return all bytes, verified; see `StorageManager.get`.
-
-        Raises:
-            StaleAttachmentError: The object is gone because its row has been given another file since this attachment was read,
-                or has been deleted; known where `bind_storage` was given `sessions`. Load the row again.
-            StorageError: As `StorageManager.get`.
-        """
-        try:
-            return await self.manager.get(self.ref)
-        except ObjectNotFoundError as error:
-            await self._state.require_current(error)
-            raise
-
-    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
-        """Open it for streaming; see `StorageManager.open`. Raises as `read` does where the object is gone."""
-        return self._state.open(offset, length, verify=verify)
-
-    async def exists(self) -> bool:
-        """Tell whether its object is there; see `StorageManager.exists`."""
-        return await self.manager.exists(self.ref)
 
     @property
     def variants(self) -> AttachmentVariants:
@@ -857,20 +883,7 @@ class Attachment:
         if ref is None:
             name = None if given.filename is None else clean_filename(given.filename)
             return {"size": None, "content_type": given.content_type, "original_filename": name, "checksum": None}
-        return {
-            "size": ref.size,
-            "content_type": ref.content_type,
-            "original_filename": ref.original_filename,
-            "checksum": ref.checksum,
-        }
-
-    @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # the result of `vars`, for encoders and debuggers
-        return self.describe()
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Yield the result of `describe` as pairs, for `dict(attachment)`."""
-        yield from self.describe().items()
+        return super().describe()
 
     def __eq__(self, other: object) -> bool:
         """Return whether both refer to the same object; a pending one is equal to itself only."""
@@ -896,22 +909,8 @@ class Attachment:
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self._state.load(pickled)
 
-    def __copy__(self) -> Attachment:
-        return self
 
-    def __deepcopy__(self, _: dict[int, Any]) -> Attachment:
-        return self
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema_of(cls)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(fields_schema()), "title": "Attachment"}
-
-
-class AttachmentVariant:
+class AttachmentVariant(_StoredFile):
     """A file that is derived from an attachment, or the original in its place where the recipe says so.
 
     Attributes:
@@ -921,37 +920,15 @@ class AttachmentVariant:
 
     __slots__ = ("_state", "name", "ref")
 
-    __pydantic_serializer__: ClassVar[Any] = LazySerializer()
-
     def __init__(self, state: AttachmentState, name: str, ref: StoredObjectRef) -> None:
         self._state = state
         self.name: str = name
         self.ref: StoredObjectRef = ref
 
     @property
-    def manager(self) -> StorageManager:
-        """The manager that has stored it."""
-        return self._state.manager
-
-    @property
     def is_original(self) -> bool:
         """Whether it is the original, because what is derived from it is missing."""
         return self.ref.recipe is None
-
-    @property
-    def size(self) -> int:
-        """Its size in bytes."""
-        return self.ref.size
-
-    @property
-    def checksum(self) -> str:
-        """`sha256:<hex>`."""
-        return self.ref.checksum
-
-    @property
-    def location(self) -> str:
-        """Its address inside its backend."""
-        return self.ref.location
 
     @property
     def content_type(self) -> str | None:
@@ -968,42 +945,9 @@ class AttachmentVariant:
         """What its recipe says of the content, such as `width` and `height`."""
         return self.ref.media
 
-    async def read(self) -> bytes:
-        """Return all bytes, verified; raises as `Attachment.read`."""
-        try:
-            return await self._state.manager.get(self.ref)
-        except ObjectNotFoundError as error:
-            await self._state.require_current(error)
-            raise
-
-    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
-        """Open it for streaming; raises as `Attachment.open`."""
-        return self._state.open(offset, length, verify=verify, ref=self.ref)
-
-    async def exists(self) -> bool:
-        """Tell whether its object is there."""
-        return await self._state.manager.exists(self.ref)
-
     async def url(self, *, expires_in: timedelta, disposition: Disposition = "attachment", filename: str | None = None) -> str:
         """Return a URL with which anybody can read it until it expires; see `StorageManager.url`."""
         return await self._state.manager.url(self.ref, expires_in=expires_in, disposition=disposition, filename=filename)
-
-    def describe(self) -> dict[str, Any]:
-        """Return what may be shown of it: size, media type, name and checksum, never its location."""
-        return {
-            "size": self.size,
-            "content_type": self.content_type,
-            "original_filename": self.original_filename,
-            "checksum": self.checksum,
-        }
-
-    @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # the result of `vars`, for encoders and debuggers
-        return self.describe()
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Yield the result of `describe` as pairs, for `dict(variant)`."""
-        yield from self.describe().items()
 
     @property
     def sync(self) -> SyncAttachmentVariant:
@@ -1021,20 +965,6 @@ class AttachmentVariant:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _variant_of, (Attachment._in(self._state), self.name, self.ref)
-
-    def __copy__(self) -> AttachmentVariant:
-        return self
-
-    def __deepcopy__(self, _: dict[int, Any]) -> AttachmentVariant:
-        return self
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
-        return variant_schema_of(cls)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(fields_schema()), "title": "AttachmentVariant"}
 
     def __repr__(self) -> str:
         return f"<AttachmentVariant {self.name!r} size={self.ref.size}{' original' if self.is_original else ''}>"
@@ -1093,77 +1023,70 @@ def _unknown_variant(column_type: ColumnType, name: str) -> UnknownVariantError:
     return UnknownVariantError(f"{column_type.label} declares no variant {name!r:.60} (there are: {known})")
 
 
-class SyncAttachmentVariant:
-    """The verbs of an `AttachmentVariant` for synchronous code."""
+class _SyncStoredFile:
+    """The verbs that attachments and their variants have in common, for synchronous code."""
 
-    __slots__ = ("_variant",)
-
-    def __init__(self, variant: AttachmentVariant) -> None:
-        self._variant = variant
+    __slots__ = ("_file",)
+    _name: ClassVar[str]
+    _file: Attachment | AttachmentVariant
 
     def read(self) -> bytes:
-        """Return all bytes, verified; see `AttachmentVariant.read`."""
-        return self._run(self._variant.read(), "read")
+        """Return all bytes, verified; see `Attachment.read`."""
+        return self._run(self._file.read(), "read")
 
     def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> SyncObjectReader:
-        """Open it as a binary file; see `AttachmentVariant.open`."""
-        opening = self._variant.open(offset=offset, length=length, verify=verify)
+        """Open it as a binary file; see `Attachment.open`."""
+        opening = self._file.open(offset=offset, length=length, verify=verify)
         return SyncObjectReader(self._run(opening.start(), "open"))
 
     def exists(self) -> bool:
-        """Tell whether its object is there; see `AttachmentVariant.exists`."""
-        return self._run(self._variant.exists(), "exists")
+        """Tell whether its object is there; see `Attachment.exists`."""
+        return self._run(self._file.exists(), "exists")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._file!r}>"
+
+    def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        return run_blocking(work, f"{self._name}.sync.{name}", f"'await {self._name}.{name}(...)'")
+
+
+class SyncAttachmentVariant(_SyncStoredFile):
+    """The verbs of an `AttachmentVariant` for synchronous code."""
+
+    __slots__ = ()
+    _name = "variant"
+    _file: AttachmentVariant
+
+    def __init__(self, variant: AttachmentVariant) -> None:
+        self._file = variant
 
     def url(self, *, expires_in: timedelta, disposition: Disposition = "attachment", filename: str | None = None) -> str:
         """Return a URL with which anybody can read it until it expires; see `AttachmentVariant.url`."""
-        return self._run(self._variant.url(expires_in=expires_in, disposition=disposition, filename=filename), "url")
-
-    def __repr__(self) -> str:
-        return f"<SyncAttachmentVariant of {self._variant!r}>"
-
-    def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
-        return run_blocking(work, f"variant.sync.{name}", f"'await variant.{name}(...)'")
+        return self._run(self._file.url(expires_in=expires_in, disposition=disposition, filename=filename), "url")
 
 
-class SyncAttachment:
+class SyncAttachment(_SyncStoredFile):
     """The verbs of an `Attachment` for synchronous code: `user.avatar.sync.read()`.
 
     Each does what the verb of the same name does; see `granite_storage.manager.SyncStorage`.
     """
 
-    __slots__ = ("_attachment",)
+    __slots__ = ()
+    _name = "attachment"
+    _file: Attachment
 
     def __init__(self, attachment: Attachment) -> None:
-        self._attachment = attachment
-
-    def read(self) -> bytes:
-        """Return all bytes, verified; see `Attachment.read`."""
-        return self._run(self._attachment.read(), "read")
-
-    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> SyncObjectReader:
-        """Open it as a binary file; see `Attachment.open`."""
-        opening = self._attachment.open(offset=offset, length=length, verify=verify)
-        return SyncObjectReader(self._run(opening.start(), "open"))
-
-    def exists(self) -> bool:
-        """Tell whether its object is there; see `Attachment.exists`."""
-        return self._run(self._attachment.exists(), "exists")
+        self._file = attachment
 
     def variant(self, name: str) -> AttachmentVariant:
         """Return what is derived from it under a name, made now if it is missing; see `Attachment.variant`."""
-        return self._run(self._attachment.variant(name), "variant")
+        return self._run(self._file.variant(name), "variant")
 
     def store(self, column: InstrumentedAttribute[Any]) -> Attachment:
         """Upload now, before any transaction; see `Attachment.store`."""
-        if self._attachment.is_pending:
-            self._attachment._state.require_synchronous()
-        return self._run(self._attachment.store(column), "store")
-
-    def __repr__(self) -> str:
-        return f"<SyncAttachment of {self._attachment!r}>"
-
-    def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
-        return run_blocking(work, f"attachment.sync.{name}", f"'await attachment.{name}(...)'")
+        if self._file.is_pending:
+            self._file._state.require_synchronous()
+        return self._run(self._file.store(column), "store")
 
 
 def _is_left_empty(upload: object) -> bool:

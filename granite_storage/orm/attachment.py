@@ -581,6 +581,33 @@ class _StoredFile:
         """Tell whether its object is there; see `StorageManager.exists`."""
         return await self.manager.exists(self.ref)
 
+    @property
+    def public_url(self) -> str:
+        """The URL at which anybody can read it, for files of a public policy; see `StorageManager.public_url`.
+
+        Raises:
+            ConfigurationError: The policy has no `public`.
+            UnboundAttachmentError: It is not stored yet.
+            ScanPendingError: A virus scanner has not judged it yet.
+            InfectedObjectError: It found something in it.
+        """
+        ref = self.ref
+        return self.manager.public_url(ref)
+
+    async def url(
+        self,
+        *,
+        expires_in: timedelta,
+        disposition: Disposition = "attachment",
+        filename: str | None = None,
+        stable_for: timedelta | None = None,
+    ) -> str:
+        """Return a URL with which anybody can read it until it expires; see `StorageManager.url`."""
+        ref = self.ref
+        return await self.manager.url(
+            ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for
+        )
+
     def describe(self) -> dict[str, Any]:
         """Return the fields that a client may see: size, media type, name and checksum, never the location."""
         ref = self.ref
@@ -945,10 +972,6 @@ class AttachmentVariant(_StoredFile):
         """What its recipe says of the content, such as `width` and `height`."""
         return self.ref.media
 
-    async def url(self, *, expires_in: timedelta, disposition: Disposition = "attachment", filename: str | None = None) -> str:
-        """Return a URL with which anybody can read it until it expires; see `StorageManager.url`."""
-        return await self._state.manager.url(self.ref, expires_in=expires_in, disposition=disposition, filename=filename)
-
     @property
     def sync(self) -> SyncAttachmentVariant:
         """The same verbs for synchronous code, in threads without a running event loop."""
@@ -1043,6 +1066,18 @@ class _SyncStoredFile:
         """Tell whether its object is there; see `Attachment.exists`."""
         return self._run(self._file.exists(), "exists")
 
+    def url(
+        self,
+        *,
+        expires_in: timedelta,
+        disposition: Disposition = "attachment",
+        filename: str | None = None,
+        stable_for: timedelta | None = None,
+    ) -> str:
+        """Return a URL with which anybody can read it until it expires; see `Attachment.url`."""
+        work = self._file.url(expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for)
+        return self._run(work, "url")
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._file!r}>"
 
@@ -1059,10 +1094,6 @@ class SyncAttachmentVariant(_SyncStoredFile):
 
     def __init__(self, variant: AttachmentVariant) -> None:
         self._file = variant
-
-    def url(self, *, expires_in: timedelta, disposition: Disposition = "attachment", filename: str | None = None) -> str:
-        """Return a URL with which anybody can read it until it expires; see `AttachmentVariant.url`."""
-        return self._run(self._file.url(expires_in=expires_in, disposition=disposition, filename=filename), "url")
 
 
 class SyncAttachment(_SyncStoredFile):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Literal, TypeAlias
 from urllib.parse import quote, urlsplit
 
@@ -94,6 +95,7 @@ def url_path(location: str) -> str:
     return location if _PLAIN_PATH.fullmatch(location) else quote(location, safe="/~")
 
 
+@lru_cache(maxsize=512)
 def served_type(content_type: str | None) -> str:
     """Return the Content-Type for what a writer declared.
 

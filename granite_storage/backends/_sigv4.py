@@ -11,8 +11,11 @@ import hashlib
 import hmac
 import re
 import time
+from functools import lru_cache
 from typing import Protocol, Self
 from urllib.parse import quote, urlsplit
+
+from granite_storage._headers import url_path
 
 __all__ = ["Credentials", "QuerySigner", "timestamp"]
 
@@ -92,14 +95,14 @@ class QuerySigner:
             content_type: The Content-Type that the answer shall carry.
             disposition: The Content-Disposition that the answer shall carry.
         """
-        path = quote(key, safe="/~")
+        path = url_path(key)
         day = date[:8]
         signed = (
             f"X-Amz-Algorithm={_ALGORITHM}&X-Amz-Credential={quote(credentials.access_key, safe='~')}%2F{day}"
             f"%2F{self._region}%2F{self._service}%2Faws4_request&X-Amz-Date={date}&X-Amz-Expires={expires}"
         )
         token = "" if credentials.token is None else f"&X-Amz-Security-Token={quote(credentials.token, safe='~')}"
-        kind = "" if content_type is None else f"response-content-type={quote(content_type, safe='~')}"
+        kind = "" if content_type is None else f"response-content-type={_quoted_type(content_type)}"
         shown = "" if disposition is None else f"response-content-disposition={quote(disposition, safe='~')}"
         # The canonical query is sorted by name; the SDK's URL has what is asked of the answer first, and the token last.
         query = "&".join(filter(None, (f"{signed}{token}&X-Amz-SignedHeaders=host", shown, kind)))
@@ -123,6 +126,12 @@ class QuerySigner:
         return key
 
 
-def timestamp(moment: float) -> str:
+@lru_cache(maxsize=512)
+def _quoted_type(content_type: str) -> str:
+    return quote(content_type, safe="~")
+
+
+@lru_cache(maxsize=512)
+def timestamp(moment: int) -> str:
     """Return a time, in seconds since 1970, as signatures have it."""
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(moment))

@@ -472,6 +472,8 @@ class S3StorageBackend:
         client = await self._clients.get()
         try:
             urls = await client.presigned(requests)
+        except S3ConfigurationError:
+            raise
         except Exception as error:
             location = requests[0].location if len(requests) == 1 else None
             raise translate(error, "presign_get", bucket=self.bucket, location=location) from error

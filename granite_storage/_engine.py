@@ -447,7 +447,7 @@ async def may_overlap(backend: StorageBackend, other: StorageBackend) -> bool | 
     """Tell whether two backends lead to the same objects; None where one of them does not tell its places."""
     if backend is other:
         return True
-    places, others = await _places_of(backend), await _places_of(other)
+    places, others = await places_of(backend), await places_of(other)
     return None if places is None or others is None else overlap(places, others)
 
 
@@ -465,7 +465,7 @@ async def identities_of(backend: StorageBackend) -> tuple[str, ...] | None:
         return ()
 
 
-async def _places_of(backend: StorageBackend) -> set[Place] | None:
+async def places_of(backend: StorageBackend) -> set[Place] | None:
     """Return all names of a backend's place, its identity among them: a server may have names that cannot be compared."""
     if not isinstance(backend, SupportsPlaces):
         return None
@@ -569,13 +569,13 @@ class Engine:
         return PreparedUpload(policy, location, content_type, filename, own_keys, policy.checks)
 
     def prepare_variant(
-        self, source: str, name: str, recipe: str, *, storage_key: str, model_name: str, entity_id: str, field_name: str
+        self, source: str, filename: str, recipe: str, *, storage_key: str, model_name: str, entity_id: str, field_name: str
     ) -> PreparedUpload:
         """Choose the location of a variant, as `prepare` does; what clients may send does not bind it.
 
         Args:
             source: The location of its original.
-            name: The name of the variant.
+            filename: Its name in the location.
             recipe: The digest of its recipe.
             storage_key: The policy of its original.
             model_name: A segment of its location, as the next two.
@@ -587,7 +587,7 @@ class Engine:
             model_name=model_name,
             entity_id=entity_id,
             field_name=field_name,
-            original_filename=name,
+            original_filename=filename,
         )
         return replace(prepared, original_filename=None, checks=None, source=source, recipe=recipe)
 

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
 
 from granite_storage._engine import upload_names
@@ -62,6 +63,7 @@ __all__ = [
     "SyncAttachmentVariant",
     "core_schema_of",
     "fields_schema",
+    "shown_fields",
 ]
 
 T = TypeVar("T")
@@ -123,7 +125,7 @@ def core_schema_of(file: type[_StoredFile]) -> CoreSchema:
     from pydantic_core import core_schema
 
     shown = core_schema.nullable_schema(fields_schema())
-    serialization = core_schema.plain_serializer_function_ser_schema(_fields, return_schema=shown, when_used="json")
+    serialization = core_schema.plain_serializer_function_ser_schema(shown_fields, return_schema=shown, when_used="json")
     return core_schema.is_instance_schema(file, serialization=serialization)
 
 
@@ -140,7 +142,7 @@ class LazySerializer:
         return serializer
 
 
-def fields_schema() -> CoreSchema:
+def fields_schema(*, with_url: bool = False) -> CoreSchema:
     """Return the schema of the fields."""
     from pydantic_core import core_schema
 
@@ -152,11 +154,17 @@ def fields_schema() -> CoreSchema:
             "content_type": field(optional),
             "original_filename": field(optional),
             "checksum": field(text),
+            **({"url": field(optional)} if with_url else {}),
         }
     )
 
 
-def _fields(value: _StoredFile) -> dict[str, Any] | None:
+def shown_fields(value: _StoredFile) -> dict[str, Any] | None:
+    """Return the fields, or None where the row contains no readable ref, which is logged.
+
+    Raises:
+        UnboundAttachmentError: It is not stored yet.
+    """
     if value._state.error is not None:
         logger.warning("an attachment is shown as null, because its row contains no readable ref: %s", value._state.error)
         return None
@@ -233,6 +241,7 @@ class AttachmentState:
         filename: The file name that it was made with.
         content_type: The media type that it was made with.
         extra: The extra keys that it was made with.
+        signed_urls: What `sign_urls` has signed, by backend and location: the URLs, and when they end in seconds since 1970.
     """
 
     # Class attributes and no constructor, because an attachment that a row is read into sets two of them only.
@@ -249,6 +258,7 @@ class AttachmentState:
     filename: str | None = None
     content_type: str | None = None
     extra: Mapping[str, Any] | None = None
+    signed_urls: Mapping[tuple[str, str], tuple[str, float]] = MappingProxyType({})
     _is_discarded: bool = False
     # The instances that it was assigned to while no row held it, and the attributes.
     _assignments: Sequence[tuple[weakref.ref[InstanceState[Any]], str]] = ()
@@ -414,6 +424,10 @@ class AttachmentState:
     def discard(self) -> None:
         """Note that the object is removed because no row has taken it; `undo` follows."""
         self._is_discarded = True
+
+    def keep_url(self, ref: StoredObjectRef, url: str, until: float) -> None:
+        """Keep the signed URL of its object, or of a variant's, to be shown until it ends."""
+        self.signed_urls = {**self.signed_urls, (ref.backend, ref.location): (url, until)}
 
     def drop_source(self) -> None:
         """Release the source: what is stored cannot be stored once more."""

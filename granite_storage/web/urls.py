@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
@@ -44,9 +46,12 @@ class SignedFiles:
     Args:
         manager: The manager; it must have a `url_signer`.
         inline_types: The media types that may be shown inline where a URL allows it.
+        caching: How an answer may be kept: `revalidate` by a browser that asks each time whether it changed, `private` by a
+            browser, and `shared` by caches in front of the application as well, in both cases no longer than the URL works.
+            Caches answer by the URL alone, which stays the same with `stable_for`.
 
     Raises:
-        ConfigurationError: The manager has no signer, or `inline_types` has one that must not be shown.
+        ConfigurationError: The manager has no signer, `inline_types` has one that must not be shown, or `caching` is not known.
 
     Example:
         ```python
@@ -54,12 +59,21 @@ class SignedFiles:
         ```
     """
 
-    def __init__(self, manager: StorageManager, *, inline_types: Collection[str] = INLINE_TYPES) -> None:
+    def __init__(
+        self,
+        manager: StorageManager,
+        *,
+        inline_types: Collection[str] = INLINE_TYPES,
+        caching: Literal["revalidate", "private", "shared"] = "revalidate",
+    ) -> None:
+        if caching not in ("revalidate", "private", "shared"):
+            raise ConfigurationError(f"caching must be 'revalidate', 'private' or 'shared', not {caching!r}")
         if manager.url_signer is None:
             raise ConfigurationError("the manager signs no URLs: pass url_signer= to StorageManager")
         self._manager = manager
         self._signer = manager.url_signer
         self._inline_types = require_inline_types(inline_types)
+        self._scope = {"private": "private", "shared": "public"}.get(caching)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -80,6 +94,7 @@ class SignedFiles:
             disposition=signed.disposition,
             filename=signed.filename,
             inline_types=self._inline_types,
+            cache_control=self._scope and f"{self._scope}, max-age={max(0, int(signed.expires - time.time()))}",
         )
         await _answer(response, scope, receive, send)
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from granite_storage._engine import upload_names
 from granite_storage._portal import run_blocking
@@ -67,6 +67,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+F = TypeVar("F", bound="_StoredFile")
 
 
 # The address by which a pickled attachment finds its column, and so its manager, in another process.
@@ -956,15 +957,19 @@ class AttachmentVariant(_StoredFile):
 
     Attributes:
         name: The name that the column declares.
-        ref: The receipt of its object.
     """
 
-    __slots__ = ("_state", "name", "ref")
+    __slots__ = ("_ref", "_state", "name")
 
     def __init__(self, state: AttachmentState, name: str, ref: StoredObjectRef) -> None:
         self._state = state
         self.name: str = name
-        self.ref: StoredObjectRef = ref
+        self._ref = ref
+
+    @property
+    def ref(self) -> StoredObjectRef:
+        """The receipt of its object."""
+        return self._ref
 
     @property
     def is_original(self) -> bool:
@@ -1060,12 +1065,14 @@ def _unknown_variant(column_type: ColumnType, name: str) -> UnknownVariantError:
     return UnknownVariantError(f"{column_type.label} declares no variant {name!r:.60} (there are: {known})")
 
 
-class _SyncStoredFile:
+class _SyncStoredFile(Generic[F]):
     """The verbs that attachments and their variants have in common, for synchronous code."""
 
     __slots__ = ("_file",)
     _name: ClassVar[str]
-    _file: Attachment | AttachmentVariant
+
+    def __init__(self, file: F) -> None:
+        self._file = file
 
     def read(self) -> bytes:
         """Return all bytes, verified; see `Attachment.read`."""
@@ -1099,18 +1106,14 @@ class _SyncStoredFile:
         return run_blocking(work, f"{self._name}.sync.{name}", f"'await {self._name}.{name}(...)'")
 
 
-class SyncAttachmentVariant(_SyncStoredFile):
+class SyncAttachmentVariant(_SyncStoredFile["AttachmentVariant"]):
     """The verbs of an `AttachmentVariant` for synchronous code."""
 
     __slots__ = ()
     _name = "variant"
-    _file: AttachmentVariant
-
-    def __init__(self, variant: AttachmentVariant) -> None:
-        self._file = variant
 
 
-class SyncAttachment(_SyncStoredFile):
+class SyncAttachment(_SyncStoredFile["Attachment"]):
     """The verbs of an `Attachment` for synchronous code: `user.avatar.sync.read()`.
 
     Each does what the verb of the same name does; see `granite_storage.manager.SyncStorage`.
@@ -1118,10 +1121,6 @@ class SyncAttachment(_SyncStoredFile):
 
     __slots__ = ()
     _name = "attachment"
-    _file: Attachment
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._file = attachment
 
     def variant(self, name: str) -> AttachmentVariant:
         """Return what is derived from it under a name, made now if it is missing; see `Attachment.variant`."""

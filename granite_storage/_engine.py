@@ -860,8 +860,8 @@ class Engine:
             if not isinstance(backend, SupportsPresignedUpload):
                 return None
             content_type = prepared.content_type or _OPAQUE
-            if prepared.policy.public is not None:  # nobody has looked at it yet, and anybody may who knows its location
-                content_type = _OPAQUE
+            if prepared.policy.public is not None:
+                content_type = _OPAQUE  # it is not judged yet, and readable for all who know its location
             return await backend.presign_upload(
                 prepared.location, expires_in=expires_in, content_type=content_type, min_size=min_size, max_size=max_size
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import backends, core, derived, derivers, effects, gc, inspection, journal, nested, sessions, tools, web
+from tests.mutants import backends, core, derived, derivers, effects, gc, inspection, journal, nested, sessions, tools, urls, web
 from tests.mutants.mutant import Mutant
 
 __all__ = ["MUTANTS"]
@@ -20,4 +20,5 @@ MUTANTS: list[Mutant] = [
     *derivers.MUTANTS,
     *effects.MUTANTS,
     *tools.MUTANTS,
+    *urls.MUTANTS,
 ]

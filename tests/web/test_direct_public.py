@@ -61,7 +61,7 @@ async def test_a_page(backend: Any, tmp_path: Path) -> None:
 
 
 async def _another_type(uploads: Any, client: Client, backend: Any) -> None:
-    """What stands there with a type that nobody has agreed to is refused."""
+    """What stands there with a type that was not agreed is refused."""
     upload = await uploads.begin(Document.file, filename="a.png", content_type="image/png", size=len(PAGE))
     objects = {info.location async for info in backend.iter_objects("files/")}
     await client.sent(upload, PAGE)

@@ -1,4 +1,4 @@
-"""Files that the web server in front sends: what it is told, and that nothing else can be told."""
+"""Files that the web server in front sends: what the header says, and that it can say nothing else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def put(manager: StorageManager, **options: Any) -> StoredObjectRef:
     return await manager.put_bytes(**{**SLOT, **options}, content=HUNDRED, content_type="image/png", original_filename="a b.png")
 
 
-async def test_nginx_is_told(manager: StorageManager) -> None:
+async def test_nginx(manager: StorageManager) -> None:
     ref = await put(manager)
     response = await ask(serving(manager, ref, offload=NGINX, disposition="inline"), range="bytes=1-2", if_none_match="*")
     assert (response.status_code, response.content, response.headers["content-length"]) == (200, b"", "0")
@@ -47,7 +47,7 @@ async def test_nginx_is_told(manager: StorageManager) -> None:
     assert not {"etag", "last-modified", "content-encoding"} & set(response.headers)
 
 
-async def test_others_are_told(manager: StorageManager) -> None:
+async def test_other_servers(manager: StorageManager) -> None:
     ref = await put(manager)
     apache = Offload("X-Sendfile", {"local": "/srv/caf\u00e9 files/"})
     response = await ask(serving(manager, ref, offload=apache))

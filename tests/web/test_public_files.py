@@ -96,7 +96,7 @@ async def test_what_a_browser_might_run_is_a_download(manager: StorageManager, a
 
 
 async def test_what_is_never_served(manager: StorageManager, app: ASGIApp, backend: Any) -> None:
-    """By the location it is nobody else's: neither what is private, nor what is staged, nor what others have put there."""
+    """The location decides: neither what is private is served, nor what is staged, nor what others have put there."""
     secret, public = await put(manager, "secrets"), await put(manager)
     name = f"{uuid7_hex()}-me.png"
     for location in (

@@ -265,8 +265,12 @@ def _window(location: str, expires_in: timedelta, stable_for: timedelta | None) 
     length = int(stable_for.total_seconds())
     if length < 1:
         raise ValueError(f"stable_for must be at least one second, not {stable_for}")
+    try:
+        life = expires_in + timedelta(seconds=length)
+    except OverflowError:
+        raise ValueError(f"expires_in and stable_for are too long together: {expires_in}, {stable_for}") from None
     offset = zlib.crc32(location.encode()) % length
-    return (int(now) - offset) // length * length + offset, expires_in + timedelta(seconds=length)
+    return (int(now) - offset) // length * length + offset, life
 
 
 def _granted(claims: Mapping[str, Any]) -> SignedObject | None:

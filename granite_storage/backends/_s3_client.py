@@ -52,6 +52,7 @@ _OVERDUE_SECONDS = 1.0
 _CHECK_SECONDS = 0.05
 # How long what was learned of the SDK's signer counts: a redirect to another region changes it, for one.
 _RELEARN_SECONDS = 60.0
+_LEARNING_ATTEMPTS = 3
 # What no location is called, and no encoding changes.
 _PROBE_KEY = ".granite-presigned"
 # How many URLs are signed in one turn of the event loop: about 2 ms.
@@ -414,7 +415,9 @@ class S3Client:
         credentials: Credentials = await held.get_frozen_credentials()
         learned_at, signer = self._learned.get(credentials.token is not None, (-math.inf, None))
         now = time.monotonic()
-        while now - learned_at >= _RELEARN_SECONDS:
+        for _ in range(_LEARNING_ATTEMPTS):
+            if now - learned_at < _RELEARN_SECONDS:
+                break
             url = await self._presigned_by_sdk(PresignRequest("", timedelta(minutes=1)), key=_PROBE_KEY)
             before, credentials = credentials, await held.get_frozen_credentials()
             if before == credentials:  # otherwise they were refreshed meanwhile

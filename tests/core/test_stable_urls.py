@@ -138,6 +138,7 @@ async def test_one_that_cannot_be_signed() -> None:
             {"stable_for": timedelta(0)},
             {"stable_for": timedelta(milliseconds=900)},
             {"stable_for": timedelta(days=7)},
+            {"stable_for": timedelta.max},
         ):
             with pytest.raises(ValueError, match="stable_for"):
                 await manager.url(ref_at("a"), expires_in=HOUR, **options)

@@ -89,8 +89,8 @@ MUTANTS = [
         name="urls-window-without-its-end",
         rule="A stable URL works as long as was asked for when it is returned at the end of its window, too.",
         path="granite_storage/signing.py",
-        old="expires_in + timedelta(seconds=length)",
-        new="timedelta(seconds=length)",
+        old="life = expires_in + timedelta(seconds=length)",
+        new="life = timedelta(seconds=length)",
         tests=("tests/core/test_stable_urls.py::test_the_rule",),
     ),
     Mutant(

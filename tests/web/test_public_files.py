@@ -13,6 +13,7 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp
 
 from granite_storage import ConfigurationError, StorageManager, StoragePolicy, StoredObjectRef
+from granite_storage._engine import is_media_type
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.wrappers import PrefixedBackend
@@ -20,6 +21,7 @@ from granite_storage.locations import STAGED_NAME, uuid7_hex
 from granite_storage.policies import PublicURL
 from granite_storage.testing import FaultInjectingBackend
 from granite_storage.web import PublicFiles
+from tests.docs.hostile import HOSTILE, File, require_harmless
 from tests.web.serving import HUNDRED, ask
 
 BASE = "https://example.com/media"
@@ -93,6 +95,20 @@ async def test_what_a_browser_might_run_is_a_download(manager: StorageManager, a
     assert response.headers["content-type"] == "application/octet-stream"
     assert response.headers["content-disposition"].startswith("attachment")
     assert response.headers["content-security-policy"] == "sandbox; default-src 'none'"
+
+
+@pytest.mark.parametrize("file", HOSTILE, ids=lambda file: f"{file.name[:20]!a} {file.kind[:20]!a}")
+async def test_hostile_files(manager: StorageManager, app: ASGIApp, file: File) -> None:
+    ref = await manager.put_bytes(
+        storage_key="avatars",
+        **PLACE,
+        content=file.content,
+        original_filename=file.name,
+        content_type=file.kind if is_media_type(file.kind) else None,
+    )
+    response = await ask(app, url=manager.public_url(ref))
+    assert response.content == file.content
+    require_harmless(response)
 
 
 async def test_what_is_never_served(manager: StorageManager, app: ASGIApp, backend: Any) -> None:

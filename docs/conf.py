@@ -48,6 +48,7 @@ nitpick_ignore = [
     ("py:class", "granite_storage.gc.collection.CollectionScope"),
     ("py:class", "granite_storage.orm.attachment.UploadFile"),
     ("py:class", "granite_storage.web.uploads.UploadSource"),
+    ("py:class", "granite_storage.orm.attachment.F"),
     ("py:class", "granite_storage.web.uploads.T"),
 ]
 

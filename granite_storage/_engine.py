@@ -6,12 +6,13 @@ The manager, the ORM hooks, the garbage collector, the web and the command line 
 from __future__ import annotations
 
 import asyncio
+import builtins
 import logging
 import re
 import threading
 import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -19,12 +20,13 @@ from functools import cache, partial
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from granite_storage._headers import Disposition
+from granite_storage._headers import Disposition, content_disposition, served_type
 from granite_storage._logs import fields_of
 from granite_storage._portal import portal
 from granite_storage._tasks import CLEANUP_TIMEOUT, run_bounded, shielded_cleanup, wait_uncancelled
 from granite_storage._telemetry import load, traced
 from granite_storage.backends.base import (
+    ObjectHeaders,
     ObjectInfo,
     ObjectReader,
     Place,
@@ -38,6 +40,7 @@ from granite_storage.backends.base import (
     SupportsPresignedUpload,
     UploadRequest,
     close_listing,
+    object_headers,
     overlap,
 )
 from granite_storage.exceptions import (
@@ -56,8 +59,8 @@ from granite_storage.inspection.scanning import scan_stored
 from granite_storage.locations import check_location, clean_filename, make_location
 from granite_storage.policies import StoragePolicy
 from granite_storage.readers import OpeningReader, StoredObjectReader, require_recorded_size
-from granite_storage.refs import ReadOnlyDict, StoredObjectRef, canonical_timestamp, read_only
-from granite_storage.signing import UrlSigner, signed_url
+from granite_storage.refs import ReadOnlyDict, StoredObjectRef, canonical_timestamp, read_only, require_scanned
+from granite_storage.signing import UrlSigner, signed_urls
 from granite_storage.streams import (
     BytesLike,
     ByteSource,
@@ -90,6 +93,7 @@ def _gate() -> ModuleType:
 
 
 _LONGEST_CONTENT_TYPE = 255
+_OPAQUE = "application/octet-stream"
 _DELETES_AT_A_TIME = 16
 # A token, and a quoted string, of RFC 9110, section 5.6; neither goes back over what it has taken.
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
@@ -446,7 +450,7 @@ async def may_overlap(backend: StorageBackend, other: StorageBackend) -> bool | 
     """Tell whether two backends lead to the same objects; None where one of them does not tell its places."""
     if backend is other:
         return True
-    places, others = await _places_of(backend), await _places_of(other)
+    places, others = await places_of(backend), await places_of(other)
     return None if places is None or others is None else overlap(places, others)
 
 
@@ -464,7 +468,7 @@ async def identities_of(backend: StorageBackend) -> tuple[str, ...] | None:
         return ()
 
 
-async def _places_of(backend: StorageBackend) -> set[Place] | None:
+async def places_of(backend: StorageBackend) -> set[Place] | None:
     """Return all names of a backend's place, its identity among them: a server may have names that cannot be compared."""
     if not isinstance(backend, SupportsPlaces):
         return None
@@ -569,13 +573,13 @@ class Engine:
         return PreparedUpload(policy, location, content_type, filename, own_keys, policy.checks)
 
     def prepare_variant(
-        self, source: str, name: str, recipe: str, *, storage_key: str, model_name: str, entity_id: str, field_name: str
+        self, source: str, filename: str, recipe: str, *, storage_key: str, model_name: str, entity_id: str, field_name: str
     ) -> PreparedUpload:
         """Choose the location of a variant, as `prepare` does; what clients may send does not bind it.
 
         Args:
             source: The location of its original.
-            name: The name of the variant.
+            filename: Its name in the location.
             recipe: The digest of its recipe.
             storage_key: The policy of its original.
             model_name: A segment of its location, as the next two.
@@ -587,7 +591,7 @@ class Engine:
             model_name=model_name,
             entity_id=entity_id,
             field_name=field_name,
-            original_filename=name,
+            original_filename=filename,
         )
         return replace(prepared, original_filename=None, checks=None, source=source, recipe=recipe)
 
@@ -790,11 +794,55 @@ class Engine:
         with self._lifecycle.call(), self._attribute_errors(backend_key) as backend:
             return await self._identities.current(backend_key, backend)
 
+    def public_url(self, ref: StoredObjectRef) -> str:
+        """Return the URL at which anybody can read an object of a public policy."""
+        require_ref(ref)
+        policy = self.policy(ref.storage_key)
+        if policy.public is None:
+            raise ConfigurationError(
+                f"the policy {policy.storage_key!r} is not public: sign a URL with 'await storage.url(...)', or pass"
+                " public=PublicURL('https://...') to the policy"
+            )
+        if policy.backend_key != ref.backend:
+            raise ConfigurationError(
+                f"the object at {ref.location!r} is in the backend {ref.backend!r}, and the public URLs of the policy"
+                f" {policy.storage_key!r} are those of {policy.backend_key!r}: migrate it first"
+            )
+        require_scanned(ref)
+        return policy.public.url_of(ref.location)
+
     @traced("url")
-    async def url(self, ref: StoredObjectRef, *, expires_in: timedelta, disposition: Disposition, filename: str | None) -> str:
-        """Return a URL with which any client can read an object until it expires."""
-        with self._lifecycle.call(), self._at(ref) as backend:
-            return await signed_url(backend, self.url_signer, ref, expires_in, disposition, filename)
+    async def urls(
+        self,
+        refs: Iterable[StoredObjectRef],
+        *,
+        expires_in: timedelta,
+        disposition: Disposition,
+        filename: str | None = None,
+        stable_for: timedelta | None = None,
+    ) -> builtins.list[str]:
+        """Return URLs with which any client can read objects until they expire, in the order of the refs."""
+        wanted = list(refs)
+        places: dict[str, list[int]] = {}
+        for place, ref in enumerate(wanted):
+            require_ref(ref)
+            check_location(ref.location)
+            places.setdefault(ref.backend, []).append(place)
+        found: dict[int, str] = {}
+        with self._lifecycle.call():
+            for key, chosen in places.items():
+                with self._attribute_errors(key) as backend:
+                    urls = await signed_urls(
+                        backend,
+                        self.url_signer,
+                        [wanted[place] for place in chosen],
+                        expires_in=expires_in,
+                        disposition=disposition,
+                        filename=filename,
+                        stable_for=stable_for,
+                    )
+                found.update(zip(chosen, urls, strict=True))
+        return [found[place] for place in range(len(wanted))]
 
     async def upload_request(
         self, prepared: PreparedUpload, *, expires_in: timedelta, min_size: int, max_size: int
@@ -817,7 +865,9 @@ class Engine:
         with self._lifecycle.call(), self._attribute_errors(prepared.policy.backend_key) as backend:
             if not isinstance(backend, SupportsPresignedUpload):
                 return None
-            content_type = prepared.content_type or "application/octet-stream"
+            content_type = prepared.content_type or _OPAQUE
+            if prepared.policy.public is not None:
+                content_type = _OPAQUE  # it is not judged yet, and readable for all who know its location
             return await backend.presign_upload(
                 prepared.location, expires_in=expires_in, content_type=content_type, min_size=min_size, max_size=max_size
             )
@@ -855,17 +905,19 @@ class Engine:
             data, checksum = await fingerprint(content)
             with self._attribute_errors(key) as backend:
                 identity = await self._identities.current(key, backend)
-                details = await backend.put_bytes(prepared.location, data, content_type=prepared.content_type)
+                with _stored_headers(prepared) as content_type:
+                    details = await backend.put_bytes(prepared.location, data, content_type=content_type)
             return await self._receipt(prepared, len(data), checksum, details, identity)
 
     async def _store(self, prepared: PreparedUpload, content: MeasuredStream, gate: Gate | None = None) -> StoredObjectRef:
         """Store a stream; nothing is awaited between the object's publication and its receipt, so no cancellation parts them."""
         key = prepared.policy.backend_key
-        content_type = prepared.content_type if gate is None else gate.verdict.content_type
+        judged = prepared if gate is None else prepared.judged(gate.verdict)
         try:
             with self._attribute_errors(key) as backend:
                 identity = await self._identities.current(key, backend)
-                details = await backend.put_stream(prepared.location, content, content_type=content_type)
+                with _stored_headers(judged) as content_type:
+                    details = await backend.put_stream(prepared.location, content, content_type=content_type)
         except BaseException:
             await content.aclose()
             raise
@@ -903,7 +955,8 @@ class Engine:
         with self._lifecycle.call(), self._at(ref) as storage:
             require_recorded_size(ref, (await storage.stat(ref.location)).size)
             identity = await self._identities.current(ref.backend, storage)
-            details = await backend.copy(ref.location, prepared.location)
+            with _stored_headers(prepared):
+                details = await backend.copy(ref.location, prepared.location)
             return await self._receipt(prepared, ref.size, ref.checksum, details, identity)
 
     async def _copy_through(self, ref: StoredObjectRef, prepared: PreparedUpload) -> StoredObjectRef:
@@ -921,6 +974,21 @@ class Engine:
                 raise
             # Iteration to the end has let go of the handle already.
             return copy
+
+
+@contextmanager
+def _stored_headers(prepared: PreparedUpload) -> Iterator[str | None]:
+    """Stand around a write or a copy, which stores the headers that the policy's public needs; give the media type to store."""
+    public, content_type, headers = prepared.policy.public, prepared.content_type, None
+    if public is not None:
+        disposition = content_disposition(public.disposition, prepared.original_filename, content_type)
+        content_type = served_type(content_type)
+        headers = ObjectHeaders(content_type, disposition, public.cache_control, public.acl)
+    token = object_headers.set(headers)  # None, too: a stream may store another object while it is read
+    try:
+        yield content_type
+    finally:
+        object_headers.reset(token)
 
 
 async def _delete_in_batches(backend: SupportsBatchDelete, locations: Sequence[str]) -> Mapping[str, StorageError]:

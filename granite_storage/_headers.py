@@ -1,11 +1,12 @@
-"""How an object is shown to a browser: under which name and type, and whether in its window or as a download."""
+"""How an object is shown to a browser: at which URL, under which name and type, and whether in its window or as a download."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Literal, TypeAlias
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.locations import clean_filename
@@ -72,9 +73,29 @@ _ACTIVE_WORDS = (
     "xul",
 )
 _ATTR_CHARACTERS = "!#$&+-.^_`|~"
+_BASE_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(?:/[A-Za-z0-9._~-]+)*")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/_.~-]*")
 _NOT_QUOTABLE = re.compile(r"[^\x20-\x7e]|[\"%\\]")
 
 
+def require_base_url(base_url: object) -> str:
+    """Return an absolute URL without a slash at its end, or raise `ConfigurationError`."""
+    text = base_url.removesuffix("/") if isinstance(base_url, str) else ""
+    try:
+        named = bool(urlsplit(text).hostname) and urlsplit(text).port != 0
+    except ValueError:
+        named = False
+    if not named or not _BASE_URL.fullmatch(text):
+        raise ConfigurationError("base_url must be an absolute URL such as 'https://example.com/files', without query or user")
+    return text
+
+
+def url_path(location: str) -> str:
+    """Return a location as the path of a URL; everything but the unreserved characters of RFC 3986 is percent-encoded."""
+    return location if _PLAIN_PATH.fullmatch(location) else quote(location, safe="/~")
+
+
+@lru_cache(maxsize=512)
 def served_type(content_type: str | None) -> str:
     """Return the Content-Type for what a writer declared.
 

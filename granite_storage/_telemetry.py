@@ -105,7 +105,7 @@ def traced(operation: str, *, subject: int = 1) -> Callable[[Function], Function
     Args:
         operation: The name.
         subject: The positional argument that says which backend and policy it concerns: an upload that was prepared, a ref, the
-            scope of a collection, or the key of a backend; the method's own object is 0.
+            scope of a collection, or the key of a backend; of a list the first; the method's own object is 0.
     """
 
     def decorate(function: Function) -> Function:
@@ -113,7 +113,10 @@ def traced(operation: str, *, subject: int = 1) -> Callable[[Function], Function
             return function
 
         def begin(arguments: tuple[object, ...]) -> AbstractContextManager[_Operation | None]:
-            return begun(operation, arguments[subject] if len(arguments) > subject else None)
+            found = arguments[subject] if len(arguments) > subject else None
+            if isinstance(found, list):  # the refs of a page are of one policy, as a rule
+                found = found[0] if found else None
+            return begun(operation, found)
 
         if iscoroutinefunction(function):
 

@@ -24,6 +24,7 @@ __all__ = [
     "MAX_LOCATION_BYTES",
     "MAX_SEGMENT_BYTES",
     "RESERVED_PREFIX",
+    "STAGED_NAME",
     "check_location",
     "check_segment",
     "clean_filename",
@@ -46,6 +47,9 @@ RESERVED_PREFIX = ".granite-"
 
 GENERATED_STEM = "[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}"
 """The regular expression of how a generated name begins: a UUID of version 7, before a hyphen and the safe name."""
+
+STAGED_NAME = "_staged"
+"""What a generated name ends in where a client stores directly; no file is called so, whose safe name begins with no `_`."""
 
 GENERATED_ID_LENGTH = 32
 """How many hex digits that UUID has."""

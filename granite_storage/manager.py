@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Self, TypeVar
@@ -313,6 +314,7 @@ class StorageManager:
         expires_in: timedelta,
         disposition: Disposition = "attachment",
         filename: str | None = None,
+        stable_for: timedelta | None = None,
     ) -> str:
         """Return a URL with which anybody can read the object until it expires: do not log it.
 
@@ -321,18 +323,64 @@ class StorageManager:
 
         Args:
             ref: The object.
-            expires_in: How long the URL works, from one second to seven days, or to what the signer allows.
+            expires_in: How long the URL works at least, from one second to seven days, or to what the signer allows.
             disposition: `inline` lets a browser show it in its window, where its media type is safe to show.
             filename: The name it is saved under; None for the one it was uploaded with.
+            stable_for: How long the same URL is returned, so that caches keep what they have read by it; None for a new one each
+                time. Windows of this length follow each other, and begin at another time for each object. A URL works to the end
+                of its window and `expires_in` after it, so together they are at most seven days, or what the signer allows. All
+                processes with the same credentials or keys return the same URL.
 
         Raises:
-            ConfigurationError: The backend signs no URLs, and the manager has no signer.
-            ValueError: `expires_in` is out of bounds, or the disposition is not known.
+            ConfigurationError: The backend signs no URLs, and the manager has no signer; or it signs none that are stable.
+            ValueError: `expires_in` or `stable_for` is out of bounds, or the disposition is not known.
             ScanPendingError: A virus scanner has not judged the object yet.
             InfectedObjectError: It found something in it.
             BackendError: The backend could not sign.
         """
-        return await self._engine.url(ref, expires_in=expires_in, disposition=disposition, filename=filename)
+        urls = await self._engine.urls(
+            [ref], expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for
+        )
+        return urls[0]
+
+    async def urls(
+        self,
+        refs: Iterable[StoredObjectRef],
+        *,
+        expires_in: timedelta,
+        disposition: Disposition = "attachment",
+        stable_for: timedelta | None = None,
+    ) -> builtins.list[str]:
+        """Return a URL for each of the objects, in their order, as `url` does for one: the objects of a page in one batch.
+
+        Args:
+            refs: The objects, of any policies and backends.
+            expires_in: How long the URLs work at least.
+            disposition: `inline` lets a browser show in its window what is safe to show.
+            stable_for: How long the same URLs are returned; see `url`.
+
+        Raises:
+            StorageError: One could not be signed, as `url` says.
+            ValueError: As `url`.
+        """
+        return await self._engine.urls(refs, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
+
+    def public_url(self, ref: StoredObjectRef) -> str:
+        """Return the URL at which anybody can read an object of a public policy, for as long as it exists.
+
+        It is put together, without I/O, and always the same: caches may keep what they have read by it for ever. It is not
+        checked that the object exists.
+
+        Args:
+            ref: The object.
+
+        Raises:
+            ConfigurationError: The policy of the ref has no `public`, or writes to another backend now than the object is in.
+            UnknownPolicyError: The policy of the ref is not there.
+            ScanPendingError: A virus scanner has not judged the object yet.
+            InfectedObjectError: It found something in it.
+        """
+        return self._engine.public_url(ref)
 
     def list(self, *, storage_key: str, prefix: str = "", start_after: str | None = None) -> AsyncGenerator[ObjectInfo, None]:
         """Iterate over the objects of a policy, in the order of their locations; nothing is kept in memory.
@@ -550,10 +598,23 @@ class SyncStorage:
         expires_in: timedelta,
         disposition: Disposition = "attachment",
         filename: str | None = None,
+        stable_for: timedelta | None = None,
     ) -> str:
         """Return a URL with which anybody can read the object until it expires; see `StorageManager.url`."""
-        work = self._manager.url(ref, expires_in=expires_in, disposition=disposition, filename=filename)
+        work = self._manager.url(ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for)
         return self._run(work, "url")
+
+    def urls(
+        self,
+        refs: Iterable[StoredObjectRef],
+        *,
+        expires_in: timedelta,
+        disposition: Disposition = "attachment",
+        stable_for: timedelta | None = None,
+    ) -> builtins.list[str]:
+        """Return a URL for each of the objects, in their order; see `StorageManager.urls`."""
+        work = self._manager.urls(refs, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
+        return self._run(work, "urls")
 
     def list(self, *, storage_key: str, prefix: str = "", start_after: str | None = None) -> Generator[ObjectInfo, None, None]:
         """Iterate over the objects of a policy; see `StorageManager.list`."""

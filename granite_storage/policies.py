@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import get_args
 
+from granite_storage._headers import Disposition, require_base_url, url_path
 from granite_storage.exceptions import ConfigurationError, InvalidLocationError
 from granite_storage.inspection.base import (
     Checks,
@@ -21,7 +23,54 @@ from granite_storage.inspection.base import (
 )
 from granite_storage.locations import check_segment, make_location
 
-__all__ = ["StoragePolicy"]
+__all__ = ["PublicURL", "StoragePolicy"]
+
+_HEADER = re.compile(r"[!-~](?:[ !-~]*[!-~])?")
+
+
+@dataclass(frozen=True, slots=True)
+class PublicURL:
+    """Where the objects of a policy are public, and what is stored with them for that.
+
+    The URL of an object is `base_url`, a slash and its location, percent-encoded (RFC 3986): anybody who knows it can read the
+    object, for as long as that is stored. A location is never used again, so caches may keep the object for ever. A prefix of the
+    backend itself, such as that of `S3StorageBackend(prefix=...)`, belongs to `base_url`.
+
+    A backend that keeps headers stores `cache_control`, and a Content-Type and a Content-Disposition with which browsers run
+    nothing: HTML, SVG and scripts are `application/octet-stream` and downloads, whatever the ref says of them. Whether the bucket
+    lets the public read is for you to configure, unless `acl` does it.
+
+    Args:
+        base_url: Where clients find the objects, such as `https://cdn.example.com`, or where `granite_storage.web.PublicFiles` is
+            mounted.
+        cache_control: The Cache-Control of every object.
+        disposition: `inline` lets a browser show in its window what is safe to show; `attachment` makes all objects downloads.
+        acl: The canned ACL of S3, such as `public-read`; None for none, which buckets without ACLs need.
+
+    Raises:
+        ConfigurationError: An argument cannot work; the message names it.
+
+    Example:
+        >>> PublicURL("https://cdn.example.com").url_of("avatars/user/1/avatar/0190-me & you.png")
+        'https://cdn.example.com/avatars/user/1/avatar/0190-me%20%26%20you.png'
+    """
+
+    base_url: str
+    cache_control: str = "public, max-age=31536000, immutable"
+    disposition: Disposition = "inline"
+    acl: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "base_url", require_base_url(self.base_url))
+        for argument, value in (("cache_control", self.cache_control), ("acl", self.acl)):
+            if (value is not None or argument != "acl") and not (isinstance(value, str) and _HEADER.fullmatch(value)):
+                raise ConfigurationError(f"{argument} of a PublicURL must be the value of a header in ASCII, not {value!r:.120}")
+        if self.disposition not in get_args(Disposition):
+            raise ConfigurationError(f"disposition of a PublicURL must be 'attachment' or 'inline', not {self.disposition!r}")
+
+    def url_of(self, location: str) -> str:
+        """Return the URL of a location; `StorageManager.public_url` is what applications call."""
+        return f"{self.base_url}/{url_path(location)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +101,7 @@ class StoragePolicy:
         validate: A function that is shown each upload before any of it is stored, an `UploadPreview`, and refuses it by raising
             `ContentRejectedError`, or ValueError itself, with a message for the client. It must return None. A coroutine function
             is awaited, any other runs in a thread.
+        public: Where anybody may read the objects, such as `PublicURL("https://cdn.example.com")`; None for nowhere.
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it.
@@ -74,6 +124,7 @@ class StoragePolicy:
     strip: StripMode | None = None
     on_unstrippable: OnUnstrippable = "refuse"
     validate: Validator | None = None
+    public: PublicURL | None = None
     checks: Checks | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -97,6 +148,7 @@ class StoragePolicy:
         _require_choice(self.storage_key, "on_unstrippable", self.on_unstrippable, get_args(OnUnstrippable))
         _require_scanner(self.storage_key, self.scanner)
         require_validator(f"policy {self.storage_key!r}", self.validate)
+        _require_public(self.storage_key, self.public, may_hold=self.may_hold)
         checks = Checks(
             accept=self.accept,
             on_mismatch=self.on_mismatch,
@@ -175,6 +227,20 @@ def _require_scanner(storage_key: str, value: object) -> None:
     if isinstance(value, type) or not isinstance(value, Scanner):
         raise ConfigurationError(f"scanner of policy {storage_key!r} must have scan() and on_unavailable, but is {value!r}")
     _require_choice(storage_key, "scanner.on_unavailable", value.on_unavailable, get_args(OnUnavailable))
+
+
+def _require_public(storage_key: str, value: object, *, may_hold: bool) -> None:
+    if value is None:
+        return
+    if not isinstance(value, PublicURL):
+        raise ConfigurationError(
+            f"public of policy {storage_key!r} must be a PublicURL, such as PublicURL('https://cdn.example.com'), not {value!r}"
+        )
+    if may_hold:
+        raise ConfigurationError(
+            f"policy {storage_key!r} is public, and its scanner holds back what it cannot judge: that would be public before it"
+            " is judged; use a scanner with on_unavailable='refuse', or sign URLs instead"
+        )
 
 
 def load_gate() -> None:

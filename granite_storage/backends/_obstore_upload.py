@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends._obstore_client import OWNER, StoreClient
 from granite_storage.backends._remote import MAX_PARTS, Found, RemoteWriter, error_at
+from granite_storage.backends.base import object_headers
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectExistsError, ObjectNotFoundError
 
 T = TypeVar("T")
@@ -47,6 +48,13 @@ class ObjectWriter(RemoteWriter):
         if self._id is not None:
             # without a type some servers would guess, and serve what claims to be HTML as HTML
             self._attributes = {"Content-Type": content_type or "application/octet-stream", OWNER: self._id}
+            headers = object_headers.get()
+            if headers is not None:
+                self._attributes |= {
+                    "Cache-Control": headers.cache_control,
+                    "Content-Disposition": headers.content_disposition,
+                    "Content-Type": headers.content_type,
+                }
 
     async def write(self, stream: AsyncIterator[Piece]) -> Receipt:
         """Store a stream: by one request where it fits in a part, else by a multipart upload."""

@@ -12,15 +12,17 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import math
 import random
 import threading
+import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -28,6 +30,8 @@ from urllib.request import getproxies
 from granite_storage._threads import ThreadPool
 from granite_storage.backends._identity import AMAZON_DOMAINS
 from granite_storage.backends._s3_errors import ExpiredCredentialsError, S3ConfigurationError, translate
+from granite_storage.backends._sigv4 import Credentials, QuerySigner, timestamp
+from granite_storage.backends.base import PresignRequest
 from granite_storage.exceptions import BackendError, BackendUnavailableError, ObjectNotFoundError, StorageError
 
 logger = logging.getLogger("granite_storage")
@@ -46,6 +50,13 @@ _IDLE_SECONDS = 1.0
 # How long a call waits before it takes the connection of a reader between two reads, however short the time between them.
 _OVERDUE_SECONDS = 1.0
 _CHECK_SECONDS = 0.05
+# How long what was learned of the SDK's signer counts: a redirect to another region changes it, for one.
+_RELEARN_SECONDS = 60.0
+_LEARNING_ATTEMPTS = 3
+# What no location is called, and no encoding changes.
+_PROBE_KEY = ".granite-presigned"
+# How many URLs are signed in one turn of the event loop: about 2 ms.
+_URLS_IN_A_TURN = 128
 
 
 # Connections.
@@ -310,6 +321,7 @@ class S3Client:
         self._refreshing = asyncio.Lock()
         self._refreshes = 0
         self._bucket_seen = False
+        self._learned: dict[bool, tuple[float, QuerySigner | None]] = {}
 
     async def call(self, operation: str, *, location: str | None = None, **parameters: Any) -> dict[str, Any]:
         """Make a request in the bucket, again after a passing failure, and return the SDK's answer.
@@ -371,6 +383,63 @@ class S3Client:
         """Return whether the SDK's operation takes a parameter; not all of its versions know all of them."""
         model = self.raw.meta.service_model.operation_model(self.raw.meta.method_to_api_mapping[operation])
         return parameter in model.input_shape.members
+
+    async def presigned(self, requests: Sequence[PresignRequest]) -> list[str]:
+        """Return the URLs of requests, signed here where that gives the same as the SDK's signer, and else by that.
+
+        Raises:
+            S3ConfigurationError: One is for a time that is past, for which only Signature Version 4 can sign.
+        """
+        if not requests:
+            return []
+        own = await self._own_signer()
+        urls: list[str] = []
+        now = int(time.time())
+        for request in requests:
+            if own is None:
+                urls.append(await self._presigned_by_sdk(request))
+                continue
+            signer, credentials = own
+            date = timestamp(now if request.signed_at is None else request.signed_at)
+            key, expires = self.settings.key(request.location), int(request.expires_in.total_seconds())
+            urls.append(signer.sign(key, credentials, date, expires, request.content_type, request.disposition))
+            if not len(urls) % _URLS_IN_A_TURN:
+                await asyncio.sleep(0)
+        return urls
+
+    async def _own_signer(self) -> tuple[QuerySigner, Credentials] | None:
+        """Return what signs as the SDK does, with its credentials of now; None where nothing does."""
+        held = getattr(getattr(self.signer, "_request_signer", None), "_credentials", None)
+        if held is None:
+            return None
+        credentials: Credentials = await held.get_frozen_credentials()
+        learned_at, signer = self._learned.get(credentials.token is not None, (-math.inf, None))
+        now = time.monotonic()
+        for _ in range(_LEARNING_ATTEMPTS):
+            if now - learned_at < _RELEARN_SECONDS:
+                break
+            url = await self._presigned_by_sdk(PresignRequest("", timedelta(minutes=1)), key=_PROBE_KEY)
+            before, credentials = credentials, await held.get_frozen_credentials()
+            if before == credentials:  # otherwise they were refreshed meanwhile
+                learned_at, signer = now, QuerySigner.learn(url, _PROBE_KEY, credentials)
+                self._learned[credentials.token is not None] = learned_at, signer
+        return None if signer is None else (signer, credentials)
+
+    async def _presigned_by_sdk(self, request: PresignRequest, *, key: str | None = None) -> str:
+        if request.signed_at is not None:
+            raise S3ConfigurationError(
+                "stable_for needs URLs that are signed by Signature Version 4 (s3v4) in the query, which this client of the SDK"
+                " does not make: leave stable_for out, or remove signature_version from the client's config"
+            )
+        parameters = {"Bucket": self.settings.bucket, "Key": key or self.settings.key(request.location)}
+        if request.content_type is not None:
+            parameters["ResponseContentType"] = request.content_type
+        if request.disposition is not None:
+            parameters["ResponseContentDisposition"] = request.disposition
+        url: str = await self.signer.generate_presigned_url(
+            "get_object", Params=parameters, ExpiresIn=int(request.expires_in.total_seconds())
+        )
+        return url
 
     def end_of_credentials(self) -> datetime | None:
         """Return when the credentials end by which was signed last; None where they do not, or the SDK does not know."""

@@ -655,7 +655,8 @@ class ObjectWriter(RemoteWriter):
             source: Its location.
             info: The answer to a HEAD of it.
         """
-        self._content = {"ContentType": info["ContentType"]} if "ContentType" in info else {}
+        if "ContentType" in info:
+            self._content = {"ContentType": info["ContentType"], **self._content}
         if not self._traits.sends_conditions:
             await self.require_absent()
         size = int(info["ContentLength"])

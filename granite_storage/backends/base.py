@@ -17,12 +17,15 @@ from granite_storage.exceptions import BackendError
 
 __all__ = [
     "ByteRange",
+    "ObjectHeaders",
     "ObjectInfo",
     "ObjectReader",
     "Place",
+    "PresignRequest",
     "StorageBackend",
     "SupportsAbort",
     "SupportsBatchDelete",
+    "SupportsBatchPresign",
     "SupportsCleanup",
     "SupportsClock",
     "SupportsCopy",
@@ -36,6 +39,7 @@ __all__ = [
     "UploadRequest",
     "byte_range",
     "close_listing",
+    "object_headers",
     "overlap",
     "upload_begun",
 ]
@@ -44,6 +48,27 @@ redact_records()
 
 upload_begun: ContextVar[Callable[[str], Awaitable[None]] | None] = ContextVar("granite_storage.upload_begun", default=None)
 """Called with the id of a multipart upload once a backend has begun it, before its first part: a journal records it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectHeaders:
+    """What is stored with an object for those who read it past the application, such as a CDN.
+
+    Attributes:
+        content_type: Its Content-Type; that of a write is the same, that of a copy's source need not be.
+        content_disposition: Its Content-Disposition.
+        cache_control: Its Cache-Control.
+        acl: The canned ACL that lets the public read it, where the policy says one.
+    """
+
+    content_type: str
+    content_disposition: str
+    cache_control: str
+    acl: str | None = None
+
+
+object_headers: ContextVar[ObjectHeaders | None] = ContextVar("granite_storage.object_headers", default=None)
+"""What a write or a copy stores with its object, for a public policy: a backend that keeps headers reads it when it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +350,38 @@ class SupportsPresign(Protocol):
             content_type: The Content-Type that the answer shall carry.
             disposition: The Content-Disposition that the answer shall carry.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PresignRequest:
+    """One URL to sign.
+
+    Attributes:
+        location: The object's address; it is not checked that it exists.
+        expires_in: How long the URL works from `signed_at` on.
+        content_type: The Content-Type that the answer shall carry.
+        disposition: The Content-Disposition that the answer shall carry.
+        signed_at: When the URL begins to work, which is past, in seconds since 1970; None for now. What is asked for twice with
+            the same time is signed as the same URL, for as long as the credentials are the same.
+    """
+
+    location: str
+    expires_in: timedelta
+    content_type: str | None = None
+    disposition: str | None = None
+    signed_at: int | None = None
+
+
+@runtime_checkable
+class SupportsBatchPresign(Protocol):
+    """A backend that signs many URLs at a time, and the same URL again; the manager prefers it to `SupportsPresign`.
+
+    A signer of a service in front of a backend, such as CloudFront, is a `WrappedBackend` with this method.
+    """
+
+    async def presign_many(self, requests: Sequence[PresignRequest]) -> Sequence[str]:
+        """Return a URL for each request, in their order, which serves a GET of the object until it expires."""
         ...
 
 

@@ -24,7 +24,7 @@ from granite_storage.backends._remote import (
     require_expiry,
 )
 from granite_storage.backends._resuming import open_resuming
-from granite_storage.backends.base import ByteRange, ObjectInfo, ObjectReader, Place
+from granite_storage.backends.base import ByteRange, ObjectInfo, ObjectReader, Place, object_headers
 from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError, MissingDependencyError
 
 __all__ = ["ObjectStoreBackend", "ObjectStoreConfigurationError"]
@@ -241,13 +241,14 @@ class ObjectStoreBackend:
     async def copy(self, source: str, target: str) -> Mapping[str, Any]:
         """Copy an object inside the store, with its content type; see `SupportsCopy.copy`.
 
-        S3 has no condition for copies, so a HEAD checks for an existing object first. Over 5 GiB the bytes pass through this
-        program.
+        S3 has no condition for copies, so a HEAD checks for an existing object first. Over 5 GiB, and for a public policy, whose
+        headers obstore can give to no copy, the bytes pass through this program.
         """
         self._check(source)
         writer = self._writer(target, None)
-        if self._client.kind.name == "S3" and (info := await self.stat(source)).size > _LARGEST_COPY:
-            return await self.put_stream(target, self._bytes_of(source), content_type=info.content_type)
+        is_public = object_headers.get() is not None and self._client.kind.keeps_attributes
+        if is_public or (self._client.kind.name == "S3" and (await self.stat(source)).size > _LARGEST_COPY):
+            return await self.put_stream(target, self._bytes_of(source), content_type=(await self.stat(source)).content_type)
         return _receipt(await writer.copy(source))
 
     async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
@@ -337,6 +338,13 @@ class ObjectStoreBackend:
     def _writer(self, location: str, content_type: str | None) -> ObjectWriter:
         self._check(location)
         self._require_writable()
+        headers = object_headers.get()
+        if headers is not None and headers.acl is not None:
+            raise ObjectStoreConfigurationError(
+                f"obstore stores no ACL, such as {headers.acl!r} of a policy's PublicURL: leave it out, and let the policy of the"
+                " bucket allow the public to read",
+                location=location,
+            )
         return ObjectWriter(
             self._client, location, content_type, part_size=self._part_size, part_concurrency=self._part_concurrency
         )

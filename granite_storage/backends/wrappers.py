@@ -11,9 +11,11 @@ from granite_storage.backends.base import (
     ObjectInfo,
     ObjectReader,
     Place,
+    PresignRequest,
     StorageBackend,
     SupportsAbort,
     SupportsBatchDelete,
+    SupportsBatchPresign,
     SupportsCleanup,
     SupportsClock,
     SupportsCopy,
@@ -219,6 +221,14 @@ class _Presigns(WrappedBackend):
         )
 
 
+class _PresignsMany(WrappedBackend):
+    async def presign_many(self, requests: Sequence[PresignRequest]) -> Sequence[str]:
+        """Return a URL for each request, which serves a GET of the object until it expires."""
+        inner = cast(SupportsBatchPresign, self.inner)
+        inside = [replace(request, location=self._inside(request.location)) for request in requests]
+        return await self._call("presign_many", [request.location for request in requests], lambda: inner.presign_many(inside))
+
+
 class _PresignsUploads(WrappedBackend):
     async def presign_upload(
         self, location: str, *, expires_in: timedelta, content_type: str, min_size: int, max_size: int
@@ -246,6 +256,7 @@ _ABILITIES: dict[type, type[WrappedBackend]] = {
     SupportsPlaces: _TellsPlaces,
     SupportsAbort: _Aborts,
     SupportsPresign: _Presigns,
+    SupportsBatchPresign: _PresignsMany,
     SupportsPresignedUpload: _PresignsUploads,
 }
 

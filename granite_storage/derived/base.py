@@ -71,7 +71,10 @@ class Derivation:
 
 @runtime_checkable
 class Recipe(Protocol):
-    """Makes one derived file of an original, again and again with the same result. It serves several originals at a time."""
+    """Makes one derived file of an original, again and again with the same result. It serves several originals at a time.
+
+    One that has a `content_type`, the media type of its files, gives their locations an extension, by which a web server goes.
+    """
 
     @property
     def when(self) -> When:

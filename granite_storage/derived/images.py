@@ -163,6 +163,11 @@ class ImageVariant:
         box = f"{'fill' if self._parameters['crop'] else 'fit'}={tuple(self._parameters['box'])}"
         return f"ImageVariant({box}, format={self.format!r}, when={self.when!r})"
 
+    @property
+    def content_type(self) -> str:
+        """The media type of the image."""
+        return f"image/{self.format}"
+
     def digest(self, name: str, /) -> str:
         """Return what identifies the recipe under this name of a variant; see `Recipe.digest`."""
         return make_digest("image", name, self._parameters | {"engine": self.engine, "code": _CODE})
@@ -174,11 +179,11 @@ class ImageVariant:
         async with run_in_process(self._function, arguments, source, self._limits) as made:
             stem = PurePath(source.ref.original_filename or "").stem
             filename = f"{stem}.{self.format}" if stem else None
-            yield Derivation(made.content, f"image/{self.format}", self._check(made.media or {}), filename)
+            yield Derivation(made.content, self.content_type, self._check(made.media or {}), filename)
 
     def _check(self, media: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the receipt may say: a decoder that a hostile file has taken over could say anything."""
-        found: dict[str, Any] = {"type": f"image/{self.format}"}
+        found: dict[str, Any] = {"type": self.content_type}
         for name, most in (("width", _MOST_SIDE), ("height", _MOST_SIDE), ("frames", self._max_pixels)):
             if type(value := media.get(name)) is int and 0 < value <= most:
                 found[name] = value

@@ -156,7 +156,7 @@ def fit_filename(filename: str | None, content_type: str) -> str | None:
         fits = True
     else:
         fits = theirs in DECLARABLE.get(kind, ()) or kind in DECLARABLE.get(theirs, ())
-    return name if fits else clean_filename(name + _extension_of(kind))
+    return name if fits else clean_filename(name + extension_of(kind))
 
 
 @lru_cache(maxsize=512)
@@ -177,7 +177,8 @@ def extension(filename: str | None) -> str:
     return dot + last.lower()
 
 
-def _extension_of(kind: str) -> str:
+def extension_of(kind: str) -> str:
+    """Return the extension for a canonical media type, `.txt` for text and `.bin` for what has none."""
     ours = _NAMES.get(kind, ("", ""))[1].split()
     fallback = ".txt" if is_text_type(kind) and not is_active(kind) else ".bin"
     return ours[0] if ours else next((one for one, other in types_by_extension().items() if other == kind), fallback)

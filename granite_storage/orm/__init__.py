@@ -17,6 +17,7 @@ from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, journal_tables
 from granite_storage.orm.mixin import StoredContentMixin
 from granite_storage.orm.references import iter_model_storage_refs
+from granite_storage.orm.urls import WithURL, sign_urls
 
 __all__ = [
     "AttachedFile",
@@ -32,6 +33,7 @@ __all__ = [
     "StorageJournal",
     "StoredContentMixin",
     "StoredObjectRefType",
+    "WithURL",
     "append_files",
     "attachment",
     "attachments",
@@ -41,5 +43,6 @@ __all__ = [
     "iter_model_storage_refs",
     "journal_tables",
     "portable_storage_ref_type",
+    "sign_urls",
     "sum_sizes",
 ]

@@ -65,12 +65,14 @@ class DeclaredVariant:
         recipe: What makes it.
         digest: The digest of the recipe under this name.
         accept: The media types of the originals that have it; None for all.
+        filename: Its name in a location, whose extension a web server on a folder goes by.
     """
 
     name: str
     recipe: Recipe
     digest: str
     accept: tuple[str, ...] | None = None
+    filename: str = ""
 
     def is_for(self, ref: StoredObjectRef) -> bool:
         """Whether an original has the variant at all, by its media type."""

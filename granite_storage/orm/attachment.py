@@ -8,7 +8,8 @@ import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from granite_storage._engine import upload_names
 from granite_storage._portal import run_blocking
@@ -62,9 +63,11 @@ __all__ = [
     "SyncAttachmentVariant",
     "core_schema_of",
     "fields_schema",
+    "shown_fields",
 ]
 
 T = TypeVar("T")
+F = TypeVar("F", bound="_StoredFile")
 
 
 # The address by which a pickled attachment finds its column, and so its manager, in another process.
@@ -113,8 +116,8 @@ class Address:
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 
-def core_schema_of(attachment: type[Attachment]) -> CoreSchema:
-    """Return the pydantic schema that validates and serializes attachments.
+def core_schema_of(file: type[_StoredFile]) -> CoreSchema:
+    """Return the pydantic schema that validates and serializes attachments or variants.
 
     In Python mode they are unchanged, so that `Model(**schema.model_dump())` assigns them; in JSON mode their fields are shown.
     An attachment whose row contains no readable ref is shown as null and logged, so that one bad row does not break a list. The
@@ -123,18 +126,8 @@ def core_schema_of(attachment: type[Attachment]) -> CoreSchema:
     from pydantic_core import core_schema
 
     shown = core_schema.nullable_schema(fields_schema())
-    serialization = core_schema.plain_serializer_function_ser_schema(_fields, return_schema=shown, when_used="json")
-    return core_schema.is_instance_schema(attachment, serialization=serialization)
-
-
-def variant_schema_of(variant: type[AttachmentVariant]) -> CoreSchema:
-    """Return the pydantic schema of variants, which are shown by the same fields."""
-    from pydantic_core import core_schema
-
-    serialization = core_schema.plain_serializer_function_ser_schema(
-        variant.describe, return_schema=fields_schema(), when_used="json"
-    )
-    return core_schema.is_instance_schema(variant, serialization=serialization)
+    serialization = core_schema.plain_serializer_function_ser_schema(shown_fields, return_schema=shown, when_used="json")
+    return core_schema.is_instance_schema(file, serialization=serialization)
 
 
 class LazySerializer:
@@ -150,7 +143,7 @@ class LazySerializer:
         return serializer
 
 
-def fields_schema() -> CoreSchema:
+def fields_schema(*, with_url: bool = False) -> CoreSchema:
     """Return the schema of the fields."""
     from pydantic_core import core_schema
 
@@ -162,15 +155,21 @@ def fields_schema() -> CoreSchema:
             "content_type": field(optional),
             "original_filename": field(optional),
             "checksum": field(text),
+            **({"url": field(optional)} if with_url else {}),
         }
     )
 
 
-def _fields(value: Attachment) -> dict[str, Any] | None:
+def shown_fields(value: _StoredFile) -> dict[str, Any] | None:
+    """Return the fields, or None where the row contains no readable ref, which is logged.
+
+    Raises:
+        UnboundAttachmentError: It is not stored yet.
+    """
     if value._state.error is not None:
         logger.warning("an attachment is shown as null, because its row contains no readable ref: %s", value._state.error)
         return None
-    if value.is_pending:
+    if value._state.status is Status.PENDING:
         raise UnboundAttachmentError("the attachment is not stored yet; flush the session before it is shown")
     return value.describe()
 
@@ -243,6 +242,7 @@ class AttachmentState:
         filename: The file name that it was made with.
         content_type: The media type that it was made with.
         extra: The extra keys that it was made with.
+        signed_urls: What `sign_urls` has signed, by backend and location: the URLs, and when they end in seconds since 1970.
     """
 
     # Class attributes and no constructor, because an attachment that a row is read into sets two of them only.
@@ -259,6 +259,7 @@ class AttachmentState:
     filename: str | None = None
     content_type: str | None = None
     extra: Mapping[str, Any] | None = None
+    signed_urls: Mapping[tuple[str, str], tuple[str, float]] = MappingProxyType({})
     _is_discarded: bool = False
     # The instances that it was assigned to while no row held it, and the attributes.
     _assignments: Sequence[tuple[weakref.ref[InstanceState[Any]], str]] = ()
@@ -364,7 +365,7 @@ class AttachmentState:
         elif source.manager is manager:
             self._store(await engine.copy(source.require_ref(), prepared), column_type)
         else:
-            async with source.open(verify=True) as stream:
+            async with Attachment._in(source).open(verify=True) as stream:
                 # Before the stream is closed: a cancellation that comes then has to find what is stored.
                 self._store(await engine.put(prepared, stream), column_type)
 
@@ -425,6 +426,10 @@ class AttachmentState:
         """Note that the object is removed because no row has taken it; `undo` follows."""
         self._is_discarded = True
 
+    def keep_url(self, ref: StoredObjectRef, url: str, until: float) -> None:
+        """Keep the signed URL of its object, or of a variant's, to be shown until it ends."""
+        self.signed_urls = {**self.signed_urls, (ref.backend, ref.location): (url, until)}
+
     def drop_source(self) -> None:
         """Release the source: what is stored cannot be stored once more."""
         self.source, self.is_repeatable = None, False
@@ -444,21 +449,6 @@ class AttachmentState:
         origin = self._origin()
         if not isinstance(origin, AttachmentState):
             require_synchronous(origin)
-
-    def open(
-        self, offset: int = 0, length: int | None = None, *, verify: bool = False, ref: StoredObjectRef | None = None
-    ) -> OpeningReader:
-        """Open the object for streaming, or a variant of it by its ref; raises as `Attachment.open` does."""
-        opening = self.manager.open(ref or self.require_ref(), offset=offset, length=length, verify=verify)
-
-        async def start() -> StoredObjectReader:
-            try:
-                return await opening
-            except ObjectNotFoundError as error:
-                await self.require_current(error)
-                raise
-
-        return OpeningReader(start)
 
     async def require_current(self, missing: ObjectNotFoundError) -> None:
         """Raise `StaleAttachmentError` if no row of the column refers to a missing object any more."""
@@ -537,7 +527,136 @@ UploadFile: TypeAlias = SupportsAsyncRead | SupportsRead | AsyncIterable[BytesLi
 """What a web framework passes for a file of a form, such as Starlette's `UploadFile` or werkzeug's `FileStorage`."""
 
 
-class Attachment:
+class _StoredFile:
+    """What attachments and their variants have in common: a ref, the state of the attachment, and so a manager."""
+
+    # Slots, so that encoders that use `vars(...)` find no private state, no bytes and no column.
+    __slots__ = ()
+    _state: AttachmentState
+
+    __pydantic_serializer__: ClassVar[Any] = LazySerializer()
+
+    @property
+    def ref(self) -> StoredObjectRef:
+        """The receipt of the stored object."""
+        raise NotImplementedError
+
+    @property
+    def manager(self) -> StorageManager:
+        """The manager that stores it, found from its column.
+
+        Raises:
+            UnboundAttachmentError: It belongs to no column yet, or `bind_storage` was not called for the column's base.
+        """
+        return self._state.manager
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes; raises as `ref` does."""
+        return self.ref.size
+
+    @property
+    def checksum(self) -> str:
+        """`sha256:<hex>`, empty where unknown; raises as `ref` does."""
+        return self.ref.checksum
+
+    @property
+    def location(self) -> str:
+        """Its address inside its backend; raises as `ref` does."""
+        return self.ref.location
+
+    async def read(self) -> bytes:
+        """Return all bytes, verified; see `StorageManager.get`.
+
+        Raises:
+            StaleAttachmentError: The object is gone because its row has been given another file since this attachment was read,
+                or has been deleted; known where `bind_storage` was given `sessions`. Load the row again.
+            StorageError: As `StorageManager.get`.
+        """
+        try:
+            return await self.manager.get(self.ref)
+        except ObjectNotFoundError as error:
+            await self._state.require_current(error)
+            raise
+
+    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
+        """Open it for streaming; see `StorageManager.open`. Raises as `read` does where the object is gone."""
+        opening = self.manager.open(self.ref, offset=offset, length=length, verify=verify)
+
+        async def start() -> StoredObjectReader:
+            try:
+                return await opening
+            except ObjectNotFoundError as error:
+                await self._state.require_current(error)
+                raise
+
+        return OpeningReader(start)
+
+    async def exists(self) -> bool:
+        """Tell whether its object is there; see `StorageManager.exists`."""
+        return await self.manager.exists(self.ref)
+
+    @property
+    def public_url(self) -> str:
+        """The URL at which anybody can read it, for files of a public policy; see `StorageManager.public_url`.
+
+        Raises:
+            ConfigurationError: The policy has no `public`.
+            UnboundAttachmentError: It is not stored yet.
+            ScanPendingError: A virus scanner has not judged it yet.
+            InfectedObjectError: It found something in it.
+        """
+        ref = self.ref
+        return self.manager.public_url(ref)
+
+    async def url(
+        self,
+        *,
+        expires_in: timedelta,
+        disposition: Disposition = "attachment",
+        filename: str | None = None,
+        stable_for: timedelta | None = None,
+    ) -> str:
+        """Return a URL with which anybody can read it until it expires; see `StorageManager.url`."""
+        ref = self.ref
+        return await self.manager.url(
+            ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields that a client may see: size, media type, name and checksum, never the location."""
+        ref = self.ref
+        return {
+            "size": ref.size,
+            "content_type": ref.content_type,
+            "original_filename": ref.original_filename,
+            "checksum": ref.checksum,
+        }
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # the result of `vars`, for encoders and debuggers
+        return self.describe()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Yield the result of `describe` as pairs, for `dict(attachment)`."""
+        yield from self.describe().items()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        return self
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema_of(cls)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(fields_schema()), "title": cls.__name__}
+
+
+class Attachment(_StoredFile):
     """A file that belongs to one row: pending until the flush that stores it, then stored.
 
     Assign one to a row: the flush uploads it, the commit keeps it and a rollback deletes it. An attachment behaves as a value:
@@ -562,11 +681,7 @@ class Attachment:
         True
     """
 
-    # Slots, so that encoders that use `vars(...)` find no private state, no bytes and no column.
     __slots__ = ("__weakref__", "_state")
-    _state: AttachmentState
-
-    __pydantic_serializer__: ClassVar[Any] = LazySerializer()
 
     def __new__(cls, *_: Any, **__: Any) -> Self:  # noqa: D102
         self = super().__new__(cls)
@@ -694,21 +809,6 @@ class Attachment:
         return self._state.ref or self._state.require_ref()
 
     @property
-    def size(self) -> int:
-        """Its size in bytes; raises as `ref` does."""
-        return self.ref.size
-
-    @property
-    def checksum(self) -> str:
-        """`sha256:<hex>`, empty where unknown; raises as `ref` does."""
-        return self.ref.checksum
-
-    @property
-    def location(self) -> str:
-        """Its address inside its backend; raises as `ref` does."""
-        return self.ref.location
-
-    @property
     def content_type(self) -> str | None:
         """The media type that was given."""
         return self._state.content_type if self.is_pending else self.ref.content_type
@@ -717,37 +817,6 @@ class Attachment:
     def original_filename(self) -> str | None:
         """The name that was given: raw while pending, cleaned once stored."""
         return self._state.filename if self.is_pending else self.ref.original_filename
-
-    @property
-    def manager(self) -> StorageManager:
-        """The manager that stores it, found from its column.
-
-        Raises:
-            UnboundAttachmentError: It belongs to no column yet, or `bind_storage` was not called for the column's base.
-        """
-        return self._state.manager
-
-    async def read(self) -> bytes:
-        """Return all bytes, verified; see `StorageManager.get`.
-
-        Raises:
-            StaleAttachmentError: The object is gone because its row has been given another file since this attachment was read,
-                or has been deleted; known where `bind_storage` was given `sessions`. Load the row again.
-            StorageError: As `StorageManager.get`.
-        """
-        try:
-            return await self.manager.get(self.ref)
-        except ObjectNotFoundError as error:
-            await self._state.require_current(error)
-            raise
-
-    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
-        """Open it for streaming; see `StorageManager.open`. Raises as `read` does where the object is gone."""
-        return self._state.open(offset, length, verify=verify)
-
-    async def exists(self) -> bool:
-        """Tell whether its object is there; see `StorageManager.exists`."""
-        return await self.manager.exists(self.ref)
 
     @property
     def variants(self) -> AttachmentVariants:
@@ -860,20 +929,7 @@ class Attachment:
         if ref is None:
             name = None if given.filename is None else clean_filename(given.filename)
             return {"size": None, "content_type": given.content_type, "original_filename": name, "checksum": None}
-        return {
-            "size": ref.size,
-            "content_type": ref.content_type,
-            "original_filename": ref.original_filename,
-            "checksum": ref.checksum,
-        }
-
-    @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # the result of `vars`, for encoders and debuggers
-        return self.describe()
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Yield the result of `describe` as pairs, for `dict(attachment)`."""
-        yield from self.describe().items()
+        return super().describe()
 
     def __eq__(self, other: object) -> bool:
         """Return whether both refer to the same object; a pending one is equal to itself only."""
@@ -899,62 +955,30 @@ class Attachment:
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self._state.load(pickled)
 
-    def __copy__(self) -> Attachment:
-        return self
 
-    def __deepcopy__(self, _: dict[int, Any]) -> Attachment:
-        return self
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema_of(cls)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(fields_schema()), "title": "Attachment"}
-
-
-class AttachmentVariant:
+class AttachmentVariant(_StoredFile):
     """A file that is derived from an attachment, or the original in its place where the recipe says so.
 
     Attributes:
         name: The name that the column declares.
-        ref: The receipt of its object.
     """
 
-    __slots__ = ("_state", "name", "ref")
-
-    __pydantic_serializer__: ClassVar[Any] = LazySerializer()
+    __slots__ = ("_ref", "_state", "name")
 
     def __init__(self, state: AttachmentState, name: str, ref: StoredObjectRef) -> None:
         self._state = state
         self.name: str = name
-        self.ref: StoredObjectRef = ref
+        self._ref = ref
 
     @property
-    def manager(self) -> StorageManager:
-        """The manager that has stored it."""
-        return self._state.manager
+    def ref(self) -> StoredObjectRef:
+        """The receipt of its object."""
+        return self._ref
 
     @property
     def is_original(self) -> bool:
         """Whether it is the original, because what is derived from it is missing."""
         return self.ref.recipe is None
-
-    @property
-    def size(self) -> int:
-        """Its size in bytes."""
-        return self.ref.size
-
-    @property
-    def checksum(self) -> str:
-        """`sha256:<hex>`."""
-        return self.ref.checksum
-
-    @property
-    def location(self) -> str:
-        """Its address inside its backend."""
-        return self.ref.location
 
     @property
     def content_type(self) -> str | None:
@@ -970,43 +994,6 @@ class AttachmentVariant:
     def media(self) -> Mapping[str, Any] | None:
         """What its recipe says of the content, such as `width` and `height`."""
         return self.ref.media
-
-    async def read(self) -> bytes:
-        """Return all bytes, verified; raises as `Attachment.read`."""
-        try:
-            return await self._state.manager.get(self.ref)
-        except ObjectNotFoundError as error:
-            await self._state.require_current(error)
-            raise
-
-    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
-        """Open it for streaming; raises as `Attachment.open`."""
-        return self._state.open(offset, length, verify=verify, ref=self.ref)
-
-    async def exists(self) -> bool:
-        """Tell whether its object is there."""
-        return await self._state.manager.exists(self.ref)
-
-    async def url(self, *, expires_in: timedelta, disposition: Disposition = "attachment", filename: str | None = None) -> str:
-        """Return a URL with which anybody can read it until it expires; see `StorageManager.url`."""
-        return await self._state.manager.url(self.ref, expires_in=expires_in, disposition=disposition, filename=filename)
-
-    def describe(self) -> dict[str, Any]:
-        """Return what may be shown of it: size, media type, name and checksum, never its location."""
-        return {
-            "size": self.size,
-            "content_type": self.content_type,
-            "original_filename": self.original_filename,
-            "checksum": self.checksum,
-        }
-
-    @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # the result of `vars`, for encoders and debuggers
-        return self.describe()
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Yield the result of `describe` as pairs, for `dict(variant)`."""
-        yield from self.describe().items()
 
     @property
     def sync(self) -> SyncAttachmentVariant:
@@ -1024,20 +1011,6 @@ class AttachmentVariant:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _variant_of, (Attachment._in(self._state), self.name, self.ref)
-
-    def __copy__(self) -> AttachmentVariant:
-        return self
-
-    def __deepcopy__(self, _: dict[int, Any]) -> AttachmentVariant:
-        return self
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
-        return variant_schema_of(cls)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(fields_schema()), "title": "AttachmentVariant"}
 
     def __repr__(self) -> str:
         return f"<AttachmentVariant {self.name!r} size={self.ref.size}{' original' if self.is_original else ''}>"
@@ -1096,77 +1069,72 @@ def _unknown_variant(column_type: ColumnType, name: str) -> UnknownVariantError:
     return UnknownVariantError(f"{column_type.label} declares no variant {name!r:.60} (there are: {known})")
 
 
-class SyncAttachmentVariant:
-    """The verbs of an `AttachmentVariant` for synchronous code."""
+class _SyncStoredFile(Generic[F]):
+    """The verbs that attachments and their variants have in common, for synchronous code."""
 
-    __slots__ = ("_variant",)
+    __slots__ = ("_file",)
+    _name: ClassVar[str]
 
-    def __init__(self, variant: AttachmentVariant) -> None:
-        self._variant = variant
+    def __init__(self, file: F) -> None:
+        self._file = file
 
     def read(self) -> bytes:
-        """Return all bytes, verified; see `AttachmentVariant.read`."""
-        return self._run(self._variant.read(), "read")
+        """Return all bytes, verified; see `Attachment.read`."""
+        return self._run(self._file.read(), "read")
 
     def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> SyncObjectReader:
-        """Open it as a binary file; see `AttachmentVariant.open`."""
-        opening = self._variant.open(offset=offset, length=length, verify=verify)
+        """Open it as a binary file; see `Attachment.open`."""
+        opening = self._file.open(offset=offset, length=length, verify=verify)
         return SyncObjectReader(self._run(opening.start(), "open"))
 
     def exists(self) -> bool:
-        """Tell whether its object is there; see `AttachmentVariant.exists`."""
-        return self._run(self._variant.exists(), "exists")
+        """Tell whether its object is there; see `Attachment.exists`."""
+        return self._run(self._file.exists(), "exists")
 
-    def url(self, *, expires_in: timedelta, disposition: Disposition = "attachment", filename: str | None = None) -> str:
-        """Return a URL with which anybody can read it until it expires; see `AttachmentVariant.url`."""
-        return self._run(self._variant.url(expires_in=expires_in, disposition=disposition, filename=filename), "url")
+    def url(
+        self,
+        *,
+        expires_in: timedelta,
+        disposition: Disposition = "attachment",
+        filename: str | None = None,
+        stable_for: timedelta | None = None,
+    ) -> str:
+        """Return a URL with which anybody can read it until it expires; see `Attachment.url`."""
+        work = self._file.url(expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for)
+        return self._run(work, "url")
 
     def __repr__(self) -> str:
-        return f"<SyncAttachmentVariant of {self._variant!r}>"
+        return f"<{type(self).__name__} of {self._file!r}>"
 
     def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
-        return run_blocking(work, f"variant.sync.{name}", f"'await variant.{name}(...)'")
+        return run_blocking(work, f"{self._name}.sync.{name}", f"'await {self._name}.{name}(...)'")
 
 
-class SyncAttachment:
+class SyncAttachmentVariant(_SyncStoredFile["AttachmentVariant"]):
+    """The verbs of an `AttachmentVariant` for synchronous code."""
+
+    __slots__ = ()
+    _name = "variant"
+
+
+class SyncAttachment(_SyncStoredFile["Attachment"]):
     """The verbs of an `Attachment` for synchronous code: `user.avatar.sync.read()`.
 
     Each does what the verb of the same name does; see `granite_storage.manager.SyncStorage`.
     """
 
-    __slots__ = ("_attachment",)
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment = attachment
-
-    def read(self) -> bytes:
-        """Return all bytes, verified; see `Attachment.read`."""
-        return self._run(self._attachment.read(), "read")
-
-    def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> SyncObjectReader:
-        """Open it as a binary file; see `Attachment.open`."""
-        opening = self._attachment.open(offset=offset, length=length, verify=verify)
-        return SyncObjectReader(self._run(opening.start(), "open"))
-
-    def exists(self) -> bool:
-        """Tell whether its object is there; see `Attachment.exists`."""
-        return self._run(self._attachment.exists(), "exists")
+    __slots__ = ()
+    _name = "attachment"
 
     def variant(self, name: str) -> AttachmentVariant:
         """Return what is derived from it under a name, made now if it is missing; see `Attachment.variant`."""
-        return self._run(self._attachment.variant(name), "variant")
+        return self._run(self._file.variant(name), "variant")
 
     def store(self, column: InstrumentedAttribute[Any]) -> Attachment:
         """Upload now, before any transaction; see `Attachment.store`."""
-        if self._attachment.is_pending:
-            self._attachment._state.require_synchronous()
-        return self._run(self._attachment.store(column), "store")
-
-    def __repr__(self) -> str:
-        return f"<SyncAttachment of {self._attachment!r}>"
-
-    def _run(self, work: Coroutine[Any, Any, T], name: str) -> T:
-        return run_blocking(work, f"attachment.sync.{name}", f"'await attachment.{name}(...)'")
+        if self._file.is_pending:
+            self._file._state.require_synchronous()
+        return self._run(self._file.store(column), "store")
 
 
 def _is_left_empty(upload: object) -> bool:

@@ -433,6 +433,14 @@ class AttachmentType(_RefJSON[Attachment]):
         return Attachment._broken(error, self)
 
 
+def _extension_of(recipe: Recipe) -> str:
+    """Return the extension of the files that a recipe makes; nothing where it does not say their media type."""
+    from granite_storage.inspection._media_names import canonical, extension_of  # reads files, now and not in a flush
+
+    content_type = getattr(recipe, "content_type", None)
+    return extension_of(canonical(content_type)) if isinstance(content_type, str) else ""
+
+
 def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> dict[str, DeclaredVariant]:
     """Return what a column declares, checked.
 
@@ -462,7 +470,7 @@ def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> dict[
         if not isinstance(digest, str) or not digest:
             raise ConfigurationError(f"digest() of the variant {name!r} of {column} must return a text, not {digest!r}")
         accept = check_accepted_types(recipe.accept) if isinstance(recipe, SupportsAccept) else None
-        declared[name] = DeclaredVariant(name, recipe, digest, accept)
+        declared[name] = DeclaredVariant(name, recipe, digest, accept, f"{name}{_extension_of(recipe)}")
     return declared
 
 

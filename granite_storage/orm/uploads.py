@@ -387,7 +387,7 @@ def prepare_variant(
     """
     return manager._engine.prepare_variant(
         source,
-        declared.name,
+        declared.filename,
         declared.digest,
         storage_key=storage_key,
         model_name=column_type.model_name,

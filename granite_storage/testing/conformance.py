@@ -58,6 +58,7 @@ class BackendConformance(
         supports_cleanup: It satisfies `SupportsCleanup`.
         supports_abort: It satisfies `SupportsAbort`.
         supports_presign: It satisfies `SupportsPresign`.
+        supports_batch_presign: It satisfies `SupportsBatchPresign`.
         supports_presigned_upload: It satisfies `SupportsPresignedUpload`, for a range of sizes.
         supports_clock: It satisfies `SupportsClock`. None unless declared, like the next four: either may be the case.
         supports_extra_keys: It satisfies `SupportsExtraKeys`.

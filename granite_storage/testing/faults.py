@@ -37,6 +37,7 @@ Operation: TypeAlias = Literal[
     "identities",
     "places",
     "presign_get",
+    "presign_many",
     "presign_upload",
 ]
 """What faults strike: the methods of a backend and of its optional protocols; `read` is that of any reader it has opened."""

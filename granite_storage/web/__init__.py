@@ -22,7 +22,7 @@ from granite_storage.web.errors import (
     install_error_handlers,
     problem_response,
 )
-from granite_storage.web.responses import StoredObjectResponse
+from granite_storage.web.responses import Offload, StoredObjectResponse
 from granite_storage.web.uploads import (
     FileList,
     FilePart,
@@ -38,7 +38,7 @@ from granite_storage.web.uploads import (
     upload_body,
     upload_form,
 )
-from granite_storage.web.urls import SignedFiles
+from granite_storage.web.urls import PublicFiles, SignedFiles
 
 __all__ = [
     "INLINE_TYPES",
@@ -51,7 +51,9 @@ __all__ = [
     "FormFiles",
     "MalformedRequestError",
     "MissingFieldError",
+    "Offload",
     "PolicyTarget",
+    "PublicFiles",
     "RequestError",
     "RequestTooLargeError",
     "SignedFiles",

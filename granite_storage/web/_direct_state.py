@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 from uuid import UUID
 
+from granite_storage._headers import served_type
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.exceptions import (
     ChecksumMismatchError,
@@ -300,7 +301,7 @@ async def find_staged(manager: StorageManager, storage_key: str, upload_token: U
     require_size(info.size, upload_token.max_size)
     if info.size < upload_token.min_size:
         raise UploadMismatchError(f"the file has {info.size} bytes, fewer than the announced {upload_token.min_size}")
-    _require_headers(info, upload_token)
+    _require_headers(info, upload_token, is_public=manager.policy(storage_key).public is not None)
     return Staged(replace(place, size=info.size), f"{info.size} {info.modified.isoformat()} {info.etag}")
 
 
@@ -329,7 +330,7 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
     was_judged = ref.media is not None or ref.scan is not None
     async with manager.open(ref) as reader:
         if not was_judged:
-            _require_headers(reader.info, upload_token)
+            _require_headers(reader.info, upload_token, is_public=manager.policy(ref.storage_key).public is not None)
         content = MeasuredStream(aiter(reader), checksum=None if was_judged else upload_token.checksum)
         head = b""
         try:
@@ -344,9 +345,13 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
     return replace(ref, checksum=content.checksum or "").with_identity(ref.identity)
 
 
-def _require_headers(info: ObjectInfo, upload_token: UploadToken) -> None:
-    """Refuse headers with which a browser would get another file than the announced one."""
-    if info.content_type not in (None, upload_token.content_type):
+def _require_headers(info: ObjectInfo, upload_token: UploadToken, *, is_public: bool) -> None:
+    """Refuse headers with which a browser would get another file than the announced one.
+
+    In a public policy, what no browser may run is stored as another type, and what is not finished yet as none in particular.
+    """
+    harmless = (served_type(None), served_type(upload_token.content_type)) if is_public else ()
+    if info.content_type not in (None, upload_token.content_type, *harmless):
         raise UploadMismatchError(f"the file does not have the announced Content-Type {upload_token.content_type!r:.80}")
     if (info.content_encoding or "identity").lower() != "identity":
         raise UploadMismatchError("the file was sent with a Content-Encoding that was not agreed; send it without one")

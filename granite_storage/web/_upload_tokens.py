@@ -109,15 +109,20 @@ class UploadTokenSigner:
 # URLs that end in a token.
 
 
-def token_of(scope: Scope) -> str | None:
-    """Return the only segment below the mount point; None where the URL is written otherwise than it was signed."""
+def path_below(scope: Scope) -> str:
+    """Return the decoded path of a URL below the mount point, without the slash that begins it."""
     path, root = scope["path"], scope.get("root_path", "").rstrip("/")
     if root and path.startswith(f"{root}/"):
         path = path[len(root) :]
+    below: str = path.removeprefix("/")
     raw: bytes = scope.get("raw_path") or path.encode()
-    token: str = path.removeprefix("/")
-    if not raw.endswith(b"/"):
-        token = token.removesuffix("/")  # Litestar ends every path that it hands on in a slash
+    return below if raw.endswith(b"/") else below.removesuffix("/")  # Litestar ends every path that it hands on in a slash
+
+
+def token_of(scope: Scope) -> str | None:
+    """Return the only segment below the mount point; None where the URL is written otherwise than it was signed."""
+    token = path_below(scope)
+    raw: bytes = scope.get("raw_path") or scope["path"].encode()
     if scope.get("query_string") or not token.isascii() or not raw.endswith(f"/{token}".encode()):
         return None
     return token

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from granite_storage._engine import PreparedUpload
+from granite_storage._headers import require_base_url
 from granite_storage.backends.base import UploadRequest
 from granite_storage.exceptions import (
     ChecksumMismatchError,
@@ -30,7 +31,7 @@ from granite_storage.exceptions import (
     StorageError,
     UnsupportedContentError,
 )
-from granite_storage.locations import GENERATED_STEM, clean_filename, safe_name, uuid7_hex
+from granite_storage.locations import GENERATED_STEM, STAGED_NAME, clean_filename, safe_name, uuid7_hex
 from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment
 from granite_storage.orm.binding import StorageBinding
@@ -38,7 +39,6 @@ from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.uploads import discard
 from granite_storage.policies import StoragePolicy
 from granite_storage.refs import canonical_checksum
-from granite_storage.signing import require_base_url
 from granite_storage.streams import require_declared_size, require_size
 from granite_storage.web._direct_state import (
     CompletionStore,
@@ -471,13 +471,14 @@ class DirectUploads:
 
     def _draft(self, column_type: AttachmentType, content_type: str) -> PreparedUpload:
         """Choose where a client uploads to: the location says nothing of the file, and the garbage collector recognises it."""
-        return self._manager._engine.prepare(
+        draft = self._manager._engine.prepare(
             storage_key=column_type.storage_key,
             model_name=column_type.model_name,
             entity_id=uuid7_hex(),
             field_name=column_type.field_name,
             content_type=content_type,
         )
+        return replace(draft, location=f"{draft.location.removesuffix(safe_name(None))}{STAGED_NAME}")
 
     def _require_life(self, expires_in: timedelta) -> None:
         if not timedelta(seconds=1) <= expires_in <= self._max_expires_in:
@@ -536,6 +537,6 @@ def _is_of(location: str, column_type: AttachmentType, policy: StoragePolicy) ->
         re.escape(column_type.model_name),
         GENERATED_STEM,
         re.escape(column_type.field_name),
-        f"{GENERATED_STEM}-{safe_name(None)}",
+        f"{GENERATED_STEM}-{STAGED_NAME}",
     )
     return re.fullmatch(re.escape(prefix) + "/".join(names), location) is not None

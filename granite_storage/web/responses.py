@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from starlette.background import BackgroundTask
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,6 +28,7 @@ from granite_storage._headers import (
     require_disposition,
     require_inline_types,
     served_type,
+    url_path,
 )
 from granite_storage._logs import fields_of
 from granite_storage._tasks import shielded_cleanup
@@ -56,6 +57,7 @@ from granite_storage.web._conditional import (
 
 __all__ = [
     "Body",
+    "Offload",
     "Part",
     "Request",
     "StoredObjectResponse",
@@ -298,6 +300,39 @@ class Request(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """Lets the web server in front of the application send objects of a local disk, with the headers of the response.
+
+    nginx takes `X-Accel-Redirect`, Apache's mod_xsendfile and lighttpd take `X-Sendfile`. The server sends the bytes, and answers
+    ranges and conditions with validators of its own. What is sent to it is percent-encoded, so that no location can be anything
+    but a path below its root.
+
+    Args:
+        header: The header that the server takes.
+        roots: What locations are below, by the key of their backend: the internal URI of nginx, such as
+            `{"local": "/stored"}`, or the folder for `X-Sendfile`. Objects of other backends are streamed by the application.
+
+    Raises:
+        ConfigurationError: The header is not known, or a root does not begin with a slash.
+    """
+
+    header: Literal["X-Accel-Redirect", "X-Sendfile"]
+    roots: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if self.header not in ("X-Accel-Redirect", "X-Sendfile"):
+            raise ConfigurationError(f"header of an Offload must be 'X-Accel-Redirect' or 'X-Sendfile', not {self.header!r}")
+        for key, root in self.roots.items():
+            if not isinstance(root, str) or not root.startswith("/"):
+                raise ConfigurationError(f"the root of {key!r} must be a path that begins with a slash, not {root!r}")
+
+    def target_of(self, ref: StoredObjectRef) -> str | None:
+        """Return the value of the header for an object; None where the application sends it."""
+        root = self.roots.get(ref.backend)
+        return None if root is None else url_path(f"{root.rstrip('/')}/{ref.location}")
+
+
 class StoredObjectResponse(Response):
     """Streams a stored object, whole or in ranges, from any backend.
 
@@ -327,6 +362,8 @@ class StoredObjectResponse(Response):
         cache_control: The Cache-Control instead of `private, no-cache`, with which clients keep it and ask whether it changed.
         verify: Whether a whole body is checked against the checksum as it is sent, and cut before its end where it is wrong. It
             costs the hashing.
+        offload: The web server in front that sends the bytes instead, for objects on a disk that it can read. With `verify` the
+            application sends them.
         headers: More headers, which override the response's own: a Content-Type is also used in each part of several ranges, and
             conditions are compared with an ETag and a Last-Modified. Headers that describe the object are left out of a 404.
         background: A task that Starlette runs afterwards.
@@ -350,6 +387,7 @@ class StoredObjectResponse(Response):
         immutable: bool = False,
         cache_control: str | None = None,
         verify: bool = False,
+        offload: Offload | None = None,
         headers: Mapping[str, str] | None = None,
         background: BackgroundTask | None = None,
     ) -> None:
@@ -362,6 +400,7 @@ class StoredObjectResponse(Response):
         self._asked = Headers(scope=request.scope)
         self._compressed = _is_compressed(request.scope, self._asked)
         self._verify = verify
+        self._offload = None if verify else offload
         self.status_code = 200
         self.background = background
         self.body = b""
@@ -390,6 +429,12 @@ class StoredObjectResponse(Response):
         headers = MutableHeaders(raw=list(self.raw_headers))
         try:
             require_scanned(self._ref)
+            target = None if self._offload is None else self._offload.target_of(self._ref)
+            if self._offload is not None and target is not None:
+                require_recorded_size(self._ref, (await self._manager.stat(self._ref)).size)
+                headers.update({self._offload.header: target, "content-length": "0"})
+                await send_headers(send, 200, headers)
+                return
             validators = await self._validators(headers)
             status, ranges = _decide(self._method, self._asked, validators, self._ref.size, whole=self._compressed)
             self._describe(headers, validators)

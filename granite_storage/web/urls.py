@@ -1,22 +1,38 @@
-"""Serving signed URLs."""
+"""Serving signed and public URLs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import time
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
 
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
+from granite_storage._engine import places_of
 from granite_storage._headers import INLINE_TYPES, require_inline_types
-from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidLocationError, UnknownBackendError
+from granite_storage.backends.base import Place
+from granite_storage.exceptions import (
+    BackendUnavailableError,
+    ConfigurationError,
+    InvalidLocationError,
+    ObjectNotFoundError,
+    UnknownBackendError,
+)
+from granite_storage.inspection._media_names import extension, types_by_extension
+from granite_storage.locations import GENERATED_ID_LENGTH, STAGED_NAME, check_location, generated_id, matches_generated_name
 from granite_storage.manager import StorageManager
+from granite_storage.policies import StoragePolicy
+from granite_storage.refs import StoredObjectRef
 from granite_storage.signing import SignedObject
-from granite_storage.web._upload_tokens import token_of
+from granite_storage.web._upload_tokens import path_below, token_of
 from granite_storage.web.errors import RETRY_AFTER
 from granite_storage.web.responses import StoredObjectResponse, is_request, send_status
 
-__all__ = ["SignedFiles"]
+__all__ = ["PublicFiles", "SignedFiles"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 
@@ -30,9 +46,12 @@ class SignedFiles:
     Args:
         manager: The manager; it must have a `url_signer`.
         inline_types: The media types that may be shown inline where a URL allows it.
+        caching: How an answer may be kept: `revalidate` by a browser that asks each time whether it changed, `private` by a
+            browser, and `shared` by caches in front of the application as well, in both cases no longer than the URL works.
+            Caches answer by the URL alone, which stays the same with `stable_for`.
 
     Raises:
-        ConfigurationError: The manager has no signer, or `inline_types` has one that must not be shown.
+        ConfigurationError: The manager has no signer, `inline_types` has one that must not be shown, or `caching` is not known.
 
     Example:
         ```python
@@ -40,12 +59,21 @@ class SignedFiles:
         ```
     """
 
-    def __init__(self, manager: StorageManager, *, inline_types: Collection[str] = INLINE_TYPES) -> None:
+    def __init__(
+        self,
+        manager: StorageManager,
+        *,
+        inline_types: Collection[str] = INLINE_TYPES,
+        caching: Literal["revalidate", "private", "shared"] = "revalidate",
+    ) -> None:
+        if caching not in ("revalidate", "private", "shared"):
+            raise ConfigurationError(f"caching must be 'revalidate', 'private' or 'shared', not {caching!r}")
         if manager.url_signer is None:
             raise ConfigurationError("the manager signs no URLs: pass url_signer= to StorageManager")
         self._manager = manager
         self._signer = manager.url_signer
         self._inline_types = require_inline_types(inline_types)
+        self._scope = {"private": "private", "shared": "public"}.get(caching)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -59,13 +87,6 @@ class SignedFiles:
         await self._serve(signed, scope, receive, send)
 
     async def _serve(self, signed: SignedObject, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def noting(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
         response = StoredObjectResponse(
             signed.ref,
             Request(scope),
@@ -73,22 +94,177 @@ class SignedFiles:
             disposition=signed.disposition,
             filename=signed.filename,
             inline_types=self._inline_types,
+            cache_control=self._scope and f"{self._scope}, max-age={max(0, int(signed.expires - time.time()))}",
         )
-        try:
-            await response(scope, receive, noting)
-        except (BackendUnavailableError, InvalidLocationError, UnknownBackendError) as error:
-            if begun:
-                raise
-            logger.error("the object of a signed URL could not be served", exc_info=error)
-            status, headers = _refusal(error)
-            await send_status(send, status, headers)
+        await _answer(response, scope, receive, send)
 
 
-def _refusal(error: BackendUnavailableError | InvalidLocationError | UnknownBackendError) -> tuple[int, list[tuple[str, str]]]:
+async def _answer(response: StoredObjectResponse, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send a response; what keeps it from being sent is answered, too."""
+    begun = False
+
+    async def noting(message: Message) -> None:
+        nonlocal begun
+        begun = True
+        await send(message)
+
+    try:
+        await response(scope, receive, noting)
+    except (BackendUnavailableError, InvalidLocationError, UnknownBackendError) as error:
+        if begun:
+            raise
+        await _refuse(error, send)
+
+
+async def _refuse(error: BackendUnavailableError | InvalidLocationError | UnknownBackendError, send: Send) -> None:
+    logger.error("the object of a URL could not be served", exc_info=error)
     match error:
         case BackendUnavailableError():
-            return 503, [("retry-after", str(RETRY_AFTER))]
+            await send_status(send, 503, [("retry-after", str(RETRY_AFTER))])
         case UnknownBackendError():
-            return 404, []
+            await send_status(send, 404)
         case _:
-            return 403, []
+            await send_status(send, 403)
+
+
+class PublicFiles:
+    """An ASGI application that serves the objects of public policies at their locations; mount it where their `public` says.
+
+    It answers GET and HEAD as `StoredObjectResponse` does, with the Cache-Control of the policy and an ETag made of the location,
+    which never gets another object. What is served is decided by the location alone, so the locations of public policies must be
+    no others': a configuration in which they are not is refused. What clients have stored directly and the application has not
+    taken yet is not served, nor is anything whose name is not of the library's making.
+
+    The media type is that which the backend keeps, and on a local disk that of the extension. It is sent as a download of type
+    `application/octet-stream` where a browser might run it.
+
+    Args:
+        manager: The manager.
+        inline_types: The media types that may be shown inline, where the policy allows it.
+
+    Raises:
+        ConfigurationError: No policy is public; or another policy may have objects where those of a public one are: it has the
+            same or an overlapping `key_prefix`, or one of the two has none, and they share a backend. Where they share the place
+            of two backends, the first request raises it, and each one after that.
+
+    Example:
+        ```python
+        app.mount("/media", PublicFiles(manager))
+        ```
+    """
+
+    def __init__(self, manager: StorageManager, *, inline_types: Collection[str] = INLINE_TYPES) -> None:
+        self._manager = manager
+        self._inline_types = require_inline_types(inline_types)
+        self._public = [policy for policy in manager.policies.values() if policy.public is not None]
+        if not self._public:
+            raise ConfigurationError("no policy is public: pass public=PublicURL('https://...') to one of them")
+        self._foreign = list(self._pairs())
+        for policy, other in self._foreign:
+            shares = manager.backend(policy.backend_key) is manager.backend(other.backend_key)
+            if (shares or other.public is not None) and _may_meet(_segments(policy), _segments(other)):
+                raise _indistinct(policy, other)
+        self._has_places_apart = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if not await is_request(scope, send, ("GET", "HEAD"), "PublicFiles"):
+            return
+        if not self._has_places_apart:
+            await self._require_places_apart()
+        location = path_below(scope)
+        policy = self._policy_at(location)
+        try:
+            found = None if policy is None else await self._find(policy, location)
+        except BackendUnavailableError as error:
+            await _refuse(error, send)
+            return
+        if policy is None or policy.public is None or found is None:
+            await send_status(send, 404)
+            return
+        ref, etag = found
+        response = StoredObjectResponse(
+            ref,
+            Request(scope),
+            manager=self._manager,
+            disposition=policy.public.disposition,
+            inline_types=self._inline_types,
+            cache_control=policy.public.cache_control,
+            headers={"ETag": etag},
+        )
+        await _answer(response, scope, receive, send)
+
+    def _policy_at(self, location: str) -> StoragePolicy | None:
+        """Return the public policy whose objects are at a location; None where it is none of the library's making."""
+        try:
+            check_location(location)
+        except InvalidLocationError:
+            return None
+        if not matches_generated_name(location) or location.endswith(f"-{STAGED_NAME}"):
+            return None
+        return next((policy for policy in self._public if location.startswith(_beginning(policy))), None)
+
+    async def _find(self, policy: StoragePolicy, location: str) -> tuple[StoredObjectRef, str] | None:
+        """Return a ref to what is at a location, and its entity tag; None where nothing is."""
+        place = StoredObjectRef(
+            storage_key=policy.storage_key, backend=policy.backend_key, location=location, size=0, checksum=""
+        )
+        try:
+            info = await self._manager.stat(place)
+        except ObjectNotFoundError:
+            return None
+        name = location.rpartition("/")[2][GENERATED_ID_LENGTH + 1 :]
+        ref = replace(
+            place,
+            size=info.size,
+            content_type=info.content_type or types_by_extension().get(extension(name)),
+            original_filename=name,
+            created_at=info.modified.isoformat(),
+        )
+        return ref, f'"{generated_id(location)}"'
+
+    def _pairs(self) -> Iterator[tuple[StoragePolicy, StoragePolicy]]:
+        """Yield each public policy with each other one that is not public at the same place in the same way."""
+        for policy in self._public:
+            for other in self._manager.policies.values():
+                if (other.public, other.backend_key) != (policy.public, policy.backend_key):
+                    yield policy, other
+
+    async def _require_places_apart(self) -> None:
+        """Refuse two backends that lead to the same objects, one of a public policy and one of another one."""
+        for policy, other in self._foreign:
+            places, others = await self._places(policy), await self._places(other)
+            if any(place.store == that.store and _may_meet(place.path, that.path) for place in places for that in others):
+                raise _indistinct(policy, other)
+        self._has_places_apart = True
+
+    async def _places(self, policy: StoragePolicy) -> list[Place]:
+        places = await places_of(self._manager.backend(policy.backend_key)) or ()
+        return [Place(place.store, (*map(_folded, place.path), *_segments(policy))) for place in places]
+
+
+def _beginning(policy: StoragePolicy) -> str:
+    return f"{policy.key_prefix}/" if policy.key_prefix else ""
+
+
+def _segments(policy: StoragePolicy) -> tuple[str, ...]:
+    """Return the segments of a policy's prefix, as a disk that ignores case and the form of accents tells them apart."""
+    return tuple(map(_folded, policy.key_prefix.split("/"))) if policy.key_prefix else ()
+
+
+def _folded(segment: str) -> str:
+    return unicodedata.normalize("NFKC", segment.casefold())
+
+
+def _may_meet(segments: Sequence[str], others: Sequence[str]) -> bool:
+    """Tell whether an object can be below both."""
+    common = min(len(segments), len(others))
+    return segments[:common] == others[:common]
+
+
+def _indistinct(policy: StoragePolicy, other: StoragePolicy) -> ConfigurationError:
+    return ConfigurationError(
+        f"PublicFiles cannot tell the objects of the public policy {policy.storage_key!r} from those of {other.storage_key!r}:"
+        f" their locations begin with {_beginning(policy)!r} and {_beginning(other)!r} at one place; give both a key_prefix of"
+        " their own, or a backend of its own to the public one"
+    )

@@ -21,7 +21,7 @@ ALWAYS = 1 << 30
 
 class S3Conformance(BackendConformance):
     supports_copy = supports_batch_delete = supports_cleanup = supports_abort = True
-    supports_presign = supports_presigned_upload = True
+    supports_presign = supports_batch_presign = supports_presigned_upload = True
     supports_clock = supports_extra_keys = supports_identity = supports_places = True
     supports_mount_check = False
     settles_races_in_parts = settles_races_of_copies = False  # both of these servers look first and act afterwards

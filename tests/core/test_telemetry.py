@@ -198,7 +198,7 @@ manager = StorageManager(backends={"m": MemoryStorageBackend()}, policies={"file
 place = {"storage_key": "files", "model_name": "m", "entity_id": "1", "field_name": "f"}
 ref = asyncio.run(manager.put_bytes(content=b"bytes", **place))
 assert asyncio.run(manager.get(ref)) == b"bytes"
-functions = [Engine.put, Engine._open, Engine.url, flush.save, uploads.make_variant, Recovery.run]
+functions = [Engine.put, Engine._open, Engine.urls, flush.save, uploads.make_variant, Recovery.run]
 print(json.dumps([hasattr(function, "__wrapped__") for function in functions]))
 """
     assert run(program) == [False] * 6

@@ -252,11 +252,11 @@ PROGRAMS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Coroutine[Any, Any,
 }
 """The text with which the program of a document is complete, and the function that uploads hostile files to it."""
 
-HARMLESS = {"docs/cors.md", "docs/without-sqlalchemy.md"}
-"""Programs that accept and show no files."""
+HARMLESS = {"docs/cors.md", "docs/urls.md", "docs/without-sqlalchemy.md"}
+"""Programs that accept no files; what is public is tried in `tests/web/test_public_files.py`."""
 
 PROGRAM = re.compile(
-    r"FastAPI\(|Starlette\(|Litestar\(|StoredObjectResponse\(|SignedFiles\(|DirectUploads\(|(stream|upload)_(upload|form|body)\("
+    r"FastAPI\(|Starlette\(|Litestar\(|StoredObjectResponse\(|(Public|Signed)Files\(|DirectUploads\(|(stream|upload)_(upload|form|body)\("
 )
 UNSAFE = re.compile(r"StreamingResponse|: UploadFile|FileResponse\(")
 

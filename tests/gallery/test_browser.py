@@ -240,7 +240,7 @@ def test_a_thumbnail_that_is_gone_has_a_tile(visit: Page, tmp_path: Path) -> Non
     visit.complaints_expected += ["404"]
     headers = {"X-Gallery": "1", "Content-Type": "image/png"}
     assert httpx.post(f"{visit.address}/items?name=a.png", content=png(20, 10), headers=headers).status_code == 201
-    for path in (tmp_path / "data" / "files" / "gallery").rglob("*-thumb"):
+    for path in (tmp_path / "data" / "files" / "gallery").rglob("*-thumb.webp"):
         path.unlink()
     visit.open()
     assert eventually(lambda: visit.texts(".item .tile")) == ["png"]

@@ -250,9 +250,9 @@ MUTANTS = [
     Mutant(
         name="s3-url-for-the-address-of-the-calls",
         rule="URLs are signed for the address by which browsers reach the server.",
-        path="granite_storage/backends/s3.py",
-        old="url: str = await client.signer.generate_presigned_url(",
-        new="url: str = await client.raw.generate_presigned_url(",
+        path="granite_storage/backends/_s3_client.py",
+        old="url: str = await self.signer.generate_presigned_url(",
+        new="url: str = await self.raw.generate_presigned_url(",
         tests=("tests/backends/test_s3_servers.py::TestPublicAddress::test_urls_and_forms_are_for_the_address_of_browsers",),
     ),
     Mutant(

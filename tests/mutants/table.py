@@ -16,6 +16,7 @@ from tests.mutants import (
     panels,
     sessions,
     tools,
+    urls,
     web,
 )
 from tests.mutants.mutant import Mutant
@@ -37,4 +38,5 @@ MUTANTS: list[Mutant] = [
     *derivers.MUTANTS,
     *effects.MUTANTS,
     *tools.MUTANTS,
+    *urls.MUTANTS,
 ]

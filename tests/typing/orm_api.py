@@ -26,7 +26,16 @@ from granite_storage import (
     iter_model_storage_refs,
 )
 from granite_storage.gc import CollectedObject, DanglingReference, GarbageCollectionReport, OrphanStatus
-from granite_storage.orm import AttachedFile, AttachmentList, append_files, attachments, count_files, file_class, sum_sizes
+from granite_storage.orm import (
+    AttachedFile,
+    AttachmentList,
+    append_files,
+    attachments,
+    count_files,
+    file_class,
+    sign_urls,
+    sum_sizes,
+)
 
 
 class Base(DeclarativeBase):
@@ -126,6 +135,13 @@ async def use(document: Document, upload: UploadFile, session: AsyncSession) -> 
     assert_type(document.cover.manager, StorageManager)
     assert_type(await document.cover.read(), bytes)
     assert_type(await document.cover.exists(), bool)
+    hour = timedelta(hours=1)
+    assert_type(document.cover.public_url, str)
+    assert_type(await document.cover.url(expires_in=hour, stable_for=hour, disposition="inline", filename="a"), str)
+    assert_type(document.cover.sync.url(expires_in=hour), str)
+    assert_type(await document.cover.manager.urls([document.cover.ref], expires_in=hour, stable_for=hour), list[str])
+    assert_type(document.cover.manager.sync.urls([document.cover.ref], expires_in=hour), list[str])
+    await sign_urls([document.file, document.cover, document.cover.variants["a"]], expires_in=hour)
     async with document.cover.open(offset=1024, length=1, verify=False) as reader:
         assert_type(reader, StoredObjectReader)
     await session.scalars(select(Document).where(Document.file["size"].as_integer() > 1, Document.file.is_not(None)))

@@ -301,7 +301,7 @@ async def test_what_s3_is_told(moto_server: S3Server, wrapped: bool) -> None:
     assert upload.method == "POST"
     assert "${filename}" not in json.dumps(upload.to_dict())
     key = upload.fields["key"]
-    assert re.fullmatch(f"tenants/7/document/{GENERATED_STEM}/file/{GENERATED_STEM}-file", key)
+    assert re.fullmatch(f"tenants/7/document/{GENERATED_STEM}/file/{GENERATED_STEM}-_staged", key)
     policy = json.loads(base64.b64decode(upload.fields["policy"]))
     conditions = policy["conditions"]
     assert ["eq", "$key", key] in conditions

@@ -42,6 +42,7 @@ class Cases:
     supports_presign: ClassVar[bool] = False
     supports_presigned_upload: ClassVar[bool] = False
 
+    supports_batch_presign: ClassVar[bool | None] = None
     supports_clock: ClassVar[bool | None] = None
     supports_extra_keys: ClassVar[bool | None] = None
     supports_mount_check: ClassVar[bool | None] = None

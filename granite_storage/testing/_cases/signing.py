@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -12,7 +13,14 @@ from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
-from granite_storage.backends.base import StorageBackend, SupportsPresign, SupportsPresignedUpload, UploadRequest
+from granite_storage.backends.base import (
+    PresignRequest,
+    StorageBackend,
+    SupportsBatchPresign,
+    SupportsPresign,
+    SupportsPresignedUpload,
+    UploadRequest,
+)
 from granite_storage.testing._cases.base import Cases, listed, must_raise, same_bytes
 
 __all__ = ["SignCases"]
@@ -46,6 +54,24 @@ class SignCases(Cases):
         assert headers["Content-Type"] == "text/plain", f"the answer has the content type {headers['Content-Type']!r}"
         disposition = headers["Content-Disposition"]
         assert disposition == 'attachment; filename="a.txt"', f"the answer has the disposition {disposition!r}"
+
+    async def test_signed_many(self, backend: StorageBackend) -> None:
+        """URLs of a batch are in the order of the requests, and the same request for the same time gives the same URL."""
+        self.needs("supports_batch_presign")
+        assert isinstance(backend, SupportsBatchPresign), "supports_batch_presign is declared, but there is no presign_many()"
+        names = ["many/a", "many/b", "many/a"]
+        for name in set(names):
+            await backend.put_bytes(name, name.encode())
+        signed_at = int(time.time()) - 30
+        requests = [PresignRequest(name, 2 * MINUTE, "text/plain", "inline", signed_at) for name in names]
+        urls = await backend.presign_many(requests)
+        assert len(urls) == len(names), f"{len(names)} requests gave {len(urls)} URLs"
+        for name, url in zip(names, urls, strict=True):
+            _, body, headers = await request(url)
+            same_bytes(body, name.encode(), "the body behind one of many signed URLs")
+            assert headers["Content-Type"] == "text/plain", f"the answer has the content type {headers['Content-Type']!r}"
+        assert list(await backend.presign_many(requests)) == list(urls), "the same requests gave other URLs"
+        assert list(await backend.presign_many([])) == [], "no requests gave URLs"
 
     async def test_signed_url_of_nothing(self, backend: StorageBackend) -> None:
         """A URL may be signed before the object is there; until then it answers 404."""

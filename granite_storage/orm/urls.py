@@ -1,0 +1,139 @@
+"""URLs in response models: public ones as they are, signed ones for a whole list in one batch before it is serialized."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from granite_storage._headers import Disposition
+from granite_storage.exceptions import ConfigurationError, InfectedObjectError, ScanPendingError
+from granite_storage.orm.attachment import Attachment, AttachmentVariant, fields_schema, shown_fields
+from granite_storage.refs import StoredObjectRef, require_scanned
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+    from pydantic_core import CoreSchema
+
+    from granite_storage.manager import StorageManager
+
+__all__ = ["WithURL", "sign_urls"]
+
+
+async def sign_urls(
+    files: Iterable[Attachment | AttachmentVariant | None],
+    *,
+    expires_in: timedelta,
+    disposition: Disposition = "attachment",
+    stable_for: timedelta | None = None,
+) -> None:
+    """Sign the URLs of files in one batch, for the response models that show them with `WithURL(signed=True)`.
+
+    The URLs are kept with the attachments and in no row and no pickle. Nothing but such a model shows them.
+
+    Args:
+        files: Attachments and variants of them; None is passed over, and so is what no scanner has let pass and an attachment
+            whose row contains no readable ref, which have no URL.
+        expires_in: How long the URLs work at least. A response model shows them as long.
+        disposition: `inline` lets a browser show in its window what is safe to show.
+        stable_for: How long the same URLs are returned; see `StorageManager.url`.
+
+    Raises:
+        UnboundAttachmentError: One is not stored yet.
+        StorageError: One could not be signed, as `StorageManager.url` says.
+        ValueError: As `StorageManager.url`.
+
+    Example:
+        ```python
+        await sign_urls([document.file for document in documents], expires_in=timedelta(hours=1))
+        ```
+    """
+    wanted: dict[StorageManager, list[Attachment | AttachmentVariant]] = {}
+    for file in files:
+        if file is not None and file._state.error is None and _is_passed(file.ref):
+            wanted.setdefault(file.manager, []).append(file)
+    until = time.time() + expires_in.total_seconds()
+    for manager, chosen in wanted.items():
+        refs = [file.ref for file in chosen]
+        urls = await manager.urls(refs, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
+        for file, ref, url in zip(chosen, refs, urls, strict=True):
+            file._state.keep_url(ref, url, until)
+
+
+@dataclass(frozen=True, slots=True)
+class WithURL:
+    """Lets a response model of pydantic show the `url` of an attachment or a variant, beside what it shows anyway.
+
+    `Annotated[Attachment, WithURL()]` shows the public URL of a file of a public policy, and `WithURL(signed=True)` the URL that
+    `sign_urls` has signed; without that call it raises. No other field shows a URL. It is null where a virus scanner has not let
+    the file pass.
+
+    Args:
+        signed: Whether the URL is one that `sign_urls` has signed; a public one otherwise.
+
+    Raises:
+        ConfigurationError: When a response is serialized: the policy is not public, or no URL was signed, or it has expired.
+
+    Example:
+        ```python
+        class DocumentOut(BaseModel):
+            model_config = ConfigDict(from_attributes=True)
+            file: Annotated[Attachment, WithURL(signed=True)] | None
+        ```
+    """
+
+    signed: bool = False
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core import core_schema
+
+        schema: Any = handler(source)
+        schema["serialization"] = core_schema.plain_serializer_function_ser_schema(
+            self._show, return_schema=core_schema.nullable_schema(fields_schema(with_url=True)), when_used="json"
+        )
+        found: CoreSchema = schema
+        return found
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        shown = handler(schema)
+        return {**shown, "anyOf": list(map(_with_url, shown["anyOf"]))} if "anyOf" in shown else _with_url(shown)
+
+    def _show(self, value: Attachment | AttachmentVariant | None) -> dict[str, Any] | None:
+        fields = None if value is None else shown_fields(value)
+        if value is None or fields is None:
+            return None
+        return {**fields, "url": self._url_of(value) if _is_passed(value.ref) else None}
+
+    def _url_of(self, file: Attachment | AttachmentVariant) -> str:
+        if not self.signed:
+            return file.public_url
+        url, until = file._state.signed_urls.get((file.ref.backend, file.ref.location), (None, 0.0))
+        if url is None or until <= time.time():
+            raise ConfigurationError(
+                f"a response shows the signed URL of {file!r}, {'and none was signed' if url is None else 'which has expired'}:"
+                " 'await sign_urls([...], expires_in=...)' before it is returned"
+            )
+        return url
+
+
+def _with_url(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of an attachment with a URL; that of null is left."""
+    if "properties" not in schema:
+        return schema
+    url = {"anyOf": [{"type": "string", "format": "uri"}, {"type": "null"}], "title": "Url"}
+    return {
+        **schema,
+        "title": f"{schema.get('title', 'Attachment')}WithURL",
+        "properties": {**schema["properties"], "url": url},
+        "required": sorted({*schema["required"], "url"}),
+    }
+
+
+def _is_passed(ref: StoredObjectRef) -> bool:
+    try:
+        require_scanned(ref)
+    except (ScanPendingError, InfectedObjectError):
+        return False
+    return True

@@ -73,8 +73,8 @@ class Staging:
     """
 
     def __init__(self, pool: JournalPool, tables: JournalTables, references: References, lease: timedelta) -> None:
-        self._pool = pool
-        self._intent = tables.intent
+        self._pool = pool.uploads
+        self._intent = pool.upload_tables(tables).intent
         self._references = references
         self._lease = lease.total_seconds()
 
@@ -93,7 +93,7 @@ class Staging:
             StaleAttachmentError: Its lifetime is over, and a worker has fenced it.
         """
         found = select(self._intent.c.upload_id, clock().label("now")).where(self._is(staging_id))
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             row = (await connection.execute(found)).one_or_none()
             if row is None:
                 raise StaleAttachmentError("the direct upload was not finished in time, and was reclaimed")

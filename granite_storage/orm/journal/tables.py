@@ -169,6 +169,13 @@ def _on_mariadb(element: clock, compiler: Any, **kw: Any) -> str:
     return f"TIMESTAMPADD(MICROSECOND, 1000000 * {compiler.process(element.clauses, **kw)}, UTC_TIMESTAMP(6))"
 
 
+@compiles(clock, "sqlite")
+def _on_sqlite(element: clock, compiler: Any, **kw: Any) -> str:
+    # In the format of SQLAlchemy's DateTime there, so that moments compare as texts.
+    seconds = f"printf('%+.6f seconds', {compiler.process(element.clauses, **kw)})"
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', {seconds})"
+
+
 _LONGEST_ERROR = 500
 
 

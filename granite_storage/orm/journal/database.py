@@ -176,6 +176,9 @@ class JournalPool:
         """Give a connection whose transaction sees which objects rows refer to, before the others are deleted."""
         return self.reading()
 
+    async def make_durable(self, connection: AsyncConnection) -> None:
+        """Let the COMMIT of such a transaction make durable what it has seen, where the database does not by itself."""
+
     async def may_find(self, statement: Select[Any]) -> bool:
         """Return False where a look that waits for no lock shows that a statement finds nothing now."""
         return True
@@ -184,9 +187,12 @@ class JournalPool:
         """Give a connection in a durable transaction that fences intents."""
         return self.durable()
 
-    @asynccontextmanager
-    async def durable(self) -> AsyncIterator[AsyncConnection]:
+    def durable(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Give a connection in a transaction that, once it is committed, no crash of the database takes back."""
+        return self._synchronous()
+
+    @asynccontextmanager
+    async def _synchronous(self) -> AsyncIterator[AsyncConnection]:
         async with self._in_time(), self._engine.begin() as connection:
             if self.is_postgresql:
                 await connection.execute(_SYNCHRONOUS)

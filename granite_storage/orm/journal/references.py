@@ -72,7 +72,9 @@ class References:
     def _locations_in(self, rows: Iterable[Row[Any]]) -> set[str]:
         """Return the locations that rows of the application hold, among those that were found."""
         held = [row for row in rows if row.id is None]
-        return {row.location for row in held if row.location is not None}.union(*(variant_locations(row.variants) for row in held))
+        return {row.location for row in held if row.location is not None}.union(
+            *(variant_locations(row.variants) for row in held)
+        )
 
     async def _rows(
         self, first: list[Select[*tuple[Any, ...]]], objects: Mapping[str, str | None], begin: _Begin
@@ -96,6 +98,8 @@ class References:
             for parts in statements:
                 found = await connection.execute(union_all(*parts), execution_options={TRANSLATE_MAP: None})
                 rows += found
+            if rows and begin != self._pool.reading:
+                await self._pool.make_durable(connection)
         return rows
 
     async def _selects(self, locations: Sequence[str], sources: Sequence[str]) -> list[Select[*tuple[Any, ...]]]:

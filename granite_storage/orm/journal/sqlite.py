@@ -62,7 +62,7 @@ _NAME: Final = "sidecar"
 _BARRIER: Final = "barrier"
 _TABLES: Final = journal_tables(MetaData())
 """The journal's tables as both files have them; the sidecar uses those of intents, of fences, and `granite_storage_meta`."""
-_DIALECT: Final = sqlite.dialect(paramstyle="qmark")  # type: ignore[no-untyped-call]  # it has no types
+_DIALECT: Final = sqlite.dialect(paramstyle="qmark")
 
 _BUSY_MILLISECONDS = 200
 _PATIENCE = 30.0
@@ -72,10 +72,14 @@ _BATCH = 20
 
 _BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _OF_CONNECTION: Final = "granite_storage.file"
-_NETWORK = frozenset(
-    "9p afs beegfs ceph cifs coda davfs fuse.ceph fuse.gcsfuse fuse.glusterfs fuse.rclone fuse.s3fs fuse.sshfs gfs2 glusterfs gpfs"
-    " lustre ncpfs nfs nfs4 ocfs2 orangefs smb2 smb3 smbfs".split()
+_NETWORK_KINDS = frozenset(
+    {
+        *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
+        *("fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs"),
+        *("ocfs2", "orangefs", "smb2", "smb3", "smbfs"),
+    }
 )
+"""As `/proc/self/mountinfo` names them."""
 
 
 class _LockingPool(JournalPool):
@@ -160,7 +164,7 @@ def _begin(connection: Connection, statement: str) -> None:
 
 
 def _commit(connection: Connection) -> None:
-    connection.dialect.do_commit(connection.connection)  # type: ignore[arg-type]  # as SQLAlchemy itself calls it
+    connection.dialect.do_commit(connection.connection)
 
 
 def _driver(connection: Connection) -> Any:
@@ -187,7 +191,7 @@ def _put(name: str, value: str) -> Insert:
     return new.on_conflict_do_update(index_elements=["name"], set_={"value": new.excluded.value, "changed": new.excluded.changed})
 
 
-def _value_of(name: str) -> Select[tuple[str]]:
+def _value_of(name: str) -> Select[str]:
     return select(_TABLES.meta.c.value).where(_TABLES.meta.c.name == name)
 
 
@@ -244,12 +248,13 @@ class SQLitePool(_LockingPool):
         bounded._sidecar = self._sidecar.of(bounded)
         return bounded
 
-    @asynccontextmanager
-    async def deciding(self) -> AsyncIterator[AsyncConnection]:
-        """Give a connection that sees which objects rows refer to; that becomes durable with its COMMIT, which has a write."""
-        async with self.writing() as connection:
-            yield connection
-            await connection.execute(_put(_BARRIER, ""))
+    def deciding(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """Do as `writing`: no session is between its look at an intent and its COMMIT."""
+        return self.writing()
+
+    async def make_durable(self, connection: AsyncConnection) -> None:
+        """Write something: a COMMIT without a write brings nothing to the disk."""
+        await connection.execute(_put(_BARRIER, ""))
 
     @property
     def known_path(self) -> str | None:
@@ -264,7 +269,8 @@ class SQLitePool(_LockingPool):
         """
         if self._main.path is None:
             async with self.reading() as connection:
-                self._main.path = await connection.run_sync(_path_of)
+                found = await connection.run_sync(_file_of)
+            self._main.path = await asyncio.to_thread(os.path.realpath, found) if found else ""
         if not self._main.path:
             raise _refuse("the database has no file: use one")
         return self._main.path
@@ -310,7 +316,8 @@ class SQLitePool(_LockingPool):
         """Refuse the transaction of a session on another file."""
         info = connection.info
         if _OF_CONNECTION not in info:
-            info[_OF_CONNECTION] = _path_of(connection)
+            found = _file_of(connection)
+            info[_OF_CONNECTION] = wait(asyncio.to_thread(os.path.realpath, found)) if found else ""
         if info[_OF_CONNECTION] != self._main.path:
             raise ConfigurationError(
                 f"the session is on the database {info[_OF_CONNECTION] or ':memory:'}, and the journal's engine on"
@@ -366,10 +373,9 @@ def _refuse(why: str) -> ConfigurationError:
     return ConfigurationError(f"this SQLite database cannot have a journal: {why}")
 
 
-def _path_of(connection: Connection) -> str:
-    """Return the real path of a connection's main database; empty for one without a file."""
-    found = next(file for _, name, file in connection.exec_driver_sql("PRAGMA database_list") if name == "main")
-    return os.path.realpath(found) if found else ""
+def _file_of(connection: Connection) -> str:
+    """Return the path of a connection's main database; empty for one without a file."""
+    return next(file or "" for _, name, file in connection.exec_driver_sql("PRAGMA database_list") if name == "main")
 
 
 def _network_file_system(path: str) -> str | None:
@@ -384,7 +390,7 @@ def _network_file_system(path: str) -> str | None:
         fields, _, described = line.partition(" - ")
         if fields.split()[2] == number:
             found = described.split()[0]
-    return found if found in _NETWORK else None
+    return found if found in _NETWORK_KINDS else None
 
 
 # The sidecar.
@@ -435,7 +441,8 @@ class SidecarPool(_LockingPool):
         self._timeout: float | None = None
         self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         self._main = main
-        self._file = _File(None if path is None else os.path.abspath(path))
+        self._given = path
+        self._file = _File()
 
     def of(self, main: SQLitePool) -> SidecarPool:
         """Return the same pool, bound as the connections to the rows' database are."""
@@ -487,7 +494,8 @@ class SidecarPool(_LockingPool):
     async def _begin_unnamed(self, stack: AsyncExitStack, statement: str) -> AsyncConnection:
         """Begin a transaction in the file that is there, whether the rows' database names it or not."""
         if self._file.path is None:
-            self._file.path = f"{await self._main.path()}{_SUFFIX}"
+            path = self._given or f"{await self._main.path()}{_SUFFIX}"
+            self._file.path = await asyncio.to_thread(os.path.abspath, path)
         return await super()._begin(stack, statement)
 
     @property
@@ -626,7 +634,8 @@ class SidecarReferences(References):
         """Return rows of the sidecar's `reclaim`, and which objects are not for the sidecar's worker to delete.
 
         Those are the objects that rows refer to, and those that have an intent to delete or a fence in the rows' database. All of
-        it is seen with the lock of writers, and becomes durable before this returns.
+        it is seen with the lock of writers, and becomes durable before this returns. Where there is none, there is nothing to
+        make durable: what had a row once has an intent to delete, until a worker that has seen to that deletes it.
 
         Raises:
             ConfigurationError: No worker ever ran in this database, but one ran with this sidecar: its rows are elsewhere.

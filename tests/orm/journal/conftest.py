@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.orm.conftest import new_database
-from tests.orm.databases import Database
+from tests.orm.databases import WITH_JOURNAL, Database
 from tests.orm.environment import OrmEnvironment, orm_environment
 
 
-@pytest.fixture(scope="session", params=["asyncpg", "psycopg", "mariadb"])
+@pytest.fixture(scope="session", params=WITH_JOURNAL)
 async def database(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
     """Every database that can have a journal, with every driver."""
     async with new_database(request, request.param) as found:
@@ -43,8 +43,6 @@ async def mariadb_database(request: pytest.FixtureRequest) -> AsyncIterator[Data
 @pytest.fixture
 async def env(database: Database) -> AsyncIterator[OrmEnvironment]:
     """Empty tables, an empty storage and a journal; checked afterwards, before recovery and after it."""
-    if database.is_sqlite:
-        pytest.skip("SQLite cannot have a journal")
     async with orm_environment(database, journaled=True) as env:
         yield env
         await env.check_recovery()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from granite_storage.derived import Effect, Recipe
     from granite_storage.inspection.base import Validator
     from granite_storage.manager import StorageManager
+    from granite_storage.orm.journal.sqlite import SidecarPool
     from granite_storage.refs import StoredObjectRef
 
 
@@ -256,6 +257,11 @@ class Journal(Protocol):
     @property
     def intents(self) -> JournalIntents:
         """The operations of transactions on it."""
+        ...
+
+    @property
+    def sidecar(self) -> SidecarPool | None:
+        """The file with the intents of uploads, on SQLite."""
         ...
 
     def retention_of(self, ref: StoredObjectRef) -> timedelta:

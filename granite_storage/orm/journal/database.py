@@ -28,7 +28,7 @@ from granite_storage.exceptions import BackendUnavailableError, ConfigurationErr
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import TRANSLATE_MAP, dispatchers_of, root_engine, wait
-from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clock
+from granite_storage.orm.journal.tables import SCHEMA_VERSION, SIDECAR_NAME, VERSION_NAME, clock
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -44,6 +44,7 @@ __all__ = [
     "check_database",
     "effective",
     "find_gap",
+    "find_sidecar",
     "has_beat",
     "insert_if_absent",
     "read_translations",
@@ -421,6 +422,12 @@ async def accept_gap(pool: JournalPool, tables: JournalTables, *, within: timede
     meta = tables.meta
     async with pool.durable() as connection:
         await connection.execute(meta.delete().where(meta.c.name == _GAP))
+
+
+async def find_sidecar(connection: AsyncConnection, tables: JournalTables) -> str | None:
+    """Return the name of the sidecar that a database on SQLite names; see `granite_storage.orm.journal.sqlite`."""
+    meta = tables.meta
+    return (await connection.execute(select(meta.c.value).where(meta.c.name == SIDECAR_NAME))).scalar_one_or_none()
 
 
 async def has_beat(connection: AsyncConnection, tables: JournalTables) -> bool:

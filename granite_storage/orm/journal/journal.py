@@ -24,7 +24,7 @@ from granite_storage.orm.journal.jobs import JobQueue, has_variants
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
-from granite_storage.orm.journal.sqlite import SidecarReferences, SQLitePool
+from granite_storage.orm.journal.sqlite import SidecarPool, SidecarReferences, SQLitePool
 from granite_storage.orm.journal.tables import RecoveryReport, tables_of
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work
@@ -65,7 +65,7 @@ class StorageJournal:
     It costs one commit per flush that stores something, on connections of its own, and a row per object that goes.
 
     Args:
-        engine: The application's engine, on PostgreSQL, MariaDB or SQLite, or one that was made for the journal and leads to the same
+        engine: The application's engine, on PostgreSQL, MariaDB or SQLite, or one made for the journal that leads to the same
             database, such as one past a connection pooler. The journal makes a small pool of its own from it, with the same
             creator, arguments, events and `schema_translate_map`; disposing of the engine closes that as well.
         lease: How long an upload may go without a sign of life before a worker takes it for dead. It is renewed while the upload
@@ -186,7 +186,7 @@ class StorageJournal:
         Raises:
             ConfigurationError: As `check`.
         """
-        await self._ensure_checked()
+        await self._ensure_fit_for_workers()
         report = RecoveryReport()
 
         async def do_jobs(backend: str) -> RecoveryReport:
@@ -245,7 +245,7 @@ class StorageJournal:
         """
         if not isinstance(interval, timedelta) or interval <= timedelta(0):
             raise ConfigurationError(f"a worker's interval must be a timedelta above 0, not {interval!r}")
-        await self._ensure_checked()
+        await self._ensure_fit_for_workers()
 
         async def recover(backend: str) -> None:
             if backend in self.manager.backends:  # the base may have been bound to another manager meanwhile
@@ -309,6 +309,11 @@ class StorageJournal:
 
     def __repr__(self) -> str:
         return f"<StorageJournal lease={self._lease}>"
+
+    @property
+    def sidecar(self) -> SidecarPool | None:
+        """The file with the intents of uploads, on SQLite."""
+        return self._pool.uploads if isinstance(self._pool, SQLitePool) else None
 
     @property
     def intents(self) -> Intents:
@@ -435,6 +440,12 @@ class StorageJournal:
     async def _ensure_checked(self) -> None:
         if not self._checked:
             await self.check()
+
+    async def _ensure_fit_for_workers(self) -> None:
+        await self._ensure_checked()
+        if self.sidecar is not None:
+            async with self._pool.reading() as connection:
+                await self.sidecar.require_beat(connection, self.tables)
 
     def _columns(self) -> list[Column[Any]]:
         columns = [column for binding in self._bindings for column in binding.ref_columns()]

@@ -1,8 +1,8 @@
 """The journal on SQLite: the intents of uploads are in a file of their own, the sidecar, and all else in the rows' database.
 
-While a session writes, no other connection can write to its database. So the intents of uploads, which must be committed during a
-flush, are in a second file beside it. What must be true together with the rows is in their database and their transaction: intents
-to delete, their fences, and jobs. No transaction spans both files.
+While a session writes, no other connection can write to its database. So the intents of uploads, which must be committed in a
+flush, are in a second file beside it. What must be true together with the rows is in their database and their transaction:
+intents to delete, their fences, and jobs. No transaction spans both files.
 
 Why it is safe. The rows' database has one lock of writers. A transaction that writes a ref looks for the intent of the upload
 after it has this lock, and keeps the lock until it ends. It does not consume the intent, because the committed row decides. A
@@ -11,11 +11,11 @@ sees the row, or the transaction sees the fence. An object that has an intent to
 to those: an undo may bring it back.
 
 With `synchronous=NORMAL` a power loss may take commits of the application back. What a worker has seen is made durable by a write
-of its own at `synchronous=EXTRA` (https://www.sqlite.org/pragma.html#pragma_synchronous) before it acts on it. For the same reason
-the intent outlives the COMMIT of its row, until its lease is over. The sidecar is in WAL mode at FULL, where no commit is lost.
+of its own at `synchronous=EXTRA` (https://www.sqlite.org/pragma.html#pragma_synchronous) before it acts on it. So the intent also
+outlives the COMMIT of its row, until its lease is over. The sidecar is in WAL mode at FULL, where no commit is lost.
 
-The sidecar has a random name, and the rows' database says which one counts. Where the file is lost or replaced, even under running
-processes, the uploads that the old one knew of can no longer be committed once a new one is named.
+The sidecar has a random name, and the rows' database says which one counts. Where the file is lost or replaced, even under
+running processes, the uploads that the old one knew of can no longer be committed once a new one is named.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from granite_storage.exceptions import ConfigurationError
+from granite_storage.exceptions import ConfigurationError, StorageError
 from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import wait
 from granite_storage.orm.journal.database import JournalPool, effective, has_beat
 from granite_storage.orm.journal.references import References
-from granite_storage.orm.journal.tables import UPLOAD, clock, journal_tables
+from granite_storage.orm.journal.tables import SIDECAR_NAME, UPLOAD, clock, journal_tables
 
 if TYPE_CHECKING:
     from sqlalchemy import Column, Connection, Insert, Table
@@ -57,8 +57,6 @@ if TYPE_CHECKING:
 __all__ = ["SQLitePool", "SidecarPool", "SidecarReferences"]
 
 _SUFFIX: Final = "-granite_storage"
-_NAME: Final = "sidecar"
-"""The key of the sidecar's name, in the table `granite_storage_meta` of both files."""
 _BARRIER: Final = "barrier"
 _TABLES: Final = journal_tables(MetaData())
 """The journal's tables as both files have them; the sidecar uses those of intents, of fences, and `granite_storage_meta`."""
@@ -306,11 +304,11 @@ class SQLitePool(_LockingPool):
     async def name(self, sidecar: _Opened) -> None:
         """Name a sidecar in the database, durably; from then on the intents of any other are void."""
         async with self.reading() as connection:
-            if (await connection.execute(_value_of(_NAME))).scalar_one_or_none() == sidecar.name:
+            if (await connection.execute(_value_of(SIDECAR_NAME))).scalar_one_or_none() == sidecar.name:
                 return
         async with self.writing() as connection:
             if await asyncio.to_thread(sidecar.is_there):
-                await connection.execute(_put(_NAME, sidecar.name))
+                await connection.execute(_put(SIDECAR_NAME, sidecar.name))
 
     def require_here(self, connection: Connection) -> None:
         """Refuse the transaction of a session on another file."""
@@ -337,7 +335,7 @@ class SQLitePool(_LockingPool):
                 "the driver's connection commits each statement by itself (isolation_level=None), so that no rollback brings rows"
                 " back: begin transactions by SQLAlchemy's recipe for SQLite, with BEGIN IMMEDIATE"
             )
-        named = connection.execute(_value_of(_NAME), execution_options=self.options).scalar_one_or_none()
+        named = connection.execute(_value_of(SIDECAR_NAME), execution_options=self.options).scalar_one_or_none()
         name, pending = wait(self._sidecar.look(ids))
         if name != named:
             self._sidecar.doubt()
@@ -475,6 +473,24 @@ class SidecarPool(_LockingPool):
             connection = await self._begin_unnamed(stack, "BEGIN")
             yield _opened(connection).name, connection
 
+    async def require_beat(
+        self, main: AsyncConnection, tables: JournalTables, error: type[StorageError] = ConfigurationError
+    ) -> None:
+        """Refuse a database in which no worker ever ran, if one ran with the sidecar: its rows are elsewhere.
+
+        Args:
+            main: A connection to the database.
+            tables: The journal's tables there.
+            error: The class of the error.
+        """
+        async with self.looking() as (_, connection):
+            is_known = await has_beat(connection, self.tables)
+        if is_known and not await has_beat(main, tables):
+            raise error(
+                "no worker has ever run in this database, but one has with the sidecar beside it: the database was lost or"
+                " replaced. Restore it, or confirm that it is the right one: await journal.allow_restored_database()"
+            )
+
     @asynccontextmanager
     async def fencing(self) -> AsyncIterator[AsyncConnection]:
         """Give a connection that fences uploads; no session is between its look at them and its COMMIT meanwhile."""
@@ -601,9 +617,9 @@ def _prepare(connection: sqlite3.Connection) -> str:
             for index in table.indexes:
                 connection.execute(_sql(CreateIndex(index, if_not_exists=True)))
         new = f"INSERT OR IGNORE INTO {_TABLES.meta.name} (name, value, changed) VALUES (?, ?, ?)"  # noqa: S608  # ours
-        connection.execute(new, (_NAME, uuid4().hex, "2000-01-01 00:00:00.000000"))
+        connection.execute(new, (SIDECAR_NAME, uuid4().hex, "2000-01-01 00:00:00.000000"))
         connection.execute("COMMIT")
-    (name,) = connection.execute(_sql(_value_of(_NAME)), (_NAME,)).fetchone()
+    (name,) = connection.execute(_sql(_value_of(SIDECAR_NAME)), (SIDECAR_NAME,)).fetchone()
     return str(name)
 
 
@@ -659,11 +675,7 @@ class SidecarReferences(References):
 
     async def _read_own(self, main: AsyncConnection, wanted: Sequence[UUID]) -> list[Row[Any]]:
         reclaim = self._sidecar.tables.reclaim
+        await self._sidecar.require_beat(main, self._tables)
         async with self._sidecar.reading() as connection:
-            if await has_beat(connection, self._sidecar.tables) and not await has_beat(main, self._tables):
-                raise ConfigurationError(
-                    "no worker has ever run in this database, but one has with the sidecar beside it: the database was lost or"
-                    " replaced. Restore it, or confirm that it is the right one: await journal.allow_restored_database()"
-                )
             seen = select(reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers).where(reclaim.c.id.in_(wanted))
             return list(await connection.execute(seen))

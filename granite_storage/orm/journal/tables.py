@@ -20,6 +20,7 @@ __all__ = [
     "COMMIT",
     "DELETE",
     "SCHEMA_VERSION",
+    "SIDECAR_NAME",
     "STAGING",
     "UPLOAD",
     "VERSION_NAME",
@@ -39,6 +40,9 @@ Version 2 added `granite_storage_job`, and to the intents and their reclaims the
 
 VERSION_NAME = "schema_version"
 """The key of the version in that table."""
+
+SIDECAR_NAME = "sidecar"
+"""The key of the name of the file with the intents of uploads, on SQLite, in that table of both files."""
 
 UPLOAD, DELETE = "upload", "delete"
 STAGING = "staging"

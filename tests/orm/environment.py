@@ -356,6 +356,27 @@ class OrmEnvironment:
         """Return how to reach each of the databases that have intents: one, but on SQLite."""
         return [self._beside_rows(), *([self.uploads()] if self.database.is_sqlite else [])]
 
+    async def journal_rows(self, name: str) -> list[Any]:
+        """Return the rows of a table of the journal, but for the intents of uploads that rows have taken, on SQLite."""
+        assert self.journal is not None
+        async with self.engine.connect() as connection:
+            found = list(await connection.execute(select(getattr(self.journal.tables, name))))
+        if self.database.is_sqlite:
+            referenced = {one.location for ref in (await self.references()).values() for one in iter_refs(ref)}
+            known = {*referenced, *(row.location for row in found)}
+            async with self.uploads() as (connection, tables):
+                beside = list(await connection.execute(select(getattr(tables, name))))
+            found += [row for row in beside if row.location not in known]
+        return found
+
+    async def expire(self) -> None:
+        """Let every lease and every wait be over, but those whose rows a transaction has locked."""
+        for place in self.places():
+            async with place as (connection, tables):
+                for table in (tables.intent, tables.reclaim):
+                    free = (await connection.execute(select(table.c.id).with_for_update(skip_locked=True))).scalars().all()
+                    await connection.execute(table.update().where(table.c.id.in_(free)).values(due=clock(-1.0)))
+
     async def is_settled(self) -> bool:
         """Tell whether the journal knows of nothing that is left to do."""
         async with self.sessions() as session:

@@ -201,6 +201,7 @@ class StorageJournal:
             passes = [group.create_task(work) for work in works]
         for done in passes:
             report.add(done.result())
+        report.failed.clear()  # they are counted with what failed before
         for recovery in self._recoveries():
             await recovery.count_waiting(report)
         await self._jobs(JobQueue).count(report)

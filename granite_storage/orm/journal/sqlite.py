@@ -676,6 +676,6 @@ class SidecarReferences(References):
     async def _read_own(self, main: AsyncConnection, wanted: Sequence[UUID]) -> list[Row[Any]]:
         reclaim = self._sidecar.tables.reclaim
         await self._sidecar.require_beat(main, self._tables)
-        async with self._sidecar.reading() as connection:
+        async with self._sidecar.looking() as (_, connection):
             seen = select(reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers).where(reclaim.c.id.in_(wanted))
             return list(await connection.execute(seen))

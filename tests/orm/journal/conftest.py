@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from granite_storage.orm.journal import sqlite
 from tests.orm.conftest import new_database
 from tests.orm.databases import WITH_JOURNAL, Database
 from tests.orm.environment import OrmEnvironment, orm_environment
@@ -38,6 +39,13 @@ async def mariadb_database(request: pytest.FixtureRequest) -> AsyncIterator[Data
     """MariaDB alone."""
     async with new_database(request, "mariadb") as found:
         yield found
+
+
+@pytest.fixture(autouse=True)
+def _soon_out_of_patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the journal wait less on SQLite, where each writer waits for all others."""
+    if request.node.name.find("sqlite-journal") >= 0:
+        monkeypatch.setattr(sqlite, "_PATIENCE", 3.0)
 
 
 @pytest.fixture

@@ -29,15 +29,14 @@ def journal_of(env: OrmEnvironment) -> StorageJournal:
 
 
 async def expire(env: OrmEnvironment) -> None:
-    tables = journal_of(env).tables
-    async with env.engine.begin() as connection:
-        for table in (tables.intent, tables.reclaim):
-            await connection.execute(update(table).values(due=clock(-1.0)))
+    for place in env.places():
+        async with place as (connection, tables):
+            for table in (tables.intent, tables.reclaim):
+                await connection.execute(update(table).values(due=clock(-1.0)))
 
 
 async def rows(env: OrmEnvironment, name: str) -> list[Any]:
-    async with env.engine.connect() as connection:
-        return list(await connection.execute(select(getattr(journal_of(env).tables, name))))
+    return await env.journal_rows(name)
 
 
 @contextlib.contextmanager
@@ -61,10 +60,10 @@ async def die(*_: Any) -> None:
 
 async def rename(env: OrmEnvironment, backend: str) -> None:
     """Let all rows of the journal name another backend, and be due."""
-    tables = journal_of(env).tables
-    async with env.engine.begin() as connection:
-        for table in (tables.intent, tables.reclaim):
-            await connection.execute(update(table).values(backend=backend, due=clock(-1.0)))
+    for place in env.places():
+        async with place as (connection, tables):
+            for table in (tables.intent, tables.reclaim):
+                await connection.execute(update(table).values(backend=backend, due=clock(-1.0)))
 
 
 class Batched(MemoryStorageBackend):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import backends, core, derived, derivers, effects, gc, inspection, journal, nested, sessions, tools, web
+from tests.mutants import backends, core, derived, derivers, effects, gc, inspection, journal, nested, sessions, sqlite, tools, web
 from tests.mutants.mutant import Mutant
 
 __all__ = ["MUTANTS"]
@@ -12,6 +12,7 @@ MUTANTS: list[Mutant] = [
     *backends.MUTANTS,
     *sessions.MUTANTS,
     *journal.MUTANTS,
+    *sqlite.MUTANTS,
     *gc.MUTANTS,
     *nested.MUTANTS,
     *web.MUTANTS,

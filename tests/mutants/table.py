@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from tests.mutants import backends, core, derived, derivers, effects, gc, inspection, journal, nested, sessions, sqlite, tools, web
+from tests.mutants import (
+    backends,
+    core,
+    derived,
+    derivers,
+    effects,
+    gc,
+    inspection,
+    journal,
+    nested,
+    sessions,
+    sqlite,
+    tools,
+    web,
+)
 from tests.mutants.mutant import Mutant
 
 __all__ = ["MUTANTS"]

@@ -132,6 +132,13 @@ class JournalPool:
     async def open(self) -> None:
         """Make ready what a session could not wait for, once the tables were found to be fit."""
 
+    async def forget_uploads(self, locations: Sequence[str]) -> None:
+        """Delete the intents of uploads that outlive the COMMIT of their rows, once these objects are gone."""
+
+    async def has_displaced(self, tables: JournalTables, location: str) -> bool:
+        """Return whether an object was displaced from its row, where the intents of uploads outlive the COMMIT."""
+        return False
+
     def require_here(self, connection: Connection) -> None:
         """Refuse the transaction of a session on another database, where that is seen before its first statement.
 

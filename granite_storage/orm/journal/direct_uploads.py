@@ -73,6 +73,8 @@ class Staging:
     """
 
     def __init__(self, pool: JournalPool, tables: JournalTables, references: References, lease: timedelta) -> None:
+        self._rows = pool
+        self._tables = tables
         self._pool = pool.uploads
         self._intent = pool.upload_tables(tables).intent
         self._references = references
@@ -106,6 +108,7 @@ class Staging:
                 return Finished(None, row.upload_id, verdict=said["verdict"])
             ref = StoredObjectRef.from_dict(said["ref"])
             waits = await self._waits(connection, UUID(said["intent"]))
+        waits = waits and not await self._rows.has_displaced(self._tables, ref.location)
         # A row refers to a copy from when its intent is gone, so it is asked for after the intent.
         there = waits or ref.location in await self._references.find([ref.location])
         return Finished(ref if there else None, row.upload_id)

@@ -354,6 +354,7 @@ class Recovery:
         """
         if not removed:
             return
+        await self._pool.forget_uploads([item.location for item in removed])
         reclaim = self._tables.reclaim
         async with self._pool.writing() as connection:
             locked = await self._drop_newer(connection, [item.location for item in removed])

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from uuid import UUID, uuid4
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Engine, MetaData, Row, Select, create_engine, event, null, select
+from sqlalchemy import Engine, MetaData, Row, Select, create_engine, event, null, select, union_all
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DBAPIError, DisconnectionError
@@ -49,7 +49,7 @@ from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import SIDECAR_NAME, UPLOAD, clock, journal_tables
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, Connection, Insert, Table
+    from sqlalchemy import Column, CompoundSelect, Connection, Insert, Table
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from granite_storage.orm._interfaces import JournalTables
@@ -111,7 +111,7 @@ class _LockingPool(JournalPool):
         """Do as `writing`."""
         return self.writing()
 
-    async def may_find(self, statement: Select[Any]) -> bool:
+    async def may_find(self, statement: Select[Any] | CompoundSelect[Any]) -> bool:
         """Return whether a statement finds something now."""
         async with self.reading() as connection:
             return (await connection.execute(statement.limit(1))).first() is not None
@@ -309,6 +309,19 @@ class SQLitePool(_LockingPool):
         async with self.writing() as connection:
             if await asyncio.to_thread(sidecar.is_there):
                 await connection.execute(_put(SIDECAR_NAME, sidecar.name))
+
+    async def forget_uploads(self, locations: Sequence[str]) -> None:
+        """Delete the intents of uploads from the sidecar whose objects are gone: they would say that those are there."""
+        intent = self._sidecar.tables.intent
+        gone = intent.c.location.in_(locations) & (intent.c.kind == UPLOAD)
+        if await self._sidecar.may_find(select(intent.c.id).where(gone)):
+            async with self._sidecar.writing() as connection:
+                await connection.execute(intent.delete().where(gone))
+
+    async def has_displaced(self, tables: JournalTables, location: str) -> bool:
+        """Return whether an object has an intent to delete or a fence here."""
+        found = [select(table.c.id).where(table.c.location == location) for table in (tables.intent, tables.reclaim)]
+        return await self.may_find(union_all(*found))
 
     def require_here(self, connection: Connection) -> None:
         """Refuse the transaction of a session on another file."""

@@ -361,7 +361,7 @@ class OrmEnvironment:
         assert self.journal is not None
         async with self.engine.connect() as connection:
             found = list(await connection.execute(select(getattr(self.journal.tables, name))))
-        if self.database.is_sqlite:
+        if self.database.is_sqlite and name in ("intent", "reclaim"):
             referenced = {one.location for ref in (await self.references()).values() for one in iter_refs(ref)}
             known = {*referenced, *(row.location for row in found)}
             async with self.uploads() as (connection, tables):

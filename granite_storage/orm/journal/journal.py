@@ -413,7 +413,8 @@ class StorageJournal:
 
     async def settle(self, ids: Sequence[UUID]) -> None:
         """Delete at once the objects that a rolled-back transaction has stored; locked intents are left to a worker."""
-        await self._recovery_of_uploads(self._hurried).settle(ids)
+        for recovery in self._recoveries(self._hurried):
+            await recovery.settle(ids)
 
     async def discard(self, ref: StoredObjectRef) -> None:
         """Delete an object that no row can refer to, under a new intent, since its own may be gone."""
@@ -473,16 +474,14 @@ class StorageJournal:
             max_attempts=self._max_attempts,
         )
 
-    def _recoveries(self) -> list[Recovery]:
-        """Return what takes over intents: that of uploads, and on SQLite another one for deletes, which are in another file."""
-        own = self._recovery_of_uploads(self._pool)
-        if self._pool.uploads is self._pool:
+    def _recoveries(self, pool: JournalPool | None = None) -> list[Recovery]:
+        """Return what takes over intents; on SQLite those of uploads are in another file than those of deletes."""
+        pool = self._pool if pool is None else pool
+        own = self._new_recovery(pool, self.tables, self._references_by(pool))
+        if pool.uploads is pool:
             return [own]
-        return [own, self._new_recovery(self._pool, self.tables, self._references_by(self._pool))]
-
-    def _recovery_of_uploads(self, pool: JournalPool) -> Recovery:
-        kind = References if pool.uploads is pool else SidecarReferences
-        return self._new_recovery(pool.uploads, pool.upload_tables(self.tables), self._references_by(pool, kind))
+        uploads = self._references_by(pool, SidecarReferences)
+        return [self._new_recovery(pool.uploads, pool.upload_tables(self.tables), uploads), own]
 
     def _new_recovery(self, pool: JournalPool, tables: JournalTables, references: References) -> Recovery:
         return Recovery(

@@ -70,6 +70,10 @@ NOT_ON_SQLITE = {
         "test_simpler_protocols.py::test_the_protocol_holds[sqlite-journal-older_snapshot",
         "test_tenants.py",
     ),
+    "each look ends with a COMMIT as well": (
+        "test_recovery.py::TestCosts::test_sessions_that_flush_at_the_same_time_share_commits",
+        "test_recovery.py::TestCosts::test_one_commit_for_many_attachments",
+    ),
     "the intent of an upload outlives the COMMIT of its row, so the collector waits for its lease": (
         "test_scans.py::TestElsewhere::test_a_job_is_no_reference",
     ),

@@ -78,9 +78,8 @@ from granite_storage.orm.references import (
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 
-    from granite_storage.orm._interfaces import Binding
+    from granite_storage.orm._interfaces import Binding, Sidecar
     from granite_storage.orm.binding import StorageBinding
-    from granite_storage.orm.journal.sqlite import SidecarPool
 
 __all__ = [
     "ELSEWHERE",
@@ -498,7 +497,7 @@ class DatabaseReferences:
         self._identities: tuple[str, ...] | None = None
         self._ref_columns: list[RefColumn] = []
         self._journals: list[JournalTables] = []
-        self._sidecars: list[SidecarPool] = []
+        self._sidecars: list[Sidecar] = []
 
     @property
     def batch_size(self) -> int:
@@ -796,7 +795,7 @@ async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]
             )
 
 
-async def require_heartbeat(connection: AsyncConnection, tables: JournalTables, sidecar: SidecarPool | None = None) -> None:
+async def require_heartbeat(connection: AsyncConnection, tables: JournalTables, sidecar: Sidecar | None = None) -> None:
     """Refuse a database in which no worker was running for long: it may have been restored from a backup, or be another one.
 
     Raises:

@@ -524,7 +524,7 @@ class SidecarPool(_LockingPool):
         """Begin a transaction in the file that is there, whether the rows' database names it or not."""
         if self._file.path is None:
             path = self._given or f"{await self._main.path()}{_SUFFIX}"
-            self._file.path = await asyncio.to_thread(os.path.abspath, path)
+            self._file.path = await asyncio.to_thread(os.path.abspath, os.fspath(path))
         return await super()._begin(stack, statement)
 
     @property
@@ -691,4 +691,4 @@ class SidecarReferences(References):
         await self._sidecar.require_beat(main, self._tables)
         async with self._sidecar.looking() as (_, connection):
             seen = select(reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers).where(reclaim.c.id.in_(wanted))
-            return list(await connection.execute(seen))
+            return [row for row in await connection.execute(seen)]  # noqa: C416  # of another type than the result's own

@@ -669,7 +669,7 @@ class SidecarReferences(References):
         Raises:
             ConfigurationError: No worker ever ran in this database, but one ran with this sidecar: its rows are elsewhere.
         """
-        own: list[Row[Any]] = []
+        own: list[Any] = []
         wanted = list(fenced)
 
         @asynccontextmanager
@@ -686,9 +686,9 @@ class SidecarReferences(References):
         referenced = self._locations_in(await self._rows(known, objects, deciding))
         return own, referenced
 
-    async def _read_own(self, main: AsyncConnection, wanted: Sequence[UUID]) -> list[Row[Any]]:
+    async def _read_own(self, main: AsyncConnection, wanted: Sequence[UUID]) -> list[Any]:
         reclaim = self._sidecar.tables.reclaim
         await self._sidecar.require_beat(main, self._tables)
         async with self._sidecar.looking() as (_, connection):
             seen = select(reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers).where(reclaim.c.id.in_(wanted))
-            return [row for row in await connection.execute(seen)]  # noqa: C416  # of another type than the result's own
+            return list(await connection.execute(seen))

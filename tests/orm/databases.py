@@ -45,7 +45,8 @@ DATABASES = ["sqlite", "sqlite-begin", "asyncpg", "psycopg", "mariadb"]
 """SQLite as Python's driver has it, and with the BEGIN recipe of SQLAlchemy's documentation; PostgreSQL with two drivers."""
 
 WITH_JOURNAL = ["asyncpg", "psycopg", "mariadb", "sqlite-journal"]
-"""Those that are tried with a journal; SQLite with the BEGIN recipe, and with commits that a crash of the machine keeps."""
+"""Those that are tried with a journal; SQLite as its driver has it. Its worker writes, so that with the recipe a transaction that
+has read could not write any more."""
 
 
 @dataclass(eq=False)
@@ -88,7 +89,7 @@ class Database:
         engine: Any = self._synchronous_engine(options) if self.is_synchronous else create_async_engine(self.url, **options)
         if self.is_sqlite:
             event.listen(engine.sync_engine, "connect", _on_connect if self.name != "sqlite-journal" else _on_connect_safely)
-        if self.name in ("sqlite-begin", "sqlite-journal"):
+        if self.name == "sqlite-begin":
             use_real_transactions(engine)
         return engine
 

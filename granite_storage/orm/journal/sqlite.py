@@ -43,7 +43,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from granite_storage.exceptions import ConfigurationError, StorageError
 from granite_storage.orm._threaded import as_async_engine
-from granite_storage.orm._util import wait
+from granite_storage.orm._util import batches, wait
 from granite_storage.orm.journal.database import JournalPool, effective, has_beat
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import SIDECAR_NAME, UPLOAD, clock, journal_tables
@@ -68,6 +68,7 @@ _LONGEST_PAUSE = 0.02
 _BATCH = 20
 """The most objects for which rows are looked through while the lock of writers is held."""
 
+_AT_A_TIME = 500
 _BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _OF_CONNECTION: Final = "granite_storage.file"
 _NETWORK_KINDS = frozenset(
@@ -474,10 +475,12 @@ class SidecarPool(_LockingPool):
 
     async def look(self, ids: Iterable[UUID]) -> tuple[str, set[UUID]]:
         """Return the name of the sidecar, and which of these uploads are pending in it."""
-        intent = self.tables.intent
-        pending = select(intent.c.id).where(intent.c.id.in_(list(ids)), intent.c.kind == UPLOAD)
+        intent, pending = self.tables.intent, set[UUID]()
         async with self.looking() as (name, connection):
-            return name, set((await connection.execute(pending)).scalars())
+            for batch in batches(ids, _AT_A_TIME):
+                found = select(intent.c.id).where(intent.c.id.in_(batch), intent.c.kind == UPLOAD)
+                pending.update((await connection.execute(found)).scalars())
+        return name, pending
 
     @asynccontextmanager
     async def looking(self) -> AsyncIterator[tuple[str, AsyncConnection]]:

@@ -95,6 +95,9 @@ class Audit:
                     await connection.execute(update(table).values(due=clock(-1.0)))
         for table in (tables.intent, tables.job, *((tables.reclaim,) if self.place.setting.is_local else ())):
             async with self.place.engine.begin() as connection:
+                if self.place.setting.is_sqlite:  # what is read first there keeps a transaction from writing
+                    await connection.execute(update(table).values(due=clock(-1.0)))
+                    continue
                 free = (
                     await connection.scalars(table.select().with_only_columns(table.c.id).with_for_update(skip_locked=True))
                 ).all()

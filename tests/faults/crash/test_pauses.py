@@ -85,9 +85,10 @@ async def test_stopped_past_its_lease(
     point: Point,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sqlite, "_PATIENCE", LEASE / 4)  # where it stands still with the lock of writers
     async with stopped(children, replace(setting, lease=LEASE), tmp_path, point, seed):
-        await recover_what_is_free(audit)
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite, "_PATIENCE", LEASE / 4)  # where it stands still with the lock of writers
+            await recover_what_is_free(audit)
     await audit.check_after_crash()
 
 

@@ -623,7 +623,9 @@ REPETITIONS = [
     Repetition(
         "tests/faults/crash/test_workers.py",
         "the workers take the same steps as on PostgreSQL, where the rows of a journal were first locked so",
-        lambda item, params: _name_of(item).startswith("test_two_workers") and params.get("servers") == "mariadb-local",
+        lambda item, params: (
+            _name_of(item).startswith("test_two_workers") and params.get("servers") in ("mariadb-local", "wal-local")
+        ),
     ),
     Repetition(
         "tests/orm/journal/test_scenarios.py",
@@ -684,7 +686,6 @@ _DECIDED_BY_BEGIN = (
 _DECIDED_BY_THE_SIDECAR = (
     "tests/orm/journal/test_recovery.py::TestReports",
     "tests/orm/journal/test_scenarios.py::TestFailedUploads",
-    "tests/orm/journal/test_scenarios.py::TestOneRow",
     "tests/orm/journal/test_scenarios.py::TestRollback",
     "tests/orm/journal/test_scenarios.py::TestSavepoints",
     "tests/orm/synchronous/",

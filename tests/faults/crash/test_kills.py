@@ -28,7 +28,7 @@ SETTINGS: dict[str, list[Point]] = {
     "asyncpg-seaweedfs": S3 if is_exhaustive() else S3[1::5],
     "psycopg-moto": S3[::3],
     "mariadb-local": [],
-    "wal-local": SQLITE if is_exhaustive() else SQLITE[6::18],
+    "wal-local": SQLITE if is_exhaustive() else SQLITE[6::30],
     "rollback-local": SQLITE if is_exhaustive() else [],
     "threadswal-local": [],
 }

@@ -139,7 +139,25 @@ def advisories(session: nox.Session) -> None:
     """Ask for published advisories of what CI installs, and of the oldest versions that the package admits."""
     session.install("pip-audit>=2.10", "uv")
     floors = Path(session.create_tmp()) / "floors.txt"
-    extras = [f"--extra={extra}" for extra in ("alembic", "cli", "gallery", "images", "inspect", "obstore", "s3", "vips", "web")]
+    extras = [
+        f"--extra={extra}"
+        for extra in (
+            "advanced-alchemy",
+            "alembic",
+            "cli",
+            "gallery",
+            "images",
+            "inspect",
+            "litestar",
+            "obstore",
+            "otel",
+            "s3",
+            "sqladmin",
+            "starlette-admin",
+            "vips",
+            "web",
+        )
+    ]
     session.run("uv", "pip", "compile", "-q", "--resolution=lowest-direct", *extras, "pyproject.toml", "-o", str(floors))
     for requirements in (CONSTRAINTS, floors):
         session.run("pip-audit", "--strict", "--disable-pip", "--no-deps", "-r", str(requirements))
@@ -156,7 +174,7 @@ def constraints(session: nox.Session) -> None:
 @nox.session(python=RUNNING)
 def docs(session: nox.Session) -> None:
     """Build the documentation into `docs/_build/html`; a warning is an error."""
-    session.install(".[alembic,cli,docs,obstore,s3,web]")
+    session.install(".[advanced-alchemy,alembic,cli,docs,litestar,obstore,s3,sqladmin,starlette-admin,web]")
     session.run("sphinx-build", "-W", "-n", "--keep-going", "-E", "docs", "docs/_build/html")
 
 

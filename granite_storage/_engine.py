@@ -20,8 +20,10 @@ from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from granite_storage._headers import Disposition
+from granite_storage._logs import fields_of
 from granite_storage._portal import portal
 from granite_storage._tasks import CLEANUP_TIMEOUT, run_bounded, shielded_cleanup, wait_uncancelled
+from granite_storage._telemetry import load, traced
 from granite_storage.backends.base import (
     ObjectInfo,
     ObjectReader,
@@ -409,6 +411,7 @@ class Identities:
                 "the store of the backend %r can be given no identity, so refs do not say which store they are of: %s",
                 backend_key,
                 error,
+                extra=fields_of(backend=backend_key),
             )
             return None
 
@@ -516,6 +519,7 @@ class Engine:
         self._lifecycle = lifecycle
         self._pace = pace
         self._identities = Identities()
+        load()
 
     def policy(self, storage_key: str) -> StoragePolicy:
         """Return a policy; `UnknownPolicyError` where there is none of that key."""
@@ -614,6 +618,7 @@ class Engine:
         )
         return prepared.as_copy_of(ref)
 
+    @traced("put")
     async def put(
         self,
         prepared: PreparedUpload,
@@ -673,23 +678,23 @@ class Engine:
 
     def open(self, ref: StoredObjectRef, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
         """Return what opens an object, or a range of one, when it is awaited or entered."""
+        return OpeningReader(partial(self._open, ref, offset, length, verify))
 
+    @traced("open")
+    async def _open(self, ref: StoredObjectRef, offset: int, length: int | None, verify: bool) -> StoredObjectReader:
         async def open_range(start: int, count: int | None) -> ObjectReader:
             with self._lifecycle.call(), self._at(ref) as backend:
                 return await backend.open(ref.location, offset=start, length=count)
 
-        async def start() -> StoredObjectReader:
-            require_ref(ref)
-            with self._lifecycle.call():
-                try:
-                    reader = await StoredObjectReader(ref, open_range, offset=offset, length=length, verify=verify).start()
-                except ObjectNotFoundError as error:
-                    await explain_missing(error, ref, self.backend(ref.backend))
-                    raise
-                self._lifecycle.track(reader)
-            return reader
-
-        return OpeningReader(start)
+        require_ref(ref)
+        with self._lifecycle.call():
+            try:
+                reader = await StoredObjectReader(ref, open_range, offset=offset, length=length, verify=verify).start()
+            except ObjectNotFoundError as error:
+                await explain_missing(error, ref, self.backend(ref.backend))
+                raise
+            self._lifecycle.track(reader)
+        return reader
 
     async def get(self, ref: StoredObjectRef) -> bytes:
         """Return all bytes of an object, verified."""
@@ -785,6 +790,7 @@ class Engine:
         with self._lifecycle.call(), self._attribute_errors(backend_key) as backend:
             return await self._identities.current(backend_key, backend)
 
+    @traced("url")
     async def url(self, ref: StoredObjectRef, *, expires_in: timedelta, disposition: Disposition, filename: str | None) -> str:
         """Return a URL with which any client can read an object until it expires."""
         with self._lifecycle.call(), self._at(ref) as backend:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import aclosing
-from typing import Any, Generic, Self, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from granite_storage.backends.base import StorageBackend, SupportsMountCheck
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
+from granite_storage.orm.references import RowValues, Scan
 from granite_storage.readers import StoredObjectReader
 
+if TYPE_CHECKING:
+    from granite_storage.orm.binding import StorageBinding
+
 Item = TypeVar("Item")
+Source = TypeVar("Source")
 Result = TypeVar("Result")
 Report = TypeVar("Report")
 
@@ -69,6 +75,66 @@ class Run(ABC, Generic[Item, Report]):
     @abstractmethod
     def _items(self) -> AsyncGenerator[Item, None]:
         """Do the work, and yield its items as they come."""
+
+
+@dataclass(slots=True)
+class RowReport:
+    """What a job over rows has done.
+
+    Attributes:
+        rows: How many rows were read, in all passes.
+        key: The key of the last row of this pass up to which every row is done, for the argument `after` of another run; None
+            before the first.
+        complete: Whether it has come to its end.
+    """
+
+    rows: int = 0
+    key: str | None = None
+    complete: bool = False
+
+
+ReportOnRows = TypeVar("ReportOnRows", bound=RowReport)
+
+
+class RowRun(Run[Item, ReportOnRows]):
+    """A job over the rows of a binding, in the order of their keys.
+
+    Args:
+        report: The report, with the key to begin after.
+        binding: The binding.
+        concurrency: How many rows are processed at a time.
+    """
+
+    def __init__(self, report: ReportOnRows, binding: StorageBinding, concurrency: int) -> None:
+        super().__init__(report)
+        self._binding = binding
+        self._scan = Scan(binding)
+        self._concurrency = concurrency
+
+    async def count(self) -> int:
+        """Return how many rows a pass reads, to show progress."""
+        return await self._scan.count()
+
+    async def _process_rows(
+        self,
+        sources: AsyncGenerator[Source, None],
+        work: Callable[[Source], Awaitable[Sequence[Item]]],
+        row_of: Callable[[Source], RowValues],
+    ) -> AsyncGenerator[Item, None]:
+        """Do work on rows, several at a time, record and yield what comes of it, and note the rows as done."""
+        results = run_in_order(sources, work, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
+        async with aclosing(results):
+            async for source, items in results:
+                for item in items:
+                    self._record(item)
+                    yield item
+                self.report.rows += 1
+                self.report.key = row_of(source).key
+                self._on_progress()
+
+    @abstractmethod
+    def _record(self, item: Item) -> None:
+        """Count an item in the report."""
 
 
 async def run_in_order(

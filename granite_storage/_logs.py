@@ -1,4 +1,7 @@
-"""What the library logs of errors, without the secrets in the words of others.
+"""What the library logs: which object a record concerns, and errors without the secrets in the words of others.
+
+Every record has the attributes `backend`, `storage_key` and `location`, None where they are unknown. `fields_of` gives them for
+`extra=`; otherwise they are those of the error that is logged.
 
 An error of ours quotes no secret, but its cause is the SDK's or the system's own, and that may quote the address that was asked:
 with a signature, a token or a password. Log lines show the whole chain, so whatever the library logs passes through here first.
@@ -19,6 +22,23 @@ _NAMED = re.compile(
 _AUTHORIZATION = re.compile(r"(\bauthorization[\"']?\s*[=:]\s*).*", re.IGNORECASE)
 
 
+FIELDS = ("backend", "storage_key", "location")
+
+
+def fields_of(subject: object = None, **known: str) -> dict[str, str]:
+    """Return what a log record or a span says of the object, the upload, the backend or the collection that it concerns.
+
+    Args:
+        subject: A ref, an upload that was prepared, a job, or a report.
+        known: The fields themselves, where no such thing has them.
+    """
+    values = {name: getattr(subject, name, None) for name in FIELDS} | known
+    policy = getattr(subject, "policy", None)
+    if policy is not None:
+        values |= {"backend": policy.backend_key, "storage_key": policy.storage_key}
+    return {name: value for name, value in values.items() if isinstance(value, str)}
+
+
 def redact(text: str) -> str:
     """Return a text without the user, password and query of each address in it, and without what is called a secret."""
     text = _ADDRESS.sub(lambda found: f"{found[1]}{found[2]}{'?...' if found[3] else ''}", text)
@@ -33,6 +53,7 @@ def redact_records() -> None:
 
 class _Redaction(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
+        _complete(record)
         message = record.getMessage()
         redacted = redact(message)
         if redacted != message:
@@ -44,6 +65,15 @@ class _Redaction(logging.Filter):
 
 
 _REDACTION = _Redaction()
+
+
+def _complete(record: logging.LogRecord) -> None:
+    """Give a record the fields that it lacks: those of the first error that it logs, or None."""
+    logged = [record.exc_info[1]] if record.exc_info else []
+    logged += [one for one in record.args if isinstance(one, BaseException)] if isinstance(record.args, tuple) else []
+    found = fields_of(logged[0] if logged else None)
+    for name in FIELDS:
+        record.__dict__.setdefault(name, found.get(name))
 
 
 def _redacted(error: BaseException, done: dict[int, BaseException]) -> BaseException:

@@ -182,12 +182,19 @@ class ThreadPool:
         """Start one more worker; where the system cannot start a thread, the running ones do all jobs."""
         self._workers += 1
         try:
-            self._running_executor().submit(self._work)
+            self._start(self._work)
         except RuntimeError:
             self._workers -= 1
             if not self._workers:
                 self._jobs.pop()
                 raise
+
+    def _start(self, work: Callable[[], None]) -> None:
+        try:
+            self._running_executor().submit(work)
+        except RuntimeError:
+            # When the main thread ends, executors are closed before Python waits for the threads that go on.
+            threading.Thread(target=work, name=f"{self._name}-late", daemon=True).start()
 
     def _work(self) -> None:
         thread = threading.get_ident()

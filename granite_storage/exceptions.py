@@ -164,6 +164,20 @@ class InfectedContentError(ContentError):
         self.signature = signature
 
 
+class CollectionFullError(ContentError):
+    """A collection of files would have more files or bytes than it allows; nothing of the flush was kept.
+
+    Attributes:
+        max_files: The most files, where there would be too many; None otherwise.
+        max_total_size: The most bytes of all files, where there would be too many; None otherwise.
+    """
+
+    def __init__(self, message: str = "", *, max_files: int | None = None, max_total_size: int | None = None) -> None:
+        super().__init__(message)
+        self.max_files = max_files
+        self.max_total_size = max_total_size
+
+
 class DerivationRefusedError(ContentError):
     """A file cannot be derived from the original, now or later: it is damaged, of another type, or too large when decoded.
 

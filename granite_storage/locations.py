@@ -14,6 +14,7 @@ import re
 import threading
 import time
 import unicodedata
+from math import inf
 
 from granite_storage.exceptions import InvalidLocationError
 
@@ -27,6 +28,7 @@ __all__ = [
     "check_segment",
     "clean_filename",
     "generated_id",
+    "generated_time",
     "make_location",
     "matches_generated_name",
     "safe_name",
@@ -140,6 +142,12 @@ def generated_id(location: str) -> str | None:
     """
     name = location.rpartition("/")[2]
     return name[:GENERATED_ID_LENGTH] if _GENERATED_NAME.fullmatch(name) else None
+
+
+def generated_time(location: str) -> float:
+    """Return when the name of a location was generated, in seconds since 1970; infinity where it is no such name."""
+    made = generated_id(location)
+    return inf if made is None else int(made[:12], 16) / 1000
 
 
 def clean_filename(filename: str | None) -> str | None:

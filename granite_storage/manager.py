@@ -591,10 +591,11 @@ class SyncStorage:
 
     def close(self) -> None:
         """Close what synchronous callers have opened; see `StorageManager.aclose`. A later call reopens it."""
-        self._run(self._manager._close_here(), "close")
+        run_blocking(self._manager._close_here(), "storage.sync.close", "'await storage.aclose()'")
         portal.release(self._manager._lifecycle)
 
     def __enter__(self) -> Self:
+        require_no_loop("storage.sync.close", "'async with storage'")
         return self
 
     def __exit__(self, *_: object) -> None:

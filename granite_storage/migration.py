@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, Connection, LargeBinary, Text, Update, bindparam, cast, update
@@ -17,12 +18,12 @@ from sqlalchemy.orm import Session
 from granite_storage._jobs import (
     MOST_KEPT,
     Budget,
-    Run,
+    RowReport,
+    RowRun,
     rate_limited,
     require_concurrency,
     require_mounted,
     retry_unavailable,
-    run_in_order,
 )
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.exceptions import (
@@ -41,7 +42,7 @@ from granite_storage.orm.attachment import Attachment, AttachmentState
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced
 from granite_storage.orm.locking import RowRef, among, refers
-from granite_storage.orm.references import RowValue, RowValues, Scan, as_stored, asked_to_the_end, keeping_other_columns
+from granite_storage.orm.references import RowValue, RowValues, as_stored, asked_to_the_end, keeping_other_columns
 from granite_storage.orm.uploads import Upload, remove, store, stored_object
 from granite_storage.refs import StoredObjectRef, iter_refs
 
@@ -98,11 +99,10 @@ class MigratedObject:
 
 
 @dataclass(slots=True)
-class MigrationReport:
-    """What a migration has done.
+class MigrationReport(RowReport):
+    """What a migration has done; `rows` and `key` are those of every job over rows.
 
     Attributes:
-        rows: How many rows were read, in all passes.
         passes: How many passes were started.
         moved: How many objects were moved, variants included.
         bytes_moved: How many bytes they have.
@@ -110,12 +110,9 @@ class MigrationReport:
         manual: How many references are in plain columns of refs, which only the application may change.
         failed: How many could not be moved.
         failures: The first thousand of those.
-        key: The key of the last row of this pass up to which every row is done, for `migrate(..., after=key)`; None before the
-            first.
         complete: Whether it has ended: a whole pass found nothing more that could be moved.
     """
 
-    rows: int = 0
     passes: int = 0
     moved: int = 0
     bytes_moved: int = 0
@@ -123,30 +120,21 @@ class MigrationReport:
     manual: int = 0
     failed: int = 0
     failures: list[MigratedObject] = field(default_factory=list)
-    key: str | None = None
-    complete: bool = False
 
 
-class Migration(Run[MigratedObject, MigrationReport]):
+class Migration(RowRun[MigratedObject, MigrationReport]):
     """What `migrate` returns: iterate over it for the objects that it processes, or await it for the report."""
 
     def __init__(
         self, binding: StorageBinding, storage_key: str, to_backend: str, concurrency: int, after: str | None, budget: Budget
     ) -> None:
-        super().__init__(MigrationReport(key=after))
-        self._binding = binding
-        self._scan = Scan(binding)
+        super().__init__(MigrationReport(key=after), binding, concurrency)
         self._storage_key = storage_key
         self._to_backend = to_backend
-        self._concurrency = concurrency
         self._rate_limited = partial(rate_limited, budget=budget)
         self._shared_objects = asyncio.Lock()
         self._failed: set[tuple[str, tuple[Any, ...], Any]] = set()
         self._first_whole_pass = 1 if after is None else 2
-
-    async def count(self) -> int:
-        """Return how many rows a pass reads, to show progress."""
-        return await self._scan.count()
 
     async def waiting(self) -> dict[str, tuple[int, int]]:
         """Return the number of objects to move and their bytes, by the backend that they are on. Nothing is changed."""
@@ -167,29 +155,17 @@ class Migration(Run[MigratedObject, MigrationReport]):
             before = report.moved + report.changed
             report.passes += 1
             is_whole = report.passes >= self._first_whole_pass
-            async with aclosing(self._pass(None if is_whole else report.key)) as dealt_with:
-                async for moved in dealt_with:
+            batches = self._batches(None if is_whole else report.key)
+            async with aclosing(self._process_rows(batches, self._move_row, itemgetter(0))) as items:
+                async for moved in items:
                     yield moved
             report.complete = is_whole and not self._stopped and report.moved + report.changed == before
 
-    async def _pass(self, after: str | None) -> AsyncGenerator[MigratedObject, None]:
-        results = run_in_order(
-            self._batches(after), self._move_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped
-        )
-        async with aclosing(results):
-            async for (row, _), dealt_with in results:
-                for moved in dealt_with:
-                    self._count(moved)
-                    yield moved
-                self.report.rows += 1
-                self.report.key = row.key
-                self._on_progress()
-
-    def _count(self, moved: MigratedObject) -> None:
+    def _record(self, item: MigratedObject) -> None:
         report = self.report
-        match moved.status:
+        match item.status:
             case MigrationStatus.MOVED:
-                sizes = [ref.size for ref in iter_refs(moved.ref)] if moved.ref is not None else []
+                sizes = [ref.size for ref in iter_refs(item.ref)] if item.ref is not None else []
                 report.moved += len(sizes)
                 report.bytes_moved += sum(sizes)
             case MigrationStatus.CHANGED:
@@ -199,7 +175,7 @@ class Migration(Run[MigratedObject, MigrationReport]):
             case MigrationStatus.FAILED:
                 report.failed += 1
                 if len(report.failures) < MOST_KEPT:
-                    report.failures.append(moved)
+                    report.failures.append(item)
 
     async def _batches(self, after: str | None) -> AsyncGenerator[tuple[RowValues, set[str]], None]:
         """Yield the rows, each with the locations that more than one value of its batch refers to."""

@@ -8,17 +8,20 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from granite_storage._portal import portal
+from granite_storage._portal import portal, run_blocking
 from granite_storage._tasks import shielded_cleanup
+from granite_storage._telemetry import count_read
 from granite_storage.backends._resuming import ResumingReader
 from granite_storage.backends.base import ObjectInfo, ObjectReader
-from granite_storage.exceptions import BackendError, InvalidLocationError, SizeMismatchError
+from granite_storage.exceptions import BackendError, ConfigurationError, InvalidLocationError, SizeMismatchError
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import CHUNK_SIZE, Sha256, joined, require_checksum
 
 __all__ = ["OpeningReader", "StoredObjectReader", "SyncObjectReader", "require_recorded_size"]
+
+T = TypeVar("T")
 
 _BUFFER_SIZE = 256 << 10
 
@@ -195,6 +198,7 @@ class StoredObjectReader:
         if wanted == 0:
             return b""
         chunk = await self._source.read(wanted)
+        count_read(self.ref, len(chunk))
         if self._sha256 is not None:
             await self._sha256.update(chunk)
             await self._verify()
@@ -248,6 +252,7 @@ class SyncObjectReader(io.BufferedReader):
 class _RawReader(io.RawIOBase):
     def __init__(self, reader: StoredObjectReader) -> None:
         self._reader = reader
+        self._process = os.getpid()
 
     def readable(self) -> bool:
         return True
@@ -256,18 +261,24 @@ class _RawReader(io.RawIOBase):
         return not self._reader.verifies
 
     def readinto(self, buffer: Any, /) -> int:
-        data = portal.run(self._reader.read(len(buffer)))
+        data = self._run(self._reader.read(len(buffer)))
         buffer[: len(data)] = data
         return len(data)
 
     def readall(self) -> bytes:
-        return portal.run(self._reader.read())
+        return self._run(self._reader.read())
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        return portal.run(self._reader.seek(offset, whence))
+        return self._run(self._reader.seek(offset, whence))
 
     def tell(self) -> int:
         return self._reader.tell()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if os.getpid() != self._process:
+            work.close()
+            raise ConfigurationError("the reader was opened before this process was forked: open the object again in the child")
+        return run_blocking(work, "SyncObjectReader.read", "'async with storage.open(...)'")
 
     def close(self) -> None:
         if self.closed:

@@ -14,11 +14,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from granite_storage._jobs import (
     MOST_KEPT,
     Budget,
-    Run,
+    RowReport,
+    RowRun,
     require_concurrency,
     require_mounted,
     retry_unavailable,
-    run_in_order,
 )
 from granite_storage.exceptions import (
     BackendUnavailableError,
@@ -33,7 +33,7 @@ from granite_storage.exceptions import (
 )
 from granite_storage.orm._interfaces import find_binding
 from granite_storage.orm.columns import AttachmentType
-from granite_storage.orm.references import RowValue, RowValues, Scan
+from granite_storage.orm.references import RowValue, RowValues
 from granite_storage.orm.variants import Which, is_kept
 from granite_storage.refs import StoredObjectRef
 
@@ -82,24 +82,18 @@ class RederivedVariant:
 
 
 @dataclass(slots=True)
-class RederivationReport:
-    """What a run has done.
+class RederivationReport(RowReport):
+    """What a run has done; `rows`, `key` and `complete` are those of every job over rows.
 
     Attributes:
-        rows: How many rows were read.
         counts: How many variants and effects were processed, by what became of them.
         failures: The first thousand that failed.
         bytes_read: How many bytes the originals have of which variants were made, each counted once for each variant.
-        key: The key of the last row up to which every row is done, for `rederive(..., after=key)`; None before the first.
-        complete: Whether it has come to its end.
     """
 
-    rows: int = 0
     counts: Counter[RederivationStatus] = field(default_factory=Counter)
     failures: list[RederivedVariant] = field(default_factory=list)
     bytes_read: int = 0
-    key: str | None = None
-    complete: bool = False
 
     @property
     def failed(self) -> int:
@@ -115,7 +109,7 @@ class _Wanted:
     name: str
 
 
-class Rederivation(Run[RederivedVariant, RederivationReport]):
+class Rederivation(RowRun[RederivedVariant, RederivationReport]):
     """What `rederive` returns: iterate over it for what it processes, or await it for the report."""
 
     def __init__(
@@ -129,21 +123,14 @@ class Rederivation(Run[RederivedVariant, RederivationReport]):
         after: str | None,
         budget: Budget,
     ) -> None:
-        super().__init__(RederivationReport(key=after))
-        self._binding = binding
-        self._scan = Scan(binding)
+        super().__init__(RederivationReport(key=after), binding, concurrency)
         self._which: Which = which
         self._columns = frozenset(columns)
         self._names = frozenset(names)
         self._drop_undeclared = drop_undeclared
-        self._concurrency = concurrency
         self._budget = budget
         self._is_whole = after is None
         self._effects: Mapping[str, Sequence[str]] = {}
-
-    async def count(self) -> int:
-        """Return how many rows there are to read, to show progress."""
-        return await self._scan.count()
 
     async def waiting(self) -> dict[tuple[str, str, str], int]:
         """Return how much there is to do, by column, variant or effect, and what is to be done. Nothing is changed."""
@@ -159,20 +146,17 @@ class Rederivation(Run[RederivedVariant, RederivationReport]):
         report = self.report
         await self._find_effects()
         rows = self._scan.rows(after=report.key)
-        results = run_in_order(rows, self._process_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
-        async with aclosing(results):
-            async for row, processed in results:
-                for item in processed:
-                    report.counts[item.status] += 1
-                    if item.status is RederivationStatus.FAILED and len(report.failures) < MOST_KEPT:
-                        report.failures.append(item)
-                    yield item
-                report.rows += 1
-                report.key = row.key
-                self._on_progress()
+        async with aclosing(self._process_rows(rows, self._process_row, lambda row: row)) as items:
+            async for item in items:
+                yield item
         report.complete = not self._stopped
         if report.complete and self._is_whole and self._effects and self._binding.journal is not None:
             await self._binding.journal.note_effects(self._effects)
+
+    def _record(self, item: RederivedVariant) -> None:
+        self.report.counts[item.status] += 1
+        if item.status is RederivationStatus.FAILED and len(self.report.failures) < MOST_KEPT:
+            self.report.failures.append(item)
 
     async def _find_effects(self) -> None:
         journal = self._binding.journal

@@ -251,6 +251,8 @@ def iter_chunks(source: ByteSource, *, claim: Claim = _unclaimed) -> AsyncGenera
         raise TypeError(f"a stream has an order, but {type(source).__name__} has none: pass a list of its chunks")
     if isinstance(source, Iterable):
         return _iterate_in_thread(source, claim)
+    if isinstance(source, os.PathLike):
+        raise TypeError(f"a stream is read, and {type(source).__name__} only names a file: pass the file, open(path, 'rb')")
     raise TypeError(f"a stream must have read() or be an iterable of bytes, but is {type(source).__name__}")
 
 
@@ -558,26 +560,46 @@ async def _read_claimed(file: Any, claim: Claim) -> AsyncGenerator[BytesLike, No
 
 
 def _read(file: Any) -> AsyncGenerator[BytesLike, None]:
-    """Read a file from its current position."""
-    return _read_async(file.read) if inspect.iscoroutinefunction(file.read) else _read_in_thread(file.read)
+    """Read a file from its current position.
+
+    Raises:
+        ConsumedSourceError: It is closed, perhaps only since the last chunk.
+    """
+    return _read_async(file) if inspect.iscoroutinefunction(file.read) else _read_in_thread(file)
 
 
-async def _read_async(read: Callable[[int], Awaitable[Any]]) -> AsyncGenerator[BytesLike, None]:
-    while chunk := _bytes_like(await read(CHUNK_SIZE)):
+async def _read_async(file: Any) -> AsyncGenerator[BytesLike, None]:
+    while True:
+        with _found_closed(file):
+            chunk = _bytes_like(await file.read(CHUNK_SIZE))
+        if not chunk:
+            return
         yield chunk
+        del chunk
 
 
-async def _read_in_thread(read: Callable[[int], Any]) -> AsyncGenerator[BytesLike, None]:
+async def _read_in_thread(file: Any) -> AsyncGenerator[BytesLike, None]:
     in_context: Callable[..., Any] = copy_context().run
     while True:
-        chunk = await _threads.run(in_context, read, CHUNK_SIZE, cancel_timeout=_CANCEL_TIMEOUT)
-        if inspect.isawaitable(chunk):
-            chunk = await chunk
+        with _found_closed(file):
+            chunk = await _threads.run(in_context, file.read, CHUNK_SIZE, cancel_timeout=_CANCEL_TIMEOUT)
+            if inspect.isawaitable(chunk):
+                chunk = await chunk
         chunk = _bytes_like(chunk)
         if not chunk:
             return
         yield chunk
         del chunk
+
+
+@contextmanager
+def _found_closed(file: Any) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if getattr(file, "closed", False) is True:
+            raise ConsumedSourceError(f"the file was closed before all of it was read: {error}") from error
+        raise
 
 
 async def _iterate_async(source: AsyncIterable[Any], claim: Claim) -> AsyncGenerator[BytesLike, None]:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from granite_storage._jobs import (
     MOST_KEPT,
     Budget,
-    Run,
+    RowReport,
+    RowRun,
     rate_limited,
     require_concurrency,
     require_mounted,
     retry_unavailable,
-    run_in_order,
 )
 from granite_storage.exceptions import (
     AccessDeniedError,
@@ -31,7 +31,7 @@ from granite_storage.exceptions import (
     StorageError,
     UnknownBackendError,
 )
-from granite_storage.orm.references import RowValue, RowValues, Scan
+from granite_storage.orm.references import RowValue, RowValues
 from granite_storage.readers import require_recorded_size
 from granite_storage.refs import StoredObjectRef
 
@@ -94,28 +94,22 @@ class Finding:
 
 
 @dataclass(slots=True)
-class VerificationReport:
-    """What a verification has checked.
+class VerificationReport(RowReport):
+    """What a verification has checked; `rows`, `key` and `complete` are those of every job over rows.
 
     Attributes:
-        rows: How many rows were read.
         checked: How many references were compared with their objects; those to variants are counted by themselves.
         bytes_read: How many bytes of objects were read; 0 where it is not deep.
         counts: The number of findings of each kind.
         replaceable: How many of the findings that are not harmless are about variants, which can be made again.
         findings: The first thousand of them.
-        key: The key of the last row up to which every row is checked, for `verify(..., after=key)`; None before the first.
-        complete: Whether it has come to its end.
     """
 
-    rows: int = 0
     checked: int = 0
     bytes_read: int = 0
     counts: Counter[Problem] = field(default_factory=Counter)
     replaceable: int = 0
     findings: list[Finding] = field(default_factory=list)
-    key: str | None = None
-    complete: bool = False
 
     @property
     def problems(self) -> int:
@@ -123,41 +117,32 @@ class VerificationReport:
         return self.counts.total() - self.counts[Problem.UNKNOWN_CHECKSUM]
 
 
-class Verification(Run[Finding, VerificationReport]):
+class Verification(RowRun[Finding, VerificationReport]):
     """What `verify` returns: iterate over it for the findings, or await it for the report."""
 
     def __init__(
         self, binding: StorageBinding, storage_key: str | None, deep: bool, concurrency: int, after: str | None, budget: Budget
     ):
-        super().__init__(VerificationReport(key=after))
+        super().__init__(VerificationReport(key=after), binding, concurrency)
         self._manager = binding.manager
-        self._scan = Scan(binding)
         self._storage_key = storage_key
         self._deep = deep
-        self._concurrency = concurrency
         self._budget = budget
         self._mounted: set[str] = set()
 
-    async def count(self) -> int:
-        """Return how many rows there are to read, to show progress."""
-        return await self._scan.count()
-
     async def _items(self) -> AsyncGenerator[Finding, None]:
+        rows = self._scan.rows(after=self.report.key)
+        async with aclosing(self._process_rows(rows, self._verify_row, lambda row: row)) as findings:
+            async for finding in findings:
+                yield finding
+        self.report.complete = not self._stopped
+
+    def _record(self, item: Finding) -> None:
         report = self.report
-        rows = self._scan.rows(after=report.key)
-        results = run_in_order(rows, self._verify_row, concurrency=self._concurrency, is_stopped=lambda: self._stopped)
-        async with aclosing(results):
-            async for row, findings in results:
-                for finding in findings:
-                    report.counts[finding.problem] += 1
-                    report.replaceable += finding.is_replaceable and not finding.is_harmless
-                    if len(report.findings) < MOST_KEPT:
-                        report.findings.append(finding)
-                    yield finding
-                report.rows += 1
-                report.key = row.key
-                self._on_progress()
-        report.complete = not self._stopped
+        report.counts[item.problem] += 1
+        report.replaceable += item.is_replaceable and not item.is_harmless
+        if len(report.findings) < MOST_KEPT:
+            report.findings.append(item)
 
     async def _verify_row(self, row: RowValues) -> Sequence[Finding]:
         return [finding for held in row.values for finding in await self._verify_value(held)]

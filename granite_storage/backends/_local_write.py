@@ -15,6 +15,7 @@ import secrets
 import stat
 from contextlib import ExitStack, suppress
 
+from granite_storage._logs import fields_of
 from granite_storage.backends._local_tree import (
     CREATE,
     MAX_ATTEMPTS,
@@ -87,7 +88,7 @@ class FileWriter:
             try:
                 file.discard()
             except BackendError:
-                logger.exception("removing the unfinished file of %r failed", location)
+                logger.exception("removing the unfinished file of %r failed", location, extra=fields_of(location=location))
             raise
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
+from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded, wait_or_cancel
 from granite_storage.backends._resuming import ConnectionTakenError, ResumingReader
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
@@ -337,7 +338,7 @@ class RemoteWriter:
                 task.cancel()
             if not await wait_or_cancel(task, ANSWER_TIMEOUT):
                 message = "a write of %r was abandoned: no answer within %s s; the service may keep something of it"
-                logger.error(message, self._location, ANSWER_TIMEOUT)
+                logger.error(message, self._location, ANSWER_TIMEOUT, extra=fields_of(location=self._location))
             self._created = not task.cancelled() and task.exception() is None and task.result() is not None
             raise
         finally:

@@ -11,6 +11,7 @@ Only then storage is touched.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from typing import TypeAlias
 
 from granite_storage._engine import may_overlap
 from granite_storage._jobs import MOST_KEPT, Run, require_mounted
+from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded
+from granite_storage._telemetry import begun, is_active, note_garbage
 from granite_storage.backends.base import ObjectInfo, SupportsCleanup, SupportsClock, close_listing
 from granite_storage.exceptions import (
     BackendError,
@@ -31,7 +34,7 @@ from granite_storage.exceptions import (
 )
 from granite_storage.gc.merge import PAGE, Reference, Spool, join_pages, temporary_file
 from granite_storage.gc.references import ReferenceSource
-from granite_storage.locations import check_location, matches_generated_name
+from granite_storage.locations import check_location, generated_time, matches_generated_name
 from granite_storage.manager import StorageManager
 from granite_storage.orm._util import batches
 from granite_storage.orm.references import is_text
@@ -300,7 +303,21 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         self._missing: list[str] = []
         self._has_references = False
 
-    async def _items(self) -> AsyncGenerator[CollectedObject, None]:
+    def _items(self) -> AsyncGenerator[CollectedObject, None]:
+        return self._observe() if is_active() else self._collect()
+
+    async def _observe(self) -> AsyncGenerator[CollectedObject, None]:
+        """Collect, and record it as an operation, with the age of the oldest orphan that it leaves."""
+        now = oldest = time.time()
+        with begun("collect", self._scope, is_current=False):
+            async with aclosing(self._collect()) as items:
+                async for item in items:
+                    if item.status is not OrphanStatus.DELETED:
+                        oldest = min(oldest, generated_time(item.location))
+                    yield item
+        note_garbage(now - oldest, "orphan", self._scope)
+
+    async def _collect(self) -> AsyncGenerator[CollectedObject, None]:
         await require_one_key(self._manager, self._scope.backend)
         await self._source.require_fit(allow_restored_database=self._allow_restored_database)
         async with AsyncExitStack() as stack:
@@ -418,7 +435,11 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
         report = self.report
         for column, number in report.mentions.items():
             logger.warning(
-                "%s mentions %d objects of %r that no reference leads to; they are kept", column, number, report.storage_key
+                "%s mentions %d objects of %r that no reference leads to; they are kept",
+                column,
+                number,
+                report.storage_key,
+                extra=fields_of(report),
             )
         if report.unseen:
             logger.warning(
@@ -426,6 +447,7 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
                 report.storage_key,
                 ", ".join(report.unseen[:_MOST_SAID]),
                 ", ..." if len(report.unseen) > _MOST_SAID else "",
+                extra=fields_of(report),
             )
 
     async def _watch_references(self, references: AsyncIterator[list[Reference]]) -> AsyncIterator[list[Reference]]:
@@ -488,7 +510,8 @@ class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
             for item in await removal.remove(orphans):
                 yield item
             self._on_progress()
-        logger.info("deleted %d of %d orphans of %r", self.report.deleted, before, self.report.storage_key)
+        report = self.report
+        logger.info("deleted %d of %d orphans of %r", report.deleted, before, report.storage_key, extra=fields_of(report))
 
     async def _recheck(self, nominees: Spool) -> AsyncIterator[list[tuple[str, int]]]:
         """Yield the nominees that nothing refers to at the moment of yielding, batch by batch."""
@@ -582,7 +605,10 @@ class Removal:
         except BackendError as error:
             self._report.unfinished_error = f"{type(error).__name__}: {error}"
             logger.warning(
-                "the remains of unfinished writes on the backend %r could not be removed: %s", self._report.backend, error
+                "the remains of unfinished writes on the backend %r could not be removed: %s",
+                self._report.backend,
+                error,
+                extra=fields_of(backend=self._report.backend),
             )
 
     def _to_collected(self, location: str, size: int, error: StorageError | None) -> CollectedObject:
@@ -599,7 +625,13 @@ class Removal:
         report.failed += 1
         if len(report.failures) < MOST_KEPT:
             report.failures.append(item)
-        logger.warning("could not delete the orphan %r of the backend %r: %s", item.location, item.backend, item.error)
+        logger.warning(
+            "could not delete the orphan %r of the backend %r: %s",
+            item.location,
+            item.backend,
+            item.error,
+            extra=fields_of(backend=item.backend, storage_key=report.storage_key, location=item.location),
+        )
 
 
 # References whose objects are missing.

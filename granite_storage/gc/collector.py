@@ -15,6 +15,7 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from granite_storage._logs import fields_of
 from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._tasks import background, repeat, shielded_cleanup
 from granite_storage.exceptions import ConfigurationError
@@ -276,7 +277,8 @@ async def _collect_all(storage_keys: Sequence[str], collect: Callable[[str], Awa
         try:
             report = await collect(storage_key)
         except Exception:
-            logger.exception("collecting the garbage of %r failed and is tried again", storage_key)
+            said = fields_of(storage_key=storage_key)
+            logger.exception("collecting the garbage of %r failed and is tried again", storage_key, extra=said)
             continue
         logger.info(
             "garbage of %r: %d objects scanned, %d orphans, %d deleted, %d failed, %d dangling references",
@@ -286,6 +288,7 @@ async def _collect_all(storage_keys: Sequence[str], collect: Callable[[str], Awa
             report.deleted,
             report.failed,
             len(report.dangling),
+            extra=fields_of(report),
         )
 
 

@@ -140,13 +140,12 @@ def variant_schema_of(variant: type[AttachmentVariant]) -> CoreSchema:
 class LazySerializer:
     """Lets pydantic serialize an attachment without a declared field, as in an endpoint that returns a plain dict."""
 
-    def __get__(self, instance: object, owner: type[Attachment | AttachmentVariant]) -> SchemaSerializer:
+    def __get__(self, instance: object, owner: type[Any]) -> SchemaSerializer:
         try:
             from pydantic_core import SchemaSerializer
         except ImportError:
             raise AttributeError("__pydantic_serializer__") from None
-        schema = core_schema_of(owner) if issubclass(owner, Attachment) else variant_schema_of(owner)
-        serializer = SchemaSerializer(schema)
+        serializer = SchemaSerializer(owner.__get_pydantic_core_schema__(owner, None))
         owner.__pydantic_serializer__ = serializer
         return serializer
 
@@ -845,6 +844,10 @@ class Attachment:
         if state.ref is None:
             return f"<Attachment pending filename={state.filename!r}>"
         return f"<Attachment size={state.ref.size} filename={state.ref.original_filename!r}>"
+
+    def __str__(self) -> str:
+        """Return its file name, for templates, lists and exports; what `repr` says where it has none."""
+        return self.describe()["original_filename"] or repr(self)
 
     def describe(self) -> dict[str, Any]:
         """Return the fields that a client may see: size, media type, name and checksum, never the location.

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from granite_storage._logs import fields_of
 from granite_storage.exceptions import ConfigurationError, DerivationRefusedError
 from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
@@ -167,7 +168,9 @@ class StorageBinding:
                 connection = await session.connection(bind_arguments={"clause": column.table})
                 return await connection.run_sync(refers, column, ref)
         except SQLAlchemyError:
-            logger.warning("it is unknown whether a row refers to the object %r", ref.location, exc_info=True)
+            logger.warning(
+                "it is unknown whether a row refers to the object %r", ref.location, exc_info=True, extra=fields_of(ref)
+            )
             return None
 
     async def make_variant(

@@ -14,7 +14,7 @@ from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
 from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm import bulk, flush, transactions
+from granite_storage.orm import bulk, collections, flush, transactions
 from granite_storage.orm._interfaces import find_binding
 from granite_storage.orm._util import executed_statement, written_within
 from granite_storage.orm.columns import AttachmentType, require_usable, slots_of
@@ -48,6 +48,7 @@ def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
     if unit is not None:
         # A flush that failed before its first statement has left its plan.
         unit.abandon_flush()
+    collections.require_known_limits(session)
     written, deleted = [*session.new, *session.dirty], [*session.deleted]
     mappers = _mappers_of([*written, *deleted])
     _idle.clear()
@@ -58,6 +59,7 @@ def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
             _stay_last(mapper)
     changes = _changes_of(_concerned(written, mappers, slots_of))
     _save(session, changes, _concerned(deleted, mappers, flush.concerned_tables), weakref.ref(context))
+    collections.lock_parents(session)
 
 
 def _changes_of(states: list[InstanceState[Any]]) -> list[Change]:
@@ -182,6 +184,7 @@ def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]
 
 
 def _after_flush(session: Session, _: Any) -> None:
+    collections.require_limits(session)
     unit = transactions.known_unit(session)
     if unit is not None:
         flush.end(session, unit)
@@ -323,8 +326,8 @@ def _refusal(mapper: Mapper[Any], key: str) -> str | None:
         if annotation is not None:
             if _SEVERAL.search(annotation if isinstance(annotation, str) else _text_of(annotation)):
                 return (
-                    f"{mapper.class_.__name__}.{key} is annotated as several attachments, but a column holds one: give each file"
-                    " a row of its own, in a table that the model has a relationship to"
+                    f"{mapper.class_.__name__}.{key} is annotated as several attachments, but a column holds one: declare it as"
+                    " Mapped[AttachmentList] = attachments(...), which gives each file a row of its own"
                 )
             return None
     return None

@@ -15,6 +15,7 @@ from sqlalchemy import Column, Connection, Engine, Table, text
 from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
+from granite_storage._telemetry import traced
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import Intent, ObjectKey, StoredObject, binding_for, find_binding
@@ -221,6 +222,7 @@ def clear_unset_attachments(state: InstanceState[Any]) -> None:
             put_value(state, slot.key, None)
 
 
+@traced("flush")
 def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletions: Sequence[InstanceState[Any]]) -> None:
     """Store, move and copy objects for the changes and deletions of a flush, before its first statement.
 

@@ -34,6 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 
+from granite_storage._logs import fields_of
 from granite_storage.orm._interfaces import active_bindings
 from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, batches, codes_of, without_pool
 from granite_storage.orm.attachment import Attachment
@@ -380,7 +381,7 @@ def find_shared(connection: Connection, objects: Sequence[StoredObject]) -> set[
         )
         return set(locations)
     for location in shared:
-        logger.info("the object %r is kept, because another row refers to it", location)
+        logger.info("the object %r is kept, because another row refers to it", location, extra=fields_of(location=location))
     return shared
 
 

@@ -98,6 +98,7 @@ class ConnectionWatch:
     refused: bool = False
     prepared: bool = False
     lost: bool = False
+    rolled_back: bool = False
     sessions: weakref.WeakSet[Session] = field(default_factory=weakref.WeakSet)
     joined: list[_Joined] = field(default_factory=list)
     to_delete: list[StoredObject] = field(default_factory=list)
@@ -121,6 +122,14 @@ class ConnectionWatch:
         if self.lost or connection is None or connection.closed or connection.invalidated:
             return False
         return connection.in_transaction()
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether work was done on the connection of which neither a COMMIT nor a ROLLBACK is known to have ended it."""
+        if self.rolled_back:
+            return False
+        units = [unit for session in self.sessions if (unit := known_unit(session)) is not None]
+        return bool(self.joined or self.to_delete) or not all(unit.has_committed for unit in units)
 
     @property
     def is_in_doubt(self) -> bool:
@@ -358,9 +367,15 @@ def _savepoints_made(connection: Connection) -> int:
 
 
 def _on_commit(connection: Connection, *_: Any) -> None:
-    if (found := _watches.get(connection)) is not None:
+    if (found := _watches.get(connection)) is None:
+        return
+    try:
         found.keep_shared()
-        found.expect_answer()
+    except BaseException as error:
+        # SQLAlchemy takes the transaction for ended, and would return the connection to its pool with it.
+        connection.invalidate(error)
+        raise
+    found.expect_answer()
 
 
 def _on_commit_prepared(connection: Connection, _: Any, is_prepared: bool) -> None:
@@ -372,6 +387,7 @@ def _on_rollback(connection: Connection, *_: Any) -> None:
     found = _watches.get(connection)
     if found is None:
         return
+    found.rolled_back = True
     # A session's own rollback is told by the session.
     if found.joined or found.to_delete:
         with deferred_cancellation():
@@ -405,7 +421,7 @@ def _on_begin(connection: Connection, *_: Any) -> None:
     found = _watches.get(connection)
     if found is None:
         return
-    found.lost = False
+    found.lost = found.rolled_back = False
     if found.committing:
         _resolve(found, Outcome.ROLLED_BACK if found.refused else Outcome.COMMITTED)
     if found.to_delete_after_rollback:
@@ -413,11 +429,13 @@ def _on_begin(connection: Connection, *_: Any) -> None:
             found.settle()
 
 
-def _on_checkin(_: Any, record: Any) -> None:
+def _on_checkin(driver_connection: Any, record: Any) -> None:
     """The connection goes back to its pool, so its transaction has ended."""
     found = record.info.pop(_INFO_KEY, None)
     if found is None:
         return
+    if found.is_unfinished:
+        _roll_back(driver_connection, record)
     if found.to_delete_after_rollback:
         with deferred_cancellation():
             found.settle()
@@ -427,6 +445,20 @@ def _on_checkin(_: Any, record: Any) -> None:
         _resolve(found, Outcome.ROLLED_BACK)
     else:
         _resolve(found, Outcome.COMMITTED if found.committing else Outcome.UNKNOWN)
+
+
+def _roll_back(driver_connection: Any, record: Any) -> None:
+    """End the transaction of a connection that goes back to its pool with one.
+
+    SQLAlchemy returns it like that where a COMMIT was interrupted before it was sent, by a signal or by a listener, and the
+    session was closed and not rolled back. The next user of the connection would commit what this one has written.
+    """
+    try:
+        driver_connection.rollback()
+    except BaseException as error:
+        record.invalidate(error)
+        if not isinstance(error, Exception):
+            raise
 
 
 def _on_invalidate(_: Any, record: Any, __: Any) -> None:

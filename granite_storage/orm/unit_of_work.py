@@ -213,6 +213,12 @@ class UnitOfWork:
         return found
 
     @property
+    def has_committed(self) -> bool:
+        """Whether its outermost transaction has committed, or has nothing to commit."""
+        outermost = next(iter(self.frames.values()), None)
+        return outermost is None or outermost.committed
+
+    @property
     def history(self) -> dict[ObjectKey, bool]:
         """The objects that this transaction stored, moved or displaced: True if a row refers to it now."""
         return {stored.key: is_held for stored, is_held in self.log}

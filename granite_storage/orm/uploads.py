@@ -11,7 +11,9 @@ from typing import IO, TYPE_CHECKING, Self
 
 from sqlalchemy.util import greenlet_spawn
 
+from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded, shielded, shielded_cleanup, task_group
+from granite_storage._telemetry import traced
 from granite_storage.derived import DerivationSource
 from granite_storage.exceptions import DerivationFailedError, StaleAttachmentError
 from granite_storage.orm._interfaces import Intent, StoredObject
@@ -66,7 +68,9 @@ def remove_now(
     if not can_wait(is_async=is_async):
         for item in plain:
             logger.warning(
-                "the object %r is left to the garbage collector: its session was not closed by an await", item.ref.location
+                "the object %r is left to the garbage collector: its session was not closed by an await",
+                item.ref.location,
+                extra=fields_of(item.ref),
             )
         return
     if intents and in_greenlet() and _is_being_cancelled():
@@ -114,9 +118,16 @@ async def _delete(stored: tuple[StorageManager, StoredObjectRef]) -> None:
     try:
         await manager._engine.delete(ref, while_closing=True)
     except asyncio.CancelledError:
-        logger.warning("deleting the object %r was cancelled; it is left to the garbage collector", ref.location)
+        logger.warning(
+            "deleting the object %r was cancelled; it is left to the garbage collector", ref.location, extra=fields_of(ref)
+        )
     except Exception:
-        logger.warning("could not delete the object %r; it is left to the garbage collector", ref.location, exc_info=True)
+        logger.warning(
+            "could not delete the object %r; it is left to the garbage collector",
+            ref.location,
+            exc_info=True,
+            extra=fields_of(ref),
+        )
 
 
 async def _settle(journal: Journal, ids: list[UUID]) -> None:
@@ -316,6 +327,7 @@ async def _put_variant(item: _Item, name: str, lease: UploadLease | None) -> Non
             name,
             source.location,
             error,
+            extra=fields_of(source),
         )
     if name in item.made:
         await _require_lease(lease, intent, item.made[name])
@@ -384,6 +396,7 @@ def prepare_variant(
     )
 
 
+@traced("derive", subject=2)
 async def make_variant(
     manager: StorageManager,
     source: StoredObjectRef,

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, ColumnElement, Connection, bindparam, select, update
 
+from granite_storage._logs import fields_of
 from granite_storage._tasks import shielded, shielded_cleanup, wait_uncancelled
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.locations import matches_generated_name, uuid7_hex
@@ -343,7 +344,9 @@ async def make_without_journal(
         await shielded(setting.run({declared.name: MadeVariant(stored[0], seen, which == "all")}))
     finally:
         if setting.fate is _Fate.IN_DOUBT:
-            logger.warning("it is unknown whether a row has the variant %r, which stays", prepared.location)
+            logger.warning(
+                "it is unknown whether a row has the variant %r, which stays", prepared.location, extra=fields_of(prepared)
+            )
         elif setting.fate is _Fate.UNSET and stored:
             what = "deleting a variant that no row has taken"
             await shielded_cleanup(remove([StoredObject(manager, ref) for ref in stored], []), what)

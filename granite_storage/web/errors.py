@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from granite_storage.exceptions import (
     BackendUnavailableError,
+    CollectionFullError,
     ContentRejectedError,
     ContentTooLargeError,
     DerivationFailedError,
@@ -34,6 +35,7 @@ from granite_storage.exceptions import (
     UnknownVariantError,
     UnsupportedContentError,
 )
+from granite_storage.web._openapi import describe_bodies
 
 __all__ = [
     "RETRY_AFTER",
@@ -45,6 +47,7 @@ __all__ = [
     "UploadMismatchError",
     "UploadMissingError",
     "UploadTokenError",
+    "client_message",
     "install_error_handlers",
     "problem_response",
 ]
@@ -109,9 +112,17 @@ class RequestTooLargeError(RequestError):
 
 
 class MissingFieldError(RequestError, KeyError):
-    """A form does not have a field or a file that the application needs."""
+    """A form does not have a field or a file that the application needs.
+
+    Attributes:
+        names: The names of all that is missing, where they were required of the form; empty for one that was asked for later.
+    """
 
     status = 422
+
+    def __init__(self, message: str = "", *, names: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 class UnsupportedRequestError(RequestError):
@@ -153,7 +164,8 @@ def install_error_handlers(app: Starlette, *, retry_after: int = RETRY_AFTER) ->
     """Let a Starlette or FastAPI application answer the library's errors with problem details.
 
     Errors of the server (5xx) are logged with the details that the client does not get. A client that disconnects while it sends
-    is no error: nothing is answered or logged.
+    is no error: nothing is answered or logged. The OpenAPI document of a FastAPI application shows the bodies that `upload_form`
+    and `upload_body` receive.
 
     Args:
         app: The application.
@@ -169,6 +181,7 @@ def install_error_handlers(app: Starlette, *, retry_after: int = RETRY_AFTER) ->
 
     app.add_exception_handler(StorageError, on_storage_error)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
+    describe_bodies(app)
 
 
 def problem_response(error: StorageError, *, retry_after: int = RETRY_AFTER) -> Response:
@@ -183,14 +196,27 @@ def problem_response(error: StorageError, *, retry_after: int = RETRY_AFTER) -> 
         error: The error.
         retry_after: The value of Retry-After, in seconds.
     """
-    problem = _problem_of(error)
-    if problem.status >= 500:
-        logger.error("a request failed with status %d", problem.status, exc_info=error)
+    problem = _logged_problem_of(error)
     status = HTTPStatus(problem.status)
     title = _TITLES.get(problem.status, status.phrase)
     content = {"type": "about:blank", "title": title, "status": problem.status, "detail": problem.detail, **problem.more}
     headers = {"Cache-Control": "no-store"} | ({"Retry-After": str(retry_after)} if problem.retry else {})
     return Response(json.dumps(content), problem.status, headers, "application/problem+json")
+
+
+def client_message(error: StorageError) -> str:
+    """Return what a client may read of an error, for a form that is shown again: the `detail` of `problem_response`.
+
+    Errors of the server (5xx) are logged with the details that the client does not get.
+    """
+    return _logged_problem_of(error).detail
+
+
+def _logged_problem_of(error: StorageError) -> _Problem:
+    problem = _problem_of(error)
+    if problem.status >= 500:
+        logger.error("a request failed with status %d", problem.status, exc_info=error)
+    return problem
 
 
 def _problem_of(error: StorageError) -> _Problem:
@@ -201,6 +227,11 @@ def _problem_of(error: StorageError) -> _Problem:
             return _Problem(error.status, error.detail)
         case ContentTooLargeError():
             return _Problem(413, f"The file is larger than {error.max_size} bytes.", {"max_size": error.max_size})
+        case CollectionFullError(max_files=None):
+            limit = {"max_total_size": error.max_total_size}
+            return _Problem(413, f"The files are larger than {error.max_total_size} bytes together.", limit)
+        case CollectionFullError():
+            return _Problem(413, f"There can be at most {error.max_files} files.", {"max_files": error.max_files})
         case EmptyUploadError():
             return _Problem(422, "No file was chosen.")
         case UnsupportedContentError():

@@ -29,6 +29,7 @@ from granite_storage._headers import (
     require_inline_types,
     served_type,
 )
+from granite_storage._logs import fields_of
 from granite_storage._tasks import shielded_cleanup
 from granite_storage.backends.base import ByteRange
 from granite_storage.exceptions import (
@@ -400,7 +401,7 @@ class StoredObjectResponse(Response):
             reads = group_reads(body.parts)
             first = await self._open(reads[0], whole=status == 200)
         except ObjectNotFoundError as error:
-            logger.error("a response was 404, because the object of its ref is missing: %s", error)
+            logger.error("a response was 404, because the object of its ref is missing: %s", error, extra=fields_of(self._ref))
             kept = [(name, value) for name, value in headers.items() if name not in _OF_THE_OBJECT]
             await send_status(send, 404, kept)
             return
@@ -431,7 +432,12 @@ class StoredObjectResponse(Response):
             raise
         except Exception:
             # The headers are sent, so the server can only cut the connection, which it does where the error propagates.
-            logger.exception("sending the object at %r of %r failed half-way", self._ref.location, self._ref.backend)
+            logger.exception(
+                "sending the object at %r of %r failed half-way",
+                self._ref.location,
+                self._ref.backend,
+                extra=fields_of(self._ref),
+            )
             raise
         await send_chunk(send, body.end, more=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -19,10 +19,12 @@ from granite_storage._tasks import shielded_cleanup
 from granite_storage.manager import StorageManager
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.attachment import Attachment
+from granite_storage.orm.collections import declared_collection
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.uploads import discard, remove
 from granite_storage.refs import StoredObjectRef
 from granite_storage.streams import BytesLike, require_size
+from granite_storage.web._openapi import missing_error
 from granite_storage.web._requests import (
     DEFAULT_LIMITS,
     MultipartReader,
@@ -133,7 +135,17 @@ class FileList:
 
 
 FileTarget: TypeAlias = Target | FileList
-"""Where the files of a field are stored: a target for one file, or a `FileList`."""
+"""Where the files of a field are stored: a target for one file, a `FileList`, or an attribute that `attachments` declares."""
+
+
+def _with_lists(files: Mapping[str, FileTarget], limits: UploadLimits) -> dict[str, FileTarget]:
+    """Return the targets, with the list that a collection of attachments takes as many files into as it may have."""
+
+    def of(target: FileTarget) -> FileTarget:
+        declared = declared_collection(target)
+        return target if declared is None else FileList(cast(Target, target), declared.max_files or max(limits.max_files, 1))
+
+    return {name: of(target) for name, target in files.items()}
 
 
 def require_target(target: object) -> None:
@@ -338,7 +350,11 @@ class UploadForm:
 
 
 async def stream_upload(
-    request: Request, files: Mapping[str, FileTarget], *, limits: UploadLimits = DEFAULT_LIMITS
+    request: Request,
+    files: Mapping[str, FileTarget],
+    *,
+    required: Collection[str] = (),
+    limits: UploadLimits = DEFAULT_LIMITS,
 ) -> UploadForm:
     """Receive a form, and store its files as they arrive, in their order.
 
@@ -351,7 +367,10 @@ async def stream_upload(
         request: The request; its body must not have been read.
         files: Where the file of each field goes: an attachment attribute such as `Document.file`, a `PolicyTarget`, or a
             coroutine function that takes a `FilePart` and returns the value to keep in the form. A field takes one file, or as
-            many as its `FileList` says. Surplus files, and files of other fields, are refused before they are stored.
+            many as its `FileList` or its collection takes, such as `Album.photos`. Surplus files, and files of other fields, are
+            refused before they are stored.
+        required: The names of the files and of the other fields that the form must have. An empty file input, and an empty text,
+            count as missing.
         limits: The limits of the form.
 
     Returns:
@@ -362,21 +381,24 @@ async def stream_upload(
         UnsupportedRequestError: It is neither multipart/form-data nor URL-encoded, or has a Content-Encoding.
         MalformedRequestError: It is malformed, cut off, or has a file in a field where none is expected.
         RequestTooLargeError: It has more than `limits` allow, or more files in one field than it takes.
+        MissingFieldError: It lacks something that is required; `names` has all of it.
         ContentTooLargeError: A file has more bytes than its policy or `limits` allow.
         ConsumedSourceError: The application has read the body already; the response is a 500.
         ClientDisconnect: The client went away.
         StorageError: As `StorageManager.put_stream`.
     """
+    files = _with_lists(files, limits)
     for target in files.values():
         require_target(target.target if isinstance(target, FileList) else target)
+    require_names("required", required)
     require_whole_body(request, limits)
     media_type, options = media_type_of(request)
     async with aclosing(body_of(request, limits)) as body:
         if media_type == b"multipart/form-data":
             reader = MultipartReader(options.get(b"boundary", b""), body, limits)
-            return await _receive(_MultipartForm(reader, files, limits))
+            return await _receive(_MultipartForm(reader, files, required, limits))
         if media_type == b"application/x-www-form-urlencoded":
-            form = _Form(files)
+            form = _Form(files, required)
             form.fields = await read_fields(body, limits)
             return form.result()
     raise UnsupportedRequestError("the body must be multipart/form-data or application/x-www-form-urlencoded")
@@ -439,21 +461,27 @@ async def stream_body(
 class _Form:
     """A form while it arrives."""
 
-    def __init__(self, files: Mapping[str, FileTarget]) -> None:
+    def __init__(self, files: Mapping[str, FileTarget], required: Collection[str]) -> None:
         self._targets = files
+        self._required = required
         self.fields: list[tuple[str, str]] = []
         self.files: list[tuple[str, Any]] = []
         self.stored = Received()
 
     def result(self) -> UploadForm:
-        """Return the form once it has arrived."""
+        """Return the form once it has arrived; raise `MissingFieldError` where it lacks something."""
+        present = {name for name, value in self.fields if value}.union(name for name, _ in self.files)
+        if missing := tuple(name for name in self._required if name not in present):
+            raise MissingFieldError(f"the form lacks {', '.join(map(repr, missing))}", names=missing)
         lists = [name for name, target in self._targets.items() if isinstance(target, FileList)]
         return UploadForm(self.fields, FormFiles(self.files, lists), self.stored)
 
 
 class _MultipartForm(_Form):
-    def __init__(self, reader: MultipartReader, files: Mapping[str, FileTarget], limits: UploadLimits) -> None:
-        super().__init__(files)
+    def __init__(
+        self, reader: MultipartReader, files: Mapping[str, FileTarget], required: Collection[str], limits: UploadLimits
+    ) -> None:
+        super().__init__(files, required)
         self._reader = reader
         self._limits = limits
         self._fields_size = 0
@@ -512,12 +540,12 @@ class _MultipartForm(_Form):
 async def _receive(form: _MultipartForm) -> UploadForm:
     try:
         await form.receive()
+        return form.result()
     except BaseException as error:
         if form.stored:
             cancelled = isinstance(error, asyncio.CancelledError)
             await shielded_cleanup(form.stored.remove_all(cancelled=cancelled), "removing what a failed request has stored")
         raise
-    return form.result()
 
 
 # Dependencies for FastAPI's `Depends`.
@@ -527,7 +555,8 @@ class UploadDependency(Protocol[T_co]):
     """A dependency that receives files.
 
     Attributes:
-        openapi_extra: The description of the body for a route's `openapi_extra`: FastAPI cannot see it in the signature.
+        openapi_extra: The description of the body, which `install_error_handlers` puts into FastAPI's documentation. A route of
+            an application without it takes it as `openapi_extra`, because FastAPI cannot see it in the signature.
     """
 
     openapi_extra: dict[str, Any]
@@ -537,24 +566,59 @@ class UploadDependency(Protocol[T_co]):
         ...
 
 
-def upload_form(files: Mapping[str, FileTarget], *, limits: UploadLimits = DEFAULT_LIMITS) -> UploadDependency[UploadForm]:
+def upload_form(
+    files: Mapping[str, FileTarget],
+    *,
+    fields: Collection[str] = (),
+    required: Collection[str] = (),
+    limits: UploadLimits = DEFAULT_LIMITS,
+) -> UploadDependency[UploadForm]:
     """Return a dependency that receives a form: `Annotated[UploadForm, Depends(upload_form({"file": Document.file}))]`.
 
     At the end of the request the attachments that no row has taken are removed; where it ends without an error, those assigned to
-    an instance stay, whose row may be flushed later. Arguments and errors are those of `stream_upload`. The endpoint must not
-    have `Form` or `File` parameters: FastAPI would read the body first.
+    an instance stay, whose row may be flushed later. The endpoint must not have `Form` or `File` parameters: FastAPI would read
+    the body first.
+
+    Args:
+        files: Where the file of each field goes; see `stream_upload`.
+        fields: The names of other fields, which the API documentation shows as texts; further ones are received as well.
+        required: The names of the files and of the other fields that the form must have.
+        limits: The limits of the form.
+
+    Raises:
+        RequestValidationError: FastAPI's own, whose response is its 422, for what is missing. Other errors are those of
+            `stream_upload`.
     """
+    files = _with_lists(files, limits)
 
     async def form(request: Request) -> AsyncIterator[UploadForm]:
-        async with await stream_upload(request, files, limits=limits) as received:
+        try:
+            received = await stream_upload(request, files, required=required, limits=limits)
+        except MissingFieldError as error:
+            raise missing_error(error.names) or error from None
+        async with received:
             yield received
 
-    properties = {
-        name: {"type": "array", "items": _FILE, "maxItems": target.max_files} if isinstance(target, FileList) else _FILE
-        for name, target in files.items()
-    }
-    schema = {"type": "object", "properties": properties, "additionalProperties": {"type": "string"}}
+    require_names("fields", fields)
+    require_names("required", required)
+    properties: dict[str, Any] = {name: {"type": "string"} for name in (*fields, *required)}
+    properties |= {name: _describe_field(target, is_required=name in required) for name, target in files.items()}
+    schema: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": {"type": "string"}}
+    if required:
+        schema["required"] = list(required)
     return cast(UploadDependency[UploadForm], _with_openapi(form, "multipart/form-data", schema))
+
+
+def require_names(argument: str, names: object) -> None:
+    """Refuse one text where several are meant: its characters would be the names."""
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise TypeError(f"{argument} takes names of fields, such as ['avatar'], not {names!r}")
+
+
+def _describe_field(target: FileTarget, *, is_required: bool) -> Mapping[str, Any]:
+    if not isinstance(target, FileList):
+        return _FILE
+    return {"type": "array", "items": _FILE, "maxItems": target.max_files} | ({"minItems": 1} if is_required else {})
 
 
 def upload_body(

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -25,6 +26,7 @@ from granite_storage import (
     journal_tables,
 )
 from granite_storage.backends.local import LocalStorageBackend
+from granite_storage.exceptions import ConfigurationError
 
 
 class Base(DeclarativeBase):
@@ -157,5 +159,37 @@ def leave_open() -> None:
     print([reader.read(1), next(listing).size])
 
 
+def outlive_the_main_thread() -> None:
+    """Store, replace and delete in a thread that Python waits for when the main thread has ended."""
+
+    def go_on() -> None:
+        main = threading.main_thread()
+        main.join()
+        for number in range(2, 8):
+            store(number, deletes=number - 1)
+        print([info.location.split("/")[1] for info in storage.sync.list(storage_key="documents")])
+
+    store(1)
+    threading.Thread(target=go_on).start()
+
+
+def read_in_a_child() -> None:
+    """Read in a forked child with a reader of its parent's, and with one of its own."""
+    store(1)
+    with sessions() as session:
+        file = session.get_one(Document, 1).file
+    assert file is not None
+    reader = file.sync.open()
+    if os.fork() == 0:
+        try:
+            reader.read()
+        except ConfigurationError as error:
+            print(error, flush=True)
+        with file.sync.open() as own:
+            print(own.read(), flush=True)
+        os._exit(0)
+    os.wait()
+
+
 if __name__ == "__main__":
-    {"fork": fork, "leave_open": leave_open, "upload_for_ever": upload_for_ever, "block": block, "work": work}[sys.argv[1]]()
+    globals()[sys.argv[1]]()

@@ -70,3 +70,15 @@ def test_the_worker_of_the_journal(tmp_path: Path, database_url: str) -> None:
 @pytest.mark.parametrize("kind", ["sqlite"], indirect=True)
 def test_a_program_that_leaves_everything_open_ends(tmp_path: Path, database_url: str) -> None:
     assert run("leave_open", tmp_path, database_url).startswith("[b'1', 1]\n")
+
+
+@pytest.mark.parametrize("kind", ["sqlite"], indirect=True)
+def test_a_thread_outlives_the_main_thread(tmp_path: Path, database_url: str) -> None:
+    assert run("outlive_the_main_thread", tmp_path, database_url) == "['7']\n"
+
+
+@pytest.mark.parametrize("kind", ["sqlite"], indirect=True)
+def test_a_reader_is_its_process_own(tmp_path: Path, database_url: str) -> None:
+    refusal, read = run("read_in_a_child", tmp_path, database_url).splitlines()
+    assert refusal == "the reader was opened before this process was forked: open the object again in the child"
+    assert read == "b'1'"

@@ -38,6 +38,8 @@ WITHOUT_ADVISORY = {
     "mypy",
     "myst-parser",
     "obstore",
+    "opentelemetry-api",
+    "opentelemetry-sdk",
     "psycopg",
     "pyright",
     "pytest-asyncio",
@@ -51,6 +53,7 @@ WITHOUT_ADVISORY = {
     "taskiq",
     "types-aiofiles",
     "types-greenlet",
+    "zipstream-ng",
 }
 """What was looked up, too, and had none on that day."""
 

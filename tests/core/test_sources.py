@@ -29,7 +29,7 @@ from starlette.datastructures import UploadFile
 from granite_storage import SizeLimitedStream, StorageManager, streams
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.backends.memory import MemoryStorageBackend
-from granite_storage.exceptions import InvalidReferenceError
+from granite_storage.exceptions import ConsumedSourceError, InvalidReferenceError
 from granite_storage.orm import Attachment
 from granite_storage.streams import CHUNK_SIZE, MeasuredStream, iter_chunks
 from granite_storage.testing import FaultInjectingBackend
@@ -247,6 +247,21 @@ class TestNoStreamOfBytes:
     async def test_is_refused_at_once(self, manager: StorageManager, source: Any) -> None:
         with pytest.raises(TypeError, match="stream"):
             await manager.put_stream(**SLOT, stream=source)
+        assert await listed(manager) == []
+
+    async def test_a_path_says_how_it_is_opened(self, manager: StorageManager) -> None:
+        with pytest.raises(TypeError, match=r"only names a file: pass the file, open\(path, 'rb'\)"):
+            await manager.put_stream(**SLOT, stream=Path("x"))  # type: ignore[arg-type]
+
+    async def test_closed_while_it_is_read(self, manager: StorageManager) -> None:
+        class Closing(io.BytesIO):
+            def read(self, size: int | None = -1) -> bytes:
+                if self.tell():
+                    self.close()
+                return super().read(size)
+
+        with pytest.raises(ConsumedSourceError, match="closed before all of it was read"):
+            await manager.put_stream(**SLOT, stream=Closing(bytes(3 * CHUNK_SIZE)))
         assert await listed(manager) == []
 
     @pytest.mark.parametrize("source", [{b"a"}, frozenset({b"a"}), set(), {b"a": 1}, {b"a": 1}.keys()], ids=repr)

@@ -263,6 +263,15 @@ async def test_where_an_event_loop_runs(tmp_path: Path) -> None:
     for name, call in calls.items():
         with pytest.raises(ConfigurationError, match=rf"storage\.{name}\("):
             call()
+    with pytest.raises(ConfigurationError, match=r"storage\.aclose\("):
+        storage.close()
+    with pytest.raises(ConfigurationError, match="async with storage"), storage:
+        pass
+    reader = await asyncio.to_thread(storage.open, ref)
+    with pytest.raises(ConfigurationError, match=r"storage\.open\("):
+        reader.read()
+    assert await asyncio.to_thread(reader.read) == b"abc"
+    await asyncio.to_thread(reader.close)
     assert await manager.exists(ref)
     await manager.aclose()
 

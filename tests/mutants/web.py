@@ -89,8 +89,8 @@ MUTANTS = [
         name="web-broken-body-ends-well",
         rule="A body that goes wrong breaks the connection; it does not end as if it were whole.",
         path="granite_storage/web/responses.py",
-        old="self._ref.location, self._ref.backend)\n            raise\n",
-        new="self._ref.location, self._ref.backend)\n",
+        old="extra=fields_of(self._ref),\n            )\n            raise\n",
+        new="extra=fields_of(self._ref),\n            )\n",
         tests=("tests/web/test_serving_connections.py::test_a_body_that_goes_wrong",),
     ),
     Mutant(
@@ -320,5 +320,59 @@ MUTANTS = [
         old="self._audience = binding.base_name if audience is None else audience",
         new='self._audience = audience or ""',
         tests=("tests/web/test_finish_tokens.py::test_another_base_with_the_same_secret",),
+    ),
+    Mutant(
+        name="web-required-but-empty",
+        rule="An empty text counts as missing where it is required.",
+        path="granite_storage/web/uploads.py",
+        old="present = {name for name, value in self.fields if value}",
+        new="present = {name for name, value in self.fields}",
+        tests=("tests/web/test_form_descriptions.py::TestMissing::test_an_empty_text_and_an_empty_file_input",),
+    ),
+    Mutant(
+        name="web-form-kept-though-incomplete",
+        rule="What was stored of a form that lacks something is removed.",
+        path="granite_storage/web/uploads.py",
+        old="        await form.receive()\n        return form.result()\n    except",
+        new="        await form.receive()\n    except",
+        tests=("tests/web/test_form_descriptions.py::TestMissing::test_the_response_is_that_of_fastapi",),
+    ),
+    Mutant(
+        name="web-own-description-replaced",
+        rule="A description of a body that the application gives stays.",
+        path="granite_storage/web/_openapi.py",
+        old='if operation is None or "requestBody" in operation:',
+        new="if operation is None:",
+        tests=("tests/web/test_form_descriptions.py::TestDescription::test_others_stay_as_they_are",),
+    ),
+    Mutant(
+        name="litestar-worker-outlives-manager",
+        rule="The manager is closed after the worker, which uses it.",
+        path="granite_storage/contrib/litestar.py",
+        old="""            await stack.enter_async_context(self._storage)
+            if self._journal is not None:
+                await stack.enter_async_context(self._journal.worker())
+""",
+        new="""            if self._journal is not None:
+                await stack.enter_async_context(self._journal.worker())
+            await stack.enter_async_context(self._storage)
+""",
+        tests=("tests/contrib/test_litestar.py::TestLifespan::test_the_manager_is_closed_after_the_worker",),
+    ),
+    Mutant(
+        name="litestar-own-encoders-overruled",
+        rule="What the application has configured has precedence over the plugin.",
+        path="granite_storage/contrib/litestar.py",
+        old="{**_ENCODERS, **(app_config.type_encoders or {})}",
+        new="{**(app_config.type_encoders or {}), **_ENCODERS}",
+        tests=("tests/contrib/test_litestar.py::TestResponses::test_own_encoders_have_precedence",),
+    ),
+    Mutant(
+        name="advanced-alchemy-commits-each-row",
+        rule="Rows that are updated together are committed together.",
+        path="granite_storage/contrib/advanced_alchemy.py",
+        old="await self.update(one, auto_commit=False, **options)",
+        new="await self.update(one, auto_commit=auto_commit, **options)",
+        tests=("tests/contrib/test_advanced_alchemy.py::test_update_many_is_committed_as_a_whole",),
     ),
 ]

@@ -483,17 +483,18 @@ async def orm_environment(
     journaled: bool = False,
     max_size: int = 1 << 20,
     scanner: Scanner | None = None,
+    base: type[DeclarativeBase] = Base,
     **options: Any,
 ) -> AsyncIterator[OrmEnvironment]:
-    """Give an environment with empty tables and an empty storage; keyword arguments go to the engine."""
+    """Give an environment with empty tables of a base and an empty storage; keyword arguments go to the engine."""
     store = FaultInjectingBackend(MemoryStorageBackend() if backend is None else backend)
     policy = StoragePolicy("docs", "store", max_size=max_size, scanner=scanner)
     manager = StorageManager(backends={"store": store}, policies={"docs": policy})
-    async with database.opened(Base.metadata, **options) as engine:
+    async with database.opened(base.metadata, **options) as engine:
         sessions = database.sessionmaker(engine, expire_on_commit=False)
         journal = StorageJournal(engine.sync_engine if database.is_synchronous else engine) if journaled else None
         factory = sessions.sync_maker if database.is_synchronous else sessions
-        binding = bind_storage(Base, manager, session_factory=factory, journal=journal)
+        binding = bind_storage(base, manager, session_factory=factory, journal=journal)
         if database.is_sqlite and journal is not None:
             await journal.check()
         elif journal is not None and not options:

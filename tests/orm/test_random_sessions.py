@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 from granite_storage.exceptions import BackendUnavailableError
 from granite_storage.orm import Attachment
-from tests.orm.databases import sqlite
+from tests.orm.databases import Database, sqlite
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 from tests.tiers import repetitions, seed
 
@@ -334,27 +334,33 @@ class Sessions(RuleBasedStateMachine):
 @pytest.fixture(params=["asynchronous", "synchronous"])
 def machine(request: pytest.FixtureRequest) -> Iterator[type[Sessions]]:
     """The machine on SQLite, with sessions of each kind."""
-    loop = asyncio.new_event_loop()
     with sqlite("sqlite") as database:
         database.is_synchronous = request.param == "synchronous"
-        context = orm_environment(database)
-        Sessions.histories = 0
-        Sessions.env, Sessions.loop = loop.run_until_complete(context.__aenter__()), loop
-        try:
+        with running(Sessions, database):
             yield Sessions
-        finally:
-            loop.run_until_complete(context.__aexit__(None, None, None))
-            loop.close()
 
 
-@pytest.mark.case("CON-10")
-@pytest.mark.timeout(1800)
-def test_sessions(machine: type[Sessions]) -> None:
+@contextlib.contextmanager
+def running(machine: type[Sessions], database: Database, **options: Any) -> Iterator[None]:
+    """Give a machine an environment on a database, and a loop; keyword arguments go to the environment."""
+    loop = asyncio.new_event_loop()
+    context = orm_environment(database, **options)
+    machine.histories = 0
+    machine.env, machine.loop = loop.run_until_complete(context.__aenter__()), loop
+    try:
+        yield
+    finally:
+        loop.run_until_complete(context.__aexit__(None, None, None))
+        loop.close()
+
+
+def play(machine: type[Sessions], examples: int) -> None:
+    """Play random histories, and check that all were played."""
     try:
         run_state_machine_as_test(  # type: ignore[no-untyped-call]
             hypothesis.seed(SEED)(machine),
             settings=settings(
-                max_examples=EXAMPLES,
+                max_examples=examples,
                 stateful_step_count=STEPS,
                 deadline=None,
                 print_blob=True,
@@ -365,6 +371,12 @@ def test_sessions(machine: type[Sessions]) -> None:
             ),
         )
     except BaseException as error:
-        error.add_note(f"GRANITE_SEED={SEED} GRANITE_SESSIONS={EXAMPLES} replays it")
+        error.add_note(f"GRANITE_SEED={SEED} GRANITE_SESSIONS={examples} replays it")
         raise
-    assert machine.histories >= EXAMPLES
+    assert machine.histories >= examples
+
+
+@pytest.mark.case("CON-10")
+@pytest.mark.timeout(1800)
+def test_sessions(machine: type[Sessions]) -> None:
+    play(machine, EXAMPLES)

@@ -8,7 +8,7 @@ from typing import assert_type
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column, selectinload
 from starlette.datastructures import UploadFile
 
 from granite_storage import (
@@ -26,6 +26,7 @@ from granite_storage import (
     iter_model_storage_refs,
 )
 from granite_storage.gc import CollectedObject, DanglingReference, GarbageCollectionReport, OrphanStatus
+from granite_storage.orm import AttachedFile, AttachmentList, append_files, attachments, count_files, file_class, sum_sizes
 
 
 class Base(DeclarativeBase):
@@ -57,6 +58,46 @@ class Letter(DataclassBase):
     subject: Mapped[str]
     scan: Mapped[Attachment | None] = attachment("documents", default=None)
     seal: Mapped[Attachment | None] = mapped_column(AttachmentType("documents"), default=None)
+
+
+class Album(Base):
+    __tablename__ = "album"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    photos: Mapped[AttachmentList] = attachments("photos", max_files=20, max_total_size=1 << 20, lazy="selectin")
+
+
+class Folder(DataclassBase):
+    __tablename__ = "folder"
+    id: Mapped[int] = mapped_column(primary_key=True, init=False)
+    papers: Mapped[AttachmentList] = attachments("documents", default_factory=AttachmentList)
+
+
+async def use_several(album: Album, upload: UploadFile, session: AsyncSession) -> None:
+    assert_type(album.photos, AttachmentList)
+    album.photos.append(Attachment(b"abc"))
+    album.photos.append(b"abc")
+    album.photos.insert(0, upload)
+    album.photos.extend([upload, Attachment(b"abc"), album.photos[0].copy()])
+    album.photos.move(album.photos[0], 1)
+    album.photos.reorder([photo.id for photo in album.photos])
+    album.photos.sort(key=lambda photo: photo.position)
+    album.photos[0] = Attachment(b"abc")
+    album.photos[0].file = Attachment(b"abc")
+    album.photos[0].caption = None
+    album.photos[0].extra = {"likes": 1}
+    album.photos = AttachmentList([b"abc", upload])
+    assert_type(album.photos[0], AttachedFile)
+    assert_type(album.photos[0].file, Attachment)
+    assert_type(append_files(album, Album.photos, [upload, b"abc"]), list[AttachedFile])
+    photo_class = file_class(Album.photos)
+    assert_type(photo_class, type[AttachedFile])
+    session.add(photo_class(b"abc", caption="text", parent_id=1))
+    found = await session.scalars(select(photo_class).where(photo_class.caption == "text").order_by(photo_class.position))
+    assert_type(found.one(), AttachedFile)
+    count: int | None = await session.scalar(select(count_files(Album.photos)).where(Album.id == 1))
+    size: int | None = await session.scalar(select(sum_sizes(Album.photos)).where(Album.id == count))
+    await session.get(Album, size, options=[selectinload(Album.photos)])
+    Folder(AttachmentList([b"abc"])).papers.clear()
 
 
 def bind(manager: StorageManager, sessions: async_sessionmaker[AsyncSession]) -> None:

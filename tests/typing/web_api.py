@@ -49,7 +49,7 @@ async def receive(request: Request, manager: StorageManager, app: FastAPI, error
     assert_type(await stream_body(request, Document.cover, limits=limits), Attachment)
     assert_type(await stream_body(request, target), StoredObjectRef)
     assert_type(await stream_body(request, size_of), int)
-    async with await stream_upload(request, {"file": Document.file}) as form:
+    async with await stream_upload(request, {"file": Document.file}, required=("file",)) as form:
         document = Document(file=form.files["file"])
         assert_type(document.file, Attachment | None)
     install_error_handlers(app, retry_after=3)
@@ -65,5 +65,5 @@ async def directly(binding: StorageBinding, app: FastAPI) -> None:
     assert_type(await uploads.finish(upload.token, Document.file, owner="anna"), Attachment)
 
 
-Form = Annotated[UploadForm, Depends(upload_form({"file": Document.file}))]
+Form = Annotated[UploadForm, Depends(upload_form({"file": Document.file}, fields=["title"], required=["file"]))]
 Body = Annotated[Attachment, Depends(upload_body(Document.file, filename=lambda request: request.url.path))]

@@ -28,6 +28,8 @@ MESSAGE = "SELECT secret FROM /srv/secret"
 
 ERRORS: list[tuple[StorageError, int]] = [
     (exceptions.ContentTooLargeError(MESSAGE, max_size=5), 413),
+    (exceptions.CollectionFullError(MESSAGE, max_files=5), 413),
+    (exceptions.CollectionFullError(MESSAGE, max_total_size=5), 413),
     (exceptions.ObjectNotFoundError(MESSAGE, **SECRETS), 404),
     (exceptions.ObjectExistsError(MESSAGE, **SECRETS), 409),
     (exceptions.StaleAttachmentError(MESSAGE), 409),

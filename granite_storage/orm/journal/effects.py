@@ -29,6 +29,7 @@ from uuid import uuid4
 
 from sqlalchemy import Column, Connection, Insert, Table, case, delete, select, update
 
+from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded, shielded, task_group
 from granite_storage.derived.base import Effect, EffectEvent
 from granite_storage.exceptions import (
@@ -273,7 +274,9 @@ class EffectJobs(JobQueue):
             except Exception as error:
                 if left <= 0:
                     raise StaleAttachmentError("the lease of the job could not be renewed in time") from error
-                logger.warning("the lease of %s could not be renewed and is tried again: %s", job.what, error)
+                logger.warning(
+                    "the lease of %s could not be renewed and is tried again: %s", job.what, error, extra=fields_of(job)
+                )
                 continue
             if result.rowcount == 0:
                 raise StaleAttachmentError("another worker has taken the job over")

@@ -23,6 +23,7 @@ from uuid import UUID
 
 from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bindparam, func, select, update
 
+from granite_storage._logs import fields_of
 from granite_storage._tasks import shielded
 from granite_storage.backends.base import SupportsMountCheck
 from granite_storage.orm._interfaces import JournalTables
@@ -367,7 +368,7 @@ class JobQueue:
         await self._update_own(job, error=problem, dead=is_dead, due=due, attempts=attempts, takeovers=0)
         told = logger.info if is_outcome else logger.error if is_dead else logger.warning
         onward = "a dead letter" if is_dead else "is tried again"
-        told("%s failed (attempt %d, %s): %s", job.what, attempts, onward, problem)
+        told("%s failed (attempt %d, %s): %s", job.what, attempts, onward, problem, extra=fields_of(job))
 
     async def _update_own(self, job: LeasedJob, **values: Any) -> None:
         """Update a job, unless another worker has taken it over."""

@@ -12,7 +12,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
 
+from granite_storage._logs import fields_of
 from granite_storage._portal import enter_blocking, run_blocking
+from granite_storage._telemetry import is_active, note_garbage, traced
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings
 from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database
@@ -173,7 +175,11 @@ class StorageJournal:
         await check_database(self._bounded, self.tables, others, has_jobs=has_jobs)
         unknown = [await recovery.unknown_backends() for recovery in self._recoveries()]
         for backend in sorted(set[str]().union(*unknown)):
-            logger.warning("the journal keeps rows of the backend %r, which the manager does not have: its objects stay", backend)
+            logger.warning(
+                "the journal keeps rows of the backend %r, which the manager does not have: its objects stay",
+                backend,
+                extra=fields_of(backend=backend),
+            )
         self._checked = True
 
     async def recover(self) -> RecoveryReport:
@@ -208,10 +214,13 @@ class StorageJournal:
         await self._beat(_RARELY)
         return report
 
+    @traced("recover")
     async def _recover(self, backend: str) -> RecoveryReport:
-        report = RecoveryReport()
-        for recovery in self._recoveries():
+        report, recoveries = RecoveryReport(), self._recoveries()
+        for recovery in recoveries:
             report.add(await recovery.run(backend))
+        if is_active():
+            note_garbage(max([await recovery.find_overdue(backend) for recovery in recoveries]), "pending", backend)
         return report
 
     async def _beat(self, within: timedelta) -> None:
@@ -537,7 +546,7 @@ class SyncJournal:
 
     def close(self) -> None:
         """Close the journal's connections; see `StorageJournal.aclose`."""
-        self._run(self._journal.aclose(), "aclose")
+        run_blocking(self._journal.aclose(), "journal.sync.close", "'await journal.aclose()'")
 
     def __enter__(self) -> Self:
         return self

@@ -33,6 +33,7 @@ from sqlalchemy import ColumnElement, Integer, Row, bindparam, delete, func, ins
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded
 from granite_storage.backends.base import SupportsBatchDelete
 from granite_storage.orm._interfaces import JournalTables
@@ -124,6 +125,14 @@ class Recovery:
         while suspects := await self._resume(backend, 1, suspected=True):
             report.add(await self._process(suspects))
         return report
+
+    async def find_overdue(self, backend: str) -> float:
+        """Return by how many seconds the oldest object that is to be deleted is overdue; 0 where none is."""
+        tables = self._tables.intent, self._tables.reclaim
+        dues = [select(func.min(table.c.due)).where(table.c.backend == backend).scalar_subquery() for table in tables]
+        async with self._pool.reading() as connection:
+            now, *found = (await connection.execute(select(clock(), *dues))).one()
+        return max([0.0, *((_in_utc(now) - _in_utc(due)).total_seconds() for due in found if due is not None)])
 
     async def settle(self, ids: Sequence[UUID]) -> RecoveryReport:
         """Process the intents of an ended transaction at once, by their ids.
@@ -427,7 +436,8 @@ class Recovery:
             noted = {"error": problem, "dead": dead, "due": clock(delay), "attempts": attempts, "takeovers": 0}
             await self._update_own(connection, [item], **noted)
         told = logger.error if dead else logger.warning
-        told("could not delete the object %r (attempt %d%s): %s", item.location, attempts, ", the last" * dead, problem)
+        last = ", the last" * dead
+        told("could not delete the object %r (attempt %d%s): %s", item.location, attempts, last, problem, extra=fields_of(item))
         next_attempt = None if dead else datetime.now(UTC) + timedelta(seconds=delay)
         return FailedReclaim(item.backend, item.location, problem, attempts, next_attempt)
 
@@ -468,5 +478,8 @@ def _is_own(reclaim: Table) -> ColumnElement[bool]:
 
 
 def _failure(row: Row[Any]) -> FailedReclaim:
-    due = row.due if row.due.tzinfo is not None else row.due.replace(tzinfo=UTC)
-    return FailedReclaim(row.backend, row.location, row.error, row.attempts, None if row.dead else due)
+    return FailedReclaim(row.backend, row.location, row.error, row.attempts, None if row.dead else _in_utc(row.due))
+
+
+def _in_utc(moment: datetime) -> datetime:
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import Column, bindparam, delete, select, tuple_, update
 
+from granite_storage._logs import fields_of
 from granite_storage._tasks import background, run_bounded
 from granite_storage.exceptions import (
     BackendUnavailableError,
@@ -113,7 +114,9 @@ class ScanJobs(JobQueue):
         except ConfigurationError as error:
             # Perhaps another process can do it, so the pauses do not grow.
             await self._update_own(job, error=describe_error(error), due=clock(PAUSE_FOR_OTHERS), takeovers=0)
-            logger.warning("the object %r, which is held, cannot be scanned by this process: %s", job.location, error)
+            logger.warning(
+                "the object %r, which is held, cannot be scanned by this process: %s", job.location, error, extra=fields_of(job)
+            )
             return 0
         except Exception as error:
             await self._note(job, describe_error(error))
@@ -128,6 +131,7 @@ class ScanJobs(JobQueue):
                 "a virus scanner has found %r in the object %r, which is kept and not served",
                 verdict.get("signature"),
                 job.location,
+                extra=fields_of(job),
             )
         elif verdict is not None:
             await self._expedite(job)

@@ -17,6 +17,7 @@ from uuid import UUID
 
 from sqlalchemy import ColumnElement, delete, select, tuple_
 
+from granite_storage._logs import fields_of
 from granite_storage._tasks import background, run_bounded, shielded_cleanup
 from granite_storage.derived.processes import in_background
 from granite_storage.exceptions import (
@@ -341,7 +342,7 @@ class VariantJobs(JobQueue):
             case ConfigurationError():
                 # Perhaps another process can do it, so the pauses do not grow.
                 await self._postpone([job], PAUSE_FOR_OTHERS, error)
-                logger.warning("%s cannot be done by this process: %s", job.what, error)
+                logger.warning("%s cannot be done by this process: %s", job.what, error, extra=fields_of(job))
             case ContentError() | ObjectNotFoundError():
                 if await self._publish_patiently([job]) is None:
                     is_refused = isinstance(error, DerivationRefusedError)

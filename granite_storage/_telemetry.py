@@ -1,0 +1,240 @@
+"""Spans and metrics by the API of OpenTelemetry; without that package nothing is wrapped, and without an SDK nothing is recorded.
+
+Names and attributes follow OpenTelemetry's semantic conventions (https://opentelemetry.io/docs/specs/semconv/): namespaces with
+dots, units of UCUM, `error.type`. Attributes are of few values, so that they can be labels of metrics. Names of files, locations
+and messages of errors, which contain both, are left out unless `GRANITE_STORAGE_TELEMETRY_LOCATIONS=1` is set.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import Token
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from importlib.util import find_spec
+from inspect import iscoroutinefunction
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+
+from granite_storage._logs import fields_of, redact
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.metrics import Counter, Histogram, Meter
+    from opentelemetry.metrics import _Gauge as Gauge
+    from opentelemetry.trace import Span, Tracer
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+IS_INSTALLED = find_spec("opentelemetry") is not None
+
+_NAMESPACE = "granite_storage"
+_OUTCOME = f"{_NAMESPACE}.outcome"
+_OPERATION = f"{_NAMESPACE}.operation"
+_DIRECTION = f"{_NAMESPACE}.io.direction"
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruments:
+    """What records.
+
+    Attributes:
+        tracer: Makes the spans.
+        bytes: Counts bytes that were stored and read.
+        seconds: How long operations take.
+        errors: Counts operations that raised.
+        garbage: By how many seconds the oldest garbage is overdue.
+        has_locations: Whether spans say locations, and what errors said.
+    """
+
+    tracer: Tracer
+    bytes: Counter
+    seconds: Histogram
+    errors: Counter
+    garbage: Gauge
+    has_locations: bool
+
+    @classmethod
+    def of(cls, tracer: Tracer, meter: Meter, *, has_locations: bool | None = None) -> Self:
+        """Create the instruments; whether locations are said is what the environment says by default."""
+        if has_locations is None:
+            has_locations = os.environ.get("GRANITE_STORAGE_TELEMETRY_LOCATIONS", "").lower() in ("1", "true")
+        return cls(
+            tracer,
+            meter.create_counter(f"{_NAMESPACE}.io", "By", "Bytes of objects that were stored and read"),
+            meter.create_histogram(
+                f"{_NAMESPACE}.operation.duration",
+                "s",
+                "Duration of operations",
+                explicit_bucket_boundaries_advisory=_SECONDS,
+            ),
+            meter.create_counter(f"{_NAMESPACE}.operation.errors", "{error}", "Operations that raised an error"),
+            meter.create_gauge(f"{_NAMESPACE}.garbage.age", "s", "How long the oldest garbage has been waiting to be deleted"),
+            has_locations,
+        )
+
+
+_instruments: Instruments | None = None
+
+
+def load() -> None:
+    """Load the API; for what is made before the event loop is busy, because an import waits for the disk. Idempotent."""
+    global _instruments
+    if _instruments is not None or not IS_INSTALLED:
+        return
+    try:
+        from opentelemetry import metrics, trace
+    except ImportError:  # another package of the namespace
+        return
+    # Both follow a provider that is set later.
+    _instruments = Instruments.of(trace.get_tracer(_NAMESPACE), metrics.get_meter(_NAMESPACE))
+
+
+def is_active() -> bool:
+    """Return whether anything may be recorded, and so is worth finding out."""
+    return _instruments is not None
+
+
+def traced(operation: str, *, subject: int = 1) -> Callable[[Function], Function]:
+    """Record each call of a function as a span and in the metrics.
+
+    Args:
+        operation: The name.
+        subject: The positional argument that says which backend and policy it concerns: an upload that was prepared, a ref, the
+            scope of a collection, or the key of a backend; the method's own object is 0.
+    """
+
+    def decorate(function: Function) -> Function:
+        if not IS_INSTALLED:
+            return function
+
+        def begin(arguments: tuple[object, ...]) -> AbstractContextManager[_Operation | None]:
+            return begun(operation, arguments[subject] if len(arguments) > subject else None)
+
+        if iscoroutinefunction(function):
+
+            @wraps(function)
+            async def awaited(*args: Any, **kwargs: Any) -> Any:
+                with begin(args) as running:
+                    result = await function(*args, **kwargs)
+                    if running is not None:
+                        running.note_stored(result)
+                return result
+
+            return cast(Function, awaited)
+
+        @wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with begin(args):
+                return function(*args, **kwargs)
+
+        return cast(Function, called)
+
+    return decorate
+
+
+def begun(operation: str, subject: object, *, is_current: bool = True) -> AbstractContextManager[_Operation | None]:
+    """Return what records a block as an operation.
+
+    Args:
+        operation: Its name.
+        subject: What it concerns; see `traced`.
+        is_current: Whether spans within the block are children of its span; False for a generator, whose caller they would join.
+    """
+    return nullcontext() if _instruments is None else _Operation(_instruments, operation, subject, is_current)
+
+
+def count_read(ref: object, size: int) -> None:
+    """Count bytes that were read of an object."""
+    if _instruments is not None and size:
+        _instruments.bytes.add(size, {**_labels_of(ref), _DIRECTION: "read"})
+
+
+def note_garbage(seconds: float, kind: Literal["pending", "orphan"], subject: object) -> None:
+    """Record the age of the oldest garbage that a pass has left, 0 for none."""
+    if _instruments is not None:
+        _instruments.garbage.set(max(seconds, 0.0), {**_labels_of(subject), f"{_NAMESPACE}.garbage.kind": kind})
+
+
+class _Operation:
+    __slots__ = ("_began", "_instruments", "_is_current", "_labels", "_operation", "_span", "_subject", "_token")
+
+    def __init__(self, instruments: Instruments, operation: str, subject: object, is_current: bool) -> None:
+        self._instruments = instruments
+        self._operation = operation
+        self._subject = subject
+        self._is_current = is_current
+        self._labels = _labels_of(subject)
+
+    def note_stored(self, result: object) -> None:
+        """Count the bytes of what a put has returned."""
+        if self._operation == "put":
+            size: int = getattr(result, "size", 0)
+            self._span.set_attribute(f"{_NAMESPACE}.size", size)
+            self._instruments.bytes.add(size, {**self._labels, _DIRECTION: "write"})
+
+    def __enter__(self) -> Self:
+        attributes = self._labels
+        if self._instruments.has_locations and "location" in (found := fields_of(self._subject)):
+            attributes = {**attributes, f"{_NAMESPACE}.location": found["location"]}
+        self._span = self._instruments.tracer.start_span(f"{_NAMESPACE}.{self._operation}", attributes=attributes)
+        self._token = _enter_span(self._span) if self._is_current else None
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        seconds = time.perf_counter() - self._began
+        if self._token is not None:
+            _leave_span(self._token)
+        is_error = isinstance(error, Exception)
+        outcome = {_OUTCOME: "ok" if error is None else "error" if is_error else "cancelled"}
+        if is_error and error is not None:
+            outcome["error.type"] = _name_of(type(error))
+            self._describe(error)
+        labels = {**self._labels, **outcome, _OPERATION: self._operation}
+        self._instruments.seconds.record(seconds, labels)
+        if is_error:
+            self._instruments.errors.add(1, labels)
+        if self._span.is_recording():
+            self._span.set_attributes(outcome)
+        self._span.end()
+
+    def _describe(self, error: BaseException) -> None:
+        from opentelemetry.trace import StatusCode
+
+        name = _name_of(type(error))
+        said = {"exception.message": redact(str(error))} if self._instruments.has_locations else {}
+        self._span.add_event("exception", {"exception.type": name, **said})
+        self._span.set_status(StatusCode.ERROR, name)
+
+
+def _enter_span(span: Span) -> Token[Context]:
+    from opentelemetry import context, trace
+
+    return context.attach(trace.set_span_in_context(span))
+
+
+def _leave_span(token: Token[Context]) -> None:
+    from opentelemetry import context
+
+    context.detach(token)
+
+
+def _labels_of(subject: object) -> Mapping[str, str]:
+    """Return the backend and the policy that something concerns."""
+    found = {"backend": subject} if isinstance(subject, str) else fields_of(subject)
+    return _labels(found.get("backend"), found.get("storage_key"))
+
+
+@lru_cache(maxsize=1024)
+def _labels(backend: str | None, storage_key: str | None) -> Mapping[str, str]:
+    found = {f"{_NAMESPACE}.backend": backend, f"{_NAMESPACE}.storage_key": storage_key}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _name_of(kind: type[BaseException]) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

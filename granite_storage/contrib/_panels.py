@@ -1,0 +1,357 @@
+"""What the adapters of admin panels have in common: what a form asks for, and how a stored file is shown and served."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, Self, TypeVar, cast
+from urllib.parse import urlencode
+
+from markupsafe import Markup
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from granite_storage._headers import INLINE_TYPES
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StorageError, UnknownVariantError
+from granite_storage.orm.attachment import Attachment, AttachmentVariant
+from granite_storage.orm.collections import AttachedFile, AttachmentList, declared_collection
+from granite_storage.orm.columns import AttachmentType
+from granite_storage.orm.uploads import discard
+from granite_storage.web.errors import client_message
+from granite_storage.web.responses import StoredObjectResponse
+
+__all__ = [
+    "FileAction",
+    "FileView",
+    "FormFile",
+    "FormFiles",
+    "discarded_unless_assigned",
+    "is_attached",
+    "render_files",
+    "serve",
+    "views_of",
+]
+
+T = TypeVar("T")
+_PREVIEWS = ("preview", "thumb", "thumbnail")
+
+
+def is_attached(attribute: object) -> bool:
+    """Tell whether an attribute of a model has attachments: one, or a collection of them."""
+    return isinstance(getattr(attribute, "type", None), AttachmentType)
+
+
+# How a file is shown.
+
+
+@dataclass(frozen=True, slots=True)
+class FileView:
+    """What a page shows of a file.
+
+    Attributes:
+        name: The client's file name.
+        description: Its size, for a reader.
+        content_type: Its media type.
+        url: Where the panel serves it; empty where it may not be read, or cannot.
+        preview: The name of the variant to show in its place; None for the file itself, where a browser can show it.
+        key: The primary key of its row in a collection; None elsewhere.
+    """
+
+    name: str
+    description: str
+    content_type: str
+    url: str
+    preview: str | None
+    key: int | None = None
+
+    @classmethod
+    def of(cls, file: Attachment | AttachedFile, url: str, preview: str | None = None) -> Self:
+        """Return what is shown of an attachment.
+
+        Args:
+            file: The attachment of a row, or a file of a collection.
+            url: Where the panel serves the attachment, or the files of the collection.
+            preview: The name of a variant; None for `preview`, `thumb` or `thumbnail`, where the column declares one.
+
+        Raises:
+            UnknownVariantError: The column declares no such variant.
+        """
+        attachment, key = (file.file, file.id) if isinstance(file, AttachedFile) else (file, None)
+        if url and key is not None:
+            url = _with_query(url, "file", key)
+        try:
+            size, variants = attachment.size, attachment.variants
+        except InvalidReferenceError:
+            return cls("unreadable", "", "", "", None, key)
+        name = next((one for one in _PREVIEWS if one in variants), None) if preview is None else preview
+        made = variants[name] if name is not None else None
+        shown = name if made is not None and not made.is_original else None
+        return cls(str(attachment), _format_size(size), attachment.content_type or "", url, shown, key)
+
+
+def views_of(value: object, url: str, preview: str | None) -> list[FileView]:
+    """Return what is shown of the value of an attribute: of an attachment, of a collection, or of None."""
+    files = value if isinstance(value, AttachmentList) else [value] if isinstance(value, Attachment) else []
+    return [FileView.of(file, url, preview) for file in files]
+
+
+def render_files(views: Iterable[FileView]) -> Markup:
+    """Return the HTML of the files of an attribute."""
+    return Markup("<br>").join(map(_render_file, views))
+
+
+def _render_file(view: FileView) -> Markup:
+    label = Markup("{} <small>{}</small>").format(view.name, view.description)
+    if not view.url:
+        return label
+    family = view.content_type.partition("/")[0] if view.content_type in INLINE_TYPES else ""
+    link = Markup('<a href="{}" target="_blank" rel="noopener">{}</a>')
+    if view.preview is not None or family == "image":
+        source = view.url if view.preview is None else _with_query(view.url, "variant", view.preview)
+        picture = Markup('<img src="{}" alt="" loading="lazy" style="max-width: 10rem; max-height: 6rem">').format(source)
+        return link.format(view.url, picture + Markup("<br>") + label)
+    player = Markup('<{0} src="{1}" controls preload="none" style="max-width: 20rem"></{0}><br>').format(family, view.url)
+    return (player if family in ("audio", "video") else Markup("")) + link.format(view.url, label)
+
+
+def _with_query(url: str, name: str, value: object) -> str:
+    return f"{url}{'&' if '?' in url else '?'}{urlencode({name: value})}"
+
+
+def _format_size(size: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
+
+# Forms.
+
+
+class FileAction(Enum):
+    """What becomes of the file that a row has."""
+
+    KEEP = "keep"
+    REPLACE = "replace"
+    CLEAR = "clear"
+
+
+def _uploads_of(request: Request, form: FormData, name: str) -> list[UploadFile]:
+    uploads = [item for item in form.getlist(name) if isinstance(item, UploadFile)]
+    for item in uploads:  # panels do not close the files of their forms
+        weakref.finalize(request, item.file.close)
+    return [item for item in uploads if item.filename or item.size]
+
+
+class _Form:
+    """What a form asks for: what the classes of one and of several files have in common."""
+
+    uploads: Sequence[UploadFile]
+    errors: list[str]
+
+    async def store(self, attribute: Any, stored: list[Attachment]) -> list[Attachment]:
+        """Store the new files before their transaction, so that the form can be shown again with what a policy refuses.
+
+        Args:
+            attribute: The attribute that they are for.
+            stored: Where they are noted; see `discarded_unless_assigned`.
+
+        Raises:
+            ValueError: A file cannot be stored; the message is for the reader of the form.
+            ConfigurationError: None can ever be.
+        """
+        first = len(stored)
+        with _readable():
+            for upload in self.uploads:
+                stored.append(await Attachment.from_upload(upload).store(attribute))
+        return stored[first:]
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except StorageError as error:
+        raise ValueError(client_message(error)) from error
+
+
+@dataclass(slots=True)
+class FormFile(_Form):
+    """One file of a form.
+
+    Attributes:
+        value: The attachment that the row has, or something else than None where there is a row that has one if it must.
+        views: What is shown of it, where it has one.
+        action: What becomes of it.
+        uploads: The new file, where there is one.
+        errors: What is wrong.
+    """
+
+    value: Any = None
+    views: Sequence[FileView] = ()
+    action: FileAction = FileAction.KEEP
+    uploads: Sequence[UploadFile] = ()
+    errors: list[str] = field(default_factory=list)
+
+    def read(self, request: Request, form: FormData, name: str) -> Self:
+        """Return what a form asks for; one without its choice asks to replace where it has a file, else to keep."""
+        uploads = _uploads_of(request, form, name)[-1:]
+        known = {action.value: action for action in FileAction}
+        asked = known.get(str(form.get(f"{name}-action")), FileAction.REPLACE if uploads else FileAction.KEEP)
+        return replace(self, action=asked, uploads=uploads)
+
+    def problem(self, *, required: bool) -> str | None:
+        """Return what is wrong with it, for the reader of the form; None where nothing is."""
+        if self.action is FileAction.REPLACE and not self.uploads:
+            return "Choose the new file."
+        if self.action is not FileAction.REPLACE and self.uploads:
+            return "A file is chosen, but it is not to replace the present one: choose Replace, or no file."
+        if required and (self.action is FileAction.CLEAR or (self.action is FileAction.KEEP and self.value is None)):
+            return "A file is required."
+        return None
+
+    def render(self, name: str, column_type: AttachmentType, *, required: bool, invalid: bool) -> Markup:
+        """Return the present file with the choice of what becomes of it, and the input for a new one."""
+        change = "let one = document.getElementById('{}-replace'); if (one) one.checked = this.files.length > 0"
+        options = Markup(' onchange="{}"{}').format(
+            change.format(name), Markup(" required") if required and not self.views else ""
+        )
+        present = render_files(self.views)
+        if self.views:
+            choices = [one for one in FileAction if not (required and one is FileAction.CLEAR)]
+            radios = [_RADIO.format(name, one.value, _checked(one is self.action), one.name.title()) for one in choices]
+            present += Markup("<div>{}</div>").format(Markup("").join(radios))
+        return _render_field(present + _render_chooser(name, column_type, options), invalid=invalid)
+
+
+@dataclass(slots=True)
+class FormFiles(_Form):
+    """Several files of a form, in an order.
+
+    Attributes:
+        value: The files that the row has, or something else than None where there is a row.
+        views: What is shown of them.
+        uploads: The files to add.
+        order: The primary keys of the present files in their new order.
+        removed: Those of the files to remove.
+        errors: What is wrong.
+    """
+
+    value: Any = None
+    views: Sequence[FileView] = ()
+    uploads: Sequence[UploadFile] = ()
+    order: Sequence[int] = ()
+    removed: Collection[int] = ()
+    errors: list[str] = field(default_factory=list)
+
+    def read(self, request: Request, form: FormData, name: str) -> Self:
+        """Return what a form asks for; files that it does not name stay, such as those that were added meanwhile."""
+        order, removed = ([int(str(key)) for key in form.getlist(f"{name}-{of}") if str(key).isdecimal()] for of in _LISTS)
+        return replace(self, uploads=_uploads_of(request, form, name), order=order, removed=removed)
+
+    def problem(self, *, required: bool) -> str | None:
+        """Return what is wrong with it: nothing."""
+        return None
+
+    def arrange(self, attribute: Any, files: Iterable[AttachedFile], new: Sequence[Attachment]) -> list[Any]:
+        """Return the files that stay, in their order, and the new ones.
+
+        Raises:
+            ValueError: There would be more than the collection takes; the message is for the reader of the form.
+        """
+        kept = self._sorted([file for file in files if file.id not in self.removed], lambda file: file.id)
+        refs = [one._state.ref for one in (*(file.file for file in kept), *new)]
+        with _readable():
+            cast(Any, declared_collection(attribute)).require(len(refs), sum(0 if ref is None else ref.size for ref in refs))
+        return [*kept, *new]
+
+    def render(self, name: str, column_type: AttachmentType, *, required: bool, invalid: bool) -> Markup:
+        """Return the present files, to drag and to remove, and the input for new ones."""
+        rows = Markup("").join(
+            _ROW.format(name, view.key, render_files([view]), _checked(view.key in self.removed), _UP)
+            for view in self._sorted(self.views, lambda view: view.key)
+        )
+        present = Markup('<ol class="list-unstyled" ondragover="{}" ondrop="event.preventDefault()">{}</ol>').format(_DRAG, rows)
+        return _render_field(present + _render_chooser(name, column_type, Markup(" multiple")), invalid=invalid)
+
+    def _sorted(self, items: Iterable[T], key_of: Callable[[T], int | None]) -> list[T]:
+        ranks: dict[int | None, int] = {key: rank for rank, key in enumerate(self.order)}
+        return sorted(items, key=lambda item: ranks.get(key_of(item), len(ranks)))
+
+
+_LISTS = ("order", "removed")
+_RADIO = Markup(
+    '<label class="form-check form-check-inline"><input class="form-check-input" type="radio" name="{0}-action" id="{0}-{1}"'
+    ' value="{1}"{2}> {3}</label>'
+)
+_ROW = Markup(
+    '<li draggable="true" style="cursor: move" ondragstart="this.dataset.moved = 1" ondragend="delete this.dataset.moved">'
+    '<input type="hidden" name="{0}-order" value="{1}">{2} <button type="button" class="btn btn-sm" title="Up" onclick="{4}">'
+    '&uarr;</button> <label class="form-check form-check-inline"><input class="form-check-input" type="checkbox"'
+    ' name="{0}-removed" value="{1}"{3}> Remove</label></li>'
+)
+_UP = "let row = this.closest('li'); if (row.previousElementSibling) row.previousElementSibling.before(row)"
+_DRAG = (
+    "event.preventDefault(); let over = event.target.closest('li'), moved = this.querySelector('[data-moved]');"
+    " if (over && moved && over !== moved) { let box = over.getBoundingClientRect();"
+    " event.clientY > box.top + box.height / 2 ? over.after(moved) : over.before(moved) }"
+)
+
+
+def _render_chooser(name: str, column_type: AttachmentType, options: Markup) -> Markup:
+    accept = ",".join(column_type.binding().manager.policy(column_type.storage_key).accept or ())
+    return Markup('<input type="file" class="form-control" id="{0}" name="{0}" accept="{1}"{2}>').format(name, accept, options)
+
+
+def _render_field(content: Markup, *, invalid: bool) -> Markup:
+    return Markup('<div class="{}">{}</div>').format("is-invalid" if invalid else "", content)
+
+
+def _checked(checked: bool) -> Markup:
+    return Markup(" checked") if checked else Markup("")
+
+
+@asynccontextmanager
+async def discarded_unless_assigned(stored: list[Attachment]) -> AsyncIterator[None]:
+    """Delete those of the stored attachments that no row refers to at the end of the block."""
+    cancelled = True
+    try:
+        yield
+        cancelled = False
+    except Exception:
+        cancelled = False
+        raise
+    finally:
+        await discard(stored, cancelled=cancelled)
+
+
+# Files as responses.
+
+
+def serve(value: object, request: Request) -> StoredObjectResponse:
+    """Answer a request for the file of a row, or for the variant that its query names; inline where that is safe.
+
+    Args:
+        value: The value of the row's attribute: an attachment, or a collection of which the query names a file.
+        request: The request.
+
+    Raises:
+        HTTPException: There is no such file.
+    """
+    if isinstance(value, AttachmentList):
+        value = next((one.file for one in value if str(one.id) == request.query_params.get("file")), None)
+    name = request.query_params.get("variant")
+    try:
+        if isinstance(value, Attachment) and name is not None:
+            value = value.variants[name]
+        if isinstance(value, Attachment | AttachmentVariant):
+            return StoredObjectResponse(value, request, disposition="inline")
+    except (InvalidReferenceError, UnknownVariantError):
+        pass
+    raise HTTPException(404)

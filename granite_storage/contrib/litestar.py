@@ -1,0 +1,168 @@
+"""A plugin for Litestar: attachments in responses and in the API's description, errors, the lifespan, and received forms.
+
+The extra `litestar` brings what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Collection, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from granite_storage.exceptions import ConfigurationError, MissingDependencyError, StorageError
+from granite_storage.manager import StorageManager
+from granite_storage.orm.attachment import Attachment, AttachmentVariant, AttachmentVariants
+from granite_storage.orm.journal.journal import StorageJournal
+from granite_storage.refs import StoredObjectRef
+
+try:
+    from litestar import Litestar, Request, Response
+    from litestar.di import Provide
+    from litestar.openapi.spec import OpenAPIType, Reference, Schema
+    from litestar.plugins import InitPlugin, OpenAPISchemaPlugin
+except ImportError as _error:
+    raise MissingDependencyError(
+        "granite_storage.contrib.litestar needs Litestar: pip install 'granite-storage[litestar]'"
+    ) from _error
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as ReceivedRequest
+
+from granite_storage.web import FileTarget, UploadForm, UploadLimits, problem_response, stream_upload
+from granite_storage.web.errors import RETRY_AFTER
+
+if TYPE_CHECKING:
+    from litestar._openapi.schema_generation import SchemaCreator
+    from litestar.config.app import AppConfig
+    from litestar.typing import FieldDefinition
+
+__all__ = ["StoragePlugin", "provide_upload_form"]
+
+_ENCODERS: Mapping[Any, Any] = {
+    Attachment: Attachment.describe,
+    AttachmentVariant: AttachmentVariant.describe,
+    AttachmentVariants: dict,
+    StoredObjectRef: StoredObjectRef.to_dict,
+}
+
+
+class StoragePlugin(InitPlugin, OpenAPISchemaPlugin):
+    """Makes a Litestar application ready for attachments: `Litestar(..., plugins=[StoragePlugin(storage)])`.
+
+    - Handlers return rows, attachments and their variants, through `SQLAlchemyDTO`, the serialization plugin or in a dict; they
+      are shown by size, media type, name and checksum, and so the OpenAPI document describes them. No request can supply one.
+    - Errors of the library are answered as `install_error_handlers` does, with problem details.
+    - The manager is closed with the application, after the journal's worker, where one is to run.
+    - Handlers get the manager by a parameter `storage: NamedDependency[StorageManager]`.
+
+    What the application has configured itself has precedence.
+
+    Args:
+        storage: The manager.
+        journal: The journal whose worker runs with the application; None for none, such as where a process of its own runs it.
+        dependency: The name of the parameter by which handlers get the manager.
+        retry_after: The Retry-After of an unavailable storage, in seconds.
+
+    Raises:
+        ConfigurationError: `storage` is no manager.
+
+    Example:
+        ```python
+        app = Litestar([create, show], plugins=[StoragePlugin(storage, journal=journal)])
+        ```
+    """
+
+    def __init__(
+        self,
+        storage: StorageManager,
+        *,
+        journal: StorageJournal | None = None,
+        dependency: str = "storage",
+        retry_after: int = RETRY_AFTER,
+    ) -> None:
+        if not isinstance(storage, StorageManager):
+            raise ConfigurationError(f"StoragePlugin needs a StorageManager, not {type(storage).__name__}")
+        self._storage = storage
+        self._journal = journal
+        self._dependency = dependency
+        self._retry_after = retry_after
+
+    def on_app_init(self, app_config: AppConfig) -> AppConfig:
+        """Configure the application; Litestar calls it."""
+        app_config.type_encoders = {**_ENCODERS, **(app_config.type_encoders or {})}
+        app_config.exception_handlers = {
+            StorageError: self._answer,
+            ClientDisconnect: _answer_nobody,
+            **app_config.exception_handlers,
+        }
+        app_config.dependencies = {self._dependency: Provide(self._provide), **app_config.dependencies}
+        app_config.signature_types = [StorageManager, UploadForm, *app_config.signature_types]
+        app_config.lifespan = [self._run, *app_config.lifespan]
+        return app_config
+
+    @staticmethod
+    def is_plugin_supported_type(value: Any) -> bool:
+        """Tell whether the API's description of a type comes from here; Litestar calls it."""
+        return isinstance(value, type) and issubclass(value, Attachment | AttachmentVariant)
+
+    def to_openapi_schema(self, field_definition: FieldDefinition, schema_creator: SchemaCreator) -> Schema:
+        """Return what a response shows of an attachment; Litestar calls it."""
+        text, nothing = Schema(type=OpenAPIType.STRING), Schema(type=OpenAPIType.NULL)
+        optional = Schema(one_of=[text, nothing])
+        fields: dict[str, Schema | Reference] = {
+            "size": Schema(type=OpenAPIType.INTEGER, minimum=0),
+            "content_type": optional,
+            "original_filename": optional,
+            "checksum": text,
+        }
+        shown = Schema(type=OpenAPIType.OBJECT, properties=fields, required=list(fields))
+        return Schema(one_of=[shown, nothing]) if field_definition.is_optional else shown
+
+    @asynccontextmanager
+    async def _run(self, _: Litestar) -> AsyncGenerator[None, None]:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._storage)
+            if self._journal is not None:
+                await stack.enter_async_context(self._journal.worker())
+            yield
+
+    async def _provide(self) -> StorageManager:
+        return self._storage
+
+    def _answer(self, _: Request[Any, Any, Any], error: StorageError) -> Response[bytes]:
+        problem = problem_response(error, retry_after=self._retry_after)
+        headers = {name: value for name, value in problem.headers.items() if name not in ("content-length", "content-type")}
+        return Response(bytes(problem.body), status_code=problem.status_code, headers=headers, media_type=problem.media_type)
+
+
+def _answer_nobody(_: Request[Any, Any, Any], __: ClientDisconnect) -> Response[bytes]:
+    return Response(b"", status_code=400)
+
+
+def provide_upload_form(
+    files: Mapping[str, FileTarget], *, required: Collection[str] = (), limits: UploadLimits | None = None
+) -> Provide:
+    """Return a dependency that receives a form.
+
+    The handler has a parameter `form: NamedDependency[UploadForm]`, and none called `data`: Litestar would read the body first.
+    When it has ended, the attachments that no row has taken are removed, as by `async with await stream_upload(...)`, whose
+    arguments and errors these are.
+
+    Args:
+        files: Where the file of each field goes.
+        required: The names of the files and of the other fields that the form must have.
+        limits: The limits of the form; None for the default ones.
+
+    Example:
+        ```python
+        @post("/documents", dependencies={"form": provide_upload_form({"file": Document.file})})
+        async def create(form: NamedDependency[UploadForm]) -> None: ...
+        ```
+    """
+
+    async def provide(request: Request[Any, Any, Any]) -> AsyncGenerator[UploadForm, None]:
+        received = ReceivedRequest(request.scope, request.receive)  # type: ignore[arg-type]  # the same, by other types
+        async with await stream_upload(received, files, required=required, limits=limits or UploadLimits()) as form:
+            yield form
+
+    return Provide(provide)

@@ -129,7 +129,7 @@ class JournalPool:
         """Return the tables of the intents of uploads, where those beside the rows are given."""
         return tables
 
-    async def open(self) -> None:
+    async def open(self) -> object:
         """Make ready what a session could not wait for, once the tables were found to be fit."""
 
     async def forget_uploads(self, locations: Sequence[str]) -> None:

@@ -292,6 +292,9 @@ class SQLitePool(_LockingPool):
                 f"tables of attached databases ({', '.join(sorted(map(str, attached)))}) are in other files, with which no"
                 " transaction is atomic: keep the rows with files, and the journal, in the main database"
             )
+        await self._require_local(path)
+
+    async def _require_local(self, path: str) -> None:
         if not self._one_machine and (kind := await asyncio.to_thread(_network_file_system, path)) is not None:
             raise _refuse(
                 f"{path} is on a network file system ({kind}), where the locks of SQLite may not hold: move it to a local disk,"
@@ -300,7 +303,7 @@ class SQLitePool(_LockingPool):
 
     async def open(self) -> None:
         """Create the sidecar if it is not there, and name it in the database."""
-        await self._sidecar.open()
+        await self._require_local(await self._sidecar.open())
 
     async def name(self, sidecar: _Opened) -> None:
         """Name a sidecar in the database, durably; from then on the intents of any other are void."""
@@ -330,10 +333,11 @@ class SQLitePool(_LockingPool):
         if _OF_CONNECTION not in info:
             found = _file_of(connection)
             info[_OF_CONNECTION] = wait(asyncio.to_thread(os.path.realpath, found)) if found else ""
-        if info[_OF_CONNECTION] != self._main.path:
+        own = self._main.path or wait(self.path())
+        if info[_OF_CONNECTION] != own:
             raise ConfigurationError(
-                f"the session is on the database {info[_OF_CONNECTION] or ':memory:'}, and the journal's engine on"
-                f" {self._main.path}: give each database a journal"
+                f"the session is on the database {info[_OF_CONNECTION] or ':memory:'}, and the journal's engine on {own}: give"
+                " each database a journal"
             )
 
     def sees_uploads(self, connection: Connection, ids: set[UUID]) -> bool:
@@ -462,12 +466,13 @@ class SidecarPool(_LockingPool):
         bounded._main = main
         return bounded
 
-    async def open(self) -> None:
-        """Create the file if it is not there, and let the rows' database name it."""
+    async def open(self) -> str:
+        """Create the file if it is not there, let the rows' database name it, and return its path."""
         async with AsyncExitStack() as stack:
             opened = _opened(await self._begin_unnamed(stack, "BEGIN"))
         await self._main.name(opened)
         self._file.named = opened.name
+        return opened.path
 
     def doubt(self) -> None:
         """Ask the rows' database anew whether it names this sidecar, before the next intent."""

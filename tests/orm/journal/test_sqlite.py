@@ -137,6 +137,23 @@ class TestUploads:
             (await session.get_one(Doc, 1)).file = Attachment.restore(previous)
         await env.check(file_1="a")
 
+    async def test_an_undo_in_a_process_that_has_done_nothing_else(
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(StorageJournal, "retention_of", lambda *_: timedelta(days=1))
+        await env.add(Doc(id=1, file=file("a")))
+        async with env.sessions.begin() as session:
+            document = await session.get_one(Doc, 1)
+            assert document.file is not None
+            previous = document.file.ref
+            document.file = None
+        async with StorageJournal(env.engine) as journal:
+            binding = bind_storage(Base, env.manager, journal=journal)
+            async with env.sessions.begin() as session:
+                (await session.get_one(Doc, 1)).file = Attachment.restore(previous)
+            binding.unbind()
+        await env.check(file_1="a")
+
     async def test_what_a_worker_has_seen_is_durable_before_it_forgets(self, env: OrmEnvironment) -> None:
         """A COMMIT without a write brings nothing to the disk."""
         await env.add(Doc(id=1, file=file("a")))

@@ -162,6 +162,8 @@ def _repeats_sessions(item: pytest.Item, params: dict[str, Any]) -> bool:
             return _place_in_matrix(item) > 0
         case "psycopg", "journaled":
             return _place_in_matrix(item) > 0 or not _name_of(item).startswith(_ENDS)
+        case "sqlite-journal", "journaled":
+            return _place_in_matrix(item) > 0 or not _name_of(item).startswith(("TestFailedUploads", "TestRollback"))
     return True
 
 
@@ -623,7 +625,9 @@ REPETITIONS = [
     Repetition(
         "tests/faults/crash/test_workers.py",
         "the workers take the same steps as on PostgreSQL, where the rows of a journal were first locked so",
-        lambda item, params: _name_of(item).startswith("test_two_workers") and params.get("servers") == "mariadb-local",
+        lambda item, params: (
+            _name_of(item).startswith("test_two_workers") and params.get("servers") in ("mariadb-local", "wal-local")
+        ),
     ),
     Repetition(
         "tests/orm/journal/test_scenarios.py",
@@ -681,6 +685,16 @@ _DECIDED_BY_BEGIN = (
 )
 """What Python's driver of SQLite does otherwise, which begins transactions late and leaves savepoints to themselves."""
 
+_DECIDED_BY_THE_SIDECAR = (
+    "tests/orm/journal/test_recovery.py::TestReports",
+    "tests/orm/journal/test_scenarios.py::TestFailedUploads",
+    "tests/orm/journal/test_scenarios.py::TestRollback",
+    "tests/orm/journal/test_scenarios.py::TestSavepoints",
+    "tests/orm/synchronous/",
+)
+"""What the journal does otherwise on SQLite, where uploads have their intents in another file; beside `test_sqlite.py`."""
+
+_WITHOUT_SIDECAR = "the transactions are those of PostgreSQL with a journal; `_DECIDED_BY_THE_SIDECAR` is tried with the sidecar"
 _WITHOUT_BEGIN = "the same statements as with BEGIN; `_DECIDED_BY_BEGIN` is tried without it"
 _SECOND_DRIVER = "the same statements on the same server as through asyncpg; `_DECIDED_BY_THE_DRIVER` is tried with both"
 _WITH_A_JOURNAL = "every scenario runs on PostgreSQL with a journal, which adds statements to those without one"
@@ -799,6 +813,8 @@ def _reason(item: pytest.Item, databases: set[str]) -> str | None:
         return _WITH_A_JOURNAL
     if params["database"] == "psycopg" and "asyncpg" in databases and not item.nodeid.startswith(_DECIDED_BY_THE_DRIVER):
         return _SECOND_DRIVER
+    if params["database"] == "sqlite-journal":
+        return None if item.nodeid.startswith(_DECIDED_BY_THE_SIDECAR) else _WITHOUT_SIDECAR
     if _reaches_dialects(item):
         return None
     folder = next((folder for folder in _DATABASES if item.nodeid.startswith(folder)), None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from sqlalchemy import func, select
@@ -32,6 +32,10 @@ from granite_storage.orm.journal.tables import RecoveryReport, clock
 from granite_storage.orm.variants import Which
 from granite_storage.rederivation import Rederivation, RederivationStatus, RederivedVariant, rederive
 from granite_storage.verification import Finding, Verification, verify
+
+if TYPE_CHECKING:
+    from sqlalchemy import Table
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
 __all__ = ["derive_command", "gc_command", "migrate_command", "recover_command", "verify_command"]
 
@@ -187,21 +191,33 @@ async def _show_due(context: CommandContext, journal: StorageJournal) -> None:
         raise ConfigurationError("the binding has no sessions: pass sessions= to bind_storage()")
     async with sessions() as session:
         connection = await session.connection(bind_arguments={"clause": intent})
-        for state, table in (("recorded", intent), ("claimed", reclaim)):
-            due = (
-                func.count().filter(table.c.due <= clock())
-                if connection.dialect.name == "postgresql"
-                else func.sum(table.c.due <= clock())
-            )
-            statement = select(table.c.backend, table.c.kind, due, func.count()).group_by(table.c.backend, table.c.kind)
-            for backend, kind, number, of in await connection.execute(statement, execution_options=journal.execution_options):
-                rows.append({"backend": backend, "kind": kind, "state": state, "due": int(number or 0), "of": of})
+        rows += await _count_due(connection, intent, reclaim, journal.execution_options)
+    if journal.sidecar is not None:
+        tables = journal.sidecar.tables
+        async with journal.sidecar.looking() as (_, connection):
+            rows += await _count_due(connection, tables.intent, tables.reclaim, {})
     if context.output.as_json:
         context.output.record({"waiting": rows})
     elif rows:
         context.output.table(["backend", "kind", "state", "due", "of"], [list(row.values()) for row in rows])
     else:
         context.output.line("nothing is waiting")
+
+
+async def _count_due(
+    connection: AsyncConnection, intent: Table, reclaim: Table, options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for state, table in (("recorded", intent), ("claimed", reclaim)):
+        due = (
+            func.count().filter(table.c.due <= clock())
+            if connection.dialect.name == "postgresql"
+            else func.sum(table.c.due <= clock())
+        )
+        statement = select(table.c.backend, table.c.kind, due, func.count()).group_by(table.c.backend, table.c.kind)
+        for backend, kind, number, of in await connection.execute(statement, execution_options=dict(options)):
+            rows.append({"backend": backend, "kind": kind, "state": state, "due": int(number or 0), "of": of})
+    return rows
 
 
 def _show_recovery(context: CommandContext, report: RecoveryReport) -> None:

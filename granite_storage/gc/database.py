@@ -60,7 +60,7 @@ from granite_storage.orm.discovery import (
     may_nest,
     resolve,
 )
-from granite_storage.orm.journal.database import find_gap
+from granite_storage.orm.journal.database import find_gap, find_sidecar
 from granite_storage.orm.journal.tables import journal_tables, tables_of
 from granite_storage.orm.references import (
     UTF_8,
@@ -78,7 +78,7 @@ from granite_storage.orm.references import (
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 
-    from granite_storage.orm._interfaces import Binding
+    from granite_storage.orm._interfaces import Binding, Sidecar
     from granite_storage.orm.binding import StorageBinding
 
 __all__ = [
@@ -497,6 +497,7 @@ class DatabaseReferences:
         self._identities: tuple[str, ...] | None = None
         self._ref_columns: list[RefColumn] = []
         self._journals: list[JournalTables] = []
+        self._sidecars: list[Sidecar] = []
 
     @property
     def batch_size(self) -> int:
@@ -519,10 +520,12 @@ class DatabaseReferences:
         await self._inspect_database(bases)
         if allow_restored_database and self._binding.journal is not None:
             await self._binding.journal.allow_restored_database()
-        for base in bases:
-            if base.binding.journal is not None:
+        bound = dict.fromkeys(base.binding.journal for base in bases)
+        self._sidecars = [journal.sidecar for journal in bound if journal is not None and journal.sidecar is not None]
+        for journal in bound:
+            if journal is not None:
                 async with self._connection(translated=True) as connection:
-                    await require_heartbeat(connection, base.binding.journal.tables)
+                    await require_heartbeat(connection, journal.tables, journal.sidecar)
 
     @asynccontextmanager
     async def in_order(self, backend: str) -> AsyncIterator[AsyncIterator[list[Reference]]]:
@@ -547,17 +550,41 @@ class DatabaseReferences:
 
     async def find_references(self, backend: str, locations: Sequence[str]) -> set[str]:
         """Return the locations that are referenced, or whose generated id is, in a snapshot of this moment."""
+        names, held = await self._look_in_sidecars(locations)
         chunks = list(batches(self._columns, _COLUMNS_IN_A_STATEMENT))
-        if len(chunks) == 1:
+        if len(chunks) == 1 and self._dialect != "sqlite":
             async with self._connection() as connection:
                 held = await find_references(connection, self._columns, locations, journals=self._journals, extra=True)
             return references_among(locations, (location for _, location in held))
-        held = set()
         async with self._snapshot() as connection:
+            if self._dialect == "sqlite":
+                await self._require_named(connection, names)
             for number, chunk in enumerate(chunks):
                 journals = self._journals if number == 0 else []
                 held |= await find_references(connection, chunk, locations, journals=journals, extra=True)
         return references_among(locations, (location for _, location in held))
+
+    async def _look_in_sidecars(self, locations: Sequence[str]) -> tuple[set[str], set[tuple[str, str]]]:
+        """Return the names of the sidecars of journals, and which of the objects they know of.
+
+        Before the rows are read: a worker forgets an upload in the sidecar only once a committed row refers to its object.
+        """
+        names: set[str] = set()
+        held: set[tuple[str, str]] = set()
+        for sidecar in self._sidecars:
+            async with sidecar.looking() as (name, connection):
+                names.add(name)
+                held |= await find_references(connection, [], locations, journals=[sidecar.tables], extra=True)
+        return names, held
+
+    async def _require_named(self, connection: AsyncConnection, names: set[str]) -> None:
+        """Refuse a database that names another sidecar than those that were looked into, in the snapshot of its references."""
+        named = {name for tables in self._journals if (name := await find_sidecar(connection, tables)) is not None}
+        if named != names:
+            raise CollectionRefusedError(
+                "the database names another sidecar of its journal than the one that was looked into, or there is none: bind its"
+                " base with journal=StorageJournal(...), with the path that its other processes give it, and try again"
+            )
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
         """Yield what mentions one of the locations outside of the models' columns of refs, in one snapshot of the database.
@@ -768,12 +795,14 @@ async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]
             )
 
 
-async def require_heartbeat(connection: AsyncConnection, tables: JournalTables) -> None:
-    """Refuse a database in which no worker was running for long: it may have been restored from a backup.
+async def require_heartbeat(connection: AsyncConnection, tables: JournalTables, sidecar: Sidecar | None = None) -> None:
+    """Refuse a database in which no worker was running for long: it may have been restored from a backup, or be another one.
 
     Raises:
         CollectionRefusedError: There is such a gap; `allow_restored_database=True` removes it.
     """
+    if sidecar is not None:
+        await sidecar.require_beat(connection, tables, CollectionRefusedError)
     gap = await find_gap(connection, tables)
     if gap is not None:
         raise CollectionRefusedError(

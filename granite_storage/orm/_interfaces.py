@@ -15,14 +15,16 @@ from granite_storage.derived.base import is_accepted
 from granite_storage.exceptions import UnboundAttachmentError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
     from datetime import timedelta
     from uuid import UUID
 
     from sqlalchemy import Column, Connection, MetaData, Table
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 
     from granite_storage._engine import PreparedUpload
     from granite_storage.derived import Effect, Recipe
+    from granite_storage.exceptions import StorageError
     from granite_storage.inspection.base import Validator
     from granite_storage.manager import StorageManager
     from granite_storage.refs import StoredObjectRef
@@ -247,6 +249,20 @@ class JournalIntents(Protocol):
         ...
 
 
+class Sidecar(Protocol):
+    """The part of `SidecarPool` that the garbage collector uses."""
+
+    tables: JournalTables
+
+    def looking(self) -> AbstractAsyncContextManager[tuple[str, AsyncConnection]]:
+        """Give the name of the file, and a connection that sees one moment of it."""
+        ...
+
+    async def require_beat(self, main: AsyncConnection, tables: JournalTables, error: type[StorageError]) -> None:
+        """Raise an error if no worker ever ran in the rows' database, but one ran with this file."""
+        ...
+
+
 class Journal(Protocol):
     """The part of `StorageJournal` that sessions and the garbage collector use."""
 
@@ -258,6 +274,11 @@ class Journal(Protocol):
     @property
     def intents(self) -> JournalIntents:
         """The operations of transactions on it."""
+        ...
+
+    @property
+    def sidecar(self) -> Sidecar | None:
+        """The file with the intents of uploads, on SQLite."""
         ...
 
     def retention_of(self, ref: StoredObjectRef) -> timedelta:

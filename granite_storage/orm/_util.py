@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from itertools import islice
 from typing import Any, Final, ParamSpec, TypeVar
 
 from greenlet import getcurrent
-from sqlalchemy import CTE, Connection, CursorResult, Engine, Executable, Insert, Update, text
+from sqlalchemy import CTE, Connection, CursorResult, Engine, Executable, Insert, Table, Update, text
+from sqlalchemy.dialects.mysql import insert as mysql_insert
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import DBAPIError, MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncConnection, async_session
 from sqlalchemy.orm import FromStatement, InstanceState, ORMExecuteState, Session
@@ -110,6 +113,22 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
+def upsert(dialect: str, table: Table, rows: Sequence[dict[str, Any]], renewed: Callable[[Any], dict[str, Any]]) -> Insert:
+    """Return the INSERT of rows that updates those whose ids are there.
+
+    Args:
+        dialect: The name of the database.
+        table: The table.
+        rows: The rows.
+        renewed: Returns the new values by column, given the collection of those that were to be inserted.
+    """
+    if dialect in ("mysql", "mariadb"):
+        inserted = mysql_insert(table).values(rows)
+        return inserted.on_duplicate_key_update(renewed(inserted.inserted))
+    new = (sqlite_insert if dialect == "sqlite" else postgresql_insert)(table).values(rows)
+    return new.on_conflict_do_update(index_elements=[table.c.id], set_=renewed(new.excluded))
+
+
 # Engines that `Engine.execution_options` makes: another object than its original, with the same pool and events.
 
 
@@ -166,7 +185,12 @@ def again_after_deadlock(method: Callable[P, Awaitable[T]]) -> Callable[P, Await
 
 
 async def try_briefly(connection: AsyncConnection, statement: Executable) -> CursorResult[Any] | None:
-    """Execute a statement in a savepoint; return None, with nothing done, if it would wait for a lock of another transaction."""
+    """Execute a statement in a savepoint; return None, with nothing done, if it would wait for a lock of another transaction.
+
+    On SQLite nothing waits in a transaction that has the lock of a writer.
+    """
+    if connection.dialect.name == "sqlite":
+        return await _try(connection, statement)
     if connection.dialect.name == "postgresql":
         await connection.execute(_BRIEFLY)
         return await _try(connection, statement)

@@ -47,6 +47,7 @@ async def readme(names: Mapping[str, Any]) -> None:
                 assert (await client.delete(f"/documents/{answer.json()['id']}")).status_code == 204
         await post_too_large(client, "/documents", 50 * MIB, media_type="application/pdf", begin=b"%PDF-1.7\n")
         assert (await client.delete("/documents/999999")).status_code == 404
+        await names["journal"].recover()
         assert files_below(Path("uploads")) == before
 
 

@@ -55,10 +55,9 @@ MUTANTS = [
         name="deriver-intent-consumed-apart",
         rule="The upload's intent is consumed in the transaction that lets the row have the variant.",
         path=_JOBS,
-        old="""                consumed = await connection.execute(delete(self._intent).where(self._intent.c.id == item))
-""",
+        old="                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))\n",
         new="""                async with self._pool.reading() as own:
-                    consumed = await own.execute(delete(self._intent).where(self._intent.c.id == item))
+                    await own.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
 """,
         tests=(f"{_DERIVER}::TestFailures::test_the_transaction_fails[asyncpg]",),
     ),
@@ -66,8 +65,8 @@ MUTANTS = [
         name="deriver-fence-ignored",
         rule="A variant whose intent was fenced is being deleted, so no row takes it.",
         path=_JOBS,
-        old="                if consumed.rowcount != 1:\n",
-        new="                if False:\n",
+        old="            if chosen:\n                await connection.run_sync(self._journal.intents.consume",
+        new="            if False:\n                await connection.run_sync(self._journal.intents.consume",
         tests=(f"{_DERIVER}::TestFailures::test_reclaimed_before_it_is_set[asyncpg]",),
     ),
     Mutant(

@@ -137,7 +137,7 @@ MUTANTS = [
         name="gc-restored-database-accepted",
         rule="A database in which no worker was at work for long is refused: it may have been restored.",
         path="granite_storage/gc/database.py",
-        old="                    await require_heartbeat(connection, base.binding.journal.tables)\n",
+        old="                    await require_heartbeat(connection, journal.tables, journal.sidecar)\n",
         new="                    pass\n",
         tests=("tests/gc/test_races.py::test_a_database_restored_from_a_backup",),
     ),

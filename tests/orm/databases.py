@@ -39,10 +39,14 @@ from sqlalchemy.orm import sessionmaker
 from tests.orm.awaited import AwaitedEngine, AwaitedSessions
 from tests.pooled import keep, keep_files_below
 
-__all__ = ["DATABASES", "Database", "crash_postgres", "mariadb", "postgres", "postgres_database", "sqlite"]
+__all__ = ["DATABASES", "WITH_JOURNAL", "Database", "crash_postgres", "mariadb", "postgres", "postgres_database", "sqlite"]
 
 DATABASES = ["sqlite", "sqlite-begin", "asyncpg", "psycopg", "mariadb"]
 """SQLite as Python's driver has it, and with the BEGIN recipe of SQLAlchemy's documentation; PostgreSQL with two drivers."""
+
+WITH_JOURNAL = ["asyncpg", "psycopg", "mariadb", "sqlite-journal"]
+"""Those that are tried with a journal; SQLite as its driver has it. Its worker writes, so that with the recipe a transaction that
+has read could not write any more."""
 
 
 @dataclass(eq=False)
@@ -84,7 +88,7 @@ class Database:
             options.setdefault("pool_size", 10)
         engine: Any = self._synchronous_engine(options) if self.is_synchronous else create_async_engine(self.url, **options)
         if self.is_sqlite:
-            event.listen(engine.sync_engine, "connect", _on_connect)
+            event.listen(engine.sync_engine, "connect", _on_connect if self.name != "sqlite-journal" else _on_connect_safely)
         if self.name == "sqlite-begin":
             use_real_transactions(engine)
         return engine
@@ -105,6 +109,8 @@ class Database:
         is_shared = self.loop is asyncio.get_running_loop() and not options
         engine = self._take_shared() if is_shared else self.engine(**options)
         try:
+            if self.name == "sqlite-journal":  # as with the rows: no test finds what another one has left
+                self.remove_sidecar()
             async with engine.begin() as connection:
                 if id(metadata) in self.created:
                     await _empty(connection, metadata)
@@ -118,6 +124,13 @@ class Database:
                 await engine.dispose()
             elif self._is_spoiled or engine.pool.checkedout():  # type: ignore[attr-defined]
                 await self.discard()
+
+    def remove_sidecar(self) -> None:
+        """Remove the file with the intents of uploads."""
+        assert self.url.database is not None
+        path = Path(self.url.database)
+        for file in path.parent.glob(f"{path.name}-granite_storage*"):
+            file.unlink()
 
     def spoil(self) -> None:
         """Let the shared engine end with this test, because it changes what the next one would find."""
@@ -169,11 +182,15 @@ def use_real_transactions(engine: AsyncEngine) -> None:
         connection.exec_driver_sql("BEGIN")
 
 
-def _on_connect(connection: Any, _: Any) -> None:
+def _on_connect(connection: Any, _: Any, *, synchronous: str = "OFF") -> None:
     cursor = connection.cursor()
-    for pragma in ("foreign_keys = ON", "journal_mode = WAL", "synchronous = OFF"):
+    for pragma in ("foreign_keys = ON", "journal_mode = WAL", f"synchronous = {synchronous}"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _on_connect_safely(connection: Any, record: Any) -> None:
+    _on_connect(connection, record, synchronous="NORMAL")
 
 
 @contextlib.contextmanager

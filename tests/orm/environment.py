@@ -26,7 +26,7 @@ from sqlalchemy import (
     type_coerce,
     union_all,
 )
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 
 from granite_storage import StorageManager, StoragePolicy, StoredObjectRef
@@ -322,9 +322,10 @@ class OrmEnvironment:
         left: list[Any] = []
         for _ in range(2):
             if not is_empty:
-                async with self.engine.begin() as connection:
-                    for table in (self.journal.tables.intent, self.journal.tables.reclaim):
-                        await connection.execute(table.update().values(due=clock(-1.0)))
+                for place in self.places():
+                    async with place as (connection, tables):
+                        for table in (tables.intent, tables.reclaim):
+                            await connection.execute(table.update().values(due=clock(-1.0)))
             await self.journal.recover()
             if is_empty:
                 break
@@ -334,6 +335,48 @@ class OrmEnvironment:
                 break
         return left
 
+    @contextlib.asynccontextmanager
+    async def uploads(self) -> AsyncIterator[tuple[AsyncConnection, JournalTables]]:
+        """Give a connection, in a transaction, to where the intents of uploads are, and the tables there."""
+        assert self.journal is not None
+        if not self.database.is_sqlite:
+            async with self.engine.begin() as connection:
+                yield connection, self.journal.tables
+            return
+        async with self.journal._pool.uploads.writing() as connection:
+            yield connection, self.journal._pool.upload_tables(self.journal.tables)
+
+    @contextlib.asynccontextmanager
+    async def _beside_rows(self) -> AsyncIterator[tuple[AsyncConnection, JournalTables]]:
+        assert self.journal is not None
+        async with self.engine.begin() as connection:
+            yield connection, self.journal.tables
+
+    def places(self) -> list[contextlib.AbstractAsyncContextManager[tuple[AsyncConnection, JournalTables]]]:
+        """Return how to reach each of the databases that have intents: one, but on SQLite."""
+        return [self._beside_rows(), *([self.uploads()] if self.database.is_sqlite else [])]
+
+    async def journal_rows(self, name: str) -> list[Any]:
+        """Return the rows of a table of the journal, but for the intents of uploads that rows have taken, on SQLite."""
+        assert self.journal is not None
+        async with self.engine.connect() as connection:
+            found = list(await connection.execute(select(getattr(self.journal.tables, name))))
+        if self.database.is_sqlite and name in ("intent", "reclaim"):
+            referenced = {one.location for ref in (await self.references()).values() for one in iter_refs(ref)}
+            known = {*referenced, *(row.location for row in found)}
+            async with self.uploads() as (connection, tables):
+                beside = list(await connection.execute(select(getattr(tables, name))))
+            found += [row for row in beside if row.location not in known]
+        return found
+
+    async def expire(self) -> None:
+        """Let every lease and every wait be over, but those whose rows a transaction has locked."""
+        for place in self.places():
+            async with place as (connection, tables):
+                for table in (tables.intent, tables.reclaim):
+                    free = (await connection.execute(select(table.c.id).with_for_update(skip_locked=True))).scalars().all()
+                    await connection.execute(table.update().where(table.c.id.in_(free)).values(due=clock(-1.0)))
+
     async def is_settled(self) -> bool:
         """Tell whether the journal knows of nothing that is left to do."""
         async with self.sessions() as session:
@@ -342,7 +385,11 @@ class OrmEnvironment:
     async def _journal_rows(self, session: AsyncSession) -> list[Any]:
         """Return what the journal still knows of: the table, the location, and whether it is due."""
         assert self.journal is not None
-        return list(await session.execute(_all_journal_rows(self.journal.tables)))
+        found = list(await session.execute(_all_journal_rows(self.journal.tables)))
+        if self.database.is_sqlite:
+            async with self.uploads() as (connection, tables):
+                found += await connection.execute(_all_journal_rows(tables))
+        return found
 
     async def _require_agreement(
         self, references: dict[tuple[str, Any, str], StoredObjectRef], going: Collection[str] = ()
@@ -448,7 +495,9 @@ async def orm_environment(
         journal = StorageJournal(engine.sync_engine if database.is_synchronous else engine) if journaled else None
         factory = sessions.sync_maker if database.is_synchronous else sessions
         binding = bind_storage(base, manager, session_factory=factory, journal=journal)
-        if journal is not None and not options:
+        if database.is_sqlite and journal is not None:
+            await journal.check()
+        elif journal is not None and not options:
             # The tables are the same for all tests, and the check costs thirty round trips.
             journal._checked, database.is_checked = database.is_checked, True
         env = OrmEnvironment(database, engine, store, manager, binding, sessions, journal)

@@ -11,7 +11,7 @@ import json
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
@@ -28,10 +28,12 @@ from granite_storage.exceptions import BackendUnavailableError, ConfigurationErr
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import TRANSLATE_MAP, dispatchers_of, root_engine, wait
-from granite_storage.orm.journal.tables import SCHEMA_VERSION, VERSION_NAME, clock
+from granite_storage.orm.journal.tables import SCHEMA_VERSION, SIDECAR_NAME, VERSION_NAME, clock
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, Connection
+    from uuid import UUID
+
+    from sqlalchemy import Column, Connection, Select
 
 __all__ = [
     "JournalPool",
@@ -42,6 +44,8 @@ __all__ = [
     "check_database",
     "effective",
     "find_gap",
+    "find_sidecar",
+    "has_beat",
     "insert_if_absent",
     "read_translations",
 ]
@@ -86,13 +90,16 @@ class JournalPool:
             # The same dialect compiles for both, so that what one has compiled serves the other.
             execution_options={**self.options, "compiled_cache": self._outer._compiled_cache},
         )
-        # The application's own events come along, such as one that sets a role; ours are those of its sessions.
+        self._bring_events(inner)
+        event.listen(inner, "connect", self._on_connect)
+        return as_async_engine(inner)
+
+    def _bring_events(self, inner: Engine) -> None:
+        """Let the application's own events come along, such as one that sets a role; ours are those of its sessions."""
         for dispatcher in dispatchers_of(self._outer):
             inner.dispatch._update(dispatcher, only_propagate=False)
         if self._outer._has_events:  # else what listens to the class `Engine` later decides
             inner._has_events = True
-        event.listen(inner, "connect", self._on_connect)
-        return as_async_engine(inner)
 
     @property
     def _engine(self) -> AsyncEngine:
@@ -105,8 +112,48 @@ class JournalPool:
 
     @property
     def dialect(self) -> str:
-        """The name of the database: `postgresql`, `mysql` or `mariadb`."""
+        """The name of the database: `postgresql`, `mysql`, `mariadb` or `sqlite`."""
         return self._outer.dialect.name
+
+    @property
+    def batch_size(self) -> int | None:
+        """How many intents are processed together at most, where the database bounds that."""
+        return None
+
+    @property
+    def uploads(self) -> JournalPool:
+        """The pool of the database that has the intents of uploads; that of the rows, but on SQLite."""
+        return self
+
+    def upload_tables(self, tables: JournalTables) -> JournalTables:
+        """Return the tables of the intents of uploads, where those beside the rows are given."""
+        return tables
+
+    async def open(self) -> object:
+        """Make ready what a session could not wait for, once the tables were found to be fit."""
+
+    async def forget_uploads(self, locations: Sequence[str]) -> None:
+        """Delete the intents of uploads that outlive the COMMIT of their rows, once these objects are gone."""
+
+    async def has_displaced(self, tables: JournalTables, location: str) -> bool:
+        """Return whether an object was displaced from its row, where the intents of uploads outlive the COMMIT."""
+        return False
+
+    def require_here(self, connection: Connection) -> None:
+        """Refuse the transaction of a session on another database, where that is seen before its first statement.
+
+        Raises:
+            ConfigurationError: It is.
+        """
+
+    def sees_uploads(self, connection: Connection, ids: set[UUID]) -> bool:
+        """Return whether these uploads are pending in another database than that of the transaction.
+
+        Args:
+            connection: The connection of the transaction, which has written to the table of intents.
+            ids: The intents of the uploads.
+        """
+        return False
 
     @property
     def is_postgresql(self) -> bool:
@@ -129,9 +176,31 @@ class JournalPool:
         async with self._in_time(), self._engine.begin() as connection:
             yield connection
 
-    @asynccontextmanager
-    async def durable(self) -> AsyncIterator[AsyncConnection]:
+    def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """Give a connection in a transaction that writes, whose commit need not be durable."""
+        return self.reading()
+
+    def deciding(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """Give a connection whose transaction sees which objects rows refer to, before the others are deleted."""
+        return self.reading()
+
+    async def make_durable(self, connection: AsyncConnection) -> None:
+        """Let the COMMIT of such a transaction make durable what it has seen, where the database does not by itself."""
+
+    async def may_find(self, statement: Select[Any]) -> bool:
+        """Return False where a look that waits for no lock shows that a statement finds nothing now."""
+        return True
+
+    def fencing(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """Give a connection in a durable transaction that fences intents."""
+        return self.durable()
+
+    def durable(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Give a connection in a transaction that, once it is committed, no crash of the database takes back."""
+        return self._synchronous()
+
+    @asynccontextmanager
+    async def _synchronous(self) -> AsyncIterator[AsyncConnection]:
         async with self._in_time(), self._engine.begin() as connection:
             if self.is_postgresql:
                 await connection.execute(_SYNCHRONOUS)
@@ -147,12 +216,22 @@ class JournalPool:
                     await stack.enter_async_context(self._places.setdefault(loop, asyncio.Semaphore(self._size)))
                 yield
         except (TimeoutError, PoolTimeoutError) as error:
-            raise BackendUnavailableError(
-                f"the journal had no answer from the database within {self._timeout or self._pool_timeout:g} s, so that nothing"
-                " is stored. It needs a connection beside the one that the session's transaction holds: leave room for its"
-                " pool_size connections, in the database and in a connection pooler before it. Behind a pooler, pass"
-                " StorageJournal an engine of its own, whose URL leads to a pool of its own or past the pooler"
-            ) from error
+            raise BackendUnavailableError(self._describe_timeout()) from error
+
+    async def require_fit(self, tables: JournalTables, others: Sequence[Table]) -> None:
+        """Refuse storage engines and settings of the database; see `check_database`."""
+        async with self.durable() as connection:
+            if not self.is_postgresql:
+                names = [(effective(table.schema, self.translate_map), table.name) for table in (*tables.all, *others)]
+                await _check_mariadb(connection, names)
+
+    def _describe_timeout(self) -> str:
+        return (
+            f"the journal had no answer from the database within {self._timeout or self._pool_timeout:g} s, so that nothing"
+            " is stored. It needs a connection beside the one that the session's transaction holds: leave room for its"
+            " pool_size connections, in the database and in a connection pooler before it. Behind a pooler, pass"
+            " StorageJournal an engine of its own, whose URL leads to a pool of its own or past the pooler"
+        )
 
     @property
     def _pool_timeout(self) -> float:
@@ -182,6 +261,8 @@ class _Engines:
     def __init__(self, make: Callable[[], AsyncEngine]) -> None:
         self._make = make
         self._first = make()
+        # A child must not close what its parent has opened: on SQLite that may take the parent's locks from it.
+        self._inherited: list[Pool] = []
         self._on_portal: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine] = WeakKeyDictionary()
         self._process = os.getpid()
 
@@ -216,6 +297,7 @@ class _Engines:
     def _leave_to_parent(self) -> None:
         if self._process != os.getpid():
             self._process = os.getpid()
+            self._inherited.append(self._first.sync_engine.pool)
             self._first.sync_engine.dispose(close=False)
             self._on_portal.clear()
 
@@ -267,13 +349,8 @@ def _require_able(given: AsyncEngine | Engine) -> Engine:
         raise ConfigurationError(f"a journal needs an AsyncEngine or an Engine, not {type(given).__name__}")
     engine = given.sync_engine if isinstance(given, AsyncEngine) else given
     name, pool = engine.dialect.name, engine.pool
-    if name == "sqlite":
-        raise ConfigurationError(
-            "SQLite cannot have a journal: while a session writes, no second connection can. Leave journal=... out;"
-            " rollbacks are handled all the same, and the garbage collector removes what a crash leaves behind"
-        )
-    if name not in ("postgresql", "mysql", "mariadb"):
-        raise ConfigurationError(f"a journal needs PostgreSQL or MariaDB, and does not know {name}")
+    if name not in ("postgresql", "mysql", "mariadb", "sqlite"):
+        raise ConfigurationError(f"a journal needs PostgreSQL, MariaDB or SQLite, and does not know {name}")
     if not isinstance(pool, QueuePool | NullPool):
         raise ConfigurationError(
             f"an engine with a {type(pool).__name__} cannot have a journal: on a connection that is shared, the journal's commits"
@@ -323,7 +400,7 @@ async def beat(pool: JournalPool, tables: JournalTables, *, within: timedelta) -
         within: When the next beat is to be expected.
     """
     meta = tables.meta
-    async with pool.reading() as connection:
+    async with pool.writing() as connection:
         last = await _last_beat(connection, tables)
         new = {"value": f"{within.total_seconds():.0f}", "changed": clock()}
         if last is None:
@@ -352,6 +429,17 @@ async def accept_gap(pool: JournalPool, tables: JournalTables, *, within: timede
     meta = tables.meta
     async with pool.durable() as connection:
         await connection.execute(meta.delete().where(meta.c.name == _GAP))
+
+
+async def find_sidecar(connection: AsyncConnection, tables: JournalTables) -> str | None:
+    """Return the name of the sidecar that a database on SQLite names; see `granite_storage.orm.journal.sqlite`."""
+    meta = tables.meta
+    return (await connection.execute(select(meta.c.value).where(meta.c.name == SIDECAR_NAME))).scalar_one_or_none()
+
+
+async def has_beat(connection: AsyncConnection, tables: JournalTables) -> bool:
+    """Return whether a worker was ever at work."""
+    return await _last_beat(connection, tables) is not None
 
 
 async def insert_if_absent(connection: AsyncConnection, tables: JournalTables, values: dict[str, Any]) -> None:
@@ -420,6 +508,11 @@ class KnownSchemas:
         self._known.add(translation)
 
     async def _write(self, tables: JournalTables, translation: Translation) -> None:
+        if self._pool.dialect == "sqlite":
+            raise ConfigurationError(
+                "on SQLite a session's schema_translate_map must be that of the engine that was passed to StorageJournal: schemas"
+                " are other files there, with which no transaction is atomic"
+            )
         value = json.dumps(translation)
         name = f"{_PREFIX}{sha256(value.encode()).hexdigest()[:_DIGITS]}"
         async with self._pool.durable() as connection:
@@ -462,10 +555,7 @@ async def check_database(pool: JournalPool, tables: JournalTables, others: list[
     Raises:
         ConfigurationError: The message says what to do.
     """
-    async with pool.durable() as connection:
-        if not pool.is_postgresql:
-            names = [(effective(table.schema, pool.translate_map), table.name) for table in (*tables.all, *others)]
-            await _check_mariadb(connection, names)
+    await pool.require_fit(tables, others)
     for table in tables.all:
         try:
             await _check_table(pool, table)
@@ -479,6 +569,7 @@ async def check_database(pool: JournalPool, tables: JournalTables, others: list[
                 ) from error
             raise
     await _check_version(pool, tables, has_jobs=has_jobs)
+    await pool.open()
 
 
 async def _is_of_version_1(pool: JournalPool, tables: JournalTables) -> bool:
@@ -494,6 +585,8 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
     try:
         async with pool.reading() as connection:
             await connection.execute(select(table).limit(0))
+            if pool.dialect == "sqlite":  # a write would wait for the lock, which the caller's own session may have
+                return
             await connection.execute(nothing)
             await connection.execute(insert(table).from_select(list(table.c.keys()), select(table).where(text("1 = 0"))))
     except DBAPIError as error:
@@ -514,12 +607,14 @@ async def _check_version(pool: JournalPool, tables: JournalTables, *, has_jobs: 
     there may be jobs.
     """
     meta = tables.meta
-    async with pool.durable() as connection:
-        await insert_if_absent(connection, tables, {"name": VERSION_NAME, "value": str(SCHEMA_VERSION), "changed": clock()})
-        if has_jobs:
-            is_older = (meta.c.name == VERSION_NAME) & (meta.c.value == _WITHOUT_JOBS)
-            await connection.execute(meta.update().where(is_older).values(value=str(SCHEMA_VERSION), changed=clock()))
     found = await _read_version(pool, tables)
+    if found is None or (has_jobs and found == _WITHOUT_JOBS):
+        async with pool.durable() as connection:
+            await insert_if_absent(connection, tables, {"name": VERSION_NAME, "value": str(SCHEMA_VERSION), "changed": clock()})
+            if has_jobs:
+                is_older = (meta.c.name == VERSION_NAME) & (meta.c.value == _WITHOUT_JOBS)
+                await connection.execute(meta.update().where(is_older).values(value=str(SCHEMA_VERSION), changed=clock()))
+        found = await _read_version(pool, tables)
     if found not in (str(SCHEMA_VERSION), _WITHOUT_JOBS):
         raise ConfigurationError(
             f"the journal's tables are of version {found}, and this library works with version {SCHEMA_VERSION}:"

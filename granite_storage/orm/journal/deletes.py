@@ -19,11 +19,9 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, Insert, Row, Table, delete, func
-from sqlalchemy.dialects.mysql import insert as mysql_insert
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage.orm._util import batches, try_briefly
+from granite_storage.orm._util import batches, try_briefly, upsert
 from granite_storage.orm.journal.tables import DELETE, clock
 
 __all__ = ["PendingDelete", "delete_id", "derived_id", "has_own_id", "nominate", "renumber"]
@@ -123,12 +121,8 @@ def _upsert(dialect: str, intent: Table, pending: Sequence[PendingDelete]) -> In
         }
         for item in pending
     ]
-    if dialect == "postgresql":
-        statement = postgresql_insert(intent).values(rows)
-        latest = func.greatest(intent.c.due, statement.excluded.due)
-        return statement.on_conflict_do_update(index_elements=[intent.c.id], set_={"due": latest})
-    inserted = mysql_insert(intent).values(rows)
-    return inserted.on_duplicate_key_update(due=func.greatest(intent.c.due, inserted.inserted.due))
+    greatest = func.max if dialect == "sqlite" else func.greatest
+    return upsert(dialect, intent, rows, lambda new: {"due": greatest(intent.c.due, new.due)})
 
 
 def _latest(pending: Iterable[PendingDelete]) -> list[PendingDelete]:

@@ -73,8 +73,10 @@ class Staging:
     """
 
     def __init__(self, pool: JournalPool, tables: JournalTables, references: References, lease: timedelta) -> None:
-        self._pool = pool
-        self._intent = tables.intent
+        self._rows = pool
+        self._tables = tables
+        self._pool = pool.uploads
+        self._intent = pool.upload_tables(tables).intent
         self._references = references
         self._lease = lease.total_seconds()
 
@@ -93,7 +95,7 @@ class Staging:
             StaleAttachmentError: Its lifetime is over, and a worker has fenced it.
         """
         found = select(self._intent.c.upload_id, clock().label("now")).where(self._is(staging_id))
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             row = (await connection.execute(found)).one_or_none()
             if row is None:
                 raise StaleAttachmentError("the direct upload was not finished in time, and was reclaimed")
@@ -106,6 +108,7 @@ class Staging:
                 return Finished(None, row.upload_id, verdict=said["verdict"])
             ref = StoredObjectRef.from_dict(said["ref"])
             waits = await self._waits(connection, UUID(said["intent"]))
+        waits = waits and not await self._rows.has_displaced(self._tables, ref.location)
         # A row refers to a copy from when its intent is gone, so it is asked for after the intent.
         there = waits or ref.location in await self._references.find([ref.location])
         return Finished(ref if there else None, row.upload_id)

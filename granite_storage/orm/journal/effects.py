@@ -28,8 +28,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from sqlalchemy import Column, Connection, Insert, Table, case, delete, select, update
-from sqlalchemy.dialects.mysql import insert as mysql_insert
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 
 from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded, shielded, task_group
@@ -41,7 +39,7 @@ from granite_storage.exceptions import (
     ScanPendingError,
     StaleAttachmentError,
 )
-from granite_storage.orm._util import again_after_deadlock, batches
+from granite_storage.orm._util import again_after_deadlock, batches, upsert
 from granite_storage.orm.journal.database import insert_if_absent
 from granite_storage.orm.journal.jobs import (
     AT_A_TIME,
@@ -130,21 +128,15 @@ def _upsert(dialect: str, job: Table, rows: Sequence[dict[str, Any]]) -> Insert:
     renewed = ("table_name", "column_name", "recipe", "dead")
     # A worker is processing it: two of them would call it at a time if it were due now.
     is_leased = job.c.takeovers > 0
-    if dialect == "postgresql":
-        new = postgresql_insert(job).values(rows)
-        values = {
-            "due": case((is_leased, job.c.due), else_=new.excluded.due),
+
+    def values(new: Any) -> dict[str, Any]:
+        return {
+            "due": case((is_leased, job.c.due), else_=new.due),
             "attempts": case((is_leased, job.c.attempts), else_=0),
+            **{name: new[name] for name in renewed},
         }
-        return new.on_conflict_do_update(
-            index_elements=[job.c.id], set_={**values, **{name: new.excluded[name] for name in renewed}}
-        )
-    inserted = mysql_insert(job).values(rows)
-    values = {
-        "due": case((is_leased, job.c.due), else_=inserted.inserted.due),
-        "attempts": case((is_leased, job.c.attempts), else_=0),
-    }
-    return inserted.on_duplicate_key_update({**values, **{name: inserted.inserted[name] for name in renewed}})
+
+    return upsert(dialect, job, rows, values)
 
 
 class EffectJobs(JobQueue):
@@ -277,7 +269,7 @@ class EffectJobs(JobQueue):
             asked = time.monotonic()
             left = renewed + self._lease * _SAFE_SHARE - asked
             try:
-                async with asyncio.timeout(max(left, 0)), self._pool.reading() as connection:
+                async with asyncio.timeout(max(left, 0)), self._pool.writing() as connection:
                     result = await connection.execute(update(self._job).where(self._is_own(job)).values(due=clock(self._lease)))
             except Exception as error:
                 if left <= 0:
@@ -297,14 +289,14 @@ class EffectJobs(JobQueue):
     async def _finish(self, job: LeasedJob) -> None:
         """Delete a job, or let it be due where a transaction has recorded it again."""
         table = self._job
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             result = await connection.execute(delete(table).where(self._is_own(job), table.c.recipe == job.recipe))
             if result.rowcount == 0:
                 await connection.execute(self._released(job))
 
     async def _update_own(self, job: LeasedJob, **values: Any) -> None:
         table = self._job
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             own = update(table).where(self._is_own(job), table.c.recipe == job.recipe)
             if (await connection.execute(own.values(values))).rowcount == 0:
                 # What has failed is not what is to be done now.

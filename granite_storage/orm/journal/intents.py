@@ -54,6 +54,8 @@ UploadPlace: TypeAlias = tuple[str, str, str | None]
 NewIntent: TypeAlias = tuple[UUID, UploadPlace]
 Insert: TypeAlias = Callable[[Sequence[NewIntent]], Awaitable[None]]
 
+_RETURNING = ("postgresql", "sqlite")
+"""The databases on which one DELETE returns which intents it has found."""
 _MOST_AT_ONCE = 64
 _AT_A_TIME = 500
 
@@ -145,6 +147,8 @@ class Intents:
     ) -> None:
         self._pool = pool
         self._tables = tables
+        self._uploads = pool.uploads
+        self._upload_intent = pool.upload_tables(tables).intent
         self._commits = commits
         self._note_schemas = note_schemas
 
@@ -167,21 +171,21 @@ class Intents:
             {"id": item, "kind": UPLOAD, "backend": backend, "location": location, "source": source, "due": _after(lease)}
             for item, (backend, location, source) in intents
         ]
-        async with self._pool.durable() as connection:
+        async with self._uploads.durable() as connection:
             for batch in batches(rows, _AT_A_TIME):
-                await connection.execute(insert(self._tables.intent).values(batch))
+                await connection.execute(insert(self._upload_intent).values(batch))
 
     async def renew(self, ids: Sequence[UUID], lease: timedelta) -> bool:
         """Renew the leases of uploads; return whether all of their intents still exist."""
-        intent = self._tables.intent
-        async with self._pool.reading() as connection:
+        intent = self._upload_intent
+        async with self._uploads.writing() as connection:
             result = await connection.execute(update(intent).where(intent.c.id.in_(ids)).values(due=_after(lease)))
         return result.rowcount == len(ids)
 
     async def note_upload_id(self, intent_id: UUID, upload_id: str) -> None:
         """Save the id of a multipart upload, before its first part is sent."""
-        intent = self._tables.intent
-        async with self._pool.durable() as connection:
+        intent = self._upload_intent
+        async with self._uploads.durable() as connection:
             result = await connection.execute(update(intent).where(intent.c.id == intent_id).values(upload_id=upload_id))
         if result.rowcount != 1:
             raise StaleAttachmentError("the upload took longer than its lease and was reclaimed; it may be tried again")
@@ -195,9 +199,10 @@ class Intents:
             StaleAttachmentError: A worker has fenced one of them, and its object goes.
             ConfigurationError: The transaction does not reach the tables that the journal has written them to.
         """
+        self._pool.require_here(connection)
         self._note_schemas(connection)
         intent, options = self._tables.intent, self._pool.options
-        if self._pool.is_postgresql:
+        if self._pool.dialect in _RETURNING:
             missing = set(ids)
             for batch in batches(ids, _AT_A_TIME):
                 consumed = delete(intent).where(intent.c.id.in_(batch)).returning(intent.c.id)
@@ -207,7 +212,7 @@ class Intents:
             missing = {
                 item for item in ids if connection.execute(statement, {"intent": item}, execution_options=options).rowcount != 1
             }
-        if missing and not self._claim(connection, missing):
+        if missing and not self._pool.sees_uploads(connection, missing) and not self._claim(connection, missing):
             raise StaleAttachmentError(
                 "an object was reclaimed before its row could take it: it was stored longer ago than its lease, or was on its"
                 " way out already; the transaction may be tried again"
@@ -249,7 +254,9 @@ class Intents:
         return bool(jobs) or has_effects
 
     async def note_delete(self, ref: StoredObjectRef) -> UUID:
-        """Commit, durably, the intent to delete an object at once; return its id."""
+        """Commit, durably, the intent to delete an object at once that no row can refer to; return its id."""
+        if self._uploads is not self._pool:  # the rows' database may be locked by the session that has stored it
+            return (await self.record([(ref.backend, ref.location, None)], timedelta(0)))[0]
         async with self._pool.durable() as connection:
             await connection.run_sync(self.displace, [(ref, timedelta(0))])
         return delete_id(ref.backend, ref.location)
@@ -305,6 +312,8 @@ class Intents:
 
     def _claim(self, connection: Connection, ids: set[UUID]) -> bool:
         """Decide for uploads that the transaction's snapshot does not see; return whether it was the first to decide on all."""
+        if self._pool.uploads is not self._pool:
+            return False
         if self._leads_elsewhere(connection, ids):
             raise ConfigurationError(
                 f"the journal's table {self._tables.intent.fullname} is not where the session's transaction looks for it: either"

@@ -22,14 +22,12 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from uuid import UUID
 
 from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bindparam, func, select, update
-from sqlalchemy.dialects.mysql import insert as mysql_insert
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 
 from granite_storage._logs import fields_of
 from granite_storage._tasks import shielded
 from granite_storage.backends.base import SupportsMountCheck
 from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches
+from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert
 from granite_storage.orm.columns import AttachmentType, location_of
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import derived_id
@@ -203,11 +201,7 @@ def enqueue_jobs(connection: Connection, job: Table, jobs: Iterable[NewJob], opt
 
 def _upsert(dialect: str, job: Table, rows: Sequence[dict[str, Any]]) -> Insert:
     renewed = ("table_name", "column_name", "recipe", "due", "attempts", "takeovers", "dead")
-    if dialect == "postgresql":
-        new = postgresql_insert(job).values(rows)
-        return new.on_conflict_do_update(index_elements=[job.c.id], set_={name: new.excluded[name] for name in renewed})
-    inserted = mysql_insert(job).values(rows)
-    return inserted.on_duplicate_key_update({name: inserted.inserted[name] for name in renewed})
+    return upsert(dialect, job, rows, lambda new: {name: new[name] for name in renewed})
 
 
 # What a worker does.
@@ -309,7 +303,7 @@ class JobQueue:
     async def retry_dead(self) -> int:
         """Make dead jobs due again; return how many there were."""
         job = self._job
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             result = await connection.execute(update(job).where(job.c.dead).values(**_UNTRIED, dead=False, due=clock()))
         return result.rowcount
 
@@ -332,8 +326,10 @@ class JobQueue:
             & own
             & (was_left if suspected else ~was_left)
         )
-        async with self._pool.reading() as connection:
-            found = select(job).where(due).order_by(job.c.due).limit(limit).with_for_update(skip_locked=True)
+        found = select(job).where(due).order_by(job.c.due).limit(limit).with_for_update(skip_locked=True)
+        if not await self._pool.may_find(found):
+            return []
+        async with self._pool.writing() as connection:
             rows = list(await connection.execute(found))
             if rows:
                 taken = {"due": clock(self._lease), "takeovers": job.c.takeovers + 1}
@@ -378,7 +374,7 @@ class JobQueue:
         """Update a job, unless another worker has taken it over."""
         table = self._job
         is_own = (table.c.id == job.id) & (table.c.attempts == job.attempts) & (table.c.takeovers == job.takeovers)
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             await connection.execute(update(table).where(is_own).values(values))
 
 

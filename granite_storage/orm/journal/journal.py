@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
@@ -13,6 +14,7 @@ from uuid import UUID
 
 from granite_storage._logs import fields_of
 from granite_storage._portal import enter_blocking, run_blocking
+from granite_storage._telemetry import is_active, note_garbage, traced
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings
 from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database
@@ -24,6 +26,7 @@ from granite_storage.orm.journal.jobs import JobQueue, has_variants
 from granite_storage.orm.journal.recovery import Recovery
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
+from granite_storage.orm.journal.sqlite import SidecarPool, SidecarReferences, SQLitePool
 from granite_storage.orm.journal.tables import RecoveryReport, tables_of
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work
@@ -46,6 +49,7 @@ Queue = TypeVar("Queue", bound=JobQueue)
 logger: logging.Logger = logging.getLogger("granite_storage")
 
 _OPERATION_TIMEOUT = 30.0
+_HURRY = 1.0
 _JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
 
@@ -63,7 +67,7 @@ class StorageJournal:
     It costs one commit per flush that stores something, on connections of its own, and a row per object that goes.
 
     Args:
-        engine: The application's engine, on PostgreSQL or MariaDB, or one that was made for the journal and leads to the same
+        engine: The application's engine, on PostgreSQL, MariaDB or SQLite, or one made for the journal that leads to the same
             database, such as one past a connection pooler. The journal makes a small pool of its own from it, with the same
             creator, arguments, events and `schema_translate_map`; disposing of the engine closes that as well.
         lease: How long an upload may go without a sign of life before a worker takes it for dead. It is renewed while the upload
@@ -72,6 +76,10 @@ class StorageJournal:
         pool_size: The most connections that it opens; in each event loop, where the engine has a `NullPool`.
         timeout: How long a session waits for the journal before it uploads, at most. It may hold a connection of its own
             meanwhile, so that many of them, and a pool or a server with no connection left, would wait for each other.
+        sidecar: On SQLite, the path of the file with the intents of uploads, the same in every process; None for the path of the
+            database with `-granite_storage` behind.
+        one_machine: On SQLite, say that one machine alone uses a database on a network file system, and that its locks hold
+            there.
         max_attempts: How often a delete fails before its object becomes a dead letter, which is logged and left alone. A worker's
             death is no failure, unless as many workers in a row die of the same object.
 
@@ -97,6 +105,8 @@ class StorageJournal:
         pool_size: int = 5,
         timeout: timedelta = timedelta(seconds=30),
         max_attempts: int = 12,
+        sidecar: str | os.PathLike[str] | None = None,
+        one_machine: bool = False,
     ) -> None:
         for argument, duration in (("lease", lease), ("timeout", timeout)):
             if not isinstance(duration, timedelta) or duration <= timedelta(0):
@@ -104,9 +114,11 @@ class StorageJournal:
         for argument, number in (("pool_size", pool_size), ("max_attempts", max_attempts)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ConfigurationError(f"a journal's {argument} must be a number of at least 1, not {number!r}")
-        self._pool = JournalPool(engine, pool_size)
+        self._pool = _open_pool(engine, pool_size, sidecar=sidecar, one_machine=one_machine)
         # For sessions, whose own transactions hold connections.
         self._bounded = self._pool.within(timeout.total_seconds())
+        # For the end of a transaction: what it cannot lock soon is left to a worker.
+        self._hurried = self._pool if self._pool.uploads is self._pool else self._pool.within(_HURRY)
         self._lease = lease
         self._max_attempts = max_attempts
         self._bindings: list[Binding] = []
@@ -161,7 +173,8 @@ class StorageJournal:
         may_hold = any(policy.may_hold for policy in self.manager.policies.values())
         has_jobs = may_hold or has_variants(self._columns()) or bool(effects_of(self._columns()))
         await check_database(self._bounded, self.tables, others, has_jobs=has_jobs)
-        for backend in sorted(await self._recovery().unknown_backends()):
+        unknown = [await recovery.unknown_backends() for recovery in self._recoveries()]
+        for backend in sorted(set[str]().union(*unknown)):
             logger.warning(
                 "the journal keeps rows of the backend %r, which the manager does not have: its objects stay",
                 backend,
@@ -179,8 +192,7 @@ class StorageJournal:
         Raises:
             ConfigurationError: As `check`.
         """
-        await self._ensure_checked()
-        recovery = self._recovery()
+        await self._ensure_fit_for_workers()
         report = RecoveryReport()
 
         async def do_jobs(backend: str) -> RecoveryReport:
@@ -191,14 +203,31 @@ class StorageJournal:
             return done
 
         async with asyncio.TaskGroup() as group:
-            works = (work(backend) for work in (recovery.run, do_jobs) for backend in self.manager.backends)
+            works = (work(backend) for work in (self._recover, do_jobs) for backend in self.manager.backends)
             passes = [group.create_task(work) for work in works]
         for done in passes:
             report.add(done.result())
-        await recovery.count_waiting(report)
+        report.failed.clear()  # they are counted with what failed before
+        for recovery in self._recoveries():
+            await recovery.count_waiting(report)
         await self._jobs(JobQueue).count(report)
-        await beat(self._pool, self.tables, within=_RARELY)
+        await self._beat(_RARELY)
         return report
+
+    @traced("recover")
+    async def _recover(self, backend: str) -> RecoveryReport:
+        report, recoveries = RecoveryReport(), self._recoveries()
+        for recovery in recoveries:
+            report.add(await recovery.run(backend))
+        if is_active():
+            note_garbage(max([await recovery.find_overdue(backend) for recovery in recoveries]), "pending", backend)
+        return report
+
+    async def _beat(self, within: timedelta) -> None:
+        """Note that a worker is at work; in the rows' database first, which is lost if the sidecar alone says so."""
+        await beat(self._pool, self.tables, within=within)
+        if self._pool.uploads is not self._pool:
+            await beat(self._pool.uploads, self._pool.upload_tables(self.tables), within=within)
 
     @asynccontextmanager
     async def worker(self, *, interval: timedelta = timedelta(seconds=30)) -> AsyncIterator[None]:
@@ -226,12 +255,12 @@ class StorageJournal:
         """
         if not isinstance(interval, timedelta) or interval <= timedelta(0):
             raise ConfigurationError(f"a worker's interval must be a timedelta above 0, not {interval!r}")
-        await self._ensure_checked()
+        await self._ensure_fit_for_workers()
 
         async def recover(backend: str) -> None:
             if backend in self.manager.backends:  # the base may have been bound to another manager meanwhile
-                await self._recovery().run(backend)
-            await beat(self._pool, self.tables, within=interval)
+                await self._recover(backend)
+            await self._beat(interval)
 
         async def scan(backend: str) -> None:
             if backend in self.manager.backends:
@@ -256,7 +285,8 @@ class StorageJournal:
     async def retry_dead_letters(self) -> int:
         """Make dead letters due again for the next pass, deletes, scans, variants and effects; return how many there are."""
         await self._ensure_checked()
-        return await self._recovery().retry_dead_letters() + await self._jobs(JobQueue).retry_dead()
+        revived = [await recovery.retry_dead_letters() for recovery in self._recoveries()]
+        return sum(revived) + await self._jobs(JobQueue).retry_dead()
 
     async def count_jobs(self) -> RecoveryReport:
         """Count the jobs that are still to be done, and those that have failed for good, without doing any."""
@@ -289,6 +319,11 @@ class StorageJournal:
 
     def __repr__(self) -> str:
         return f"<StorageJournal lease={self._lease}>"
+
+    @property
+    def sidecar(self) -> SidecarPool | None:
+        """The file with the intents of uploads, on SQLite."""
+        return self._pool.uploads if isinstance(self._pool, SQLitePool) else None
 
     @property
     def intents(self) -> Intents:
@@ -387,7 +422,8 @@ class StorageJournal:
 
     async def settle(self, ids: Sequence[UUID]) -> None:
         """Delete at once the objects that a rolled-back transaction has stored; locked intents are left to a worker."""
-        await self._recovery().settle(ids)
+        for recovery in self._recoveries(self._hurried):
+            await recovery.settle(ids)
 
     async def discard(self, ref: StoredObjectRef) -> None:
         """Delete an object that no row can refer to, under a new intent, since its own may be gone."""
@@ -416,6 +452,12 @@ class StorageJournal:
         if not self._checked:
             await self.check()
 
+    async def _ensure_fit_for_workers(self) -> None:
+        await self._ensure_checked()
+        if self.sidecar is not None:
+            async with self._pool.reading() as connection:
+                await self.sidecar.require_beat(connection, self.tables)
+
     def _columns(self) -> list[Column[Any]]:
         columns = [column for binding in self._bindings for column in binding.ref_columns()]
         return list(dict.fromkeys(columns))
@@ -424,10 +466,10 @@ class StorageJournal:
     def _staging(self) -> Staging:
         return Staging(self._bounded, self.tables, self._references_by(self._bounded), self._lease)
 
-    def _references_by(self, pool: JournalPool) -> References:
+    def _references_by(self, pool: JournalPool, kind: Callable[..., References] = References) -> References:
         own = set(self._bindings)
         others = [column for binding in active_bindings() if binding not in own for column in binding.ref_columns()]
-        return References(pool, self.tables, self._columns(), list(dict.fromkeys(others)))
+        return kind(pool, self.tables, self._columns(), list(dict.fromkeys(others)))
 
     def _jobs(self, kind: type[Queue]) -> Queue:
         return kind(
@@ -441,16 +483,35 @@ class StorageJournal:
             max_attempts=self._max_attempts,
         )
 
-    def _recovery(self) -> Recovery:
+    def _recoveries(self, pool: JournalPool | None = None) -> list[Recovery]:
+        """Return what takes over intents; on SQLite those of uploads are in another file than those of deletes."""
+        pool = self._pool if pool is None else pool
+        own = self._new_recovery(pool, self.tables, self._references_by(pool))
+        if pool.uploads is pool:
+            return [own]
+        uploads = self._references_by(pool, SidecarReferences)
+        return [self._new_recovery(pool.uploads, pool.upload_tables(self.tables), uploads), own]
+
+    def _new_recovery(self, pool: JournalPool, tables: JournalTables, references: References) -> Recovery:
         return Recovery(
-            self._pool,
-            self.tables,
+            pool,
+            tables,
             self.manager,
-            self._references_by(self._pool),
+            references,
             lease=self._lease,
             max_attempts=self._max_attempts,
             timeout=_OPERATION_TIMEOUT,
         )
+
+
+def _open_pool(
+    engine: AsyncEngine | Engine, size: int, *, sidecar: str | os.PathLike[str] | None, one_machine: bool
+) -> JournalPool:
+    if getattr(getattr(engine, "dialect", None), "name", None) == "sqlite":
+        return SQLitePool(engine, size, sidecar=sidecar, one_machine=one_machine)
+    if sidecar is not None or one_machine:
+        raise ConfigurationError("a journal's sidecar and one_machine are for SQLite alone: leave them out")
+    return JournalPool(engine, size)
 
 
 class SyncJournal:

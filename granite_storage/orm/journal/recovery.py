@@ -35,10 +35,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded
-from granite_storage._telemetry import is_active, note_garbage, traced
 from granite_storage.backends.base import SupportsBatchDelete
 from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import again_after_deadlock, try_briefly
+from granite_storage.orm._util import again_after_deadlock, batches, try_briefly
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import has_own_id, renumber
 from granite_storage.orm.journal.references import References
@@ -81,8 +80,8 @@ class Recovery:
     """Takes over intents and deletes their objects.
 
     Args:
-        pool: The journal's own connections.
-        tables: The journal's tables.
+        pool: The journal's own connections to the database that has the intents.
+        tables: The journal's tables there.
         manager: Whose backends have the objects.
         references: What tells which objects rows refer to.
         lease: How long the row of a deleted upload waits for what may still arrive.
@@ -111,11 +110,10 @@ class Recovery:
         # How long a row is this worker's own; then another one may resume it.
         self._hold = min(self._lease, 4 * timeout)
 
-    @traced("recover")
     async def run(self, backend: str) -> RecoveryReport:
         """Process everything that is due on one backend, given by its key."""
         report = RecoveryReport()
-        limit = _LARGE_BATCH if self._deletes_in_batches(backend) else _BATCH
+        limit = self._pool.batch_size or (_LARGE_BATCH if self._deletes_in_batches(backend) else _BATCH)
         while True:
             claimed, renumbered = await self._fence(self._is_due(backend), limit)
             if len(claimed) < limit:
@@ -126,11 +124,9 @@ class Recovery:
                 break
         while suspects := await self._resume(backend, 1, suspected=True):
             report.add(await self._process(suspects))
-        if is_active():
-            note_garbage(await self._overdue(backend), "pending", backend)
         return report
 
-    async def _overdue(self, backend: str) -> float:
+    async def find_overdue(self, backend: str) -> float:
         """Return by how many seconds the oldest object that is to be deleted is overdue; 0 where none is."""
         tables = self._tables.intent, self._tables.reclaim
         dues = [select(func.min(table.c.due)).where(table.c.backend == backend).scalar_subquery() for table in tables]
@@ -145,8 +141,8 @@ class Recovery:
         """
         intent = self._tables.intent
         report = RecoveryReport()
-        for start in range(0, len(ids), _BATCH):
-            among = intent.c.id.in_(ids[start : start + _BATCH])
+        for some in batches(ids, self._pool.batch_size or _BATCH):
+            among = intent.c.id.in_(some)
             claimed, _ = await self._fence(among & ((intent.c.kind == UPLOAD) | (intent.c.due <= clock())))
             if claimed:
                 report.add(await self._process(claimed))
@@ -165,8 +161,8 @@ class Recovery:
                 else:
                     report.waiting += count
             troubled = select(reclaim).where(reclaim.c.error.is_not(None)).order_by(reclaim.c.due).limit(_MOST_REPORTED)
-            report.failed = [_failure(row) for row in await connection.execute(troubled)]
-        report.unknown_backends = await self.unknown_backends()
+            report.failed += [_failure(row) for row in await connection.execute(troubled)]
+        report.unknown_backends |= await self.unknown_backends()
 
     async def unknown_backends(self) -> set[str]:
         """Return the backends that the journal names and the manager does not have."""
@@ -193,9 +189,11 @@ class Recovery:
             What was taken over, and whether intents of an earlier version were renumbered, which can be taken over now.
         """
         intent, reclaim = self._tables.intent, self._tables.reclaim
-        async with self._pool.durable() as connection:
-            is_fenced = select(reclaim.c.id).where(reclaim.c.id == intent.c.id).exists()
-            found = select(intent).where(condition, ~is_fenced).order_by(intent.c.due).limit(limit)
+        is_fenced = select(reclaim.c.id).where(reclaim.c.id == intent.c.id).exists()
+        found = select(intent).where(condition, ~is_fenced).order_by(intent.c.due).limit(limit)
+        if not await self._pool.may_find(found):
+            return [], False
+        async with self._pool.fencing() as connection:
             rows = list(await connection.execute(found.with_for_update(skip_locked=True)))
             outdated = [row for row in rows if has_own_id(row)]
             renumbered = bool(outdated) and await renumber(connection, intent, outdated)
@@ -280,8 +278,10 @@ class Recovery:
             & reclaim.c.dead.is_(False)
             & (left if suspected else ~left)
         )
-        async with self._pool.reading() as connection:
-            found = select(reclaim).where(due).order_by(reclaim.c.due).limit(limit).with_for_update(skip_locked=True)
+        found = select(reclaim).where(due).order_by(reclaim.c.due).limit(limit).with_for_update(skip_locked=True)
+        if not await self._pool.may_find(found):
+            return []
+        async with self._pool.writing() as connection:
             rows = list(await connection.execute(found))
             if rows:
                 mine = reclaim.c.id.in_([row.id for row in rows])
@@ -328,14 +328,14 @@ class Recovery:
 
     def _in_requests(self, items: Iterable[_Reclaim]) -> list[list[_Reclaim]]:
         """Group the rows that one request deletes; unfinished uploads are removed one by one."""
-        batches: dict[str, list[_Reclaim]] = {}
+        together: dict[str, list[_Reclaim]] = {}
         alone: list[list[_Reclaim]] = []
         for item in items:
             if item.kind == DELETE and self._deletes_in_batches(item.backend):
-                batches.setdefault(item.backend, []).append(item)
+                together.setdefault(item.backend, []).append(item)
             else:
                 alone.append([item])
-        return [*batches.values(), *alone]
+        return [*together.values(), *alone]
 
     def _deletes_in_batches(self, backend: str) -> bool:
         return isinstance(self._manager.backends.get(backend), SupportsBatchDelete)
@@ -363,8 +363,9 @@ class Recovery:
         """
         if not removed:
             return
+        await self._pool.forget_uploads([item.location for item in removed])
         reclaim = self._tables.reclaim
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             locked = await self._drop_newer(connection, [item.location for item in removed])
             finished = [item for item in removed if item.location not in locked]
             waiting = [item.id for item in finished if item.kind != DELETE and not item.emptied]
@@ -398,7 +399,7 @@ class Recovery:
         if not items:
             return
         reclaim, decision = self._tables.reclaim, self._tables.decision
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             await connection.execute(delete(reclaim).where(_is_own(reclaim)), [_own(item) for item in items])
             if self._pool.is_postgresql:
                 dropped = decision.c.id.in_([item.id for item in items]) & decision.c.id.not_in(select(reclaim.c.id))
@@ -409,7 +410,7 @@ class Recovery:
 
         The count of takeovers goes back by one, which is the number of an earlier worker at most, never of a later one.
         """
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             await self._update_own(connection, items, takeovers=self._tables.reclaim.c.takeovers - 1)
 
     async def _update_own(self, connection: AsyncConnection, items: Sequence[_Reclaim], **values: Any) -> None:
@@ -431,7 +432,7 @@ class Recovery:
     async def _note(self, item: _Reclaim, problem: str, *, attempts: int, dead: bool) -> FailedReclaim:
         """Save the error of a row, and when it is retried."""
         delay = min(_FIRST_RETRY * 2 ** max(attempts - 1, 0), _LONGEST_RETRY)
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             noted = {"error": problem, "dead": dead, "due": clock(delay), "attempts": attempts, "takeovers": 0}
             await self._update_own(connection, [item], **noted)
         told = logger.error if dead else logger.warning

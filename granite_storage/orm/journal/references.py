@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import Column, Select, Table, TableClause, column, literal_column, null, select, table, text, union_all
 from sqlalchemy.exc import DBAPIError
@@ -27,6 +27,8 @@ _MOST_PARAMETERS = 20_000
 _TRIES = 3
 _ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
+_Begin: TypeAlias = "Callable[[], AbstractAsyncContextManager[AsyncConnection]]"
+
 
 class References:
     """Finds references.
@@ -48,7 +50,7 @@ class References:
 
     async def find(self, locations: Iterable[str]) -> set[str]:
         """Return those of the locations that rows refer to, whatever backend they name."""
-        return {row.location for row in await self._rows([], dict.fromkeys(locations))}
+        return {row.location for row in await self._rows([], dict.fromkeys(locations), self._pool.reading)}
 
     async def check(self, fenced: Iterable[Any], objects: Mapping[str, str | None]) -> tuple[list[Row[Any]], set[str]]:
         """Return rows of `reclaim`, and which objects rows refer to; all of it in one snapshot.
@@ -64,31 +66,40 @@ class References:
         seen = (reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers, reclaim.c.location)
         own = _table(reclaim, *seen, schema=effective(reclaim.schema, self._pool.translate_map))
         is_fenced = own.c.id.in_(list(fenced))
-        rows = await self._rows([select(*own.c, null().label("variants")).where(is_fenced)], objects)
-        referenced = {row.location for row in rows if row.id is None and row.location is not None}
-        nested = [variant_locations(row.variants) for row in rows if row.id is None]
-        return [row for row in rows if row.id is not None], referenced.union(*nested)
+        rows = await self._rows([select(*own.c, null().label("variants")).where(is_fenced)], objects, self._pool.deciding)
+        return [row for row in rows if row.id is not None], self._locations_in(rows)
 
-    async def _rows(self, first: list[Select[*tuple[Any, ...]]], objects: Mapping[str, str | None]) -> list[Row[Any]]:
+    def _locations_in(self, rows: Iterable[Row[Any]]) -> set[str]:
+        """Return the locations that rows of the application hold, among those that were found."""
+        held = [row for row in rows if row.id is None]
+        return {row.location for row in held if row.location is not None}.union(
+            *(variant_locations(row.variants) for row in held)
+        )
+
+    async def _rows(
+        self, first: list[Select[*tuple[Any, ...]]], objects: Mapping[str, str | None], begin: _Begin
+    ) -> list[Row[Any]]:
         wanted = sorted(objects), sorted({source for source in objects.values() if source is not None})
         for _ in range(_TRIES - 1):
             # A table may have been dropped after the catalogue had named it.
             with suppress(DBAPIError):
-                return await self._ask(first, *wanted)
-        return await self._ask(first, *wanted)
+                return await self._ask(first, begin, *wanted)
+        return await self._ask(first, begin, *wanted)
 
     async def _ask(
-        self, first: list[Select[*tuple[Any, ...]]], locations: Sequence[str], sources: Sequence[str]
+        self, first: list[Select[*tuple[Any, ...]]], begin: _Begin, locations: Sequence[str], sources: Sequence[str]
     ) -> list[Row[Any]]:
         selects = [*first, *(await self._selects(locations, sources) if locations else [])]
         statements = list(batches(selects, max(1, _MOST_PARAMETERS // max(len(locations), 1))))
         rows: list[Row[Any]] = []
-        async with self._pool.reading() as connection:
-            if len(statements) > 1:
+        async with begin() as connection:
+            if len(statements) > 1 and self._pool.dialect != "sqlite":
                 await connection.execute(_ONE_SNAPSHOT)
             for parts in statements:
                 found = await connection.execute(union_all(*parts), execution_options={TRANSLATE_MAP: None})
                 rows += found
+            if rows and begin != self._pool.reading:
+                await self._pool.make_durable(connection)
         return rows
 
     async def _selects(self, locations: Sequence[str], sources: Sequence[str]) -> list[Select[*tuple[Any, ...]]]:

@@ -145,7 +145,7 @@ class ScanJobs(JobQueue):
         ids = sorted(job_id(scan.backend, scan.location, key) for key in keys)
         if ids:
             statement = update(job).where(job.c.id == bindparam("mine", type_=job.c.id.type), job.c.dead.is_(False))
-            async with self._pool.reading() as connection:
+            async with self._pool.writing() as connection:
                 await connection.execute(statement.values(due=clock()), [{"mine": item} for item in ids])
 
     async def _judge(self, job: LeasedJob) -> Mapping[str, Any] | None:
@@ -175,7 +175,7 @@ class ScanJobs(JobQueue):
 
     @again_after_deadlock
     async def _settle(self, job: LeasedJob, verdict: Mapping[str, Any] | None) -> None:
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             if verdict is not None:
                 for holder in await self._references.find_holders(connection, job.location):
                     await self._write(connection, holder, job, verdict)

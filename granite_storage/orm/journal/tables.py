@@ -20,6 +20,7 @@ __all__ = [
     "COMMIT",
     "DELETE",
     "SCHEMA_VERSION",
+    "SIDECAR_NAME",
     "STAGING",
     "UPLOAD",
     "VERSION_NAME",
@@ -39,6 +40,9 @@ Version 2 added `granite_storage_job`, and to the intents and their reclaims the
 
 VERSION_NAME = "schema_version"
 """The key of the version in that table."""
+
+SIDECAR_NAME = "sidecar"
+"""The key of the name of the file with the intents of uploads, on SQLite, in that table of both files."""
 
 UPLOAD, DELETE = "upload", "delete"
 STAGING = "staging"
@@ -167,6 +171,13 @@ def _on_postgresql(element: clock, compiler: Any, **kw: Any) -> str:
 @compiles(clock, "mariadb")
 def _on_mariadb(element: clock, compiler: Any, **kw: Any) -> str:
     return f"TIMESTAMPADD(MICROSECOND, 1000000 * {compiler.process(element.clauses, **kw)}, UTC_TIMESTAMP(6))"
+
+
+@compiles(clock, "sqlite")
+def _on_sqlite(element: clock, compiler: Any, **kw: Any) -> str:
+    # In the format of SQLAlchemy's DateTime there, so that moments compare as texts.
+    seconds = f"printf('%+.6f seconds', {compiler.process(element.clauses, **kw)})"
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', {seconds})"
 
 
 _LONGEST_ERROR = 500

@@ -149,7 +149,7 @@ class VariantJobs(JobQueue):
     async def _drop(self, source: StoredObjectRef, name: str) -> bool:
         key = variant_key(name)
         job = LeasedJob(job_id(source.backend, source.location, key), ("", ""), *job_place(source), 0, 0, key, "")
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             chosen = undeclared_in(await self._holdings(connection, job, lock_holdings), [name])
             displaced = await connection.run_sync(write_variants, chosen, {})
             await connection.run_sync(nominate, self._intent, self._pending(job, displaced), {})
@@ -293,13 +293,11 @@ class VariantJobs(JobQueue):
         Returns:
             The names of those that rows have now.
         """
-        async with self._pool.reading() as connection:
+        async with self._pool.writing() as connection:
             holdings = await self._holdings(connection, jobs[0], lock_holdings) if made else []
             chosen = choose_rows(holdings, made)
-            for item in sorted(ids[name] for name in chosen):
-                consumed = await connection.execute(delete(self._intent).where(self._intent.c.id == item))
-                if consumed.rowcount != 1:
-                    raise StaleAttachmentError("a variant was reclaimed before its row could take it")
+            if chosen:
+                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
             displaced = await connection.run_sync(write_variants, chosen, made)
             await connection.run_sync(nominate, self._intent, self._pending(jobs[0], displaced), {})
             # What the rows held under its name has changed meanwhile: the job stays.

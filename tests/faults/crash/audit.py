@@ -8,9 +8,10 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import text, update
+from sqlalchemy import make_url, text, update
 from sqlalchemy.pool import NullPool
 
 from granite_storage import StoredObjectRef
@@ -31,7 +32,12 @@ async def audited(setting: Setting) -> AsyncIterator[Audit]:
         async with place.engine.begin() as connection:
             await connection.run_sync(Base.metadata.drop_all)
             await connection.run_sync(Base.metadata.create_all)
+        await place.journal.check()
         yield Audit(place)
+    if setting.is_sqlite:
+        path = Path(str(make_url(setting.url).database))
+        for file in path.parent.glob(f"{path.name}*"):
+            file.unlink()
 
 
 class Audit:
@@ -53,6 +59,8 @@ class Audit:
 
     async def wait_for_the_dead(self) -> None:
         """Wait until the database has noticed that the children are gone, and has rolled back what they had under way."""
+        if self.place.setting.is_sqlite:  # the locks of a file go with the process
+            return
         if self.place.setting.is_postgres:
             count = (
                 "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'crash-child' AND datname = current_database()"
@@ -81,8 +89,15 @@ class Audit:
     async def expire(self) -> None:
         """Let all waits be over, but for what a transaction has locked."""
         tables = self.place.journal.tables
+        if (sidecar := self.place.journal.sidecar) is not None:
+            async with sidecar.writing() as connection:
+                for table in (sidecar.tables.intent, sidecar.tables.reclaim):
+                    await connection.execute(update(table).values(due=clock(-1.0)))
         for table in (tables.intent, tables.job, *((tables.reclaim,) if self.place.setting.is_local else ())):
             async with self.place.engine.begin() as connection:
+                if self.place.setting.is_sqlite:  # what is read first there keeps a transaction from writing
+                    await connection.execute(update(table).values(due=clock(-1.0)))
+                    continue
                 free = (
                     await connection.scalars(table.select().with_only_columns(table.c.id).with_for_update(skip_locked=True))
                 ).all()
@@ -96,6 +111,11 @@ class Audit:
             for table in (tables.intent, tables.reclaim, tables.decision, tables.job):
                 if rows := list(await connection.execute(table.select())):
                     found[table.name] = rows
+        if (sidecar := self.place.journal.sidecar) is not None:
+            async with sidecar.looking() as (_, connection):
+                for table in (sidecar.tables.intent, sidecar.tables.reclaim):
+                    if rows := list(await connection.execute(table.select())):
+                        found[f"{table.name} of the sidecar"] = rows
         return found
 
     async def references(self) -> dict[tuple[str, int, str], tuple[StoredObjectRef, str]]:

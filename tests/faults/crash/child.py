@@ -81,7 +81,8 @@ async def _work(job: Job, trap: Trap) -> None:
         )
         await place.journal.check()
         if job.point is not None:
-            trap.set(place.engine)
+            sidecar = place.journal.sidecar
+            trap.set(place.engine, *([] if sidecar is None else [sidecar._engine.dialect]))
         if job.worker:
             await stack.enter_async_context(place.journal.worker(interval=_WORKER_INTERVAL))
         await _transactions(job, place, trap)

@@ -64,6 +64,24 @@ def mariadb_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def wal_url(_temporary_folder: Path) -> str:
+    """An SQLite file."""
+    return f"sqlite:///{_temporary_folder}/crash.db"
+
+
+@pytest.fixture(scope="session")
+def rollback_url(_temporary_folder: Path) -> str:
+    """An SQLite file in rollback mode."""
+    return f"sqlite:///{_temporary_folder}/crash-rollback.db"
+
+
+@pytest.fixture(scope="session")
+def threadswal_url(wal_url: str) -> str:
+    """The SQLite file of programs with synchronous sessions."""
+    return wal_url
+
+
+@pytest.fixture(scope="session")
 def servers(request: pytest.FixtureRequest) -> tuple[str, Any]:
     """The address of a database and the server of a storage, by their names: `asyncpg-local`, `psycopg-moto`."""
     database, _, storage = request.param.partition("-")
@@ -76,8 +94,13 @@ def setting(request: pytest.FixtureRequest, servers: tuple[str, Any], tmp_path: 
     """A database and an empty storage."""
     url, server = servers
     if server is None:
-        is_synchronous = request.node.callspec.params["servers"].startswith("threads")
-        yield Setting(url, {"root": str(tmp_path / "store")}, is_synchronous=is_synchronous)
+        name = request.node.callspec.params["servers"]
+        yield Setting(
+            url,
+            {"root": str(tmp_path / "store")},
+            is_synchronous=name.startswith("threads"),
+            journal_mode="DELETE" if name.startswith("rollback") else "WAL",
+        )
         return
     bucket = server.new_bucket()
     yield Setting(url, {"bucket": bucket, "endpoint_url": server.endpoint_url, "session": server.session_kwargs})

@@ -15,10 +15,12 @@ import sys
 from contextlib import suppress
 
 import aioboto3  # noqa: F401  # imported once, for all children
+import aiosqlite  # noqa: F401
 import asyncpg  # noqa: F401
 import psycopg  # noqa: F401
 from sqlalchemy.dialects.postgresql import asyncpg as _asyncpg  # noqa: F401
 from sqlalchemy.dialects.postgresql import psycopg as _psycopg  # noqa: F401
+from sqlalchemy.dialects.sqlite import aiosqlite as _aiosqlite  # noqa: F401
 
 from granite_storage.backends import s3  # noqa: F401
 from tests.faults.crash.child import Job, run

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, Self, cast
 
-from sqlalchemy import ForeignKey, String, create_engine, make_url
+from sqlalchemy import ForeignKey, String, create_engine, event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
@@ -105,6 +105,7 @@ class Setting:
         lease: The journal's lease in seconds.
         retention: How long a book's second file is kept, in seconds.
         is_synchronous: Whether its programs work with synchronous sessions.
+        journal_mode: That of a database on SQLite.
     """
 
     url: str
@@ -112,6 +113,11 @@ class Setting:
     lease: float = 1.5
     retention: float = 1.0
     is_synchronous: bool = False
+    journal_mode: str = "WAL"
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.url.startswith("sqlite")
 
     @property
     def is_postgres(self) -> bool:
@@ -166,9 +172,25 @@ class Setting:
                 options.setdefault("connect_args", {"application_name": name})
         if isolation_level is not None:
             options["isolation_level"] = isolation_level
+        engine: Any = None
         if self.is_synchronous:
-            return cast("AsyncEngine", AwaitedEngine(create_engine(url, **options)))
-        return create_async_engine(url, **options)
+            engine = AwaitedEngine(create_engine(url, **options))
+        elif self.is_sqlite:
+            engine = create_async_engine(url.set(drivername="sqlite+aiosqlite"), **options)
+        else:
+            engine = create_async_engine(url, **options)
+        if self.is_sqlite:
+            event.listen(engine.sync_engine, "connect", self._on_connect)
+            begin = "BEGIN IMMEDIATE" if name == "crash-child" else "BEGIN"  # the parent reads beside a child that stands still
+            event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+        return cast("AsyncEngine", engine)
+
+    def _on_connect(self, connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in ("foreign_keys = ON", f"journal_mode = {self.journal_mode}", "synchronous = NORMAL"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Self:

@@ -188,12 +188,13 @@ class Trap:
         self.sprung = True
         os.kill(os.getpid(), self.number)
 
-    def set(self, engine: AsyncEngine) -> None:
-        """Wrap every step, and what the engine's sessions do."""
+    def set(self, engine: AsyncEngine, *others: Any) -> None:
+        """Wrap every step, and what the engine's sessions do; and the COMMITs of other databases' dialects."""
         for step in UPLOADER + RECOVERY + DERIVERS:
             setattr(step.owner, step.function, self._wrapped(step))
-        for function, name in _DIALECT.items():
-            self._wrap_dialect(engine.dialect, function, name)
+        for dialect in (engine.dialect, *others):
+            for function, name in _DIALECT.items():
+                self._wrap_dialect(dialect, function, name)
 
     def _wrapped(self, step: Step) -> Any:
         original = getattr(step.owner, step.function)

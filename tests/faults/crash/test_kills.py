@@ -20,6 +20,7 @@ from tests.tiers import is_exhaustive
 
 LOCAL = [point for point in POINTS if "s3" not in point.needs]
 S3 = [point for point in POINTS if "s3" in point.needs]
+SQLITE = [point for point in LOCAL if "postgres" not in point.needs]
 SETTINGS: dict[str, list[Point]] = {
     "asyncpg-local": LOCAL if is_exhaustive() else LOCAL[::9],
     "psycopg-local": [],
@@ -27,6 +28,9 @@ SETTINGS: dict[str, list[Point]] = {
     "asyncpg-seaweedfs": S3 if is_exhaustive() else S3[1::5],
     "psycopg-moto": S3[::3],
     "mariadb-local": [],
+    "wal-local": SQLITE if is_exhaustive() else SQLITE[6::30],
+    "rollback-local": SQLITE if is_exhaustive() else [],
+    "threadswal-local": [],
 }
 """The databases and storages, each with the points that it comes to in turn before anything else: all of them, or some."""
 
@@ -91,6 +95,8 @@ class KillSchedule:
         return self._random.uniform(0, _LONGEST_LIFE)
 
     def _isolation_level(self) -> str | None:
+        if self._setting.is_sqlite:
+            return None
         return self._random.choice([None, None, None, "REPEATABLE READ", "SERIALIZABLE"])
 
 

@@ -75,7 +75,7 @@ async def _recover_until(audit: Audit, moment: str) -> tuple[Stop, asyncio.Task[
 
 @pytest.mark.case("CON-10", "CON-04")
 @pytest.mark.parametrize(
-    "servers", ["asyncpg-local", pytest.param("psycopg-local", marks=SECOND_DRIVER), "mariadb-local"], indirect=True
+    "servers", ["asyncpg-local", pytest.param("psycopg-local", marks=SECOND_DRIVER), "mariadb-local", "wal-local"], indirect=True
 )
 async def test_two_workers_stand_still(audit: Audit, seed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in STEPS:

@@ -32,6 +32,7 @@ KINDS = [
     Kind("asyncpg", journaled=True),
     Kind("sqlite", threads=True),
     pytest.param(Kind("asyncpg"), marks=_REPEATS),
+    pytest.param(Kind("sqlite-journal", journaled=True), marks=_REPEATS),
     pytest.param(Kind("psycopg", journaled=True, threads=True), marks=_REPEATS),
     pytest.param(Kind("mariadb"), marks=_REPEATS),
     pytest.param(Kind("mariadb", journaled=True, threads=True), marks=_REPEATS),

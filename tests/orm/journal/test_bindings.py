@@ -132,9 +132,8 @@ class TestWhileAWorkerRuns:
         journal = journal_of(env)
         stored = await file("a").store(Doc.file)
         async with journal.worker(interval=QUICK):
-            tables = journal.tables
             env.binding.unbind()
-            async with env.engine.begin() as connection:
+            async with env.uploads() as (connection, tables):
                 await connection.execute(update(tables.intent).values(due=clock(-1.0)))
             await eventually_true(lambda: said(caplog, "belongs to no base"))
             assert await env.backend.exists(stored.location)
@@ -180,17 +179,17 @@ class TestWhileAWorkerRuns:
             binding.unbind()
             env.binding = bind_storage(Base, env.manager, session_factory=env.sessions, journal=journal)
             await eventually(lambda: not in_progress["former"])  # what is under way ends with the manager that it began with
-            async with env.engine.begin() as connection:
-                await connection.execute(update(journal.tables.intent).values(backend="former", due=clock(-1.0)))
+            async with env.uploads() as (connection, tables):
+                await connection.execute(update(tables.intent).values(backend="former", due=clock(-1.0)))
             lost = await file("b").store(Doc.file)
-            async with env.engine.begin() as connection:
-                own = journal.tables.intent.c.backend == "store"
-                await connection.execute(update(journal.tables.intent).where(own).values(due=clock(-1.0)))
+            async with env.uploads() as (connection, tables):
+                own = tables.intent.c.backend == "store"
+                await connection.execute(update(tables.intent).where(own).values(due=clock(-1.0)))
             await eventually_true(lambda: is_gone(env, lost.location))
             await journal.recover()
             assert [row.backend for row in await rows(env, "intent")] == ["former"]
-        async with env.engine.begin() as connection:
-            await connection.execute(update(journal.tables.intent).values(backend="store"))
+        async with env.uploads() as (connection, tables):
+            await connection.execute(update(tables.intent).values(backend="store"))
         await env.recover()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import select
 
 from granite_storage import Attachment, StoredObjectRef
 from granite_storage.orm.journal.tables import clock
@@ -44,9 +43,7 @@ async def test_another_type_leaves_nothing_to_do(env: OrmEnvironment) -> None:
             await session.rollback()
         await env.add(Doc(id=1, file=Attachment(b"x", content_type="text/plain")))
         assert await jobs(env) == []
-        async with env.engine.connect() as connection:
-            intent = journal_of(env).tables.intent
-            assert list(await connection.execute(select(intent))) == []
+        assert await env.journal_rows("intent") == []
         await journal_of(env).recover()
         assert await shown(env) == {}
     assert not now.made

@@ -510,7 +510,7 @@ class TestFailures:
 
         async def late(self: VariantJobs, jobs: Any, made: Any, ids: Any) -> Any:
             await expire(env)
-            await journal_of(env)._recovery().run("store")
+            await journal_of(env)._recover("store")
             return await publish(self, jobs, made, ids)
 
         with declared({"thumb": recipe}):

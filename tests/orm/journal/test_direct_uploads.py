@@ -48,17 +48,15 @@ async def begun(uploads: DirectUploads, **options: Any) -> DirectUpload:
 
 async def intents(env: OrmEnvironment) -> list[str]:
     """What the journal has noted, as the kinds of intents."""
-    assert env.journal is not None
-    async with env.engine.connect() as connection:
-        return sorted((await connection.execute(select(env.journal.tables.intent.c.kind))).scalars())
+    return sorted(row.kind for row in await env.journal_rows("intent"))
 
 
 async def expire(env: OrmEnvironment, kind: str) -> None:
     """Let the time of intents of a kind be over."""
-    assert env.journal is not None
-    intent = env.journal.tables.intent
-    async with env.engine.begin() as connection:
-        await connection.execute(update(intent).where(intent.c.kind == kind).values(due=clock(-1.0)))
+    for place in env.places():
+        async with place as (connection, tables):
+            intent = tables.intent
+            await connection.execute(update(intent).where(intent.c.kind == kind).values(due=clock(-1.0)))
 
 
 async def test_a_row_takes_it(env: OrmEnvironment, uploads: DirectUploads, client: Client) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
 from starlette.requests import ClientDisconnect, Request
 
 from granite_storage.web import stream_upload
@@ -40,9 +39,7 @@ def piece(content: bytes, more: bool = True) -> dict[str, Any]:
 
 
 async def intents(env: OrmEnvironment) -> int:
-    assert env.journal is not None
-    async with env.engine.connect() as connection:
-        return (await connection.execute(select(func.count()).select_from(env.journal.tables.intent))).scalar_one()
+    return len(await env.journal_rows("intent"))
 
 
 TARGETS = {"file": Doc.file, "other": Doc.other}

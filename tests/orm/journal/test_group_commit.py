@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 import pytest
-from sqlalchemy import select
 
 from granite_storage.orm.journal.intents import Intents
 from tests.orm.environment import Doc, OrmEnvironment, file
@@ -37,9 +36,7 @@ async def test_writer_is_cancelled_after_its_commit(env: OrmEnvironment, monkeyp
     _, *stored = await asyncio.gather(storing[0], *storing[2:])
     assert storing[1].cancelled()
     assert inserted == [1, 3]
-    intent = env.journal.tables.intent
-    async with env.engine.connect() as connection:
-        places = (await connection.scalars(select(intent.c.location))).all()
+    places = [row.location for row in await env.journal_rows("intent")]
     assert len(set(places)) == len(places) == 4
     await env.add(Doc(id=1, file=stored[0], other=stored[1]))
     await env.recover()  # what was cancelled, and what nobody has taken

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, update
 
 from granite_storage import ObjectNotFoundError
 from granite_storage.backends.s3 import S3StorageBackend
@@ -43,9 +43,7 @@ async def uploads(env: OrmEnvironment) -> list[str]:
 
 
 async def intents(env: OrmEnvironment) -> list[Any]:
-    assert env.journal is not None
-    async with env.engine.connect() as connection:
-        return list(await connection.execute(select(env.journal.tables.intent)))
+    return await env.journal_rows("intent")
 
 
 async def test_the_id_is_kept_before_the_parts(env: OrmEnvironment) -> None:
@@ -79,9 +77,9 @@ async def test_what_a_crash_leaves_is_aborted(env: OrmEnvironment, known: bool) 
         part = {"Bucket": backend.bucket, "Key": key, "UploadId": answer["UploadId"]}
         await client.upload_part(**part, PartNumber=1, Body=bytes(PART))
     intent = {"id": new_id(), "kind": UPLOAD, "backend": "store", "location": location, "due": clock(-1.0)}
-    async with env.engine.begin() as connection:
+    async with env.uploads() as (connection, tables):
         kept = answer["UploadId"] if known else None
-        await connection.execute(insert(env.journal.tables.intent).values(**intent, upload_id=kept))
+        await connection.execute(insert(tables.intent).values(**intent, upload_id=kept))
     assert await uploads(env) == [answer["UploadId"]]
     assert (await env.journal.recover()).deleted == 1
     assert await uploads(env) == []
@@ -93,8 +91,8 @@ async def test_an_upload_whose_intent_is_gone_stops(env: OrmEnvironment) -> None
     journal = env.journal
 
     async def reclaimed() -> AsyncIterator[bytes]:
-        async with env.engine.begin() as connection:
-            await connection.execute(update(journal.tables.intent).values(due=clock(-1.0)))
+        async with env.uploads() as (connection, tables):
+            await connection.execute(update(tables.intent).values(due=clock(-1.0)))
         await journal.recover()
         for _ in range(12):
             yield bytes(MIB)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,13 +177,6 @@ async def test_the_journals_own_connections_read_what_is_committed(env: OrmEnvir
         assert level.upper().replace("-", " ") == "READ COMMITTED"
     finally:
         await engine.dispose()
-
-
-async def test_sqlite(tmp_path: Path) -> None:
-    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/test.db")
-    with pytest.raises(ConfigurationError, match="SQLite cannot have a journal"):
-        StorageJournal(engine)
-    await engine.dispose()
 
 
 async def test_a_pool_of_one_shared_connection(database: Database) -> None:

@@ -78,7 +78,7 @@ async def test_an_undo_leaves_out_what_no_longer_waits(env: OrmEnvironment, fate
     if fate == "gone":
         await env.journal.settle([own])
     else:
-        await env.journal._recovery()._fence(env.journal.tables.intent.c.id == own)
+        await env.journal._recoveries()[-1]._fence(env.journal.tables.intent.c.id == own)
     await restore(env, ref)
     await env.recover()
     assert await shown(env) == {1: {"": b"one", "card": b"card of one"}}

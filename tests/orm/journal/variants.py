@@ -8,13 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
 
 from granite_storage import StoredObjectRef
 from granite_storage.exceptions import ContentError, StaleAttachmentError
 from granite_storage.orm import Attachment
 from granite_storage.orm.journal.recovery import Recovery
-from granite_storage.orm.journal.tables import clock
 from tests.orm.environment import Doc, OrmEnvironment
 
 __all__ = [
@@ -36,11 +34,7 @@ Variant = Callable[[pytest.MonkeyPatch], None]
 
 async def expire(env: OrmEnvironment) -> None:
     """Let every lease and every wait run out, but those whose rows a transaction has locked."""
-    assert env.journal is not None
-    for table in (env.journal.tables.intent, env.journal.tables.reclaim):
-        async with env.engine.begin() as connection:
-            free = (await connection.execute(select(table.c.id).with_for_update(skip_locked=True))).scalars().all()
-            await connection.execute(update(table).where(table.c.id.in_(free)).values(due=clock(-1.0)))
+    await env.expire()
 
 
 async def recover(env: OrmEnvironment) -> Any:

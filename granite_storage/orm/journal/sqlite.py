@@ -1,0 +1,702 @@
+"""The journal on SQLite: the intents of uploads are in a file of their own, the sidecar, and all else in the rows' database.
+
+While a session writes, no other connection can write to its database. So the intents of uploads, which must be committed in a
+flush, are in a second file beside it. What must be true together with the rows is in their database and their transaction:
+intents to delete, their fences, and jobs. No transaction spans both files.
+
+Why it is safe. The rows' database has one lock of writers. A transaction that writes a ref looks for the intent of the upload
+after it has this lock, and keeps the lock until it ends. It does not consume the intent, because the committed row decides. A
+worker fences the intent in the sidecar, and then looks with the same lock for rows that refer to the object. So either the worker
+sees the row, or the transaction sees the fence. An object that has an intent to delete, or a fence, in the rows' database is left
+to those: an undo may bring it back.
+
+With `synchronous=NORMAL` a power loss may take commits of the application back. What a worker has seen is made durable by a write
+of its own at `synchronous=EXTRA` (https://www.sqlite.org/pragma.html#pragma_synchronous) before it acts on it. So the intent also
+outlives the COMMIT of its row, until its lease is over. The sidecar is in WAL mode at FULL, where no commit is lost.
+
+The sidecar has a random name, and the rows' database says which one counts. Where the file is lost or replaced, even under
+running processes, the uploads that the old one knew of can no longer be committed once a new one is named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+from uuid import UUID, uuid4
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Engine, MetaData, Row, Select, create_engine, event, null, select, union_all
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.pool import QueuePool
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from granite_storage.exceptions import ConfigurationError, StorageError
+from granite_storage.orm._threaded import as_async_engine
+from granite_storage.orm._util import batches, wait
+from granite_storage.orm.journal.database import JournalPool, effective, has_beat
+from granite_storage.orm.journal.references import References
+from granite_storage.orm.journal.tables import SIDECAR_NAME, UPLOAD, clock, journal_tables
+
+if TYPE_CHECKING:
+    from sqlalchemy import Column, CompoundSelect, Connection, Insert, Table
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    from granite_storage.orm._interfaces import JournalTables
+
+__all__ = ["SQLitePool", "SidecarPool", "SidecarReferences"]
+
+_SUFFIX: Final = "-granite_storage"
+_BARRIER: Final = "barrier"
+_TABLES: Final = journal_tables(MetaData())
+"""The journal's tables as both files have them; the sidecar uses those of intents, of fences, and `granite_storage_meta`."""
+_DIALECT: Final = sqlite.dialect(paramstyle="qmark")
+
+_BUSY_MILLISECONDS = 200
+_PATIENCE = 30.0
+_LONGEST_PAUSE = 0.02
+_BATCH = 20
+"""The most objects for which rows are looked through while the lock of writers is held."""
+
+_AT_A_TIME = 500
+_BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_OF_CONNECTION: Final = "granite_storage.file"
+_NETWORK_KINDS = frozenset(
+    {
+        *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
+        *("fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs"),
+        *("ocfs2", "orangefs", "smb2", "smb3", "smbfs"),
+    }
+)
+"""As `/proc/self/mountinfo` names them."""
+
+
+class _LockingPool(JournalPool):
+    """Connections whose transactions say whether they write, and get the lock of writers before they read anything."""
+
+    @property
+    def dialect(self) -> str:
+        """The name of the database."""
+        return "sqlite"
+
+    @property
+    def batch_size(self) -> int:
+        """How many intents are processed together at most."""
+        return _BATCH
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection in a transaction that sees one moment, and must not write."""
+        async with self._in_time(), AsyncExitStack() as stack:
+            yield await self._begin(stack, "BEGIN")
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection in a transaction that has the lock of writers, and is durable once it is committed."""
+        async with self._in_time(), AsyncExitStack() as stack:
+            connection = await self._begin(stack, "BEGIN IMMEDIATE")
+            yield connection
+            await self._commit(connection)
+
+    def durable(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """Do as `writing`."""
+        return self.writing()
+
+    async def may_find(self, statement: Select[Any] | CompoundSelect[Any]) -> bool:
+        """Return whether a statement finds something now."""
+        async with self.reading() as connection:
+            return (await connection.execute(statement.limit(1))).first() is not None
+
+    async def _begin(self, stack: AsyncExitStack, statement: str) -> AsyncConnection:
+        """Begin a transaction that ends with a stack; try again while another connection has the lock."""
+        until = time.monotonic() + self._patience
+        while True:
+            async with AsyncExitStack() as attempt:
+                try:
+                    connection = await attempt.enter_async_context(self._engine.begin())
+                    await connection.run_sync(_begin, statement)
+                except DBAPIError as error:
+                    _require_busy(error.orig, until, error)
+                else:
+                    stack.push_async_exit(attempt.pop_all())
+                    return connection
+            await _pause()
+
+    async def _commit(self, connection: AsyncConnection) -> None:
+        """Commit; try again where readers hold it up, as in rollback mode: the transaction stays open with its lock."""
+        until = time.monotonic() + self._patience
+        while True:
+            try:
+                await connection.run_sync(_commit)
+            except sqlite3.OperationalError as error:
+                _require_busy(error, until, error)
+            else:
+                return
+            await _pause()
+
+    @property
+    def _patience(self) -> float:
+        return _PATIENCE if self._timeout is None else self._timeout
+
+    def _describe_timeout(self) -> str:
+        return (
+            f"the SQLite database was locked for {self._patience:g} s, so that nothing is stored: another transaction that writes"
+            " lasts that long, or it is the session's own and the journal is only being opened now. Let transactions be short,"
+            " and await journal.check() when the application starts"
+        )
+
+
+def _begin(connection: Connection, statement: str) -> None:
+    if _driver(connection).in_transaction:  # a driver with autocommit=False begins by itself
+        connection.exec_driver_sql("ROLLBACK")
+    connection.exec_driver_sql(statement)
+
+
+def _commit(connection: Connection) -> None:
+    connection.dialect.do_commit(connection.connection)
+
+
+def _driver(connection: Connection) -> Any:
+    return connection.connection.driver_connection
+
+
+def _require_busy(error: object, until: float, raised: BaseException) -> None:
+    """Raise an error, unless the lock was not to be had and there is time to try again."""
+    code = getattr(error, "sqlite_errorcode", None)
+    is_busy = "locked" in str(error) if code is None else code & 0xFF in _BUSY_CODES
+    if not is_busy:
+        raise raised
+    if time.monotonic() >= until:
+        raise TimeoutError from raised
+
+
+async def _pause() -> None:
+    await asyncio.sleep(random.uniform(0, _LONGEST_PAUSE))  # noqa: S311  # not a secret
+
+
+def _put(name: str, value: str) -> Insert:
+    """Return the statement that sets a value of `granite_storage_meta`."""
+    new = insert(_TABLES.meta).values(name=name, value=value, changed=clock())
+    return new.on_conflict_do_update(index_elements=["name"], set_={"value": new.excluded.value, "changed": new.excluded.changed})
+
+
+def _value_of(name: str) -> Select[str]:
+    return select(_TABLES.meta.c.value).where(_TABLES.meta.c.name == name)
+
+
+# The rows' database.
+
+
+@dataclass(slots=True)
+class _Main:
+    """What is known of the rows' database: its path, and the settings of the application's connections."""
+
+    path: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class SQLitePool(_LockingPool):
+    """The connections to the rows' database, and the sidecar.
+
+    Args:
+        engine: The application's engine.
+        size: The most connections to each of the files.
+        sidecar: The path of the sidecar; None for beside the database.
+        one_machine: Whether the caller has said that one machine alone uses the files, which may be on a network file system.
+
+    Raises:
+        ConfigurationError: The database is in memory, or its connections share a cache.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine | Engine, size: int, *, sidecar: str | os.PathLike[str] | None, one_machine: bool
+    ) -> None:
+        super().__init__(engine, size)
+        url = self._outer.url
+        asked = f"{url.database or ':memory:'} {' '.join(f'{name}={value}' for name, value in url.query.items())}"
+        if ":memory:" in asked or "mode=memory" in asked:
+            raise _refuse("a database in memory has no second connection: use a file")
+        if "cache=shared" in asked:
+            raise _refuse("connections that share a cache do not lock each other out: leave cache=shared out of the URL")
+        self._one_machine = one_machine
+        self._main = _Main()
+        self._sidecar = SidecarPool(self, size, sidecar)
+
+    @property
+    def uploads(self) -> SidecarPool:
+        """The sidecar."""
+        return self._sidecar
+
+    def upload_tables(self, tables: JournalTables) -> JournalTables:
+        """Return the sidecar's tables."""
+        return _TABLES
+
+    def within(self, seconds: float) -> Self:
+        """Return the same pool for callers that hold a connection already; so is its sidecar."""
+        bounded = super().within(seconds)
+        bounded._sidecar = self._sidecar.of(bounded)
+        return bounded
+
+    def deciding(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """Do as `writing`: no session is between its look at an intent and its COMMIT."""
+        return self.writing()
+
+    async def make_durable(self, connection: AsyncConnection) -> None:
+        """Write something: a COMMIT without a write brings nothing to the disk."""
+        await connection.execute(_put(_BARRIER, ""))
+
+    @property
+    def known_path(self) -> str | None:
+        """The path of the database, where it is known already."""
+        return self._main.path
+
+    async def path(self) -> str:
+        """Return the path of the database.
+
+        Raises:
+            ConfigurationError: It has no file.
+        """
+        if self._main.path is None:
+            async with self.reading() as connection:
+                found = await connection.run_sync(_file_of)
+            self._main.path = await asyncio.to_thread(os.path.realpath, found) if found else ""
+        if not self._main.path:
+            raise _refuse("the database has no file: use one")
+        return self._main.path
+
+    async def require_fit(self, tables: JournalTables, others: Sequence[Table]) -> None:
+        """Refuse a database or settings with which a committed transaction may be lost or torn, or locks do not hold."""
+        path, settings = await self.path(), self._main.settings
+        if settings["synchronous"] == 0:
+            raise _refuse("with synchronous=OFF a crash of the machine damages the database: set NORMAL or FULL")
+        if settings["journal_mode"] in ("off", "memory"):
+            raise _refuse(
+                f"with journal_mode={settings['journal_mode'].upper()} a crash in a transaction damages the database: set WAL or"
+                " DELETE"
+            )
+        if settings["locking_mode"] == "exclusive":
+            raise _refuse("with locking_mode=EXCLUSIVE no second connection can read: set NORMAL")
+        attached = {effective(table.schema, self.translate_map) for table in (*tables.all, *others)} - {None, "main"}
+        if attached:
+            raise _refuse(
+                f"tables of attached databases ({', '.join(sorted(map(str, attached)))}) are in other files, with which no"
+                " transaction is atomic: keep the rows with files, and the journal, in the main database"
+            )
+        await self._require_local(path)
+
+    async def _require_local(self, path: str) -> None:
+        if not self._one_machine and (kind := await asyncio.to_thread(_network_file_system, path)) is not None:
+            raise _refuse(
+                f"{path} is on a network file system ({kind}), where the locks of SQLite may not hold: move it to a local disk,"
+                " or pass StorageJournal(..., one_machine=True) if one machine alone uses it and its locks hold there"
+            )
+
+    async def open(self) -> None:
+        """Create the sidecar if it is not there, and name it in the database."""
+        await self._require_local(await self._sidecar.open())
+
+    async def name(self, sidecar: _Opened) -> None:
+        """Name a sidecar in the database, durably; from then on the intents of any other are void."""
+        async with self.reading() as connection:
+            if (await connection.execute(_value_of(SIDECAR_NAME))).scalar_one_or_none() == sidecar.name:
+                return
+        async with self.writing() as connection:
+            if await asyncio.to_thread(sidecar.is_there):
+                await connection.execute(_put(SIDECAR_NAME, sidecar.name))
+
+    async def forget_uploads(self, locations: Sequence[str]) -> None:
+        """Delete the intents of uploads from the sidecar whose objects are gone: they would say that those are there."""
+        intent = self._sidecar.tables.intent
+        gone = intent.c.location.in_(locations) & (intent.c.kind == UPLOAD)
+        if await self._sidecar.may_find(select(intent.c.id).where(gone)):
+            async with self._sidecar.writing() as connection:
+                await connection.execute(intent.delete().where(gone))
+
+    async def has_displaced(self, tables: JournalTables, location: str) -> bool:
+        """Return whether an object has an intent to delete or a fence here."""
+        found = [select(table.c.id).where(table.c.location == location) for table in (tables.intent, tables.reclaim)]
+        return await self.may_find(union_all(*found))
+
+    def require_here(self, connection: Connection) -> None:
+        """Refuse the transaction of a session on another file."""
+        info = connection.info
+        if _OF_CONNECTION not in info:
+            found = _file_of(connection)
+            info[_OF_CONNECTION] = wait(asyncio.to_thread(os.path.realpath, found)) if found else ""
+        own = self._main.path or wait(self.path())
+        if info[_OF_CONNECTION] != own:
+            raise ConfigurationError(
+                f"the session is on the database {info[_OF_CONNECTION] or ':memory:'}, and the journal's engine on {own}: give"
+                " each database a journal"
+            )
+
+    def sees_uploads(self, connection: Connection, ids: set[UUID]) -> bool:
+        """Return whether uploads are pending in the sidecar that the database names; with the lock of writers.
+
+        An intent that is not there is as good as a fenced one, because a worker forgets what it has done.
+
+        Raises:
+            ConfigurationError: The driver commits each statement, so that nothing is locked.
+        """
+        if not _driver(connection).in_transaction:
+            raise ConfigurationError(
+                "the driver's connection commits each statement by itself (isolation_level=None), so that no rollback brings rows"
+                " back: begin transactions by SQLAlchemy's recipe for SQLite, with BEGIN IMMEDIATE"
+            )
+        named = connection.execute(_value_of(SIDECAR_NAME), execution_options=self.options).scalar_one_or_none()
+        name, pending = wait(self._sidecar.look(ids))
+        if name != named:
+            self._sidecar.doubt()
+        return name == named and ids <= pending
+
+    async def aclose(self) -> None:
+        """Close the connections to both files."""
+        await super().aclose()
+        await self._sidecar.aclose()
+
+    def dispose(self) -> None:
+        """Close the connections to both files from within an event of SQLAlchemy."""
+        super().dispose()
+        self._sidecar.dispose()
+
+    def _bring_events(self, inner: Engine) -> None:
+        """Leave the application's events out: where they BEGIN IMMEDIATE, each read would wait for the session's own lock."""
+
+    def _on_connect(self, connection: Any, _: Any) -> None:
+        self._open_pools.add(self)
+        cursor = connection.cursor()
+        try:
+            cursor.execute(f"PRAGMA busy_timeout = {_BUSY_MILLISECONDS}")
+            for name in ("synchronous", "journal_mode", "locking_mode"):  # as the application's listeners have set them
+                cursor.execute(f"PRAGMA {name}")
+                self._main.settings[name] = cursor.fetchone()[0]
+            cursor.execute("PRAGMA synchronous = EXTRA")
+        finally:
+            cursor.close()
+
+
+def _refuse(why: str) -> ConfigurationError:
+    return ConfigurationError(f"this SQLite database cannot have a journal: {why}")
+
+
+def _file_of(connection: Connection) -> str:
+    """Return the path of a connection's main database; empty for one without a file."""
+    return next(file or "" for _, name, file in connection.exec_driver_sql("PRAGMA database_list") if name == "main")
+
+
+def _network_file_system(path: str) -> str | None:
+    """Return the kind of the network file system that a file is on; None for another one, or where Linux does not tell it."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return None
+    device, found = os.stat(path).st_dev, None
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in mounts.splitlines():
+        fields, _, described = line.partition(" - ")
+        if fields.split()[2] == number:
+            found = described.split()[0]
+    return found if found in _NETWORK_KINDS else None
+
+
+# The sidecar.
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """The file that a connection has open."""
+
+    path: str
+    identity: tuple[int, int]
+    name: str
+
+    def is_there(self) -> bool:
+        """Return whether it is still the one at its path."""
+        with contextlib.suppress(FileNotFoundError):
+            return _identity(self.path) == self.identity
+        return False
+
+
+@dataclass(slots=True)
+class _File:
+    """What the pools of one sidecar share; a forked child opens its own connections, and closes none of its parent's."""
+
+    path: str | None = None
+    named: str | None = None
+    engine: AsyncEngine | None = None
+    process: int = 0
+    inherited: list[AsyncEngine] = field(default_factory=list)
+
+
+class SidecarPool(_LockingPool):
+    """The connections to the sidecar, each in a thread of its own while it is used.
+
+    Nothing waits for the rows' database while it has a transaction open here.
+
+    Args:
+        main: The connections to the rows' database.
+        size: The most connections.
+        path: Where the file is; None for beside the database.
+    """
+
+    tables: JournalTables = _TABLES
+
+    def __init__(self, main: SQLitePool, size: int, path: str | os.PathLike[str] | None) -> None:
+        self.translate_map: Mapping[str | None, str | None] = {}
+        self._size = size
+        self._timeout: float | None = None
+        self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+        self._main = main
+        self._given = path
+        self._file = _File()
+
+    def of(self, main: SQLitePool) -> SidecarPool:
+        """Return the same pool, bound as the connections to the rows' database are."""
+        bounded = self.within(main._patience)
+        bounded._main = main
+        return bounded
+
+    async def open(self) -> str:
+        """Create the file if it is not there, let the rows' database name it, and return its path."""
+        async with AsyncExitStack() as stack:
+            opened = _opened(await self._begin_unnamed(stack, "BEGIN"))
+        await self._main.name(opened)
+        self._file.named = opened.name
+        return opened.path
+
+    def doubt(self) -> None:
+        """Ask the rows' database anew whether it names this sidecar, before the next intent."""
+        self._file.named = None
+
+    async def look(self, ids: Iterable[UUID]) -> tuple[str, set[UUID]]:
+        """Return the name of the sidecar, and which of these uploads are pending in it."""
+        intent, pending = self.tables.intent, set[UUID]()
+        async with self.looking() as (name, connection):
+            for batch in batches(ids, _AT_A_TIME):
+                found = select(intent.c.id).where(intent.c.id.in_(batch), intent.c.kind == UPLOAD)
+                pending.update((await connection.execute(found)).scalars())
+        return name, pending
+
+    @asynccontextmanager
+    async def looking(self) -> AsyncIterator[tuple[str, AsyncConnection]]:
+        """Give the name of the sidecar, whether it counts or not, and a connection that sees one moment of it."""
+        async with self._in_time(), AsyncExitStack() as stack:
+            connection = await self._begin_unnamed(stack, "BEGIN")
+            yield _opened(connection).name, connection
+
+    async def require_beat(
+        self, main: AsyncConnection, tables: JournalTables, error: type[StorageError] = ConfigurationError
+    ) -> None:
+        """Refuse a database in which no worker ever ran, if one ran with the sidecar: its rows are elsewhere.
+
+        Args:
+            main: A connection to the database.
+            tables: The journal's tables there.
+            error: The class of the error.
+        """
+        async with self.looking() as (_, connection):
+            is_known = await has_beat(connection, self.tables)
+        if is_known and not await has_beat(main, tables):
+            raise error(
+                "no worker has ever run in this database, but one has with the sidecar beside it: the database was lost or"
+                " replaced. Restore it, or confirm that it is the right one: await journal.allow_restored_database()"
+            )
+
+    @asynccontextmanager
+    async def fencing(self) -> AsyncIterator[AsyncConnection]:
+        """Give a connection that fences uploads; no session is between its look at them and its COMMIT meanwhile."""
+        await self.open()
+        async with self._main.writing(), self.writing() as connection:
+            yield connection
+
+    async def _begin(self, stack: AsyncExitStack, statement: str) -> AsyncConnection:
+        while True:
+            async with AsyncExitStack() as attempt:
+                connection = await self._begin_unnamed(attempt, statement)
+                if _opened(connection).name == self._file.named:
+                    stack.push_async_exit(attempt.pop_all())
+                    return connection
+            await self.open()
+
+    async def _begin_unnamed(self, stack: AsyncExitStack, statement: str) -> AsyncConnection:
+        """Begin a transaction in the file that is there, whether the rows' database names it or not."""
+        if self._file.path is None:
+            path = self._given or f"{await self._main.path()}{_SUFFIX}"
+            self._file.path = await asyncio.to_thread(os.path.abspath, os.fspath(path))
+        return await super()._begin(stack, statement)
+
+    @property
+    def _engine(self) -> AsyncEngine:
+        file = self._file
+        if file.engine is None or file.process != os.getpid():
+            if file.engine is not None:
+                file.inherited.append(file.engine)
+            file.engine, file.process = self._new_engine(), os.getpid()
+        return file.engine
+
+    def _new_engine(self) -> AsyncEngine:
+        options = {"poolclass": QueuePool, "pool_size": self._size, "max_overflow": 0, "hide_parameters": True}
+        engine = create_engine("sqlite://", creator=self._connect, **options)
+        event.listen(engine, "checkout", _on_checkout)
+        return as_async_engine(engine)
+
+    def _connect(self) -> _SidecarConnection:
+        """Open the file in a thread, and create it if it is not there.
+
+        Raises:
+            ConfigurationError: It cannot be created there.
+        """
+        path = str(self._file.path)
+        while True:
+            try:
+                before = _create(path, like=self._main.known_path)
+                connection = sqlite3.connect(
+                    path, timeout=_BUSY_MILLISECONDS / 1000, check_same_thread=False, factory=_SidecarConnection
+                )
+                connection.isolation_level = None
+                name = _prepare(connection)
+            except (OSError, sqlite3.OperationalError) as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BUSY_CODES:
+                    raise
+                raise ConfigurationError(
+                    f"the journal's sidecar {path} cannot be opened or created: {error}. Let the application's user write there,"
+                    " or pass StorageJournal(..., sidecar=...) a path on the same machine, the same one in every process"
+                ) from error
+            connection.opened = _Opened(path, before, name)
+            if connection.opened.is_there():
+                return connection
+            connection.close()  # it was replaced meanwhile
+
+    async def aclose(self) -> None:
+        """Close the connections; idempotent, and a later call opens new ones."""
+        if self._file.process == os.getpid():
+            await self._engine.dispose()
+
+    def dispose(self) -> None:
+        """Close the connections from within an event of SQLAlchemy."""
+        if self._file.process == os.getpid():
+            self._engine.sync_engine.dispose()
+
+
+class _SidecarConnection(sqlite3.Connection):
+    """A connection of the driver that knows which file it has open."""
+
+    opened: _Opened
+
+
+def _opened(connection: AsyncConnection) -> _Opened:
+    found: _Opened = _driver(connection.sync_connection).opened  # type: ignore[arg-type]  # it is open
+    return found
+
+
+def _on_checkout(connection: Any, _: Any, __: Any) -> None:
+    if not connection.opened.is_there():
+        raise DisconnectionError("the file is gone or another one")
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def _create(path: str, *, like: str | None) -> tuple[int, int]:
+    """Create an empty file with the permissions of another one unless there is one; return its identity."""
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            if like:
+                os.fchmod(descriptor, os.stat(like).st_mode & 0o666)
+        finally:
+            os.close(descriptor)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    return _identity(path)
+
+
+def _prepare(connection: sqlite3.Connection) -> str:
+    """Set a connection up, create the tables and the name if they are not there, and return the name."""
+    if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+        raise sqlite3.OperationalError("it cannot be in WAL mode there")
+    connection.execute("PRAGMA synchronous = FULL")
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (_TABLES.meta.name,)).fetchone() is None:
+        connection.execute("BEGIN IMMEDIATE")
+        for table in _TABLES.all:
+            connection.execute(_sql(CreateTable(table, if_not_exists=True)))
+            for index in table.indexes:
+                connection.execute(_sql(CreateIndex(index, if_not_exists=True)))
+        new = f"INSERT OR IGNORE INTO {_TABLES.meta.name} (name, value, changed) VALUES (?, ?, ?)"  # noqa: S608  # ours
+        connection.execute(new, (SIDECAR_NAME, uuid4().hex, "2000-01-01 00:00:00.000000"))
+        connection.execute("COMMIT")
+    (name,) = connection.execute(_sql(_value_of(SIDECAR_NAME)), (SIDECAR_NAME,)).fetchone()
+    return str(name)
+
+
+def _sql(statement: Any) -> str:
+    return str(statement.compile(dialect=_DIALECT))
+
+
+# What a worker asks before it deletes the object of an upload.
+
+
+class SidecarReferences(References):
+    """Finds references to the objects of uploads, and what the rows' database knows of them otherwise.
+
+    Args:
+        pool: The journal's own connections to the rows' database.
+        tables: The journal's tables there.
+        columns: Every column of the journal's own bases that may refer to an object.
+        others: Those of all other bases.
+    """
+
+    def __init__(
+        self, pool: SQLitePool, tables: JournalTables, columns: Sequence[Column[Any]], others: Sequence[Column[Any]] = ()
+    ) -> None:
+        super().__init__(pool, tables, columns, others)
+        self._sidecar = pool.uploads
+
+    async def check(self, fenced: Iterable[Any], objects: Mapping[str, str | None]) -> tuple[list[Row[Any]], set[str]]:
+        """Return rows of the sidecar's `reclaim`, and which objects are not for the sidecar's worker to delete.
+
+        Those are the objects that rows refer to, and those that have an intent to delete or a fence in the rows' database. All of
+        it is seen with the lock of writers, and becomes durable before this returns. Where there is none, there is nothing to
+        make durable: what had a row once has an intent to delete, until a worker that has seen to that deletes it.
+
+        Raises:
+            ConfigurationError: No worker ever ran in this database, but one ran with this sidecar: its rows are elsewhere.
+        """
+        own: list[Any] = []
+        wanted = list(fenced)
+
+        @asynccontextmanager
+        async def deciding() -> AsyncIterator[AsyncConnection]:
+            async with self._pool.deciding() as connection:
+                own[:] = await self._read_own(connection, wanted)
+                yield connection
+
+        nothing = [null().label(name) for name in ("id", "attempts", "takeovers")]
+        known = [
+            select(*nothing, table.c.location, null().label("variants")).where(table.c.location.in_(objects))
+            for table in (self._tables.intent, self._tables.reclaim)
+        ]
+        referenced = self._locations_in(await self._rows(known, objects, deciding))
+        return own, referenced
+
+    async def _read_own(self, main: AsyncConnection, wanted: Sequence[UUID]) -> list[Any]:
+        reclaim = self._sidecar.tables.reclaim
+        await self._sidecar.require_beat(main, self._tables)
+        async with self._sidecar.looking() as (_, connection):
+            seen = select(reclaim.c.id, reclaim.c.attempts, reclaim.c.takeovers).where(reclaim.c.id.in_(wanted))
+            return list(await connection.execute(seen))

@@ -11,6 +11,7 @@ __all__ = [
     "BackendError",
     "BackendUnavailableError",
     "ChecksumMismatchError",
+    "CollectionFullError",
     "CollectionRefusedError",
     "ConfigurationError",
     "ConsumedSourceError",

@@ -475,7 +475,7 @@ class SidecarPool(_LockingPool):
         return opened.path
 
     def doubt(self) -> None:
-        """Ask the rows' database anew whether it names this sidecar, before the next intent."""
+        """Ask the rows' database again whether it names this sidecar, before the next intent."""
         self._file.named = None
 
     async def look(self, ids: Iterable[UUID]) -> tuple[str, set[UUID]]:

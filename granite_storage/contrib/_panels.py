@@ -31,6 +31,7 @@ __all__ = [
     "FormFiles",
     "discarded_unless_assigned",
     "is_attached",
+    "readable",
     "render_files",
     "serve",
     "views_of",
@@ -165,14 +166,15 @@ class _Form:
             ConfigurationError: None can ever be.
         """
         first = len(stored)
-        with _readable():
+        with readable():
             for upload in self.uploads:
                 stored.append(await Attachment.from_upload(upload).store(attribute))
         return stored[first:]
 
 
 @contextmanager
-def _readable() -> Iterator[None]:
+def readable() -> Iterator[None]:
+    """Let an error of the storage be a ValueError with the message that the reader of a form may see."""
     try:
         yield
     except ConfigurationError:
@@ -188,26 +190,29 @@ class FormFile(_Form):
     Attributes:
         value: The attachment that the row has, or something else than None where there is a row that has one if it must.
         views: What is shown of it, where it has one.
-        action: What becomes of it.
+        action: What becomes of it; None where the form asks for something unknown.
         uploads: The new file, where there is one.
         errors: What is wrong.
     """
 
     value: Any = None
     views: Sequence[FileView] = ()
-    action: FileAction = FileAction.KEEP
+    action: FileAction | None = FileAction.KEEP
     uploads: Sequence[UploadFile] = ()
     errors: list[str] = field(default_factory=list)
 
     def read(self, request: Request, form: FormData, name: str) -> Self:
         """Return what a form asks for; one without its choice asks to replace where it has a file, else to keep."""
         uploads = _uploads_of(request, form, name)[-1:]
-        known = {action.value: action for action in FileAction}
-        asked = known.get(str(form.get(f"{name}-action")), FileAction.REPLACE if uploads else FileAction.KEEP)
+        known: dict[Any, FileAction] = {action.value: action for action in FileAction}
+        default = FileAction.REPLACE if uploads else FileAction.KEEP
+        asked = known.get(form[f"{name}-action"]) if f"{name}-action" in form else default
         return replace(self, action=asked, uploads=uploads)
 
     def problem(self, *, required: bool) -> str | None:
         """Return what is wrong with it, for the reader of the form; None where nothing is."""
+        if self.action is None:
+            return "Choose Keep, Replace or Clear."
         if self.action is FileAction.REPLACE and not self.uploads:
             return "Choose the new file."
         if self.action is not FileAction.REPLACE and self.uploads:
@@ -267,7 +272,7 @@ class FormFiles(_Form):
         """
         kept = self._sorted([file for file in files if file.id not in self.removed], lambda file: file.id)
         refs = [one._state.ref for one in (*(file.file for file in kept), *new)]
-        with _readable():
+        with readable():
             cast(Any, declared_collection(attribute)).require(len(refs), sum(0 if ref is None else ref.size for ref in refs))
         return [*kept, *new]
 

@@ -12,6 +12,7 @@ from sqladmin import ModelView, expose
 from sqladmin.forms import ModelConverter, ModelConverterBase
 from sqladmin.helpers import get_object_identifier
 from sqlalchemy import event
+from sqlalchemy.exc import DataError
 from sqlalchemy.orm import object_session
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -156,7 +157,10 @@ class AttachmentAdmin(ModelView):
         """Serve a file of a row to those who may see or edit the row."""
         name = request.path_params["column"]
         shown = {*self._list_prop_names, *self._details_prop_names, *self._form_prop_names}.intersection(self._attached)
-        row = await self.get_object_for_details(request) if name in shown else None
+        try:
+            row = await self.get_object_for_details(request) if name in shown else None
+        except (ValueError, DataError):  # no primary key of this table
+            row = None
         if row is None:
             raise HTTPException(404)
         if not (await self.check_can_view_details(request, row) or await self.check_can_edit(request, row)):
@@ -206,7 +210,8 @@ class AttachmentAdmin(ModelView):
                     form.errors.append(str(error))
             if problems := [f"{key}: {error}" for key, form in forms.items() for error in form.errors]:
                 raise ContentRejectedError(" ".join(problems))
-            yield values
+            with _panels.readable():
+                yield values
 
     async def _assign_collections(self, data: dict[str, Any], model: Any, is_created: bool, request: Request) -> None:
         for key in [name for name in self._collections if name in data]:

@@ -470,7 +470,9 @@ class _Form:
 
     def result(self) -> UploadForm:
         """Return the form once it has arrived; raise `MissingFieldError` where it lacks something."""
-        present = {name for name, value in self.fields if value}.union(name for name, _ in self.files)
+        filled = {name for name, value in self.fields if value}
+        # A text under the name of a file is no file.
+        present = filled.difference(self._targets).union(name for name, _ in self.files)
         if missing := tuple(name for name in self._required if name not in present):
             raise MissingFieldError(f"the form lacks {', '.join(map(repr, missing))}", names=missing)
         lists = [name for name, target in self._targets.items() if isinstance(target, FileList)]

@@ -145,6 +145,21 @@ class TestForms:
         assert grace.avatar != ada.avatar
         assert await grace.avatar.read() == await ada.avatar.read()
 
+    async def test_saved_as_new_without_its_object(self, panel: Panel) -> None:
+        await create(panel, avatar=png())
+        [ada] = await panel.rows()
+        await panel.manager.delete(ada.avatar.ref)
+        page = await edit(panel, status=400, name="Grace", save="Save as new", **{"avatar-action": "keep"})
+        assert "The file is not there." in page.text
+        assert ada.avatar.ref.location not in page.text
+        assert len(await panel.rows()) == 1
+
+    async def test_unknown_action(self, panel: Panel) -> None:
+        await create(panel, avatar=png())
+        page = await edit(panel, status=400, avatar=png("new.png"), **{"avatar-action": "evil"})
+        assert "Choose Keep, Replace or Clear." in page.text
+        assert [user.avatar.original_filename for user in await panel.check()] == ["me.png"]
+
     async def test_required_file(self, panel: Panel) -> None:
         page = await panel.client.post("/contract/create", data={"title": "One", "save": "Save"}, files={"scan": NOTHING})
         assert page.status_code == 400
@@ -344,7 +359,9 @@ class TestServing:
         view._form_prop_names = ["title"]
         assert (await panel.client.get("/contract/file/scan/1")).status_code == 404
 
-    @pytest.mark.parametrize("path", ["avatar/7", "cv/1", "name/1", "nothing/1", "avatar/1?variant=other"])
+    @pytest.mark.parametrize(
+        "path", ["avatar/7", "cv/1", "name/1", "nothing/1", "avatar/1?variant=other", "avatar/abc", "avatar/%00"]
+    )
     async def test_missing_file(self, panel: Panel, path: str) -> None:
         await create(panel, avatar=png())
         assert (await panel.client.get(f"/user/file/{path}")).status_code == 404

@@ -180,6 +180,11 @@ class TestMissing:
         response = await client.post("/albums", data={"name": "x"})
         assert [error["loc"] for error in response.json()["detail"]] == [["body", "photos"]]
 
+    @pytest.mark.parametrize("photos", [{"files": {"photos": (None, "text")}}, {"data": {"photos": "text"}}])
+    async def test_a_text_is_no_file(self, client: httpx.AsyncClient, photos: dict[str, Any]) -> None:
+        response = await client.post("/albums", **photos)
+        assert (response.status_code, [error["loc"] for error in response.json()["detail"]]) == (422, [["body", "photos"]])
+
     @pytest.mark.usefixtures("kit")
     async def test_a_handler_of_the_application_answers(self) -> None:
         app = make_app()

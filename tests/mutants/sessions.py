@@ -473,4 +473,14 @@ MUTANTS = [
         new="{item.location: None for item in claimed}",
         tests=("tests/orm/journal/test_variants_in_rows.py::test_a_row_that_sql_has_copied_keeps_the_variants[asyncpg]",),
     ),
+    Mutant(
+        name="sessions-unfinished-transaction-back-in-its-pool",
+        rule="A transaction whose COMMIT was interrupted is rolled back before its connection serves another.",
+        path="granite_storage/orm/transactions.py",
+        old="    if found.is_unfinished:\n        _roll_back(driver_connection, record)\n",
+        new="",
+        tests=(
+            "tests/orm/test_interrupted_commits.py::test_closed_and_not_rolled_back[sqlite-begin-before the question-Interrupt]",
+        ),
+    ),
 ]

@@ -562,6 +562,8 @@ class Engine:
         location_name = filename
         if policy.accept is not None:  # a web server on a folder goes by the extension, whatever the receipt says
             location_name = _gate().fit_location(filename, policy.accept)
+        if policy.public is not None:
+            location_name = _gate().fit_public(location_name)
         location = make_location(
             key_prefix=policy.key_prefix,
             model_name=model_name,
@@ -809,6 +811,7 @@ class Engine:
                 f" {policy.storage_key!r} are those of {policy.backend_key!r}: migrate it first"
             )
         require_scanned(ref)
+        check_location(ref.location)
         return policy.public.url_of(ref.location)
 
     @traced("url")

@@ -162,8 +162,10 @@ class StoragePolicy:
             from granite_storage.inspection.media_types import require_detector
 
             require_detector()
-        if checks.needs_type or checks.scanner is not None or checks.validators:
+        is_judged = checks.needs_type or checks.scanner is not None or bool(checks.validators)
+        if is_judged or self.public is not None:
             load_gate()
+        if is_judged:
             object.__setattr__(self, "checks", checks)
 
     @property

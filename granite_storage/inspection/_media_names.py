@@ -159,6 +159,18 @@ def fit_filename(filename: str | None, content_type: str) -> str | None:
     return name if fits else clean_filename(name + extension_of(kind))
 
 
+def fit_public(filename: str | None) -> str | None:
+    """Return a name for the location of a public object, with an extension of nothing that a browser or a server runs.
+
+    What serves such objects past the library may go by the extension: nginx on a folder, and SeaweedFS, which takes
+    `application/octet-stream` for unknown. `page.html` becomes `page.html.bin`.
+    """
+    suffix = extension(filename)
+    kind = types_by_extension().get(suffix)
+    runs = suffix in _RISKY or (kind is not None and is_active(kind))
+    return f"{filename}.bin" if runs else filename
+
+
 @lru_cache(maxsize=512)
 def canonical(content_type: str) -> str:
     """Return the name that is kept of a media type, lower case and without parameters."""

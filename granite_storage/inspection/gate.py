@@ -23,6 +23,7 @@ from granite_storage.exceptions import (
     ScannerUnavailableError,
     UnsupportedContentError,
 )
+from granite_storage.inspection._media_names import fit_public
 from granite_storage.inspection.base import (
     HEAD_SIZE,
     Checks,
@@ -40,7 +41,7 @@ from granite_storage.inspection.scanning import judge_outcome
 from granite_storage.inspection.stripping import Stripper, can_strip
 from granite_storage.refs import ReadOnlyDict, canonical_timestamp, read_only
 
-__all__ = ["Gate", "Pieces", "Verdict", "fit_location", "judge_bytes", "validate"]
+__all__ = ["Gate", "Pieces", "Verdict", "fit_location", "fit_public", "judge_bytes", "validate"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
 

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from granite_storage._engine import places_of
-from granite_storage._headers import INLINE_TYPES, require_inline_types
+from granite_storage._headers import INLINE_TYPES, require_inline_types, url_path
 from granite_storage.backends.base import Place
 from granite_storage.exceptions import (
     BackendUnavailableError,
@@ -131,9 +131,12 @@ class PublicFiles:
     """An ASGI application that serves the objects of public policies at their locations; mount it where their `public` says.
 
     It answers GET and HEAD as `StoredObjectResponse` does, with the Cache-Control of the policy and an ETag made of the location,
-    which never gets another object. What is served is decided by the location alone, so the locations of public policies must be
-    no others': a configuration in which they are not is refused. What clients have stored directly and the application has not
-    taken yet is not served, nor is anything whose name is not of the library's making.
+    which never gets another object. A URL that is written otherwise than `public_url` writes it, or has a query, is answered with
+    404, because a cache would keep it by itself, and no purge would find it there.
+
+    What is served is decided by the location alone, so the locations of public policies must be no others': a configuration in
+    which they are not is refused. What clients have stored directly and the application has not taken yet is not served, nor is
+    anything whose name is not of the library's making.
 
     The media type is that which the backend keeps, and on a local disk that of the extension. It is sent as a download of type
     `application/octet-stream` where a browser might run it.
@@ -173,7 +176,7 @@ class PublicFiles:
         if not self._has_places_apart:
             await self._require_places_apart()
         location = path_below(scope)
-        policy = self._policy_at(location)
+        policy = self._policy_at(location) if _is_canonical(scope, location) else None
         try:
             found = None if policy is None else await self._find(policy, location)
         except BackendUnavailableError as error:
@@ -200,7 +203,7 @@ class PublicFiles:
             check_location(location)
         except InvalidLocationError:
             return None
-        if not matches_generated_name(location) or location.endswith(f"-{STAGED_NAME}"):
+        if not matches_generated_name(location) or _name_in(location) == STAGED_NAME:
             return None
         return next((policy for policy in self._public if location.startswith(_beginning(policy))), None)
 
@@ -213,7 +216,7 @@ class PublicFiles:
             info = await self._manager.stat(place)
         except ObjectNotFoundError:
             return None
-        name = location.rpartition("/")[2][GENERATED_ID_LENGTH + 1 :]
+        name = _name_in(location)
         ref = replace(
             place,
             size=info.size,
@@ -241,6 +244,17 @@ class PublicFiles:
     async def _places(self, policy: StoragePolicy) -> list[Place]:
         places = await places_of(self._manager.backend(policy.backend_key)) or ()
         return [Place(place.store, (*map(_folded, place.path), *_segments(policy))) for place in places]
+
+
+def _name_in(location: str) -> str:
+    """Return what stands after the id in the last segment of a location."""
+    return location.rpartition("/")[2][GENERATED_ID_LENGTH + 1 :]
+
+
+def _is_canonical(scope: Scope, location: str) -> bool:
+    """Tell whether a URL is written as `public_url` writes it: a cache keeps each other form by itself, which no purge finds."""
+    raw: bytes | None = scope.get("raw_path")
+    return not scope.get("query_string") and (raw is None or raw.endswith(f"/{url_path(location)}".encode()))
 
 
 def _beginning(policy: StoragePolicy) -> str:

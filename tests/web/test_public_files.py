@@ -155,10 +155,31 @@ async def test_what_is_never_served(manager: StorageManager, app: ASGIApp, backe
     assert (await ask(app, url=f"{BASE}/{public.location}")).status_code == 200
 
 
-async def test_an_encoded_slash_is_one(manager: StorageManager, app: ASGIApp) -> None:
-    """What a server has decoded already names the same public object, and no other."""
+async def test_a_file_has_one_url(manager: StorageManager, app: ASGIApp) -> None:
+    """A cache would keep any other form by itself, and a purge would not find it there."""
     ref = await put(manager)
-    assert (await ask(app, url=f"{BASE}/{ref.location.replace('/', '%2F')}")).content == HUNDRED
+    url = manager.public_url(ref)
+    slashes, letter = ref.location.replace("/", "%2F"), f"%{ord(ref.location[0]):02x}{ref.location[1:]}"
+    for other in (f"{BASE}/{slashes}", f"{BASE}/{letter}", f"{url}?keep=1", f"{url}/"):
+        response = await ask(app, url=other)
+        assert (response.status_code, response.headers["cache-control"]) == (404, "no-store"), other
+    assert (await ask(app, url=url)).content == HUNDRED
+
+
+async def test_a_name_like_that_of_a_staged_file(manager: StorageManager, app: ASGIApp) -> None:
+    for name in ("report-_staged", "-_staged"):
+        ref = await put(manager, name=name)
+        assert (await ask(app, url=manager.public_url(ref))).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["page.html", "x.js", "style.CSS", "image.svg", "feed.xml", "a.b.mjs", "page.html. "])
+async def test_the_extension_of_what_runs(manager: StorageManager, name: str) -> None:
+    """Servers that go by the extension run nothing, whatever type the client has declared."""
+    ref = await put(manager, name=name, kind="image/png")
+    assert ref.location.endswith(".bin")
+    assert ref.original_filename == name.strip()
+    private = await put(manager, "private", name=name) if "private" in manager.policies else None
+    assert private is None or not private.location.endswith(".bin")
 
 
 async def test_a_link_out_of_the_folder(tmp_path: Path) -> None:

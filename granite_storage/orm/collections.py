@@ -445,8 +445,10 @@ class _Declared:
             _arrange(files)
 
     def _keep_file(self, session: Session, parent: InstanceState[Any], file: AttachedFile) -> bool:
-        """Undo what the removal of an element has done that is in the list; return False if it belongs to another parent."""
+        """Undo what the removal of an element that is listed has done; return False if it is not, or no longer, of this parent."""
         state = instance_state(file)
+        if state.key is not None and file not in session:
+            return False  # an earlier flush has deleted it
         if state.dict.get("parent", parent.obj()) not in (None, parent.obj()):
             return False
         if "parent" in state.dict:

@@ -45,7 +45,7 @@ def insert_again(photos: Any) -> None:
 
 
 def shuffle(photos: Any) -> None:
-    random.Random(1).shuffle(photos)  # noqa: S311
+    random.Random(1).shuffle(photos)
 
 
 def assign_twice(photos: Any) -> None:
@@ -88,7 +88,7 @@ async def test_exchanges(env: OrmEnvironment, change: Callable[[Any], None], exp
 class TestRandomly:
     async def test_as_a_list(self, env: OrmEnvironment) -> None:
         """The rows are the set of what a plain list would hold, in its order."""
-        chance = random.Random(seed())  # noqa: S311
+        chance = random.Random(seed())
         for number in range(1, repetitions("LIST_SEQUENCES", default=6, exhaustive=100) + 1):
             await env.add(album(number, "abcd"))
             log: list[str] = []
@@ -179,6 +179,17 @@ class TestTakenOver:
             await session.delete(one)
             other.photos.append(taken)
         assert await shown(env, key=2) == "a"
+
+    async def test_deleted_element_in_a_list_in_memory(self, env: OrmEnvironment) -> None:
+        """The list of a session that does not expire its instances holds it until it is loaded again."""
+        await env.add(album(1, "ab"))
+        async with env.sessions() as session:
+            found = await load(session)
+            await session.delete(found.photos[0])
+            await session.commit()
+            found.photos.append(named("c"))
+            await session.commit()
+        assert await shown(env) == "bc"
 
     async def test_deleted_element_stays_deleted(self, env: OrmEnvironment) -> None:
         await env.add(album(1, "abc"))

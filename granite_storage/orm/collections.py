@@ -445,7 +445,7 @@ class _Declared:
             _arrange(files)
 
     def _keep_file(self, session: Session, parent: InstanceState[Any], file: AttachedFile) -> bool:
-        """Undo what the removal of an element that is listed has done; return False if it is not, or no longer, of this parent."""
+        """Undo what the removal of a listed element has done; return False if it is not, or no longer, of this parent."""
         state = instance_state(file)
         if state.key is not None and file not in session:
             return False  # an earlier flush has deleted it

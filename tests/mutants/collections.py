@@ -35,7 +35,7 @@ MUTANTS = [
         name="collections-deleted-files-counted",
         rule="A file that the flush deletes makes room.",
         path=_PATH,
-        old="[other for other in loaded if other not in session.deleted]",
+        old="[other for other in dict.fromkeys(loaded) if other not in session.deleted]",
         new="list(loaded)",
         tests=("tests/orm/collections/test_limits.py::TestNumber::test_loaded[sqlite-begin]",),
     ),

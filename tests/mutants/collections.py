@@ -32,6 +32,22 @@ MUTANTS = [
         tests=("tests/orm/collections/test_limits.py::TestNumber::test_new_parent[sqlite-begin]",),
     ),
     Mutant(
+        name="collections-exchange-orphans",
+        rule="An element that the list holds at the flush is no orphan, whatever its events were.",
+        path=_PATH,
+        old="        cast(Any, parent.manager[self.key].impl).sethasparent(state, parent, True)\n",
+        new="",
+        tests=("tests/orm/collections/test_list_operations.py::test_exchanges[sqlite-begin-swap-bacd-False]",),
+    ),
+    Mutant(
+        name="collections-deleted-parent-keeps-files",
+        rule="A file of a deleted parent that another one takes over is kept.",
+        path=_PATH,
+        old=" or (file in session.deleted and self._is_moved(state, parent)):",
+        new=":",
+        tests=("tests/orm/collections/test_list_operations.py::TestTakenOver::test_of_a_deleted_parent[sqlite-begin]",),
+    ),
+    Mutant(
         name="collections-deleted-files-counted",
         rule="A file that the flush deletes makes room.",
         path=_PATH,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from granite_storage.exceptions import ConfigurationError, MissingDependencyError, StorageError
 from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment, AttachmentVariant, AttachmentVariants
+from granite_storage.orm.collections import AttachedFile, AttachmentList
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.refs import StoredObjectRef
 
@@ -20,6 +21,7 @@ try:
     from litestar.di import Provide
     from litestar.openapi.spec import OpenAPIType, Reference, Schema
     from litestar.plugins import InitPlugin, OpenAPISchemaPlugin
+    from litestar.utils.typing import instantiable_type_mapping, safe_generic_origin_map
 except ImportError as _error:
     raise MissingDependencyError(
         "granite_storage.contrib.litestar needs Litestar: pip install 'granite-storage[litestar]'"
@@ -43,14 +45,27 @@ _ENCODERS: Mapping[Any, Any] = {
     AttachmentVariant: AttachmentVariant.describe,
     AttachmentVariants: dict,
     StoredObjectRef: StoredObjectRef.to_dict,
+    AttachedFile: AttachedFile.describe,
 }
+
+
+class _Itself:
+    """Is what a DTO makes the type of a collection from; a list of rows has no type of its elements in its annotation."""
+
+    def __getitem__(self, _: Any) -> type[AttachmentList]:
+        return AttachmentList  # as which no request can be decoded, not even an empty list, which would delete all files
+
+
+safe_generic_origin_map[AttachmentList] = _Itself()
+instantiable_type_mapping[AttachmentList] = list
 
 
 class StoragePlugin(InitPlugin, OpenAPISchemaPlugin):
     """Makes a Litestar application ready for attachments: `Litestar(..., plugins=[StoragePlugin(storage)])`.
 
-    - Handlers return rows, attachments and their variants, through `SQLAlchemyDTO`, the serialization plugin or in a dict; they
-      are shown by size, media type, name and checksum, and so the OpenAPI document describes them. No request can supply one.
+    - Handlers return rows, attachments, their variants and collections, through `SQLAlchemyDTO`, the serialization plugin or in a
+      dict; they are shown by size, media type, name and checksum, and so the OpenAPI document describes them. No request can
+      supply one: exclude a collection from the DTO of a body, as every relationship that is not sent.
     - Errors of the library are answered as `install_error_handlers` does, with problem details.
     - The manager is closed with the application, after the journal's worker, where one is to run.
     - Handlers get the manager by a parameter `storage: NamedDependency[StorageManager]`.
@@ -103,11 +118,11 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin):
     @staticmethod
     def is_plugin_supported_type(value: Any) -> bool:
         """Tell whether the API's description of a type comes from here; Litestar calls it."""
-        return isinstance(value, type) and issubclass(value, Attachment | AttachmentVariant)
+        return isinstance(value, type) and issubclass(value, Attachment | AttachmentVariant | AttachedFile | AttachmentList)
 
     def to_openapi_schema(self, field_definition: FieldDefinition, schema_creator: SchemaCreator) -> Schema:
         """Return what a response shows of an attachment; Litestar calls it."""
-        text, nothing = Schema(type=OpenAPIType.STRING), Schema(type=OpenAPIType.NULL)
+        text, nothing, whole = (Schema(type=kind) for kind in (OpenAPIType.STRING, OpenAPIType.NULL, OpenAPIType.INTEGER))
         optional = Schema(one_of=[text, nothing])
         fields: dict[str, Schema | Reference] = {
             "size": Schema(type=OpenAPIType.INTEGER, minimum=0),
@@ -116,6 +131,11 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin):
             "checksum": text,
         }
         shown = Schema(type=OpenAPIType.OBJECT, properties=fields, required=list(fields))
+        if field_definition.is_subclass_of((AttachedFile, AttachmentList)):
+            fields = {"id": whole, "caption": optional, "file": shown}
+            shown = Schema(type=OpenAPIType.OBJECT, properties=fields, required=list(fields))
+        if field_definition.is_subclass_of(AttachmentList):
+            shown = Schema(type=OpenAPIType.ARRAY, items=shown)
         return Schema(one_of=[shown, nothing]) if field_definition.is_optional else shown
 
     @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -54,6 +55,7 @@ __all__ = [
     "count_files",
     "declared_collection",
     "file_class",
+    "keep_listed",
     "lock_parents",
     "require_known_limits",
     "require_limits",
@@ -93,6 +95,8 @@ def _arrange(files: Sequence[AttachedFile], placed: Collection[int] = ()) -> Non
     """
     if not all(isinstance(file, AttachedFile) for file in files):
         return  # no instance has the list yet; its assignment makes the rows
+    if len(set(files)) < len(files):
+        return  # an exchange is half done; the flush arranges what it has led to
     known = {i: key for i, file in enumerate(files) if i not in placed and (key := _position_of(file)) is not None}
     kept = _longest_increasing(known)
     start = 0
@@ -138,6 +142,20 @@ def _longest_increasing(keys: Mapping[int, int]) -> set[int]:
         kept.add(last)
         last = before[last]
     return kept
+
+
+def _is_ordered(files: Iterable[AttachedFile]) -> bool:
+    """Return whether the keys that are known are in the order of the files."""
+    latest: tuple[float, float] = (0, 0)
+    for file in files:
+        position, identity = _position_of(file), _id_of(file)
+        if position is None and identity is not None:
+            continue
+        key = (position or 0, math.inf if identity is None else identity)
+        if position is None or key <= latest:
+            return False
+        latest = key
+    return True
 
 
 def _position_of(file: AttachedFile) -> int | None:
@@ -251,6 +269,9 @@ class AttachmentList(list[AttachedFile]):
     It is the list of a relationship of SQLAlchemy, with every operation of `list`. What is added may be an attachment, bytes or
     an uploaded file as well, for which a row is made. What is removed is deleted with its file, unless it is added to the same
     collection of another parent, which moves the row.
+
+    The flush looks at what the list holds then, so the steps of an exchange such as `files[0], files[1] = files[1], files[0]`
+    lose nothing. An element that the list holds several times is one row, at the first of its places.
 
     Args:
         files: What the list holds at first, for an assignment such as `album.photos = AttachmentList([...])`.
@@ -377,6 +398,8 @@ class _Declared:
         sqlalchemy_event.listen(mapper, "before_mapper_configured", self._listen)
         if self.max_files is not None or self.max_total_size is not None:
             _limited.add(made)
+        _file_classes.add(made)
+        _declared_by.clear()
 
     def _make_table(self, parent: Table) -> Table:
         names = list(self.links.values())
@@ -412,6 +435,35 @@ class _Declared:
     def _on_replace(self, state: InstanceState[Any], values: list[Any], _: Any) -> None:
         values[:] = map(self.as_file, values)
         _arrange(values)
+
+    def keep(self, session: Session, state: InstanceState[Any]) -> None:
+        """Make the elements of a parent's list rows of it, in their order, whatever the events of the list have done to them."""
+        listed: list[AttachedFile] | None = state.dict.get(self.key)
+        pending = None if listed is not None else state._pending_mutations.get(self.key)
+        added: Iterable[AttachedFile] = pending.added_items if pending is not None else ()
+        files = [file for file in dict.fromkeys(added if listed is None else listed) if self._keep_file(session, state, file)]
+        if listed is not None and not _is_ordered(files):
+            _arrange(files)
+
+    def _keep_file(self, session: Session, parent: InstanceState[Any], file: AttachedFile) -> bool:
+        """Undo what the removal of a listed element has done; return False if it is not, or no longer, of this parent."""
+        state = instance_state(file)
+        if state.key is not None and file not in session:
+            return False  # an earlier flush has deleted it
+        if state.dict.get("parent", parent.obj()) not in (None, parent.obj()):
+            return False
+        if "parent" in state.dict:
+            state.dict["parent"] = parent.obj()  # without events, which would add it to the list
+        # A removal marks the element as an orphan, and takes a new one out of the session.
+        cast(Any, parent.manager[self.key].impl).sethasparent(state, parent, True)
+        if file not in session or (file in session.deleted and self._is_moved(state, parent)):
+            session.add(file)
+        return True
+
+    def _is_moved(self, state: InstanceState[Any], parent: InstanceState[Any]) -> bool:
+        """Return whether the row of a file belongs to another parent than its list."""
+        keys = [state.dict.get(name) for name in self.links.values()]
+        return tuple(keys) != primary_key_of(parent, cast(Table, self.parent))
 
     def require(self, count: int, total_size: int) -> None:
         """Raise `CollectionFullError` if a parent may not have so many files or bytes."""
@@ -611,6 +663,26 @@ def append_files(
 # two transactions cannot both add the last file.
 
 
+_file_classes: weakref.WeakSet[type[AttachedFile]] = weakref.WeakSet()
+_declared_by: weakref.WeakKeyDictionary[Mapper[Any], list[_Declared]] = weakref.WeakKeyDictionary()
+
+
+def keep_listed(session: Session) -> None:
+    """Make the lists decide which files a flush keeps, and of which parents and in which order they are.
+
+    SQLAlchemy's events say of each step that an element was removed or added. An element that is in two places for a moment, or
+    that another parent takes over while it is new or is to be deleted, would be lost by them.
+    """
+    for parent in (*session.new, *session.dirty) if _file_classes else ():
+        state = instance_state(parent)
+        mapper: Mapper[Any] = state.mapper
+        if (found := _declared_by.get(mapper)) is None:
+            infos = (prop.info.get(_INFO_KEY) for prop in mapper.relationships)
+            _declared_by[mapper] = found = [declared for declared in infos if declared is not None]
+        for declared in found:
+            declared.keep(session, state)
+
+
 _limited: weakref.WeakSet[type[AttachedFile]] = weakref.WeakSet()
 
 
@@ -642,7 +714,7 @@ def require_known_limits(session: Session) -> None:
         parent = instance_dict(file).get("parent")
         loaded = None if parent is None else instance_dict(parent).get(file._declared.key)
         if loaded is not None:
-            files = [other for other in loaded if other not in session.deleted]
+            files = [other for other in dict.fromkeys(loaded) if other not in session.deleted]
             file._declared.require(len(files), sum(map(_known_size, files)))
 
 

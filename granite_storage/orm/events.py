@@ -48,6 +48,7 @@ def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
     if unit is not None:
         # A flush that failed before its first statement has left its plan.
         unit.abandon_flush()
+    collections.keep_listed(session)
     collections.require_known_limits(session)
     written, deleted = [*session.new, *session.dirty], [*session.deleted]
     mappers = _mappers_of([*written, *deleted])
@@ -58,8 +59,8 @@ def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
         if id(mapper) not in _idle and slots_of(mapper):
             _stay_last(mapper)
     changes = _changes_of(_concerned(written, mappers, slots_of))
-    _save(session, changes, _concerned(deleted, mappers, flush.concerned_tables), weakref.ref(context))
-    collections.lock_parents(session)
+    deletions = _concerned(deleted, mappers, flush.concerned_tables)
+    _save(session, changes, deletions, weakref.ref(context), lock_parents=collections.lock_parents)
 
 
 def _changes_of(states: list[InstanceState[Any]]) -> list[Change]:
@@ -102,11 +103,14 @@ def _save(
     changes: list[Change],
     deletions: list[InstanceState[Any]],
     context: weakref.ref[UOWTransaction] | None = None,
+    lock_parents: Callable[[Session], None] = lambda _: None,
 ) -> None:
     if changes or deletions:
         unit = transactions.unit_of(session)
         unit.flush.context = unit.flush.context or context
-        flush.save(session, unit, changes, deletions)
+        flush.save(session, unit, changes, deletions, lock_parents)
+    else:
+        lock_parents(session)
 
 
 # The newest flush of each session.

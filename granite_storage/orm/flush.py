@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -223,11 +223,18 @@ def clear_unset_attachments(state: InstanceState[Any]) -> None:
 
 
 @traced("flush")
-def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletions: Sequence[InstanceState[Any]]) -> None:
+def save(
+    session: Session,
+    unit: UnitOfWork,
+    changes: Sequence[Change],
+    deletions: Sequence[InstanceState[Any]],
+    lock_parents: Callable[[Session], None],
+) -> None:
     """Store, move and copy objects for the changes and deletions of a flush, before its first statement.
 
     Uploads come first, since the session may not hold a connection yet. Then the rows are locked and read, which decides which
-    objects are displaced, which of them move to other rows, and which are copied.
+    objects are displaced, which of them move to other rows, and which are copied. The parents of collections are locked before
+    the rows of their files: MariaDB would find a deadlock otherwise, since the limits are counted under locks of all files.
 
     Raises:
         MissingGreenlet: The session is that of an `AsyncSession`, but was made to flush without an `await`.
@@ -244,6 +251,7 @@ def save(session: Session, unit: UnitOfWork, changes: Sequence[Change], deletion
     )
     _store_all(unit, frame, [(change, change.attachment) for change in uploads.put])
     _copy_all(session, unit, frame, uploads.copy)
+    lock_parents(session)
     displaced = displace(flush, _locked_refs(session, unit, changes, deletions))
     plan = plan_flush(
         [_assigned(change, replaced) for change in uploads.undecided],

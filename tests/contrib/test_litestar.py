@@ -29,6 +29,7 @@ from granite_storage import (
     attachment,
 )
 from granite_storage.contrib.litestar import StoragePlugin, provide_upload_form
+from granite_storage.orm import AttachmentList, attachments
 from granite_storage.testing import BoundStorage, bound_storage
 from granite_storage.web import FileList, StoredObjectResponse, UploadForm, UploadLimits
 from tests.orm.derivations import Upper
@@ -48,6 +49,16 @@ class Paper(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     title: Mapped[str]
     file: Mapped[Attachment | None] = attachment("papers", variants={"upper": Upper(when="flush")})
+
+
+class Folder(Base):
+    __tablename__ = "litestar_folder"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    papers: Mapped[AttachmentList] = attachments("papers", lazy="selectin")
+
+
+class FolderDTO(SQLAlchemyDTO[Folder]):
+    config = DTOConfig()
 
 
 class PaperDTO(SQLAlchemyDTO[Paper]):
@@ -124,6 +135,38 @@ class TestResponses:
         shown = next(one for one in row["properties"]["file"]["oneOf"] if one["type"] == "object")
         assert shown["required"] == list(SHOWN)
         assert shown["properties"]["size"] == {"type": "integer", "minimum": 0}
+
+    @pytest.mark.parametrize("way", ["dto", "plugin"])
+    async def test_collections(self, kit: BoundStorage, serve: Serve, way: str) -> None:
+        async with kit.sessions.begin() as session:
+            session.add(stored := Folder(id=1, papers=[file()]))
+        dto: dict[str, Any] = {"dto": FolderDTO, "return_dto": FolderDTO} if way == "dto" else {}
+
+        @get("/", **dto)
+        async def show() -> Folder:
+            return stored
+
+        @post("/", **dto)
+        async def create(data: Folder) -> Folder:
+            raise AssertionError("a client cannot send a file")
+
+        @get("/dict")
+        async def parts() -> dict[str, Any]:
+            return {"list": stored.papers, "element": stored.papers[0]}
+
+        client = serve(show, create, parts, plugins=[SQLAlchemySerializationPlugin()] if way == "plugin" else [])
+        shown = {"id": stored.papers[0].id, "caption": None, "file": SHOWN}
+        assert (await client.get("/")).json() == {"id": 1, "papers": [shown]}
+        assert (await client.get("/dict")).json() == {"list": [shown], "element": shown}
+        for sent in ([], [shown], None, [1]):
+            assert (await client.post("/", json={"id": 2, "papers": sent})).status_code == 400
+        document = (await client.get("/schema/openapi.json")).json()
+        validate(document)
+        (row,) = [it for it in document["components"]["schemas"].values() if "papers" in it.get("properties", {})][:1]
+        listed = row["properties"]["papers"]
+        assert listed["type"] == "array"
+        assert listed["items"]["required"] == ["id", "caption", "file"]
+        assert listed["items"]["properties"]["file"]["required"] == list(SHOWN)
 
     async def test_variants_and_refs_in_a_dict(self, kit: BoundStorage, serve: Serve) -> None:
         stored = (await add(kit, id=1, title="one", file=file())).file

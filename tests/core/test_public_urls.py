@@ -206,6 +206,26 @@ class TestS3:
                     assert "CacheControl" not in head
                     assert "ContentDisposition" not in head
 
+    async def test_a_server_that_goes_by_the_extension(self, seaweedfs_server: S3Server) -> None:
+        """SeaweedFS takes `application/octet-stream` for unknown."""
+        names = {
+            "x.js": "text/javascript",
+            "page.html": "text/html",
+            "x.css": None,
+            "image.svg": "image/svg+xml",
+            "me.png": "image/png",
+        }
+        async with seaweedfs_server.bucket() as bucket:
+            backend = seaweedfs_server.backend(bucket)
+            async with manager_with(backend) as manager, backend.client() as client:
+                for name, kind in names.items():
+                    page = {"content_type": kind, "original_filename": name}
+                    private = await manager.put_bytes(storage_key="private", **PHOTO, content=b"content", **page)
+                    public = await manager.put_bytes(storage_key="public", **PHOTO, content=b"content", **page)
+                    for ref in (public, await manager.copy(private, **PHOTO, storage_key="public")):
+                        head = await client.head_object(Bucket=bucket, Key=ref.location)
+                        assert head["ContentType"] == ("image/png" if name == "me.png" else "application/octet-stream"), name
+
     @pytest.mark.parametrize("location", ["plain", "a+b c%2Fd?e#f&g=h.png", "caf\u00e9/\U0001f600/~it's.png"])
     async def test_the_path_of_a_url(self, seaweedfs_server: S3Server, location: str) -> None:
         """A server finds the object by the URL's path; a signature in the query lets the test in."""

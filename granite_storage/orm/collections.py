@@ -55,6 +55,7 @@ __all__ = [
     "count_files",
     "declared_collection",
     "file_class",
+    "file_classes",
     "keep_listed",
     "lock_parents",
     "require_known_limits",
@@ -398,7 +399,7 @@ class _Declared:
         sqlalchemy_event.listen(mapper, "before_mapper_configured", self._listen)
         if self.max_files is not None or self.max_total_size is not None:
             _limited.add(made)
-        _file_classes.add(made)
+        file_classes.add(made)
         _declared_by.clear()
 
     def _make_table(self, parent: Table) -> Table:
@@ -663,7 +664,8 @@ def append_files(
 # two transactions cannot both add the last file.
 
 
-_file_classes: weakref.WeakSet[type[AttachedFile]] = weakref.WeakSet()
+file_classes: weakref.WeakSet[type[AttachedFile]] = weakref.WeakSet()
+"""The classes of files that models have. Where there is none, a flush has nothing to do here."""
 _declared_by: weakref.WeakKeyDictionary[Mapper[Any], list[_Declared]] = weakref.WeakKeyDictionary()
 
 
@@ -673,7 +675,7 @@ def keep_listed(session: Session) -> None:
     SQLAlchemy's events say of each step that an element was removed or added. An element that is in two places for a moment, or
     that another parent takes over while it is new or is to be deleted, would be lost by them.
     """
-    for parent in (*session.new, *session.dirty) if _file_classes else ():
+    for parent in (*session.new, *session.dirty):
         state = instance_state(parent)
         mapper: Mapper[Any] = state.mapper
         if (found := _declared_by.get(mapper)) is None:

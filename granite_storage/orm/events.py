@@ -48,8 +48,9 @@ def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
     if unit is not None:
         # A flush that failed before its first statement has left its plan.
         unit.abandon_flush()
-    collections.keep_listed(session)
-    collections.require_known_limits(session)
+    if collections.file_classes:
+        collections.keep_listed(session)
+        collections.require_known_limits(session)
     written, deleted = [*session.new, *session.dirty], [*session.deleted]
     mappers = _mappers_of([*written, *deleted])
     _idle.clear()
@@ -60,7 +61,13 @@ def _before_flush(session: Session, context: UOWTransaction, _: Any) -> None:
             _stay_last(mapper)
     changes = _changes_of(_concerned(written, mappers, slots_of))
     deletions = _concerned(deleted, mappers, flush.concerned_tables)
-    _save(session, changes, deletions, weakref.ref(context), lock_parents=collections.lock_parents)
+    _save(
+        session,
+        changes,
+        deletions,
+        weakref.ref(context),
+        lock_parents=collections.lock_parents if collections.file_classes else None,
+    )
 
 
 def _changes_of(states: list[InstanceState[Any]]) -> list[Change]:
@@ -103,13 +110,13 @@ def _save(
     changes: list[Change],
     deletions: list[InstanceState[Any]],
     context: weakref.ref[UOWTransaction] | None = None,
-    lock_parents: Callable[[Session], None] = lambda _: None,
+    lock_parents: Callable[[Session], None] | None = None,
 ) -> None:
     if changes or deletions:
         unit = transactions.unit_of(session)
         unit.flush.context = unit.flush.context or context
         flush.save(session, unit, changes, deletions, lock_parents)
-    else:
+    elif lock_parents is not None:
         lock_parents(session)
 
 
@@ -188,7 +195,8 @@ def _before_delete(mapper: Mapper[Any], _: Connection, state: InstanceState[Any]
 
 
 def _after_flush(session: Session, _: Any) -> None:
-    collections.require_limits(session)
+    if collections.file_classes:
+        collections.require_limits(session)
     unit = transactions.known_unit(session)
     if unit is not None:
         flush.end(session, unit)

@@ -228,7 +228,7 @@ def save(
     unit: UnitOfWork,
     changes: Sequence[Change],
     deletions: Sequence[InstanceState[Any]],
-    lock_parents: Callable[[Session], None],
+    lock_parents: Callable[[Session], None] | None = None,
 ) -> None:
     """Store, move and copy objects for the changes and deletions of a flush, before its first statement.
 
@@ -251,7 +251,8 @@ def save(
     )
     _store_all(unit, frame, [(change, change.attachment) for change in uploads.put])
     _copy_all(session, unit, frame, uploads.copy)
-    lock_parents(session)
+    if lock_parents is not None:
+        lock_parents(session)
     displaced = displace(flush, _locked_refs(session, unit, changes, deletions))
     plan = plan_flush(
         [_assigned(change, replaced) for change in uploads.undecided],

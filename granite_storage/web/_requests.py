@@ -648,6 +648,8 @@ async def read_fields(body: AsyncIterator[bytes], limits: UploadLimits) -> list[
     async for piece in body:
         size += len(piece)
         limits.require("max_fields_size", size, "the fields are too large together")
+        if b"+" in piece:
+            piece = piece.translate(_BLANKS)
         *complete, last = piece.split(b"&", limits.max_fields) if b"&" in piece else [piece]
         count += len(complete)
         limits.require("max_fields", count, "there are too many fields")
@@ -682,15 +684,14 @@ async def _add_field(fields: list[tuple[str, str]], raw: bytes, limits: UploadLi
     if not raw:
         return
     limits.require("max_field_size", len(raw), "a field is too large")
-    blanked = raw.translate(_BLANKS) if b"+" in raw else raw
     try:
-        if b"%" not in raw and len(raw) > _SLICE and (equals := blanked.find(b"=")) >= 0:
+        if b"%" not in raw and len(raw) > _SLICE and (equals := raw.find(b"=")) >= 0:
             # A long value is decoded where it lies: to copy it once more takes a quarter of all the time.
-            fields.append((blanked[:equals].decode(), str(memoryview(blanked)[equals + 1 :], "utf-8")))
+            fields.append((raw[:equals].decode(), str(memoryview(raw)[equals + 1 :], "utf-8")))
             if turn.is_due:
                 await turn.end()
             return
-        name, _, value = blanked.partition(b"=")
+        name, _, value = raw.partition(b"=")
         if b"%" not in raw:
             fields.append((name.decode(), value.decode()))
         elif len(raw) <= _SLICE:

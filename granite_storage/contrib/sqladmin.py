@@ -159,7 +159,7 @@ class AttachmentAdmin(ModelView):
         shown = {*self._list_prop_names, *self._details_prop_names, *self._form_prop_names}.intersection(self._attached)
         try:
             row = await self.get_object_for_details(request) if name in shown else None
-        except (ValueError, DataError):  # no primary key of this table
+        except (ValueError, OverflowError, DataError):  # no primary key of this table
             row = None
         if row is None:
             raise HTTPException(404)

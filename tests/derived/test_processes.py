@@ -322,7 +322,7 @@ class TestCancellation:
 
     @pytest.mark.parametrize("delay", [0.0, 0.001, 0.003, 0.01, 0.1])
     async def test_a_process_that_hangs_is_killed(self, pool: WorkerProcesses, delay: float) -> None:
-        tasks = [asyncio.ensure_future(call(pool, functions.sleep)) for _ in range(5)]
+        tasks = [asyncio.ensure_future(call(pool, functions.sleep, limits=Limits(timeout=45))) for _ in range(5)]
         await asyncio.sleep(delay)
         for task in tasks:
             task.cancel()

@@ -139,7 +139,7 @@ MUTANTS = [
         path=_JOBS,
         old="is_dead=job.attempts + 1 >= self._max_attempts)",
         new="is_dead=False)",
-        tests=(f"{_DERIVER}::TestFailures::test_failed[asyncpg]",),
+        tests=(f"{_DERIVER}::TestFailures::test_any_other_error[asyncpg]",),
     ),
     Mutant(
         name="deriver-dead-jobs-stay",

@@ -105,8 +105,8 @@ MUTANTS = [
         name="gc-ignores-extra",
         rule="An object that the extra of a ref names is referenced, also if it has come to name it a moment ago.",
         path="granite_storage/gc/database.py",
-        old="journals=self._journals, extra=True)",
-        new="journals=self._journals)",
+        old="find_references(connection, chunk, locations, journals=journals, extra=True)",
+        new="find_references(connection, chunk, locations, journals=journals)",
         tests=("tests/gc/test_extra_races.py",),
     ),
     Mutant(
@@ -185,8 +185,9 @@ MUTANTS = [
         name="gc-recheck-by-backend-key",
         rule="A reference protects its object whatever backend it names: when they are re-checked.",
         path="granite_storage/gc/database.py",
-        old="            return references_among(",
-        new="            held = {item for item in held if item[0] == backend}\n            return references_among(",
+        old="journals=journals, extra=True)\n        return references_among(",
+        new="journals=journals, extra=True)\n        held = {item for item in held if item[0] == backend}\n"
+        "        return references_among(",
         tests=("tests/gc/test_two_names_of_one_place.py::test_two_keys_of_which_nobody_can_tell",),
     ),
     Mutant(

@@ -478,6 +478,18 @@ class TestFailures:
             assert await derive(env) == 1
             assert (await shown(env), await jobs(env)) == ({"thumb": recipe.result(b"x")}, [])
 
+    async def test_any_other_error(self, env: OrmEnvironment) -> None:
+        """It may pass, so there are more attempts; dead all the same in the end."""
+        recipe = Upper()
+        recipe.error = RuntimeError("the disk is full")
+        most = journal_of(env)._max_attempts
+        with declared({"thumb": recipe}):
+            await env.add(Doc(id=1, file=file("x")))
+            for attempts in range(1, most + 1):
+                assert await derive(env) == 0
+                [job] = await jobs(env)
+                assert (job.attempts, job.dead) == (attempts, attempts == most)
+
     async def test_another_row_is_not_held_up(self, env: OrmEnvironment) -> None:
         recipe = Upper()
         recipe.failing = {b"x"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 from uuid import UUID
 
+from granite_storage._headers import served_type
 from granite_storage.backends.base import ObjectInfo
 from granite_storage.exceptions import (
     ChecksumMismatchError,
@@ -347,9 +348,12 @@ async def inspect(manager: StorageManager, ref: StoredObjectRef, upload_token: U
 def _require_headers(info: ObjectInfo, upload_token: UploadToken, *, is_public: bool) -> None:
     """Refuse headers with which a browser would get another file than the announced one.
 
-    In a public policy the library itself decides the type of what is stored, and a server may make its own of that.
+    In a public policy, what no browser may run is stored as another type, of which a server may make its own, and what is not
+    finished yet as none in particular.
     """
-    if not is_public and info.content_type not in (None, upload_token.content_type):
+    opaque, served = served_type(None), served_type(upload_token.content_type)
+    known = (None, upload_token.content_type, *((opaque, served) if is_public else ()))
+    if info.content_type not in known and not (is_public and served == opaque):
         raise UploadMismatchError(f"the file does not have the announced Content-Type {upload_token.content_type!r:.80}")
     if (info.content_encoding or "identity").lower() != "identity":
         raise UploadMismatchError("the file was sent with a Content-Encoding that was not agreed; send it without one")

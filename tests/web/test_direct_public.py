@@ -85,3 +85,29 @@ async def test_the_form_says_nothing_of_the_type(moto_server: S3Server) -> None:
         async with httpx.AsyncClient() as http:
             answer = await http.post(upload.url, data=dict(upload.fields), files={"file": ("a", PAGE)})
         assert answer.is_success
+
+
+@pytest.mark.parametrize(
+    ("filename", "kind", "content"),
+    [("page.html", "text/html", PAGE), ("x.js", "text/javascript", b"alert(1)"), ("x.css", "text/css", b"a { color: red }")],
+)
+async def test_a_server_that_makes_up_a_type(
+    seaweedfs_server: S3Server, tmp_path: Path, filename: str, kind: str, content: bytes
+) -> None:
+    """SeaweedFS takes `application/octet-stream` for unknown, and answers by the content or the extension."""
+    policies = {"files": StoragePolicy("files", "store", max_size=1000, public=PublicURL("https://cdn.example.com"))}
+    engine = engine_of(tmp_path / "database")
+    async with (
+        seaweedfs_server.bucket() as bucket,
+        StorageManager(backends={"store": seaweedfs_server.backend(bucket)}, policies=policies) as manager,
+    ):
+        binding = bind_storage(Base, manager, session_factory=async_sessionmaker(engine))
+        uploads = uploads_of(binding, base_url=None)
+        async with client_of(uploads) as client:
+            upload = await uploads.begin(Document.file, filename=filename, content_type=kind, size=len(content))
+            await client.sent(upload, content)
+            attachment = await uploads.finish(upload.token, Document.file)
+        assert await attachment.read() == content
+        assert attachment.location.endswith(".bin")
+        binding.unbind()
+    await engine.dispose()

@@ -171,7 +171,7 @@ def _driver(connection: Connection) -> Any:
 
 
 def _require_busy(error: object, until: float, raised: BaseException) -> None:
-    """Raise an error, unless the lock was not to be had and there is time to try again."""
+    """Raise an error, unless another connection has the lock and there is time to try again."""
     code = getattr(error, "sqlite_errorcode", None)
     is_busy = "locked" in str(error) if code is None else code & 0xFF in _BUSY_CODES
     if not is_busy:

@@ -367,15 +367,9 @@ def _savepoints_made(connection: Connection) -> int:
 
 
 def _on_commit(connection: Connection, *_: Any) -> None:
-    if (found := _watches.get(connection)) is None:
-        return
-    try:
+    if (found := _watches.get(connection)) is not None:
         found.keep_shared()
-    except BaseException as error:
-        # SQLAlchemy takes the transaction for ended, and would return the connection to its pool with it.
-        connection.invalidate(error)
-        raise
-    found.expect_answer()
+        found.expect_answer()
 
 
 def _on_commit_prepared(connection: Connection, _: Any, is_prepared: bool) -> None:

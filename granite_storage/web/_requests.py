@@ -98,6 +98,9 @@ _PARAMETER = re.compile(
     re.DOTALL,
 )
 _NO_CODING = frozenset({b"", b"identity"})
+_OF_BODY = frozenset({b"content-encoding", b"content-length", b"content-range", b"content-type"})
+_FORM = b"multipart/form-data"
+_USUAL_FORM = re.compile(_FORM + rb"; boundary=([!#$%&'*+.^_`|~0-9A-Za-z-]+)")
 _LINE_ENDS = ((b"%0D", b"\r"), (b"%0d", b"\r"), (b"%0A", b"\n"), (b"%0a", b"\n"))
 
 
@@ -118,43 +121,92 @@ class Turn:
         self._ends = time.monotonic() + _TURN_SECONDS
 
 
-def require_whole_body(request: Request, limits: UploadLimits) -> None:
-    """Refuse, before the first byte is read, a body that is too large by its own account, encoded, or a range of one.
+class RequestBody:
+    """The body of a request: what its headers say of it, and its bytes.
+
+    Args:
+        request: The request; nothing of its body has been read.
+        limits: The limits of the body.
+
+    Attributes:
+        size: The Content-Length, where there is a sound one; the server sees to it that the body has no more.
+        content_type: The Content-Type, empty where it has none.
 
     Raises:
         RequestTooLargeError: Its Content-Length is over the limit.
         UnsupportedRequestError: It has a Content-Encoding: what would be stored is not what the client means.
-        MalformedRequestError: It has a Content-Range (RFC 9110, section 14.5), or two sizes.
+        MalformedRequestError: It has a Content-Range (RFC 9110, section 14.5), or two sizes or types.
     """
-    for name, value in request.headers.raw:  # one pass over the headers, of which a small form is a good part
-        if name == b"content-encoding" and not {coding.strip().lower() for coding in value.split(b",")} <= _NO_CODING:
-            raise UnsupportedRequestError(
-                f"the Content-Encoding {value.decode('latin-1')!r:.80} is not supported; send the body without one"
+
+    __slots__ = ("_limits", "_request", "content_type", "size")
+
+    def __init__(self, request: Request, limits: UploadLimits) -> None:
+        found: dict[bytes, bytes] = {}
+        for name, value in request.headers.raw:  # one pass over the headers, of which a small form is a good part
+            if name not in _OF_BODY:
+                continue
+            if name in found and name != b"content-encoding":
+                raise MalformedRequestError(f"the request has the header {name.decode().title()} more than once")
+            found[name] = value
+            if name == b"content-encoding" and not {coding.strip().lower() for coding in value.split(b",")} <= _NO_CODING:
+                raise UnsupportedRequestError(
+                    f"the Content-Encoding {value.decode('latin-1')!r:.80} is not supported; send the body without one"
+                )
+            if name == b"content-range":
+                raise MalformedRequestError("a body with a Content-Range is not supported; send the whole file")
+        declared = found.get(b"content-length", b"")
+        self.size: int | None = int(declared) if declared.isdigit() and len(declared) < 20 else None
+        self.content_type: str = found.get(b"content-type", b"").decode("latin-1")
+        self._request, self._limits = request, limits
+        if self.size is not None:
+            limits.require("max_size", self.size, "the body is too large")
+
+    def media_type(self) -> tuple[bytes, dict[bytes, bytes]]:
+        """Return the media type and its parameters."""
+        given = self.content_type.encode("latin-1")
+        if len(given) > _LONGEST_CONTENT_TYPE:
+            raise MalformedRequestError(f"the Content-Type is longer than {_LONGEST_CONTENT_TYPE} characters")
+        usual = _USUAL_FORM.fullmatch(given)
+        return (_FORM, {b"boundary": usual[1]}) if usual is not None else parse_parameters(given)
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes in pieces that are looked through in a moment, however much the server hands over at a time.
+
+        Raises:
+            RequestTooLargeError: There are more bytes than allowed; those that are allowed were yielded.
+            MalformedRequestError: There are fewer bytes than the Content-Length says: the body was cut off, or the application
+                has read its beginning.
+            ClientDisconnect: The client went away before the end.
+            ConsumedSourceError: The application has read it already.
+        """
+        size, maximum = 0, self._limits.max_size
+        turn = Turn()
+        has_begun = False
+        try:
+            async with aclosing(self._request.stream()) as chunks:
+                async for chunk in chunks:
+                    has_begun = True
+                    size += len(chunk)
+                    is_too_large = maximum is not None and size > maximum
+                    allowed = chunk[: maximum - size] if maximum is not None and is_too_large else chunk
+                    for start in range(0, len(allowed), _PIECE):
+                        yield allowed[start : start + _PIECE]  # which is the chunk itself where it is no longer
+                        if turn.is_due:
+                            await turn.end()
+                    if is_too_large:
+                        self._limits.require("max_size", size, "the body is too large")
+        except RuntimeError as error:
+            if has_begun or error.args != ("Stream consumed",):
+                raise
+            raise ConsumedSourceError(
+                "the body of the request was read before the library could receive its files: remove the parameters of the"
+                " endpoint and of its dependencies that are declared with Form, File, UploadFile or Body, and what calls"
+                " request.form(), request.body(), request.json() or request.stream(), also in a middleware"
+            ) from error
+        if self.size is not None and size < self.size:
+            raise MalformedRequestError(
+                f"the body is cut off: it has {size} of the {self.size} bytes that its Content-Length declares"
             )
-        if name == b"content-range":
-            raise MalformedRequestError("a body with a Content-Range is not supported; send the whole file")
-    declared = declared_size(request)
-    if declared is not None:
-        limits.require("max_size", declared, "the body is too large")
-
-
-def declared_size(request: Request) -> int | None:
-    """Return the Content-Length, where there is a sound one; the server sees to it that the body has no more."""
-    declared = _header(request, "content-length")
-    return int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else None
-
-
-def content_type_of(request: Request) -> str:
-    """Return the Content-Type of the body, empty where it has none."""
-    return _header(request, "content-type")
-
-
-def media_type_of(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
-    """Return the media type of the body and its parameters."""
-    given = content_type_of(request)
-    if len(given) > _LONGEST_CONTENT_TYPE:
-        raise MalformedRequestError(f"the Content-Type is longer than {_LONGEST_CONTENT_TYPE} characters")
-    return parse_parameters(given.encode("latin-1"))
 
 
 def content_type_to_keep(given: str) -> str | None:
@@ -205,62 +257,6 @@ def parse_parameters(header: bytes, *, is_of_form: bool = False) -> tuple[bytes,
     if position == len(header):
         return value.strip(b" \t").lower(), parameters
     raise MalformedRequestError(f"a header has too many parameters (at most {_MOST_PARAMETERS})")
-
-
-async def body_of(request: Request, limits: UploadLimits) -> AsyncGenerator[bytes, None]:
-    """Yield the body in pieces that are looked through in a moment, however much the server hands over at a time.
-
-    Raises:
-        RequestTooLargeError: It has more bytes than allowed; those that are allowed were yielded.
-        MalformedRequestError: It has fewer bytes than its Content-Length says: it was cut off, or the application has read its
-            beginning.
-        ClientDisconnect: The client went away before its end.
-        ConsumedSourceError: The application has read it already.
-    """
-    size = 0
-    turn = Turn()
-    async with aclosing(_stream_of(request)) as chunks:
-        async for chunk in chunks:
-            size += len(chunk)
-            is_too_large = limits.max_size is not None and size > limits.max_size
-            allowed = chunk[: limits.max_size - size] if limits.max_size is not None and is_too_large else chunk
-            for start in range(0, len(allowed), _PIECE):
-                yield allowed[start : start + _PIECE]  # which is the chunk itself where it is no longer
-                if turn.is_due:
-                    await turn.end()
-            if is_too_large:
-                limits.require("max_size", size, "the body is too large")
-    declared = declared_size(request)
-    if declared is not None and size < declared:
-        raise MalformedRequestError(
-            f"the body is cut off: it has {size} of the {declared} bytes that its Content-Length declares"
-        )
-
-
-async def _stream_of(request: Request) -> AsyncGenerator[bytes, None]:
-    """Yield the body as the server hands it over."""
-    has_begun = False
-    try:
-        async with aclosing(request.stream()) as chunks:
-            async for chunk in chunks:
-                has_begun = True
-                yield chunk
-    except RuntimeError as error:
-        if has_begun or error.args != ("Stream consumed",):
-            raise
-        raise ConsumedSourceError(
-            "the body of the request was read before the library could receive its files: remove the parameters of the endpoint"
-            " and of its dependencies that are declared with Form, File, UploadFile or Body, and what calls request.form(),"
-            " request.body(), request.json() or request.stream(), also in a middleware"
-        ) from error
-
-
-def _header(request: Request, name: str) -> str:
-    key = name.encode()
-    values = [value for given, value in request.headers.raw if given == key]
-    if len(values) > 1:
-        raise MalformedRequestError(f"the request has the header {name.title()} more than once")
-    return values[0].decode("latin-1") if values else ""
 
 
 def _parse_value(match: re.Match[bytes], is_of_form: bool) -> bytes:

@@ -50,7 +50,7 @@ from granite_storage.web._direct_state import (
     inspect,
     require_beginning,
 )
-from granite_storage.web._requests import UploadLimits, body_of, content_type_to_keep, declared_size, require_whole_body
+from granite_storage.web._requests import RequestBody, UploadLimits, content_type_to_keep
 from granite_storage.web._upload_tokens import UploadToken, UploadTokenSigner, token_of
 from granite_storage.web.errors import (
     MalformedRequestError,
@@ -126,14 +126,14 @@ class UploadEndpoint:
         draft, limits = self._draft_of(upload_token), UploadLimits(max_size=upload_token.max_size)
         if request.headers.get("content-type") != upload_token.content_type:
             raise UnsupportedRequestError(f"the Content-Type must be the announced {upload_token.content_type!r:.80}")
-        require_whole_body(request, limits)
-        _require_least(declared_size(request), upload_token.min_size)
+        body = RequestBody(request, limits)
+        _require_least(body.size, upload_token.min_size)
         time_left = asyncio.timeout(upload_token.ends - time.time())
         try:
             async with (
                 time_left,
-                aclosing(body_of(request, limits)) as body,
-                aclosing(_require_whole(body, upload_token.min_size)) as content,
+                aclosing(body.chunks()) as chunks,
+                aclosing(_require_whole(chunks, upload_token.min_size)) as content,
             ):
                 await self._manager._engine.put(draft, content)
         except ObjectExistsError as error:

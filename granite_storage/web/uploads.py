@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -29,14 +28,10 @@ from granite_storage.web._requests import (
     DEFAULT_LIMITS,
     MultipartReader,
     PartHead,
+    RequestBody,
     UploadLimits,
-    body_of,
-    content_type_of,
     content_type_to_keep,
-    declared_size,
-    media_type_of,
     read_fields,
-    require_whole_body,
 )
 from granite_storage.web.errors import MalformedRequestError, MissingFieldError, RequestTooLargeError, UnsupportedRequestError
 
@@ -391,15 +386,15 @@ async def stream_upload(
     for target in files.values():
         require_target(target.target if isinstance(target, FileList) else target)
     require_names("required", required)
-    require_whole_body(request, limits)
-    media_type, options = media_type_of(request)
-    async with aclosing(body_of(request, limits)) as body:
+    body = RequestBody(request, limits)
+    media_type, options = body.media_type()
+    async with aclosing(body.chunks()) as chunks:
         if media_type == b"multipart/form-data":
-            reader = MultipartReader(options.get(b"boundary", b""), body, limits)
+            reader = MultipartReader(options.get(b"boundary", b""), chunks, limits)
             return await _receive(_MultipartForm(reader, files, required, limits))
         if media_type == b"application/x-www-form-urlencoded":
             form = _Form(files, required)
-            form.fields = await read_fields(body, limits)
+            form.fields = await read_fields(chunks, limits)
             return form.result()
     raise UnsupportedRequestError("the body must be multipart/form-data or application/x-www-form-urlencoded")
 
@@ -446,14 +441,13 @@ async def stream_body(
         StorageError: As `StorageManager.put_stream`.
     """
     require_target(target)
-    require_whole_body(request, limits)
+    body = RequestBody(request, limits)
     for maximum in (limits.max_file_size, max_size_of(target)):
-        require_size(declared_size(request) or 0, maximum)
-    content_type = content_type_to_keep(content_type_of(request))
-    async with aclosing(body_of(request, limits)) as body:
-        size = declared_size(request)
+        require_size(body.size or 0, maximum)
+    content_type = content_type_to_keep(body.content_type)
+    async with aclosing(body.chunks()) as chunks:
         part = FilePart(
-            "", filename, content_type, next_chunk=lambda: anext(body, None), max_size=limits.max_file_size, size=size
+            "", filename, content_type, next_chunk=lambda: anext(chunks, None), max_size=limits.max_file_size, size=body.size
         )
         return await Received().store(part, target)
 
@@ -470,11 +464,12 @@ class _Form:
 
     def result(self) -> UploadForm:
         """Return the form once it has arrived; raise `MissingFieldError` where it lacks something."""
-        filled = {name for name, value in self.fields if value}
-        # A text under the name of a file is no file.
-        present = filled.difference(self._targets).union(name for name, _ in self.files)
-        if missing := tuple(name for name in self._required if name not in present):
-            raise MissingFieldError(f"the form lacks {', '.join(map(repr, missing))}", names=missing)
+        if self._required:
+            filled = {name for name, value in self.fields if value}
+            # A text under the name of a file is no file.
+            present = filled.difference(self._targets).union(name for name, _ in self.files)
+            if missing := tuple(name for name in self._required if name not in present):
+                raise MissingFieldError(f"the form lacks {', '.join(map(repr, missing))}", names=missing)
         lists = [name for name, target in self._targets.items() if isinstance(target, FileList)]
         return UploadForm(self.fields, FormFiles(self.files, lists), self.stored)
 
@@ -487,7 +482,7 @@ class _MultipartForm(_Form):
         self._reader = reader
         self._limits = limits
         self._fields_size = 0
-        self._counts: Counter[str] = Counter()
+        self._counts: dict[str, int] = {}
 
     async def receive(self) -> None:
         """Receive the parts in their order, to the end of the body."""
@@ -530,9 +525,9 @@ class _MultipartForm(_Form):
         target = self._targets.get(name)
         if target is None:
             raise MalformedRequestError(f"the form has a file in the field {name!r:.80}, where none is expected")
-        self._counts[name] += 1
+        count = self._counts[name] = self._counts.get(name, 0) + 1
         most, target = (target.max_files, target.target) if isinstance(target, FileList) else (1, target)
-        if self._counts[name] > most:
+        if count > most:
             raise RequestTooLargeError(
                 f"there are too many files in the field {name!r:.80} (at most {most})", limit="max_files", maximum=most
             )

@@ -269,8 +269,8 @@ MUTANTS = [
         name="web-body-of-any-size",
         rule="The first byte over the limit ends a body, whatever its Content-Length says.",
         path="granite_storage/web/_requests.py",
-        old='                limits.require("max_size", size, "the body is too large")\n',
-        new="                pass\n",
+        old='                        self._limits.require("max_size", size, "the body is too large")\n',
+        new="                        pass\n",
         tests=("tests/web/test_uploads.py::test_more_than_the_limit_is_not_even_read",),
     ),
     Mutant(

@@ -21,10 +21,9 @@ from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from granite_storage._headers import Disposition, content_disposition, served_type
-from granite_storage._logs import fields_of
 from granite_storage._portal import portal
 from granite_storage._tasks import CLEANUP_TIMEOUT, run_bounded, shielded_cleanup, wait_uncancelled
-from granite_storage._telemetry import load, traced
+from granite_storage._telemetry import fields_of, load, traced
 from granite_storage.backends.base import (
     ObjectHeaders,
     ObjectInfo,

@@ -15,7 +15,7 @@ import secrets
 import stat
 from contextlib import ExitStack, suppress
 
-from granite_storage._logs import fields_of
+from granite_storage._telemetry import fields_of
 from granite_storage.backends._local_tree import (
     CREATE,
     MAX_ATTEMPTS,

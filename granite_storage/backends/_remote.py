@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
-from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded, wait_or_cancel
+from granite_storage._telemetry import fields_of
 from granite_storage.backends._resuming import ConnectionTakenError, ResumingReader
 from granite_storage.backends.base import ByteRange, ObjectInfo, byte_range, check_range
 from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidLocationError, ObjectExistsError

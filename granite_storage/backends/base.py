@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from granite_storage._logs import redact_records
+from granite_storage._telemetry import redact_records
 from granite_storage.exceptions import BackendError
 
 __all__ = [

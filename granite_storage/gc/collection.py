@@ -21,9 +21,8 @@ from typing import TypeAlias
 
 from granite_storage._engine import may_overlap
 from granite_storage._jobs import MOST_KEPT, Run, require_mounted
-from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded
-from granite_storage._telemetry import begun, is_active, note_garbage
+from granite_storage._telemetry import begun, fields_of, is_active, note_garbage
 from granite_storage.backends.base import ObjectInfo, SupportsCleanup, SupportsClock, close_listing
 from granite_storage.exceptions import (
     BackendError,

@@ -15,9 +15,9 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from granite_storage._logs import fields_of
 from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._tasks import background, repeat, shielded_cleanup
+from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.gc.collection import CollectionRun, CollectionScope, GarbageCollectionReport
 from granite_storage.gc.database import DatabaseReferences

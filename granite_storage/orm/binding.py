@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from granite_storage._logs import fields_of
+from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import ConfigurationError, DerivationRefusedError
 from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager

@@ -34,7 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 
-from granite_storage._logs import fields_of
+from granite_storage._telemetry import fields_of
 from granite_storage.orm._interfaces import active_bindings
 from granite_storage.orm._util import TRANSLATE_MAP, UNTRANSLATED, batches, codes_of, without_pool
 from granite_storage.orm.attachment import Attachment

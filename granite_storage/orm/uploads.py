@@ -11,9 +11,8 @@ from typing import IO, TYPE_CHECKING, Self
 
 from sqlalchemy.util import greenlet_spawn
 
-from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded, shielded, shielded_cleanup, task_group
-from granite_storage._telemetry import traced
+from granite_storage._telemetry import fields_of, traced
 from granite_storage.derived import DerivationSource
 from granite_storage.exceptions import DerivationFailedError, StaleAttachmentError
 from granite_storage.orm._interfaces import Intent, StoredObject

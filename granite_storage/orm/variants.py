@@ -19,8 +19,8 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, ColumnElement, Connection, bindparam, select, update
 
-from granite_storage._logs import fields_of
 from granite_storage._tasks import shielded, shielded_cleanup, wait_uncancelled
+from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.locations import matches_generated_name, uuid7_hex
 from granite_storage.orm._interfaces import StoredObject

@@ -30,8 +30,8 @@ from granite_storage._headers import (
     served_type,
     url_path,
 )
-from granite_storage._logs import fields_of
 from granite_storage._tasks import shielded_cleanup
+from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import ByteRange
 from granite_storage.exceptions import (
     BackendError,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from granite_storage import BackendUnavailableError, ObjectNotFoundError
-from granite_storage._logs import redact
+from granite_storage._telemetry import redact
 from granite_storage.backends.obstore import ObjectStoreBackend, ObjectStoreConfigurationError
 from granite_storage.exceptions import AccessDeniedError, BackendError, ObjectExistsError, StorageFullError
 from tests.azurite import AzureServer

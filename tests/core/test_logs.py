@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from granite_storage import BackendUnavailableError
-from granite_storage._logs import fields_of
+from granite_storage._telemetry import fields_of
 from granite_storage.backends.memory import MemoryStorageBackend
 from tests.core.support import SLOT, manager_on
 

@@ -29,8 +29,8 @@ from uuid import uuid4
 
 from sqlalchemy import Column, Connection, Insert, Table, case, delete, select, update
 
-from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded, shielded, task_group
+from granite_storage._telemetry import fields_of
 from granite_storage.derived.base import Effect, EffectEvent
 from granite_storage.exceptions import (
     ConfigurationError,

@@ -23,8 +23,8 @@ from uuid import UUID
 
 from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bindparam, func, select, update
 
-from granite_storage._logs import fields_of
 from granite_storage._tasks import shielded
+from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsMountCheck
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert

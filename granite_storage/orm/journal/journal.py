@@ -12,9 +12,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
 
-from granite_storage._logs import fields_of
 from granite_storage._portal import enter_blocking, run_blocking
-from granite_storage._telemetry import is_active, note_garbage, traced
+from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings
 from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database

@@ -33,8 +33,8 @@ from sqlalchemy import ColumnElement, Integer, Row, bindparam, delete, func, ins
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage._logs import fields_of
 from granite_storage._tasks import run_bounded
+from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsBatchDelete
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._util import again_after_deadlock, batches, try_briefly

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import Column, bindparam, delete, select, tuple_, update
 
-from granite_storage._logs import fields_of
 from granite_storage._tasks import background, run_bounded
+from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import (
     BackendUnavailableError,
     ConfigurationError,

@@ -17,8 +17,8 @@ from uuid import UUID
 
 from sqlalchemy import ColumnElement, delete, select, tuple_
 
-from granite_storage._logs import fields_of
 from granite_storage._tasks import background, run_bounded, shielded_cleanup
+from granite_storage._telemetry import fields_of
 from granite_storage.derived.processes import in_background
 from granite_storage.exceptions import (
     ConfigurationError,

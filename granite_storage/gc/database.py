@@ -47,7 +47,7 @@ from granite_storage.exceptions import CollectionRefusedError
 from granite_storage.gc.mentions import Mention, find_mentions
 from granite_storage.gc.merge import PAGE, Reference, SortedSpool, merge_pages, require_byte_order, temporary_file
 from granite_storage.orm._interfaces import JournalTables, active_bindings
-from granite_storage.orm._util import batches
+from granite_storage.orm._util import batches, put_barrier
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, unnest_variants, value_in
 from granite_storage.orm.discovery import (
     FoundColumn,
@@ -762,8 +762,6 @@ def _refuse_unreadable(error: DBAPIError) -> CollectionRefusedError:
 # Databases that may hide references, or forget what they have committed, are refused.
 
 
-_SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
-_BARRIER = text("SELECT pg_logical_emit_message(true, 'granite_storage', 'barrier')")
 _BEGUN = text("SELECT transaction_timestamp()")
 
 
@@ -853,6 +851,5 @@ async def commit_durably(connection: AsyncConnection) -> None:
     follows its `PRAGMA synchronous`.
     """
     if connection.dialect.name == "postgresql":
-        await connection.execute(_SYNCHRONOUS)
-        await connection.execute(_BARRIER)
+        await put_barrier(connection)
     await connection.commit()

@@ -34,6 +34,11 @@ TRANSLATE_MAP: Final = "schema_translate_map"
 UNTRANSLATED: Final = {TRANSLATE_MAP: None}
 """Options of a statement that names no table of a model: SQLAlchemy compiles one for one set of a map's keys only."""
 
+SYNCHRONOUS: Final = text("SET LOCAL synchronous_commit = on")
+"""Has PostgreSQL wait until a COMMIT is on its disk."""
+
+_BARRIER: Final = text("SELECT pg_logical_emit_message(true, 'granite_storage', 'barrier')")
+
 
 def in_greenlet() -> bool:
     """Tell whether the code runs below an `await` of SQLAlchemy's asyncio layer."""
@@ -210,6 +215,15 @@ async def _try(connection: AsyncConnection, statement: Executable) -> CursorResu
         if codes_of(error).isdisjoint(_LOCK_TIMEOUTS):
             raise
         return None
+
+
+async def put_barrier(connection: AsyncConnection) -> None:
+    """Have the COMMIT of a transaction on PostgreSQL make durable what it has seen, asynchronous commits of others included.
+
+    A transaction that has only read, or has only been given an id, ends without waiting for the disk: it must write something.
+    """
+    await connection.execute(SYNCHRONOUS)
+    await connection.execute(_BARRIER)
 
 
 def codes_of(error: DBAPIError) -> set[str | int]:

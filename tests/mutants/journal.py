@@ -49,9 +49,17 @@ MUTANTS = [
         name="journal-durable-is-not-synchronous",
         rule="A durable transaction is synchronous, whatever the database's default is.",
         path="granite_storage/orm/journal/database.py",
-        old="            if self.is_postgresql:\n                await connection.execute(_SYNCHRONOUS)\n",
+        old="            if self.is_postgresql:\n                await connection.execute(SYNCHRONOUS)\n",
         new="",
         tests=("tests/orm/journal/test_simpler_protocols.py::test_durable_means_synchronous[asyncpg]",),
+    ),
+    Mutant(
+        name="journal-look-is-no-barrier",
+        rule="What a worker has seen of other transactions is durable before it deletes an object.",
+        path="granite_storage/orm/journal/database.py",
+        old="            await put_barrier(connection)\n",
+        new="            pass\n",
+        tests=("tests/orm/journal/test_database_faults.py::test_a_crash_that_forgets_a_commit_of_a_moment_ago",),
     ),
     Mutant(
         name="journal-pool-at-the-default-isolation",

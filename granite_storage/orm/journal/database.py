@@ -27,7 +27,7 @@ from granite_storage._portal import portal
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._threaded import as_async_engine
-from granite_storage.orm._util import TRANSLATE_MAP, dispatchers_of, root_engine, wait
+from granite_storage.orm._util import SYNCHRONOUS, TRANSLATE_MAP, dispatchers_of, put_barrier, root_engine, wait
 from granite_storage.orm.journal.tables import SCHEMA_VERSION, SIDECAR_NAME, VERSION_NAME, clock
 
 if TYPE_CHECKING:
@@ -185,7 +185,12 @@ class JournalPool:
         return self.reading()
 
     async def make_durable(self, connection: AsyncConnection) -> None:
-        """Let the COMMIT of such a transaction make durable what it has seen, where the database does not by itself."""
+        """Let the COMMIT of such a transaction make durable what it has seen, where the database does not by itself.
+
+        PostgreSQL writes what a session has committed with `synchronous_commit = off` with the next commit that waits for it.
+        """
+        if self.is_postgresql:
+            await put_barrier(connection)
 
     async def may_find(self, statement: Select[Any]) -> bool:
         """Return False where a look that waits for no lock shows that a statement finds nothing now."""
@@ -203,7 +208,7 @@ class JournalPool:
     async def _synchronous(self) -> AsyncIterator[AsyncConnection]:
         async with self._in_time(), self._engine.begin() as connection:
             if self.is_postgresql:
-                await connection.execute(_SYNCHRONOUS)
+                await connection.execute(SYNCHRONOUS)
             yield connection
 
     @asynccontextmanager
@@ -305,9 +310,6 @@ class _Engines:
         engine = self._on_portal.get(asyncio.get_running_loop())
         if engine is not None:
             await engine.dispose()
-
-
-_SYNCHRONOUS = text("SET LOCAL synchronous_commit = on")
 
 
 class _OpenPools:

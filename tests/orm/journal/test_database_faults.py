@@ -19,6 +19,7 @@ from sqlalchemy.util import await_only
 from granite_storage.orm import transactions
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm.journal.recovery import Recovery
+from granite_storage.orm.journal.references import References
 from tests.orm.databases import Database, crash_postgres, postgres, postgres_database
 from tests.orm.environment import Doc, OrmEnvironment, file, orm_environment
 from tests.orm.journal.test_recovery import eventually_true, expire, journal_of, retention, rows
@@ -253,6 +254,32 @@ def delete_at_once(stored: Iterable[StoredObject], **_: Any) -> None:
     """Delete what a transaction has left to nobody, before its COMMIT is written down."""
     for item in stored:
         await_only(item.manager.delete(item.ref))
+
+
+async def test_a_crash_that_forgets_a_commit_of_a_moment_ago(
+    crashing: tuple[Path, Database], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQL takes an object out of its last row after the fence: the look that misses it there is a barrier as well."""
+    folder, database = crashing
+    async with orm_environment(database, journaled=True) as env:
+        assert env.journal is not None
+        await env.add(Doc(id=1, file=file("a")), Doc(id=2))
+        async with env.sessions.begin() as session:
+            await session.execute(text("UPDATE doc SET file = (SELECT file FROM doc WHERE id = 1) WHERE id = 2"))
+            (await session.get_one(Doc, 1)).file = None
+        check = References.check
+
+        async def check_later(*args: Any) -> Any:
+            async with env.sessions.begin() as session:
+                await session.execute(text("UPDATE doc SET file = NULL WHERE id = 2"))
+            return await check(*args)
+
+        monkeypatch.setattr(References, "check", check_later)
+        assert (await env.journal.recover()).deleted == 1
+        await env.engine.dispose()
+        await env.journal._pool.aclose()
+        await asyncio.to_thread(crash_postgres, folder)
+        await env.check()
 
 
 async def test_a_crash_does_not_forget_an_intent(crashing: tuple[Path, Database]) -> None:

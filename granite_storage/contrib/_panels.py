@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar, cast
 from urllib.parse import urlencode
 
 from markupsafe import Markup
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -29,7 +30,9 @@ __all__ = [
     "FileView",
     "FormFile",
     "FormFiles",
+    "Refusal",
     "discarded_unless_assigned",
+    "existing",
     "is_attached",
     "readable",
     "render_files",
@@ -162,7 +165,7 @@ class _Form:
             stored: Where they are noted; see `discarded_unless_assigned`.
 
         Raises:
-            ValueError: A file cannot be stored; the message is for the reader of the form.
+            Refusal: A file cannot be stored.
             ConfigurationError: None can ever be.
         """
         first = len(stored)
@@ -172,15 +175,50 @@ class _Form:
         return stored[first:]
 
 
+class Refusal(ValueError):
+    """What a form asks for is refused; the message is for the reader of the form."""
+
+
 @contextmanager
 def readable() -> Iterator[None]:
-    """Let an error of the storage be a ValueError with the message that the reader of a form may see."""
+    """Let an error of the storage, and the database's refusal of a value, be a Refusal."""
     try:
         yield
     except ConfigurationError:
         raise
     except StorageError as error:
-        raise ValueError(client_message(error)) from error
+        raise Refusal(client_message(error)) from error
+    except (StatementError, OverflowError, UnicodeError) as error:
+        if (reason := _reason_of(error)) is None:
+            raise
+        raise Refusal(f"The database refuses this row: {reason}") from error
+
+
+@contextmanager
+def existing() -> Iterator[None]:
+    """Answer a request for a row by a key that no row can have with 404, as for one that no row has.
+
+    Raises:
+        HTTPException: The key cannot be parsed, or the database or its driver cannot take it.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError, StatementError) as error:
+        if isinstance(error, StatementError) and _reason_of(error) is None:
+            raise
+        raise HTTPException(404) from error
+
+
+def _reason_of(error: Exception) -> str | None:
+    """Return why a database, or its driver, refuses a value; None where something else has failed.
+
+    An error of the bound values is no DBAPIError, and asyncpg's are of no class of their own, but have an SQLSTATE: 22 is a value
+    that the type cannot take, 23 a constraint that a row violates.
+    """
+    if not isinstance(error, DBAPIError):
+        return str(error.orig if isinstance(error, StatementError) else error)
+    is_value = isinstance(error, DataError | IntegrityError) or str(getattr(error.orig, "sqlstate", ""))[:2] in ("22", "23")
+    return str(error.orig and error.orig.__cause__ or error.orig) if is_value else None
 
 
 @dataclass(slots=True)
@@ -190,8 +228,8 @@ class FormFile(_Form):
     Attributes:
         value: The attachment that the row has, or something else than None where there is a row that has one if it must.
         views: What is shown of it, where it has one.
-        action: What becomes of it; None where the form asks for something unknown.
-        uploads: The new file, where there is one.
+        action: What becomes of it; None where the form asks for something unknown, or for two things.
+        uploads: The new file, where there is one; two are a problem.
         errors: What is wrong.
     """
 
@@ -203,11 +241,10 @@ class FormFile(_Form):
 
     def read(self, request: Request, form: FormData, name: str) -> Self:
         """Return what a form asks for; one without its choice asks to replace where it has a file, else to keep."""
-        uploads = _uploads_of(request, form, name)[-1:]
-        known: dict[Any, FileAction] = {action.value: action for action in FileAction}
-        default = FileAction.REPLACE if uploads else FileAction.KEEP
-        asked = known.get(form[f"{name}-action"]) if f"{name}-action" in form else default
-        return replace(self, action=asked, uploads=uploads)
+        uploads = _uploads_of(request, form, name)
+        asked = form.getlist(f"{name}-action") or [(FileAction.REPLACE if uploads else FileAction.KEEP).value]
+        action = next((one for one in FileAction if asked == [one.value]), None)
+        return replace(self, action=action, uploads=uploads)
 
     def problem(self, *, required: bool) -> str | None:
         """Return what is wrong with it, for the reader of the form; None where nothing is."""
@@ -215,6 +252,8 @@ class FormFile(_Form):
             return "Choose Keep, Replace or Clear."
         if self.action is FileAction.REPLACE and not self.uploads:
             return "Choose the new file."
+        if len(self.uploads) > 1:
+            return "Choose one file: there is room for no more."
         if self.action is not FileAction.REPLACE and self.uploads:
             return "A file is chosen, but it is not to replace the present one: choose Replace, or no file."
         if required and (self.action is FileAction.CLEAR or (self.action is FileAction.KEEP and self.value is None)):
@@ -268,7 +307,7 @@ class FormFiles(_Form):
         """Return the files that stay, in their order, and the new ones.
 
         Raises:
-            ValueError: There would be more than the collection takes; the message is for the reader of the form.
+            Refusal: There would be more than the collection takes.
         """
         kept = self._sorted([file for file in files if file.id not in self.removed], lambda file: file.id)
         refs = [one._state.ref for one in (*(file.file for file in kept), *new)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
@@ -18,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette_admin.base import BaseAdmin
+from starlette_admin.contrib.sqla import ModelView
 from starlette_admin.contrib.sqla.converters import register_converter
 from starlette_admin.exceptions import FormValidationError
 from starlette_admin.fields import FileField
@@ -131,7 +133,7 @@ class AttachmentField(FileField):
             return [_File.of(one.file, obj, one) for one in value]
         try:
             return form.arrange(self.attribute, value, new)
-        except ValueError as error:
+        except _panels.Refusal as error:
             raise FormValidationError({self.name: str(error)}) from error
 
     async def serialize_value(self, request: Request, value: Any) -> Any:
@@ -190,6 +192,21 @@ async def _load(request: Request, row: Any, name: str) -> Any:
     return await run_sync(getattr, row, name)
 
 
+def _explain_refusals(view: ModelView) -> None:
+    handle = view.handle_exception  # the application's hook comes first
+
+    async def handle_exception(request: Request, error: Exception) -> None:
+        try:
+            with _panels.readable():
+                await handle(request, error)
+        except _panels.Refusal as refusal:
+            names = [field.name for field in view.get_fields_list(request)]
+            blamed = next((name for name in names if re.search(rf"\b{name}\b", str(refusal))), names[0])
+            raise FormValidationError({blamed: str(refusal)}) from refusal
+
+    vars(view)["handle_exception"] = handle_exception
+
+
 class AttachmentPlugin(BasePlugin):
     """The plugin that lets starlette-admin edit and show attachments: `Admin(engine, plugins=[AttachmentPlugin()])`.
 
@@ -204,6 +221,13 @@ class AttachmentPlugin(BasePlugin):
         """Register the field of attachment columns."""
         self._admin = admin
         register_converter(AttachmentType)(lambda *, name, column, **_: AttachmentField(column, name=name))
+
+    def on_mount(self, admin: BaseAdmin) -> None:
+        """Let the forms of views with attachments say what the storage or the database refuses."""
+        for view in admin._model_views:
+            for one in (view, *view._inline_instances):
+                if any(isinstance(field, AttachmentField) for field in one._all_fields) and isinstance(one, ModelView):
+                    _explain_refusals(one)
 
     def middlewares(self) -> Sequence[Middleware]:
         """Return what deletes the files of forms that were refused."""
@@ -228,10 +252,8 @@ class AttachmentPlugin(BasePlugin):
         name, pk = request.path_params["field"], request.query_params.get("pk")
         fields = [one for action in actions for one in view.get_fields_list(request, action=action)]
         is_shown = any(isinstance(one, AttachmentField) and one.name == name for one in fields)
-        try:
+        with _panels.existing():
             row = await view.find_by_pk(request, pk) if is_shown else None
-        except (TypeError, ValueError):
-            row = None
         return _panels.serve(await _load(request, row, name) if row is not None else None, request)
 
 

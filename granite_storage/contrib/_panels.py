@@ -30,7 +30,7 @@ __all__ = [
     "FileView",
     "FormFile",
     "FormFiles",
-    "Refusal",
+    "RefusedError",
     "discarded_unless_assigned",
     "existing",
     "is_attached",
@@ -165,7 +165,7 @@ class _Form:
             stored: Where they are noted; see `discarded_unless_assigned`.
 
         Raises:
-            Refusal: A file cannot be stored.
+            RefusedError: A file cannot be stored.
             ConfigurationError: None can ever be.
         """
         first = len(stored)
@@ -175,23 +175,23 @@ class _Form:
         return stored[first:]
 
 
-class Refusal(ValueError):
+class RefusedError(ValueError):
     """What a form asks for is refused; the message is for the reader of the form."""
 
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Let an error of the storage, and the database's refusal of a value, be a Refusal."""
+    """Let an error of the storage, and the database's refusal of a value, be a RefusedError."""
     try:
         yield
     except ConfigurationError:
         raise
     except StorageError as error:
-        raise Refusal(client_message(error)) from error
-    except (StatementError, OverflowError, UnicodeError) as error:
+        raise RefusedError(client_message(error)) from error
+    except (StatementError, OverflowError, UnicodeEncodeError) as error:
         if (reason := _reason_of(error)) is None:
             raise
-        raise Refusal(f"The database refuses this row: {reason}") from error
+        raise RefusedError(f"The database refuses this row: {reason}") from error
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def _reason_of(error: Exception) -> str | None:
     if not isinstance(error, DBAPIError):
         return str(error.orig if isinstance(error, StatementError) else error)
     is_value = isinstance(error, DataError | IntegrityError) or str(getattr(error.orig, "sqlstate", ""))[:2] in ("22", "23")
-    return str(error.orig and error.orig.__cause__ or error.orig) if is_value else None
+    return str((error.orig and error.orig.__cause__) or error.orig) if is_value else None
 
 
 @dataclass(slots=True)
@@ -307,7 +307,7 @@ class FormFiles(_Form):
         """Return the files that stay, in their order, and the new ones.
 
         Raises:
-            Refusal: There would be more than the collection takes.
+            RefusedError: There would be more than the collection takes.
         """
         kept = self._sorted([file for file in files if file.id not in self.removed], lambda file: file.id)
         refs = [one._state.ref for one in (*(file.file for file in kept), *new)]

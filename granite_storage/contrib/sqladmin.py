@@ -203,7 +203,7 @@ class AttachmentAdmin(ModelView):
                         values[key] = [_copied(file) for file in files] if is_new else (form, new)
                     elif is_new or form.action is not FileAction.KEEP:
                         values[key] = next(iter(new), form.value if form.action is FileAction.KEEP else None)
-                except _panels.Refusal as error:
+                except _panels.RefusedError as error:
                     form.errors.append(str(error))
             if problems := [f"{key}: {error}" for key, form in forms.items() for error in form.errors]:
                 raise ContentRejectedError(" ".join(problems))

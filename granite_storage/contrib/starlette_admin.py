@@ -133,7 +133,7 @@ class AttachmentField(FileField):
             return [_File.of(one.file, obj, one) for one in value]
         try:
             return form.arrange(self.attribute, value, new)
-        except _panels.Refusal as error:
+        except _panels.RefusedError as error:
             raise FormValidationError({self.name: str(error)}) from error
 
     async def serialize_value(self, request: Request, value: Any) -> Any:
@@ -199,7 +199,7 @@ def _explain_refusals(view: ModelView) -> None:
         try:
             with _panels.readable():
                 await handle(request, error)
-        except _panels.Refusal as refusal:
+        except _panels.RefusedError as refusal:
             names = [field.name for field in view.get_fields_list(request)]
             blamed = next((name for name in names if re.search(rf"\b{name}\b", str(refusal))), names[0])
             raise FormValidationError({blamed: str(refusal)}) from refusal

@@ -151,11 +151,25 @@ def _uploads_of(request: Request, form: FormData, name: str) -> list[UploadFile]
     return [item for item in uploads if item.filename or item.size]
 
 
+@dataclass(slots=True)
 class _Form:
-    """What a form asks for: what the classes of one and of several files have in common."""
+    """What a form asks for: what the classes of one and of several files have in common.
 
-    uploads: Sequence[UploadFile]
-    errors: list[str]
+    Attributes:
+        value: What the row has, or something else than None where there is a row that has a file if it must.
+        views: What is shown of it.
+        uploads: The new files.
+        errors: What is wrong.
+    """
+
+    value: Any = None
+    views: Sequence[FileView] = ()
+    uploads: Sequence[UploadFile] = ()
+    errors: list[str] = field(default_factory=list)
+
+    def problem(self, *, required: bool) -> str | None:
+        """Return what is wrong with it, for the reader of the form; None where nothing is."""
+        return None
 
     async def store(self, attribute: Any, stored: list[Attachment]) -> list[Attachment]:
         """Store the new files before their transaction, so that the form can be shown again with what a policy refuses.
@@ -226,18 +240,10 @@ class FormFile(_Form):
     """One file of a form.
 
     Attributes:
-        value: The attachment that the row has, or something else than None where there is a row that has one if it must.
-        views: What is shown of it, where it has one.
         action: What becomes of it; None where the form asks for something unknown, or for two things.
-        uploads: The new file, where there is one; two are a problem.
-        errors: What is wrong.
     """
 
-    value: Any = None
-    views: Sequence[FileView] = ()
     action: FileAction | None = FileAction.KEEP
-    uploads: Sequence[UploadFile] = ()
-    errors: list[str] = field(default_factory=list)
 
     def read(self, request: Request, form: FormData, name: str) -> Self:
         """Return what a form asks for; one without its choice asks to replace where it has a file, else to keep."""
@@ -279,29 +285,17 @@ class FormFiles(_Form):
     """Several files of a form, in an order.
 
     Attributes:
-        value: The files that the row has, or something else than None where there is a row.
-        views: What is shown of them.
-        uploads: The files to add.
-        order: The primary keys of the present files in their new order.
+        order: The primary keys of the present files in their new order, as the form sends them; unknown ones mean nothing.
         removed: Those of the files to remove.
-        errors: What is wrong.
     """
 
-    value: Any = None
-    views: Sequence[FileView] = ()
-    uploads: Sequence[UploadFile] = ()
-    order: Sequence[int] = ()
-    removed: Collection[int] = ()
-    errors: list[str] = field(default_factory=list)
+    order: Sequence[str] = ()
+    removed: Collection[str] = ()
 
     def read(self, request: Request, form: FormData, name: str) -> Self:
         """Return what a form asks for; files that it does not name stay, such as those that were added meanwhile."""
-        order, removed = ([int(str(key)) for key in form.getlist(f"{name}-{of}") if str(key).isdecimal()] for of in _LISTS)
+        order, removed = (list(map(str, form.getlist(f"{name}-{of}"))) for of in ("order", "removed"))
         return replace(self, uploads=_uploads_of(request, form, name), order=order, removed=removed)
-
-    def problem(self, *, required: bool) -> str | None:
-        """Return what is wrong with it: nothing."""
-        return None
 
     def arrange(self, attribute: Any, files: Iterable[AttachedFile], new: Sequence[Attachment]) -> list[Any]:
         """Return the files that stay, in their order, and the new ones.
@@ -309,7 +303,7 @@ class FormFiles(_Form):
         Raises:
             RefusedError: There would be more than the collection takes.
         """
-        kept = self._sorted([file for file in files if file.id not in self.removed], lambda file: file.id)
+        kept = self._sorted([file for file in files if str(file.id) not in self.removed], lambda file: file.id)
         refs = [one._state.ref for one in (*(file.file for file in kept), *new)]
         with readable():
             cast(Any, declared_collection(attribute)).require(len(refs), sum(0 if ref is None else ref.size for ref in refs))
@@ -318,18 +312,17 @@ class FormFiles(_Form):
     def render(self, name: str, column_type: AttachmentType, *, required: bool, invalid: bool) -> Markup:
         """Return the present files, to drag and to remove, and the input for new ones."""
         rows = Markup("").join(
-            _ROW.format(name, view.key, render_files([view]), _checked(view.key in self.removed), _UP)
+            _ROW.format(name, view.key, render_files([view]), _checked(str(view.key) in self.removed), _UP)
             for view in self._sorted(self.views, lambda view: view.key)
         )
         present = Markup('<ol class="list-unstyled" ondragover="{}" ondrop="event.preventDefault()">{}</ol>').format(_DRAG, rows)
         return _render_field(present + _render_chooser(name, column_type, Markup(" multiple")), invalid=invalid)
 
     def _sorted(self, items: Iterable[T], key_of: Callable[[T], int | None]) -> list[T]:
-        ranks: dict[int | None, int] = {key: rank for rank, key in enumerate(self.order)}
-        return sorted(items, key=lambda item: ranks.get(key_of(item), len(ranks)))
+        ranks = {key: rank for rank, key in enumerate(self.order)}
+        return sorted(items, key=lambda item: ranks.get(str(key_of(item)), len(ranks)))
 
 
-_LISTS = ("order", "removed")
 _RADIO = Markup(
     '<label class="form-check form-check-inline"><input class="form-check-input" type="radio" name="{0}-action" id="{0}-{1}"'
     ' value="{1}"{2}> {3}</label>'

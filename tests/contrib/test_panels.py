@@ -128,6 +128,12 @@ class TestCollections:
         [user] = await panel.check()
         assert names_of(user) == ["c.png", "a.png", "d.png"]
 
+    async def test_keys_of_no_file(self, panel: Panel) -> None:
+        await panel.save_photos(*PHOTOS, action="create")
+        await panel.save_photos(**{"photos-order": ["9" * 5000, "x", "3", "-1"], "photos-removed": ["9" * 5000, "", "7"]})
+        [user] = await panel.check()
+        assert names_of(user) == ["c.png", "a.png", "b.png"]
+
     async def test_edit_of_another_field(self, panel: Panel) -> None:
         await panel.save_photos(*PHOTOS, action="create")
         await panel.send(panel.path("edit"), True, name="Grace")

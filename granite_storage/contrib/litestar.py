@@ -180,10 +180,10 @@ def _answer_nobody(_: Request[Any, Any, Any], __: ClientDisconnect) -> Response[
 
 def _require_encodable(handler: HTTPRouteHandler) -> None:
     def is_bare(kind: Any) -> bool:
-        mapper = inspect(kind, raiseerr=False) if isinstance(kind, type) and not is_dataclass(kind) else None
-        known = any(base in encoders for base in getattr(kind, "__mro__", ()))
-        names = mapper.all_orm_descriptors.keys() if isinstance(mapper, Mapper) and not known else ()
-        return any(isinstance(getattr(getattr(kind, name), "type", None), AttachmentType) for name in names)
+        mapper: object = inspect(kind, raiseerr=False) if isinstance(kind, type) else None
+        if not isinstance(mapper, Mapper) or is_dataclass(kind) or any(base in encoders for base in kind.__mro__):
+            return False
+        return any(isinstance(getattr(attribute, "type", None), AttachmentType) for attribute in mapper.all_orm_descriptors)
 
     encoders = handler.resolve_type_encoders()
     returned = handler.parsed_return_field

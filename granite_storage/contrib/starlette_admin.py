@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from anyio.to_thread import run_sync
@@ -192,19 +193,15 @@ async def _load(request: Request, row: Any, name: str) -> Any:
     return await run_sync(getattr, row, name)
 
 
-def _explain_refusals(view: ModelView) -> None:
-    handle = view.handle_exception  # the application's hook comes first
-
-    async def handle_exception(request: Request, error: Exception) -> None:
-        try:
-            with _panels.readable():
-                await handle(request, error)
-        except _panels.RefusedError as refusal:
-            names = [field.name for field in view.get_fields_list(request)]
-            blamed = next((name for name in names if re.search(rf"\b{name}\b", str(refusal))), names[0])
-            raise FormValidationError({blamed: str(refusal)}) from refusal
-
-    vars(view)["handle_exception"] = handle_exception
+async def _handle_exception(view: ModelView, handle: Callable[..., Any], request: Request, error: Exception) -> None:
+    """Call the hook of a view, and let the form say what the storage or the database refuses."""
+    try:
+        with _panels.readable():
+            await handle(request, error)
+    except _panels.RefusedError as refusal:
+        names = [field.name for field in view.get_fields_list(request)]
+        blamed = next((name for name in names if re.search(rf"\b{name}\b", str(refusal))), names[0])
+        raise FormValidationError({blamed: str(refusal)}) from refusal
 
 
 class AttachmentPlugin(BasePlugin):
@@ -226,8 +223,9 @@ class AttachmentPlugin(BasePlugin):
         """Let the forms of views with attachments say what the storage or the database refuses."""
         for view in admin._model_views:
             for one in (view, *view._inline_instances):
-                if any(isinstance(field, AttachmentField) for field in one._all_fields) and isinstance(one, ModelView):
-                    _explain_refusals(one)
+                if isinstance(one, ModelView) and any(isinstance(field, AttachmentField) for field in one._all_fields):
+                    # On the instance, which the application's class may have a hook of its own for.
+                    vars(one)["handle_exception"] = partial(_handle_exception, one, one.handle_exception)
 
     def middlewares(self) -> Sequence[Middleware]:
         """Return what deletes the files of forms that were refused."""

@@ -6,6 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import object_session
 from starlette.requests import Request
 from starlette_admin.exceptions import FormValidationError
 
@@ -94,6 +97,18 @@ class TestHooks:
         raised.append(FormValidationError({"avatar": "Not today."}))
         page = await panel.create(ok=False, avatar=png())
         assert "Not today." in panel.error_at(page.text, "avatar")
+        assert await panel.check() == []
+
+    async def test_constraint_that_is_checked_at_the_commit(self, panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(_: Any) -> None:
+            raise IntegrityError("COMMIT", None, Exception("FOREIGN KEY constraint failed"))
+
+        async def after_create(_: Any, request: Request, obj: Any) -> None:
+            event.listen(object_session(obj), "before_commit", refuse, once=True)
+
+        monkeypatch.setattr(UserView, "after_create", after_create)
+        with pytest.raises(IntegrityError):  # which is the panel's, and the server's 500
+            await panel.create(avatar=png())
         assert await panel.check() == []
 
 

@@ -90,7 +90,7 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
 
     Raises:
         ConfigurationError: `storage` is no manager. The application raises it for a handler whose annotation names a model with
-            attachments, and that has neither a `return_dto` nor a plugin or an encoder for the model.
+            attachments, and that has neither a `return_dto` nor a plugin, an encoder or a response for the model.
 
     Example:
         ```python
@@ -187,7 +187,10 @@ def _require_encodable(handler: HTTPRouteHandler) -> None:
 
     encoders = handler.resolve_type_encoders()
     returned = handler.parsed_return_field
-    if handler.resolve_return_dto() is None and returned.match_predicate_recursively(lambda field: is_bare(field.annotation)):
+    is_plain = handler.resolve_return_dto() is None and handler.resolve_response_class() is Response
+    if returned.is_subclass_of(Response) or not is_plain:
+        return  # a response may have encoders of its own
+    if returned.match_predicate_recursively(lambda field: is_bare(field.annotation)):
         raise ConfigurationError(
             f"Litestar cannot encode the rows that {handler.handler_name!r} returns, {returned.raw}: give it a"
             " return_dto=SQLAlchemyDTO[...], or the application the SQLAlchemySerializationPlugin, both of advanced-alchemy"

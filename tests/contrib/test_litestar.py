@@ -237,7 +237,9 @@ class TestRowsThatNothingEncodes:
         async with kit.sessions.begin() as session:
             session.add(envelope := Envelope(id=1, file=file()))
 
-        @get("/own", type_encoders={Base: lambda row: {"id": row.id}})
+        encoders: dict[Any, Callable[[Any], Any]] = {Base: lambda row: {"id": row.id}}
+
+        @get("/own", type_encoders=encoders)
         async def own() -> Paper:
             return stored
 
@@ -249,8 +251,20 @@ class TestRowsThatNothingEncodes:
         async def owner() -> Owner:  # is no concern of the plugin
             raise AssertionError
 
-        client = serve(own, dataclass, owner)
-        assert (await client.get("/own")).json() == {"id": 1}
+        @get("/response")
+        async def response() -> Response[Paper]:
+            return Response(stored, type_encoders=encoders)
+
+        class Encoding(Response[Any]):
+            type_encoders = encoders
+
+        @get("/class", response_class=Encoding)
+        async def response_class() -> Paper:
+            return stored
+
+        client = serve(own, dataclass, owner, response, response_class)
+        for path in ("/own", "/response", "/class"):
+            assert (await client.get(path)).json() == {"id": 1}
         assert (await client.get("/dataclass")).json() == {"id": 1, "file": SHOWN}
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar, cast
 from urllib.parse import urlencode
 
 from markupsafe import Markup
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -29,7 +30,9 @@ __all__ = [
     "FileView",
     "FormFile",
     "FormFiles",
+    "RefusedError",
     "discarded_unless_assigned",
+    "existing",
     "is_attached",
     "readable",
     "render_files",
@@ -148,11 +151,25 @@ def _uploads_of(request: Request, form: FormData, name: str) -> list[UploadFile]
     return [item for item in uploads if item.filename or item.size]
 
 
+@dataclass(slots=True)
 class _Form:
-    """What a form asks for: what the classes of one and of several files have in common."""
+    """What a form asks for: what the classes of one and of several files have in common.
 
-    uploads: Sequence[UploadFile]
-    errors: list[str]
+    Attributes:
+        value: What the row has, or something else than None where there is a row that has a file if it must.
+        views: What is shown of it.
+        uploads: The new files.
+        errors: What is wrong.
+    """
+
+    value: Any = None
+    views: Sequence[FileView] = ()
+    uploads: Sequence[UploadFile] = ()
+    errors: list[str] = field(default_factory=list)
+
+    def problem(self, *, required: bool) -> str | None:
+        """Return what is wrong with it, for the reader of the form; None where nothing is."""
+        return None
 
     async def store(self, attribute: Any, stored: list[Attachment]) -> list[Attachment]:
         """Store the new files before their transaction, so that the form can be shown again with what a policy refuses.
@@ -162,7 +179,7 @@ class _Form:
             stored: Where they are noted; see `discarded_unless_assigned`.
 
         Raises:
-            ValueError: A file cannot be stored; the message is for the reader of the form.
+            RefusedError: A file cannot be stored.
             ConfigurationError: None can ever be.
         """
         first = len(stored)
@@ -172,15 +189,50 @@ class _Form:
         return stored[first:]
 
 
+class RefusedError(ValueError):
+    """What a form asks for is refused; the message is for the reader of the form."""
+
+
 @contextmanager
 def readable() -> Iterator[None]:
-    """Let an error of the storage be a ValueError with the message that the reader of a form may see."""
+    """Let an error of the storage, and the database's refusal of a value, be a RefusedError."""
     try:
         yield
     except ConfigurationError:
         raise
     except StorageError as error:
-        raise ValueError(client_message(error)) from error
+        raise RefusedError(client_message(error)) from error
+    except (StatementError, OverflowError, UnicodeEncodeError) as error:
+        if (reason := _reason_of(error)) is None:
+            raise
+        raise RefusedError(f"The database refuses this row: {reason}") from error
+
+
+@contextmanager
+def existing() -> Iterator[None]:
+    """Answer a request for a row by a key that no row can have with 404, as for one that no row has.
+
+    Raises:
+        HTTPException: The key cannot be parsed, or the database or its driver cannot take it.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError, StatementError) as error:
+        if isinstance(error, StatementError) and _reason_of(error) is None:
+            raise
+        raise HTTPException(404) from error
+
+
+def _reason_of(error: Exception) -> str | None:
+    """Return why a database, or its driver, refuses a value; None where something else has failed.
+
+    An error of the bound values is no DBAPIError, and asyncpg's are of no class of their own, but have an SQLSTATE: 22 is a value
+    that the type cannot take, 23 a constraint that a row violates.
+    """
+    if not isinstance(error, DBAPIError):
+        return str(error.orig if isinstance(error, StatementError) else error)
+    is_value = isinstance(error, DataError | IntegrityError) or str(getattr(error.orig, "sqlstate", ""))[:2] in ("22", "23")
+    return str((error.orig and error.orig.__cause__) or error.orig) if is_value else None
 
 
 @dataclass(slots=True)
@@ -188,26 +240,17 @@ class FormFile(_Form):
     """One file of a form.
 
     Attributes:
-        value: The attachment that the row has, or something else than None where there is a row that has one if it must.
-        views: What is shown of it, where it has one.
-        action: What becomes of it; None where the form asks for something unknown.
-        uploads: The new file, where there is one.
-        errors: What is wrong.
+        action: What becomes of it; None where the form asks for something unknown, or for two things.
     """
 
-    value: Any = None
-    views: Sequence[FileView] = ()
     action: FileAction | None = FileAction.KEEP
-    uploads: Sequence[UploadFile] = ()
-    errors: list[str] = field(default_factory=list)
 
     def read(self, request: Request, form: FormData, name: str) -> Self:
         """Return what a form asks for; one without its choice asks to replace where it has a file, else to keep."""
-        uploads = _uploads_of(request, form, name)[-1:]
-        known: dict[Any, FileAction] = {action.value: action for action in FileAction}
-        default = FileAction.REPLACE if uploads else FileAction.KEEP
-        asked = known.get(form[f"{name}-action"]) if f"{name}-action" in form else default
-        return replace(self, action=asked, uploads=uploads)
+        uploads = _uploads_of(request, form, name)
+        asked = form.getlist(f"{name}-action") or [(FileAction.REPLACE if uploads else FileAction.KEEP).value]
+        action = next((one for one in FileAction if asked == [one.value]), None)
+        return replace(self, action=action, uploads=uploads)
 
     def problem(self, *, required: bool) -> str | None:
         """Return what is wrong with it, for the reader of the form; None where nothing is."""
@@ -215,6 +258,8 @@ class FormFile(_Form):
             return "Choose Keep, Replace or Clear."
         if self.action is FileAction.REPLACE and not self.uploads:
             return "Choose the new file."
+        if len(self.uploads) > 1:
+            return "Choose one file: there is room for no more."
         if self.action is not FileAction.REPLACE and self.uploads:
             return "A file is chosen, but it is not to replace the present one: choose Replace, or no file."
         if required and (self.action is FileAction.CLEAR or (self.action is FileAction.KEEP and self.value is None)):
@@ -240,37 +285,25 @@ class FormFiles(_Form):
     """Several files of a form, in an order.
 
     Attributes:
-        value: The files that the row has, or something else than None where there is a row.
-        views: What is shown of them.
-        uploads: The files to add.
-        order: The primary keys of the present files in their new order.
+        order: The primary keys of the present files in their new order, as the form sends them; unknown ones mean nothing.
         removed: Those of the files to remove.
-        errors: What is wrong.
     """
 
-    value: Any = None
-    views: Sequence[FileView] = ()
-    uploads: Sequence[UploadFile] = ()
-    order: Sequence[int] = ()
-    removed: Collection[int] = ()
-    errors: list[str] = field(default_factory=list)
+    order: Sequence[str] = ()
+    removed: Collection[str] = ()
 
     def read(self, request: Request, form: FormData, name: str) -> Self:
         """Return what a form asks for; files that it does not name stay, such as those that were added meanwhile."""
-        order, removed = ([int(str(key)) for key in form.getlist(f"{name}-{of}") if str(key).isdecimal()] for of in _LISTS)
+        order, removed = (list(map(str, form.getlist(f"{name}-{of}"))) for of in ("order", "removed"))
         return replace(self, uploads=_uploads_of(request, form, name), order=order, removed=removed)
-
-    def problem(self, *, required: bool) -> str | None:
-        """Return what is wrong with it: nothing."""
-        return None
 
     def arrange(self, attribute: Any, files: Iterable[AttachedFile], new: Sequence[Attachment]) -> list[Any]:
         """Return the files that stay, in their order, and the new ones.
 
         Raises:
-            ValueError: There would be more than the collection takes; the message is for the reader of the form.
+            RefusedError: There would be more than the collection takes.
         """
-        kept = self._sorted([file for file in files if file.id not in self.removed], lambda file: file.id)
+        kept = self._sorted([file for file in files if str(file.id) not in self.removed], lambda file: file.id)
         refs = [one._state.ref for one in (*(file.file for file in kept), *new)]
         with readable():
             cast(Any, declared_collection(attribute)).require(len(refs), sum(0 if ref is None else ref.size for ref in refs))
@@ -279,18 +312,17 @@ class FormFiles(_Form):
     def render(self, name: str, column_type: AttachmentType, *, required: bool, invalid: bool) -> Markup:
         """Return the present files, to drag and to remove, and the input for new ones."""
         rows = Markup("").join(
-            _ROW.format(name, view.key, render_files([view]), _checked(view.key in self.removed), _UP)
+            _ROW.format(name, view.key, render_files([view]), _checked(str(view.key) in self.removed), _UP)
             for view in self._sorted(self.views, lambda view: view.key)
         )
         present = Markup('<ol class="list-unstyled" ondragover="{}" ondrop="event.preventDefault()">{}</ol>').format(_DRAG, rows)
         return _render_field(present + _render_chooser(name, column_type, Markup(" multiple")), invalid=invalid)
 
     def _sorted(self, items: Iterable[T], key_of: Callable[[T], int | None]) -> list[T]:
-        ranks: dict[int | None, int] = {key: rank for rank, key in enumerate(self.order)}
-        return sorted(items, key=lambda item: ranks.get(key_of(item), len(ranks)))
+        ranks = {key: rank for rank, key in enumerate(self.order)}
+        return sorted(items, key=lambda item: ranks.get(str(key_of(item)), len(ranks)))
 
 
-_LISTS = ("order", "removed")
 _RADIO = Markup(
     '<label class="form-check form-check-inline"><input class="form-check-input" type="radio" name="{0}-action" id="{0}-{1}"'
     ' value="{1}"{2}> {3}</label>'

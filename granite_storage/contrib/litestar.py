@@ -5,22 +5,30 @@ The extra `litestar` brings what it needs.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy import inspect
+from sqlalchemy.orm import Mapper
 
 from granite_storage.exceptions import ConfigurationError, MissingDependencyError, StorageError
 from granite_storage.manager import StorageManager
 from granite_storage.orm.attachment import Attachment, AttachmentVariant, AttachmentVariants
 from granite_storage.orm.collections import AttachedFile, AttachmentList
+from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.refs import StoredObjectRef
 
 try:
     from litestar import Litestar, Request, Response
     from litestar.di import Provide
-    from litestar.openapi.spec import OpenAPIType, Reference, Schema
-    from litestar.plugins import InitPlugin, OpenAPISchemaPlugin
+    from litestar.handlers import HTTPRouteHandler
+    from litestar.openapi.spec import OpenAPIType, Operation, Reference, RequestBody, Schema
+    from litestar.plugins import InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin
+    from litestar.routes import BaseRoute, HTTPRoute
+    from litestar.utils.signature import ParsedSignature
     from litestar.utils.typing import instantiable_type_mapping, safe_generic_origin_map
 except ImportError as _error:
     raise MissingDependencyError(
@@ -30,7 +38,7 @@ except ImportError as _error:
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as ReceivedRequest
 
-from granite_storage.web import FileTarget, UploadForm, UploadLimits, problem_response, stream_upload
+from granite_storage.web import FileTarget, UploadForm, UploadLimits, problem_response, stream_upload, upload_form
 from granite_storage.web.errors import RETRY_AFTER
 
 if TYPE_CHECKING:
@@ -60,12 +68,14 @@ safe_generic_origin_map[AttachmentList] = _Itself()
 instantiable_type_mapping[AttachmentList] = list
 
 
-class StoragePlugin(InitPlugin, OpenAPISchemaPlugin):
+class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
     """Makes a Litestar application ready for attachments: `Litestar(..., plugins=[StoragePlugin(storage)])`.
 
     - Handlers return rows, attachments, their variants and collections, through `SQLAlchemyDTO`, the serialization plugin or in a
       dict; they are shown by size, media type, name and checksum, and so the OpenAPI document describes them. No request can
       supply one: exclude a collection from the DTO of a body, as every relationship that is not sent.
+    - The OpenAPI document describes the forms that `provide_upload_form` receives.
+    - A handler that returns rows with attachments as nothing can encode them is refused when it is registered.
     - Errors of the library are answered as `install_error_handlers` does, with problem details.
     - The manager is closed with the application, after the journal's worker, where one is to run.
     - Handlers get the manager by a parameter `storage: NamedDependency[StorageManager]`.
@@ -79,7 +89,8 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin):
         retry_after: The Retry-After of an unavailable storage, in seconds.
 
     Raises:
-        ConfigurationError: `storage` is no manager.
+        ConfigurationError: `storage` is no manager. The application raises it for a handler whose annotation names a model with
+            attachments, and that has neither a `return_dto` nor a plugin, an encoder or a response for the model.
 
     Example:
         ```python
@@ -114,6 +125,14 @@ class StoragePlugin(InitPlugin, OpenAPISchemaPlugin):
         app_config.signature_types = [StorageManager, UploadForm, *app_config.signature_types]
         app_config.lifespan = [self._run, *app_config.lifespan]
         return app_config
+
+    def receive_route(self, route: BaseRoute) -> None:
+        """Describe what the handlers of a route receive, and refuse those whose rows cannot be shown; Litestar calls it."""
+        for handler in route.route_handlers if isinstance(route, HTTPRoute) else ():
+            _require_encodable(handler)
+            body = next(_bodies_of(handler.parsed_fn_signature, handler.resolve_dependencies()), None)
+            if body is not None:
+                handler.operation_class = _describing(handler.operation_class, body)
 
     @staticmethod
     def is_plugin_supported_type(value: Any) -> bool:
@@ -159,10 +178,56 @@ def _answer_nobody(_: Request[Any, Any, Any], __: ClientDisconnect) -> Response[
     return Response(b"", status_code=400)
 
 
+def _require_encodable(handler: HTTPRouteHandler) -> None:
+    def is_bare(kind: Any) -> bool:
+        mapper: object = inspect(kind, raiseerr=False) if isinstance(kind, type) else None
+        if not isinstance(mapper, Mapper) or is_dataclass(kind) or any(base in encoders for base in kind.__mro__):
+            return False
+        return any(isinstance(getattr(attribute, "type", None), AttachmentType) for attribute in mapper.all_orm_descriptors)
+
+    encoders = handler.resolve_type_encoders()
+    returned = handler.parsed_return_field
+    is_plain = handler.resolve_return_dto() is None and handler.resolve_response_class() is Response
+    if returned.is_subclass_of(Response) or not is_plain:
+        return  # a response may have encoders of its own
+    if returned.match_predicate_recursively(lambda field: is_bare(field.annotation)):
+        raise ConfigurationError(
+            f"Litestar cannot encode the rows that {handler.handler_name!r} returns, {returned.raw}: give it a"
+            " return_dto=SQLAlchemyDTO[...], or the application the SQLAlchemySerializationPlugin, both of advanced-alchemy"
+        )
+
+
+class _FormProvider(Provide):
+    """A dependency that receives a form, with the description of the form."""
+
+    body: RequestBody
+
+
+def _bodies_of(signature: ParsedSignature, dependencies: Mapping[str, Provide]) -> Iterator[RequestBody]:
+    """Yield the descriptions of the forms that a handler receives by its dependencies, or these by theirs."""
+    for provider in (dependencies[name] for name in signature.parameters if name in dependencies):
+        if isinstance(provider, _FormProvider):
+            yield provider.body
+        yield from _bodies_of(provider.parsed_fn_signature, dependencies)
+
+
+def _describing(operation_class: type[Operation], body: RequestBody) -> type[Operation]:
+    def describe(**values: Any) -> Operation:
+        operation = operation_class(**values)
+        operation.request_body = operation.request_body or body  # the application's own has precedence
+        return operation
+
+    return cast("type[Operation]", describe)
+
+
 def provide_upload_form(
-    files: Mapping[str, FileTarget], *, required: Collection[str] = (), limits: UploadLimits | None = None
+    files: Mapping[str, FileTarget],
+    *,
+    fields: Collection[str] = (),
+    required: Collection[str] = (),
+    limits: UploadLimits | None = None,
 ) -> Provide:
-    """Return a dependency that receives a form.
+    """Return a dependency that receives a form, which `StoragePlugin` describes in the OpenAPI document.
 
     The handler has a parameter `form: NamedDependency[UploadForm]`, and none called `data`: Litestar would read the body first.
     When it has ended, the attachments that no row has taken are removed, as by `async with await stream_upload(...)`, whose
@@ -170,6 +235,7 @@ def provide_upload_form(
 
     Args:
         files: Where the file of each field goes.
+        fields: The names of other fields, which the OpenAPI document shows as texts; further ones are received as well.
         required: The names of the files and of the other fields that the form must have.
         limits: The limits of the form; None for the default ones.
 
@@ -185,4 +251,7 @@ def provide_upload_form(
         async with await stream_upload(received, files, required=required, limits=limits or UploadLimits()) as form:
             yield form
 
-    return Provide(provide)
+    described = upload_form(files, fields=fields, required=required).openapi_extra["requestBody"]
+    provider = _FormProvider(provide)
+    provider.body = RequestBody(**described)
+    return provider

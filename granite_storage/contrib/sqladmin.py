@@ -12,7 +12,6 @@ from sqladmin import ModelView, expose
 from sqladmin.forms import ModelConverter, ModelConverterBase
 from sqladmin.helpers import get_object_identifier
 from sqlalchemy import event
-from sqlalchemy.exc import DataError
 from sqlalchemy.orm import object_session
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -157,10 +156,8 @@ class AttachmentAdmin(ModelView):
         """Serve a file of a row to those who may see or edit the row."""
         name = request.path_params["column"]
         shown = {*self._list_prop_names, *self._details_prop_names, *self._form_prop_names}.intersection(self._attached)
-        try:
+        with _panels.existing():
             row = await self.get_object_for_details(request) if name in shown else None
-        except (ValueError, OverflowError, DataError):  # no primary key of this table
-            row = None
         if row is None:
             raise HTTPException(404)
         if not (await self.check_can_view_details(request, row) or await self.check_can_edit(request, row)):
@@ -206,7 +203,7 @@ class AttachmentAdmin(ModelView):
                         values[key] = [_copied(file) for file in files] if is_new else (form, new)
                     elif is_new or form.action is not FileAction.KEEP:
                         values[key] = next(iter(new), form.value if form.action is FileAction.KEEP else None)
-                except ValueError as error:
+                except _panels.RefusedError as error:
                     form.errors.append(str(error))
             if problems := [f"{key}: {error}" for key, form in forms.items() for error in form.errors]:
                 raise ContentRejectedError(" ".join(problems))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from anyio.to_thread import run_sync
@@ -18,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette_admin.base import BaseAdmin
+from starlette_admin.contrib.sqla import ModelView
 from starlette_admin.contrib.sqla.converters import register_converter
 from starlette_admin.exceptions import FormValidationError
 from starlette_admin.fields import FileField
@@ -131,7 +134,7 @@ class AttachmentField(FileField):
             return [_File.of(one.file, obj, one) for one in value]
         try:
             return form.arrange(self.attribute, value, new)
-        except ValueError as error:
+        except _panels.RefusedError as error:
             raise FormValidationError({self.name: str(error)}) from error
 
     async def serialize_value(self, request: Request, value: Any) -> Any:
@@ -190,6 +193,17 @@ async def _load(request: Request, row: Any, name: str) -> Any:
     return await run_sync(getattr, row, name)
 
 
+async def _handle_exception(view: ModelView, handle: Callable[..., Any], request: Request, error: Exception) -> None:
+    """Call the hook of a view, and let the form say what the storage or the database refuses."""
+    try:
+        with _panels.readable():
+            await handle(request, error)
+    except _panels.RefusedError as refusal:
+        names = [field.name for field in view.get_fields_list(request)]
+        blamed = next((name for name in names if re.search(rf"\b{name}\b", str(refusal))), names[0])
+        raise FormValidationError({blamed: str(refusal)}) from refusal
+
+
 class AttachmentPlugin(BasePlugin):
     """The plugin that lets starlette-admin edit and show attachments: `Admin(engine, plugins=[AttachmentPlugin()])`.
 
@@ -204,6 +218,14 @@ class AttachmentPlugin(BasePlugin):
         """Register the field of attachment columns."""
         self._admin = admin
         register_converter(AttachmentType)(lambda *, name, column, **_: AttachmentField(column, name=name))
+
+    def on_mount(self, admin: BaseAdmin) -> None:
+        """Let the forms of views with attachments say what the storage or the database refuses."""
+        for view in admin._model_views:
+            for one in (view, *view._inline_instances):
+                if isinstance(one, ModelView) and any(isinstance(field, AttachmentField) for field in one._all_fields):
+                    # On the instance, which the application's class may have a hook of its own for.
+                    vars(one)["handle_exception"] = partial(_handle_exception, one, one.handle_exception)
 
     def middlewares(self) -> Sequence[Middleware]:
         """Return what deletes the files of forms that were refused."""
@@ -228,10 +250,8 @@ class AttachmentPlugin(BasePlugin):
         name, pk = request.path_params["field"], request.query_params.get("pk")
         fields = [one for action in actions for one in view.get_fields_list(request, action=action)]
         is_shown = any(isinstance(one, AttachmentField) and one.name == name for one in fields)
-        try:
+        with _panels.existing():
             row = await view.find_by_pk(request, pk) if is_shown else None
-        except (TypeError, ValueError):
-            row = None
         return _panels.serve(await _load(request, row, name) if row is not None else None, request)
 
 

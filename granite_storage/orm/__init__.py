@@ -17,7 +17,7 @@ from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, journal_tables
 from granite_storage.orm.mixin import StoredContentMixin
 from granite_storage.orm.references import iter_model_storage_refs
-from granite_storage.orm.urls import WithURL, sign_urls
+from granite_storage.orm.urls import WithURL, sign_urls, sign_urls_sync
 
 __all__ = [
     "AttachedFile",
@@ -44,5 +44,6 @@ __all__ = [
     "journal_tables",
     "portable_storage_ref_type",
     "sign_urls",
+    "sign_urls_sync",
     "sum_sizes",
 ]

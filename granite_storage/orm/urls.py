@@ -9,7 +9,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from granite_storage._headers import Disposition
+from granite_storage._portal import run_blocking
 from granite_storage.exceptions import ConfigurationError, InfectedObjectError, ScanPendingError
+from granite_storage.orm._util import in_greenlet, wait
 from granite_storage.orm.attachment import Attachment, AttachmentVariant, fields_schema, shown_fields
 from granite_storage.refs import StoredObjectRef, require_scanned
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from granite_storage.manager import StorageManager
 
-__all__ = ["WithURL", "sign_urls"]
+__all__ = ["WithURL", "sign_urls", "sign_urls_sync"]
 
 
 async def sign_urls(
@@ -60,6 +62,33 @@ async def sign_urls(
         urls = await manager.urls(refs, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
         for file, ref, url in zip(chosen, refs, urls, strict=True):
             file._state.keep_url(ref, url, until)
+
+
+def sign_urls_sync(
+    files: Iterable[Attachment | AttachmentVariant | None],
+    *,
+    expires_in: timedelta,
+    disposition: Disposition = "attachment",
+    stable_for: timedelta | None = None,
+) -> None:
+    """Sign the URLs of files in one batch, in synchronous code; see `sign_urls`.
+
+    It serves the rows of both kinds of sessions: in a thread without an event loop, and in a function that
+    `AsyncSession.run_sync` calls.
+
+    Raises:
+        ConfigurationError: An event loop runs in this thread, and would stand still meanwhile.
+
+    Example:
+        ```python
+        sign_urls_sync([document.file for document in documents], expires_in=timedelta(hours=1))
+        ```
+    """
+    work = sign_urls(files, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
+    if in_greenlet():
+        wait(work)
+    else:
+        run_blocking(work, "sign_urls_sync", "'await sign_urls(...)'")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,22 @@
-"""What a panel does on the event loop by itself."""
+"""The panels, and what they do on the event loop by themselves."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from pathlib import Path
+
 import pytest
 from blockbuster import BlockBuster
+
+from tests.contrib.panels import BOTH, PANELS, Panel, opened
+
+
+@pytest.fixture(params=BOTH, ids="-".join)
+async def panel(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Panel]:
+    """Each panel with each kind of sessions."""
+    name, kind = request.param
+    async with opened(PANELS[name], kind, tmp_path) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

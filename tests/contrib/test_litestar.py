@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -14,9 +15,10 @@ from advanced_alchemy.extensions.litestar import SQLAlchemyDTO, SQLAlchemySerial
 from advanced_alchemy.extensions.litestar import SQLAlchemyDTOConfig as DTOConfig
 from litestar import Litestar, Request, Response, delete, get, post
 from litestar.di import NamedDependency
+from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody
 from litestar.types import ASGIApp
 from openapi_spec_validator import validate
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 from granite_storage import (
     Attachment,
@@ -31,7 +33,7 @@ from granite_storage import (
 from granite_storage.contrib.litestar import StoragePlugin, provide_upload_form
 from granite_storage.orm import AttachmentList, attachments
 from granite_storage.testing import BoundStorage, bound_storage
-from granite_storage.web import FileList, StoredObjectResponse, UploadForm, UploadLimits
+from granite_storage.web import FileList, StoredObjectResponse, UploadForm, UploadLimits, upload_form
 from tests.orm.derivations import Upper
 
 pytestmark = [
@@ -205,6 +207,67 @@ class TestResponses:
         assert (await client.get("/")).json() == {"file": 3}
 
 
+class Owner(Base):
+    """A row that has no file."""
+
+    __tablename__ = "litestar_owner"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Envelope(MappedAsDataclass, Base):
+    """A row that is a dataclass, which Litestar encodes by itself."""
+
+    __tablename__ = "litestar_envelope"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment | None] = attachment("papers")
+
+
+class TestRowsThatNothingEncodes:
+    @pytest.mark.parametrize("returned", [Paper, Folder, list[Paper], Paper | None, dict[str, Paper]])
+    def test_refused_at_start_up(self, kit: BoundStorage, serve: Serve, returned: Any) -> None:
+        async def show() -> Any:
+            raise AssertionError
+
+        show.__annotations__["return"] = returned
+        with pytest.raises(ConfigurationError, match=r"the rows that .*show.* returns, .*return_dto=SQLAlchemyDTO"):
+            serve(get("/")(show))
+
+    async def test_what_can_be_encoded(self, kit: BoundStorage, serve: Serve) -> None:
+        stored = await add(kit, id=1, title="one", file=file())
+        async with kit.sessions.begin() as session:
+            session.add(envelope := Envelope(id=1, file=file()))
+
+        encoders: dict[Any, Callable[[Any], Any]] = {Base: lambda row: {"id": row.id}}
+
+        @get("/own", type_encoders=encoders)
+        async def own() -> Paper:
+            return stored
+
+        @get("/dataclass")
+        async def dataclass() -> Envelope:
+            return envelope
+
+        @get("/owner")
+        async def owner() -> Owner:  # is no concern of the plugin
+            raise AssertionError
+
+        @get("/response")
+        async def response() -> Response[Paper]:
+            return Response(stored, type_encoders=encoders)
+
+        class Encoding(Response[Any]):
+            type_encoders = encoders
+
+        @get("/class", response_class=Encoding)
+        async def response_class() -> Paper:
+            return stored
+
+        client = serve(own, dataclass, owner, response, response_class)
+        for path in ("/own", "/response", "/class"):
+            assert (await client.get(path)).json() == {"id": 1}
+        assert (await client.get("/dataclass")).json() == {"id": 1, "file": SHOWN}
+
+
 class TestErrors:
     async def test_statuses_of_the_library(self, kit: BoundStorage, serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
         @get("/")
@@ -273,6 +336,37 @@ class TestForms:
         assert (large.status_code, large.json()["max_size"]) == (413, 6)
         assert seen == []
         assert await kit.objects() == []
+
+    async def test_the_document_describes_it(self, kit: BoundStorage, serve: Serve) -> None:
+        async def title(form: NamedDependency[UploadForm]) -> str:
+            return form.fields["title"]
+
+        @dataclass
+        class Described(Operation):
+            def __post_init__(self) -> None:
+                self.request_body = RequestBody(content={"text/plain": OpenAPIMediaType()})
+
+        provided = provide_upload_form({"file": Paper.file}, fields=["note"])
+
+        @post("/nested", dependencies={"title": title})
+        async def nested(title: NamedDependency[str]) -> None: ...
+
+        @post("/unused")
+        async def unused() -> None: ...
+
+        @post("/own", operation_class=Described)
+        async def own(form: NamedDependency[UploadForm]) -> None: ...
+
+        client = serve(self.handler(kit, []), nested, unused, own, dependencies={"form": provided})
+        document = (await client.get("/schema/openapi.json")).json()
+        validate(document)
+        bodies = {path: one["post"].get("requestBody") for path, one in document["paths"].items()}
+        described = upload_form({"file": Paper.file, "more": FileList(Paper.file, 2)}, required=["title", "file"])
+        assert bodies["/"] == described.openapi_extra["requestBody"]
+        properties = bodies["/nested"]["content"]["multipart/form-data"]["schema"]["properties"]
+        assert properties == {"note": {"type": "string"}, "file": {"type": "string", "format": "binary"}}
+        assert bodies["/unused"] is None
+        assert list(bodies["/own"]["content"]) == ["text/plain"]
 
     async def test_an_error_of_the_handler_removes_the_files(self, kit: BoundStorage, serve: Serve) -> None:
         @post("/", dependencies={"form": provide_upload_form({"file": Paper.file})})

@@ -14,8 +14,8 @@ MUTANTS = [
         old="        await discard(stored, cancelled=cancelled)",
         new="        await discard([], cancelled=cancelled)",
         tests=(
-            "tests/contrib/test_sqladmin.py::TestCollections::test_one_that_is_refused",
-            "tests/contrib/test_starlette_admin.py::TestRefusals::test_other_field_that_is_refused",
+            "tests/contrib/test_panels.py::TestCollections::test_one_that_is_refused",
+            "tests/contrib/test_starlette_admin.py::test_other_field_that_is_refused",
         ),
     ),
     Mutant(
@@ -24,7 +24,39 @@ MUTANTS = [
         path="granite_storage/contrib/_panels.py",
         old="        if self.action is not FileAction.REPLACE and self.uploads:",
         new="        if self.action is FileAction.REPLACE and not self.uploads:",
-        tests=("tests/contrib/test_sqladmin.py::TestForms::test_contradicting_choice",),
+        tests=("tests/contrib/test_panels.py::TestForms::test_contradicting_choice",),
+    ),
+    Mutant(
+        name="panels-first-of-two-choices",
+        rule="A form that makes two choices for one file is refused.",
+        path="granite_storage/contrib/_panels.py",
+        old="next((one for one in FileAction if asked == [one.value]), None)",
+        new="next((one for one in FileAction if asked[0] == one.value), None)",
+        tests=("tests/contrib/test_panels.py::TestForms::test_choice_that_is_none",),
+    ),
+    Mutant(
+        name="panels-asyncpg-errors-unknown",
+        rule="What a driver refuses is known by its SQLSTATE, where its class tells nothing.",
+        path="granite_storage/contrib/_panels.py",
+        old='[:2] in ("22", "23")',
+        new='[:2] in ("23",)',
+        tests=("tests/contrib/test_panels.py::test_what_other_databases_refuse",),
+    ),
+    Mutant(
+        name="panels-refusal-of-any-error",
+        rule="An error of the application itself is not shown in the form.",
+        path="granite_storage/contrib/_panels.py",
+        old="    except (StatementError, OverflowError, UnicodeEncodeError) as error:\n",
+        new="    except Exception as error:\n",
+        tests=("tests/contrib/test_starlette_admin.py::TestHooks::test_error_of_another_kind",),
+    ),
+    Mutant(
+        name="panels-starlette-refusals-of-owners-only",
+        rule="What the database refuses of a row within the form of another is said in that form, too.",
+        path="granite_storage/contrib/starlette_admin.py",
+        old="            for one in (view, *view._inline_instances):",
+        new="            for one in (view,):",
+        tests=("tests/contrib/test_starlette_admin.py::TestInlineRows::test_row_that_the_database_refuses",),
     ),
     Mutant(
         name="panels-clear-of-required",
@@ -32,10 +64,7 @@ MUTANTS = [
         path="granite_storage/contrib/_panels.py",
         old="        if required and (self.action is FileAction.CLEAR or (",
         new="        if required and ((",
-        tests=(
-            "tests/contrib/test_sqladmin.py::TestForms::test_required_file",
-            "tests/contrib/test_starlette_admin.py::TestForms::test_required_file",
-        ),
+        tests=("tests/contrib/test_panels.py::TestForms::test_required_file",),
     ),
     Mutant(
         name="panels-empty-input-replaces",
@@ -43,7 +72,7 @@ MUTANTS = [
         path="granite_storage/contrib/_panels.py",
         old="    return [item for item in uploads if item.filename or item.size]",
         new="    return uploads",
-        tests=("tests/contrib/test_sqladmin.py::TestForms::test_create_without_files",),
+        tests=("tests/contrib/test_panels.py::TestForms::test_create_without_files",),
     ),
     Mutant(
         name="panels-collection-over-its-limit",
@@ -51,7 +80,7 @@ MUTANTS = [
         path="granite_storage/contrib/_panels.py",
         old="            cast(Any, declared_collection(attribute)).require(",
         new="            cast(Any, declared_collection(attribute)).require(0 *",
-        tests=("tests/contrib/test_starlette_admin.py::TestCollections::test_too_many",),
+        tests=("tests/contrib/test_panels.py::TestCollections::test_too_many",),
     ),
     Mutant(
         name="panels-sqladmin-file-for-anybody",
@@ -60,15 +89,15 @@ MUTANTS = [
         old="        if not (await self.check_can_view_details(request, row) or await self.check_can_edit(request, row)):\n"
         "            raise HTTPException(403)\n",
         new="",
-        tests=("tests/contrib/test_sqladmin.py::TestServing::test_permissions_of_the_view",),
+        tests=("tests/contrib/test_panels.py::TestServing::test_permissions_of_the_view",),
     ),
     Mutant(
         name="panels-sqladmin-any-attribute",
         rule="sqladmin serves attachments that the view shows, and nothing else.",
         path="granite_storage/contrib/sqladmin.py",
-        old="        row = await self.get_object_for_details(request) if name in shown else None",
-        new="        row = await self.get_object_for_details(request)",
-        tests=("tests/contrib/test_sqladmin.py::TestServing::test_hidden_attribute",),
+        old="            row = await self.get_object_for_details(request) if name in shown else None",
+        new="            row = await self.get_object_for_details(request)",
+        tests=("tests/contrib/test_sqladmin.py::test_hidden_attribute",),
     ),
     Mutant(
         name="panels-sqladmin-hook-not-called",
@@ -76,7 +105,7 @@ MUTANTS = [
         path="granite_storage/contrib/sqladmin.py",
         old="        await type(self).on_model_change(self, data, model, is_created, request)\n",
         new="",
-        tests=("tests/contrib/test_sqladmin.py::TestCollections::test_hook_of_the_application",),
+        tests=("tests/contrib/test_sqladmin.py::test_hook_of_the_application",),
     ),
     Mutant(
         name="panels-sqladmin-keep-clears",
@@ -84,7 +113,7 @@ MUTANTS = [
         path="granite_storage/contrib/sqladmin.py",
         old="                    elif is_new or form.action is not FileAction.KEEP:",
         new="                    else:",
-        tests=("tests/contrib/test_sqladmin.py::TestForms::test_kept_file_is_not_written",),
+        tests=("tests/contrib/test_sqladmin.py::test_kept_file_is_not_written",),
     ),
     Mutant(
         name="panels-starlette-file-for-anybody",
@@ -92,7 +121,7 @@ MUTANTS = [
         path="granite_storage/contrib/starlette_admin.py",
         old="        if not actions:\n            raise HTTPException(403)\n",
         new="        actions = actions or [RequestAction.LIST]\n",
-        tests=("tests/contrib/test_starlette_admin.py::TestServing::test_permissions_of_the_view",),
+        tests=("tests/contrib/test_panels.py::TestServing::test_permissions_of_the_view",),
     ),
     Mutant(
         name="panels-starlette-any-attribute",
@@ -100,6 +129,6 @@ MUTANTS = [
         path="granite_storage/contrib/starlette_admin.py",
         old="            row = await view.find_by_pk(request, pk) if is_shown else None",
         new="            row = await view.find_by_pk(request, pk)",
-        tests=("tests/contrib/test_starlette_admin.py::TestServing::test_hidden_attribute",),
+        tests=("tests/contrib/test_starlette_admin.py::test_hidden_attribute",),
     ),
 ]

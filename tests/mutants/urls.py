@@ -141,4 +141,12 @@ MUTANTS = [
         new="if url is None:",
         tests=("tests/orm/test_response_urls.py::TestModels::test_expired",),
     ),
+    Mutant(
+        name="urls-signed-below-a-session",
+        rule="Synchronous code of an AsyncSession signs URLs by the await of its caller.",
+        path="granite_storage/orm/urls.py",
+        old="    if in_greenlet():\n",
+        new="    if not in_greenlet():\n",
+        tests=("tests/orm/test_response_urls.py::test_synchronous_code_of_an_asynchronous_session",),
+    ),
 ]

@@ -383,4 +383,20 @@ MUTANTS = [
         new="await self.update(one, auto_commit=auto_commit, **options)",
         tests=("tests/contrib/test_advanced_alchemy.py::test_update_many_is_committed_as_a_whole",),
     ),
+    Mutant(
+        name="litestar-rows-that-nothing-encodes",
+        rule="A handler that returns rows which Litestar cannot encode is refused at start-up.",
+        path="granite_storage/contrib/litestar.py",
+        old="            _require_encodable(handler)\n",
+        new="",
+        tests=("tests/contrib/test_litestar.py::TestRowsThatNothingEncodes::test_refused_at_start_up",),
+    ),
+    Mutant(
+        name="litestar-form-that-is-not-received",
+        rule="The OpenAPI document shows a form at the handlers that receive it.",
+        path="granite_storage/contrib/litestar.py",
+        old="(dependencies[name] for name in signature.parameters if name in dependencies)",
+        new="dependencies.values()",
+        tests=("tests/contrib/test_litestar.py::TestForms::test_the_document_describes_it",),
+    ),
 ]

@@ -23,7 +23,7 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.backends.wrappers import WrappedBackend
 from granite_storage.derived import ImageVariant
 from granite_storage.exceptions import UnboundAttachmentError
-from granite_storage.orm import Attachment, AttachmentVariant, WithURL, attachment, bind_storage, sign_urls
+from granite_storage.orm import Attachment, AttachmentVariant, WithURL, attachment, bind_storage, sign_urls, sign_urls_sync
 from granite_storage.policies import PublicURL
 from granite_storage.signing import UrlSigner
 from granite_storage.testing import FaultInjectingBackend
@@ -122,6 +122,11 @@ async def test_of_an_attachment(sessions: Sessions, manager: StorageManager) -> 
         )
 
 
+class Signed(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    files: list[Annotated[Attachment | AttachmentVariant, WithURL(signed=True)] | None]
+
+
 def test_synchronous(tmp_path: Path) -> None:
     from sqlalchemy import create_engine
     from sqlalchemy.orm import Session
@@ -142,9 +147,24 @@ def test_synchronous(tmp_path: Path) -> None:
         for file in (post.photo, thumb):
             url = file.sync.url(expires_in=HOUR, stable_for=timedelta(days=3))
             assert url == manager.sync.url(file.ref, expires_in=HOUR, stable_for=timedelta(days=3))
+        signed = Signed.model_validate({"files": [post.photo, thumb, None]})
+        sign_urls_sync([post.photo, thumb, None], expires_in=HOUR, disposition="inline", stable_for=timedelta(days=3))
+        first, second, third = json.loads(signed.model_dump_json())["files"]
+        assert first["url"] == post.photo.sync.url(expires_in=HOUR, disposition="inline", stable_for=timedelta(days=3))
+        assert second["url"] == thumb.sync.url(expires_in=HOUR, disposition="inline", stable_for=timedelta(days=3))
+        assert third is None
     binding.unbind()
     manager.sync.close()
     engine.dispose()
+
+
+async def test_synchronous_code_of_an_asynchronous_session(sessions: Sessions) -> None:
+    post = await added(sessions, scan=Attachment(b"abc"))
+    with pytest.raises(ConfigurationError, match=r"sign_urls_sync\(\) blocks.*'await sign_urls\(...\)'"):
+        sign_urls_sync([post.scan], expires_in=HOUR)
+    async with sessions() as session:
+        await session.run_sync(lambda _: sign_urls_sync([post.scan], expires_in=HOUR))
+    assert json.loads(PostOut.model_validate(post).model_dump_json())["scan"]["url"].startswith("https://files.example/k.")
 
 
 class TestModels:

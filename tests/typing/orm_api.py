@@ -34,6 +34,7 @@ from granite_storage.orm import (
     count_files,
     file_class,
     sign_urls,
+    sign_urls_sync,
     sum_sizes,
 )
 
@@ -142,6 +143,7 @@ async def use(document: Document, upload: UploadFile, session: AsyncSession) -> 
     assert_type(await document.cover.manager.urls([document.cover.ref], expires_in=hour, stable_for=hour), list[str])
     assert_type(document.cover.manager.sync.urls([document.cover.ref], expires_in=hour), list[str])
     await sign_urls([document.file, document.cover, document.cover.variants["a"]], expires_in=hour)
+    sign_urls_sync([document.file, document.cover.variants["a"]], expires_in=hour, disposition="inline", stable_for=hour)
     async with document.cover.open(offset=1024, length=1, verify=False) as reader:
         assert_type(reader, StoredObjectReader)
     await session.scalars(select(Document).where(Document.file["size"].as_integer() > 1, Document.file.is_not(None)))

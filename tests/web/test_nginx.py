@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx
 import pytest
@@ -34,13 +34,13 @@ from granite_storage.signing import UrlSigner
 from granite_storage.web import Offload, PublicFiles, SignedFiles, StoredObjectResponse
 from tests.core.support import PROJECT
 from tests.orm.databases import postgres_database
-from tests.servers import free_ports
+from tests.servers import S3Server, free_ports
 from tests.services import unavailable
 from tests.web.serving import HUNDRED, server
 
 pytestmark = pytest.mark.exhaustive("nginx, which a machine with nothing but Python has not, behaves the same from run to run")
 
-CACHING, OFFLOADING, STATIC = re.findall(
+CACHING, CACHING_S3, OFFLOADING, STATIC = re.findall(
     r"^```nginx\n(.*?)^```", (PROJECT / "docs/urls.md").read_text(), re.DOTALL | re.MULTILINE
 )
 (CACHED_FILE,) = re.findall(
@@ -62,6 +62,7 @@ async def nginx(folder: Path, configuration: str, *, application: int, port: int
     configuration = (
         configuration.replace("listen 80;", f"listen 127.0.0.1:{port};")
         .replace("http://127.0.0.1:8000", f"http://127.0.0.1:{application}")
+        .replace("http://127.0.0.1:9000", f"http://127.0.0.1:{application}")
         .replace("/var/cache/nginx/files", str(own / "cache"))
         .replace("/srv/uploads", str(folder / "uploads"))
     )
@@ -82,13 +83,14 @@ async def nginx(folder: Path, configuration: str, *, application: int, port: int
                 return False
 
             for _ in range(200):
-                assert process.returncode is None, (own / "error.log").read_text()
+                assert process.returncode is None, "nginx has ended, for the reason that it has written above"
                 if await answers():
                     break
                 await asyncio.sleep(0.05)
             yield client
     finally:
-        process.terminate()
+        with contextlib.suppress(ProcessLookupError):  # where it has refused its configuration
+            process.terminate()
         await process.wait()
 
 
@@ -171,6 +173,53 @@ async def test_hit_rate_ranges_and_conditions(tmp_path: Path, site: Site, port: 
             for name in ("content-security-policy", "x-content-type-options", "content-disposition"):
                 assert name in whole.headers
         assert sum(count for path, count in site.requests.items() if path != "/nothing") == 4
+
+
+async def test_signed_urls_of_s3(tmp_path: Path, port: int, seaweedfs_server: S3Server) -> None:
+    """200 requests for two files reach the service twice: 99 % are hits, and so are ranges, conditions and HEAD."""
+    async with contextlib.AsyncExitStack() as stack:
+        bucket = await stack.enter_async_context(seaweedfs_server.bucket())
+        backend = seaweedfs_server.backend(bucket, presign_endpoint_url=f"http://127.0.0.1:{port}")
+        manager = StorageManager(backends={"s3": backend}, policies={"files": StoragePolicy("files", "s3")})
+        await stack.enter_async_context(manager)
+        service_port = urlsplit(seaweedfs_server.endpoint_url).port
+        assert service_port is not None
+        client = await stack.enter_async_context(nginx(tmp_path, CACHING_S3, application=service_port, port=port))
+        names = ["caf\u00e9 100% + ?#.png", "b.png"]
+        refs = [
+            await manager.put_bytes(
+                storage_key="files", **PLACE, content=HUNDRED, original_filename=name, content_type="image/png"
+            )
+            for name in names
+        ]
+        found: Counter[str] = Counter()
+        for _ in range(100):
+            urls = await manager.urls(refs, expires_in=HOUR, stable_for=timedelta(days=6), disposition="inline")
+            for url in urls:
+                response = await client.get(url)
+                assert (response.status_code, response.content) == (200, HUNDRED), response.text
+                assert response.headers["content-type"] == "image/png"
+                assert response.headers["content-disposition"].startswith("inline")
+                found[response.headers["x-cache"]] += 1
+        assert found == {"HIT": 198, "MISS": 2}
+        for url in urls:
+            part = await client.get(url, headers={"Range": "bytes=10-19"})
+            assert (part.status_code, part.content, part.headers["content-range"]) == (206, HUNDRED[10:20], "bytes 10-19/100")
+            assert (await client.get(url, headers={"Range": "bytes=200-"})).status_code == 416
+            resumed = {"Range": "bytes=1-2", "If-Range": part.headers["etag"]}
+            assert (await client.get(url, headers=resumed)).status_code == 206
+            assert (await client.get(url, headers={**resumed, "If-Range": '"other"'})).status_code == 200
+            assert (await client.get(url, headers={"If-None-Match": part.headers["etag"]})).status_code == 304
+            head = await client.head(url)
+            for response in (part, head):
+                assert response.headers["x-cache"] == "HIT"
+            assert head.headers["content-length"] == "100"
+        changed = await client.get(urls[0].replace("X-Amz-Signature=", "X-Amz-Signature=0"))
+        assert changed.status_code == 403
+        fresh = await manager.url(refs[0], expires_in=HOUR, stable_for=timedelta(days=5))
+        part = await client.get(fresh, headers={"Range": "bytes=10-19"})
+        assert (part.status_code, part.content, part.headers["x-cache"]) == (206, HUNDRED[10:20], "MISS")
+        assert (await client.get(fresh)).headers["x-cache"] == "HIT"
 
 
 async def test_a_range_that_comes_first(tmp_path: Path, site: Site, port: int) -> None:

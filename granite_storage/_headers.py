@@ -159,7 +159,9 @@ def require_inline_types(types: Collection[str]) -> frozenset[str]:
     lowered = frozenset(one.lower() for one in types)
     for one in sorted(lowered):
         if ";" in one or served_type(one) == _OPAQUE:
-            raise ConfigurationError(f"{one!r} must not be shown inline: it is no media type, or one that a browser may run")
+            raise ConfigurationError(
+                f"{one!r} must not be shown inline: it is not a media type, or it is one that a browser may execute"
+            )
     return lowered
 
 

@@ -95,7 +95,7 @@ async def repeat(
         try:
             await work()
         except Exception:
-            logger.exception("%s failed and is tried again", what)
+            logger.exception("%s failed and will be retried", what)
         if rest:
             await asyncio.sleep(rest)
         seconds = interval * random.uniform(1 - jitter, 1 + jitter)  # noqa: S311  # not a secret

@@ -110,7 +110,7 @@ class ThreadPool:
 
     async def _outlive(self, job: _Result[T], undo: Callable[[T], object] | None, cancel_timeout: float | None) -> None:
         if not await wait_uncancelled(job.watch(), cancel_timeout):
-            logger.warning("a thread that serves a cancelled call has not ended after %s s: %r", cancel_timeout, job.function)
+            logger.warning("the thread of a cancelled call is still running after %s s: %r", cancel_timeout, job.function)
         elif undo is not None and job.error is None:
             undoing: _Result[object] = _Result(undo, (job.result,), self._mailbox())
             self._submit(undoing)
@@ -171,7 +171,7 @@ class ThreadPool:
 
     def _refuse_jobs(self) -> None:
         for job in self._jobs:
-            job.refuse(StreamTimeoutError(f"no thread is free: {self._workers} have been waiting for streams that yield nothing"))
+            job.refuse(StreamTimeoutError(f"no thread is free: {self._workers} are waiting for streams that yield nothing"))
         self._jobs.clear()
 
     def _is_stalled(self) -> bool:
@@ -248,7 +248,7 @@ class _Job:
 
     def refuse(self, error: Exception) -> None:
         """Fail without having run."""
-        logger.error("a job found no thread: %r", self.function, exc_info=error)
+        logger.error("no thread could run a job: %r", self.function, exc_info=error)
 
 
 class _Result(_Job, Generic[T]):

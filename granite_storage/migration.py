@@ -305,7 +305,7 @@ def migrate(
         )
     if find_binding(binding.metadata) is not binding:
         raise ConfigurationError(
-            "the binding is not in force, because it was unbound or its base was bound again: pass the current one"
+            "the binding is not active, because it was unbound or its base was bound again: pass the current one"
         )
     return Migration(binding, storage_key, to_backend, require_concurrency(concurrency), after, Budget(bytes_per_second))
 
@@ -361,7 +361,7 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
     """
     column_type = held.column.type
     if binding.session_factory is None or not isinstance(column_type, AttachmentType) or held.ref is None:
-        raise TypeError("only what an attachment column holds can be relocated, through a binding with sessions")
+        raise TypeError("only objects of attachment columns can be relocated, through a binding with a session_factory")
     relocation = _Relocation(held.ref, held, rate_limited)
     names = list(held.ref.variants or {})
     states = [relocation, *(_VariantRelocation(held.ref, name, held, rate_limited, relocation) for name in names)]

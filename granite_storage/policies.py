@@ -143,7 +143,7 @@ class StoragePolicy:
             object.__setattr__(self, "accept", check_accept(self.accept))
         _require_choice(self.storage_key, "on_mismatch", self.on_mismatch, get_args(OnMismatch))
         if self.on_mismatch != "refuse" and self.accept is None:
-            raise ConfigurationError(f"on_mismatch of policy {self.storage_key!r} does nothing without accept")
+            raise ConfigurationError(f"on_mismatch of policy {self.storage_key!r} has no effect without accept")
         _require_choice(self.storage_key, "strip", self.strip, (None, *get_args(StripMode)))
         _require_choice(self.storage_key, "on_unstrippable", self.on_unstrippable, get_args(OnUnstrippable))
         _require_scanner(self.storage_key, self.scanner)
@@ -176,7 +176,7 @@ class StoragePolicy:
 
 def _require_name(argument: str, value: object) -> None:
     if not isinstance(value, str) or not value:
-        raise ConfigurationError(f"a policy's {argument} must be a string that is not empty, not {value!r}")
+        raise ConfigurationError(f"a policy's {argument} must be a non-empty string, not {value!r}")
 
 
 def _require_max_size(storage_key: str, value: object) -> None:
@@ -201,7 +201,7 @@ def _require_prefix(storage_key: str, prefix: object) -> None:
 
 def _require_retention(storage_key: str, value: object) -> None:
     if not isinstance(value, timedelta) or value < timedelta(0):
-        raise ConfigurationError(f"retention of policy {storage_key!r} must be a timedelta that is not negative, not {value!r}")
+        raise ConfigurationError(f"retention of policy {storage_key!r} must be a non-negative timedelta, not {value!r}")
 
 
 def _require_inspectors(storage_key: str, value: object) -> tuple[Inspector, ...]:
@@ -213,7 +213,9 @@ def _require_inspectors(storage_key: str, value: object) -> tuple[Inspector, ...
         if isinstance(item, type) or not isinstance(item, Inspector):
             raise ConfigurationError(f"inspect of policy {storage_key!r} contains {item!r}, which has no begin()")
         if inspect.iscoroutinefunction(item.begin):
-            raise ConfigurationError(f"begin() of {item!r}, in inspect of policy {storage_key!r}, must be no coroutine function")
+            raise ConfigurationError(
+                f"begin() of {item!r}, in inspect of policy {storage_key!r}, must not be a coroutine function"
+            )
     return tuple(value)
 
 
@@ -240,8 +242,8 @@ def _require_public(storage_key: str, value: object, *, may_hold: bool) -> None:
         )
     if may_hold:
         raise ConfigurationError(
-            f"policy {storage_key!r} is public, and its scanner holds back what it cannot judge: that would be public before it"
-            " is judged; use a scanner with on_unavailable='refuse', or sign URLs instead"
+            f"policy {storage_key!r} is public, but its scanner holds uploads that it cannot scan, which would be public "
+            "before they are scanned: use a scanner with on_unavailable='refuse', or sign URLs instead"
         )
 
 
@@ -257,7 +259,9 @@ def require_validator(owner: str, value: object) -> None:
     if isinstance(value, type) or not callable(value):
         raise ConfigurationError(f"validate of {owner} must be a function that takes an UploadPreview, not {value!r}")
     if inspect.isgeneratorfunction(value) or inspect.isasyncgenfunction(value):
-        raise ConfigurationError(f"validate of {owner} has a yield, so that calling it runs nothing; write it without")
+        raise ConfigurationError(
+            f"validate of {owner} must not be a generator function, because calling it runs nothing: remove its yield"
+        )
     load_gate()
     try:
         inspect.signature(value).bind(None)

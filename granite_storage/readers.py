@@ -335,8 +335,8 @@ class OpeningReader:
     @property
     def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what `vars` gives, to encoders
         raise TypeError(
-            "what open() returns is neither a reader nor data: await it, or enter it with 'async with', and read from what that"
-            " gives; to answer a request with a file, return a StoredObjectResponse"
+            "the return value of open() is neither a reader nor data: await it, or enter it with 'async with', and read from "
+            "the reader; to answer a request with a file, return a StoredObjectResponse"
         )
 
     def __dir__(self) -> list[str]:

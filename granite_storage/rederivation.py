@@ -297,12 +297,12 @@ def rederive(
         raise ConfigurationError(f"which must be one of {', '.join(map(repr, get_args(Which)))}, not {which!r}")
     if find_binding(binding.metadata) is not binding:
         raise ConfigurationError(
-            "the binding is not in force, because it was unbound or its base was bound again: pass the current one"
+            "the binding is not active, because it was unbound or its base was bound again: pass the current one"
         )
     types = [column.type for column in binding.ref_columns() if isinstance(column.type, AttachmentType)]
     known = sorted(f"{item.table.fullname}.{item.column.name}" for item in types)
     if unknown := sorted(set(columns).difference(known)):
-        raise ConfigurationError(f"{unknown[0]!r} is no attachment column (there are: {', '.join(known) or 'none'})")
+        raise ConfigurationError(f"{unknown[0]!r} is not an attachment column (there are: {', '.join(known) or 'none'})")
     declared = sorted({name for item in types for name in (*item.variants, *item.effects)})
     if (unknown := sorted(set(names).difference(declared))) and not drop_undeclared:
         raise ConfigurationError(

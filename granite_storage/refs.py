@@ -261,7 +261,7 @@ def require_scanned(ref: StoredObjectRef) -> None:
         case "infected":
             raise InfectedObjectError(f"a virus scanner has found something in the object {ref.location!r}, which is not served")
         case _:
-            raise ScanPendingError(f"the object {ref.location!r} is not served until a virus scanner has judged it")
+            raise ScanPendingError(f"the object {ref.location!r} is not served until a virus scanner has scanned it")
 
 
 def is_held(ref: StoredObjectRef) -> bool:
@@ -331,7 +331,9 @@ class _Freezer:
             case float() if math.isfinite(value):
                 return value
             case _:
-                raise InvalidReferenceError(f"{self.name} holds a value of type {type(value).__name__} that JSON cannot keep")
+                raise InvalidReferenceError(
+                    f"{self.name} holds a value of type {type(value).__name__} that JSON cannot represent"
+                )
 
     def _key(self, key: object) -> str:
         if not isinstance(key, str):
@@ -392,7 +394,7 @@ def _read_variants(value: object) -> dict[str, StoredObjectRef]:
 def _text(data: Mapping[str, Any], name: str) -> str:
     value = data.get(name)
     if not isinstance(value, str) or not value:
-        raise InvalidReferenceError(f"{name} must be a string that is not empty, not {_shown(value)}")
+        raise InvalidReferenceError(f"{name} must be a non-empty string, not {_shown(value)}")
     return value
 
 
@@ -436,7 +438,7 @@ def _timestamp(value: object) -> str | None:
     try:
         return canonical_timestamp(_moment(value))
     except (ValueError, OverflowError, OSError) as error:
-        raise InvalidReferenceError(f"created_at is not a time of ISO 8601: {_shown(value)}") from error
+        raise InvalidReferenceError(f"created_at must be an ISO 8601 time, not {_shown(value)}") from error
 
 
 def _moment(value: object) -> datetime:

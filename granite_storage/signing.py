@@ -75,7 +75,7 @@ class TokenSigner:
         return f"<TokenSigner keys={self.key_ids}>"
 
     def __reduce__(self) -> Any:
-        raise TypeError("what signs holds secrets and cannot be pickled")
+        raise TypeError("a signer holds secrets and cannot be pickled")
 
 
 def _claims(payload: str) -> dict[str, Any] | None:
@@ -220,8 +220,7 @@ async def signed_urls(
             return await backend.presign_many(requests)
         if stable_for is not None:
             raise ConfigurationError(
-                f"the backend {refs[0].backend!r} signs no URLs that stay the same, because it has no presign_many(): leave"
-                " stable_for out"
+                f"the backend {refs[0].backend!r} cannot sign stable URLs, because it has no presign_many(): omit stable_for"
             )
         return [
             await backend.presign_get(
@@ -230,7 +229,7 @@ async def signed_urls(
             for one in requests
         ]
     if signer is None:
-        raise ConfigurationError(f"the backend {refs[0].backend!r} signs no URLs: give the manager a url_signer")
+        raise ConfigurationError(f"the backend {refs[0].backend!r} cannot sign URLs: give the manager a url_signer")
     urls: list[str] = []
     for ref in refs:
         urls.append(signer.sign(ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for))

@@ -372,7 +372,7 @@ def _builder(url: str, given: dict[str, Any]) -> Callable[[], Any]:
         unknown = given["retry_config"].keys() - _DEFAULT_RETRY_CONFIG.keys()
         if unknown:  # obstore would ignore it
             raise ConfigurationError(
-                f"retry_config knows {', '.join(sorted(_DEFAULT_RETRY_CONFIG))}, but not {', '.join(sorted(unknown))}"
+                f"retry_config takes {', '.join(sorted(_DEFAULT_RETRY_CONFIG))}, but not {', '.join(sorted(unknown))}"
             )
         _require_options_of_store(given.get("config", {}))
 

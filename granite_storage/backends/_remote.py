@@ -386,4 +386,4 @@ class RemoteWriter:
             await self._remove(found)
 
     def _exists(self) -> ObjectExistsError:
-        return ObjectExistsError(f"an object is at {self._location!r} already", location=self._location)
+        return ObjectExistsError(f"an object is already at {self._location!r}", location=self._location)

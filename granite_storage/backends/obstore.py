@@ -176,7 +176,7 @@ class ObjectStoreBackend:
         if importlib.util.find_spec("obstore") is None:
             raise MissingDependencyError("ObjectStoreBackend needs obstore: pip install 'granite-storage[obstore]'")
         if part_size < _SMALLEST_PART:
-            raise ConfigurationError(f"part_size must be at least 5 MiB, as S3 demands, not {part_size} bytes")
+            raise ConfigurationError(f"part_size must be at least 5 MiB, as S3 requires, not {part_size} bytes")
         if part_concurrency < 1:
             raise ConfigurationError(f"part_concurrency must be at least 1, not {part_concurrency!r}")
         options = {
@@ -277,7 +277,7 @@ class ObjectStoreBackend:
         require_expiry(expires_in)
         if not self._client.kind.signs:
             raise ObjectStoreConfigurationError(
-                f"{self._client.name} signs no URLs: only S3, Google Cloud Storage and Azure do", location=location
+                f"{self._client.name} cannot sign URLs: only S3, Google Cloud Storage and Azure can", location=location
             )
         return await self._client.signed(location, expires_in)
 
@@ -341,8 +341,8 @@ class ObjectStoreBackend:
         headers = object_headers.get()
         if headers is not None and headers.acl is not None:
             raise ObjectStoreConfigurationError(
-                f"obstore stores no ACL, such as {headers.acl!r} of a policy's PublicURL: leave it out, and let the policy of the"
-                " bucket allow the public to read",
+                f"obstore cannot store an ACL, such as {headers.acl!r} of a policy's PublicURL: omit it, and allow public "
+                "reads in the policy of the bucket",
                 location=location,
             )
         return ObjectWriter(

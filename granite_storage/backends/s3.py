@@ -90,12 +90,13 @@ def _require_presignable(settings: S3Settings) -> None:
     extra = settings.extra_put_kwargs
     if any(name.startswith("SSECustomer") for name in extra):
         raise S3ConfigurationError(
-            "a client cannot store directly with a key of your own (SSECustomerKey in extra_put_kwargs): it would have to know it"
+            "direct uploads do not support an encryption key of your own (SSECustomerKey in extra_put_kwargs): the client "
+            "would have to know it"
         )
     if extra.get("StorageClass") in _ARCHIVES:
         raise S3ConfigurationError(
-            f"a client cannot store directly with the storage class {extra['StorageClass']!r} of extra_put_kwargs: nothing there "
-            "can be read at once"
+            f"direct uploads do not support the storage class {extra['StorageClass']!r} of extra_put_kwargs: its objects "
+            "cannot be read at once"
         )
 
 
@@ -151,8 +152,8 @@ def _warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
     if left < expires_in:
         client.traits.warned_of_end = end
         logger.warning(
-            "what is presigned for bucket %r is to be valid for %s, but expires after %s with the temporary credentials that "
-            "sign it: presign for a shorter time, or sign with credentials that last longer",
+            "a presigned request for bucket %r should be valid for %s, but its temporary credentials expire after %s: presign "
+            "for a shorter time, or sign with credentials that last longer",
             client.settings.bucket,
             expires_in,
             timedelta(seconds=max(0, int(left.total_seconds()))),
@@ -321,7 +322,7 @@ class S3StorageBackend:
         if not bucket:
             raise ConfigurationError("bucket must not be empty")
         if not _SMALLEST_PART <= part_size <= LARGEST_PART:
-            raise ConfigurationError(f"part_size must be from 5 MiB to 5 GiB, as S3 demands, not {part_size} bytes")
+            raise ConfigurationError(f"part_size must be from 5 MiB to 5 GiB, as S3 requires, not {part_size} bytes")
         _require_positive(
             part_concurrency=part_concurrency,
             max_parts_in_memory=max_parts_in_memory,
@@ -499,7 +500,7 @@ class S3StorageBackend:
         require_expiry(expires_in)
         if "${filename}" in self._settings.key(location):
             raise InvalidLocationError(
-                f"location {location!r} contains ${{filename}}, in whose place an S3 form puts the client's file name"
+                f"location {location!r} contains ${{filename}}, which an S3 form replaces by the client's file name"
             )
         if not 0 <= min_size <= max_size:
             raise ValueError(f"min_size must be from 0 to max_size, but they are {min_size} and {max_size}")

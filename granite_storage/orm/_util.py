@@ -61,8 +61,8 @@ def wait(work: Coroutine[Any, Any, T]) -> T:
 @cache  # once for each process
 def _warn_of_blocked_loop() -> None:
     logger.warning(
-        "a synchronous Session waits for the storage in a thread whose event loop stands still meanwhile: use an AsyncSession"
-        " there, or run the session in a thread, as a 'def' endpoint does"
+        "a synchronous Session blocks the event loop of its thread while it waits for the storage: use an AsyncSession there, "
+        "or run the session in a thread, as a 'def' endpoint does"
     )
 
 
@@ -79,8 +79,8 @@ def require_wait(what: str, session: Session) -> None:
     """
     if not in_greenlet() and is_async(session):
         raise MissingGreenlet(
-            f"{what} awaits the storage, but the AsyncSession was used without an await, as by reading an expired or unloaded"
-            " attribute, which flushes before it loads: await session.flush() or session.refresh(...) first",
+            f"{what} awaits the storage, but the AsyncSession was used without an await, such as by reading an expired or "
+            "unloaded attribute, which flushes before it loads: await session.flush() or session.refresh(...) first",
             code="xd2s",
         )
 

@@ -76,7 +76,7 @@ def bind_storage(
     if journal is not None and not isinstance(journal, StorageJournal):
         raise ConfigurationError(f"bind_storage needs a StorageJournal, not {type(journal).__name__}")
     if session_factory is not None and sessions is not None:
-        raise ConfigurationError("bind_storage takes session_factory=... or sessions=..., which is another name of it, not both")
+        raise ConfigurationError("bind_storage takes session_factory=... or its alias sessions=..., not both")
     session_factory = sessions if session_factory is None else session_factory
     _require_session_factory(session_factory)
     binding = StorageBinding(
@@ -103,8 +103,8 @@ def _require_session_factory(session_factory: object) -> None:
     """Refuse what makes no sessions, before the collector or a migration finds out."""
     if session_factory is not None and (not callable(session_factory) or isinstance(session_factory, Session | AsyncSession)):
         raise ConfigurationError(
-            "bind_storage(session_factory=...) takes what makes sessions, such as async_sessionmaker(engine) or"
-            f" sessionmaker(engine), not {session_factory!r}"
+            "bind_storage(session_factory=...) takes a factory of sessions, such as async_sessionmaker(engine) or "
+            f"sessionmaker(engine), not {session_factory!r}"
         )
 
 
@@ -180,7 +180,7 @@ class StorageBinding:
         declared, journal = column_type.variants[name], self.journal
         if not declared.is_for(source):
             found = (source.media or {}).get("type") or source.content_type
-            raise DerivationRefusedError(f"there is no {name!r} of a file of the type {found}")
+            raise DerivationRefusedError(f"the variant {name!r} is not made for files of the type {found}")
         make = partial(make_without_journal, self) if journal is None else journal.make_variant
         key = (self, source.backend, source.location, name, declared.digest, which)
         return await share(key, lambda: make(column_type, source, declared, which=which))

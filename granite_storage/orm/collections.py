@@ -259,7 +259,7 @@ def _as_attachment(file: NewFile) -> Attachment:
     if isinstance(file, Attachment):
         return file
     if isinstance(file, AttachedFile):
-        raise TypeError(f"a new row cannot be made of a row: use copy() of {file!r}, or its .file")
+        raise TypeError(f"a new row cannot be created from an existing one: use copy() of {file!r}, or its .file")
     content: Any = file
     return Attachment(content) if isinstance(content, bytes | bytearray | memoryview) else Attachment.from_upload(content)
 
@@ -599,7 +599,7 @@ def file_class(attribute: QueryableAttribute[AttachmentList]) -> type[AttachedFi
     """
     declared = declared_collection(attribute)
     if declared is None or declared.file_class is None:
-        raise TypeError(f"this takes an attribute that attachments() declares, such as Album.photos, not {attribute!r}")
+        raise TypeError(f"expected an attribute that attachments() declares, such as Album.photos, not {attribute!r}")
     return declared.file_class
 
 
@@ -652,7 +652,7 @@ def append_files(
     rows = [cast(_Declared, declared).as_file(file) for file in given]
     session = object_session(parent)
     if state.has_identity and session is None:
-        raise DetachedInstanceError(f"{made.__name__}: no session has {parent!r}: add it to one before its files")
+        raise DetachedInstanceError(f"{parent!r} is in no session: add it to one before its rows of {made.__name__}")
     for row in rows:
         row.parent = parent
         if session is not None:

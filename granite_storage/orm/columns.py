@@ -468,7 +468,7 @@ def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> dict[
                 raise ConfigurationError(f"{argument} of the variant {name!r} of {column} must be one of {known}, not {value!r}")
         digest = recipe.digest(name)
         if not isinstance(digest, str) or not digest:
-            raise ConfigurationError(f"digest() of the variant {name!r} of {column} must return a text, not {digest!r}")
+            raise ConfigurationError(f"digest() of the variant {name!r} of {column} must return a string, not {digest!r}")
         accept = check_accepted_types(recipe.accept) if isinstance(recipe, SupportsAccept) else None
         declared[name] = DeclaredVariant(name, recipe, digest, accept, f"{name}{_extension_of(recipe)}")
     return declared

@@ -127,7 +127,7 @@ class TestAsked:
                 with pytest.raises(UnboundAttachmentError):
                     await doc.file.variant("card")
                 await session.flush()
-                with pytest.raises(StaleAttachmentError, match="no committed row holds the object"):
+                with pytest.raises(StaleAttachmentError, match="no committed row refers to the object"):
                     await doc.file.variant("card")
                 await session.commit()
                 assert await (await doc.file.variant("card")).read() == recipe.result(b"x")

@@ -84,7 +84,7 @@ def test_what_was_found_counts(content_type: str | None, media: dict[str, Any] |
 
 
 @pytest.mark.parametrize(
-    ("accept", "words"), [((), "is empty"), ("image/*", "tuple of media ranges"), (("image",), "no media range")]
+    ("accept", "words"), [((), "must not be empty"), ("image/*", "tuple of media ranges"), (("image",), "not a media range")]
 )
 def test_what_no_recipe_may_accept(accept: Any, words: str) -> None:
     for make in (

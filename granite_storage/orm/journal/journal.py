@@ -374,7 +374,7 @@ class StorageJournal:
             try:
                 callback()
             except Exception:
-                logger.exception("a callback of on_work failed; the next pass of a worker does what there is to do")
+                logger.exception("a callback of on_work failed; the next pass of a worker processes the pending work")
 
     def on_work(self, callback: Callable[[], object]) -> Callable[[], object]:
         """Call a function after each commit of this process that leaves work for a worker: the place to wake a task queue.
@@ -437,7 +437,7 @@ class StorageJournal:
         """
         tables = _tables_for(binding.metadata)
         if self._bindings and (self.manager is not binding.manager or self.tables is not tables):
-            raise ConfigurationError("a journal serves one manager and one set of tables: make another one for another base")
+            raise ConfigurationError("a journal serves one manager and one set of tables: create another one for another base")
         effects_of([*self._columns(), *binding.ref_columns()])
         self._bindings.append(binding)
         self._tables = tables
@@ -510,7 +510,7 @@ def _open_pool(
     if getattr(getattr(engine, "dialect", None), "name", None) == "sqlite":
         return SQLitePool(engine, size, sidecar=sidecar, one_machine=one_machine)
     if sidecar is not None or one_machine:
-        raise ConfigurationError("a journal's sidecar and one_machine are for SQLite alone: leave them out")
+        raise ConfigurationError("a journal's sidecar and one_machine are for SQLite only: omit them")
     return JournalPool(engine, size)
 
 

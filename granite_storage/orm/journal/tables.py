@@ -80,7 +80,7 @@ def journal_tables(metadata: MetaData, *, schema: str | None = None) -> JournalT
     if found is None:
         found = metadata.info[_KEY] = _declare(metadata, wanted)
     elif found.intent.schema != wanted:
-        raise ConfigurationError(f"the journal's tables are declared in the schema {found.intent.schema!r} already")
+        raise ConfigurationError(f"the journal's tables are already declared in the schema {found.intent.schema!r}")
     return found
 
 

@@ -188,7 +188,7 @@ async def _show_due(context: CommandContext, journal: StorageJournal) -> None:
     rows: list[dict[str, Any]] = []
     sessions = context.binding.session_factory
     if sessions is None:
-        raise ConfigurationError("the binding has no sessions: pass sessions= to bind_storage()")
+        raise ConfigurationError("the binding has no sessions: pass session_factory= to bind_storage()")
     async with sessions() as session:
         connection = await session.connection(bind_arguments={"clause": intent})
         rows += await _count_due(connection, intent, reclaim, journal.execution_options)

@@ -171,7 +171,7 @@ class CommandContext:
             return True
         if not sys.stdin.isatty():
             raise click.UsageError(
-                "the command deletes something, and there is no terminal to ask on: pass --yes, or --dry-run to delete nothing"
+                "the command needs a confirmation, and there is no terminal: pass --yes, or --dry-run to delete nothing"
             )
         loop = asyncio.get_running_loop()
         loop.remove_signal_handler(signal.SIGINT)

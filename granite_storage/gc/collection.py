@@ -248,8 +248,9 @@ async def require_one_key(manager: StorageManager, backend_key: str) -> None:
     for key, other in manager._engine.backends.items():
         if key != backend_key and await may_overlap(backend, other):
             raise CollectionRefusedError(
-                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row refers"
-                " to: give the manager one backend for each place, each policy a prefix, and all rows the key of that backend"
+                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row "
+                "refers to: give the manager one backend for each store and each policy its own prefix, and write that "
+                "backend's key to all rows"
             )
 
 

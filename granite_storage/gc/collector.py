@@ -236,10 +236,11 @@ def _source(
         return lambda _: GivenReferences(manager, iter_references)
     if binding is None or iter_references is not None:
         given = "neither" if binding is None else "both"
-        raise ConfigurationError(f"the garbage collector needs either binding or iter_references, and {given} is given")
+        raise ConfigurationError(f"the garbage collector needs either binding or iter_references, but {given} was given")
     if binding.session_factory is None:
         raise ConfigurationError(
-            "the binding has no sessions to read its references with: pass sessions=async_sessionmaker(...) to bind_storage()"
+            "the binding has no sessions to read its references with: pass session_factory=async_sessionmaker(...) to "
+            "bind_storage()"
         )
     return partial(DatabaseReferences, binding, binding.session_factory)
 
@@ -278,7 +279,7 @@ async def _collect_all(storage_keys: Sequence[str], collect: Callable[[str], Awa
             report = await collect(storage_key)
         except Exception:
             said = fields_of(storage_key=storage_key)
-            logger.exception("collecting the garbage of %r failed and is tried again", storage_key, extra=said)
+            logger.exception("collecting the garbage of %r failed and will be retried", storage_key, extra=said)
             continue
         logger.info(
             "garbage of %r: %d objects scanned, %d orphans, %d deleted, %d failed, %d dangling references",

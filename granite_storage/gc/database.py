@@ -429,8 +429,8 @@ def _readable(metadata: MetaData) -> list[Column[Any]]:
     for column in columns:
         if not isinstance(column.type, _KINDS):
             raise CollectionRefusedError(
-                f"the column {column.table.fullname}.{column.name} holds refs inside of {column.type!r}, where the garbage"
-                " collector cannot read them: use StoredObjectRefType itself, or pass iter_references"
+                f"the column {column.table.fullname}.{column.name} contains refs inside {column.type!r}, where the garbage "
+                "collector cannot read them: use StoredObjectRefType itself, or pass iter_references"
             )
     return columns
 
@@ -582,8 +582,8 @@ class DatabaseReferences:
         named = {name for tables in self._journals if (name := await find_sidecar(connection, tables)) is not None}
         if named != names:
             raise CollectionRefusedError(
-                "the database names another sidecar of its journal than the one that was looked into, or there is none: bind its"
-                " base with journal=StorageJournal(...), with the path that its other processes give it, and try again"
+                "the journal of the database uses another sidecar than the one that was read, or this process has no journal: "
+                "bind its base with journal=StorageJournal(...) and the sidecar path of its other processes, and try again"
             )
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
@@ -779,8 +779,8 @@ async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]
     """
     if await connection.get_isolation_level() == "READ UNCOMMITTED":
         raise CollectionRefusedError(
-            "the sessions use READ UNCOMMITTED, at which a reference that moves between two columns can be missed: give the"
-            " binding sessions that use READ COMMITTED or stronger"
+            "the sessions use READ UNCOMMITTED, which can miss a reference that moves between two columns: give the binding "
+            "sessions that use READ COMMITTED or stronger"
         )
     match connection.dialect.name:
         case "postgresql":
@@ -825,7 +825,8 @@ async def _require_fit_postgresql(connection: AsyncConnection, columns: Sequence
         name = preparer.format_table(table)
         if (await connection.execute(select(func.row_security_active(literal(name))))).scalar_one():
             raise CollectionRefusedError(
-                f"row-level security may hide rows of {name} from this role: give the binding sessions of a role that sees all"
+                f"row-level security may hide rows of {name} from this role: give the binding sessions of a role that sees all "
+                "rows"
             )
 
 

@@ -212,7 +212,7 @@ class FaultInjectingBackend(WrappedBackend):
         if fault.operation != "read" and not hasattr(self, fault.operation):
             raise ValueError(f"{self.inner!r} has no operation {fault.operation!r}")
         if allowed and fault.operation not in allowed:
-            raise ValueError(f"this fault strikes {', '.join(allowed)}, not {fault.operation}")
+            raise ValueError(f"this fault applies to {', '.join(allowed)}, not to {fault.operation}")
         if fault.nth < 1 or fault.left < 1:
             raise ValueError(f"nth and times count from 1, but are {fault.nth} and {fault.left}")
         with self._lock:

@@ -160,7 +160,7 @@ class Effect:
             if not callable(handler := getattr(self, argument)):
                 raise ConfigurationError(f"{argument} of an effect must be an async function of an EffectEvent, not {handler!r}")
         if isinstance(self.version, bool) or not isinstance(self.version, int | str):
-            raise ConfigurationError(f"the version of an effect must be a number or a text, not {self.version!r}")
+            raise ConfigurationError(f"the version of an effect must be a number or a string, not {self.version!r}")
         require_positive("the timeout of an effect", self.timeout, (int, float))
 
 
@@ -173,7 +173,9 @@ def check_accepted_types(accept: object) -> tuple[str, ...] | None:
     if accept is None:
         return None
     if accept == ():
-        raise ConfigurationError("accept of a recipe is empty, so that it would never be used; None accepts all types")
+        raise ConfigurationError(
+            "accept of a recipe must not be empty, because the recipe would never be used: pass None to accept all types"
+        )
     from granite_storage.inspection.media_types import check_accept
 
     return check_accept(accept)

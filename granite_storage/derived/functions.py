@@ -123,7 +123,7 @@ class Derived:
         made = value if isinstance(value, Derivation) else Derivation(value.encode() if isinstance(value, str) else bytes(value))
         if isinstance(made.content, bytes) and len(made.content) > self._limits.max_size:
             size = len(made.content)
-            raise DerivationFailedError(f"the derivation failed: it has {size} bytes, more than {self._limits.max_size}")
+            raise DerivationFailedError(f"the derivation failed: its result has {size} bytes, more than {self._limits.max_size}")
         return made
 
 
@@ -138,4 +138,6 @@ def _identify(function: Any) -> str:
         problem = "it is defined in the program that runs, which a worker process does not import"
     else:
         return f"{module}:{qualname}"
-    raise ConfigurationError(f"a worker process cannot import {function!r:.80}: {problem}; define it at the top of a module")
+    raise ConfigurationError(
+        f"a worker process cannot import {function!r:.80}: {problem}; define it at the top level of a module"
+    )

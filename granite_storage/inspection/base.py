@@ -129,7 +129,7 @@ class ScanResult:
         if not isinstance(self.is_clean, bool):
             raise TypeError(f"is_clean must be True or False, not {self.is_clean!r}")
         if self.is_clean and self.signature is not None:
-            raise ValueError(f"a clean result has no signature, but this one has {self.signature!r:.80}")
+            raise ValueError(f"a clean result must not have a signature, but this one has {self.signature!r:.80}")
         object.__setattr__(self, "by", _shortened(self.by))
         if self.signature is not None:
             object.__setattr__(self, "signature", _shortened(self.signature))

@@ -363,7 +363,9 @@ def _parse_address(address: object) -> tuple[int | None, Any]:
         if not hasattr(socket, "AF_UNIX"):
             raise ConfigurationError(f"Python has no unix sockets on this system: give a host and a port instead of {address!r}")
         if "\0" in path or len(os.fsencode(path)) > _MAX_UNIX_PATH:
-            raise ConfigurationError(f"no unix socket can be at {address!r}: its path has a NUL, or over {_MAX_UNIX_PATH} bytes")
+            raise ConfigurationError(
+                f"{address!r} cannot be the path of a unix socket: it has a NUL, or more than {_MAX_UNIX_PATH} bytes"
+            )
         return socket.AF_UNIX, path
     match = _TCP_ADDRESS.fullmatch(address)
     if match is None or not 1 <= int(match[3]) <= 65535:

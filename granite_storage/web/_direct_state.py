@@ -297,7 +297,7 @@ async def find_staged(manager: StorageManager, storage_key: str, upload_token: U
     try:
         info = await manager.stat(place)
     except ObjectNotFoundError as error:
-        raise UploadMissingError("no file was uploaded yet") from error
+        raise UploadMissingError("no file has been uploaded yet") from error
     require_size(info.size, upload_token.max_size)
     if info.size < upload_token.min_size:
         raise UploadMismatchError(f"the file has {info.size} bytes, fewer than the announced {upload_token.min_size}")

@@ -142,7 +142,7 @@ class UploadEndpoint:
         except TimeoutError as error:
             if not time_left.expired():
                 raise
-            raise UploadTokenError("the time for this upload is over; begin a new one") from error
+            raise UploadTokenError("this upload has expired; begin a new one") from error
 
 
 async def _require_whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[bytes, None]:
@@ -437,7 +437,7 @@ class DirectUploads:
     def _signed_request(self, upload_token: UploadToken) -> UploadRequest:
         if self.base_url is None:
             raise ConfigurationError(
-                f"the backend {upload_token.backend!r} signs no requests: pass base_url= to DirectUploads, and mount it there"
+                f"the backend {upload_token.backend!r} cannot sign requests: pass base_url= to DirectUploads, and mount it there"
             )
         token = self._to_send.sign(replace(upload_token, filename=None, owner=None))
         return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": upload_token.content_type})

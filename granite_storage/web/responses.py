@@ -535,7 +535,7 @@ def _resolve(
         return stored.ref, manager or stored.manager
     require_ref(stored)
     if manager is None:
-        raise ConfigurationError("a ref has no manager of its own: pass manager=")
+        raise ConfigurationError("a ref does not know its manager: pass manager=")
     return stored, manager
 
 

@@ -218,7 +218,7 @@ def upload_names(source: object) -> tuple[str | None, str | None]:
 
 
 def is_media_type(content_type: str) -> bool:
-    """Tell whether a text that comes from a client is one media type (RFC 9110, section 8.3.1) that can be kept."""
+    """Return whether a text that comes from a client is one media type (RFC 9110, section 8.3.1) that can be kept."""
     return _can_be_kept(content_type) and _MEDIA_TYPE.fullmatch(content_type) is not None
 
 
@@ -449,7 +449,7 @@ def describe_mismatch(backend_key: str, identity: str, found: str | None) -> str
 
 
 async def may_overlap(backend: StorageBackend, other: StorageBackend) -> bool | None:
-    """Tell whether two backends lead to the same objects; None where one of them does not tell its places."""
+    """Return whether two backends lead to the same objects; None where one of them does not tell its places."""
     if backend is other:
         return True
     places, others = await places_of(backend), await places_of(other)
@@ -725,7 +725,7 @@ class Engine:
         return type(ref).from_dict({**ref.to_dict(), "scan": verdict})
 
     async def exists(self, ref: StoredObjectRef) -> bool:
-        """Tell whether an object is there."""
+        """Return whether an object is there."""
         with self._lifecycle.call(), self._at(ref) as backend:
             return await backend.exists(ref.location)
 
@@ -754,7 +754,7 @@ class Engine:
             await close_listing(objects)
 
     async def delete(self, ref: StoredObjectRef, *, while_closing: bool = False) -> None:
-        """Delete an object; one that is not there is no error.
+        """Delete an object; a missing object is not an error.
 
         Args:
             ref: The object.

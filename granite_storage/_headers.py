@@ -111,7 +111,7 @@ def served_type(content_type: str | None) -> str:
 
 
 def is_active(content_type: str) -> bool:
-    """Tell whether a browser could run it; a word counts wherever it begins a part of the name, as in `image/svg+xml`."""
+    """Return whether a browser could run it; a word counts wherever it begins a part of the name, as in `image/svg+xml`."""
     essence = _essence(content_type)
     words = re.split(r"[/.+-]", essence)
     return essence.startswith(_ACTIVE_FAMILIES) or any(word.startswith(_ACTIVE_WORDS) for word in words)

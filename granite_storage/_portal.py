@@ -122,7 +122,7 @@ class Portal:
             self._is_ending = False
 
     def is_used_by(self, user: object) -> bool:
-        """Tell whether somebody has used the loop, and was not released since."""
+        """Return whether somebody has used the loop, and was not released since."""
         return self._loop is not None and user in self._users
 
     def release(self, user: object) -> None:
@@ -343,7 +343,7 @@ async def _leave(entered: AbstractAsyncContextManager[Any]) -> None:
 
 
 def has_running_loop() -> bool:
-    """Tell whether an event loop runs in this thread."""
+    """Return whether an event loop runs in this thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -135,7 +135,7 @@ def check_location(location: object, *, windows: bool = os.name == "nt") -> None
 
 
 def matches_generated_name(location: str) -> bool:
-    """Tell whether the last segment has the form that `make_location` gives; what has not is not ours to collect."""
+    """Return whether the last segment has the form that `make_location` gives; what has not is not ours to collect."""
     return _GENERATED_NAME.fullmatch(location.rpartition("/")[2]) is not None
 
 

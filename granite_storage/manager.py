@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class StorageManager:
-    """Stores objects under named policies and reads them back by their refs.
+    """Stores objects under named policies, and reads them by their refs.
 
     Writes go where the policy says; reads, deletes and checks go where the ref says. A policy that is pointed at another backend
     therefore loses nothing that was stored before.
@@ -100,15 +100,15 @@ class StorageManager:
 
     @property
     def url_signer(self) -> UrlSigner | None:
-        """What signs URLs for backends that sign none of their own."""
+        """Signs URLs for backends that cannot sign their own."""
         return self._engine.url_signer
 
     def policy(self, storage_key: str) -> StoragePolicy:
-        """Return a policy; `UnknownPolicyError` where there is none of that key."""
+        """Return a policy; raise `UnknownPolicyError` if there is none with that key."""
         return self._engine.policy(storage_key)
 
     def backend(self, backend_key: str) -> StorageBackend:
-        """Return a backend; `UnknownBackendError` where there is none of that key."""
+        """Return a backend; raise `UnknownBackendError` if there is none with that key."""
         return self._engine.backend(backend_key)
 
     async def put_bytes(
@@ -266,7 +266,7 @@ class StorageManager:
         return self._engine.open(ref, offset=offset, length=length, verify=verify)
 
     async def scan(self, ref: StoredObjectRef) -> StoredObjectRef:
-        """Scan the stored object again, with the scanner of its policy.
+        """Scan the stored object again with the scanner of its policy.
 
         It is for applications that keep refs themselves: the caller keeps the ref that is returned in place of the one that was
         given, and decides what becomes of an infected object. Nothing else changes. The rows of attachments are judged by the
@@ -290,15 +290,15 @@ class StorageManager:
         return await self._engine.scan(ref)
 
     async def exists(self, ref: StoredObjectRef) -> bool:
-        """Tell whether the object is there; a backend that refuses permission or is out of reach raises, it is not False."""
+        """Return whether the object exists; a refused permission or an unavailable backend raises an error."""
         return await self._engine.exists(ref)
 
     async def stat(self, ref: StoredObjectRef) -> ObjectInfo:
-        """Return what the backend knows of the object; `ObjectNotFoundError` where it is not there."""
+        """Return the object's properties in the backend; raise `ObjectNotFoundError` if it does not exist."""
         return await self._engine.stat(ref)
 
     async def identity(self, backend_key: str) -> str | None:
-        """Return the identity of a backend's store, which is given one where it has none; None where it can keep none.
+        """Return the identity of a backend's store, and create it if there is none; None if the store cannot have one.
 
         New refs have it as `StoredObjectRef.identity`.
 
@@ -316,7 +316,7 @@ class StorageManager:
         filename: str | None = None,
         stable_for: timedelta | None = None,
     ) -> str:
-        """Return a URL with which anybody can read the object until it expires: do not log it.
+        """Return a URL with which anyone can read the object until it expires: do not log it.
 
         A backend that signs its own, such as S3, serves it itself; for others the `url_signer` signs, and the application serves
         it with `granite_storage.web.SignedFiles`. It is not checked that the object exists.
@@ -351,7 +351,7 @@ class StorageManager:
         disposition: Disposition = "attachment",
         stable_for: timedelta | None = None,
     ) -> builtins.list[str]:
-        """Return a URL for each of the objects, in their order, as `url` does for one: the objects of a page in one batch.
+        """Return the URLs of several objects in one batch, in their order, as `url` does for one.
 
         Args:
             refs: The objects, of any policies and backends.
@@ -366,7 +366,7 @@ class StorageManager:
         return await self._engine.urls(refs, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
 
     def public_url(self, ref: StoredObjectRef) -> str:
-        """Return the URL at which anybody can read an object of a public policy, for as long as it exists.
+        """Return the permanent URL at which anyone can read an object of a public policy.
 
         It is put together, without I/O, and always the same: caches may keep what they have read by it for ever. It is not
         checked that the object exists.
@@ -383,7 +383,7 @@ class StorageManager:
         return self._engine.public_url(ref)
 
     def list(self, *, storage_key: str, prefix: str = "", start_after: str | None = None) -> AsyncGenerator[ObjectInfo, None]:
-        """Iterate over the objects of a policy, in the order of their locations; nothing is kept in memory.
+        """Iterate over the objects of a policy in the order of their locations, in constant memory.
 
         Objects of other policies are listed too where they share the backend and the policy's `key_prefix`, or where it has
         none. The iteration holds a connection open: one that ends early is closed by `contextlib.aclosing`.
@@ -401,11 +401,11 @@ class StorageManager:
         return self._engine.list(storage_key, prefix, start_after=start_after)
 
     async def delete(self, ref: StoredObjectRef) -> None:
-        """Remove the object, for good; one that is not there is no error."""
+        """Delete the object permanently; a missing object is not an error."""
         await self._engine.delete(ref)
 
     async def delete_many(self, refs: Iterable[StoredObjectRef]) -> dict[StoredObjectRef, StorageError]:
-        """Delete objects, for good, in few requests where their backends can; one that is not there is no error.
+        """Delete objects permanently, in few requests if their backends can; a missing object is not an error.
 
         Returns:
             What could not be deleted, each with its error; empty where all are gone. One failure does not stop the others.
@@ -436,7 +436,7 @@ class StorageManager:
         storage_key: str | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> StoredObjectRef:
-        """Copy an object to a new one of its own, on the server where source and target share a backend that can.
+        """Copy an object to a new one, on the server if source and target share a backend that can.
 
         Name, media type, checksum and the caller's own `extra` keys come along. Otherwise as `put_stream`; bytes that pass
         through the program are verified against the ref on their way.
@@ -464,7 +464,7 @@ class StorageManager:
         return await self._engine.copy(ref, prepared)
 
     async def aclose(self) -> None:
-        """Close what this event loop and synchronous callers have opened; idempotent.
+        """Close the connections of this event loop and of synchronous callers; idempotent.
 
         New calls are refused at once. Calls in progress have `drain_timeout` to end; then they are cancelled, and leave nothing
         behind. Readers that are still open are closed. When it is cancelled itself, it cancels the calls at once, and closes
@@ -480,7 +480,7 @@ class StorageManager:
 
     @property
     def sync(self) -> SyncStorage:
-        """The same verbs for synchronous code, in threads without a running event loop."""
+        """The same methods for synchronous code, in threads without a running event loop."""
         return SyncStorage(self)
 
     async def __aenter__(self) -> Self:
@@ -495,7 +495,7 @@ class StorageManager:
 
 
 class SyncStorage:
-    """The verbs of a `StorageManager` for synchronous code: `storage.sync.put_bytes(...)`.
+    """The methods of a `StorageManager` for synchronous code: `storage.sync.put_bytes(...)`.
 
     Each does what the verb of the same name does, and returns and raises the same; the calling thread waits for the library's own
     event loop, which runs in a thread and serves all threads side by side. Where an event loop runs in the calling thread, they
@@ -584,11 +584,11 @@ class SyncStorage:
         return self._run(self._manager.scan(ref), "scan")
 
     def exists(self, ref: StoredObjectRef) -> bool:
-        """Tell whether the object is there; see `StorageManager.exists`."""
+        """Return whether the object exists; see `StorageManager.exists`."""
         return self._run(self._manager.exists(ref), "exists")
 
     def stat(self, ref: StoredObjectRef) -> ObjectInfo:
-        """Return what the backend knows of the object; see `StorageManager.stat`."""
+        """Return the object's properties in the backend; see `StorageManager.stat`."""
         return self._run(self._manager.stat(ref), "stat")
 
     def url(
@@ -600,7 +600,7 @@ class SyncStorage:
         filename: str | None = None,
         stable_for: timedelta | None = None,
     ) -> str:
-        """Return a URL with which anybody can read the object until it expires; see `StorageManager.url`."""
+        """Return a URL with which anyone can read the object until it expires; see `StorageManager.url`."""
         work = self._manager.url(ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for)
         return self._run(work, "url")
 
@@ -612,7 +612,7 @@ class SyncStorage:
         disposition: Disposition = "attachment",
         stable_for: timedelta | None = None,
     ) -> builtins.list[str]:
-        """Return a URL for each of the objects, in their order; see `StorageManager.urls`."""
+        """Return the URLs of several objects, in their order; see `StorageManager.urls`."""
         work = self._manager.urls(refs, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
         return self._run(work, "urls")
 
@@ -622,11 +622,11 @@ class SyncStorage:
         return portal.iterate(self._manager.list(storage_key=storage_key, prefix=prefix, start_after=start_after))
 
     def delete(self, ref: StoredObjectRef) -> None:
-        """Remove the object, for good; see `StorageManager.delete`."""
+        """Delete the object permanently; see `StorageManager.delete`."""
         self._run(self._manager.delete(ref), "delete")
 
     def delete_many(self, refs: Iterable[StoredObjectRef]) -> dict[StoredObjectRef, StorageError]:
-        """Delete objects, for good; see `StorageManager.delete_many`."""
+        """Delete objects permanently; see `StorageManager.delete_many`."""
         return self._run(self._manager.delete_many(refs), "delete_many")
 
     def copy(
@@ -639,7 +639,7 @@ class SyncStorage:
         storage_key: str | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> StoredObjectRef:
-        """Copy an object to a new one of its own; see `StorageManager.copy`."""
+        """Copy an object to a new one; see `StorageManager.copy`."""
         work = self._manager.copy(
             ref,
             model_name=model_name,
@@ -651,7 +651,7 @@ class SyncStorage:
         return self._run(work, "copy", self._manager.delete)
 
     def close(self) -> None:
-        """Close what synchronous callers have opened; see `StorageManager.aclose`. A later call reopens it."""
+        """Close the connections of synchronous callers; see `StorageManager.aclose`. A later call opens new ones."""
         run_blocking(self._manager._close_here(), "storage.sync.close", "'await storage.aclose()'")
         portal.release(self._manager._lifecycle)
 

@@ -1,4 +1,4 @@
-"""Moving objects from one backend to another while the application keeps running."""
+"""Moves objects from one backend to another while the application keeps running."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ _MOST_PASSES = 20
 
 
 class MigrationStatus(StrEnum):
-    """What became of a reference to an object on another backend."""
+    """The outcome for a reference to an object on another backend."""
 
     MOVED = "moved"
     CHANGED = "changed meanwhile"
@@ -100,7 +100,7 @@ class MigratedObject:
 
 @dataclass(slots=True)
 class MigrationReport(RowReport):
-    """What a migration has done; `rows` and `key` are those of every job over rows.
+    """The results of a migration; `rows` and `key` are those of every job over rows.
 
     Attributes:
         passes: How many passes were started.
@@ -123,7 +123,7 @@ class MigrationReport(RowReport):
 
 
 class Migration(RowRun[MigratedObject, MigrationReport]):
-    """What `migrate` returns: iterate over it for the objects that it processes, or await it for the report."""
+    """The result of `migrate`: iterate over it for the objects that it processes, or await it for the report."""
 
     def __init__(
         self, binding: StorageBinding, storage_key: str, to_backend: str, concurrency: int, after: str | None, budget: Budget
@@ -137,7 +137,7 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
         self._first_whole_pass = 1 if after is None else 2
 
     async def waiting(self) -> dict[str, tuple[int, int]]:
-        """Return the number of objects to move and their bytes, by the backend that they are on. Nothing is changed."""
+        """Return the number of objects to move and their bytes, by their backend, without changing anything."""
         found: dict[str, tuple[int, int]] = {}
         async with aclosing(self._scan.rows(after=self.report.key)) as rows:
             async for row in rows:
@@ -198,7 +198,7 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
         return [(row, shared) for row in batch]
 
     def _concerns(self, held: RowValue) -> bool:
-        """Tell whether a value is to be moved, or to be reported because it cannot be read; not again where it has failed."""
+        """Return whether a value is to be moved, or to be reported because it cannot be read; not again where it has failed."""
         if (held.label, held.primary_key, held.raw) in self._failed:
             return False
         if not held.is_managed and self.report.passes != self._first_whole_pass:
@@ -311,7 +311,7 @@ def migrate(
 
 
 def _is_transient(error: Exception) -> bool:
-    """Tell whether another attempt may succeed though the row has not changed: after a lock, a deadlock, a short lease."""
+    """Return whether another attempt may succeed though the row has not changed: after a lock, a deadlock, a short lease."""
     return isinstance(error, SQLAlchemyError | StaleAttachmentError)
 
 
@@ -504,7 +504,7 @@ class _Swap:
                 frame.wakes.add(journal)
 
     def _is_referred_to(self, connection: Connection) -> bool:
-        """Tell whether another value still refers to the original, under whatever backend's key."""
+        """Return whether another value still refers to the original, under whatever backend's key."""
         column_type: AttachmentType = self._held.column.type  # type: ignore[assignment]  # nothing else is relocated
         return any(refers(connection, column, self._original) for column in column_type.binding().ref_columns())
 

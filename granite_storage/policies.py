@@ -30,7 +30,7 @@ _HEADER = re.compile(r"[!-~](?:[ !-~]*[!-~])?")
 
 @dataclass(frozen=True, slots=True)
 class PublicURL:
-    """Where the objects of a policy are public, and what is stored with them for that.
+    """Makes the objects of a policy public: their base URL, and the headers that are stored with them.
 
     The URL of an object is `base_url`, a slash and its location, percent-encoded (RFC 3986): anybody who knows it can read the
     object, for as long as that is stored. A location is never used again, so caches may keep the object for ever. A prefix of the
@@ -69,13 +69,13 @@ class PublicURL:
             raise ConfigurationError(f"disposition of a PublicURL must be 'attachment' or 'inline', not {self.disposition!r}")
 
     def url_of(self, location: str) -> str:
-        """Return the URL of a location; `StorageManager.public_url` is what applications call."""
+        """Return the URL of a location; applications call `StorageManager.public_url`."""
         return f"{self.base_url}/{url_path(location)}"
 
 
 @dataclass(frozen=True, slots=True)
 class StoragePolicy:
-    """Binds a storage key to a backend.
+    """Maps a storage key to a backend, with limits.
 
     A policy is checked when it is made: one that cannot work never exists.
 
@@ -170,7 +170,7 @@ class StoragePolicy:
 
     @property
     def may_hold(self) -> bool:
-        """Whether its scanner may hold an upload back until it can judge it."""
+        """Whether its scanner may hold an upload until it can scan it."""
         return self.scanner is not None and self.scanner.on_unavailable == "hold"
 
 

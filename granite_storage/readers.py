@@ -75,7 +75,7 @@ class StoredObjectReader:
         self._iteration: object | None = None
 
     async def read(self, size: int = -1, /) -> bytes:
-        """Return `size` bytes, fewer only where the range ends; all that is left where negative.
+        """Return `size` bytes, fewer only at the end of the range; all remaining bytes if `size` is negative.
 
         Raises:
             BackendError: The bytes could not be read, or there are fewer than there should be.
@@ -101,7 +101,7 @@ class StoredObjectReader:
                 await self._release_handle()
 
     async def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move the position and return it; no byte is read on the way.
+        """Move the position and return it, without reading.
 
         Args:
             offset: Bytes, counted from what `whence` says.
@@ -150,7 +150,7 @@ class StoredObjectReader:
 
     @property
     def verifies(self) -> bool:
-        """Whether the bytes are checked as they pass."""
+        """Whether the bytes are verified as they are read."""
         return self._sha256 is not None
 
     @property
@@ -162,7 +162,7 @@ class StoredObjectReader:
             raise ValueError("the reader is closed")
 
     async def start(self) -> Self:
-        """Open the backend's handle, so that a missing or wrong object raises before the first byte."""
+        """Open the backend's handle, so that a missing or wrong object raises an error before the first byte."""
         try:
             self.info = (await self._source.start()).info
             require_recorded_size(self.ref, self.info.size)

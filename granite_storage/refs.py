@@ -136,7 +136,7 @@ class StoredObjectRef(_UnknownKeys):
 
     @property
     def identity(self) -> str | None:
-        """The identity of the store that the object was written to; None where that kept none, or an older version wrote the ref.
+        """The identity of the store that the object was written to; None if it had none, or an older version wrote the ref.
 
         It is not one of the fields, and does not count where refs are compared: it says nothing of the object. In the row it
         stands beside them, under the key `identity`.
@@ -194,7 +194,7 @@ class StoredObjectRef(_UnknownKeys):
         return {"type": "object", "title": "StoredObjectRef", "properties": properties | parts, "required": required}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, unknown keys that were read included."""
+        """Return plain JSON values, including unknown keys that were read."""
         known = {name: getattr(self, name) for name in _FIELDS}
         parts: dict[str, Any] = {name: _plain(part) for name in _JSON_PARTS if (part := getattr(self, name)) is not None}
         if self.variants is not None:
@@ -205,7 +205,7 @@ class StoredObjectRef(_UnknownKeys):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Read a ref that this, an older or a newer version wrote.
+        """Read a ref that this, an older or a newer version has written.
 
         Missing optional fields are None and a missing checksum is unknown. Keys that this version does not know are kept, and
         `to_dict` gives them back. The time is brought to one form. Locations are checked where they are used, not here.
@@ -265,7 +265,7 @@ def require_scanned(ref: StoredObjectRef) -> None:
 
 
 def is_held(ref: StoredObjectRef) -> bool:
-    """Tell whether an object is held back until a scanner has judged it."""
+    """Return whether an object is held back until a scanner has judged it."""
     return ref.scan is not None and ref.scan.get("status") == "pending"
 
 

@@ -115,7 +115,7 @@ _REF_FIELDS = ("storage_key", "backend", "location", "size", "checksum", "conten
 
 @dataclass(frozen=True, slots=True)
 class SignedObject:
-    """What a signed URL grants: reading one object, shown in one way, until it expires.
+    """The permission of a signed URL: to read one object, with one disposition, until it expires.
 
     Attributes:
         ref: The object.
@@ -168,7 +168,7 @@ class UrlSigner:
         filename: str | None = None,
         stable_for: timedelta | None = None,
     ) -> str:
-        """Return the URL; `StorageManager.url` is what applications call.
+        """Return the URL; applications call `StorageManager.url`.
 
         Raises:
             ValueError: `expires_in` is less than a second, or more than `max_expires_in` together with `stable_for`, or the
@@ -189,7 +189,7 @@ class UrlSigner:
         return f"{self.base_url}/{self._tokens.sign(claims)}"
 
     def verify(self, token: str) -> SignedObject | None:
-        """Return what a token, the last segment of a URL, grants; None where it grants nothing, for whatever reason."""
+        """Return the permission of a token, the last segment of a URL; None if it is invalid, for whatever reason."""
         claims = self._tokens.read(token)
         signed = None if claims is None else _granted(claims)
         if signed is None or not 0 < signed.expires - time.time() <= self.max_expires_in.total_seconds():

@@ -1,4 +1,4 @@
-"""Comparing every reference with its object."""
+"""Compares every reference with its object."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _Named: TypeAlias = "tuple[str | None, StoredObjectRef]"
 
 
 class Problem(StrEnum):
-    """What can be wrong with a reference."""
+    """The kinds of findings about a reference."""
 
     MISSING = "missing"
     WRONG_SIZE = "wrong size"
@@ -62,7 +62,7 @@ class Problem(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong, or unknown, about a reference.
+    """A problem of a reference, or something unknown about it.
 
     Attributes:
         problem: The kind of problem.
@@ -95,7 +95,7 @@ class Finding:
 
 @dataclass(slots=True)
 class VerificationReport(RowReport):
-    """What a verification has checked; `rows`, `key` and `complete` are those of every job over rows.
+    """The results of a verification; `rows`, `key` and `complete` are those of every job over rows.
 
     Attributes:
         checked: How many references were compared with their objects; those to variants are counted by themselves.
@@ -113,12 +113,12 @@ class VerificationReport(RowReport):
 
     @property
     def problems(self) -> int:
-        """How many findings are not harmless."""
+        """The number of findings that are not harmless."""
         return self.counts.total() - self.counts[Problem.UNKNOWN_CHECKSUM]
 
 
 class Verification(RowRun[Finding, VerificationReport]):
-    """What `verify` returns: iterate over it for the findings, or await it for the report."""
+    """The result of `verify`: iterate over it for the findings, or await it for the report."""
 
     def __init__(
         self, binding: StorageBinding, storage_key: str | None, deep: bool, concurrency: int, after: str | None, budget: Budget
@@ -214,7 +214,7 @@ def verify(
     after: str | None = None,
     bytes_per_second: float | None = None,
 ) -> Verification:
-    """Compare every reference with its object; nothing is changed, neither a row nor an object.
+    """Compare every reference with its object, without changing rows or objects.
 
     Variants are objects as others are. A finding names the one that it is about, and says that it can be made again.
 

@@ -89,7 +89,7 @@ def _open_directory(path: str | Path, parent: int | None = None) -> Iterator[int
 
 
 def _info_of(location: str, found: os.stat_result) -> ObjectInfo:
-    """Return what is known of an object by what the file system says of its file."""
+    """Return the properties of an object by what the file system says of its file."""
     etag = f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
     return ObjectInfo(location, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC), etag)
 

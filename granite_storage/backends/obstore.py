@@ -121,7 +121,7 @@ class _StreamBody:
 
 
 class ObjectStoreBackend:
-    """Keeps each object under one key of a store of obstore's.
+    """Stores each object under one key of an obstore store.
 
     What fits in one part is one exclusive request (`If-None-Match: *` or the service's equivalent). More is a multipart upload;
     obstore has no condition for it, so a HEAD before and after the parts checks for an existing object: of two concurrent
@@ -196,7 +196,7 @@ class ObjectStoreBackend:
         return f"ObjectStoreBackend({self._client.name!r})"
 
     async def store(self) -> Any:
-        """Return obstore's store, for what this backend does not do; its calls raise obstore's errors."""
+        """Return obstore's store, for operations that this backend lacks; its calls raise obstore's errors."""
         return await self._client.store()
 
     async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any]:
@@ -222,7 +222,7 @@ class ObjectStoreBackend:
         return await open_reader(self._service, location, offset=offset, length=length)
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Return what is known of an object; see `StorageBackend.stat`."""
+        """Return the properties of an object; see `StorageBackend.stat`."""
         self._check(location)
         info, _ = await self._client.head(location)
         return info
@@ -233,7 +233,7 @@ class ObjectStoreBackend:
         return await self._client.exists(location)
 
     async def delete(self, location: str) -> None:
-        """Remove an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
+        """Delete an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
         self._check(location)
         self._require_writable()
         await self._client.delete(location)

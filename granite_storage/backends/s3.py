@@ -227,7 +227,7 @@ def _size_and_range(answer: Mapping[str, Any]) -> tuple[int, ByteRange]:
 
 
 class S3StorageBackend:
-    """Keeps each object under one key of a bucket.
+    """Stores each object under one key of a bucket.
 
     A write is exclusive (`If-None-Match: *`) and verified by the server against a SHA-256 of the bytes. What fits in one part is
     one request; more is a multipart upload, which buffers `part_size` times `part_concurrency` bytes. A request that fails for a
@@ -374,12 +374,12 @@ class S3StorageBackend:
 
     @property
     def prefix(self) -> str:
-        """What stands before every location in the bucket, without the slash that follows."""
+        """The prefix of every key in the bucket, without the slash that follows it."""
         return self._settings.prefix.rstrip("/")
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Any]:
-        """Yield the running event loop's client of the SDK, for what this backend does not do; the backend closes it.
+        """Yield the running event loop's client of the SDK, for operations that this backend lacks; the backend closes it.
 
         Its calls raise the SDK's errors and are not made again. Keys are `prefix + "/" + location`.
         """
@@ -414,7 +414,7 @@ class S3StorageBackend:
         return await open_reader(self._service, location, offset=offset, length=length)
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Return what is known of an object; see `StorageBackend.stat`."""
+        """Return the properties of an object; see `StorageBackend.stat`."""
         self._check(location)
         return await self._service.head(location)
 
@@ -427,7 +427,7 @@ class S3StorageBackend:
         return True
 
     async def delete(self, location: str) -> None:
-        """Remove an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
+        """Delete an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
         self._check(location)
         await self._delete(location)
 
@@ -451,7 +451,7 @@ class S3StorageBackend:
     async def presign_get(
         self, location: str, *, expires_in: timedelta, content_type: str | None = None, disposition: str | None = None
     ) -> str:
-        """Return a URL that serves a GET until it expires, after seven days at the most; see `SupportsPresign.presign_get`.
+        """Return a URL that serves a GET until it expires, after at most seven days; see `SupportsPresign.presign_get`.
 
         The URL grants what it says to anyone who has it: do not log it. It ends with the credentials that sign it, if these are
         temporary and end sooner; the log warns of that once for each of them.

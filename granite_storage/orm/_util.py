@@ -36,12 +36,12 @@ UNTRANSLATED: Final = {TRANSLATE_MAP: None}
 
 
 def in_greenlet() -> bool:
-    """Tell whether the code runs below an `await` of SQLAlchemy's asyncio layer."""
+    """Return whether the code runs below an `await` of SQLAlchemy's asyncio layer."""
     return bool(getattr(getcurrent(), "__sqlalchemy_greenlet_provider__", False))
 
 
 def can_wait(*, is_async: bool) -> bool:
-    """Tell whether an event of SQLAlchemy can wait for a coroutine.
+    """Return whether an event of SQLAlchemy can wait for a coroutine.
 
     Args:
         is_async: Whether the session or connection is that of an asynchronous engine, which waits by an `await` of its caller.
@@ -86,7 +86,7 @@ def require_wait(what: str, session: Session) -> None:
 
 
 def is_async(session: Session) -> bool:
-    """Tell whether a session is that of an `AsyncSession`."""
+    """Return whether a session is that of an `AsyncSession`."""
     return async_session(session) is not None
 
 

@@ -1,4 +1,4 @@
-"""The one object that knows a base, its manager and its sessions."""
+"""The binding, which connects a base with its manager and its sessions."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class StorageBinding:
         return f"{getattr(self.base, '__module__', '')}.{getattr(self.base, '__qualname__', type(self.base).__qualname__)}"
 
     def ref_columns(self) -> list[Column[Any]]:
-        """Return every column of the metadata that holds refs, managed and plain ones."""
+        """Return every column of the metadata that contains refs, managed and plain."""
         kinds = (AttachmentType, StoredObjectRefType)
         return [column for table in self.metadata.sorted_tables for column in table.columns if isinstance(column.type, kinds)]
 
@@ -160,7 +160,7 @@ class StorageBinding:
         await store([Upload(attachment, column_type, uuid7_hex(), verify)])
 
     async def is_referred_to(self, column: Column[Any], ref: StoredObjectRef) -> bool | None:
-        """Tell whether a row of a column refers to an object; None where that is unknown, as it is without sessions."""
+        """Return whether a row of a column refers to an object; None where that is unknown, as it is without sessions."""
         if self.session_factory is None:
             return None
         try:
@@ -192,7 +192,7 @@ class StorageBinding:
         return await self.journal.drop_variant(source, name)
 
     def unbind(self) -> None:
-        """Undo `bind_storage`; the last one leaves no listener behind. Idempotent."""
+        """Reverse `bind_storage`; unbinding the last base removes all listeners. Idempotent."""
         if self.journal is not None:
             self.journal.release(self)
         if remove_binding(self):

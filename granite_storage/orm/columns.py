@@ -92,7 +92,7 @@ T = TypeVar("T")
 
 
 def portable_storage_ref_type() -> TypeEngine[Any]:
-    """Return the type that a column of refs has in the database, for migrations: JSON, and JSONB on PostgreSQL.
+    """Return the database type of a column of refs, for migrations: JSON, or JSONB on PostgreSQL.
 
     It is that of `attachment()` and `StoredObjectRefType` columns. It knows no policy and no manager, so a migration that names
     it remains valid when the models change.

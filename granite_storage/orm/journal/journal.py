@@ -304,7 +304,7 @@ class StorageJournal:
 
     @property
     def sync(self) -> SyncJournal:
-        """The same verbs for synchronous code, in threads without a running event loop."""
+        """The same methods for synchronous code, in threads without a running event loop."""
         return SyncJournal(self)
 
     async def aclose(self) -> None:
@@ -515,7 +515,7 @@ def _open_pool(
 
 
 class SyncJournal:
-    """The verbs of a `StorageJournal` for synchronous code: `journal.sync.recover()`.
+    """The methods of a `StorageJournal` for synchronous code: `journal.sync.recover()`.
 
     Each does what the verb of the same name does; see `granite_storage.manager.SyncStorage`.
     """
@@ -537,11 +537,11 @@ class SyncJournal:
         return enter_blocking(self._journal.worker(interval=interval), "journal.sync.worker", awaited)
 
     def retry_dead_letters(self) -> int:
-        """Retry the deletes that were moved to the dead letters; see `StorageJournal.retry_dead_letters`."""
+        """Retry the dead letters; see `StorageJournal.retry_dead_letters`."""
         return self._run(self._journal.retry_dead_letters(), "retry_dead_letters")
 
     def allow_restored_database(self) -> None:
-        """Say that this is the right database; see `StorageJournal.allow_restored_database`."""
+        """Confirm that this is the right database; see `StorageJournal.allow_restored_database`."""
         self._run(self._journal.allow_restored_database(), "allow_restored_database")
 
     def close(self) -> None:

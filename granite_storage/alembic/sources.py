@@ -161,7 +161,7 @@ async def _require_content(manager: StorageManager, ref: StoredObjectRef, conten
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """An object in one of the manager's backends, where it may stay.
+    """An object in one of the manager's backends, which stays there.
 
     Attributes:
         backend: The backend's key in the manager.

@@ -1,4 +1,4 @@
-"""Files that a function of the application makes: text, pages, stills."""
+"""Derived files that a function of the application makes: text, pages, stills."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Function: TypeAlias = (
 
 
 class Derived:
-    """A file that a function makes of the original.
+    """A derived file that a function makes from the original.
 
     A plain function gets the original as a binary file, whose `name` is a path, and runs in a worker process within limits. It
     must be importable there. A coroutine function gets a `DerivationSource` and runs on the event loop: it is for services that

@@ -280,7 +280,7 @@ def list_descriptors() -> set[int]:
 
 
 def limit_processes(max_processes: int | None = None, *, idle_timeout: float = 60.0) -> None:
-    """Choose how many worker processes this process may have, before anything is derived.
+    """Set the maximum number of worker processes of this process, before the first derivation.
 
     Args:
         max_processes: The most processes; by default one for each processor, at most 4. Each server process has its own.
@@ -478,7 +478,7 @@ class _Worker:
         return self._socket.fileno()
 
     def has_ended(self) -> bool:
-        """Tell whether the process has ended, or sends data without a request."""
+        """Return whether the process has ended, or sends data without a request."""
         return self._is_readable(0)
 
     def _is_readable(self, seconds: float) -> bool:

@@ -138,7 +138,7 @@ class StorageGarbageCollector:
     def collection(
         self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
     ) -> CollectionRun:
-        """Return a job that does what `collect` does, to iterate over its orphans, follow its report, or stop it.
+        """Return a job that works like `collect`; iterate over it for the orphans, read its report, or stop it.
 
         Arguments and errors are those of `collect`.
         """
@@ -194,7 +194,7 @@ class StorageGarbageCollector:
 
     @property
     def sync(self) -> SyncGarbageCollector:
-        """The same verbs for synchronous code, in threads without a running event loop."""
+        """The same methods for synchronous code, in threads without a running event loop."""
         return SyncGarbageCollector(self)
 
     def __repr__(self) -> str:
@@ -202,7 +202,7 @@ class StorageGarbageCollector:
 
 
 class SyncGarbageCollector:
-    """The verbs of a `StorageGarbageCollector` for synchronous code: `collector.sync.collect(...)`."""
+    """The methods of a `StorageGarbageCollector` for synchronous code: `collector.sync.collect(...)`."""
 
     def __init__(self, collector: StorageGarbageCollector) -> None:
         self._collector = collector
@@ -311,7 +311,7 @@ class Leadership:
         self._connection: AsyncConnection | None = None
 
     async def acquire(self) -> bool:
-        """Tell whether this process is the leader; become it where no other process is."""
+        """Return whether this process is the leader; become it where no other process is."""
         engine = None if self._binding is None else _engine_of(self._binding)
         lock = None if engine is None else _LOCKS.get(engine.dialect.name)
         if engine is None or lock is None:

@@ -444,7 +444,7 @@ def _columns(metadata: MetaData) -> Iterator[Column[Any]]:
 
 
 def _has_refs(kind: TypeEngine[Any]) -> bool:
-    """Tell whether a type is one of refs, or is made of one: a decorator, a list, or what stands in for it on some database."""
+    """Return whether a type is one of refs, or is made of one: a decorator, a list, or what stands in for it on some database."""
     if isinstance(kind, _KINDS):
         return True
     inside = [*kind._variant_mapping.values()]

@@ -40,7 +40,7 @@ _TCP_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]@]+)):(\
 
 
 class ClamdScanner:
-    """Scans uploads with clamd, which gets each of them over a connection of its own, as a stream.
+    """Scans uploads with clamd, each over a separate connection, as a stream.
 
     An upload is clean only where clamd says so of the whole of it. Every wait for clamd is bounded, and an answer is read to a
     few KiB only. An error or a cancellation leaves no connection open. One scanner serves several event loops, and
@@ -102,7 +102,7 @@ class ClamdScanner:
         return f"ClamdScanner({self._name!r}, on_unavailable={self.on_unavailable!r})"
 
     async def scan(self, content: AsyncIterator[bytes], /) -> ScanResult:
-        """Have content judged; an error of the content itself is raised as it is.
+        """Scan content; an error of the content itself is raised unchanged.
 
         Args:
             content: The content, which is not read on once clamd has answered; its maker closes it.
@@ -118,7 +118,7 @@ class ClamdScanner:
             return ScanResult(is_clean=signature is None, by=await self._describe(), signature=signature)
 
     async def ping(self) -> str:
-        """Ask clamd whether it is there, and return which version it is, such as `clamd 1.4.2/27500`.
+        """Check that clamd answers, and return its version, such as `clamd 1.4.2/27500`.
 
         Raises:
             ScannerUnavailableError: It is not, or what answers is no clamd.

@@ -222,7 +222,7 @@ _BEGINNINGS: dict[str, re.Pattern[bytes]] = {
 
 
 def contradicts(head: bytes, content_type: str) -> bool:
-    """Tell whether a file that begins like this cannot be of a media type; False for types that are not known.
+    """Return whether a file that begins like this cannot be of a media type; False for types that are not known.
 
     Source: the WHATWG's MIME Sniffing Standard, section 6, and the formats' own specifications.
 
@@ -235,7 +235,7 @@ def contradicts(head: bytes, content_type: str) -> bool:
 
 
 def is_known(content_type: str) -> bool:
-    """Tell whether it is known how files of a media type begin."""
+    """Return whether it is known how files of a media type begin."""
     return _beginning_of(content_type) is not None
 
 

@@ -150,7 +150,7 @@ def group_reads(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 async def is_request(scope: Scope, send: Send, methods: Sequence[str], server: str) -> bool:
-    """Tell whether an ASGI application is called for a request of one of its methods; anything else is refused here.
+    """Return whether an ASGI application is called for a request of one of its methods; anything else is refused here.
 
     Raises:
         ValueError: It is neither HTTP nor a websocket.
@@ -334,7 +334,7 @@ class Offload:
 
 
 class StoredObjectResponse(Response):
-    """Streams a stored object, whole or in ranges, from any backend.
+    """Streams a stored object from any backend, whole or in ranges.
 
     Ranges, preconditions, If-Range and HEAD follow RFC 9110, and the ETag is a strong one made of the checksum. Memory is bounded
     per response, and a client that disconnects or does not read stops the reading. A missing object is answered with 404 and
@@ -557,7 +557,7 @@ def _accepts_codings(asked: Headers) -> bool:
 
 
 def _is_compressed(scope: Any, asked: Headers) -> bool:
-    """Tell whether Litestar compresses the response: it checks neither the status nor a Content-Encoding."""
+    """Return whether Litestar compresses the response: it checks neither the status nor a Content-Encoding."""
     config = getattr(scope.get("litestar_app"), "compression_config", None)
     if config is None or not _accepts_codings(asked):
         return False

@@ -78,7 +78,7 @@ class UploadSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTarget:
-    """Stores a file under a policy of a manager, and returns its ref: for applications that keep refs themselves.
+    """Stores a file under a policy of a manager, and returns its ref: for applications that store refs themselves.
 
     Args:
         manager: The manager.
@@ -225,7 +225,7 @@ class Received:
 
 
 class FilePart:
-    """A file as it arrives: iterate over it once with `async for`, or pass it to anything that takes a stream.
+    """A file as it arrives: iterate over it once with `async for`, or pass it to a function that takes a stream.
 
     Attributes:
         name: The name of its field; empty where it is the whole body.
@@ -257,11 +257,11 @@ class FilePart:
 
     @property
     def fields(self) -> ImmutableMultiDict[str, str]:
-        """The fields that came before it in the form."""
+        """The fields that precede it in the form."""
         return ImmutableMultiDict(list(self._fields))
 
     async def is_absent(self) -> bool:
-        """Tell whether it is an empty file input of a browser: no name and no bytes."""
+        """Return whether it is an empty file input of a browser: no name and no bytes."""
         if self.filename:
             return False
         self._first = await self._next_chunk()
@@ -423,7 +423,7 @@ async def stream_body(
 async def stream_body(
     request: Request, target: Target, *, filename: str | None = None, limits: UploadLimits = DEFAULT_LIMITS
 ) -> Any:
-    """Receive the body of a request as one file, such as that of a PUT, and store it as it arrives.
+    """Receive the body of a request, such as a PUT, as one file, and store it as it arrives.
 
     The guarantees are those of `stream_upload`. A Content-Length over the limit is refused before a byte is read.
 

@@ -128,7 +128,7 @@ async def _refuse(error: BackendUnavailableError | InvalidLocationError | Unknow
 
 
 class PublicFiles:
-    """An ASGI application that serves the objects of public policies at their locations; mount it where their `public` says.
+    """An ASGI application that serves the objects of public policies at their locations; mount it at their base URL.
 
     It answers GET and HEAD as `StoredObjectResponse` does, with the Cache-Control of the policy and an ETag made of the location,
     which never gets another object. A URL that is written otherwise than `public_url` writes it, or has a query, is answered with

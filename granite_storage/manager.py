@@ -31,26 +31,26 @@ class StorageManager:
     Writes go where the policy says; reads, deletes and checks go where the ref says. A policy that is pointed at another backend
     therefore loses nothing that was stored before.
 
-    The manager opens nothing when it is made, so it may be made at import time. It serves any number of tasks, and several event
-    loops, with clients of their own for each. `async with manager:` or `aclose` closes what was opened; it may be entered again.
+    The manager opens nothing when it is created, so it may be created at import time. It serves any number of tasks, and
+    several event loops, with separate clients for each. `async with manager:` or `aclose` closes the clients; the manager may
+    be entered again.
 
     Args:
         backends: The backends by their keys. The manager closes them.
         policies: The policies by their storage keys.
         drain_timeout: How long `aclose` waits for calls in progress before it cancels them, in seconds.
-        max_concurrent_uploads: How many streams are stored at a time on one event loop, which bounds the memory that any number
-            of them takes. A stream takes its place when its first piece is there; others wait with that piece. None for any
-            number.
-        upload_idle_timeout: How long a stream that has a place may yield nothing, in seconds; then it fails with
-            `StreamTimeoutError`, and nothing of it is kept. None for ever. Without `max_concurrent_uploads` there are no places,
-            and streams may take their time.
-        min_upload_rate: The fewest bytes per second that any stream must yield, on average; the time that the storage takes does
-            not count, nor do the first ten seconds. None for any rate.
-        url_signer: What signs URLs for backends that sign none of their own; see `url`.
+        max_concurrent_uploads: How many streams are stored at a time on one event loop, which bounds their memory. A stream
+            takes a slot with its first chunk; others wait with that chunk. None for no limit.
+        upload_idle_timeout: How long a stream that has a slot may yield nothing, in seconds; then it fails with
+            `StreamTimeoutError`, and nothing of it is stored. None for no limit. It has no effect without
+            `max_concurrent_uploads`.
+        min_upload_rate: The lowest average number of bytes per second for any stream, not counting the time that the storage
+            takes and the first ten seconds. None for no limit.
+        url_signer: Signs URLs for backends that cannot sign their own; see `url`.
 
     Raises:
-        ConfigurationError: The configuration cannot work: a policy names a backend that is not there (`UnknownBackendError`) or
-            stands under a key that is not its own, or something is not a backend or a policy.
+        ConfigurationError: The configuration is invalid: a policy names a backend that does not exist (`UnknownBackendError`)
+            or has another key than its own, or a value is not a backend or a policy.
 
     Example:
         >>> from granite_storage.backends.memory import MemoryStorageBackend
@@ -126,17 +126,17 @@ class StorageManager:
         """Store content that is in memory.
 
         When it returns, the object is stored as durably as its backend promises. When it raises or is cancelled, nothing of it
-        is left. An object is never overwritten: every call makes a new one.
+        is left, unless the storage's answer was lost. An object is never overwritten: every call creates a new one.
 
         Args:
             storage_key: The policy to store it under.
-            model_name: What kind of thing owns it, such as `user`; a segment of its location, like the next two.
-            entity_id: Which of them, such as a primary key.
-            field_name: Which of its files, such as `avatar`.
+            model_name: The kind of its owner, such as `user`; a segment of its location, like the next two.
+            entity_id: The id of the owner, such as a primary key.
+            field_name: The name of the owner's field, such as `avatar`.
             content: The bytes; changing the buffer during the call is the caller's mistake.
-            content_type: Its media type; kept as given, unless the policy finds it from the content.
-            original_filename: The client's file name; made safe, never trusted.
-            extra: Keys of your own to keep in the ref, JSON values; the backend's own keys win.
+            content_type: Its media type; stored as given, unless the policy detects it from the content.
+            original_filename: The client's file name; sanitized, never trusted.
+            extra: Your own keys with JSON values to store in the ref; the backend's keys take precedence.
 
         Returns:
             The receipt.
@@ -144,12 +144,12 @@ class StorageManager:
         Raises:
             UnknownPolicyError: No policy has this storage key.
             InvalidLocationError: `model_name`, `entity_id` or `field_name` is not safe.
-            InvalidReferenceError: `content_type` or `extra` cannot be kept.
+            InvalidReferenceError: `content_type` or `extra` is invalid.
             ContentTooLargeError: It is larger than the policy allows.
             UnsupportedContentError: The policy does not accept its type, or it is not of the declared type.
             ContentRejectedError: An inspector or a validator of the policy refuses it.
-            InfectedContentError: The policy's scanner found something in it.
-            ScannerUnavailableError: The scanner could not judge it, and the policy refuses it then.
+            InfectedContentError: The policy's scanner has found it infected.
+            ScannerUnavailableError: The scanner could not scan it, and the policy refuses such uploads.
             BackendError: The backend could not store it.
         """
         if not isinstance(content, bytes | bytearray | memoryview):
@@ -181,22 +181,24 @@ class StorageManager:
     ) -> StoredObjectRef:
         """Store a stream, in bounded memory.
 
-        The limit is enforced chunk by chunk: no byte over it reaches the backend. When the call returns, the object is stored as
-        durably as its backend promises; when it raises or is cancelled, nothing of it is left.
+        The limit is enforced chunk by chunk: no byte over it reaches the backend. When the call returns, the object is stored
+        as durably as its backend promises; when it raises or is cancelled, nothing of it is left, unless the storage's answer
+        was lost.
 
         Args:
             storage_key: The policy to store it under.
-            model_name: What kind of thing owns it, such as `lesson`; a segment of its location, like the next two.
-            entity_id: Which of them, such as a primary key.
-            field_name: Which of its files, such as `video`.
+            model_name: The kind of its owner, such as `lesson`; a segment of its location, like the next two.
+            entity_id: The id of the owner, such as a primary key.
+            field_name: The name of the owner's field, such as `video`.
             stream: A binary file object (read in a thread), an object with an async `read`, an async iterable or an iterable of
                 bytes. An upload, which is a file object with a `filename`, is read from its beginning; any other stream from its
                 current position. It is never closed.
-            content_type: Its media type; kept as given, unless the policy finds it from the content. None for that of an upload.
-            original_filename: The client's file name; made safe, never trusted. None for that of an upload.
-            extra: Keys of your own to keep in the ref, JSON values; the backend's own keys win.
-            size: The size in bytes, where the caller knows it; verified, and refused before the first byte if too large.
-            checksum: `sha256:<hex>`, where the caller knows it; verified before the object is published.
+            content_type: Its media type; stored as given, unless the policy detects it from the content. None for that of an
+                upload.
+            original_filename: The client's file name; sanitized, never trusted. None for that of an upload.
+            extra: Your own keys with JSON values to store in the ref; the backend's keys take precedence.
+            size: The size in bytes, if known; verified, and refused before the first byte if too large.
+            checksum: `sha256:<hex>`, if known; verified before the object is published.
 
         Returns:
             The receipt.
@@ -204,18 +206,18 @@ class StorageManager:
         Raises:
             UnknownPolicyError: No policy has this storage key.
             InvalidLocationError: `model_name`, `entity_id` or `field_name` is not safe.
-            InvalidReferenceError: `content_type`, `extra` or `checksum` cannot be kept.
+            InvalidReferenceError: `content_type`, `extra` or `checksum` is invalid.
             ContentTooLargeError: The stream has more bytes than the policy allows.
             UnsupportedContentError: The policy does not accept its type, or it is not of the declared type.
             ContentRejectedError: An inspector or a validator of the policy refuses it.
-            InfectedContentError: The policy's scanner found something in it.
-            ScannerUnavailableError: The scanner could not judge it, and the policy refuses it then.
+            InfectedContentError: The policy's scanner has found it infected.
+            ScannerUnavailableError: The scanner could not scan it, and the policy refuses such uploads.
             StreamTimeoutError: It was idle for too long, or too slow; see the arguments of the manager.
-            SizeMismatchError: It has not the declared size, or is an upload that cannot seek and has not its own `size`.
+            SizeMismatchError: Its size is not the declared one or, for an upload that cannot seek, not its own `size`.
             EmptyUploadError: It is an upload without a name and without bytes.
             ConsumedSourceError: It is an upload that was closed, or that was stored before and cannot seek; or any other stream
                 that another call is storing.
-            ChecksumMismatchError: It has not the declared checksum.
+            ChecksumMismatchError: Its checksum is not the declared one.
             TypeError: It is not a stream of bytes.
             BackendError: The backend could not store it. An error that the stream itself raises passes through unchanged.
         """
@@ -237,9 +239,9 @@ class StorageManager:
         Only for objects that fit in memory; `open` streams.
 
         Raises:
-            ObjectNotFoundError: The object is not there.
-            SizeMismatchError: It has not the size that the ref says.
-            ChecksumMismatchError: It has not the checksum that the ref says.
+            ObjectNotFoundError: The object does not exist.
+            SizeMismatchError: Its size is not the one in the ref.
+            ChecksumMismatchError: Its checksum is not the one in the ref.
             BackendError: It could not be read.
         """
         return await self._engine.get(ref)
@@ -249,17 +251,17 @@ class StorageManager:
 
         Args:
             ref: What to open.
-            offset: Where the range begins, in bytes; what lies before it is not read.
+            offset: Where the range begins, in bytes; bytes before it are not read.
             length: How long the range is, in bytes, cut at the end of the object; None for all that is left.
-            verify: Whether to check the bytes as they pass: the reader then reads once, from start to end, and raises
+            verify: Whether to verify the bytes as they are read: the reader then reads once, from start to end, and raises
                 `ChecksumMismatchError` in place of the last bytes of a wrong body.
 
         Returns:
-            Something to await or to enter; either gives a `StoredObjectReader`. An awaited one is the caller's to close.
+            An object to await or to enter; both return a `StoredObjectReader`. The caller closes an awaited one.
 
         Raises:
-            ObjectNotFoundError: The object is not there.
-            SizeMismatchError: It has not the size that the ref says.
+            ObjectNotFoundError: The object does not exist.
+            SizeMismatchError: Its size is not the one in the ref.
             ValueError: The range is negative or begins past the end, or a range is to be verified.
             BackendError: It could not be opened.
         """
@@ -268,9 +270,9 @@ class StorageManager:
     async def scan(self, ref: StoredObjectRef) -> StoredObjectRef:
         """Scan the stored object again with the scanner of its policy.
 
-        It is for applications that keep refs themselves: the caller keeps the ref that is returned in place of the one that was
-        given, and decides what becomes of an infected object. Nothing else changes. The rows of attachments are judged by the
-        worker of a journal.
+        It is for applications that store refs themselves: the caller stores the returned ref in place of the given one, and
+        decides what to do with an infected object. Nothing else changes. The files of attachments are scanned by the worker of
+        a journal.
 
         Args:
             ref: The object, whatever its ref says of an earlier scan.
@@ -279,12 +281,12 @@ class StorageManager:
             The same ref with the verdict as its `scan`: `clean`, or `infected` with the `signature` that was found.
 
         Raises:
-            ScannerUnavailableError: The scanner could not judge it.
-            UnknownPolicyError: The policy of the ref is not there.
+            ScannerUnavailableError: The scanner could not scan it.
+            UnknownPolicyError: The policy of the ref does not exist.
             ConfigurationError: The policy has no scanner.
-            ObjectNotFoundError: The object is not there.
-            SizeMismatchError: It has not the size that the ref says.
-            ChecksumMismatchError: It has not the checksum that the ref says.
+            ObjectNotFoundError: The object does not exist.
+            SizeMismatchError: Its size is not the one in the ref.
+            ChecksumMismatchError: Its checksum is not the one in the ref.
             BackendError: It could not be read.
         """
         return await self._engine.scan(ref)
@@ -325,17 +327,17 @@ class StorageManager:
             ref: The object.
             expires_in: How long the URL works at least, from one second to seven days, or to what the signer allows.
             disposition: `inline` lets a browser show it in its window, where its media type is safe to show.
-            filename: The name it is saved under; None for the one it was uploaded with.
+            filename: The name for saving it; None for its original name.
             stable_for: How long the same URL is returned, so that caches keep what they have read by it; None for a new one each
                 time. Windows of this length follow each other, and begin at another time for each object. A URL works to the end
                 of its window and `expires_in` after it, so together they are at most seven days, or what the signer allows. All
                 processes with the same credentials or keys return the same URL.
 
         Raises:
-            ConfigurationError: The backend signs no URLs, and the manager has no signer; or it signs none that are stable.
+            ConfigurationError: The backend cannot sign URLs, and the manager has no signer; or it cannot sign stable URLs.
             ValueError: `expires_in` or `stable_for` is out of bounds, or the disposition is not known.
-            ScanPendingError: A virus scanner has not judged the object yet.
-            InfectedObjectError: It found something in it.
+            ScanPendingError: A virus scanner has not scanned the object yet.
+            InfectedObjectError: A virus scanner has found the object infected.
             BackendError: The backend could not sign.
         """
         urls = await self._engine.urls(
@@ -368,17 +370,17 @@ class StorageManager:
     def public_url(self, ref: StoredObjectRef) -> str:
         """Return the permanent URL at which anyone can read an object of a public policy.
 
-        It is put together, without I/O, and always the same: caches may keep what they have read by it for ever. It is not
-        checked that the object exists.
+        It is computed without I/O and never changes, so caches may keep a response forever. It is not checked that the object
+        exists.
 
         Args:
             ref: The object.
 
         Raises:
             ConfigurationError: The policy of the ref has no `public`, or writes to another backend now than the object is in.
-            UnknownPolicyError: The policy of the ref is not there.
-            ScanPendingError: A virus scanner has not judged the object yet.
-            InfectedObjectError: It found something in it.
+            UnknownPolicyError: The policy of the ref does not exist.
+            ScanPendingError: A virus scanner has not scanned the object yet.
+            InfectedObjectError: A virus scanner has found the object infected.
         """
         return self._engine.public_url(ref)
 
@@ -390,8 +392,8 @@ class StorageManager:
 
         Args:
             storage_key: The policy.
-            prefix: The characters with which a location goes on after the policy's `key_prefix` and a slash, such as
-                `user/1/avatar/`; all objects for an empty one.
+            prefix: How the location continues after the policy's `key_prefix` and a slash, such as `user/1/avatar/`; empty for
+                all objects.
             start_after: A whole location: only objects after it are listed; it need not exist.
 
         Raises:
@@ -408,11 +410,12 @@ class StorageManager:
         """Delete objects permanently, in few requests if their backends can; a missing object is not an error.
 
         Returns:
-            What could not be deleted, each with its error; empty where all are gone. One failure does not stop the others.
+            The refs that could not be deleted, each with its error; empty if all were deleted. A failure does not stop the
+            others.
 
         Raises:
-            UnknownBackendError: A ref names a backend that is not there; nothing was deleted.
-            InvalidReferenceError: One of `refs` is no ref, or leads outside of its backend; nothing was deleted.
+            UnknownBackendError: A ref names a backend that does not exist; nothing was deleted.
+            InvalidReferenceError: One of `refs` is not a ref, or leads out of its backend; nothing was deleted.
         """
         by_backend: dict[str, dict[str, StoredObjectRef]] = {}
         for ref in refs:
@@ -438,14 +441,14 @@ class StorageManager:
     ) -> StoredObjectRef:
         """Copy an object to a new one, on the server if source and target share a backend that can.
 
-        Name, media type, checksum and the caller's own `extra` keys come along. Otherwise as `put_stream`; bytes that pass
-        through the program are verified against the ref on their way.
+        Name, media type, checksum and the caller's own `extra` keys are kept. Otherwise as `put_stream`; bytes that pass
+        through the program are verified against the ref.
 
         Args:
             ref: What to copy.
-            model_name: What kind of thing owns the copy.
-            entity_id: Which of them.
-            field_name: Which of its files.
+            model_name: The kind of the copy's owner.
+            entity_id: The id of the owner.
+            field_name: The name of the owner's field.
             storage_key: The policy of the copy; None for that of the ref.
             extra: Keys to keep in the new ref; None for those of the ref.
 
@@ -453,8 +456,8 @@ class StorageManager:
             The receipt of the copy.
 
         Raises:
-            ObjectNotFoundError: The object is not there.
-            SizeMismatchError: It has not the size that the ref says; nothing is kept of the copy.
+            ObjectNotFoundError: The object does not exist.
+            SizeMismatchError: Its size is not the one in the ref; nothing is kept of the copy.
             ContentTooLargeError: It is larger than the copy's policy allows.
             BackendError: It could not be copied.
         """
@@ -467,8 +470,8 @@ class StorageManager:
         """Close the connections of this event loop and of synchronous callers; idempotent.
 
         New calls are refused at once. Calls in progress have `drain_timeout` to end; then they are cancelled, and leave nothing
-        behind. Readers that are still open are closed. When it is cancelled itself, it cancels the calls at once, and closes
-        everything all the same.
+        behind. Readers that are still open are closed. If `aclose` itself is cancelled, it cancels the calls at once, and still
+        closes everything.
         """
         await self._close_here()
         if portal.is_used_by(self._lifecycle) and not portal.is_here:

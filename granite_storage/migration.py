@@ -267,7 +267,7 @@ def migrate(
 ) -> Migration:
     """Move the objects of a storage key to another backend, while the application keeps reading and writing.
 
-    An object and its variants move together, or stay: where one of them cannot be copied, the row keeps all that it has.
+    An object and its variants move together, or not at all: if one of them cannot be copied, the row is left unchanged.
 
     The policy must already write to the new backend in every process, or new files would keep arriving on the old one. Each
     object on any other backend is copied, and its checksum verified on the way; its row gets the copy's ref by a compare-and-set;
@@ -275,12 +275,12 @@ def migrate(
     that replaces or deletes the file meanwhile wins, and the copy is deleted. At every moment each row refers to an existing
     object. The location, the backend and its keys in `extra` change; name, media type, age and the application's own keys stay.
 
-    It may be stopped, cancelled or killed at any time; another run does what is left. To go back, let the policy write to the old
-    backend again, and migrate to that. Plain columns of refs are left to the application, which alone knows where else it keeps
-    the ref.
+    It may be stopped, cancelled or killed at any time; another run completes the work. To go back, let the policy write to the
+    old backend again, and migrate to that. Plain columns of refs are left to the application, because only it knows where else
+    a ref is stored.
 
     Args:
-        binding: What `bind_storage(..., session_factory=...)` returned; it must be in force.
+        binding: The result of `bind_storage(..., session_factory=...)`; it must be active.
         storage_key: The policy whose objects are moved.
         to_backend: The key of the backend to move them to.
         concurrency: How many rows are processed at a time.
@@ -292,7 +292,7 @@ def migrate(
 
     Raises:
         UnknownPolicyError: There is no such policy.
-        ConfigurationError: The policy writes to another backend, the binding has no sessions or is not in force, a table has no
+        ConfigurationError: The policy writes to another backend, the binding has no sessions or is not active, a table has no
             primary key, or `after` is no key of it.
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
         StorageFullError: While it runs: the new backend is full.

@@ -32,23 +32,23 @@ _HEADER = re.compile(r"[!-~](?:[ !-~]*[!-~])?")
 class PublicURL:
     """Makes the objects of a policy public: their base URL, and the headers that are stored with them.
 
-    The URL of an object is `base_url`, a slash and its location, percent-encoded (RFC 3986): anybody who knows it can read the
-    object, for as long as that is stored. A location is never used again, so caches may keep the object for ever. A prefix of the
+    The URL of an object is `base_url`, a slash and its location, percent-encoded (RFC 3986): anyone who knows it can read the
+    object, as long as it is stored. A location is never used again, so caches may keep the object forever. A prefix of the
     backend itself, such as that of `S3StorageBackend(prefix=...)`, belongs to `base_url`.
 
-    A backend that keeps headers stores `cache_control`, and a Content-Type and a Content-Disposition with which browsers run
-    nothing: HTML, SVG and scripts are `application/octet-stream` and downloads, whatever the ref says of them. Whether the bucket
-    lets the public read is for you to configure, unless `acl` does it.
+    A backend that keeps headers stores `cache_control`, and a Content-Type and a Content-Disposition with which browsers
+    execute nothing: HTML, SVG and scripts are `application/octet-stream` and downloads, whatever the ref says. Configure the
+    bucket for public reads yourself, unless `acl` does it.
 
     Args:
         base_url: Where clients find the objects, such as `https://cdn.example.com`, or where `granite_storage.web.PublicFiles` is
             mounted.
         cache_control: The Cache-Control of every object.
-        disposition: `inline` lets a browser show in its window what is safe to show; `attachment` makes all objects downloads.
+        disposition: `inline` lets a browser show types that are safe to show; `attachment` makes all objects downloads.
         acl: The canned ACL of S3, such as `public-read`; None for none, which buckets without ACLs need.
 
     Raises:
-        ConfigurationError: An argument cannot work; the message names it.
+        ConfigurationError: An argument is invalid; the message names it.
 
     Example:
         >>> PublicURL("https://cdn.example.com").url_of("avatars/user/1/avatar/0190-me & you.png")
@@ -77,7 +77,7 @@ class PublicURL:
 class StoragePolicy:
     """Maps a storage key to a backend, with limits.
 
-    A policy is checked when it is made: one that cannot work never exists.
+    A policy is checked when it is created, so an invalid one never exists.
 
     Args:
         storage_key: The logical name that the application uses, such as `avatars`.
@@ -85,27 +85,28 @@ class StoragePolicy:
         max_size: The most bytes an object may have; 0 allows only empty objects, None any size.
         key_prefix: Path segments put before every generated location, such as `avatars` or `tenant/avatars`; an empty one
             is the same as None.
-        retention: How long an object is kept after its row has given it up, so that a database restored from a backup of that
-            age still finds it, and an undo can bring it back. It needs a journal, which remembers what waits.
-        accept: The media types that are accepted, such as `("image/*", "application/pdf")`. The type is found from the content,
-            and is what the ref says; a client's word for it is never taken where the content tells. `image/*` does not accept
-            what a browser runs, such as `image/svg+xml`: that is named, or refused. None accepts anything as it is declared.
-        on_mismatch: What becomes of an upload whose declared type the content contradicts: `refuse`, or `correct` to the type
-            that was found, which must be accepted all the same.
-        inspect: What else looks at the content in passing, such as `ImageLimits`. What is found is kept in the ref's `media`.
-        scanner: What looks for viruses, such as `ClamdScanner("127.0.0.1:3310")`.
-        strip: Metadata to take out of JPEG, PNG and WebP images, without touching their pixels: `location`, or `all` but the
-            orientation and the colour profile. The size and the checksum of the ref are those of what is stored.
-        on_unstrippable: What becomes of pictures, films and sound of other types, of which some say where they were taken:
-            `refuse`, or `keep` them as they are.
-        validate: A function that is shown each upload before any of it is stored, an `UploadPreview`, and refuses it by raising
-            `ContentRejectedError`, or ValueError itself, with a message for the client. It must return None. A coroutine function
-            is awaited, any other runs in a thread.
-        public: Where anybody may read the objects, such as `PublicURL("https://cdn.example.com")`; None for nowhere.
+        retention: How long an object is kept after its row has released it, so that a database restored from a backup of that
+            age still finds it, and an undo can restore it. It needs a journal, which records the pending deletes.
+        accept: The media types that are accepted, such as `("image/*", "application/pdf")`. The type is detected from the
+            content and recorded in the ref; the declared type counts only if the content does not show its type. `image/*` does
+            not accept types that a browser executes, such as `image/svg+xml`, unless they are named. None accepts any content
+            as it is declared.
+        on_mismatch: How to treat an upload whose declared type contradicts its content: `refuse` it, or `correct` the type to
+            the detected one, which must be accepted too.
+        inspect: Inspectors of the content, such as `ImageLimits`. Their findings are recorded in the ref's `media`.
+        scanner: The virus scanner, such as `ClamdScanner("127.0.0.1:3310")`.
+        strip: Metadata to remove from JPEG, PNG and WebP images, without changing their pixels: `location`, or `all` except the
+            orientation and the colour profile. The size and the checksum of the ref are those of the stored object.
+        on_unstrippable: How to treat images, films and sound of other types, some of which contain a location: `refuse` them,
+            or `keep` them unchanged.
+        validate: A function that is called with an `UploadPreview` of each upload before any of it is stored, and refuses it by
+            raising `ContentRejectedError`, or ValueError itself, with a message for the client. It must return None. A
+            coroutine function is awaited, any other runs in a thread.
+        public: Where anyone may read the objects, such as `PublicURL("https://cdn.example.com")`; None for private objects.
 
     Raises:
-        ConfigurationError: An argument cannot work; the message names it.
-        MissingDependencyError: The type of the content is to be found, and `granite-storage[inspect]` is not installed.
+        ConfigurationError: An argument is invalid; the message names it.
+        MissingDependencyError: `accept` needs the type of the content, and `granite-storage[inspect]` is not installed.
 
     Example:
         >>> StoragePolicy("avatars", "local", max_size=2 * 1024 * 1024, key_prefix="avatars").max_size

@@ -29,15 +29,15 @@ _BUFFER_SIZE = 256 << 10
 class StoredObjectReader:
     """An object, or a range of one, open for reading; positions count from the start of the range.
 
-    It never ends short: where bytes are missing it raises. Where the backend's reader is cut off (`BackendUnavailableError`), it
-    asks for the rest of the same object before it raises. It may be read, sought and iterated in any mixture, by one task at a
-    time. Iteration releases the backend's handle when it ends or is abandoned, so a web framework that iterates the reader as a
-    response's body and never closes it leaks nothing.
+    It never ends early: if bytes are missing, it raises an error. If the backend's reader is cut off
+    (`BackendUnavailableError`), it requests the rest of the same object before it raises. Reads, seeks and iteration may be
+    mixed, by one task at a time. Iteration releases the backend's handle when it ends or is abandoned, so a web framework that
+    iterates the reader as a response's body and never closes it leaks nothing.
 
     Attributes:
         ref: The ref that was opened.
-        info: What the backend says of the whole object.
-        size: How many bytes the range has.
+        info: The properties of the whole object in the backend.
+        size: The length of the range in bytes.
         closed: Whether `aclose` was called.
 
     Example:
@@ -104,7 +104,7 @@ class StoredObjectReader:
         """Move the position and return it, without reading.
 
         Args:
-            offset: Bytes, counted from what `whence` says.
+            offset: Bytes, counted from `whence`.
             whence: `os.SEEK_SET`, `SEEK_CUR` or `SEEK_END`, the start, the position or the end of the range.
 
         Raises:
@@ -130,7 +130,7 @@ class StoredObjectReader:
     async def release(self) -> None:
         """Release the backend's handle, such as a connection, and keep the position; the next read opens a new one there.
 
-        Call it on a reader that is not read for a while. The next read is of the same object, or it raises.
+        Call it on a reader that is not read for a while. The next read returns bytes of the same object, or raises an error.
         """
         await self._release_handle()
 
@@ -238,8 +238,8 @@ class SyncObjectReader(io.BufferedReader):
 
     Attributes:
         ref: The ref that was opened.
-        info: What the backend says of the whole object.
-        size: How many bytes the range has.
+        info: The properties of the whole object in the backend.
+        size: The length of the range in bytes.
     """
 
     def __init__(self, reader: StoredObjectReader) -> None:

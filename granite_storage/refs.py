@@ -83,27 +83,27 @@ class _UnknownKeys:
 class StoredObjectRef(_UnknownKeys):
     """The receipt of one stored object.
 
-    A ref is immutable, equal by its fields, hashed by where the object is, and holds no handle and no secret.
+    A ref is immutable, compared by its fields, hashed by its object's address, and contains no handle and no secret.
 
     Attributes:
         storage_key: The policy it was written under, such as `avatars`.
         backend: The backend's key in the manager, such as `local` or `s3`.
         location: The object's address inside the backend.
         size: Bytes written.
-        checksum: `sha256:<64 lower-case hex digits>`; empty where it is unknown, as in refs of other origin.
+        checksum: `sha256:<64 lower-case hex digits>`; empty if it is unknown, as in refs from other sources.
         content_type: The media type that the writer gave.
         original_filename: The client's file name, without path and control characters.
         created_at: When the object was stored: ISO 8601, UTC, microseconds.
         extra: The caller's own keys and the backend's, such as `bucket`; read-only.
-        media: What the content was found to be before it was kept, such as `type`, `width` and `height`; never what a client
-            says. None where nothing looked. Read-only, and left out of the JSON where it is None, as `scan` is.
-        scan: The verdict of a virus scanner: `status` (`clean`, `pending`, `infected` or `failed`), `by` and `at`; None where
-            none was asked.
-        variants: The refs of the objects that were derived from this one, by the names of the variants; read-only. A variant has
-            no variants of its own. None where there are none.
-        recipe: Of a variant: the digest of the recipe that it was made by. None for every other object.
+        media: Properties detected from the content, such as `type`, `width` and `height`; never a client's declaration. None if
+            nothing inspected it. Read-only, and like `scan` left out of the JSON if it is None.
+        scan: The verdict of a virus scanner: `status` (`clean`, `pending`, `infected` or `failed`), `by` and `at`; None if it
+            was not scanned.
+        variants: The refs of the objects that were derived from this one, by the names of the variants; read-only. A variant
+            has no variants itself. None if there are none.
+        recipe: The digest of the recipe that made a variant; None for other objects.
 
-    The first nine are the ref's identity: refs are equal by them, whatever the others say.
+    Refs are equal if the first nine fields are equal, whatever the others are.
 
     Example:
         >>> ref = StoredObjectRef("avatars", "local", "user/42/avatar/x.png", 3, "")
@@ -138,8 +138,8 @@ class StoredObjectRef(_UnknownKeys):
     def identity(self) -> str | None:
         """The identity of the store that the object was written to; None if it had none, or an older version wrote the ref.
 
-        It is not one of the fields, and does not count where refs are compared: it says nothing of the object. In the row it
-        stands beside them, under the key `identity`.
+        It is not one of the fields and is ignored in comparisons, because it does not describe the object. In the row it is
+        stored beside them, under the key `identity`.
         """
         found = self._unknown.get(_IDENTITY)
         return found if isinstance(found, str) else None
@@ -207,11 +207,11 @@ class StoredObjectRef(_UnknownKeys):
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Read a ref that this, an older or a newer version has written.
 
-        Missing optional fields are None and a missing checksum is unknown. Keys that this version does not know are kept, and
-        `to_dict` gives them back. The time is brought to one form. Locations are checked where they are used, not here.
+        Missing optional fields are None and a missing checksum is unknown. Unknown keys are kept, and `to_dict` returns them.
+        The time is normalized. Locations are checked when they are used, not here.
 
         Raises:
-            InvalidReferenceError: It is not a ref; the message names the field at fault.
+            InvalidReferenceError: It is not a ref; the message names the invalid field.
         """
         if not isinstance(data, Mapping):
             raise InvalidReferenceError(f"a ref must be a mapping, not {type(data).__name__}")

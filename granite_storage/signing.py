@@ -133,18 +133,18 @@ class SignedObject:
 class UrlSigner:
     """Signs URLs that `granite_storage.web.SignedFiles` serves.
 
-    Everything that the answer depends on is in the URL and signed, with a key made for this one purpose, and so is the base URL:
-    nothing can be changed, and a URL has exactly one form. What is signed can be read by anyone who has the URL.
+    The URL contains everything that the response depends on, and a signature over it and the base URL, with a key derived for
+    this purpose only: nothing can be changed, and a URL has exactly one form. Anyone who has the URL can read its contents.
 
     Args:
         base_url: Where `SignedFiles` is mounted, as clients see it, such as `https://example.com/files`. URLs are built from it
-            alone, never from what a request says of its host.
+            alone, never from the Host of a request.
         keys: Secrets by their ids, of at least 32 bytes each. The first one signs; all are accepted. To rotate, put a new one
             first, and remove the old one when its URLs have expired.
         max_expires_in: The longest that a URL may work.
 
     Raises:
-        ConfigurationError: An argument cannot work; no message shows a secret.
+        ConfigurationError: An argument is invalid; no message shows a secret.
 
     Example:
         >>> import secrets
@@ -173,8 +173,8 @@ class UrlSigner:
         Raises:
             ValueError: `expires_in` is less than a second, or more than `max_expires_in` together with `stable_for`, or the
                 disposition is not known.
-            ScanPendingError: A virus scanner has not judged the object yet.
-            InfectedObjectError: It found something in it.
+            ScanPendingError: A virus scanner has not scanned the object yet.
+            InfectedObjectError: A virus scanner has found the object infected.
         """
         require_disposition(disposition)
         require_scanned(ref)

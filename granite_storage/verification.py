@@ -216,22 +216,22 @@ def verify(
 ) -> Verification:
     """Compare every reference with its object, without changing rows or objects.
 
-    Variants are objects as others are. A finding names the one that it is about, and says that it can be made again.
+    Variants are checked like other objects. A finding about a variant names it, and says that it can be made again.
 
-    Every attachment column and every plain column of refs is read, all rows of them, in the order of the primary keys. What a
-    writer replaces meanwhile is re-checked before it is reported. An unavailable backend ends the run with its error:
-    nothing is reported as missing that could not be looked for, or may not be read.
+    Every attachment column and every plain column of refs is read, all rows of them, in the order of the primary keys. A file
+    that a writer replaces meanwhile is re-checked before it is reported. An unavailable backend ends the run with its error: an
+    object that could not be checked, or may not be read, is never reported as missing.
 
     Args:
-        binding: What `bind_storage(..., session_factory=...)` returned.
-        storage_key: Whose references; None for all, those of policies that are gone included.
+        binding: The result of `bind_storage(..., session_factory=...)`.
+        storage_key: The policy of the references; None for all, including those of removed policies.
         deep: Whether to read all bytes and compare their checksums too, instead of the sizes only.
         concurrency: How many rows are checked at a time.
         after: The `report.key` of an earlier run, to continue after it.
         bytes_per_second: The most bytes that a deep run reads per second; None for no limit.
 
     Returns:
-        A job: `async for finding in verify(...)` yields the findings as they come, `await verify(...)` returns the report.
+        A job: `async for finding in verify(...)` yields the findings as they occur, `await verify(...)` returns the report.
 
     Raises:
         UnknownPolicyError: There is no such policy.

@@ -276,7 +276,7 @@ class AttachmentState:
 
         Raises:
             UnboundAttachmentError: It is not stored yet.
-            InvalidReferenceError: The row holds something that is not a ref.
+            InvalidReferenceError: The row contains a value that is not a ref.
         """
         if self.error is not None:
             raise InvalidReferenceError(str(self.error)) from self.error
@@ -604,7 +604,7 @@ class _StoredFile:
             ConfigurationError: The policy has no `public`.
             UnboundAttachmentError: It is not stored yet.
             ScanPendingError: A virus scanner has not judged it yet.
-            InfectedObjectError: It found something in it.
+            InfectedObjectError: A virus scanner has found the file infected.
         """
         ref = self.ref
         return self.manager.public_url(ref)
@@ -666,7 +666,7 @@ class Attachment(_StoredFile):
         content: Bytes, or anything that `StorageManager.put_stream` takes, which is read at the flush and never closed. A file
             that can seek is stored from its beginning, however much of it was read before. Bytes and such files can be stored
             again after a rollback; other streams are read once.
-        filename: The client's file name; made safe, never trusted. None for that of `content`, if it is an upload.
+        filename: The client's file name; sanitized, never trusted. None for that of `content`, if it is an upload.
         content_type: The media type, stored as given. None for that of `content`, if it is an upload.
         extra: Your own keys in the ref, JSON values without NUL characters and lone surrogates: PostgreSQL cannot store
             them, so they are refused on every database.
@@ -804,7 +804,7 @@ class Attachment(_StoredFile):
 
         Raises:
             UnboundAttachmentError: It is not stored yet.
-            InvalidReferenceError: The row holds something that is not a ref.
+            InvalidReferenceError: The row contains a value that is not a ref.
         """
         return self._state.ref or self._state.require_ref()
 
@@ -824,7 +824,7 @@ class Attachment(_StoredFile):
 
         Raises:
             UnboundAttachmentError: It is not stored yet.
-            InvalidReferenceError: The row holds something that is not a ref.
+            InvalidReferenceError: The row contains a value that is not a ref.
         """
         self._state.require_ref()
         return AttachmentVariants(self._state)
@@ -832,8 +832,9 @@ class Attachment(_StoredFile):
     async def variant(self, name: str) -> AttachmentVariant:
         """Return the variant of a name; a missing one is made now, and recorded in the row.
 
-        One that an older recipe made is not missing. It is made in a transaction of its own, which waits for others that have
-        changed the row: commit yours first. Several callers in one process that ask for the same one share the work.
+        A variant that an older recipe made is not missing. The variant is recorded in a separate transaction, which waits for
+        others that have changed the row: commit yours first. Concurrent calls for the same variant in one process share the
+        work.
 
         Args:
             name: One of the names that the column declares.
@@ -841,12 +842,11 @@ class Attachment(_StoredFile):
         Raises:
             UnknownVariantError: The column declares no such name.
             ConfigurationError: The base is bound with neither a journal nor sessions.
-            StaleAttachmentError: No committed row holds the file: it is not committed yet, or the row has another one now.
-            DerivationRefusedError: None can be made of this file, or the recipe is not for files of its type; more attempts
-                change nothing.
-            DerivationFailedError: It could not be made now.
-            ScanPendingError: A virus scanner has not judged the file yet.
-            InfectedObjectError: It found something in it.
+            StaleAttachmentError: No committed row refers to the file: it is not committed yet, or the row has another one now.
+            DerivationRefusedError: The variant can never be made from this file, or the recipe is not for files of its type.
+            DerivationFailedError: The variant could not be made; it may be tried again.
+            ScanPendingError: A virus scanner has not scanned the file yet.
+            InfectedObjectError: A virus scanner has found the file infected.
             StorageError: The file could not be read, or the result not be stored.
         """
         state = self._state
@@ -870,14 +870,14 @@ class Attachment(_StoredFile):
     async def store(self, column: InstrumentedAttribute[Any]) -> Self:
         """Upload now, before any transaction; the row to which it is assigned later refers to this object.
 
-        If it is never assigned, or the process dies, the garbage collector deletes the object.
+        If it is never assigned, or the process dies, the journal or the garbage collector deletes the object.
 
         Args:
             column: The attribute that it is for, such as `Document.file`; its policy decides where the object is stored.
 
         Raises:
             ConsumedSourceError: Its stream was already read.
-            ContentTooLargeError: It is larger than the column's policy allows, also where it was stored for another one.
+            ContentTooLargeError: It is larger than the column's policy allows, even if it was stored for another one.
             StorageError: As `StorageManager.put_stream`.
         """
         column_type = _home_of(column)

@@ -54,19 +54,19 @@ def bind_storage(
     Args:
         base: The declarative base, `SQLModel`, or anything else that has a `metadata`.
         manager: The manager; the caller closes it.
-        session_factory: The application's session maker, for what opens sessions of its own, such as the garbage collector: an
-            `async_sessionmaker`, a `sessionmaker`, a `scoped_session` or any function that returns a new session.
+        session_factory: The application's session factory, for parts that open their own sessions, such as the garbage
+            collector: an `async_sessionmaker`, a `sessionmaker`, a `scoped_session` or any function that returns a new session.
         journal: The journal, which keeps objects and rows consistent through crashes; None for rollbacks only.
-        sessions: Another name of `session_factory`.
+        sessions: An alias of `session_factory`.
 
     Returns:
-        The binding; `unbind` undoes it.
+        The binding; `unbind` reverses it.
 
     Raises:
-        ConfigurationError: The base has no metadata, an attachment column names a policy that the manager does not have or one
-            with a retention, or a scanner that may hold files back, and there is no journal, has a default that no session can
-            store, or is annotated as several attachments; `session_factory` makes no sessions, or is given under both names; or
-            the journal's tables are not declared beside the models.
+        ConfigurationError: The base has no metadata; an attachment column names a policy that the manager does not have, or one
+            that needs a journal (with a retention, or a scanner that may hold files) without a journal; a column has a default
+            that no session can store, or is annotated as several attachments; `session_factory` creates no sessions, or is
+            given under both names; or the journal's tables are not declared beside the models.
     """
     metadata = getattr(base, "metadata", None)
     if not isinstance(metadata, MetaData):
@@ -109,13 +109,13 @@ def _require_session_factory(session_factory: object) -> None:
 
 
 class StorageBinding:
-    """What `bind_storage` returns.
+    """The binding of a base to a manager, as `bind_storage` returns it.
 
     Attributes:
         base: The declarative base.
         metadata: Its metadata.
         manager: The manager that stores its attachments.
-        session_factory: The application's session maker, as one of asynchronous sessions; None where it was not given.
+        session_factory: The application's session factory, as a factory of asynchronous sessions; None if it was not given.
         journal: The journal, or None.
     """
 

@@ -502,7 +502,7 @@ class TestDeclaration:
             ({"fit": (9.5, 9)}, "1 to 16383"),
             ({"fit": (9, 9), "format": "gif"}, "format must be one of 'webp', 'jpeg', 'png', 'avif', not 'gif'"),
             ({"fit": (9, 9), "quality": 0}, "quality"),
-            ({"fit": (9, 9), "quality": 80, "format": "png"}, "PNG has none"),
+            ({"fit": (9, 9), "quality": 80, "format": "png"}, "None for PNG"),
             ({"fit": (9, 9), "background": "red"}, "#ffffff"),
             ({"fit": (9, 9), "animated": True, "format": "png"}, "animated needs"),
             ({"fit": (9, 9), "animated": True, "engine": "vips"}, "animated needs"),

@@ -115,7 +115,7 @@ async def test_a_picture_that_no_browser_may_show_has_one(client: httpx.AsyncCli
 
 CORRUPT = {
     "cut off": (picture(500, 400, kind="JPEG")[:-2000], "image/jpeg", "The image is damaged and cannot be read."),
-    "HEIC": (heic(), "image/heic", "The file is no image of a type that can be shown: JPEG,"),
+    "HEIC": (heic(), "image/heic", "The file is not an image of a supported type: JPEG,"),
 }
 
 

@@ -149,7 +149,7 @@ async def test_text_that_goes_on_as_binary(*, is_stream: bool) -> None:
 def test_a_result_that_cannot_be() -> None:
     with pytest.raises(TypeError, match="True or False"):
         ScanResult("infected", "a scanner")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no signature"):
+    with pytest.raises(ValueError, match="must not have a signature"):
         ScanResult(True, "a scanner", "Eicar-Test")
 
 

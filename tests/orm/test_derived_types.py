@@ -31,7 +31,7 @@ async def test_another_type(env: OrmEnvironment, when: When) -> None:
         file = await stored(env)
         assert file.variants["thumb"] is None
         assert list(file.variants) == ["thumb", "text"]
-        with pytest.raises(DerivationRefusedError, match="there is no 'thumb' of a file of the type text/plain"):
+        with pytest.raises(DerivationRefusedError, match="the variant 'thumb' is not made for files of the type text/plain"):
             await file.variant("thumb")
     await env.check(file_1="x")
 

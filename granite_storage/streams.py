@@ -747,7 +747,7 @@ class SizeLimitedStream:
 
 
 class ManagedStream(SizeLimitedStream):
-    """What a manager stores: a limited stream that nobody else has stored at the same time."""
+    """The stream that a manager stores: limited, and not stored by another call at the same time."""
 
     def _chunks_of(self, stream: ByteSource) -> AsyncGenerator[BytesLike, None]:
         return iter_chunks(stream, claim=_claimed)

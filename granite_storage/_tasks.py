@@ -137,7 +137,7 @@ async def shielded(
 
     Args:
         work: The work.
-        undo: Called with its result if the caller was cancelled meanwhile, for instance to close a file that nobody would close.
+        undo: Called with its result if the caller was cancelled meanwhile, for instance to close a file that would stay open.
         timeout: The longest that a cancelled caller waits, in seconds, None for no limit; the work is cancelled then.
     """
     task = asyncio.ensure_future(work)

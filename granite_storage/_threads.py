@@ -147,7 +147,7 @@ class ThreadPool:
             return self._pending < _MAX_PENDING
 
     def close(self) -> None:
-        """Drop the executor; its threads end when nobody uses it any more. A later call makes another."""
+        """Drop the executor; its threads end when it is no longer used. A later call creates another one."""
         with self._lock:
             self._executor = None
 
@@ -347,7 +347,7 @@ class _Mailbox:
             try:
                 loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:
-                # The event loop is closed: nobody waits any more, and what is kept would keep the loop.
+                # The event loop is closed: no caller waits any more, and what is kept would keep the loop.
                 self._results.clear()
 
     def _deliver(self) -> None:
@@ -487,7 +487,7 @@ class ThreadConsumer:
         if self._waiter is not None and self._is_at(self._waiter[0]):
             _, future = self._waiter
             self._waiter = None
-            with suppress(RuntimeError):  # the event loop is closed, and nobody waits any more
+            with suppress(RuntimeError):  # the event loop is closed, and no caller waits any more
                 self._loop.call_soon_threadsafe(_resolve, future)
 
 

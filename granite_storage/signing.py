@@ -22,7 +22,7 @@ from granite_storage.refs import StoredObjectRef, require_scanned
 __all__ = ["SignedObject", "TokenSigner", "UrlSigner", "signed_urls"]
 
 
-# Tokens: claims that anybody may read and nobody can change, written in exactly one way.
+# Tokens: claims that anyone can read and no one can change, written in exactly one way.
 
 
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")

@@ -100,7 +100,7 @@ class _StreamBody:
                 await shielded_cleanup(asyncio.wait([coming], timeout=CANCEL_TIMEOUT), f"closing a reader of {self._location!r}")
         finally:
             if not coming.cancel() and not coming.cancelled():
-                coming.exception()  # nobody else will look at it
+                coming.exception()  # no other code retrieves it
 
     async def _next_chunk(self) -> bytes:
         coming = self._coming or self._stream.__anext__()

@@ -398,7 +398,7 @@ def _on_rollback_prepared(connection: Connection, *_: Any) -> None:
 def _on_rollback_savepoint(connection: Connection, name: str, _: Any) -> None:
     """Undo the work of sessions that had ended inside a savepoint of the outer transaction.
 
-    Of work that was done partly before the savepoint, nobody can tell which part is undone: nothing is deleted of it.
+    If work was done partly before the savepoint, it is unknown which part is undone, so none of it is deleted.
     """
     found = _watches.get(connection)
     if found is None or not found.joined:

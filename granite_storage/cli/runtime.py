@@ -304,7 +304,7 @@ class Duration(click.ParamType[timedelta]):
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Write JSON for a program: one object per line.")
-YES = click.option("--yes", is_flag=True, help="Do not ask.")
+YES = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 AFTER = click.option("--after", metavar="KEY", help="Continue after this key, which an earlier run has printed.")
 CONCURRENCY = click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="How many rows to process at a time.")

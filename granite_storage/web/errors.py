@@ -229,7 +229,7 @@ def _problem_of(error: StorageError) -> _Problem:
             return _Problem(413, f"The file is larger than {error.max_size} bytes.", {"max_size": error.max_size})
         case CollectionFullError(max_files=None):
             limit = {"max_total_size": error.max_total_size}
-            return _Problem(413, f"The files are larger than {error.max_total_size} bytes together.", limit)
+            return _Problem(413, f"The files are larger than {error.max_total_size} bytes in total.", limit)
         case CollectionFullError():
             return _Problem(413, f"There can be at most {error.max_files} files.", {"max_files": error.max_files})
         case EmptyUploadError():
@@ -239,7 +239,7 @@ def _problem_of(error: StorageError) -> _Problem:
         case ContentRejectedError() | DerivationRefusedError():
             return _Problem(422, _as_sentence(str(error)))
         case InfectedContentError():
-            return _Problem(422, "The file was refused, because a virus scanner has found something in it.")
+            return _Problem(422, "The file was refused, because a virus scanner has found it infected.")
         case ScannerUnavailableError():
             return _Problem(503, "The file could not be scanned for viruses at the moment.", retry=True)
         case DerivationFailedError():
@@ -247,13 +247,13 @@ def _problem_of(error: StorageError) -> _Problem:
         case ScanPendingError():
             return _Problem(409, "The file has not been scanned for viruses yet.", retry=True)
         case InfectedObjectError():  # 451 is for what the law forbids (RFC 7725); to a client, this file is not there
-            return _Problem(404, "The file is not there.")
+            return _Problem(404, "The file does not exist.")
         case StreamTimeoutError():
             return _Problem(408, "The file did not arrive in time.")
         case ObjectNotFoundError() | UnknownVariantError():
-            return _Problem(404, "The file is not there.")
+            return _Problem(404, "The file does not exist.")
         case ObjectExistsError() | StaleAttachmentError():
-            return _Problem(409, "Something has changed meanwhile; the request may be tried again.")
+            return _Problem(409, "The file or its row has changed meanwhile; the request may be tried again.")
         case BackendUnavailableError():
             return _Problem(503, "The storage is not available at the moment.", retry=True)
         case StorageFullError():

@@ -150,7 +150,7 @@ class TestForms:
         [ada] = await panel.rows()
         await panel.manager.delete(ada.avatar.ref)
         page = await edit(panel, status=400, name="Grace", save="Save as new", **{"avatar-action": "keep"})
-        assert "The file is not there." in page.text
+        assert "The file does not exist." in page.text
         assert ada.avatar.ref.location not in page.text
         assert len(await panel.rows()) == 1
 

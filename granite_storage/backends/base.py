@@ -143,13 +143,13 @@ class SupportsReopen(Protocol):
 class StorageBackend(Protocol):
     """Stores bytes at locations. `granite_storage.testing.BackendConformance` tests what every backend guarantees.
 
-    - A write is exclusive and atomic: until it has returned, the location has no object; once it has, it has all of it. A
-      location that has an object already is refused with `ObjectExistsError` and left as it is. A write that fails or is
-      cancelled leaves nothing behind, neither an object nor parts of one.
-    - A missing object is `ObjectNotFoundError`, a refused permission `AccessDeniedError`, a full store `StorageFullError`, a
-      store out of reach `BackendUnavailableError`, anything else `BackendError`; the cause is the `__cause__`. An unsafe
-      location is `InvalidLocationError` before anything is touched. An error raised by the stream that is being stored, and a
-      cancellation, pass through unchanged.
+    - A write is exclusive and atomic: a location has either no object or a whole one. A location that already has an object is
+      refused with `ObjectExistsError` and not changed. A write that fails or is cancelled leaves nothing behind, neither an
+      object nor parts of one, unless the store's answer was lost and the store cannot be asked again.
+    - A missing object raises `ObjectNotFoundError`, a refused permission `AccessDeniedError`, a full store `StorageFullError`,
+      an unavailable store `BackendUnavailableError`, anything else `BackendError`, with the original error as the `__cause__`.
+      An unsafe location is `InvalidLocationError` before anything is touched. An error raised by the stream that is being
+      stored, and a cancellation, pass through unchanged.
     - A backend serves any number of tasks, and several event loops, one after the other or in threads.
     """
 

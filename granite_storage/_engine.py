@@ -217,7 +217,7 @@ def upload_names(source: object) -> tuple[str | None, str | None]:
 
 
 def is_media_type(content_type: str) -> bool:
-    """Tell whether a text that comes from a client is one media type (RFC 9110, section 8.3.1) that can be kept."""
+    """Return whether a text that comes from a client is one media type (RFC 9110, section 8.3.1) that can be kept."""
     return _can_be_kept(content_type) and _MEDIA_TYPE.fullmatch(content_type) is not None
 
 
@@ -343,9 +343,11 @@ class _LoopState:
 
     def require_open(self) -> None:
         if self.is_closing:
-            raise ConfigurationError("the storage manager is being closed; a call may begin once that has ended")
+            raise ConfigurationError(
+                "the storage manager is being closed and accepts no calls: enter it again with 'async with' once it is closed"
+            )
         if self.closing is not None:
-            raise ConfigurationError("the storage manager is closed; enter it again with 'async with', or make another")
+            raise ConfigurationError("the storage manager is closed: enter it again with 'async with', or create another one")
 
     def leave(self, task: asyncio.Task[Any] | None) -> None:
         self.calls[task] -= 1
@@ -411,7 +413,7 @@ class Identities:
         except StorageError as error:
             self._refused.add(backend_key)
             logger.warning(
-                "the store of the backend %r can be given no identity, so refs do not say which store they are of: %s",
+                "the identity of the backend %r could not be written, so new refs do not record their store: %s",
                 backend_key,
                 error,
                 extra=fields_of(backend=backend_key),
@@ -446,7 +448,7 @@ def describe_mismatch(backend_key: str, identity: str, found: str | None) -> str
 
 
 async def may_overlap(backend: StorageBackend, other: StorageBackend) -> bool | None:
-    """Tell whether two backends lead to the same objects; None where one of them does not tell its places."""
+    """Return whether two backends lead to the same objects; None where one of them does not tell its places."""
     if backend is other:
         return True
     places, others = await places_of(backend), await places_of(other)
@@ -722,7 +724,7 @@ class Engine:
         return type(ref).from_dict({**ref.to_dict(), "scan": verdict})
 
     async def exists(self, ref: StoredObjectRef) -> bool:
-        """Tell whether an object is there."""
+        """Return whether an object is there."""
         with self._lifecycle.call(), self._at(ref) as backend:
             return await backend.exists(ref.location)
 
@@ -751,7 +753,7 @@ class Engine:
             await close_listing(objects)
 
     async def delete(self, ref: StoredObjectRef, *, while_closing: bool = False) -> None:
-        """Delete an object; one that is not there is no error.
+        """Delete an object; a missing object is not an error.
 
         Args:
             ref: The object.
@@ -1027,7 +1029,7 @@ def require_positive(argument: str, value: object) -> None:
 
 def _require_backend(key: object, backend: object) -> None:
     if not isinstance(key, str) or not key:
-        raise ConfigurationError(f"a backend's key must be a string that is not empty, not {key!r}")
+        raise ConfigurationError(f"a backend's key must be a non-empty string, not {key!r}")
     if isinstance(backend, type):
         raise ConfigurationError(f"the backend {key!r} is the class {backend.__name__}, not an instance of it")
     if not isinstance(backend, StorageBackend):
@@ -1038,15 +1040,19 @@ def _require_policy(key: object, policy: object, backends: Mapping[str, StorageB
     if not isinstance(policy, StoragePolicy):
         raise ConfigurationError(f"the policy {key!r} is a {type(policy).__name__}, not a StoragePolicy")
     if key != policy.storage_key:
-        raise ConfigurationError(f"the policy under the key {key!r} has the storage key {policy.storage_key!r}")
+        raise ConfigurationError(
+            f"the policy under the key {key!r} has the storage key {policy.storage_key!r}: use the same name for both"
+        )
     if policy.backend_key not in backends:
         raise UnknownBackendError(
-            f"the policy {key!r} names the backend {policy.backend_key!r}, which is not there"
-            f" (there are: {', '.join(sorted(backends)) or 'none'})"
+            f"the policy {key!r} names the backend {policy.backend_key!r}, which does not exist (there are: "
+            f"{', '.join(sorted(backends)) or 'none'})"
         )
 
 
 def require_ref(ref: object) -> None:
     """Refuse what was not read back as a ref."""
     if not isinstance(ref, StoredObjectRef):
-        raise InvalidReferenceError(f"a StoredObjectRef is needed, not {type(ref).__name__}; see StoredObjectRef.from_dict")
+        raise InvalidReferenceError(
+            f"expected a StoredObjectRef, not {type(ref).__name__}: convert a mapping with StoredObjectRef.from_dict"
+        )

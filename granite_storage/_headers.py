@@ -111,7 +111,7 @@ def served_type(content_type: str | None) -> str:
 
 
 def is_active(content_type: str) -> bool:
-    """Tell whether a browser could run it; a word counts wherever it begins a part of the name, as in `image/svg+xml`."""
+    """Return whether a browser could run it; a word counts wherever it begins a part of the name, as in `image/svg+xml`."""
     essence = _essence(content_type)
     words = re.split(r"[/.+-]", essence)
     return essence.startswith(_ACTIVE_FAMILIES) or any(word.startswith(_ACTIVE_WORDS) for word in words)
@@ -159,7 +159,9 @@ def require_inline_types(types: Collection[str]) -> frozenset[str]:
     lowered = frozenset(one.lower() for one in types)
     for one in sorted(lowered):
         if ";" in one or served_type(one) == _OPAQUE:
-            raise ConfigurationError(f"{one!r} must not be shown inline: it is no media type, or one that a browser may run")
+            raise ConfigurationError(
+                f"{one!r} must not be shown inline: it is not a media type, or it is one that a browser may execute"
+            )
     return lowered
 
 

@@ -31,7 +31,7 @@ _PAUSES = (0.5, 2.0)
 
 
 class Run(ABC, Generic[Item, Report]):
-    """A long-running job: iterate over it for its items as they come, or await it for the report at its end.
+    """A long-running job: iterate over it for its items, or await it for its report.
 
     It runs once. It starts when the first item is asked for, and continues only as items are asked for. `stop` ends it early and
     cleanly; a cancellation ends it with the statements in progress.
@@ -47,11 +47,11 @@ class Run(ABC, Generic[Item, Report]):
         self._on_progress: Callable[[], None] = lambda: None
 
     def stop(self) -> None:
-        """End the job once the work in progress is done; nothing more is started."""
+        """Stop the job once the work in progress is done."""
         self._stopped = True
 
     def on_progress(self, callback: Callable[[], None]) -> Self:
-        """Call a function each time that the report has grown; return the job, to iterate over it or to await it."""
+        """Call a function whenever the report is updated; return the job, to iterate over it or to await it."""
         self._on_progress = callback
         return self
 
@@ -79,7 +79,7 @@ class Run(ABC, Generic[Item, Report]):
 
 @dataclass(slots=True)
 class RowReport:
-    """What a job over rows has done.
+    """The results of a job over rows.
 
     Attributes:
         rows: How many rows were read, in all passes.

@@ -122,7 +122,7 @@ class Portal:
             self._is_ending = False
 
     def is_used_by(self, user: object) -> bool:
-        """Tell whether somebody has used the loop, and was not released since."""
+        """Return whether somebody has used the loop, and was not released since."""
         return self._loop is not None and user in self._users
 
     def release(self, user: object) -> None:
@@ -151,7 +151,7 @@ class Portal:
 
     def _begin(self, call: _Call[T]) -> _Call[T]:
         if sys.is_finalizing():  # what the program has left open is dropped; a thread would never start
-            raise RuntimeError("the interpreter is ending, and nothing can be waited for any more")
+            raise RuntimeError("the interpreter is shutting down, so this call can no longer wait for the storage")
         with self._lock:
             if self._loop is None:
                 self._loop = self._started()
@@ -317,7 +317,7 @@ def run_blocking(
 def require_no_loop(name: str, awaited: str) -> None:
     """Raise `ConfigurationError` where an event loop runs in this thread; see `run_blocking`."""
     if has_running_loop():
-        raise ConfigurationError(f"{name}() blocks, and an event loop runs in this thread: use {awaited} instead")
+        raise ConfigurationError(f"{name}() would block the event loop that runs in this thread: use {awaited} instead")
 
 
 @contextmanager
@@ -343,7 +343,7 @@ async def _leave(entered: AbstractAsyncContextManager[Any]) -> None:
 
 
 def has_running_loop() -> bool:
-    """Tell whether an event loop runs in this thread."""
+    """Return whether an event loop runs in this thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -95,7 +95,7 @@ async def repeat(
         try:
             await work()
         except Exception:
-            logger.exception("%s failed and is tried again", what)
+            logger.exception("%s failed and will be retried", what)
         if rest:
             await asyncio.sleep(rest)
         seconds = interval * random.uniform(1 - jitter, 1 + jitter)  # noqa: S311  # not a secret
@@ -137,7 +137,7 @@ async def shielded(
 
     Args:
         work: The work.
-        undo: Called with its result if the caller was cancelled meanwhile, for instance to close a file that nobody would close.
+        undo: Called with its result if the caller was cancelled meanwhile, for instance to close a file that would stay open.
         timeout: The longest that a cancelled caller waits, in seconds, None for no limit; the work is cancelled then.
     """
     task = asyncio.ensure_future(work)

@@ -110,7 +110,7 @@ class ThreadPool:
 
     async def _outlive(self, job: _Result[T], undo: Callable[[T], object] | None, cancel_timeout: float | None) -> None:
         if not await wait_uncancelled(job.watch(), cancel_timeout):
-            logger.warning("a thread that serves a cancelled call has not ended after %s s: %r", cancel_timeout, job.function)
+            logger.warning("the thread of a cancelled call is still running after %s s: %r", cancel_timeout, job.function)
         elif undo is not None and job.error is None:
             undoing: _Result[object] = _Result(undo, (job.result,), self._mailbox())
             self._submit(undoing)
@@ -147,7 +147,7 @@ class ThreadPool:
             return self._pending < _MAX_PENDING
 
     def close(self) -> None:
-        """Drop the executor; its threads end when nobody uses it any more. A later call makes another."""
+        """Drop the executor; its threads end when it is no longer used. A later call creates another one."""
         with self._lock:
             self._executor = None
 
@@ -171,7 +171,7 @@ class ThreadPool:
 
     def _refuse_jobs(self) -> None:
         for job in self._jobs:
-            job.refuse(StreamTimeoutError(f"no thread is free: {self._workers} have been waiting for streams that yield nothing"))
+            job.refuse(StreamTimeoutError(f"no thread is free: {self._workers} are waiting for streams that yield nothing"))
         self._jobs.clear()
 
     def _is_stalled(self) -> bool:
@@ -248,7 +248,7 @@ class _Job:
 
     def refuse(self, error: Exception) -> None:
         """Fail without having run."""
-        logger.error("a job found no thread: %r", self.function, exc_info=error)
+        logger.error("no thread could run a job: %r", self.function, exc_info=error)
 
 
 class _Result(_Job, Generic[T]):
@@ -347,7 +347,7 @@ class _Mailbox:
             try:
                 loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:
-                # The event loop is closed: nobody waits any more, and what is kept would keep the loop.
+                # The event loop is closed: no caller waits any more, and what is kept would keep the loop.
                 self._results.clear()
 
     def _deliver(self) -> None:
@@ -487,7 +487,7 @@ class ThreadConsumer:
         if self._waiter is not None and self._is_at(self._waiter[0]):
             _, future = self._waiter
             self._waiter = None
-            with suppress(RuntimeError):  # the event loop is closed, and nobody waits any more
+            with suppress(RuntimeError):  # the event loop is closed, and no caller waits any more
                 self._loop.call_soon_threadsafe(_resolve, future)
 
 

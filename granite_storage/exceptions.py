@@ -44,11 +44,11 @@ __all__ = [
 
 
 class StorageError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base class of every error that this library raises on purpose."""
 
 
 class ConfigurationError(StorageError):
-    """The configuration cannot work; raised when it is given, not at the first upload."""
+    """The configuration is invalid; raised when it is given, not at the first upload."""
 
 
 class UnknownPolicyError(ConfigurationError, LookupError):
@@ -71,11 +71,11 @@ class MissingDependencyError(ConfigurationError, ImportError):
 
 
 class InvalidLocationError(StorageError, ValueError):
-    """A location, or a part of one, is not safe to use; nothing was touched."""
+    """A location, or a part of one, is unsafe; no storage was accessed."""
 
 
 class InvalidReferenceError(StorageError, ValueError):
-    """A value is not a `StoredObjectRef`; the message names the field at fault."""
+    """A value is not a `StoredObjectRef`; the message names the invalid field."""
 
 
 class ContentError(StorageError):
@@ -83,7 +83,7 @@ class ContentError(StorageError):
 
 
 class ContentTooLargeError(ContentError):
-    """The content has more bytes than its policy allows; nothing of it was kept.
+    """The content has more bytes than its policy allows; nothing of it was stored.
 
     Attributes:
         max_size: The limit, in bytes.
@@ -123,11 +123,11 @@ class SizeMismatchError(ContentError):
 
 
 class EmptyUploadError(ContentError):
-    """An upload has neither a name nor content: a file input of a form that was left empty, and no file to store."""
+    """An upload has neither a name nor content, as an empty file input of a form sends it."""
 
 
 class UnsupportedContentError(ContentError):
-    """The content is of a type that its policy does not accept, or not of the type that it was declared as; nothing was kept.
+    """The type of the content is not accepted by its policy, or is not the declared one; nothing was stored.
 
     The message is for the client.
 
@@ -147,14 +147,14 @@ class UnsupportedContentError(ContentError):
 
 
 class ContentRejectedError(ContentError):
-    """An inspector or a validator refuses the content; nothing of it was kept.
+    """An inspector or a validator has refused the content; nothing of it was stored.
 
     Its message is for the client: a `validate=` function raises it with what the client shall read.
     """
 
 
 class InfectedContentError(ContentError):
-    """A virus scanner found something in the content; nothing of it was kept.
+    """A virus scanner has found the content infected; nothing of it was stored.
 
     Attributes:
         signature: What the scanner calls it.
@@ -180,7 +180,7 @@ class CollectionFullError(ContentError):
 
 
 class DerivationRefusedError(ContentError):
-    """A file cannot be derived from the original, now or later: it is damaged, of another type, or too large when decoded.
+    """A file can never be derived from the original: it is damaged, of another type, or too large when decoded.
 
     Its message is for the client: a function of the application raises it with what the client shall read.
     """
@@ -194,23 +194,23 @@ class DerivationFailedError(StorageError):
 
 
 class ScanPendingError(StorageError):
-    """An object is not served yet, because the virus scanner has not judged it."""
+    """An object is not served yet, because the virus scanner has not scanned it."""
 
 
 class InfectedObjectError(StorageError):
-    """An object is not served, because a virus scanner found something in it after it was stored."""
+    """An object is not served, because a virus scanner found it infected after it was stored."""
 
 
 class ScannerUnavailableError(StorageError):
-    """The virus scanner did not answer, or could not judge the content; the upload was not kept, and may be tried again."""
+    """The virus scanner did not answer, or could not scan the content; the upload was not stored, and may be tried again."""
 
 
 class StreamTimeoutError(ContentError):
-    """A stream yielded nothing for too long, or too few bytes per second; nothing of it was kept."""
+    """A stream yielded nothing for too long, or too few bytes per second; nothing of it was stored."""
 
 
 class CollectionRefusedError(StorageError):
-    """The garbage collector has deleted nothing: what it saw can hardly be true; the message says what, and what to do.
+    """The garbage collector has deleted nothing, because its findings are implausible; the message says why, and what to do.
 
     Attributes:
         report: The `GarbageCollectionReport` of what was looked at until then, where there is one.
@@ -222,7 +222,7 @@ class CollectionRefusedError(StorageError):
 
 
 class StaleAttachmentError(StorageError):
-    """What the transaction relied on has changed meanwhile; the transaction may be tried again."""
+    """A row or an object that the transaction depends on has changed meanwhile; the transaction may be tried again."""
 
 
 class UnboundAttachmentError(StorageError):
@@ -234,7 +234,7 @@ class ConsumedSourceError(StorageError):
 
 
 class BackendError(StorageError):
-    """A backend could not do what it was asked to.
+    """An operation of a backend failed.
 
     Attributes:
         backend: The backend's key in the manager, where one is known.
@@ -248,11 +248,11 @@ class BackendError(StorageError):
 
 
 class ObjectNotFoundError(BackendError):
-    """No object is at the location."""
+    """No object exists at the location."""
 
 
 class ObjectExistsError(BackendError):
-    """An object is at the location already; it was left as it is."""
+    """An object already exists at the location; it was not changed."""
 
 
 class AccessDeniedError(BackendError):
@@ -260,7 +260,7 @@ class AccessDeniedError(BackendError):
 
 
 class StorageFullError(BackendError):
-    """The backend has no room left; nothing of the write was kept."""
+    """The backend is full; nothing of the write was stored."""
 
 
 class BackendUnavailableError(BackendError):

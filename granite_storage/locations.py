@@ -82,7 +82,7 @@ def make_location(
         check_segment(segment, argument)
         if segment == "None":
             raise InvalidLocationError(
-                f"{argument} is 'None', the text of an absent value; a row has its key once it was flushed"
+                f"{argument} is 'None', the text of a missing value: flush the session first, so that the row has its key"
             )
     folder = "/".join(part for part in (key_prefix, model_name, entity_id, field_name) if part)
     stem = f"{folder}/{uuid7_hex()}-"
@@ -135,7 +135,7 @@ def check_location(location: object, *, windows: bool = os.name == "nt") -> None
 
 
 def matches_generated_name(location: str) -> bool:
-    """Tell whether the last segment has the form that `make_location` gives; what has not is not ours to collect."""
+    """Return whether the last segment has the form that `make_location` gives; what has not is not ours to collect."""
     return _GENERATED_NAME.fullmatch(location.rpartition("/")[2]) is not None
 
 

@@ -26,31 +26,31 @@ T = TypeVar("T")
 
 
 class StorageManager:
-    """Stores objects under named policies and reads them back by their refs.
+    """Stores objects under named policies, and reads them by their refs.
 
     Writes go where the policy says; reads, deletes and checks go where the ref says. A policy that is pointed at another backend
     therefore loses nothing that was stored before.
 
-    The manager opens nothing when it is made, so it may be made at import time. It serves any number of tasks, and several event
-    loops, with clients of their own for each. `async with manager:` or `aclose` closes what was opened; it may be entered again.
+    The manager opens nothing when it is created, so it may be created at import time. It serves any number of tasks, and
+    several event loops, with separate clients for each. `async with manager:` or `aclose` closes the clients; the manager may
+    be entered again.
 
     Args:
         backends: The backends by their keys. The manager closes them.
         policies: The policies by their storage keys.
         drain_timeout: How long `aclose` waits for calls in progress before it cancels them, in seconds.
-        max_concurrent_uploads: How many streams are stored at a time on one event loop, which bounds the memory that any number
-            of them takes. A stream takes its place when its first piece is there; others wait with that piece. None for any
-            number.
-        upload_idle_timeout: How long a stream that has a place may yield nothing, in seconds; then it fails with
-            `StreamTimeoutError`, and nothing of it is kept. None for ever. Without `max_concurrent_uploads` there are no places,
-            and streams may take their time.
-        min_upload_rate: The fewest bytes per second that any stream must yield, on average; the time that the storage takes does
-            not count, nor do the first ten seconds. None for any rate.
-        url_signer: What signs URLs for backends that sign none of their own; see `url`.
+        max_concurrent_uploads: How many streams are stored at a time on one event loop, which bounds their memory. A stream
+            takes a slot with its first chunk; others wait with that chunk. None for no limit.
+        upload_idle_timeout: How long a stream that has a slot may yield nothing, in seconds; then it fails with
+            `StreamTimeoutError`, and nothing of it is stored. None for no limit. It has no effect without
+            `max_concurrent_uploads`.
+        min_upload_rate: The lowest average number of bytes per second for any stream, not counting the time that the storage
+            takes and the first ten seconds. None for no limit.
+        url_signer: Signs URLs for backends that cannot sign their own; see `url`.
 
     Raises:
-        ConfigurationError: The configuration cannot work: a policy names a backend that is not there (`UnknownBackendError`) or
-            stands under a key that is not its own, or something is not a backend or a policy.
+        ConfigurationError: The configuration is invalid: a policy names a backend that does not exist (`UnknownBackendError`)
+            or has another key than its own, or a value is not a backend or a policy.
 
     Example:
         >>> from granite_storage.backends.memory import MemoryStorageBackend
@@ -100,15 +100,15 @@ class StorageManager:
 
     @property
     def url_signer(self) -> UrlSigner | None:
-        """What signs URLs for backends that sign none of their own."""
+        """Signs URLs for backends that cannot sign their own."""
         return self._engine.url_signer
 
     def policy(self, storage_key: str) -> StoragePolicy:
-        """Return a policy; `UnknownPolicyError` where there is none of that key."""
+        """Return a policy; raise `UnknownPolicyError` if there is none with that key."""
         return self._engine.policy(storage_key)
 
     def backend(self, backend_key: str) -> StorageBackend:
-        """Return a backend; `UnknownBackendError` where there is none of that key."""
+        """Return a backend; raise `UnknownBackendError` if there is none with that key."""
         return self._engine.backend(backend_key)
 
     async def put_bytes(
@@ -126,17 +126,17 @@ class StorageManager:
         """Store content that is in memory.
 
         When it returns, the object is stored as durably as its backend promises. When it raises or is cancelled, nothing of it
-        is left. An object is never overwritten: every call makes a new one.
+        is left, unless the storage's answer was lost. An object is never overwritten: every call creates a new one.
 
         Args:
             storage_key: The policy to store it under.
-            model_name: What kind of thing owns it, such as `user`; a segment of its location, like the next two.
-            entity_id: Which of them, such as a primary key.
-            field_name: Which of its files, such as `avatar`.
+            model_name: The kind of its owner, such as `user`; a segment of its location, like the next two.
+            entity_id: The id of the owner, such as a primary key.
+            field_name: The name of the owner's field, such as `avatar`.
             content: The bytes; changing the buffer during the call is the caller's mistake.
-            content_type: Its media type; kept as given, unless the policy finds it from the content.
-            original_filename: The client's file name; made safe, never trusted.
-            extra: Keys of your own to keep in the ref, JSON values; the backend's own keys win.
+            content_type: Its media type; stored as given, unless the policy detects it from the content.
+            original_filename: The client's file name; sanitized, never trusted.
+            extra: Your own keys with JSON values to store in the ref; the backend's keys take precedence.
 
         Returns:
             The receipt.
@@ -144,12 +144,12 @@ class StorageManager:
         Raises:
             UnknownPolicyError: No policy has this storage key.
             InvalidLocationError: `model_name`, `entity_id` or `field_name` is not safe.
-            InvalidReferenceError: `content_type` or `extra` cannot be kept.
+            InvalidReferenceError: `content_type` or `extra` is invalid.
             ContentTooLargeError: It is larger than the policy allows.
             UnsupportedContentError: The policy does not accept its type, or it is not of the declared type.
             ContentRejectedError: An inspector or a validator of the policy refuses it.
-            InfectedContentError: The policy's scanner found something in it.
-            ScannerUnavailableError: The scanner could not judge it, and the policy refuses it then.
+            InfectedContentError: The policy's scanner has found it infected.
+            ScannerUnavailableError: The scanner could not scan it, and the policy refuses such uploads.
             BackendError: The backend could not store it.
         """
         if not isinstance(content, bytes | bytearray | memoryview):
@@ -181,22 +181,24 @@ class StorageManager:
     ) -> StoredObjectRef:
         """Store a stream, in bounded memory.
 
-        The limit is enforced chunk by chunk: no byte over it reaches the backend. When the call returns, the object is stored as
-        durably as its backend promises; when it raises or is cancelled, nothing of it is left.
+        The limit is enforced chunk by chunk: no byte over it reaches the backend. When the call returns, the object is stored
+        as durably as its backend promises; when it raises or is cancelled, nothing of it is left, unless the storage's answer
+        was lost.
 
         Args:
             storage_key: The policy to store it under.
-            model_name: What kind of thing owns it, such as `lesson`; a segment of its location, like the next two.
-            entity_id: Which of them, such as a primary key.
-            field_name: Which of its files, such as `video`.
+            model_name: The kind of its owner, such as `lesson`; a segment of its location, like the next two.
+            entity_id: The id of the owner, such as a primary key.
+            field_name: The name of the owner's field, such as `video`.
             stream: A binary file object (read in a thread), an object with an async `read`, an async iterable or an iterable of
                 bytes. An upload, which is a file object with a `filename`, is read from its beginning; any other stream from its
                 current position. It is never closed.
-            content_type: Its media type; kept as given, unless the policy finds it from the content. None for that of an upload.
-            original_filename: The client's file name; made safe, never trusted. None for that of an upload.
-            extra: Keys of your own to keep in the ref, JSON values; the backend's own keys win.
-            size: The size in bytes, where the caller knows it; verified, and refused before the first byte if too large.
-            checksum: `sha256:<hex>`, where the caller knows it; verified before the object is published.
+            content_type: Its media type; stored as given, unless the policy detects it from the content. None for that of an
+                upload.
+            original_filename: The client's file name; sanitized, never trusted. None for that of an upload.
+            extra: Your own keys with JSON values to store in the ref; the backend's keys take precedence.
+            size: The size in bytes, if known; verified, and refused before the first byte if too large.
+            checksum: `sha256:<hex>`, if known; verified before the object is published.
 
         Returns:
             The receipt.
@@ -204,18 +206,18 @@ class StorageManager:
         Raises:
             UnknownPolicyError: No policy has this storage key.
             InvalidLocationError: `model_name`, `entity_id` or `field_name` is not safe.
-            InvalidReferenceError: `content_type`, `extra` or `checksum` cannot be kept.
+            InvalidReferenceError: `content_type`, `extra` or `checksum` is invalid.
             ContentTooLargeError: The stream has more bytes than the policy allows.
             UnsupportedContentError: The policy does not accept its type, or it is not of the declared type.
             ContentRejectedError: An inspector or a validator of the policy refuses it.
-            InfectedContentError: The policy's scanner found something in it.
-            ScannerUnavailableError: The scanner could not judge it, and the policy refuses it then.
+            InfectedContentError: The policy's scanner has found it infected.
+            ScannerUnavailableError: The scanner could not scan it, and the policy refuses such uploads.
             StreamTimeoutError: It was idle for too long, or too slow; see the arguments of the manager.
-            SizeMismatchError: It has not the declared size, or is an upload that cannot seek and has not its own `size`.
+            SizeMismatchError: Its size is not the declared one or, for an upload that cannot seek, not its own `size`.
             EmptyUploadError: It is an upload without a name and without bytes.
             ConsumedSourceError: It is an upload that was closed, or that was stored before and cannot seek; or any other stream
                 that another call is storing.
-            ChecksumMismatchError: It has not the declared checksum.
+            ChecksumMismatchError: Its checksum is not the declared one.
             TypeError: It is not a stream of bytes.
             BackendError: The backend could not store it. An error that the stream itself raises passes through unchanged.
         """
@@ -237,9 +239,9 @@ class StorageManager:
         Only for objects that fit in memory; `open` streams.
 
         Raises:
-            ObjectNotFoundError: The object is not there.
-            SizeMismatchError: It has not the size that the ref says.
-            ChecksumMismatchError: It has not the checksum that the ref says.
+            ObjectNotFoundError: The object does not exist.
+            SizeMismatchError: Its size is not the one in the ref.
+            ChecksumMismatchError: Its checksum is not the one in the ref.
             BackendError: It could not be read.
         """
         return await self._engine.get(ref)
@@ -249,28 +251,28 @@ class StorageManager:
 
         Args:
             ref: What to open.
-            offset: Where the range begins, in bytes; what lies before it is not read.
+            offset: Where the range begins, in bytes; bytes before it are not read.
             length: How long the range is, in bytes, cut at the end of the object; None for all that is left.
-            verify: Whether to check the bytes as they pass: the reader then reads once, from start to end, and raises
+            verify: Whether to verify the bytes as they are read: the reader then reads once, from start to end, and raises
                 `ChecksumMismatchError` in place of the last bytes of a wrong body.
 
         Returns:
-            Something to await or to enter; either gives a `StoredObjectReader`. An awaited one is the caller's to close.
+            An object to await or to enter; both return a `StoredObjectReader`. The caller closes an awaited one.
 
         Raises:
-            ObjectNotFoundError: The object is not there.
-            SizeMismatchError: It has not the size that the ref says.
+            ObjectNotFoundError: The object does not exist.
+            SizeMismatchError: Its size is not the one in the ref.
             ValueError: The range is negative or begins past the end, or a range is to be verified.
             BackendError: It could not be opened.
         """
         return self._engine.open(ref, offset=offset, length=length, verify=verify)
 
     async def scan(self, ref: StoredObjectRef) -> StoredObjectRef:
-        """Scan the stored object again, with the scanner of its policy.
+        """Scan the stored object again with the scanner of its policy.
 
-        It is for applications that keep refs themselves: the caller keeps the ref that is returned in place of the one that was
-        given, and decides what becomes of an infected object. Nothing else changes. The rows of attachments are judged by the
-        worker of a journal.
+        It is for applications that store refs themselves: the caller stores the returned ref in place of the given one, and
+        decides what to do with an infected object. Nothing else changes. The files of attachments are scanned by the worker of
+        a journal.
 
         Args:
             ref: The object, whatever its ref says of an earlier scan.
@@ -279,26 +281,26 @@ class StorageManager:
             The same ref with the verdict as its `scan`: `clean`, or `infected` with the `signature` that was found.
 
         Raises:
-            ScannerUnavailableError: The scanner could not judge it.
-            UnknownPolicyError: The policy of the ref is not there.
+            ScannerUnavailableError: The scanner could not scan it.
+            UnknownPolicyError: The policy of the ref does not exist.
             ConfigurationError: The policy has no scanner.
-            ObjectNotFoundError: The object is not there.
-            SizeMismatchError: It has not the size that the ref says.
-            ChecksumMismatchError: It has not the checksum that the ref says.
+            ObjectNotFoundError: The object does not exist.
+            SizeMismatchError: Its size is not the one in the ref.
+            ChecksumMismatchError: Its checksum is not the one in the ref.
             BackendError: It could not be read.
         """
         return await self._engine.scan(ref)
 
     async def exists(self, ref: StoredObjectRef) -> bool:
-        """Tell whether the object is there; a backend that refuses permission or is out of reach raises, it is not False."""
+        """Return whether the object exists; a refused permission or an unavailable backend raises an error."""
         return await self._engine.exists(ref)
 
     async def stat(self, ref: StoredObjectRef) -> ObjectInfo:
-        """Return what the backend knows of the object; `ObjectNotFoundError` where it is not there."""
+        """Return the object's properties in the backend; raise `ObjectNotFoundError` if it does not exist."""
         return await self._engine.stat(ref)
 
     async def identity(self, backend_key: str) -> str | None:
-        """Return the identity of a backend's store, which is given one where it has none; None where it can keep none.
+        """Return the identity of a backend's store, and create it if there is none; None if the store cannot have one.
 
         New refs have it as `StoredObjectRef.identity`.
 
@@ -316,7 +318,7 @@ class StorageManager:
         filename: str | None = None,
         stable_for: timedelta | None = None,
     ) -> str:
-        """Return a URL with which anybody can read the object until it expires: do not log it.
+        """Return a URL with which anyone can read the object until it expires: do not log it.
 
         A backend that signs its own, such as S3, serves it itself; for others the `url_signer` signs, and the application serves
         it with `granite_storage.web.SignedFiles`. It is not checked that the object exists.
@@ -325,17 +327,17 @@ class StorageManager:
             ref: The object.
             expires_in: How long the URL works at least, from one second to seven days, or to what the signer allows.
             disposition: `inline` lets a browser show it in its window, where its media type is safe to show.
-            filename: The name it is saved under; None for the one it was uploaded with.
+            filename: The name for saving it; None for its original name.
             stable_for: How long the same URL is returned, so that caches keep what they have read by it; None for a new one each
                 time. Windows of this length follow each other, and begin at another time for each object. A URL works to the end
                 of its window and `expires_in` after it, so together they are at most seven days, or what the signer allows. All
                 processes with the same credentials or keys return the same URL.
 
         Raises:
-            ConfigurationError: The backend signs no URLs, and the manager has no signer; or it signs none that are stable.
+            ConfigurationError: The backend cannot sign URLs, and the manager has no signer; or it cannot sign stable URLs.
             ValueError: `expires_in` or `stable_for` is out of bounds, or the disposition is not known.
-            ScanPendingError: A virus scanner has not judged the object yet.
-            InfectedObjectError: It found something in it.
+            ScanPendingError: A virus scanner has not scanned the object yet.
+            InfectedObjectError: A virus scanner has found the object infected.
             BackendError: The backend could not sign.
         """
         urls = await self._engine.urls(
@@ -351,7 +353,7 @@ class StorageManager:
         disposition: Disposition = "attachment",
         stable_for: timedelta | None = None,
     ) -> builtins.list[str]:
-        """Return a URL for each of the objects, in their order, as `url` does for one: the objects of a page in one batch.
+        """Return the URLs of several objects in one batch, in their order, as `url` does for one.
 
         Args:
             refs: The objects, of any policies and backends.
@@ -366,32 +368,32 @@ class StorageManager:
         return await self._engine.urls(refs, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
 
     def public_url(self, ref: StoredObjectRef) -> str:
-        """Return the URL at which anybody can read an object of a public policy, for as long as it exists.
+        """Return the permanent URL at which anyone can read an object of a public policy.
 
-        It is put together, without I/O, and always the same: caches may keep what they have read by it for ever. It is not
-        checked that the object exists.
+        It is computed without I/O and never changes, so caches may keep a response forever. It is not checked that the object
+        exists.
 
         Args:
             ref: The object.
 
         Raises:
             ConfigurationError: The policy of the ref has no `public`, or writes to another backend now than the object is in.
-            UnknownPolicyError: The policy of the ref is not there.
-            ScanPendingError: A virus scanner has not judged the object yet.
-            InfectedObjectError: It found something in it.
+            UnknownPolicyError: The policy of the ref does not exist.
+            ScanPendingError: A virus scanner has not scanned the object yet.
+            InfectedObjectError: A virus scanner has found the object infected.
         """
         return self._engine.public_url(ref)
 
     def list(self, *, storage_key: str, prefix: str = "", start_after: str | None = None) -> AsyncGenerator[ObjectInfo, None]:
-        """Iterate over the objects of a policy, in the order of their locations; nothing is kept in memory.
+        """Iterate over the objects of a policy in the order of their locations, in constant memory.
 
         Objects of other policies are listed too where they share the backend and the policy's `key_prefix`, or where it has
         none. The iteration holds a connection open: one that ends early is closed by `contextlib.aclosing`.
 
         Args:
             storage_key: The policy.
-            prefix: The characters with which a location goes on after the policy's `key_prefix` and a slash, such as
-                `user/1/avatar/`; all objects for an empty one.
+            prefix: How the location continues after the policy's `key_prefix` and a slash, such as `user/1/avatar/`; empty for
+                all objects.
             start_after: A whole location: only objects after it are listed; it need not exist.
 
         Raises:
@@ -401,18 +403,19 @@ class StorageManager:
         return self._engine.list(storage_key, prefix, start_after=start_after)
 
     async def delete(self, ref: StoredObjectRef) -> None:
-        """Remove the object, for good; one that is not there is no error."""
+        """Delete the object permanently; a missing object is not an error."""
         await self._engine.delete(ref)
 
     async def delete_many(self, refs: Iterable[StoredObjectRef]) -> dict[StoredObjectRef, StorageError]:
-        """Delete objects, for good, in few requests where their backends can; one that is not there is no error.
+        """Delete objects permanently, in few requests if their backends can; a missing object is not an error.
 
         Returns:
-            What could not be deleted, each with its error; empty where all are gone. One failure does not stop the others.
+            The refs that could not be deleted, each with its error; empty if all were deleted. A failure does not stop the
+            others.
 
         Raises:
-            UnknownBackendError: A ref names a backend that is not there; nothing was deleted.
-            InvalidReferenceError: One of `refs` is no ref, or leads outside of its backend; nothing was deleted.
+            UnknownBackendError: A ref names a backend that does not exist; nothing was deleted.
+            InvalidReferenceError: One of `refs` is not a ref, or leads out of its backend; nothing was deleted.
         """
         by_backend: dict[str, dict[str, StoredObjectRef]] = {}
         for ref in refs:
@@ -436,16 +439,16 @@ class StorageManager:
         storage_key: str | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> StoredObjectRef:
-        """Copy an object to a new one of its own, on the server where source and target share a backend that can.
+        """Copy an object to a new one, on the server if source and target share a backend that can.
 
-        Name, media type, checksum and the caller's own `extra` keys come along. Otherwise as `put_stream`; bytes that pass
-        through the program are verified against the ref on their way.
+        Name, media type, checksum and the caller's own `extra` keys are kept. Otherwise as `put_stream`; bytes that pass
+        through the program are verified against the ref.
 
         Args:
             ref: What to copy.
-            model_name: What kind of thing owns the copy.
-            entity_id: Which of them.
-            field_name: Which of its files.
+            model_name: The kind of the copy's owner.
+            entity_id: The id of the owner.
+            field_name: The name of the owner's field.
             storage_key: The policy of the copy; None for that of the ref.
             extra: Keys to keep in the new ref; None for those of the ref.
 
@@ -453,8 +456,8 @@ class StorageManager:
             The receipt of the copy.
 
         Raises:
-            ObjectNotFoundError: The object is not there.
-            SizeMismatchError: It has not the size that the ref says; nothing is kept of the copy.
+            ObjectNotFoundError: The object does not exist.
+            SizeMismatchError: Its size is not the one in the ref; nothing is kept of the copy.
             ContentTooLargeError: It is larger than the copy's policy allows.
             BackendError: It could not be copied.
         """
@@ -464,11 +467,11 @@ class StorageManager:
         return await self._engine.copy(ref, prepared)
 
     async def aclose(self) -> None:
-        """Close what this event loop and synchronous callers have opened; idempotent.
+        """Close the connections of this event loop and of synchronous callers; idempotent.
 
         New calls are refused at once. Calls in progress have `drain_timeout` to end; then they are cancelled, and leave nothing
-        behind. Readers that are still open are closed. When it is cancelled itself, it cancels the calls at once, and closes
-        everything all the same.
+        behind. Readers that are still open are closed. If `aclose` itself is cancelled, it cancels the calls at once, and still
+        closes everything.
         """
         await self._close_here()
         if portal.is_used_by(self._lifecycle) and not portal.is_here:
@@ -480,7 +483,7 @@ class StorageManager:
 
     @property
     def sync(self) -> SyncStorage:
-        """The same verbs for synchronous code, in threads without a running event loop."""
+        """The same methods for synchronous code, in threads without a running event loop."""
         return SyncStorage(self)
 
     async def __aenter__(self) -> Self:
@@ -495,7 +498,7 @@ class StorageManager:
 
 
 class SyncStorage:
-    """The verbs of a `StorageManager` for synchronous code: `storage.sync.put_bytes(...)`.
+    """The methods of a `StorageManager` for synchronous code: `storage.sync.put_bytes(...)`.
 
     Each does what the verb of the same name does, and returns and raises the same; the calling thread waits for the library's own
     event loop, which runs in a thread and serves all threads side by side. Where an event loop runs in the calling thread, they
@@ -584,11 +587,11 @@ class SyncStorage:
         return self._run(self._manager.scan(ref), "scan")
 
     def exists(self, ref: StoredObjectRef) -> bool:
-        """Tell whether the object is there; see `StorageManager.exists`."""
+        """Return whether the object exists; see `StorageManager.exists`."""
         return self._run(self._manager.exists(ref), "exists")
 
     def stat(self, ref: StoredObjectRef) -> ObjectInfo:
-        """Return what the backend knows of the object; see `StorageManager.stat`."""
+        """Return the object's properties in the backend; see `StorageManager.stat`."""
         return self._run(self._manager.stat(ref), "stat")
 
     def url(
@@ -600,7 +603,7 @@ class SyncStorage:
         filename: str | None = None,
         stable_for: timedelta | None = None,
     ) -> str:
-        """Return a URL with which anybody can read the object until it expires; see `StorageManager.url`."""
+        """Return a URL with which anyone can read the object until it expires; see `StorageManager.url`."""
         work = self._manager.url(ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for)
         return self._run(work, "url")
 
@@ -612,7 +615,7 @@ class SyncStorage:
         disposition: Disposition = "attachment",
         stable_for: timedelta | None = None,
     ) -> builtins.list[str]:
-        """Return a URL for each of the objects, in their order; see `StorageManager.urls`."""
+        """Return the URLs of several objects, in their order; see `StorageManager.urls`."""
         work = self._manager.urls(refs, expires_in=expires_in, disposition=disposition, stable_for=stable_for)
         return self._run(work, "urls")
 
@@ -622,11 +625,11 @@ class SyncStorage:
         return portal.iterate(self._manager.list(storage_key=storage_key, prefix=prefix, start_after=start_after))
 
     def delete(self, ref: StoredObjectRef) -> None:
-        """Remove the object, for good; see `StorageManager.delete`."""
+        """Delete the object permanently; see `StorageManager.delete`."""
         self._run(self._manager.delete(ref), "delete")
 
     def delete_many(self, refs: Iterable[StoredObjectRef]) -> dict[StoredObjectRef, StorageError]:
-        """Delete objects, for good; see `StorageManager.delete_many`."""
+        """Delete objects permanently; see `StorageManager.delete_many`."""
         return self._run(self._manager.delete_many(refs), "delete_many")
 
     def copy(
@@ -639,7 +642,7 @@ class SyncStorage:
         storage_key: str | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> StoredObjectRef:
-        """Copy an object to a new one of its own; see `StorageManager.copy`."""
+        """Copy an object to a new one; see `StorageManager.copy`."""
         work = self._manager.copy(
             ref,
             model_name=model_name,
@@ -651,7 +654,7 @@ class SyncStorage:
         return self._run(work, "copy", self._manager.delete)
 
     def close(self) -> None:
-        """Close what synchronous callers have opened; see `StorageManager.aclose`. A later call reopens it."""
+        """Close the connections of synchronous callers; see `StorageManager.aclose`. A later call opens new ones."""
         run_blocking(self._manager._close_here(), "storage.sync.close", "'await storage.aclose()'")
         portal.release(self._manager._lifecycle)
 

@@ -1,4 +1,4 @@
-"""Moving objects from one backend to another while the application keeps running."""
+"""Moves objects from one backend to another while the application keeps running."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ _MOST_PASSES = 20
 
 
 class MigrationStatus(StrEnum):
-    """What became of a reference to an object on another backend."""
+    """The outcome for a reference to an object on another backend."""
 
     MOVED = "moved"
     CHANGED = "changed meanwhile"
@@ -100,7 +100,7 @@ class MigratedObject:
 
 @dataclass(slots=True)
 class MigrationReport(RowReport):
-    """What a migration has done; `rows` and `key` are those of every job over rows.
+    """The results of a migration; `rows` and `key` are those of every job over rows.
 
     Attributes:
         passes: How many passes were started.
@@ -123,7 +123,7 @@ class MigrationReport(RowReport):
 
 
 class Migration(RowRun[MigratedObject, MigrationReport]):
-    """What `migrate` returns: iterate over it for the objects that it processes, or await it for the report."""
+    """The result of `migrate`: iterate over it for the objects that it processes, or await it for the report."""
 
     def __init__(
         self, binding: StorageBinding, storage_key: str, to_backend: str, concurrency: int, after: str | None, budget: Budget
@@ -137,7 +137,7 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
         self._first_whole_pass = 1 if after is None else 2
 
     async def waiting(self) -> dict[str, tuple[int, int]]:
-        """Return the number of objects to move and their bytes, by the backend that they are on. Nothing is changed."""
+        """Return the number of objects to move and their bytes, by their backend, without changing anything."""
         found: dict[str, tuple[int, int]] = {}
         async with aclosing(self._scan.rows(after=self.report.key)) as rows:
             async for row in rows:
@@ -198,7 +198,7 @@ class Migration(RowRun[MigratedObject, MigrationReport]):
         return [(row, shared) for row in batch]
 
     def _concerns(self, held: RowValue) -> bool:
-        """Tell whether a value is to be moved, or to be reported because it cannot be read; not again where it has failed."""
+        """Return whether a value is to be moved, or to be reported because it cannot be read; not again where it has failed."""
         if (held.label, held.primary_key, held.raw) in self._failed:
             return False
         if not held.is_managed and self.report.passes != self._first_whole_pass:
@@ -267,7 +267,7 @@ def migrate(
 ) -> Migration:
     """Move the objects of a storage key to another backend, while the application keeps reading and writing.
 
-    An object and its variants move together, or stay: where one of them cannot be copied, the row keeps all that it has.
+    An object and its variants move together, or not at all: if one of them cannot be copied, the row is left unchanged.
 
     The policy must already write to the new backend in every process, or new files would keep arriving on the old one. Each
     object on any other backend is copied, and its checksum verified on the way; its row gets the copy's ref by a compare-and-set;
@@ -275,12 +275,12 @@ def migrate(
     that replaces or deletes the file meanwhile wins, and the copy is deleted. At every moment each row refers to an existing
     object. The location, the backend and its keys in `extra` change; name, media type, age and the application's own keys stay.
 
-    It may be stopped, cancelled or killed at any time; another run does what is left. To go back, let the policy write to the old
-    backend again, and migrate to that. Plain columns of refs are left to the application, which alone knows where else it keeps
-    the ref.
+    It may be stopped, cancelled or killed at any time; another run completes the work. To go back, let the policy write to the
+    old backend again, and migrate to that. Plain columns of refs are left to the application, because only it knows where else
+    a ref is stored.
 
     Args:
-        binding: What `bind_storage(..., session_factory=...)` returned; it must be in force.
+        binding: The result of `bind_storage(..., session_factory=...)`; it must be active.
         storage_key: The policy whose objects are moved.
         to_backend: The key of the backend to move them to.
         concurrency: How many rows are processed at a time.
@@ -292,7 +292,7 @@ def migrate(
 
     Raises:
         UnknownPolicyError: There is no such policy.
-        ConfigurationError: The policy writes to another backend, the binding has no sessions or is not in force, a table has no
+        ConfigurationError: The policy writes to another backend, the binding has no sessions or is not active, a table has no
             primary key, or `after` is no key of it.
         BackendUnavailableError: While it runs: a backend is unavailable, or a local folder has no marker file.
         StorageFullError: While it runs: the new backend is full.
@@ -305,13 +305,13 @@ def migrate(
         )
     if find_binding(binding.metadata) is not binding:
         raise ConfigurationError(
-            "the binding is not in force, because it was unbound or its base was bound again: pass the current one"
+            "the binding is not active, because it was unbound or its base was bound again: pass the current one"
         )
     return Migration(binding, storage_key, to_backend, require_concurrency(concurrency), after, Budget(bytes_per_second))
 
 
 def _is_transient(error: Exception) -> bool:
-    """Tell whether another attempt may succeed though the row has not changed: after a lock, a deadlock, a short lease."""
+    """Return whether another attempt may succeed though the row has not changed: after a lock, a deadlock, a short lease."""
     return isinstance(error, SQLAlchemyError | StaleAttachmentError)
 
 
@@ -361,7 +361,7 @@ async def relocate(binding: StorageBinding, held: RowValue, *, rate_limited: Rat
     """
     column_type = held.column.type
     if binding.session_factory is None or not isinstance(column_type, AttachmentType) or held.ref is None:
-        raise TypeError("only what an attachment column holds can be relocated, through a binding with sessions")
+        raise TypeError("only objects of attachment columns can be relocated, through a binding with a session_factory")
     relocation = _Relocation(held.ref, held, rate_limited)
     names = list(held.ref.variants or {})
     states = [relocation, *(_VariantRelocation(held.ref, name, held, rate_limited, relocation) for name in names)]
@@ -504,7 +504,7 @@ class _Swap:
                 frame.wakes.add(journal)
 
     def _is_referred_to(self, connection: Connection) -> bool:
-        """Tell whether another value still refers to the original, under whatever backend's key."""
+        """Return whether another value still refers to the original, under whatever backend's key."""
         column_type: AttachmentType = self._held.column.type  # type: ignore[assignment]  # nothing else is relocated
         return any(refers(connection, column, self._original) for column in column_type.binding().ref_columns())
 

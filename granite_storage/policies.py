@@ -30,25 +30,25 @@ _HEADER = re.compile(r"[!-~](?:[ !-~]*[!-~])?")
 
 @dataclass(frozen=True, slots=True)
 class PublicURL:
-    """Where the objects of a policy are public, and what is stored with them for that.
+    """Makes the objects of a policy public: their base URL, and the headers that are stored with them.
 
-    The URL of an object is `base_url`, a slash and its location, percent-encoded (RFC 3986): anybody who knows it can read the
-    object, for as long as that is stored. A location is never used again, so caches may keep the object for ever. A prefix of the
+    The URL of an object is `base_url`, a slash and its location, percent-encoded (RFC 3986): anyone who knows it can read the
+    object, as long as it is stored. A location is never used again, so caches may keep the object forever. A prefix of the
     backend itself, such as that of `S3StorageBackend(prefix=...)`, belongs to `base_url`.
 
-    A backend that keeps headers stores `cache_control`, and a Content-Type and a Content-Disposition with which browsers run
-    nothing: HTML, SVG and scripts are `application/octet-stream` and downloads, whatever the ref says of them. Whether the bucket
-    lets the public read is for you to configure, unless `acl` does it.
+    A backend that keeps headers stores `cache_control`, and a Content-Type and a Content-Disposition with which browsers
+    execute nothing: HTML, SVG and scripts are `application/octet-stream` and downloads, whatever the ref says. Configure the
+    bucket for public reads yourself, unless `acl` does it.
 
     Args:
         base_url: Where clients find the objects, such as `https://cdn.example.com`, or where `granite_storage.web.PublicFiles` is
             mounted.
         cache_control: The Cache-Control of every object.
-        disposition: `inline` lets a browser show in its window what is safe to show; `attachment` makes all objects downloads.
+        disposition: `inline` lets a browser show types that are safe to show; `attachment` makes all objects downloads.
         acl: The canned ACL of S3, such as `public-read`; None for none, which buckets without ACLs need.
 
     Raises:
-        ConfigurationError: An argument cannot work; the message names it.
+        ConfigurationError: An argument is invalid; the message names it.
 
     Example:
         >>> PublicURL("https://cdn.example.com").url_of("avatars/user/1/avatar/0190-me & you.png")
@@ -69,15 +69,15 @@ class PublicURL:
             raise ConfigurationError(f"disposition of a PublicURL must be 'attachment' or 'inline', not {self.disposition!r}")
 
     def url_of(self, location: str) -> str:
-        """Return the URL of a location; `StorageManager.public_url` is what applications call."""
+        """Return the URL of a location; applications call `StorageManager.public_url`."""
         return f"{self.base_url}/{url_path(location)}"
 
 
 @dataclass(frozen=True, slots=True)
 class StoragePolicy:
-    """Binds a storage key to a backend.
+    """Maps a storage key to a backend, with limits.
 
-    A policy is checked when it is made: one that cannot work never exists.
+    A policy is checked when it is created, so an invalid one never exists.
 
     Args:
         storage_key: The logical name that the application uses, such as `avatars`.
@@ -85,27 +85,28 @@ class StoragePolicy:
         max_size: The most bytes an object may have; 0 allows only empty objects, None any size.
         key_prefix: Path segments put before every generated location, such as `avatars` or `tenant/avatars`; an empty one
             is the same as None.
-        retention: How long an object is kept after its row has given it up, so that a database restored from a backup of that
-            age still finds it, and an undo can bring it back. It needs a journal, which remembers what waits.
-        accept: The media types that are accepted, such as `("image/*", "application/pdf")`. The type is found from the content,
-            and is what the ref says; a client's word for it is never taken where the content tells. `image/*` does not accept
-            what a browser runs, such as `image/svg+xml`: that is named, or refused. None accepts anything as it is declared.
-        on_mismatch: What becomes of an upload whose declared type the content contradicts: `refuse`, or `correct` to the type
-            that was found, which must be accepted all the same.
-        inspect: What else looks at the content in passing, such as `ImageLimits`. What is found is kept in the ref's `media`.
-        scanner: What looks for viruses, such as `ClamdScanner("127.0.0.1:3310")`.
-        strip: Metadata to take out of JPEG, PNG and WebP images, without touching their pixels: `location`, or `all` but the
-            orientation and the colour profile. The size and the checksum of the ref are those of what is stored.
-        on_unstrippable: What becomes of pictures, films and sound of other types, of which some say where they were taken:
-            `refuse`, or `keep` them as they are.
-        validate: A function that is shown each upload before any of it is stored, an `UploadPreview`, and refuses it by raising
-            `ContentRejectedError`, or ValueError itself, with a message for the client. It must return None. A coroutine function
-            is awaited, any other runs in a thread.
-        public: Where anybody may read the objects, such as `PublicURL("https://cdn.example.com")`; None for nowhere.
+        retention: How long an object is kept after its row has released it, so that a database restored from a backup of that
+            age still finds it, and an undo can restore it. It needs a journal, which records the pending deletes.
+        accept: The media types that are accepted, such as `("image/*", "application/pdf")`. The type is detected from the
+            content and recorded in the ref; the declared type counts only if the content does not show its type. `image/*` does
+            not accept types that a browser executes, such as `image/svg+xml`, unless they are named. None accepts any content
+            as it is declared.
+        on_mismatch: How to treat an upload whose declared type contradicts its content: `refuse` it, or `correct` the type to
+            the detected one, which must be accepted too.
+        inspect: Inspectors of the content, such as `ImageLimits`. Their findings are recorded in the ref's `media`.
+        scanner: The virus scanner, such as `ClamdScanner("127.0.0.1:3310")`.
+        strip: Metadata to remove from JPEG, PNG and WebP images, without changing their pixels: `location`, or `all` except the
+            orientation and the colour profile. The size and the checksum of the ref are those of the stored object.
+        on_unstrippable: How to treat images, films and sound of other types, some of which contain a location: `refuse` them,
+            or `keep` them unchanged.
+        validate: A function that is called with an `UploadPreview` of each upload before any of it is stored, and refuses it by
+            raising `ContentRejectedError`, or ValueError itself, with a message for the client. It must return None. A
+            coroutine function is awaited, any other runs in a thread.
+        public: Where anyone may read the objects, such as `PublicURL("https://cdn.example.com")`; None for private objects.
 
     Raises:
-        ConfigurationError: An argument cannot work; the message names it.
-        MissingDependencyError: The type of the content is to be found, and `granite-storage[inspect]` is not installed.
+        ConfigurationError: An argument is invalid; the message names it.
+        MissingDependencyError: `accept` needs the type of the content, and `granite-storage[inspect]` is not installed.
 
     Example:
         >>> StoragePolicy("avatars", "local", max_size=2 * 1024 * 1024, key_prefix="avatars").max_size
@@ -144,7 +145,7 @@ class StoragePolicy:
             object.__setattr__(self, "accept", check_accept(self.accept))
         _require_choice(self.storage_key, "on_mismatch", self.on_mismatch, get_args(OnMismatch))
         if self.on_mismatch != "refuse" and self.accept is None:
-            raise ConfigurationError(f"on_mismatch of policy {self.storage_key!r} does nothing without accept")
+            raise ConfigurationError(f"on_mismatch of policy {self.storage_key!r} has no effect without accept")
         _require_choice(self.storage_key, "strip", self.strip, (None, *get_args(StripMode)))
         _require_choice(self.storage_key, "on_unstrippable", self.on_unstrippable, get_args(OnUnstrippable))
         _require_scanner(self.storage_key, self.scanner)
@@ -173,7 +174,7 @@ class StoragePolicy:
 
 def _require_name(argument: str, value: object) -> None:
     if not isinstance(value, str) or not value:
-        raise ConfigurationError(f"a policy's {argument} must be a string that is not empty, not {value!r}")
+        raise ConfigurationError(f"a policy's {argument} must be a non-empty string, not {value!r}")
 
 
 def _require_max_size(storage_key: str, value: object) -> None:
@@ -198,7 +199,7 @@ def _require_prefix(storage_key: str, prefix: object) -> None:
 
 def _require_retention(storage_key: str, value: object) -> None:
     if not isinstance(value, timedelta) or value < timedelta(0):
-        raise ConfigurationError(f"retention of policy {storage_key!r} must be a timedelta that is not negative, not {value!r}")
+        raise ConfigurationError(f"retention of policy {storage_key!r} must be a non-negative timedelta, not {value!r}")
 
 
 def _require_inspectors(storage_key: str, value: object) -> tuple[Inspector, ...]:
@@ -210,7 +211,9 @@ def _require_inspectors(storage_key: str, value: object) -> tuple[Inspector, ...
         if isinstance(item, type) or not isinstance(item, Inspector):
             raise ConfigurationError(f"inspect of policy {storage_key!r} contains {item!r}, which has no begin()")
         if inspect.iscoroutinefunction(item.begin):
-            raise ConfigurationError(f"begin() of {item!r}, in inspect of policy {storage_key!r}, must be no coroutine function")
+            raise ConfigurationError(
+                f"begin() of {item!r}, in inspect of policy {storage_key!r}, must not be a coroutine function"
+            )
     return tuple(value)
 
 
@@ -237,8 +240,8 @@ def _require_public(storage_key: str, value: object, *, may_hold: bool) -> None:
         )
     if may_hold:
         raise ConfigurationError(
-            f"policy {storage_key!r} is public, and its scanner holds back what it cannot judge: that would be public before it"
-            " is judged; use a scanner with on_unavailable='refuse', or sign URLs instead"
+            f"policy {storage_key!r} is public, but its scanner holds uploads that it cannot scan, which would be public "
+            "before they are scanned: use a scanner with on_unavailable='refuse', or sign URLs instead"
         )
 
 
@@ -254,7 +257,9 @@ def require_validator(owner: str, value: object) -> None:
     if isinstance(value, type) or not callable(value):
         raise ConfigurationError(f"validate of {owner} must be a function that takes an UploadPreview, not {value!r}")
     if inspect.isgeneratorfunction(value) or inspect.isasyncgenfunction(value):
-        raise ConfigurationError(f"validate of {owner} has a yield, so that calling it runs nothing; write it without")
+        raise ConfigurationError(
+            f"validate of {owner} must not be a generator function, because calling it runs nothing: remove its yield"
+        )
     load_gate()
     try:
         inspect.signature(value).bind(None)

@@ -29,15 +29,15 @@ _BUFFER_SIZE = 256 << 10
 class StoredObjectReader:
     """An object, or a range of one, open for reading; positions count from the start of the range.
 
-    It never ends short: where bytes are missing it raises. Where the backend's reader is cut off (`BackendUnavailableError`), it
-    asks for the rest of the same object before it raises. It may be read, sought and iterated in any mixture, by one task at a
-    time. Iteration releases the backend's handle when it ends or is abandoned, so a web framework that iterates the reader as a
-    response's body and never closes it leaks nothing.
+    It never ends early: if bytes are missing, it raises an error. If the backend's reader is cut off
+    (`BackendUnavailableError`), it requests the rest of the same object before it raises. Reads, seeks and iteration may be
+    mixed, by one task at a time. Iteration releases the backend's handle when it ends or is abandoned, so a web framework that
+    iterates the reader as a response's body and never closes it leaks nothing.
 
     Attributes:
         ref: The ref that was opened.
-        info: What the backend says of the whole object.
-        size: How many bytes the range has.
+        info: The properties of the whole object in the backend.
+        size: The length of the range in bytes.
         closed: Whether `aclose` was called.
 
     Example:
@@ -75,7 +75,7 @@ class StoredObjectReader:
         self._iteration: object | None = None
 
     async def read(self, size: int = -1, /) -> bytes:
-        """Return `size` bytes, fewer only where the range ends; all that is left where negative.
+        """Return `size` bytes, fewer only at the end of the range; all remaining bytes if `size` is negative.
 
         Raises:
             BackendError: The bytes could not be read, or there are fewer than there should be.
@@ -101,10 +101,10 @@ class StoredObjectReader:
                 await self._release_handle()
 
     async def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move the position and return it; no byte is read on the way.
+        """Move the position and return it, without reading.
 
         Args:
-            offset: Bytes, counted from what `whence` says.
+            offset: Bytes, counted from `whence`.
             whence: `os.SEEK_SET`, `SEEK_CUR` or `SEEK_END`, the start, the position or the end of the range.
 
         Raises:
@@ -130,7 +130,7 @@ class StoredObjectReader:
     async def release(self) -> None:
         """Release the backend's handle, such as a connection, and keep the position; the next read opens a new one there.
 
-        Call it on a reader that is not read for a while. The next read is of the same object, or it raises.
+        Call it on a reader that is not read for a while. The next read returns bytes of the same object, or raises an error.
         """
         await self._release_handle()
 
@@ -150,7 +150,7 @@ class StoredObjectReader:
 
     @property
     def verifies(self) -> bool:
-        """Whether the bytes are checked as they pass."""
+        """Whether the bytes are verified as they are read."""
         return self._sha256 is not None
 
     @property
@@ -162,7 +162,7 @@ class StoredObjectReader:
             raise ValueError("the reader is closed")
 
     async def start(self) -> Self:
-        """Open the backend's handle, so that a missing or wrong object raises before the first byte."""
+        """Open the backend's handle, so that a missing or wrong object raises an error before the first byte."""
         try:
             self.info = (await self._source.start()).info
             require_recorded_size(self.ref, self.info.size)
@@ -238,8 +238,8 @@ class SyncObjectReader(io.BufferedReader):
 
     Attributes:
         ref: The ref that was opened.
-        info: What the backend says of the whole object.
-        size: How many bytes the range has.
+        info: The properties of the whole object in the backend.
+        size: The length of the range in bytes.
     """
 
     def __init__(self, reader: StoredObjectReader) -> None:
@@ -335,8 +335,8 @@ class OpeningReader:
     @property
     def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # what `vars` gives, to encoders
         raise TypeError(
-            "what open() returns is neither a reader nor data: await it, or enter it with 'async with', and read from what that"
-            " gives; to answer a request with a file, return a StoredObjectResponse"
+            "the return value of open() is neither a reader nor data: await it, or enter it with 'async with', and read from "
+            "the reader; to answer a request with a file, return a StoredObjectResponse"
         )
 
     def __dir__(self) -> list[str]:

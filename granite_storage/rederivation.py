@@ -1,4 +1,4 @@
-"""Making variants again for the rows that are there already: those that are missing, those of changed recipes, or all of them."""
+"""Makes variants of existing files: those that are missing, those of changed recipes, or all of them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _TRIES = 3
 
 
 class RederivationStatus(StrEnum):
-    """What became of a variant, or of what an effect has made of a file."""
+    """The outcome for a variant, or for an effect of a file."""
 
     MADE = "made"
     DROPPED = "dropped"
@@ -83,7 +83,7 @@ class RederivedVariant:
 
 @dataclass(slots=True)
 class RederivationReport(RowReport):
-    """What a run has done; `rows`, `key` and `complete` are those of every job over rows.
+    """The results of a run; `rows`, `key` and `complete` are those of every job over rows.
 
     Attributes:
         counts: How many variants and effects were processed, by what became of them.
@@ -97,7 +97,7 @@ class RederivationReport(RowReport):
 
     @property
     def failed(self) -> int:
-        """How many failed."""
+        """The number of failures."""
         return self.counts[RederivationStatus.FAILED]
 
 
@@ -110,7 +110,7 @@ class _Wanted:
 
 
 class Rederivation(RowRun[RederivedVariant, RederivationReport]):
-    """What `rederive` returns: iterate over it for what it processes, or await it for the report."""
+    """The result of `rederive`: iterate over it for what it processes, or await it for the report."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Rederivation(RowRun[RederivedVariant, RederivationReport]):
         self._effects: Mapping[str, Sequence[str]] = {}
 
     async def waiting(self) -> dict[tuple[str, str, str], int]:
-        """Return how much there is to do, by column, variant or effect, and what is to be done. Nothing is changed."""
+        """Return the amount of pending work by column, variant or effect, and kind, without changing anything."""
         await self._find_effects()
         found: Counter[tuple[str, str, str]] = Counter()
         async with aclosing(self._scan.rows(after=self.report.key)) as rows:
@@ -260,7 +260,7 @@ def rederive(
     after: str | None = None,
     bytes_per_second: float | None = None,
 ) -> Rederivation:
-    """Make the variants of the files that rows hold already, while the application keeps reading and writing.
+    """Make the variants of existing files, while the application keeps reading and writing.
 
     It is what a new variant, or a changed recipe, needs once every process declares it. Each variant is made, and set in its row,
     exactly as when it is asked for: by compare-and-set on the file, so that a writer that replaces the file meanwhile wins. What
@@ -297,12 +297,12 @@ def rederive(
         raise ConfigurationError(f"which must be one of {', '.join(map(repr, get_args(Which)))}, not {which!r}")
     if find_binding(binding.metadata) is not binding:
         raise ConfigurationError(
-            "the binding is not in force, because it was unbound or its base was bound again: pass the current one"
+            "the binding is not active, because it was unbound or its base was bound again: pass the current one"
         )
     types = [column.type for column in binding.ref_columns() if isinstance(column.type, AttachmentType)]
     known = sorted(f"{item.table.fullname}.{item.column.name}" for item in types)
     if unknown := sorted(set(columns).difference(known)):
-        raise ConfigurationError(f"{unknown[0]!r} is no attachment column (there are: {', '.join(known) or 'none'})")
+        raise ConfigurationError(f"{unknown[0]!r} is not an attachment column (there are: {', '.join(known) or 'none'})")
     declared = sorted({name for item in types for name in (*item.variants, *item.effects)})
     if (unknown := sorted(set(names).difference(declared))) and not drop_undeclared:
         raise ConfigurationError(

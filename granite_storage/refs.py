@@ -83,27 +83,27 @@ class _UnknownKeys:
 class StoredObjectRef(_UnknownKeys):
     """The receipt of one stored object.
 
-    A ref is immutable, equal by its fields, hashed by where the object is, and holds no handle and no secret.
+    A ref is immutable, compared by its fields, hashed by its object's address, and contains no handle and no secret.
 
     Attributes:
         storage_key: The policy it was written under, such as `avatars`.
         backend: The backend's key in the manager, such as `local` or `s3`.
         location: The object's address inside the backend.
         size: Bytes written.
-        checksum: `sha256:<64 lower-case hex digits>`; empty where it is unknown, as in refs of other origin.
+        checksum: `sha256:<64 lower-case hex digits>`; empty if it is unknown, as in refs from other sources.
         content_type: The media type that the writer gave.
         original_filename: The client's file name, without path and control characters.
         created_at: When the object was stored: ISO 8601, UTC, microseconds.
         extra: The caller's own keys and the backend's, such as `bucket`; read-only.
-        media: What the content was found to be before it was kept, such as `type`, `width` and `height`; never what a client
-            says. None where nothing looked. Read-only, and left out of the JSON where it is None, as `scan` is.
-        scan: The verdict of a virus scanner: `status` (`clean`, `pending`, `infected` or `failed`), `by` and `at`; None where
-            none was asked.
-        variants: The refs of the objects that were derived from this one, by the names of the variants; read-only. A variant has
-            no variants of its own. None where there are none.
-        recipe: Of a variant: the digest of the recipe that it was made by. None for every other object.
+        media: Properties detected from the content, such as `type`, `width` and `height`; never a client's declaration. None if
+            nothing inspected it. Read-only, and like `scan` left out of the JSON if it is None.
+        scan: The verdict of a virus scanner: `status` (`clean`, `pending`, `infected` or `failed`), `by` and `at`; None if it
+            was not scanned.
+        variants: The refs of the objects that were derived from this one, by the names of the variants; read-only. A variant
+            has no variants itself. None if there are none.
+        recipe: The digest of the recipe that made a variant; None for other objects.
 
-    The first nine are the ref's identity: refs are equal by them, whatever the others say.
+    Refs are equal if the first nine fields are equal, whatever the others are.
 
     Example:
         >>> ref = StoredObjectRef("avatars", "local", "user/42/avatar/x.png", 3, "")
@@ -136,10 +136,10 @@ class StoredObjectRef(_UnknownKeys):
 
     @property
     def identity(self) -> str | None:
-        """The identity of the store that the object was written to; None where that kept none, or an older version wrote the ref.
+        """The identity of the store that the object was written to; None if it had none, or an older version wrote the ref.
 
-        It is not one of the fields, and does not count where refs are compared: it says nothing of the object. In the row it
-        stands beside them, under the key `identity`.
+        It is not one of the fields and is ignored in comparisons, because it does not describe the object. In the row it is
+        stored beside them, under the key `identity`.
         """
         found = self._unknown.get(_IDENTITY)
         return found if isinstance(found, str) else None
@@ -194,7 +194,7 @@ class StoredObjectRef(_UnknownKeys):
         return {"type": "object", "title": "StoredObjectRef", "properties": properties | parts, "required": required}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, unknown keys that were read included."""
+        """Return plain JSON values, including unknown keys that were read."""
         known = {name: getattr(self, name) for name in _FIELDS}
         parts: dict[str, Any] = {name: _plain(part) for name in _JSON_PARTS if (part := getattr(self, name)) is not None}
         if self.variants is not None:
@@ -205,13 +205,13 @@ class StoredObjectRef(_UnknownKeys):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Read a ref that this, an older or a newer version wrote.
+        """Read a ref that this, an older or a newer version has written.
 
-        Missing optional fields are None and a missing checksum is unknown. Keys that this version does not know are kept, and
-        `to_dict` gives them back. The time is brought to one form. Locations are checked where they are used, not here.
+        Missing optional fields are None and a missing checksum is unknown. Unknown keys are kept, and `to_dict` returns them.
+        The time is normalized. Locations are checked when they are used, not here.
 
         Raises:
-            InvalidReferenceError: It is not a ref; the message names the field at fault.
+            InvalidReferenceError: It is not a ref; the message names the invalid field.
         """
         if not isinstance(data, Mapping):
             raise InvalidReferenceError(f"a ref must be a mapping, not {type(data).__name__}")
@@ -261,11 +261,11 @@ def require_scanned(ref: StoredObjectRef) -> None:
         case "infected":
             raise InfectedObjectError(f"a virus scanner has found something in the object {ref.location!r}, which is not served")
         case _:
-            raise ScanPendingError(f"the object {ref.location!r} is not served until a virus scanner has judged it")
+            raise ScanPendingError(f"the object {ref.location!r} is not served until a virus scanner has scanned it")
 
 
 def is_held(ref: StoredObjectRef) -> bool:
-    """Tell whether an object is held back until a scanner has judged it."""
+    """Return whether an object is held back until a scanner has judged it."""
     return ref.scan is not None and ref.scan.get("status") == "pending"
 
 
@@ -331,7 +331,9 @@ class _Freezer:
             case float() if math.isfinite(value):
                 return value
             case _:
-                raise InvalidReferenceError(f"{self.name} holds a value of type {type(value).__name__} that JSON cannot keep")
+                raise InvalidReferenceError(
+                    f"{self.name} holds a value of type {type(value).__name__} that JSON cannot represent"
+                )
 
     def _key(self, key: object) -> str:
         if not isinstance(key, str):
@@ -392,7 +394,7 @@ def _read_variants(value: object) -> dict[str, StoredObjectRef]:
 def _text(data: Mapping[str, Any], name: str) -> str:
     value = data.get(name)
     if not isinstance(value, str) or not value:
-        raise InvalidReferenceError(f"{name} must be a string that is not empty, not {_shown(value)}")
+        raise InvalidReferenceError(f"{name} must be a non-empty string, not {_shown(value)}")
     return value
 
 
@@ -436,7 +438,7 @@ def _timestamp(value: object) -> str | None:
     try:
         return canonical_timestamp(_moment(value))
     except (ValueError, OverflowError, OSError) as error:
-        raise InvalidReferenceError(f"created_at is not a time of ISO 8601: {_shown(value)}") from error
+        raise InvalidReferenceError(f"created_at must be an ISO 8601 time, not {_shown(value)}") from error
 
 
 def _moment(value: object) -> datetime:

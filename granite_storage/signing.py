@@ -22,7 +22,7 @@ from granite_storage.refs import StoredObjectRef, require_scanned
 __all__ = ["SignedObject", "TokenSigner", "UrlSigner", "signed_urls"]
 
 
-# Tokens: claims that anybody may read and nobody can change, written in exactly one way.
+# Tokens: claims that anyone can read and no one can change, written in exactly one way.
 
 
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
@@ -75,7 +75,7 @@ class TokenSigner:
         return f"<TokenSigner keys={self.key_ids}>"
 
     def __reduce__(self) -> Any:
-        raise TypeError("what signs holds secrets and cannot be pickled")
+        raise TypeError("a signer holds secrets and cannot be pickled")
 
 
 def _claims(payload: str) -> dict[str, Any] | None:
@@ -115,7 +115,7 @@ _REF_FIELDS = ("storage_key", "backend", "location", "size", "checksum", "conten
 
 @dataclass(frozen=True, slots=True)
 class SignedObject:
-    """What a signed URL grants: reading one object, shown in one way, until it expires.
+    """The permission of a signed URL: to read one object, with one disposition, until it expires.
 
     Attributes:
         ref: The object.
@@ -133,18 +133,18 @@ class SignedObject:
 class UrlSigner:
     """Signs URLs that `granite_storage.web.SignedFiles` serves.
 
-    Everything that the answer depends on is in the URL and signed, with a key made for this one purpose, and so is the base URL:
-    nothing can be changed, and a URL has exactly one form. What is signed can be read by anyone who has the URL.
+    The URL contains everything that the response depends on, and a signature over it and the base URL, with a key derived for
+    this purpose only: nothing can be changed, and a URL has exactly one form. Anyone who has the URL can read its contents.
 
     Args:
         base_url: Where `SignedFiles` is mounted, as clients see it, such as `https://example.com/files`. URLs are built from it
-            alone, never from what a request says of its host.
+            alone, never from the Host of a request.
         keys: Secrets by their ids, of at least 32 bytes each. The first one signs; all are accepted. To rotate, put a new one
             first, and remove the old one when its URLs have expired.
         max_expires_in: The longest that a URL may work.
 
     Raises:
-        ConfigurationError: An argument cannot work; no message shows a secret.
+        ConfigurationError: An argument is invalid; no message shows a secret.
 
     Example:
         >>> import secrets
@@ -168,13 +168,13 @@ class UrlSigner:
         filename: str | None = None,
         stable_for: timedelta | None = None,
     ) -> str:
-        """Return the URL; `StorageManager.url` is what applications call.
+        """Return the URL; applications call `StorageManager.url`.
 
         Raises:
             ValueError: `expires_in` is less than a second, or more than `max_expires_in` together with `stable_for`, or the
                 disposition is not known.
-            ScanPendingError: A virus scanner has not judged the object yet.
-            InfectedObjectError: It found something in it.
+            ScanPendingError: A virus scanner has not scanned the object yet.
+            InfectedObjectError: A virus scanner has found the object infected.
         """
         require_disposition(disposition)
         require_scanned(ref)
@@ -189,7 +189,7 @@ class UrlSigner:
         return f"{self.base_url}/{self._tokens.sign(claims)}"
 
     def verify(self, token: str) -> SignedObject | None:
-        """Return what a token, the last segment of a URL, grants; None where it grants nothing, for whatever reason."""
+        """Return the permission of a token, the last segment of a URL; None if it is invalid, for whatever reason."""
         claims = self._tokens.read(token)
         signed = None if claims is None else _granted(claims)
         if signed is None or not 0 < signed.expires - time.time() <= self.max_expires_in.total_seconds():
@@ -220,8 +220,7 @@ async def signed_urls(
             return await backend.presign_many(requests)
         if stable_for is not None:
             raise ConfigurationError(
-                f"the backend {refs[0].backend!r} signs no URLs that stay the same, because it has no presign_many(): leave"
-                " stable_for out"
+                f"the backend {refs[0].backend!r} cannot sign stable URLs, because it has no presign_many(): omit stable_for"
             )
         return [
             await backend.presign_get(
@@ -230,7 +229,7 @@ async def signed_urls(
             for one in requests
         ]
     if signer is None:
-        raise ConfigurationError(f"the backend {refs[0].backend!r} signs no URLs: give the manager a url_signer")
+        raise ConfigurationError(f"the backend {refs[0].backend!r} cannot sign URLs: give the manager a url_signer")
     urls: list[str] = []
     for ref in refs:
         urls.append(signer.sign(ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for))

@@ -197,7 +197,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _is_weakly_referable(value: object) -> bool:
-    """Tell whether something can have a weak reference, as generators and files can and the iterator of a list cannot."""
+    """Return whether something can have a weak reference, as generators and files can and the iterator of a list cannot."""
     return type(value).__weakrefoffset__ != 0
 
 
@@ -430,12 +430,12 @@ def is_seekable(file: object) -> bool:
 
 
 def is_upload(source: object) -> bool:
-    """Tell whether something carries the name that a client gave its file; a `gzip.GzipFile` has a `filename` of this machine."""
+    """Return whether a source has a file name of a client; a `gzip.GzipFile` has a `filename` of this machine."""
     return is_form_upload(source) or (not isinstance(source, io.IOBase) and hasattr(source, "filename"))
 
 
 def is_form_upload(source: object) -> bool:
-    """Tell whether something is what web frameworks make of a file in a form: it has a `filename` and a `content_type`."""
+    """Return whether something is what web frameworks make of a file in a form: it has a `filename` and a `content_type`."""
     return hasattr(source, "content_type") and hasattr(source, "filename")
 
 
@@ -698,7 +698,7 @@ def _is_buffer(source: Any) -> TypeGuard[memoryview]:
 
 
 class SizeLimitedStream:
-    """An async iterator over a stream that raises at the first byte over a limit.
+    """An async iterator over a stream that raises an error at the first byte over a limit.
 
     Each chunk is counted before it is passed on, so no byte over the limit ever reaches a backend, and memory holds one chunk.
 
@@ -747,14 +747,14 @@ class SizeLimitedStream:
 
 
 class ManagedStream(SizeLimitedStream):
-    """What a manager stores: a limited stream that nobody else has stored at the same time."""
+    """The stream that a manager stores: limited, and not stored by another call at the same time."""
 
     def _chunks_of(self, stream: ByteSource) -> AsyncGenerator[BytesLike, None]:
         return iter_chunks(stream, claim=_claimed)
 
 
 def _is_read_on(stream: object) -> bool:
-    """Tell whether each reading of a stream goes on where the one before it ended."""
+    """Return whether each reading of a stream goes on where the one before it ended."""
     return not is_upload(stream) if is_file(stream) else isinstance(stream, Iterator | AsyncIterator)
 
 

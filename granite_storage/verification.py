@@ -1,4 +1,4 @@
-"""Comparing every reference with its object."""
+"""Compares every reference with its object."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _Named: TypeAlias = "tuple[str | None, StoredObjectRef]"
 
 
 class Problem(StrEnum):
-    """What can be wrong with a reference."""
+    """The kinds of findings about a reference."""
 
     MISSING = "missing"
     WRONG_SIZE = "wrong size"
@@ -62,7 +62,7 @@ class Problem(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong, or unknown, about a reference.
+    """A problem of a reference, or something unknown about it.
 
     Attributes:
         problem: The kind of problem.
@@ -95,7 +95,7 @@ class Finding:
 
 @dataclass(slots=True)
 class VerificationReport(RowReport):
-    """What a verification has checked; `rows`, `key` and `complete` are those of every job over rows.
+    """The results of a verification; `rows`, `key` and `complete` are those of every job over rows.
 
     Attributes:
         checked: How many references were compared with their objects; those to variants are counted by themselves.
@@ -113,12 +113,12 @@ class VerificationReport(RowReport):
 
     @property
     def problems(self) -> int:
-        """How many findings are not harmless."""
+        """The number of findings that are not harmless."""
         return self.counts.total() - self.counts[Problem.UNKNOWN_CHECKSUM]
 
 
 class Verification(RowRun[Finding, VerificationReport]):
-    """What `verify` returns: iterate over it for the findings, or await it for the report."""
+    """The result of `verify`: iterate over it for the findings, or await it for the report."""
 
     def __init__(
         self, binding: StorageBinding, storage_key: str | None, deep: bool, concurrency: int, after: str | None, budget: Budget
@@ -214,24 +214,24 @@ def verify(
     after: str | None = None,
     bytes_per_second: float | None = None,
 ) -> Verification:
-    """Compare every reference with its object; nothing is changed, neither a row nor an object.
+    """Compare every reference with its object, without changing rows or objects.
 
-    Variants are objects as others are. A finding names the one that it is about, and says that it can be made again.
+    Variants are checked like other objects. A finding about a variant names it, and says that it can be made again.
 
-    Every attachment column and every plain column of refs is read, all rows of them, in the order of the primary keys. What a
-    writer replaces meanwhile is re-checked before it is reported. An unavailable backend ends the run with its error:
-    nothing is reported as missing that could not be looked for, or may not be read.
+    Every attachment column and every plain column of refs is read, all rows of them, in the order of the primary keys. A file
+    that a writer replaces meanwhile is re-checked before it is reported. An unavailable backend ends the run with its error: an
+    object that could not be checked, or may not be read, is never reported as missing.
 
     Args:
-        binding: What `bind_storage(..., session_factory=...)` returned.
-        storage_key: Whose references; None for all, those of policies that are gone included.
+        binding: The result of `bind_storage(..., session_factory=...)`.
+        storage_key: The policy of the references; None for all, including those of removed policies.
         deep: Whether to read all bytes and compare their checksums too, instead of the sizes only.
         concurrency: How many rows are checked at a time.
         after: The `report.key` of an earlier run, to continue after it.
         bytes_per_second: The most bytes that a deep run reads per second; None for no limit.
 
     Returns:
-        A job: `async for finding in verify(...)` yields the findings as they come, `await verify(...)` returns the report.
+        A job: `async for finding in verify(...)` yields the findings as they occur, `await verify(...)` returns the report.
 
     Raises:
         UnknownPolicyError: There is no such policy.

@@ -70,7 +70,7 @@ class Owners:
         return frozenset({key, *(other for other, overlaps in others.items() if overlaps is not False)})
 
     def _may_be_of(self, key: str, identity: str) -> bool:
-        """Tell whether a ref with this identity, or none, may lead to the store of a backend."""
+        """Return whether a ref with this identity, or none, may lead to the store of a backend."""
         if key not in self._identities:
             self._identities[key] = self._thread.run(self._find_identities(key))
         identities = self._identities[key]

@@ -101,9 +101,9 @@ def reflect_table(connection: Connection, name: str, schema: str | None, *, refs
             f"the table {name} has no column {', '.join(missing)}: correct the name, or add the column first"
         )
     if not keys:
-        raise ConfigurationError(f"the table {name} has no primary key, by which a conversion finds its rows: add one first")
+        raise ConfigurationError(f"the table {name} has no primary key, which a conversion needs to find the rows: add one first")
     if refs in keys:
-        raise ConfigurationError(f"{name}.{refs} is part of the primary key, so it cannot hold refs: use a column of its own")
+        raise ConfigurationError(f"{name}.{refs} is part of the primary key, so it cannot contain refs: use another column")
     plain = [Column(column, found[column], primary_key=column in keys) for column in dict.fromkeys([*keys, *others])]
     return Table(name, MetaData(), *plain, Column(refs, portable_storage_ref_type()), schema=schema)
 

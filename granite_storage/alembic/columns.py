@@ -42,7 +42,7 @@ logger: logging.Logger = logging.getLogger("granite_storage")
 
 
 def add_storage_column(op: Op, table: str, column: str, *, schema: str | None = None) -> None:
-    """Add a column for refs to a table, empty and nullable; nothing happens where it is there already.
+    """Add an empty, nullable column of refs to a table, unless it exists already.
 
     A conversion commits what the migration did before it, so the migration must be able to run again after a crash.
     """
@@ -67,7 +67,7 @@ def drop_converted_column(
     schema: str | None = None,
     concurrency: int = 8,
 ) -> None:
-    """Drop a column that was converted, once every object that has replaced it was read and verified.
+    """Drop a column that was converted, after reading and verifying every object of the new column.
 
     Nothing is dropped where an object is missing or wrong, or a row has a value that was never converted. Nothing happens where
     the column is gone already.
@@ -99,7 +99,7 @@ def drop_converted_column(
 
 
 def drop_restored_column(op: Op, table: str, source: str, target: str, *, schema: str | None = None) -> None:
-    """Drop a column of refs, once every row has its old value back; the objects and their variants stay where they are.
+    """Drop a column of refs once every row has its old value back; the objects and their variants stay.
 
     How many that are is logged. No row refers to them any more, so the garbage collector deletes those that nothing mentions, as
     a column of paths mentions an object. Variants are not converted: nothing but the dropped column knows of them.
@@ -160,7 +160,7 @@ async def _verify(manager: StorageManager, refs: Sequence[StoredObjectRef]) -> N
 
 
 def create_location_index(op: Op, table: str, column: str, *, schema: str | None = None, concurrently: bool = False) -> None:
-    """Create an index over the locations of a column of refs, unless it is there already.
+    """Create an index on the locations of a column of refs, unless it exists already.
 
     The journal's worker, `migrate` and `paths_to_storage` ask which rows refer to an object; without the index each question
     reads the whole table. On PostgreSQL and SQLite it is an index on an expression, on MariaDB one on a generated column that
@@ -185,7 +185,7 @@ def create_location_index(op: Op, table: str, column: str, *, schema: str | None
 
 
 def drop_location_index(op: Op, table: str, column: str, *, schema: str | None = None) -> None:
-    """Drop what `create_location_index` created; nothing happens where it is gone already."""
+    """Drop the index of `create_location_index`, if it exists."""
     op.drop_index(location_index_name(table, column), table_name=table, schema=schema, if_exists=True)
     if op.get_context().dialect.name in ("mysql", "mariadb") and _has_generated_column(op, table, column, schema):
         op.drop_column(table, location_column_name(column), schema=schema)

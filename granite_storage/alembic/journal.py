@@ -49,7 +49,7 @@ def create_journal_tables(op: Op, *, schema: str | None = None) -> None:
 
 
 def upgrade_journal_tables(op: Op, *, schema: str | None = None) -> None:
-    """Upgrade the journal's tables to the library's version; nothing happens where they have it.
+    """Upgrade the journal's tables to the library's version, if they are older.
 
     Args:
         op: Alembic's `op`.
@@ -73,7 +73,7 @@ def upgrade_journal_tables(op: Op, *, schema: str | None = None) -> None:
 
 
 def drop_journal_tables(op: Op, *, schema: str | None = None, discard_pending: bool = False) -> None:
-    """Drop the journal's tables once nothing is left to do in them.
+    """Drop the journal's tables, if they contain no pending work.
 
     Args:
         op: Alembic's `op`.

@@ -71,7 +71,7 @@ _ROWS_OF_PATHS = 100
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """The progress of a conversion; rows that an earlier run has done are not counted.
+    """The progress of a conversion; rows that an earlier run has converted are not counted.
 
     Attributes:
         table: The table.
@@ -93,7 +93,7 @@ class ConversionReport:
 
     @property
     def done(self) -> int:
-        """How many rows were processed."""
+        """The number of processed rows."""
         return self.stored + self.adopted + self.skipped
 
 
@@ -170,7 +170,7 @@ def convert(op: Op, what: Conversion, work: Work, progress: Progress | None) -> 
 
 
 def _is_finished(connection: Connection, what: Conversion) -> bool:
-    """Tell whether an earlier, interrupted run of the same migration has dropped the source already."""
+    """Return whether an earlier, interrupted run of the same migration has dropped the source already."""
     found = columns_of(connection, what.table, what.schema)
     if what.source in found or what.target not in found:
         return False
@@ -243,7 +243,7 @@ def text_to_storage(
     concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Store each text of a column as an object, and let another column refer to it. NULL stays NULL.
+    """Store each text of a column as an object, and write its ref to another column. NULL stays NULL.
 
     Rows are locked, stored, read back and written some at a time, each time in a transaction of its own, so memory is that of
     `concurrency` values. A row whose target is set is left alone: run an interrupted conversion again to continue it. What the
@@ -316,7 +316,7 @@ def paths_to_storage(
     concurrency: int = 8,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Turn what another library wrote, such as paths, keys or URLs, into refs; otherwise as `text_to_storage`.
+    """Convert the values of another library, such as paths, keys or URLs, to refs; otherwise as `text_to_storage`.
 
     An object in one of the manager's backends is adopted where it is: it is read once for its size and checksum, and not moved.
     One that another row refers to already is copied, because an object has one owner: every column of refs in the database is
@@ -402,7 +402,7 @@ def storage_to_paths(
     schema: str | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Write the path, key or URL by which another library knows each object, for a downgrade; no object is touched.
+    """Write the path, key or URL of each object for another library, for a downgrade; no object is changed.
 
     Variants have no path in the other column. They stay as long as the column of refs is there, and are orphans afterwards.
 

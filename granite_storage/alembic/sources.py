@@ -140,8 +140,8 @@ async def _keep_if(manager: StorageManager, ref: StoredObjectRef, check: Corouti
         await check
         if is_held(ref):
             raise ScannerUnavailableError(
-                "the scanner of the policy could not judge a file, and a migration holds none back: run it again once the scanner"
-                " is available"
+                "the scanner of the policy could not scan a file, and a migration cannot hold files: run it again once the "
+                "scanner is available"
             )
     except BaseException:
         await remove(manager, ref)
@@ -152,7 +152,7 @@ async def _keep_if(manager: StorageManager, ref: StoredObjectRef, check: Corouti
 async def _require_content(manager: StorageManager, ref: StoredObjectRef, content: bytes) -> None:
     if await manager.get(ref) != content:
         raise ChecksumMismatchError(
-            f"the object at {ref.location!r} was read back with other content than was stored", expected=ref.checksum
+            f"the object at {ref.location!r} does not contain the bytes that were stored there", expected=ref.checksum
         )
 
 
@@ -161,7 +161,7 @@ async def _require_content(manager: StorageManager, ref: StoredObjectRef, conten
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """An object in one of the manager's backends, where it may stay.
+    """An object in one of the manager's backends, which stays there.
 
     Attributes:
         backend: The backend's key in the manager.
@@ -238,13 +238,13 @@ class PlainPath:
     def _inside(self, rest: str) -> Path:
         if self.folder is None:
             raise InvalidLocationError(
-                f"{rest[:120]!r} is no valid location, and there is no folder to copy the file from: pass folder= to PlainPath"
+                f"{rest[:120]!r} is not a valid location, and there is no folder to copy the file from: pass folder= to PlainPath"
             )
         folder = Path(self.folder).resolve()
         found = (folder / rest).resolve()
         if not found.is_relative_to(folder):
             raise InvalidLocationError(
-                f"{rest[:120]!r} leads out of the folder {str(folder)[:120]!r}: only files inside of it are copy_object"
+                f"{rest[:120]!r} leads out of the folder {str(folder)[:120]!r}: only files inside it are copied"
             )
         return found
 
@@ -283,7 +283,7 @@ async def _put(
 
 def _open_regular(path: Path) -> IO[bytes]:
     """Open a regular file; opening a named pipe would wait for a writer, and reading a device may never end."""
-    irregular = ObjectNotFoundError(f"{str(path)[:200]!r} is not a regular file, and nothing else can be stored")
+    irregular = ObjectNotFoundError(f"{str(path)[:200]!r} is not a regular file, so it cannot be stored")
     try:
         descriptor = os.open(path, _HOW)
     except OSError as error:

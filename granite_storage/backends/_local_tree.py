@@ -89,7 +89,7 @@ def _open_directory(path: str | Path, parent: int | None = None) -> Iterator[int
 
 
 def _info_of(location: str, found: os.stat_result) -> ObjectInfo:
-    """Return what is known of an object by what the file system says of its file."""
+    """Return the properties of an object by what the file system says of its file."""
     etag = f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
     return ObjectInfo(location, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC), etag)
 
@@ -367,8 +367,9 @@ class Tree:
     def no_directory(self, location: str) -> BackendUnavailableError:
         """Return the error for a directory that is missing however often it is made; raise it from the last failure."""
         return BackendUnavailableError(
-            f"no file can be made for {location!r} below {str(self.root)!r}: its directory was missing {MAX_ATTEMPTS} times in "
-            "a row; either something removes it each time, or the file system lets no directories or files be made there",
+            f"no file can be created for {location!r} below {str(self.root)!r}: its directory was missing {MAX_ATTEMPTS} times "
+            "in a row; either another program removes it each time, or the file system does not allow directories or files to "
+            "be created there",
             location=location,
         )
 
@@ -515,8 +516,8 @@ class Tree:
                     raise
                 self._syncs_directories = False
                 logger.warning(
-                    "the file system of %r cannot write directories through to the disk (fsync: %s): files are written through, "
-                    "but a power loss may lose the names of the newest; fsync=False accepts that without this warning",
+                    "the file system of %r does not support fsync of directories (%s): files are synchronized, but a power "
+                    "loss may lose the names of the newest; pass fsync=False to accept that without this warning",
                     str(self.root),
                     error.strerror,
                 )
@@ -664,8 +665,8 @@ class Tree:
                     path.mkdir(0o777 if self.dir_mode is None else self.dir_mode, exist_ok=True)
                 except FileNotFoundError as error:
                     raise BackendError(
-                        f"the root directory {str(self.root)!r} cannot be made (mkdir of {str(path)!r}: {error.strerror}): "
-                        "make it by hand, or choose a root_dir on a file system that lets directories be made"
+                        f"the root directory {str(self.root)!r} cannot be created (mkdir of {str(path)!r}: {error.strerror}): "
+                        "create it by hand, or choose a root_dir on a file system that allows directories to be created"
                     ) from error
             if self.dir_mode is not None:
                 with self.translated(None, step="chmod"):
@@ -683,9 +684,9 @@ class Tree:
             os.stat(MARKER, dir_fd=descriptor, follow_symlinks=False)
         except FileNotFoundError as error:
             if self._known_root not in {None, identity}:
-                raise self._unavailable("is not the directory that it was") from error
+                raise self._unavailable("was replaced by another directory") from error
             if not self.create_root and os.stat("..", dir_fd=descriptor).st_dev == found.st_dev:
-                raise self._unavailable(f"is no mount point and has no file {MARKER!r} that says it is in use") from error
+                raise self._unavailable(f"is not a mount point and has no marker file {MARKER!r}") from error
             if not writing:
                 return
             self._mark(descriptor)

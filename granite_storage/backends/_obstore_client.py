@@ -372,7 +372,7 @@ def _builder(url: str, given: dict[str, Any]) -> Callable[[], Any]:
         unknown = given["retry_config"].keys() - _DEFAULT_RETRY_CONFIG.keys()
         if unknown:  # obstore would ignore it
             raise ConfigurationError(
-                f"retry_config knows {', '.join(sorted(_DEFAULT_RETRY_CONFIG))}, but not {', '.join(sorted(unknown))}"
+                f"retry_config takes {', '.join(sorted(_DEFAULT_RETRY_CONFIG))}, but not {', '.join(sorted(unknown))}"
             )
         _require_options_of_store(given.get("config", {}))
 
@@ -520,7 +520,7 @@ class StoreClient:
         self.bucket_seen = True
 
     async def head(self, location: str) -> tuple[ObjectInfo, str | None]:
-        """Return what is known of an object, and the id of the write that it is of, where it has one."""
+        """Return the properties of an object, and the id of the write that it is of, where it has one."""
         answer = await self.get(location, {"head": True}, operation="head")
         return answer.info, answer.owner
 
@@ -541,7 +541,7 @@ class StoreClient:
         return True
 
     async def delete(self, location: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Remove an object; a missing object is not an error."""
         for attempt in range(1, _DELETES + 1):
             try:
                 await self.call("delete", location, lambda store: store.delete_async(location))

@@ -212,7 +212,7 @@ class RemoteReader:
         self._closed = False
 
     async def read(self, size: int = -1, /) -> bytes:
-        """Return up to `size` bytes, all that is left where negative, and nothing only at the end of the range.
+        """Return up to `size` bytes (all remaining ones if negative), and empty bytes only at the end of the range.
 
         Raises:
             BackendUnavailableError: The body was cut off, or another call has got the connection.
@@ -386,4 +386,4 @@ class RemoteWriter:
             await self._remove(found)
 
     def _exists(self) -> ObjectExistsError:
-        return ObjectExistsError(f"an object is at {self._location!r} already", location=self._location)
+        return ObjectExistsError(f"an object is already at {self._location!r}", location=self._location)

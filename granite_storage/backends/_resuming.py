@@ -61,7 +61,7 @@ class ResumingReader:
         return self
 
     async def read(self, size: int = -1, /) -> bytes:
-        """Return up to `size` bytes, all that is left where negative, and nothing only at the end of the range.
+        """Return up to `size` bytes (all remaining ones if negative), and empty bytes only at the end of the range.
 
         Raises:
             BackendUnavailableError: The body was cut off `max_attempts` times in a row.

@@ -52,7 +52,7 @@ upload_begun: ContextVar[Callable[[str], Awaitable[None]] | None] = ContextVar("
 
 @dataclass(frozen=True, slots=True)
 class ObjectHeaders:
-    """What is stored with an object for those who read it past the application, such as a CDN.
+    """The headers that are stored with an object for readers that bypass the application, such as a CDN.
 
     Attributes:
         content_type: Its Content-Type; that of a write is the same, that of a copy's source need not be.
@@ -73,7 +73,7 @@ object_headers: ContextVar[ObjectHeaders | None] = ContextVar("granite_storage.o
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """What a backend knows of an object.
+    """The properties of an object in its backend.
 
     Attributes:
         location: Its address inside the backend.
@@ -93,18 +93,18 @@ class ObjectInfo:
 
 
 class ObjectReader(Protocol):
-    """One range of one object, open for reading once from its start to its end.
+    """One range of one object, open for one read from its start to its end.
 
     It need not resume: where it raises `BackendUnavailableError`, `StoredObjectReader` opens what is left of the same object.
     """
 
     @property
     def info(self) -> ObjectInfo:
-        """The whole object, also where only a range of it is read."""
+        """The whole object, even if only a range of it is read."""
         ...
 
     async def read(self, size: int = -1, /) -> bytes:
-        """Return up to `size` bytes (all that is left where negative), and nothing only at the end of the range.
+        """Return up to `size` bytes (all remaining ones if negative), and empty bytes only at the end of the range.
 
         Raises:
             BackendUnavailableError: The bytes were cut off; what is left may be asked for again.
@@ -113,13 +113,13 @@ class ObjectReader(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Release what the reader holds; idempotent."""
+        """Release the reader's resources; idempotent."""
         ...
 
 
 @runtime_checkable
 class SupportsReopen(Protocol):
-    """An `ObjectReader` whose store can be told which object is meant, so that it sends that one or none.
+    """An `ObjectReader` that can reopen the same version of its object, or fail.
 
     Other readers are resumed by `StorageBackend.open`, and what it gives is compared: its size, and its etag or time.
     """
@@ -141,26 +141,26 @@ class SupportsReopen(Protocol):
 
 @runtime_checkable
 class StorageBackend(Protocol):
-    """Where bytes live. All backends promise the same, and `granite_storage.testing.BackendConformance` checks it.
+    """Stores bytes at locations. `granite_storage.testing.BackendConformance` tests what every backend guarantees.
 
-    - A write is exclusive and atomic: until it has returned, the location has no object; once it has, it has all of it. A
-      location that has an object already is refused with `ObjectExistsError` and left as it is. A write that fails or is
-      cancelled leaves nothing behind, neither an object nor parts of one.
-    - A missing object is `ObjectNotFoundError`, a refused permission `AccessDeniedError`, a full store `StorageFullError`, a
-      store out of reach `BackendUnavailableError`, anything else `BackendError`; the cause is the `__cause__`. An unsafe
-      location is `InvalidLocationError` before anything is touched. An error raised by the stream that is being stored, and a
-      cancellation, pass through unchanged.
+    - A write is exclusive and atomic: a location has either no object or a whole one. A location that already has an object is
+      refused with `ObjectExistsError` and not changed. A write that fails or is cancelled leaves nothing behind, neither an
+      object nor parts of one, unless the store's answer was lost and the store cannot be asked again.
+    - A missing object raises `ObjectNotFoundError`, a refused permission `AccessDeniedError`, a full store `StorageFullError`,
+      an unavailable store `BackendUnavailableError`, anything else `BackendError`, with the original error as the `__cause__`.
+      An unsafe location is `InvalidLocationError` before anything is touched. An error raised by the stream that is being
+      stored, and a cancellation, pass through unchanged.
     - A backend serves any number of tasks, and several event loops, one after the other or in threads.
     """
 
     async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any] | None:
-        """Store `content`; what is returned joins the ref's `extra`."""
+        """Store `content`; the result is merged into the ref's `extra`."""
         ...
 
     async def put_stream(
         self, location: str, stream: AsyncIterator[bytes], *, content_type: str | None = None
     ) -> Mapping[str, Any] | None:
-        """Store what `stream` yields, to its end, in bounded memory; what is returned joins the ref's `extra`.
+        """Store all that `stream` yields, in bounded memory; the result is merged into the ref's `extra`.
 
         The chunks are never empty and at most 1 MiB long. An object may be published only after the stream has ended: its
         last step is a check, and raises where the content is not what was declared.
@@ -168,7 +168,7 @@ class StorageBackend(Protocol):
         ...
 
     async def open(self, location: str, *, offset: int = 0, length: int | None = None) -> ObjectReader:
-        """Open a range for reading: `length` bytes from `offset`, fewer where the object ends, all to its end for None.
+        """Open a range for reading: `length` bytes from `offset`, fewer at the end of the object, all the rest for None.
 
         Raises:
             ObjectNotFoundError: No object is at the location.
@@ -177,19 +177,19 @@ class StorageBackend(Protocol):
         ...
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Return what is known of an object; `ObjectNotFoundError` where there is none."""
+        """Return the properties of an object; raise `ObjectNotFoundError` if there is none."""
         ...
 
     async def exists(self, location: str) -> bool:
-        """Return whether an object is at the location; a refused permission raises, it is not False."""
+        """Return whether an object exists at the location; a refused permission raises an error."""
         ...
 
     async def delete(self, location: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Delete an object; a missing object is not an error."""
         ...
 
     def iter_objects(self, prefix: str = "", *, start_after: str | None = None) -> AsyncIterator[ObjectInfo]:
-        """Yield every object whose location begins with the characters `prefix`, in the byte order of UTF-8.
+        """Yield every object whose location begins with the string `prefix`, in the byte order of UTF-8.
 
         An iterator that has `aclose`, as an asynchronous generator has, is closed where it is not iterated to its end; any other
         one must hold nothing open.
@@ -201,7 +201,7 @@ class StorageBackend(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Close what this event loop's calls have opened; idempotent. A later call opens it again."""
+        """Close the connections of this event loop; idempotent. A later call opens new ones."""
         ...
 
 
@@ -210,7 +210,7 @@ class SupportsCopy(Protocol):
     """A backend that copies an object without moving its bytes through the program."""
 
     async def copy(self, source: str, target: str) -> Mapping[str, Any] | None:
-        """Copy bytes and content type, creating `target` as exclusively and atomically as a write; the result joins `extra`."""
+        """Copy bytes and content type to `target`, exclusively and atomically like a write; the result is merged into `extra`."""
         ...
 
 
@@ -219,16 +219,16 @@ class SupportsBatchDelete(Protocol):
     """A backend that deletes many objects in few requests."""
 
     async def delete_many(self, locations: Sequence[str]) -> Mapping[str, BackendError]:
-        """Delete all; return the ones that could not be, each with its error. One failure does not stop the others."""
+        """Delete all objects; return those that could not be deleted, each with its error. A failure does not stop the others."""
         ...
 
 
 @runtime_checkable
 class SupportsCleanup(Protocol):
-    """A backend whose interrupted writes can leave something unfinished, such as temporary files or multipart uploads."""
+    """A backend whose interrupted writes can leave temporary files or multipart uploads."""
 
     async def cleanup_incomplete(self, *, older_than: timedelta) -> int:
-        """Remove what unfinished writes left behind longer than `older_than` ago; return how many there were."""
+        """Remove the remains of unfinished writes that are older than `older_than`; return how many there were."""
         ...
 
 
@@ -237,19 +237,19 @@ class SupportsClock(Protocol):
     """A backend that can tell the time by which it dates its objects."""
 
     async def now(self) -> datetime:
-        """Return the time by the clock that `ObjectInfo.modified` is of, with a time zone; it may lag behind, never lead."""
+        """Return the time, with a time zone, of the clock behind `ObjectInfo.modified`; it may lag behind, but never lead."""
         ...
 
 
 @runtime_checkable
 class SupportsAbort(Protocol):
-    """A backend whose unfinished writes stay behind when their process dies, and can be found by their location.
+    """A backend whose unfinished writes survive their process, and can be found by their location.
 
     Parts of a multipart upload have an id besides: the backend calls what `upload_begun` holds with it, before the first part.
     """
 
     async def abort_upload(self, location: str, upload_id: str | None) -> None:
-        """Abort an unfinished upload until nothing of it is left; one that is not there is no error.
+        """Abort an unfinished upload until no part of it is left; a missing upload is not an error.
 
         Args:
             location: The address that the object would have had.
@@ -260,11 +260,11 @@ class SupportsAbort(Protocol):
 
 @runtime_checkable
 class SupportsExtraKeys(Protocol):
-    """A backend whose writes return keys of its own for the ref's `extra`, such as `bucket`."""
+    """A backend whose writes return its own keys for the ref's `extra`, such as `bucket`."""
 
     @property
     def extra_keys(self) -> frozenset[str]:
-        """Every key that a write or a copy may return: it says where this object is, so a copy elsewhere must not keep it."""
+        """Every key that a write or a copy may return; it describes this object, so a copy elsewhere must not keep it."""
         ...
 
 
@@ -273,20 +273,20 @@ class SupportsMountCheck(Protocol):
     """A backend whose store can be absent and look empty, such as a folder on a disk that is not mounted."""
 
     async def is_mounted(self) -> bool:
-        """Return whether the store is there and was written to before; False also for one that was never used."""
+        """Return whether the store is present and was written to before; also False for a store that was never used."""
         ...
 
 
 @runtime_checkable
 class SupportsIdentity(Protocol):
-    """A backend whose store carries an identity: a text that was written into it at its first use and that no other store has.
+    """A backend whose store has an identity: a unique text that is written into it at its first use.
 
     The manager keeps it in each ref as `StoredObjectRef.identity`. So a key that leads to another store than it did when a row
     was written is noticed: by the first read that finds no object, by the garbage collector and by `granite-storage doctor`.
     """
 
     async def identities(self, *, create: bool = False) -> Sequence[str]:
-        """Return every identity that the store answers to, the one for new objects first; none where it has none.
+        """Return every identity of the store, the one for new objects first; empty if it has none.
 
         A store has more than one where a person has added those of stores whose objects were moved into it.
 
@@ -303,7 +303,7 @@ class SupportsIdentity(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One name of the place where a backend keeps its objects.
+    """One name of the place where a backend stores its objects.
 
     Attributes:
         store: What holds them, such as a bucket of a service; equal for two backends exactly where they share it.
@@ -314,21 +314,21 @@ class Place:
     path: tuple[str, ...] = ()
 
     def below(self, prefix: str) -> Place:
-        """Return the place of a prefix, of whole segments, of this one."""
+        """Return the place of a prefix of whole segments below this one."""
         return Place(self.store, (*self.path, *prefix.split("/")))
 
     def overlaps(self, other: Place) -> bool:
-        """Return whether an object can be in both."""
+        """Return whether an object can be in both places."""
         common = min(len(self.path), len(other.path))
         return self.store == other.store and self.path[:common] == other.path[:common]
 
 
 @runtime_checkable
 class SupportsPlaces(Protocol):
-    """A backend that tells where its objects are, so that two backends on the same store are noticed."""
+    """A backend that names the place of its objects, so that two backends on the same store are detected."""
 
     async def places(self) -> frozenset[Place]:
-        """Return every name that the place has, such as the real path of a folder and the numbers of its device and inode.
+        """Return every name of the place, such as the real path of a folder and the numbers of its device and inode.
 
         No request is made of a service for it, and it does not matter whether the store is in reach.
         """
@@ -375,7 +375,7 @@ class PresignRequest:
 
 @runtime_checkable
 class SupportsBatchPresign(Protocol):
-    """A backend that signs many URLs at a time, and the same URL again; the manager prefers it to `SupportsPresign`.
+    """A backend that signs many stable URLs at a time; the manager prefers it to `SupportsPresign`.
 
     A signer of a service in front of a backend, such as CloudFront, is a `WrappedBackend` with this method.
     """
@@ -387,7 +387,7 @@ class SupportsBatchPresign(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class UploadRequest:
-    """A request by which a client stores one object: what it says is signed, so do not log it.
+    """A signed request with which a client stores one object: do not log it.
 
     Attributes:
         method: `POST` for a form (multipart/form-data) of the fields with the file after them, in a field `file`; `PUT` for the
@@ -445,7 +445,7 @@ def check_range(offset: int, length: int | None) -> None:
 
 
 def byte_range(offset: int, length: int | None, size: int) -> ByteRange:
-    """Fit a requested range to an object of `size` bytes: it is cut at the end, and must not begin past it."""
+    """Return the part of a requested range inside an object of `size` bytes; a range that begins past the end is refused."""
     check_range(offset, length)
     if offset > size:
         raise ValueError(f"offset {offset} is past the end of an object of {size} bytes")

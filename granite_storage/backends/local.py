@@ -34,7 +34,7 @@ _LISTING_BATCH = 1000
 
 
 class LocalStorageBackend:
-    """Keeps each object as one file below a directory, and hands out a ref only when the disk has it.
+    """Stores each object as one file below a directory, and returns only once the disk has it.
 
     A write goes to a temporary file beside its target, is synchronised, and gets its name by a link that fails where the name
     exists; then the directories are synchronised up to the root. A failure or cancellation leaves no file and no temporary file.
@@ -121,17 +121,17 @@ class LocalStorageBackend:
         return await self._threads.run(self._open, location, offset, length, undo=_LocalReader.close)
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Return what is known of an object; see `StorageBackend.stat`."""
+        """Return the properties of an object; see `StorageBackend.stat`."""
         check_location(location)
         return await self._threads.run(self._tree.stat, location)
 
     async def exists(self, location: str) -> bool:
-        """Return whether there is an object; see `StorageBackend.exists`."""
+        """Return whether an object exists; see `StorageBackend.exists`."""
         check_location(location)
         return await self._threads.run(self._tree.exists, location)
 
     async def delete(self, location: str) -> None:
-        """Remove an object; see `StorageBackend.delete`."""
+        """Delete an object; see `StorageBackend.delete`."""
         check_location(location)
         await self._threads.run(self._tree.delete, location)
 

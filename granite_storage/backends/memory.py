@@ -31,7 +31,7 @@ _threads = ThreadPool("granite-memory", 2)
 
 
 class MemoryStorageBackend:
-    """Keeps objects in memory.
+    """Stores objects in memory.
 
     A write is exclusive and atomic, as on every backend: nothing of it can be seen until it has ended, and nothing is kept of one
     that fails or is cancelled. Content is held as it came, never joined, so a large object stalls no event loop. One backend
@@ -95,7 +95,7 @@ class MemoryStorageBackend:
         return _Reader(stored, byte_range(offset, length, stored.info.size))
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Return what is known of an object."""
+        """Return the properties of an object."""
         return self._find(location).info
 
     async def exists(self, location: str) -> bool:
@@ -104,7 +104,7 @@ class MemoryStorageBackend:
         return location in self._objects
 
     async def delete(self, location: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Remove an object; a missing object is not an error."""
         check_location(location)
         self._remove(location)
 
@@ -223,7 +223,7 @@ class _Reader:
         self._span = span
 
     async def read(self, size: int = -1, /) -> bytes:
-        """Return up to `size` bytes, all that is left where negative."""
+        """Return up to `size` bytes, all remaining ones if negative."""
         if self._stored is None:
             raise ValueError("the reader is closed")
         start, stop = self._span.start, self._span.stop

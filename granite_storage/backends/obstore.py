@@ -100,7 +100,7 @@ class _StreamBody:
                 await shielded_cleanup(asyncio.wait([coming], timeout=CANCEL_TIMEOUT), f"closing a reader of {self._location!r}")
         finally:
             if not coming.cancel() and not coming.cancelled():
-                coming.exception()  # nobody else will look at it
+                coming.exception()  # no other code retrieves it
 
     async def _next_chunk(self) -> bytes:
         coming = self._coming or self._stream.__anext__()
@@ -121,7 +121,7 @@ class _StreamBody:
 
 
 class ObjectStoreBackend:
-    """Keeps each object under one key of a store of obstore's.
+    """Stores each object under one key of an obstore store.
 
     What fits in one part is one exclusive request (`If-None-Match: *` or the service's equivalent). More is a multipart upload;
     obstore has no condition for it, so a HEAD before and after the parts checks for an existing object: of two concurrent
@@ -176,7 +176,7 @@ class ObjectStoreBackend:
         if importlib.util.find_spec("obstore") is None:
             raise MissingDependencyError("ObjectStoreBackend needs obstore: pip install 'granite-storage[obstore]'")
         if part_size < _SMALLEST_PART:
-            raise ConfigurationError(f"part_size must be at least 5 MiB, as S3 demands, not {part_size} bytes")
+            raise ConfigurationError(f"part_size must be at least 5 MiB, as S3 requires, not {part_size} bytes")
         if part_concurrency < 1:
             raise ConfigurationError(f"part_concurrency must be at least 1, not {part_concurrency!r}")
         options = {
@@ -196,7 +196,7 @@ class ObjectStoreBackend:
         return f"ObjectStoreBackend({self._client.name!r})"
 
     async def store(self) -> Any:
-        """Return obstore's store, for what this backend does not do; its calls raise obstore's errors."""
+        """Return obstore's store, for operations that this backend lacks; its calls raise obstore's errors."""
         return await self._client.store()
 
     async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any]:
@@ -222,7 +222,7 @@ class ObjectStoreBackend:
         return await open_reader(self._service, location, offset=offset, length=length)
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Return what is known of an object; see `StorageBackend.stat`."""
+        """Return the properties of an object; see `StorageBackend.stat`."""
         self._check(location)
         info, _ = await self._client.head(location)
         return info
@@ -233,7 +233,7 @@ class ObjectStoreBackend:
         return await self._client.exists(location)
 
     async def delete(self, location: str) -> None:
-        """Remove an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
+        """Delete an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
         self._check(location)
         self._require_writable()
         await self._client.delete(location)
@@ -277,7 +277,7 @@ class ObjectStoreBackend:
         require_expiry(expires_in)
         if not self._client.kind.signs:
             raise ObjectStoreConfigurationError(
-                f"{self._client.name} signs no URLs: only S3, Google Cloud Storage and Azure do", location=location
+                f"{self._client.name} cannot sign URLs: only S3, Google Cloud Storage and Azure can", location=location
             )
         return await self._client.signed(location, expires_in)
 
@@ -341,8 +341,8 @@ class ObjectStoreBackend:
         headers = object_headers.get()
         if headers is not None and headers.acl is not None:
             raise ObjectStoreConfigurationError(
-                f"obstore stores no ACL, such as {headers.acl!r} of a policy's PublicURL: leave it out, and let the policy of the"
-                " bucket allow the public to read",
+                f"obstore cannot store an ACL, such as {headers.acl!r} of a policy's PublicURL: omit it, and allow public "
+                "reads in the policy of the bucket",
                 location=location,
             )
         return ObjectWriter(

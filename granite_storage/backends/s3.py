@@ -90,12 +90,13 @@ def _require_presignable(settings: S3Settings) -> None:
     extra = settings.extra_put_kwargs
     if any(name.startswith("SSECustomer") for name in extra):
         raise S3ConfigurationError(
-            "a client cannot store directly with a key of your own (SSECustomerKey in extra_put_kwargs): it would have to know it"
+            "direct uploads do not support an encryption key of your own (SSECustomerKey in extra_put_kwargs): the client "
+            "would have to know it"
         )
     if extra.get("StorageClass") in _ARCHIVES:
         raise S3ConfigurationError(
-            f"a client cannot store directly with the storage class {extra['StorageClass']!r} of extra_put_kwargs: nothing there "
-            "can be read at once"
+            f"direct uploads do not support the storage class {extra['StorageClass']!r} of extra_put_kwargs: its objects "
+            "cannot be read at once"
         )
 
 
@@ -151,8 +152,8 @@ def _warn_of_early_end(client: S3Client, expires_in: timedelta) -> None:
     if left < expires_in:
         client.traits.warned_of_end = end
         logger.warning(
-            "what is presigned for bucket %r is to be valid for %s, but expires after %s with the temporary credentials that "
-            "sign it: presign for a shorter time, or sign with credentials that last longer",
+            "a presigned request for bucket %r should be valid for %s, but its temporary credentials expire after %s: presign "
+            "for a shorter time, or sign with credentials that last longer",
             client.settings.bucket,
             expires_in,
             timedelta(seconds=max(0, int(left.total_seconds()))),
@@ -226,7 +227,7 @@ def _size_and_range(answer: Mapping[str, Any]) -> tuple[int, ByteRange]:
 
 
 class S3StorageBackend:
-    """Keeps each object under one key of a bucket.
+    """Stores each object under one key of a bucket.
 
     A write is exclusive (`If-None-Match: *`) and verified by the server against a SHA-256 of the bytes. What fits in one part is
     one request; more is a multipart upload, which buffers `part_size` times `part_concurrency` bytes. A request that fails for a
@@ -321,7 +322,7 @@ class S3StorageBackend:
         if not bucket:
             raise ConfigurationError("bucket must not be empty")
         if not _SMALLEST_PART <= part_size <= LARGEST_PART:
-            raise ConfigurationError(f"part_size must be from 5 MiB to 5 GiB, as S3 demands, not {part_size} bytes")
+            raise ConfigurationError(f"part_size must be from 5 MiB to 5 GiB, as S3 requires, not {part_size} bytes")
         _require_positive(
             part_concurrency=part_concurrency,
             max_parts_in_memory=max_parts_in_memory,
@@ -373,12 +374,12 @@ class S3StorageBackend:
 
     @property
     def prefix(self) -> str:
-        """What stands before every location in the bucket, without the slash that follows."""
+        """The prefix of every key in the bucket, without the slash that follows it."""
         return self._settings.prefix.rstrip("/")
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Any]:
-        """Yield the running event loop's client of the SDK, for what this backend does not do; the backend closes it.
+        """Yield the running event loop's client of the SDK, for operations that this backend lacks; the backend closes it.
 
         Its calls raise the SDK's errors and are not made again. Keys are `prefix + "/" + location`.
         """
@@ -413,7 +414,7 @@ class S3StorageBackend:
         return await open_reader(self._service, location, offset=offset, length=length)
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Return what is known of an object; see `StorageBackend.stat`."""
+        """Return the properties of an object; see `StorageBackend.stat`."""
         self._check(location)
         return await self._service.head(location)
 
@@ -426,7 +427,7 @@ class S3StorageBackend:
         return True
 
     async def delete(self, location: str) -> None:
-        """Remove an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
+        """Delete an object; see `StorageBackend.delete`. In a bucket with versions the old ones stay."""
         self._check(location)
         await self._delete(location)
 
@@ -450,7 +451,7 @@ class S3StorageBackend:
     async def presign_get(
         self, location: str, *, expires_in: timedelta, content_type: str | None = None, disposition: str | None = None
     ) -> str:
-        """Return a URL that serves a GET until it expires, after seven days at the most; see `SupportsPresign.presign_get`.
+        """Return a URL that serves a GET until it expires, after at most seven days; see `SupportsPresign.presign_get`.
 
         The URL grants what it says to anyone who has it: do not log it. It ends with the credentials that sign it, if these are
         temporary and end sooner; the log warns of that once for each of them.
@@ -499,7 +500,7 @@ class S3StorageBackend:
         require_expiry(expires_in)
         if "${filename}" in self._settings.key(location):
             raise InvalidLocationError(
-                f"location {location!r} contains ${{filename}}, in whose place an S3 form puts the client's file name"
+                f"location {location!r} contains ${{filename}}, which an S3 form replaces by the client's file name"
             )
         if not 0 <= min_size <= max_size:
             raise ValueError(f"min_size must be from 0 to max_size, but they are {min_size} and {max_size}")

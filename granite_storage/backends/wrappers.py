@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class WrappedBackend:
-    """Passes every call on to an inner backend, under another name for each location where a subclass says so.
+    """Passes every call to an inner backend; a subclass may map each location to another one.
 
     An instance is of a class made for the abilities of its inner backend, so that `isinstance(wrapped, SupportsCopy)` and the
     like tell the truth about it.
@@ -78,7 +78,7 @@ class WrappedBackend:
         return _wrap_reader(reader, location, self._call)
 
     async def stat(self, location: str) -> ObjectInfo:
-        """Return what is known of an object."""
+        """Return the properties of an object."""
         inside = self._inside(location)
         return replace(await self._call("stat", [location], lambda: self.inner.stat(inside)), location=location)
 
@@ -88,7 +88,7 @@ class WrappedBackend:
         return await self._call("exists", [location], lambda: self.inner.exists(inside))
 
     async def delete(self, location: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Remove an object; a missing object is not an error."""
         inside = self._inside(location)
         await self._call("delete", [location], lambda: self.inner.delete(inside))
 
@@ -279,7 +279,7 @@ class _WrappedReader:
         self._call = call
 
     async def read(self, size: int = -1, /) -> bytes:
-        """Return up to `size` bytes, all that is left where negative."""
+        """Return up to `size` bytes, all remaining ones if negative."""
         chunk: bytes = await self._call("read", [self._location], lambda: self._inner.read(size))
         return chunk
 
@@ -302,7 +302,7 @@ class _ReopeningReader(_WrappedReader):
 
 
 class PrefixedBackend(WrappedBackend):
-    """Keeps everything under one prefix of another backend, and sees nothing else of it.
+    """Stores everything under one prefix of another backend, and accesses nothing outside it.
 
     It promises what the inner backend promises, has the same abilities, and costs a string per call. Only `cleanup_incomplete`
     reaches further: it clears up after the unfinished writes of the whole inner backend. Its identity is that of the inner

@@ -16,12 +16,14 @@ __all__ = ["command_line"]
 
 
 @click.group(name="granite-storage", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--app", envvar="GRANITE_STORAGE_APP", metavar="MODULE:ATTRIBUTE", help="The StorageBinding, or a callable for it.")
+@click.option(
+    "--app", envvar="GRANITE_STORAGE_APP", metavar="MODULE:ATTRIBUTE", help="The StorageBinding, or a callable that returns it."
+)
 @click.option(
     "--app-dir",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     default=Path(),
-    help="Where the module is.  [default: the working directory]",
+    help="The folder of the module.  [default: the working directory]",
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(__version__, prog_name="granite-storage")

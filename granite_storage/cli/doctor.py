@@ -122,7 +122,7 @@ def _check_configuration(binding: StorageBinding) -> list[Check]:
 
 async def _check_database(binding: StorageBinding) -> AsyncIterator[Check]:
     if binding.session_factory is None:
-        yield Check(CheckResult.BAD, "database", "the binding has no sessions: pass sessions= to bind_storage()")
+        yield Check(CheckResult.BAD, "database", "the binding has no sessions: pass session_factory= to bind_storage()")
         return
     begun = time.monotonic()
     try:
@@ -190,7 +190,7 @@ async def _check_store(binding: StorageBinding, backend_key: str, identity: str 
 async def _find_overlaps(manager: StorageManager) -> list[Check]:
     pairs = combinations(sorted(manager.backends), 2)
     overlapping = [pair for pair in pairs if await may_overlap(manager.backends[pair[0]], manager.backends[pair[1]])]
-    said = "lead to the same objects: give the manager one backend for each place"
+    said = "lead to the same objects: give the manager one backend for each store"
     return [Check(CheckResult.BAD, "backends", f"{one!r} and {other!r} {said}") for one, other in overlapping]
 
 
@@ -202,7 +202,7 @@ async def _check_sqlite(connection: AsyncConnection) -> AsyncIterator[Check]:
         yield Check(
             CheckResult.NOTE,
             "SQLite transactions",
-            "the driver begins none before the first write, so reads are outside of them; savepoints work all the same."
+            "the driver begins none before the first write, so reads are outside of them; savepoints still work."
             " SQLAlchemy's BEGIN recipe changes that",
         )
     if not (await connection.execute(text("PRAGMA foreign_keys"))).scalar_one():
@@ -227,14 +227,14 @@ def _check_tables(connection: Connection, binding: StorageBinding) -> Check:
 
 async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
     if binding.journal is None:
-        yield Check(CheckResult.NOTE, "journal", "none: the garbage collector has to delete what a crash leaves behind")
+        yield Check(CheckResult.NOTE, "journal", "none: only the garbage collector deletes what a crash leaves behind")
         return
     try:
         async with asyncio.timeout(_TIMEOUT):
             await binding.journal.check()
             report = await binding.journal.count_jobs()
         yield Check(
-            CheckResult.GOOD, "journal", f"the database can keep the journal's promise; leases of {binding.journal.lease}"
+            CheckResult.GOOD, "journal", f"the database meets the journal's requirements; leases of {binding.journal.lease}"
         )
         refused = [item for item in report.failed if DerivationRefusedError.__name__ in item.error]
         failed = len(report.failed) - len(refused)

@@ -153,7 +153,7 @@ def _show_verification(context: CommandContext, verification: Verification) -> N
 
 
 @click.command("recover")
-@click.option("--retry-dead-letters", is_flag=True, help="Try the deletes again that have become dead letters.")
+@click.option("--retry-dead-letters", is_flag=True, help="Retry dead letters.")
 @YES
 @DRY_RUN
 @JSON
@@ -174,7 +174,7 @@ def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry
         if dry_run or not context.confirm("Delete what is due and no row refers to?", yes=yes):
             return None
         if retry_dead_letters:
-            context.output.note(f"{await journal.retry_dead_letters():,} dead letters are tried again")
+            context.output.note(f"{await journal.retry_dead_letters():,} dead letters will be retried")
         report = await journal.recover()
         _show_recovery(context, report)
         return Exit.FOUND if report.failed or report.unknown_backends else None
@@ -188,7 +188,7 @@ async def _show_due(context: CommandContext, journal: StorageJournal) -> None:
     rows: list[dict[str, Any]] = []
     sessions = context.binding.session_factory
     if sessions is None:
-        raise ConfigurationError("the binding has no sessions: pass sessions= to bind_storage()")
+        raise ConfigurationError("the binding has no sessions: pass session_factory= to bind_storage()")
     async with sessions() as session:
         connection = await session.connection(bind_arguments={"clause": intent})
         rows += await _count_due(connection, intent, reclaim, journal.execution_options)
@@ -248,7 +248,7 @@ def _show_recovery(context: CommandContext, report: RecoveryReport) -> None:
 
 
 @click.command("gc")
-@click.option("--storage-key", "storage_keys", multiple=True, metavar="KEY", help="Only this policy; may be given again.")
+@click.option("--storage-key", "storage_keys", multiple=True, metavar="KEY", help="Only this policy; may be repeated.")
 @click.option("--grace", type=Duration(), default="24h", show_default=True, help="How old an orphan must be, such as 7d.")
 @click.option(
     "--max-share",
@@ -256,14 +256,10 @@ def _show_recovery(context: CommandContext, report: RecoveryReport) -> None:
     default=0.25,
     show_default=True,
     metavar="SHARE",
-    help="Delete nothing where more than this part of the objects are orphans.",
+    help="Delete nothing if more than this share of the objects are orphans.",
 )
-@click.option(
-    "--allow-restored-database", is_flag=True, help="The database is the right one, though no worker was running for long."
-)
-@click.option(
-    "--allow-no-references", is_flag=True, help="The database is the right one, though it refers to none of the objects."
-)
+@click.option("--allow-restored-database", is_flag=True, help="Collect even though no worker ran for a long time.")
+@click.option("--allow-no-references", is_flag=True, help="Collect even if no row refers to any of the objects.")
 @YES
 @DRY_RUN
 @JSON
@@ -369,7 +365,7 @@ def _show_facts(context: CommandContext, report: GarbageCollectionReport) -> Non
     if report.unfinished:
         facts["unfinished writes removed"] = f"{report.unfinished:,}"
     if report.dry_run and report.orphaned > _MOST_SHOWN:
-        context.output.line(f"... and {report.orphaned - _MOST_SHOWN:,} more; --json names all")
+        context.output.line(f"... and {report.orphaned - _MOST_SHOWN:,} more; --json lists all")
     context.output.facts(facts)
     for column, number in list(report.mentions.items())[:_MOST_SHOWN]:
         context.output.line(f"kept: {column} mentions {number:,} of them, and is not a column of refs", "yellow")
@@ -389,7 +385,7 @@ def _show_facts(context: CommandContext, report: GarbageCollectionReport) -> Non
 
 
 @click.command("migrate")
-@click.option("--storage-key", required=True, metavar="KEY", help="Whose objects.")
+@click.option("--storage-key", required=True, metavar="KEY", help="The policy whose objects to move.")
 @click.option("--to", "to_backend", required=True, metavar="BACKEND", help="The backend to move them to.")
 @AFTER
 @CONCURRENCY
@@ -494,12 +490,12 @@ def _show_migration(context: CommandContext, migration: Migration) -> None:
 
 
 @click.command("derive")
-@click.option("--only-missing", "which", flag_value="missing", default=True, help="What is missing.  [default]")
-@click.option("--stale", "which", flag_value="stale", help="Also what another recipe, or version of an effect, has made.")
-@click.option("--all", "which", flag_value="all", help="Everything, whether it is there or not.")
-@click.option("--column", "columns", multiple=True, metavar="TABLE.COLUMN", help="Only this column; may be given again.")
-@click.option("--variant", "names", multiple=True, metavar="NAME", help="Only this variant or effect; may be given again.")
-@click.option("--drop-undeclared", is_flag=True, help="Also delete variants that their columns do not declare any more.")
+@click.option("--only-missing", "which", flag_value="missing", default=True, help="Make what is missing.  [default]")
+@click.option("--stale", "which", flag_value="stale", help="Also replace what another recipe, or version of an effect, has made.")
+@click.option("--all", "which", flag_value="all", help="Make everything again.")
+@click.option("--column", "columns", multiple=True, metavar="TABLE.COLUMN", help="Only this column; may be repeated.")
+@click.option("--variant", "names", multiple=True, metavar="NAME", help="Only this variant or effect; may be repeated.")
+@click.option("--drop-undeclared", is_flag=True, help="Also delete variants that their columns no longer declare.")
 @AFTER
 @CONCURRENCY
 @RATE
@@ -565,7 +561,7 @@ async def _show_underived(context: CommandContext, derivation: Rederivation) -> 
         rows = [(*names, number) for names, number in waiting]
         context.output.table(["column", "variant", "because", "files"], rows)
     else:
-        context.output.line("nothing is to be made")
+        context.output.line("nothing to make")
     return sum(number for _, number in waiting)
 
 
@@ -598,4 +594,4 @@ def _show_rederivation(context: CommandContext, derivation: Rederivation) -> Non
         context.output.facts({**shown, "originals read": format_size(report.bytes_read)})
     if not report.complete:
         onward = "" if report.key is None else f" and --after '{report.key}'"
-        context.output.note(f"not complete; every row is as it should be. To continue, run the same command{onward}")
+        context.output.note(f"not complete; every row is consistent. To continue, run the same command{onward}")

@@ -29,7 +29,7 @@ _CHUNK = 1 << 20
 
 @click.command("ls")
 @click.argument("address", required=False)
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after so many.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after N objects.")
 @JSON
 @click.pass_obj
 def ls_command(settings: Settings, address: str | None, limit: int | None, as_json: bool) -> None:
@@ -110,7 +110,7 @@ def stat_command(settings: Settings, address: str, as_json: bool) -> None:
         try:
             info = await context.binding.manager.backend(key).stat(location)
         except ObjectNotFoundError:
-            context.output.note(f"no object is at {key}:{location}", "red")
+            context.output.note(f"no object exists at {key}:{location}", "red")
             return Exit.FOUND
         if as_json:
             context.output.record({"backend": key, **_facts(info)})
@@ -126,9 +126,9 @@ def stat_command(settings: Settings, address: str, as_json: bool) -> None:
 @click.argument("source")
 @click.argument("target")
 @click.option("--force", is_flag=True, help="Overwrite the target file.")
-@click.option("--model", "model_name", default="import", metavar="NAME", help="For a new object: what kind of thing it is of.")
-@click.option("--entity", "entity_id", metavar="ID", help="For a new object: which one.  [default: a new UUID]")
-@click.option("--field", "field_name", default="file", metavar="NAME", help="For a new object: which of its files.")
+@click.option("--model", "model_name", default="import", metavar="NAME", help="For a new object: the kind of its owner.")
+@click.option("--entity", "entity_id", metavar="ID", help="For a new object: the id of its owner.  [default: a new UUID]")
+@click.option("--field", "field_name", default="file", metavar="NAME", help="For a new object: the name of the owner's field.")
 @click.option("--content-type", metavar="TYPE", help="For a new object.  [default: by the file's name]")
 @click.pass_obj
 def cp_command(

@@ -171,7 +171,7 @@ class CommandContext:
             return True
         if not sys.stdin.isatty():
             raise click.UsageError(
-                "the command deletes something, and there is no terminal to ask on: pass --yes, or --dry-run to delete nothing"
+                "the command needs a confirmation, and there is no terminal: pass --yes, or --dry-run to delete nothing"
             )
         loop = asyncio.get_running_loop()
         loop.remove_signal_handler(signal.SIGINT)
@@ -304,7 +304,7 @@ class Duration(click.ParamType[timedelta]):
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Write JSON for a program: one object per line.")
-YES = click.option("--yes", is_flag=True, help="Do not ask.")
+YES = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 AFTER = click.option("--after", metavar="KEY", help="Continue after this key, which an earlier run has printed.")
 CONCURRENCY = click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="How many rows to process at a time.")

@@ -69,7 +69,7 @@ instantiable_type_mapping[AttachmentList] = list
 
 
 class StoragePlugin(InitPlugin, OpenAPISchemaPlugin, ReceiveRoutePlugin):
-    """Makes a Litestar application ready for attachments: `Litestar(..., plugins=[StoragePlugin(storage)])`.
+    """Adds support for attachments to a Litestar application: `Litestar(..., plugins=[StoragePlugin(storage)])`.
 
     - Handlers return rows, attachments, their variants and collections, through `SQLAlchemyDTO`, the serialization plugin or in a
       dict; they are shown by size, media type, name and checksum, and so the OpenAPI document describes them. No request can

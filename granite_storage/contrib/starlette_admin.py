@@ -98,7 +98,7 @@ class AttachmentField(FileField):
         """
         is_inline, is_edited = self.id != self.name, request.state.action is RequestAction.EDIT
         if is_inline and self.multiple:
-            raise ValueError("Several files cannot be edited here: edit the row by itself.")
+            raise ValueError("Several files cannot be edited in an inline row: edit the row on its own page.")
         has_row = form_data.get(f"{self.id.removesuffix(self.name)}pk") if is_inline else is_edited or None
         form = (FormFiles if self.multiple else FormFile)(has_row or None).read(request, form_data, self.id)
         return form, isinstance(form, FormFile) and form.action is FileAction.CLEAR

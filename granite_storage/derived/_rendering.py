@@ -46,7 +46,7 @@ def recognize(file: BinaryIO, max_pixels: int) -> str:
         brands = head[8 : int.from_bytes(head[:4], "big")]
         if b"avif" in brands or b"avis" in brands:
             return "AVIF"
-    raise DerivationRefusedError("the file is no image of a type that can be shown: JPEG, PNG, GIF, WebP, AVIF, BMP or TIFF")
+    raise DerivationRefusedError("the file is not an image of a supported type: JPEG, PNG, GIF, WebP, AVIF, BMP or TIFF")
 
 
 def plan(size: tuple[int, int], box: tuple[int, int], crop: bool) -> tuple[tuple[int, int], tuple[float, float, float, float]]:

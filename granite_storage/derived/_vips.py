@@ -47,7 +47,7 @@ def render(
     """
     loader = _LOADERS.get(recognize(file, max_pixels))
     if loader is None:
-        raise DerivationRefusedError("the file is no image of a type that can be shown: JPEG, PNG, GIF, WebP, AVIF or TIFF")
+        raise DerivationRefusedError("the file is not an image of a supported type: JPEG, PNG, GIF, WebP, AVIF or TIFF")
     pyvips.cache_set_max(0)
     pyvips.operation_block_set("VipsForeignLoad", True)
     pyvips.operation_block_set(f"VipsForeignLoad{loader}", False)

@@ -92,7 +92,7 @@ def _serve(channel: socket.socket, request: dict[str, Any], descriptors: list[in
 
 
 def _leaves_something() -> bool:
-    """Tell whether the function has left a thread or a child, which the parent then ends with this process."""
+    """Return whether the function has left a thread or a child, which the parent then ends with this process."""
     threading = sys.modules.get("threading")
     if threading is not None and threading.active_count() > 1:
         return True

@@ -71,7 +71,7 @@ class Derivation:
 
 @runtime_checkable
 class Recipe(Protocol):
-    """Makes one derived file of an original, again and again with the same result. It serves several originals at a time.
+    """Makes one derived file from an original, always with the same result. It serves several originals at a time.
 
     One that has a `content_type`, the media type of its files, gives their locations an extension, by which a web server goes.
     """
@@ -83,7 +83,7 @@ class Recipe(Protocol):
 
     @property
     def missing(self) -> Missing:
-        """What a reader sees while the file is missing."""
+        """The result for readers while the file is missing."""
         ...
 
     def digest(self, name: str, /) -> str:
@@ -95,7 +95,7 @@ class Recipe(Protocol):
         ...
 
     def make(self, source: DerivationSource, /) -> AbstractAsyncContextManager[Derivation]:
-        """Make the file; what is temporary about it is gone when the context manager exits.
+        """Make the file; its temporary files are removed when the context manager exits.
 
         Raises:
             DerivationRefusedError: No file can be made of this original; more attempts change nothing.
@@ -107,7 +107,7 @@ class Recipe(Protocol):
 
 @runtime_checkable
 class SupportsAccept(Protocol):
-    """A recipe for originals of certain media types; there is no variant of others, and the recipe is not called for them."""
+    """A recipe for originals of certain media types; it is not called for others, which have no such variant."""
 
     @property
     def accept(self) -> tuple[str, ...] | None:
@@ -117,7 +117,7 @@ class SupportsAccept(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EffectEvent:
-    """A file has come to a row, or has left it.
+    """A file was added to a row, or removed from it.
 
     Attributes:
         ref: The receipt of the file.
@@ -131,7 +131,7 @@ class EffectEvent:
 
 
 class EffectHandler(Protocol):
-    """Does something outside of the storage. It may be called more than once for one event, and must then change nothing."""
+    """Updates another service. It may be called more than once for one event, and must be idempotent."""
 
     def __call__(self, event: EffectEvent, /) -> Awaitable[object]:
         """Handle the event; an exception is a failed attempt."""
@@ -140,7 +140,7 @@ class EffectHandler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What is derived from a file and kept elsewhere, such as a document in a search index.
+    """Keeps data in another service in step with files, such as a document in a search index.
 
     Attributes:
         put: Called after a file has come to a row, once for each row that holds it.
@@ -160,7 +160,7 @@ class Effect:
             if not callable(handler := getattr(self, argument)):
                 raise ConfigurationError(f"{argument} of an effect must be an async function of an EffectEvent, not {handler!r}")
         if isinstance(self.version, bool) or not isinstance(self.version, int | str):
-            raise ConfigurationError(f"the version of an effect must be a number or a text, not {self.version!r}")
+            raise ConfigurationError(f"the version of an effect must be a number or a string, not {self.version!r}")
         require_positive("the timeout of an effect", self.timeout, (int, float))
 
 
@@ -173,14 +173,16 @@ def check_accepted_types(accept: object) -> tuple[str, ...] | None:
     if accept is None:
         return None
     if accept == ():
-        raise ConfigurationError("accept of a recipe is empty, so that it would never be used; None accepts all types")
+        raise ConfigurationError(
+            "accept of a recipe must not be empty, because the recipe would never be used: pass None to accept all types"
+        )
     from granite_storage.inspection.media_types import check_accept
 
     return check_accept(accept)
 
 
 def is_accepted(ref: StoredObjectRef, accept: tuple[str, ...] | None) -> bool:
-    """Tell whether an original is of one of the media types that a recipe is for.
+    """Return whether an original is of one of the media types that a recipe is for.
 
     What was found in the content counts, otherwise what the client said. An original of which neither says anything is accepted:
     the recipe looks at it.

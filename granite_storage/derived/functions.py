@@ -1,4 +1,4 @@
-"""Files that a function of the application makes: text, pages, stills."""
+"""Derived files that a function of the application makes: text, pages, stills."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Function: TypeAlias = (
 
 
 class Derived:
-    """A file that a function makes of the original.
+    """A derived file that a function makes from the original.
 
     A plain function gets the original as a binary file, whose `name` is a path, and runs in a worker process within limits. It
     must be importable there. A coroutine function gets a `DerivationSource` and runs on the event loop: it is for services that
@@ -123,7 +123,7 @@ class Derived:
         made = value if isinstance(value, Derivation) else Derivation(value.encode() if isinstance(value, str) else bytes(value))
         if isinstance(made.content, bytes) and len(made.content) > self._limits.max_size:
             size = len(made.content)
-            raise DerivationFailedError(f"the derivation failed: it has {size} bytes, more than {self._limits.max_size}")
+            raise DerivationFailedError(f"the derivation failed: its result has {size} bytes, more than {self._limits.max_size}")
         return made
 
 
@@ -138,4 +138,6 @@ def _identify(function: Any) -> str:
         problem = "it is defined in the program that runs, which a worker process does not import"
     else:
         return f"{module}:{qualname}"
-    raise ConfigurationError(f"a worker process cannot import {function!r:.80}: {problem}; define it at the top of a module")
+    raise ConfigurationError(
+        f"a worker process cannot import {function!r:.80}: {problem}; define it at the top level of a module"
+    )

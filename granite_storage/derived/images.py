@@ -130,14 +130,14 @@ class ImageVariant:
         box = fit or fill
         if not isinstance(box, tuple) or len(box) != 2 or not all(type(side) is int and 1 <= side <= _MOST_SIDE for side in box):
             raise ConfigurationError(
-                f"the box of an ImageVariant has a width and a height of 1 to {_MOST_SIDE} pixels, not {box!r}"
+                f"the box of an ImageVariant must have a width and a height of 1 to {_MOST_SIDE} pixels, not {box!r}"
             )
         if quality is not None and (format == "png" or type(quality) is not int or not 1 <= quality <= 100):
-            raise ConfigurationError(f"quality must be from 1 to 100, and PNG has none, but it is {quality!r} for {format}")
+            raise ConfigurationError(f"quality must be from 1 to 100, or None for PNG, not {quality!r} for {format}")
         if background is not None and not (isinstance(background, str) and _COLOUR.fullmatch(background)):
             raise ConfigurationError(f"background must be a colour such as '#ffffff', not {background!r}")
         if animated and (format != "webp" or engine != "pillow"):
-            raise ConfigurationError(f"only Pillow makes animations, and only in WebP, not {engine} in {format}")
+            raise ConfigurationError(f"animated needs engine='pillow' and format='webp', not {engine} in {format}")
         module, package, name, extra = _ENGINES[engine]
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(f"ImageVariant needs {name}: install granite-storage[{extra}]")

@@ -59,7 +59,7 @@ class Picture:
 
 
 def srcset(refs: Iterable[StoredObjectRef | None], url: Callable[[StoredObjectRef], str]) -> tuple[ImageCandidate, ...]:
-    """Return the images behind refs, the narrowest first and each width once; None and refs without a width are left out.
+    """Return the images of refs, the narrowest first and each width once; None and refs without a width are left out.
 
     Args:
         refs: The receipts of variants, perhaps with that of the original; their `media` has the width and height.
@@ -81,7 +81,7 @@ def srcset(refs: Iterable[StoredObjectRef | None], url: Callable[[StoredObjectRe
 
 
 def picture(refs: Iterable[StoredObjectRef | None], url: Callable[[StoredObjectRef], str]) -> Picture:
-    """Return the images behind refs, by their media types.
+    """Return the images of refs by their media types.
 
     Args:
         refs: The receipts, as for `srcset`.

@@ -280,7 +280,7 @@ def list_descriptors() -> set[int]:
 
 
 def limit_processes(max_processes: int | None = None, *, idle_timeout: float = 60.0) -> None:
-    """Choose how many worker processes this process may have, before anything is derived.
+    """Set the maximum number of worker processes of this process, before the first derivation.
 
     Args:
         max_processes: The most processes; by default one for each processor, at most 4. Each server process has its own.
@@ -340,7 +340,7 @@ def _rewind(file: IO[bytes]) -> None:
 def _read_result(file: IO[bytes], found: dict[str, Any], max_size: int) -> Derivation:
     size = os.fstat(file.fileno()).st_size
     if size > max_size:
-        raise DerivationFailedError(f"the derivation failed: it has {size} bytes, more than {max_size}")
+        raise DerivationFailedError(f"the derivation failed: its result has {size} bytes, more than {max_size}")
     file.seek(0)
     content = file.read() if size <= _INLINE_RESULT else Path(_path_of(file.fileno()))
     content_type, media, filename = (found.get(name) for name in ("content_type", "media", "filename"))
@@ -350,7 +350,7 @@ def _read_result(file: IO[bytes], found: dict[str, Any], max_size: int) -> Deriv
         raise DerivationFailedError(f"the derivation failed: {error}") from error
     for text in (content_type, filename):
         if text is not None and not (isinstance(text, str) and text.isprintable() and len(text) <= _MOST_TEXT):
-            raise DerivationFailedError(f"the derivation failed: {text!r:.80} is no media type and no file name")
+            raise DerivationFailedError(f"the derivation failed: {text!r:.80} is neither a media type nor a file name")
     return Derivation(content, content_type or "", media, filename)
 
 
@@ -478,7 +478,7 @@ class _Worker:
         return self._socket.fileno()
 
     def has_ended(self) -> bool:
-        """Tell whether the process has ended, or sends data without a request."""
+        """Return whether the process has ended, or sends data without a request."""
         return self._is_readable(0)
 
     def _is_readable(self, seconds: float) -> bool:

@@ -56,7 +56,7 @@ __all__ = [
 
 
 class OrphanStatus(StrEnum):
-    """What became of an orphan."""
+    """The outcome for an orphan."""
 
     ORPHANED = "orphan"
     DELETED = "deleted"
@@ -65,7 +65,7 @@ class OrphanStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CollectedObject:
-    """An object that a collection has found to be an orphan.
+    """An orphan that a collection has found.
 
     Attributes:
         status: What became of it.
@@ -99,7 +99,7 @@ class DanglingReference:
 
 @dataclass(slots=True)
 class GarbageCollectionReport:
-    """What a collection has found and done, in objects and in bytes.
+    """The results of a collection, in objects and in bytes.
 
     Every object scanned is referenced, unmanaged, within the grace period, mentioned, referenced on the re-check, or an orphan.
 
@@ -169,7 +169,7 @@ class GarbageCollectionReport:
 
     @property
     def share(self) -> float:
-        """Which part of the scanned objects are orphans, from 0 to 1."""
+        """The share of the scanned objects that are orphans, from 0 to 1."""
         return self.orphaned / self.scanned if self.scanned else 0.0
 
 
@@ -215,11 +215,11 @@ class CollectionScope:
         return cls(storage_key, policy.backend_key, prefix, tuple(others), tuple(sharing))
 
     def has(self, location: str) -> bool:
-        """Tell whether a location is in it."""
+        """Return whether a location is in it."""
         return location.startswith(self.prefix) and not location.startswith(self.others)
 
     def manages(self, location: str) -> bool:
-        """Tell whether a location in it has the form that this library generates: model, entity, field and a generated name.
+        """Return whether a location in it has the form that this library generates: model, entity, field and a generated name.
 
         A deeper location may belong to another program that shares the store and has a prefix of its own.
         """
@@ -229,7 +229,7 @@ class CollectionScope:
 
 
 def is_valid(location: str) -> bool:
-    """Tell whether a location may be used at all."""
+    """Return whether a location may be used at all."""
     try:
         check_location(location)
     except InvalidLocationError:
@@ -247,8 +247,9 @@ async def require_one_key(manager: StorageManager, backend_key: str) -> None:
     for key, other in manager._engine.backends.items():
         if key != backend_key and await may_overlap(backend, other):
             raise CollectionRefusedError(
-                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row refers"
-                " to: give the manager one backend for each place, each policy a prefix, and all rows the key of that backend"
+                f"the backends {backend_key!r} and {key!r} lead to the same objects, so it is unknown which of them a row "
+                "refers to: give the manager one backend for each store and each policy its own prefix, and write that "
+                "backend's key to all rows"
             )
 
 
@@ -273,7 +274,7 @@ _LOOKED_FOR_AT_ONCE = 50_000
 
 
 class CollectionRun(Run[CollectedObject, GarbageCollectionReport]):
-    """What `StorageGarbageCollector.collection` returns: iterate over it for the orphans, or await it for the report.
+    """The result of `StorageGarbageCollector.collection`: iterate over it for the orphans, or await it for the report.
 
     A dry one yields each orphan as such, another one each as deleted or failed.
     """

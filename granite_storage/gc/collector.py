@@ -48,7 +48,7 @@ _PING = text("SELECT 1")
 class StorageGarbageCollector:
     """Finds the objects of a policy that nothing refers to, and deletes them on request.
 
-    It is the one part of the library that may delete what it has not stored, so it keeps whatever is in doubt:
+    It is the only part of the library that may delete objects that it has not stored, so it keeps every object in doubt:
 
     - an object counts as referenced if any reference has its location, or another location with its generated id, whatever
       backend and storage key it names, and if the `extra` of a ref names it;
@@ -70,13 +70,13 @@ class StorageGarbageCollector:
         manager: The manager, whose backends have the objects.
         iter_references: A callable that returns an iterable or an async iterable of all references, read again on each call;
             None among them is skipped. For applications without attachment columns.
-        binding: What `bind_storage(..., session_factory=...)` returned; every column of refs is found by itself. Pass
+        binding: The result of `bind_storage(..., session_factory=...)`, whose columns of refs are found automatically. Pass
             either `binding` or `iter_references`.
         grace_period: The age that an object must have. Without a journal it must be longer than any upload with its transaction.
         max_deleted_share: The largest part of the scanned objects that one run may delete, from 0 to 1.
 
     Raises:
-        ConfigurationError: The arguments cannot work.
+        ConfigurationError: The arguments are invalid.
 
     Example:
         ```python
@@ -110,8 +110,8 @@ class StorageGarbageCollector:
     ) -> GarbageCollectionReport:
         """Collect once.
 
-        Any number of processes may do so at the same time, while the application keeps running. Where a run is cancelled, killed
-        or fails, what was deleted stays deleted, and nothing else is changed; the next run continues.
+        Any number of processes may do so at the same time, while the application keeps running. If a run is cancelled, killed
+        or fails, deleted objects stay deleted, and nothing else is changed; the next run completes the work.
 
         Args:
             storage_key: The policy whose objects are collected.
@@ -121,12 +121,12 @@ class StorageGarbageCollector:
             allow_no_references: Go on where nothing refers to any of the objects.
 
         Returns:
-            What was found and done.
+            The results.
 
         Raises:
             UnknownPolicyError: There is no such policy.
-            CollectionRefusedError: Nothing was deleted, because what was found can hardly be true or cannot be relied on.
-            BackendError: The backend could not be listed, or is unavailable; what was deleted until then is gone.
+            CollectionRefusedError: Nothing was deleted, because the findings are implausible or unreliable.
+            BackendError: The backend could not be listed, or is unavailable; objects that were deleted until then stay deleted.
         """
         return await self.collection(
             storage_key=storage_key,
@@ -138,7 +138,7 @@ class StorageGarbageCollector:
     def collection(
         self, *, storage_key: str, dry_run: bool = True, allow_restored_database: bool = False, allow_no_references: bool = False
     ) -> CollectionRun:
-        """Return a job that does what `collect` does, to iterate over its orphans, follow its report, or stop it.
+        """Return a job that works like `collect`; iterate over it for the orphans, read its report, or stop it.
 
         Arguments and errors are those of `collect`.
         """
@@ -194,7 +194,7 @@ class StorageGarbageCollector:
 
     @property
     def sync(self) -> SyncGarbageCollector:
-        """The same verbs for synchronous code, in threads without a running event loop."""
+        """The same methods for synchronous code, in threads without a running event loop."""
         return SyncGarbageCollector(self)
 
     def __repr__(self) -> str:
@@ -202,7 +202,7 @@ class StorageGarbageCollector:
 
 
 class SyncGarbageCollector:
-    """The verbs of a `StorageGarbageCollector` for synchronous code: `collector.sync.collect(...)`."""
+    """The methods of a `StorageGarbageCollector` for synchronous code: `collector.sync.collect(...)`."""
 
     def __init__(self, collector: StorageGarbageCollector) -> None:
         self._collector = collector
@@ -236,10 +236,11 @@ def _source(
         return lambda _: GivenReferences(manager, iter_references)
     if binding is None or iter_references is not None:
         given = "neither" if binding is None else "both"
-        raise ConfigurationError(f"the garbage collector needs either binding or iter_references, and {given} is given")
+        raise ConfigurationError(f"the garbage collector needs either binding or iter_references, but {given} was given")
     if binding.session_factory is None:
         raise ConfigurationError(
-            "the binding has no sessions to read its references with: pass sessions=async_sessionmaker(...) to bind_storage()"
+            "the binding has no sessions to read its references with: pass session_factory=async_sessionmaker(...) to "
+            "bind_storage()"
         )
     return partial(DatabaseReferences, binding, binding.session_factory)
 
@@ -278,7 +279,7 @@ async def _collect_all(storage_keys: Sequence[str], collect: Callable[[str], Awa
             report = await collect(storage_key)
         except Exception:
             said = fields_of(storage_key=storage_key)
-            logger.exception("collecting the garbage of %r failed and is tried again", storage_key, extra=said)
+            logger.exception("collecting the garbage of %r failed and will be retried", storage_key, extra=said)
             continue
         logger.info(
             "garbage of %r: %d objects scanned, %d orphans, %d deleted, %d failed, %d dangling references",
@@ -310,7 +311,7 @@ class Leadership:
         self._connection: AsyncConnection | None = None
 
     async def acquire(self) -> bool:
-        """Tell whether this process is the leader; become it where no other process is."""
+        """Return whether this process is the leader; become it where no other process is."""
         engine = None if self._binding is None else _engine_of(self._binding)
         lock = None if engine is None else _LOCKS.get(engine.dialect.name)
         if engine is None or lock is None:

@@ -429,8 +429,8 @@ def _readable(metadata: MetaData) -> list[Column[Any]]:
     for column in columns:
         if not isinstance(column.type, _KINDS):
             raise CollectionRefusedError(
-                f"the column {column.table.fullname}.{column.name} holds refs inside of {column.type!r}, where the garbage"
-                " collector cannot read them: use StoredObjectRefType itself, or pass iter_references"
+                f"the column {column.table.fullname}.{column.name} contains refs inside {column.type!r}, where the garbage "
+                "collector cannot read them: use StoredObjectRefType itself, or pass iter_references"
             )
     return columns
 
@@ -444,7 +444,7 @@ def _columns(metadata: MetaData) -> Iterator[Column[Any]]:
 
 
 def _has_refs(kind: TypeEngine[Any]) -> bool:
-    """Tell whether a type is one of refs, or is made of one: a decorator, a list, or what stands in for it on some database."""
+    """Return whether a type is one of refs, or is made of one: a decorator, a list, or what stands in for it on some database."""
     if isinstance(kind, _KINDS):
         return True
     inside = [*kind._variant_mapping.values()]
@@ -582,8 +582,8 @@ class DatabaseReferences:
         named = {name for tables in self._journals if (name := await find_sidecar(connection, tables)) is not None}
         if named != names:
             raise CollectionRefusedError(
-                "the database names another sidecar of its journal than the one that was looked into, or there is none: bind its"
-                " base with journal=StorageJournal(...), with the path that its other processes give it, and try again"
+                "the journal of the database uses another sidecar than the one that was read, or this process has no journal: "
+                "bind its base with journal=StorageJournal(...) and the sidecar path of its other processes, and try again"
             )
 
     async def find_mentions(self, locations: Sequence[str]) -> AsyncGenerator[Mention, None]:
@@ -777,8 +777,8 @@ async def require_fit(connection: AsyncConnection, columns: Sequence[Column[Any]
     """
     if await connection.get_isolation_level() == "READ UNCOMMITTED":
         raise CollectionRefusedError(
-            "the sessions use READ UNCOMMITTED, at which a reference that moves between two columns can be missed: give the"
-            " binding sessions that use READ COMMITTED or stronger"
+            "the sessions use READ UNCOMMITTED, which can miss a reference that moves between two columns: give the binding "
+            "sessions that use READ COMMITTED or stronger"
         )
     match connection.dialect.name:
         case "postgresql":
@@ -823,7 +823,8 @@ async def _require_fit_postgresql(connection: AsyncConnection, columns: Sequence
         name = preparer.format_table(table)
         if (await connection.execute(select(func.row_security_active(literal(name))))).scalar_one():
             raise CollectionRefusedError(
-                f"row-level security may hide rows of {name} from this role: give the binding sessions of a role that sees all"
+                f"row-level security may hide rows of {name} from this role: give the binding sessions of a role that sees all "
+                "rows"
             )
 
 

@@ -197,7 +197,7 @@ def _iter_ids(text: str) -> Iterator[str]:
 
 
 def _is_elsewhere(text: str, identities: Collection[str]) -> bool:
-    """Tell whether a value is a reference that says that it is of another store, as its variants do."""
+    """Return whether a value is a reference that says that it is of another store, as its variants do."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -42,7 +42,7 @@ OnUnstrippable: TypeAlias = Literal["refuse", "keep"]
 
 @dataclass(frozen=True, slots=True)
 class UploadPreview:
-    """What is known of an upload before any of it is stored.
+    """The properties of an upload that are known before any of it is stored.
 
     Attributes:
         storage_key: The policy that it is to be stored under.
@@ -63,10 +63,10 @@ class UploadPreview:
 
 
 class Inspection(Protocol):
-    """One look at one upload, piece by piece, in a thread."""
+    """The inspection of one upload, chunk by chunk, in a thread."""
 
     def feed(self, piece: bytes, /) -> bool:
-        """Look at the next piece, of at most 1 MiB, the first of which begin with the head; return whether more is needed.
+        """Inspect the next chunk, of at most 1 MiB, starting with the head; return whether more is needed.
 
         Raises:
             ContentRejectedError: The upload is refused; the message is for the client.
@@ -74,7 +74,7 @@ class Inspection(Protocol):
         ...
 
     def finish(self) -> Mapping[str, Any] | None:
-        """Return what was found, JSON values, for the ref's `media`; called after the last piece, or none where it ended early.
+        """Return the findings as JSON values for the ref's `media`; called after the last chunk that is needed.
 
         Raises:
             ContentRejectedError: The upload is refused.
@@ -84,10 +84,10 @@ class Inspection(Protocol):
 
 @runtime_checkable
 class Inspector(Protocol):
-    """Looks at the content of uploads while they pass, finds out about them, and may refuse them. It serves several at a time."""
+    """Inspects the content of uploads as they are stored, and may refuse them. It serves several at a time."""
 
     def begin(self, upload: UploadPreview, /) -> Inspection | None:
-        """Return what looks at this upload; None where it does not concern this inspector. In a thread.
+        """Return the inspection of this upload, or None if the upload does not concern this inspector. Called in a thread.
 
         Raises:
             ContentRejectedError: The upload is refused; the message is for the client.
@@ -129,7 +129,7 @@ class ScanResult:
         if not isinstance(self.is_clean, bool):
             raise TypeError(f"is_clean must be True or False, not {self.is_clean!r}")
         if self.is_clean and self.signature is not None:
-            raise ValueError(f"a clean result has no signature, but this one has {self.signature!r:.80}")
+            raise ValueError(f"a clean result must not have a signature, but this one has {self.signature!r:.80}")
         object.__setattr__(self, "by", _shortened(self.by))
         if self.signature is not None:
             object.__setattr__(self, "signature", _shortened(self.signature))
@@ -141,15 +141,15 @@ def _shortened(text: str) -> str:
 
 @runtime_checkable
 class Scanner(Protocol):
-    """Looks for viruses in the whole of an upload. It serves several at a time."""
+    """Scans whole uploads for viruses. It serves several at a time."""
 
     @property
     def on_unavailable(self) -> OnUnavailable:
-        """What becomes of an upload that it cannot judge: it is refused, held back until it is judged, or accepted."""
+        """How an upload that it cannot scan is treated: refused, held until it is scanned, or accepted."""
         ...
 
     async def scan(self, content: AsyncIterator[bytes], /) -> ScanResult:
-        """Judge content, in bounded memory and time. That it is clean counts only where all of it was read.
+        """Scan content, in bounded memory and time. A clean verdict counts only if all of the content was read.
 
         Raises:
             ScannerUnavailableError: It cannot be judged.

@@ -40,7 +40,7 @@ _TCP_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:/\[\]@]+)):(\
 
 
 class ClamdScanner:
-    """Scans uploads with clamd, which gets each of them over a connection of its own, as a stream.
+    """Scans uploads with clamd, each over a separate connection, as a stream.
 
     An upload is clean only where clamd says so of the whole of it. Every wait for clamd is bounded, and an answer is read to a
     few KiB only. An error or a cancellation leaves no connection open. One scanner serves several event loops, and
@@ -102,7 +102,7 @@ class ClamdScanner:
         return f"ClamdScanner({self._name!r}, on_unavailable={self.on_unavailable!r})"
 
     async def scan(self, content: AsyncIterator[bytes], /) -> ScanResult:
-        """Have content judged; an error of the content itself is raised as it is.
+        """Scan content; an error of the content itself is raised unchanged.
 
         Args:
             content: The content, which is not read on once clamd has answered; its maker closes it.
@@ -118,7 +118,7 @@ class ClamdScanner:
             return ScanResult(is_clean=signature is None, by=await self._describe(), signature=signature)
 
     async def ping(self) -> str:
-        """Ask clamd whether it is there, and return which version it is, such as `clamd 1.4.2/27500`.
+        """Check that clamd answers, and return its version, such as `clamd 1.4.2/27500`.
 
         Raises:
             ScannerUnavailableError: It is not, or what answers is no clamd.
@@ -363,7 +363,9 @@ def _parse_address(address: object) -> tuple[int | None, Any]:
         if not hasattr(socket, "AF_UNIX"):
             raise ConfigurationError(f"Python has no unix sockets on this system: give a host and a port instead of {address!r}")
         if "\0" in path or len(os.fsencode(path)) > _MAX_UNIX_PATH:
-            raise ConfigurationError(f"no unix socket can be at {address!r}: its path has a NUL, or over {_MAX_UNIX_PATH} bytes")
+            raise ConfigurationError(
+                f"{address!r} cannot be the path of a unix socket: it has a NUL, or more than {_MAX_UNIX_PATH} bytes"
+            )
         return socket.AF_UNIX, path
     match = _TCP_ADDRESS.fullmatch(address)
     if match is None or not 1 <= int(match[3]) <= 65535:

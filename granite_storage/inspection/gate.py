@@ -295,7 +295,7 @@ class _Judge:
             self.stripper = Stripper(found, strip)
         elif found.startswith(_BEARS_LOCATION) and self._checks.on_unstrippable == "refuse":
             raise UnsupportedContentError(
-                f"no metadata can be taken out of files of the type {found}: send a JPEG, PNG or WebP image",
+                f"metadata cannot be removed from files of the type {found}: send a JPEG, PNG or WebP image",
                 found=found,
                 declared=self._preview.declared_type,
             )
@@ -324,7 +324,7 @@ class _Judge:
         """Refuse binary in what is kept as text, and keep the end of what has passed, where that confirms the type."""
         if self._is_text and b"\0" in piece:
             raise UnsupportedContentError(
-                "the file begins as text, and goes on with binary content",
+                "the file begins as text, but continues with binary content",
                 found="application/octet-stream",
                 declared=self._preview.declared_type,
                 accept=self._checks.accept or (),
@@ -480,7 +480,7 @@ class _Scan:
 
     def _outcome(self) -> object:
         if self._has_stalled or not self._task.done():
-            return TimeoutError(f"nothing came from it for {_VERDICT_TIMEOUT:g} s")
+            return TimeoutError(f"it received no content for {_VERDICT_TIMEOUT:g} s")
         return RuntimeError("the scan was cancelled") if self._task.cancelled() else self._task.result()
 
     async def _run(self) -> object:

@@ -32,7 +32,7 @@ _MOST_SAMPLES = 6
 
 
 class ImageLimits(HeadInspector):
-    """Refuses images that are too large to show, or whose size cannot be told, and finds out width, height and orientation.
+    """Refuses images that are too large, or whose size cannot be read, and records width, height and orientation.
 
     It looks at the header, of at most 1 MiB. JPEG, PNG, GIF, WebP, AVIF, HEIC and icons need no more than that; bitmaps,
     TIFF, JPEG 2000, Photoshop's files and unusual JPEGs are shown to Pillow's reader of that one format, in a thread. An image

@@ -188,13 +188,17 @@ def check_accept(accept: object) -> tuple[str, ...]:
         ConfigurationError: It is one string, is empty, or has something else in it.
     """
     if isinstance(accept, str | bytes) or not isinstance(accept, Iterable):
-        raise ConfigurationError(f'accept must be a tuple of media ranges, as ("image/*", "application/pdf") is, not {accept!r}')
+        raise ConfigurationError(
+            f'accept must be a tuple of media ranges, such as ("image/*", "application/pdf"), not {accept!r}'
+        )
     ranges = tuple(accept)
     if not ranges:
-        raise ConfigurationError('accept is empty, so that nothing could be stored; ("*/*",) accepts what no browser would run')
+        raise ConfigurationError(
+            'accept must not be empty, because nothing could be stored: ("*/*",) accepts all content that no browser executes'
+        )
     for one in ranges:
         if not isinstance(one, str) or not _MEDIA_RANGE.fullmatch(one.lower()):
-            raise ConfigurationError(f'{one!r} in accept is no media range, such as "image/*" or "application/pdf"')
+            raise ConfigurationError(f'{one!r} in accept is not a media range, such as "image/*" or "application/pdf"')
     return tuple(one.lower() for one in ranges)
 
 
@@ -331,7 +335,7 @@ class _Judge:
         if stated is None:
             return self._keep_first((*self._text_types(), OPAQUE), PLAIN)
         if stated == SVG or not is_text_type(stated):
-            raise self._refusal(f"the file is empty, and so not {stated}")
+            raise self._refusal(f"the file is empty, so it is not {stated}")
         return self._keep(stated, PLAIN, charset)
 
     def judge_text(self, charset: str) -> Judged:

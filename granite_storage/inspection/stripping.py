@@ -67,9 +67,9 @@ class Stripper:
 
     def __init__(self, content_type: str, mode: StripMode) -> None:
         if not can_strip(content_type):
-            raise ValueError(f"metadata is taken out of {', '.join(_PARSERS)} only, not of {content_type!r}")
+            raise ValueError(f"metadata can be removed only from {', '.join(_PARSERS)}, not from {content_type!r}")
         if mode not in ("location", "all"):
-            raise ValueError(f"strip is 'location' or 'all', not {mode!r}")
+            raise ValueError(f"strip must be 'location' or 'all', not {mode!r}")
         self._parser = _PARSERS[content_type](mode)
 
     def feed(self, piece: bytes) -> bytes:

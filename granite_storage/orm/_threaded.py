@@ -267,8 +267,8 @@ def _require_shared(connection: Connection) -> Connection:
     if isinstance(connection.engine.pool, SingletonThreadPool):
         connection.close()
         raise ConfigurationError(
-            "an SQLite database in memory is another one in each thread, so its rows cannot be read from here: use a file, or"
-            " create_engine(..., poolclass=StaticPool, connect_args={'check_same_thread': False})"
+            "each thread has its own SQLite database in memory, so the library's threads cannot read these rows: use a file, "
+            "or create_engine(..., poolclass=StaticPool, connect_args={'check_same_thread': False})"
         )
     return connection
 

@@ -41,12 +41,12 @@ _BARRIER: Final = text("SELECT pg_logical_emit_message(true, 'granite_storage', 
 
 
 def in_greenlet() -> bool:
-    """Tell whether the code runs below an `await` of SQLAlchemy's asyncio layer."""
+    """Return whether the code runs below an `await` of SQLAlchemy's asyncio layer."""
     return bool(getattr(getcurrent(), "__sqlalchemy_greenlet_provider__", False))
 
 
 def can_wait(*, is_async: bool) -> bool:
-    """Tell whether an event of SQLAlchemy can wait for a coroutine.
+    """Return whether an event of SQLAlchemy can wait for a coroutine.
 
     Args:
         is_async: Whether the session or connection is that of an asynchronous engine, which waits by an `await` of its caller.
@@ -66,8 +66,8 @@ def wait(work: Coroutine[Any, Any, T]) -> T:
 @cache  # once for each process
 def _warn_of_blocked_loop() -> None:
     logger.warning(
-        "a synchronous Session waits for the storage in a thread whose event loop stands still meanwhile: use an AsyncSession"
-        " there, or run the session in a thread, as a 'def' endpoint does"
+        "a synchronous Session blocks the event loop of its thread while it waits for the storage: use an AsyncSession there, "
+        "or run the session in a thread, as a 'def' endpoint does"
     )
 
 
@@ -84,14 +84,14 @@ def require_wait(what: str, session: Session) -> None:
     """
     if not in_greenlet() and is_async(session):
         raise MissingGreenlet(
-            f"{what} awaits the storage, but the AsyncSession was used without an await, as by reading an expired or unloaded"
-            " attribute, which flushes before it loads: await session.flush() or session.refresh(...) first",
+            f"{what} awaits the storage, but the AsyncSession was used without an await, such as by reading an expired or "
+            "unloaded attribute, which flushes before it loads: await session.flush() or session.refresh(...) first",
             code="xd2s",
         )
 
 
 def is_async(session: Session) -> bool:
-    """Tell whether a session is that of an `AsyncSession`."""
+    """Return whether a session is that of an `AsyncSession`."""
     return async_session(session) is not None
 
 

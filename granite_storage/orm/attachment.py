@@ -276,7 +276,7 @@ class AttachmentState:
 
         Raises:
             UnboundAttachmentError: It is not stored yet.
-            InvalidReferenceError: The row holds something that is not a ref.
+            InvalidReferenceError: The row contains a value that is not a ref.
         """
         if self.error is not None:
             raise InvalidReferenceError(str(self.error)) from self.error
@@ -440,7 +440,7 @@ class AttachmentState:
             self._assignments = [*self._assignments, (weakref.ref(state), key)]
 
     def is_assigned(self, attachment: Attachment) -> bool:
-        """Tell whether an instance holds the attachment of this state, so that its row may be flushed later."""
+        """Return whether an instance holds the attachment of this state, so that its row may be flushed later."""
         states = [(reference(), key) for reference, key in self._assignments]
         return any(state is not None and state.obj() is not None and state.dict.get(key) is attachment for state, key in states)
 
@@ -552,17 +552,17 @@ class _StoredFile:
 
     @property
     def size(self) -> int:
-        """Its size in bytes; raises as `ref` does."""
+        """The size in bytes; raises as `ref` does."""
         return self.ref.size
 
     @property
     def checksum(self) -> str:
-        """`sha256:<hex>`, empty where unknown; raises as `ref` does."""
+        """`sha256:<hex>`, empty if unknown; raises as `ref` does."""
         return self.ref.checksum
 
     @property
     def location(self) -> str:
-        """Its address inside its backend; raises as `ref` does."""
+        """The address inside the backend; raises as `ref` does."""
         return self.ref.location
 
     async def read(self) -> bytes:
@@ -580,7 +580,7 @@ class _StoredFile:
             raise
 
     def open(self, *, offset: int = 0, length: int | None = None, verify: bool = False) -> OpeningReader:
-        """Open it for streaming; see `StorageManager.open`. Raises as `read` does where the object is gone."""
+        """Open it for streaming; see `StorageManager.open`. Raises as `read` does if the object is missing."""
         opening = self.manager.open(self.ref, offset=offset, length=length, verify=verify)
 
         async def start() -> StoredObjectReader:
@@ -593,18 +593,18 @@ class _StoredFile:
         return OpeningReader(start)
 
     async def exists(self) -> bool:
-        """Tell whether its object is there; see `StorageManager.exists`."""
+        """Return whether its object exists; see `StorageManager.exists`."""
         return await self.manager.exists(self.ref)
 
     @property
     def public_url(self) -> str:
-        """The URL at which anybody can read it, for files of a public policy; see `StorageManager.public_url`.
+        """The URL at which anyone can read it, for files of a public policy; see `StorageManager.public_url`.
 
         Raises:
             ConfigurationError: The policy has no `public`.
             UnboundAttachmentError: It is not stored yet.
             ScanPendingError: A virus scanner has not judged it yet.
-            InfectedObjectError: It found something in it.
+            InfectedObjectError: A virus scanner has found the file infected.
         """
         ref = self.ref
         return self.manager.public_url(ref)
@@ -617,7 +617,7 @@ class _StoredFile:
         filename: str | None = None,
         stable_for: timedelta | None = None,
     ) -> str:
-        """Return a URL with which anybody can read it until it expires; see `StorageManager.url`."""
+        """Return a URL with which anyone can read it until it expires; see `StorageManager.url`."""
         ref = self.ref
         return await self.manager.url(
             ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for
@@ -666,7 +666,7 @@ class Attachment(_StoredFile):
         content: Bytes, or anything that `StorageManager.put_stream` takes, which is read at the flush and never closed. A file
             that can seek is stored from its beginning, however much of it was read before. Bytes and such files can be stored
             again after a rollback; other streams are read once.
-        filename: The client's file name; made safe, never trusted. None for that of `content`, if it is an upload.
+        filename: The client's file name; sanitized, never trusted. None for that of `content`, if it is an upload.
         content_type: The media type, stored as given. None for that of `content`, if it is an upload.
         extra: Your own keys in the ref, JSON values without NUL characters and lone surrogates: PostgreSQL cannot store
             them, so they are refused on every database.
@@ -712,7 +712,7 @@ class Attachment(_StoredFile):
 
     @classmethod
     def from_upload(cls, upload: UploadFile, *, extra: Mapping[str, Any] | None = None) -> Self:
-        """Make a pending attachment of an uploaded file, with the file name and media type that the client gave.
+        """Create a pending attachment from an uploaded file, with the client's file name and media type.
 
         It is stored from its beginning, however much of it was read before. Where it cannot seek, it must yield as many bytes as
         its `size` says, if it has one.
@@ -733,7 +733,7 @@ class Attachment(_StoredFile):
 
     @classmethod
     def from_optional_upload(cls, upload: UploadFile | str | None, *, extra: Mapping[str, Any] | None = None) -> Self | None:
-        """Make a pending attachment as `from_upload` does, or return None where no file was chosen.
+        """Create a pending attachment as `from_upload` does, or return None if no file was chosen.
 
         Browsers send a file input that was left empty as a file without a name and without bytes; `form.get("file")` of a form
         without that field is None.
@@ -753,7 +753,7 @@ class Attachment(_StoredFile):
 
     @classmethod
     def restore(cls, ref: StoredObjectRef) -> Self:
-        """Make an attachment that undoes a replacement or delete, during the object's retention.
+        """Create an attachment that undoes a replacement or delete, during the object's retention.
 
         Assign it to a row like any other: the flush cancels the pending delete, in the transaction of the row. Only an object
         with a pending delete can be restored, which needs a journal; `StoragePolicy(retention=...)` sets how long it is kept.
@@ -795,7 +795,7 @@ class Attachment(_StoredFile):
 
     @property
     def is_pending(self) -> bool:
-        """Whether it is yet to be stored."""
+        """Whether it is not stored yet."""
         return self._state.status is Status.PENDING
 
     @property
@@ -804,36 +804,37 @@ class Attachment(_StoredFile):
 
         Raises:
             UnboundAttachmentError: It is not stored yet.
-            InvalidReferenceError: The row holds something that is not a ref.
+            InvalidReferenceError: The row contains a value that is not a ref.
         """
         return self._state.ref or self._state.require_ref()
 
     @property
     def content_type(self) -> str | None:
-        """The media type that was given."""
+        """The media type, as given."""
         return self._state.content_type if self.is_pending else self.ref.content_type
 
     @property
     def original_filename(self) -> str | None:
-        """The name that was given: raw while pending, cleaned once stored."""
+        """The file name: as given while pending, sanitized once stored."""
         return self._state.filename if self.is_pending else self.ref.original_filename
 
     @property
     def variants(self) -> AttachmentVariants:
-        """What is derived from it, by the names that its column declares; nothing is loaded or made.
+        """The derived files by the names that the column declares; nothing is loaded or made.
 
         Raises:
             UnboundAttachmentError: It is not stored yet.
-            InvalidReferenceError: The row holds something that is not a ref.
+            InvalidReferenceError: The row contains a value that is not a ref.
         """
         self._state.require_ref()
         return AttachmentVariants(self._state)
 
     async def variant(self, name: str) -> AttachmentVariant:
-        """Return what is derived from it under a name; it is made now if it is missing, and kept in the row.
+        """Return the variant of a name; a missing one is made now, and recorded in the row.
 
-        One that an older recipe made is not missing. It is made in a transaction of its own, which waits for others that have
-        changed the row: commit yours first. Several callers in one process that ask for the same one share the work.
+        A variant that an older recipe made is not missing. The variant is recorded in a separate transaction, which waits for
+        others that have changed the row: commit yours first. Concurrent calls for the same variant in one process share the
+        work.
 
         Args:
             name: One of the names that the column declares.
@@ -841,12 +842,11 @@ class Attachment(_StoredFile):
         Raises:
             UnknownVariantError: The column declares no such name.
             ConfigurationError: The base is bound with neither a journal nor sessions.
-            StaleAttachmentError: No committed row holds the file: it is not committed yet, or the row has another one now.
-            DerivationRefusedError: None can be made of this file, or the recipe is not for files of its type; more attempts
-                change nothing.
-            DerivationFailedError: It could not be made now.
-            ScanPendingError: A virus scanner has not judged the file yet.
-            InfectedObjectError: It found something in it.
+            StaleAttachmentError: No committed row refers to the file: it is not committed yet, or the row has another one now.
+            DerivationRefusedError: The variant can never be made from this file, or the recipe is not for files of its type.
+            DerivationFailedError: The variant could not be made; it may be tried again.
+            ScanPendingError: A virus scanner has not scanned the file yet.
+            InfectedObjectError: A virus scanner has found the file infected.
             StorageError: The file could not be read, or the result not be stored.
         """
         state = self._state
@@ -864,20 +864,20 @@ class Attachment(_StoredFile):
 
     @property
     def sync(self) -> SyncAttachment:
-        """The same verbs for synchronous code, in threads without a running event loop."""
+        """The same methods for synchronous code, in threads without a running event loop."""
         return SyncAttachment(self)
 
     async def store(self, column: InstrumentedAttribute[Any]) -> Self:
-        """Upload now, before any transaction; the row that it is assigned to later refers to this object.
+        """Upload now, before any transaction; the row to which it is assigned later refers to this object.
 
-        If it is never assigned, or the process dies, the garbage collector deletes the object.
+        If it is never assigned, or the process dies, the journal or the garbage collector deletes the object.
 
         Args:
             column: The attribute that it is for, such as `Document.file`; its policy decides where the object is stored.
 
         Raises:
             ConsumedSourceError: Its stream was already read.
-            ContentTooLargeError: It is larger than the column's policy allows, also where it was stored for another one.
+            ContentTooLargeError: It is larger than the column's policy allows, even if it was stored for another one.
             StorageError: As `StorageManager.put_stream`.
         """
         column_type = _home_of(column)
@@ -957,7 +957,7 @@ class Attachment(_StoredFile):
 
 
 class AttachmentVariant(_StoredFile):
-    """A file that is derived from an attachment, or the original in its place where the recipe says so.
+    """A file that is derived from an attachment, or the original in its place if the recipe says so.
 
     Attributes:
         name: The name that the column declares.
@@ -977,27 +977,27 @@ class AttachmentVariant(_StoredFile):
 
     @property
     def is_original(self) -> bool:
-        """Whether it is the original, because what is derived from it is missing."""
+        """Whether it is the original, because the variant is missing."""
         return self.ref.recipe is None
 
     @property
     def content_type(self) -> str | None:
-        """The media type that its recipe gave."""
+        """The media type of its recipe."""
         return self.ref.content_type
 
     @property
     def original_filename(self) -> str | None:
-        """The name that its recipe gave, or None."""
+        """The file name of its recipe, or None."""
         return self.ref.original_filename
 
     @property
     def media(self) -> Mapping[str, Any] | None:
-        """What its recipe says of the content, such as `width` and `height`."""
+        """The properties of the content that its recipe has recorded, such as `width` and `height`."""
         return self.ref.media
 
     @property
     def sync(self) -> SyncAttachmentVariant:
-        """The same verbs for synchronous code, in threads without a running event loop."""
+        """The same methods for synchronous code, in threads without a running event loop."""
         return SyncAttachmentVariant(self)
 
     def __eq__(self, other: object) -> bool:
@@ -1017,7 +1017,7 @@ class AttachmentVariant(_StoredFile):
 
 
 class AttachmentVariants(Mapping[str, "AttachmentVariant | None"]):
-    """What is derived from an attachment, by name: the names that its column declares, and others that its row has.
+    """The variants of an attachment by name: those that its column declares, and others that its row has.
 
     The value under a declared name that is missing, because it is not made yet or cannot be made, is the original where the
     recipe has `missing="original"`, and None where it has `missing="nothing"`. It is None, too, where the recipe is not for
@@ -1088,7 +1088,7 @@ class _SyncStoredFile(Generic[F]):
         return SyncObjectReader(self._run(opening.start(), "open"))
 
     def exists(self) -> bool:
-        """Tell whether its object is there; see `Attachment.exists`."""
+        """Return whether its object is there; see `Attachment.exists`."""
         return self._run(self._file.exists(), "exists")
 
     def url(
@@ -1111,14 +1111,14 @@ class _SyncStoredFile(Generic[F]):
 
 
 class SyncAttachmentVariant(_SyncStoredFile["AttachmentVariant"]):
-    """The verbs of an `AttachmentVariant` for synchronous code."""
+    """The methods of an `AttachmentVariant` for synchronous code."""
 
     __slots__ = ()
     _name = "variant"
 
 
 class SyncAttachment(_SyncStoredFile["Attachment"]):
-    """The verbs of an `Attachment` for synchronous code: `user.avatar.sync.read()`.
+    """The methods of an `Attachment` for synchronous code: `user.avatar.sync.read()`.
 
     Each does what the verb of the same name does; see `granite_storage.manager.SyncStorage`.
     """
@@ -1127,7 +1127,7 @@ class SyncAttachment(_SyncStoredFile["Attachment"]):
     _name = "attachment"
 
     def variant(self, name: str) -> AttachmentVariant:
-        """Return what is derived from it under a name, made now if it is missing; see `Attachment.variant`."""
+        """Return the variant of a name, made now if it is missing; see `Attachment.variant`."""
         return self._run(self._file.variant(name), "variant")
 
     def store(self, column: InstrumentedAttribute[Any]) -> Attachment:

@@ -1,4 +1,4 @@
-"""The one object that knows a base, its manager and its sessions."""
+"""The binding, which connects a base with its manager and its sessions."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def bind_storage(
     Args:
         base: The declarative base, `SQLModel`, or anything else that has a `metadata`.
         manager: The manager; the caller closes it.
-        session_factory: The application's session maker, for what opens sessions of its own, such as the garbage collector: an
-            `async_sessionmaker`, a `sessionmaker`, a `scoped_session` or any function that returns a new session.
+        session_factory: The application's session factory, for parts that open their own sessions, such as the garbage
+            collector: an `async_sessionmaker`, a `sessionmaker`, a `scoped_session` or any function that returns a new session.
         journal: The journal, which keeps objects and rows consistent through crashes; None for rollbacks only.
-        sessions: Another name of `session_factory`.
+        sessions: An alias of `session_factory`.
 
     Returns:
-        The binding; `unbind` undoes it.
+        The binding; `unbind` reverses it.
 
     Raises:
-        ConfigurationError: The base has no metadata, an attachment column names a policy that the manager does not have or one
-            with a retention, or a scanner that may hold files back, and there is no journal, has a default that no session can
-            store, or is annotated as several attachments; `session_factory` makes no sessions, or is given under both names; or
-            the journal's tables are not declared beside the models.
+        ConfigurationError: The base has no metadata; an attachment column names a policy that the manager does not have, or one
+            that needs a journal (with a retention, or a scanner that may hold files) without a journal; a column has a default
+            that no session can store, or is annotated as several attachments; `session_factory` creates no sessions, or is
+            given under both names; or the journal's tables are not declared beside the models.
     """
     metadata = getattr(base, "metadata", None)
     if not isinstance(metadata, MetaData):
@@ -76,7 +76,7 @@ def bind_storage(
     if journal is not None and not isinstance(journal, StorageJournal):
         raise ConfigurationError(f"bind_storage needs a StorageJournal, not {type(journal).__name__}")
     if session_factory is not None and sessions is not None:
-        raise ConfigurationError("bind_storage takes session_factory=... or sessions=..., which is another name of it, not both")
+        raise ConfigurationError("bind_storage takes session_factory=... or its alias sessions=..., not both")
     session_factory = sessions if session_factory is None else session_factory
     _require_session_factory(session_factory)
     binding = StorageBinding(
@@ -103,19 +103,19 @@ def _require_session_factory(session_factory: object) -> None:
     """Refuse what makes no sessions, before the collector or a migration finds out."""
     if session_factory is not None and (not callable(session_factory) or isinstance(session_factory, Session | AsyncSession)):
         raise ConfigurationError(
-            "bind_storage(session_factory=...) takes what makes sessions, such as async_sessionmaker(engine) or"
-            f" sessionmaker(engine), not {session_factory!r}"
+            "bind_storage(session_factory=...) takes a factory of sessions, such as async_sessionmaker(engine) or "
+            f"sessionmaker(engine), not {session_factory!r}"
         )
 
 
 class StorageBinding:
-    """What `bind_storage` returns.
+    """The binding of a base to a manager, as `bind_storage` returns it.
 
     Attributes:
         base: The declarative base.
         metadata: Its metadata.
         manager: The manager that stores its attachments.
-        session_factory: The application's session maker, as one of asynchronous sessions; None where it was not given.
+        session_factory: The application's session factory, as a factory of asynchronous sessions; None if it was not given.
         journal: The journal, or None.
     """
 
@@ -139,7 +139,7 @@ class StorageBinding:
         return f"{getattr(self.base, '__module__', '')}.{getattr(self.base, '__qualname__', type(self.base).__qualname__)}"
 
     def ref_columns(self) -> list[Column[Any]]:
-        """Return every column of the metadata that holds refs, managed and plain ones."""
+        """Return every column of the metadata that contains refs, managed and plain."""
         kinds = (AttachmentType, StoredObjectRefType)
         return [column for table in self.metadata.sorted_tables for column in table.columns if isinstance(column.type, kinds)]
 
@@ -160,7 +160,7 @@ class StorageBinding:
         await store([Upload(attachment, column_type, uuid7_hex(), verify)])
 
     async def is_referred_to(self, column: Column[Any], ref: StoredObjectRef) -> bool | None:
-        """Tell whether a row of a column refers to an object; None where that is unknown, as it is without sessions."""
+        """Return whether a row of a column refers to an object; None where that is unknown, as it is without sessions."""
         if self.session_factory is None:
             return None
         try:
@@ -180,7 +180,7 @@ class StorageBinding:
         declared, journal = column_type.variants[name], self.journal
         if not declared.is_for(source):
             found = (source.media or {}).get("type") or source.content_type
-            raise DerivationRefusedError(f"there is no {name!r} of a file of the type {found}")
+            raise DerivationRefusedError(f"the variant {name!r} is not made for files of the type {found}")
         make = partial(make_without_journal, self) if journal is None else journal.make_variant
         key = (self, source.backend, source.location, name, declared.digest, which)
         return await share(key, lambda: make(column_type, source, declared, which=which))
@@ -192,7 +192,7 @@ class StorageBinding:
         return await self.journal.drop_variant(source, name)
 
     def unbind(self) -> None:
-        """Undo `bind_storage`; the last one leaves no listener behind. Idempotent."""
+        """Reverse `bind_storage`; unbinding the last base removes all listeners. Idempotent."""
         if self.journal is not None:
             self.journal.release(self)
         if remove_binding(self):

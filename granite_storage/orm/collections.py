@@ -211,11 +211,11 @@ class AttachedFile:
             setattr(self, name, value)
 
     def copy(self) -> Self:
-        """Return a new row with the same file, caption and `extra`; its object is a copy once it is flushed."""
+        """Return a new row with the same file, caption and `extra`; the flush copies its object."""
         return type(self)(self.file, caption=self.caption, extra=self.extra)
 
     def describe(self) -> dict[str, Any]:
-        """Return what a client may see: the primary key, the caption, and the fields of the file; for encoders."""
+        """Return the fields that a client may see, for encoders: the primary key, the caption, and the fields of the file."""
         return {"id": self.id, "caption": self.caption, "file": self.file.describe()}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -259,13 +259,13 @@ def _as_attachment(file: NewFile) -> Attachment:
     if isinstance(file, Attachment):
         return file
     if isinstance(file, AttachedFile):
-        raise TypeError(f"a new row cannot be made of a row: use copy() of {file!r}, or its .file")
+        raise TypeError(f"a new row cannot be created from an existing one: use copy() of {file!r}, or its .file")
     content: Any = file
     return Attachment(content) if isinstance(content, bytes | bytearray | memoryview) else Attachment.from_upload(content)
 
 
 class AttachmentList(list[AttachedFile]):
-    """The files of a row in their order; each is an `AttachedFile`, a row of its own.
+    """The files of a row in their order; each is an `AttachedFile`, a row of the files' table.
 
     It is the list of a relationship of SQLAlchemy, with every operation of `list`. What is added may be an attachment, bytes or
     an uploaded file as well, for which a row is made. What is removed is deleted with its file, unless it is added to the same
@@ -296,7 +296,7 @@ class AttachmentList(list[AttachedFile]):
         _arrange(self, (len(place),))
 
     def extend(self, files: Iterable[NewFile]) -> None:
-        """Add files at the end, such as those of an `<input type="file" multiple>`; inputs that were left empty are left out."""
+        """Add files at the end, such as those of an `<input type="file" multiple>`; empty inputs are skipped."""
         for file in list(files):
             if isinstance(file, AttachedFile | Attachment | bytes | bytearray | memoryview):
                 self.append(file)
@@ -309,7 +309,7 @@ class AttachmentList(list[AttachedFile]):
         _arrange(self, (range(len(self))[index],))
 
     def sort(self, *, key: Callable[[AttachedFile], Any] | None = None, reverse: bool = False) -> None:
-        """Sort the files; only those that change their places are written."""
+        """Sort the files; only those whose positions change are written."""
         super().sort(key=cast(Any, key), reverse=reverse)
         _arrange(self)
 
@@ -319,7 +319,7 @@ class AttachmentList(list[AttachedFile]):
         _arrange(self)
 
     def move(self, file: AttachedFile, index: int) -> None:
-        """Move a file, so that it is at an index.
+        """Move a file to an index.
 
         Raises:
             ValueError: It is not in the list.
@@ -333,7 +333,7 @@ class AttachmentList(list[AttachedFile]):
         _arrange(self, (place,))
 
     def reorder(self, ids: Iterable[int]) -> None:
-        """Put the files into the order of their primary keys in `ids`, as a page sends them after a drag.
+        """Order the files by their primary keys in `ids`, as a page sends them after a drag.
 
         Files that are not named follow in their order, such as those that were added meanwhile. An id that is not in the list,
         such as that of a file that was deleted meanwhile, is ignored.
@@ -599,7 +599,7 @@ def file_class(attribute: QueryableAttribute[AttachmentList]) -> type[AttachedFi
     """
     declared = declared_collection(attribute)
     if declared is None or declared.file_class is None:
-        raise TypeError(f"this takes an attribute that attachments() declares, such as Album.photos, not {attribute!r}")
+        raise TypeError(f"expected an attribute that attachments() declares, such as Album.photos, not {attribute!r}")
     return declared.file_class
 
 
@@ -631,7 +631,7 @@ def _of_files(attribute: QueryableAttribute[AttachmentList], result: Callable[[A
 def append_files(
     parent: object, attribute: InstrumentedAttribute[AttachmentList], files: Iterable[NewFile]
 ) -> list[AttachedFile]:
-    """Add files to the end of a collection, which is not loaded if it is not yet.
+    """Add files at the end of a collection without loading it.
 
     It needs no `await`: the next flush of the parent's session stores the files.
 
@@ -652,7 +652,7 @@ def append_files(
     rows = [cast(_Declared, declared).as_file(file) for file in given]
     session = object_session(parent)
     if state.has_identity and session is None:
-        raise DetachedInstanceError(f"{made.__name__}: no session has {parent!r}: add it to one before its files")
+        raise DetachedInstanceError(f"{parent!r} is in no session: add it to one before its rows of {made.__name__}")
     for row in rows:
         row.parent = parent
         if session is not None:

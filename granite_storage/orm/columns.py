@@ -92,7 +92,7 @@ T = TypeVar("T")
 
 
 def portable_storage_ref_type() -> TypeEngine[Any]:
-    """Return the type that a column of refs has in the database, for migrations: JSON, and JSONB on PostgreSQL.
+    """Return the database type of a column of refs, for migrations: JSON, or JSONB on PostgreSQL.
 
     It is that of `attachment()` and `StoredObjectRefType` columns. It knows no policy and no manager, so a migration that names
     it remains valid when the models change.
@@ -468,7 +468,7 @@ def _declared_variants(storage_key: str, recipes: Mapping[str, Recipe]) -> dict[
                 raise ConfigurationError(f"{argument} of the variant {name!r} of {column} must be one of {known}, not {value!r}")
         digest = recipe.digest(name)
         if not isinstance(digest, str) or not digest:
-            raise ConfigurationError(f"digest() of the variant {name!r} of {column} must return a text, not {digest!r}")
+            raise ConfigurationError(f"digest() of the variant {name!r} of {column} must return a string, not {digest!r}")
         accept = check_accepted_types(recipe.accept) if isinstance(recipe, SupportsAccept) else None
         declared[name] = DeclaredVariant(name, recipe, digest, accept, f"{name}{_extension_of(recipe)}")
     return declared
@@ -515,20 +515,20 @@ def attachment(
         storage_key: The policy that new objects are stored under.
         entity_id: Given the instance, returns the segment of the location that names the row. By default that is the primary
             key if it is known before the INSERT, otherwise a new UUID.
-        validate: A function that is shown each new file of this column, an `UploadPreview`, after the policy's own, and refuses
-            it by raising `ContentRejectedError` with a message for the client.
-        variants: The recipes of what is derived from each file, such as thumbnails, by the names of the variants: letters,
-            digits, hyphens and underscores. A variant lives and dies with its file. Those that are made after the commit
-            (`when="later"`) need a journal.
-        effects: What is derived from each file and kept elsewhere, such as a document in a search index, by the names of the
-            effects, which are formed as those of variants: what the journal's worker calls when a file has come to a row or has
-            left it. Columns that declare effects of one name declare the same effect.
+        validate: A function that is called with an `UploadPreview` of each new file, after the policy's own, and refuses it by
+            raising `ContentRejectedError` with a message for the client.
+        variants: The recipes of the files that are derived from each file, such as thumbnails, by the names of the variants:
+            letters, digits, hyphens and underscores. A variant is deleted with its file. Variants that are made after the
+            commit (`when="later"`) need a journal.
+        effects: The handlers that keep another service in step with the files, such as a search index, by the names of the
+            effects, which have the form of variant names. The journal's worker calls them when a file was added to a row or
+            removed from it. Columns that declare effects of the same name must declare the same effect.
         **column_arguments: Other arguments of `mapped_column`, such as `nullable`, `deferred`, `init` or `default`. A default
             is None or a function without arguments, which makes an attachment for each new row that has none.
 
     Raises:
-        ConfigurationError: The storage key is not one, a default would write a file that no session has stored, or a variant
-            or an effect has a name that cannot be one, or is none.
+        ConfigurationError: The storage key is invalid, a default would write a file that no session has stored, or a variant or
+            an effect, or its name, is invalid.
 
     Example:
         ```python

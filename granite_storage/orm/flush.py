@@ -390,7 +390,7 @@ def _copy_all(session: Session, unit: UnitOfWork, frame: Frame, changes: Sequenc
 
 
 def _is_referred_to(session: Session, change: Change) -> bool:
-    """Tell whether a row of the column that an attachment was read from still refers to its object."""
+    """Return whether a row of the column that an attachment was read from still refers to its object."""
     original = change.attachment._state.column_type
     if original.table.metadata is not change.slot.column_type.table.metadata:
         return True  # another base's, perhaps in another database: that is not known here

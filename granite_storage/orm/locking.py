@@ -419,7 +419,7 @@ def find_shared_afresh(places: Sequence[tuple[Engine, Mapping[str, Any]]], objec
 
 
 def _has_file(connection: Connection) -> bool:
-    """Tell whether an SQLite database is in a file, which a second connection reads as well."""
+    """Return whether an SQLite database is in a file, which a second connection reads as well."""
     return any(name == "main" and file for _, name, file in connection.exec_driver_sql("PRAGMA database_list"))
 
 

@@ -115,13 +115,13 @@ class StoredContentMixin:
         return OpeningReader(start)
 
     async def delete_content(self) -> bool:
-        """Take the content away; the commit removes its object. Returns whether there was any."""
+        """Remove the content; the commit deletes its object. Returns whether there was any."""
         current = await self._current()
         self.clear_content_reference()
         return current is not None
 
     def clear_content_reference(self) -> None:
-        """Set the attribute to None, without looking at what it holds.
+        """Set the attribute to None, without reading its value.
 
         The row owned the object, so the commit removes it, unless the attachment is assigned to another row in the same
         transaction.

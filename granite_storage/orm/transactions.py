@@ -162,7 +162,7 @@ class ConnectionWatch:
         self.committing = self.refused = self.prepared = self.has_snapshot = False
 
     def must_ask(self, outcome: Outcome) -> bool:
-        """Tell whether rows must be looked for again before anything is deleted.
+        """Return whether rows must be looked for again before anything is deleted.
 
         A snapshot hides what others have committed. And a rollback leaves rows that were committed before it, unseen by
         SQLAlchemy: by a COMMIT in SQL or of the driver, such as that of SQLite's `executescript`; by a driver in autocommit mode;
@@ -348,7 +348,7 @@ def unlisten_all() -> None:
 
 
 def _goes_on(transaction: SessionTransaction) -> bool:
-    """Tell whether closing a session left the transaction alone that it was joined to, and with it the session's rows."""
+    """Return whether closing a session left the transaction alone that it was joined to, and with it the session's rows."""
     reference = _begun.get(transaction)
     joined = None if reference is None else reference()
     return joined is not None and joined.is_active
@@ -398,7 +398,7 @@ def _on_rollback_prepared(connection: Connection, *_: Any) -> None:
 def _on_rollback_savepoint(connection: Connection, name: str, _: Any) -> None:
     """Undo the work of sessions that had ended inside a savepoint of the outer transaction.
 
-    Of work that was done partly before the savepoint, nobody can tell which part is undone: nothing is deleted of it.
+    If work was done partly before the savepoint, it is unknown which part is undone, so none of it is deleted.
     """
     found = _watches.get(connection)
     if found is None or not found.joined:

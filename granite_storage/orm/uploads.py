@@ -208,7 +208,7 @@ class _Item:
         return cls(upload, prepared, variants)
 
     def is_for(self, name: str) -> bool:
-        """Tell whether what is stored has a variant: its media type is known only now."""
+        """Return whether what is stored has a variant: its media type is known only now."""
         return self.upload.column_type.variants[name].is_for(self.upload.attachment.ref)
 
     def complete(self) -> None:

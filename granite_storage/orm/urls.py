@@ -93,7 +93,7 @@ def sign_urls_sync(
 
 @dataclass(frozen=True, slots=True)
 class WithURL:
-    """Lets a response model of pydantic show the `url` of an attachment or a variant, beside what it shows anyway.
+    """Lets a pydantic response model show the `url` of an attachment or a variant beside its other fields.
 
     `Annotated[Attachment, WithURL()]` shows the public URL of a file of a public policy, and `WithURL(signed=True)` the URL that
     `sign_urls` has signed; without that call it raises. No other field shows a URL. It is null where a virus scanner has not let

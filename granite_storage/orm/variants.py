@@ -221,7 +221,7 @@ def write_variants(
         values = {holding.column: new, **keeping_other_columns(holding.column)}
         written = update(holding.column.table).where(holding.is_row).values(values)
         if connection.execute(written, execution_options=holding.options).rowcount != 1:
-            raise StaleAttachmentError(f"a locked row no longer holds the object at {holding.value['location']!r}")
+            raise StaleAttachmentError(f"a locked row no longer refers to the object at {holding.value['location']!r}")
     return displaced
 
 
@@ -243,8 +243,8 @@ def entity_of(source: StoredObjectRef) -> str:
 def not_committed(source: StoredObjectRef) -> StaleAttachmentError:
     """Return the error for an original that no committed row holds."""
     return StaleAttachmentError(
-        f"no committed row holds the object at {source.location!r}, so a variant of it cannot be kept: commit the transaction"
-        " that stores it first, or load the row again where it has been given another file"
+        f"no committed row refers to the object at {source.location!r}, so its variant cannot be recorded: commit the "
+        "transaction that stores it first, or load the row again if it has received another file"
     )
 
 
@@ -373,7 +373,7 @@ async def drop_without_journal(binding: Binding, column_type: ColumnType, source
 
 def _require_sessions(binding: Binding) -> async_sessionmaker[AsyncSession]:
     if binding.session_factory is None:
-        raise ConfigurationError("making a variant when it is asked for needs sessions: bind_storage(..., session_factory=...)")
+        raise ConfigurationError("making a variant on request needs sessions: bind_storage(..., session_factory=...)")
     return binding.session_factory
 
 

@@ -1,4 +1,4 @@
-"""What users test with: a bound base in one line, the conformance suite, a backend that fails when told to, and fixtures.
+"""Helpers for tests: a temporary binding, the conformance suite for backends, fault injection, and fixtures.
 
 The names below are loaded when they are first used: only the suite and the fixtures need pytest.
 `pytest_plugins = ["granite_storage.testing.fixtures"]` in a `conftest.py` gives the fixtures.

@@ -1,4 +1,4 @@
-"""The public conformance suite: what every backend promises, as tests to subclass."""
+"""The public conformance suite: tests of the guarantees of every backend, to subclass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BackendConformance(
     FaultCases,
     LifecycleCases,
 ):
-    """The tests that a backend passes to be one: subclass it, and give it a backend.
+    """The tests that every backend must pass: subclass it, and give it a backend.
 
     ```python
     class TestMyBackend(BackendConformance):

@@ -1,4 +1,4 @@
-"""A backend that fails when it is told to: the n-th call, always the same way."""
+"""A backend for fault injection: the n-th call fails, always in the same way."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RecordedCall:
 
 
 class FaultInjectingBackend(WrappedBackend):
-    """Passes every call on to an inner backend, and makes the ones it was told to fail, wait, end early or go wrong.
+    """Passes every call to an inner backend, and makes declared calls fail, wait, end early or return wrong bytes.
 
     Nothing is random: a fault strikes the `nth` call of its operation, counted from when it is declared, and as many after it as
     `times` says. It has the abilities of the inner backend and no others, also for `isinstance`.
@@ -91,7 +91,7 @@ class FaultInjectingBackend(WrappedBackend):
 
     @property
     def pending(self) -> int:
-        """How many strikes were declared and have not happened; a test that ends with some has not tested what it means to."""
+        """The number of declared faults that have not occurred; a test should end with none."""
         return sum(fault.left for fault in self._faults)
 
     def fail(
@@ -103,7 +103,7 @@ class FaultInjectingBackend(WrappedBackend):
         error: BaseException | None = None,
         lost_answer: bool = False,
     ) -> None:
-        """Make a call raise.
+        """Make a call raise an error.
 
         Args:
             operation: Which one.
@@ -135,7 +135,7 @@ class FaultInjectingBackend(WrappedBackend):
         error: BaseException | None = None,
         silently: bool = False,
     ) -> None:
-        """Cut off a stream, a body or a listing; one that has no more than `after` bytes or objects is whole.
+        """Cut off a stream, a body or a listing after `after` bytes or objects; a shorter one stays whole.
 
         Args:
             operation: Which one.
@@ -161,7 +161,7 @@ class FaultInjectingBackend(WrappedBackend):
         self._declare(_Fault(operation, nth, times, flip=at), "put_bytes", "put_stream", "open")
 
     def count(self, operation: Operation) -> int:
-        """Return how many calls of an operation were made."""
+        """Return the number of calls of an operation."""
         return sum(call.operation == operation for call in self.calls)
 
     async def put_bytes(self, location: str, content: bytes, *, content_type: str | None = None) -> Mapping[str, Any] | None:
@@ -212,7 +212,7 @@ class FaultInjectingBackend(WrappedBackend):
         if fault.operation != "read" and not hasattr(self, fault.operation):
             raise ValueError(f"{self.inner!r} has no operation {fault.operation!r}")
         if allowed and fault.operation not in allowed:
-            raise ValueError(f"this fault strikes {', '.join(allowed)}, not {fault.operation}")
+            raise ValueError(f"this fault applies to {', '.join(allowed)}, not to {fault.operation}")
         if fault.nth < 1 or fault.left < 1:
             raise ValueError(f"nth and times count from 1, but are {fault.nth} and {fault.left}")
         with self._lock:
@@ -322,7 +322,7 @@ class _StruckReader:
         self._broken = False
 
     async def read(self, size: int = -1, /) -> bytes:
-        """Return up to `size` bytes, all that is left where negative."""
+        """Return up to `size` bytes, all remaining ones if negative."""
         chunk = await self._call(lambda: self._inner.read(size))
         room = len(chunk) if self._strike.cut is None else max(0, self._strike.cut - self._position)
         self._broken = self._broken or room < len(chunk)

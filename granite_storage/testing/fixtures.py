@@ -48,7 +48,7 @@ __all__ = [
 
 
 class MakeStorage(Protocol):
-    """What `granite_make_storage` gives."""
+    """The function that `granite_make_storage` returns."""
 
     def __call__(
         self,
@@ -75,7 +75,7 @@ def granite_storage_policies() -> Mapping[str, StoragePolicy]:
 
 @pytest.fixture
 def granite_make_storage(granite_storage_policies: Mapping[str, StoragePolicy]) -> Iterator[MakeStorage]:
-    """Make managers for one test, such as one on a `FaultInjectingBackend`, or with policies of its own."""
+    """Create managers for one test, such as one on a `FaultInjectingBackend`, or with other policies."""
     made: list[StorageManager] = []
 
     def make(
@@ -98,13 +98,13 @@ def granite_make_storage(granite_storage_policies: Mapping[str, StoragePolicy]) 
 
 @pytest.fixture
 def granite_memory_storage(granite_make_storage: MakeStorage) -> StorageManager:
-    """A manager whose objects live in memory, fresh for each test."""
+    """A manager whose objects are in memory, new for each test."""
     return granite_make_storage(MemoryStorageBackend())
 
 
 @pytest.fixture
 def granite_local_storage(granite_make_storage: MakeStorage, tmp_path: Path) -> StorageManager:
-    """A manager whose objects are files below `tmp_path / "granite-storage"`, fresh for each test, without fsync."""
+    """A manager whose objects are files below `tmp_path / "granite-storage"`, new for each test, without fsync."""
     return granite_make_storage(LocalStorageBackend(tmp_path / "granite-storage", fsync=False))
 
 

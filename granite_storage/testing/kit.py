@@ -52,7 +52,7 @@ class _Kit:
 
 
 class BoundStorage(_Kit):
-    """What `async with bound_storage(Base)` gives.
+    """The result of `async with bound_storage(Base)`.
 
     Attributes:
         engine: The engine.
@@ -83,7 +83,7 @@ class BoundStorage(_Kit):
 
 
 class SyncBoundStorage(_Kit):
-    """What `with bound_storage(Base)` gives: the attributes of `BoundStorage`, with a synchronous engine and its sessions."""
+    """The result of `with bound_storage(Base)`: the attributes of `BoundStorage`, with a synchronous engine and its sessions."""
 
     def __init__(self, base: Any, policies: Mapping[str, StoragePolicy] | None, engine: Engine) -> None:
         self.engine = engine
@@ -102,7 +102,7 @@ class SyncBoundStorage(_Kit):
 
 
 class bound_storage:  # noqa: N801  # it is called as a function
-    """Bind a declarative base to a database and a storage of their own, for one test.
+    """Bind a declarative base to a temporary database and storage, for one test.
 
     `async with bound_storage(Base) as kit:` is for asynchronous sessions and gives a `BoundStorage`, `with bound_storage(Base) as
     kit:` is for synchronous ones and gives a `SyncBoundStorage`. Objects are in memory. The database is a new SQLite file, with

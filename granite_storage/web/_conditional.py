@@ -61,7 +61,7 @@ def failed_precondition(headers: Headers, validators: Validators) -> int | None:
 
 
 def range_applies(headers: Headers, validators: Validators, now: datetime) -> bool:
-    """Tell whether If-Range lets a Range be honoured: the client has part of just this object.
+    """Return whether If-Range lets a Range be honoured: the client has part of just this object.
 
     A date serves only where it is strong, a second old at least: within one second there may have been two objects.
     Source: RFC 9110, sections 13.1.5 and 8.8.2.2.
@@ -81,7 +81,7 @@ def header_of(headers: Headers, name: str) -> str | None:
 
 
 def is_entity_tag(text: str) -> bool:
-    """Tell whether it is one entity tag, weak or strong. Source: RFC 9110, section 8.8.3."""
+    """Return whether it is one entity tag, weak or strong. Source: RFC 9110, section 8.8.3."""
     return _TAG.fullmatch(text) is not None
 
 
@@ -113,7 +113,7 @@ def _full_year(year: int) -> int:
 
 
 def _has_tag(header: str, etag: str, *, strong: bool) -> bool:
-    """Tell whether a list of entity tags, or `*`, has this one; a list that is malformed has none."""
+    """Return whether a list of entity tags, or `*`, has this one; a list that is malformed has none."""
     if header == "*":
         return True
     tags = _tags(header)
@@ -180,7 +180,7 @@ def _parse_span(first: str, last: str, size: int) -> ByteRange | None:
 
 
 def _is_suffix(spec: str) -> bool:
-    """Tell whether it asks for some last bytes, which even an empty object has; but no 206 can say so."""
+    """Return whether it asks for some last bytes, which even an empty object has; but no 206 can say so."""
     return spec.startswith("-") and _parse_number(spec[1:]) > 0
 
 

@@ -222,7 +222,7 @@ _BEGINNINGS: dict[str, re.Pattern[bytes]] = {
 
 
 def contradicts(head: bytes, content_type: str) -> bool:
-    """Tell whether a file that begins like this cannot be of a media type; False for types that are not known.
+    """Return whether a file that begins like this cannot be of a media type; False for types that are not known.
 
     Source: the WHATWG's MIME Sniffing Standard, section 6, and the formats' own specifications.
 
@@ -235,7 +235,7 @@ def contradicts(head: bytes, content_type: str) -> bool:
 
 
 def is_known(content_type: str) -> bool:
-    """Tell whether it is known how files of a media type begin."""
+    """Return whether it is known how files of a media type begin."""
     return _beginning_of(content_type) is not None
 
 
@@ -297,7 +297,7 @@ async def find_staged(manager: StorageManager, storage_key: str, upload_token: U
     try:
         info = await manager.stat(place)
     except ObjectNotFoundError as error:
-        raise UploadMissingError("no file was uploaded yet") from error
+        raise UploadMissingError("no file has been uploaded yet") from error
     require_size(info.size, upload_token.max_size)
     if info.size < upload_token.min_size:
         raise UploadMismatchError(f"the file has {info.size} bytes, fewer than the announced {upload_token.min_size}")

@@ -28,7 +28,7 @@ _MAY_BE_NONE = frozenset({"max_size", "max_file_size"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadLimits:
-    """What a request may bring; the first byte or part beyond a limit ends it, whatever its Content-Length says.
+    """The limits of a request; the first byte or part over a limit ends it, whatever its Content-Length says.
 
     Files are limited by the policy that they are stored under as well, whichever is less.
 
@@ -520,11 +520,11 @@ class MultipartParser:
         return after
 
     def _is_open(self, after: re.Match[bytes]) -> bool:
-        """Tell whether more of the body must say if it is a delimiter."""
+        """Return whether more of the body must say if it is a delimiter."""
         return after["open"] is not None and not self._is_last(after)
 
     def _is_last(self, after: re.Match[bytes]) -> bool:
-        """Tell whether it is the last delimiter, with which a body may end."""
+        """Return whether it is the last delimiter, with which a body may end."""
         return after["last"] is not None or (self._has_ended and after[0].startswith(b"--"))
 
     def _begin_next(self, after: re.Match[bytes]) -> _Event | None:

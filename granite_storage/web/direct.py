@@ -142,7 +142,7 @@ class UploadEndpoint:
         except TimeoutError as error:
             if not time_left.expired():
                 raise
-            raise UploadTokenError("the time for this upload is over; begin a new one") from error
+            raise UploadTokenError("this upload has expired; begin a new one") from error
 
 
 async def _require_whole(body: AsyncIterator[bytes], min_size: int) -> AsyncGenerator[bytes, None]:
@@ -164,7 +164,7 @@ def _require_least(size: int | None, min_size: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DirectUpload:
-    """What a client needs to send one file, as `DirectUploads.begin` returns it. Any holder can send the file: do not log it.
+    """The request for one file, as `DirectUploads.begin` returns it. Any holder can send the file: do not log it.
 
     Attributes:
         method: `POST`: a form (multipart/form-data) of the fields, in their order, and after them the file in a field `file`.
@@ -184,7 +184,7 @@ class DirectUpload:
     expires_at: datetime
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values, for the client."""
+        """Return the request as JSON values for the client."""
         return {
             "method": self.method,
             "url": self.url,
@@ -272,7 +272,7 @@ class DirectUploads:
         owner: str | None = None,
         expires_in: timedelta = timedelta(minutes=15),
     ) -> DirectUpload:
-        """Return what a client needs to send one file of this name, type and size.
+        """Return a signed request with which a client sends one file of this name, type and size.
 
         The application decides whether the upload is allowed before it calls this. With a journal, the file is recorded before
         this returns.
@@ -329,7 +329,7 @@ class DirectUploads:
         return DirectUpload(request.method, request.url, request.fields, request.headers, token, expires_at)
 
     async def finish(self, token: str, attribute: InstrumentedAttribute[Any], *, owner: str | None = None) -> Attachment:
-        """Return an attachment of the file that a client has sent, for a row to take like any other.
+        """Check the file that a client has sent, and return it as an attachment to assign to a row.
 
         Size and headers are checked first, and then the first bytes. Only then the file is copied to where the client cannot
         write, by the storage itself where it can, and read there once: size, checksum and media type are those of the copy. One
@@ -437,7 +437,7 @@ class DirectUploads:
     def _signed_request(self, upload_token: UploadToken) -> UploadRequest:
         if self.base_url is None:
             raise ConfigurationError(
-                f"the backend {upload_token.backend!r} signs no requests: pass base_url= to DirectUploads, and mount it there"
+                f"the backend {upload_token.backend!r} cannot sign requests: pass base_url= to DirectUploads, and mount it there"
             )
         token = self._to_send.sign(replace(upload_token, filename=None, owner=None))
         return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": upload_token.content_type})
@@ -531,7 +531,7 @@ def _require_owner(owner: object) -> None:
 
 
 def _is_of(location: str, column_type: AttachmentType, policy: StoragePolicy) -> bool:
-    """Tell whether a location is one that `begin` could have chosen for a column."""
+    """Return whether a location is one that `begin` could have chosen for a column."""
     prefix = f"{policy.key_prefix}/" if policy.key_prefix else ""
     names = (
         re.escape(column_type.model_name),

@@ -63,7 +63,7 @@ _TITLES = {413: "Content Too Large"}
 
 
 class RequestError(StorageError, HTTPException):
-    """A request cannot be processed as it is; nothing of it was kept.
+    """A request cannot be processed; nothing of it was stored.
 
     It is also an `HTTPException` of Starlette, so an application without handlers of its own answers with its status.
 
@@ -96,7 +96,7 @@ class MalformedRequestError(RequestError):
 
 
 class RequestTooLargeError(RequestError):
-    """The request has more of something than is allowed: bytes, parts, files or fields.
+    """The request exceeds a limit: of bytes, parts, files or fields.
 
     Attributes:
         limit: The name of the limit in `UploadLimits`.
@@ -132,13 +132,13 @@ class UnsupportedRequestError(RequestError):
 
 
 class UploadTokenError(RequestError):
-    """The token of a direct upload is changed, expired, signed with a key that is gone, or not the caller's; not said which."""
+    """The token of a direct upload was changed, has expired, or belongs to another key or owner; the error does not say which."""
 
     status = 403
 
 
 class UploadMissingError(RequestError):
-    """No file was uploaded yet, or it is gone."""
+    """No file has been uploaded yet, or it was deleted."""
 
     status = 409
 
@@ -161,7 +161,7 @@ class _Problem:
 
 
 def install_error_handlers(app: Starlette, *, retry_after: int = RETRY_AFTER) -> None:
-    """Let a Starlette or FastAPI application answer the library's errors with problem details.
+    """Make a Starlette or FastAPI application answer the library's errors with problem details.
 
     Errors of the server (5xx) are logged with the details that the client does not get. A client that disconnects while it sends
     is no error: nothing is answered or logged. The OpenAPI document of a FastAPI application shows the bodies that `upload_form`
@@ -205,7 +205,7 @@ def problem_response(error: StorageError, *, retry_after: int = RETRY_AFTER) -> 
 
 
 def client_message(error: StorageError) -> str:
-    """Return what a client may read of an error, for a form that is shown again: the `detail` of `problem_response`.
+    """Return the message of an error for clients, such as for a form that is shown again: the `detail` of `problem_response`.
 
     Errors of the server (5xx) are logged with the details that the client does not get.
     """
@@ -229,7 +229,7 @@ def _problem_of(error: StorageError) -> _Problem:
             return _Problem(413, f"The file is larger than {error.max_size} bytes.", {"max_size": error.max_size})
         case CollectionFullError(max_files=None):
             limit = {"max_total_size": error.max_total_size}
-            return _Problem(413, f"The files are larger than {error.max_total_size} bytes together.", limit)
+            return _Problem(413, f"The files are larger than {error.max_total_size} bytes in total.", limit)
         case CollectionFullError():
             return _Problem(413, f"There can be at most {error.max_files} files.", {"max_files": error.max_files})
         case EmptyUploadError():
@@ -239,7 +239,7 @@ def _problem_of(error: StorageError) -> _Problem:
         case ContentRejectedError() | DerivationRefusedError():
             return _Problem(422, _as_sentence(str(error)))
         case InfectedContentError():
-            return _Problem(422, "The file was refused, because a virus scanner has found something in it.")
+            return _Problem(422, "The file was refused, because a virus scanner has found it infected.")
         case ScannerUnavailableError():
             return _Problem(503, "The file could not be scanned for viruses at the moment.", retry=True)
         case DerivationFailedError():
@@ -247,13 +247,13 @@ def _problem_of(error: StorageError) -> _Problem:
         case ScanPendingError():
             return _Problem(409, "The file has not been scanned for viruses yet.", retry=True)
         case InfectedObjectError():  # 451 is for what the law forbids (RFC 7725); to a client, this file is not there
-            return _Problem(404, "The file is not there.")
+            return _Problem(404, "The file does not exist.")
         case StreamTimeoutError():
             return _Problem(408, "The file did not arrive in time.")
         case ObjectNotFoundError() | UnknownVariantError():
-            return _Problem(404, "The file is not there.")
+            return _Problem(404, "The file does not exist.")
         case ObjectExistsError() | StaleAttachmentError():
-            return _Problem(409, "Something has changed meanwhile; the request may be tried again.")
+            return _Problem(409, "The file or its row has changed meanwhile; the request may be tried again.")
         case BackendUnavailableError():
             return _Problem(503, "The storage is not available at the moment.", retry=True)
         case StorageFullError():

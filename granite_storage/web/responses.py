@@ -150,7 +150,7 @@ def group_reads(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 async def is_request(scope: Scope, send: Send, methods: Sequence[str], server: str) -> bool:
-    """Tell whether an ASGI application is called for a request of one of its methods; anything else is refused here.
+    """Return whether an ASGI application is called for a request of one of its methods; anything else is refused here.
 
     Raises:
         ValueError: It is neither HTTP nor a websocket.
@@ -304,9 +304,9 @@ class Request(Protocol):
 class Offload:
     """Lets the web server in front of the application send objects of a local disk, with the headers of the response.
 
-    nginx takes `X-Accel-Redirect`, Apache's mod_xsendfile and lighttpd take `X-Sendfile`. The server sends the bytes, and answers
-    ranges and conditions with validators of its own. What is sent to it is percent-encoded, so that no location can be anything
-    but a path below its root.
+    nginx takes `X-Accel-Redirect`, Apache's mod_xsendfile and lighttpd take `X-Sendfile`. The server sends the bytes, and
+    answers ranges and conditions with its own validators. The path is percent-encoded, so that a location cannot lead out of
+    its root.
 
     Args:
         header: The header that the server takes.
@@ -334,16 +334,15 @@ class Offload:
 
 
 class StoredObjectResponse(Response):
-    """Streams a stored object, whole or in ranges, from any backend.
+    """Streams a stored object from any backend, whole or in ranges.
 
-    Ranges, preconditions, If-Range and HEAD follow RFC 9110, and the ETag is a strong one made of the checksum. Memory is bounded
-    per response, and a client that disconnects or does not read stops the reading. A missing object is answered with 404 and
-    logged as an error; one that a virus scanner has yet to judge with 409, and one in which it found something with 404.
-    Once the first byte is sent, an answer is whole or broken: an error in the body is logged, and the
-    connection is cut.
+    Ranges, preconditions, If-Range and HEAD follow RFC 9110, and the ETag is a strong one made of the checksum. Memory is
+    bounded per response, and a client that disconnects or does not read stops the reading. A missing object is answered with
+    404 and logged as an error, one that a virus scanner has not scanned yet with 409, and an infected one with 404. Once the
+    first byte is sent, a response is complete or broken: an error in the body is logged, and the connection is closed.
 
-    A browser runs nothing of it: `nosniff`, a Content-Security-Policy that allows a player for audio and video and nothing for
-    other types, and a download unless the media type is one of `inline_types`. Scripts, HTML, SVG and XML are served as
+    A browser executes nothing in it: the response has `nosniff`, a Content-Security-Policy that allows only a player for audio
+    and video, and is a download unless the media type is one of `inline_types`. Scripts, HTML, SVG and XML are served as
     `application/octet-stream`.
 
     No middleware compresses it, because a range of a compressed body is not a range of the object: to a client that accepts
@@ -355,13 +354,13 @@ class StoredObjectResponse(Response):
         stored: A stored attachment, a variant of one, or a ref with its `manager`.
         request: The request; its method and headers are read.
         manager: The manager of a ref; an attachment and a variant have their own.
-        disposition: `inline` lets a browser show it in its window where that is safe.
-        filename: The name to save it under; None for the one it was uploaded with.
-        inline_types: The exact media types that may be shown inline; never what a browser would run.
+        disposition: `inline` lets a browser show it if that is safe.
+        filename: The name for saving it; None for its original name.
+        inline_types: The exact media types that may be shown inline; types that a browser would execute are refused.
         immutable: Whether the URL will never have other content, so that clients need not ask again for a year.
         cache_control: The Cache-Control instead of `private, no-cache`, with which clients keep it and ask whether it changed.
-        verify: Whether a whole body is checked against the checksum as it is sent, and cut before its end where it is wrong. It
-            costs the hashing.
+        verify: Whether to verify a whole body against the checksum as it is sent, and to cut it off before its end if it is
+            wrong. It costs the hashing.
         offload: The web server in front that sends the bytes instead, for objects on a disk that it can read. With `verify` the
             application sends them.
         headers: More headers, which override the response's own: a Content-Type is also used in each part of several ranges, and
@@ -535,7 +534,7 @@ def _resolve(
         return stored.ref, manager or stored.manager
     require_ref(stored)
     if manager is None:
-        raise ConfigurationError("a ref has no manager of its own: pass manager=")
+        raise ConfigurationError("a ref does not know its manager: pass manager=")
     return stored, manager
 
 
@@ -557,7 +556,7 @@ def _accepts_codings(asked: Headers) -> bool:
 
 
 def _is_compressed(scope: Any, asked: Headers) -> bool:
-    """Tell whether Litestar compresses the response: it checks neither the status nor a Content-Encoding."""
+    """Return whether Litestar compresses the response: it checks neither the status nor a Content-Encoding."""
     config = getattr(scope.get("litestar_app"), "compression_config", None)
     if config is None or not _accepts_codings(asked):
         return False

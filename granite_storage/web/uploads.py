@@ -73,7 +73,7 @@ class UploadSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTarget:
-    """Stores a file under a policy of a manager, and returns its ref: for applications that keep refs themselves.
+    """Stores a file under a policy of a manager, and returns its ref: for applications that store refs themselves.
 
     Args:
         manager: The manager.
@@ -220,13 +220,13 @@ class Received:
 
 
 class FilePart:
-    """A file as it arrives: iterate over it once with `async for`, or pass it to anything that takes a stream.
+    """A file as it arrives: iterate over it once with `async for`, or pass it to a function that takes a stream.
 
     Attributes:
-        name: The name of its field; empty where it is the whole body.
-        filename: The client's file name, raw: never use it as a path.
+        name: The name of its field; empty if the file is the whole body.
+        filename: The client's file name, unchanged: never use it as a path.
         content_type: The client's media type; not verified.
-        size: How many bytes it has, where it is the whole body and its Content-Length says so; None otherwise.
+        size: Its size in bytes, if it is the whole body and has a Content-Length; None otherwise.
     """
 
     def __init__(
@@ -252,11 +252,11 @@ class FilePart:
 
     @property
     def fields(self) -> ImmutableMultiDict[str, str]:
-        """The fields that came before it in the form."""
+        """The fields that precede it in the form."""
         return ImmutableMultiDict(list(self._fields))
 
     async def is_absent(self) -> bool:
-        """Tell whether it is an empty file input of a browser: no name and no bytes."""
+        """Return whether it is an empty file input of a browser: no name and no bytes."""
         if self.filename:
             return False
         self._first = await self._next_chunk()
@@ -317,8 +317,8 @@ class UploadForm:
     """The fields and the stored files of a form.
 
     It is an async context manager: `async with await stream_upload(...) as form:`. At the end of the block it removes the
-    attachments that no row has taken. Where the block ends without an error, attachments assigned to an instance stay, because
-    its row may be flushed later; where it raises, they are removed too.
+    attachments that no row has taken. If the block ends without an error, attachments assigned to an instance stay, because its
+    row may be flushed later; if it raises, they are removed too.
 
     Attributes:
         fields: The fields that are not files.
@@ -353,10 +353,10 @@ async def stream_upload(
 ) -> UploadForm:
     """Receive a form, and store its files as they arrive, in their order.
 
-    Nothing is spooled: the connection is read as fast as the storage takes the bytes, and memory is bounded, whatever the client
-    sends. When it returns, the whole form has arrived and its files are stored. When it raises, because the form is malformed,
-    too large or cut off, storage fails, or the task is cancelled, what was stored of it is removed; an attachment's journal
-    removes what a cancelled task had to leave.
+    Nothing is spooled: the connection is read as fast as the storage takes the bytes, and memory is bounded, whatever the
+    client sends. When it returns, the whole form has arrived and its files are stored. When it raises, because the form is
+    malformed, too large or cut off, the storage fails, or the task is cancelled, the files stored so far are removed; a journal
+    removes those that a cancelled task had to leave.
 
     Args:
         request: The request; its body must not have been read.
@@ -376,7 +376,7 @@ async def stream_upload(
         UnsupportedRequestError: It is neither multipart/form-data nor URL-encoded, or has a Content-Encoding.
         MalformedRequestError: It is malformed, cut off, or has a file in a field where none is expected.
         RequestTooLargeError: It has more than `limits` allow, or more files in one field than it takes.
-        MissingFieldError: It lacks something that is required; `names` has all of it.
+        MissingFieldError: A required field or file is missing; `names` lists all of them.
         ContentTooLargeError: A file has more bytes than its policy or `limits` allow.
         ConsumedSourceError: The application has read the body already; the response is a 500.
         ClientDisconnect: The client went away.
@@ -418,7 +418,7 @@ async def stream_body(
 async def stream_body(
     request: Request, target: Target, *, filename: str | None = None, limits: UploadLimits = DEFAULT_LIMITS
 ) -> Any:
-    """Receive the body of a request as one file, such as that of a PUT, and store it as it arrives.
+    """Receive the body of a request, such as a PUT, as one file, and store it as it arrives.
 
     The guarantees are those of `stream_upload`. A Content-Length over the limit is refused before a byte is read.
 
@@ -429,7 +429,7 @@ async def stream_body(
         limits: The limits of the body.
 
     Returns:
-        The `Attachment`, the `StoredObjectRef`, or what your function returned.
+        The `Attachment`, the `StoredObjectRef`, or the result of your function.
 
     Raises:
         UnsupportedRequestError: It has a Content-Encoding.
@@ -572,9 +572,9 @@ def upload_form(
 ) -> UploadDependency[UploadForm]:
     """Return a dependency that receives a form: `Annotated[UploadForm, Depends(upload_form({"file": Document.file}))]`.
 
-    At the end of the request the attachments that no row has taken are removed; where it ends without an error, those assigned to
-    an instance stay, whose row may be flushed later. The endpoint must not have `Form` or `File` parameters: FastAPI would read
-    the body first.
+    At the end of the request the attachments that no row has taken are removed. If it ends without an error, those assigned to
+    an instance stay, because its row may be flushed later. The endpoint must not have `Form` or `File` parameters: FastAPI
+    would read the body first.
 
     Args:
         files: Where the file of each field goes; see `stream_upload`.

@@ -69,7 +69,7 @@ class SignedFiles:
         if caching not in ("revalidate", "private", "shared"):
             raise ConfigurationError(f"caching must be 'revalidate', 'private' or 'shared', not {caching!r}")
         if manager.url_signer is None:
-            raise ConfigurationError("the manager signs no URLs: pass url_signer= to StorageManager")
+            raise ConfigurationError("the manager cannot sign URLs: pass url_signer= to StorageManager")
         self._manager = manager
         self._signer = manager.url_signer
         self._inline_types = require_inline_types(inline_types)
@@ -128,7 +128,7 @@ async def _refuse(error: BackendUnavailableError | InvalidLocationError | Unknow
 
 
 class PublicFiles:
-    """An ASGI application that serves the objects of public policies at their locations; mount it where their `public` says.
+    """An ASGI application that serves the objects of public policies at their locations; mount it at their base URL.
 
     It answers GET and HEAD as `StoredObjectResponse` does, with the Cache-Control of the policy and an ETag made of the location,
     which never gets another object. A URL that is written otherwise than `public_url` writes it, or has a query, is answered with
@@ -278,7 +278,7 @@ def _may_meet(segments: Sequence[str], others: Sequence[str]) -> bool:
 
 def _indistinct(policy: StoragePolicy, other: StoragePolicy) -> ConfigurationError:
     return ConfigurationError(
-        f"PublicFiles cannot tell the objects of the public policy {policy.storage_key!r} from those of {other.storage_key!r}:"
-        f" their locations begin with {_beginning(policy)!r} and {_beginning(other)!r} at one place; give both a key_prefix of"
-        " their own, or a backend of its own to the public one"
+        f"PublicFiles cannot tell the objects of the public policy {policy.storage_key!r} from those of {other.storage_key!r}: "
+        f"their locations begin with {_beginning(policy)!r} and {_beginning(other)!r} in one store; give each its own "
+        "key_prefix, or the public policy its own backend"
     )

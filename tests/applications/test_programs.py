@@ -58,7 +58,7 @@ def test_interrupt_during_an_upload(tmp_path: Path, database_url: str) -> None:
 @pytest.mark.parametrize("kind", ["sqlite"], indirect=True)
 def test_a_session_blocks_a_loop_and_nothing_else(tmp_path: Path, database_url: str) -> None:
     warned, printed = run("block", tmp_path, database_url).splitlines()
-    assert "stands still" in warned
+    assert "blocks the event loop" in warned
     assert printed == "[b'1']"
 
 

@@ -138,7 +138,7 @@ async def test_an_upload_does_not_fail_where_the_store_keeps_no_identity(caplog:
             refs = [await put(manager) for _ in range(3)]
     assert [ref.identity for ref in refs] == [None] * 3
     assert [record.getMessage() for record in caplog.records] == [
-        "the store of the backend 'files' can be given no identity, so refs do not say which store they are of: on purpose"
+        "the identity of the backend 'files' could not be written, so new refs do not record their store: on purpose"
     ]
     assert faults.count("identities") == 1
 

@@ -345,7 +345,7 @@ async def test_a_refusal_names_the_root_who_asks_and_whose_the_root_is(tmp_path:
 @pytest.mark.case("RB-20")
 async def test_a_root_that_cannot_be_made_is_named_at_once() -> None:
     backend = LocalStorageBackend("/proc/nope")
-    with pytest.raises(BackendError, match=r"'/proc/nope' cannot be made .*No such file") as raised:
+    with pytest.raises(BackendError, match=r"'/proc/nope' cannot be created .*No such file") as raised:
         await backend.put_bytes("a/one", b"1")
     assert "again" not in str(raised.value)
     await backend.aclose()
@@ -356,7 +356,7 @@ async def test_a_directory_that_is_never_there_is_not_said_to_be_removed(tmp_pat
     await LocalStorageBackend(tmp_path).put_bytes("marked", b"1")
     monkeypatch.setattr(os, "mkdir", failing(errno.ENOENT))
     backend = LocalStorageBackend(tmp_path)
-    with pytest.raises(BackendUnavailableError, match="lets no directories or files be made") as raised:
+    with pytest.raises(BackendUnavailableError, match="does not allow directories or files to be created") as raised:
         await backend.put_bytes("a/one", b"1")
     assert str(tmp_path) in str(raised.value)
     await backend.aclose()

@@ -165,7 +165,7 @@ class TestRecover:
         assert (answer.code, answer.report["deleted"], answer.report["failed"]) == (0, 2, [])
         assert shop.files("old") == []
         assert "nothing is waiting" in shop.run("recover", "--dry-run").out
-        assert "are tried again" in shop.run("recover", "--yes", "--retry-dead-letters").err
+        assert "will be retried" in shop.run("recover", "--yes", "--retry-dead-letters").err
 
 
 class TestGc:

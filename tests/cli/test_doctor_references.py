@@ -39,6 +39,6 @@ def test_renamed_keys_and_two_keys_for_one_place(plain_shop: Shop) -> None:
     assert message == "2 references name the backend 'old', which the manager does not have (there are: disk, new)"
     (plain_shop.folder / "shop.py").write_text(program)
     (plain_shop.folder / "new").symlink_to(plain_shop.folder / "old")
-    assert ("bad", "'new' and 'old' lead to the same objects: give the manager one backend for each place") in verdicts(
+    assert ("bad", "'new' and 'old' lead to the same objects: give the manager one backend for each store") in verdicts(
         plain_shop
     )[1]

@@ -285,7 +285,7 @@ class TestErrors:
         client = serve(show, fail)
         missing = await client.get("/")
         assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
-        assert missing.json()["detail"] == "The file is not there."
+        assert missing.json()["detail"] == "The file does not exist."
         with caplog.at_level(logging.ERROR, "granite_storage"):
             down = await client.delete("/")
         assert (down.status_code, down.headers["retry-after"], down.headers["cache-control"]) == (503, "5", "no-store")

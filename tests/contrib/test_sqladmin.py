@@ -39,7 +39,7 @@ class TestSavedAsNew:
         [ada] = await panel.rows()
         await panel.manager.delete(ada.avatar.ref)
         page = await panel.edit(ok=False, name="Grace", save="Save as new", **{"avatar-action": "keep"})
-        assert "The file is not there." in page.text
+        assert "The file does not exist." in page.text
         assert ada.avatar.ref.location not in page.text
         assert len(await panel.rows()) == 1
 

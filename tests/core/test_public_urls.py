@@ -102,7 +102,7 @@ class TestURL:
         with pytest.raises(ConfigurationError, match="PublicURL"):
             StoragePolicy("photos", "store", public=CDN)  # type: ignore[arg-type]
         holding = ClamdScanner("127.0.0.1:3310", on_unavailable="hold")
-        with pytest.raises(ConfigurationError, match="holds back"):
+        with pytest.raises(ConfigurationError, match="holds uploads"):
             StoragePolicy("photos", "store", public=PublicURL(CDN), scanner=holding)
         StoragePolicy("photos", "store", public=PublicURL(CDN), scanner=ClamdScanner("127.0.0.1:3310"))
 

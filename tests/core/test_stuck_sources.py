@@ -65,7 +65,7 @@ async def test_the_number_of_stuck_threads_is_bounded() -> None:
         stuck.append(asyncio.ensure_future(pool.run(go.wait, 60)))
         await eventually(lambda number=number: pool._workers == number + 1)
     try:
-        with pytest.raises(StreamTimeoutError, match="5 have been waiting"):
+        with pytest.raises(StreamTimeoutError, match="5 are waiting"):
             await asyncio.wait_for(pool.run(int, "7"), 30)
     finally:
         go.set()

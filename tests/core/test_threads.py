@@ -145,7 +145,7 @@ class TestRun:
         await gate.begun()
         task.cancel()
         assert await cancelled(task)
-        assert "has not ended after 0.01 s" in caplog.text
+        assert "is still running after 0.01 s" in caplog.text
         gate.open.set()
         assert await pool.run(int, "7") == 7
 

@@ -67,7 +67,7 @@ class TestDeclaration:
         ids=["lambda", "nested", "method", "partial", "main", "text", "nothing"],
     )
     def test_what_a_process_cannot_import(self, function: Any, problem: str) -> None:
-        with pytest.raises(ConfigurationError, match=f"{problem}.*; define it at the top of a module"):
+        with pytest.raises(ConfigurationError, match=f"{problem}.*; define it at the top level of a module"):
             recipe(function)
 
     @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ async def test_what_is_no_picture_has_none(client: httpx.AsyncClient, tmp_path: 
     assert list(stored(tmp_path).values()) == [content]
     assert (await client.get(f"/items/{item['id']}/thumb")).status_code == 404
     answer = await client.post(f"/items/{item['id']}/preview")
-    assert (answer.status_code, answer.json()["detail"]) == (422, f"There is no 'preview' of a file of the type {kind}.")
+    refusal = f"The variant 'preview' is not made for files of the type {kind}."
+    assert (answer.status_code, answer.json()["detail"]) == (422, refusal)
     assert (await client.post("/items/999/preview")).status_code == 404
 
 
@@ -114,7 +115,7 @@ async def test_a_picture_that_no_browser_may_show_has_one(client: httpx.AsyncCli
 
 CORRUPT = {
     "cut off": (picture(500, 400, kind="JPEG")[:-2000], "image/jpeg", "The image is damaged and cannot be read."),
-    "HEIC": (heic(), "image/heic", "The file is no image of a type that can be shown: JPEG,"),
+    "HEIC": (heic(), "image/heic", "The file is not an image of a supported type: JPEG,"),
 }
 
 

@@ -140,7 +140,7 @@ async def test_text_that_goes_on_as_binary(*, is_stream: bool) -> None:
             return await manager.put_stream(**SLOT, stream=chunks_of(content[:1000], content[1000:]), content_type=content_type)
         return await manager.put_bytes(**SLOT, content=content, content_type=content_type)
 
-    with pytest.raises(UnsupportedContentError, match="goes on with binary content"):
+    with pytest.raises(UnsupportedContentError, match="continues with binary content"):
         await put("text/plain")
     assert await objects(manager) == []
     assert (await put("application/x-sh")).content_type == "application/x-sh"  # an installer has its archive behind it
@@ -149,7 +149,7 @@ async def test_text_that_goes_on_as_binary(*, is_stream: bool) -> None:
 def test_a_result_that_cannot_be() -> None:
     with pytest.raises(TypeError, match="True or False"):
         ScanResult("infected", "a scanner")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no signature"):
+    with pytest.raises(ValueError, match="must not have a signature"):
         ScanResult(True, "a scanner", "Eicar-Test")
 
 

@@ -135,7 +135,7 @@ class TestRefusals:
     async def test_a_binding_that_is_not_in_force(self, env: MigrationEnvironment) -> None:
         earlier = env.write_to("new")
         env.write_to("new")
-        with pytest.raises(ConfigurationError, match="not in force"):
+        with pytest.raises(ConfigurationError, match="not active"):
             migrate(earlier, storage_key="docs", to_backend="new")
 
     async def test_no_sessions(self, env: MigrationEnvironment) -> None:

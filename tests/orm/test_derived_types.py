@@ -31,7 +31,7 @@ async def test_another_type(env: OrmEnvironment, when: When) -> None:
         file = await stored(env)
         assert file.variants["thumb"] is None
         assert list(file.variants) == ["thumb", "text"]
-        with pytest.raises(DerivationRefusedError, match="there is no 'thumb' of a file of the type text/plain"):
+        with pytest.raises(DerivationRefusedError, match="the variant 'thumb' is not made for files of the type text/plain"):
             await file.variant("thumb")
     await env.check(file_1="x")
 
@@ -84,7 +84,7 @@ def test_what_was_found_counts(content_type: str | None, media: dict[str, Any] |
 
 
 @pytest.mark.parametrize(
-    ("accept", "words"), [((), "is empty"), ("image/*", "tuple of media ranges"), (("image",), "no media range")]
+    ("accept", "words"), [((), "must not be empty"), ("image/*", "tuple of media ranges"), (("image",), "not a media range")]
 )
 def test_what_no_recipe_may_accept(accept: Any, words: str) -> None:
     for make in (

@@ -211,7 +211,7 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"which": "some"}, "which must be one of 'missing', 'stale', 'all', not 'some'"),
-            ({"columns": ["doc.files"]}, r"'doc.files' is no attachment column \(there are: .*doc.file, doc.other"),
+            ({"columns": ["doc.files"]}, r"'doc.files' is not an attachment column \(there are: .*doc.file, doc.other"),
             ({"names": ["thumbs"]}, r"no column declares a variant or an effect 'thumbs' \(there are: thumb\)"),
             ({"concurrency": 0}, "concurrency must be"),
             ({"bytes_per_second": 0}, "bytes_per_second must be"),
@@ -224,7 +224,7 @@ class TestRefusals:
 
 async def test_a_binding_that_is_not_in_force(env: OrmEnvironment) -> None:
     env.binding.unbind()
-    with pytest.raises(ConfigurationError, match="the binding is not in force"):
+    with pytest.raises(ConfigurationError, match="the binding is not active"):
         rederive(env.binding)
 
 

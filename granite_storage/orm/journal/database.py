@@ -352,7 +352,7 @@ def _require_able(given: AsyncEngine | Engine) -> Engine:
     engine = given.sync_engine if isinstance(given, AsyncEngine) else given
     name, pool = engine.dialect.name, engine.pool
     if name not in ("postgresql", "mysql", "mariadb", "sqlite"):
-        raise ConfigurationError(f"a journal needs PostgreSQL, MariaDB or SQLite, and does not know {name}")
+        raise ConfigurationError(f"a journal needs PostgreSQL, MariaDB or SQLite, and does not support {name}")
     if not isinstance(pool, QueuePool | NullPool):
         raise ConfigurationError(
             f"an engine with a {type(pool).__name__} cannot have a journal: on a connection that is shared, the journal's commits"
@@ -512,8 +512,8 @@ class KnownSchemas:
     async def _write(self, tables: JournalTables, translation: Translation) -> None:
         if self._pool.dialect == "sqlite":
             raise ConfigurationError(
-                "on SQLite a session's schema_translate_map must be that of the engine that was passed to StorageJournal: schemas"
-                " are other files there, with which no transaction is atomic"
+                "on SQLite a session's schema_translate_map must be that of the engine that was passed to StorageJournal: "
+                "schemas are separate files there, across which no transaction is atomic"
             )
         value = json.dumps(translation)
         name = f"{_PREFIX}{sha256(value.encode()).hexdigest()[:_DIGITS]}"
@@ -634,16 +634,16 @@ async def _check_mariadb(connection: AsyncConnection, tables: list[tuple[str | N
     version = (await connection.execute(text("SELECT VERSION()"))).scalar_one()
     numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
     if "mariadb" not in version.lower():
-        raise ConfigurationError(f"the journal was proved on MariaDB, and this is MySQL {version}: leave journal=... out")
+        raise ConfigurationError(f"the journal supports MariaDB, but this is MySQL {version}: leave journal=... out")
     if numbers < _OLDEST_MARIADB:
-        raise ConfigurationError(f"the journal needs MariaDB 10.6 or newer, where SKIP LOCKED is, and this is {version}")
+        raise ConfigurationError(f"the journal needs MariaDB 10.6 or newer, which has SKIP LOCKED, but this is {version}")
     if (await connection.execute(text("SELECT @@innodb_flush_log_at_trx_commit"))).scalar_one() != 1:
         raise ConfigurationError(
-            "with innodb_flush_log_at_trx_commit other than 1 a crash takes back what was committed: set it to 1"
+            "with innodb_flush_log_at_trx_commit other than 1 a crash undoes committed transactions: set it to 1"
         )
     level = (await connection.execute(text("SELECT @@global.tx_isolation"))).scalar_one()
     if level == "READ-UNCOMMITTED":
-        raise ConfigurationError("at READ UNCOMMITTED the journal's rows are not where they are looked for: set another level")
+        raise ConfigurationError("at READ UNCOMMITTED the journal can miss its own rows: set another isolation level")
     await _check_engines(connection, tables)
 
 

@@ -217,7 +217,9 @@ class EffectJobs(JobQueue):
                         await handler(event)
                     holding.cancel()
             except TimeoutError as error:
-                raise DerivationFailedError(f"the handler took longer than {effect.timeout:g} s, or met a timeout") from error
+                raise DerivationFailedError(
+                    f"the handler took longer than {effect.timeout:g} s, or raised a TimeoutError"
+                ) from error
         except ScanPendingError as error:
             await self._postpone([job], PAUSE_FOR_OTHERS, error)
             return False
@@ -275,7 +277,7 @@ class EffectJobs(JobQueue):
                 if left <= 0:
                     raise StaleAttachmentError("the lease of the job could not be renewed in time") from error
                 logger.warning(
-                    "the lease of %s could not be renewed and is tried again: %s", job.what, error, extra=fields_of(job)
+                    "the lease of %s could not be renewed, which will be retried: %s", job.what, error, extra=fields_of(job)
                 )
                 continue
             if result.rowcount == 0:

@@ -214,8 +214,8 @@ class Intents:
             }
         if missing and not self._pool.sees_uploads(connection, missing) and not self._claim(connection, missing):
             raise StaleAttachmentError(
-                "an object was reclaimed before its row could take it: it was stored longer ago than its lease, or was on its"
-                " way out already; the transaction may be tried again"
+                "an object was reclaimed before its row could take it: it was stored longer ago than its lease, or was "
+                "already being deleted; the transaction may be tried again"
             )
 
     def displace(self, connection: Connection, displaced: Iterable[tuple[StoredObjectRef, timedelta]]) -> None:
@@ -300,8 +300,8 @@ class Intents:
         fenced: set[str] = wait(self._fenced(locations)) if locations else set()
         if fenced:
             raise StaleAttachmentError(
-                "an object that was to be restored is just being deleted, as another row had given it up before;"
-                " the transaction may be tried again"
+                "an object that should be restored is being deleted, because another row has released it; the transaction may "
+                "be tried again"
             )
 
     async def _fenced(self, locations: Sequence[str | None]) -> set[str]:
@@ -425,7 +425,7 @@ class Lease:
             async with asyncio.timeout(self._remaining()):
                 there = await self._intents.renew(self._ids, self._duration)
         except Exception as error:  # noqa: BLE001  # whatever keeps it from being renewed, there is time to try again
-            logger.warning("the lease of an upload could not be renewed and is tried again: %s", error)
+            logger.warning("the lease of an upload could not be renewed, which will be retried: %s", error)
             return
         if not there:
             raise _expired()
@@ -436,4 +436,4 @@ class Lease:
 
 
 def _expired() -> StaleAttachmentError:
-    return StaleAttachmentError("an upload's lease is over before the upload was; the transaction may be tried again")
+    return StaleAttachmentError("the lease of an upload has expired before the upload ended; the transaction may be tried again")

@@ -259,7 +259,7 @@ class JobQueue:
         columns: The columns whose jobs this process does.
         journal: The journal, which records uploads.
         lease: How long a job is this worker's own without renewal.
-        max_attempts: After how many deaths of workers that had nothing else in hand a job is dead.
+        max_attempts: After how many deaths of workers that were processing only this job it is dead.
     """
 
     def __init__(

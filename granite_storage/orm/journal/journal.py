@@ -56,22 +56,22 @@ _RARELY = timedelta(days=1)
 class StorageJournal:
     """Records in the application's database which objects are about to change, so that no crash loses or leaks one.
 
-    Two lines switch it on: make one from the application's engine, and pass it to `bind_storage`. Its tables are declared by
+    Create one from the application's engine, and pass it to `bind_storage`. Its tables are declared by
     `journal_tables(Base.metadata)`. From then on
 
     - a committed ref always leads to an object with its bytes,
-    - every other object is deleted sooner or later, whatever dies and whenever: by `recover`, or by a `worker`,
+    - every other object is deleted eventually, whatever crashes and whenever: by `recover`, or by a `worker`,
     - and no object is deleted that a row refers to, or that a transaction in progress may refer to.
 
-    It costs one commit per flush that stores something, on connections of its own, and a row per object that goes.
+    It costs one commit on a separate connection for each flush that stores something, and a row for each deleted object.
 
     Args:
         engine: The application's engine, on PostgreSQL, MariaDB or SQLite, or one made for the journal that leads to the same
             database, such as one past a connection pooler. The journal makes a small pool of its own from it, with the same
             creator, arguments, events and `schema_translate_map`; disposing of the engine closes that as well.
-        lease: How long an upload may go without a sign of life before a worker takes it for dead. It is renewed while the upload
-            goes on, so it need not be longer than any upload; an object stored by `Attachment.store` must be assigned to a row
-            and flushed within it.
+        lease: How long an upload may go without renewal before a worker treats it as abandoned. It is renewed during the
+            upload, so it may be shorter than an upload; an object stored by `Attachment.store` must be assigned to a row and
+            flushed within it.
         pool_size: The most connections that it opens; in each event loop, where the engine has a `NullPool`.
         timeout: How long a session waits for the journal before it uploads, at most. It may hold a connection of its own
             meanwhile, so that many of them, and a pool or a server with no connection left, would wait for each other.
@@ -79,14 +79,14 @@ class StorageJournal:
             database with `-granite_storage` behind.
         one_machine: On SQLite, say that one machine alone uses a database on a network file system, and that its locks hold
             there.
-        max_attempts: How often a delete fails before its object becomes a dead letter, which is logged and left alone. A worker's
-            death is no failure, unless as many workers in a row die of the same object.
+        max_attempts: How often a delete fails before its object becomes a dead letter, which is logged and not retried. A
+            worker's death is not a failure, unless as many workers in a row die of the same object.
 
     Raises:
         ConfigurationError: The database or the engine's pool cannot have a journal; the message says what to do instead.
 
-    What a session does with files raises `BackendUnavailableError` where the journal's database does not answer in time; nothing
-    was uploaded then, and the transaction may be tried again.
+    A flush with files raises `BackendUnavailableError` if the journal's database does not answer in time; nothing was uploaded
+    then, and the transaction may be tried again.
 
     Example:
         ```python
@@ -162,11 +162,11 @@ class StorageJournal:
     async def check(self) -> None:
         """Check that the database meets the requirements: tables, versions, privileges, storage engines, settings.
 
-        `recover`, `worker` and the first upload do it by themselves; at start-up it says early what is wrong. Rows of a backend
-        that the manager does not have, because it was renamed or left out, are kept, and logged as a warning.
+        `recover`, `worker` and the first upload call it themselves; call it at start-up to find problems early. Rows of a
+        backend that the manager does not have, because it was renamed or removed, are kept, and logged as a warning.
 
         Raises:
-            ConfigurationError: Something is missing or unfit; the message says what to do.
+            ConfigurationError: A requirement is not met; the message says what to do.
         """
         others = sorted({column.table for column in self._columns()}, key=str)
         may_hold = any(policy.may_hold for policy in self.manager.policies.values())
@@ -184,9 +184,9 @@ class StorageJournal:
     async def recover(self) -> RecoveryReport:
         """Run recovery once: delete uploads that no transaction has consumed, and displaced objects that are due.
 
-        Objects that are held until a scanner has judged them are scanned, those that are due, and their rows get the verdict.
-        Variants that are due are made, and their rows get them. Effects that are due are called.
-        Any number of processes may do so at the same time. What fails is tried again by a later pass, ever more rarely.
+        Held objects that are due are scanned, and the verdicts are written into their rows. Variants that are due are made and
+        recorded in their rows. Effects that are due are called. Any number of processes may do so at the same time. Failures
+        are retried by later passes, at growing intervals.
 
         Raises:
             ConfigurationError: As `check`.
@@ -232,11 +232,11 @@ class StorageJournal:
     async def worker(self, *, interval: timedelta = timedelta(seconds=30)) -> AsyncIterator[None]:
         """Run recovery periodically while the block runs, as a task of an application's lifespan.
 
-        It looks soon after a transaction of this process has given something up, and every interval for those of other processes.
-        Every backend has a loop of its own, so that a slow or dead one holds up no other, and further loops for the scans of held
-        objects, which may take minutes, for the variants that are to be made, and for the effects. Failures are logged and
-        survived. The loops end with the block, promptly; what they leave unfinished any other worker resumes. Where the base is
-        bound again meanwhile, the worker goes on with the new manager, for those backends that it began with.
+        A pass runs soon after a transaction of this process has left work, and every interval for other processes. Every
+        backend has its own loop, so that a slow or dead one does not delay the others, and further loops for the scans of held
+        objects, which may take minutes, for variants, and for effects. Failures are logged, and the loops continue. They end
+        promptly with the block; any other worker resumes their unfinished work. If the base is bound again meanwhile, the
+        worker continues with the new manager, for the backends that it began with.
 
         Args:
             interval: The pause between two passes, give or take a quarter.
@@ -303,7 +303,7 @@ class StorageJournal:
 
     @property
     def sync(self) -> SyncJournal:
-        """The same verbs for synchronous code, in threads without a running event loop."""
+        """The same methods for synchronous code, in threads without a running event loop."""
         return SyncJournal(self)
 
     async def aclose(self) -> None:
@@ -373,13 +373,14 @@ class StorageJournal:
             try:
                 callback()
             except Exception:
-                logger.exception("a callback of on_work failed; the next pass of a worker does what there is to do")
+                logger.exception("a callback of on_work failed; the next pass of a worker processes the pending work")
 
     def on_work(self, callback: Callable[[], object]) -> Callable[[], object]:
         """Call a function after each commit of this process that leaves work for a worker: the place to wake a task queue.
 
-        It is called in the thread of the session and, where that is asynchronous, on its event loop, so it must not wait. It is
-        only a hint: what a process dies of before that, the next `recover` does. It is returned, so this may be a decorator.
+        It is called in the thread of the session and, if that is asynchronous, on its event loop, so it must not block. It is
+        only a hint: if the process dies before the call, the next `recover` does the work. The function is returned, so
+        `on_work` may be used as a decorator.
 
         Example:
             ```python
@@ -436,7 +437,7 @@ class StorageJournal:
         """
         tables = _tables_for(binding.metadata)
         if self._bindings and (self.manager is not binding.manager or self.tables is not tables):
-            raise ConfigurationError("a journal serves one manager and one set of tables: make another one for another base")
+            raise ConfigurationError("a journal serves one manager and one set of tables: create another one for another base")
         effects_of([*self._columns(), *binding.ref_columns()])
         self._bindings.append(binding)
         self._tables = tables
@@ -509,12 +510,12 @@ def _open_pool(
     if getattr(getattr(engine, "dialect", None), "name", None) == "sqlite":
         return SQLitePool(engine, size, sidecar=sidecar, one_machine=one_machine)
     if sidecar is not None or one_machine:
-        raise ConfigurationError("a journal's sidecar and one_machine are for SQLite alone: leave them out")
+        raise ConfigurationError("a journal's sidecar and one_machine are for SQLite only: omit them")
     return JournalPool(engine, size)
 
 
 class SyncJournal:
-    """The verbs of a `StorageJournal` for synchronous code: `journal.sync.recover()`.
+    """The methods of a `StorageJournal` for synchronous code: `journal.sync.recover()`.
 
     Each does what the verb of the same name does; see `granite_storage.manager.SyncStorage`.
     """
@@ -536,11 +537,11 @@ class SyncJournal:
         return enter_blocking(self._journal.worker(interval=interval), "journal.sync.worker", awaited)
 
     def retry_dead_letters(self) -> int:
-        """Retry the deletes that were moved to the dead letters; see `StorageJournal.retry_dead_letters`."""
+        """Retry the dead letters; see `StorageJournal.retry_dead_letters`."""
         return self._run(self._journal.retry_dead_letters(), "retry_dead_letters")
 
     def allow_restored_database(self) -> None:
-        """Say that this is the right database; see `StorageJournal.allow_restored_database`."""
+        """Confirm that this is the right database; see `StorageJournal.allow_restored_database`."""
         self._run(self._journal.allow_restored_database(), "allow_restored_database")
 
     def close(self) -> None:

@@ -85,7 +85,7 @@ class Recovery:
         manager: Whose backends have the objects.
         references: What tells which objects rows refer to.
         lease: How long the row of a deleted upload waits for what may still arrive.
-        max_attempts: After how many failures, or deaths of workers that had nothing else in hand, an object is a dead letter.
+        max_attempts: After how many failures, or deaths of workers that were processing only it, an object is a dead letter.
         timeout: The longest that one delete may take, in seconds.
     """
 

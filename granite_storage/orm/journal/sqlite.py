@@ -289,8 +289,8 @@ class SQLitePool(_LockingPool):
         attached = {effective(table.schema, self.translate_map) for table in (*tables.all, *others)} - {None, "main"}
         if attached:
             raise _refuse(
-                f"tables of attached databases ({', '.join(sorted(map(str, attached)))}) are in other files, with which no"
-                " transaction is atomic: keep the rows with files, and the journal, in the main database"
+                f"tables of attached databases ({', '.join(sorted(map(str, attached)))}) are in separate files, across which "
+                "no transaction is atomic: keep the rows with files, and the journal, in the main database"
             )
         await self._require_local(path)
 
@@ -350,8 +350,8 @@ class SQLitePool(_LockingPool):
         """
         if not _driver(connection).in_transaction:
             raise ConfigurationError(
-                "the driver's connection commits each statement by itself (isolation_level=None), so that no rollback brings rows"
-                " back: begin transactions by SQLAlchemy's recipe for SQLite, with BEGIN IMMEDIATE"
+                "the driver commits each statement by itself (isolation_level=None), so that no rollback can restore rows: "
+                "begin transactions by SQLAlchemy's recipe for SQLite, with BEGIN IMMEDIATE"
             )
         named = connection.execute(_value_of(SIDECAR_NAME), execution_options=self.options).scalar_one_or_none()
         name, pending = wait(self._sidecar.look(ids))
@@ -601,7 +601,7 @@ def _opened(connection: AsyncConnection) -> _Opened:
 
 def _on_checkout(connection: Any, _: Any, __: Any) -> None:
     if not connection.opened.is_there():
-        raise DisconnectionError("the file is gone or another one")
+        raise DisconnectionError("the file is missing or was replaced")
 
 
 def _identity(path: str) -> tuple[int, int]:

@@ -80,7 +80,7 @@ def journal_tables(metadata: MetaData, *, schema: str | None = None) -> JournalT
     if found is None:
         found = metadata.info[_KEY] = _declare(metadata, wanted)
     elif found.intent.schema != wanted:
-        raise ConfigurationError(f"the journal's tables are declared in the schema {found.intent.schema!r} already")
+        raise ConfigurationError(f"the journal's tables are already declared in the schema {found.intent.schema!r}")
     return found
 
 
@@ -194,7 +194,7 @@ def describe_error(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FailedReclaim:
-    """An object that could not be deleted or scanned, or of which a variant or an effect has failed.
+    """An object that could not be deleted or scanned, or whose variant or effect has failed.
 
     Attributes:
         backend: Its backend's key.
@@ -213,7 +213,7 @@ class FailedReclaim:
 
 @dataclass(slots=True)
 class RecoveryReport:
-    """What a pass of recovery did, and what it left.
+    """The results of a pass of recovery, and what it left.
 
     Attributes:
         claimed: How many intents and unfinished reclaims it took over.

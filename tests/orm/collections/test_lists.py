@@ -113,7 +113,7 @@ class TestAdding:
         found = album()
         append_files(found, Album.photos, [b"a"])
         await env.add(found)
-        with pytest.raises(DetachedInstanceError, match="no session has"):
+        with pytest.raises(DetachedInstanceError, match="is in no session"):
             append_files(found, Album.photos, [b"b"])
         assert await shown(env) == "a"
 

@@ -312,7 +312,7 @@ async def test_a_worker_outlives_a_crash_of_its_database(
         await env.engine.dispose()
         async with env.journal.worker(interval=timedelta(milliseconds=20)):
             await asyncio.to_thread(crash_postgres, folder)
-            await eventually_true(lambda: has_said(caplog, "is tried again"))
+            await eventually_true(lambda: has_said(caplog, "will be retried"))
             await file("a").store(Doc.file)
             await expire(env)
             await eventually_true(lambda: is_empty(env))

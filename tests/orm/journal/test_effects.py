@@ -343,7 +343,7 @@ class TestFailures:
             async with asyncio.timeout(10):
                 await catch_up(env)
             [job] = await jobs(env)
-            assert job.error == "DerivationFailedError: the handler took longer than 0.1 s, or met a timeout"
+            assert job.error == "DerivationFailedError: the handler took longer than 0.1 s, or raised a TimeoutError"
             index.gate = None
             assert await verbs(env, index) == ["put"]
             await require_agreement(env, index)
@@ -517,7 +517,7 @@ class TestRefusals:
         [
             ({"put": 1}, "put of an effect must be an async function of an EffectEvent, not 1"),
             ({"remove": None}, "remove of an effect"),
-            ({"version": 1.5}, "the version of an effect must be a number or a text, not 1.5"),
+            ({"version": 1.5}, "the version of an effect must be a number or a string, not 1.5"),
             ({"timeout": 0}, "the timeout of an effect must be a positive number, not 0"),
         ],
     )

@@ -506,7 +506,7 @@ class TestWorker:
         monkeypatch.setattr(journal, "_recoveries", failing)
         async with journal.worker(interval=timedelta(milliseconds=50)):
             await eventually_true(lambda: has_no_objects(env))
-        assert "is tried again" in caplog.text
+        assert "will be retried" in caplog.text
 
     async def test_a_slow_delete_does_not_hold_up_its_end(self, env: OrmEnvironment) -> None:
         await file("a").store(Doc.file)

@@ -95,7 +95,7 @@ class TestOneIntent:
         with steps_are_watched(monkeypatch):
             async with worker(env, "_check"):
                 await delete(env, 2)
-                with pytest.raises(StaleAttachmentError, match="just being deleted"):
+                with pytest.raises(StaleAttachmentError, match="is being deleted"):
                     await env.add(Doc(id=3, file=Attachment.restore(ref)))
         assert await rows(env, "intent") == []
         assert await env.objects() == set()

@@ -344,7 +344,7 @@ class TestRefusals:
 
     async def test_for_sqlite_alone(self) -> None:
         engine = create_async_engine("postgresql+asyncpg://x/y")
-        with pytest.raises(ConfigurationError, match="SQLite alone"):
+        with pytest.raises(ConfigurationError, match="SQLite only"):
             StorageJournal(engine, sidecar="x")
 
 

@@ -115,7 +115,7 @@ def test_in_a_thread_with_an_event_loop(
         thread.start()
         thread.join()
     assert len(objects(manager)) == 2
-    assert [record.message for record in caplog.records if "stands still" in record.message]
+    assert [record.message for record in caplog.records if "blocks the event loop" in record.message]
     assert len(caplog.records) == 1
 
 

@@ -167,10 +167,11 @@ def read_webp(header: bytes) -> Found | None:
 
 def read_icon(header: bytes) -> Found | None:
     """Read the size of the largest picture of an icon: a PNG, or a bitmap with its mask below it. Source: Microsoft's ICONDIR."""
-    if header[:4] != b"\0\0\1\0" or len(header) < 6:
+    count = int.from_bytes(header[4:6], "little")
+    if header[:4] != b"\0\0\1\0" or count > _MOST_PARTS:
         return None
     sizes: list[tuple[int, int]] = []
-    for entry in range(min(int.from_bytes(header[4:6], "little"), _MOST_PARTS)):
+    for entry in range(count):
         if len(header) < 22 + 16 * entry:
             return None
         start = int.from_bytes(header[18 + 16 * entry : 22 + 16 * entry], "little")
@@ -189,43 +190,53 @@ def read_icon(header: bytes) -> Found | None:
 
 
 def read_heif(header: bytes) -> Found | None:
-    """Read the size of the largest picture of an AVIF or HEIC file. Source: ISO/IEC 23008-12, section 6.5.3."""
-    return _largest(list(_spatial_extents(header, 0, len(header), 0)))
+    """Read the size of the largest picture or track of an AVIF or HEIC file.
+
+    Source: ISO/IEC 23008-12, section 6.5.3, and ISO/IEC 14496-12, section 8.3.2.
+    """
+    found = list(_sizes_in_boxes(header, 0, len(header), 0))
+    kinds = {kind for kind, _, _ in found}
+    brands = header[8 : int.from_bytes(header[:4], "big")]
+    is_sequence = b"avis" in brands or b"msf1" in brands  # readers then go by its track, wherever that is
+    if b"" in kinds or (is_sequence and b"tkhd" not in kinds):
+        return None
+    return _largest([size for _, *size in found])
 
 
-def _largest(sizes: list[tuple[int, int]]) -> Found | None:
+def _largest(sizes: list[Any]) -> Found | None:
     if not sizes:
         return None
     width, height = max(sizes, key=lambda size: size[0] * size[1])
     return {"width": width, "height": height}
 
 
-_CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0}
+_CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"moov": 0, b"trak": 0}
+_DEEPEST = 3
 
 
-def _spatial_extents(header: bytes, start: int, stop: int, depth: int) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for kind, begin, end in _boxes(header, start, stop):
-        if kind in _CONTAINERS and end > stop:
-            return []  # the rest of it is still to come
+def _sizes_in_boxes(header: bytes, start: int, stop: int, depth: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the boxes that tell sizes, and one without a name where there may be more than can be seen."""
+    for number, (kind, begin, end) in enumerate(_boxes(header, start, stop)):
+        if number == _MOST_BOXES or (kind in _CONTAINERS and end > stop):
+            yield b"", 0, 0
+            return
         if kind == b"ispe" and begin + 12 <= min(end, stop):
-            found.append(struct.unpack_from(">II", header, begin + 4))
-        elif kind in _CONTAINERS and depth < len(_CONTAINERS):
-            found += _spatial_extents(header, begin + _CONTAINERS[kind], end, depth + 1)
-    return found
+            yield kind, *struct.unpack_from(">II", header, begin + 4)
+        elif kind == b"tkhd" and (place := begin + (88 if header[begin : begin + 1] == b"\1" else 76)) + 8 <= min(end, stop):
+            yield kind, *struct.unpack_from(">H2xH", header, place)
+        elif kind in _CONTAINERS and depth < _DEEPEST:
+            yield from _sizes_in_boxes(header, begin + _CONTAINERS[kind], end, depth + 1)
 
 
 def _boxes(header: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield the boxes of a file of the ISO family: their names, and where their content begins and ends."""
-    for _ in range(_MOST_BOXES):
-        if start + 8 > stop:
-            break
+    while start + 8 <= stop:
         size, kind = struct.unpack_from(">I4s", header, start)
         begin = start + 8
         if size == 1 and begin + 8 <= stop:
             size = struct.unpack_from(">Q", header, begin)[0]
             begin += 8
-        end = stop if size == 0 else start + size
+        end = start + size if size else stop + 1  # it ends where the file does
         if end <= start:
             break
         yield kind, begin, end

@@ -154,6 +154,22 @@ MUTANTS = [
         tests=("tests/inspection/test_image_headers.py::test_an_icon_is_not_decoded",),
     ),
     Mutant(
+        name="inspection-pictures-beyond-a-number",
+        rule="An icon of more pictures than are looked at has no size that can be told.",
+        path="granite_storage/inspection/_image_headers.py",
+        old=" or count > _MOST_PARTS:\n        return None\n    sizes",
+        new=":\n        return None\n    sizes",
+        tests=("tests/inspection/test_image_headers.py::test_the_largest_picture_of_an_icon_has_any_place",),
+    ),
+    Mutant(
+        name="inspection-track-of-an-avif",
+        rule="A moving AVIF is as large as its track, which is what is decoded.",
+        path="granite_storage/inspection/_image_headers.py",
+        old='(is_sequence and b"tkhd" not in kinds)',
+        new="False",
+        tests=("tests/inspection/test_image_headers.py::test_the_track_of_a_moving_avif",),
+    ),
+    Mutant(
         name="inspection-box-of-jpeg-2000",
         rule="The size of a JPEG 2000 is that of its codestream.",
         path="granite_storage/inspection/images.py",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 Found: TypeAlias = dict[str, Any]
 """Width and height, and orientation and frames where there is something to say."""
@@ -255,38 +255,64 @@ def read_jpeg2000_size(header: bytes) -> tuple[int, int] | None:
     return right - left, bottom - top
 
 
-_TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
+_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 129: 1}
+
+Tag: TypeAlias = tuple[int, int, bytes]
+"""The type of a tag, the number of its values, and all of them."""
 
 
-def read_tags(tiff: bytes) -> tuple[dict[int, tuple[int, int, int]], bool]:
-    """Return the tags of a TIFF's first directory, and whether all of them lie in these bytes. Source: TIFF 6.0, section 2.
+class Ifd(NamedTuple):
+    """A directory of a TIFF, or of EXIF, which has the structure of one.
 
-    Each has its type, its count, and its value where that is one number.
+    Attributes:
+        order: How its numbers are written, as `struct` names it; nothing where it is no TIFF.
+        tags: Its tags, the first of each number, without those of unknown types and those that lie outside.
+        following: Where the next directory is; 0 for none.
+        is_sound: Whether all of it, and of what its tags lead to, is there.
     """
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    tags: dict[int, tuple[int, int, int]] = {}
-    if order is None or len(tiff) < 8:
-        return tags, False
-    place = struct.unpack_from(order + "I", tiff, 4)[0]
-    if len(tiff) < place + 2:
-        return tags, False
-    room = len(tiff)
-    count = struct.unpack_from(order + "H", tiff, place)[0]
-    for at in range(place + 2, min(place + 2 + 12 * min(count, _MOST_PARTS), len(tiff) - 11), 12):
-        tag, kind, length, value = struct.unpack_from(order + "HHII", tiff, at)
-        if (size := _TAG_SIZES.get(kind, 0) * length) > 4:
-            room -= size if value + size <= len(tiff) else len(tiff) + 1
-        elif kind == 3:
-            value = struct.unpack_from(order + "H", tiff, at + 8)[0]
-        tags.setdefault(tag, (kind, length, value))
-    return tags, room >= 0 and count <= _MOST_PARTS and len(tiff) >= place + 6 + 12 * count
+
+    order: str
+    tags: dict[int, Tag]
+    following: int = 0
+    is_sound: bool = False
+
+    def number(self, tag: int) -> int:
+        """Return the value of a tag that is one number; 0 where it is none."""
+        kind, count, value = self.tags.get(tag, (0, 0, b""))
+        return int.from_bytes(value, "little" if self.order == "<" else "big") if count == 1 and kind in (3, 4, 13) else 0
+
+
+def read_ifd(tiff: bytes, offset: int | None = None) -> Ifd:
+    """Read a directory, the first one where none is given. Source: TIFF 6.0, section 2."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4], "") if len(tiff) >= 8 else ""
+    place = struct.unpack_from(order + "I", tiff, 4)[0] if order and offset is None else offset or 0
+    tags: dict[int, Tag] = {}
+    if not order or not 8 <= place <= len(tiff) - 2:
+        return Ifd(order, tags)
+    end = place + 2 + 12 * struct.unpack_from(order + "H", tiff, place)[0]
+    budget = len(tiff)  # values that overlap could be a thousand times as long as the whole
+    is_sound = end + 4 <= len(tiff)
+    for at in range(place + 2, min(end, len(tiff) - 11), 12):
+        tag, kind, count, start = struct.unpack_from(order + "HHII", tiff, at)
+        size = _TYPE_SIZES.get(kind, 0) * count
+        if tag in tags or not size:
+            continue
+        if size <= 4:
+            start = at + 8
+        elif size <= budget and start + size <= len(tiff):
+            budget -= size
+        else:
+            is_sound = False
+            continue
+        tags[tag] = kind, count, tiff[start : start + size]
+    return Ifd(order, tags, struct.unpack_from(order + "I", tiff, end)[0] if end + 4 <= len(tiff) else 0, is_sound)
 
 
 def orientation_in(exif: bytes) -> Found:
     """Return how EXIF turns a picture, nothing where it does not, or cannot be read."""
-    kind, count, value = read_tags(exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0"))[0].get(_ORIENTATION, (3, 1, 1))
-    return {"orientation": value} if (kind, count) in ((3, 1), (4, 1)) and 1 < value <= 8 else {}
+    value = read_ifd(exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")).number(ORIENTATION)
+    return {"orientation": value} if 1 < value <= 8 else {}
 
 
 QUICK: dict[str, Callable[[bytes], Found | None]] = {

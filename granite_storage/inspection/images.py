@@ -14,10 +14,10 @@ from granite_storage.inspection._image_headers import (
     orientation_in,
     read_heif,
     read_icon,
+    read_ifd,
     read_jpeg,
     read_jpeg2000_size,
     read_png_size,
-    read_tags,
 )
 from granite_storage.inspection.base import HeadInspector, Inspection, UploadPreview
 from granite_storage.inspection.media_types import canonical
@@ -203,23 +203,16 @@ def _has_many_parts(header: bytes) -> bool:
 
 def _read_tiff(header: bytes) -> Found | None:
     """Read a TIFF that Pillow knows; of tags that lie outside, or have too many values or samples, it would complain."""
-    tags, is_sound = read_tags(header)
-    if not is_sound or not all(tags.get(tag, (0, 0))[:2] in ((3, 1), (4, 1)) for tag in (_WIDTH, _HEIGHT)):
-        return None
-    if any(_expects_one(tag) and count != 1 for tag, (_, count, _) in tags.items()):
-        return None
-    kind, _, samples = tags.get(_SAMPLES, (3, 1, 1))
-    if kind not in (3, 4) or samples > _MOST_SAMPLES:
-        return None
-    if _PillowReader("image/tiff")(header) is None:
-        return None
-    return {"width": tags[_WIDTH][2], "height": tags[_HEIGHT][2], **orientation_in(header)}
-
-
-def _expects_one(tag: int) -> bool:
     from PIL import TiffTags
 
-    return TiffTags.lookup(tag).length == 1
+    ifd = read_ifd(header)
+    width, height = ifd.number(_WIDTH), ifd.number(_HEIGHT)
+    samples = ifd.number(_SAMPLES) if _SAMPLES in ifd.tags else 1
+    if not ifd.is_sound or len(ifd.tags) > _MOST_PARTS or not width or not height or not 0 < samples <= _MOST_SAMPLES:
+        return None
+    if any(count != 1 and TiffTags.lookup(tag).length == 1 for tag, (_, count, _) in ifd.tags.items()):
+        return None
+    return {"width": width, "height": height, **orientation_in(header)} if _PillowReader("image/tiff")(header) else None
 
 
 def _read_jpeg2000(header: bytes) -> Found | None:

@@ -12,9 +12,10 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from granite_storage.exceptions import ContentRejectedError
+from granite_storage.inspection._image_headers import ORIENTATION, Ifd, Tag, read_ifd
 from granite_storage.inspection.base import StripMode
 
 __all__ = ["Stripper", "can_strip"]
@@ -419,24 +420,16 @@ class _WebPParser(_Parser):
 
 # EXIF (CIPA DC-008), the structure of TIFF 6
 
-_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 129: 1}
-_ORIENTATION, _EXIF_IFD, _INTEROP_IFD, _THUMBNAIL, _THUMBNAIL_SIZE = 0x0112, 0x8769, 0xA005, 0x0201, 0x0202
+_EXIF_IFD, _INTEROP_IFD, _THUMBNAIL, _THUMBNAIL_SIZE = 0x8769, 0xA005, 0x0201, 0x0202
 _GPS, _MAKER_NOTE, _DNG_MAKER_NOTE, _EXIF_IPTC, _EXIF_PHOTOSHOP = 0x8825, 0x927C, 0xC634, 0x83BB, 0x8649
 _OFFSETS = (0x0111, 0x0117, 0x0144, 0x0145, 0x014A)
 """Tags of TIFF files that lead to strips, tiles and further IFDs."""
 
 _DROPPED_TAGS = {_GPS, _MAKER_NOTE, _DNG_MAKER_NOTE, _EXIF_IPTC, _EXIF_PHOTOSHOP, *_OFFSETS}
 _REWRITTEN_TAGS = {_EXIF_IFD, _INTEROP_IFD, _THUMBNAIL, _THUMBNAIL_SIZE}
+_OFFSET_TYPES = (13, 16)
+_POINTER: Tag = (4, 1, bytes(4))
 _MINIMAL_EXIF = b"MM\0*\0\0\0\x08\0\x01" + b"\x01\x12\0\x03\0\0\0\x01\0%c\0\0" + b"\0\0\0\0"
-
-
-class _Tag(NamedTuple):
-    kind: int
-    length: int
-    value: bytes
-
-
-_Ifd: TypeAlias = dict[int, _Tag]
 
 
 def _minimal_exif(orientation: int) -> bytes:
@@ -447,77 +440,51 @@ def _clean_exif(data: bytes, mode: StripMode, limit: int) -> bytes | None:
     """Return what stays of EXIF, in at most `limit` bytes; None where nothing does, or it is no EXIF."""
     prefix = _EXIF if data.startswith(_EXIF) else b""  # PNG and WebP have none, but some writers put one there
     tiff = data[len(prefix) :]
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None or len(tiff) < 8:
-        return None
-    first, second_offset = _read_ifd(tiff, order, *struct.unpack_from(order + "I", tiff, 4))
-    orientation = _read_number(first, order, _ORIENTATION)
+    first = read_ifd(tiff)
+    orientation = first.number(ORIENTATION)
     minimal = prefix + _minimal_exif(orientation) if 1 < orientation <= 8 else None
     if mode == "all":
         return minimal
-    cleaned = prefix + _rebuild_exif(tiff, order, first, second_offset)
+    cleaned = prefix + _rebuild_exif(tiff, first)
     return cleaned if len(prefix) < len(cleaned) <= limit else minimal
 
 
-def _rebuild_exif(tiff: bytes, order: str, first: _Ifd, second_offset: int) -> bytes:
+def _rebuild_exif(tiff: bytes, old: Ifd) -> bytes:
     """Write the four IFDs that EXIF has besides that of GPS again: no cycle, overlap or gap of the old ones is carried on."""
-    details, _ = _read_ifd(tiff, order, _read_number(first, order, _EXIF_IFD))
-    interop, _ = _read_ifd(tiff, order, _read_number(details, order, _INTEROP_IFD))
-    second, _ = _read_ifd(tiff, order, second_offset)
-    start = _read_number(second, order, _THUMBNAIL)
-    thumbnail = _clean_thumbnail(tiff[start : start + _read_number(second, order, _THUMBNAIL_SIZE)])
+    old_details = read_ifd(tiff, old.number(_EXIF_IFD))
+    old_second = read_ifd(tiff, old.following)
+    start = old_second.number(_THUMBNAIL)
+    thumbnail = _clean_thumbnail(tiff[start : start + old_second.number(_THUMBNAIL_SIZE)])
 
-    first, details, interop, second = (_keep_tags(ifd) for ifd in (first, details, interop, second if thumbnail else {}))
-    pointer = _Tag(4, 1, bytes(4))
+    first, details, second = _keep_tags(old), _keep_tags(old_details), _keep_tags(old_second) if thumbnail else {}
+    interop = _keep_tags(read_ifd(tiff, old_details.number(_INTEROP_IFD)))
     if interop:
-        details[_INTEROP_IFD] = pointer
+        details[_INTEROP_IFD] = _POINTER
     if details:
-        first[_EXIF_IFD] = pointer
+        first[_EXIF_IFD] = _POINTER
     if thumbnail:
-        second |= {_THUMBNAIL: pointer, _THUMBNAIL_SIZE: _Tag(4, 1, struct.pack(order + "I", len(thumbnail)))}
+        second |= {_THUMBNAIL: _POINTER, _THUMBNAIL_SIZE: (4, 1, struct.pack(old.order + "I", len(thumbnail)))}
     if not first:
         return b""
 
     ifds = (first, details, interop, second)
     starts = [8]
     for ifd in ifds:
-        starts.append(starts[-1] + _measure_ifd(ifd))
+        starts.append(starts[-1] + len(_write_ifd(ifd, 0, 0, old.order)))
     for ifd, tag, offset in ((first, _EXIF_IFD, starts[1]), (details, _INTEROP_IFD, starts[2]), (second, _THUMBNAIL, starts[4])):
         if tag in ifd:
-            ifd[tag] = _Tag(4, 1, struct.pack(order + "I", offset))
+            ifd[tag] = (4, 1, struct.pack(old.order + "I", offset))
     following = (starts[3] if second else 0, 0, 0, 0)
-    written = [_write_ifd(*each, order) for each in zip(ifds, starts, following, strict=False)]
-    return b"".join((tiff[:4], struct.pack(order + "I", 8), *written, thumbnail))
+    written = [_write_ifd(*each, old.order) for each in zip(ifds, starts, following, strict=False)]
+    return b"".join((tiff[:4], struct.pack(old.order + "I", 8), *written, thumbnail))
 
 
-def _read_ifd(tiff: bytes, order: str, offset: int) -> tuple[_Ifd, int]:
-    """Return the tags of an IFD and where the next one is; what has no known type, or lies outside, is left out."""
-    tags: _Ifd = {}
-    if not 8 <= offset <= len(tiff) - 2:
-        return tags, 0
-    end = offset + 2 + 12 * struct.unpack_from(order + "H", tiff, offset)[0]
-    budget = len(tiff)  # values that overlap could be a thousand times as long as the whole
-    for at in range(offset + 2, min(end, len(tiff) - 11), 12):
-        tag, kind, count, start = struct.unpack_from(order + "HHII", tiff, at)
-        size = _TYPE_SIZES.get(kind, 0) * count
-        if size <= 4:
-            start = at + 8
-        if size and start + size <= len(tiff) and size <= budget:
-            budget -= size
-            tags[tag] = _Tag(kind, count, tiff[start : start + size])
-    return tags, struct.unpack_from(order + "I", tiff, end)[0] if end + 4 <= len(tiff) else 0
-
-
-def _read_number(tags: _Ifd, order: str, tag: int) -> int:
-    kind, _, value = tags.get(tag, _Tag(4, 1, bytes(4)))
-    return int.from_bytes(value[: _TYPE_SIZES[kind]], "little" if order == "<" else "big") if kind in (3, 4, 13) else 0
-
-
-def _keep_tags(tags: _Ifd) -> _Ifd:
+def _keep_tags(ifd: Ifd) -> dict[int, Tag]:
+    dropped = _DROPPED_TAGS | _REWRITTEN_TAGS
     return {
-        tag: content
-        for tag, content in tags.items()
-        if tag not in _DROPPED_TAGS | _REWRITTEN_TAGS and content.kind != 13 and not _tells_location(content.value)
+        tag: (kind, count, value)
+        for tag, (kind, count, value) in ifd.tags.items()
+        if tag not in dropped and kind not in _OFFSET_TYPES and not _tells_location(value)
     }
 
 
@@ -529,11 +496,7 @@ def _clean_thumbnail(thumbnail: bytes) -> bytes:
         return b""
 
 
-def _measure_ifd(tags: _Ifd) -> int:
-    return 6 + sum(12 + (len(tag.value) + 1 & ~1 if len(tag.value) > 4 else 0) for tag in tags.values()) if tags else 0
-
-
-def _write_ifd(tags: _Ifd, start: int, following: int, order: str) -> bytes:
+def _write_ifd(tags: dict[int, Tag], start: int, following: int, order: str) -> bytes:
     if not tags:
         return b""
     entries, values = [struct.pack(order + "H", len(tags))], []

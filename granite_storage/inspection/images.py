@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from granite_storage.exceptions import ConfigurationError, ContentRejectedError, MissingDependencyError
@@ -108,7 +108,7 @@ class _HeaderInspection:
     def __init__(self, limits: ImageLimits, content_type: str) -> None:
         self._limits = limits
         self._content_type = content_type
-        self._read = _READERS.get(content_type) or _PillowReader(content_type)
+        self._read = _READERS.get(content_type) or partial(_ask_pillow, content_type)
         self._content = bytearray()
         self._tried = 0
         self._found: Mapping[str, Any] | None = None
@@ -141,24 +141,15 @@ class _HeaderInspection:
             self._content.clear()
 
 
-class _PillowReader:
-    """Reads a header with Pillow's plugin of one format: none of the others ever sees hostile bytes, and none decodes.
+def _ask_pillow(content_type: str, header: bytes) -> Found | None:
+    """Read a header with Pillow's plugin of one format: none of the others ever sees hostile bytes, and none decodes.
 
     Pillow warns of what it finds odd, or logs it, and neither can be silenced for one thread only. So no plugin is shown what it
     would complain of.
     """
-
-    def __init__(self, content_type: str) -> None:
-        self._content_type = content_type
-
-    def __call__(self, header: bytes, /) -> Found | None:
-        Image = _require_pillow()  # noqa: N806
-        for name, mime in Image.MIME.items():
-            if canonical(mime) == self._content_type and name in Image.OPEN:
-                found = _open_image(Image.OPEN[name][0], header)
-                if found is not None:
-                    return found
-        return None
+    Image = _require_pillow()  # noqa: N806
+    plugins = (name for name, mime in Image.MIME.items() if canonical(mime) == content_type and name in Image.OPEN)
+    return next((found for name in plugins if (found := _open_image(Image.OPEN[name][0], header))), None)
 
 
 def _open_image(factory: Callable[[io.BytesIO, str], Any], header: bytes) -> Found | None:
@@ -212,12 +203,12 @@ def _read_tiff(header: bytes) -> Found | None:
         return None
     if any(count != 1 and TiffTags.lookup(tag).length == 1 for tag, (_, count, _) in ifd.tags.items()):
         return None
-    return {"width": width, "height": height, **orientation_in(header)} if _PillowReader("image/tiff")(header) else None
+    return {"width": width, "height": height, **orientation_in(header)} if _ask_pillow("image/tiff", header) else None
 
 
 def _read_jpeg2000(header: bytes) -> Found | None:
     """Read a JPEG 2000 that Pillow knows. It believes a box, and what is decoded is the codestream: both say the same."""
-    found = _PillowReader("image/jp2")(header)
+    found = _ask_pillow("image/jp2", header)
     return found if found is not None and read_jpeg2000_size(header) == (found["width"], found["height"]) else None
 
 

@@ -19,6 +19,7 @@ from granite_storage.gc import StorageGarbageCollector
 from granite_storage.migration import migrate
 from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, variants
 from granite_storage.orm.journal import jobs as job_queue
+from granite_storage.orm.journal import scans
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
 from granite_storage.orm.journal.tables import RecoveryReport

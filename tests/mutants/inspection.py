@@ -189,8 +189,8 @@ MUTANTS = [
         name="inspection-warning-of-a-tiff",
         rule="Pillow is not shown what it would warn of.",
         path="granite_storage/inspection/images.py",
-        old="if not is_sound or not all(",
-        new="if not all(",
+        old="if not ifd.is_sound or ",
+        new="if ",
         tests=("tests/inspection/test_image_headers.py::test_pillow_warns_of_nothing",),
     ),
     Mutant(

@@ -360,8 +360,7 @@ class _Judge:
     def confirm(self) -> None:
         """Refuse an archive whose end does not confirm its beginning."""
         if self._unconfirmed is not None:
-            assert self._checks.accept is not None  # noqa: S101  # it is what there is to confirm
-            confirm_type(self._unconfirmed, self._preview.head, self._tail, accept=self._checks.accept)
+            confirm_type(self._unconfirmed, self._preview.head, self._tail, accept=self._checks.accept or ())
 
     def _collect(self) -> None:
         found = self._found

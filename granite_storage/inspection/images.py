@@ -19,7 +19,7 @@ from granite_storage.inspection._image_headers import (
     read_jpeg2000_size,
     read_png_size,
 )
-from granite_storage.inspection.base import HeadInspector, Inspection, UploadPreview
+from granite_storage.inspection.base import HeadInspector, Inspection, UploadPreview, require_positive
 from granite_storage.inspection.media_types import canonical
 
 __all__ = ["ImageLimits"]
@@ -56,8 +56,8 @@ class ImageLimits(HeadInspector):
 
     def __init__(self, *, max_pixels: int | None = 50_000_000, max_side: int | None = 20_000, min_side: int = 1) -> None:
         for argument, value in (("max_pixels", max_pixels), ("max_side", max_side), ("min_side", min_side)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigurationError(f"{argument} of ImageLimits must be a number of pixels, not {value!r}")
+            if value is not None:
+                require_positive(f"{argument} of ImageLimits, in pixels,", value)
         if max_side is not None and min_side > max_side:
             raise ConfigurationError(f"min_side of ImageLimits is {min_side}, more than its max_side of {max_side}")
         _require_pillow()

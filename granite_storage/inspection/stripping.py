@@ -251,13 +251,13 @@ class _JpegParser(_Parser):
 
 # PNG (W3C PNG 3)
 
-_PNG_PICTURE = {b"IHDR": 13, b"PLTE": 768, b"tRNS": 256, b"IDAT": None, b"IEND": 0, b"bKGD": 6, b"pHYs": 9, b"sBIT": 4}
-_PNG_COLOURS = {b"iCCP": None, b"cHRM": 32, b"cICP": 4, b"cLLI": 8, b"gAMA": 4, b"mDCV": 24, b"sRGB": 1}
-_PNG_ANIMATION = {b"acTL": 8, b"fcTL": 26, b"fdAT": None}
-_PNG_SHOWN = _PNG_PICTURE | _PNG_COLOURS | _PNG_ANIMATION
+_ANY = 1 << 31
+_PNG_PICTURE = {b"IHDR": 13, b"PLTE": 768, b"tRNS": 256, b"IDAT": _ANY, b"IEND": 0, b"bKGD": 6, b"pHYs": 9, b"sBIT": 4}
+_PNG_COLOURS = {b"iCCP": _ANY, b"cHRM": 32, b"cICP": 4, b"cLLI": 8, b"gAMA": 4, b"mDCV": 24, b"sRGB": 1}
+_PNG_SHOWN = {**_PNG_PICTURE, **_PNG_COLOURS, b"acTL": 8, b"fcTL": 26, b"fdAT": _ANY}
 """Chunks that a picture is shown with, and the most bytes that each may have, so that nothing else hides in them."""
 
-_PNG_HARMLESS: dict[bytes, int | None] = {b"hIST": 512, b"oFFs": 9, b"sTER": 1, b"tIME": 7}
+_PNG_HARMLESS = {b"hIST": 512, b"oFFs": 9, b"sTER": 1, b"tIME": 7}
 _PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
 _RAW_PROFILE = b"raw profile type "
 
@@ -275,8 +275,7 @@ class _PngParser(_Parser):
             is_first = not name
             head = yield from self._take(8)
             size, name = int.from_bytes(head[:4], "big"), head[4:]
-            limit = kept.get(name)
-            if size >= 1 << 31 or not name.isalpha() or (limit is not None and size > limit) or is_first is not (name == b"IHDR"):
+            if size >= _ANY or not name.isalpha() or size > kept.get(name, _ANY) or is_first is not (name == b"IHDR"):
                 raise _damaged("a chunk has a wrong name, place or length")
             if name in kept:
                 self._has_image |= name == b"IDAT"
@@ -414,7 +413,7 @@ class _WebPParser(_Parser):
         if name == b"XMP ":
             return (_BLANK_XMP if size >= len(_BLANK_XMP) else b"").ljust(size) if _tells_location(content) else content
         had_exif = self._has_exif
-        cleaned = self._clean_exif(content, size) or _minimal_exif(1)
+        cleaned = self._clean_exif(content, size) or _MINIMAL_EXIF % 1
         return None if had_exif or len(cleaned) > size else cleaned.ljust(size, b"\0")
 
 
@@ -432,17 +431,13 @@ _POINTER: Tag = (4, 1, bytes(4))
 _MINIMAL_EXIF = b"MM\0*\0\0\0\x08\0\x01" + b"\x01\x12\0\x03\0\0\0\x01\0%c\0\0" + b"\0\0\0\0"
 
 
-def _minimal_exif(orientation: int) -> bytes:
-    return _MINIMAL_EXIF % orientation
-
-
 def _clean_exif(data: bytes, mode: StripMode, limit: int) -> bytes | None:
     """Return what stays of EXIF, in at most `limit` bytes; None where nothing does, or it is no EXIF."""
     prefix = _EXIF if data.startswith(_EXIF) else b""  # PNG and WebP have none, but some writers put one there
     tiff = data[len(prefix) :]
     first = read_ifd(tiff)
     orientation = first.number(ORIENTATION)
-    minimal = prefix + _minimal_exif(orientation) if 1 < orientation <= 8 else None
+    minimal = prefix + _MINIMAL_EXIF % orientation if 1 < orientation <= 8 else None
     if mode == "all":
         return minimal
     cleaned = prefix + _rebuild_exif(tiff, first)

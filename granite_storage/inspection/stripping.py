@@ -511,24 +511,40 @@ def _write_ifd(tags: dict[int, Tag], start: int, following: int, order: str) -> 
 
 _IPTC, _PHOTOSHOP_EXIF = 0x0404, (0x0422, 0x0423)
 _IPTC_PLACE = re.compile(rb"\x1c\x02[\x1a\x1b\x5a\x5c\x5f\x64\x65]")
-_LOCATION = re.compile(
-    rb"latitude|longitude|georss|geotag|\bgeo:-?[0-9]"
-    rb"|(?<![a-z0-9+/])gps"  # after none of the letters of base64: a thumbnail in XMP has any three letters somewhere
-    rb"|[<:][\w.-]*(?:altitude|location)"
-    rb"|[<:](?:city|state|country|countrycode|countryname|provincestate|worldregion|lat|lon|long|lng|coordinates)\b",
-    re.IGNORECASE,
+_PROPERTY = (
+    rb"(?:[\w.-]*(?:altitude|location)"
+    rb"|(?:city|state|country|countrycode|countryname|provincestate|worldregion|lat|lon|long|lng|coordinates)\b)"
 )
+_LOCATION = re.compile(  # each branch begins with one letter, so that all others are passed at once
+    rb"l(?:at|ong)itude|g(?:eo(?:rss|tag|(?<=\bgeo):-?[0-9])"
+    rb"|ps(?<![a-z0-9+/]gps))"  # after none of the letters of base64: a thumbnail in XMP has any three letters somewhere
+    rb"|<" + _PROPERTY + rb"|:" + _PROPERTY
+)
+_WINDOW, _CONTEXT, _LONGEST_MENTION = 16384, 4, 1024
 
 
 def _tells_location(content: bytes) -> bool:
     """Tell whether a text mentions a position, or a property of XMP names a place. It may be in UTF-16 as well."""
-    return bool(_LOCATION.search(content) or (b"\0" in content and _LOCATION.search(content.replace(b"\0", b""))))
+    for start in range(0, len(content), _WINDOW):  # or no other thread would run until all of it is searched
+        end = start + _WINDOW + _LONGEST_MENTION
+        before, piece = content[max(start - _CONTEXT, 0) : start].lower(), content[start:end].lower()
+        texts = [(before, piece)]
+        if b"\0" in piece:
+            texts.append((before.replace(b"\0", b""), piece.replace(b"\0", b"")))
+        for context, text in texts:
+            found = _LOCATION.search(context + text, len(context))
+            if found and (found.end() < len(context + text) or end >= len(content)):
+                return True  # what ends where the window does may go on
+    return False
 
 
 def _clean_photoshop(resources: bytes) -> bytes:
     """Drop the resources that tell a place; all of them where they cannot be parsed, as where they go on in another segment."""
-    kept, at = [], 0
-    while at < len(resources):
+    kept: list[bytes] = []
+    at = 0
+    for _ in range(_FREE_PARTS):
+        if at >= len(resources):
+            return b"".join(kept)
         size_at = at + 6 + (resources[at + 6] + 2 & ~1) if at + 6 < len(resources) else len(resources)
         start = size_at + 4
         size = int.from_bytes(resources[size_at:start], "big")
@@ -539,7 +555,7 @@ def _clean_photoshop(resources: bytes) -> bytes:
         if kind not in _PHOTOSHOP_EXIF and not (kind == _IPTC and _IPTC_PLACE.search(data)) and not _tells_location(data):
             kept.append(resources[at : start + size + (size & 1)])
         at = start + size + (size & 1)
-    return b"".join(kept)
+    return b""
 
 
 _PARSERS: dict[str, type[_Parser]] = {"image/jpeg": _JpegParser, "image/png": _PngParser, "image/webp": _WebPParser}

@@ -106,6 +106,22 @@ MUTANTS = [
         tests=("tests/inspection/test_images.py::test_a_million_parts_take_no_time",),
     ),
     Mutant(
+        name="inspection-one-search-of-a-text",
+        rule="A text is searched in pieces, between which other threads run.",
+        path="granite_storage/inspection/stripping.py",
+        old="end = start + _WINDOW + _LONGEST_MENTION",
+        new="end = len(content)",
+        tests=("tests/inspection/test_stripping.py::TestLongTexts::test_no_search_takes_long",),
+    ),
+    Mutant(
+        name="inspection-position-between-pieces",
+        rule="A position is found wherever it stands in a text.",
+        path="granite_storage/inspection/stripping.py",
+        old="end = start + _WINDOW + _LONGEST_MENTION",
+        new="end = start + _WINDOW",
+        tests=("tests/inspection/test_stripping.py::TestLongTexts::test_a_position_anywhere",),
+    ),
+    Mutant(
         name="inspection-end-of-archives",
         rule="An archive is confirmed by its end before it is published.",
         path=_GATE,

@@ -257,6 +257,7 @@ def read_jpeg2000_size(header: bytes) -> tuple[int, int] | None:
 
 ORIENTATION = 0x0112
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 129: 1}
+_ENTRIES = {order: struct.Struct(order + "HHII") for order in "<>"}
 
 Tag: TypeAlias = tuple[int, int, bytes]
 """The type of a tag, the number of its values, and all of them."""
@@ -274,8 +275,8 @@ class Ifd(NamedTuple):
 
     order: str
     tags: dict[int, Tag]
-    following: int = 0
-    is_sound: bool = False
+    following: int
+    is_sound: bool
 
     def number(self, tag: int) -> int:
         """Return the value of a tag that is one number; 0 where it is none."""
@@ -289,13 +290,14 @@ def read_ifd(tiff: bytes, offset: int | None = None) -> Ifd:
     place = struct.unpack_from(order + "I", tiff, 4)[0] if order and offset is None else offset or 0
     tags: dict[int, Tag] = {}
     if not order or not 8 <= place <= len(tiff) - 2:
-        return Ifd(order, tags)
+        return Ifd(order, tags, 0, False)
     end = place + 2 + 12 * struct.unpack_from(order + "H", tiff, place)[0]
     budget = len(tiff)  # values that overlap could be a thousand times as long as the whole
     is_sound = end + 4 <= len(tiff)
+    unpack, sizes = _ENTRIES[order].unpack_from, _TYPE_SIZES
     for at in range(place + 2, min(end, len(tiff) - 11), 12):
-        tag, kind, count, start = struct.unpack_from(order + "HHII", tiff, at)
-        size = _TYPE_SIZES.get(kind, 0) * count
+        tag, kind, count, start = unpack(tiff, at)
+        size = sizes.get(kind, 0) * count
         if tag in tags or not size:
             continue
         if size <= 4:
@@ -306,7 +308,8 @@ def read_ifd(tiff: bytes, offset: int | None = None) -> Ifd:
             is_sound = False
             continue
         tags[tag] = kind, count, tiff[start : start + size]
-    return Ifd(order, tags, struct.unpack_from(order + "I", tiff, end)[0] if end + 4 <= len(tiff) else 0, is_sound)
+    following: int = struct.unpack_from(order + "I", tiff, end)[0] if end + 4 <= len(tiff) else 0
+    return Ifd(order, tags, following, is_sound)
 
 
 def orientation_in(exif: bytes) -> Found:

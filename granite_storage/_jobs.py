@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from granite_storage.backends.base import StorageBackend, SupportsMountCheck
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
+from granite_storage.orm._interfaces import find_binding
 from granite_storage.orm.references import RowValues, Scan
 from granite_storage.readers import StoredObjectReader
 
@@ -188,6 +189,14 @@ def require_concurrency(concurrency: object) -> int:
     if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
         raise ConfigurationError(f"concurrency must be an integer of at least 1, not {concurrency!r}")
     return concurrency
+
+
+def require_in_force(binding: StorageBinding) -> None:
+    """Refuse a binding that another one, or none, has taken the place of."""
+    if find_binding(binding.metadata) is not binding:
+        raise ConfigurationError(
+            "the binding is not active, because it was unbound or its base was bound again: pass the current one"
+        )
 
 
 class Budget:

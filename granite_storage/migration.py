@@ -22,6 +22,7 @@ from granite_storage._jobs import (
     RowRun,
     rate_limited,
     require_concurrency,
+    require_in_force,
     require_mounted,
     retry_unavailable,
 )
@@ -37,7 +38,7 @@ from granite_storage.exceptions import (
 )
 from granite_storage.locations import matches_generated_name, uuid7_hex
 from granite_storage.orm import flush, transactions
-from granite_storage.orm._interfaces import Intent, find_binding
+from granite_storage.orm._interfaces import Intent
 from granite_storage.orm.attachment import Attachment, AttachmentState
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType
 from granite_storage.orm.flush import write_displaced
@@ -303,10 +304,7 @@ def migrate(
             f"the policy {storage_key!r} writes to the backend {policy.backend_key!r}, so new files would keep arriving"
             f" there: let it write to {to_backend!r} in every process first, and keep {policy.backend_key!r} until all are moved"
         )
-    if find_binding(binding.metadata) is not binding:
-        raise ConfigurationError(
-            "the binding is not active, because it was unbound or its base was bound again: pass the current one"
-        )
+    require_in_force(binding)
     return Migration(binding, storage_key, to_backend, require_concurrency(concurrency), after, Budget(bytes_per_second))
 
 

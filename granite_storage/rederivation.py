@@ -17,6 +17,7 @@ from granite_storage._jobs import (
     RowReport,
     RowRun,
     require_concurrency,
+    require_in_force,
     require_mounted,
     retry_unavailable,
 )
@@ -31,7 +32,6 @@ from granite_storage.exceptions import (
     StorageFullError,
     UnknownBackendError,
 )
-from granite_storage.orm._interfaces import find_binding
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.references import RowValue, RowValues
 from granite_storage.orm.variants import Which, is_kept
@@ -295,10 +295,7 @@ def rederive(
     """
     if which not in get_args(Which):
         raise ConfigurationError(f"which must be one of {', '.join(map(repr, get_args(Which)))}, not {which!r}")
-    if find_binding(binding.metadata) is not binding:
-        raise ConfigurationError(
-            "the binding is not active, because it was unbound or its base was bound again: pass the current one"
-        )
+    require_in_force(binding)
     types = [column.type for column in binding.ref_columns() if isinstance(column.type, AttachmentType)]
     known = sorted(f"{item.table.fullname}.{item.column.name}" for item in types)
     if unknown := sorted(set(columns).difference(known)):

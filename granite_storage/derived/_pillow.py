@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from PIL import AvifImagePlugin, Image, ImageCms, ImageSequence
 
-from granite_storage.derived._rendering import MOST_PLACEHOLDER, PLACEHOLDERS, make_data_url, plan, recognize
+from granite_storage.derived._rendering import make_placeholder, plan, recognize
 from granite_storage.derived.base import Derivation
 from granite_storage.exceptions import DerivationRefusedError
 
@@ -68,11 +68,16 @@ def render(
     if is_animated:
         options |= {"save_all": True, "append_images": images[1:], "duration": durations, "loop": loop}
     content = _save(first, image_format, options)
+
+    def shrink(size: tuple[int, int], quality: int) -> bytes:
+        small = first.resize(size, Image.Resampling.BICUBIC, reducing_gap=_GAP)
+        return _save(small, "webp", {"quality": quality, "alpha_quality": quality, "method": 6})
+
     content_type = f"image/{image_format}"
     media: dict[str, Any] = {"type": content_type, "width": first.width, "height": first.height}
     if is_animated:
         media["frames"] = frames
-    if placeholder and (url := _make_placeholder(first)):
+    if placeholder and (url := make_placeholder(first.size, shrink)):
         media["placeholder"] = url
     return Derivation(content, content_type, media)
 
@@ -175,13 +180,3 @@ def _save(image: Image.Image, image_format: str, options: dict[str, Any]) -> byt
     out = io.BytesIO()
     image.save(out, image_format, **options)
     return out.getvalue()
-
-
-def _make_placeholder(image: Image.Image) -> str | None:
-    for side, quality in PLACEHOLDERS:
-        size, region = plan(image.size, (side, side), crop=False)
-        small = image.resize(size, Image.Resampling.BICUBIC, box=region, reducing_gap=_GAP)
-        url = make_data_url(_save(small, "webp", {"quality": quality, "alpha_quality": quality, "method": 6}))
-        if len(url) <= MOST_PLACEHOLDER:
-            return url
-    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import BinaryIO
 
 from granite_storage.exceptions import DerivationRefusedError
@@ -18,11 +19,10 @@ _SIGNATURES = (
     (b"MM\0*", "TIFF"),
 )
 
-
-PLACEHOLDERS = ((32, 30), (32, 5), (24, 5), (16, 5), (8, 5))
+_PLACEHOLDERS = ((32, 30), (32, 5), (24, 5), (16, 5), (8, 5))
 """Sides in pixels and qualities that are tried until a placeholder is small enough."""
 
-MOST_PLACEHOLDER = 400
+_MOST_PLACEHOLDER = 400
 """The longest placeholder, in bytes."""
 
 
@@ -63,6 +63,16 @@ def plan(size: tuple[int, int], box: tuple[int, int], crop: bool) -> tuple[tuple
     return new, (left, top, left + region_width, top + region_height)
 
 
-def make_data_url(webp: bytes) -> str:
-    """Return a WebP image as a data URL."""
-    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
+def make_placeholder(size: tuple[int, int], shrink: Callable[[tuple[int, int], int], bytes]) -> str | None:
+    """Return the data URL of a tiny image; None where each is too long.
+
+    Args:
+        size: The size of the whole image.
+        shrink: Returns it in another size, in WebP of a quality.
+    """
+    for side, quality in _PLACEHOLDERS:
+        webp = shrink(plan(size, (side, side), crop=False)[0], quality)
+        url = f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
+        if len(url) <= _MOST_PLACEHOLDER:
+            return url
+    return None

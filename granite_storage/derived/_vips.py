@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 os.environ["VIPS_BLOCK_UNTRUSTED"] = "1"
 os.environ["VIPS_CONCURRENCY"] = "1"  # one process, one processor
 
-from granite_storage.derived._rendering import MOST_PLACEHOLDER, PLACEHOLDERS, make_data_url, plan, recognize
+from granite_storage.derived._rendering import make_placeholder, plan, recognize
 from granite_storage.derived.base import Derivation
 from granite_storage.exceptions import DerivationRefusedError
 
@@ -71,9 +71,14 @@ def render(
         image = image.flatten(background=list(colour))
     saver, options = _SAVERS[image_format]
     content = getattr(image, saver)(**options | ({} if quality is None else {"Q": quality}), keep="none")
+
+    def shrink(size: tuple[int, int], quality: int) -> Any:
+        small = image.thumbnail_image(size[0], height=size[1], size="force")
+        return small.webpsave_buffer(Q=quality, alpha_q=quality, effort=6, keep="none")
+
     content_type = f"image/{image_format}"
     media: dict[str, Any] = {"type": content_type, "width": image.width, "height": image.height}
-    if placeholder and (url := _make_placeholder(image)):
+    if placeholder and (url := make_placeholder((image.width, image.height), shrink)):
         media["placeholder"] = url
     return Derivation(content, content_type, media)
 
@@ -86,13 +91,3 @@ def _refusing() -> Iterator[None]:
         if "out of memory" in str(error):
             raise MemoryError from error
         raise DerivationRefusedError("the image is damaged and cannot be read") from error
-
-
-def _make_placeholder(image: Any) -> str | None:
-    for side, quality in PLACEHOLDERS:
-        size, _ = plan((image.width, image.height), (side, side), crop=False)
-        small = image.thumbnail_image(size[0], height=size[1], size="force")
-        url = make_data_url(small.webpsave_buffer(Q=quality, alpha_q=quality, effort=6, keep="none"))
-        if len(url) <= MOST_PLACEHOLDER:
-            return url
-    return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 from granite_storage.exceptions import ConfigurationError
+from granite_storage.inspection.base import require_positive
 from granite_storage.refs import StoredObjectRef
 
 __all__ = [
@@ -209,9 +210,3 @@ def require_choice(argument: str, value: object, choices: object) -> None:
     if not isinstance(value, str) or value not in get_args(choices):
         allowed = ", ".join(map(repr, get_args(choices)))
         raise ConfigurationError(f"{argument} must be one of {allowed}, not {value!r}")
-
-
-def require_positive(argument: str, value: object, kinds: type | tuple[type, ...] = int) -> None:
-    """Raise `ConfigurationError` where a value is no positive number."""
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):  # type: ignore[operator]
-        raise ConfigurationError(f"{argument} must be a positive number, not {value!r}")

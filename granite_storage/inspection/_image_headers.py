@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 Found: TypeAlias = dict[str, Any]
 """Width and height, and orientation and frames where there is something to say."""
@@ -167,10 +167,11 @@ def read_webp(header: bytes) -> Found | None:
 
 def read_icon(header: bytes) -> Found | None:
     """Read the size of the largest picture of an icon: a PNG, or a bitmap with its mask below it. Source: Microsoft's ICONDIR."""
-    if header[:4] != b"\0\0\1\0" or len(header) < 6:
+    count = int.from_bytes(header[4:6], "little")
+    if header[:4] != b"\0\0\1\0" or count > _MOST_PARTS:
         return None
     sizes: list[tuple[int, int]] = []
-    for entry in range(min(int.from_bytes(header[4:6], "little"), _MOST_PARTS)):
+    for entry in range(count):
         if len(header) < 22 + 16 * entry:
             return None
         start = int.from_bytes(header[18 + 16 * entry : 22 + 16 * entry], "little")
@@ -189,43 +190,53 @@ def read_icon(header: bytes) -> Found | None:
 
 
 def read_heif(header: bytes) -> Found | None:
-    """Read the size of the largest picture of an AVIF or HEIC file. Source: ISO/IEC 23008-12, section 6.5.3."""
-    return _largest(list(_spatial_extents(header, 0, len(header), 0)))
+    """Read the size of the largest picture or track of an AVIF or HEIC file.
+
+    Source: ISO/IEC 23008-12, section 6.5.3, and ISO/IEC 14496-12, section 8.3.2.
+    """
+    found = list(_sizes_in_boxes(header, 0, len(header), 0))
+    kinds = {kind for kind, _, _ in found}
+    brands = header[8 : int.from_bytes(header[:4], "big")]
+    is_sequence = b"avis" in brands or b"msf1" in brands  # readers then go by its track, wherever that is
+    if b"" in kinds or (is_sequence and b"tkhd" not in kinds):
+        return None
+    return _largest([size for _, *size in found])
 
 
-def _largest(sizes: list[tuple[int, int]]) -> Found | None:
+def _largest(sizes: list[Any]) -> Found | None:
     if not sizes:
         return None
     width, height = max(sizes, key=lambda size: size[0] * size[1])
     return {"width": width, "height": height}
 
 
-_CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0}
+_CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"moov": 0, b"trak": 0}
+_DEEPEST = 3
 
 
-def _spatial_extents(header: bytes, start: int, stop: int, depth: int) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for kind, begin, end in _boxes(header, start, stop):
-        if kind in _CONTAINERS and end > stop:
-            return []  # the rest of it is still to come
+def _sizes_in_boxes(header: bytes, start: int, stop: int, depth: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the boxes that tell sizes, and one without a name where there may be more than can be seen."""
+    for number, (kind, begin, end) in enumerate(_boxes(header, start, stop)):
+        if number == _MOST_BOXES or (kind in _CONTAINERS and end > stop):
+            yield b"", 0, 0
+            return
         if kind == b"ispe" and begin + 12 <= min(end, stop):
-            found.append(struct.unpack_from(">II", header, begin + 4))
-        elif kind in _CONTAINERS and depth < len(_CONTAINERS):
-            found += _spatial_extents(header, begin + _CONTAINERS[kind], end, depth + 1)
-    return found
+            yield kind, *struct.unpack_from(">II", header, begin + 4)
+        elif kind == b"tkhd" and (place := begin + (88 if header[begin : begin + 1] == b"\1" else 76)) + 8 <= min(end, stop):
+            yield kind, *struct.unpack_from(">H2xH", header, place)
+        elif kind in _CONTAINERS and depth < _DEEPEST:
+            yield from _sizes_in_boxes(header, begin + _CONTAINERS[kind], end, depth + 1)
 
 
 def _boxes(header: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield the boxes of a file of the ISO family: their names, and where their content begins and ends."""
-    for _ in range(_MOST_BOXES):
-        if start + 8 > stop:
-            break
+    while start + 8 <= stop:
         size, kind = struct.unpack_from(">I4s", header, start)
         begin = start + 8
         if size == 1 and begin + 8 <= stop:
             size = struct.unpack_from(">Q", header, begin)[0]
             begin += 8
-        end = stop if size == 0 else start + size
+        end = start + size if size else stop + 1  # it ends where the file does
         if end <= start:
             break
         yield kind, begin, end
@@ -244,38 +255,67 @@ def read_jpeg2000_size(header: bytes) -> tuple[int, int] | None:
     return right - left, bottom - top
 
 
-_TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
+_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 129: 1}
+_ENTRIES = {order: struct.Struct(order + "HHII") for order in "<>"}
+
+Tag: TypeAlias = tuple[int, int, bytes]
+"""The type of a tag, the number of its values, and all of them."""
 
 
-def read_tags(tiff: bytes) -> tuple[dict[int, tuple[int, int, int]], bool]:
-    """Return the tags of a TIFF's first directory, and whether all of them lie in these bytes. Source: TIFF 6.0, section 2.
+class Ifd(NamedTuple):
+    """A directory of a TIFF, or of EXIF, which has the structure of one.
 
-    Each has its type, its count, and its value where that is one number.
+    Attributes:
+        order: How its numbers are written, as `struct` names it; nothing where it is no TIFF.
+        tags: Its tags, the first of each number, without those of unknown types and those that lie outside.
+        following: Where the next directory is; 0 for none.
+        is_sound: Whether all of it, and of what its tags lead to, is there.
     """
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    tags: dict[int, tuple[int, int, int]] = {}
-    if order is None or len(tiff) < 8:
-        return tags, False
-    place = struct.unpack_from(order + "I", tiff, 4)[0]
-    if len(tiff) < place + 2:
-        return tags, False
-    room = len(tiff)
-    count = struct.unpack_from(order + "H", tiff, place)[0]
-    for at in range(place + 2, min(place + 2 + 12 * min(count, _MOST_PARTS), len(tiff) - 11), 12):
-        tag, kind, length, value = struct.unpack_from(order + "HHII", tiff, at)
-        if (size := _TAG_SIZES.get(kind, 0) * length) > 4:
-            room -= size if value + size <= len(tiff) else len(tiff) + 1
-        elif kind == 3:
-            value = struct.unpack_from(order + "H", tiff, at + 8)[0]
-        tags.setdefault(tag, (kind, length, value))
-    return tags, room >= 0 and count <= _MOST_PARTS and len(tiff) >= place + 6 + 12 * count
+
+    order: str
+    tags: dict[int, Tag]
+    following: int
+    is_sound: bool
+
+    def number(self, tag: int) -> int:
+        """Return the value of a tag that is one number; 0 where it is none."""
+        kind, count, value = self.tags.get(tag, (0, 0, b""))
+        return int.from_bytes(value, "little" if self.order == "<" else "big") if count == 1 and kind in (3, 4, 13) else 0
+
+
+def read_ifd(tiff: bytes, offset: int | None = None) -> Ifd:
+    """Read a directory, the first one where none is given. Source: TIFF 6.0, section 2."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4], "") if len(tiff) >= 8 else ""
+    place = struct.unpack_from(order + "I", tiff, 4)[0] if order and offset is None else offset or 0
+    tags: dict[int, Tag] = {}
+    if not order or not 8 <= place <= len(tiff) - 2:
+        return Ifd(order, tags, 0, False)
+    end = place + 2 + 12 * struct.unpack_from(order + "H", tiff, place)[0]
+    budget = len(tiff)  # values that overlap could be a thousand times as long as the whole
+    is_sound = end + 4 <= len(tiff)
+    unpack, sizes = _ENTRIES[order].unpack_from, _TYPE_SIZES
+    for at in range(place + 2, min(end, len(tiff) - 11), 12):
+        tag, kind, count, start = unpack(tiff, at)
+        size = sizes.get(kind, 0) * count
+        if tag in tags or not size:
+            continue
+        if size <= 4:
+            start = at + 8
+        elif size <= budget and start + size <= len(tiff):
+            budget -= size
+        else:
+            is_sound = False
+            continue
+        tags[tag] = kind, count, tiff[start : start + size]
+    following: int = struct.unpack_from(order + "I", tiff, end)[0] if end + 4 <= len(tiff) else 0
+    return Ifd(order, tags, following, is_sound)
 
 
 def orientation_in(exif: bytes) -> Found:
     """Return how EXIF turns a picture, nothing where it does not, or cannot be read."""
-    kind, count, value = read_tags(exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0"))[0].get(_ORIENTATION, (3, 1, 1))
-    return {"orientation": value} if (kind, count) in ((3, 1), (4, 1)) and 1 < value <= 8 else {}
+    value = read_ifd(exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")).number(ORIENTATION)
+    return {"orientation": value} if 1 < value <= 8 else {}
 
 
 QUICK: dict[str, Callable[[bytes], Found | None]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mimetypes
 from functools import lru_cache
+from itertools import chain
 
 from granite_storage._headers import is_active
 from granite_storage.locations import clean_filename
@@ -25,39 +26,20 @@ DOCX, XLSX, PPTX = (
 )
 
 _NAMES: dict[str, tuple[str, str]] = {
-    "application/epub+zip": ("", ".epub"),
     "application/gzip": ("application/x-compressed-tar application/x-gzip application/x-tgz", ".gz"),
     JAR: ("application/x-java-archive", ".jar"),
     "application/json": ("application/x-json text/json", ""),
-    "application/jsonl": ("", ".jsonl"),
     OPAQUE: ("binary/octet-stream", ".bin"),
     PDF: ("application/x-pdf", ""),
     RTF: ("application/x-rtf text/rtf", ".rtf"),
     "application/sql": ("application/x-sql", ".sql"),
-    "application/toml": ("", ".toml"),
-    APK: ("", ".apk"),
     EXE: ("application/x-dosexec application/x-msdos-program application/x-msdownload", ".exe .dll"),
-    "application/vnd.ms-excel.sheet.macroenabled.12": ("", ".xlsm"),
-    "application/vnd.ms-outlook": ("", ".msg"),
-    "application/vnd.ms-powerpoint.presentation.macroenabled.12": ("", ".pptm"),
-    "application/vnd.ms-word.document.macroenabled.12": ("", ".docm"),
-    "application/vnd.oasis.opendocument.presentation": ("", ".odp"),
-    "application/vnd.oasis.opendocument.spreadsheet": ("", ".ods"),
-    "application/vnd.oasis.opendocument.text": ("", ".odt"),
-    PPTX: ("", ".pptx"),
-    XLSX: ("", ".xlsx"),
-    DOCX: ("", ".docx"),
     "application/vnd.rar": ("application/x-rar application/x-rar-compressed", ".rar"),
     "application/vnd.sqlite3": ("application/x-sqlite3", ".sqlite"),
-    "application/x-7z-compressed": ("", ".7z"),
-    "application/x-bat": ("", ".bat"),
     "application/x-bzip2": ("application/bzip2 application/x-bzip", ".bz2"),
     "application/x-executable": ("application/x-elf", ""),
-    "application/x-ndjson": ("", ".ndjson"),
-    "application/x-perl": ("", ".pl"),
     "application/x-php": ("application/x-httpd-php text/x-php", ".php"),
     "application/x-sh": ("text/x-shellscript", ""),
-    "application/x-xz": ("", ".xz"),
     "application/xml": ("text/xml", ".xml"),
     "application/yaml": ("application/x-yaml text/x-yaml text/yaml", ".yaml .yml"),
     ZIP: ("application/x-zip application/x-zip-compressed", ""),
@@ -74,7 +56,6 @@ _NAMES: dict[str, tuple[str, str]] = {
     "font/ttf": ("application/x-font-ttf font/sfnt", ".ttf"),
     "font/woff": ("application/font-woff application/x-font-woff", ".woff"),
     "font/woff2": ("application/font-woff2", ".woff2"),
-    "image/avif": ("", ".avif"),
     "image/bmp": ("image/x-bmp image/x-ms-bmp", ""),
     "image/heic": ("image/heif", ".heic .heif"),
     "image/jp2": ("image/jpx image/jpeg2000", ".jp2"),
@@ -84,25 +65,33 @@ _NAMES: dict[str, tuple[str, str]] = {
     "image/tiff": ("image/tif", ".tiff"),
     "image/vnd.adobe.photoshop": ("image/x-photoshop", ".psd"),
     "image/vnd.microsoft.icon": ("image/ico image/x-icon", ""),
-    "image/webp": ("", ".webp"),
-    "message/rfc822": ("", ".eml"),
     "text/csv": ("application/csv text/x-csv", ""),
-    HTML: ("", ".html"),
     "text/javascript": ("application/ecmascript application/javascript application/x-javascript", ".js"),
     "text/markdown": ("text/x-markdown", ".md"),
-    PLAIN: ("", ".txt"),
-    "text/vtt": ("", ".vtt"),
     "video/3gpp": ("video/3gpp2", ""),
     "video/mp4": ("video/x-m4v", ".mp4 .m4v"),
-    "video/ogg": ("", ".ogv"),
-    "video/quicktime": ("", ".mov"),
     "video/x-matroska": ("video/matroska", ".mkv"),
     "video/x-msvideo": ("video/avi video/msvideo video/vnd.avi", ""),
 }
 """The name that is kept of a type, its other names, and extensions that the standard library lacks in some of its versions; the
 first one is that which `fit_filename` appends."""
 
+_EXTENSIONS = (
+    f".7z application/x-7z-compressed .apk {APK} .bat application/x-bat .docm "
+    f"application/vnd.ms-word.document.macroenabled.12 .docx {DOCX} .epub application/epub+zip .jsonl application/jsonl .mov "
+    "video/quicktime .msg application/vnd.ms-outlook .ndjson application/x-ndjson .odp "
+    "application/vnd.oasis.opendocument.presentation .ods application/vnd.oasis.opendocument.spreadsheet .odt "
+    "application/vnd.oasis.opendocument.text .ogv video/ogg .pl application/x-perl .pptm "
+    f"application/vnd.ms-powerpoint.presentation.macroenabled.12 .pptx {PPTX} .toml application/toml .xlsm "
+    f"application/vnd.ms-excel.sheet.macroenabled.12 .xlsx {XLSX} .xz application/x-xz"
+).split()
+"""Extensions, each before its type, of types that have no other name."""
+
 _ALIASES = {other: kind for kind, (others, _) in _NAMES.items() for other in others.split()}
+_TYPES = {
+    **{one: kind for kind, (_, extensions) in _NAMES.items() for one in extensions.split()},
+    **dict(zip(_EXTENSIONS[::2], _EXTENSIONS[1::2], strict=True)),
+}
 
 DECLARABLE = {
     "audio/mp4": {"video/mp4"},
@@ -191,18 +180,16 @@ def extension(filename: str | None) -> str:
 
 def extension_of(kind: str) -> str:
     """Return the extension for a canonical media type, `.txt` for text and `.bin` for what has none."""
-    ours = _NAMES.get(kind, ("", ""))[1].split()
     fallback = ".txt" if is_text_type(kind) and not is_active(kind) else ".bin"
-    return ours[0] if ours else next((one for one, other in types_by_extension().items() if other == kind), fallback)
+    known = chain(_TYPES.items(), types_by_extension().items())
+    return next((one for one, other in known if other == kind), fallback)
 
 
 @lru_cache(maxsize=1)
 def types_by_extension() -> dict[str, str]:
     """Return the canonical media type of each extension, the same on every system."""
     tables = mimetypes.MimeTypes().types_map
-    known = {one: canonical(kind) for table in tables for one, kind in table.items()}
-    ours = {one: kind for kind, (_, extensions) in _NAMES.items() for one in extensions.split()}
-    return {**known, **ours}
+    return {one: canonical(kind) for table in tables for one, kind in table.items()} | _TYPES
 
 
 types_by_extension()  # it reads files, and the judgement is made in the event loop

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from granite_storage.exceptions import ConfigurationError
+
 __all__ = [
     "HEAD_SIZE",
     "Checks",
@@ -20,6 +22,7 @@ __all__ = [
     "StripMode",
     "UploadPreview",
     "Validator",
+    "require_positive",
 ]
 
 _LONGEST_TEXT = 200
@@ -38,6 +41,12 @@ OnUnavailable: TypeAlias = Literal["refuse", "hold", "accept"]
 
 OnUnstrippable: TypeAlias = Literal["refuse", "keep"]
 """What becomes of pictures, films and sound out of which no metadata can be taken."""
+
+
+def require_positive(argument: str, value: object, kinds: type | tuple[type, ...] = int) -> None:
+    """Raise `ConfigurationError` where a value is no positive number."""
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):  # type: ignore[operator]
+        raise ConfigurationError(f"{argument} must be a positive number, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True)

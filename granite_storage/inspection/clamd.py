@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import math
 import os
 import re
 import socket
@@ -18,7 +17,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, get_args
 
 from granite_storage.exceptions import ConfigurationError, ScannerUnavailableError
-from granite_storage.inspection.base import OnUnavailable, ScanResult
+from granite_storage.inspection.base import OnUnavailable, ScanResult, require_positive
 
 __all__ = ["ClamdScanner"]
 
@@ -81,13 +80,10 @@ class ClamdScanner:
         self._family, self._address = _parse_address(address)
         if on_unavailable not in get_args(OnUnavailable):
             raise ConfigurationError(f"a ClamdScanner's on_unavailable must be refuse, hold or accept, not {on_unavailable!r}")
-        timeouts = {"timeout": timeout, "connect_timeout": connect_timeout, "content_timeout": content_timeout}
-        for argument, seconds in timeouts.items():
-            is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-            if not is_number or not math.isfinite(seconds) or seconds <= 0:
-                raise ConfigurationError(f"a ClamdScanner's {argument} must be a number of seconds above 0, not {seconds!r}")
-        if isinstance(max_concurrent, bool) or not isinstance(max_concurrent, int) or max_concurrent < 1:
-            raise ConfigurationError(f"a ClamdScanner's max_concurrent must be a number of at least 1, not {max_concurrent!r}")
+        require_positive("a ClamdScanner's timeout in seconds", timeout, (int, float))
+        require_positive("a ClamdScanner's connect_timeout in seconds", connect_timeout, (int, float))
+        require_positive("a ClamdScanner's content_timeout in seconds", content_timeout, (int, float))
+        require_positive("a ClamdScanner's max_concurrent", max_concurrent)
         self.on_unavailable: OnUnavailable = on_unavailable
         self._name = address
         self._timeout = timeout

@@ -8,7 +8,6 @@ import logging
 import os
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -37,7 +36,7 @@ from granite_storage.inspection.base import (
     Validator,
 )
 from granite_storage.inspection.media_types import TAIL_SIZE, Judged, confirm_type, detect, fit_filename, fit_location, judge_type
-from granite_storage.inspection.scanning import judge_outcome
+from granite_storage.inspection.scanning import ScannedContent, judge_outcome
 from granite_storage.inspection.stripping import Stripper, can_strip
 from granite_storage.refs import ReadOnlyDict, canonical_timestamp, read_only
 
@@ -361,8 +360,7 @@ class _Judge:
     def confirm(self) -> None:
         """Refuse an archive whose end does not confirm its beginning."""
         if self._unconfirmed is not None:
-            assert self._checks.accept is not None  # noqa: S101  # it is what there is to confirm
-            confirm_type(self._unconfirmed, self._preview.head, self._tail, accept=self._checks.accept)
+            confirm_type(self._unconfirmed, self._preview.head, self._tail, accept=self._checks.accept or ())
 
     def _collect(self) -> None:
         found = self._found
@@ -415,30 +413,22 @@ def _wants_more(inspection: Inspection, piece: bytes) -> bool:
 
 
 class _Scan:
-    """A scan in progress: a task that takes the pieces as fast as the scanner does, and a bounded number of bytes between."""
+    """A scan in progress: a task that takes the pieces as fast as the scanner does, and two that wait for it."""
 
     def __init__(self, scanner: Scanner) -> None:
         self._scanner = scanner
-        self._pieces: deque[bytes] = deque()
-        self._pending = 0
-        self._has_ended = False
-        self._has_stalled = False
-        self._was_read = False
-        self._changed = asyncio.Event()
-        self._task = asyncio.ensure_future(self._run())
+        self._pieces: asyncio.Queue[bytes | None] = asyncio.Queue(2)
+        self._content = ScannedContent(self._incoming())
+        self._task = asyncio.ensure_future(self._content.show_to(scanner))
 
     async def feed(self, piece: bytes) -> None:
-        """Hand over a piece; wait while the scanner has too much to read.
+        """Hand over a piece; wait while the scanner has two others to read.
 
         Raises:
             InfectedContentError: The scanner has found something already.
             ScannerUnavailableError: It has failed already, and the content is to be refused then.
         """
-        if not self._task.done():
-            self._pieces.append(piece)
-            self._pending += len(piece)
-            self._changed.set()
-            await self._wait_for_room()
+        await self._hand_over(piece)
         if not self._task.done():
             return
         outcome = self._outcome()
@@ -453,8 +443,7 @@ class _Scan:
             InfectedContentError: The scanner has found something.
             ScannerUnavailableError: It cannot judge the content, which is to be refused then.
         """
-        self._has_ended = True
-        self._changed.set()
+        await self._hand_over(None)
         await asyncio.wait([self._task], timeout=_VERDICT_TIMEOUT)
         return self._decide(self._outcome())
 
@@ -466,7 +455,7 @@ class _Scan:
 
     def _decide(self, outcome: object) -> Mapping[str, Any]:
         try:
-            part = judge_outcome(outcome, was_read=self._was_read)
+            part = judge_outcome(outcome, was_read=self._content.was_read)
         except ScannerUnavailableError as error:
             on_unavailable = self._scanner.on_unavailable
             if on_unavailable == "refuse":
@@ -479,39 +468,23 @@ class _Scan:
         return part
 
     def _outcome(self) -> object:
-        if self._has_stalled or not self._task.done():
-            return TimeoutError(f"it received no content for {_VERDICT_TIMEOUT:g} s")
-        return RuntimeError("the scan was cancelled") if self._task.cancelled() else self._task.result()
+        if not self._task.done() or self._task.cancelled():
+            return TimeoutError(f"it was cancelled, or gave no answer for {_VERDICT_TIMEOUT:g} s")
+        return self._task.result()
 
-    async def _run(self) -> object:
+    async def _hand_over(self, piece: bytes | None) -> None:
+        """Hand over a piece, None after the last; a scanner that does not read for too long is ended."""
+        if not self._pieces.full():
+            self._pieces.put_nowait(piece)
+            return
+        handed = asyncio.ensure_future(self._pieces.put(piece))
         try:
-            async with aclosing(self._content()) as content:
-                return await self._scanner.scan(content)
-        except Exception as error:  # noqa: BLE001  # whatever fails in a scanner of others, it has not judged
-            return error
-        finally:
-            self._changed.set()
-
-    async def _content(self) -> AsyncGenerator[bytes, None]:
-        while True:
-            while not self._pieces:
-                if self._has_ended:
-                    self._was_read = True
-                    return
-                self._changed.clear()
-                await self._changed.wait()
-            piece = self._pieces.popleft()
-            yield piece
-            self._pending -= len(piece)
-            self._changed.set()
-
-    async def _wait_for_room(self) -> None:
-        """Wait until the scanner has read most of it; one that does not read for too long is ended."""
-        while self._pending > _MOST_PENDING and not self._task.done():
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(_VERDICT_TIMEOUT):
-                    await self._changed.wait()
-            except TimeoutError:
-                self._has_stalled = True
+            await asyncio.wait([handed, self._task], timeout=_VERDICT_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            if not handed.done():
                 await self.stop()
+        finally:
+            handed.cancel()
+
+    async def _incoming(self) -> AsyncGenerator[bytes, None]:
+        while (piece := await self._pieces.get()) is not None:
+            yield piece

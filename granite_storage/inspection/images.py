@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from granite_storage.exceptions import ConfigurationError, ContentRejectedError, MissingDependencyError
@@ -14,12 +14,12 @@ from granite_storage.inspection._image_headers import (
     orientation_in,
     read_heif,
     read_icon,
+    read_ifd,
     read_jpeg,
     read_jpeg2000_size,
     read_png_size,
-    read_tags,
 )
-from granite_storage.inspection.base import HeadInspector, Inspection, UploadPreview
+from granite_storage.inspection.base import HeadInspector, Inspection, UploadPreview, require_positive
 from granite_storage.inspection.media_types import canonical
 
 __all__ = ["ImageLimits"]
@@ -56,8 +56,8 @@ class ImageLimits(HeadInspector):
 
     def __init__(self, *, max_pixels: int | None = 50_000_000, max_side: int | None = 20_000, min_side: int = 1) -> None:
         for argument, value in (("max_pixels", max_pixels), ("max_side", max_side), ("min_side", min_side)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigurationError(f"{argument} of ImageLimits must be a number of pixels, not {value!r}")
+            if value is not None:
+                require_positive(f"{argument} of ImageLimits, in pixels,", value)
         if max_side is not None and min_side > max_side:
             raise ConfigurationError(f"min_side of ImageLimits is {min_side}, more than its max_side of {max_side}")
         _require_pillow()
@@ -108,7 +108,7 @@ class _HeaderInspection:
     def __init__(self, limits: ImageLimits, content_type: str) -> None:
         self._limits = limits
         self._content_type = content_type
-        self._read = _READERS.get(content_type) or _PillowReader(content_type)
+        self._read = _READERS.get(content_type) or partial(_ask_pillow, content_type)
         self._content = bytearray()
         self._tried = 0
         self._found: Mapping[str, Any] | None = None
@@ -141,24 +141,15 @@ class _HeaderInspection:
             self._content.clear()
 
 
-class _PillowReader:
-    """Reads a header with Pillow's plugin of one format: none of the others ever sees hostile bytes, and none decodes.
+def _ask_pillow(content_type: str, header: bytes) -> Found | None:
+    """Read a header with Pillow's plugin of one format: none of the others ever sees hostile bytes, and none decodes.
 
     Pillow warns of what it finds odd, or logs it, and neither can be silenced for one thread only. So no plugin is shown what it
     would complain of.
     """
-
-    def __init__(self, content_type: str) -> None:
-        self._content_type = content_type
-
-    def __call__(self, header: bytes, /) -> Found | None:
-        Image = _require_pillow()  # noqa: N806
-        for name, mime in Image.MIME.items():
-            if canonical(mime) == self._content_type and name in Image.OPEN:
-                found = _open_image(Image.OPEN[name][0], header)
-                if found is not None:
-                    return found
-        return None
+    Image = _require_pillow()  # noqa: N806
+    plugins = (name for name, mime in Image.MIME.items() if canonical(mime) == content_type and name in Image.OPEN)
+    return next((found for name in plugins if (found := _open_image(Image.OPEN[name][0], header))), None)
 
 
 def _open_image(factory: Callable[[io.BytesIO, str], Any], header: bytes) -> Found | None:
@@ -203,28 +194,21 @@ def _has_many_parts(header: bytes) -> bool:
 
 def _read_tiff(header: bytes) -> Found | None:
     """Read a TIFF that Pillow knows; of tags that lie outside, or have too many values or samples, it would complain."""
-    tags, is_sound = read_tags(header)
-    if not is_sound or not all(tags.get(tag, (0, 0))[:2] in ((3, 1), (4, 1)) for tag in (_WIDTH, _HEIGHT)):
-        return None
-    if any(_expects_one(tag) and count != 1 for tag, (_, count, _) in tags.items()):
-        return None
-    kind, _, samples = tags.get(_SAMPLES, (3, 1, 1))
-    if kind not in (3, 4) or samples > _MOST_SAMPLES:
-        return None
-    if _PillowReader("image/tiff")(header) is None:
-        return None
-    return {"width": tags[_WIDTH][2], "height": tags[_HEIGHT][2], **orientation_in(header)}
-
-
-def _expects_one(tag: int) -> bool:
     from PIL import TiffTags
 
-    return TiffTags.lookup(tag).length == 1
+    ifd = read_ifd(header)
+    width, height = ifd.number(_WIDTH), ifd.number(_HEIGHT)
+    samples = ifd.number(_SAMPLES) if _SAMPLES in ifd.tags else 1
+    if not ifd.is_sound or len(ifd.tags) > _MOST_PARTS or not width or not height or not 0 < samples <= _MOST_SAMPLES:
+        return None
+    if any(count != 1 and TiffTags.lookup(tag).length == 1 for tag, (_, count, _) in ifd.tags.items()):
+        return None
+    return {"width": width, "height": height, **orientation_in(header)} if _ask_pillow("image/tiff", header) else None
 
 
 def _read_jpeg2000(header: bytes) -> Found | None:
     """Read a JPEG 2000 that Pillow knows. It believes a box, and what is decoded is the codestream: both say the same."""
-    found = _PillowReader("image/jp2")(header)
+    found = _ask_pillow("image/jp2", header)
     return found if found is not None and read_jpeg2000_size(header) == (found["width"], found["height"]) else None
 
 

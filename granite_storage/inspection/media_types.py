@@ -74,18 +74,15 @@ TAIL_SIZE = 66 * 1024
 
 _BINARY_FAMILIES = ("image/", "audio/", "video/", "font/")
 
-_PROGRAMS = (
-    (b"MZ", EXE),
-    (b"\x7fELF", "application/x-executable"),
-    (b"\0asm", "application/wasm"),
-    (b"dex\n", "application/x-dex"),
-    (b"\xca\xfe\xba\xbe", "application/x-mach-binary"),
-    (b"\xfe\xed\xfa\xce", "application/x-mach-binary"),
-    (b"\xfe\xed\xfa\xcf", "application/x-mach-binary"),
-    (b"\xce\xfa\xed\xfe", "application/x-mach-binary"),
-    (b"\xcf\xfa\xed\xfe", "application/x-mach-binary"),
-)
-_PROGRAM_MARKS = tuple(mark for mark, _ in _PROGRAMS)
+_MACH_MARKS = (b"\xca\xfe\xba\xbe", b"\xfe\xed\xfa\xce", b"\xfe\xed\xfa\xcf", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe")
+_PROGRAMS = {
+    b"MZ": EXE,
+    b"\x7fELF": "application/x-executable",
+    b"\0asm": "application/wasm",
+    b"dex\n": "application/x-dex",
+    **dict.fromkeys(_MACH_MARKS, "application/x-mach-binary"),
+}
+_PROGRAM_MARKS = tuple(_PROGRAMS)
 """Asked before all others: what runs must not pass for a type whose mark stands further behind, as DICOM's and tar's do."""
 
 _BRANDS = {
@@ -104,21 +101,17 @@ _OLE_STREAMS = {
     "__properties_version1.0": "application/vnd.ms-outlook",
     "VisioDocument": "application/vnd.visio",
 }
-_ZIP_PARTS = {
-    "word/": (DOCX, {"word/document.xml", "word/_rels/document.xml.rels"}, "application/vnd.ms-word.document.macroenabled.12"),
-    "xl/": (XLSX, {"xl/workbook.xml", "xl/_rels/workbook.xml.rels"}, "application/vnd.ms-excel.sheet.macroenabled.12"),
-    "ppt/": (
-        PPTX,
-        {"ppt/presentation.xml", "ppt/_rels/presentation.xml.rels"},
-        "application/vnd.ms-powerpoint.presentation.macroenabled.12",
-    ),
-}
 _WITH_MACROS = ".macroenabled.12"
-_XLSB = "application/vnd.ms-excel.sheet.binary.macroenabled.12"
+_ZIP_PARTS = {"word": (DOCX, "document"), "xl": (XLSX, "workbook"), "ppt": (PPTX, "presentation")}
+_MACROS = {
+    DOCX: f"application/vnd.ms-word.document{_WITH_MACROS}",
+    XLSX: f"application/vnd.ms-excel.sheet{_WITH_MACROS}",
+    PPTX: f"application/vnd.ms-powerpoint.presentation{_WITH_MACROS}",
+}
+_XLSB = f"application/vnd.ms-excel.sheet.binary{_WITH_MACROS}"
 _SELF_NAMED = re.compile(rb"application/(?:vnd\.oasis\.opendocument\.[a-z]+(?:-[a-z]+)?|epub\+zip)")
 _ZIP_TYPES = frozenset({ZIP, JAR, APK, _XLSB, "application/epub+zip"})
 _ZIP_FAMILIES = ("application/vnd.oasis.opendocument.", "application/vnd.openxmlformats-officedocument.")
-_MACROS = {plain: macros for plain, _, macros in _ZIP_PARTS.values()}
 _OLE_TYPES = frozenset(_OLE_STREAMS.values())
 _CONTAINERS = frozenset({ZIP, OLE, "application/gzip", "application/vnd.sqlite3", "image/tiff", "video/x-matroska"})
 
@@ -126,12 +119,12 @@ _HEAD = 8192  # what `filetype` looks at
 _BINARY_BYTES = bytes({*range(0x20)} - set(b"\t\n\r\f\x1b"))  # WHATWG, MIME Sniffing, section 3
 _BINARY_BYTE = re.compile(b"[" + re.escape(_BINARY_BYTES) + b"]")
 _TEXT_BYTES = bytes(set(range(256)) - set(_BINARY_BYTES))
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16's, which is its beginning
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
 _SPACES = re.compile(rb"[ \t\r\n\f]*")
 _DOCTYPE = re.compile(rb"<!doctype[ \t\r\n\f]+([a-z0-9:_-]{1,60})", re.IGNORECASE)
 _SUBSET_END = re.compile(rb"\][ \t\r\n]*>")
@@ -279,7 +272,7 @@ def judge_type(
     if detected.is_text:
         judged = judge.judge_text(charset)
         # Installers and PostScript begin as text, and go on with binary content.
-        is_text = judged.content_type.startswith("text/") and not head.startswith(tuple(mark for mark, _ in _MARKS))
+        is_text = judged.content_type.startswith("text/") and not head.startswith(tuple(_MARKS))
         return replace(judged, is_text=is_text)
     return judge.judge_binary(is_whole=head.startswith(b"PK") and b"PK\5\6" in head)
 
@@ -362,19 +355,17 @@ class _Judge:
         if found is None:
             return self._judge_unknown()
         if stated is None and found in (ZIP, OLE) and not is_whole:
-            named = types_by_extension().get(extension(self.filename))
-            stated = (
-                named if named is not None and (_is_archive(named) or named in _OLE_TYPES) else None
-            )  # as if it had been declared: its end will tell
+            named = types_by_extension().get(extension(self.filename), "")
+            stated = named if _is_archive(named) or named in _OLE_TYPES else None  # as if declared: its end will tell
         if stated is None or stated == found or _is_general(stated, found):
             return self._keep(found, found)
-        if stated in DECLARABLE.get(found, ()) or _is_variant(stated, found):
-            return self._keep(stated, found)
-        if found == OLE and stated in _OLE_TYPES:
-            return self._keep(stated, found)  # its end will tell
-        if not is_whole and (stated == _MACROS.get(found) or (found == ZIP and _is_archive(stated))):
-            return self._keep(stated, found)  # and here
-        if found in _CONTAINERS and self._is_taken_on_trust(stated) and _matches(found, self.accept):
+        if (
+            stated in DECLARABLE.get(found, ())
+            or _is_variant(stated, found)
+            or (found == OLE and stated in _OLE_TYPES)  # its end will tell, and in the next line
+            or (not is_whole and (stated == _MACROS.get(found) or (found == ZIP and _is_archive(stated))))
+            or (found in _CONTAINERS and self._is_taken_on_trust(stated) and _matches(found, self.accept))
+        ):
             return self._keep(stated, found)
         self._refuse_mismatch()
         return self._keep(found, found)
@@ -393,8 +384,8 @@ class _Judge:
 
     def _text_types(self) -> tuple[str, ...]:
         """Return what plain text may be kept under: what its name says, where that is a type of text, or plain text."""
-        named = types_by_extension().get(extension(self.filename))
-        return (named, PLAIN) if named is not None and named != SVG and is_text_type(named) else (PLAIN,)
+        named = types_by_extension().get(extension(self.filename), SVG)
+        return (named, PLAIN) if named != SVG and is_text_type(named) else (PLAIN,)
 
     def _keep_first(self, types: tuple[str, ...], found: str) -> Judged:
         return self._keep(next((one for one in types if _matches(one, self.accept)), types[0]), found)
@@ -471,7 +462,7 @@ def _is_known(kind: str) -> bool:
 
 def _as_utf8(head: bytes) -> bytes | None:
     """Return a head that is text without its byte order mark, in a superset of ASCII; None where it is binary."""
-    for mark, encoding in _MARKS:
+    for mark, encoding in _MARKS.items():
         if head.startswith(mark):
             decoder = codecs.getincrementaldecoder(encoding)()
             try:
@@ -518,7 +509,7 @@ def _end_of_doctype(text: bytes, place: int) -> int:
 
 def _find_binary(head: bytes, tail: bytes) -> str | None:
     if head.startswith(_PROGRAM_MARKS):
-        return next(program for mark, program in _PROGRAMS if head.startswith(mark))
+        return next(program for mark, program in _PROGRAMS.items() if head.startswith(mark))
     if head.startswith((b"PK\3\4", b"PK\5\6", b"PK\7\x08")):
         return _find_in_zip(head, tail)
     if head.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"):
@@ -554,8 +545,7 @@ def _load_matchers() -> tuple[tuple[Any, str], ...]:
         import filetype
     except ImportError as error:
         raise MissingDependencyError("accept= needs filetype: pip install 'granite-storage[inspect]'") from error
-    programs = {kind for _, kind in _PROGRAMS}
-    ours = {PDF, RTF, OPAQUE, "application/postscript", "audio/ogg"} | _OLE_TYPES | programs
+    ours = {PDF, RTF, OPAQUE, "application/postscript", "audio/ogg"} | _OLE_TYPES | set(_PROGRAMS.values())
     special = {"otf": "font/otf", "ttf": "font/ttf", "woff2": "font/woff2"}
     named = ((one, special.get(one.extension) or canonical(one.mime)) for one in filetype.types if one.extension != "apng")
     return tuple((one, kind) for one, kind in named if kind not in ours and not _is_archive(kind))
@@ -563,10 +553,8 @@ def _load_matchers() -> tuple[tuple[Any, str], ...]:
 
 @lru_cache(maxsize=1)
 def _load_known() -> frozenset[str]:
-    programs = {kind for _, kind in _PROGRAMS}
-    twins = {kind for kinds in DECLARABLE.values() for kind in kinds}
-    detected = {kind for _, kind in _load_matchers()}
-    return frozenset({"application/ogg", "audio/ogg", OLE, PDF, RTF, SVG, HTML} | _OLE_TYPES | programs | twins | detected)
+    detected = {kind for _, kind in _load_matchers()}.union(_PROGRAMS.values(), *DECLARABLE.values())
+    return frozenset({"application/ogg", "audio/ogg", OLE, PDF, RTF, SVG, HTML} | _OLE_TYPES | detected)
 
 
 def _find_in_zip(head: bytes, tail: bytes) -> str:
@@ -578,10 +566,10 @@ def _find_in_zip(head: bytes, tail: bytes) -> str:
         return JAR
     if "xl/workbook.bin" in names:
         return _XLSB
-    for folder, (plain, mains, macros) in _ZIP_PARTS.items():
-        inside = any(name.startswith(folder) for name in names)
-        if inside and (not names.isdisjoint(mains) or not names.isdisjoint({"[Content_Types].xml", "_rels/.rels"})):
-            return macros if f"{folder}vbaProject.bin" in names else plain
+    for folder, (plain, main) in _ZIP_PARTS.items():
+        marks = {"[Content_Types].xml", "_rels/.rels", f"{folder}/{main}.xml", f"{folder}/_rels/{main}.xml.rels"}
+        if any(name.startswith(f"{folder}/") for name in names) and not names.isdisjoint(marks):
+            return _MACROS[plain] if f"{folder}/vbaProject.bin" in names else plain
     if head[30:38] == b"mimetype" and len(head) > 38 and head[8:10] == b"\0\0":
         size, _, name_length, extra_length = struct.unpack_from("<IIHH", head, 18)
         content = head[38 + extra_length : 38 + extra_length + size]

@@ -12,7 +12,7 @@ from granite_storage.exceptions import ScannerUnavailableError
 from granite_storage.inspection.base import Scanner, ScanResult
 from granite_storage.refs import canonical_timestamp
 
-__all__ = ["judge_outcome", "scan_stored"]
+__all__ = ["ScannedContent", "judge_outcome", "scan_stored"]
 
 _LONGEST_SCAN = 3600.0
 
@@ -28,16 +28,15 @@ async def scan_stored(scanner: Scanner, content: AsyncIterator[bytes]) -> Mappin
         ScannerUnavailableError: The scanner cannot judge it, failed, took longer than an hour, or called it clean before it had
             read all of it.
     """
-    source = _Source(content)
-    limit = asyncio.timeout(_LONGEST_SCAN)
-    outcome: object
+    scanned = ScannedContent(content)
     try:
-        async with limit, aclosing(source.pieces()) as pieces:
-            outcome = await scanner.scan(pieces)
-    except Exception as error:  # noqa: BLE001  # whatever fails in a scanner of others, it has not judged
-        outcome = TimeoutError(f"no verdict came within {_LONGEST_SCAN:g} s") if limit.expired() else error
-    source.require_sound()
-    return judge_outcome(outcome, was_read=source.was_read)
+        async with asyncio.timeout(_LONGEST_SCAN):
+            outcome = await scanned.show_to(scanner)
+    except TimeoutError:
+        outcome = TimeoutError(f"no verdict came within {_LONGEST_SCAN:g} s")
+    if scanned.error is not None:
+        raise scanned.error
+    return judge_outcome(outcome, was_read=scanned.was_read)
 
 
 def judge_outcome(outcome: object, *, was_read: bool) -> Mapping[str, Any]:
@@ -64,24 +63,32 @@ def judge_outcome(outcome: object, *, was_read: bool) -> Mapping[str, Any]:
     return {"status": "clean", **found}
 
 
-class _Source:
-    """The pieces of an object on their way to a scanner, which may hide the error of their source, or not read all of them."""
+class ScannedContent:
+    """Content on its way to a scanner, which may hide the error of its source, or not read all of it.
+
+    Attributes:
+        error: What the source has raised.
+        was_read: Whether the scanner has read all of it.
+    """
 
     def __init__(self, content: AsyncIterator[bytes]) -> None:
-        self._content = content
-        self._error: Exception | None = None
+        self.error: Exception | None = None
         self.was_read = False
+        self._content = content
 
-    async def pieces(self) -> AsyncGenerator[bytes, None]:
+    async def show_to(self, scanner: Scanner) -> object:
+        """Return what the scanner returns, or the error that it raises."""
+        try:
+            async with aclosing(self._pieces()) as pieces:
+                return await scanner.scan(pieces)
+        except Exception as error:  # noqa: BLE001  # whatever fails in a scanner of others, it has not judged
+            return error
+
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
         try:
             async for piece in self._content:
                 yield piece
         except Exception as error:
-            self._error = error
+            self.error = error
             raise
         self.was_read = True
-
-    def require_sound(self) -> None:
-        """Raise what the source has raised."""
-        if self._error is not None:
-            raise self._error

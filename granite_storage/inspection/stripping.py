@@ -12,9 +12,10 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from granite_storage.exceptions import ContentRejectedError
+from granite_storage.inspection._image_headers import ORIENTATION, Ifd, Tag, read_ifd
 from granite_storage.inspection.base import StripMode
 
 __all__ = ["Stripper", "can_strip"]
@@ -250,13 +251,13 @@ class _JpegParser(_Parser):
 
 # PNG (W3C PNG 3)
 
-_PNG_PICTURE = {b"IHDR": 13, b"PLTE": 768, b"tRNS": 256, b"IDAT": None, b"IEND": 0, b"bKGD": 6, b"pHYs": 9, b"sBIT": 4}
-_PNG_COLOURS = {b"iCCP": None, b"cHRM": 32, b"cICP": 4, b"cLLI": 8, b"gAMA": 4, b"mDCV": 24, b"sRGB": 1}
-_PNG_ANIMATION = {b"acTL": 8, b"fcTL": 26, b"fdAT": None}
-_PNG_SHOWN = _PNG_PICTURE | _PNG_COLOURS | _PNG_ANIMATION
+_ANY = 1 << 31
+_PNG_PICTURE = {b"IHDR": 13, b"PLTE": 768, b"tRNS": 256, b"IDAT": _ANY, b"IEND": 0, b"bKGD": 6, b"pHYs": 9, b"sBIT": 4}
+_PNG_COLOURS = {b"iCCP": _ANY, b"cHRM": 32, b"cICP": 4, b"cLLI": 8, b"gAMA": 4, b"mDCV": 24, b"sRGB": 1}
+_PNG_SHOWN = {**_PNG_PICTURE, **_PNG_COLOURS, b"acTL": 8, b"fcTL": 26, b"fdAT": _ANY}
 """Chunks that a picture is shown with, and the most bytes that each may have, so that nothing else hides in them."""
 
-_PNG_HARMLESS: dict[bytes, int | None] = {b"hIST": 512, b"oFFs": 9, b"sTER": 1, b"tIME": 7}
+_PNG_HARMLESS = {b"hIST": 512, b"oFFs": 9, b"sTER": 1, b"tIME": 7}
 _PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
 _RAW_PROFILE = b"raw profile type "
 
@@ -274,8 +275,7 @@ class _PngParser(_Parser):
             is_first = not name
             head = yield from self._take(8)
             size, name = int.from_bytes(head[:4], "big"), head[4:]
-            limit = kept.get(name)
-            if size >= 1 << 31 or not name.isalpha() or (limit is not None and size > limit) or is_first is not (name == b"IHDR"):
+            if size >= _ANY or not name.isalpha() or size > kept.get(name, _ANY) or is_first is not (name == b"IHDR"):
                 raise _damaged("a chunk has a wrong name, place or length")
             if name in kept:
                 self._has_image |= name == b"IDAT"
@@ -413,111 +413,73 @@ class _WebPParser(_Parser):
         if name == b"XMP ":
             return (_BLANK_XMP if size >= len(_BLANK_XMP) else b"").ljust(size) if _tells_location(content) else content
         had_exif = self._has_exif
-        cleaned = self._clean_exif(content, size) or _minimal_exif(1)
+        cleaned = self._clean_exif(content, size) or _MINIMAL_EXIF % 1
         return None if had_exif or len(cleaned) > size else cleaned.ljust(size, b"\0")
 
 
 # EXIF (CIPA DC-008), the structure of TIFF 6
 
-_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 129: 1}
-_ORIENTATION, _EXIF_IFD, _INTEROP_IFD, _THUMBNAIL, _THUMBNAIL_SIZE = 0x0112, 0x8769, 0xA005, 0x0201, 0x0202
+_EXIF_IFD, _INTEROP_IFD, _THUMBNAIL, _THUMBNAIL_SIZE = 0x8769, 0xA005, 0x0201, 0x0202
 _GPS, _MAKER_NOTE, _DNG_MAKER_NOTE, _EXIF_IPTC, _EXIF_PHOTOSHOP = 0x8825, 0x927C, 0xC634, 0x83BB, 0x8649
 _OFFSETS = (0x0111, 0x0117, 0x0144, 0x0145, 0x014A)
 """Tags of TIFF files that lead to strips, tiles and further IFDs."""
 
 _DROPPED_TAGS = {_GPS, _MAKER_NOTE, _DNG_MAKER_NOTE, _EXIF_IPTC, _EXIF_PHOTOSHOP, *_OFFSETS}
 _REWRITTEN_TAGS = {_EXIF_IFD, _INTEROP_IFD, _THUMBNAIL, _THUMBNAIL_SIZE}
+_OFFSET_TYPES = (13, 16)
+_POINTER: Tag = (4, 1, bytes(4))
 _MINIMAL_EXIF = b"MM\0*\0\0\0\x08\0\x01" + b"\x01\x12\0\x03\0\0\0\x01\0%c\0\0" + b"\0\0\0\0"
-
-
-class _Tag(NamedTuple):
-    kind: int
-    length: int
-    value: bytes
-
-
-_Ifd: TypeAlias = dict[int, _Tag]
-
-
-def _minimal_exif(orientation: int) -> bytes:
-    return _MINIMAL_EXIF % orientation
 
 
 def _clean_exif(data: bytes, mode: StripMode, limit: int) -> bytes | None:
     """Return what stays of EXIF, in at most `limit` bytes; None where nothing does, or it is no EXIF."""
     prefix = _EXIF if data.startswith(_EXIF) else b""  # PNG and WebP have none, but some writers put one there
     tiff = data[len(prefix) :]
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None or len(tiff) < 8:
-        return None
-    first, second_offset = _read_ifd(tiff, order, *struct.unpack_from(order + "I", tiff, 4))
-    orientation = _read_number(first, order, _ORIENTATION)
-    minimal = prefix + _minimal_exif(orientation) if 1 < orientation <= 8 else None
+    first = read_ifd(tiff)
+    orientation = first.number(ORIENTATION)
+    minimal = prefix + _MINIMAL_EXIF % orientation if 1 < orientation <= 8 else None
     if mode == "all":
         return minimal
-    cleaned = prefix + _rebuild_exif(tiff, order, first, second_offset)
+    cleaned = prefix + _rebuild_exif(tiff, first)
     return cleaned if len(prefix) < len(cleaned) <= limit else minimal
 
 
-def _rebuild_exif(tiff: bytes, order: str, first: _Ifd, second_offset: int) -> bytes:
+def _rebuild_exif(tiff: bytes, old: Ifd) -> bytes:
     """Write the four IFDs that EXIF has besides that of GPS again: no cycle, overlap or gap of the old ones is carried on."""
-    details, _ = _read_ifd(tiff, order, _read_number(first, order, _EXIF_IFD))
-    interop, _ = _read_ifd(tiff, order, _read_number(details, order, _INTEROP_IFD))
-    second, _ = _read_ifd(tiff, order, second_offset)
-    start = _read_number(second, order, _THUMBNAIL)
-    thumbnail = _clean_thumbnail(tiff[start : start + _read_number(second, order, _THUMBNAIL_SIZE)])
+    old_details = read_ifd(tiff, old.number(_EXIF_IFD))
+    old_second = read_ifd(tiff, old.following)
+    start = old_second.number(_THUMBNAIL)
+    thumbnail = _clean_thumbnail(tiff[start : start + old_second.number(_THUMBNAIL_SIZE)])
 
-    first, details, interop, second = (_keep_tags(ifd) for ifd in (first, details, interop, second if thumbnail else {}))
-    pointer = _Tag(4, 1, bytes(4))
+    first, details, second = _keep_tags(old), _keep_tags(old_details), _keep_tags(old_second) if thumbnail else {}
+    interop = _keep_tags(read_ifd(tiff, old_details.number(_INTEROP_IFD)))
     if interop:
-        details[_INTEROP_IFD] = pointer
+        details[_INTEROP_IFD] = _POINTER
     if details:
-        first[_EXIF_IFD] = pointer
+        first[_EXIF_IFD] = _POINTER
     if thumbnail:
-        second |= {_THUMBNAIL: pointer, _THUMBNAIL_SIZE: _Tag(4, 1, struct.pack(order + "I", len(thumbnail)))}
+        second |= {_THUMBNAIL: _POINTER, _THUMBNAIL_SIZE: (4, 1, struct.pack(old.order + "I", len(thumbnail)))}
     if not first:
         return b""
 
     ifds = (first, details, interop, second)
     starts = [8]
     for ifd in ifds:
-        starts.append(starts[-1] + _measure_ifd(ifd))
+        starts.append(starts[-1] + len(_write_ifd(ifd, 0, 0, old.order)))
     for ifd, tag, offset in ((first, _EXIF_IFD, starts[1]), (details, _INTEROP_IFD, starts[2]), (second, _THUMBNAIL, starts[4])):
         if tag in ifd:
-            ifd[tag] = _Tag(4, 1, struct.pack(order + "I", offset))
+            ifd[tag] = (4, 1, struct.pack(old.order + "I", offset))
     following = (starts[3] if second else 0, 0, 0, 0)
-    written = [_write_ifd(*each, order) for each in zip(ifds, starts, following, strict=False)]
-    return b"".join((tiff[:4], struct.pack(order + "I", 8), *written, thumbnail))
+    written = [_write_ifd(*each, old.order) for each in zip(ifds, starts, following, strict=False)]
+    return b"".join((tiff[:4], struct.pack(old.order + "I", 8), *written, thumbnail))
 
 
-def _read_ifd(tiff: bytes, order: str, offset: int) -> tuple[_Ifd, int]:
-    """Return the tags of an IFD and where the next one is; what has no known type, or lies outside, is left out."""
-    tags: _Ifd = {}
-    if not 8 <= offset <= len(tiff) - 2:
-        return tags, 0
-    end = offset + 2 + 12 * struct.unpack_from(order + "H", tiff, offset)[0]
-    budget = len(tiff)  # values that overlap could be a thousand times as long as the whole
-    for at in range(offset + 2, min(end, len(tiff) - 11), 12):
-        tag, kind, count, start = struct.unpack_from(order + "HHII", tiff, at)
-        size = _TYPE_SIZES.get(kind, 0) * count
-        if size <= 4:
-            start = at + 8
-        if size and start + size <= len(tiff) and size <= budget:
-            budget -= size
-            tags[tag] = _Tag(kind, count, tiff[start : start + size])
-    return tags, struct.unpack_from(order + "I", tiff, end)[0] if end + 4 <= len(tiff) else 0
-
-
-def _read_number(tags: _Ifd, order: str, tag: int) -> int:
-    kind, _, value = tags.get(tag, _Tag(4, 1, bytes(4)))
-    return int.from_bytes(value[: _TYPE_SIZES[kind]], "little" if order == "<" else "big") if kind in (3, 4, 13) else 0
-
-
-def _keep_tags(tags: _Ifd) -> _Ifd:
+def _keep_tags(ifd: Ifd) -> dict[int, Tag]:
+    dropped = _DROPPED_TAGS | _REWRITTEN_TAGS
     return {
-        tag: content
-        for tag, content in tags.items()
-        if tag not in _DROPPED_TAGS | _REWRITTEN_TAGS and content.kind != 13 and not _tells_location(content.value)
+        tag: (kind, count, value)
+        for tag, (kind, count, value) in ifd.tags.items()
+        if tag not in dropped and kind not in _OFFSET_TYPES and not _tells_location(value)
     }
 
 
@@ -529,11 +491,7 @@ def _clean_thumbnail(thumbnail: bytes) -> bytes:
         return b""
 
 
-def _measure_ifd(tags: _Ifd) -> int:
-    return 6 + sum(12 + (len(tag.value) + 1 & ~1 if len(tag.value) > 4 else 0) for tag in tags.values()) if tags else 0
-
-
-def _write_ifd(tags: _Ifd, start: int, following: int, order: str) -> bytes:
+def _write_ifd(tags: dict[int, Tag], start: int, following: int, order: str) -> bytes:
     if not tags:
         return b""
     entries, values = [struct.pack(order + "H", len(tags))], []
@@ -553,24 +511,40 @@ def _write_ifd(tags: _Ifd, start: int, following: int, order: str) -> bytes:
 
 _IPTC, _PHOTOSHOP_EXIF = 0x0404, (0x0422, 0x0423)
 _IPTC_PLACE = re.compile(rb"\x1c\x02[\x1a\x1b\x5a\x5c\x5f\x64\x65]")
-_LOCATION = re.compile(
-    rb"latitude|longitude|georss|geotag|\bgeo:-?[0-9]"
-    rb"|(?<![a-z0-9+/])gps"  # after none of the letters of base64: a thumbnail in XMP has any three letters somewhere
-    rb"|[<:][\w.-]*(?:altitude|location)"
-    rb"|[<:](?:city|state|country|countrycode|countryname|provincestate|worldregion|lat|lon|long|lng|coordinates)\b",
-    re.IGNORECASE,
+_PROPERTY = (
+    rb"(?:[\w.-]*(?:altitude|location)"
+    rb"|(?:city|state|country|countrycode|countryname|provincestate|worldregion|lat|lon|long|lng|coordinates)\b)"
 )
+_LOCATION = re.compile(  # each branch begins with one letter, so that all others are passed at once
+    rb"l(?:at|ong)itude|g(?:eo(?:rss|tag|(?<=\bgeo):-?[0-9])"
+    rb"|ps(?<![a-z0-9+/]gps))"  # after none of the letters of base64: a thumbnail in XMP has any three letters somewhere
+    rb"|<" + _PROPERTY + rb"|:" + _PROPERTY
+)
+_WINDOW, _CONTEXT, _LONGEST_MENTION = 16384, 4, 1024
 
 
 def _tells_location(content: bytes) -> bool:
     """Tell whether a text mentions a position, or a property of XMP names a place. It may be in UTF-16 as well."""
-    return bool(_LOCATION.search(content) or (b"\0" in content and _LOCATION.search(content.replace(b"\0", b""))))
+    for start in range(0, len(content), _WINDOW):  # or no other thread would run until all of it is searched
+        end = start + _WINDOW + _LONGEST_MENTION
+        before, piece = content[max(start - _CONTEXT, 0) : start].lower(), content[start:end].lower()
+        texts = [(before, piece)]
+        if b"\0" in piece:
+            texts.append((before.replace(b"\0", b""), piece.replace(b"\0", b"")))
+        for context, text in texts:
+            found = _LOCATION.search(context + text, len(context))
+            if found and (found.end() < len(context + text) or end >= len(content)):
+                return True  # what ends where the window does may go on
+    return False
 
 
 def _clean_photoshop(resources: bytes) -> bytes:
     """Drop the resources that tell a place; all of them where they cannot be parsed, as where they go on in another segment."""
-    kept, at = [], 0
-    while at < len(resources):
+    kept: list[bytes] = []
+    at = 0
+    for _ in range(_FREE_PARTS):
+        if at >= len(resources):
+            return b"".join(kept)
         size_at = at + 6 + (resources[at + 6] + 2 & ~1) if at + 6 < len(resources) else len(resources)
         start = size_at + 4
         size = int.from_bytes(resources[size_at:start], "big")
@@ -581,7 +555,7 @@ def _clean_photoshop(resources: bytes) -> bytes:
         if kind not in _PHOTOSHOP_EXIF and not (kind == _IPTC and _IPTC_PLACE.search(data)) and not _tells_location(data):
             kept.append(resources[at : start + size + (size & 1)])
         at = start + size + (size & 1)
-    return b"".join(kept)
+    return b""
 
 
 _PARSERS: dict[str, type[_Parser]] = {"image/jpeg": _JpegParser, "image/png": _PngParser, "image/webp": _WebPParser}

@@ -54,6 +54,7 @@ __all__ = [
     "share",
     "undeclared_in",
     "value_of",
+    "write_value",
     "write_variants",
 ]
 
@@ -217,12 +218,21 @@ def write_variants(
         left = {name: variant for name, variant in variants.items() if name in made or name not in names}
         now = {**left, **{name: made[name].ref.to_dict() for name in names if name in made}}
         value = {name: part for name, part in holding.value.items() if name != "variants"} | ({"variants": now} if now else {})
-        new = bindparam(None, value, type_=portable_storage_ref_type())
-        values = {holding.column: new, **keeping_other_columns(holding.column)}
-        written = update(holding.column.table).where(holding.is_row).values(values)
-        if connection.execute(written, execution_options=holding.options).rowcount != 1:
-            raise StaleAttachmentError(f"a locked row no longer refers to the object at {holding.value['location']!r}")
+        write_value(connection, holding, value)
     return displaced
+
+
+def write_value(connection: Connection, holding: Holding, value: dict[str, Any]) -> None:
+    """Write a value into a locked row, and no other column.
+
+    Raises:
+        StaleAttachmentError: It does not hold the object any more, though it is locked.
+    """
+    new = bindparam(None, value, type_=portable_storage_ref_type())
+    values = {holding.column: new, **keeping_other_columns(holding.column)}
+    written = update(holding.column.table).where(holding.is_row).values(values)
+    if connection.execute(written, execution_options=holding.options).rowcount != 1:
+        raise StaleAttachmentError(f"a locked row no longer refers to the object at {holding.value['location']!r}")
 
 
 def undeclared_in(holdings: Sequence[Holding], names: Iterable[str]) -> dict[str, list[Holding]]:

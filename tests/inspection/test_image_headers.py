@@ -290,6 +290,59 @@ def test_an_icon_is_not_decoded() -> None:
         ImageLimits().require(**found)
 
 
+def test_the_largest_picture_of_an_icon_has_any_place() -> None:
+    """Pillow opens the last of these, which its directory says is the largest."""
+    large = png(60_000, 60_000)
+
+    def many(count: int) -> bytes:
+        pictures = [struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, 0, 6 + 16 * count)] * (count - 1)
+        last = struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, len(large), 6 + 16 * count + len(png()))
+        return struct.pack("<HHH", 0, 1, count) + b"".join([*pictures, last]) + png() + large
+
+    assert inspect(many(1000), "image/vnd.microsoft.icon") == {"width": 60_000, "height": 60_000}
+    assert inspect(many(1001), "image/vnd.microsoft.icon") is None
+
+
+def box(name: bytes, *parts: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + sum(map(len, parts)), name) + b"".join(parts)
+
+
+def avif(*sizes: int, others: int = 0, more: bytes = b"") -> bytes:
+    """An AVIF without pixels: what says how large its pictures are, and boxes of nothing before the last of these."""
+    extents = [box(b"ispe", bytes(4), struct.pack(">II", size, size)) for size in sizes]
+    properties = box(b"ipco", *extents[:-1], box(b"free") * others, extents[-1])
+    return box(b"ftyp", b"avif\0\0\0\0avifmif1") + box(b"meta", bytes(4), box(b"iprp", properties)) + more
+
+
+def test_the_largest_picture_of_an_avif_has_any_place() -> None:
+    large = {"width": 60_000, "height": 60_000}
+    assert inspect(avif(3, 60_000, others=4000), "image/avif") == large
+    assert inspect(avif(3, 60_000, others=4100), "image/avif") is None
+    content = avif(3, 60_000)
+    place = content.index(b"meta") - 4
+    content = content[:place] + bytes(4) + content[place + 4 :]  # it goes on to the end of the file
+    assert inspect(content[: content.rindex(b"ispe") - 4], "image/avif") is None
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_the_track_of_a_moving_avif(version: int) -> None:
+    """Decoders go by it, and scale what is smaller."""
+    content = moving("AVIF")
+    assert inspect(content) == {"width": 37, "height": 21}
+    header = bytes([version]) + bytes(87 if version else 75) + struct.pack(">II", 60_000 << 16, 50_000 << 16)
+    track = box(b"moov", box(b"trak", box(b"tkhd", header)))
+    assert inspect(avif(3, more=track), "image/avif") == {"width": 60_000, "height": 50_000}
+    start = content.index(b"moov") - 4
+    assert inspect(content[:start], "image/avif") is None
+    assert inspect(content[: start + 200], "image/avif") is None
+    side = content.index(b"tkhd") + len(b"tkhd") + 88
+    assert content[side : side + 8] == struct.pack(">II", 37 << 16, 21 << 16)
+    content = content[:side] + struct.pack(">II", 16_000 << 16, 15_000 << 16) + content[side + 8 :]
+    assert inspect(content) == {"width": 16_000, "height": 15_000}
+    with contextlib.suppress(Image.DecompressionBombError), warnings.catch_warnings(action="ignore"):
+        assert Image.open(io.BytesIO(content)).size == (16_000, 15_000)
+
+
 def boxes(content: bytes, start: int = 0) -> Iterator[tuple[bytes, int]]:
     while start + 8 <= len(content):
         size, name = struct.unpack_from(">I4s", content, start)

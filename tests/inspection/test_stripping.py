@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from granite_storage.exceptions import ContentRejectedError
+from granite_storage.inspection import stripping
 from granite_storage.inspection.stripping import StripMode, Stripper, can_strip
 from tests import tiers
 from tests.inspection import pictures
@@ -516,6 +517,46 @@ class TestMemory:
     def test_all_needs_not_search_texts(self) -> None:
         data = self.PNG[:33] + chunk(b"iTXt", bytes(self.LONGEST + 1)) + self.PNG[33:]
         assert strip("image/png", data, "all") == strip("image/png", self.PNG, "all")
+
+
+class TestLongTexts:
+    """A text is searched in pieces, so that the event loop never waits for all of it."""
+
+    EDGES = (stripping._WINDOW, stripping._WINDOW + stripping._LONGEST_MENTION, 3 * stripping._WINDOW)
+
+    @pytest.mark.parametrize("mention", [b"x:GPSLatitude", b" geo:-5", b"<Iptc:CountryName>", "x:location".encode("utf-16")])
+    def test_a_position_anywhere(self, mention: bytes) -> None:
+        for edge, before in itertools.product(self.EDGES, range(len(mention) + 5)):
+            text = b"-" * (edge - before) + mention + b"-" * 2000
+            assert stripping._tells_location(text), (edge, before)
+            assert not stripping._tells_location(text.replace(mention, b"-")), (edge, before)
+
+    @pytest.mark.parametrize("word", [b"<cityscape", b"agps", b"+GPS", b"ageo:7", "ageo:7".encode("utf-16-le"), b":lateral"])
+    def test_words_that_only_begin_or_end_like_one(self, word: bytes) -> None:
+        for edge, before in itertools.product(self.EDGES, range(len(word) + 5)):
+            assert not stripping._tells_location(b"-" * (edge - before) + word + b"-" * 2000), (edge, before)
+
+    def test_no_search_takes_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Regular expressions hold the interpreter: 4 MiB would do so for a second."""
+        searched: list[int] = []
+
+        class Noting:
+            def search(self, text: bytes, start: int) -> None:
+                searched.append(len(text))
+
+        monkeypatch.setattr(stripping, "_LOCATION", Noting())
+        text = chunk(b"tEXt", b"Comment\0" + b"x" * (4 * MIB - 100))
+        strip("image/png", TestMemory.PNG[:33] + text + TestMemory.PNG[33:], "location")
+        assert sum(searched) > 4 * MIB
+        assert max(searched) < 64 * 1024
+
+    def test_a_record_of_too_many_resources(self) -> None:
+        """Each takes microseconds, and no picture has as many."""
+        plain = CORPUS["jpeg plain"].data
+        for count, is_kept in (4000, True), (4200, False):
+            resources = segment(0xED, pictures.PHOTOSHOP + b"8BIM\4\5\0\0\0\0\0\0" * count)
+            data = pictures.with_segments(plain, resources)
+            assert strip("image/jpeg", data, "location") == (data if is_kept else plain)
 
 
 NAMES = st.sampled_from(sorted(CORPUS))

@@ -46,8 +46,8 @@ MUTANTS = [
     Mutant(
         name="deriver-rows-by-address",
         rule="The row is found by the location of the original, not by the column that the job was recorded for.",
-        path=_JOBS,
-        old="            if isinstance(column.type, AttachmentType):\n                is_here, options",
+        path=_QUEUE,
+        old="            if isinstance(column.type, self._column_type):\n                is_here, options",
         new="            if (column.table.fullname, column.name) == job.address:\n                is_here, options",
         tests=(f"{_DERIVER}::TestRows::test_moved_by_sql[asyncpg]",),
     ),

@@ -257,8 +257,8 @@ MUTANTS = [
         name="scan-verdict-without-a-lock",
         rule="The value that a verdict is put into is read under the lock of its row.",
         path="granite_storage/orm/journal/scans.py",
-        old=".where(is_row).with_for_update(key_share=True)",
-        new=".where(is_row)",
+        old="self._holdings(connection, job, lock_holdings)",
+        new="self._holdings(connection, job, read_holdings)",
         tests=("tests/orm/journal/test_scans.py::TestRowsThatChange::test_another_part_of_the_value[asyncpg]",),
     ),
     Mutant(

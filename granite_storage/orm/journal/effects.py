@@ -22,12 +22,12 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from sqlalchemy import Column, Connection, Insert, Table, case, delete, select, update
+from sqlalchemy import Column, Connection, Table, case, delete, select, update
 
 from granite_storage._tasks import run_bounded, shielded, task_group
 from granite_storage._telemetry import fields_of
@@ -39,17 +39,18 @@ from granite_storage.exceptions import (
     ScanPendingError,
     StaleAttachmentError,
 )
-from granite_storage.orm._util import again_after_deadlock, batches, upsert
+from granite_storage.orm._util import again_after_deadlock
 from granite_storage.orm.journal.database import insert_if_absent
 from granite_storage.orm.journal.jobs import (
-    AT_A_TIME,
     EFFECT,
     PAUSE_FOR_OTHERS,
     RENEWALS,
     JobQueue,
     LeasedJob,
+    NewJob,
     effect_key,
     effects_in,
+    enqueue_jobs,
     job_id,
     job_options,
     job_rows,
@@ -107,36 +108,21 @@ def enqueue_effects(
         options: Execution options that say where the table is.
         names: Which effects; None for all.
     """
-    rows: dict[Any, dict[str, Any]] = {}
-    for column, ref in changed:
-        for name in effects_in(column):
-            if names is not None and name not in names:
-                continue
-            key, place = effect_key(name), {"backend": ref.backend, "location": ref.location}
-            said = json.dumps({"token": uuid4().hex, "ref": ref.with_variants(None).to_dict()})
-            address = {"table_name": column.table.fullname, "column_name": column.name}
-            own = job_id(ref.backend, ref.location, key)
-            state = {"due": clock(), "attempts": 0, "takeovers": 0, "dead": False}
-            rows[own] = {"id": own, **address, **place, "key": key, "recipe": said, **state}
-    # In the order of their ids, so that transactions that record the same jobs do not deadlock.
-    for batch in batches([rows[own] for own in sorted(rows)], AT_A_TIME):
-        connection.execute(_upsert(connection.dialect.name, job, batch), execution_options=dict(options))
-    return bool(rows)
-
-
-def _upsert(dialect: str, job: Table, rows: Sequence[dict[str, Any]]) -> Insert:
-    renewed = ("table_name", "column_name", "recipe", "dead")
     # A worker is processing it: two of them would call it at a time if it were due now.
     is_leased = job.c.takeovers > 0
 
-    def values(new: Any) -> dict[str, Any]:
-        return {
-            "due": case((is_leased, job.c.due), else_=new.due),
-            "attempts": case((is_leased, job.c.attempts), else_=0),
-            **{name: new[name] for name in renewed},
-        }
+    def renew(new: Any) -> dict[str, Any]:
+        leased = {"due": case((is_leased, job.c.due), else_=new.due), "attempts": case((is_leased, job.c.attempts), else_=0)}
+        return {**leased, **{name: new[name] for name in ("table_name", "column_name", "recipe", "dead")}}
 
-    return upsert(dialect, job, rows, values)
+    jobs = [
+        NewJob(column, ref, effect_key(name), json.dumps({"token": uuid4().hex, "ref": ref.with_variants(None).to_dict()}))
+        for column, ref in changed
+        for name in effects_in(column)
+        if names is None or name in names
+    ]
+    enqueue_jobs(connection, job, jobs, options, renew=renew)
+    return bool(jobs)
 
 
 class EffectJobs(JobQueue):

@@ -15,13 +15,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bindparam, func, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Row, Table, bindparam, func, select, update
 
 from granite_storage._tasks import shielded
 from granite_storage._telemetry import fields_of
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from granite_storage.manager import StorageManager
     from granite_storage.orm._interfaces import DeclaredVariant, Journal
     from granite_storage.orm.discovery import Place
+    from granite_storage.orm.variants import Holding
 
 __all__ = [
     "AT_A_TIME",
@@ -144,7 +145,7 @@ class NewJob:
         column: The column that the ref of its object is written to.
         ref: The ref.
         key: What is to be done.
-        recipe: The digest of the recipe of a variant.
+        recipe: The digest of the recipe of a variant, or what is known of the event of an effect.
     """
 
     column: Column[Any]
@@ -171,7 +172,14 @@ def jobs_of(column: Column[Any], ref: StoredObjectRef) -> Iterator[NewJob]:
             yield NewJob(column, ref, variant_key(declared.name), declared.digest)
 
 
-def enqueue_jobs(connection: Connection, job: Table, jobs: Iterable[NewJob], options: dict[str, Any]) -> None:
+def enqueue_jobs(
+    connection: Connection,
+    job: Table,
+    jobs: Iterable[NewJob],
+    options: Mapping[str, Any],
+    *,
+    renew: Callable[[Any], dict[str, Any]] | None = None,
+) -> None:
     """Record jobs in the transaction of a connection; one that is there is due again, and starts over.
 
     The rows are written in the order of their ids, so that transactions that record the same jobs do not deadlock.
@@ -181,6 +189,7 @@ def enqueue_jobs(connection: Connection, job: Table, jobs: Iterable[NewJob], opt
         job: The journal's table of jobs.
         jobs: The jobs.
         options: Execution options that say where the table is.
+        renew: Returns what one that is there becomes, from the columns of the new one; None for all that the new one has.
     """
     rows = {
         item.id: {
@@ -196,12 +205,14 @@ def enqueue_jobs(connection: Connection, job: Table, jobs: Iterable[NewJob], opt
     common = {"due": clock(), "dead": False, **_UNTRIED}
     new = [{"id": item, **rows[item], **common} for item in sorted(rows)]
     for batch in batches(new, AT_A_TIME):
-        connection.execute(_upsert(connection.dialect.name, job, batch), execution_options=options)
+        statement = upsert(connection.dialect.name, job, batch, renew or _renew_all)
+        connection.execute(statement, execution_options=dict(options))
 
 
-def _upsert(dialect: str, job: Table, rows: Sequence[dict[str, Any]]) -> Insert:
-    renewed = ("table_name", "column_name", "recipe", "due", "attempts", "takeovers", "dead")
-    return upsert(dialect, job, rows, lambda new: {name: new[name] for name in renewed})
+def _renew_all(new: Any) -> dict[str, Any]:
+    """Return what a job becomes that is recorded once more."""
+    names = ("table_name", "column_name", "recipe", "due", "attempts", "takeovers", "dead")
+    return {name: new[name] for name in names}
 
 
 # What a worker does.
@@ -261,6 +272,9 @@ class JobQueue:
         lease: How long a job is this worker's own without renewal.
         max_attempts: After how many deaths of workers that were processing only this job it is dead.
     """
+
+    _column_type: type[Any] = object
+    """The type of the columns whose rows a job is for."""
 
     def __init__(
         self,
@@ -344,6 +358,15 @@ class JobQueue:
         await self._note(job, f"{job.takeovers - 1} workers have taken it over, and none has come to an end", is_dead=True)
         return True
 
+    async def _holdings(self, connection: AsyncConnection, job: LeasedJob, find: Callable[..., list[Holding]]) -> list[Holding]:
+        """Return the rows that hold the object of a job, in every schema, as `read_holdings` or `lock_holdings` finds them."""
+        holdings: list[Holding] = []
+        for place, column in await self._references.find_holders(connection, job.location):
+            if isinstance(column.type, self._column_type):
+                is_here, options = job_rows(place, column, job, connection), job_options(place, column)
+                holdings += await connection.run_sync(find, column, is_here, job.place, options)
+        return holdings
+
     async def _is_unmounted(self, job: LeasedJob) -> bool:
         backend = self._manager.backend(job.backend)
         return isinstance(backend, SupportsMountCheck) and not await backend.is_mounted()
@@ -376,9 +399,6 @@ class JobQueue:
         is_own = (table.c.id == job.id) & (table.c.attempts == job.attempts) & (table.c.takeovers == job.takeovers)
         async with self._pool.writing() as connection:
             await connection.execute(update(table).where(is_own).values(values))
-
-
-_UNTRIED = {"attempts": 0, "takeovers": 0}
 
 
 _UNTRIED = {"attempts": 0, "takeovers": 0}

@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, bindparam, delete, select, tuple_, update
+from sqlalchemy import bindparam, delete, tuple_, update
 
 from granite_storage._tasks import background, run_bounded
 from granite_storage._telemetry import fields_of
@@ -29,7 +29,6 @@ from granite_storage.exceptions import (
     ScannerUnavailableError,
 )
 from granite_storage.orm._util import again_after_deadlock
-from granite_storage.orm.columns import portable_storage_ref_type
 from granite_storage.orm.journal.jobs import (
     CONCURRENCY,
     FIRST_RETRY,
@@ -43,27 +42,19 @@ from granite_storage.orm.journal.jobs import (
     effect_key,
     effects_in,
     job_id,
-    job_options,
-    job_rows,
     variant_key,
     variants_of,
 )
 from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error
-from granite_storage.orm.locking import among
-from granite_storage.orm.references import as_stored, keeping_other_columns
-from granite_storage.orm.variants import LONGEST_WAIT, value_of
+from granite_storage.orm.variants import LONGEST_WAIT, Holding, lock_holdings, read_holdings, write_value
 from granite_storage.refs import StoredObjectRef
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from granite_storage.orm.discovery import Place
-
 __all__ = ["ScanJobs"]
 
 logger: logging.Logger = logging.getLogger("granite_storage")
-
-_Holder: TypeAlias = "tuple[Place, Column[Any]]"
 
 
 class ScanJobs(JobQueue):
@@ -177,8 +168,9 @@ class ScanJobs(JobQueue):
     async def _settle(self, job: LeasedJob, verdict: Mapping[str, Any] | None) -> None:
         async with self._pool.writing() as connection:
             if verdict is not None:
-                for holder in await self._references.find_holders(connection, job.location):
-                    await self._write(connection, holder, job, verdict)
+                for holding in await self._holdings(connection, job, lock_holdings):
+                    if _is_unjudged(holding):
+                        await connection.run_sync(write_value, holding, {**holding.value, "scan": dict(verdict)})
             await connection.execute(delete(self._job).where(self._job.c.id == job.id))
             # Only now, when no flush can record the job: a row that another transaction moved was not found above.
             if await self._find_held(connection, job) is not None:
@@ -186,34 +178,10 @@ class ScanJobs(JobQueue):
 
     async def _find_held(self, connection: AsyncConnection, job: LeasedJob) -> StoredObjectRef | None:
         """Return the ref of an object, from a row that holds it unjudged."""
-        for place, column in await self._references.find_holders(connection, job.location):
-            found = select(as_stored(column, connection.dialect)).where(job_rows(place, column, job, connection))
-            for (raw,) in await connection.execute(found, execution_options=job_options(place, column)):
-                if (value := _unjudged(raw, job)) is not None:
-                    return StoredObjectRef.from_dict(value)
-        return None
-
-    async def _write(self, connection: AsyncConnection, holder: _Holder, job: LeasedJob, verdict: Mapping[str, Any]) -> None:
-        """Write a verdict into the rows of one column that hold the object unjudged."""
-        (place, column), options = holder, job_options(*holder)
-        table, is_here = column.table, job_rows(place, column, job, connection)
-        keys = list(table.primary_key)
-        found = await connection.execute(select(*keys).where(is_here).order_by(*keys), execution_options=options)
-        # Row by row: on MariaDB a list may lock other rows on the way.
-        for primary_key in [tuple(row) for row in found]:
-            is_row = among(table, [primary_key]) & is_here
-            locked = select(as_stored(column, connection.dialect)).where(is_row).with_for_update(key_share=True)
-            for (raw,) in await connection.execute(locked, execution_options=options):
-                if (value := _unjudged(raw, job)) is None:
-                    continue
-                new = bindparam(None, {**value, "scan": dict(verdict)}, type_=portable_storage_ref_type())
-                written = update(table).where(is_row).values({column: new, **keeping_other_columns(column)})
-                await connection.execute(written, execution_options=options)
+        holdings = await self._holdings(connection, job, read_holdings)
+        return next((holding.ref for holding in holdings if _is_unjudged(holding)), None)
 
 
-def _unjudged(raw: Any, job: LeasedJob) -> dict[str, Any] | None:
-    """Return a value of a column as it is, if it holds the object of a job and says that it is to be judged."""
-    if (value := value_of(raw, job.place)) is None:
-        return None
-    scan = value.get("scan")
-    return value if isinstance(scan, dict) and scan.get("status") == "pending" else None
+def _is_unjudged(holding: Holding) -> bool:
+    scan = holding.value.get("scan")
+    return isinstance(scan, dict) and scan.get("status") == "pending"

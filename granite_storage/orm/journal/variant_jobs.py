@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -44,9 +44,7 @@ from granite_storage.orm.journal.jobs import (
     LeasedJob,
     StillHeldError,
     job_id,
-    job_options,
     job_place,
-    job_rows,
     variant_key,
     variants_of,
 )
@@ -69,8 +67,6 @@ from granite_storage.orm.variants import (
 from granite_storage.refs import StoredObjectRef, require_scanned
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
     from granite_storage.orm._interfaces import ColumnType, DeclaredVariant
 
 __all__ = ["VariantJobs"]
@@ -84,6 +80,8 @@ _JOBS_AT_A_TIME = 8
 
 class VariantJobs(JobQueue):
     """Makes variants, and lets the rows of their originals have them; its arguments are those of `JobQueue`."""
+
+    _column_type = AttachmentType
 
     async def derive(self, backend: str) -> RecoveryReport:
         """Make the variants that are due of objects on one backend, given by its key.
@@ -317,15 +315,6 @@ class VariantJobs(JobQueue):
             PendingDelete(ref.backend, ref.location, self._journal.retention_of(ref).total_seconds(), job.location)
             for ref in displaced
         ]
-
-    async def _holdings(self, connection: AsyncConnection, job: LeasedJob, find: Callable[..., list[Holding]]) -> list[Holding]:
-        """Return the rows of attachment columns that hold the object of a job, in every schema."""
-        holdings: list[Holding] = []
-        for place, column in await self._references.find_holders(connection, job.location):
-            if isinstance(column.type, AttachmentType):
-                is_here, options = job_rows(place, column, job, connection), job_options(place, column)
-                holdings += await connection.run_sync(find, column, is_here, job.place, options)
-        return holdings
 
     async def _look(self, column_type: ColumnType, job: LeasedJob) -> tuple[list[Holding], StoredObjectRef | None]:
         """Return the rows that hold the object of a job, and the ref in a row of a column."""

@@ -16,6 +16,7 @@ from granite_storage.orm.journal import variant_jobs
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.tables import RecoveryReport, clock
 from granite_storage.orm.journal.variant_jobs import VariantJobs
+from tests.core.support import eventually
 from tests.orm.databases import Database
 from tests.orm.derivations import (
     Upper,
@@ -330,6 +331,7 @@ class TestRows:
             async with env.engine.begin() as connection:
                 await set_raw(env, changed, connection)
                 working = asyncio.create_task(journal_of(env).recover())
+                await eventually(lambda: recipe.made)
                 await asyncio.sleep(0.5)
                 assert not working.done()
             await working
@@ -345,6 +347,7 @@ class TestRows:
                 (await session.get_one(Doc, 1)).file = file("y")
                 await session.flush()
                 working = asyncio.create_task(journal_of(env).recover())
+                await eventually(lambda: recipe.made)
                 await asyncio.sleep(0.5)
             await working
             await derive(env)

@@ -17,7 +17,8 @@ from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import InfectedObjectError, ScanPendingError
 from granite_storage.gc import StorageGarbageCollector
 from granite_storage.migration import migrate
-from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage
+from granite_storage.orm import Attachment, StorageJournal, attachment, bind_storage, variants
+from granite_storage.orm.journal import jobs as job_queue
 from granite_storage.orm.journal import scans
 from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
@@ -161,13 +162,9 @@ class TestRowsThatChange:
             seen[:] = seen or await find(self, *args)
             return seen
 
-        def unjudged(value: str, _: object) -> dict[str, Any] | None:
-            found: dict[str, Any] = json.loads(value)
-            return found if found["scan"]["status"] == "pending" else None
-
         monkeypatch.setattr(References, "find_holders", remember)
-        monkeypatch.setattr(scans, "job_rows", lambda *_: true())
-        monkeypatch.setattr(scans, "_unjudged", unjudged)
+        monkeypatch.setattr(job_queue, "job_rows", lambda *_: true())
+        monkeypatch.setattr(variants, "value_of", lambda raw, _: json.loads(raw))
         await replaced_while_it_is_scanned(env, scanner)
         assert await status(env) == "infected"
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
+from granite_storage._documentation import Page
 from granite_storage._headers import Disposition, content_disposition, require_base_url, require_disposition, served_type
 from granite_storage.backends.base import PresignRequest, StorageBackend, SupportsBatchPresign, SupportsPresign
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
@@ -221,7 +222,8 @@ async def signed_urls(
         if stable_for is not None:
             raise ConfigurationError(
                 f"the backend {refs[0].backend!r} signs no URLs that stay the same, because it has no presign_many(): leave"
-                " stable_for out"
+                " stable_for out",
+                see=Page.SIGNED_URLS,
             )
         return [
             await backend.presign_get(
@@ -230,7 +232,9 @@ async def signed_urls(
             for one in requests
         ]
     if signer is None:
-        raise ConfigurationError(f"the backend {refs[0].backend!r} signs no URLs: give the manager a url_signer")
+        raise ConfigurationError(
+            f"the backend {refs[0].backend!r} signs no URLs: give the manager a url_signer", see=Page.SIGNED_URLS
+        )
     urls: list[str] = []
     for ref in refs:
         urls.append(signer.sign(ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for))

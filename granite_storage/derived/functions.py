@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, BinaryIO, TypeAlias
 
+from granite_storage._documentation import Page
 from granite_storage.derived.base import (
     Derivation,
     DerivationSource,
@@ -138,4 +139,7 @@ def _identify(function: Any) -> str:
         problem = "it is defined in the program that runs, which a worker process does not import"
     else:
         return f"{module}:{qualname}"
-    raise ConfigurationError(f"a worker process cannot import {function!r:.80}: {problem}; define it at the top of a module")
+    raise ConfigurationError(
+        f"a worker process cannot import {function!r:.80}: {problem}; define it at the top of a module",
+        see=Page.DERIVED_FUNCTIONS,
+    )

@@ -15,6 +15,7 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from granite_storage._documentation import Page
 from granite_storage._logs import fields_of
 from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._tasks import background, repeat, shielded_cleanup
@@ -239,7 +240,8 @@ def _source(
         raise ConfigurationError(f"the garbage collector needs either binding or iter_references, and {given} is given")
     if binding.session_factory is None:
         raise ConfigurationError(
-            "the binding has no sessions to read its references with: pass sessions=async_sessionmaker(...) to bind_storage()"
+            "the binding has no sessions to read its references with: pass sessions=async_sessionmaker(...) to bind_storage()",
+            see=Page.BINDING,
         )
     return partial(DatabaseReferences, binding, binding.session_factory)
 

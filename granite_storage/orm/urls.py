@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from granite_storage._documentation import Page
 from granite_storage._headers import Disposition
 from granite_storage.exceptions import ConfigurationError, InfectedObjectError, ScanPendingError
 from granite_storage.orm.attachment import Attachment, AttachmentVariant, fields_schema, shown_fields
@@ -113,7 +114,8 @@ class WithURL:
         if url is None or until <= time.time():
             raise ConfigurationError(
                 f"a response shows the signed URL of {file!r}, {'and none was signed' if url is None else 'which has expired'}:"
-                " 'await sign_urls([...], expires_in=...)' before it is returned"
+                " 'await sign_urls([...], expires_in=...)' before it is returned",
+                see=Page.SIGNED_URLS,
             )
         return url
 

@@ -52,8 +52,8 @@ class PublicURL:
         ConfigurationError: An argument cannot work; the message names it.
 
     Example:
-        >>> PublicURL("https://cdn.example.com").url_of("avatars/user/1/avatar/0190-me & you.png")
-        'https://cdn.example.com/avatars/user/1/avatar/0190-me%20%26%20you.png'
+        >>> PublicURL("https://cdn.example.com").url_of("avatars/1/0190-me & you.png")
+        'https://cdn.example.com/avatars/1/0190-me%20%26%20you.png'
     """
 
     base_url: str
@@ -109,7 +109,7 @@ class StoragePolicy:
         MissingDependencyError: The type of the content is to be found, and `granite-storage[inspect]` is not installed.
 
     Example:
-        >>> StoragePolicy("avatars", "local", max_size=2 * 1024 * 1024, key_prefix="avatars").max_size
+        >>> StoragePolicy("avatars", "local", max_size=2 * 1024 * 1024).max_size
         2097152
     """
 

@@ -682,7 +682,7 @@ class Attachment(_StoredFile):
         InvalidReferenceError: `extra` cannot be stored.
 
     Example:
-        >>> Attachment(b"Hello", filename="hello.txt", content_type="text/plain").is_pending
+        >>> Attachment(b"Hello", filename="hello.txt").is_pending
         True
     """
 

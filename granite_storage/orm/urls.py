@@ -48,7 +48,8 @@ async def sign_urls(
 
     Example:
         ```python
-        await sign_urls([document.file for document in documents], expires_in=timedelta(hours=1))
+        files = [document.file for document in documents]
+        await sign_urls(files, expires_in=timedelta(hours=1))
         ```
     """
     wanted: dict[StorageManager, list[Attachment | AttachmentVariant]] = {}

@@ -1,10 +1,12 @@
 """Check what is in the distributions: `python .ci/check_package.py dist`, in a clone.
 
-The source distribution has every file of the repository, the wheel every file of the package, and neither anything else.
+The source distribution has every file of the repository, the wheel every file of the package, and neither anything else. The
+README, which PyPI shows, has no link that leads nowhere there.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -31,6 +33,13 @@ def files_of_wheel(path: Path) -> set[str]:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
+def readme_of_wheel(path: Path) -> str:
+    """Return what PyPI shows of the project."""
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return archive.read(name).decode()
+
+
 def require_same(what: str, found: Set[str], expected: Set[str]) -> None:
     missing, surplus = sorted(expected - found), sorted(found - expected)
     if missing or surplus:
@@ -45,6 +54,8 @@ def main(folder: Path) -> None:
     require_same(wheel.name, in_wheel, {name for name in source if name.startswith("granite_storage/")})
     if "granite_storage/py.typed" not in in_wheel:
         sys.exit(f"{wheel.name} has no py.typed")
+    if relative := re.findall(r"\]\((?!https?://|#)[^)]*\)", readme_of_wheel(wheel)):
+        sys.exit(f"links of the README that lead nowhere on PyPI: {relative}")
     print(f"{sdist.name} has {len(source)} files, {wheel.name} {len(in_wheel)}")
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 TOKEN = "a-long-random-token"  # noqa: S105  # the README's own
 BOUNDARY = "boundary-of-this-form"
-PATIENCE = 30.0
+PATIENCE = 120.0
 """How long the server may take to start, and its worker to delete a file, in seconds."""
 
 

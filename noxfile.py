@@ -6,6 +6,8 @@ What follows `--` goes to the program that the session runs: `nox -s tests -- -k
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +29,9 @@ STOPPING = {"interrupt_timeout": 2.0, "terminate_timeout": 60.0}
 
 CONSTRAINTS = Path(".ci/constraints.txt")
 """The versions that CI installs: `PIP_CONSTRAINT` names it there."""
+
+DIST = Path("dist")
+"""Where the distributions go that a release uploads."""
 
 SUPPORTED = ("3.11", "3.12", "3.13")
 
@@ -176,6 +181,32 @@ def docs(session: nox.Session) -> None:
     """Build the documentation into `docs/_build/html`; a warning is an error."""
     session.install(".[advanced-alchemy,alembic,cli,docs,litestar,obstore,s3,sqladmin,starlette-admin,web]")
     session.run("sphinx-build", "-W", "-n", "--keep-going", "-E", "docs", "docs/_build/html")
+
+
+@nox.session(python=RUNNING)
+def package(session: nox.Session) -> None:
+    """Build the source distribution and the wheel into `dist`, and check what is in them."""
+    session.install("build", "hatch-fancy-pypi-readme", "hatchling", "twine")
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(DIST))
+    session.run("twine", "check", "--strict", *map(str, sorted(DIST.iterdir())))
+    session.run("python", ".ci/check_package.py", str(DIST))
+
+
+@nox.session(python=RUNNING)
+def wheel(session: nox.Session) -> None:
+    """Use the README's program with the wheel that `package` has built, in an environment with nothing else."""
+    wheels = [*DIST.glob("*.whl")]
+    if len(wheels) != 1:
+        session.error(f"{DIST} must have one wheel, not {len(wheels)}: run python -m nox -s package wheel")
+    (line,) = re.findall(r"^pip install (.+ uvicorn)$", Path("README.md").read_text(), re.MULTILINE)
+    extras, *others = shlex.split(line)
+    session.install(f"{wheels[0].resolve()}{extras.removeprefix('.')}", *others)
+    folder = Path(session.create_tmp()).resolve()
+    session.env["PYTHONPATH"] = ""
+    program, readme = Path(".ci/use_readme.py").resolve(), Path("README.md").resolve()
+    session.chdir(folder)
+    session.run("python", "-I", "-u", str(program), str(readme))
 
 
 @nox.session(python=RUNNING)

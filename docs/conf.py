@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 import granite_storage
+from granite_storage._documentation import DOCUMENTATION, Page
 
 project = "Granite Storage"
 copyright = "Granite Storage contributors"
@@ -20,6 +23,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_baseurl = DOCUMENTATION
 html_title = "Granite Storage"
 html_static_path = ["_static"]
 html_css_files = ["doors.css"]
@@ -74,6 +78,32 @@ def fences_to_directives(
     lines[:] = result
 
 
+def hide_inherited_arguments(
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: object,
+    options: object,
+    given: str,
+    result: str,
+) -> tuple[str, str] | None:
+    """Show no arguments of errors that take a message, as those of Python do."""
+    return ("()", "") if what == "exception" and given.startswith("(*args") else None
+
+
+def require_pages_of_errors(app: Sphinx, exception: Exception | None) -> None:
+    """Refuse a build in which a page or a heading is missing that an error leads to."""
+    if exception is not None or app.builder.name != "html":
+        return
+    for page in Page:
+        name, _, anchor = page.value.partition("#")
+        path = Path(app.outdir, name)
+        if not path.is_file() or (anchor and f'id="{anchor}"' not in path.read_text()):
+            raise ExtensionError(f"an error leads to {page.value}, which is not there")
+
+
 def setup(app: Sphinx) -> None:
-    """Register the hook, before the one that reads the sections of Google style."""
+    """Register the hooks; that of docstrings before the one of Google style."""
     app.connect("autodoc-process-docstring", fences_to_directives, priority=400)
+    app.connect("autodoc-process-signature", hide_inherited_arguments)
+    app.connect("build-finished", require_pages_of_errors)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from granite_storage.refs import StoredObjectRef
     from granite_storage.streams import SizeLimitedStream
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "Attachment",

@@ -20,6 +20,7 @@ from functools import cache, partial
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from granite_storage._documentation import Page
 from granite_storage._headers import Disposition, content_disposition, served_type
 from granite_storage._portal import portal
 from granite_storage._tasks import CLEANUP_TIMEOUT, run_bounded, shielded_cleanup, wait_uncancelled
@@ -347,7 +348,9 @@ class _LoopState:
                 "the storage manager is being closed and accepts no calls: enter it again with 'async with' once it is closed"
             )
         if self.closing is not None:
-            raise ConfigurationError("the storage manager is closed: enter it again with 'async with', or create another one")
+            raise ConfigurationError(
+                "the storage manager is closed: enter it again with 'async with', or create another one", see=Page.MANAGER
+            )
 
     def leave(self, task: asyncio.Task[Any] | None) -> None:
         self.calls[task] -= 1
@@ -804,12 +807,14 @@ class Engine:
         if policy.public is None:
             raise ConfigurationError(
                 f"the policy {policy.storage_key!r} is not public: sign a URL with 'await storage.url(...)', or pass"
-                " public=PublicURL('https://...') to the policy"
+                " public=PublicURL('https://...') to the policy",
+                see=Page.PUBLIC_FILES,
             )
         if policy.backend_key != ref.backend:
             raise ConfigurationError(
                 f"the object at {ref.location!r} is in the backend {ref.backend!r}, and the public URLs of the policy"
-                f" {policy.storage_key!r} are those of {policy.backend_key!r}: migrate it first"
+                f" {policy.storage_key!r} are those of {policy.backend_key!r}: migrate it first",
+                see=Page.PUBLIC_FILES,
             )
         require_scanned(ref)
         check_location(ref.location)
@@ -1012,7 +1017,7 @@ async def _delete_one(backend: StorageBackend, location: str) -> StorageError | 
 
 def _require_mapping(argument: str, value: object) -> None:
     if not isinstance(value, Mapping):
-        raise ConfigurationError(f"{argument} must be a mapping by key, not a {type(value).__name__}")
+        raise ConfigurationError(f"{argument} must be a mapping by key, not a {type(value).__name__}", see=Page.MANAGER)
 
 
 def require_seconds(argument: str, value: object) -> None:
@@ -1031,17 +1036,20 @@ def _require_backend(key: object, backend: object) -> None:
     if not isinstance(key, str) or not key:
         raise ConfigurationError(f"a backend's key must be a non-empty string, not {key!r}")
     if isinstance(backend, type):
-        raise ConfigurationError(f"the backend {key!r} is the class {backend.__name__}, not an instance of it")
+        raise ConfigurationError(f"the backend {key!r} is the class {backend.__name__}, not an instance of it", see=Page.MANAGER)
     if not isinstance(backend, StorageBackend):
-        raise ConfigurationError(f"the backend {key!r} is a {type(backend).__name__}, which is not a StorageBackend")
+        raise ConfigurationError(
+            f"the backend {key!r} is a {type(backend).__name__}, which is not a StorageBackend", see=Page.MANAGER
+        )
 
 
 def _require_policy(key: object, policy: object, backends: Mapping[str, StorageBackend]) -> None:
     if not isinstance(policy, StoragePolicy):
-        raise ConfigurationError(f"the policy {key!r} is a {type(policy).__name__}, not a StoragePolicy")
+        raise ConfigurationError(f"the policy {key!r} is a {type(policy).__name__}, not a StoragePolicy", see=Page.MANAGER)
     if key != policy.storage_key:
         raise ConfigurationError(
-            f"the policy under the key {key!r} has the storage key {policy.storage_key!r}: use the same name for both"
+            f"the policy under the key {key!r} has the storage key {policy.storage_key!r}: use the same name for both",
+            see=Page.MANAGER,
         )
     if policy.backend_key not in backends:
         raise UnknownBackendError(

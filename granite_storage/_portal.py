@@ -18,6 +18,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, su
 from contextvars import Context, copy_context
 from typing import Any, Generic, TypeVar
 
+from granite_storage._documentation import Page
 from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
 from granite_storage.exceptions import ConfigurationError
 
@@ -317,7 +318,9 @@ def run_blocking(
 def require_no_loop(name: str, awaited: str) -> None:
     """Raise `ConfigurationError` where an event loop runs in this thread; see `run_blocking`."""
     if has_running_loop():
-        raise ConfigurationError(f"{name}() would block the event loop that runs in this thread: use {awaited} instead")
+        raise ConfigurationError(
+            f"{name}() would block the event loop that runs in this thread: use {awaited} instead", see=Page.THREADS
+        )
 
 
 @contextmanager

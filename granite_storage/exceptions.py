@@ -2,9 +2,16 @@
 
 Starlette takes an `OSError` raised while a body is streamed for a client that went away, so a failing disk must not look like
 one. The system's or the SDK's own error is always the `__cause__`. Every error pickles, and none carries a secret.
+
+Errors of configuration and usage lead to a page of the documentation. Its address is in a note, which tracebacks show below the
+message, and never in the message itself, which may reach a client.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
+
+from granite_storage._documentation import Page
 
 __all__ = [
     "AccessDeniedError",
@@ -44,7 +51,22 @@ __all__ = [
 
 
 class StorageError(Exception):
-    """Base class of every error that this library raises on purpose."""
+    """Base class of every error that this library raises on purpose.
+
+    Attributes:
+        docs: The address of the page of the documentation about it, which a traceback shows below the message; None where the
+            message says all.
+    """
+
+    docs: str | None = None
+    _page: ClassVar[Page | None] = None
+
+    def __init__(self, *args: object, see: Page | None = None) -> None:
+        super().__init__(*args)
+        page = self._page if see is None else see
+        if page is not None:
+            self.docs = page.url
+            self.add_note(f"See {page.url}")
 
 
 class ConfigurationError(StorageError):
@@ -54,13 +76,19 @@ class ConfigurationError(StorageError):
 class UnknownPolicyError(ConfigurationError, LookupError):
     """No policy has the given `storage_key`."""
 
+    _page = Page.MANAGER
+
 
 class UnknownBackendError(ConfigurationError, LookupError):
     """No backend has the given key."""
 
+    _page = Page.MANAGER
+
 
 class UnknownVariantError(ConfigurationError, KeyError):
     """An attachment column declares no variant of the given name."""
+
+    _page = Page.VARIANTS
 
     def __str__(self) -> str:
         return Exception.__str__(self)
@@ -69,13 +97,19 @@ class UnknownVariantError(ConfigurationError, KeyError):
 class MissingDependencyError(ConfigurationError, ImportError):
     """A package of an optional extra is not installed; the message names the extra."""
 
+    _page = Page.EXTRAS
+
 
 class InvalidLocationError(StorageError, ValueError):
     """A location, or a part of one, is unsafe; no storage was accessed."""
 
+    _page = Page.LOCATIONS
+
 
 class InvalidReferenceError(StorageError, ValueError):
     """A value is not a `StoredObjectRef`; the message names the invalid field."""
+
+    _page = Page.REFS
 
 
 class ContentError(StorageError):
@@ -216,6 +250,8 @@ class CollectionRefusedError(StorageError):
         report: The `GarbageCollectionReport` of what was looked at until then, where there is one.
     """
 
+    _page = Page.REFUSED_COLLECTIONS
+
     def __init__(self, message: str = "", *, report: object = None) -> None:
         super().__init__(message)
         self.report = report
@@ -224,13 +260,19 @@ class CollectionRefusedError(StorageError):
 class StaleAttachmentError(StorageError):
     """A row or an object that the transaction depends on has changed meanwhile; the transaction may be tried again."""
 
+    _page = Page.CONCURRENCY
+
 
 class UnboundAttachmentError(StorageError):
     """An attachment does not know its manager: `bind_storage` was not called for its base."""
 
+    _page = Page.BINDING
+
 
 class ConsumedSourceError(StorageError):
     """A stream was already read and cannot be read a second time."""
+
+    _page = Page.STREAMS
 
 
 class BackendError(StorageError):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import get_args
 
+from granite_storage._documentation import Page
 from granite_storage._headers import Disposition, require_base_url, url_path
 from granite_storage.exceptions import ConfigurationError, InvalidLocationError
 from granite_storage.inspection.base import (
@@ -236,12 +237,14 @@ def _require_public(storage_key: str, value: object, *, may_hold: bool) -> None:
         return
     if not isinstance(value, PublicURL):
         raise ConfigurationError(
-            f"public of policy {storage_key!r} must be a PublicURL, such as PublicURL('https://cdn.example.com'), not {value!r}"
+            f"public of policy {storage_key!r} must be a PublicURL, such as PublicURL('https://cdn.example.com'), not {value!r}",
+            see=Page.PUBLIC_FILES,
         )
     if may_hold:
         raise ConfigurationError(
             f"policy {storage_key!r} is public, but its scanner holds uploads that it cannot scan, which would be public "
-            "before they are scanned: use a scanner with on_unavailable='refuse', or sign URLs instead"
+            "before they are scanned: use a scanner with on_unavailable='refuse', or sign URLs instead",
+            see=Page.PUBLIC_FILES,
         )
 
 
@@ -255,15 +258,20 @@ def require_validator(owner: str, value: object) -> None:
     if value is None:
         return
     if isinstance(value, type) or not callable(value):
-        raise ConfigurationError(f"validate of {owner} must be a function that takes an UploadPreview, not {value!r}")
+        raise ConfigurationError(
+            f"validate of {owner} must be a function that takes an UploadPreview, not {value!r}", see=Page.VALIDATORS
+        )
     if inspect.isgeneratorfunction(value) or inspect.isasyncgenfunction(value):
         raise ConfigurationError(
-            f"validate of {owner} must not be a generator function, because calling it runs nothing: remove its yield"
+            f"validate of {owner} must not be a generator function, because calling it runs nothing: remove its yield",
+            see=Page.VALIDATORS,
         )
     load_gate()
     try:
         inspect.signature(value).bind(None)
     except TypeError as error:
-        raise ConfigurationError(f"validate of {owner} must take one argument, the UploadPreview: {error}") from error
+        raise ConfigurationError(
+            f"validate of {owner} must take one argument, the UploadPreview: {error}", see=Page.VALIDATORS
+        ) from error
     except ValueError:  # not everything that is written in C has a signature
         return

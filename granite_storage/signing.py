@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
+from granite_storage._documentation import Page
 from granite_storage._headers import Disposition, content_disposition, require_base_url, require_disposition, served_type
 from granite_storage.backends.base import PresignRequest, StorageBackend, SupportsBatchPresign, SupportsPresign
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
@@ -229,7 +230,9 @@ async def signed_urls(
             for one in requests
         ]
     if signer is None:
-        raise ConfigurationError(f"the backend {refs[0].backend!r} cannot sign URLs: give the manager a url_signer")
+        raise ConfigurationError(
+            f"the backend {refs[0].backend!r} cannot sign URLs: give the manager a url_signer", see=Page.SIGNED_URLS
+        )
     urls: list[str] = []
     for ref in refs:
         urls.append(signer.sign(ref, expires_in=expires_in, disposition=disposition, filename=filename, stable_for=stable_for))

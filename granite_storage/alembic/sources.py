@@ -210,8 +210,9 @@ class PlainPath:
         folder: The folder of the files on this machine, for those that cannot be adopted.
 
     Example:
-        >>> PlainPath("local", strip="/media/", prefix="uploads/")("/media/2020/cat.png")
-        InPlace(backend='local', location='uploads/2020/cat.png', content_type=None, filename=None)
+        >>> source = PlainPath("local", strip="/media/", prefix="uploads/")
+        >>> source("/media/2020/cat.png").location
+        'uploads/2020/cat.png'
     """
 
     backend: str

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from granite_storage._documentation import Page
 from granite_storage._tasks import shielded
 from granite_storage.backends._identity import bucket_place, folder_places, web_place
 from granite_storage.backends._remote import PreconditionFailedError, RangeNotSatisfiableError
@@ -52,6 +53,8 @@ _LAST_WAIT = 1.0
 
 class ObjectStoreConfigurationError(ConfigurationError, BackendError):
     """The store cannot be used as it is configured: its bucket or container, or an ability that it lacks."""
+
+    _page = Page.OBSTORE
 
 
 _BY_CLASS: dict[str, type[BackendError]] = {

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from granite_storage._documentation import Page
 from granite_storage.backends._remote import PreconditionFailedError, RangeNotSatisfiableError
 from granite_storage.exceptions import (
     AccessDeniedError,
@@ -25,6 +26,8 @@ from granite_storage.exceptions import (
 
 class S3ConfigurationError(ConfigurationError, BackendError):
     """The server cannot be used as it is configured: the bucket, its region or an ability that the server lacks."""
+
+    _page = Page.S3
 
 
 class ExpiredCredentialsError(AccessDeniedError):

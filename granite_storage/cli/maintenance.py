@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from sqlalchemy import func, select
 
+from granite_storage._documentation import Page
 from granite_storage.cli.output import Bar, format_size
 from granite_storage.cli.runtime import (
     AFTER,
@@ -168,7 +169,9 @@ def recover_command(settings: Settings, retry_dead_letters: bool, yes: bool, dry
     async def work(context: CommandContext) -> Exit | None:
         journal = context.binding.journal
         if journal is None:
-            raise ConfigurationError("the application has no journal: pass journal=StorageJournal(engine) to bind_storage()")
+            raise ConfigurationError(
+                "the application has no journal: pass journal=StorageJournal(engine) to bind_storage()", see=Page.JOURNAL
+            )
         if dry_run or not yes:
             await _show_due(context, journal)
         if dry_run or not context.confirm("Delete what is due and no row refers to?", yes=yes):
@@ -188,7 +191,7 @@ async def _show_due(context: CommandContext, journal: StorageJournal) -> None:
     rows: list[dict[str, Any]] = []
     sessions = context.binding.session_factory
     if sessions is None:
-        raise ConfigurationError("the binding has no sessions: pass session_factory= to bind_storage()")
+        raise ConfigurationError("the binding has no sessions: pass session_factory= to bind_storage()", see=Page.BINDING)
     async with sessions() as session:
         connection = await session.connection(bind_arguments={"clause": intent})
         rows += await _count_due(connection, intent, reclaim, journal.execution_options)

@@ -24,6 +24,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from granite_storage._documentation import Page
 from granite_storage.cli.output import Output
 from granite_storage.exceptions import ConfigurationError, StorageError
 from granite_storage.orm.binding import StorageBinding
@@ -63,13 +64,16 @@ async def load_binding(name: str) -> StorageBinding:
     """
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
-        raise ConfigurationError(f"--app must be module:attribute, such as myapp.storage:binding, not {name!r}")
+        raise ConfigurationError(
+            f"--app must be module:attribute, such as myapp.storage:binding, not {name!r}", see=Page.COMMAND_LINE
+        )
     found = _get_attribute(_import_module(module), attribute, name)
     if not isinstance(found, StorageBinding) and callable(found):
         found = await _call_factory(found, name)
     if not isinstance(found, StorageBinding):
         raise ConfigurationError(
-            f"--app {name} is a {type(found).__name__}: name what bind_storage() returned, or a callable that returns it"
+            f"--app {name} is a {type(found).__name__}: name what bind_storage() returned, or a callable that returns it",
+            see=Page.COMMAND_LINE,
         )
     return found
 
@@ -80,7 +84,7 @@ def _import_module(module: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
             raise ConfigurationError(
-                f"there is no module {error.name!r} here: pass --app-dir with the folder that contains it"
+                f"there is no module {error.name!r} here: pass --app-dir with the folder that contains it", see=Page.COMMAND_LINE
             ) from error
         raise _wrap_failure(f"importing {module!r}", error) from error
     except Exception as error:
@@ -93,7 +97,7 @@ def _get_attribute(found: Any, attribute: str, name: str) -> Any:
             found = getattr(found, part)
         except AttributeError as error:
             raise ConfigurationError(
-                f"--app {name} does not exist: there is no {part!r} in {name.partition(':')[0]!r}"
+                f"--app {name} does not exist: there is no {part!r} in {name.partition(':')[0]!r}", see=Page.COMMAND_LINE
             ) from error
     return found
 
@@ -232,6 +236,8 @@ def _show_error(error: Exception, output: Output, *, debug: bool) -> None:
         error = error.exceptions[0]
     if isinstance(error, StorageError):
         output.note(f"error: {error}", "red")
+        if error.docs is not None:
+            output.note(f"see {error.docs}")
         return
     said = str(error).split("\n(Background on this error", 1)[0]
     output.note(f"error: {type(error).__name__}: {said}", "red")

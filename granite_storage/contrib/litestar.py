@@ -241,7 +241,10 @@ def provide_upload_form(
 
     Example:
         ```python
-        @post("/documents", dependencies={"form": provide_upload_form({"file": Document.file})})
+        form = provide_upload_form({"file": Document.file})
+
+
+        @post("/documents", dependencies={"form": form})
         async def create(form: NamedDependency[UploadForm]) -> None: ...
         ```
     """

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, BinaryIO, TypeAlias
 
+from granite_storage._documentation import Page
 from granite_storage.derived.base import (
     Derivation,
     DerivationSource,
@@ -139,5 +140,6 @@ def _identify(function: Any) -> str:
     else:
         return f"{module}:{qualname}"
     raise ConfigurationError(
-        f"a worker process cannot import {function!r:.80}: {problem}; define it at the top level of a module"
+        f"a worker process cannot import {function!r:.80}: {problem}; define it at the top level of a module",
+        see=Page.DERIVED_FUNCTIONS,
     )

@@ -66,8 +66,10 @@ def srcset(refs: Iterable[StoredObjectRef | None], url: Callable[[StoredObjectRe
         url: Returns the URL of a ref. Where URLs have to be awaited, pass the `__getitem__` of a dict of them.
 
     Example:
-        >>> ref = StoredObjectRef("avatars", "disk", "a.webp", 9, "", "image/webp", media={"width": 200, "height": 100})
-        >>> [(image.url, image.width) for image in srcset([ref, None], lambda ref: f"/files/{ref.location}")]
+        >>> media = {"width": 200, "height": 100}
+        >>> ref = StoredObjectRef("me", "disk", "a.webp", 9, "", "image/webp", media=media)
+        >>> images = srcset([ref, None], lambda ref: f"/files/{ref.location}")
+        >>> [(image.url, image.width) for image in images]
         [('/files/a.webp', 200)]
     """
     found: dict[tuple[int, str], StoredObjectRef] = {}

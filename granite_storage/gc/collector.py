@@ -15,6 +15,7 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from granite_storage._documentation import Page
 from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._tasks import background, repeat, shielded_cleanup
 from granite_storage._telemetry import fields_of
@@ -240,7 +241,8 @@ def _source(
     if binding.session_factory is None:
         raise ConfigurationError(
             "the binding has no sessions to read its references with: pass session_factory=async_sessionmaker(...) to "
-            "bind_storage()"
+            "bind_storage()",
+            see=Page.BINDING,
         )
     return partial(DatabaseReferences, binding, binding.session_factory)
 

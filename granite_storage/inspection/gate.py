@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol, Self
 
+from granite_storage._documentation import Page
 from granite_storage._tasks import shielded_cleanup
 from granite_storage._threads import ThreadConsumer, ThreadPool
 from granite_storage.exceptions import (
@@ -399,7 +400,8 @@ async def _validate(validator: Validator, preview: UploadPreview) -> None:
     if result is not None:
         raise ConfigurationError(
             f"the function validate= of the policy {preview.storage_key!r} must return None, and raise ContentRejectedError to"
-            f" refuse an upload, but returned {result!r:.80}"
+            f" refuse an upload, but returned {result!r:.80}",
+            see=Page.VALIDATORS,
         )
 
 

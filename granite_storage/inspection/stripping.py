@@ -60,7 +60,8 @@ class Stripper:
 
     Example:
         >>> stripper = Stripper("image/jpeg", "all")
-        >>> stripper.feed(bytes.fromhex("ffd8 fffe00064e6f7465 ffda0002 aabb ffd9")).hex(" ", 2)
+        >>> picture = bytes.fromhex("ffd8 fffe00064e6f7465 ffda0002 aabb ffd9")
+        >>> stripper.feed(picture).hex(" ", 2)
         'ffd8 ffda 0002 aabb ffd9'
         >>> stripper.finish()
         b''

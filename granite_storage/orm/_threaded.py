@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import SingletonThreadPool
 
+from granite_storage._documentation import Page
 from granite_storage._tasks import CLEANUP_TIMEOUT, shielded, shielded_cleanup, wait_uncancelled
 from granite_storage.exceptions import ConfigurationError
 
@@ -268,7 +269,8 @@ def _require_shared(connection: Connection) -> Connection:
         connection.close()
         raise ConfigurationError(
             "each thread has its own SQLite database in memory, so the library's threads cannot read these rows: use a file, "
-            "or create_engine(..., poolclass=StaticPool, connect_args={'check_same_thread': False})"
+            "or create_engine(..., poolclass=StaticPool, connect_args={'check_same_thread': False})",
+            see=Page.JOURNAL_ON_SQLITE,
         )
     return connection
 

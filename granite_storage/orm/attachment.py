@@ -11,6 +11,7 @@ from enum import Enum, auto
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
+from granite_storage._documentation import Page
 from granite_storage._engine import upload_names
 from granite_storage._portal import run_blocking
 from granite_storage.exceptions import (
@@ -170,7 +171,9 @@ def shown_fields(value: _StoredFile) -> dict[str, Any] | None:
         logger.warning("an attachment is shown as null, because its row contains no readable ref: %s", value._state.error)
         return None
     if value._state.status is Status.PENDING:
-        raise UnboundAttachmentError("the attachment is not stored yet; flush the session before it is shown")
+        raise UnboundAttachmentError(
+            "the attachment is not stored yet; flush the session before it is shown", see=Page.ATTACHMENTS
+        )
     return value.describe()
 
 
@@ -282,7 +285,8 @@ class AttachmentState:
             raise InvalidReferenceError(str(self.error)) from self.error
         if self.ref is None:
             raise UnboundAttachmentError(
-                "the attachment is not stored yet: flush the session that its row was added to, or await store(Document.file)"
+                "the attachment is not stored yet: flush the session that its row was added to, or await store(Document.file)",
+                see=Page.ATTACHMENTS,
             )
         return self.ref
 
@@ -293,7 +297,8 @@ class AttachmentState:
             case None:
                 raise UnboundAttachmentError(
                     "the attachment belongs to no column yet: assign it to a row and flush the session, or await"
-                    " store(Document.file)"
+                    " store(Document.file)",
+                    see=Page.ATTACHMENTS,
                 )
             case Address():
                 return self.address.find()
@@ -677,7 +682,7 @@ class Attachment(_StoredFile):
         InvalidReferenceError: `extra` cannot be stored.
 
     Example:
-        >>> Attachment(b"Hello", filename="hello.txt", content_type="text/plain").is_pending
+        >>> Attachment(b"Hello", filename="hello.txt").is_pending
         True
     """
 

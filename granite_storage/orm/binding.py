@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from granite_storage._documentation import Page
 from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import ConfigurationError, DerivationRefusedError
 from granite_storage.locations import uuid7_hex
@@ -70,13 +71,13 @@ def bind_storage(
     """
     metadata = getattr(base, "metadata", None)
     if not isinstance(metadata, MetaData):
-        raise ConfigurationError(f"bind_storage needs a declarative base, which has a metadata, not {base!r}")
+        raise ConfigurationError(f"bind_storage needs a declarative base, which has a metadata, not {base!r}", see=Page.BINDING)
     if not isinstance(manager, StorageManager):
-        raise ConfigurationError(f"bind_storage needs a StorageManager, not {type(manager).__name__}")
+        raise ConfigurationError(f"bind_storage needs a StorageManager, not {type(manager).__name__}", see=Page.BINDING)
     if journal is not None and not isinstance(journal, StorageJournal):
-        raise ConfigurationError(f"bind_storage needs a StorageJournal, not {type(journal).__name__}")
+        raise ConfigurationError(f"bind_storage needs a StorageJournal, not {type(journal).__name__}", see=Page.BINDING)
     if session_factory is not None and sessions is not None:
-        raise ConfigurationError("bind_storage takes session_factory=... or its alias sessions=..., not both")
+        raise ConfigurationError("bind_storage takes session_factory=... or its alias sessions=..., not both", see=Page.BINDING)
     session_factory = sessions if session_factory is None else session_factory
     _require_session_factory(session_factory)
     binding = StorageBinding(
@@ -104,7 +105,8 @@ def _require_session_factory(session_factory: object) -> None:
     if session_factory is not None and (not callable(session_factory) or isinstance(session_factory, Session | AsyncSession)):
         raise ConfigurationError(
             "bind_storage(session_factory=...) takes a factory of sessions, such as async_sessionmaker(engine) or "
-            f"sessionmaker(engine), not {session_factory!r}"
+            f"sessionmaker(engine), not {session_factory!r}",
+            see=Page.BINDING,
         )
 
 

@@ -40,6 +40,7 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator
 
+from granite_storage._documentation import Page
 from granite_storage.derived import Effect, Missing, Recipe, SupportsAccept, When
 from granite_storage.derived.base import check_accepted_types
 from granite_storage.exceptions import (
@@ -226,7 +227,8 @@ class StoredObjectRefType(_RefJSON[StoredObjectRef]):
                 return None
             case Attachment() if value.is_pending:
                 raise NotBoundError(
-                    "a column of refs takes no pending Attachment: await store(Document.file) first, and use its ref"
+                    "a column of refs takes no pending Attachment: await store(Document.file) first, and use its ref",
+                    see=Page.ATTACHMENTS,
                 )
             case Attachment():
                 return value.ref.to_dict()
@@ -268,7 +270,9 @@ class AttachmentType(_RefJSON[Attachment]):
         effects: Mapping[str, Effect] | None = None,
     ) -> None:
         if not isinstance(storage_key, str) or not storage_key:
-            raise ConfigurationError(f"an attachment column needs the storage key of a policy, not {storage_key!r}")
+            raise ConfigurationError(
+                f"an attachment column needs the storage key of a policy, not {storage_key!r}", see=Page.MODELS
+            )
         super().__init__()
         self.storage_key = storage_key
         require_validator(f"the attachment column of the policy {storage_key!r}", validate)
@@ -341,22 +345,26 @@ class AttachmentType(_RefJSON[Attachment]):
             )
         if binding.journal is None and policy.retention:
             raise ConfigurationError(
-                f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)"
+                f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)",
+                see=Page.JOURNAL,
             )
         if binding.journal is None and policy.may_hold:
             raise ConfigurationError(
                 f"the scanner of the policy {self.storage_key!r} holds files back while it is unavailable, which needs a journal,"
-                " whose worker scans them later: bind_storage(..., journal=...), or a scanner with on_unavailable='refuse'"
+                " whose worker scans them later: bind_storage(..., journal=...), or a scanner with on_unavailable='refuse'",
+                see=Page.JOURNAL,
             )
         if binding.journal is None and (late := [name for name, item in self._variants.items() if item.recipe.when == "later"]):
             raise ConfigurationError(
                 f"the attachment column {self.label} has variants that are made after the commit ({', '.join(late)}), which needs"
-                " a journal, whose worker makes them: bind_storage(..., journal=...), or recipes with when='flush' or 'request'"
+                " a journal, whose worker makes them: bind_storage(..., journal=...), or recipes with when='flush' or 'request'",
+                see=Page.JOURNAL,
             )
         if binding.journal is None and self._effects:
             raise ConfigurationError(
                 f"the attachment column {self.label} has effects ({', '.join(self._effects)}), which need a journal, whose worker"
-                " calls them after the commit: bind_storage(..., journal=...)"
+                " calls them after the commit: bind_storage(..., journal=...)",
+                see=Page.JOURNAL,
             )
         return binding.manager
 
@@ -560,19 +568,24 @@ def require_usable(column: Column[Any]) -> None:
     """
     label = f"the attachment column {column.table.name}.{column.name}"
     if column.default is not None and not column.default.is_callable:
-        raise ConfigurationError(f"the default of {label} must be a function that makes a new Attachment for each row")
+        raise ConfigurationError(
+            f"the default of {label} must be a function that makes a new Attachment for each row", see=Page.MODELS
+        )
     for name in _WRITTEN_ELSEWHERE:
         value = getattr(column, name)
         _require_null(f"the {name} of {label}", getattr(value, "arg", value))
     if column.computed is not None:
-        raise ConfigurationError(f"{label} is computed by the database, which cannot store a file: make it an ordinary column")
+        raise ConfigurationError(
+            f"{label} is computed by the database, which cannot store a file: make it an ordinary column", see=Page.MODELS
+        )
 
 
 def _require_callable(what: str, value: Any) -> None:
     if value is not None and not (callable(value) and _takes_no_argument(value)):
         raise ConfigurationError(
             f"{what} must be None or a function without arguments that makes a new Attachment for each row, such as"
-            f" {_EXAMPLE}, not {value!r}"
+            f" {_EXAMPLE}, not {value!r}",
+            see=Page.MODELS,
         )
 
 

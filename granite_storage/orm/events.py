@@ -13,6 +13,7 @@ from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.exc import ObjectDeletedError
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
+from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm import bulk, collections, flush, transactions
 from granite_storage.orm._interfaces import find_binding
@@ -285,7 +286,7 @@ def require_single(base: Any) -> None:
         for key, column in mapper.columns.items():  # its attributes would configure it
             refusal = _refusal(mapper, key) if isinstance(column.type, AttachmentType) else None
             if refusal is not None:
-                raise ConfigurationError(refusal)
+                raise ConfigurationError(refusal, see=Page.COLLECTIONS)
 
 
 def guard_base(base: Any) -> None:
@@ -303,7 +304,7 @@ def require_sound(mapper: Mapper[Any]) -> None:
     """
     refusal = _refused.get(mapper) if _refused else None
     if refusal is not None:
-        raise ConfigurationError(refusal)
+        raise ConfigurationError(refusal, see=Page.COLLECTIONS)
 
 
 def _mapped_below(base: Any) -> list[Mapper[Any]]:
@@ -325,7 +326,7 @@ def _guard(mapper: Mapper[Any], _: Any = None) -> None:
             require_usable(slot.column)
             refusal = _refusal(mapper, slot.key)
             if refusal is not None:
-                raise ConfigurationError(refusal)
+                raise ConfigurationError(refusal, see=Page.COLLECTIONS)
     except ConfigurationError as error:
         _refused[mapper] = str(error)
         raise

@@ -15,6 +15,7 @@ from sqlalchemy import Column, Connection, Engine, Table, text
 from sqlalchemy.orm import InstanceState, Mapper, PassiveFlag, Session
 from sqlalchemy.orm.unitofwork import UOWTransaction
 
+from granite_storage._documentation import Page
 from granite_storage._telemetry import traced
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
@@ -115,7 +116,8 @@ def restore_deleted(unit: UnitOfWork, change: Change) -> None:
     ref, journal = state.require_ref(), change.binding.journal
     if journal is None:
         raise ConfigurationError(
-            "restoring an attachment needs a journal, and this base is bound without one: bind_storage(..., journal=...)"
+            "restoring an attachment needs a journal, and this base is bound without one: bind_storage(..., journal=...)",
+            see=Page.JOURNAL,
         )
     found = wait(journal.intents.find_deletes([ref]))
     if ref.location not in found:
@@ -194,7 +196,8 @@ class _NoContext:
     def __getattr__(self, name: str) -> Any:
         raise ConfigurationError(
             f"the default of {self._label} uses the context of the INSERT, but the file is stored before that statement: make"
-            " the default a function without arguments"
+            " the default a function without arguments",
+            see=Page.MODELS,
         )
 
 

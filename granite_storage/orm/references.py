@@ -39,6 +39,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import OperationalError
 
+from granite_storage._documentation import Page
 from granite_storage._tasks import shielded
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError
 from granite_storage.locations import GENERATED_ID_LENGTH, GENERATED_STEM, generated_id, matches_generated_name
@@ -231,7 +232,8 @@ class Scan:
     def __init__(self, binding: Binding) -> None:
         if binding.session_factory is None:
             raise ConfigurationError(
-                "reading the rows needs sessions: bind_storage(Base, manager, session_factory=async_sessionmaker(...))"
+                "reading the rows needs sessions: bind_storage(Base, manager, session_factory=async_sessionmaker(...))",
+                see=Page.BINDING,
             )
         self._sessions = binding.session_factory
         self._columns: dict[Table, list[Column[Any]]] = {}

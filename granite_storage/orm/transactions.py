@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
+from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError
 from granite_storage.orm._interfaces import StoredObject
 from granite_storage.orm._util import TRANSLATE_MAP, deferred_cancellation, in_greenlet, is_async, root_engine
@@ -243,7 +244,8 @@ def require_transactions(connection: Connection) -> None:
     if level == "AUTOCOMMIT":
         raise ConfigurationError(
             "storing, replacing or deleting a file needs a transaction, but this connection is in AUTOCOMMIT mode: use an engine"
-            " or a session without isolation_level='AUTOCOMMIT'"
+            " or a session without isolation_level='AUTOCOMMIT'",
+            see=Page.AUTOCOMMIT,
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from granite_storage._documentation import Page
 from granite_storage._headers import Disposition
 from granite_storage._portal import run_blocking
 from granite_storage.exceptions import ConfigurationError, InfectedObjectError, ScanPendingError
@@ -49,7 +50,8 @@ async def sign_urls(
 
     Example:
         ```python
-        await sign_urls([document.file for document in documents], expires_in=timedelta(hours=1))
+        files = [document.file for document in documents]
+        await sign_urls(files, expires_in=timedelta(hours=1))
         ```
     """
     wanted: dict[StorageManager, list[Attachment | AttachmentVariant]] = {}
@@ -142,7 +144,8 @@ class WithURL:
         if url is None or until <= time.time():
             raise ConfigurationError(
                 f"a response shows the signed URL of {file!r}, {'and none was signed' if url is None else 'which has expired'}:"
-                " 'await sign_urls([...], expires_in=...)' before it is returned"
+                " 'await sign_urls([...], expires_in=...)' before it is returned",
+                see=Page.SIGNED_URLS,
             )
         return url
 

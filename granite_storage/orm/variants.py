@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, ColumnElement, Connection, bindparam, select, update
 
+from granite_storage._documentation import Page
 from granite_storage._tasks import shielded, shielded_cleanup, wait_uncancelled
 from granite_storage._telemetry import fields_of
 from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, StaleAttachmentError
@@ -383,7 +384,9 @@ async def drop_without_journal(binding: Binding, column_type: ColumnType, source
 
 def _require_sessions(binding: Binding) -> async_sessionmaker[AsyncSession]:
     if binding.session_factory is None:
-        raise ConfigurationError("making a variant on request needs sessions: bind_storage(..., session_factory=...)")
+        raise ConfigurationError(
+            "making a variant on request needs sessions: bind_storage(..., session_factory=...)", see=Page.BINDING
+        )
     return binding.session_factory
 
 

@@ -35,7 +35,8 @@ class BackendConformance(
     ```python
     class TestMyBackend(BackendConformance):
         supports_copy = True
-        has_pages = can_be_full = can_refuse = can_be_unreachable = can_lose_answers = is_shared = counts_unfinished = False
+        has_pages = can_be_full = can_refuse = can_be_unreachable = False
+        can_lose_answers = is_shared = counts_unfinished = False
 
         @pytest.fixture
         async def backend(self, tmp_path):

@@ -17,7 +17,11 @@ def granite_storage_policies():
 
 async def test_upload(granite_memory_storage):
     ref = await granite_memory_storage.put_bytes(
-        storage_key="avatars", model_name="user", entity_id="1", field_name="avatar", content=b"..."
+        storage_key="avatars",
+        model_name="user",
+        entity_id="1",
+        field_name="avatar",
+        content=b"...",
     )
     assert await granite_memory_storage.get(ref) == b"..."
 ```

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from granite_storage._documentation import Page
 from granite_storage._engine import PreparedUpload
 from granite_storage._headers import require_base_url
 from granite_storage.backends.base import UploadRequest
@@ -437,7 +438,8 @@ class DirectUploads:
     def _signed_request(self, upload_token: UploadToken) -> UploadRequest:
         if self.base_url is None:
             raise ConfigurationError(
-                f"the backend {upload_token.backend!r} cannot sign requests: pass base_url= to DirectUploads, and mount it there"
+                f"the backend {upload_token.backend!r} cannot sign requests: pass base_url= to DirectUploads, and mount it there",
+                see=Page.DIRECT_UPLOADS,
             )
         token = self._to_send.sign(replace(upload_token, filename=None, owner=None))
         return UploadRequest("PUT", f"{self.base_url}/{token}", headers={"Content-Type": upload_token.content_type})
@@ -502,7 +504,8 @@ def _resolve_sizes(
     limits = [limit for limit in (policy.max_size, max_size) if limit is not None]
     if not limits:
         raise ConfigurationError(
-            f"the policy {policy.storage_key!r} of {column_type.label} has no max_size: pass max_size= or size= to begin()"
+            f"the policy {policy.storage_key!r} of {column_type.label} has no max_size: pass max_size= or size= to begin()",
+            see=Page.DIRECT_UPLOADS,
         )
     if not 0 <= min_size <= min(limits):
         raise ValueError(f"min_size must be from 0 to {min(limits)} bytes, not {min_size}")

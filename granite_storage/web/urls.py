@@ -12,6 +12,7 @@ from typing import Literal
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
+from granite_storage._documentation import Page
 from granite_storage._engine import places_of
 from granite_storage._headers import INLINE_TYPES, require_inline_types, url_path
 from granite_storage.backends.base import Place
@@ -69,7 +70,7 @@ class SignedFiles:
         if caching not in ("revalidate", "private", "shared"):
             raise ConfigurationError(f"caching must be 'revalidate', 'private' or 'shared', not {caching!r}")
         if manager.url_signer is None:
-            raise ConfigurationError("the manager cannot sign URLs: pass url_signer= to StorageManager")
+            raise ConfigurationError("the manager cannot sign URLs: pass url_signer= to StorageManager", see=Page.SIGNED_URLS)
         self._manager = manager
         self._signer = manager.url_signer
         self._inline_types = require_inline_types(inline_types)
@@ -161,7 +162,9 @@ class PublicFiles:
         self._inline_types = require_inline_types(inline_types)
         self._public = [policy for policy in manager.policies.values() if policy.public is not None]
         if not self._public:
-            raise ConfigurationError("no policy is public: pass public=PublicURL('https://...') to one of them")
+            raise ConfigurationError(
+                "no policy is public: pass public=PublicURL('https://...') to one of them", see=Page.PUBLIC_FILES
+            )
         self._foreign = list(self._pairs())
         for policy, other in self._foreign:
             shares = manager.backend(policy.backend_key) is manager.backend(other.backend_key)
@@ -280,5 +283,6 @@ def _indistinct(policy: StoragePolicy, other: StoragePolicy) -> ConfigurationErr
     return ConfigurationError(
         f"PublicFiles cannot tell the objects of the public policy {policy.storage_key!r} from those of {other.storage_key!r}: "
         f"their locations begin with {_beginning(policy)!r} and {_beginning(other)!r} in one store; give each its own "
-        "key_prefix, or the public policy its own backend"
+        "key_prefix, or the public policy its own backend",
+        see=Page.PUBLIC_FILES,
     )

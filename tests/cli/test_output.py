@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from granite_storage._documentation import Page
 from granite_storage.cli.output import escape_text, format_size
 from granite_storage.cli.runtime import ByteCount
 from tests.cli.conftest import ROOT, Shop
@@ -104,6 +105,10 @@ class TestApp:
         assert (answer.code, answer.out) == (3, "")
         assert said in answer.err
         assert "Traceback" not in answer.err
+
+    def test_an_error_leads_to_its_page(self, plain_shop: Shop) -> None:
+        said = plain_shop.run("--app", "shop", "verify").err.splitlines()
+        assert f"see {Page.COMMAND_LINE.url}" in said
 
     def test_a_module_that_fails_says_where(self, plain_shop: Shop) -> None:
         (plain_shop.folder / "bad.py").write_text("import os\nURL = os.environ['NO_SUCH_VARIABLE']\n")

@@ -11,6 +11,7 @@ import pytest
 
 import granite_storage
 from granite_storage import exceptions
+from granite_storage.testing import fixtures
 from tests.core.support import API_REFERENCE
 
 ROOT = Path(__file__).parents[2]
@@ -60,13 +61,18 @@ def test_public_name_is_documented(name: str) -> None:
 
 @pytest.mark.parametrize("name", TOP_LEVEL)
 def test_public_name_is_in_the_reference(name: str) -> None:
-    assert re.search(rf"^\.\. auto\w+:: granite_storage\.{name}$", API_REFERENCE, re.MULTILINE)
+    assert re.search(rf"^\.\. auto\w+:: granite_storage\.{name}(\(.+\))?$", API_REFERENCE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", exceptions.__all__)
 def test_every_exception_is_in_the_reference(name: str) -> None:
     where = "granite_storage" if name in TOP_LEVEL else "granite_storage.exceptions"
     assert re.search(rf"^\.\. autoexception:: {re.escape(where)}\.{name}$", API_REFERENCE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", fixtures.__all__)
+def test_every_fixture_is_in_the_reference(name: str) -> None:
+    assert re.search(rf"^\.\. (py:data:: |autoclass:: .*\.){name}\b", API_REFERENCE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", sorted(API.glob("*.md")), ids=lambda page: page.stem)

@@ -143,6 +143,18 @@ async def attachments(names: Mapping[str, Any]) -> None:
         await post_too_large(client, "/documents", limit)
 
 
+async def session_dependencies(names: Mapping[str, Any]) -> None:
+    before = names["files"]()
+    async with client_of(names["app"]) as client:
+        for number, file in enumerate(HOSTILE):
+            answer = require_harmless(await client.post("/documents", params={"title": str(number)}, **form_of(file)))
+            assert "location" not in answer.text
+        await post_too_large(client, "/documents?title=large", 20_000_000)
+    async with names["sessions"].begin() as session:
+        await session.execute(delete(names["Document"]).where(names["Document"].title != "A"))
+    assert names["files"]() == before
+
+
 async def synchronous(names: Mapping[str, Any]) -> None:
     async with client_of(names["api"]) as client:
         for file in HOSTILE:
@@ -247,6 +259,7 @@ PROGRAMS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Coroutine[Any, Any,
     "docs/guide.md": ("async def download", guide),
     "docs/receiving.md": ("Content Too Large", receiving),
     "docs/serving.md": ("async def plain", serving),
+    "docs/session-dependencies.md": ("# a COMMIT that fails", session_dependencies),
     "docs/sqlalchemy.md": ("app = FastAPI(", attachments),
     "docs/streams.md": ("app = Starlette(", streams),
     "docs/synchronous.md": ("api = FastAPI(", synchronous),

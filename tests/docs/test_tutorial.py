@@ -193,8 +193,6 @@ def test_the_pages_run_and_build_the_example(tmp_path: Path, databases: list[str
     folder = tmp_path / "team_files"
     folder.mkdir()
     Image.new("RGB", (640, 480), "teal").save(folder / "me.png")
-    (folder / "plan.txt").write_text("All is well.")
-    (folder / "page.html").write_text("<!doctype html><script>alert(1)</script>")
     reader = Reader(folder, {**os.environ, "DATABASE_URL": databases[0]}, databases[1])
     with contextlib.closing(reader):
         for page in PAGES:

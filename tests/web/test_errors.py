@@ -72,6 +72,7 @@ async def test_an_error_becomes_a_response(
     assert response.headers.get("retry-after") == ("7" if status == 503 else None)
     assert (body["type"], bool(body["title"]), bool(body["detail"])) == ("about:blank", True, True)
     assert "secret" not in response.text
+    assert error.docs is None or error.docs not in response.text
     assert [record.exc_info is not None for record in caplog.records] == ([True] if status >= 500 else [])
 
 

@@ -23,6 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
 
+from granite_storage._documentation import Page
 from granite_storage._portal import portal
 from granite_storage.exceptions import BackendUnavailableError, ConfigurationError
 from granite_storage.orm._interfaces import JournalTables
@@ -348,15 +349,16 @@ def _open_pools_of(engine: Engine) -> _OpenPools:
 
 def _require_able(given: AsyncEngine | Engine) -> Engine:
     if not isinstance(given, AsyncEngine | Engine):
-        raise ConfigurationError(f"a journal needs an AsyncEngine or an Engine, not {type(given).__name__}")
+        raise ConfigurationError(f"a journal needs an AsyncEngine or an Engine, not {type(given).__name__}", see=Page.JOURNAL)
     engine = given.sync_engine if isinstance(given, AsyncEngine) else given
     name, pool = engine.dialect.name, engine.pool
     if name not in ("postgresql", "mysql", "mariadb", "sqlite"):
-        raise ConfigurationError(f"a journal needs PostgreSQL, MariaDB or SQLite, and does not support {name}")
+        raise ConfigurationError(f"a journal needs PostgreSQL, MariaDB or SQLite, and does not support {name}", see=Page.JOURNAL)
     if not isinstance(pool, QueuePool | NullPool):
         raise ConfigurationError(
             f"an engine with a {type(pool).__name__} cannot have a journal: on a connection that is shared, the journal's commits"
-            " would commit the application's transactions. Use SQLAlchemy's default pool, or NullPool"
+            " would commit the application's transactions. Use SQLAlchemy's default pool, or NullPool",
+            see=Page.CONNECTIONS,
         )
     return engine
 
@@ -513,7 +515,8 @@ class KnownSchemas:
         if self._pool.dialect == "sqlite":
             raise ConfigurationError(
                 "on SQLite a session's schema_translate_map must be that of the engine that was passed to StorageJournal: "
-                "schemas are separate files there, across which no transaction is atomic"
+                "schemas are separate files there, across which no transaction is atomic",
+                see=Page.JOURNAL_ON_SQLITE,
             )
         value = json.dumps(translation)
         name = f"{_PREFIX}{sha256(value.encode()).hexdigest()[:_DIGITS]}"
@@ -567,7 +570,8 @@ async def check_database(pool: JournalPool, tables: JournalTables, others: list[
                     f"the journal's tables are of version {_WITHOUT_JOBS}, without {tables.job.name} and the columns 'source' of"
                     f" {tables.intent.name} and {tables.reclaim.name}, and this library works with version {SCHEMA_VERSION}: add"
                     " them, by a migration that Alembic's --autogenerate writes, or by upgrade_journal_tables(op) where"
-                    " create_journal_tables(op) has made the tables. They do not disturb processes of the earlier version"
+                    " create_journal_tables(op) has made the tables. They do not disturb processes of the earlier version",
+                    see=Page.ALEMBIC,
                 ) from error
             raise
     await _check_version(pool, tables, has_jobs=has_jobs)
@@ -598,7 +602,8 @@ async def _check_table(pool: JournalPool, table: Table) -> None:
             " Create it with the models' own (Base.metadata.create_all or a migration) after journal_tables(Base.metadata),"
             " and let the application's database user read and write it. Sessions with a schema_translate_map of their own share"
             " one set of the journal's tables: it is where the engine that was passed to StorageJournal finds it, with that"
-            " engine's map if it has one, or in journal_tables(Base.metadata, schema=...)"
+            " engine's map if it has one, or in journal_tables(Base.metadata, schema=...)",
+            see=Page.JOURNAL,
         ) from error
 
 
@@ -620,7 +625,8 @@ async def _check_version(pool: JournalPool, tables: JournalTables, *, has_jobs: 
     if found not in (str(SCHEMA_VERSION), _WITHOUT_JOBS):
         raise ConfigurationError(
             f"the journal's tables are of version {found}, and this library works with version {SCHEMA_VERSION}:"
-            " run the migrations of the library's version, or install the version of the library that made them"
+            " run the migrations of the library's version, or install the version of the library that made them",
+            see=Page.ALEMBIC,
         )
 
 
@@ -634,16 +640,23 @@ async def _check_mariadb(connection: AsyncConnection, tables: list[tuple[str | N
     version = (await connection.execute(text("SELECT VERSION()"))).scalar_one()
     numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
     if "mariadb" not in version.lower():
-        raise ConfigurationError(f"the journal supports MariaDB, but this is MySQL {version}: leave journal=... out")
+        raise ConfigurationError(
+            f"the journal supports MariaDB, but this is MySQL {version}: leave journal=... out", see=Page.JOURNAL
+        )
     if numbers < _OLDEST_MARIADB:
-        raise ConfigurationError(f"the journal needs MariaDB 10.6 or newer, which has SKIP LOCKED, but this is {version}")
+        raise ConfigurationError(
+            f"the journal needs MariaDB 10.6 or newer, which has SKIP LOCKED, but this is {version}", see=Page.JOURNAL
+        )
     if (await connection.execute(text("SELECT @@innodb_flush_log_at_trx_commit"))).scalar_one() != 1:
         raise ConfigurationError(
-            "with innodb_flush_log_at_trx_commit other than 1 a crash undoes committed transactions: set it to 1"
+            "with innodb_flush_log_at_trx_commit other than 1 a crash undoes committed transactions: set it to 1",
+            see=Page.JOURNAL,
         )
     level = (await connection.execute(text("SELECT @@global.tx_isolation"))).scalar_one()
     if level == "READ-UNCOMMITTED":
-        raise ConfigurationError("at READ UNCOMMITTED the journal can miss its own rows: set another isolation level")
+        raise ConfigurationError(
+            "at READ UNCOMMITTED the journal can miss its own rows: set another isolation level", see=Page.JOURNAL
+        )
     await _check_engines(connection, tables)
 
 
@@ -664,5 +677,6 @@ async def _check_engines(connection: AsyncConnection, tables: list[tuple[str | N
     if wrong:
         raise ConfigurationError(
             f"the journal needs InnoDB, and these tables have another engine: {', '.join(wrong)};"
-            " change them with ALTER TABLE ... ENGINE=InnoDB"
+            " change them with ALTER TABLE ... ENGINE=InnoDB",
+            see=Page.JOURNAL,
         )

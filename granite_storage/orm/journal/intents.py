@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 
+from granite_storage._documentation import Page
 from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
@@ -319,7 +320,8 @@ class Intents:
                 f"the journal's table {self._tables.intent.fullname} is not where the session's transaction looks for it: either"
                 " the session is on another database than the journal's engine, or a search_path leads it to another table of"
                 " that name. One set of the journal's tables serves all schemas of a database: give it a schema of its own,"
-                " journal_tables(Base.metadata, schema=...), and each database a journal"
+                " journal_tables(Base.metadata, schema=...), and each database a journal",
+                see=Page.SCHEMAS,
             )
         if not self._pool.is_postgresql or connection.execute(_LEVEL).scalar_one() == "read committed":
             return False

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
 
+from granite_storage._documentation import Page
 from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
 from granite_storage.exceptions import ConfigurationError
@@ -141,7 +142,9 @@ class StorageJournal:
             ConfigurationError: It was not passed to `bind_storage`.
         """
         if self._tables is None:
-            raise ConfigurationError("the journal belongs to no base yet: pass it to bind_storage(Base, manager, journal=...)")
+            raise ConfigurationError(
+                "the journal belongs to no base yet: pass it to bind_storage(Base, manager, journal=...)", see=Page.JOURNAL
+            )
         return self._tables
 
     @property
@@ -156,7 +159,9 @@ class StorageJournal:
     def manager(self) -> StorageManager:
         """The manager of the objects; raises `ConfigurationError` if the journal is not bound yet."""
         if not self._bindings:
-            raise ConfigurationError("the journal belongs to no base: pass it to bind_storage(Base, manager, journal=...)")
+            raise ConfigurationError(
+                "the journal belongs to no base: pass it to bind_storage(Base, manager, journal=...)", see=Page.JOURNAL
+            )
         return self._bindings[-1].manager
 
     async def check(self) -> None:

@@ -41,6 +41,7 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateIndex, CreateTable
 
+from granite_storage._documentation import Page
 from granite_storage.exceptions import ConfigurationError, StorageError
 from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import batches, wait
@@ -337,7 +338,8 @@ class SQLitePool(_LockingPool):
         if info[_OF_CONNECTION] != own:
             raise ConfigurationError(
                 f"the session is on the database {info[_OF_CONNECTION] or ':memory:'}, and the journal's engine on {own}: give"
-                " each database a journal"
+                " each database a journal",
+                see=Page.JOURNAL_ON_SQLITE,
             )
 
     def sees_uploads(self, connection: Connection, ids: set[UUID]) -> bool:
@@ -351,7 +353,8 @@ class SQLitePool(_LockingPool):
         if not _driver(connection).in_transaction:
             raise ConfigurationError(
                 "the driver commits each statement by itself (isolation_level=None), so that no rollback can restore rows: "
-                "begin transactions by SQLAlchemy's recipe for SQLite, with BEGIN IMMEDIATE"
+                "begin transactions by SQLAlchemy's recipe for SQLite, with BEGIN IMMEDIATE",
+                see=Page.JOURNAL_ON_SQLITE,
             )
         named = connection.execute(_value_of(SIDECAR_NAME), execution_options=self.options).scalar_one_or_none()
         name, pending = wait(self._sidecar.look(ids))
@@ -386,7 +389,7 @@ class SQLitePool(_LockingPool):
 
 
 def _refuse(why: str) -> ConfigurationError:
-    return ConfigurationError(f"this SQLite database cannot have a journal: {why}")
+    return ConfigurationError(f"this SQLite database cannot have a journal: {why}", see=Page.JOURNAL_ON_SQLITE)
 
 
 def _file_of(connection: Connection) -> str:
@@ -570,7 +573,8 @@ class SidecarPool(_LockingPool):
                     raise
                 raise ConfigurationError(
                     f"the journal's sidecar {path} cannot be opened or created: {error}. Let the application's user write there,"
-                    " or pass StorageJournal(..., sidecar=...) a path on the same machine, the same one in every process"
+                    " or pass StorageJournal(..., sidecar=...) a path on the same machine, the same one in every process",
+                    see=Page.JOURNAL_ON_SQLITE,
                 ) from error
             connection.opened = _Opened(path, before, name)
             if connection.opened.is_there():

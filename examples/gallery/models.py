@@ -53,7 +53,10 @@ class Album(Base):
             # made with the upload
             "thumb": ImageVariant(fit=(480, 480)),
             # made after the commit, by the journal's worker
-            "large": ImageVariant(fit=(1600, 1600), when="later"),
+            "large": ImageVariant(
+                fit=(1600, 1600),
+                when="later",
+            ),
         },
     )
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -82,7 +82,7 @@ async def settings() -> dict[str, object]:
     return {"max_size": MAX_SIZE, "accepted": ACCEPTED, "shown": sorted(INLINE_TYPES)}
 
 
-SHOWN_CODE = {
+SHOWN_CODE: dict[str, list[Callable[..., object]]] = {
     "rollback": [rollback.change_notes],
     "model": [Album],
     "upload": [albums.store, albums.upload],

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, ForeignKey, String, event
+from sqlalchemy import ForeignKey, String, event
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
@@ -109,16 +109,13 @@ storage = StorageManager(
 )
 engine = create_async_engine(DATABASE_URL)
 
-if engine.dialect.name == "sqlite":  # see "SQLite" in the documentation of attachments
+if engine.dialect.name == "sqlite":
 
     @event.listens_for(engine.sync_engine, "connect")
-    def leave_transactions_to_sqlalchemy(connection: Any, _: object) -> None:
-        connection.isolation_level = None
+    def configure(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA busy_timeout = 30000")  # milliseconds
+        connection.execute("PRAGMA journal_mode = WAL")  # requests that read do not wait for those that write
         connection.execute("PRAGMA foreign_keys = ON")
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 sessions = async_sessionmaker(engine, expire_on_commit=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import time
 from collections.abc import Mapping
@@ -11,8 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from PIL import Image
 
-__all__ = ["files_in", "stored", "until_stored", "upload"]
+__all__ = ["files_in", "picture", "stored", "until_stored", "upload"]
+
+
+def picture(width: int, height: int, colour: str = "teal", kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(out, kind)
+    return out.getvalue()
 
 
 def stored(folder: Path, prefix: str = "gallery") -> dict[str, bytes]:

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.gallery.support import files_in, stored, upload
+from tests.gallery.support import files_in, picture, stored, upload
 from tests.gallery.test_http import settled
 from tests.inspection.corpus import content_of
-from tests.inspection.support import png
 from tests.orm.databases import postgres, postgres_database
 
 if TYPE_CHECKING:
@@ -104,8 +103,8 @@ async def test_a_gallery_on_any_database_and_storage(
         assert len((await settled(client))["files"]) == 2
         assert [len(seen["during"]["files"]) for seen in (failed, kept)] == [4, 4]
 
-        picture = await upload(client, "a.png", png(2000, 1000), "image/png")
-        await until(lambda: is_pending(client, picture["id"]), False)
+        file = await upload(client, "a.png", picture(2000, 1000), "image/png")
+        await until(lambda: is_pending(client, file["id"]), False)
         await until(objects, 14)
         assert (await client.delete("/albums/1")).status_code == 204
         await until(objects, 1)

@@ -14,15 +14,9 @@ import pytest
 from PIL import Image
 from sqlalchemy import event
 
-from tests.gallery.support import files_in, stored, until_stored, upload
+from tests.gallery.support import files_in, picture, stored, until_stored, upload
 from tests.gallery.test_http import begun, sent
 from tests.inspection.corpus import content_of
-
-
-def picture(width: int, height: int, colour: str = "teal", kind: str = "PNG") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(out, kind)
-    return out.getvalue()
 
 
 def heic() -> bytes:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import joinedload, selectinload
 
 from examples.gallery.models import ACCEPTED, MAX_SIZE, Album, AlbumFile, User, sessions
 from examples.gallery.users import AnyUser, SignedIn, get_file, get_own_album, get_own_file, is_owner
-from granite_storage.orm import AttachedFile, Attachment, append_files
+from granite_storage.orm import AttachedFile, Attachment, AttachmentVariant, append_files
 from granite_storage.web import FilePart, StoredObjectResponse, UnsupportedRequestError, UploadLimits, upload_body
 
 router = APIRouter()
@@ -30,6 +30,10 @@ class PictureOut(BaseModel):
     media: dict[str, Any]
 
 
+def show_picture(variant: AttachmentVariant | None) -> PictureOut | None:
+    return None if variant is None else PictureOut.model_validate(variant)
+
+
 class FileOut(BaseModel):
     """A file of an album: its size, media type, name and checksum, never its location."""
 
@@ -41,11 +45,14 @@ class FileOut(BaseModel):
 
     @classmethod
     def of(cls, row: AttachedFile) -> FileOut:
-        pictures = {
-            name: None if variant is None else PictureOut.model_validate(variant) for name, variant in row.file.variants.items()
-        }
-        is_picture = (row.file.content_type or "").startswith("image/")
-        return cls(id=row.id, file=row.file, **pictures, is_pending=is_picture and pictures["large"] is None)
+        large = show_picture(row.file.variants["large"])
+        return cls(
+            id=row.id,
+            file=row.file,
+            thumb=show_picture(row.file.variants["thumb"]),
+            large=large,
+            is_pending=large is None and (row.file.content_type or "").startswith("image/"),
+        )
 
 
 class AlbumOut(BaseModel):

@@ -58,6 +58,13 @@ def client_of(gallery: Any, user: str | None) -> httpx.AsyncClient:
 
 
 @pytest.fixture
+async def idle(module: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a gallery that has not started, for what needs no database: to start takes longer than most tests."""
+    async with client_of(module, None) as client:
+        yield client
+
+
+@pytest.fixture
 async def client(gallery: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of Anna, whose album has the primary key 1."""
     async with client_of(gallery, "Anna") as client:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -23,11 +25,15 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that a temporary folder is removed then too
     with ExitStack() as stack:
-        # The application reads it on import. There is no login, so it listens on this machine only.
+        # The application reads these on import.
         os.environ["GALLERY_FOLDER"] = options.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="gallery-"))
-        os.environ.setdefault("GALLERY_URL", f"http://127.0.0.1:{options.port}")
+        url = os.environ.setdefault("GALLERY_URL", f"http://127.0.0.1:{options.port}")
+        new = json.dumps({name: secrets.token_urlsafe(32) for name in ("Anna", "Ben")})
+        tokens = json.loads(os.environ.setdefault("GALLERY_TOKENS", new))
         kept = "kept" if options.folder else "removed at the end"
-        print(f"The gallery is at http://127.0.0.1:{options.port} (Ctrl+C ends it).")
+        print(f"The gallery is at {url} (Ctrl+C ends it). To upload, sign in with a link:")
+        for name, token in tokens.items():
+            print(f"  {name}: {url}/#sign-in={token}")
         print(f"Its rows and files are in {os.environ['GALLERY_FOLDER']}, {kept}.", flush=True)
         uvicorn.run("examples.gallery.app:app", host="127.0.0.1", port=options.port, log_level="warning")
 

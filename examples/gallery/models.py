@@ -1,4 +1,4 @@
-"""The models with attachments, the policies and the binding."""
+"""The models with attachments, the policies, the journal and the binding."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-from sqlalchemy import String
+from sqlalchemy import ForeignKey, String, event
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from granite_storage import StorageBackend, StorageManager, StoragePolicy
+from granite_storage import StorageBackend, StorageJournal, StorageManager, StoragePolicy, journal_tables
 from granite_storage.backends.local import LocalStorageBackend
 from granite_storage.derived import ImageVariant
 from granite_storage.inspection import ImageLimits
-from granite_storage.orm import Attachment, AttachmentVariant, attachment, bind_storage
-from granite_storage.web import UnsupportedRequestError
+from granite_storage.orm import Attachment, AttachmentList, attachment, attachments, bind_storage, file_class
 
 FOLDER = Path(os.environ.get("GALLERY_FOLDER", "data"))
 DATABASE_URL = os.environ.get("DATABASE_URL", f"sqlite+aiosqlite:///{FOLDER / 'gallery.db'}")
-TAKEN = ("image/*", "audio/*", "video/*", "text/plain", "application/pdf", "application/zip")
+ACCEPTED = ("image/*", "audio/*", "video/*", "text/plain", "application/pdf", "application/zip")
 MAX_SIZE = int(os.environ.get("MAX_SIZE", "100_000_000"))
 
 
@@ -28,53 +26,46 @@ class Base(DeclarativeBase):
     pass
 
 
-class Item(Base):
-    """A file in the gallery; a picture has a thumbnail from the start, and a preview once somebody has looked at it."""
+class User(Base):
+    """Somebody who signs in with a token, of which only the hash is stored."""
 
-    __tablename__ = "item"
+    __tablename__ = "user_account"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    file: Mapped[Attachment] = attachment(
+    name: Mapped[str] = mapped_column(String(50), unique=True)
+    token_hash: Mapped[str | None] = mapped_column(String(64), unique=True)
+
+
+class Album(Base):
+    """Files of a user, in an order."""
+
+    __tablename__ = "album"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    owner_id: Mapped[int] = mapped_column(ForeignKey("user_account.id"))
+    owner: Mapped[User] = relationship()
+    title: Mapped[str] = mapped_column(String(100))
+    is_public: Mapped[bool] = mapped_column(default=False)
+    files: Mapped[AttachmentList] = attachments(
         "gallery",
-        nullable=False,
+        max_files=40,
         variants={
+            # made with the upload
             "thumb": ImageVariant(fit=(480, 480)),
-            "preview": ImageVariant(fit=(1600, 1600), when="request"),
+            # made after the commit, by the journal's worker
+            "large": ImageVariant(
+                fit=(1600, 1600),
+                when="later",
+            ),
         },
     )
 
-    @property
-    def thumb(self) -> AttachmentVariant | None:
-        return self.file.variants["thumb"]
 
-    @property
-    def preview(self) -> AttachmentVariant | None:
-        return self.file.variants["preview"]
-
-
-class PictureOut(BaseModel):
-    """A thumbnail or a preview; `media` has its width and height."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    size: int
-    checksum: str
-    media: dict[str, Any]
-
-
-class ItemOut(BaseModel):
-    """The response for an item; the file shows its size, media type, name and checksum, never its location."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    id: int
-    file: Attachment
-    thumb: PictureOut | None
-    preview: PictureOut | None
+AlbumFile = file_class(Album.files)
 
 
 class Note(Base):
-    """A note for the transactions of the rollback page."""
+    """A note for the transactions of the rollback demonstration."""
 
     __tablename__ = "note"
 
@@ -84,11 +75,7 @@ class Note(Base):
     file: Mapped[Attachment] = attachment("notes", nullable=False)
 
 
-def require_taken(content_type: str | None) -> None:
-    """Refuse by what is declared, before a byte is read; the policy refuses by the content."""
-    media_type = (content_type or "").partition(";")[0].strip().lower()
-    if media_type not in TAKEN and f"{media_type.partition('/')[0]}/*" not in TAKEN:
-        raise UnsupportedRequestError("the gallery takes pictures, films, sound, plain text, PDF and ZIP")
+journal_tables(Base.metadata)
 
 
 def make_backends() -> dict[str, StorageBackend]:
@@ -111,13 +98,26 @@ storage = StorageManager(
             WRITTEN_TO,
             max_size=MAX_SIZE,
             key_prefix="gallery",
-            accept=TAKEN,
+            accept=ACCEPTED,
             on_mismatch="correct",  # people rename files
             inspect=[ImageLimits()],
+            strip="location",  # photographs do not say where they were taken
+            on_unstrippable="keep",  # films are kept as they are
         ),
         "notes": StoragePolicy("notes", WRITTEN_TO, max_size=1024, key_prefix="notes"),
     },
 )
 engine = create_async_engine(DATABASE_URL)
+
+if engine.dialect.name == "sqlite":
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def configure(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA busy_timeout = 30000")  # milliseconds
+        connection.execute("PRAGMA journal_mode = WAL")  # requests that read do not wait for those that write
+        connection.execute("PRAGMA foreign_keys = ON")
+
+
 sessions = async_sessionmaker(engine, expire_on_commit=False)
-binding = bind_storage(Base, storage, session_factory=sessions)
+journal = StorageJournal(engine)
+binding = bind_storage(Base, storage, session_factory=sessions, journal=journal)

@@ -1,4 +1,4 @@
-"""A transaction that stores, replaces and deletes files, then fails or commits; its state before, during and after."""
+"""A transaction that replaces, deletes and adds files, and then commits or fails; what is stored at each moment."""
 
 from __future__ import annotations
 
@@ -13,63 +13,73 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from examples.gallery.models import WRITTEN_TO, Note, sessions, storage
 from granite_storage.orm import Attachment
 
-router = APIRouter()
+Moments = dict[str, Any]
+
+router = APIRouter(prefix="/rollback")
 one_at_a_time = asyncio.Lock()
 
 
-def note(number: int) -> Note:
-    return Note(id=number, title=f"note-{number}", file=written(f"note-{number}"))
-
-
-def written(title: str, version: int = 1) -> Attachment:
+def text(title: str, version: int = 1) -> Attachment:
     content = f"This is {title} in version {version}.".encode()
     return Attachment(content, filename=f"{title}-v{version}.txt", content_type="text/plain")
 
 
-@router.post("/rollback")
-async def run(fail: bool) -> dict[str, Any]:
-    """Run one transaction: it replaces a note's file, adds a note, deletes one, and then commits, or fails."""
-    async with one_at_a_time:
-        async with sessions() as session:
-            before = await state(session)
-        during, error = before, None
-        try:
-            async with sessions.begin() as session:
-                oldest, second = await session.scalars(select(Note).order_by(Note.id).limit(2))
-                oldest.version += 1
-                oldest.file = written(oldest.title, oldest.version)
-                await session.delete(second)
-                session.add(note(second.id + 1))
-                await session.flush()
-                during = await state(session)
-                if fail:  # the title is taken, so the database refuses the row after its file was stored
-                    session.add(Note(id=second.id + 2, title=oldest.title, file=written("one-too-many")))
-        except IntegrityError as refusal:
-            error = str(refusal.orig)
-        async with sessions() as session:
-            return {"before": before, "during": during, "after": await state(session), "error": error}
-
-
-@router.get("/rollback/state")
-async def present() -> dict[str, Any]:
-    """Return the current rows and files."""
-    async with one_at_a_time, sessions() as session:
-        return await state(session)
-
-
-async def begin_with_two_notes() -> None:
+async def change_notes(fail: bool, seen: Moments) -> None:
     async with sessions.begin() as session:
-        if not await session.scalar(select(func.count()).select_from(Note)):
-            session.add_all([note(1), note(2)])
+        query = select(Note).order_by(Note.id).limit(2)
+        first, second = await session.scalars(query)
+        first.version += 1
+        first.file = text(first.title, first.version)
+        await session.delete(second)
+        title = f"note-{second.id + 1}"
+        session.add(Note(title=title, file=text(title)))
+        await session.flush()
+
+        seen["during"] = await read_state(session)
+
+        if fail:  # a second note with this title is refused
+            file = text("one-too-many")
+            session.add(Note(title=title, file=file))
 
 
-async def state(session: AsyncSession) -> dict[str, Any]:
-    """Read the rows as this transaction sees them, and list the storage itself; nothing is cached or computed."""
+@router.post("")
+async def run(fail: bool) -> Moments:
+    """Run the transaction; return what was there before, during and right after it, and the error of the database."""
+    async with one_at_a_time:
+        seen: Moments = {"before": await read_committed(), "error": None}
+        try:
+            await change_notes(fail, seen)
+        except IntegrityError as refusal:
+            seen["error"] = str(refusal.orig)
+        return seen | {"ended": await read_committed()}
+
+
+@router.get("")
+async def show_state() -> dict[str, Any]:
+    """Return the committed rows and the files that are stored now."""
+    async with one_at_a_time:
+        return await read_committed()
+
+
+async def read_committed() -> dict[str, Any]:
+    async with sessions() as session:
+        return await read_state(session)
+
+
+async def read_state(session: AsyncSession) -> dict[str, Any]:
+    """Read the rows as this session sees them, and list the storage itself; nothing is cached or computed."""
     notes = await session.scalars(select(Note).order_by(Note.id).execution_options(populate_existing=True))
-    rows = [{"id": one.id, "title": one.title, "file": name_of(one.file.location), "size": one.file.size} for one in notes]
+    rows = [{"title": note.title, "file": name_of(note.file.location)} for note in notes]
     found = [info async for info in storage.backends[WRITTEN_TO].iter_objects("notes")]
-    return {"rows": rows, "files": [{"name": name_of(info.location), "size": info.size} for info in found]}
+    return {"rows": rows, "files": sorted(name_of(info.location) for info in found)}
 
 
 def name_of(location: str) -> str:
     return location.rpartition("/")[2]
+
+
+async def add_two_notes() -> None:
+    """Begin with two notes, unless there are some."""
+    async with sessions.begin() as session:
+        if not await session.scalar(select(func.count()).select_from(Note)):
+            session.add_all([Note(title=title, file=text(title)) for title in ("note-1", "note-2")])

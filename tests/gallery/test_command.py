@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.gallery.support import stored
+from tests.gallery.support import files_in, picture, stored, upload
+from tests.gallery.test_http import settled
 from tests.inspection.corpus import content_of
 from tests.orm.databases import postgres, postgres_database
 
@@ -70,67 +72,76 @@ async def test_a_gallery_on_any_database_and_storage(
     content = content_of("film.mkv") + os.urandom(12_000_000)
     text = {"content-type": "text/plain"}
     async with started(tmp_path, {**services[0], "MAX_SIZE": "20_000_000"}) as client:
-        uploads = [client.post("/items", params={"name": f"{n}.txt"}, content=b"%d" % n, headers=text) for n in range(10)]
-        answers = await asyncio.gather(*uploads)
+        posts = [client.post("/albums/1/files", params={"name": f"{n}.txt"}, content=b"%d" % n, headers=text) for n in range(10)]
+        answers = await asyncio.gather(*posts)
         assert {answer.status_code for answer in answers} == {201}
-        items = (await client.get("/items")).json()
-        assert sorted(item["file"]["original_filename"] for item in items) == [f"{n}.txt" for n in range(10)]
+        files = await files_in(client)
+        assert sorted(file["file"]["original_filename"] for file in files) == [f"{n}.txt" for n in range(10)]
         assert await objects() == 10
 
-        url = f"/items/{items[0]['id']}/file"
-        item = (await client.put(url, content=content, headers={"content-type": "video/x-matroska"})).json()
-        assert item["file"]["checksum"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
+        url = f"/files/{files[0]['id']}"
+        file = (await client.put(url, content=content, headers={"content-type": "video/x-matroska"})).json()
+        assert file["file"]["checksum"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
         part = await client.get(url, headers={"range": "bytes=9000000-9000099"})
         assert (part.status_code, part.content) == (206, content[9_000_000:9_000_100])
         assert (await client.put(url, content=bytes(20_000_001), headers=text)).status_code == 413
         assert (await client.get(url)).content == content
-        assert await objects() == 10
+        await until(objects, 10)
 
-        item = await sent_directly(client, content)
-        assert item["file"]["checksum"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
-        assert (await client.get(f"/items/{item['id']}/file")).content == content
-        assert await objects() == 12  # where it was sent to, and the copy that nobody can change
-        assert (await client.delete(f"/items/{item['id']}")).status_code == 204
-        assert await objects() == 11
+        file = await sent_directly(client, content)
+        assert file["file"]["checksum"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
+        assert (await client.get(f"/files/{file['id']}")).content == content
+        assert await objects() == 12  # where it was sent to, until it can no longer be sent, and the copy
+        assert (await client.delete(f"/files/{file['id']}")).status_code == 204
+        await until(objects, 11)
 
         failed = (await client.post("/rollback", params={"fail": True})).json()
-        assert failed["before"] == failed["after"]
         assert failed["error"]
+        assert await settled(client) == failed["before"]
         kept = (await client.post("/rollback", params={"fail": False})).json()
-        assert (kept["before"], kept["error"]) == (failed["after"], None)
-        assert kept["after"] != kept["before"]
-        assert [len(told[moment]["files"]) for told in (failed, kept) for moment in ("before", "during", "after")] == [
-            2,
-            4,
-            2,
-        ] * 2
+        assert (kept["before"], kept["error"]) == (failed["before"], None)
+        assert len((await settled(client))["files"]) == 2
+        assert [len(seen["during"]["files"]) for seen in (failed, kept)] == [4, 4]
 
-        for item in items:
-            assert (await client.delete(f"/items/{item['id']}")).status_code == 204
-        assert await objects() == 1
+        file = await upload(client, "a.png", picture(2000, 1000), "image/png")
+        await until(lambda: is_pending(client, file["id"]), False)
+        await until(objects, 14)
+        assert (await client.delete("/albums/1")).status_code == 204
+        await until(objects, 1)
 
 
 async def test_what_is_in_a_folder_is_there_again(tmp_path: Path) -> None:
     async with started(tmp_path, {}) as client:
-        answer = await client.post("/items", params={"name": "a.txt"}, content=b"abc", headers={"content-type": "text/plain"})
-        item = answer.json()
+        file = await upload(client)
     async with started(tmp_path, {}) as client:
-        assert (await client.get("/items")).json() == [item]
-        assert (await client.get(f"/items/{item['id']}/file")).content == b"abc"
+        assert await files_in(client) == [file]
+        assert (await client.get(f"/files/{file['id']}")).content == b"abc"
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 async def test_a_folder_that_nobody_chose_goes_at_the_end(tmp_path: Path, end: signal.Signals) -> None:
     async with started(tmp_path, {"TMPDIR": str(tmp_path)}, folder=None, end=end) as client:
-        await client.post("/items", params={"name": "a.txt"}, content=b"abc", headers={"content-type": "text/plain"})
+        await upload(client)
         assert list(tmp_path.glob("gallery-*/files/gallery/**/*.txt"))
     assert list(tmp_path.iterdir()) == []
+
+
+async def until(look: Callable[[], Awaitable[object]], expected: object) -> None:
+    """Wait for what the journal's worker does."""
+    deadline = time.monotonic() + 60
+    while (found := await look()) != expected:
+        assert time.monotonic() < deadline, f"{found!r}"
+        await asyncio.sleep(0.1)
+
+
+async def is_pending(client: httpx.AsyncClient, file_id: int) -> bool:
+    return bool((await client.get(f"/files/{file_id}/state")).json()["is_pending"])
 
 
 async def sent_directly(client: httpx.AsyncClient, content: bytes) -> Any:
     """Do what the page does: ask where to, send it there, and say that it has arrived."""
     announced = {"name": "film.mkv", "type": "video/x-matroska", "size": len(content)}
-    upload = (await client.post("/direct/begin", json=announced)).json()
+    upload = (await client.post("/albums/1/direct/begin", json=announced)).json()
     body: dict[str, Any] = {"content": content}
     if upload["method"] == "POST":
         body = {"data": upload["fields"], "files": {"file": ("film.mkv", content, announced["type"])}}
@@ -138,7 +149,7 @@ async def sent_directly(client: httpx.AsyncClient, content: bytes) -> Any:
     async with httpx.AsyncClient(timeout=60) as plain:
         answer = await plain.request(upload["method"], client.base_url.join(upload["url"]), headers=headers, **body)
     assert answer.is_success, answer.text
-    return (await client.post("/direct/finish", json={"token": upload["token"]})).json()
+    return (await client.post("/albums/1/direct/finish", json={"token": upload["token"]})).json()
 
 
 @asynccontextmanager
@@ -157,9 +168,16 @@ async def started(
     assert server.stdout is not None
     try:
         assert f"http://127.0.0.1:{port}" in (await server.stdout.readline()).decode()
+        links = [(await server.stdout.readline()).decode().strip() for _ in ("Anna", "Ben")]
+        assert [link.partition("=")[0] for link in links] == [
+            f"{name}: http://127.0.0.1:{port}/#sign-in" for name in ("Anna", "Ben")
+        ]
+        token = links[0].partition("=")[2]
+        assert len(token) > 40
         headers = {"X-Gallery": "1"}
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
             await _until_it_answers(client)
+            assert (await client.post("/session", json={"token": token})).status_code == 204
             yield client
     finally:
         server.send_signal(end)
@@ -170,7 +188,7 @@ async def started(
 async def _until_it_answers(client: httpx.AsyncClient) -> None:
     for _ in range(600):
         try:
-            await client.get("/items")
+            await client.get("/session")
         except httpx.TransportError:
             await asyncio.sleep(0.1)
         else:

@@ -1,9 +1,10 @@
-"""Thumbnails and previews of the gallery, over HTTP and on a real disk."""
+"""Thumbnails and large copies in the gallery, over HTTP and on a real disk."""
 
 from __future__ import annotations
 
 import asyncio
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,9 @@ import pytest
 from PIL import Image
 from sqlalchemy import event
 
-from tests.gallery.support import stored
-from tests.gallery.test_http import begun, sent, upload
+from tests.gallery.support import files_in, picture, stored, until_stored, upload
+from tests.gallery.test_http import begun, sent
 from tests.inspection.corpus import content_of
-
-
-def picture(width: int, height: int, colour: str = "teal", kind: str = "PNG") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(out, kind)
-    return out.getvalue()
 
 
 def heic() -> bytes:
@@ -35,121 +30,118 @@ def opened(answer: httpx.Response) -> Image.Image:
     return Image.open(io.BytesIO(answer.content), formats=["WEBP"])
 
 
-def url_of(item: Any, name: str = "thumb") -> str:
-    return f"/items/{item['id']}/{name}?v={item[name]['checksum'][7:19]}"
+def url_of(file: Any, name: str = "thumb") -> str:
+    return f"/files/{file['id']}/{name}?v={file[name]['checksum'][7:19]}"
 
 
-async def test_a_thumbnail_comes_and_goes_with_its_picture(client: httpx.AsyncClient, tmp_path: Path) -> None:
-    content = picture(960, 600)
-    item = await upload(client, "a.png", content, "image/png")
-    assert item["thumb"]["media"] == {"type": "image/webp", "width": 480, "height": 300}
-    assert item["preview"] is None
-    assert (await client.get("/items")).json() == [item]
-    thumb = await client.get(url_of(item))
-    assert opened(thumb).size == (480, 300)
-    assert len(thumb.content) == item["thumb"]["size"]
+async def with_large_copy(client: httpx.AsyncClient, file: Any) -> Any:
+    """Wait for the worker to make the large copy."""
+    deadline = time.monotonic() + 60
+    while file["is_pending"]:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+        file = (await client.get(f"/files/{file['id']}/state")).json()
+    return file
+
+
+async def test_copies_come_and_go_with_their_picture(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    """The thumbnail comes with the upload, the large copy by the worker."""
+    content = picture(2000, 1000)
+    file = await upload(client, "a.png", content, "image/png")
+    assert file["thumb"]["media"] == {"type": "image/webp", "width": 480, "height": 240}
+    assert (file["large"], file["is_pending"]) == (None, True)
+    assert (await client.get(f"/files/{file['id']}/large")).status_code == 404
+    thumb = await client.get(url_of(file))
+    assert opened(thumb).size == (480, 240)
+    assert len(thumb.content) == file["thumb"]["size"]
     assert thumb.headers["content-disposition"] == 'inline; filename="a.webp"'
-    assert (await client.get(f"/items/{item['id']}/file")).content == content
-    assert sorted(stored(tmp_path).values()) == sorted([content, thumb.content])
+
+    file = await with_large_copy(client, file)
+    large = await client.get(url_of(file, "large"))
+    assert opened(large).size == (1600, 800)
+    assert await files_in(client) == [file]
+    assert (await client.get(f"/files/{file['id']}")).content == content
+    assert sorted(stored(tmp_path).values()) == sorted([content, thumb.content, large.content])
 
     other = picture(300, 600, "olive")
-    url = f"/items/{item['id']}/file"
+    url = f"/files/{file['id']}"
     replaced = (await client.put(url, params={"name": "b.png"}, content=other, headers={"content-type": "image/png"})).json()
     assert (replaced["thumb"]["media"]["width"], replaced["thumb"]["media"]["height"]) == (240, 480)
-    new = await client.get(url_of(replaced))
-    assert opened(new).size == (240, 480)
-    assert sorted(stored(tmp_path).values()) == sorted([other, new.content])
+    assert (replaced["large"], replaced["is_pending"]) == (None, True)
+    replaced = await with_large_copy(client, replaced)
+    copies = [(await client.get(url_of(replaced, name))).content for name in ("thumb", "large")]
+    await until_stored(tmp_path, other, *copies)
 
-    assert (await client.delete(f"/items/{item['id']}")).status_code == 204
-    assert stored(tmp_path) == {}
+    assert (await client.delete(url)).status_code == 204
+    await until_stored(tmp_path)
     assert (await client.get(url_of(replaced))).status_code == 404
 
 
 async def test_only_the_address_of_its_own_content_is_kept_for_good(client: httpx.AsyncClient) -> None:
-    item = await upload(client, "a.png", picture(20, 10), "image/png")
-    thumb = await client.get(url_of(item))
+    file = await upload(client, "a.png", picture(20, 10), "image/png")
+    thumb = await client.get(url_of(file))
     assert thumb.headers["cache-control"] == "private, max-age=31536000, immutable"
     for other in ("", "?v=", "?v=000000000000"):
-        answer = await client.get(f"/items/{item['id']}/thumb{other}")
+        answer = await client.get(f"/files/{file['id']}/thumb{other}")
         assert (answer.content, answer.headers["cache-control"]) == (thumb.content, "private, no-cache")
-    head = await client.head(url_of(item))
+    head = await client.head(url_of(file))
     assert (head.headers["content-length"], head.content) == (str(len(thumb.content)), b"")
 
 
-async def test_a_preview_is_made_when_it_is_asked_for(client: httpx.AsyncClient, tmp_path: Path) -> None:
-    content = picture(2000, 1000)
-    item = await upload(client, "a.png", content, "image/png")
-    assert (await client.get(f"/items/{item['id']}/preview")).status_code == 404
-    answers = await asyncio.gather(*(client.post(f"/items/{item['id']}/preview") for _ in range(5)))
-    [told] = {answer.text for answer in answers}
-    found = answers[0].json()
-    assert told == (await client.post(f"/items/{item['id']}/preview")).text
-    assert (found["preview"]["media"]["width"], found["thumb"]) == (1600, item["thumb"])
-    assert (await client.get("/items")).json() == [found]
-    preview = await client.get(url_of(found, "preview"))
-    assert opened(preview).size == (1600, 800)
-    assert len(stored(tmp_path)) == 3
-    assert (await client.delete(f"/items/{item['id']}")).status_code == 204
-    assert stored(tmp_path) == {}
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("page.pdf", "application/pdf"), ("film.mkv", "video/x-matroska"), ("a.txt", "text/plain")]
-)
-async def test_what_is_no_picture_has_none(client: httpx.AsyncClient, tmp_path: Path, name: str, kind: str) -> None:
-    content = b"abc" if kind == "text/plain" else content_of(name)
-    item = await upload(client, name, content, kind)
-    assert (item["thumb"], item["preview"]) == (None, None)
-    assert list(stored(tmp_path).values()) == [content]
-    assert (await client.get(f"/items/{item['id']}/thumb")).status_code == 404
-    answer = await client.post(f"/items/{item['id']}/preview")
-    refusal = f"The variant 'preview' is not made for files of the type {kind}."
-    assert (answer.status_code, answer.json()["detail"]) == (422, refusal)
-    assert (await client.post("/items/999/preview")).status_code == 404
+async def test_what_is_no_picture_has_none(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    for name, kind in (("page.pdf", "application/pdf"), ("film.mkv", "video/x-matroska")):
+        file = await upload(client, name, content_of(name), kind)
+        assert (file["thumb"], file["large"], file["is_pending"]) == (None, None, False)
+        for copy in ("thumb", "large"):
+            assert (await client.get(f"/files/{file['id']}/{copy}")).status_code == 404
+    assert len(stored(tmp_path)) == 2
 
 
 async def test_a_picture_that_no_browser_may_show_has_one(client: httpx.AsyncClient) -> None:
-    item = await upload(client, "a.tiff", picture(30, 20, kind="TIFF"), "image/tiff")
-    assert opened(await client.get(url_of(item))).size == (30, 20)
+    file = await upload(client, "a.tiff", picture(30, 20, kind="TIFF"), "image/tiff")
+    assert opened(await client.get(url_of(file))).size == (30, 20)
 
 
-CORRUPT = {
-    "cut off": (picture(500, 400, kind="JPEG")[:-2000], "image/jpeg", "The image is damaged and cannot be read."),
-    "HEIC": (heic(), "image/heic", "The file is not an image of a supported type: JPEG,"),
-}
+async def test_a_damaged_picture_is_refused(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    content = picture(500, 400, kind="JPEG")[:-2000]
+    answer = await client.post("/albums/1/files", content=content, headers={"content-type": "image/jpeg"})
+    assert (answer.status_code, answer.json()["detail"]) == (422, "The image is damaged and cannot be read.")
+    assert stored(tmp_path) == {}
 
 
-@pytest.mark.parametrize("name", CORRUPT)
+@pytest.mark.time_bound  # what a rollback cannot delete within a second stays for the length of a lease
 @pytest.mark.parametrize("way", ["posted", "replacing", "directly"])
-async def test_what_cannot_be_shown_is_refused(client: httpx.AsyncClient, tmp_path: Path, name: str, way: str) -> None:
+async def test_what_cannot_be_shown_is_refused(client: httpx.AsyncClient, tmp_path: Path, way: str) -> None:
     """The answer says why, and nothing is stored."""
-    content, kind, words = CORRUPT[name]
-    item = await upload(client)
+    content, kind, words = heic(), "image/heic", "The file is not an image of a supported type: JPEG,"
+    file = await upload(client)
     if way == "directly":
         start = (await begun(client, content, kind, "a")).json()
         await sent(client, start, content)
         before = stored(tmp_path)
-        answer = await client.post("/direct/finish", json={"token": start["token"]})
+        answer = await client.post("/albums/1/direct/finish", json={"token": start["token"]})
     else:
         before = stored(tmp_path)
-        method, url = ("POST", "/items") if way == "posted" else ("PUT", f"/items/{item['id']}/file")
+        method, url = ("POST", "/albums/1/files") if way == "posted" else ("PUT", f"/files/{file['id']}")
         answer = await client.request(method, url, params={"name": "a"}, content=content, headers={"content-type": kind})
     assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
     assert answer.json()["detail"].startswith(words)
-    assert stored(tmp_path) == before
-    assert (await client.get("/items")).json() == [item]
+    await until_stored(tmp_path, *before.values())
+    assert await files_in(client) == [file]
 
 
-async def test_a_page_of_pictures_is_one_query(client: httpx.AsyncClient, gallery: Any) -> None:
+async def test_a_page_of_albums_is_two_queries(client: httpx.AsyncClient, gallery: Any) -> None:
+    """And one for the user; none for each album or picture."""
+    other = (await client.post("/albums", json={"title": "Other"})).json()["id"]
     for number in range(5):
-        await upload(client, f"{number}.png", picture(20, 10 + number), "image/png")
+        await upload(client, f"{number}.png", picture(20, 10 + number), "image/png", album=1 if number < 3 else other)
     statements: list[str] = []
 
     def note(*arguments: Any) -> None:
         statements.append(arguments[2])
 
     event.listen(gallery.engine.sync_engine, "before_cursor_execute", note)
-    page = (await client.get("/items")).json()
+    albums = (await client.get("/albums")).json()
     event.remove(gallery.engine.sync_engine, "before_cursor_execute", note)
-    assert [item["thumb"]["media"]["height"] for item in page] == [14, 13, 12, 11, 10]
-    assert len(statements) == 1
+    assert [[file["thumb"]["media"]["height"] for file in album["files"]] for album in albums] == [[13, 14], [10, 11, 12]]
+    assert len([statement for statement in statements if statement.startswith("SELECT")]) == 3

@@ -1,14 +1,16 @@
-// What both pages use: requests, and words.
+// What all modules use: requests, and words.
 
 export const OURS = { "X-Gallery": "1" };
 
-/** What went wrong, in words for the visitor. */
+/** An error in words for the user. */
 export class Problem extends Error {}
 
-export async function ask(url, options = {}) {
+export async function ask(url, { method = "GET", json } = {}) {
+  const options = { method, headers: { ...OURS } };
+  if (json) Object.assign(options, { body: JSON.stringify(json), headers: { ...OURS, "Content-Type": "application/json" } });
   let response;
   try {
-    response = await fetch(url, { ...options, headers: { ...OURS, ...options.headers } });
+    response = await fetch(url, options);
   } catch {
     throw new Problem("The gallery cannot be reached.");
   }
@@ -18,7 +20,7 @@ export async function ask(url, options = {}) {
 }
 
 export function inWords(status, answer) {
-  if (status === 413 && answer?.max_size) return `It is larger than ${bytes(answer.max_size)}, the most that is taken here.`;
+  if (status === 413 && answer?.max_size) return `It is larger than ${bytes(answer.max_size)}, the limit of the gallery.`;
   if (typeof answer?.detail === "string") return answer.detail;
   return `The gallery answered with an error (${status}).`;
 }
@@ -31,3 +33,5 @@ export function bytes(count) {
 }
 
 export const copyOf = (template) => document.getElementById(template).content.firstElementChild.cloneNode(true);
+
+export const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));

@@ -1,15 +1,79 @@
-// The gallery: what hangs on the wall, and how things get there and go.
+// The albums: what they show, and how files get there and go.
 
-import { Problem, ask, bytes, copyOf } from "./common.js";
-import { sendDirectly, sendThrough } from "./sending.js";
+import { Problem, ask, bytes, copyOf, pause } from "./common.js";
 import { paint } from "./samples.js";
+import { sendDirectly, sendThrough } from "./sending.js";
 
-const element = (id) => document.getElementById(id);
-const items = element("items");
 const AT_A_TIME = 3;
-const PAGE = 24;
+const PAGE = 10;
+const PATIENCE = 60_000; // milliseconds
+const element = (id) => document.getElementById(id);
 
-let settings = { max_size: 0, taken: [], shown: [] };
+let settings = { max_size: 0, accepted: [], shown: [] };
+
+// Albums
+
+function albumOf(album) {
+  const section = copyOf("album-template");
+  section.dataset.id = album.id;
+  section.isOwn = album.is_own;
+  section.querySelector("bdi").textContent = album.title;
+  section.querySelector(".about").textContent = album.is_own ? "Your album" : `An album of ${album.owner}`;
+  section.querySelector(".items").append(...album.files.map((file) => cardOf(file, section)));
+  count(section);
+  if (!album.is_own) {
+    for (const part of section.querySelectorAll(".own")) part.remove();
+    return section;
+  }
+  const share = section.querySelector(".public");
+  share.checked = album.is_public;
+  share.onchange = () => attempt(() => ask(`/albums/${album.id}/public?is_public=${share.checked}`, { method: "PUT" }));
+  section.querySelector(".limits").textContent = `Pictures, films, sound, plain text, PDF and ZIP. At most ${bytes(settings.max_size)} each.`;
+  const files = section.querySelector(".files");
+  files.accept = settings.accepted.join();
+  files.onchange = () => {
+    upload(section, files.files);
+    files.value = "";
+  };
+  section.querySelector(".samples").onclick = async ({ target }) => {
+    target.disabled = true;
+    for await (const file of paint()) upload(section, [file]);
+    target.disabled = false;
+  };
+  section.querySelector(".delete").onclick = () =>
+    confirmDelete(album.title, `/albums/${album.id}`, () => {
+      section.remove();
+      element("empty").hidden = element("list").childElementCount > 0;
+    });
+  takeDrops(section);
+  return section;
+}
+
+function takeDrops(section) {
+  const drop = section.querySelector(".drop");
+  drop.ondragover = (event) => {
+    event.preventDefault();
+    drop.classList.add("over");
+  };
+  drop.ondragleave = () => drop.classList.remove("over");
+  drop.ondrop = (event) => {
+    event.preventDefault();
+    drop.classList.remove("over");
+    upload(section, event.dataTransfer.files);
+  };
+}
+
+function count(section) {
+  section.querySelector(".album > .empty").hidden = section.querySelector(".items").childElementCount > 0;
+}
+
+async function showMore() {
+  const oldest = element("list").lastElementChild?.dataset.id;
+  const page = await ask(`/albums?limit=${PAGE}${oldest ? `&before=${oldest}` : ""}`);
+  element("list").append(...page.map(albumOf));
+  element("more").hidden = page.length < PAGE;
+  element("empty").hidden = element("list").childElementCount > 0;
+}
 
 // Cards
 
@@ -18,157 +82,143 @@ function kindOf({ content_type }) {
   return settings.shown.includes(type) ? type.split("/")[0] : "other";
 }
 
-function nameOf(item) {
-  return item.file.original_filename ?? "Without a name";
-}
+const nameOf = (item) => item.file.original_filename ?? "Without a name";
 
 function extensionOf({ original_filename, content_type }) {
   const extension = /\.([a-z0-9]{1,5})$/i.exec(original_filename ?? "")?.[1];
   return (extension ?? (content_type ?? "file").split(/[/;]/).at(1) ?? "file").slice(0, 5);
 }
 
-// The checksum is there so that a browser that has the old file asks for the new one.
-const addressOf = (item, name = "file") => `/items/${item.id}/${name}?v=${item[name].checksum.slice(7, 19)}`;
+// The URL has the checksum, so that a browser that has the old file asks for the new one.
+const version = ({ checksum }) => `?v=${checksum.slice(7, 19)}`;
+const urlOf = (item) => `/files/${item.id}${version(item.file)}`;
+const urlOfVariant = (item, name) => `/files/${item.id}/${name}${version(item[name])}`;
 
-function cardOf(item) {
+function cardOf(item, section) {
   const card = copyOf("item-template");
-  const { size, content_type, checksum } = item.file;
   card.dataset.id = item.id;
-  card.querySelector("h3 bdi").textContent = nameOf(item);
-  card.querySelector(".about").textContent = `${(content_type ?? "unknown").split(";")[0]} · ${bytes(size)}`;
-  card.querySelector(".sum").textContent = checksum.slice(7, 23);
-  card.querySelector(".sum").title = checksum;
+  card.dataset.version = item.file.checksum;
+  card.querySelector("bdi").textContent = nameOf(item);
+  card.querySelector(".about").textContent = `${(item.file.content_type ?? "unknown").split(";")[0]} · ${bytes(item.file.size)}`;
   const preview = card.querySelector(".preview");
   preview.setAttribute("aria-label", `Look at ${nameOf(item)}`);
   preview.append(pictureOf(item));
   preview.onclick = () => view(item);
-  const download = card.querySelector(".download");
-  download.href = `${addressOf(item)}&download=true`;
+  card.querySelector(".download").href = `${urlOf(item)}&download=true`;
   for (const action of card.querySelectorAll(".action")) action.setAttribute("aria-label", `${action.textContent} ${nameOf(item)}`);
-  card.querySelector(".replace").onclick = () => choose((file) => replace(item, file));
-  card.querySelector(".delete").onclick = () => remove(item);
+  card.querySelector(".first").onclick = () =>
+    attempt(async () => {
+      await ask(`/files/${item.id}/first`, { method: "PUT" });
+      section.querySelector(".items").prepend(card);
+    });
+  card.querySelector(".replace").onclick = () => choose((file) => replace(item, section, file));
+  card.querySelector(".delete").onclick = () =>
+    confirmDelete(nameOf(item), `/files/${item.id}`, () => {
+      card.remove();
+      count(section);
+    });
+  if (!section.isOwn) for (const part of card.querySelectorAll(".own")) part.remove();
+  tellOfCopy(item, card);
+  if (item.is_pending) waitForCopy(item, section);
   return card;
 }
 
-/** A thumbnail or a preview, whose size is known before it is loaded. */
-function variantOf(item, name) {
-  const { width, height } = item[name].media;
-  const picture = Object.assign(new Image(width, height), { alt: "", loading: "lazy", src: addressOf(item, name) });
+function tellOfCopy(item, card) {
+  const line = card.querySelector(".copy");
+  line.hidden = !item.is_pending && !item.large;
+  line.classList.toggle("waiting", item.is_pending);
+  if (item.is_pending) line.textContent = "A large copy is being made…";
+  if (!item.large) return;
+  const { width, height } = item.large.media;
+  const link = Object.assign(document.createElement("a"), { href: urlOfVariant(item, "large"), target: "_blank" });
+  link.textContent = `Large copy: ${width} × ${height}, ${bytes(item.large.size)}`;
+  line.replaceChildren(link);
+}
+
+/** Ask until the worker has made the large copy; the card shows it then. */
+async function waitForCopy(item, section) {
+  const card = () => section.querySelector(`[data-id="${item.id}"][data-version="${item.file.checksum}"]`);
+  for (const begun = performance.now(); performance.now() < begun + PATIENCE; ) {
+    await pause(300);
+    if (!card()) return; // deleted or replaced
+    const now = await ask(`/files/${item.id}/state`).catch(() => item);
+    if (!now.is_pending) return hang(now, section);
+  }
+  card()?.querySelector(".copy").replaceChildren("There is no large copy yet. Reload the page to look again.");
+}
+
+/** A thumbnail, whose size is known before it is loaded; and the large copy, which a browser takes where there is room for it. */
+function thumbnailOf(item) {
+  const { width, height } = item.thumb.media;
+  const picture = Object.assign(new Image(width, height), { alt: "", loading: "lazy" });
+  if (item.large) {
+    picture.sizes = "auto, 16rem";
+    picture.srcset = ["thumb", "large"].map((name) => `${urlOfVariant(item, name)} ${item[name].media.width}w`).join();
+  }
+  picture.src = urlOfVariant(item, "thumb");
   picture.onerror = () => picture.replaceWith(tileOf(item));
   return picture;
 }
 
-/** What stands for an item on its card: its thumbnail, or itself, where the gallery lets a browser show it. */
+/** What a card shows: a thumbnail, or the file itself where the gallery lets a browser show it. */
 function pictureOf(item) {
-  if (item.thumb) return variantOf(item, "thumb");
+  if (item.thumb) return thumbnailOf(item);
   const kind = kindOf(item.file);
-  if (kind === "image" || kind === "video") {
-    const picture = document.createElement(kind === "image" ? "img" : "video");
-    picture.onerror = () => picture.replaceWith(tileOf(item));
-    Object.assign(picture, kind === "image" ? { alt: "", loading: "lazy" } : { muted: true, preload: "metadata" });
-    picture.src = kind === "image" ? addressOf(item) : `${addressOf(item)}#t=1`;
-    if (kind === "image") return picture;
-    const film = document.createElement("span");
-    film.className = "film";
-    film.append(picture);
-    return film;
-  }
-  return kind === "text" ? excerptOf(item) : tileOf(item);
+  if (kind === "text") return excerptOf(item, 600);
+  if (kind !== "video") return tileOf(item);
+  const film = Object.assign(document.createElement("span"), { className: "film" });
+  const video = Object.assign(document.createElement("video"), { muted: true, preload: "metadata", src: `${urlOf(item)}#t=1` });
+  video.onerror = () => film.replaceWith(tileOf(item));
+  film.append(video);
+  return film;
 }
 
-function tileOf(item) {
-  const tile = document.createElement("span");
-  tile.className = "tile";
-  tile.textContent = extensionOf(item.file);
-  return tile;
-}
+const tileOf = (item) => Object.assign(document.createElement("span"), { className: "tile", textContent: extensionOf(item.file) });
 
 /** The beginning of a text: a range of it is enough. */
-function excerptOf(item) {
-  const excerpt = document.createElement("span");
-  excerpt.className = "excerpt";
-  fetch(addressOf(item), { headers: { Range: "bytes=0-599" } })
+function excerptOf(item, length, tag = "span") {
+  const excerpt = Object.assign(document.createElement(tag), { className: "excerpt" });
+  fetch(urlOf(item), { headers: { Range: `bytes=0-${length - 1}` } })
     .then((response) => (response.ok ? response.text() : ""))
     .then((text) => (excerpt.textContent = text))
     .catch(() => excerpt.replaceWith(tileOf(item)));
   return excerpt;
 }
 
-const hanging = (item) => items.querySelector(`[data-id="${item.id}"]`);
-
-function hang(item) {
-  const old = hanging(item);
-  if (old) old.replaceWith(cardOf(item));
-  else items.prepend(cardOf(item));
-  count();
-}
-
-function count() {
-  element("empty").hidden = items.childElementCount > 0;
-}
-
-async function showMore() {
-  const oldest = items.lastElementChild?.dataset.id;
-  const page = await ask(`/items?limit=${PAGE}${oldest ? `&before=${oldest}` : ""}`);
-  items.append(...page.filter((item) => !hanging(item)).map(cardOf));
-  element("more").hidden = page.length < PAGE;
-  count();
+/** Show a file: in its place, if its album shows it already, or else last. */
+function hang(item, section) {
+  const old = section.querySelector(`[data-id="${item.id}"]`);
+  const card = cardOf(item, section);
+  if (old) old.replaceWith(card);
+  else section.querySelector(".items").append(card);
+  count(section);
 }
 
 // Looking at one
 
+/** Show the original, where a browser may; otherwise the best copy. */
 function view(item) {
   const viewer = element("viewer");
   const kind = kindOf(item.file);
-  const stage = viewer.querySelector(".stage");
-  let shown = item.thumb ? variantOf(item, "thumb") : tileOf(item);
+  let shown = tileOf(item);
   if (kind === "image") {
-    shown = Object.assign(new Image(), { src: addressOf(item), alt: nameOf(item) });
+    shown = Object.assign(new Image(), { src: urlOf(item), alt: nameOf(item) });
+  } else if (item.thumb) {
+    shown = Object.assign(new Image(), { src: urlOfVariant(item, item.large ? "large" : "thumb"), alt: nameOf(item) });
   } else if (kind === "video" || kind === "audio") {
-    shown = Object.assign(document.createElement(kind), { src: addressOf(item), controls: true, preload: "auto" });
+    shown = Object.assign(document.createElement(kind), { src: urlOf(item), controls: true, preload: "auto" });
     shown.setAttribute("aria-label", nameOf(item));
   } else if (kind === "text") {
-    shown = document.createElement("pre");
+    shown = excerptOf(item, 100_000, "pre");
     shown.tabIndex = 0;
-    fetch(addressOf(item), { headers: { Range: "bytes=0-99999" } })
-      .then((response) => (response.ok ? response.text() : ""))
-      .then((text) => (shown.textContent = text))
-      .catch(() => shown.replaceWith(tileOf(item)));
   }
-  stage.replaceChildren(shown);
+  viewer.querySelector(".stage").replaceChildren(shown);
   viewer.querySelector("h2 bdi").textContent = nameOf(item);
   viewer.querySelector(".type").textContent = item.file.content_type ?? "unknown";
   viewer.querySelector(".size").textContent = `${bytes(item.file.size)} (${item.file.size.toLocaleString("en")})`;
   viewer.querySelector(".checksum").textContent = item.file.checksum.slice(7);
-  viewer.querySelector(".buttons a").href = `${addressOf(item)}&download=true`;
-  viewer.dataset.id = item.id;
+  viewer.querySelector(".buttons a").href = `${urlOf(item)}&download=true`;
   viewer.showModal();
-  offerPreview(item);
-}
-
-/** A smaller copy of a picture. The first visitor who looks at it has it made, and sees so until it is there. */
-async function offerPreview(item) {
-  const viewer = element("viewer");
-  const line = viewer.querySelector(".copy");
-  line.hidden = !item.thumb;
-  if (!item.thumb) return;
-  line.textContent = "A smaller copy is being made…";
-  line.classList.toggle("waiting", !item.preview);
-  let told;
-  try {
-    if (!item.preview) Object.assign(item, await ask(`/items/${item.id}/preview`, { method: "POST" }));
-    const { media, size } = item.preview;
-    told = document.createElement("a");
-    Object.assign(told, { href: addressOf(item, "preview"), target: "_blank" });
-    told.textContent = `Smaller copy: ${media.width} × ${media.height}, ${bytes(size)}`;
-  } catch (error) {
-    told = error.message;
-  }
-  if (!viewer.open || viewer.dataset.id !== String(item.id)) return;
-  line.replaceChildren(told);
-  line.classList.remove("waiting");
-  const stand = viewer.querySelector('.stage img[loading="lazy"]'); // for a picture that the browser is not let to show
-  if (stand && item.preview) stand.replaceWith(variantOf(item, "preview"));
 }
 
 element("viewer").querySelector("button").onclick = () => element("viewer").close();
@@ -180,28 +230,35 @@ for (const dialog of document.querySelectorAll("dialog")) {
 // Uploads
 
 const waiting = [];
-let underWay = 0;
+let active = 0;
 
-function upload(files) {
-  const start = element("direct").checked ? sendDirectly : (file, options) => sendThrough("POST", "/items", file, options);
-  for (const file of files) enqueue(file, file.name, start);
+function upload(section, files) {
+  const album = `/albums/${section.dataset.id}`;
+  const isDirect = section.querySelector(".direct").checked;
+  for (const file of files) {
+    const start = isDirect
+      ? (options) => sendDirectly(`${album}/direct`, file, options)
+      : (options) => sendThrough("POST", `${album}/files`, file, options);
+    enqueue({ file, section, what: file.name, start });
+  }
 }
 
-function replace(item, file) {
-  enqueue(file, `${file.name} in place of ${nameOf(item)}`, (...sent) => sendThrough("PUT", `/items/${item.id}/file`, ...sent));
+function replace(item, section, file) {
+  const start = (options) => sendThrough("PUT", `/files/${item.id}`, file, options);
+  enqueue({ file, section, what: `${file.name} in place of ${nameOf(item)}`, start });
 }
 
-function enqueue(file, what, start) {
+function enqueue(job) {
   const line = copyOf("upload-template");
-  line.querySelector("bdi").textContent = what;
+  line.querySelector("bdi").textContent = job.what;
   line.querySelector(".state").textContent = "waiting";
-  line.querySelector("progress").setAttribute("aria-label", what);
-  element("uploads").append(line);
+  line.querySelector("progress").setAttribute("aria-label", job.what);
+  job.section.querySelector(".uploads").append(line);
   const controller = new AbortController();
   const button = line.querySelector("button");
-  button.setAttribute("aria-label", `Cancel ${what}`);
+  button.setAttribute("aria-label", `Cancel ${job.what}`);
   button.onclick = () => controller.abort();
-  const job = { file, line, start, what, controller };
+  Object.assign(job, { line, controller });
   waiting.push(job);
   controller.signal.addEventListener("abort", () => {
     if (!waiting.includes(job)) return;
@@ -212,26 +269,26 @@ function enqueue(file, what, start) {
 }
 
 function next() {
-  while (underWay < AT_A_TIME && waiting.length) run(waiting.shift());
+  while (active < AT_A_TIME && waiting.length) run(waiting.shift());
 }
 
 async function run(job) {
-  const { file, line, start, what, controller } = job;
+  const { file, section, line, start, what, controller } = job;
   const state = line.querySelector(".state");
-  underWay++;
+  active++;
   state.textContent = `0 of ${bytes(file.size)}`;
   try {
     const onProgress = (share) => {
       line.querySelector("progress").value = share;
-      state.textContent = share < 1 ? `${bytes(share * file.size)} of ${bytes(file.size)}` : "being written";
+      state.textContent = share < 1 ? `${bytes(share * file.size)} of ${bytes(file.size)}` : "being stored";
     };
-    hang(await start(file, { onProgress, signal: controller.signal }));
+    hang(await start({ onProgress, signal: controller.signal }), section);
     line.remove();
-    say(`${what} hangs on the wall.`);
+    say(`${what} is stored.`);
   } catch (error) {
     fail(job, error);
   } finally {
-    underWay--;
+    active--;
     next();
   }
 }
@@ -255,23 +312,18 @@ function choose(then) {
   input.click();
 }
 
-// Taking down
-
-function remove(item) {
+function confirmDelete(name, url, then) {
   const question = element("question");
-  question.querySelector("bdi").textContent = nameOf(item);
+  question.querySelector("bdi").textContent = name;
   question.returnValue = "keep";
-  question.onclose = async () => {
+  question.onclose = () => {
     if (question.returnValue !== "delete") return;
-    try {
-      await ask(`/items/${item.id}`, { method: "DELETE" });
-      hanging(item)?.remove();
-      count();
-      say(`${nameOf(item)} was deleted.`);
-      element("items-heading").focus();
-    } catch (error) {
-      say(error.message, true);
-    }
+    attempt(async () => {
+      await ask(url, { method: "DELETE" });
+      then();
+      say(`${name} was deleted.`);
+      element("albums").focus();
+    });
   };
   question.showModal();
 }
@@ -283,45 +335,54 @@ function say(text, visibly = false) {
   status.classList.toggle("quiet", !visibly);
 }
 
-// The page
-
-element("files").onchange = ({ target }) => {
-  upload(target.files);
-  target.value = "";
-};
-
-element("samples").onclick = async ({ target }) => {
-  target.disabled = true;
+/** Do something; say why if it fails. */
+async function attempt(action) {
   try {
-    for await (const file of paint()) upload([file]);
-  } finally {
-    target.disabled = false;
+    await action();
+  } catch (error) {
+    say(error.message, true);
   }
+}
+
+// The page. A link to sign in has the token behind the #, which no browser sends to a server.
+
+const linked = () => /^#sign-in=(.+)$/.exec(location.hash)?.[1];
+
+async function signIn() {
+  const token = linked();
+  if (!token) return;
+  history.replaceState(null, "", "/");
+  await ask("/session", { method: "POST", json: { token } });
+}
+
+// A file that misses its place is not opened instead of the page.
+for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault());
+
+addEventListener("hashchange", () => linked() && location.reload());
+
+element("sign-out").onclick = () =>
+  attempt(async () => {
+    await ask("/session", { method: "DELETE" });
+    location.reload();
+  });
+
+element("new-album").onsubmit = (event) => {
+  event.preventDefault();
+  attempt(async () => {
+    element("list").prepend(albumOf(await ask("/albums", { method: "POST", json: { title: element("title").value } })));
+    element("title").value = "";
+    element("empty").hidden = true;
+  });
 };
 
-const drop = element("drop");
-let inside = 0;
-const holdsFiles = (event) => event.dataTransfer?.types.includes("Files");
-addEventListener("dragenter", (event) => holdsFiles(event) && drop.classList.toggle("over", ++inside > 0));
-addEventListener("dragleave", (event) => holdsFiles(event) && drop.classList.toggle("over", --inside > 0));
-addEventListener("dragover", (event) => holdsFiles(event) && event.preventDefault());
-addEventListener("drop", (event) => {
-  if (!holdsFiles(event)) return;
-  event.preventDefault();
-  inside = 0;
-  drop.classList.remove("over");
-  upload(event.dataTransfer.files);
-});
+element("more").onclick = () => attempt(showMore);
 
-element("more").onclick = () => showMore().catch((error) => say(error.message, true));
-
-try {
+await attempt(signIn);
+await attempt(async () => {
+  const { name } = await ask("/session");
+  element("user").textContent = name ? `Signed in as ${name}` : "To upload, sign in with a link that the gallery printed.";
+  element("sign-out").hidden = element("new-album").hidden = !name;
   settings = await ask("/settings");
-  for (const id of ["files", "replacement"]) {
-    element(id).accept = settings.taken.join();
-  }
-  element("limits").append(` At most ${bytes(settings.max_size)} each.`);
+  element("replacement").accept = settings.accepted.join();
   await showMore();
-} catch (error) {
-  say(error.message, true);
-}
+});

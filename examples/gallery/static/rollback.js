@@ -1,68 +1,73 @@
-// The page about rollbacks: it runs the experiment and shows what was found, with what has changed since the moment before.
+// The experiment: it runs the transaction, and shows which files were stored at each moment, and which of them rows refer to.
 
-import { ask, bytes, copyOf } from "./common.js";
+import { ask, pause } from "./common.js";
 
+const MOMENTS = ["before", "during", "ended", "after"];
+const PATIENCE = 20_000; // milliseconds
 const element = (id) => document.getElementById(id);
 
-/** One column: what was found, beside what was there the moment before, and at the beginning. */
-function momentOf(kind, title, hint, found, earlier = found, first = found) {
-  const moment = copyOf("moment-template");
-  moment.classList.add(kind);
-  moment.querySelector("h2").textContent = title;
-  moment.querySelector(".hint").textContent = hint;
-  const [rows, files] = moment.querySelectorAll(".count");
-  rows.textContent = found.rows.length;
-  files.textContent = found.files.length;
-  const rowText = (row) => `${row.title} → ${shortened(row.file)}`;
-  const fileText = (file) => `${shortened(file.name)}, ${bytes(file.size)}`;
-  fill(moment.querySelector(".rows"), [found.rows, earlier.rows, first.rows], (row) => `${row.id} ${row.file}`, rowText);
-  fill(moment.querySelector(".files"), [found.files, earlier.files, first.files], (file) => file.name, fileText);
-  return moment;
+/** A file's name begins with 32 digits that make it unique. */
+const shortened = (name) => name.slice(33);
+
+function stateOf(name, found) {
+  if (!found) return ["", "not known yet"];
+  const stored = found.files.includes(name);
+  if (found.rows.some((row) => row.file === name)) return stored ? ["both", "stored, with a row"] : ["lost", "a row without its file!"];
+  return stored ? ["file", "stored, without a row"] : ["none", "not stored"];
 }
 
-/** A file's name begins with 32 digits that make it unique: its last ones tell it from others. */
-const shortened = (name) => name.replace(/^[0-9a-f]{28}/, "…");
-
-function fill(list, moments, keyOf, textOf) {
-  const [found, earlier, first] = moments;
-  const [keys, earlierKeys, firstKeys] = moments.map((moment) => new Set(moment.map(keyOf)));
-  const badgeOf = (key) => (earlierKeys.has(key) ? "" : firstKeys.has(key) ? "back" : "new");
-  const gone = earlier.filter((one) => !keys.has(keyOf(one)));
-  list.replaceChildren(
-    ...found.map((one) => lineOf(textOf(one), badgeOf(keyOf(one)))),
-    ...gone.map((one) => lineOf(textOf(one), "gone")),
+/** One line for each file, one column for each moment. */
+function show(moments) {
+  const names = new Set(MOMENTS.flatMap((moment) => moments[moment]?.files ?? []));
+  element("moments").replaceChildren(
+    ...[...names].sort((one, other) => shortened(one).localeCompare(shortened(other))).map((name) => {
+      const line = document.createElement("tr");
+      const heading = Object.assign(document.createElement("th"), { scope: "row", textContent: shortened(name), title: name });
+      const cells = MOMENTS.map((moment) => {
+        const [kind, words] = stateOf(name, moments[moment]);
+        const mark = Object.assign(document.createElement("span"), { className: `mark ${kind}`, title: words });
+        mark.append(Object.assign(document.createElement("span"), { className: "quiet", textContent: words }));
+        const cell = document.createElement("td");
+        cell.append(mark);
+        return cell;
+      });
+      line.append(heading, ...cells);
+      return line;
+    }),
   );
 }
 
-function lineOf(text, badge) {
-  const line = copyOf("line-template");
-  line.querySelector(".name").textContent = text;
-  line.querySelector(".badge").textContent = badge;
-  if (badge) line.classList.add(badge);
-  return line;
-}
+const isSettled = ({ rows, files }) => rows.length === files.length;
 
 async function run(fail) {
   const buttons = [element("fail"), element("commit")];
   for (const button of buttons) button.disabled = true;
   try {
-    const { before, during, after, error } = await ask(`/rollback?fail=${fail}`, { method: "POST" });
-    element("moments").replaceChildren(
-      momentOf("before", "Before", "What was committed earlier.", before),
-      momentOf("during", "During", "What the transaction itself sees; nothing is decided yet.", during, before, before),
-      error
-        ? momentOf("undone", "After the rollback", "What every other transaction saw all along.", after, during, before)
-        : momentOf("kept", "After the commit", "What everybody sees from now on.", after, during, before),
-    );
-    const same = JSON.stringify(before) === JSON.stringify(after);
-    conclude(
-      error ? "undone" : "kept",
-      error
-        ? `The database refused a row (${error}). ${same ? "Rows and files are exactly what they were before." : "Something differs from before!"}`
-        : "Committed. The new files are there with their rows; what was replaced or deleted is gone.",
-    );
+    const moments = await ask(`/rollback?fail=${fail}`, { method: "POST" });
+    const begun = performance.now();
+    const failed = moments.error !== null;
+    element("ended").textContent = failed ? "At the rollback" : "At the commit";
+    show(moments);
+    conclude("waiting", failed ? "Rolled back." : "Committed. The worker deletes what rows no longer refer to…");
+    for (let now = moments.ended; ; now = await ask("/rollback")) {
+      moments.after = now;
+      if (isSettled(now) || performance.now() > begun + PATIENCE) break;
+      await pause(100);
+    }
+    show(moments);
+    const seconds = ((performance.now() - begun) / 1000).toFixed(1);
+    const inTime = isSettled(moments.ended) ? "at once" : `${seconds} seconds later, by the journal’s worker`;
+    if (!isSettled(moments.after)) {
+      conclude("failed", "Some files are left to the worker, which deletes them when the lease of their upload is over.");
+    } else if (failed) {
+      const isSame = JSON.stringify(moments.before) === JSON.stringify(moments.after);
+      const words = isSame ? "Rows and files are exactly those from before." : "Something differs from before!";
+      conclude("failed", `The database refused a row (${moments.error}). The new files were deleted ${inTime}. ${words}`);
+    } else {
+      conclude("kept", `Committed: the new files are there with their rows. The old files were deleted ${inTime}.`);
+    }
   } catch (problem) {
-    conclude("undone", problem.message);
+    conclude("failed", problem.message);
   } finally {
     for (const button of buttons) button.disabled = false;
   }
@@ -77,7 +82,8 @@ element("fail").onclick = () => run(true);
 element("commit").onclick = () => run(false);
 
 try {
-  element("moments").replaceChildren(momentOf("before", "Now", "What is committed.", await ask("/rollback/state")));
+  show({ before: await ask("/rollback") });
+  conclude("waiting", "Nothing has been run yet.");
 } catch (problem) {
-  conclude("undone", problem.message);
+  conclude("failed", problem.message);
 }

@@ -28,7 +28,8 @@ function canvasOf(width, height) {
 
 /** Ridges, one before the other, under a sky. */
 async function picture([light, warm, dark, name]) {
-  const [canvas, context] = canvasOf(1200, 900);
+  const [canvas, context] = canvasOf(2400, 1800);
+  context.scale(2, 2);
   const sky = context.createLinearGradient(0, 0, 0, 700);
   sky.addColorStop(0, name === "dusk" ? dark : light);
   sky.addColorStop(1, name === "dusk" ? warm : light);

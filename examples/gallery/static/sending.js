@@ -44,12 +44,9 @@ export function sendThrough(method, url, file, options) {
 }
 
 /** Ask where a file may go, send it there, and tell the application that it has arrived. */
-export async function sendDirectly(file, options) {
-  const { token, ...request } = await post("/direct/begin", { name: file.name, type: typeOf(file), size: file.size });
+export async function sendDirectly(url, file, options) {
+  const announced = { name: file.name, type: typeOf(file), size: file.size };
+  const { token, ...request } = await ask(`${url}/begin`, { method: "POST", json: announced });
   await send(request, file, options);
-  return post("/direct/finish", { token });
-}
-
-function post(url, content) {
-  return ask(url, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(content) });
+  return ask(`${url}/finish`, { method: "POST", json: { token } });
 }

@@ -105,7 +105,7 @@ async def test_a_picture_that_no_browser_may_show_has_one(client: httpx.AsyncCli
 async def test_a_damaged_picture_is_refused(client: httpx.AsyncClient, tmp_path: Path) -> None:
     content = picture(500, 400, kind="JPEG")[:-2000]
     answer = await client.post("/albums/1/files", content=content, headers={"content-type": "image/jpeg"})
-    assert (answer.status_code, answer.json()["detail"]) == (422, "The image is damaged and cannot be read.")
+    assert (answer.status_code, answer.json()["detail"]) == (422, "The image is damaged: it is cut off.")
     assert stored(tmp_path) == {}
 
 

@@ -228,7 +228,7 @@ def test_a_picture_that_cannot_be_shown_is_refused_in_words(visit: Page, tmp_pat
     eventually(lambda: len(visit.all(".failed")) == 2)
     heic, broken = sorted(visit.texts(".failed .state"))
     assert heic.startswith("The file is not an image of a supported type: JPEG, PNG,")
-    assert broken == "The image is damaged: it has no image."
+    assert broken == "The image is damaged: it has no picture."
     assert names(visit) == []
     assert stored(tmp_path) == {}
 

@@ -22,7 +22,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -39,7 +40,7 @@ from granite_storage.exceptions import (
     ScanPendingError,
     StaleAttachmentError,
 )
-from granite_storage.orm._util import again_after_deadlock, batches, upsert
+from granite_storage.orm._util import again_after_deadlock, batches, upsert_rows
 from granite_storage.orm.journal.database import insert_if_absent
 from granite_storage.orm.journal.jobs import (
     AT_A_TIME,
@@ -116,15 +117,15 @@ def enqueue_effects(
             said = json.dumps({"token": uuid4().hex, "ref": ref.with_variants(None).to_dict()})
             address = {"table_name": column.table.fullname, "column_name": column.name}
             own = job_id(ref.backend, ref.location, key)
-            state = {"due": clock(), "attempts": 0, "takeovers": 0, "dead": False}
-            rows[own] = {"id": own, **address, **place, "key": key, "recipe": said, **state}
+            rows[own] = {"id": own, **address, **place, "key": key, "recipe": said}
     # In the order of their ids, so that transactions that record the same jobs do not deadlock.
     for batch in batches([rows[own] for own in sorted(rows)], AT_A_TIME):
-        connection.execute(_upsert(connection.dialect.name, job, batch), execution_options=dict(options))
+        connection.execute(_upsert(connection.dialect.name, job), batch, execution_options=dict(options))
     return bool(rows)
 
 
-def _upsert(dialect: str, job: Table, rows: Sequence[dict[str, Any]]) -> Insert:
+@lru_cache(maxsize=64)  # transactions share the statements, and so their compiled forms
+def _upsert(dialect: str, job: Table) -> Insert:
     renewed = ("table_name", "column_name", "recipe", "dead")
     # A worker is processing it: two of them would call it at a time if it were due now.
     is_leased = job.c.takeovers > 0
@@ -136,7 +137,8 @@ def _upsert(dialect: str, job: Table, rows: Sequence[dict[str, Any]]) -> Insert:
             **{name: new[name] for name in renewed},
         }
 
-    return upsert(dialect, job, rows, values)
+    common = {"due": clock(), "attempts": 0, "takeovers": 0, "dead": False}
+    return upsert_rows(dialect, job, common, values)
 
 
 class EffectJobs(JobQueue):

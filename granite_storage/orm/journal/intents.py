@@ -20,12 +20,13 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
+from sqlalchemy import Connection, Delete, Table, bindparam, delete, select, text, update
+from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 
 from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
@@ -33,7 +34,7 @@ from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import batches, wait
+from granite_storage.orm._util import batches, insert_rows, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
 from granite_storage.orm.journal.effects import enqueue_effects
@@ -58,6 +59,8 @@ _RETURNING = ("postgresql", "sqlite")
 """The databases on which one DELETE returns which intents it has found."""
 _MOST_AT_ONCE = 64
 _AT_A_TIME = 500
+_LEASE, _IDS = "lease", "ids"
+"""Parameters of statements."""
 
 
 def new_id() -> UUID:
@@ -168,12 +171,13 @@ class Intents:
 
     async def _insert(self, lease: timedelta, intents: Sequence[NewIntent]) -> None:
         rows = [
-            {"id": item, "kind": UPLOAD, "backend": backend, "location": location, "source": source, "due": _after(lease)}
+            {"id": item, "backend": backend, "location": location, "source": source, _LEASE: lease.total_seconds()}
             for item, (backend, location, source) in intents
         ]
+        statement = _insertion(self._uploads.dialect, self._upload_intent)
         async with self._uploads.durable() as connection:
             for batch in batches(rows, _AT_A_TIME):
-                await connection.execute(insert(self._upload_intent).values(batch))
+                await connection.execute(statement, batch)
 
     async def renew(self, ids: Sequence[UUID], lease: timedelta) -> bool:
         """Renew the leases of uploads; return whether all of their intents still exist."""
@@ -204,9 +208,10 @@ class Intents:
         intent, options = self._tables.intent, self._pool.options
         if self._pool.dialect in _RETURNING:
             missing = set(ids)
+            consumed = _consumption(intent)
             for batch in batches(ids, _AT_A_TIME):
-                consumed = delete(intent).where(intent.c.id.in_(batch)).returning(intent.c.id)
-                missing.difference_update(connection.execute(consumed, execution_options=options).scalars())
+                found = connection.execute(consumed, {_IDS: batch}, execution_options=options)
+                missing.difference_update(found.scalars())
         else:
             statement = delete(intent).where(intent.c.id == bindparam("intent"))
             missing = {
@@ -245,7 +250,9 @@ class Intents:
         Returns:
             Whether there is anything to do.
         """
-        written = list(written)
+        written, left = list(written), list(left)
+        if not (written or left):
+            return False
         jobs = [job for column, ref in written for job in jobs_of(column, ref)]
         enqueue_jobs(connection, self._tables.job, jobs, self._pool.options)
         has_effects = enqueue_effects(connection, self._tables.job, [*left, *written], self._pool.options)
@@ -359,6 +366,16 @@ _LEVEL = text("SELECT current_setting('transaction_isolation')")
 _PLACE = text(
     "SELECT pg_postmaster_start_time(), (SELECT oid FROM pg_database WHERE datname = current_database()), to_regclass(:name)::oid"
 )
+
+
+@lru_cache(maxsize=64)  # transactions share the statements, and so their compiled forms
+def _insertion(dialect: str, intent: Table) -> InsertStatement:
+    return insert_rows(dialect, intent, {"kind": UPLOAD, "due": clock(_LEASE)})
+
+
+@lru_cache(maxsize=64)
+def _consumption(intent: Table) -> Delete:
+    return delete(intent).where(intent.c.id.in_(bindparam(_IDS, expanding=True))).returning(intent.c.id)
 
 
 def _after(delay: timedelta) -> clock:

@@ -18,6 +18,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from uuid import UUID
 
@@ -27,7 +28,7 @@ from granite_storage._logs import fields_of
 from granite_storage._tasks import shielded
 from granite_storage.backends.base import SupportsMountCheck
 from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert
+from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert_rows
 from granite_storage.orm.columns import AttachmentType, location_of
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import derived_id
@@ -193,15 +194,15 @@ def enqueue_jobs(connection: Connection, job: Table, jobs: Iterable[NewJob], opt
         }
         for item in jobs
     }
-    common = {"due": clock(), "dead": False, **_UNTRIED}
-    new = [{"id": item, **rows[item], **common} for item in sorted(rows)]
-    for batch in batches(new, AT_A_TIME):
-        connection.execute(_upsert(connection.dialect.name, job, batch), execution_options=options)
+    for batch in batches([{"id": item, **rows[item]} for item in sorted(rows)], AT_A_TIME):
+        connection.execute(_upsert(connection.dialect.name, job), batch, execution_options=options)
 
 
-def _upsert(dialect: str, job: Table, rows: Sequence[dict[str, Any]]) -> Insert:
+@lru_cache(maxsize=64)  # transactions share the statements, and so their compiled forms
+def _upsert(dialect: str, job: Table) -> Insert:
     renewed = ("table_name", "column_name", "recipe", "due", "attempts", "takeovers", "dead")
-    return upsert(dialect, job, rows, lambda new: {name: new[name] for name in renewed})
+    common = {"due": clock(), "dead": False, **_UNTRIED}
+    return upsert_rows(dialect, job, common, lambda new: {name: new[name] for name in renewed})
 
 
 # What a worker does.
@@ -376,9 +377,6 @@ class JobQueue:
         is_own = (table.c.id == job.id) & (table.c.attempts == job.attempts) & (table.c.takeovers == job.takeovers)
         async with self._pool.writing() as connection:
             await connection.execute(update(table).where(is_own).values(values))
-
-
-_UNTRIED = {"attempts": 0, "takeovers": 0}
 
 
 _UNTRIED = {"attempts": 0, "takeovers": 0}

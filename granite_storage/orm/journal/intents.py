@@ -17,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -25,9 +26,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Delete, Table, bindparam, delete, select, text, update
+from sqlalchemy import Connection, Table, bindparam, delete, select, text, update
 from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.sql.dml import ReturningDelete
 
 from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
 from granite_storage.backends.base import upload_begun
@@ -85,9 +87,11 @@ class GroupCommit:
         entry = _Entry(intents)
         queue.entries.append(entry)
         try:
-            async with queue.writing:
-                if not entry.written and entry.error is None:
+            while not entry.written and entry.error is None:
+                if queue.ended is None:
                     await _write_for_all(queue, insert)
+                else:
+                    await queue.ended.wait()
         finally:
             if entry in queue.entries:
                 queue.entries.remove(entry)
@@ -105,11 +109,14 @@ class _Entry:
 @dataclass(slots=True, eq=False)
 class _Queue:
     entries: list[_Entry] = field(default_factory=list)
-    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # Set when the write in progress has ended, which wakes all that wait at once, and the first of the others writes; None
+    # where none is in progress.
+    ended: asyncio.Event | None = None
 
 
 async def _write_for_all(queue: _Queue, insert: Insert) -> None:
     batch = queue.entries[:_MOST_AT_ONCE]
+    queue.ended = ended = asyncio.Event()
     writing = asyncio.ensure_future(insert([intent for entry in batch for intent in entry.intents]))
     try:
         await _outcome(writing)
@@ -118,6 +125,8 @@ async def _write_for_all(queue: _Queue, insert: Insert) -> None:
         for entry in batch:
             entry.written, entry.error = error is None, error
         queue.entries = [entry for entry in queue.entries if entry not in batch]
+        queue.ended = None
+        ended.set()
 
 
 async def _outcome(writing: asyncio.Future[None]) -> None:
@@ -374,7 +383,7 @@ def _insertion(dialect: str, intent: Table) -> InsertStatement:
 
 
 @lru_cache(maxsize=64)
-def _consumption(intent: Table) -> Delete:
+def _consumption(intent: Table) -> ReturningDelete[tuple[UUID]]:
     return delete(intent).where(intent.c.id.in_(bindparam(_IDS, expanding=True))).returning(intent.c.id)
 
 
@@ -415,14 +424,24 @@ class Lease:
         """The intents, in the order of the uploads."""
         return self._ids
 
-    def begin(self, intent_id: UUID) -> None:
-        """Begin an upload in the current task; the id of a multipart upload is saved with its intent.
+    @property
+    def interval(self) -> float:
+        """The seconds until it is to be renewed."""
+        return min(self._duration.total_seconds() / _RENEWALS, max(self._remaining() / 2, 0))
+
+    @contextmanager
+    def begin(self, intent_id: UUID) -> Iterator[None]:
+        """Upload one of the objects in a block; the id of a multipart upload is saved with its intent.
 
         Raises:
             StaleAttachmentError: The lease is over for the uploader.
         """
         self.require()
-        upload_begun.set(partial(self._intents.note_upload_id, intent_id))
+        before = upload_begun.set(partial(self._intents.note_upload_id, intent_id))
+        try:
+            yield
+        finally:
+            upload_begun.reset(before)
 
     def require(self) -> None:
         """Raise `StaleAttachmentError` if the lease has expired for the uploader, since a worker may have deleted the object."""
@@ -432,7 +451,7 @@ class Lease:
     async def hold(self) -> None:
         """Renew it until cancelled; raise `StaleAttachmentError` if that fails for too long."""
         while True:
-            await asyncio.sleep(min(self._duration.total_seconds() / _RENEWALS, max(self._remaining() / 2, 0)))
+            await asyncio.sleep(self.interval)
             self.require()
             await self._renew()
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Table, bindparam, delete, select, text, update
+from sqlalchemy import ARRAY, Connection, Table, any_, bindparam, delete, select, text, update
 from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.sql.dml import ReturningDelete
@@ -217,7 +217,7 @@ class Intents:
         intent, options = self._tables.intent, self._pool.options
         if self._pool.dialect in _RETURNING:
             missing = set(ids)
-            consumed = _consumption(intent)
+            consumed = _consumption(self._pool.dialect, intent)
             for batch in batches(ids, _AT_A_TIME):
                 found = connection.execute(consumed, {_IDS: batch}, execution_options=options)
                 missing.difference_update(found.scalars())
@@ -383,8 +383,13 @@ def _insertion(dialect: str, intent: Table) -> InsertStatement:
 
 
 @lru_cache(maxsize=64)
-def _consumption(intent: Table) -> ReturningDelete[tuple[UUID]]:
-    return delete(intent).where(intent.c.id.in_(bindparam(_IDS, expanding=True))).returning(intent.c.id)
+def _consumption(dialect: str, intent: Table) -> ReturningDelete[tuple[UUID]]:
+    own = intent.c.id
+    if dialect == "postgresql":  # one parameter for all of them, where the other form is written out for each execution
+        are_wanted = own == any_(bindparam(_IDS, type_=ARRAY(own.type)))
+    else:
+        are_wanted = own.in_(bindparam(_IDS, expanding=True))
+    return delete(intent).where(are_wanted).returning(own)
 
 
 def _after(delay: timedelta) -> clock:

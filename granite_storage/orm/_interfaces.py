@@ -15,7 +15,7 @@ from granite_storage.derived.base import is_accepted
 from granite_storage.exceptions import UnboundAttachmentError
 
 if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from datetime import timedelta
     from uuid import UUID
 
@@ -207,8 +207,13 @@ class UploadLease(Protocol):
         """The intents, in the order of the uploads."""
         ...
 
-    def begin(self, intent_id: UUID) -> None:
-        """Raise `StaleAttachmentError` if it is too late to begin an upload."""
+    @property
+    def interval(self) -> float:
+        """The seconds until it is to be renewed."""
+        ...
+
+    def begin(self, intent_id: UUID) -> AbstractContextManager[None]:
+        """Upload one of the objects in a block; raise `StaleAttachmentError` if it is too late to begin."""
         ...
 
     def require(self) -> None:

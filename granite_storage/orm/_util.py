@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from itertools import islice
 from typing import Any, Final, ParamSpec, TypeVar
 
 from greenlet import getcurrent
-from sqlalchemy import CTE, Connection, CursorResult, Engine, Executable, Insert, Table, Update, text
+from sqlalchemy import CTE, Connection, CursorResult, Engine, Executable, Insert, Table, Update, insert, text
 from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
@@ -118,20 +118,43 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def upsert(dialect: str, table: Table, rows: Sequence[dict[str, Any]], renewed: Callable[[Any], dict[str, Any]]) -> Insert:
-    """Return the INSERT of rows that updates those whose ids are there.
+# Statements that insert rows. SQLAlchemy caches no compiled form of an INSERT whose rows are in `values()`, and compiling takes
+# longer than executing. So a statement is made once for each table, and the rows are its parameters.
+
+
+def insert_rows(dialect: str, table: Table, values: Mapping[str, Any]) -> Insert:
+    """Return the INSERT of rows that are passed as the parameters of its execution.
 
     Args:
         dialect: The name of the database.
         table: The table.
-        rows: The rows.
+        values: The values that all rows have, and expressions of parameters.
+    """
+    return _in_one_statement(dialect, table, insert(table).values(values))
+
+
+def upsert_rows(dialect: str, table: Table, values: Mapping[str, Any], renewed: Callable[[Any], Mapping[str, Any]]) -> Insert:
+    """Return an INSERT as `insert_rows` does, which updates the rows whose ids are there.
+
+    Args:
+        dialect: The name of the database.
+        table: The table.
+        values: The values that all rows have, and expressions of parameters.
         renewed: Returns the new values by column, given the collection of those that were to be inserted.
     """
     if dialect in ("mysql", "mariadb"):
-        inserted = mysql_insert(table).values(rows)
-        return inserted.on_duplicate_key_update(renewed(inserted.inserted))
-    new = (sqlite_insert if dialect == "sqlite" else postgresql_insert)(table).values(rows)
+        inserted = mysql_insert(table).values(values)
+        return _in_one_statement(dialect, table, inserted.on_duplicate_key_update(dict(renewed(inserted.inserted))))
+    new = (sqlite_insert if dialect == "sqlite" else postgresql_insert)(table).values(values)
     return new.on_conflict_do_update(index_elements=[table.c.id], set_=renewed(new.excluded))
+
+
+def _in_one_statement(dialect: str, table: Table, statement: Insert) -> Insert:
+    """Let SQLAlchemy write several rows into one statement on MariaDB, which it does for RETURNING alone.
+
+    The drivers for MariaDB would send a statement for each row otherwise, because the values are expressions.
+    """
+    return statement.returning(table.c.id) if dialect in ("mysql", "mariadb") else statement
 
 
 # Engines that `Engine.execution_options` makes: another object than its original, with the same pool and events.
@@ -189,28 +212,32 @@ def again_after_deadlock(method: Callable[P, Awaitable[T]]) -> Callable[P, Await
     return retried
 
 
-async def try_briefly(connection: AsyncConnection, statement: Executable) -> CursorResult[Any] | None:
+async def try_briefly(
+    connection: AsyncConnection, statement: Executable, rows: Sequence[Mapping[str, Any]] | None = None
+) -> CursorResult[Any] | None:
     """Execute a statement in a savepoint; return None, with nothing done, if it would wait for a lock of another transaction.
 
     On SQLite nothing waits in a transaction that has the lock of a writer.
     """
     if connection.dialect.name == "sqlite":
-        return await _try(connection, statement)
+        return await _try(connection, statement, rows)
     if connection.dialect.name == "postgresql":
         await connection.execute(_BRIEFLY)
-        return await _try(connection, statement)
+        return await _try(connection, statement, rows)
     usual = (await connection.execute(_PATIENCE_ON_MARIADB)).scalar_one()
     await connection.execute(text("SET SESSION innodb_lock_wait_timeout = 1"))
     try:
-        return await _try(connection, statement)
+        return await _try(connection, statement, rows)
     finally:
         await connection.execute(text(f"SET SESSION innodb_lock_wait_timeout = {int(usual)}"))
 
 
-async def _try(connection: AsyncConnection, statement: Executable) -> CursorResult[Any] | None:
+async def _try(
+    connection: AsyncConnection, statement: Executable, rows: Sequence[Mapping[str, Any]] | None
+) -> CursorResult[Any] | None:
     try:
         async with connection.begin_nested():
-            return await connection.execute(statement)
+            return await connection.execute(statement, rows)
     except DBAPIError as error:
         if codes_of(error).isdisjoint(_LOCK_TIMEOUTS):
             raise

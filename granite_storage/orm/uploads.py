@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, TYPE_CHECKING, Self
@@ -282,23 +283,49 @@ async def _put_all(items: Sequence[_Item], leases: Mapping[Journal | None, Uploa
     if len(puts) == 1 and not variants and not leases:
         await puts[0]()
         return
-    async with task_group() as group:
-        holding = [group.create_task(lease.hold()) for lease in leases.values()]
+    async with _held(list(leases.values())):
+        if len(puts) == 1 and not variants:
+            await puts[0]()
+            return
         await run_bounded(puts, _call, _CONCURRENCY)
         await run_bounded(variants, _call, _DERIVATIONS)
-        for task in holding:
-            task.cancel()
+
+
+@asynccontextmanager
+async def _held(leases: Sequence[UploadLease]) -> AsyncIterator[None]:
+    """Renew leases while the block runs; if one cannot be renewed, cancel the block and raise its error.
+
+    The tasks begin after a while only, since most uploads are short.
+    """
+    if not leases:
+        yield
+        return
+    async with task_group() as group:
+        holding: list[asyncio.Task[None]] = []
+        delay = min(lease.interval for lease in leases) / 4
+        later = asyncio.get_running_loop().call_later(
+            delay, lambda: holding.extend(group.create_task(lease.hold()) for lease in leases)
+        )
+        try:
+            yield
+        finally:
+            later.cancel()
+            for task in holding:
+                task.cancel()
 
 
 async def _call(work: Callable[[], Awaitable[None]]) -> None:
     await work()
 
 
+def _begun(lease: UploadLease | None, intent: Intent | None) -> AbstractContextManager[None]:
+    return nullcontext() if lease is None or intent is None else lease.begin(intent.id)
+
+
 async def _put(item: _Item, lease: UploadLease | None) -> None:
     state = item.upload.attachment._state
-    if lease is not None and state.intent is not None:
-        lease.begin(state.intent.id)
-    await _put_verified(item.upload, item.prepared)
+    with _begun(lease, state.intent):
+        await _put_verified(item.upload, item.prepared)
     await _require_lease(lease, state.intent, state.require_ref())
 
 
@@ -313,11 +340,10 @@ async def _put_variant(item: _Item, name: str, lease: UploadLease | None) -> Non
     def keep(ref: StoredObjectRef) -> None:
         item.made[name] = ref
 
-    if lease is not None and intent is not None:
-        lease.begin(intent.id)
+    recipe = upload.column_type.variants[name].recipe
     try:
-        recipe = upload.column_type.variants[name].recipe
-        await make_variant(upload.binding.manager, source, item.variants[name], recipe, keep)
+        with _begun(lease, intent):
+            await make_variant(upload.binding.manager, source, item.variants[name], recipe, keep)
     except DerivationFailedError as error:
         if intent is None:
             raise

@@ -21,7 +21,8 @@ an async function at the top level of its module, whose first argument is a `Met
     if __name__ == "__main__":
         main(COMPARISONS)
 
-`python -m tests.benchmarks.<module>` prints a table; `--json FILE` keeps the numbers, `--rounds N` repeats, `--only TEXT`
+`python -m tests.benchmarks.<module>` prints a table, and below it the median and the spread of the ratios of the rounds with what
+the contenders report besides; `--json FILE` keeps the numbers, `--rounds N` repeats, `--only TEXT`
 chooses.
 """
 
@@ -190,6 +191,7 @@ def main(comparisons: Sequence[Comparison]) -> None:
     results = [(comparison, comparison.run(options.rounds)) for comparison in chosen]
     _progress("")
     print(table(results))
+    print(details(results))
     if options.json:
         _keep(options.json, results)
 
@@ -210,6 +212,20 @@ def table(results: Sequence[tuple[Comparison, Mapping[str, Sequence[Measurement]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def details(results: Sequence[tuple[Comparison, Mapping[str, Sequence[Measurement]]]]) -> str:
+    """Return how the ratios of the rounds spread, and what the contenders have reported besides, as lines of text."""
+    lines = []
+    for comparison, measured in results:
+        for name, runs in measured.items():
+            parts = [f"{note} {statistics.median(run.notes[note] for run in runs):.4g}" for note in runs[0].notes]
+            if name != comparison.baseline:
+                ratios = [run.rate / base.rate for run, base in zip(runs, measured[comparison.baseline], strict=True)]
+                parts.insert(0, f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            if parts:
+                lines.append(f"{comparison.title}, {name}: {', '.join(parts)}")
     return "\n".join(lines)
 
 

@@ -9,8 +9,8 @@ MUTANTS = [
         name="journal-consume-ignores-row-count",
         rule="A transaction that consumes an upload's intent must hit it; else a worker was faster and the object goes.",
         path="granite_storage/orm/journal/intents.py",
-        old="missing.difference_update(connection.execute(consumed, execution_options=options).scalars())",
-        new="connection.execute(consumed, execution_options=options)\n                missing.clear()",
+        old="missing.difference_update(found.scalars())",
+        new="missing.clear()",
         tests=("tests/orm/journal/test_simpler_protocols.py::test_the_protocol_holds[asyncpg-reclaimed_meanwhile]",),
     ),
     Mutant(

@@ -499,12 +499,18 @@ class KnownSchemas:
         self._pool = pool
         self._known: set[Translation] = set()
 
-    def make_known(self, connection: Connection, tables: JournalTables, columns: Sequence[Column[Any]]) -> None:
-        """Make known to workers where the tables are that a session's connection leads to; durably, before it commits."""
+    def make_known(self, connection: Connection, tables: JournalTables, columns: Callable[[], Sequence[Column[Any]]]) -> None:
+        """Make known to workers where the tables are that a session's connection leads to; durably, before it commits.
+
+        Args:
+            connection: The connection of the session.
+            tables: The journal's tables.
+            columns: Returns the columns of the models.
+        """
         mapping = connection.get_execution_options().get(TRANSLATE_MAP) or {}
         if mapping == self._pool.translate_map:
             return
-        named = {column.table.schema for column in columns}
+        named = {column.table.schema for column in columns()}
         translation = _translation(named, mapping)
         if translation == _translation(named, self._pool.translate_map) or translation in self._known:
             return

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from hashlib import sha256
 from operator import attrgetter
 from typing import Any
@@ -21,13 +22,15 @@ from uuid import UUID
 from sqlalchemy import Connection, Insert, Row, Table, delete, func
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from granite_storage.orm._util import batches, try_briefly, upsert
+from granite_storage.orm._util import batches, try_briefly, upsert_rows
 from granite_storage.orm.journal.tables import DELETE, clock
 
 __all__ = ["PendingDelete", "delete_id", "derived_id", "has_own_id", "nominate", "renumber"]
 
 _AT_A_TIME = 500
 _ID_BYTES = 16
+_DELAY = "delay"
+"""The parameter of the seconds until a delete is due."""
 
 
 def delete_id(backend: str, location: str) -> UUID:
@@ -75,11 +78,11 @@ def nominate(connection: Connection, intent: Table, pending: Iterable[PendingDel
     Args:
         connection: The connection.
         intent: The journal's table of intents.
-        pending: The objects.
+        pending: The objects, their due times in seconds from now.
         options: Execution options that say where the table is.
     """
     for batch in batches(_latest(pending), _AT_A_TIME):
-        connection.execute(_upsert(connection.dialect.name, intent, batch), execution_options=options)
+        connection.execute(_upsert(connection.dialect.name, intent), _rows(batch), execution_options=options)
 
 
 def has_own_id(row: Row[Any]) -> bool:
@@ -99,7 +102,7 @@ async def renumber(connection: AsyncConnection, intent: Table, rows: Sequence[Ro
 
     async def renumbered(rows: Sequence[Row[Any]]) -> bool:
         pending = _latest(PendingDelete(row.backend, row.location, row.due, row.source) for row in rows)
-        if await try_briefly(connection, _upsert(dialect, intent, pending)) is None:
+        if await try_briefly(connection, _upsert(dialect, intent, has_moments=True), _rows(pending)) is None:
             return False
         await connection.execute(delete(intent).where(intent.c.id.in_([row.id for row in rows])))
         return True
@@ -109,20 +112,25 @@ async def renumber(connection: AsyncConnection, intent: Table, rows: Sequence[Ro
     return await renumbered(rows) or any([await renumbered([row]) for row in rows])
 
 
-def _upsert(dialect: str, intent: Table, pending: Sequence[PendingDelete]) -> Insert:
-    rows = [
+@lru_cache(maxsize=64)  # transactions share the statements, and so their compiled forms
+def _upsert(dialect: str, intent: Table, *, has_moments: bool = False) -> Insert:
+    """Return the statement; its rows have moments of the database as their due times, or seconds from now."""
+    due = {} if has_moments else {"due": clock(_DELAY)}
+    greatest = func.max if dialect == "sqlite" else func.greatest
+    return upsert_rows(dialect, intent, {"kind": DELETE, **due}, lambda new: {"due": greatest(intent.c.due, new.due)})
+
+
+def _rows(pending: Iterable[PendingDelete]) -> list[dict[str, Any]]:
+    return [
         {
             "id": item.id,
-            "kind": DELETE,
             "backend": item.backend,
             "location": item.location,
             "source": item.source,
-            "due": item.due if isinstance(item.due, datetime) else clock(item.due),
+            "due" if isinstance(item.due, datetime) else _DELAY: item.due,
         }
         for item in pending
     ]
-    greatest = func.max if dialect == "sqlite" else func.greatest
-    return upsert(dialect, intent, rows, lambda new: {"due": greatest(intent.c.due, new.due)})
 
 
 def _latest(pending: Iterable[PendingDelete]) -> list[PendingDelete]:

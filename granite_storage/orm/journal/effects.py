@@ -108,21 +108,21 @@ def enqueue_effects(
         options: Execution options that say where the table is.
         names: Which effects; None for all.
     """
-    # A worker is processing it: two of them would call it at a time if it were due now.
-    is_leased = job.c.takeovers > 0
-
-    def renew(new: Any) -> dict[str, Any]:
-        leased = {"due": case((is_leased, job.c.due), else_=new.due), "attempts": case((is_leased, job.c.attempts), else_=0)}
-        return {**leased, **{name: new[name] for name in ("table_name", "column_name", "recipe", "dead")}}
-
     jobs = [
         NewJob(column, ref, effect_key(name), json.dumps({"token": uuid4().hex, "ref": ref.with_variants(None).to_dict()}))
         for column, ref in changed
         for name in effects_in(column)
         if names is None or name in names
     ]
-    enqueue_jobs(connection, job, jobs, options, renew=renew)
+    enqueue_jobs(connection, job, jobs, options, renew=_renew)
     return bool(jobs)
+
+
+def _renew(job: Table, new: Any) -> dict[str, Any]:
+    # A worker is processing it: two of them would call it at a time if it were due now.
+    is_leased = job.c.takeovers > 0
+    leased = {"due": case((is_leased, job.c.due), else_=new.due), "attempts": case((is_leased, job.c.attempts), else_=0)}
+    return {**leased, **{name: new[name] for name in ("table_name", "column_name", "recipe", "dead")}}
 
 
 class EffectJobs(JobQueue):

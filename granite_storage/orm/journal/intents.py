@@ -17,16 +17,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
+from sqlalchemy import ARRAY, Connection, Table, any_, bindparam, delete, select, text, update
+from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.sql.dml import ReturningDelete
 
 from granite_storage._documentation import Page
 from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
@@ -34,7 +37,7 @@ from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import batches, wait
+from granite_storage.orm._util import batches, insert_rows, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
 from granite_storage.orm.journal.effects import enqueue_effects
@@ -59,6 +62,8 @@ _RETURNING = ("postgresql", "sqlite")
 """The databases on which one DELETE returns which intents it has found."""
 _MOST_AT_ONCE = 64
 _AT_A_TIME = 500
+_LEASE, _IDS = "lease", "ids"
+"""Parameters of statements."""
 
 
 def new_id() -> UUID:
@@ -83,9 +88,11 @@ class GroupCommit:
         entry = _Entry(intents)
         queue.entries.append(entry)
         try:
-            async with queue.writing:
-                if not entry.written and entry.error is None:
+            while not entry.written and entry.error is None:
+                if queue.ended is None:
                     await _write_for_all(queue, insert)
+                else:
+                    await queue.ended.wait()
         finally:
             if entry in queue.entries:
                 queue.entries.remove(entry)
@@ -103,11 +110,14 @@ class _Entry:
 @dataclass(slots=True, eq=False)
 class _Queue:
     entries: list[_Entry] = field(default_factory=list)
-    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # Set when the write in progress has ended, which wakes all that wait at once, and the first of the others writes; None
+    # where none is in progress.
+    ended: asyncio.Event | None = None
 
 
 async def _write_for_all(queue: _Queue, insert: Insert) -> None:
     batch = queue.entries[:_MOST_AT_ONCE]
+    queue.ended = ended = asyncio.Event()
     writing = asyncio.ensure_future(insert([intent for entry in batch for intent in entry.intents]))
     try:
         await _outcome(writing)
@@ -116,6 +126,8 @@ async def _write_for_all(queue: _Queue, insert: Insert) -> None:
         for entry in batch:
             entry.written, entry.error = error is None, error
         queue.entries = [entry for entry in queue.entries if entry not in batch]
+        queue.ended = None
+        ended.set()
 
 
 async def _outcome(writing: asyncio.Future[None]) -> None:
@@ -169,12 +181,13 @@ class Intents:
 
     async def _insert(self, lease: timedelta, intents: Sequence[NewIntent]) -> None:
         rows = [
-            {"id": item, "kind": UPLOAD, "backend": backend, "location": location, "source": source, "due": _after(lease)}
+            {"id": item, "backend": backend, "location": location, "source": source, _LEASE: lease.total_seconds()}
             for item, (backend, location, source) in intents
         ]
+        statement = _insertion(self._uploads.dialect, self._upload_intent)
         async with self._uploads.durable() as connection:
             for batch in batches(rows, _AT_A_TIME):
-                await connection.execute(insert(self._upload_intent).values(batch))
+                await connection.execute(statement, batch)
 
     async def renew(self, ids: Sequence[UUID], lease: timedelta) -> bool:
         """Renew the leases of uploads; return whether all of their intents still exist."""
@@ -205,9 +218,10 @@ class Intents:
         intent, options = self._tables.intent, self._pool.options
         if self._pool.dialect in _RETURNING:
             missing = set(ids)
+            consumed = _consumption(self._pool.dialect, intent)
             for batch in batches(ids, _AT_A_TIME):
-                consumed = delete(intent).where(intent.c.id.in_(batch)).returning(intent.c.id)
-                missing.difference_update(connection.execute(consumed, execution_options=options).scalars())
+                found = connection.execute(consumed, {_IDS: batch}, execution_options=options)
+                missing.difference_update(found.scalars())
         else:
             statement = delete(intent).where(intent.c.id == bindparam("intent"))
             missing = {
@@ -246,7 +260,9 @@ class Intents:
         Returns:
             Whether there is anything to do.
         """
-        written = list(written)
+        written, left = list(written), list(left)
+        if not (written or left):
+            return False
         jobs = [job for column, ref in written for job in jobs_of(column, ref)]
         enqueue_jobs(connection, self._tables.job, jobs, self._pool.options)
         has_effects = enqueue_effects(connection, self._tables.job, [*left, *written], self._pool.options)
@@ -363,6 +379,21 @@ _PLACE = text(
 )
 
 
+@lru_cache(maxsize=64)  # transactions share the statements, and so their compiled forms
+def _insertion(dialect: str, intent: Table) -> InsertStatement:
+    return insert_rows(dialect, intent, {"kind": UPLOAD, "due": clock(_LEASE)})
+
+
+@lru_cache(maxsize=64)
+def _consumption(dialect: str, intent: Table) -> ReturningDelete[tuple[UUID]]:
+    own = intent.c.id
+    if dialect == "postgresql":  # one parameter for all of them, where the other form is written out for each execution
+        are_wanted = own == any_(bindparam(_IDS, type_=ARRAY(own.type)))
+    else:
+        are_wanted = own.in_(bindparam(_IDS, expanding=True))
+    return delete(intent).where(are_wanted).returning(own)
+
+
 def _after(delay: timedelta) -> clock:
     return clock(delay.total_seconds())
 
@@ -400,14 +431,24 @@ class Lease:
         """The intents, in the order of the uploads."""
         return self._ids
 
-    def begin(self, intent_id: UUID) -> None:
-        """Begin an upload in the current task; the id of a multipart upload is saved with its intent.
+    @property
+    def interval(self) -> float:
+        """The seconds until it is to be renewed."""
+        return min(self._duration.total_seconds() / _RENEWALS, max(self._remaining() / 2, 0))
+
+    @contextmanager
+    def begin(self, intent_id: UUID) -> Iterator[None]:
+        """Upload one of the objects in a block; the id of a multipart upload is saved with its intent.
 
         Raises:
             StaleAttachmentError: The lease is over for the uploader.
         """
         self.require()
-        upload_begun.set(partial(self._intents.note_upload_id, intent_id))
+        before = upload_begun.set(partial(self._intents.note_upload_id, intent_id))
+        try:
+            yield
+        finally:
+            upload_begun.reset(before)
 
     def require(self) -> None:
         """Raise `StaleAttachmentError` if the lease has expired for the uploader, since a worker may have deleted the object."""
@@ -417,7 +458,7 @@ class Lease:
     async def hold(self) -> None:
         """Renew it until cancelled; raise `StaleAttachmentError` if that fails for too long."""
         while True:
-            await asyncio.sleep(min(self._duration.total_seconds() / _RENEWALS, max(self._remaining() / 2, 0)))
+            await asyncio.sleep(self.interval)
             self.require()
             await self._renew()
 

@@ -18,16 +18,17 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, Table, bindparam, func, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Insert, Row, Table, bindparam, func, select, update
 
 from granite_storage._tasks import shielded
 from granite_storage._telemetry import fields_of
 from granite_storage.backends.base import SupportsMountCheck
 from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert
+from granite_storage.orm._util import TRANSLATE_MAP, again_after_deadlock, batches, upsert_rows
 from granite_storage.orm.columns import AttachmentType, location_of
 from granite_storage.orm.journal.database import JournalPool
 from granite_storage.orm.journal.deletes import derived_id
@@ -178,7 +179,7 @@ def enqueue_jobs(
     jobs: Iterable[NewJob],
     options: Mapping[str, Any],
     *,
-    renew: Callable[[Any], dict[str, Any]] | None = None,
+    renew: Callable[[Table, Any], dict[str, Any]] | None = None,
 ) -> None:
     """Record jobs in the transaction of a connection; one that is there is due again, and starts over.
 
@@ -189,7 +190,8 @@ def enqueue_jobs(
         job: The journal's table of jobs.
         jobs: The jobs.
         options: Execution options that say where the table is.
-        renew: Returns what one that is there becomes, from the columns of the new one; None for all that the new one has.
+        renew: Returns what one that is there becomes, from the table and the columns of the new one; None for all that the new
+            one has.
     """
     rows = {
         item.id: {
@@ -202,14 +204,17 @@ def enqueue_jobs(
         }
         for item in jobs
     }
+    for batch in batches([{"id": item, **rows[item]} for item in sorted(rows)], AT_A_TIME):
+        connection.execute(_upsert(connection.dialect.name, job, renew or _renew_all), batch, execution_options=options)
+
+
+@lru_cache(maxsize=64)  # transactions share the statements, and so their compiled forms
+def _upsert(dialect: str, job: Table, renew: Callable[[Table, Any], dict[str, Any]]) -> Insert:
     common = {"due": clock(), "dead": False, **_UNTRIED}
-    new = [{"id": item, **rows[item], **common} for item in sorted(rows)]
-    for batch in batches(new, AT_A_TIME):
-        statement = upsert(connection.dialect.name, job, batch, renew or _renew_all)
-        connection.execute(statement, execution_options=dict(options))
+    return upsert_rows(dialect, job, common, lambda new: renew(job, new))
 
 
-def _renew_all(new: Any) -> dict[str, Any]:
+def _renew_all(_: Table, new: Any) -> dict[str, Any]:
     """Return what a job becomes that is recorded once more."""
     names = ("table_name", "column_name", "recipe", "due", "attempts", "takeovers", "dead")
     return {name: new[name] for name in names}

@@ -335,7 +335,7 @@ class StorageJournal:
         return Intents(self._bounded, self.tables, self._commits, self._note_schemas)
 
     def _note_schemas(self, connection: Connection) -> None:
-        self._schemas.make_known(connection, self.tables, self._columns())
+        self._schemas.make_known(connection, self.tables, self._columns)
 
     def retention_of(self, ref: StoredObjectRef) -> timedelta:
         """Return the retention of an object: that of its policy, or the longest of all if the policy no longer exists."""

@@ -225,8 +225,8 @@ class VariantJobs(JobQueue):
 
             in_background.set(not raises)
             try:
-                lease.begin(ids[name])
-                await make_variant(self._manager, source, prepared[name], column_type.variants[name].recipe, keep)
+                with lease.begin(ids[name]):
+                    await make_variant(self._manager, source, prepared[name], column_type.variants[name].recipe, keep)
                 lease.require()
             except Exception as error:
                 late = made.pop(name, None)

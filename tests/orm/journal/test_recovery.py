@@ -10,9 +10,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, event, func, select, text, update
+from sqlalchemy import Engine, delete, event, func, select, text, update
+from sqlalchemy.engine.interfaces import CacheStats
 
 from granite_storage import ConfigurationError, ObjectNotFoundError
+from granite_storage.backends.base import upload_begun
 from granite_storage.backends.memory import MemoryStorageBackend
 from granite_storage.exceptions import BackendError, BackendUnavailableError, InvalidReferenceError, StaleAttachmentError
 from granite_storage.orm import Attachment, StorageJournal, bind_storage
@@ -252,6 +254,33 @@ class TestCosts:
         event.listen(inner, "commit", on_commit)
         await env.add(*(Doc(id=number, file=file("a"), other=file("b")) for number in range(1, 21)))
         assert len(commits) == 1
+
+    async def test_no_statement_is_compiled_for_each_flush(self, env: OrmEnvironment) -> None:
+        """SQLAlchemy keeps no compiled form of an INSERT with its rows in `values()`, and compiling costs more than executing."""
+        seen: list[tuple[str, CacheStats]] = []
+
+        def note(_: Any, __: Any, statement: str, ___: Any, context: Any, ____: Any) -> None:
+            seen.append((statement, context.cache_hit))
+
+        event.listen(Engine, "before_cursor_execute", note)
+        try:
+            await env.add(Doc(id=1, file=file("a"), other=file("a")))
+            async with env.sessions.begin() as session:
+                doc = await session.get_one(Doc, 1)
+                doc.file, doc.other = file("b"), file("b")
+        finally:
+            event.remove(Engine, "before_cursor_execute", note)
+        of_journal = [(statement, hit) for statement, hit in seen if "granite_storage_intent" in statement]
+        assert any(statement.startswith("INSERT") for statement, _ in of_journal)
+        assert [statement for statement, hit in of_journal if hit is CacheStats.NO_CACHE_KEY] == []
+        await env.check(file_1="b", other_1="b")
+
+    async def test_an_upload_leaves_nothing_to_the_next_one(self, env: OrmEnvironment) -> None:
+        """What saves the id of a multipart upload belongs to one upload, though that runs in the caller's task."""
+        async with env.sessions.begin() as session:
+            session.add(Doc(id=1, file=file("a")))
+            await session.flush()
+            assert upload_begun.get() is None
 
     @pytest.mark.case("DBF-18")
     async def test_a_pool_of_one_connection(self, env: OrmEnvironment) -> None:

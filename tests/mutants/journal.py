@@ -112,6 +112,14 @@ MUTANTS = [
         tests=("tests/orm/journal/test_cascaded_moves.py::test_a_file_that_was_given_up_before_has_one_intent[asyncpg]",),
     ),
     Mutant(
+        name="journal-intent-outlives-its-object",
+        rule="Deleting an object deletes every pending intent of it, that of its upload too: it would say that the bytes are there.",
+        path="granite_storage/orm/journal/recovery.py",
+        old=".where(intent.c.location.in_(locations))\n        pending",
+        new=".where(intent.c.location.in_(locations), intent.c.kind == DELETE)\n        pending",
+        tests=("tests/orm/journal/test_shared_objects.py::TestOneIntent::test_an_upload_that_sql_gave_to_a_row[asyncpg]",),
+    ),
+    Mutant(
         name="journal-ignores-retention",
         rule="A displaced object waits for its policy's retention.",
         path="granite_storage/orm/journal/intents.py",

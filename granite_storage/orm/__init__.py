@@ -15,6 +15,7 @@ from granite_storage.orm.collections import (
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment, portable_storage_ref_type
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, journal_tables
+from granite_storage.orm.journal.triggers import storage_triggers
 from granite_storage.orm.mixin import StoredContentMixin
 from granite_storage.orm.references import iter_model_storage_refs
 from granite_storage.orm.urls import WithURL, sign_urls
@@ -44,5 +45,6 @@ __all__ = [
     "journal_tables",
     "portable_storage_ref_type",
     "sign_urls",
+    "storage_triggers",
     "sum_sizes",
 ]

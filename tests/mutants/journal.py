@@ -17,8 +17,8 @@ MUTANTS = [
         name="journal-decision-without-recheck",
         rule="A decision is believed only while the intent it is about is still there.",
         path="granite_storage/orm/journal/intents.py",
-        old="return self._decide(connection, ids) and wait(self._are_there(ids))",
-        new="return self._decide(connection, ids)",
+        old="return not ids or (self._decide(connection, ids) and wait(self._are_there(ids)))",
+        new="return not ids or self._decide(connection, ids)",
         tests=("tests/orm/journal/test_simpler_protocols.py::test_the_protocol_holds[asyncpg-older_snapshot_too_late]",),
     ),
     Mutant(

@@ -296,9 +296,9 @@ class VariantJobs(JobQueue):
         async with self._pool.writing() as connection:
             holdings = await self._holdings(connection, jobs[0], lock_holdings) if made else []
             chosen = choose_rows(holdings, made)
-            if chosen:
-                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
             displaced = await connection.run_sync(write_variants, chosen, made)
+            if chosen:  # after the rows are written, whose triggers look for the intents
+                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
             await connection.run_sync(nominate, self._intent, self._pending(jobs[0], displaced), {})
             # What the rows held under its name has changed meanwhile: the job stays.
             overtaken = {job.variant for job in jobs if job.variant in made and _lacking(job, holdings)}.difference(chosen)

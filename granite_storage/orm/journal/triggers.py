@@ -21,6 +21,7 @@ __all__ = [
     "find_sources",
     "find_trigger_problems",
     "has_current_triggers",
+    "has_some_triggers",
     "sources_of",
     "storage_triggers",
 ]
@@ -106,21 +107,16 @@ def find_sources(
             f"triggers write into {journal.intent.fullname}, which is not there: create the journal's tables"
         )
     names = (journal.intent.name, journal.reclaim.name, journal.meta.name)
-    places: dict[Table, tuple[str, str] | None] = {}
-
-    def place_of(table: Table) -> tuple[str, str] | None:
-        if table not in places:
-            places[table] = resolve(connection, table)
-        return places[table]
-
-    evidence = [Holder(*found, column.name) for column in holders if (found := place_of(column.table)) is not None]
+    columns, holders = list(columns), list(holders)
+    places = {table: resolve(connection, table) for table in {column.table for column in (*columns, *holders)}}
+    evidence = [Holder(*found, column.name) for column in holders if (found := places[column.table]) is not None]
     by_table: dict[Table, list[str]] = {}
     for column in columns:
         by_table.setdefault(column.table, []).append(column.name)
     return [
         TriggerSource(GuardedTable(*found, _keys_of(table), tuple(sorted(names_in))), evidence, place[0], names)
         for table, names_in in by_table.items()
-        if (found := place_of(table)) is not None
+        if (found := places[table]) is not None
     ]
 
 
@@ -173,6 +169,12 @@ def find_trigger_problems(connection: Connection, sources: Iterable[TriggerSourc
 def has_current_triggers(connection: Connection, source: TriggerSource) -> bool:
     """Return whether a table and its partitions have these very triggers."""
     return not _outdated(connection, source)
+
+
+def has_some_triggers(connection: Connection, table: Table) -> bool:
+    """Return whether a table has any of these triggers."""
+    place = resolve(connection, table)
+    return place is not None and any(_read(connection, GuardedTable(*place, (), ())).values())
 
 
 def _describe(relation: str, found: dict[str, tuple[str, str]], digest: str) -> list[str]:

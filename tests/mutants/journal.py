@@ -113,7 +113,7 @@ MUTANTS = [
     ),
     Mutant(
         name="journal-intent-outlives-its-object",
-        rule="Deleting an object deletes every pending intent of it, that of its upload too: it would say that the bytes are there.",
+        rule="Deleting an object deletes every pending intent of it, which would say that the bytes are there.",
         path="granite_storage/orm/journal/recovery.py",
         old=".where(intent.c.location.in_(locations))\n        pending",
         new=".where(intent.c.location.in_(locations), intent.c.kind == DELETE)\n        pending",

@@ -209,12 +209,19 @@ def known_unit(session: Session) -> SessionWork | None:
     return _units.get(session)
 
 
+_of_sessions: weakref.WeakSet[Connection] = weakref.WeakSet()
+"""The connections of sessions while triggers are declared, whose refusals a session raises as errors of its own."""
+
+
 def begin(transaction: SessionTransaction, connection: Connection) -> None:
     """Note which transaction of the database an outermost transaction of a session has begun or joined."""
     ours = connection.get_nested_transaction() or connection.get_transaction()
     if transaction.parent is None and ours is not None:
         _begun[transaction] = weakref.ref(ours)
-    if connection.dialect.name == "sqlite" or any(are_triggers_declared(item.metadata) for item in active_bindings()):
+    has_triggers = any(are_triggers_declared(binding.metadata) for binding in active_bindings())
+    if has_triggers:
+        _of_sessions.add(connection)
+    if has_triggers or connection.dialect.name == "sqlite":
         listen_to(connection.engine)
 
 
@@ -484,7 +491,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
         The error to raise instead; None for the database's own.
     """
     _see_refused_commit(context)
-    return _refused_ref(context.sqlalchemy_exception)
+    return _refused_ref(context.sqlalchemy_exception) if context.connection in _of_sessions else None
 
 
 def _refused_ref(error: BaseException | None) -> StaleAttachmentError | None:

@@ -407,10 +407,13 @@ def _reclaimed() -> StaleAttachmentError:
 
 _LEVEL = text("SELECT current_setting('transaction_isolation')")
 _CLAIMED = text("SELECT current_setting('granite_storage.claimed_ids', true)")
-_CLAIM = text(
-    "SELECT set_config('granite_storage.claimed', concat(current_setting('granite_storage.claimed', true), :locations), true),"
-    " set_config('granite_storage.claimed_ids', concat(current_setting('granite_storage.claimed_ids', true), :ids), true)"
-)
+_CLAIM = text("""
+    SELECT
+        set_config('granite_storage.claimed',
+            concat(current_setting('granite_storage.claimed', true), CAST(:locations AS text)), true),
+        set_config('granite_storage.claimed_ids',
+            concat(current_setting('granite_storage.claimed_ids', true), CAST(:ids AS text)), true)
+""")
 _PLACE = text(
     "SELECT pg_postmaster_start_time(), (SELECT oid FROM pg_database WHERE datname = current_database()), to_regclass(:name)::oid"
 )

@@ -27,13 +27,14 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.exc import DBAPIError
 
 from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
 from granite_storage.orm._interfaces import JournalTables, are_triggers_declared
-from granite_storage.orm._util import batches, wait
+from granite_storage.orm._util import batches, codes_of, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
 from granite_storage.orm.journal.effects import enqueue_effects
@@ -365,11 +366,20 @@ class Intents:
         return not ids or (self._decide(connection, ids) and wait(self._are_there(ids)))
 
     def _decide(self, connection: Connection, ids: set[UUID]) -> bool:
-        """Decide on uploads that the transaction's snapshot does not see; return whether it was the first to do so for all."""
+        """Decide on uploads that the transaction's snapshot does not see; return whether it was the first to do so for all.
+
+        Raises:
+            StaleAttachmentError: A worker was, since the snapshot was made; the database then refuses to go on.
+        """
         decision = self._tables.decision
         rows = [{"id": item, "outcome": COMMIT} for item in sorted(ids)]
         new = postgresql_insert(decision).values(rows).on_conflict_do_nothing().returning(decision.c.id)
-        return len(connection.execute(new, execution_options=self._pool.options).all()) == len(ids)
+        try:
+            return len(connection.execute(new, execution_options=self._pool.options).all()) == len(ids)
+        except DBAPIError as error:
+            if _CONFLICT not in codes_of(error):
+                raise
+            raise _reclaimed() from error
 
     async def _are_there(self, ids: set[UUID]) -> bool:
         return (await self._locations(ids)).keys() == ids
@@ -405,6 +415,7 @@ def _reclaimed() -> StaleAttachmentError:
     )
 
 
+_CONFLICT = "40001"
 _LEVEL = text("SELECT current_setting('transaction_isolation')")
 _CLAIMED = text("SELECT current_setting('granite_storage.claimed_ids', true)")
 _CLAIM = text("""

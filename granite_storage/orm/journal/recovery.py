@@ -389,6 +389,8 @@ class Recovery:
             lock = select(intent.c.id).where(intent.c.id == item).with_for_update(skip_locked=True)
             free.update((await connection.execute(lock)).scalars())
         await self._drop(connection, intent, free)
+        if self._pool.is_postgresql:
+            await self._drop(connection, self._tables.decision, free)
         return {location for item, location in pending.items() if item not in free}
 
     async def _forget(self, connection: AsyncConnection, ids: Sequence[UUID]) -> None:

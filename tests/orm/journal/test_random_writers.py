@@ -167,13 +167,14 @@ class Traffic:
         """See again and again, while nobody can write, that every object is there; note the refs for undos."""
         until = asyncio.get_running_loop().time() + SECONDS
         while asyncio.get_running_loop().time() < until or self.done["deleted"] < 10 or self.done["23503"] < 3:
-            async with self.env.engine.begin() as connection:
-                await connection.execute(text(f"LOCK TABLE {', '.join(TABLES)} IN SHARE MODE"))
-                refs = await self.refs(connection)
-                objects = await self.env.objects()
-                assert locations(*refs) <= objects, (self.done, locations(*refs) - objects)
-            self.seen = (self.seen + refs)[-20:]
-            self.done["looks"] += 1
+            with self.refusals():
+                async with self.env.engine.begin() as connection:
+                    await connection.execute(text(f"LOCK TABLE {', '.join(TABLES)} IN SHARE MODE"))
+                    refs = await self.refs(connection)
+                    objects = await self.env.objects()
+                    assert locations(*refs) <= objects, (self.done, locations(*refs) - objects)
+                self.seen = (self.seen + refs)[-20:]
+                self.done["looks"] += 1
             await asyncio.sleep(0.05)
 
     async def refs(self, connection: AsyncConnection) -> list[StoredObjectRef]:

@@ -6,12 +6,11 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
-from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import Column, Integer, MetaData, Table, create_engine, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
 
 from granite_storage import StoredObjectRef
 from granite_storage.exceptions import ConfigurationError, ObjectNotFoundError, StaleAttachmentError
@@ -35,7 +34,7 @@ from tests.orm.journal.guarded import (
     stored,
 )
 from tests.orm.journal.sharing import steps_are_watched, worker
-from tests.orm.journal.test_recovery import expire, journal_of, retention, rows
+from tests.orm.journal.test_recovery import expire, journal_of, rows
 
 
 @pytest.fixture(scope="session", params=["asyncpg", "psycopg"])
@@ -298,7 +297,7 @@ class TestVariants:
         assert (await journal_of(env).recover()).kept == 2
         await run(env, "UPDATE parent SET file = file - 'variants'")
         assert (await journal_of(env).recover()).deleted == 1
-        await run(env, "TRUNCATE parent")
+        await run(env, "DELETE FROM parent")
         assert (await journal_of(env).recover()).deleted == 1
 
     async def test_undone(self, env: OrmEnvironment, ref: StoredObjectRef) -> None:
@@ -358,7 +357,7 @@ class TestSessions:
         async with env.sessions() as session:
             with pytest.raises(StaleAttachmentError, match="gone or going") as caught:
                 await run(await session.connection(), "UPDATE doc SET file = {ref}", ref=unknown)
-        assert isinstance(caught.value.__cause__, IntegrityError)
+        assert "gone or going" in str(caught.value.__cause__), "the driver's error"
 
     @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
     async def test_an_older_snapshot(self, env: OrmEnvironment, level: str) -> None:
@@ -414,9 +413,8 @@ class TestSessions:
 class TestRetention:
     async def test_of_its_policy_or_the_longest(self, env: OrmEnvironment) -> None:
         refs = await stored(env, *(Doc(id=number, file=file(str(number))) for number in range(3)))
-        await env.sql("DELETE FROM granite_storage_meta WHERE name LIKE 'retention%'")
-        with retention(timedelta(days=7)):
-            await journal_of(env).check()
+        await journal_of(env).check()
+        await env.sql("UPDATE granite_storage_meta SET value = '604800' WHERE name = 'retention\\:docs'")
         try:
             await run(env, "DELETE FROM doc WHERE id = 0", "UPDATE doc SET file = NULL WHERE id = 1")
             await run(env, "UPDATE doc SET file = jsonb_set(file, '{storage_key}', '\"unknown\"')", "TRUNCATE doc")
@@ -424,8 +422,7 @@ class TestRetention:
             assert (report.claimed, report.waiting) == (0, 3)
             assert await nominated(env) == locations(*refs)
         finally:
-            await env.sql("DELETE FROM granite_storage_meta WHERE name LIKE 'retention%'")
-        await journal_of(env).check()
+            await journal_of(env).check()
         async with env.engine.connect() as connection:
             found = await connection.execute(text("SELECT value FROM granite_storage_meta WHERE name = 'retention\\:docs'"))
         assert [float(value) for value in found.scalars()] == [0.0]

@@ -17,6 +17,7 @@ from granite_storage import StoredObjectRef
 from granite_storage.orm import Attachment, StoredObjectRefType, attachment, journal_tables, storage_triggers
 from granite_storage.refs import iter_refs
 from tests.orm.databases import Database
+from tests.orm.derivations import Upper
 from tests.orm.environment import OrmEnvironment, orm_environment
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Link",
     "Parent",
     "Part",
+    "Picture",
     "code_of",
     "environment",
     "locations",
@@ -76,6 +78,14 @@ class Grandchild(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     child_id: Mapped[int] = mapped_column(ForeignKey("child.id", ondelete="CASCADE"))
     file: Mapped[Attachment | None] = attachment("docs")
+
+
+class Picture(Base):
+    """Has a variant that the journal's worker makes."""
+
+    __tablename__ = "picture"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment | None] = attachment("docs", variants={"upper": Upper()})
 
 
 class Part(Base):

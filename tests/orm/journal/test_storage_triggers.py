@@ -25,6 +25,7 @@ from tests.orm.journal.guarded import (
     Grandchild,
     Parent,
     Part,
+    Picture,
     code_of,
     environment,
     locations,
@@ -165,6 +166,23 @@ class TestGuard:
             assert not await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=known)
         finally:
             await env.sql("DROP FUNCTION copy_up() CASCADE")
+
+    async def test_rows_that_are_changed_again_before_their_guard_has_seen_them(self, env: OrmEnvironment) -> None:
+        """They look as if a later statement had written them, and the row that was updated beside them as if it were older."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await run(env, "DELETE FROM doc", "DELETE FROM granite_storage_intent")
+        await env.backend.delete(ref.location)
+        await stored(env, Doc(id=1))
+        await env.sql(
+            "CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " UPDATE doc SET title = 'x' WHERE id = NEW.id; RETURN NEW; END $$"
+        )
+        await env.sql("CREATE TRIGGER touch AFTER INSERT ON doc FOR EACH ROW EXECUTE FUNCTION touch()")
+        upsert = "INSERT INTO doc (id, file) VALUES (2, {ref}), (1, {ref}) ON CONFLICT (id) DO UPDATE SET file = excluded.file"
+        try:
+            assert await refused(env, upsert, ref=ref)
+        finally:
+            await env.sql("DROP FUNCTION touch() CASCADE")
 
     async def test_a_copy_of_what_a_row_holds(self, env: OrmEnvironment) -> None:
         await stored(env, Doc(id=1, file=file("a")), Part(id=1, kind=1, file=file("b")))
@@ -377,6 +395,15 @@ class TestSessions:
             await session.flush()
             assert (await session.scalar(text("SELECT count(*) FROM granite_storage_decision"))) == 2
         assert {key for _, key, _ in await env.references()} == {1, 3}
+
+    async def test_variants_that_a_worker_makes(self, env: OrmEnvironment) -> None:
+        await env.add(Picture(id=1, file=file("a")))
+        assert (await journal_of(env).recover()).derived == 1
+        [ref] = (await env.references()).values()
+        assert locations(ref) == await env.objects()
+        async with env.sessions.begin() as session:
+            (await session.get_one(Picture, 1)).file = file("b")
+        assert await nominated(env) == locations(ref)
 
     async def test_an_older_snapshot_of_what_is_reclaimed(self, env: OrmEnvironment) -> None:
         async with env.sessions() as session:

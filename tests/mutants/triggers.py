@@ -87,7 +87,8 @@ MUTANTS = [
         rule="The intents of variants are consumed after their rows are written, whose triggers look for them.",
         path="granite_storage/orm/journal/variant_jobs.py",
         old="""            displaced = await connection.run_sync(write_variants, chosen, made)
-            if chosen:  # after the rows are written, whose triggers look for the intents
+            # After the rows are written, whose triggers look for the intents.
+            if chosen:
                 await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
 """,
         new="""            if chosen:

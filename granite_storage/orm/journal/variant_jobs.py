@@ -297,7 +297,8 @@ class VariantJobs(JobQueue):
             holdings = await self._holdings(connection, jobs[0], lock_holdings) if made else []
             chosen = choose_rows(holdings, made)
             displaced = await connection.run_sync(write_variants, chosen, made)
-            if chosen:  # after the rows are written, whose triggers look for the intents
+            # After the rows are written, whose triggers look for the intents.
+            if chosen:
                 await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
             await connection.run_sync(nominate, self._intent, self._pending(jobs[0], displaced), {})
             # What the rows held under its name has changed meanwhile: the job stays.

@@ -26,7 +26,7 @@ from tests.orm.environment import OrmEnvironment, file
 from tests.orm.journal.guarded import Doc, Parent, Part, code_of, environment, locations
 from tests.orm.journal.test_recovery import journal_of
 
-SECONDS = float(os.environ.get("GRANITE_STRESS_SECONDS", "3"))
+SECONDS = float(os.environ.get("GRANITE_STRESS_SECONDS", "2"))
 SEED = os.environ.get("GRANITE_STRESS_SEED", "7")
 ROWS = 5
 EXPECTED = {"23503", "23505", "25P02", "40001", "40P01"}

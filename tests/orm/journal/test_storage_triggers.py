@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from granite_storage import StoredObjectRef
 from granite_storage.exceptions import ConfigurationError, ObjectNotFoundError, StaleAttachmentError
-from granite_storage.orm import Attachment, AttachmentType, journal_tables, storage_triggers
+from granite_storage.orm import Attachment, AttachmentType, bind_storage, journal_tables, storage_triggers
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
 from tests.orm.environment import OrmEnvironment, file
@@ -537,6 +537,10 @@ class TestChecks:
         with pytest.raises(ConfigurationError, match="storage_triggers are for PostgreSQL, and this database is sqlite"):
             metadata.create_all(engine)
         engine.dispose()
+
+    async def test_a_base_without_a_journal(self, env: OrmEnvironment) -> None:
+        with pytest.raises(ConfigurationError, match="storage_triggers are declared for this base"):
+            bind_storage(Base, env.manager)
 
     async def test_a_table_without_a_primary_key(self, env: OrmEnvironment) -> None:
         metadata = MetaData()

@@ -120,6 +120,16 @@ MUTANTS = [
         tests=("tests/orm/journal/test_shared_objects.py::TestOneIntent::test_an_upload_that_sql_gave_to_a_row[asyncpg]",),
     ),
     Mutant(
+        name="journal-decision-outlives-its-intent",
+        rule="A decision goes with the intent that it is about.",
+        path="granite_storage/orm/journal/recovery.py",
+        old="            await self._drop(connection, self._tables.decision, free)\n",
+        new="            pass\n",
+        tests=(
+            "tests/orm/journal/test_storage_triggers.py::TestSessions::test_what_was_decided_on_goes_with_its_intent[asyncpg]",
+        ),
+    ),
+    Mutant(
         name="journal-ignores-retention",
         rule="A displaced object waits for its policy's retention.",
         path="granite_storage/orm/journal/intents.py",

@@ -396,6 +396,17 @@ class TestSessions:
             assert (await session.scalar(text("SELECT count(*) FROM granite_storage_decision"))) == 2
         assert {key for _, key, _ in await env.references()} == {1, 3}
 
+    async def test_what_was_decided_on_goes_with_its_intent(self, env: OrmEnvironment) -> None:
+        """The intent of an upload is pending until its lease is over; its object goes before that, and all that is about it."""
+        async with env.sessions.begin() as session:
+            await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            await session.scalars(select(Doc))
+            session.add(Doc(id=1, file=file("a")))
+        assert [len(await rows(env, name)) for name in ("intent", "decision")] == [1, 1]
+        await run(env, "DELETE FROM doc")
+        assert (await journal_of(env).recover()).deleted == 1
+        assert [len(await rows(env, name)) for name in ("intent", "decision")] == [0, 0]
+
     async def test_variants_that_a_worker_makes(self, env: OrmEnvironment) -> None:
         await env.add(Picture(id=1, file=file("a")))
         assert (await journal_of(env).recover()).derived == 1

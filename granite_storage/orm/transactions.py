@@ -36,6 +36,7 @@ __all__ = [
     "expect_end",
     "known_unit",
     "listen_to",
+    "refused_ref",
     "require_transactions",
     "unit_of",
     "unlisten_all",
@@ -491,10 +492,10 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
         The error to raise instead; None for the database's own.
     """
     _see_refused_commit(context)
-    return _refused_ref(context.sqlalchemy_exception) if context.connection in _of_sessions else None
+    return refused_ref(context.sqlalchemy_exception) if context.connection in _of_sessions else None
 
 
-def _refused_ref(error: BaseException | None) -> StaleAttachmentError | None:
+def refused_ref(error: BaseException | None) -> StaleAttachmentError | None:
     """Return what a session raises for an error of a guard: its own, or a conflict that its lock has run into."""
     if not isinstance(error, DBAPIError) or codes_of(error).isdisjoint(_OF_GUARD):
         return None

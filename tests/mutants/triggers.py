@@ -86,7 +86,12 @@ MUTANTS = [
         name="deriver-consumes-before-it-writes",
         rule="The intents of variants are consumed after their rows are written, whose triggers look for them.",
         path="granite_storage/orm/journal/variant_jobs.py",
-        old="""            displaced = await connection.run_sync(write_variants, chosen, made)
+        old="""            try:
+                displaced = await connection.run_sync(write_variants, chosen, made)
+            except DBAPIError as error:
+                if (refused := refused_ref(error)) is None:
+                    raise
+                raise refused from error
             # After the rows are written, whose triggers look for the intents.
             if chosen:
                 await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))

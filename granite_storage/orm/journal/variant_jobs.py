@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, delete, select, tuple_
+from sqlalchemy.exc import DBAPIError
 
 from granite_storage._logs import fields_of
 from granite_storage._tasks import background, run_bounded, shielded_cleanup
@@ -51,6 +52,7 @@ from granite_storage.orm.journal.jobs import (
     variants_of,
 )
 from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error
+from granite_storage.orm.transactions import refused_ref
 from granite_storage.orm.uploads import make_variant, prepare_variant
 from granite_storage.orm.variants import (
     LONGEST_WAIT,
@@ -296,7 +298,12 @@ class VariantJobs(JobQueue):
         async with self._pool.writing() as connection:
             holdings = await self._holdings(connection, jobs[0], lock_holdings) if made else []
             chosen = choose_rows(holdings, made)
-            displaced = await connection.run_sync(write_variants, chosen, made)
+            try:
+                displaced = await connection.run_sync(write_variants, chosen, made)
+            except DBAPIError as error:
+                if (refused := refused_ref(error)) is None:
+                    raise
+                raise refused from error
             # After the rows are written, whose triggers look for the intents.
             if chosen:
                 await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))

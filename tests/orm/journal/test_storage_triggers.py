@@ -17,6 +17,7 @@ from granite_storage.exceptions import ConfigurationError, ObjectNotFoundError, 
 from granite_storage.orm import Attachment, AttachmentType, bind_storage, journal_tables, storage_triggers
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
+from granite_storage.orm.journal.variant_jobs import VariantJobs
 from tests.orm.environment import OrmEnvironment, file
 from tests.orm.journal.guarded import (
     Base,
@@ -415,6 +416,26 @@ class TestSessions:
         async with env.sessions.begin() as session:
             (await session.get_one(Picture, 1)).file = file("b")
         assert await nominated(env) == locations(ref)
+
+    async def test_a_variant_that_is_reclaimed_before_a_worker_sets_it(
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The guard refuses it, which is no failure of the recipe."""
+        publish = VariantJobs._publish
+
+        async def late(self: VariantJobs, jobs: Any, made: Any, ids: Any) -> Any:
+            await expire(env)
+            await journal_of(env)._recover("store")
+            return await publish(self, jobs, made, ids)
+
+        await env.add(Picture(id=1, file=file("a")))
+        with monkeypatch.context() as patch:
+            patch.setattr(VariantJobs, "_publish", late)
+            assert (await journal_of(env).recover()).derived == 0
+        [job] = await rows(env, "job")
+        assert (job.attempts, job.dead) == (0, False)
+        await run(env, "UPDATE granite_storage_job SET due = now()")
+        assert (await journal_of(env).recover()).derived == 1
 
     async def test_an_older_snapshot_of_what_is_reclaimed(self, env: OrmEnvironment) -> None:
         async with env.sessions() as session:

@@ -13,6 +13,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, create_engine, select, 
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage import StoredObjectRef
+from granite_storage.cli.doctor import CheckResult, _check_journal
 from granite_storage.exceptions import ConfigurationError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, bind_storage, journal_tables, storage_triggers
 from granite_storage.orm.journal.deletes import delete_id
@@ -511,6 +512,9 @@ class TestChecks:
     async def problems(self, env: OrmEnvironment) -> list[str]:
         return await journal_of(env).find_trigger_problems()
 
+    async def told_by_doctor(self, env: OrmEnvironment) -> list[CheckResult]:
+        return [check.result async for check in _check_journal(env.binding) if check.what == "triggers"]
+
     async def test_what_is_wrong(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
         assert await self.problems(env) == []
         await env.sql("CREATE TABLE part_3 PARTITION OF part FOR VALUES IN (3)")
@@ -535,10 +539,12 @@ class TestChecks:
             with caplog.at_level(logging.WARNING, "granite_storage"):
                 await journal_of(env).check()
             assert len([record for record in caplog.records if "not covered" in record.message]) == 5
+            assert await self.told_by_doctor(env) == [CheckResult.BAD] * 5
             await env.sql("ALTER TABLE doc ENABLE TRIGGER granite_storage_delete")
             async with env.engine.begin() as connection:
                 await connection.run_sync(Base.metadata.create_all)
             assert await self.problems(env) == []
+            assert await self.told_by_doctor(env) == [CheckResult.GOOD]
         finally:
             await env.sql("DROP TABLE part_3")
 

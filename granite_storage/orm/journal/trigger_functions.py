@@ -103,7 +103,7 @@ class TriggerSource:
 
     def __init__(self, table: GuardedTable, holders: Sequence[Holder], journal: str, names: tuple[str, str, str]) -> None:
         self.table = table
-        self.holders = sorted(holders)
+        self.holders: list[Holder] = sorted(holders)
         self._intent, self._reclaim, self._meta = (f"{quoted(journal)}.{quoted(name)}" for name in names)
 
     @property

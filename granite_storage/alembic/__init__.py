@@ -27,6 +27,7 @@ from granite_storage.alembic.operations import (
 )
 from granite_storage.alembic.rendering import include_storage, render_storage
 from granite_storage.alembic.sources import CopyOf, InPlace, PlainPath
+from granite_storage.alembic.triggers import create_storage_triggers, drop_storage_triggers
 from granite_storage.orm.columns import portable_storage_ref_type
 
 __all__ = [
@@ -39,10 +40,12 @@ __all__ = [
     "blob_to_storage",
     "create_journal_tables",
     "create_location_index",
+    "create_storage_triggers",
     "drop_converted_column",
     "drop_journal_tables",
     "drop_location_index",
     "drop_restored_column",
+    "drop_storage_triggers",
     "include_storage",
     "paths_to_storage",
     "portable_storage_ref_type",

@@ -9,6 +9,7 @@ from alembic.autogenerate import comparators
 from alembic.operations import ops
 from alembic.util import DispatchPriority
 
+from granite_storage.alembic.triggers import compare_triggers
 from granite_storage.orm.columns import LOCATION_COLUMN_PREFIX, LOCATION_INDEX_PREFIX, AttachmentType, StoredObjectRefType
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def include_storage(context: object = None) -> None:
     """Let autogenerate render columns of refs; call it once in `env.py`, before `context.run_migrations()`.
 
     Columns of `attachment()` and `StoredObjectRefType` are rendered as `portable_storage_ref_type()`, with its import. Indexes
-    that `create_location_index` made are left alone, though no model declares them. All other arguments of `context.configure`
+    that `create_location_index` made are left alone, though no model declares them. What `storage_triggers` declares is created,
+    replaced and dropped. All other arguments of `context.configure`
     keep working: a `render_item` of your own is called first.
 
     Args:
@@ -62,6 +64,7 @@ def _prepare(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps, _: ob
     if not isinstance(own, _Composed):
         autogen_context.opts["render_item"] = _Composed(own)
     _exclude_location_indexes(upgrade_ops)
+    compare_triggers(autogen_context, upgrade_ops)
 
 
 class _Composed:

@@ -27,6 +27,7 @@ from granite_storage.exceptions import BackendUnavailableError, CollectionRefuse
 from granite_storage.gc.database import DatabaseReferences
 from granite_storage.locations import make_location
 from granite_storage.manager import StorageManager
+from granite_storage.orm._interfaces import are_triggers_declared
 from granite_storage.orm.binding import StorageBinding
 from granite_storage.orm.columns import AttachmentType
 from granite_storage.orm.journal.tables import clock, tables_of
@@ -233,9 +234,14 @@ async def _check_journal(binding: StorageBinding) -> AsyncIterator[Check]:
         async with asyncio.timeout(_TIMEOUT):
             await binding.journal.check()
             report = await binding.journal.count_jobs()
+            problems = await binding.journal.find_trigger_problems()
         yield Check(
             CheckResult.GOOD, "journal", f"the database meets the journal's requirements; leases of {binding.journal.lease}"
         )
+        for problem in problems:
+            yield Check(CheckResult.BAD, "triggers", problem)
+        if are_triggers_declared(binding.metadata) and not problems:
+            yield Check(CheckResult.GOOD, "triggers", "every table with files has them")
         refused = [item for item in report.failed if DerivationRefusedError.__name__ in item.error]
         failed = len(report.failed) - len(refused)
         if report.held or report.failed:

@@ -73,7 +73,7 @@ class ScannedContent:
 
     def __init__(self, content: AsyncIterator[bytes]) -> None:
         self.error: Exception | None = None
-        self.was_read = False
+        self.was_read: bool = False
         self._content = content
 
     async def show_to(self, scanner: Scanner) -> object:

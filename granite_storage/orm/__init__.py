@@ -15,6 +15,7 @@ from granite_storage.orm.collections import (
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment, portable_storage_ref_type
 from granite_storage.orm.journal.journal import StorageJournal
 from granite_storage.orm.journal.tables import FailedReclaim, RecoveryReport, journal_tables
+from granite_storage.orm.journal.triggers import storage_triggers
 from granite_storage.orm.mixin import StoredContentMixin
 from granite_storage.orm.references import iter_model_storage_refs
 from granite_storage.orm.urls import WithURL, sign_urls, sign_urls_sync
@@ -45,5 +46,6 @@ __all__ = [
     "portable_storage_ref_type",
     "sign_urls",
     "sign_urls_sync",
+    "storage_triggers",
     "sum_sizes",
 ]

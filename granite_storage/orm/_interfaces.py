@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 
 ObjectKey: TypeAlias = tuple[int, str, str]
 
+TRIGGERS_KEY = "granite_storage.triggers"
+"""The key by which a metadata's `info` says that triggers are declared for its tables."""
+
+
+def are_triggers_declared(metadata: MetaData) -> bool:
+    """Return whether `storage_triggers` was called for a metadata."""
+    return metadata.info.get(TRIGGERS_KEY) is True
+
 
 @dataclass(frozen=True, slots=True)
 class JournalTables:
@@ -227,6 +235,14 @@ class UploadLease(Protocol):
 
 class JournalIntents(Protocol):
     """The operations of a transaction on the intents of a journal."""
+
+    def claim(self, connection: Connection, ids: Sequence[UUID]) -> None:
+        """Claim uploads before their rows are written, where triggers would refuse them otherwise."""
+        ...
+
+    def cancel(self, connection: Connection, moved: Sequence[StoredObjectRef]) -> None:
+        """Delete what triggers have recorded in the transaction about objects that it moves from row to row."""
+        ...
 
     def consume(self, connection: Connection, ids: Sequence[UUID]) -> None:
         """Delete the intents of objects that rows now refer to, in the transaction of the rows."""

@@ -18,7 +18,7 @@ from granite_storage.exceptions import ConfigurationError, DerivationRefusedErro
 from granite_storage.locations import uuid7_hex
 from granite_storage.manager import StorageManager
 from granite_storage.orm import events
-from granite_storage.orm._interfaces import add_binding, remove_binding
+from granite_storage.orm._interfaces import add_binding, are_triggers_declared, remove_binding
 from granite_storage.orm._threaded import SessionFactory, as_async_sessions
 from granite_storage.orm.columns import AttachmentType, StoredObjectRefType, attachment_tables, require_usable
 from granite_storage.orm.journal.journal import StorageJournal
@@ -65,9 +65,10 @@ def bind_storage(
 
     Raises:
         ConfigurationError: The base has no metadata; an attachment column names a policy that the manager does not have, or one
-            that needs a journal (with a retention, or a scanner that may hold files) without a journal; a column has a default
-            that no session can store, or is annotated as several attachments; `session_factory` creates no sessions, or is
-            given under both names; or the journal's tables are not declared beside the models.
+            that needs a journal (with a retention, or a scanner that may hold files) without a journal; triggers are declared
+            without a journal; a column has a default that no session can store, or is annotated as several attachments;
+            `session_factory` creates no sessions, or is given under both names; or the journal's tables are not declared beside
+            the models.
     """
     metadata = getattr(base, "metadata", None)
     if not isinstance(metadata, MetaData):
@@ -78,6 +79,12 @@ def bind_storage(
         raise ConfigurationError(f"bind_storage needs a StorageJournal, not {type(journal).__name__}", see=Page.BINDING)
     if session_factory is not None and sessions is not None:
         raise ConfigurationError("bind_storage takes session_factory=... or its alias sessions=..., not both", see=Page.BINDING)
+    if journal is None and are_triggers_declared(metadata):
+        raise ConfigurationError(
+            "storage_triggers are declared for this base, and refuse files that no journal knows of: pass bind_storage(...,"
+            " journal=...)",
+            see=Page.JOURNAL,
+        )
     session_factory = sessions if session_factory is None else session_factory
     _require_session_factory(session_factory)
     binding = StorageBinding(

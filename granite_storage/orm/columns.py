@@ -70,6 +70,7 @@ __all__ = [
     "Tables",
     "attachment",
     "attachment_tables",
+    "fitting_name",
     "keys_of",
     "location_column_name",
     "location_index_name",
@@ -778,12 +779,12 @@ _DIGITS = 8
 
 def location_index_name(table: str, column: str) -> str:
     """Return the name of the index over a column's locations; it fits every database."""
-    return _fitting(LOCATION_INDEX_PREFIX, f"{table}_{column}")
+    return fitting_name(LOCATION_INDEX_PREFIX, f"{table}_{column}")
 
 
 def location_column_name(column: str) -> str:
     """Return the name of the generated column that holds another column's locations, where no index can be on an expression."""
-    return _fitting(LOCATION_COLUMN_PREFIX, column)
+    return fitting_name(LOCATION_COLUMN_PREFIX, column)
 
 
 def location_of(
@@ -864,7 +865,7 @@ def where_json(column: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnE
     return case((func.json_valid(column) == 1, value))
 
 
-def _fitting(prefix: str, rest: str) -> str:
+def fitting_name(prefix: str, rest: str) -> str:
     """Cut a name that is too long, and let digits tell it from others that begin alike."""
     if len(f"{prefix}{rest}".encode()) <= _LONGEST_NAME:
         return f"{prefix}{rest}"

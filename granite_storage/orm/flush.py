@@ -75,11 +75,15 @@ def write_entries(unit: UnitOfWork, frame: Frame) -> None:
     flush = unit.flush
     taken: dict[Journal, list[UUID]] = {}
     displaced: list[StoredObject] = []
+    moved: list[StoredObjectRef] = []
     put = {stored.key for stored, _ in flush.puts}
     for stored, held in flush.net:
         if held:
-            for intent in (unit.displacement(stored) or stored).intents:
+            intents = (unit.displacement(stored) or stored).intents
+            for intent in intents:
                 taken.setdefault(intent.journal, []).append(intent.id)
+            if not intents and stored.key not in flush.restored_by:
+                moved.append(stored.ref)
         elif stored.key not in put:
             displaced.append(stored)
     for intent in flush.restored:
@@ -92,6 +96,7 @@ def write_entries(unit: UnitOfWork, frame: Frame) -> None:
     for journal, connection in flush.connections.items():
         write_displaced(connection, [stored for stored in displaced if stored.intent and stored.intent.journal is journal])
         taken_by = [change for change in flush.taken if change.binding.journal is journal]
+        journal.intents.cancel(connection, moved)
         written = [(change.slot.column, change.attachment.ref) for change in taken_by]
         if journal.intents.enqueue(connection, written, _affected(left).get(journal, ())):
             frame.wakes.add(journal)
@@ -269,6 +274,15 @@ def save(
             _claim(flush, change.value)
             flush.taken.append(change)
     flush.deletions.update((id(state), state) for state in deletions)
+    _claim_uploads(flush)
+
+
+def _claim_uploads(flush: FlushState) -> None:
+    """Claim the objects that a flush has stored before it writes their rows, where triggers ask for that."""
+    for journal, connection in flush.connections.items():
+        ids = [intent.id for stored, _ in flush.puts for intent in stored.intents if intent.journal is journal]
+        if ids:
+            journal.intents.claim(connection, ids)
 
 
 def _claim(flush: FlushState, attachment: Attachment) -> None:
@@ -292,6 +306,8 @@ def recheck_moves(session: Session, unit: UnitOfWork) -> None:
     _copy_all(session, unit, unit.frame(current_transaction(session)), copied)
     for change in copied:
         _claim(flush, change.attachment)
+    if copied:
+        _claim_uploads(flush)
 
 
 def _place_of(ref: StoredObjectRef) -> tuple[str, str]:
@@ -773,7 +789,7 @@ _SECONDS = 60.0
 
 _POSTGRESQL = text("""
     SELECT EXISTS (
-        SELECT 1 FROM pg_trigger WHERE NOT tgisinternal
+        SELECT 1 FROM pg_trigger WHERE NOT tgisinternal AND strpos(CAST(tgname AS text), 'granite_storage_') = 0
             AND (tgrelid = to_regclass(:name) OR tgrelid IN (SELECT relid FROM pg_partition_tree(to_regclass(:name))))
     ) OR EXISTS (SELECT 1 FROM pg_class WHERE oid = to_regclass(:name) AND relkind = 'r' AND relhasrules)
 """)
@@ -787,7 +803,7 @@ _answers: WeakKeyDictionary[Engine, dict[tuple[str | None, str], tuple[float, bo
 
 
 def has_triggers(connection: Connection, table: Table) -> bool:
-    """Return whether a table has triggers or rules, according to the catalogue of the database; cached for a minute.
+    """Return whether a table has triggers or rules of the application, by the catalogue of the database; cached for a minute.
 
     MariaDB shows triggers only to roles with the privilege TRIGGER.
     """

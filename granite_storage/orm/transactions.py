@@ -22,9 +22,9 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
 from granite_storage._documentation import Page
-from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._interfaces import StoredObject
-from granite_storage.orm._util import TRANSLATE_MAP, deferred_cancellation, in_greenlet, is_async, root_engine
+from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
+from granite_storage.orm._interfaces import StoredObject, active_bindings, are_triggers_declared
+from granite_storage.orm._util import TRANSLATE_MAP, codes_of, deferred_cancellation, in_greenlet, is_async, root_engine
 from granite_storage.orm.locking import find_shared, find_shared_afresh
 from granite_storage.orm.unit_of_work import Frame, Outcome, UnitOfWork
 from granite_storage.orm.uploads import remove_now
@@ -37,6 +37,7 @@ __all__ = [
     "expect_end",
     "known_unit",
     "listen_to",
+    "refused_ref",
     "require_transactions",
     "unit_of",
     "unlisten_all",
@@ -210,12 +211,19 @@ def known_unit(session: Session) -> SessionWork | None:
     return _units.get(session)
 
 
+_of_sessions: weakref.WeakSet[Connection] = weakref.WeakSet()
+"""The connections of sessions while triggers are declared, whose refusals a session raises as errors of its own."""
+
+
 def begin(transaction: SessionTransaction, connection: Connection) -> None:
     """Note which transaction of the database an outermost transaction of a session has begun or joined."""
     ours = connection.get_nested_transaction() or connection.get_transaction()
     if transaction.parent is None and ours is not None:
         _begun[transaction] = weakref.ref(ours)
-    if connection.dialect.name == "sqlite":
+    has_triggers = any(are_triggers_declared(binding.metadata) for binding in active_bindings())
+    if has_triggers:
+        _of_sessions.add(connection)
+    if has_triggers or connection.dialect.name == "sqlite":
         listen_to(connection.engine)
 
 
@@ -479,7 +487,35 @@ def _resolve(found: ConnectionWatch, outcome: Outcome) -> None:
         found.resolve(outcome)
 
 
-def _on_error(context: ExceptionContext) -> None:
+def _on_error(context: ExceptionContext) -> BaseException | None:
+    """Say that a trigger of the library has refused a ref, and see a COMMIT that the server has refused.
+
+    Returns:
+        The error to raise instead; None for the database's own.
+    """
+    _see_refused_commit(context)
+    return refused_ref(context.sqlalchemy_exception) if context.connection in _of_sessions else None
+
+
+def refused_ref(error: BaseException | None) -> StaleAttachmentError | None:
+    """Return what a session raises for an error of a guard: its own, or a conflict that its lock has run into."""
+    if not isinstance(error, DBAPIError) or codes_of(error).isdisjoint(_OF_GUARD):
+        return None
+    said = str(error.orig)
+    cause = getattr(error.orig, "diag", error.orig.__cause__ if error.orig is not None else None)
+    if _REFUSAL not in said and "granite_storage_" not in (getattr(cause, "context", None) or ""):
+        return None
+    return StaleAttachmentError(
+        f"the database refused a ref ({said.splitlines()[0]}): its object is about to be deleted, or no row and no pending delete"
+        " vouches for it; the transaction may be tried again"
+    )
+
+
+_REFUSAL = "granite_storage: the object "
+_OF_GUARD = ("23503", "40001")
+
+
+def _see_refused_commit(context: ExceptionContext) -> None:
     """See a COMMIT that the server answered with an error: it has not committed. One that it did not answer has said nothing.
 
     SQLite keeps a transaction open whose COMMIT it has refused, and SQLAlchemy returns the connection to the pool like that, for

@@ -17,8 +17,8 @@ MUTANTS = [
         name="journal-decision-without-recheck",
         rule="A decision is believed only while the intent it is about is still there.",
         path="granite_storage/orm/journal/intents.py",
-        old="return self._decide(connection, ids) and wait(self._are_there(ids))",
-        new="return self._decide(connection, ids)",
+        old="return not ids or (self._decide(connection, ids) and wait(self._are_there(ids)))",
+        new="return not ids or self._decide(connection, ids)",
         tests=("tests/orm/journal/test_simpler_protocols.py::test_the_protocol_holds[asyncpg-older_snapshot_too_late]",),
     ),
     Mutant(
@@ -118,6 +118,24 @@ MUTANTS = [
         old="    return UUID(bytes=digest[:_ID_BYTES], version=5)",
         new="    return UUID(bytes=__import__('os').urandom(_ID_BYTES), version=5)",
         tests=("tests/orm/journal/test_cascaded_moves.py::test_a_file_that_was_given_up_before_has_one_intent[asyncpg]",),
+    ),
+    Mutant(
+        name="journal-intent-outlives-its-object",
+        rule="Deleting an object deletes every pending intent of it, which would say that the bytes are there.",
+        path="granite_storage/orm/journal/recovery.py",
+        old=".where(intent.c.location.in_(locations))\n        pending",
+        new=".where(intent.c.location.in_(locations), intent.c.kind == DELETE)\n        pending",
+        tests=("tests/orm/journal/test_shared_objects.py::TestOneIntent::test_an_upload_that_sql_gave_to_a_row[asyncpg]",),
+    ),
+    Mutant(
+        name="journal-decision-outlives-its-intent",
+        rule="A decision goes with the intent that it is about.",
+        path="granite_storage/orm/journal/recovery.py",
+        old="            await self._drop(connection, self._tables.decision, free)\n",
+        new="            pass\n",
+        tests=(
+            "tests/orm/journal/test_storage_triggers.py::TestSessions::test_what_was_decided_on_goes_with_its_intent[asyncpg]",
+        ),
     ),
     Mutant(
         name="journal-ignores-retention",

@@ -17,6 +17,7 @@ from tests.mutants import (
     sessions,
     sqlite,
     tools,
+    triggers,
     urls,
     web,
 )
@@ -31,6 +32,7 @@ MUTANTS: list[Mutant] = [
     *collections.MUTANTS,
     *journal.MUTANTS,
     *sqlite.MUTANTS,
+    *triggers.MUTANTS,
     *gc.MUTANTS,
     *nested.MUTANTS,
     *web.MUTANTS,

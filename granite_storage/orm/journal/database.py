@@ -29,12 +29,21 @@ from granite_storage.exceptions import BackendUnavailableError, ConfigurationErr
 from granite_storage.orm._interfaces import JournalTables
 from granite_storage.orm._threaded import as_async_engine
 from granite_storage.orm._util import SYNCHRONOUS, TRANSLATE_MAP, dispatchers_of, put_barrier, root_engine, wait
-from granite_storage.orm.journal.tables import SCHEMA_VERSION, SIDECAR_NAME, VERSION_NAME, clock
+from granite_storage.orm.journal.tables import (
+    LONGEST_META_NAME,
+    RETENTION_PREFIX,
+    SCHEMA_VERSION,
+    SIDECAR_NAME,
+    VERSION_NAME,
+    clock,
+)
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy import Column, Connection, Select
+
+    from granite_storage.policies import StoragePolicy
 
 __all__ = [
     "JournalPool",
@@ -48,6 +57,7 @@ __all__ = [
     "find_sidecar",
     "has_beat",
     "insert_if_absent",
+    "note_retentions",
     "read_translations",
 ]
 
@@ -433,6 +443,25 @@ async def accept_gap(pool: JournalPool, tables: JournalTables, *, within: timede
     meta = tables.meta
     async with pool.durable() as connection:
         await connection.execute(meta.delete().where(meta.c.name == _GAP))
+
+
+async def note_retentions(pool: JournalPool, tables: JournalTables, policies: Iterable[StoragePolicy]) -> None:
+    """Note how long the objects of each policy wait, in seconds, for the triggers, which know no policies."""
+    meta = tables.meta
+    names = meta.c.name.startswith(RETENTION_PREFIX)
+    wanted: dict[str, float] = {}
+    for policy in policies:
+        name = f"{RETENTION_PREFIX}{policy.storage_key}"[:LONGEST_META_NAME]
+        wanted[name] = max(wanted.get(name, 0.0), policy.retention.total_seconds())
+    async with pool.reading() as connection:
+        known = {row.name: float(row.value) for row in await connection.execute(select(meta.c.name, meta.c.value).where(names))}
+    changed = {name: seconds for name, seconds in wanted.items() if known.get(name) != seconds}
+    if changed:
+        async with pool.writing() as connection:
+            for name, seconds in sorted(changed.items()):
+                await insert_if_absent(connection, tables, {"name": name, "value": f"{seconds:.6f}", "changed": clock()})
+                new = {"value": f"{seconds:.6f}", "changed": clock()}
+                await connection.execute(meta.update().where(meta.c.name == name).values(new))
 
 
 async def find_sidecar(connection: AsyncConnection, tables: JournalTables) -> str | None:

@@ -29,6 +29,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import ARRAY, Connection, Table, any_, bindparam, delete, select, text, update
 from sqlalchemy import Insert as InsertStatement
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.dml import ReturningDelete
 
 from granite_storage._documentation import Page
@@ -36,8 +37,8 @@ from granite_storage._tasks import CLEANUP_TIMEOUT, wait_uncancelled
 from granite_storage.backends.base import upload_begun
 from granite_storage.exceptions import ConfigurationError, StaleAttachmentError
 from granite_storage.locations import uuid7_hex
-from granite_storage.orm._interfaces import JournalTables
-from granite_storage.orm._util import batches, insert_rows, wait
+from granite_storage.orm._interfaces import JournalTables, are_triggers_declared
+from granite_storage.orm._util import batches, codes_of, insert_rows, wait
 from granite_storage.orm.journal.database import JournalPool, effective
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, has_own_id, nominate, renumber
 from granite_storage.orm.journal.effects import enqueue_effects
@@ -204,6 +205,47 @@ class Intents:
         if result.rowcount != 1:
             raise StaleAttachmentError("the upload took longer than its lease and was reclaimed; it may be tried again")
 
+    def claim(self, connection: Connection, ids: Sequence[UUID]) -> None:
+        """Claim uploads that the transaction's snapshot does not see, before rows are written; only where there are triggers.
+
+        A trigger sees no more than the snapshot does. So the transaction decides first, and says so in a setting, which a
+        ROLLBACK TO SAVEPOINT takes back together with the decision.
+
+        Raises:
+            StaleAttachmentError: A worker has decided against one of them, and its object goes.
+        """
+        if not self._has_triggers or connection.execute(_LEVEL).scalar_one() == "read committed":
+            return
+        intent, options = self._tables.intent, self._pool.options
+        seen = connection.execute(select(intent.c.id).where(intent.c.id.in_(ids)), execution_options=options).scalars()
+        missing = set(ids).difference(seen) - self._claimed(connection)
+        if not missing or self._leads_elsewhere(connection, missing):
+            return
+        found: dict[UUID, str] = {}
+        if self._decide(connection, missing):
+            found = wait(self._locations(missing))
+        if found.keys() != missing:
+            raise _reclaimed()
+        texts = {"locations": "".join(f"\n{item}\n" for item in found.values()), "ids": "".join(f"{item} " for item in found)}
+        connection.execute(_CLAIM, texts)
+
+    def cancel(self, connection: Connection, moved: Sequence[StoredObjectRef]) -> None:
+        """Delete the intents that triggers have recorded about objects that a row of the transaction still refers to."""
+        if moved and self._has_triggers:
+            intent = self._tables.intent
+            own = sorted(delete_id(one.backend, one.location) for ref in moved for one in iter_refs(ref))
+            connection.execute(delete(intent).where(intent.c.id.in_(own)), execution_options=self._pool.options)
+
+    @property
+    def _has_triggers(self) -> bool:
+        return self._pool.is_postgresql and are_triggers_declared(self._tables.intent.metadata)
+
+    def _claimed(self, connection: Connection) -> set[UUID]:
+        """Return the uploads that `claim` has claimed in this transaction."""
+        if not self._has_triggers:
+            return set()
+        return {UUID(item) for item in (connection.execute(_CLAIMED).scalar_one() or "").split()}
+
     def consume(self, connection: Connection, ids: Sequence[UUID]) -> None:
         """Consume intents in the transaction that writes their refs into rows.
 
@@ -228,10 +270,7 @@ class Intents:
                 item for item in ids if connection.execute(statement, {"intent": item}, execution_options=options).rowcount != 1
             }
         if missing and not self._pool.sees_uploads(connection, missing) and not self._claim(connection, missing):
-            raise StaleAttachmentError(
-                "an object was reclaimed before its row could take it: it was stored longer ago than its lease, or was "
-                "already being deleted; the transaction may be tried again"
-            )
+            raise _reclaimed()
 
     def displace(self, connection: Connection, displaced: Iterable[tuple[StoredObjectRef, timedelta]]) -> None:
         """Record in the transaction that displaces objects that each is to be deleted after its retention, with its variants."""
@@ -341,20 +380,34 @@ class Intents:
             )
         if not self._pool.is_postgresql or connection.execute(_LEVEL).scalar_one() == "read committed":
             return False
-        return self._decide(connection, ids) and wait(self._are_there(ids))
+        ids = ids - self._claimed(connection)
+        return not ids or (self._decide(connection, ids) and wait(self._are_there(ids)))
 
     def _decide(self, connection: Connection, ids: set[UUID]) -> bool:
-        """Decide on uploads that the transaction's snapshot does not see; return whether it was the first to do so for all."""
+        """Decide on uploads that the transaction's snapshot does not see; return whether it was the first to do so for all.
+
+        Raises:
+            StaleAttachmentError: A worker was, since the snapshot was made; the database then refuses to go on.
+        """
         decision = self._tables.decision
         rows = [{"id": item, "outcome": COMMIT} for item in sorted(ids)]
         new = postgresql_insert(decision).values(rows).on_conflict_do_nothing().returning(decision.c.id)
-        return len(connection.execute(new, execution_options=self._pool.options).all()) == len(ids)
+        try:
+            return len(connection.execute(new, execution_options=self._pool.options).all()) == len(ids)
+        except DBAPIError as error:
+            if _CONFLICT not in codes_of(error):
+                raise
+            raise _reclaimed() from error
 
     async def _are_there(self, ids: set[UUID]) -> bool:
+        return (await self._locations(ids)).keys() == ids
+
+    async def _locations(self, ids: set[UUID]) -> dict[UUID, str]:
+        """Return the locations of those uploads that are pending now."""
         intent = self._tables.intent
+        wanted = select(intent.c.id, intent.c.location).where(intent.c.id.in_(ids), intent.c.kind == UPLOAD)
         async with self._pool.reading() as connection:
-            found = await connection.execute(select(intent.c.id).where(intent.c.id.in_(ids), intent.c.kind == UPLOAD))
-            return set(found.scalars()) == ids
+            return {row.id: row.location for row in await connection.execute(wanted)}
 
     def _leads_elsewhere(self, connection: Connection, ids: set[UUID]) -> bool:
         """Return whether a transaction whose DELETE matched nothing resolves the table of intents to another table."""
@@ -373,7 +426,23 @@ class Intents:
             return await connection.run_sync(self._place)
 
 
+def _reclaimed() -> StaleAttachmentError:
+    return StaleAttachmentError(
+        "an object was reclaimed before its row could take it: it was stored longer ago than its lease, or was already"
+        " being deleted; the transaction may be tried again"
+    )
+
+
+_CONFLICT = "40001"
 _LEVEL = text("SELECT current_setting('transaction_isolation')")
+_CLAIMED = text("SELECT current_setting('granite_storage.claimed_ids', true)")
+_CLAIM = text("""
+    SELECT
+        set_config('granite_storage.claimed',
+            concat(current_setting('granite_storage.claimed', true), CAST(:locations AS text)), true),
+        set_config('granite_storage.claimed_ids',
+            concat(current_setting('granite_storage.claimed_ids', true), CAST(:ids AS text)), true)
+""")
 _PLACE = text(
     "SELECT pg_postmaster_start_time(), (SELECT oid FROM pg_database WHERE datname = current_database()), to_regclass(:name)::oid"
 )

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -14,11 +14,12 @@ from uuid import UUID
 
 from granite_storage._documentation import Page
 from granite_storage._portal import enter_blocking, run_blocking
+from granite_storage._tasks import run_bounded
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
-from granite_storage.exceptions import ConfigurationError
-from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings
-from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database
-from granite_storage.orm.journal.deletes import delete_id
+from granite_storage.exceptions import ConfigurationError, ObjectNotFoundError
+from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings, are_triggers_declared
+from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database, note_retentions
+from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate
 from granite_storage.orm.journal.direct_uploads import Claim, Finished, Staging
 from granite_storage.orm.journal.effects import EffectJobs, effects_of
 from granite_storage.orm.journal.intents import GroupCommit, Intents, Lease
@@ -28,8 +29,10 @@ from granite_storage.orm.journal.references import References
 from granite_storage.orm.journal.scans import ScanJobs
 from granite_storage.orm.journal.sqlite import SidecarPool, SidecarReferences, SQLitePool
 from granite_storage.orm.journal.tables import RecoveryReport, tables_of
+from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work
+from granite_storage.refs import iter_refs
 
 if TYPE_CHECKING:
     from sqlalchemy import Column, Connection, Engine, MetaData
@@ -52,6 +55,7 @@ _OPERATION_TIMEOUT = 30.0
 _HURRY = 1.0
 _JOB_LEASE = timedelta(minutes=2)
 _RARELY = timedelta(days=1)
+_LOOKS_AT_A_TIME = 8
 
 
 class StorageJournal:
@@ -184,7 +188,61 @@ class StorageJournal:
                 backend,
                 extra=fields_of(backend=backend),
             )
+        if self._pool.is_postgresql:
+            await note_retentions(self._bounded, self.tables, self.manager.policies.values())
+            for problem in await self.find_trigger_problems():
+                logger.warning("SQL past the sessions is not covered: %s", problem)
         self._checked = True
+
+    async def find_trigger_problems(self) -> list[str]:
+        """Return what is wrong with the triggers that `storage_triggers` declares, in words, table by table; `check` logs it.
+
+        A trigger may be missing, from a partition that was made since, disabled, or of another version of the library.
+        """
+        declared = [item.metadata for item in self._bindings if are_triggers_declared(item.metadata)]
+        if not declared:
+            return []
+
+        def find(connection: Connection) -> list[str]:
+            return [
+                problem
+                for item in dict.fromkeys(declared)
+                for problem in find_trigger_problems(connection, sources_of(connection, item))
+            ]
+
+        async with self._bounded.reading() as connection:
+            return await connection.run_sync(find)
+
+    async def adopt(self, refs: Iterable[StoredObjectRef]) -> None:
+        """Let rows with refs from elsewhere be loaded, as by a COPY of a dump: without it triggers refuse them.
+
+        It commits for each object, and for its variants, that it is to be deleted when the lease of an upload is over, unless a
+        row refers to it by then, and sees that the object is there. So load the rows within that time, and adopt only what
+        belongs to this database: an object of another one would be deleted.
+
+        Args:
+            refs: The refs of the rows.
+
+        Raises:
+            ObjectNotFoundError: An object is not there; the others are adopted.
+            ConfigurationError: As `check`.
+        """
+        await self._ensure_checked()
+        objects = [(one, None if one is ref else ref.location) for ref in refs for one in iter_refs(ref)]
+        seconds = self._lease.total_seconds()
+        pending = [PendingDelete(one.backend, one.location, seconds, source) for one, source in objects]
+        async with self._bounded.durable() as connection:
+            await connection.run_sync(nominate, self.tables.intent, pending, self.execution_options)
+
+        async def see(item: tuple[StoredObjectRef, str | None]) -> None:
+            if not await self.manager.exists(item[0]):
+                raise ObjectNotFoundError(
+                    f"the object at {item[0].location!r} cannot be adopted: it is not there",
+                    backend=item[0].backend,
+                    location=item[0].location,
+                )
+
+        await run_bounded(objects, see, _LOOKS_AT_A_TIME)
 
     async def recover(self) -> RecoveryReport:
         """Run recovery once: delete uploads that no transaction has consumed, and displaced objects that are due.
@@ -540,6 +598,10 @@ class SyncJournal:
         """Recover again and again while the block runs, on the library's own event loop; see `StorageJournal.worker`."""
         awaited = "'async with journal.worker(...)'"
         return enter_blocking(self._journal.worker(interval=interval), "journal.sync.worker", awaited)
+
+    def adopt(self, refs: Iterable[StoredObjectRef]) -> None:
+        """Let rows with refs from elsewhere be loaded; see `StorageJournal.adopt`."""
+        self._run(self._journal.adopt(refs), "adopt")
 
     def retry_dead_letters(self) -> int:
         """Retry the dead letters; see `StorageJournal.retry_dead_letters`."""

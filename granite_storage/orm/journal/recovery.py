@@ -8,7 +8,7 @@ kept. A worker that dies between two steps leaves a row in `reclaim` that any ot
 SQL can make rows share an object, which is then nominated more than once. A newer intent waits while an older one is fenced. A
 slow worker whose row was taken over by another one stops, because the fence that it relies on may have been lifted. So the check
 for references also checks, in its own snapshot, that the fenced row still belongs to the worker, and only the last worker of a
-row lifts its fence. Deleting an object also deletes its newer intent, which would no longer prove that the object exists.
+row lifts its fence. Deleting an object also deletes its other intents, which would no longer prove that the object exists.
 
 A failed delete counts as an attempt, and after a number of attempts the row becomes a dead letter. A worker that dies or is
 overdue has made no attempt; but an object that crashes its workers must not do so forever. So each row counts the workers that
@@ -358,7 +358,7 @@ class Recovery:
     async def _conclude(self, removed: Sequence[_Reclaim]) -> None:
         """Delete the rows of deleted objects; those of uploads are kept for a re-check, since a request may still arrive.
 
-        Newer intents to delete the same objects go first. One that a transaction has locked, in an undo that will find the fenced
+        Other intents of the same objects go first. One that a transaction has locked, in an undo that will find the fenced
         row, keeps that row until it is free.
         """
         if not removed:
@@ -377,15 +377,20 @@ class Recovery:
             await self._update_own(connection, [item for item in removed if item.location in locked], **again)
 
     async def _drop_newer(self, connection: AsyncConnection, locations: Sequence[str]) -> set[str]:
-        """Delete pending delete intents of objects that are gone; return the locations of those that are locked."""
+        """Delete pending intents of objects that are gone; return the locations of those that are locked.
+
+        That of an upload may be pending still, where SQL has written the ref into a row and no session has consumed it.
+        """
         intent = self._tables.intent
-        newer = select(intent.c.id, intent.c.location).where(intent.c.location.in_(locations), intent.c.kind == DELETE)
+        newer = select(intent.c.id, intent.c.location).where(intent.c.location.in_(locations))
         pending: dict[UUID, str] = {row.id: row.location for row in await connection.execute(newer)}
         free: set[UUID] = set()
         for item in sorted(pending):  # one by one: a list may lock other rows on MariaDB
             lock = select(intent.c.id).where(intent.c.id == item).with_for_update(skip_locked=True)
             free.update((await connection.execute(lock)).scalars())
         await self._drop(connection, intent, free)
+        if self._pool.is_postgresql:
+            await self._drop(connection, self._tables.decision, free)
         return {location for item, location in pending.items() if item not in free}
 
     async def _forget(self, connection: AsyncConnection, ids: Sequence[UUID]) -> None:

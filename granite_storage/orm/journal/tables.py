@@ -19,6 +19,8 @@ __all__ = [
     "ABORT",
     "COMMIT",
     "DELETE",
+    "LONGEST_META_NAME",
+    "RETENTION_PREFIX",
     "SCHEMA_VERSION",
     "SIDECAR_NAME",
     "STAGING",
@@ -40,6 +42,10 @@ Version 2 added `granite_storage_job`, and to the intents and their reclaims the
 
 VERSION_NAME = "schema_version"
 """The key of the version in that table."""
+
+LONGEST_META_NAME = 64
+RETENTION_PREFIX = "retention:"
+"""What the keys of the policies' retentions begin with, in seconds, in that table."""
 
 SIDECAR_NAME = "sidecar"
 """The key of the name of the file with the intents of uploads, on SQLite, in that table of both files."""
@@ -126,7 +132,7 @@ def _declare(metadata: MetaData, schema: str | None) -> JournalTables:
         decision=table("decision", Column("id", Uuid(), primary_key=True), Column("outcome", String(8), nullable=False)),
         meta=table(
             "meta",
-            Column("name", String(64), primary_key=True),
+            Column("name", String(LONGEST_META_NAME), primary_key=True),
             Column("value", Text(), nullable=False),
             Column("changed", _Time, nullable=False),
         ),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, delete, select, tuple_
+from sqlalchemy.exc import DBAPIError
 
 from granite_storage._tasks import background, run_bounded, shielded_cleanup
 from granite_storage._telemetry import fields_of
@@ -49,6 +50,7 @@ from granite_storage.orm.journal.jobs import (
     variants_of,
 )
 from granite_storage.orm.journal.tables import RecoveryReport, clock, describe_error
+from granite_storage.orm.transactions import refused_ref
 from granite_storage.orm.uploads import make_variant, prepare_variant
 from granite_storage.orm.variants import (
     LONGEST_WAIT,
@@ -294,9 +296,15 @@ class VariantJobs(JobQueue):
         async with self._pool.writing() as connection:
             holdings = await self._holdings(connection, jobs[0], lock_holdings) if made else []
             chosen = choose_rows(holdings, made)
+            try:
+                displaced = await connection.run_sync(write_variants, chosen, made)
+            except DBAPIError as error:
+                if (refused := refused_ref(error)) is None:
+                    raise
+                raise refused from error
+            # After the rows are written, whose triggers look for the intents.
             if chosen:
                 await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
-            displaced = await connection.run_sync(write_variants, chosen, made)
             await connection.run_sync(nominate, self._intent, self._pending(jobs[0], displaced), {})
             # What the rows held under its name has changed meanwhile: the job stays.
             overtaken = {job.variant for job in jobs if job.variant in made and _lacking(job, holdings)}.difference(chosen)

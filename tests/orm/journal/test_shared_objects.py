@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -21,7 +22,7 @@ from granite_storage.orm import Attachment, StorageJournal, bind_storage
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.intents import new_id
 from granite_storage.orm.journal.recovery import Recovery
-from granite_storage.orm.journal.tables import DELETE, clock
+from granite_storage.orm.journal.tables import DELETE, UPLOAD, clock
 from tests.faults.crash.workload import EXPECTED
 from tests.orm.clones import COPIES, bound_beside, cloned, cloned_as, copy_id
 from tests.orm.environment import Base, Doc, OrmEnvironment, file
@@ -123,6 +124,16 @@ class TestOneIntent:
         await expire(env)
         await journal_of(env).recover()
         assert [await rows(env, name) for name in ("intent", "reclaim")] == [[], []]
+
+    async def test_an_upload_that_sql_gave_to_a_row(self, env: OrmEnvironment) -> None:
+        """No session has consumed its intent, which must not outlive the object: it would say that the bytes are there."""
+        stored = await Attachment(b"a").store(Doc.file)
+        value = json.dumps(stored.ref.to_dict()).replace(":", r"\:")
+        await env.sql(f"INSERT INTO doc (id, title, file) VALUES (1, '', '{value}')")  # noqa: S608
+        await delete(env, 1)
+        assert sorted(row.kind for row in await rows(env, "intent")) == [DELETE, UPLOAD]
+        assert (await journal_of(env).recover()).deleted == 1
+        assert await rows(env, "intent") == []
 
 
 def become_worker_role(connection: Any, _: Any) -> None:

@@ -1,0 +1,200 @@
+"""The journal's triggers in migrations: creating, replacing and dropping them, and what autogenerate writes for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from alembic.autogenerate import renderers
+from alembic.operations import ops
+from sqlalchemy import Column, Connection, MetaData, Table, inspect
+
+from granite_storage.alembic._transactions import Op, require_online
+from granite_storage.orm._interfaces import are_triggers_declared
+from granite_storage.orm.columns import attachment_tables, portable_storage_ref_type
+from granite_storage.orm.journal.tables import journal_tables, tables_of
+from granite_storage.orm.journal.triggers import (
+    create_triggers,
+    drop_triggers,
+    find_sources,
+    has_current_triggers,
+    has_some_triggers,
+)
+
+if TYPE_CHECKING:
+    from alembic.autogenerate.api import AutogenContext
+
+__all__ = ["compare_triggers", "create_storage_triggers", "drop_storage_triggers"]
+
+_IMPORT = "from granite_storage.alembic import create_storage_triggers, drop_storage_triggers"
+
+
+def create_storage_triggers(
+    op: Op,
+    tables: Mapping[str, Sequence[str]],
+    *,
+    plain: Mapping[str, Sequence[str]] | None = None,
+    journal_schema: str | None = None,
+) -> None:
+    """Create the journal's triggers, or replace those of another version or for other columns, with the indexes they need.
+
+    They are those that `storage_triggers` declares. Each index over locations that is missing is created, which keeps writers
+    out for as long; on large tables create it before, by `create_location_index(..., concurrently=True)`. Partitions that are
+    made later lack some of the triggers: call it again after them. It is for PostgreSQL.
+
+    Args:
+        op: Alembic's `op`.
+        tables: The attachment columns by table; a table that is not in the default schema as `"schema.table"`.
+        plain: The other columns of refs by table, whose rows also say that an object is there.
+        journal_schema: The schema of the journal's tables, as passed to `journal_tables`.
+
+    Raises:
+        ConfigurationError: The database is not PostgreSQL, a table has no primary key, or the migration is rendered as SQL.
+    """
+    connection = require_online(op, "creating triggers")
+    metadata = MetaData()
+    columns = _declare(connection, metadata, tables)
+    others = _declare(connection, metadata, plain or {})
+    create_triggers(
+        connection, find_sources(connection, columns, [*columns, *others], journal_tables(metadata, schema=journal_schema))
+    )
+
+
+def drop_storage_triggers(op: Op, tables: Iterable[str]) -> None:
+    """Drop the triggers of tables, and their functions; nothing happens where they are gone already.
+
+    Args:
+        op: Alembic's `op`.
+        tables: The tables; one that is not in the default schema as `"schema.table"`.
+    """
+    metadata = MetaData()
+    drop_triggers(require_online(op, "dropping triggers"), [_table(metadata, name) for name in tables])
+
+
+def _table(metadata: MetaData, fullname: str) -> Table:
+    schema, _, name = fullname.rpartition(".")
+    return Table(name, metadata, schema=schema or None, extend_existing=True)
+
+
+def _declare(connection: Connection, metadata: MetaData, tables: Mapping[str, Sequence[str]]) -> list[Column[Any]]:
+    """Return columns of refs, in tables with the primary keys that they have in the database."""
+    declared: list[Column[Any]] = []
+    for fullname, names in tables.items():
+        table = _table(metadata, fullname)
+        keys: Sequence[str] = inspect(connection).get_pk_constraint(table.name, schema=table.schema)["constrained_columns"]
+        for name in keys:
+            if name not in table.columns:
+                table.append_column(Column(name, primary_key=True))
+        for name in names:
+            column: Column[Any] = Column(name, portable_storage_ref_type())
+            table.append_column(column)
+            declared.append(column)
+    return declared
+
+
+class _CreateTriggersOp(ops.MigrateOperation):
+    """The call of `create_storage_triggers` in a migration."""
+
+    def __init__(
+        self, tables: Mapping[str, Sequence[str]], plain: Mapping[str, Sequence[str]], journal_schema: str | None
+    ) -> None:
+        self.tables, self.plain, self.journal_schema = tables, plain, journal_schema
+
+    def reverse(self) -> _DropTriggersOp:
+        return _DropTriggersOp(list(self.tables))
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        return ("create_storage_triggers", self.tables)
+
+
+class _DropTriggersOp(ops.MigrateOperation):
+    """The call of `drop_storage_triggers` in a migration; a downgrade drops them as well, as it knows no earlier columns."""
+
+    def __init__(self, tables: Sequence[str]) -> None:
+        self.tables = tables
+
+    def reverse(self) -> _DropTriggersOp:
+        return _DropTriggersOp(self.tables)
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        return ("drop_storage_triggers", self.tables)
+
+
+@renderers.dispatch_for(_CreateTriggersOp)
+def _render_create(autogen_context: AutogenContext, operation: _CreateTriggersOp) -> str:
+    autogen_context.imports.add(_IMPORT)
+    options = f", plain={operation.plain!r}" if operation.plain else ""
+    options += f", journal_schema={operation.journal_schema!r}" if operation.journal_schema is not None else ""
+    return f"create_storage_triggers(op, {operation.tables!r}{options})"
+
+
+@renderers.dispatch_for(_DropTriggersOp)
+def _render_drop(autogen_context: AutogenContext, operation: _DropTriggersOp) -> str:
+    autogen_context.imports.add(_IMPORT)
+    return f"drop_storage_triggers(op, {operation.tables!r})"
+
+
+def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps) -> None:
+    """Let a migration drop triggers before the columns that they depend on, and create what the models declare after all else."""
+    connection, metadata = autogen_context.connection, autogen_context.metadata
+    if connection is None or connection.dialect.name != "postgresql" or not isinstance(metadata, MetaData):
+        return
+    journal = tables_of(metadata)
+    if journal is None:
+        return
+    found = attachment_tables(metadata)
+    columns = found.all_attachments() if are_triggers_declared(metadata) else []
+    guarded = {column.table for column in columns}
+    shrinking = {name for operation in upgrade_ops.ops for name in _shrinking(operation)}
+    dropped = [
+        fullname
+        for fullname, table in _named(metadata, shrinking).items()
+        if (table not in guarded or fullname in shrinking) and has_some_triggers(connection, table)
+    ]
+    if dropped:
+        upgrade_ops.ops.insert(0, _DropTriggersOp(sorted(dropped)))
+    if columns and not _are_current(connection, metadata):
+        plain = [column for column in found.refs() if column not in set(columns)]
+        upgrade_ops.ops.append(_CreateTriggersOp(_by_table(columns), _by_table(plain), journal.intent.schema))
+
+
+def _are_current(connection: Connection, metadata: MetaData) -> bool:
+    journal = tables_of(metadata)
+    inspector = inspect(connection)
+    found = attachment_tables(metadata)
+    for table in {column.table for column in found.refs()} | set(journal.all if journal is not None else ()):
+        if not inspector.has_table(table.name, schema=table.schema):
+            return False
+        there = {column["name"] for column in inspector.get_columns(table.name, schema=table.schema)}
+        if any(column.table is table and column.name not in there for column in found.refs()):
+            return False
+    sources = [] if journal is None else find_sources(connection, found.all_attachments(), found.refs(), journal)
+    return all(has_current_triggers(connection, source) for source in sources)
+
+
+def _named(metadata: MetaData, others: Iterable[str]) -> dict[str, Table]:
+    """Return the tables of the models, and others by their names, which may be in no model any more."""
+    scratch = MetaData()
+    return {**{name: _table(scratch, name) for name in others}, **metadata.tables}
+
+
+def _shrinking(operation: ops.MigrateOperation) -> list[str]:
+    """Return the table that an operation drops, or drops columns of."""
+    match operation:
+        case ops.DropTableOp():
+            return [_fullname(operation.schema, operation.table_name)]
+        case ops.ModifyTableOps() if any(isinstance(item, ops.DropColumnOp) for item in operation.ops):
+            return [_fullname(operation.schema, operation.table_name)]
+        case _:
+            return []
+
+
+def _fullname(schema: str | None, name: str) -> str:
+    return f"{schema}.{name}" if schema else name
+
+
+def _by_table(columns: Iterable[Column[Any]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for column in columns:
+        found.setdefault(column.table.fullname, []).append(column.name)
+    return {name: sorted(found[name]) for name in sorted(found)}

@@ -1,0 +1,429 @@
+"""The functions and triggers of PostgreSQL that keep the journal's promise for every writer, as SQL.
+
+They nominate what a statement takes out of rows, as intents to delete, and guard what it brings in. Who brings in a location
+holds a lock on the evidence that its object is there: a pending intent of it, or another row that holds it. A worker skips what
+is locked, and looks for rows that refer to an object after it has fenced it; so the guard looks for a fence after it has locked.
+
+Why an INSERT is guarded when its rows are there already. Transition tables cost a third of what a trigger for each row costs. But
+rows that no guard has seen yet must not be evidence, neither for themselves nor for others that the same statement writes. So the
+statements that insert are counted while they run. Meanwhile what this transaction has written itself is no evidence. The last
+guard of the statement accepts rows that were written by earlier statements of the transaction: those with a lower command id.
+
+An UPDATE has a trigger for each row, because one with transition tables would cost every UPDATE of the table. It runs before the
+row is written, after all others of its kind, nominates first and guards then: so rows may swap their files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from granite_storage.orm.columns import fitting_name
+from granite_storage.orm.journal.tables import DELETE, LONGEST_META_NAME, RETENTION_PREFIX, STAGING
+
+__all__ = ["CLAIMED", "TRIGGERS", "GuardedTable", "Holder", "TriggerSource", "quoted"]
+
+VERSION = 1
+"""The version of the SQL; the arguments of the triggers begin with it."""
+
+CLAIMED = "granite_storage.claimed"
+"""The setting of a transaction with the locations that the library has claimed for it already, each between line feeds."""
+
+_INSERTING = "granite_storage.inserting"
+_RETENTION = "granite_storage.retention"
+"""The settings of a transaction with the number of statements that insert, and with the last retention that was looked up."""
+
+TRIGGERS = {
+    "granite_storage_delete": "delete",
+    "granite_storage_insert": "insert",
+    "granite_storage_inserting": "insert",
+    "granite_storage_truncate": "truncate",
+    "zz_granite_storage_update": "update",  # triggers of one kind fire in the order of their names
+}
+"""The triggers of each table by name, and the functions that they call."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Holder:
+    """A column whose rows may refer to objects; its table as it stands in the database."""
+
+    schema: str
+    table: str
+    column: str
+
+    @property
+    def qualified(self) -> str:
+        """The name of the table in SQL."""
+        return f"{quoted(self.schema)}.{quoted(self.table)}"
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedTable:
+    """A table with attachment columns, as it stands in the database.
+
+    Attributes:
+        schema: Its schema.
+        name: Its name.
+        keys: The columns of its primary key.
+        columns: Its attachment columns.
+    """
+
+    schema: str
+    name: str
+    keys: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    @property
+    def qualified(self) -> str:
+        """Its name in SQL."""
+        return f"{quoted(self.schema)}.{quoted(self.name)}"
+
+    def function(self, what: str) -> str:
+        """Return the name of one of its functions in SQL, without arguments."""
+        return f"{quoted(self.schema)}.{quoted(fitting_name(f'granite_storage_{what}_', self.name))}"
+
+    @property
+    def drop_functions(self) -> list[str]:
+        """The statements that drop its functions, and with them the triggers."""
+        functions = [f"{self.function(what)}()" for what in sorted(set(TRIGGERS.values()))]
+        functions.append(f"{self.function('guard')}(text, text, bigint)")
+        return [f"DROP FUNCTION IF EXISTS {function} CASCADE" for function in functions]
+
+
+class TriggerSource:
+    """The SQL of the triggers of one table.
+
+    Args:
+        table: The table.
+        holders: Every column whose rows are evidence for a location.
+        journal: The schema of the journal's tables.
+        names: The names of the tables of intents, of fences, and `granite_storage_meta`.
+    """
+
+    def __init__(self, table: GuardedTable, holders: Sequence[Holder], journal: str, names: tuple[str, str, str]) -> None:
+        self.table = table
+        self.holders: list[Holder] = sorted(holders)
+        self._intent, self._reclaim, self._meta = (f"{quoted(journal)}.{quoted(name)}" for name in names)
+
+    @property
+    def digest(self) -> str:
+        """The version and a digest of all of it; the argument of each trigger, by which what is there is known."""
+        text = "\n".join((*self.functions, *self._triggers(self.table.qualified, "", is_parent=True)))
+        return f"{VERSION}:{sha256(text.encode()).hexdigest()[:32]}"
+
+    @property
+    def functions(self) -> list[str]:
+        """The statements that create the functions, or replace them."""
+        bodies = {
+            "delete": self._on_delete(),
+            "insert": self._on_insert(),
+            "truncate": self._on_truncate(),
+            "update": self._on_update(),
+        }
+        guard = f"""
+CREATE OR REPLACE FUNCTION {self.table.function("guard")}(wanted text, original text, before bigint) RETURNS void
+LANGUAGE plpgsql AS $granite$
+{self._guard()}
+$granite$"""
+        # Trigger functions run with the rights of their owner, and find nothing that another role has made.
+        return [guard] + [
+            f"""
+CREATE OR REPLACE FUNCTION {self.table.function(what)}() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp{"" if what == "update" else " SET jit = off"} AS $granite$
+{body}
+$granite$"""
+            for what, body in bodies.items()
+        ]
+
+    def triggers(self, relation: str, *, is_parent: bool) -> list[str]:
+        """Return the statements that create the triggers of a relation, or replace them.
+
+        Args:
+            relation: The table, or a partition of it, in SQL.
+            is_parent: Whether it is the table; a partition has its trigger for UPDATE from there.
+        """
+        return self._triggers(relation, self.digest, is_parent=is_parent)
+
+    def _triggers(self, relation: str, digest: str, *, is_parent: bool) -> list[str]:
+        def trigger(name: str, moment: str, how: str = "FOR EACH STATEMENT") -> list[str]:
+            function = f"{self.table.function(TRIGGERS[name])}({_literal(digest)})"
+            made = f"CREATE TRIGGER {name} {moment} ON {relation} {how} EXECUTE FUNCTION {function}"
+            return [f"DROP TRIGGER IF EXISTS {name} ON {relation}", made]
+
+        changed = " OR ".join(
+            f"CAST(OLD.{quoted(name)} AS jsonb) IS DISTINCT FROM CAST(NEW.{quoted(name)} AS jsonb)" for name in self.table.columns
+        )
+        statements = [
+            *trigger("granite_storage_inserting", "BEFORE INSERT"),
+            *trigger("granite_storage_insert", "AFTER INSERT", "REFERENCING NEW TABLE AS changed FOR EACH STATEMENT"),
+            *trigger("granite_storage_delete", "AFTER DELETE", "REFERENCING OLD TABLE AS changed FOR EACH STATEMENT"),
+            *trigger("granite_storage_truncate", "BEFORE TRUNCATE"),
+        ]
+        if is_parent:
+            statements += trigger("zz_granite_storage_update", "BEFORE UPDATE", f"FOR EACH ROW WHEN ({changed})")
+        return statements
+
+    # Nominating.
+
+    def _nominated(self, source: str) -> str:
+        """Return the INSERT of the intents to delete what the rows of a relation hold."""
+        selects: list[str] = []
+        for name in map(quoted, self.table.columns):
+            selects.append(
+                f"SELECT o.{name} ->> 'backend' AS backend, o.{name} ->> 'location' AS location, CAST(NULL AS text) AS source,"
+                f" o.{name} ->> 'storage_key' AS policy FROM {source} o WHERE o.{name} IS NOT NULL"
+            )
+            selects.append(
+                f"SELECT v.value ->> 'backend', v.value ->> 'location', o.{name} ->> 'location', o.{name} ->> 'storage_key'"
+                f" FROM {source} o, jsonb_path_query(CAST(o.{name} AS jsonb), '$.variants.*') AS v(value)"
+                f" WHERE CAST(o.{name} AS jsonb) ? 'variants'"
+            )
+        return self._intents_of("\n    UNION ALL ".join(selects))
+
+    def _intents_of(self, held: str) -> str:
+        """Return the INSERT of the intents to delete objects, those of one transaction in the order of their ids."""
+        return f"""INSERT INTO {self._intent} AS i (id, kind, backend, location, source, due)
+  SELECT DISTINCT ON (1) {_id_of("h.digest")} AS id, {_literal(DELETE)}, h.backend, h.location, h.source,
+    clock_timestamp() + make_interval(secs => {self._retention("m.value")}) AS due
+  FROM (
+    SELECT n.*, sha256(convert_to(n.backend || E'\\n' || n.location, 'UTF8')) AS digest
+    FROM (
+    {held}
+    ) n OFFSET 0
+  ) h LEFT JOIN {self._meta} m ON m.name = {_meta_name("h.policy")}
+  WHERE h.digest IS NOT NULL
+  ORDER BY 1, due DESC
+  ON CONFLICT (id) DO UPDATE SET due = greatest(i.due, excluded.due)"""
+
+    def _retention(self, own: str) -> str:
+        """Return the seconds that an object waits: those of its policy, or the most of any where that is unknown."""
+        longest = f"SELECT max(CAST(a.value AS float8)) FROM {self._meta} a WHERE a.name LIKE {_literal(RETENTION_PREFIX + '%')}"
+        return f"coalesce(CAST({own} AS float8), ({longest}), 0)"
+
+    def _on_delete(self) -> str:
+        return f"BEGIN\n  {self._nominated('changed')};\n  RETURN NULL;\nEND"
+
+    def _on_truncate(self) -> str:
+        # The partition that the statement is about, which is not always the whole table.
+        statement = self._nominated("@relation@").replace("$granite$", "")
+        return f"""BEGIN
+  EXECUTE replace({_literal(statement)}, '@relation@', CAST(CAST(TG_RELID AS regclass) AS text));
+  RETURN NULL;
+END"""
+
+    def _on_update(self) -> str:
+        nominate: list[str] = []
+        guard: list[str] = []
+        for name in map(quoted, self.table.columns):
+            old, new = f"CAST(OLD.{name} AS jsonb)", f"CAST(NEW.{name} AS jsonb)"
+            single = f"""policy := coalesce({old} ->> 'storage_key', '');
+      seconds := CAST(CAST(nullif(current_setting('{_RETENTION}', true), '') AS jsonb) ->> policy AS float8);
+      IF seconds IS NULL THEN
+        seconds := {self._own_retention("policy")};
+        PERFORM set_config('{_RETENTION}', CAST(jsonb_build_object(policy, seconds) AS text), true);
+      END IF;
+      INSERT INTO {self._intent} AS i (id, kind, backend, location, source, due)
+      VALUES ({_id_of("digest")}, {_literal(DELETE)}, {old} ->> 'backend', {old} ->> 'location', NULL,
+        clock_timestamp() + make_interval(secs => seconds))
+      ON CONFLICT (id) DO UPDATE SET due = greatest(i.due, excluded.due)"""
+            nominate.append(f"""
+  IF {old} IS DISTINCT FROM {new} THEN
+    IF {old} ->> 'location' IS DISTINCT FROM {new} ->> 'location' THEN
+      digest := sha256(convert_to(({old} ->> 'backend') || E'\\n' || ({old} ->> 'location'), 'UTF8'));
+      IF digest IS NOT NULL THEN
+      {single};
+      END IF;
+    END IF;
+    IF {old} -> 'variants' IS NOT NULL THEN
+      {self._intents_of(_left_variants(old, new))};
+    END IF;
+  END IF;""")
+            guard.append(f"""
+  IF {old} IS DISTINCT FROM {new} THEN
+    IF {old} ->> 'location' IS DISTINCT FROM {new} ->> 'location' AND {new} ->> 'location' IS NOT NULL THEN
+      PERFORM {self.table.function("guard")}({new} ->> 'location', NULL, before);
+    END IF;
+    IF {new} -> 'variants' IS NOT NULL THEN
+      PERFORM {self.table.function("guard")}(n.location, {new} ->> 'location', before) FROM (
+        {_gained_variants(old, new)}
+      ) n;
+    END IF;
+  END IF;""")
+        return f"""DECLARE
+  digest bytea;
+  policy text;
+  seconds float8;
+  before bigint := CASE WHEN {_counted("0")} > 0 THEN 0 END;
+BEGIN{"".join(nominate)}{"".join(guard)}
+  RETURN NEW;
+END"""
+
+    def _own_retention(self, policy: str) -> str:
+        return self._retention(f"(SELECT m.value FROM {self._meta} m WHERE m.name = {_meta_name(policy)})")
+
+    # Guarding.
+
+    def _on_insert(self) -> str:
+        selects: list[str] = []
+        for name in map(quoted, self.table.columns):
+            selects.append(
+                f"SELECT n.{name} ->> 'location' AS location, CAST(NULL AS text) AS source FROM changed n"
+                f" WHERE n.{name} IS NOT NULL"
+            )
+            selects.append(
+                f"SELECT v.value ->> 'location', n.{name} ->> 'location' FROM changed n,"
+                f" jsonb_path_query(CAST(n.{name} AS jsonb), '$.variants.*') AS v(value)"
+                f" WHERE CAST(n.{name} AS jsonb) ? 'variants'"
+            )
+        brought = "\n    UNION ALL ".join(selects)
+        same_row = " AND ".join(f"t.{quoted(key)} = n.{quoted(key)}" for key in self.table.keys)
+        return f"""DECLARE
+  locations text[];
+  sources text[];
+  before bigint := 0;
+  missing record;
+  gone text;
+BEGIN
+  IF TG_WHEN = 'BEFORE' THEN
+    PERFORM set_config('{_INSERTING}', CAST({_counted("0")} + 1 AS text), true);
+    RETURN NULL;
+  END IF;
+  PERFORM set_config('{_INSERTING}', CAST({_counted("1")} - 1 AS text), true);
+  SELECT array_agg(s.location), array_agg(coalesce(s.source, '')) INTO locations, sources FROM (
+    SELECT i.location, i.source FROM {self._intent} i WHERE i.kind <> {_literal(STAGING)} AND i.location IN (
+      SELECT w.location FROM (
+    {brought}
+      ) w
+    ) ORDER BY i.id FOR UPDATE
+  ) s;
+  IF {_counted("0")} = 0 THEN
+    before := coalesce((SELECT min({_command("t")}) FROM {self.table.qualified} t JOIN changed n ON {same_row}), 0);
+  END IF;
+  FOR missing IN SELECT DISTINCT w.location, w.source FROM (
+    {brought}
+    ) w LEFT JOIN (
+      SELECT l.location, min(l.source) AS first, max(l.source) AS last FROM unnest(locations, sources) AS l(location, source)
+      GROUP BY l.location
+    ) l ON l.location = w.location
+    WHERE w.location IS NOT NULL AND (coalesce(w.source, '') = l.first AND l.first = l.last) IS NOT TRUE
+  LOOP
+    PERFORM {self.table.function("guard")}(missing.location, missing.source, before);
+  END LOOP;
+  SELECT w.location INTO gone FROM (
+    {brought}
+    ) w JOIN {self._reclaim} r ON r.location = w.location LIMIT 1;
+  IF FOUND THEN
+    {self._refusal("gone")}
+  END IF;
+  RETURN NULL;
+END"""
+
+    def _guard(self) -> str:
+        """Return the body of the function that locks the evidence for one location, or refuses it.
+
+        Its arguments are the location, that of its original if it is a variant, and the command id from which on the rows that
+        this transaction has written are no evidence; NULL where all of them are. An intent of the location as a variant of
+        another original, or as no variant, is no evidence: its worker would not look for the object where it is now.
+        """
+        by_location = [self._lock_holder(item, _at(item, "wanted")) for item in self.holders]
+        by_original = [
+            self._lock_holder(
+                item,
+                f"{_at(item, 'original')} AND jsonb_path_exists(CAST(t.{quoted(item.column)} AS jsonb),"
+                " '$.variants.*.location ? (@ == $wanted)', jsonb_build_object('wanted', wanted))",
+            )
+            for item in self.holders
+        ]
+        return f"""DECLARE
+  own xid := CAST(pg_current_xact_id() AS xid);
+  is_known boolean;
+  is_same boolean;
+BEGIN
+  IF strpos(current_setting('{CLAIMED}', true), E'\\n' || wanted || E'\\n') > 0 THEN
+    RETURN;
+  END IF;
+  SELECT count(*) > 0, coalesce(bool_and(s.source IS NOT DISTINCT FROM original), true) INTO is_known, is_same FROM (
+    SELECT i.source FROM {self._intent} i WHERE i.location = wanted AND i.kind <> {_literal(STAGING)} ORDER BY i.id FOR UPDATE
+  ) s;
+  IF original IS NULL THEN{"".join(by_location)}
+  ELSE{"".join(by_original)}
+  END IF;
+  IF NOT is_known OR NOT is_same OR EXISTS (SELECT FROM {self._reclaim} r WHERE r.location = wanted) THEN
+    {self._refusal("wanted")}
+  END IF;
+END"""
+
+    def _lock_holder(self, holder: Holder, is_holder: str) -> str:
+        return f"""
+    IF NOT is_known THEN
+      PERFORM FROM {holder.qualified} t WHERE {is_holder}
+        AND (before IS NULL OR NOT ({_command("t")} >= before AND {_is_own("t")})) LIMIT 1 FOR SHARE;
+      is_known := FOUND;
+    END IF;"""
+
+    def _refusal(self, location: str) -> str:
+        return f"""RAISE EXCEPTION USING ERRCODE = 'foreign_key_violation',
+      MESSAGE = format('granite_storage: the object %L is gone or going', {location}),
+      HINT = 'Only what another row holds, or what waits to be deleted, can be written; journal.adopt() lets other refs in.';"""
+
+
+def quoted(name: str) -> str:
+    """Quote an identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _id_of(digest: str) -> str:
+    """Return the id of a delete intent in SQL, given the digest of its backend and location; see `derived_id`."""
+    version, variant = f"get_byte({digest}, 6) & 15 | 80", f"get_byte({digest}, 8) & 63 | 128"
+    return f"CAST(encode(set_byte(set_byte(substr({digest}, 1, 16), 6, {version}), 8, {variant}), 'hex') AS uuid)"
+
+
+def _meta_name(policy: str) -> str:
+    return f"left({_literal(RETENTION_PREFIX)} || ({policy}), {LONGEST_META_NAME})"
+
+
+def _counted(without: str) -> str:
+    """Return in SQL how many statements that insert are running, or another number where none has set it."""
+    return f"coalesce(CAST(nullif(current_setting('{_INSERTING}', true), '') AS int), {without})"
+
+
+def _at(holder: Holder, location: str) -> str:
+    """Return the criterion that a row holds a location, spelled as the index over locations is."""
+    return f"(t.{quoted(holder.column)} ->> 'location') = {location}"
+
+
+def _command(alias: str) -> str:
+    return f"CAST(CAST({alias}.cmin AS text) AS bigint)"
+
+
+def _is_own(alias: str) -> str:
+    """Return the criterion that a row was written by this transaction, in whichever of its savepoints.
+
+    What is visible and in progress is its own; the status is asked of no id that the transaction cannot have.
+    """
+    age = f"age({alias}.xmin)"
+    full = f"CAST(CAST(CAST(pg_current_xact_id() AS text) AS bigint) + age(own) - {age} AS text)"
+    return f"CASE WHEN {age} BETWEEN 0 AND age(own) THEN pg_xact_status(CAST({full} AS xid8)) = 'in progress' ELSE false END"
+
+
+def _left_variants(old: str, new: str) -> str:
+    """Return the SELECT of the variants that a row does not keep; all of them go with their original."""
+    return f"""SELECT v.value ->> 'backend' AS backend, v.value ->> 'location' AS location, {old} ->> 'location' AS source,
+      {old} ->> 'storage_key' AS policy FROM jsonb_path_query({old}, '$.variants.*') AS v(value)
+    WHERE {_is_not_in(old, new)}"""
+
+
+def _gained_variants(old: str, new: str) -> str:
+    """Return the SELECT of the locations of the variants that a row did not have for the same original."""
+    return f"""SELECT v.value ->> 'location' AS location FROM jsonb_path_query({new}, '$.variants.*') AS v(value)
+        WHERE v.value ->> 'location' IS NOT NULL AND {_is_not_in(new, old)}"""
+
+
+def _is_not_in(one: str, other: str) -> str:
+    return f"""({one} ->> 'location' IS DISTINCT FROM {other} ->> 'location' OR NOT EXISTS (
+      SELECT FROM jsonb_path_query({other}, '$.variants.*') AS k(value) WHERE k.value ->> 'location' = v.value ->> 'location'))"""

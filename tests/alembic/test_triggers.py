@@ -1,0 +1,84 @@
+"""The journal's triggers in migrations: what autogenerate writes for them, and what the database has then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import IntegrityError
+
+from tests.alembic.conftest import Target
+from tests.alembic.project import Project
+from tests.alembic.test_autogenerate import MODELS, NOTHING
+from tests.orm.databases import postgres_database
+
+DECLARED = """
+from granite_storage.orm import storage_triggers
+storage_triggers(Base.metadata)
+"""
+OWN = "SELECT relname, tgname FROM pg_trigger JOIN pg_class c ON c.oid = tgrelid WHERE tgname LIKE '%granite%' ORDER BY 1, 2"
+
+
+@pytest.fixture
+def target(postgres_server: URL) -> Iterator[Target]:
+    with postgres_database(postgres_server, "psycopg") as database:
+        yield Target(database.url, "generic")
+
+
+def guarded(target: Target) -> set[Any]:
+    return {name for name, _ in target.ask(OWN)}
+
+
+def test_from_models_to_triggers_and_back(target: Target, tmp_path: Path) -> None:
+    """With new tables, in a migration of their own, after a change of columns, and when the models declare them no more."""
+    project = Project.made(tmp_path, target.url, MODELS + DECLARED, template=target.template)
+    written = project.autogenerate("files")
+    assert "create_storage_triggers(op, {'document': ['file'], 'picture': ['file']}, plain={'document': ['plain']})" in written
+    project.alembic("upgrade", "head")
+    assert guarded(target) == {"document", "picture"}
+    assert NOTHING in project.alembic("check")
+    with pytest.raises(IntegrityError, match="gone or going"):
+        target.ask_nothing("INSERT INTO picture (id, file) VALUES (1, jsonb_build_object('location', 'unknown'))")
+
+    changed = MODELS.replace("    plain: Mapped[StoredObjectRef | None] = mapped_column(StoredObjectRefType())\n", "")
+    changed = changed.replace("file: Mapped[Attachment | None]", "scan: Mapped[Attachment | None]")
+    (tmp_path / "models.py").write_text(changed + DECLARED)
+    written = project.autogenerate("columns")
+    assert written.index("drop_storage_triggers(op, ['document'])") < written.index("drop_column")
+    assert "create_storage_triggers(op, {'document': ['scan'], 'picture': ['file']})" in written
+    project.alembic("upgrade", "head")
+    assert guarded(target) == {"document", "picture"}
+    assert NOTHING in project.alembic("check")
+
+    (tmp_path / "models.py").write_text(changed)
+    assert "drop_storage_triggers(op, ['document', 'picture'])" in project.autogenerate("none")
+    project.alembic("upgrade", "head")
+    assert guarded(target) == set()
+    assert target.ask("SELECT proname FROM pg_proc WHERE proname LIKE 'granite%'") == []
+    assert NOTHING in project.alembic("check")
+    project.alembic("downgrade", "base")
+
+
+def test_what_was_changed_past_migrations(target: Target, tmp_path: Path) -> None:
+    project = Project.made(tmp_path, target.url, MODELS + DECLARED, template=target.template)
+    project.autogenerate("files")
+    project.alembic("upgrade", "head")
+    target.ask_nothing("DROP TRIGGER granite_storage_delete ON picture")
+    assert "create_storage_triggers" in project.autogenerate("again")
+    project.alembic("upgrade", "head")
+    assert NOTHING in project.alembic("check")
+
+
+def test_without_a_database(target: Target, tmp_path: Path) -> None:
+    project = Project.made(tmp_path, target.url, MODELS + DECLARED, template=target.template)
+    project.autogenerate("files")
+    assert "creating triggers needs the database" in project.alembic("upgrade", "head", "--sql", fails=True)
+
+
+def test_another_database(tmp_path: Path) -> None:
+    """A project that runs on SQLite as well gets no triggers there."""
+    project = Project.made(tmp_path, make_url(f"sqlite:///{tmp_path}/app.db"), MODELS + DECLARED, template="generic")
+    assert "triggers" not in project.autogenerate("files")

@@ -1,0 +1,119 @@
+"""What the triggers of PostgreSQL cost, in CPU time of the server: `python -m tests.benchmarks.bench_triggers`.
+
+Each statement is about 10,000 rows and is rolled back; the best of five counts. The CPU time of the connection's process is read
+from the operating system, so that other load on the machine does not matter much.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from granite_storage import Attachment, attachment, journal_tables
+from granite_storage.orm import storage_triggers
+from tests.orm.databases import postgres, postgres_database
+
+ROWS = 10_000
+RUNS = 5
+DELETE_BY_HAND = """
+    WITH d AS (DELETE FROM doc RETURNING file)
+    INSERT INTO granite_storage_intent (id, kind, backend, location, due)
+    SELECT gen_random_uuid(), 'delete', file ->> 'backend', file ->> 'location', clock_timestamp() FROM d
+"""
+FILL = """
+    INSERT INTO doc (id, title, file) SELECT n, '', jsonb_build_object('backend', 'store', 'storage_key', 'docs', 'size', 100,
+        'checksum', repeat('a', 71), 'location', concat('doc/', md5(concat(n)), '/file/', md5(concat(n, 'x'))))
+    FROM generate_series(1, :rows) n
+"""
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Doc(Base):
+    __tablename__ = "doc"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(default="")
+    file: Mapped[Attachment | None] = attachment("docs")
+    other: Mapped[Attachment | None] = attachment("docs")
+
+
+class Note(Base):
+    __tablename__ = "note"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[Attachment | None] = attachment("docs")
+
+
+journal_tables(Base.metadata)
+storage_triggers(Base.metadata)
+
+
+def measure(engine: Engine, statement: str, *, has_triggers: bool) -> float:
+    """Return the seconds of CPU time that a statement takes."""
+    best = float("inf")
+    for _ in range(RUNS):
+        with engine.connect() as connection:
+            role = "origin" if has_triggers else "replica"
+            connection.execute(text("SET session_replication_role = replica"))
+            connection.execute(text("TRUNCATE doc, note, granite_storage_intent"))
+            connection.execute(text(FILL), {"rows": ROWS})
+            connection.execute(text(f"SET session_replication_role = {role}"))
+            connection.commit()
+            vacuum(engine)
+            best = min(best, seconds_of(connection, statement))
+            connection.rollback()
+            connection.execute(text("SET session_replication_role = origin"))
+            connection.commit()
+    return best
+
+
+def vacuum(engine: Engine) -> None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE doc"))
+
+
+def seconds_of(connection: Connection, statement: str) -> float:
+    process = psutil.Process(connection.execute(text("SELECT pg_backend_pid()")).scalar_one())
+    before = process.cpu_times()
+    connection.execute(text(statement))
+    after = process.cpu_times()
+    return after.user + after.system - before.user - before.system
+
+
+@contextmanager
+def database() -> Iterator[Engine]:
+    """Give an engine on a PostgreSQL of its own, or on the one whose URL is the argument."""
+    if len(sys.argv) > 1:
+        yield create_engine(sys.argv[1])
+        return
+    with TemporaryDirectory() as folder, postgres(Path(folder)) as server, postgres_database(server, "psycopg") as found:
+        yield create_engine(found.url)
+
+
+def main() -> None:
+    with database() as engine:
+        Base.metadata.create_all(engine)
+        copies = "INSERT INTO note (id, file) SELECT id, file FROM doc"
+        for what, by_hand, statement in (
+            ("DELETE, and one that inserts the intents by hand", DELETE_BY_HAND, "DELETE FROM doc"),
+            ("UPDATE of another column", "UPDATE doc SET title = 'x'", "UPDATE doc SET title = 'x'"),
+            ("UPDATE that clears the files", "UPDATE doc SET file = NULL", "UPDATE doc SET file = NULL"),
+            ("INSERT of copies", copies, copies),
+        ):
+            bare = measure(engine, by_hand, has_triggers=False)
+            own = measure(engine, statement, has_triggers=True)
+            print(f"{what:<50} {bare * 1000:7.0f} ms {own * 1000:7.0f} ms   {own / bare:5.2f} times")
+        Base.metadata.drop_all(engine)
+        engine.dispose()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Mutants of the triggers: what they record of the rows that lose a ref, and what they lock before they let one in."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+_SQL = "granite_storage/orm/journal/trigger_functions.py"
+_TESTS = "tests/orm/journal/test_storage_triggers.py"
+
+MUTANTS = [
+    Mutant(
+        name="trigger-ids-at-random",
+        rule="The id of a delete intent is a function of its backend and location, also where a trigger records it.",
+        path=_SQL,
+        old="""SELECT DISTINCT ON (1) {_id_of("h.digest")} AS id""",
+        new="SELECT DISTINCT ON (1) gen_random_uuid() AS id",
+        tests=(f"{_TESTS}::TestVariants::test_they_go_with_their_original[asyncpg]",),
+    ),
+    Mutant(
+        name="trigger-locks-no-intent",
+        rule="Whoever brings a location in locks the pending intents of it.",
+        path=_SQL,
+        old=""") ORDER BY i.id FOR UPDATE""",
+        new=""") ORDER BY i.id""",
+        tests=(f"{_TESTS}::TestGuard::test_an_undo[asyncpg]",),
+    ),
+    Mutant(
+        name="trigger-locks-no-holder",
+        rule="Whoever copies a location locks the row that holds it.",
+        path=_SQL,
+        old="LIMIT 1 FOR SHARE;",
+        new="LIMIT 1;",
+        tests=(f"{_TESTS}::TestGuard::test_the_source_of_a_copy_waits[asyncpg]",),
+    ),
+    Mutant(
+        name="trigger-does-not-ask-what-is-fenced",
+        rule="After the lock is held, a location that is fenced is refused.",
+        path=_SQL,
+        old="""  IF FOUND THEN
+    {self._refusal("gone")}""",
+        new="""  IF false THEN
+    {self._refusal("gone")}""",
+        tests=(f"{_TESTS}::TestGuard::test_a_newer_intent_of_what_is_being_deleted[asyncpg]",),
+    ),
+    Mutant(
+        name="trigger-rows-vouch-for-themselves",
+        rule="A row that no guard has seen yet is no evidence, neither for itself nor for others of its statement.",
+        path=_SQL,
+        old="    before := coalesce((SELECT min(",
+        new="    before := NULL; PERFORM coalesce((SELECT min(",
+        tests=(f"{_TESTS}::TestGuard::test_an_object_that_is_unknown[asyncpg]",),
+    ),
+    Mutant(
+        name="trigger-rows-of-a-running-insert-vouch",
+        rule="While a statement inserts, what the transaction has written itself is no evidence for what it updates.",
+        path=_SQL,
+        old="""before bigint := CASE WHEN {_counted("0")} > 0 THEN 0 END;""",
+        new="before bigint := NULL;",
+        tests=(f"{_TESTS}::TestGuard::test_rows_that_are_changed_again_before_their_guard_has_seen_them[asyncpg]",),
+    ),
+    Mutant(
+        name="trigger-variant-of-another-original",
+        rule="A variant is in the rows of one original, where a worker looks for it.",
+        path=_SQL,
+        old="bool_and(s.source IS NOT DISTINCT FROM original)",
+        new="bool_and(true)",
+        tests=(f"{_TESTS}::TestVariants::test_that_are_not_those_of_the_original[asyncpg]",),
+    ),
+    Mutant(
+        name="trigger-with-the-rights-of-the-writer",
+        rule="A role without rights on the journal writes rows, and the triggers record it.",
+        path=_SQL,
+        old="LANGUAGE plpgsql SECURITY DEFINER SET",
+        new="LANGUAGE plpgsql SET",
+        tests=(f"{_TESTS}::TestSessions::test_a_role_without_rights_on_the_journal[asyncpg]",),
+    ),
+    Mutant(
+        name="trigger-uploads-not-claimed",
+        rule="A session whose snapshot does not see its uploads decides on them before it writes their rows.",
+        path="granite_storage/orm/journal/intents.py",
+        old="""if not self._has_triggers or connection.execute(_LEVEL).scalar_one() == "read committed":""",
+        new="if ids:",
+        tests=(f"{_TESTS}::TestSessions::test_an_older_snapshot[asyncpg-REPEATABLE READ]",),
+    ),
+    Mutant(
+        name="deriver-consumes-before-it-writes",
+        rule="The intents of variants are consumed after their rows are written, whose triggers look for them.",
+        path="granite_storage/orm/journal/variant_jobs.py",
+        old="""            try:
+                displaced = await connection.run_sync(write_variants, chosen, made)
+            except DBAPIError as error:
+                if (refused := refused_ref(error)) is None:
+                    raise
+                raise refused from error
+            # After the rows are written, whose triggers look for the intents.
+            if chosen:
+                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
+""",
+        new="""            if chosen:
+                await connection.run_sync(self._journal.intents.consume, sorted(ids[name] for name in chosen))
+            displaced = await connection.run_sync(write_variants, chosen, made)
+""",
+        tests=(f"{_TESTS}::TestSessions::test_variants_that_a_worker_makes[asyncpg]",),
+    ),
+]

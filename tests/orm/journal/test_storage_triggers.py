@@ -1,0 +1,590 @@
+"""What the database itself does with the journal where it has triggers: whoever writes rows, objects and references agree."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Column, Integer, MetaData, Table, create_engine, select, text
+from sqlalchemy.exc import DBAPIError
+
+from granite_storage import StoredObjectRef
+from granite_storage.cli.doctor import CheckResult, _check_journal
+from granite_storage.exceptions import ConfigurationError, ObjectNotFoundError, StaleAttachmentError
+from granite_storage.orm import Attachment, AttachmentType, bind_storage, journal_tables, storage_triggers
+from granite_storage.orm.journal.deletes import delete_id
+from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
+from granite_storage.orm.journal.variant_jobs import VariantJobs
+from tests.orm.environment import OrmEnvironment, file
+from tests.orm.journal.guarded import (
+    Base,
+    Child,
+    Doc,
+    Grandchild,
+    Parent,
+    Part,
+    Picture,
+    code_of,
+    environment,
+    locations,
+    put,
+    refused,
+    run,
+    stored,
+)
+from tests.orm.journal.sharing import steps_are_watched, worker
+from tests.orm.journal.test_recovery import expire, journal_of, rows
+
+
+@pytest.fixture(scope="session", params=["asyncpg", "psycopg"])
+async def database(request: pytest.FixtureRequest) -> Any:
+    """PostgreSQL, with a database of these tests' own: its tables have triggers."""
+    from tests.orm.conftest import new_database
+
+    async with new_database(request, request.param) as found:
+        yield found
+
+
+@pytest.fixture
+async def env(database: Any) -> AsyncIterator[OrmEnvironment]:
+    """Empty tables with triggers, an empty storage and a journal; afterwards recovery leaves what rows refer to, and no more."""
+    async with environment(database) as env:
+        yield env
+        await env.recover()
+        assert await env.objects() == await referenced(env)
+
+
+async def referenced(env: OrmEnvironment) -> set[str]:
+    return locations(*(await env.references()).values())
+
+
+async def nominated(env: OrmEnvironment) -> set[str]:
+    found = await rows(env, "intent")
+    assert all(row.id == delete_id(row.backend, row.location) and row.kind == "delete" for row in found)
+    return {row.location for row in found}
+
+
+async def fill(env: OrmEnvironment) -> dict[str, StoredObjectRef]:
+    """Commit a row of each table."""
+    names = {"doc": Doc(id=1, file=file("a")), "second": Doc(id=2, file=file("b")), "parent": Parent(id=1, file=file("p"))}
+    await stored(env, *names.values())
+    later = {"child": Child(id=1, parent_id=1, file=file("c")), "part": Part(id=1, kind=1, file=file("t"))}
+    last = {"grandchild": Grandchild(id=1, child_id=1, file=file("g"))}
+    for group in (later, last):
+        await stored(env, *group.values())
+        names |= group
+    return {name: instance.file.ref for name, instance in names.items()}
+
+
+TAKEN_OUT = {
+    "DELETE FROM doc": {"doc", "second"},
+    "DELETE FROM doc WHERE id = 1": {"doc"},
+    "UPDATE doc SET file = NULL WHERE id = 2": {"second"},
+    "UPDATE doc SET file = (SELECT p.file FROM parent p) WHERE id = 1": {"doc"},
+    "WITH d AS (DELETE FROM doc WHERE id = 1 RETURNING id) UPDATE doc SET file = NULL WHERE id IN (SELECT id + 1 FROM d)": {
+        "doc",
+        "second",
+    },
+    "MERGE INTO doc USING (VALUES (1), (2)) s(i) ON id = s.i WHEN MATCHED AND id = 1 THEN DELETE"
+    " WHEN MATCHED THEN UPDATE SET file = NULL": {"doc", "second"},
+    "INSERT INTO doc (id) VALUES (1) ON CONFLICT (id) DO UPDATE SET file = excluded.file": {"doc"},
+    "DELETE FROM parent": {"parent", "child", "grandchild"},
+    "TRUNCATE doc": {"doc", "second"},
+    "TRUNCATE parent CASCADE": {"parent", "child", "grandchild"},
+    "DELETE FROM part": {"part"},
+    "DELETE FROM part_1": {"part"},
+    "TRUNCATE part": {"part"},
+    "TRUNCATE part_1": {"part"},
+    "UPDATE part SET kind = 2, file = NULL": {"part"},
+    "UPDATE part_1 SET file = NULL": {"part"},
+    "UPDATE part SET kind = 2": set(),
+    "UPDATE doc SET title = 'other'": set(),
+    'UPDATE doc SET file = file || \'{"content_type"\\: "text/plain"}\' WHERE id = 1': set(),
+}
+
+
+@pytest.mark.parametrize("statement", TAKEN_OUT)
+async def test_what_a_statement_takes_out_of_rows(env: OrmEnvironment, statement: str) -> None:
+    refs = await fill(env)
+    await run(env, statement)
+    assert await nominated(env) == {refs[name].location for name in TAKEN_OUT[statement]}
+    assert (await journal_of(env).recover()).deleted == len(TAKEN_OUT[statement])
+
+
+async def test_an_application_trigger_changes_a_file(env: OrmEnvironment) -> None:
+    """The trigger for each row runs after it, and sees what it has changed though the UPDATE does not name the column."""
+    [ref] = await stored(env, Doc(id=1, file=file("a")))
+    await env.sql("CREATE FUNCTION empty() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.file := NULL; RETURN NEW; END'")
+    await env.sql("CREATE TRIGGER yes BEFORE UPDATE ON doc FOR EACH ROW EXECUTE FUNCTION empty()")
+    try:
+        await run(env, "UPDATE doc SET title = 'x'")
+    finally:
+        await env.sql("DROP FUNCTION empty() CASCADE")
+    assert await nominated(env) == {ref.location}
+
+
+class TestGuard:
+    async def test_an_object_that_is_unknown(self, env: OrmEnvironment) -> None:
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await run(env, "DELETE FROM doc", "DELETE FROM granite_storage_intent")
+        await env.backend.delete(ref.location)
+        await stored(env, Doc(id=1, file=file("b")), Parent(id=1))
+        doc = "INSERT INTO doc (id, file) VALUES (2, {ref})"
+        child = "INSERT INTO child (id, parent_id, file) VALUES (1, 1, {ref})"
+        for statement in (
+            doc,
+            "UPDATE doc SET file = {ref}",
+            "INSERT INTO part VALUES (1, 1, {ref})",
+            "INSERT INTO part_2 VALUES (1, 2, {ref})",
+            # Rows of one statement do not vouch for each other.
+            "INSERT INTO doc (id, file) VALUES (2, {ref}), (3, {ref})",
+            "INSERT INTO doc (id, file, other) VALUES (2, {ref}, {ref})",
+            "INSERT INTO doc (id, file) VALUES (2, {ref}), (1, {ref}) ON CONFLICT (id) DO UPDATE SET file = excluded.file",
+            f"WITH a AS ({doc}) {child}",
+            "MERGE INTO doc USING (VALUES (1), (2)) s(i) ON id = s.i WHEN MATCHED THEN UPDATE SET file = {ref}"
+            " WHEN NOT MATCHED THEN INSERT (id, file) VALUES (s.i, {ref})",
+        ):
+            assert await refused(env, statement, ref=ref), statement
+        assert len(await env.references()) == 1
+
+    async def test_rows_that_a_trigger_of_the_application_writes_do_not_vouch(self, env: OrmEnvironment) -> None:
+        """The copy is guarded while the statement that it is of is not over, whose own rows no guard has seen yet."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await run(env, "DELETE FROM doc", "DELETE FROM granite_storage_intent")
+        await env.backend.delete(ref.location)
+        await env.sql(
+            "CREATE FUNCTION copy_up() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " INSERT INTO parent VALUES (NEW.id, NEW.file); UPDATE doc SET title = 'x' WHERE id = NEW.id; RETURN NEW; END $$"
+        )
+        await env.sql("CREATE TRIGGER copy_up AFTER INSERT ON doc FOR EACH ROW EXECUTE FUNCTION copy_up()")
+        try:
+            assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+            # And what is known comes in by the same way.
+            [known] = await stored(env, Part(id=1, kind=1, file=file("b")))
+            assert not await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=known)
+        finally:
+            await env.sql("DROP FUNCTION copy_up() CASCADE")
+
+    async def test_rows_that_are_changed_again_before_their_guard_has_seen_them(self, env: OrmEnvironment) -> None:
+        """They look as if a later statement had written them, and the row that was updated beside them as if it were older."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await run(env, "DELETE FROM doc", "DELETE FROM granite_storage_intent")
+        await env.backend.delete(ref.location)
+        await stored(env, Doc(id=1))
+        await env.sql(
+            "CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " UPDATE doc SET title = 'x' WHERE id = NEW.id; RETURN NEW; END $$"
+        )
+        await env.sql("CREATE TRIGGER touch AFTER INSERT ON doc FOR EACH ROW EXECUTE FUNCTION touch()")
+        upsert = "INSERT INTO doc (id, file) VALUES (2, {ref}), (1, {ref}) ON CONFLICT (id) DO UPDATE SET file = excluded.file"
+        try:
+            assert await refused(env, upsert, ref=ref)
+        finally:
+            await env.sql("DROP FUNCTION touch() CASCADE")
+
+    async def test_a_copy_of_what_a_row_holds(self, env: OrmEnvironment) -> None:
+        await stored(env, Doc(id=1, file=file("a")), Part(id=1, kind=1, file=file("b")))
+        await run(env, "INSERT INTO doc (id, file, other) SELECT 2, file, file FROM doc")
+        await run(env, "UPDATE doc SET other = (SELECT p.file FROM part p)", "INSERT INTO parent SELECT id, other FROM doc")
+        await run(env, "DELETE FROM doc", "DELETE FROM part")
+        assert (await journal_of(env).recover()).deleted == 1
+        assert len(await env.objects()) == 1
+
+    async def test_what_a_plain_column_holds(self, env: OrmEnvironment) -> None:
+        ref = await put(env)
+        assert not await refused(env, "INSERT INTO link VALUES (1, {ref})", ref=ref)
+        assert not await refused(env, "INSERT INTO doc (id, file) SELECT id, ref FROM link")
+        await run(env, "DELETE FROM link")
+        assert await nominated(env) == set()
+
+    async def test_swaps(self, env: OrmEnvironment) -> None:
+        one, two = await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        await run(env, "UPDATE doc SET file = (SELECT d.file FROM doc d WHERE d.id = 3 - doc.id)")
+        await run(env, "UPDATE doc SET file = NULL, other = file")
+        held = {key: ref.location for (_, key, _), ref in (await env.references()).items()}
+        assert held == {1: two.location, 2: one.location}
+        assert (await journal_of(env).recover()).kept == 2
+
+    async def test_an_undo(self, env: OrmEnvironment) -> None:
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await run(env, "DELETE FROM doc")
+        async with env.engine.begin() as connection:
+            await run(connection, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+            assert (await journal_of(env).recover()).claimed == 0, "the guard has locked the intent"
+        assert (await journal_of(env).recover()).kept == 1
+
+    @pytest.mark.parametrize("step", ["_check", "_remove", "_conclude"])
+    async def test_an_undo_while_the_object_is_deleted(
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch, step: str
+    ) -> None:
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await run(env, "DELETE FROM doc")
+        with steps_are_watched(monkeypatch):
+            async with worker(env, step):
+                assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+        assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+
+    async def test_a_newer_intent_of_what_is_being_deleted(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two rows share the object; the second one is deleted after the fence, and its intent is no evidence."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await run(env, "INSERT INTO doc (id, file) SELECT 2, file FROM doc", "DELETE FROM doc WHERE id = 1")
+        with steps_are_watched(monkeypatch):
+            async with worker(env, "_check"):
+                await run(env, "DELETE FROM doc")
+                assert await nominated(env) == {ref.location}
+                assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+
+    async def test_the_source_of_a_copy_waits(self, env: OrmEnvironment) -> None:
+        """Whoever copies holds a lock on the row that vouches for the object, until the copy is committed."""
+        await stored(env, Doc(id=1, file=file("a")))
+        async with env.engine.begin() as connection:
+            await run(connection, "INSERT INTO parent SELECT id, file FROM doc")
+            with pytest.raises(DBAPIError) as caught:
+                await run(env, "SET LOCAL lock_timeout = '200ms'", "DELETE FROM doc")
+            assert code_of(caught.value) == "55P03"
+        await run(env, "DELETE FROM doc")
+        assert (await journal_of(env).recover()).kept == 1
+
+    async def test_what_the_transaction_has_stored_itself(self, env: OrmEnvironment) -> None:
+        """The session has consumed its intent, and its row alone vouches for the object."""
+        async with env.sessions.begin() as session:
+            session.add(Doc(id=1, file=file("a")))
+            await session.flush()
+            await session.execute(text("INSERT INTO parent SELECT id, file FROM doc"))
+            await session.execute(text("UPDATE doc SET other = file"))
+            await session.execute(text("DELETE FROM doc"))
+        assert (await journal_of(env).recover()).kept == 1
+
+    async def test_copy(self, env: OrmEnvironment) -> None:
+        """COPY is guarded as an INSERT is, and rows of an open transaction vouch for nothing of another one."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        unknown = StoredObjectRef.from_dict({**ref.to_dict(), "location": f"{ref.location}-unknown"})
+        await copy_in(env, 1, ref)
+        with pytest.raises(Exception, match="gone or going"):
+            await copy_in(env, 2, unknown)
+        assert len(await env.references()) == 2
+
+    @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+    async def test_an_older_snapshot(self, env: OrmEnvironment, level: str) -> None:
+        one, two = await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        for deletes, ref in ((True, one), (False, two)):
+            async with env.engine.connect() as connection:
+                await connection.execute(text(f"SET TRANSACTION ISOLATION LEVEL {level}"))
+                await connection.execute(text("SELECT 1 FROM doc"))
+                if deletes:
+                    await run(env, "DELETE FROM doc WHERE id = 1")
+                    await journal_of(env).recover()
+                    with pytest.raises(DBAPIError) as caught:
+                        await run(connection, "INSERT INTO parent SELECT id, file FROM doc WHERE id = 1")
+                    assert code_of(caught.value) == "40001"
+                else:
+                    await run(connection, "INSERT INTO parent VALUES (2, {ref})", ref=ref)
+                    await connection.commit()
+
+
+async def copy_in(env: OrmEnvironment, number: int, ref: StoredObjectRef) -> None:
+    """Load a row into `parent` by COPY, as the driver does it."""
+    row = (number, json.dumps(ref.to_dict()))
+    async with env.engine.begin() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        if env.database.name == "asyncpg":
+            await driver.copy_records_to_table("parent", records=[row], columns=["id", "file"])
+        else:
+            async with driver.cursor().copy("COPY parent (id, file) FROM STDIN") as copying:
+                await copying.write_row(row)
+
+
+class TestVariants:
+    @pytest.fixture
+    async def ref(self, env: OrmEnvironment) -> StoredObjectRef:
+        """Let a row have a file with a variant."""
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        [variant] = await stored(env, Parent(id=1, file=file("v")))
+        whole = ref.with_variants({"thumb": variant})
+        await run(
+            env, "SET LOCAL session_replication_role = replica", "DELETE FROM parent", "UPDATE doc SET file = {ref}", ref=whole
+        )
+        return whole
+
+    async def test_they_go_with_their_original(self, env: OrmEnvironment, ref: StoredObjectRef) -> None:
+        await run(env, "INSERT INTO parent SELECT id, file FROM doc")
+        await run(env, "UPDATE doc SET file = NULL")
+        assert await nominated(env) == locations(ref)
+        assert (await journal_of(env).recover()).kept == 2
+        await run(env, "UPDATE parent SET file = file - 'variants'")
+        assert (await journal_of(env).recover()).deleted == 1
+        await run(env, "DELETE FROM parent")
+        assert (await journal_of(env).recover()).deleted == 1
+
+    async def test_undone(self, env: OrmEnvironment, ref: StoredObjectRef) -> None:
+        await run(env, "UPDATE doc SET file = file - 'variants'")
+        await run(env, "UPDATE doc SET file = {ref}", ref=ref)
+        await run(env, "DELETE FROM doc")
+        await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+        assert (await journal_of(env).recover()).kept == 2
+
+    async def test_that_are_not_those_of_the_original(self, env: OrmEnvironment, ref: StoredObjectRef) -> None:
+        """A worker looks for a variant in the rows that hold its original; so it must be in none else."""
+        [other] = await stored(env, Parent(id=1, file=file("b")))
+        variant = (ref.variants or {})["thumb"]
+        moved = other.with_variants({"thumb": variant})
+        for is_pending in (False, True):
+            if is_pending:
+                await run(env, "INSERT INTO child (id, parent_id, file) SELECT 1, 1, file FROM doc", "DELETE FROM child")
+                assert await nominated(env) == locations(ref)
+            for statement in ("INSERT INTO doc (id, file) VALUES (2, {moved})", "UPDATE parent SET file = {moved}"):
+                assert await refused(env, statement, moved=moved), (statement, is_pending)
+            assert await refused(env, "UPDATE doc SET file = {moved}", moved=moved)
+            assert await refused(env, "INSERT INTO doc (id, file) VALUES (2, {variant})", variant=variant)
+            assert await refused(env, "UPDATE doc SET other = {variant}", variant=variant)
+
+
+class TestSessions:
+    async def test_one_intent_for_one_object(self, env: OrmEnvironment) -> None:
+        refs = await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")), Doc(id=3, file=file("c")))
+        async with env.sessions.begin() as session:
+            await session.delete(await session.get_one(Doc, 1))
+            (await session.get_one(Doc, 2)).file = file("d")
+            (await session.get_one(Doc, 3)).file = None
+        assert await nominated(env) == locations(*refs)
+        assert (await journal_of(env).recover()).deleted == 3
+
+    async def test_what_it_moves_leaves_nothing_behind(self, env: OrmEnvironment) -> None:
+        await stored(env, Doc(id=1, file=file("a")), Doc(id=2, file=file("b")))
+        async with env.sessions.begin() as session:
+            one, two = await session.get_one(Doc, 1), await session.get_one(Doc, 2)
+            one.file, two.file = two.file, one.file
+        async with env.sessions.begin() as session:
+            one = await session.get_one(Doc, 1)
+            one.file, one.other = None, one.file
+            await session.flush()
+            one.file, one.other = one.other, None
+        assert await nominated(env) == set()
+
+    async def test_an_undo(self, env: OrmEnvironment) -> None:
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await run(env, "DELETE FROM doc")
+        await env.add(Doc(id=2, file=Attachment.restore(ref)))
+        assert await nominated(env) == set()
+
+    async def test_a_refusal(self, env: OrmEnvironment) -> None:
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        unknown = StoredObjectRef.from_dict({**ref.to_dict(), "location": f"{ref.location}-unknown"})
+        async with env.sessions() as session:
+            with pytest.raises(StaleAttachmentError, match="gone or going") as caught:
+                await run(await session.connection(), "UPDATE doc SET file = {ref}", ref=unknown)
+        assert "gone or going" in str(caught.value.__cause__), "the driver's error"
+
+    @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+    async def test_an_older_snapshot(self, env: OrmEnvironment, level: str) -> None:
+        """The intents of its uploads are newer than what it sees; it decides before it writes, again after a savepoint."""
+        async with env.sessions.begin() as session:
+            await session.connection(execution_options={"isolation_level": level})
+            assert list(await session.scalars(select(Doc))) == []
+            doc = Doc(id=1, file=file("a"))
+            session.add(doc)
+            with contextlib.suppress(ZeroDivisionError):
+                async with session.begin_nested():
+                    session.add(Doc(id=2, file=file("b"), other=file("c")))
+                    await session.flush()
+                    raise ZeroDivisionError
+            await session.flush()
+            session.add(Doc(id=3, file=file("d")))
+            await session.flush()
+            assert (await session.scalar(text("SELECT count(*) FROM granite_storage_decision"))) == 2
+        assert {key for _, key, _ in await env.references()} == {1, 3}
+
+    async def test_what_was_decided_on_goes_with_its_intent(self, env: OrmEnvironment) -> None:
+        """The intent of an upload is pending until its lease is over; its object goes before that, and all that is about it."""
+        async with env.sessions.begin() as session:
+            await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            await session.scalars(select(Doc))
+            session.add(Doc(id=1, file=file("a")))
+        assert [len(await rows(env, name)) for name in ("intent", "decision")] == [1, 1]
+        await run(env, "DELETE FROM doc")
+        assert (await journal_of(env).recover()).deleted == 1
+        assert [len(await rows(env, name)) for name in ("intent", "decision")] == [0, 0]
+
+    async def test_variants_that_a_worker_makes(self, env: OrmEnvironment) -> None:
+        await env.add(Picture(id=1, file=file("a")))
+        assert (await journal_of(env).recover()).derived == 1
+        [ref] = (await env.references()).values()
+        assert locations(ref) == await env.objects()
+        async with env.sessions.begin() as session:
+            (await session.get_one(Picture, 1)).file = file("b")
+        assert await nominated(env) == locations(ref)
+
+    async def test_a_variant_that_is_reclaimed_before_a_worker_sets_it(
+        self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The guard refuses it, which is no failure of the recipe."""
+        publish = VariantJobs._publish
+
+        async def late(self: VariantJobs, jobs: Any, made: Any, ids: Any) -> Any:
+            await expire(env)
+            await journal_of(env)._recover("store")
+            return await publish(self, jobs, made, ids)
+
+        await env.add(Picture(id=1, file=file("a")))
+        with monkeypatch.context() as patch:
+            patch.setattr(VariantJobs, "_publish", late)
+            assert (await journal_of(env).recover()).derived == 0
+        [job] = await rows(env, "job")
+        assert (job.attempts, job.dead) == (0, False)
+        await run(env, "UPDATE granite_storage_job SET due = now()")
+        assert (await journal_of(env).recover()).derived == 1
+
+    async def test_an_older_snapshot_of_what_is_reclaimed(self, env: OrmEnvironment) -> None:
+        async with env.sessions() as session:
+            await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            await session.scalars(select(Doc))
+            stored = await Attachment(b"a").store(Doc.file)
+            await expire(env)
+            await journal_of(env).recover()
+            session.add(Doc(id=1, file=stored))
+            with pytest.raises(StaleAttachmentError):
+                await session.flush()
+
+    async def test_a_role_without_rights_on_the_journal(self, env: OrmEnvironment) -> None:
+        [ref] = await stored(env, Doc(id=1, file=file("a")))
+        await env.sql("CREATE ROLE writer_of_rows")
+        await env.sql("GRANT SELECT, DELETE, INSERT ON doc TO writer_of_rows")
+        try:
+            await run(
+                env, "SET LOCAL ROLE writer_of_rows", "DELETE FROM doc", "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref
+            )
+            await run(
+                env,
+                "SET LOCAL ROLE writer_of_rows",
+                "CREATE TEMPORARY TABLE granite_storage_intent (id int)",
+                "SET LOCAL search_path = pg_temp, public",
+                "DELETE FROM doc",
+            )
+        finally:
+            await env.sql("DROP OWNED BY writer_of_rows")
+            await env.sql("DROP ROLE writer_of_rows")
+        assert await nominated(env) == {ref.location}
+
+
+class TestRetention:
+    async def test_of_its_policy_or_the_longest(self, env: OrmEnvironment) -> None:
+        refs = await stored(env, *(Doc(id=number, file=file(str(number))) for number in range(3)))
+        await journal_of(env).check()
+        await env.sql("UPDATE granite_storage_meta SET value = '604800' WHERE name = 'retention\\:docs'")
+        try:
+            await run(env, "DELETE FROM doc WHERE id = 0", "UPDATE doc SET file = NULL WHERE id = 1")
+            await run(env, "UPDATE doc SET file = jsonb_set(file, '{storage_key}', '\"unknown\"')", "TRUNCATE doc")
+            report = await journal_of(env).recover()
+            assert (report.claimed, report.waiting) == (0, 3)
+            assert await nominated(env) == locations(*refs)
+        finally:
+            await journal_of(env).check()
+        async with env.engine.connect() as connection:
+            found = await connection.execute(text("SELECT value FROM granite_storage_meta WHERE name = 'retention\\:docs'"))
+        assert [float(value) for value in found.scalars()] == [0.0]
+
+
+class TestAdoption:
+    async def test_rows_from_elsewhere(self, env: OrmEnvironment) -> None:
+        """What is loaded stays, and what is not loaded goes when the lease is over."""
+        loaded, left = await put(env, "a"), await put(env, "b")
+        assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=loaded)
+        await journal_of(env).adopt([loaded.with_variants({"thumb": left})])
+        assert (await journal_of(env).recover()).claimed == 0
+        await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=loaded)
+        await expire(env)
+        report = await journal_of(env).recover()
+        assert (report.kept, report.deleted) == (1, 1)
+        assert await env.objects() == {loaded.location}
+
+    async def test_what_is_not_there(self, env: OrmEnvironment) -> None:
+        ref = await put(env)
+        await env.manager.delete(ref)
+        with pytest.raises(ObjectNotFoundError, match="cannot be adopted"):
+            await journal_of(env).adopt([ref])
+
+
+class TestChecks:
+    async def problems(self, env: OrmEnvironment) -> list[str]:
+        return await journal_of(env).find_trigger_problems()
+
+    async def told_by_doctor(self, env: OrmEnvironment) -> list[CheckResult]:
+        return [check.result async for check in _check_journal(env.binding) if check.what == "triggers"]
+
+    async def test_what_is_wrong(self, env: OrmEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+        assert await self.problems(env) == []
+        await env.sql("CREATE TABLE part_3 PARTITION OF part FOR VALUES IN (3)")
+        await env.sql("ALTER TABLE doc DISABLE TRIGGER granite_storage_delete")
+        await env.sql("DROP TRIGGER zz_granite_storage_update ON parent")
+        await env.sql("DROP INDEX ix_granite_storage_location_link_ref")
+        await env.sql(
+            "CREATE OR REPLACE TRIGGER granite_storage_truncate BEFORE TRUNCATE ON child"
+            " EXECUTE FUNCTION granite_storage_truncate_child('0')"
+        )
+        try:
+            order = ("doc", "parent", "child", "part_3", "link")
+            found = {name: problem for problem in await self.problems(env) for name in order if name in problem.partition(":")[0]}
+            doc, parent, child, part, link = (found.pop(name) for name in order)
+            assert found == {}
+            assert doc.startswith('the triggers granite_storage_delete of "public"."doc" do not fire')
+            assert parent.startswith('"public"."parent" lacks the triggers zz_granite_storage_update')
+            assert child.startswith('the triggers granite_storage_truncate of "public"."child" are of another version')
+            missing = "granite_storage_delete, granite_storage_insert, granite_storage_inserting, granite_storage_truncate"
+            assert part.startswith(f'"public"."part_3" lacks the triggers {missing}:')
+            assert link.startswith("public.link has no index over the locations in ref")
+            with caplog.at_level(logging.WARNING, "granite_storage"):
+                await journal_of(env).check()
+            assert len([record for record in caplog.records if "not covered" in record.message]) == 5
+            assert await self.told_by_doctor(env) == [CheckResult.BAD] * 5
+            await env.sql("ALTER TABLE doc ENABLE TRIGGER granite_storage_delete")
+            async with env.engine.begin() as connection:
+                await connection.run_sync(Base.metadata.create_all)
+            assert await self.problems(env) == []
+            assert await self.told_by_doctor(env) == [CheckResult.GOOD]
+        finally:
+            await env.sql("DROP TABLE part_3")
+
+    async def test_they_are_dropped_with_their_tables(self, env: OrmEnvironment) -> None:
+        metadata = MetaData(schema="apart")
+        Table("thing", metadata, Column("id", Integer, primary_key=True), Column("file", AttachmentType("docs")))
+        journal_tables(metadata)
+        storage_triggers(metadata)
+        await env.sql("CREATE SCHEMA apart")
+        try:
+            async with env.engine.begin() as connection:
+                await connection.run_sync(metadata.create_all)
+                assert await connection.run_sync(lambda it: find_trigger_problems(it, sources_of(it, metadata))) == []
+                await connection.run_sync(metadata.drop_all)
+                left = "SELECT count(*) FROM pg_proc WHERE pronamespace = 'apart'::regnamespace"
+                assert await connection.scalar(text(left.replace("::", r"\:\:"))) == 0
+        finally:
+            await env.sql("DROP SCHEMA apart CASCADE")
+
+    def test_what_cannot_be(self) -> None:
+        metadata = MetaData()
+        with pytest.raises(ConfigurationError, match="call journal_tables"):
+            storage_triggers(metadata)
+        journal_tables(metadata)
+        storage_triggers(metadata)
+        storage_triggers(metadata)
+        engine = create_engine("sqlite://")
+        with pytest.raises(ConfigurationError, match="storage_triggers are for PostgreSQL, and this database is sqlite"):
+            metadata.create_all(engine)
+        engine.dispose()
+
+    async def test_a_base_without_a_journal(self, env: OrmEnvironment) -> None:
+        with pytest.raises(ConfigurationError, match="storage_triggers are declared for this base"):
+            bind_storage(Base, env.manager)
+
+    async def test_a_table_without_a_primary_key(self, env: OrmEnvironment) -> None:
+        metadata = MetaData()
+        Table("thing", metadata, Column("file", AttachmentType("docs")))
+        journal_tables(metadata)
+        storage_triggers(metadata)
+        with pytest.raises(ConfigurationError, match="the table thing has no primary key"):
+            async with env.engine.begin() as connection:
+                await connection.run_sync(metadata.create_all)

@@ -128,7 +128,6 @@ class StoragePolicy:
     validate: Validator | None = None
     public: PublicURL | None = None
     checks: Checks | None = field(init=False, repr=False, compare=False, default=None)
-    may_hold: bool = field(init=False, repr=False, compare=False, default=False)
 
     def __post_init__(self) -> None:
         _require_name("storage_key", self.storage_key)
@@ -151,7 +150,6 @@ class StoragePolicy:
         _require_choice(self.storage_key, "on_unstrippable", self.on_unstrippable, get_args(OnUnstrippable))
         _require_scanner(self.storage_key, self.scanner)
         require_validator(f"policy {self.storage_key!r}", self.validate)
-        object.__setattr__(self, "may_hold", self.scanner is not None and self.scanner.on_unavailable == "hold")
         _require_public(self.storage_key, self.public, may_hold=self.may_hold)
         checks = Checks(
             accept=self.accept,
@@ -171,6 +169,11 @@ class StoragePolicy:
             load_gate()
         if is_judged:
             object.__setattr__(self, "checks", checks)
+
+    @property
+    def may_hold(self) -> bool:
+        """Whether its scanner may hold an upload until it can scan it."""
+        return self.scanner is not None and self.scanner.on_unavailable == "hold"
 
 
 def _require_name(argument: str, value: object) -> None:

@@ -349,7 +349,7 @@ class AttachmentType(_RefJSON[Attachment]):
                 f"the policy {self.storage_key!r} has a retention, which needs a journal: bind_storage(..., journal=...)",
                 see=Page.JOURNAL,
             )
-        if binding.journal is None and policy.may_hold:
+        if binding.journal is None and policy.scanner is not None and policy.may_hold:
             raise ConfigurationError(
                 f"the scanner of the policy {self.storage_key!r} holds files back while it is unavailable, which needs a journal,"
                 " whose worker scans them later: bind_storage(..., journal=...), or a scanner with on_unavailable='refuse'",

@@ -52,8 +52,8 @@ class PublicURL:
         ConfigurationError: An argument is invalid; the message names it.
 
     Example:
-        >>> PublicURL("https://cdn.example.com").url_of("avatars/user/1/avatar/0190-me & you.png")
-        'https://cdn.example.com/avatars/user/1/avatar/0190-me%20%26%20you.png'
+        >>> PublicURL("https://cdn.example.com").url_of("avatars/1/0190-me & you.png")
+        'https://cdn.example.com/avatars/1/0190-me%20%26%20you.png'
     """
 
     base_url: str
@@ -110,7 +110,7 @@ class StoragePolicy:
         MissingDependencyError: `accept` needs the type of the content, and `granite-storage[inspect]` is not installed.
 
     Example:
-        >>> StoragePolicy("avatars", "local", max_size=2 * 1024 * 1024, key_prefix="avatars").max_size
+        >>> StoragePolicy("avatars", "local", max_size=2 * 1024 * 1024).max_size
         2097152
     """
 

@@ -149,7 +149,8 @@ class UrlSigner:
 
     Example:
         >>> import secrets
-        >>> UrlSigner("https://example.com/files", keys={"2026-11": secrets.token_bytes(32)})
+        >>> keys = {"2026-11": secrets.token_bytes(32)}
+        >>> UrlSigner("https://example.com/files", keys=keys)
         <UrlSigner https://example.com/files keys=['2026-11']>
     """
 

@@ -83,7 +83,8 @@ def sign_urls_sync(
 
     Example:
         ```python
-        sign_urls_sync([document.file for document in documents], expires_in=timedelta(hours=1))
+        files = [document.file for document in documents]
+        sign_urls_sync(files, expires_in=timedelta(hours=1))
         ```
     """
     work = sign_urls(files, expires_in=expires_in, disposition=disposition, stable_for=stable_for)

@@ -222,7 +222,11 @@ class DirectUploads:
 
     Example:
         ```python
-        uploads = DirectUploads(binding, secret=os.environ["UPLOADS_SECRET"], base_url="https://example.com/uploads")
+        uploads = DirectUploads(
+            binding,
+            secret=os.environ["UPLOADS_SECRET"],
+            base_url="https://example.com/uploads",
+        )
         app.mount("/uploads", uploads)
         ```
     """

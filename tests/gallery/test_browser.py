@@ -382,7 +382,7 @@ def run(visit: Page, button: str) -> None:
     eventually(lambda: visit.all(f".outcome.{'failed' if button == 'fail' else 'kept'}") and visit.all(f"#{button}:enabled"))
 
 
-@pytest.mark.time_bound  # what a rollback cannot delete within a second stays for the length of a lease
+@pytest.mark.time_bound  # a rollback deletes at once, unless others lock the database for a second
 def test_a_rollback_is_on_the_first_screen(visit: Page, tmp_path: Path) -> None:
     bottom = "return document.querySelector(arguments[0]).getBoundingClientRect().bottom"
     for shown in ("[data-code=rollback]", "#fail", "#commit", "#outcome"):

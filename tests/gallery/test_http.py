@@ -165,7 +165,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(client: httpx.AsyncClien
     assert await files_in(client) == []
 
 
-@pytest.mark.time_bound  # what a rollback cannot delete within a second stays for the length of a lease
+@pytest.mark.time_bound  # a rollback deletes at once, unless others lock the database for a second
 @pytest.mark.parametrize("gone", ["album", "file"])
 async def test_what_goes_during_an_upload_takes_nothing(client: httpx.AsyncClient, tmp_path: Path, gone: str) -> None:
     """It was allowed before the first byte; the row has been deleted since, so the upload is deleted, too."""
@@ -406,7 +406,7 @@ def counts(seen: dict[str, Any]) -> list[tuple[int, int]]:
     return [(len(seen[moment]["rows"]), len(seen[moment]["files"])) for moment in ("before", "during", "ended")]
 
 
-@pytest.mark.time_bound  # what a rollback cannot delete within a second stays for the length of a lease
+@pytest.mark.time_bound  # a rollback deletes at once, unless others lock the database for a second
 async def test_what_a_rollback_does(guest: httpx.AsyncClient, tmp_path: Path) -> None:
     before = (await guest.get("/rollback")).json()
     contents = stored(tmp_path, "notes")
@@ -434,7 +434,7 @@ async def test_what_a_commit_does(guest: httpx.AsyncClient, tmp_path: Path) -> N
         assert any(b"note-1 in version %d" % version in content for content in stored(tmp_path, "notes").values())
 
 
-@pytest.mark.time_bound  # what a rollback cannot delete within a second stays for the length of a lease
+@pytest.mark.time_bound  # a rollback deletes at once, unless others lock the database for a second
 async def test_experiments_at_the_same_time_do_not_mix(guest: httpx.AsyncClient) -> None:
     runs = [guest.post("/rollback", params={"fail": number % 2}) for number in range(2)]
     for number, answer in enumerate(await asyncio.gather(*runs)):

@@ -109,7 +109,7 @@ async def test_a_damaged_picture_is_refused(client: httpx.AsyncClient, tmp_path:
     assert stored(tmp_path) == {}
 
 
-@pytest.mark.time_bound  # what a rollback cannot delete within a second stays for the length of a lease
+@pytest.mark.time_bound  # a rollback deletes at once, unless others lock the database for a second
 @pytest.mark.parametrize("way", ["posted", "replacing", "directly"])
 async def test_what_cannot_be_shown_is_refused(client: httpx.AsyncClient, tmp_path: Path, way: str) -> None:
     """The answer says why, and nothing is stored."""

@@ -58,7 +58,7 @@ async function run(fail) {
     const seconds = ((performance.now() - begun) / 1000).toFixed(1);
     const inTime = isSettled(moments.ended) ? "at once" : `${seconds} seconds later, by the journal’s worker`;
     if (!isSettled(moments.after)) {
-      conclude("failed", "Some files are left to the worker, which deletes them when the lease of their upload is over.");
+      conclude("failed", "Some files are left to the journal’s worker, which has not deleted them yet.");
     } else if (failed) {
       const isSame = JSON.stringify(moments.before) === JSON.stringify(moments.after);
       const words = isSame ? "Rows and files are exactly those from before." : "Something differs from before!";

@@ -12,11 +12,13 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
 
+from sqlalchemy.exc import DBAPIError
+
 from granite_storage._documentation import Page
 from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._tasks import run_bounded
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
-from granite_storage.exceptions import ConfigurationError, ObjectNotFoundError
+from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, ObjectNotFoundError
 from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings, are_triggers_declared
 from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database, note_retentions
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate
@@ -484,9 +486,17 @@ class StorageJournal:
         await self._jobs(EffectJobs).note_passes(passed)
 
     async def settle(self, ids: Sequence[UUID]) -> None:
-        """Delete at once the objects that a rolled-back transaction has stored; locked intents are left to a worker."""
-        for recovery in self._recoveries(self._hurried):
-            await recovery.settle(ids)
+        """Delete at once the objects that a rolled-back transaction has stored; locked intents are left to a worker.
+
+        A worker's next pass deletes them where the database is locked by others now; without that they stay for a lease.
+        """
+        try:
+            for recovery in self._recoveries(self._hurried):
+                await recovery.settle(ids)
+        except (BackendUnavailableError, DBAPIError):
+            await self.intents.renew(ids, timedelta(0))
+            self._alarm.ring()
+            raise
 
     async def discard(self, ref: StoredObjectRef) -> None:
         """Delete an object that no row can refer to, under a new intent, since its own may be gone."""

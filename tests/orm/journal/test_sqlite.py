@@ -13,6 +13,7 @@ from uuid import UUID
 
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool, StaticPool
@@ -101,6 +102,19 @@ class TestUploads:
         with pytest.raises(StaleAttachmentError, match="reclaimed"):
             await env.add(Doc(id=1, file=stored))
         await expire(env)
+        await env.check()
+
+    async def test_rolled_back_while_another_connection_writes(self, env: OrmEnvironment) -> None:
+        """The worker's next pass deletes what the rollback could not, and not one after the lease."""
+        with contextlib.closing(sqlite3.connect(str(env.database.url.database), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(OperationalError, match="locked"):
+                async with env.sessions.begin() as session:
+                    await session.execute(text("PRAGMA busy_timeout = 50"))
+                    session.add(Doc(id=1, file=file("a")))
+            assert len(await env.objects()) == 1
+            other.execute("ROLLBACK")
+        assert (await journal_of(env).recover()).deleted == 1
         await env.check()
 
     async def test_no_worker_comes_between_the_look_and_the_commit(

@@ -89,6 +89,8 @@ async def repeat(
         wake: Begins the next run early once it is set; it is cleared before each run, so one that is set meanwhile is not lost.
         rest: The least time between two runs that `wake` cannot shorten, in seconds; the interval comes on top of it.
     """
+    task = asyncio.current_task()
+    cancelled = task.cancelling() if task is not None else 0
     while True:
         if wake is not None:
             wake.clear()
@@ -96,6 +98,8 @@ async def repeat(
             await work()
         except Exception:
             logger.exception("%s failed and will be retried", what)
+        if task is not None and task.cancelling() > cancelled:
+            raise asyncio.CancelledError  # what the work waited for has swallowed it
         if rest:
             await asyncio.sleep(rest)
         seconds = interval * random.uniform(1 - jitter, 1 + jitter)  # noqa: S311  # not a secret

@@ -212,7 +212,7 @@ class TestParts:
     @pytest.mark.case("LOC-11")
     @pytest.mark.parametrize("part", ["model_name", "entity_id", "field_name"])
     def test_the_text_of_an_absent_key_is_refused(self, part: str) -> None:
-        with pytest.raises(InvalidLocationError, match="flushed"):
+        with pytest.raises(InvalidLocationError, match="flush the session first"):
             located(None, **{part: str(None)})
 
     @pytest.mark.parametrize(

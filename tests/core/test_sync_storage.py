@@ -74,7 +74,7 @@ def test_every_verb(manager: StorageManager) -> None:
 def test_url(tmp_path: Path) -> None:
     manager = local_manager(tmp_path)
     ref = manager.sync.put_bytes(**SLOT, content=b"abc")
-    with pytest.raises(ConfigurationError, match="signs"):
+    with pytest.raises(ConfigurationError, match="cannot sign URLs"):
         manager.sync.url(ref, expires_in=timedelta(minutes=1))
     manager.sync.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -95,8 +96,22 @@ async def test_an_error_is_logged_and_the_next_run_comes(caplog: pytest.LogCaptu
     runs = Runs(failing=2)
     async with background(repeat(runs, 0.001, "looking")):
         await eventually(lambda: runs.count >= 4)
-    assert "looking failed and is tried again" in caplog.text
+    assert "looking failed and will be retried" in caplog.text
     assert "nobody is there" in caplog.text
+
+
+@pytest.mark.timeout(20)
+async def test_work_that_swallows_a_cancellation_is_not_begun_again() -> None:
+    """As a driver of a database may do, which is cancelled while it waits for an answer."""
+    begun = asyncio.Event()
+
+    async def work() -> None:
+        begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+
+    async with background(repeat(work, 3600, "working")):
+        await begun.wait()
 
 
 async def test_the_interval_lies_between_the_end_of_a_run_and_the_next_one() -> None:

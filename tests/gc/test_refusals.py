@@ -197,7 +197,7 @@ async def test_refs_where_nobody_can_look(plain_env: GcEnvironment, kind: Any) -
     with odd_base(Column("ref", kind)) as base:
         binding = bind_storage(base, plain_env.manager, session_factory=plain_env.sessions)
         try:
-            with pytest.raises(CollectionRefusedError, match=r"odd\.ref holds refs inside"):
+            with pytest.raises(CollectionRefusedError, match=r"odd\.ref contains refs inside"):
                 await StorageGarbageCollector(plain_env.manager, binding=binding).collect(storage_key="docs")
         finally:
             binding.unbind()

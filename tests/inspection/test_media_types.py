@@ -231,7 +231,7 @@ def test_empty_files(declared: str | None, filename: str | None, accept: tuple[s
         (b"hello", "image/png", EVERYTHING, "the file was declared as image/png, but its content is of another type"),
         (noise(400), "image/png", EVERYTHING, "the file was declared as image/png, but its content is of another type"),
         (noise(400), None, ("image/*",), "the file is of an unknown type (application/octet-stream); only image/* is accepted"),
-        (b"", "image/png", EVERYTHING, "the file is empty, and so not image/png"),
+        (b"", "image/png", EVERYTHING, "the file is empty, so it is not image/png"),
     ],
 )
 def test_messages(content: bytes, declared: str | None, accept: tuple[str, ...], message: str) -> None:

@@ -71,7 +71,7 @@ def _with(**values: Any) -> Callable[[], Upper]:
         (lambda: "thumb", "not a recipe"),
         (_with(when="now"), "when of the variant 'a' .* must be one of 'flush', 'later', 'request', not 'now'"),
         (_with(missing="404"), "missing of the variant 'a' .* must be one of 'nothing', 'original'"),
-        (Broken, "must return a text, not None"),
+        (Broken, "must return a string, not None"),
     ],
 )
 def test_a_recipe_that_is_none(make: Callable[[], Any], message: str) -> None:

@@ -239,7 +239,7 @@ async def test_faults_at_one_call_add_up(faults: Any) -> None:
     ],
 )
 def test_impossible_faults_are_refused(faults: Any, declare: Any) -> None:
-    with pytest.raises(ValueError, match=r"operation|strikes|count from 1"):
+    with pytest.raises(ValueError, match=r"operation|applies to|count from 1"):
         declare(faults)
     assert faults.pending == 0
 

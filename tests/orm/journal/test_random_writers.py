@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.orm.exc import StaleDataError
 
 from granite_storage import StoredObjectRef
 from granite_storage.exceptions import StaleAttachmentError
@@ -149,7 +150,7 @@ class Traffic:
         """Count what the database or the library refuses, which anyone would try again; raise all else."""
         try:
             yield
-        except StaleAttachmentError:
+        except (StaleAttachmentError, StaleDataError):
             self.done["stale"] += 1
         except DBAPIError as error:
             if code_of(error) not in EXPECTED:

@@ -101,20 +101,24 @@ class _CreateTriggersOp(ops.MigrateOperation):
         self.tables, self.plain, self.journal_schema = tables, plain, journal_schema
 
     def reverse(self) -> _DropTriggersOp:
-        return _DropTriggersOp(list(self.tables))
+        return _DropTriggersOp(list(self.tables), is_downgrade=True)
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         return ("create_storage_triggers", self.tables)
 
 
 class _DropTriggersOp(ops.MigrateOperation):
-    """The call of `drop_storage_triggers` in a migration; a downgrade drops them as well, as it knows no earlier columns."""
+    """The call of `drop_storage_triggers` in a migration.
 
-    def __init__(self, tables: Sequence[str]) -> None:
+    A downgrade drops triggers as well, since it knows no earlier columns; a comment in it says what is left to do.
+    """
+
+    def __init__(self, tables: Sequence[str], *, is_downgrade: bool = False) -> None:
         self.tables = tables
+        self.is_downgrade = is_downgrade
 
     def reverse(self) -> _DropTriggersOp:
-        return _DropTriggersOp(self.tables)
+        return _DropTriggersOp(self.tables, is_downgrade=True)
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         return ("drop_storage_triggers", self.tables)
@@ -131,7 +135,8 @@ def _render_create(autogen_context: AutogenContext, operation: _CreateTriggersOp
 @renderers.dispatch_for(_DropTriggersOp)
 def _render_drop(autogen_context: AutogenContext, operation: _DropTriggersOp) -> str:
     autogen_context.imports.add(_IMPORT)
-    return f"drop_storage_triggers(op, {operation.tables!r})"
+    left = "  # then create those of the earlier models, if there were any" if operation.is_downgrade else ""
+    return f"drop_storage_triggers(op, {operation.tables!r}){left}"
 
 
 def compare_triggers(autogen_context: AutogenContext, upgrade_ops: ops.UpgradeOps) -> None:

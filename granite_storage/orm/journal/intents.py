@@ -537,7 +537,7 @@ class Lease:
             async with asyncio.timeout(self._remaining()):
                 there = await self._intents.renew(self._ids, self._duration)
         except Exception as error:  # noqa: BLE001  # whatever keeps it from being renewed, there is time to try again
-            logger.warning("the lease of an upload could not be renewed, which will be retried: %s", error)
+            logger.warning("the lease of an upload could not be renewed, which will be retried: %r", error)
             return
         if not there:
             raise _expired()

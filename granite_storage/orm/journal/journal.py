@@ -12,13 +12,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
 
+from sqlalchemy import delete
 from sqlalchemy.exc import DBAPIError
 
 from granite_storage._documentation import Page
 from granite_storage._portal import enter_blocking, run_blocking
 from granite_storage._tasks import run_bounded
 from granite_storage._telemetry import fields_of, is_active, note_garbage, traced
-from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, ObjectNotFoundError
+from granite_storage.exceptions import BackendUnavailableError, ConfigurationError, InvalidReferenceError, ObjectNotFoundError
 from granite_storage.orm._interfaces import Intent, JournalTables, active_bindings, are_triggers_declared
 from granite_storage.orm.journal.database import JournalPool, KnownSchemas, accept_gap, beat, check_database, note_retentions
 from granite_storage.orm.journal.deletes import PendingDelete, delete_id, nominate
@@ -34,7 +35,7 @@ from granite_storage.orm.journal.tables import RecoveryReport, tables_of
 from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
 from granite_storage.orm.journal.variant_jobs import VariantJobs
 from granite_storage.orm.journal.worker import Alarm, at_work
-from granite_storage.refs import iter_refs
+from granite_storage.refs import StoredObjectRef, iter_refs
 
 if TYPE_CHECKING:
     from sqlalchemy import Column, Connection, Engine, MetaData
@@ -219,32 +220,56 @@ class StorageJournal:
         """Let rows with refs from elsewhere be loaded, as by a COPY of a dump: without it triggers refuse them.
 
         It commits for each object, and for its variants, that it is to be deleted when the lease of an upload is over, unless a
-        row refers to it by then, and sees that the object is there. So load the rows within that time, and adopt only what
-        belongs to this database: an object of another one would be deleted.
+        row refers to it by then. So load the rows within that time, and adopt only what belongs to this database: an object of
+        another one would be deleted.
 
         Args:
-            refs: The refs of the rows.
+            refs: The refs of the rows, with their variants; those that `iter_model_storage_refs` yields will do.
 
         Raises:
-            ObjectNotFoundError: An object is not there; the others are adopted.
+            InvalidReferenceError: One of them is not a `StoredObjectRef`.
+            ObjectNotFoundError: An object does not exist; load none of the rows.
             ConfigurationError: As `check`.
         """
         await self._ensure_checked()
-        objects = [(one, None if one is ref else ref.location) for ref in refs for one in iter_refs(ref)]
+        objects: dict[tuple[str, str], tuple[StoredObjectRef, str | None]] = {}
+        for ref in refs:
+            if not isinstance(ref, StoredObjectRef):
+                raise InvalidReferenceError(f"adopt takes StoredObjectRefs, not {ref!r:.120}")
+            for one in iter_refs(ref):
+                place = (one.backend, one.location)
+                if one is not ref or place not in objects:  # a variant may be listed by itself as well
+                    objects[place] = (one, None if one is ref else ref.location)
+        adopted = [one for one, _ in objects.values()]
+        await self._require_objects(adopted)
         seconds = self._lease.total_seconds()
-        pending = [PendingDelete(one.backend, one.location, seconds, source) for one, source in objects]
+        pending = [PendingDelete(*place, seconds, source) for place, (_, source) in objects.items()]
         async with self._bounded.durable() as connection:
             await connection.run_sync(nominate, self.tables.intent, pending, self.execution_options)
+        # A worker may have deleted one in between: its intent must not be evidence for a row.
+        await self._require_objects(adopted, withdraw=True)
 
-        async def see(item: tuple[StoredObjectRef, str | None]) -> None:
-            if not await self.manager.exists(item[0]):
-                raise ObjectNotFoundError(
-                    f"the object at {item[0].location!r} cannot be adopted: it is not there",
-                    backend=item[0].backend,
-                    location=item[0].location,
-                )
+    async def _require_objects(self, refs: Iterable[StoredObjectRef], *, withdraw: bool = False) -> None:
+        missing: list[StoredObjectRef] = []
 
-        await run_bounded(objects, see, _LOOKS_AT_A_TIME)
+        async def look(ref: StoredObjectRef) -> None:
+            if not await self.manager.exists(ref):
+                missing.append(ref)
+
+        await run_bounded(list(refs), look, _LOOKS_AT_A_TIME)
+        if not missing:
+            return
+        if withdraw:
+            intent = self.tables.intent
+            ids = [delete_id(ref.backend, ref.location) for ref in missing]
+            async with self._bounded.durable() as connection:
+                await connection.execute(delete(intent).where(intent.c.id.in_(ids)), execution_options=self.execution_options)
+        raise ObjectNotFoundError(
+            f"the object at {missing[0].location!r} does not exist, so its row cannot be loaded ({len(missing)} of the objects to"
+            " adopt are missing)",
+            backend=missing[0].backend,
+            location=missing[0].location,
+        )
 
     async def recover(self) -> RecoveryReport:
         """Run recovery once: delete uploads that no transaction has consumed, and displaced objects that are due.

@@ -126,15 +126,20 @@ CREATE OR REPLACE FUNCTION {self.table.function("guard")}(wanted text, original 
 LANGUAGE plpgsql AS $granite$
 {self._guard()}
 $granite$"""
-        # Trigger functions run with the rights of their owner, and find nothing that another role has made.
-        return [guard] + [
-            f"""
+        # Trigger functions run with the rights of their owner, and find nothing that another role has made. No other role may
+        # attach them to a table of its own; to fire them needs no right.
+        return (
+            [guard]
+            + [
+                f"""
 CREATE OR REPLACE FUNCTION {self.table.function(what)}() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp{"" if what == "update" else " SET jit = off"} AS $granite$
 {body}
 $granite$"""
-            for what, body in bodies.items()
-        ]
+                for what, body in bodies.items()
+            ]
+            + [f"REVOKE EXECUTE ON FUNCTION {self.table.function(what)}() FROM PUBLIC" for what in bodies]
+        )
 
     def triggers(self, relation: str, *, is_parent: bool) -> list[str]:
         """Return the statements that create the triggers of a relation, or replace them.

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Column, Integer, MetaData, Table, create_engine, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from granite_storage import StoredObjectRef
 from granite_storage.cli.doctor import CheckResult, _check_journal
-from granite_storage.exceptions import ConfigurationError, ObjectNotFoundError, StaleAttachmentError
+from granite_storage.exceptions import ConfigurationError, InvalidReferenceError, ObjectNotFoundError, StaleAttachmentError
 from granite_storage.orm import Attachment, AttachmentType, bind_storage, journal_tables, storage_triggers
 from granite_storage.orm.journal.deletes import delete_id
 from granite_storage.orm.journal.triggers import find_trigger_problems, sources_of
@@ -504,8 +505,35 @@ class TestAdoption:
     async def test_what_is_not_there(self, env: OrmEnvironment) -> None:
         ref = await put(env)
         await env.manager.delete(ref)
-        with pytest.raises(ObjectNotFoundError, match="cannot be adopted"):
+        with pytest.raises(ObjectNotFoundError, match="does not exist, so its row cannot be loaded"):
             await journal_of(env).adopt([ref])
+        assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+
+    async def test_what_a_worker_deletes_meanwhile(self, env: OrmEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The intent that was to keep it is withdrawn, so that no row can refer to it."""
+        ref = await put(env)
+        run_sync = AsyncConnection.run_sync
+
+        async def run_late(self: AsyncConnection, *args: Any, **kwargs: Any) -> Any:
+            await env.backend.delete(ref.location)
+            return await run_sync(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(ObjectNotFoundError):
+            patch.setattr(AsyncConnection, "run_sync", run_late)
+            await journal_of(env).adopt([ref])
+        assert await refused(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=ref)
+
+    async def test_variants_that_are_listed_by_themselves(self, env: OrmEnvironment) -> None:
+        """As `iter_model_storage_refs` yields them, after their originals."""
+        original, variant = await put(env, "a"), await put(env, "b")
+        whole = original.with_variants({"thumb": variant})
+        await journal_of(env).adopt([whole, variant])
+        await run(env, "INSERT INTO doc (id, file) VALUES (1, {ref})", ref=whole)
+
+    @pytest.mark.parametrize("given", ["x", {"backend": "store"}])
+    async def test_no_refs(self, env: OrmEnvironment, given: Any) -> None:
+        with pytest.raises(InvalidReferenceError, match="adopt takes StoredObjectRefs"):
+            await journal_of(env).adopt([given])
 
 
 class TestChecks:

@@ -197,6 +197,12 @@ class Intents:
             result = await connection.execute(update(intent).where(intent.c.id.in_(ids)).values(due=_after(lease)))
         return result.rowcount == len(ids)
 
+    async def expire(self, ids: Sequence[UUID]) -> None:
+        """End the leases of uploads, so that a worker's next pass takes them; a delete still waits for its retention."""
+        intent = self._upload_intent
+        async with self._uploads.writing() as connection:
+            await connection.execute(update(intent).where(intent.c.id.in_(ids), intent.c.kind == UPLOAD).values(due=clock()))
+
     async def note_upload_id(self, intent_id: UUID, upload_id: str) -> None:
         """Save the id of a multipart upload, before its first part is sent."""
         intent = self._upload_intent
@@ -208,8 +214,8 @@ class Intents:
     def claim(self, connection: Connection, ids: Sequence[UUID]) -> None:
         """Claim uploads that the transaction's snapshot does not see, before rows are written; only where there are triggers.
 
-        A trigger sees no more than the snapshot does. So the transaction decides first, and says so in a setting, which a
-        ROLLBACK TO SAVEPOINT takes back together with the decision.
+        A trigger sees no more than the snapshot does. So the transaction decides first, and records that in a setting.
+        ROLLBACK TO SAVEPOINT reverts the setting together with the decision.
 
         Raises:
             StaleAttachmentError: A worker has decided against one of them, and its object goes.

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import UUID
@@ -519,8 +519,9 @@ class StorageJournal:
             for recovery in self._recoveries(self._hurried):
                 await recovery.settle(ids)
         except (BackendUnavailableError, DBAPIError):
-            await self.intents.renew(ids, timedelta(0))
-            self._alarm.ring()
+            with suppress(BackendUnavailableError, DBAPIError):  # the lease ends by itself then
+                await self.intents.expire(ids)
+                self._alarm.ring()
             raise
 
     async def discard(self, ref: StoredObjectRef) -> None:

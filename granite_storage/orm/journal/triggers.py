@@ -1,4 +1,4 @@
-"""Triggers, by which the database itself keeps the journal's promise, whoever writes the rows; on PostgreSQL."""
+"""Triggers of PostgreSQL that keep the journal's promise for every program that writes the rows."""
 
 from __future__ import annotations
 

@@ -537,6 +537,18 @@ class TestWorker:
             await eventually_true(lambda: has_no_objects(env))
         assert "will be retried" in caplog.text
 
+    async def test_a_retention_outlives_a_settlement_that_failed(self, env: OrmEnvironment) -> None:
+        """Only leases of uploads are ended: an object that waits for its retention may be restored for as long."""
+        with retention(timedelta(days=1)):
+            await env.add(Doc(id=1, file=file("a")))
+            async with env.sessions.begin() as session:
+                (await session.get_one(Doc, 1)).file = None
+        [waiting] = await rows(env, "intent")
+        await journal_of(env).intents.expire([waiting.id])
+        assert [row.due for row in await rows(env, "intent")] == [waiting.due]
+        await expire(env)
+        await env.recover()
+
     async def test_a_slow_delete_does_not_hold_up_its_end(self, env: OrmEnvironment) -> None:
         await file("a").store(Doc.file)
         await expire(env)

@@ -161,6 +161,7 @@ _NAMESPACE = "granite_storage"
 _OUTCOME = f"{_NAMESPACE}.outcome"
 _OPERATION = f"{_NAMESPACE}.operation"
 _DIRECTION = f"{_NAMESPACE}.io.direction"
+_OF_API = ("opentelemetry.trace", "opentelemetry.metrics")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -175,6 +176,7 @@ class Instruments:
         errors: Counts operations that raised.
         garbage: By how many seconds the oldest garbage is overdue.
         has_locations: Whether spans say locations, and what errors said.
+        are_recorded: Returns whether an SDK records what they are given.
     """
 
     tracer: Tracer
@@ -183,9 +185,12 @@ class Instruments:
     errors: Counter
     garbage: Gauge
     has_locations: bool
+    are_recorded: Callable[[], bool]
 
     @classmethod
-    def of(cls, tracer: Tracer, meter: Meter, *, has_locations: bool | None = None) -> Self:
+    def of(
+        cls, tracer: Tracer, meter: Meter, are_recorded: Callable[[], bool] = lambda: True, *, has_locations: bool | None = None
+    ) -> Self:
         """Create the instruments; whether locations are said is what the environment says by default."""
         if has_locations is None:
             has_locations = os.environ.get("GRANITE_STORAGE_TELEMETRY_LOCATIONS", "").lower() in ("1", "true")
@@ -201,6 +206,7 @@ class Instruments:
             meter.create_counter(f"{_NAMESPACE}.operation.errors", "{error}", "Operations that raised an error"),
             meter.create_gauge(f"{_NAMESPACE}.garbage.age", "s", "How long the oldest garbage has been waiting to be deleted"),
             has_locations,
+            are_recorded,
         )
 
 
@@ -216,13 +222,19 @@ def load() -> None:
         from opentelemetry import metrics, trace
     except ImportError:  # another package of the namespace
         return
+
+    def are_recorded() -> bool:
+        """Return whether one of the providers, which the application may set later, is none of the API's own."""
+        tracers, meters = trace.get_tracer_provider(), metrics.get_meter_provider()
+        return not (type(tracers).__module__.startswith(_OF_API) and type(meters).__module__.startswith(_OF_API))
+
     # Both follow a provider that is set later.
-    _instruments = Instruments.of(trace.get_tracer(_NAMESPACE), metrics.get_meter(_NAMESPACE))
+    _instruments = Instruments.of(trace.get_tracer(_NAMESPACE), metrics.get_meter(_NAMESPACE), are_recorded)
 
 
 def is_active() -> bool:
-    """Return whether anything may be recorded, and so is worth finding out."""
-    return _instruments is not None
+    """Return whether anything is recorded, and so is worth finding out."""
+    return _instruments is not None and _instruments.are_recorded()
 
 
 def traced(operation: str, *, subject: int = 1) -> Callable[[Function], Function]:
@@ -248,6 +260,8 @@ def traced(operation: str, *, subject: int = 1) -> Callable[[Function], Function
 
             @wraps(function)
             async def awaited(*args: Any, **kwargs: Any) -> Any:
+                if not is_active():
+                    return await function(*args, **kwargs)
                 with begin(args) as running:
                     result = await function(*args, **kwargs)
                     if running is not None:
@@ -258,6 +272,8 @@ def traced(operation: str, *, subject: int = 1) -> Callable[[Function], Function
 
         @wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
+            if not is_active():
+                return function(*args, **kwargs)
             with begin(args):
                 return function(*args, **kwargs)
 
@@ -274,18 +290,20 @@ def begun(operation: str, subject: object, *, is_current: bool = True) -> Abstra
         subject: What it concerns; see `traced`.
         is_current: Whether spans within the block are children of its span; False for a generator, whose caller they would join.
     """
-    return nullcontext() if _instruments is None else _Operation(_instruments, operation, subject, is_current)
+    if _instruments is None or not _instruments.are_recorded():
+        return nullcontext()
+    return _Operation(_instruments, operation, subject, is_current)
 
 
 def count_read(ref: object, size: int) -> None:
     """Count bytes that were read of an object."""
-    if _instruments is not None and size:
+    if _instruments is not None and size and _instruments.are_recorded():
         _instruments.bytes.add(size, {**_labels_of(ref), _DIRECTION: "read"})
 
 
 def note_garbage(seconds: float, kind: Literal["pending", "orphan"], subject: object) -> None:
     """Record the age of the oldest garbage that a pass has left, 0 for none."""
-    if _instruments is not None:
+    if _instruments is not None and _instruments.are_recorded():
         _instruments.garbage.set(max(seconds, 0.0), {**_labels_of(subject), f"{_NAMESPACE}.garbage.kind": kind})
 
 

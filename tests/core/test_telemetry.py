@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,13 +203,15 @@ print(json.dumps([hasattr(function, "__wrapped__") for function in functions]))
     assert run(program) == [False] * 6
 
 
-def test_the_api_is_loaded_by_a_manager_and_follows_a_provider_that_is_set_later(tmp_path: Path) -> None:
-    program = """
+@pytest.mark.parametrize("has_meters", [True, False])
+@pytest.mark.parametrize("has_tracers", [True, False])
+def test_the_api_is_loaded_by_a_manager_and_follows_a_provider_that_is_set_later(has_tracers: bool, has_meters: bool) -> None:
+    program = f"""
 import asyncio, json, sys
 from granite_storage import StorageManager, StoragePolicy, bind_storage
 from granite_storage.backends.memory import MemoryStorageBackend
 before = "opentelemetry" in sys.modules
-manager = StorageManager(backends={"m": MemoryStorageBackend()}, policies={"files": StoragePolicy("files", "m")})
+manager = StorageManager(backends={{"m": MemoryStorageBackend()}}, policies={{"files": StoragePolicy("files", "m")}})
 loaded = "opentelemetry.trace" in sys.modules
 from opentelemetry import metrics, trace
 from opentelemetry.sdk.metrics import MeterProvider
@@ -221,17 +222,21 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
 provider = TracerProvider()
 provider.add_span_processor(SimpleSpanProcessor(exporter))
-trace.set_tracer_provider(provider)
-metrics.set_meter_provider(MeterProvider([reader]))
-place = {"storage_key": "files", "model_name": "m", "entity_id": "1", "field_name": "f"}
+meters = MeterProvider([reader])
+if {has_tracers}:
+    trace.set_tracer_provider(provider)
+if {has_meters}:
+    metrics.set_meter_provider(meters)
+place = {{"storage_key": "files", "model_name": "m", "entity_id": "1", "field_name": "f"}}
 asyncio.run(manager.put_bytes(content=b"bytes", **place))
 names = [span.name for span in exporter.get_finished_spans()]
-metrics = reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics
-print(json.dumps([before, loaded, names, sorted(metric.name for metric in metrics)]))
+data = reader.get_metrics_data()
+found = data.resource_metrics[0].scope_metrics[0].metrics if data is not None else []
+print(json.dumps([before, loaded, names, sorted(metric.name for metric in found)]))
 """
     assert run(program) == [
         False,
         True,
-        ["granite_storage.put"],
-        ["granite_storage.io", "granite_storage.operation.duration"],
+        ["granite_storage.put"] * has_tracers,
+        ["granite_storage.io", "granite_storage.operation.duration"] * has_meters,
     ]

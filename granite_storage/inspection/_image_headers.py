@@ -1,4 +1,4 @@
-"""The sizes of images, read from a few hundred bytes of their headers, without a decoder.
+"""Read the sizes of images from a few hundred bytes of their headers, without a decoder.
 
 A reader returns what it found, and None where the header is not all there or is none that it understands. What follows a size
 without changing it is not looked at.
@@ -59,7 +59,7 @@ def read_jpeg(header: bytes) -> Found | None:
 
 
 def _are_tables(body: bytes) -> bool:
-    """Tell whether a segment has whole tables of quantization, and nothing else."""
+    """Return whether a segment has whole tables of quantization, and nothing else."""
     place = 0
     while place < len(body):
         place += 1 + 64 * (2 if body[place] >> 4 else 1)
@@ -128,7 +128,7 @@ def read_gif(header: bytes) -> Found | None:
 
 
 def _is_cut_short(extension: bytes) -> bool:
-    """Tell whether an extension ends before readers expect it to: they disagree on what follows then. A comment may be empty."""
+    """Return whether an extension ends before readers expect its end, where they disagree on the rest. A comment may be empty."""
     kind, size = extension[:1], extension[1:2]
     if kind == b"\xf9":
         return size < b"\4"
@@ -140,7 +140,7 @@ def _palette_size(flags: int) -> int:
 
 
 def _end_of_blocks(header: bytes, place: int) -> int:
-    """Return where a row of blocks ends, -1 where that is not to be seen."""
+    """Return where a row of blocks ends, or -1 if its end is not in the data."""
     for _ in range(_MOST_PARTS):
         if place >= len(header):
             break
@@ -215,7 +215,7 @@ _DEEPEST = 3
 
 
 def _sizes_in_boxes(header: bytes, start: int, stop: int, depth: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the boxes that tell sizes, and one without a name where there may be more than can be seen."""
+    """Yield the boxes that contain sizes, and one without a name if the data may contain more."""
     for number, (kind, begin, end) in enumerate(_boxes(header, start, stop)):
         if number == _MOST_BOXES or (kind in _CONTAINERS and end > stop):
             yield b"", 0, 0
@@ -279,13 +279,13 @@ class Ifd(NamedTuple):
     is_sound: bool
 
     def number(self, tag: int) -> int:
-        """Return the value of a tag that is one number; 0 where it is none."""
+        """Return the value of a tag that is one number, or 0 if it is not one."""
         kind, count, value = self.tags.get(tag, (0, 0, b""))
         return int.from_bytes(value, "little" if self.order == "<" else "big") if count == 1 and kind in (3, 4, 13) else 0
 
 
 def read_ifd(tiff: bytes, offset: int | None = None) -> Ifd:
-    """Read a directory, the first one where none is given. Source: TIFF 6.0, section 2."""
+    """Read a directory, by default the first one. Source: TIFF 6.0, section 2."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4], "") if len(tiff) >= 8 else ""
     place = struct.unpack_from(order + "I", tiff, 4)[0] if order and offset is None else offset or 0
     tags: dict[int, Tag] = {}
@@ -313,7 +313,7 @@ def read_ifd(tiff: bytes, offset: int | None = None) -> Ifd:
 
 
 def orientation_in(exif: bytes) -> Found:
-    """Return how EXIF turns a picture, nothing where it does not, or cannot be read."""
+    """Return the EXIF orientation; an empty mapping if there is none or EXIF cannot be read."""
     value = read_ifd(exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")).number(ORIENTATION)
     return {"orientation": value} if 1 < value <= 8 else {}
 

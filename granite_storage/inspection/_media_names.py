@@ -1,4 +1,4 @@
-"""What media types are called: their other names and their extensions, and which of them are text."""
+"""Names of media types: their aliases and extensions, and which of them are text."""
 
 from __future__ import annotations
 
@@ -162,13 +162,13 @@ def fit_public(filename: str | None) -> str | None:
 
 @lru_cache(maxsize=512)
 def canonical(content_type: str) -> str:
-    """Return the name that is kept of a media type, lower case and without parameters."""
+    """Return the canonical name of a media type, lower case and without parameters."""
     essence = content_type.partition(";")[0].strip().lower()
     return _ALIASES.get(essence, essence)
 
 
 def is_text_type(kind: str) -> bool:
-    """Tell whether a canonical media type is one of text."""
+    """Return whether a canonical media type is one of text."""
     return kind.startswith(_TEXT_FAMILIES) or kind.endswith(_TEXT_SUFFIXES) or kind in _TEXT_TYPES
 
 

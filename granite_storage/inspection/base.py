@@ -1,4 +1,4 @@
-"""What looks at an upload before it is kept: inspectors, scanners and strippers, as protocols, and what they are shown."""
+"""Protocols of what inspects an upload before it is stored: inspectors, scanners and strippers, and their arguments."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OnUnstrippable: TypeAlias = Literal["refuse", "keep"]
 
 
 def require_positive(argument: str, value: object, kinds: type | tuple[type, ...] = int) -> None:
-    """Raise `ConfigurationError` where a value is no positive number."""
+    """Raise `ConfigurationError` if a value is not a positive number."""
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):  # type: ignore[operator]
         raise ConfigurationError(f"{argument} must be a positive number, not {value!r}")
 
@@ -174,7 +174,7 @@ coroutine function runs in a thread."""
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """What a policy asks of an upload, together.
+    """All that a policy requires of an upload.
 
     Attributes:
         accept: The media types that are accepted, found from the content; None for any, which are then not looked at.
@@ -201,20 +201,20 @@ class Checks:
 
     @property
     def is_only_validation(self) -> bool:
-        """Whether nothing is asked but the validators."""
+        """Whether only the validators are required."""
         return not self.needs_type and self.scanner is None
 
     @property
     def validation(self) -> Checks | None:
-        """The validators alone; None where there are none."""
+        """The validators alone, or None if there are none."""
         return Checks(validators=self.validators) if self.validators else None
 
     def were_passed_by(self, media: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) -> bool:
-        """Tell whether an object of the same policy has passed all but the validators, by what its ref says."""
+        """Return whether an object of the same policy has passed all but the validators, by what its ref says."""
         return (not self.needs_type or media is not None) and (self.scanner is None or scan is not None)
 
     def would_pass(self, media: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) -> bool:
-        """Tell whether an object of another policy passes, by what its ref says; what cannot be told does not pass."""
+        """Return whether an object of another policy passes, by what its ref says; what cannot be told does not pass."""
         from granite_storage.inspection.media_types import matches  # which the policy has loaded
 
         found = None if media is None else media.get("type")

@@ -144,7 +144,7 @@ class ClamdScanner:
             yield piece
 
     def _judge(self, answer: bytes, is_whole: bool, error: OSError | None) -> str | None:
-        """Return the signature that was found, None where the content is clean."""
+        """Return the signature that was found, or None if the content is clean."""
         if found := _FOUND.match(answer):  # whatever follows, and however early it came
             return _printable(found[1])
         if answer == _CLEAN and is_whole:
@@ -173,7 +173,7 @@ class ClamdScanner:
 
     @asynccontextmanager
     async def _room(self) -> AsyncIterator[None]:
-        """Stand around one scan, which begins once fewer than `max_concurrent` are in progress on this loop."""
+        """Limit the scans in progress on this loop to `max_concurrent`."""
         room = self._room_here()
         try:
             async with asyncio.timeout(self._timeout):
@@ -198,7 +198,7 @@ class ClamdScanner:
         return room
 
     async def _describe(self) -> str:
-        """Return which scanner this is, just `clamd` where it does not tell."""
+        """Return the scanner's name and version, or `clamd` if it does not say."""
         if self._version is None or time.monotonic() >= self._version[1]:
             try:
                 answer, _ = await self._ask(b"zVERSION\0", min(self._timeout, _VERSION_TIMEOUT))
@@ -249,7 +249,7 @@ class ClamdScanner:
 
 
 class _Connection:
-    """A connection for one command, and what became of it.
+    """A connection for one command, and its outcome.
 
     It works on the socket, not with asyncio's streams: these forget an answer that has arrived when a write fails, and clamd
     answers and closes while it is still being sent what it does not want.
@@ -289,7 +289,7 @@ class _Connection:
         return True
 
     async def read_answer(self) -> bytes:
-        """Return what was answered, to its NUL, to the end of the connection, or until it is too much."""
+        """Return the answer, up to its NUL, the end of the connection or the limit."""
         # Who has not read in time is not waited for once more.
         timeout = 0.0 if isinstance(self.error, TimeoutError) else self._timeout
         try:
@@ -318,7 +318,7 @@ class _Connection:
 
 
 async def _open_socket(family: int, address: Any, timeout: float) -> socket.socket | Exception:
-    """Return a socket that is connected, or what went wrong; the error is not raised, or it would hold the caller's frame."""
+    """Return a connected socket or the error, which is not raised because it would hold the caller's frame."""
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
@@ -350,7 +350,7 @@ async def _connect_socket(sock: socket.socket, address: Any) -> None:
 
 
 def _parse_address(address: object) -> tuple[int | None, Any]:
-    """Return the family of an address, None where it must be looked up, and the address itself."""
+    """Return the family of an address, or None if it must be looked up, and the address itself."""
     what = f"the address of a ClamdScanner must be host:port, [::1]:3310, or the absolute path of a unix socket, not {address!r}"
     if not isinstance(address, str):
         raise ConfigurationError(what)
@@ -380,5 +380,5 @@ def _parse_address(address: object) -> tuple[int | None, Any]:
 
 
 def _printable(text: bytes) -> str:
-    """Return what a server has said so that it can stand in a log and in a message."""
+    """Return an answer of a server in a form that is safe in a log and in a message."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:200].rstrip(b"\0").decode("ascii", "replace"))

@@ -1,4 +1,4 @@
-"""The gate that each upload passes: judged in the same pass in which it is hashed, and refused before anything is published."""
+"""The checks of an upload, made in the pass in which it is hashed; what they refuse is never published."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _threads = ThreadPool("granite-inspect", (os.cpu_count() or 1) + 2)
 
 @dataclass(slots=True)
 class Verdict:
-    """What an upload that was let in is kept as.
+    """How an accepted upload is stored.
 
     Attributes:
         content_type: Its media type.
@@ -124,11 +124,11 @@ class Gate:
 
     @property
     def verdict(self) -> Verdict:
-        """What it is kept as; complete once the stream has ended."""
+        """How it is stored; complete once the stream has ended."""
         return self._judge.verdict
 
     async def begin(self) -> None:
-        """Read the head, and decide what it decides."""
+        """Read the head, and make the decisions that depend on it."""
         head = bytearray()
         is_whole = True
         async for piece in self._incoming:
@@ -148,7 +148,7 @@ class Gate:
         return await self._passed.__anext__()
 
     async def aclose(self) -> None:
-        """Stop looking, and close the content; idempotent."""
+        """Stop the inspection, and close the content; idempotent."""
         try:
             await self._passed.aclose()
         finally:
@@ -193,7 +193,7 @@ class Gate:
 
 
 async def judge_bytes(content: bytes | bytearray | memoryview, checks: Checks, preview: UploadPreview) -> tuple[bytes, Verdict]:
-    """Judge content that is in memory; return what is to be stored of it, and as what.
+    """Judge content in memory; return the bytes to store, and how to store them.
 
     Raises:
         ContentError: It is refused.
@@ -224,7 +224,7 @@ async def judge_bytes(content: bytes | bytearray | memoryview, checks: Checks, p
 
 
 class _Judge:
-    """What is decided of one upload, apart from how its bytes arrive."""
+    """The decisions about one upload, independent of how its bytes arrive."""
 
     def __init__(self, checks: Checks, preview: UploadPreview, *, size: int | None = None) -> None:
         self.verdict = Verdict(preview.declared_type, preview.filename)
@@ -252,7 +252,7 @@ class _Judge:
         return self._is_text or self._unconfirmed is not None
 
     async def look(self, head: bytes, *, is_whole: bool) -> None:
-        """Decide what the head decides."""
+        """Make the decisions that depend on the head."""
         if self._checks.needs_type:
             self._find_type(head)
         if self._checks.validators or self._checks.inspectors or self._unconfirmed is not None:  # making one takes microseconds
@@ -348,12 +348,12 @@ class _Judge:
         self._collect()
 
     def strip_whole(self, content: bytes) -> bytes:
-        """Return what is to be stored of the whole content; in a thread."""
+        """Return the bytes to store of the whole content; in a thread."""
         assert self.stripper is not None  # noqa: S101  # the caller has looked
         return self.stripper.feed(content) + self.stripper.finish()
 
     async def finish(self) -> None:
-        """Decide what the whole content decides."""
+        """Make the decisions that depend on the whole content."""
         self.confirm()
         if self._waiting:
             await _threads.run(self._collect)
@@ -376,7 +376,7 @@ class _Judge:
 
 
 async def validate(checks: Checks, preview: UploadPreview) -> None:
-    """Show an upload to the validators, one after the other.
+    """Call the validators, one after the other.
 
     Raises:
         ContentRejectedError: One of them refuses it.
@@ -424,7 +424,7 @@ class _Scan:
         self._task = asyncio.ensure_future(self._content.show_to(scanner))
 
     async def feed(self, piece: bytes) -> None:
-        """Hand over a piece; wait while the scanner has two others to read.
+        """Hand over a piece; wait while two others are queued.
 
         Raises:
             InfectedContentError: The scanner has found something already.
@@ -475,7 +475,7 @@ class _Scan:
         return self._task.result()
 
     async def _hand_over(self, piece: bytes | None) -> None:
-        """Hand over a piece, None after the last; a scanner that does not read for too long is ended."""
+        """Hand over a piece, or None after the last; abort the scanner if it does not read for too long."""
         if not self._pieces.full():
             self._pieces.put_nowait(piece)
             return

@@ -69,7 +69,7 @@ class ImageLimits(HeadInspector):
         return f"ImageLimits(max_pixels={self.max_pixels}, max_side={self.max_side}, min_side={self.min_side})"
 
     def inspect_head(self, upload: UploadPreview, /) -> Mapping[str, Any] | None:
-        """Return the size of an image that a few KiB tell it of, nothing for anything else; None where it takes more."""
+        """Return the size of an image if a few KiB suffice, an empty mapping for other types, and None if more is needed."""
         if type(self).begin is not ImageLimits.begin:
             return None  # a subclass looks at more, or at less
         if not _has_pixels(upload.content_type):
@@ -81,11 +81,11 @@ class ImageLimits(HeadInspector):
         return found
 
     def begin(self, upload: UploadPreview, /) -> Inspection | None:
-        """Return what looks at an image; None for anything else."""
+        """Return the inspection of an image, or None for other types."""
         return _HeaderInspection(self, upload.content_type or "") if _has_pixels(upload.content_type) else None
 
     def require(self, width: int, height: int) -> None:
-        """Refuse a size that is out of bounds.
+        """Refuse a size that exceeds a limit.
 
         Raises:
             ContentRejectedError: It is.
@@ -114,7 +114,7 @@ class _HeaderInspection:
         self._found: Mapping[str, Any] | None = None
 
     def feed(self, piece: bytes, /) -> bool:
-        """Look for the header; each time as much again has come."""
+        """Look for the header each time the data has doubled."""
         self._content += piece[: _MOST_HEADER - len(self._content)]
         if len(self._content) >= 2 * self._tried or len(self._content) == _MOST_HEADER:
             self._look()
@@ -183,7 +183,7 @@ def _load_jpeg_reader() -> Callable[[io.BytesIO, str], Any]:
 
 
 def _has_many_parts(header: bytes) -> bool:
-    """Tell whether a JPEG is cut into thousands of parts, each of which would take Pillow microseconds."""
+    """Return whether a JPEG is cut into thousands of parts, each of which would take Pillow microseconds."""
     place = 2
     for _ in range(_MOST_PARTS):
         if place + 4 > len(header) or header[place : place + 2] == b"\xff\xda":

@@ -143,7 +143,7 @@ _CHARSET = re.compile(r';\s*charset=("?)([a-z0-9][a-z0-9_.:+-]{0,39})\1\s*(?:;|$
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """What the beginning of a file says.
+    """The findings in the beginning of a file.
 
     Attributes:
         content_type: The media type that is found; None for text without markup, and for binary of no known type.
@@ -196,7 +196,7 @@ def check_accept(accept: object) -> tuple[str, ...]:
 
 
 def matches(content_type: str, accept: tuple[str, ...]) -> bool:
-    """Tell whether a media type is accepted; case and parameters do not count, nor which of its names a type goes by.
+    """Return whether a media type is accepted; case and parameters do not count, nor which of its names a type goes by.
 
     A wildcard never matches a type that a browser would run: it has to be named. Nor does `application/*` match the
     `application/octet-stream` that stands for any unknown type: only its name does, and `*/*`.
@@ -314,7 +314,7 @@ def zip_names(head: bytes, tail: bytes = b"") -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """One judgement; see `judge_type`."""
+    """One decision; see `judge_type`."""
 
     found: str | None
     stated: str | None
@@ -323,7 +323,7 @@ class _Judge:
     on_mismatch: str
 
     def judge_empty(self, charset: str) -> Judged:
-        """Judge what has no content: only text can be empty."""
+        """Judge empty content: only text can be empty."""
         stated = self.stated
         if stated is None:
             return self._keep_first((*self._text_types(), OPAQUE), PLAIN)
@@ -379,11 +379,11 @@ class _Judge:
         return self._keep(OPAQUE, OPAQUE)
 
     def _is_taken_on_trust(self, stated: str) -> bool:
-        """Tell whether the detector has no say in this type, and the policy names it."""
+        """Return whether the detector has no say in this type, and the policy names it."""
         return not _is_known(stated) and stated in map(canonical, self.accept)
 
     def _text_types(self) -> tuple[str, ...]:
-        """Return what plain text may be kept under: what its name says, where that is a type of text, or plain text."""
+        """Return the type for plain text: that of its name if that is a text type, else `text/plain`."""
         named = types_by_extension().get(extension(self.filename), SVG)
         return (named, PLAIN) if named != SVG and is_text_type(named) else (PLAIN,)
 
@@ -435,19 +435,19 @@ def _read_declared(declared: str | None) -> tuple[str | None, str]:
 
 
 def _is_variant(kept: str, found: str) -> bool:
-    """Tell whether it is a template or a slide show, say, of the found kind of office document."""
+    """Return whether it is a template or a slide show, say, of the found kind of office document."""
     if found in _MACROS:
         return kept.startswith(found[: found.rindex(".") + 1])
     return found in _MACROS.values() and kept.endswith(_WITH_MACROS) and kept.split(".")[:2] == found.split(".")[:2]
 
 
 def _is_archive(kind: str) -> bool:
-    """Tell whether files of that type are zip archives."""
+    """Return whether files of that type are zip archives."""
     return kind in _ZIP_TYPES or kind.startswith(_ZIP_FAMILIES) or kind.endswith(_WITH_MACROS)
 
 
 def _is_general(stated: str, found: str) -> bool:
-    """Tell whether it is the general name of what was found."""
+    """Return whether it is the general name of what was found."""
     return (
         (stated == ZIP and _is_archive(found))
         or (stated == OLE and found in _OLE_TYPES)
@@ -456,12 +456,12 @@ def _is_general(stated: str, found: str) -> bool:
 
 
 def _is_known(kind: str) -> bool:
-    """Tell whether a type is recognised by its content: what is declared as one has to be found."""
+    """Return whether a type is recognised by its content: what is declared as one has to be found."""
     return is_text_type(kind) or _is_archive(kind) or kind in _load_known()
 
 
 def _as_utf8(head: bytes) -> bytes | None:
-    """Return a head that is text without its byte order mark, in a superset of ASCII; None where it is binary."""
+    """Return a text head in a superset of ASCII, without its byte order mark, or None if it is binary."""
     for mark, encoding in _MARKS.items():
         if head.startswith(mark):
             decoder = codecs.getincrementaldecoder(encoding)()

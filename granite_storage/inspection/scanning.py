@@ -1,4 +1,4 @@
-"""What a scanner says of content, and the scan of an object that is stored already."""
+"""Verdicts of scanners, and scans of objects that are already stored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONGEST_SCAN = 3600.0
 
 
 async def scan_stored(scanner: Scanner, content: AsyncIterator[bytes]) -> Mapping[str, Any]:
-    """Return what a scanner says of the whole of a stored object, for the ref's `scan`.
+    """Scan a stored object, and return the verdict for the ref's `scan`.
 
     Args:
         scanner: The scanner.
@@ -40,7 +40,7 @@ async def scan_stored(scanner: Scanner, content: AsyncIterator[bytes]) -> Mappin
 
 
 def judge_outcome(outcome: object, *, was_read: bool) -> Mapping[str, Any]:
-    """Return what a scan says of the content that was scanned, clean or infected, for the ref's `scan`.
+    """Return the verdict on scanned content, clean or infected, for the ref's `scan`.
 
     Args:
         outcome: What the scanner returned, or the error that it raised.

@@ -1,6 +1,6 @@
 """Metadata is taken out of JPEG, PNG and WebP while they pass, without loss: the compressed picture is copied byte for byte.
 
-What stays is listed, never what goes: of a segment or chunk whose format is not known here, nobody can say what it tells. In the
+The lists say what stays, not what goes: a segment or chunk of an unknown format may contain anything. In the
 mode `all` that list holds what a picture needs to be shown; in the mode `location` also what was searched for a position and
 has none. Both drop what follows the end of the picture: phones append videos and second pictures there, each with metadata.
 """
@@ -31,7 +31,7 @@ _Held: TypeAlias = Generator[None, None, bytes]
 
 
 def can_strip(content_type: str) -> bool:
-    """Tell whether a `Stripper` knows this media type: `image/jpeg`, `image/png`, `image/webp`."""
+    """Return whether a `Stripper` knows this media type: `image/jpeg`, `image/png`, `image/webp`."""
     return content_type in _PARSERS
 
 
@@ -75,7 +75,7 @@ class Stripper:
         self._parser = _PARSERS[content_type](mode)
 
     def feed(self, piece: bytes) -> bytes:
-        """Take the next piece and return what may be passed on so far, which may be nothing.
+        """Take the next piece and return the bytes that can be passed on so far, possibly none.
 
         Raises:
             ContentRejectedError: The picture is damaged, or its metadata too long to be searched.
@@ -233,7 +233,7 @@ class _JpegParser(_Parser):
         yield from self._pass(found.start())
 
     def _clean(self, code: int, content: bytes) -> bytes | None:
-        """Return what stays of an application's segment or a comment, None where nothing does."""
+        """Return what remains of an application's segment or a comment, or None if nothing does."""
         if code == _APP + 1 and content.startswith(_EXIF):
             return None if self._has_image else self._clean_exif(content, _MAX_SEGMENT)  # none counts after a scan
         if code == _APP + 2 and content.startswith(b"ICC_PROFILE\0"):
@@ -299,7 +299,7 @@ class _PngParser(_Parser):
             self._output += (len(kept).to_bytes(4, "big"), name, kept, checksum)
 
     def _clean_text(self, name: bytes, content: bytes) -> bytes | None:
-        """Return what stays of a text chunk, None where nothing does."""
+        """Return what remains of a text chunk, or None if nothing does."""
         keyword, _, rest = content.partition(b"\0")
         is_compressed = name == b"zTXt" or (name == b"iTXt" and rest[:1] == b"\1")
         if name == b"iTXt":
@@ -409,7 +409,7 @@ class _WebPParser(_Parser):
             yield from self._pass(size, blank=True)
 
     def _clean_metadata(self, name: bytes, content: bytes) -> bytes | None:
-        """Return what stays of metadata, as long as it was; None where it can only be JUNK."""
+        """Return what remains of metadata in the same length, or None if it can only be JUNK."""
         size = len(content)
         if name == b"XMP ":
             return (_BLANK_XMP if size >= len(_BLANK_XMP) else b"").ljust(size) if _tells_location(content) else content
@@ -433,7 +433,7 @@ _MINIMAL_EXIF = b"MM\0*\0\0\0\x08\0\x01" + b"\x01\x12\0\x03\0\0\0\x01\0%c\0\0" +
 
 
 def _clean_exif(data: bytes, mode: StripMode, limit: int) -> bytes | None:
-    """Return what stays of EXIF, in at most `limit` bytes; None where nothing does, or it is no EXIF."""
+    """Return what remains of EXIF, in at most `limit` bytes, or None if nothing does or it is not EXIF."""
     prefix = _EXIF if data.startswith(_EXIF) else b""  # PNG and WebP have none, but some writers put one there
     tiff = data[len(prefix) :]
     first = read_ifd(tiff)
@@ -525,7 +525,7 @@ _WINDOW, _CONTEXT, _LONGEST_MENTION = 16384, 4, 1024
 
 
 def _tells_location(content: bytes) -> bool:
-    """Tell whether a text mentions a position, or a property of XMP names a place. It may be in UTF-16 as well."""
+    """Return whether a text mentions a position, or a property of XMP names a place. It may be in UTF-16 as well."""
     for start in range(0, len(content), _WINDOW):  # or no other thread would run until all of it is searched
         end = start + _WINDOW + _LONGEST_MENTION
         before, piece = content[max(start - _CONTEXT, 0) : start].lower(), content[start:end].lower()
@@ -540,7 +540,7 @@ def _tells_location(content: bytes) -> bool:
 
 
 def _clean_photoshop(resources: bytes) -> bytes:
-    """Drop the resources that tell a place; all of them where they cannot be parsed, as where they go on in another segment."""
+    """Drop the resources that contain a place, or all of them if they cannot be parsed or continue in another segment."""
     kept: list[bytes] = []
     at = 0
     for _ in range(_FREE_PARTS):

@@ -255,7 +255,7 @@ def _name_in(location: str) -> str:
 
 
 def _is_canonical(scope: Scope, location: str) -> bool:
-    """Tell whether a URL is written as `public_url` writes it: a cache keeps each other form by itself, which no purge finds."""
+    """Return whether a URL is as `public_url` writes it: caches store every other spelling separately, and no purge finds it."""
     raw: bytes | None = scope.get("raw_path")
     return not scope.get("query_string") and (raw is None or raw.endswith(f"/{url_path(location)}".encode()))
 
@@ -274,7 +274,7 @@ def _folded(segment: str) -> str:
 
 
 def _may_meet(segments: Sequence[str], others: Sequence[str]) -> bool:
-    """Tell whether an object can be below both."""
+    """Return whether an object can be below both."""
     common = min(len(segments), len(others))
     return segments[:common] == others[:common]
 
